@@ -1,0 +1,142 @@
+"""NTM: the transporter and the predictor wired into a trajectory's log-likelihood terms, and the model's configuration.
+
+Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ntm_jax.core import layers
+from ntm_jax.core.predictor import Predictor
+from ntm_jax.core.trajectory import LOG_2PI, log_normal
+from ntm_jax.core.transporter import Transporter
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of a model. Static: a change compiles anew."""
+
+    grid: tuple[int, int]  # tokens by row and column
+    dim: int  # channels of a token
+    num_classes: int  # 0: unconditional
+    steps: tuple[int, ...]  # the numbers of steps T trained together
+    width: int
+    head_size: int
+    kv_heads: int
+    mlp_ratio: int
+    positions: str  # learned, rotary
+    transporter_width: int
+    transporter_blocks: int  # 0: the identity, which makes the model Gaussian denoising
+    transporter_layers: int
+    predictor_layers: int
+    head: str  # direct, preconditioned
+    log_scale_bound: float
+    data_std: float  # standard deviation of the clean tokens, r
+    dtype: Any
+    transporter_dtype: Any  # float32 where a likelihood is reported or an exact inverse asked for
+    remat: str  # none, full, dots
+    scan: bool
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("positions", self.positions, ("learned", "rotary")),
+            ("head", self.head, ("direct", "preconditioned")),
+            ("remat", self.remat, tuple(layers.REMAT)),
+        ):
+            if value not in known:
+                raise ValueError(f"model.{name} is {value!r}: expected one of {', '.join(known)}")
+        for name in ("width", "transporter_width"):
+            heads, rest = divmod(getattr(self, name), self.head_size)
+            if rest or heads % self.kv_heads:
+                raise ValueError(f"model.{name} = {getattr(self, name)} must be a multiple of head_size x kv_heads "
+                                 f"= {self.head_size} x {self.kv_heads}")
+        if self.head_size % 4:
+            raise ValueError(f"model.head_size = {self.head_size} must be a multiple of 4")
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def exact(self) -> "ModelConfig":
+        """The same model with the transporter's network in float32: for reported likelihoods and exact inverses."""
+        return dataclasses.replace(self, transporter_dtype=jnp.float32)
+
+
+@flax.struct.dataclass
+class Terms:
+    """A factor's negative log-likelihood in nats by its terms (eq. 3.4), float32, [B] for one factor or [B, T] for a trajectory.
+
+    nll = quadratic + log_scale - log_det + constant, log p(x_k | x_{k+1}) = -nll.
+    """
+
+    quadratic: jax.Array  # |z|^2 / 2
+    log_scale: jax.Array  # sum of log sigma
+    log_det: jax.Array  # log |det du_k/dx_k|
+    constant: float  # N D / 2 log 2 pi
+
+    @property
+    def nll(self):
+        return self.quadratic + self.log_scale - self.log_det + self.constant
+
+
+class NTM(nn.Module):
+    """A Normalizing Trajectory Model: p(x_0..x_T) = N(x_T; 0, I) prod_k p(x_k | x_{k+1})."""
+
+    config: ModelConfig
+    attention: Any = layers.plain_attention
+
+    def setup(self):
+        if self.config.transporter_blocks:
+            self.transporter = Transporter(self.config, self.attention)
+        self.predictor = Predictor(self.config, self.attention)
+
+    def transport(self, x, t, steps, label):
+        """x [B, N, D] at levels t [B] < 1 -> (u [B, N, D], log|det du/dx| [B])."""
+        if not self.config.transporter_blocks:
+            return x, jnp.zeros(x.shape[0])
+        return self.transporter(x, t, steps, label)
+
+    def invert(self, u, t, steps, label):
+        """u [B, N, D] at levels t [B] < 1 -> x [B, N, D], exact to rounding when transporter_dtype is float32."""
+        return self.transporter.inverse(u, t, steps, label) if self.config.transporter_blocks else u
+
+    def predict(self, u, t, s, steps, label):
+        """Mean and log-scale [B, N, D] of the latent at level s given u [B, N, D] at level t."""
+        return self.predictor(u, t, s, steps, label)
+
+    def pair(self, x_s, x_t, s, t, top, steps, label):
+        """Terms [B] of log p(x_s | x_t) for consecutive levels, [B, N, D] each; where `top` [B] holds, x_t is x_T and its own latent."""
+        both = (jnp.concatenate(pair) for pair in ((x_s, x_t), (s, jnp.where(top, s, t)), (steps, steps), (label, label)))
+        u, log_det = self.transport(*both)
+        u_s, u_t = jnp.split(u, 2)
+        u_t = jnp.where(top[:, None, None], x_t, u_t)
+        return self._terms(u_s, log_det[: len(x_s)], *self.predict(u_t, t, s, steps, label))
+
+    def trajectory(self, xs, t, steps, label):
+        """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K]; steps and label [B]."""
+        batch, count = xs.shape[0], xs.shape[1] - 1
+
+        def fold(a):  # [B, T, ...] -> [B T, ...]
+            return a.reshape(batch * count, *a.shape[2:])
+
+        steps, label = (jnp.repeat(a, count, 0) for a in (steps, label))
+        u, log_det = self.transport(fold(xs[:, :-1]), fold(t[:, :-1]), steps, label)
+        above = jnp.concatenate([u.reshape(batch, count, *u.shape[1:])[:, 1:], xs[:, -1:]], 1)  # u_T = x_T, by its index
+        terms = self._terms(u, log_det, *self.predict(fold(above), fold(t[:, 1:]), fold(t[:, :-1]), steps, label))
+        return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
+
+    __call__ = trajectory
+
+    def _terms(self, u, log_det, mean, log_scale):
+        z = (u - mean) * jnp.exp(-log_scale)
+        return Terms(jnp.sum(0.5 * z * z, (1, 2)), jnp.sum(log_scale, (1, 2)), log_det, u.shape[1] * u.shape[2] / 2 * LOG_2PI)
+
+
+def log_prior(x_T):
+    """log N(x_T; 0, I) in nats: [B, N, D] -> [B]."""
+    return jnp.sum(log_normal(x_T, 0.0, 1.0), (1, 2))

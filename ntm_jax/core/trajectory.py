@@ -1,0 +1,108 @@
+"""The fixed forward process: noise levels, transitions, posteriors, trajectories and their densities. No parameters.
+
+Symbols: B batch, T steps, K = T+1 levels ascending from t_0 (nearly clean) to t_T = 1 (pure noise), N tokens, D token channels.
+Equation numbers are those of arXiv 2605.08078.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def log_normal(x, mean, scale):
+    """Elementwise log N(x; mean, scale^2) in nats, float32."""
+    z = (x - mean) / scale
+    return -0.5 * (z * z + LOG_2PI) - jnp.log(scale)
+
+
+def per_example(t, like):
+    """Appends axes to t so that it broadcasts over the trailing axes of `like`."""
+    return jnp.reshape(t, t.shape + (1,) * (like.ndim - t.ndim))
+
+
+def level(k, steps, t_min, schedule: str, shift: float):
+    """Noise level t_k of a trajectory of `steps` steps (C.1, C.2); arguments broadcast, k = 0..steps. t_0 = t_min and t_T = 1 exactly.
+
+    schedule: `linear`, t_k = t_min + (1 - t_min) k/T, or `shifted`, t_k = e^m / (e^m + T/k - 1) with m = shift.
+    """
+    k, steps = jnp.asarray(k, jnp.float32), jnp.asarray(steps, jnp.float32)
+    if schedule == "linear":
+        t = t_min + (1 - t_min) * k / steps
+    elif schedule == "shifted":
+        t = math.exp(shift) / (math.exp(shift) + steps / jnp.maximum(k, 1) - 1)
+    else:
+        raise ValueError(f"trajectory.schedule is {schedule!r}: expected 'linear' or 'shifted'")
+    return jnp.where(k == 0, t_min, jnp.where(k == steps, 1.0, t))
+
+
+def default_shift(tokens: int) -> float:
+    """The shift m of the `shifted` schedule for a sequence of `tokens` tokens (C.1)."""
+    return 0.5 + 0.65 * (tokens - 256) / (4096 - 256)
+
+
+def levels(steps: int, t_min, schedule: str, shift: float):
+    """All levels of a trajectory: t_min [B] -> [B, T+1], ascending."""
+    return level(jnp.arange(steps + 1), steps, jnp.asarray(t_min)[:, None], schedule, shift)
+
+
+def _between(s, t):
+    """(t-s)(t+s-2ts) = (1-s)^2 times the transition's variance, without the cancellation of t^2 - a^2 s^2."""
+    return (t - s) * (t + s - 2 * t * s)
+
+
+def transition(s, t):
+    """Markov step from level s up to t > s: x_t = a x_s + sig eps (eqs. 2.2, A.4). Returns (a, sig)."""
+    return (1 - t) / (1 - s), jnp.sqrt(_between(s, t)) / (1 - s)
+
+
+def posterior(s, t):
+    """Reverse posterior q(x_s | x_t, x) = N(A x_t + B x, C^2 I), 0 < s < t <= 1 (eqs. 2.3, A.6). Returns (A, B, C)."""
+    between = _between(s, t)
+    a = jnp.square(s / t) * (1 - t) / (1 - s)
+    b = between / (jnp.square(t) * (1 - s))
+    c = s * jnp.sqrt(between) / (t * (1 - s))
+    return a, b, c
+
+
+def covariance(t):
+    """Covariance across levels of a trajectory given x: t [..., K] ascending -> S [..., K, K]; S_kk = t_k^2, S_kT = 0 for k < T."""
+    low, high = jnp.minimum(t[..., :, None], t[..., None, :]), jnp.maximum(t[..., :, None], t[..., None, :])
+    return jnp.where(low == high, low * low, low * low * (1 - high) / jnp.where(low == 1, 1, 1 - low))
+
+
+def extend(x_0, t, noise):
+    """Runs the forward process up from x_0 [B, N, D] with noise [B, T, N, D] at levels t [B, T+1] -> x_0..x_T, [B, T+1, N, D]."""
+    xs = [x_0]
+    for k in range(t.shape[1] - 1):
+        a, sig = transition(t[:, k], t[:, k + 1])
+        xs.append(per_example(a, x_0) * xs[-1] + per_example(sig, x_0) * noise[:, k])
+    return jnp.stack(xs, 1)
+
+
+def start(x, t_0, noise):
+    """x_0 = (1 - t_0) x + t_0 eps (eq. 2.1): x [B, N, D], t_0 [B], noise [B, N, D]."""
+    return (1 - per_example(t_0, x)) * x + per_example(t_0, x) * noise
+
+
+def simulate(x, t, noise):
+    """A trajectory of clean tokens x [B, N, D] at levels t [B, K] from standard normal noise [B, K, N, D] -> [B, K, N, D]."""
+    return extend(start(x, t[:, 0], noise[:, 0]), t, noise[:, 1:])
+
+
+def log_start(x_0, x, t_0):
+    """log q(x_0 | x) in nats, [B]."""
+    return jnp.sum(log_normal(x_0, (1 - per_example(t_0, x)) * x, per_example(t_0, x)), (1, 2))
+
+
+def log_forward(xs, t):
+    """log q(x_{k+1} | x_k) in nats for k = 0..T-1: xs [B, K, N, D], t [B, K] -> [B, T]."""
+    a, sig = transition(t[:, :-1], t[:, 1:])
+    return jnp.sum(log_normal(xs[:, 1:], per_example(a, xs) * xs[:, :-1], per_example(sig, xs)), (2, 3))
+
+
+def example_noise(keys, shape):
+    """Standard normal noise keyed per example: keys [B] and the shape of one example's draw -> [B, *shape]."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -1,0 +1,208 @@
+"""From a source's records to this process's batches of tokens, with grain: shuffled and endless for training, in order and exactly once
+for evaluation.
+
+B global batch, b = B / processes this process's share, N tokens, D token channels. jax is imported only to ask for the process's number:
+grain's worker processes import this file.
+"""
+
+import dataclasses
+import os
+import weakref
+from collections.abc import Iterator
+
+import grain
+import grain.experimental
+import numpy as np
+
+from ntm_jax.data.sources import Source
+from ntm_jax.data.transforms import patchify, scale
+from ntm_jax.errors import UserError
+
+# Grain's default keeps 500 elements ready, and here an element is a whole batch.
+_THREADS = min(8, os.cpu_count() or 1)
+_READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """What the model must know of the data: image_shape (H, W, C), patch_size, pixel levels V, classes (0: no labels), record count."""
+
+    image_shape: tuple[int, int, int]
+    patch_size: int
+    levels: int
+    num_classes: int
+    count: int
+
+    @property
+    def tokens(self) -> int:
+        """N, the number of patches."""
+        return self.image_shape[0] * self.image_shape[1] // self.patch_size**2
+
+    @property
+    def dim(self) -> int:
+        """D, the channels of one token."""
+        return self.patch_size**2 * self.image_shape[2]
+
+
+def spec(source: Source, patch_size: int) -> DataSpec:
+    """The DataSpec of `source` cut into patches. UserError if the patch does not divide the image."""
+    height, width, _ = source.image_shape
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise UserError(
+            f"data.patch_size={patch_size} does not divide the {height}x{width} images of {source.name}: "
+            "choose a divisor of both sides, or another data.image_size"
+        )
+    return DataSpec(source.image_shape, patch_size, source.levels, source.num_classes, len(source.records))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadTokens:
+    """Record index -> its example. A class, not a closure, so that worker processes can unpickle it."""
+
+    source: Source
+    patch_size: int
+
+    def __call__(self, index: int) -> dict[str, np.ndarray]:
+        record = self.source.records[int(index)]
+        x_ND = patchify(scale(record["image"], self.source.levels), self.patch_size)
+        return {"x": x_ND, "label": np.int32(record["label"]), "index": np.int32(index)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadMasked:
+    """Position in the padded split -> its example with a mask; positions past the end repeat record 0 with mask 0."""
+
+    read: _ReadTokens
+
+    def __call__(self, position: int) -> dict[str, np.ndarray]:
+        real = position < len(self.read.source.records)
+        return {**self.read(position if real else 0), "mask": np.float32(real)}
+
+
+class TrainIterator:
+    """Endless iterator over this process's share of the training batches; made by `train_iterator`.
+
+    Each item is {"x": [b, N, D] float32 in [-1, 1], "label": [b] int32 (-1: none), "index": [b] int32}. An error is final: the state
+    stays that of the last good batch, and every later `next` raises the same error.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        self._iterator = iterator
+        self._error = None
+        # Left to the end of the interpreter, a grain iterator prints errors from a half torn down module: closed and dropped before.
+        self._finalizer = weakref.finalize(self, _close, vars(self))
+
+    def __iter__(self) -> "TrainIterator":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        # Left alone, grain would go on with the batch after the failed one, and its state would fall one batch behind the data.
+        if self._error is not None:
+            raise self._error
+        try:
+            batch = next(self._iterator)
+        except Exception as error:
+            self._error = error
+            raise
+        # Batches of worker processes lie in shared memory that is unmapped with the array, under the feet of anyone who aliases it.
+        return {key: np.array(value) for key, value in batch.items()}
+
+    def get_state(self) -> dict[str, int]:
+        """The position in the data as a JSON-able dict, the same in every process and for any number of processes and workers."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Moves to a state of `get_state`, taken from an iterator over the same source and seed."""
+        self._error = None
+        self._iterator.set_state(state)
+
+    def close(self) -> None:
+        """Ends the threads and worker processes. May be called twice; no other call may follow."""
+        self._finalizer()
+
+
+def _close(attributes: dict) -> None:
+    attributes.pop("_iterator").close()
+
+
+def train_iterator(
+    source: Source,
+    patch_size: int,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> TrainIterator:
+    """This process's share of endless training batches, reshuffled every epoch.
+
+    The records of step s over all processes are the same for any number of processes and workers, but not the row each one lies in: key
+    per-example noise by "index". An epoch ends wherever it ends inside a batch, so a batch may be larger than the source.
+
+    Args:
+      batch_size: global, B.
+      workers: reading processes beside this one; 0 reads in threads. More than 0 needs parsed absl flags and a guarded __main__.
+      process_index, process_count: this process among those that share a batch; by default jax's.
+    Raises:
+      UserError: the patch does not divide the image, or the processes do not divide the batch. While iterating: a record that cannot be
+        read, with the same message whether a thread or a worker process read it.
+    """
+    spec(source, patch_size)
+    process_index, process_count = _share(batch_size, process_index, process_count)
+    # A range of indices as the data set, read by the map: grain's own sources would not tell an example its record index.
+    dataset = grain.MapDataset.range(len(source.records)).seed(seed).shuffle().repeat().map(_ReadTokens(source, patch_size))
+    elastic = grain.experimental.ElasticIterator(
+        dataset,
+        batch_size,
+        grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count, drop_remainder=True),
+        read_options=_READ_OPTIONS,
+        multiprocessing_options=grain.multiprocessing.MultiprocessingOptions(num_workers=workers) if workers else None,
+    )
+    return TrainIterator(iter(elastic))
+
+
+def evaluation_batches(
+    source: Source,
+    patch_size: int,
+    batch_size: int,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    start: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's share of every record, exactly once and in order; the training batches' keys and "mask": [b] float32.
+
+    Global batch k holds the records from k * batch_size on, process p the p-th contiguous share of it, so that shares concatenated by
+    process are in record order. The last batch is padded with record 0 at mask 0; every process gets the same number of batches.
+
+    Args:
+      batch_size: global, B.
+      process_index, process_count: this process among those that share a batch; by default jax's.
+      start: the number of global batches to skip, for an evaluation that resumes.
+    Raises:
+      UserError: as `train_iterator`.
+    """
+    spec(source, patch_size)
+    process_index, process_count = _share(batch_size, process_index, process_count)
+    share = batch_size // process_count
+    batches = -(-len(source.records) // batch_size)
+    positions = np.arange(batches * batch_size).reshape(batches, process_count, share)[start:, process_index].ravel()
+    dataset = grain.MapDataset.source(positions).map(_ReadMasked(_ReadTokens(source, patch_size))).batch(share)
+    return _closing(iter(dataset.to_iter_dataset(_READ_OPTIONS)))
+
+
+def _closing(iterator: grain.DatasetIterator) -> Iterator:
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def _share(batch_size: int, process_index: int | None, process_count: int | None) -> tuple[int, int]:
+    """The process's number and their count, jax's where not given. UserError if the processes do not divide the batch."""
+    if process_count is None:
+        import jax
+
+        process_index, process_count = jax.process_index(), jax.process_count()
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes that share it")
+    return process_index, process_count

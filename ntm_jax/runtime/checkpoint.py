@@ -1,0 +1,298 @@
+"""Checkpoints: the train state and the data iterator's state, saved as one unit in workdir/checkpoints by orbax, with a checksum for
+every array, because orbax loads a flipped bit without a word. Nothing is pickled: arrays are zarr, all else is JSON."""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import math
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from ntm_jax.errors import UserError
+
+DATA_NAME = "<data>"  # the data iterator's entry among the checksums; no array path has angle brackets
+STREAMS = (0x9E3779B9, 0x7F4A7C15)  # seeds of the two 32-bit sums
+
+
+def checksums(tree) -> dict[str, str]:
+    """64-bit sums of every array's bits and where they stand: {"path/of/array": 16 hex digits}.
+
+    They are computed on the devices that hold the arrays, and are the same under any sharding on any number of devices and processes.
+    Every process calls it alike. Any dtype of 8, 16, 32 or 64 bits (complex numbers excepted), any shape, any size.
+    """
+    sums = jax.device_get({name: _sums(leaf) for name, leaf in _named_leaves(tree).items()})  # all dispatched before any is read
+    return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in sums.items()}
+
+
+@jax.jit  # an array at a time: compiled once a shape, where one program for a tree of 240 arrays took 6 s to compile
+def _sums(x):
+    # Scalars, not one stacked array: a scalar is replicated on its mesh, so every process can read it.
+    return tuple(_positioned_sum(x, seed) for seed in STREAMS)
+
+
+def _positioned_sum(x, seed):
+    """Sum mod 2^32 of mix(bits ^ place) over the elements. Unsigned addition wraps exactly, so the order of summing does not show.
+
+    mix is a bijection, so one changed element always shows. It must come after the bits have met their place: with the linear
+    bits * odd(place), flips of the top bit (two signs exchanged) would cancel in every stream.
+    """
+    bits = _bits(x)
+    place = jnp.full((1,) * bits.ndim, seed, jnp.uint32)
+    for axis, size in enumerate(bits.shape):  # hashed axis by axis: a flat index would overflow beyond 2^32 elements
+        along = jax.lax.broadcasted_iota(jnp.uint32, tuple(size if a == axis else 1 for a in range(bits.ndim)), axis)
+        place = place + _mix(along + _mix(jnp.uint32((seed + axis) % 2**32)))
+    return jnp.sum(_mix(bits ^ place), dtype=jnp.uint32)
+
+
+def _bits(x):
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    width = min(x.dtype.itemsize, 4)  # a 64-bit element becomes two words on a new last axis
+    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width]).astype(jnp.uint32)
+
+
+def _mix(x):
+    """MurmurHash3's 32-bit finalizer."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _named_leaves(tree) -> dict:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _data_checksum(data_state) -> str:
+    return hashlib.sha256(json.dumps(data_state, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _best_step(checkpoints) -> int | None:
+    """The step with the lowest metrics["bound"]; saves without a finite one do not take part."""
+    bounds = {c.step: (c.metrics or {}).get("bound", math.nan) for c in checkpoints}
+    finite = {step: bound for step, bound in bounds.items() if math.isfinite(bound)}
+    return min(finite, key=finite.get) if finite else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Retention:
+    """Orbax's preservation policy: the last few, the best, and every so many steps."""
+
+    last: int
+    every: int
+
+    def should_preserve(self, checkpoints, *, context):
+        kept = {c.step for c in checkpoints[-self.last :]} | {_best_step(checkpoints)}
+        return [c.step in kept or (self.every > 0 and c.step % self.every == 0) for c in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process of a multi-process job makes one and calls its methods alike.
+
+    Opening it to read changes nothing on disk: evaluation can run beside training. The first save makes the folder, and clears
+    away the temporary folders that a killed run left.
+
+    Args:
+      workdir: a local folder or an object-storage address.
+      keep_last: this many of the latest steps are kept, and the step with the lowest metrics["bound"] as well.
+      keep_every: steps that are multiples of this are kept for good; 0 keeps none.
+
+    Raises:
+      UserError: the folder is there and cannot be listed.
+    """
+
+    def __init__(self, workdir, keep_last: int = 3, keep_every: int = 0):
+        if keep_last < 1:
+            raise UserError(f"keep_last is {keep_last}: keep at least 1 checkpoint")
+        path = epath.Path(workdir)
+        # Orbax wants an absolute path, and resolving an address of object storage would make it a local one.
+        self.directory = (path if "://" in str(path) else path.expanduser().resolve()) / "checkpoints"
+        self._retention = _Retention(keep_last, keep_every)
+        # Bound by name: left to itself orbax would take a dictionary of numbers for a tree of arrays.
+        registry = ocp.handlers.local_registry()
+        for name in ("data", "checksums"):
+            registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+        self._context = ocp.Context()
+        self._context.checkpointables.registry = registry
+        self._partial = ocp.Context(self._context)
+        self._partial.pytree.loading.partial_load = True
+        self._writes = False
+        # One process decides for all: another may be so far ahead that it has made the folder since.
+        exists = multihost_utils.broadcast_one_to_all(self.directory.exists())
+        self._manager = self._open(clean=False) if exists else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def save(self, step: int, state, data_state: dict, metrics: dict[str, float] | None = None) -> bool:
+        """Starts saving and returns when the arrays have been copied, so that the caller may donate them. The rest is asynchronous:
+        an error of it is raised by the next save, wait or close. A save still under way is waited for.
+
+        A step that is already saved is left as it is.
+
+        Args:
+          step: the number of steps taken.
+          state: pytree of jax arrays.
+          data_state: the data iterator's state, JSON.
+          metrics: "bound" is what the best checkpoint is chosen by.
+
+        Returns:
+          Whether a save was started: False if the step is already saved.
+        """
+        if not self._writes:
+            self.close()
+            self._manager, self._writes = self._open(clean=True), True
+        if step in self.steps():
+            return False
+        sums = {**checksums(state), DATA_NAME: _data_checksum(data_state)}
+        unit = {"state": state, "data": data_state, "checksums": sums}
+        metrics = {name: float(value) for name, value in metrics.items()} if metrics else None
+        self._manager.save_checkpointables_async(step, unit, force=True, metrics=metrics)
+        return True
+
+    def steps(self) -> list[int]:
+        """The steps saved, ascending, one still being saved included."""
+        return [c.step for c in self._manager.checkpoints] if self._manager else []
+
+    def latest(self) -> int | None:
+        """The last step saved, if any."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the lowest metrics["bound"], if any step was saved with one."""
+        return _best_step(self._manager.checkpoints) if self._manager else None
+
+    def restore(self, abstract_state, step: int | None = None):
+        """Loads a checkpoint and verifies it.
+
+        Args:
+          abstract_state: the state's tree of jax.ShapeDtypeStruct, each with the sharding its array is to have.
+          step: the latest if None.
+
+        Returns:
+          (step, state, data_state).
+
+        Raises:
+          UserError: no such step; another model's checkpoint (a missing or extra array, another shape or dtype); a damaged one.
+        """
+        step = self._existing(step)
+        unit = self._load(step, {"state": abstract_state, "data": None}, self._context, whole=True)
+        return step, unit["state"], unit["data"]
+
+    def restore_subtree(self, step: int | None, abstract_subtree):
+        """Loads only some of the state's top-level entries, such as {"ema": ...}, verified. Arguments and errors as of `restore`.
+
+        Returns:
+          The arrays, in the structure of `abstract_subtree`.
+        """
+        return self._load(self._existing(step), {"state": abstract_subtree}, self._partial, whole=False)["state"]
+
+    def wait(self) -> None:
+        """Returns when the save under way is committed."""
+        if self._manager:
+            self._manager.wait()
+
+    def close(self) -> None:
+        """Waits for the save under way and lets go of orbax's threads."""
+        if self._manager:
+            self._manager.close()
+        self._manager, self._writes = None, False
+
+    def _open(self, clean: bool):
+        try:
+            return ocp.training.Checkpointer(
+                self.directory, context=self._context, preservation_policy=self._retention, cleanup_tmp_directories=clean
+            )
+        except Exception as error:
+            raise UserError(f"the checkpoints in {self.directory} cannot be listed: {_first_line(error)}") from error
+
+    def _existing(self, step):
+        self.wait()
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"there is no checkpoint in {self.directory}: give the --workdir of a run that has saved one")
+        if step is not None and step not in steps:
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}: it has {', '.join(map(str, steps))}")
+        return steps[-1] if step is None else step
+
+    def _load(self, step, abstract_unit, context, whole):
+        path = self.directory / str(step)
+        with _abandoned_reads_unreported():
+            try:
+                with context:
+                    stored = ocp.checkpointables_metadata(path).metadata["state"]
+                    if stored is None:  # orbax has logged why, and goes on
+                        raise ValueError("its metadata are damaged")
+                    self._refuse_another_model(step, _named_leaves(stored), _named_leaves(abstract_unit["state"]), whole)
+                    unit = ocp.load_checkpointables(path, {**abstract_unit, "checksums": None})
+                    saved = dict(unit["checksums"])
+            except (UserError, jax.errors.JaxRuntimeError):  # the second is a device's failure, such as running out of memory
+                raise
+            except Exception as error:  # tensorstore and orbax raise many kinds for a file that is missing, cut short or garbled
+                unit, failure = None, _first_line(error)
+            if unit is None:
+                gc.collect()
+        if unit is None:
+            raise self._damaged(step, f"it cannot be read ({failure})")
+        found = checksums(unit["state"])
+        if "data" in unit:
+            found[DATA_NAME] = _data_checksum(unit["data"])
+        for name, value in found.items():
+            if saved.get(name) != value:
+                raise self._damaged(step, f"{name} has checksum {value}, saved with {saved.get(name)}")
+        return unit
+
+    def _refuse_another_model(self, step, stored, expected, whole):
+        if not whole:
+            tops = {name.split("/")[0] for name in expected}
+            stored = {name: leaf for name, leaf in stored.items() if name.split("/")[0] in tops}
+        for name in [*expected, *(set(stored) - set(expected))]:
+            there, here = (_describe(leaves.get(name)) for leaves in (stored, expected))
+            if there != here:
+                raise UserError(
+                    f"checkpoint step {step} in {self.directory} is of another model: array {name} is {there} in the checkpoint, "
+                    f"{here} in this model; use the configuration it was trained with, or another --workdir"
+                )
+
+    def _damaged(self, step, what):
+        earlier = [s for s in self.steps() if s < step]
+        mend = f"resume from step {earlier[-1]} by removing" if earlier else "there is no earlier step: start over by removing"
+        return UserError(f"checkpoint step {step} is damaged: {what}; {mend} {self.directory / str(step)}")
+
+
+def _describe(leaf) -> str:
+    return "absent" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+@contextlib.contextmanager
+def _abandoned_reads_unreported():
+    """After one failed read orbax logs a page and abandons the other reads, and Python reports each of them: we say it in one line."""
+    before = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    for name in before:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+            yield
+    finally:
+        sys.unraisablehook = hook
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _first_line(error) -> str:
+    while error.__cause__:  # the file system's own words, beneath orbax's
+        error = error.__cause__
+    line = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:200]}"

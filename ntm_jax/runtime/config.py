@@ -1,0 +1,244 @@
+"""From an experiment's ConfigDict to frozen dataclasses, checked: below this file no ConfigDict is seen.
+
+A section's keys are all given, none is unknown, and each has the type stated here; a violation is a UserError of one line.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+
+from etils import epath
+
+from ntm_jax.core import trajectory
+from ntm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    source: str  # digits, mnist_5k, tfds:NAME, folder:PATH
+    split: str  # with a slice if wished: train, train[:1350]
+    batch_size: int  # global
+    patch_size: int
+    image_size: int  # 0: as stored
+    workers: int  # 0: read in the training process
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    schedule: str  # linear, shifted
+    shift: float | None  # of the shifted schedule; None: from the number of tokens
+    steps: tuple[int, ...]  # the numbers of steps T that are trained together
+    t_min: float  # evaluation and sampling
+    t_min_range: tuple[float, float]  # training, uniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    width: int
+    head_size: int
+    kv_heads: int
+    mlp_ratio: int
+    positions: str  # learned, rotary
+    transporter_width: int
+    transporter_blocks: int  # 0: no transporter, Gaussian denoising
+    transporter_layers: int
+    predictor_layers: int
+    head: str  # direct, preconditioned
+    log_scale_bound: float
+    data_std: float
+    condition: str  # none, class
+    dtype: str  # float32, bfloat16
+    remat: str  # none, full, dots
+    scan: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    objective: str  # end_to_end, pairwise
+    steps: int
+    save_every: int
+    evaluate_every: int
+    log_every: int
+    keep: int  # keeps every Nth step's checkpoint beside the last three and the best; 0: none
+    condition_dropout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float
+    floor: float
+    warmup_steps: int
+    weight_decay: float
+    clip: float
+    ema_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int  # -1: what the devices leave
+    fsdp: int
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    split: str
+    trajectories: int  # an example, for the importance-weighted bound
+    batch_size: int
+    images: int  # samples scored for class accuracy; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    num: int
+    steps: int
+    guidance: float
+    decoder: str  # inverse, score
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. `raw` holds the same as plain JSON values, as written to workdir/config.json."""
+
+    seed: int
+    data: Data
+    trajectory: Trajectory
+    model: Model
+    train: Train
+    optimizer: Optimizer
+    mesh: Mesh
+    evaluate: Evaluate
+    sample: Sample
+
+    @property
+    def raw(self) -> dict:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def shift(self, tokens: int) -> float:
+        """The schedule's shift m for a sequence of `tokens` tokens."""
+        return trajectory.default_shift(tokens) if self.trajectory.shift is None else self.trajectory.shift
+
+
+RESUMABLE = ("mesh.", "data.workers", "train.steps", "train.save_every", "train.evaluate_every", "train.log_every", "train.keep",
+             "evaluate.", "sample.")  # what a resumed run may change
+CHOICES = {
+    "trajectory.schedule": ("linear", "shifted"), "model.positions": ("learned", "rotary"), "model.head": ("direct", "preconditioned"),
+    "model.condition": ("none", "class"), "model.dtype": ("float32", "bfloat16"), "model.remat": ("none", "full", "dots"),
+    "train.objective": ("end_to_end", "pairwise"), "sample.decoder": ("inverse", "score"),
+}
+NON_NEGATIVE = ("model.transporter_blocks", "train.keep", "train.condition_dropout", "optimizer.floor", "optimizer.warmup_steps",
+                "optimizer.weight_decay", "optimizer.ema_decay", "data.image_size", "data.workers", "evaluate.images", "sample.guidance",
+                "seed", "trajectory.t_min", "trajectory.shift", "sample.num", "train.evaluate_every")
+ANY_SIGN = ("trajectory.shift", "mesh.data")
+
+
+def read(config) -> Config:
+    """A ConfigDict or a plain dict -> Config. Raises UserError naming the key, what was found and what was expected."""
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    result = _section(Config, values, "")
+    for key, value in flatten(result.raw).items():
+        if key in CHOICES and value not in CHOICES[key]:
+            raise UserError(f"config.{key} is {value!r}: expected one of {', '.join(CHOICES[key])}")
+        low = 0 if key in NON_NEGATIVE else None if key in ANY_SIGN else 1e-12
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and low is not None and number < low:
+                raise UserError(f"config.{key} is {number}: expected {'a number that is not negative' if low == 0 else 'more than 0'}")
+    _check_levels(result)
+    if result.train.condition_dropout >= 1 or (result.train.condition_dropout and result.model.condition == "none"):
+        raise UserError(f"config.train.condition_dropout is {result.train.condition_dropout}: expected less than 1, and 0 where "
+                        "config.model.condition is none")
+    if result.sample.guidance and not result.train.condition_dropout:
+        raise UserError("config.sample.guidance needs a model trained with condition dropout: set config.train.condition_dropout to 0.1")
+    return result
+
+
+def _check_levels(config: Config) -> None:
+    c = config.trajectory
+    low, high = c.t_min_range
+    if not c.steps:
+        raise UserError("config.trajectory.steps is empty: give the numbers of steps, such as (4,)")
+    if not 0 <= low <= high < 1 or not 0 < c.t_min < 1:
+        raise UserError(f"config.trajectory.t_min_range is {low, high} and t_min {c.t_min}: expected 0 <= lo <= hi < 1 and 0 < t_min < 1")
+    if config.model.head != "direct" and low < 1e-3:
+        raise UserError(f"config.trajectory.t_min_range starts at {low}: the {config.model.head} head's scale vanishes with t_min, so lo must "
+                        "be at least 0.001 (or take config.model.head=direct)")
+    if c.schedule == "shifted" and c.shift is not None:  # with m from the number of tokens s_1 exceeds 1/T
+        first = float(trajectory.level(1, max(c.steps), low, c.schedule, c.shift))
+        if high >= first or c.t_min >= first:
+            raise UserError(f"config.trajectory.t_min_range ends at {high}, t_min is {c.t_min}: both must lie below the first level {first:.4f} "
+                            f"of {max(c.steps)} steps; lower them or raise config.trajectory.shift")
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested dicts -> {"section.key": value}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _section(cls, values, prefix: str):
+    fields = typing.get_type_hints(cls)
+    for key in sorted(set(values) - set(fields)):
+        raise UserError(f"config.{prefix}{key} is not a setting; expected one of {', '.join(fields)}")
+    for key in fields:
+        if key not in values:
+            raise UserError(f"config.{prefix}{key} is missing: give it in the experiment's get_config()")
+    return cls(**{key: _value(kind, values[key], f"{prefix}{key}") for key, kind in fields.items()})
+
+
+def _value(kind, value, key: str):
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"config.{key} is {value!r}: expected a section")
+        return _section(kind, value, f"{key}.")
+    if typing.get_origin(kind) is tuple:
+        element, *rest = typing.get_args(kind)
+        if not isinstance(value, (tuple, list)) or (rest != [...] and len(value) != 1 + len(rest)):
+            raise UserError(f"config.{key} is {value!r}: expected a tuple of {_name(element)}" + ("" if rest == [...] else f", {1 + len(rest)} long"))
+        return tuple(_value(element, v, key) for v in value)
+    accepted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) and bool not in accepted or not isinstance(value, accepted):
+        raise UserError(f"config.{key} is {value!r}, of type {type(value).__name__}: expected {_name(kind)}")
+    return value
+
+
+def _name(kind) -> str:
+    return str(kind) if isinstance(kind, types.UnionType) else kind.__name__
+
+
+def claim(workdir: str, config: Config) -> list[str]:
+    """Makes the workdir this run's, or finds that it holds a run of this configuration; returns what was changed since, a line each.
+
+    Raises UserError, nothing written, where the workdir holds a run that differs in more than a resume may change.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        if (epath.Path(workdir) / "checkpoints").exists():
+            raise UserError(f"{workdir} holds checkpoints but no config.json: expected a run's folder or a new one; give another --workdir")
+        return []
+    before, now = flatten(json.loads(path.read_text())), flatten(config.raw)
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+    for key in changed:
+        if not key.startswith(RESUMABLE):
+            raise UserError(f"{workdir} holds a run with config.{key} = {before.get(key)!r}, and this one has {now.get(key)!r}: give another "
+                            "--workdir to start anew, or that value to resume")
+    return [f"config.{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+
+
+def write(workdir: str, config: Config) -> None:
+    """Writes workdir/config.json."""
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n")
+
+
+def load(workdir: str) -> Config:
+    """The configuration of the run in a workdir. Raises UserError where there is none."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run (no config.json there): give the --workdir that launch/train.py was given")
+    return read(json.loads(path.read_text()))

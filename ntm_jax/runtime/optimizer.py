@@ -1,0 +1,26 @@
+"""AdamW with warm-up and cosine decay, clipping by global norm, and the exponential moving average of the parameters (method, section 5)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def schedule(config, steps: int):
+    """Learning rate by step: linear warm-up to config.learning_rate, then cosine to config.floor at `steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1), end_value=config.floor)
+
+
+def make(config, steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW(0.9, 0.95)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(schedule(config, steps), b1=0.9, b2=0.95, weight_decay=config.weight_decay),
+    )
+
+
+def update_ema(ema, params, step, decay: float):
+    """The average after step `step` (from 0), with the decay warmed up as min(decay, (1 + n) / (10 + n))."""
+    n = step.astype(jnp.float32)
+    warmed = jnp.minimum(decay, (1 + n) / (10 + n))
+    return jax.tree.map(lambda average, value: warmed * average + (1 - warmed) * value, ema, params)

@@ -1,0 +1,95 @@
+"""The mesh, and the one map from logical axis names to its axes.
+
+jax.jit with NamedShardings over a mesh of ("data", "fsdp", "tensor"): batches are split over data and fsdp, parameters over fsdp and tensor.
+"""
+
+import contextlib
+import math
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ntm_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("tokens", None),
+    ("embed_activation", None),
+    ("embed", "fsdp"),
+    ("embed_out", "tensor"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("layers", None),
+)
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(config, devices=None) -> jax.sharding.Mesh:
+    """A mesh of config.data x config.fsdp x config.tensor devices, one of them -1 for what is left. UserError if they do not multiply."""
+    devices = jax.devices() if devices is None else devices
+    shape = [getattr(config, axis) for axis in AXES]
+    if shape.count(-1) == 1:
+        known = math.prod(size for size in shape if size != -1)
+        shape[shape.index(-1)] = len(devices) // known if known else 0
+    if min(shape) < 1 or math.prod(shape) != len(devices):
+        sizes = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
+        raise UserError(f"config.mesh is {sizes}: expected a product of {len(devices)}, the number of devices; set one of them to -1")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh):
+    """While a program is traced and run: the mesh and the rules that logical constraints in core refer to."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def replicated(mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh) -> NamedSharding:
+    """Split over examples, the leading axis."""
+    return NamedSharding(mesh, BATCH)
+
+
+def batch_shards(mesh) -> int:
+    """How many parts a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def shardings(abstract, mesh):
+    """Shardings of a tree of abstract arrays, boxed by their logical names where core named them; unnamed ones are replicated.
+
+    Raises UserError where an array does not divide over its mesh axes, or two of its dimensions would lie on one axis.
+    """
+    tree = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+    arrays = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract))[0]
+    for (path, array), sharding in zip(arrays, jax.tree.leaves(tree), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        used = [axis for entry in sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
+        if len(used) != len(set(used)):
+            raise UserError(f"the rules put two dimensions of {name} on one mesh axis: {sharding.spec}")
+        for size, entry in zip(array.shape, sharding.spec, strict=False):
+            parts = math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+            if size % parts:
+                raise UserError(f"{name} has a dimension of {size}, which does not divide over the mesh axis {entry} of {parts}: change "
+                                f"config.mesh or the model's sizes")
+    return tree
+
+
+def to_global(batch: dict, mesh) -> dict:
+    """This process's share of a batch, dict of NumPy arrays [b, ...] -> global arrays split over the mesh's examples."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def to_host(tree):
+    """Arrays, sharded over processes or not -> NumPy arrays, whole, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,91 @@
+"""The model of a configuration and its training state, born sharded; and both read back from a run."""
+
+import dataclasses
+import zlib
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ntm_jax.core import trajectory
+from ntm_jax.core.layers import plain_attention
+from ntm_jax.core.model import NTM, ModelConfig
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import optimizer, sharding
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.config import Config
+
+
+@flax.struct.dataclass
+class State:
+    """All that a step changes."""
+
+    step: jax.Array  # int32 []
+    params: dict
+    opt_state: optax.OptState
+    ema: dict
+
+
+def make_model(config: Config, spec: DataSpec) -> NTM:
+    """The model of a configuration for data of a shape; UserError where they do not fit."""
+    m = dataclasses.asdict(config.model)
+    condition, dtype = m.pop("condition"), jnp.dtype(m.pop("dtype"))
+    if condition == "class" and not spec.num_classes:
+        raise UserError(f"config.model.condition is class, and {config.data.source} has no labels: set it to none")
+    rows, columns = (size // spec.patch_size for size in spec.image_shape[:2])
+    try:
+        model_config = ModelConfig(
+            **m, grid=(rows, columns), dim=spec.dim, num_classes=spec.num_classes if condition == "class" else 0,
+            steps=config.trajectory.steps, dtype=dtype, transporter_dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"config.{error}") from None
+    return NTM(model_config, plain_attention)
+
+
+def exact(model: NTM) -> NTM:
+    """The same model with its transporter in float32: for reported likelihoods and exact inverses."""
+    return model.clone(config=model.config.exact())
+
+
+def levels(config: Config, model: NTM, steps: int, t_min):
+    """Noise levels [B, steps + 1] of trajectories that start at t_min [B]."""
+    return trajectory.levels(steps, t_min, config.trajectory.schedule, config.shift(model.config.tokens))
+
+
+def _initial(config: Config, model: NTM, key):
+    c, steps = model.config, config.trajectory.steps[0]
+    inputs = jnp.zeros((1, steps + 1, c.tokens, c.dim)), levels(config, model, steps, jnp.full(1, config.trajectory.t_min))
+    params = model.init(key, *inputs, jnp.full(1, steps), jnp.zeros(1, jnp.int32))
+    opt_state = optimizer.make(config.optimizer, config.train.steps).init(params)
+    return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
+
+
+def abstract(config: Config, model: NTM, mesh) -> State:
+    """The state's shapes with their shardings: nothing is computed."""
+    boxed = jax.eval_shape(lambda: _initial(config, model, jax.random.key(0)))
+    tree = sharding.shardings(boxed, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), nn.unbox(boxed), tree)
+
+
+def initialize(config: Config, model: NTM, mesh) -> State:
+    """A new state, each array made on the devices that hold it; the same numbers on any mesh."""
+    out = jax.tree.map(lambda a: a.sharding, abstract(config, model, mesh))
+    with sharding.use(mesh):
+        return jax.jit(lambda key: nn.unbox(_initial(config, model, key)), out_shardings=out)(jax.random.key(config.seed))
+
+
+def restore_params(workdir: str, config: Config, model: NTM, mesh, step: int | None = None, raw: bool = False):
+    """(step, parameters) of a run: its EMA, or the raw ones; the latest checkpoint unless `step` names another."""
+    which = "params" if raw else "ema"
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        return step, checkpoints.restore_subtree(step, {which: getattr(abstract(config, model, mesh), which)})[which]
+
+
+def example_keys(root, name: str, index):
+    """Keys [B] for the draws called `name` of the examples `index` [B], under root."""
+    named = jax.random.fold_in(root, zlib.crc32(name.encode()))
+    return jax.vmap(lambda i: jax.random.fold_in(named, i))(index)

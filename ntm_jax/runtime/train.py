@@ -1,0 +1,261 @@
+"""The training step and the loop around it: evaluate, save, next batch, step. A resumed run continues bit for bit."""
+
+import contextlib
+import functools
+import math
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from ntm_jax.core import trajectory
+from ntm_jax.core.model import NTM
+from ntm_jax.data import pipeline, sources
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import config as configuration
+from ntm_jax.runtime import evaluate, generate, optimizer, plots, sharding, state
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.metrics import Writer
+
+
+def _draws(config: Config, model: NTM, root, batch):
+    """Per-example keys for the noise, t_min [B], and labels [B] with some dropped to the null class: keyed by record."""
+    index, label = batch["index"], batch["label"]
+    t_min = jax.vmap(lambda key: jax.random.uniform(key, (), minval=config.trajectory.t_min_range[0], maxval=config.trajectory.t_min_range[1]))(
+        state.example_keys(root, "t_min", index))
+    if config.train.condition_dropout:
+        drop = jax.vmap(lambda key: jax.random.bernoulli(key, config.train.condition_dropout))(state.example_keys(root, "dropout", index))
+        label = jnp.where(drop, model.config.num_classes, label)
+    return state.example_keys(root, "noise", index), t_min, label
+
+
+def end_to_end(config: Config, model: NTM, params, root, batch, steps: int):
+    """Terms [B, T] of all T factors of one trajectory an example (algorithm 1); steps is T."""
+    x = batch["x"]
+    keys, t_min, label = _draws(config, model, root, batch)
+    t = state.levels(config, model, steps, t_min)
+    xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (steps + 1, *x.shape[1:])))
+    return model.apply(params, xs, t, jnp.full(len(x), steps), label)
+
+
+def pairwise(config: Config, model: NTM, params, root, batch, steps: int):
+    """Terms [B, 1] of one random consecutive pair an example, of a number of steps drawn per example; the argument steps is unused."""
+    del steps
+    x, index = batch["x"], batch["index"]
+    keys, t_min, label = _draws(config, model, root, batch)
+
+    def draw(name, high):
+        return jax.vmap(lambda key, h: jax.random.randint(key, (), 0, h))(state.example_keys(root, name, index), high)
+
+    steps = jnp.asarray(config.trajectory.steps)[draw("steps", jnp.full(len(x), len(config.trajectory.steps)))]
+    k = draw("pair", steps)
+    s, t = (trajectory.level(k + i, steps, t_min, config.trajectory.schedule, config.shift(model.config.tokens)) for i in (0, 1))
+    noise = trajectory.example_noise(keys, (2, *x.shape[1:]))
+    xs = trajectory.simulate(x, jnp.stack([s, t], 1), noise)
+    terms = model.apply(params, xs[:, 0], xs[:, 1], s, t, k + 1 == steps, steps, label, method=NTM.pair)
+    return jax.tree.map(lambda a: a[:, None] if jnp.ndim(a) else a, terms)
+
+
+OBJECTIVES = {"end_to_end": end_to_end, "pairwise": pairwise}
+
+
+def make_step(config: Config, model: NTM):
+    """The training step (state, batch, steps) -> (state, metrics), steps static: jitted, the state donated.
+
+    metrics: loss in nats per dimension without the constant (eq. 3.4), grad_norm, and each term's mean by level in nats per dimension, [T].
+    """
+    objective, update = OBJECTIVES[config.train.objective], optimizer.make(config.optimizer, config.train.steps)
+    dimensions = model.config.tokens * model.config.dim
+
+    def loss(params, root, batch, steps):
+        terms = objective(config, model, params, root, batch, steps)
+        means = {name: jnp.mean(getattr(terms, name), 0) / dimensions for name in ("log_det", "log_scale", "quadratic")}
+        return jnp.mean(means["quadratic"] + means["log_scale"] - means["log_det"]), means
+
+    @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0)
+    def step(current: state.State, batch, steps: int):
+        root = jax.random.fold_in(jax.random.key(config.seed), current.step)
+        (value, means), gradient = jax.value_and_grad(loss, has_aux=True)(current.params, root, batch, steps)
+        updates, opt_state = update.update(gradient, current.opt_state, current.params)
+        params = optax.apply_updates(current.params, updates)
+        ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
+        return state.State(current.step + 1, params, opt_state, ema), {"loss": value, "grad_norm": optax.global_norm(gradient)} | means
+
+    return step
+
+
+def steps_of(config: Config, step: int) -> int:
+    """The number of levels T of an end-to-end step, drawn on the host from the seed and the step: shapes are static."""
+    choices = config.trajectory.steps
+    return choices[0] if len(choices) == 1 else int(np.random.default_rng((config.seed, step)).choice(choices))
+
+
+def check(metrics: dict, step: int) -> dict:
+    """A step's metrics on the host, as scalars to log; UserError if one is not finite, naming the step, the level and the term."""
+    scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
+    if not all(map(math.isfinite, scalars.values())):
+        bad = [f"{term} at level {k}" for term in ("log_det", "log_scale", "quadratic") for k, v in enumerate(metrics[term]) if not np.isfinite(v)]
+        raise UserError(f"step {step}: {bad[0] if bad else 'the gradient, every term being finite,'} is not a finite number, so the run stopped; "
+                        "the last checkpoint is untouched. Lower config.optimizer.learning_rate or clip, or raise config.trajectory.t_min_range")
+    return scalars | {f"nll/level_{k}": float(v) for k, v in enumerate(nll)}
+
+
+class _Stop:
+    """Whether SIGTERM or Ctrl-C asked the run to stop; a second one is not caught."""
+
+    def __init__(self):
+        self.asked = False
+        self._before = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # not the main thread: the caller keeps its signals
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config, workdir: str, progress: bool = True, until: int | None = None) -> dict | None:
+    """Trains in workdir, resuming what it holds, and ends with the held-out evaluation and pictures; returns the evaluation.
+
+    until: stops there as a preemption would, saving; the schedule stays that of config.train.steps. Returns None when stopped early.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    shards = sharding.batch_shards(mesh)
+    if config.data.batch_size % shards:
+        raise UserError(f"config.data.batch_size is {config.data.batch_size}: expected a multiple of {shards}, the devices that share a batch")
+    source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
+    held_out = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)
+    spec = pipeline.spec(source, config.data.patch_size)
+    model = state.make_model(config, spec)
+    changes = configuration.claim(workdir, config)
+    total = config.train.steps
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=config.train.keep))
+        latest = checkpoints.latest()
+        if latest is None:
+            current = state.initialize(config, model, mesh)
+            start, data_state = 0, None
+        else:
+            start, current, data_state = checkpoints.restore(state.abstract(config, model, mesh))
+        if start > total:
+            raise UserError(f"{workdir} holds step {start}, beyond config.train.steps = {total}: raise it to go on, or evaluate that run")
+        batches = pipeline.train_iterator(source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers)
+        stack.callback(batches.close)
+        if data_state is not None:
+            batches.set_state(data_state)
+        configuration.write(workdir, config)
+        writer = stack.enter_context(Writer(workdir, total, start, quiet=jax.process_index() > 0 or not progress))
+        parameters = sum(a.size for a in jax.tree.leaves(current.params))
+        writer.message(f"{parameters:,} parameters, {len(source.records):,} training records, mesh " +
+                       " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()) +
+                       (f", resuming {workdir} at step {start}" if latest is not None else f", in {workdir}"))
+        for change in changes:
+            writer.message(f"changed since the run began: {change}")
+        stop = stack.enter_context(_Stop())
+        current, result = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until)
+        if result is None:
+            return None
+        writer.message(f"trained to step {total}; evaluating")
+    finish(config, model, current.ema, mesh, total, spec, workdir, progress)
+    return evaluate_and_write(config, model, current.ema, mesh, total, workdir, progress)
+
+
+def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until):
+    """Steps from `start`; returns the state and whether it reached the end (None: stopped early)."""
+    total, bound = config.train.steps, None
+    step_function = make_step(config, model)
+    pending, clock = None, (time.perf_counter(), start)
+
+    def read():  # metrics of the step before, now that the next one is on its way
+        nonlocal pending
+        scalars, pending = check(jax.device_get(pending[1]), pending[0]), None
+        return scalars
+
+    for step in range(start, total + 1):
+        ending = step == total or stop.asked or step == until
+        if step > start and config.train.evaluate_every and (step % config.train.evaluate_every == 0 or step == total):
+            bound = _evaluate(config, model, current.ema, held_out, mesh, step, writer)
+        if step > start and (ending or step % config.train.save_every == 0):
+            if pending:
+                read()  # what is saved is known to be finite
+            checkpoints.save(step, current, batches.get_state(), bound)
+        bound = None
+        if ending:
+            break
+        try:
+            batch = next(batches)
+        except UserError:
+            if step > start:
+                if pending:
+                    read()
+                checkpoints.save(step, current, batches.get_state())
+            raise
+        with sharding.use(mesh):
+            current, metrics = step_function(current, sharding.to_global(batch, mesh), steps_of(config, step))
+        if pending:
+            scalars = read()
+            if step % config.train.log_every == 0:
+                now = time.perf_counter()
+                rate, clock = (step - clock[1]) / (now - clock[0]), (now, step)
+                scalars |= {"learning_rate": float(optimizer.schedule(config.optimizer, total)(step - 1)),
+                            "examples_per_second": rate * config.data.batch_size}
+                writer.write(step, scalars)
+        pending = step + 1, metrics
+        writer.advance(step + 1)
+    if step < total:
+        writer.message(f"stopped at step {step}, saved; the same command resumes")
+        return current, None
+    return current, True
+
+
+def _evaluate(config, model, ema, held_out, mesh, step, writer) -> dict:
+    """The held-out bound on the way, one trajectory a record: logged, and returned as the figure that the best checkpoint is chosen by."""
+    table = evaluate.scores(config, model, ema, held_out, mesh, trajectories=1)
+    result = evaluate.summarize(table, model, 1, held_out.levels)
+    unit = "bits_per_dim" if held_out.levels else "nats_per_dim"
+    bound = result[unit]["bound"]
+    writer.write(step, {f"evaluate/{unit}": bound["mean"]} | {f"evaluate/nll/level_{k}": v for k, v in enumerate(result["trajectory_nll"]["by_level"])})
+    writer.message(f"step {step}: held-out bound {bound['mean']:.4f} ± {bound['stderr']:.4f} {unit.replace('_per_', '/')}")
+    return {"bound": bound["mean"]}
+
+
+def finish(config, model, ema, mesh, step, spec, workdir, progress) -> None:
+    """The run's pictures: samples, denoising trajectories, the loss curve."""
+    folder = epath.Path(workdir)
+    images = np.concatenate([generate.generate(config, model, ema, spec, mesh, index) for index in generate.in_batches(config.sample.num, 500)])
+    scale = max(1, 64 // spec.image_shape[0])
+    columns = min(len(images), 10)
+    grid = plots.image_grid(generate.displayable(images, spec.levels), columns, scale)
+    shown = np.arange(min(config.sample.num, 10))
+    clean, levels = generate.generate(config, model, ema, spec, mesh, shown, trajectory=True)
+    t = np.asarray(state.levels(config, model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0, ::-1]
+    if jax.process_index() == 0:
+        plots.save_png(folder / "samples.png", grid)
+        pictures = np.concatenate([levels, clean[:, None]], 1)
+        plots.trajectory_picture(generate.displayable(pictures, spec.levels), [*t, 0.0], folder / "trajectories.png")
+        plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png")
+
+
+def evaluate_and_write(config, model, ema, mesh, step, workdir, progress) -> dict:
+    """The final table, printed and written to evaluation.json."""
+    result = evaluate.evaluate(config, model, ema, mesh, step, progress=progress)
+    if jax.process_index() == 0:
+        evaluate.write(result, epath.Path(workdir) / "evaluation.json")
+        print(evaluate.table(result), flush=True)
+    return result
+
+

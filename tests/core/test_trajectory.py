@@ -1,0 +1,205 @@
+"""The forward process against Monte Carlo, Bayes' rule, and values worked out by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.core import trajectory
+
+PAPER = [  # t, s, A, B, C of the paper's formulas (method, section 3), four decimals
+    (1.0, 0.755, 0.0, 0.2450, 0.7550),
+    (0.755, 0.51, 0.2281, 0.4341, 0.4800),
+    (0.51, 0.265, 0.1800, 0.6468, 0.2486),
+    (0.265, 0.02, 0.0043, 0.9769, 0.0200),
+]
+PAIRS = [(t, s) for t, s, *_ in PAPER] + [(0.9, 0.001), (0.3, 0.299), (1.0, 0.02)]
+
+
+def uneven_levels():
+    """Levels [B, K] of two examples, unevenly spaced."""
+    return jnp.array([[0.02, 0.3, 0.45, 0.9, 1.0], [0.1, 0.11, 0.5, 0.7, 1.0]], jnp.float32)
+
+
+def gaussian(x, mean, variance):
+    return np.exp(-0.5 * (x - mean) ** 2 / variance) / np.sqrt(2 * math.pi * variance)
+
+
+def forward_step(s, t):
+    """Coefficient and variance of x_t given x_s, from the marginals alone: x_t = a x_s + noise with variances s^2 and t^2 given x."""
+    a = (1 - t) / (1 - s)
+    return a, t**2 - a**2 * s**2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 16, 31, 100])
+@pytest.mark.parametrize(("schedule", "tokens"), [("linear", 256), ("shifted", 1), ("shifted", 16), ("shifted", 256), ("shifted", 4096)])
+def test_levels_ascend_from_t_min_to_one_exactly(steps, schedule, tokens):
+    t_min = jnp.array([1e-3, 0.01], jnp.float32)
+    t = np.asarray(trajectory.levels(steps, t_min, schedule, trajectory.default_shift(tokens)))
+    assert t.shape == (2, steps + 1)
+    assert t.dtype == np.float32
+    np.testing.assert_array_equal(t[:, 0], t_min)
+    assert (t[:, -1] == 1).all()
+    assert (np.diff(t, axis=1) > 0).all()
+
+
+def test_levels_by_hand():
+    t_min = jnp.array([0.02, 0.1])
+    # one rounding of a few float32 operations on numbers below 1: 3e-7
+    expected = [[0.02, 0.265, 0.51, 0.755, 1.0], [0.1, 0.325, 0.55, 0.775, 1.0]]
+    np.testing.assert_allclose(trajectory.levels(4, t_min, "linear", 0.0), expected, atol=3e-7)
+    # m = log 3: s_k = 3/(3 + 4/k - 1), that is 3/6, 3/4, 3/(3 + 1/3), 1
+    expected = [[0.02, 0.5, 0.75, 0.9, 1.0], [0.1, 0.5, 0.75, 0.9, 1.0]]
+    np.testing.assert_allclose(trajectory.levels(4, t_min, "shifted", math.log(3)), expected, atol=3e-7)
+
+
+@pytest.mark.parametrize(("tokens", "shift"), [(256, 0.5), (4096, 1.15), (2176, 0.825), (16, 0.459375)])
+def test_default_shift(tokens, shift):
+    assert trajectory.default_shift(tokens) == pytest.approx(shift, abs=1e-12)
+
+
+def test_level_of_each_example_matches_levels():
+    k, steps = jnp.array([0, 1, 3, 4, 8]), jnp.array([4, 4, 4, 4, 8])
+    for schedule in ("linear", "shifted"):
+        single = trajectory.level(k, steps, 0.02, schedule, 0.5)
+        expected = [trajectory.levels(int(n), jnp.array([0.02]), schedule, 0.5)[0, int(i)] for i, n in zip(k, steps, strict=True)]
+        np.testing.assert_array_equal(single, jnp.stack(expected))
+
+
+def test_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match="'cosine'"):
+        trajectory.levels(4, jnp.array([0.02]), "cosine", 0.5)
+
+
+def test_simulated_mean_and_covariance():
+    t, draws, x = uneven_levels(), 40_000, 0.8
+    rng = np.random.default_rng(0)
+    for row in t:
+        noise = jnp.asarray(rng.normal(size=(draws, t.shape[1], 1, 1)), jnp.float32)
+        xs = trajectory.simulate(jnp.full((draws, 1, 1), x), jnp.tile(row, (draws, 1)), noise)[..., 0, 0]
+        covariance = np.asarray(trajectory.covariance(row), np.float64)
+        # five standard errors of a sample mean and of a sample covariance
+        assert (np.abs(xs.mean(0) - (1 - row) * x) < 5 * row / math.sqrt(draws)).all()
+        error = np.sqrt((covariance**2 + np.outer(row**2, row**2)) / draws)
+        assert (np.abs(np.cov(xs.T) - covariance) < 5 * error).all()
+
+
+def test_simulation_is_linear_with_exactly_this_mean_and_covariance():
+    t = uneven_levels()
+
+    def simulate(x, noise):
+        return trajectory.simulate(x, t, noise)
+
+    x, noise = jnp.zeros((2, 1, 1)), jnp.zeros((2, 5, 1, 1))
+    by_x, by_noise = jax.jacfwd(simulate, (0, 1))(x, noise)
+    for i in range(2):
+        # products of a few float32 factors below 1
+        np.testing.assert_allclose(by_x[i, :, 0, 0, i, 0, 0], 1 - t[i], atol=1e-6)
+        factor = by_noise[i, :, 0, 0, i, :, 0, 0]
+        np.testing.assert_allclose(factor @ factor.T, trajectory.covariance(t)[i], atol=1e-6)
+        assert not by_x[i, ..., 1 - i, :, :].any()
+        assert not by_noise[i, ..., 1 - i, :, :, :].any()
+
+
+def test_covariance_by_formula():
+    t = np.asarray(uneven_levels()[0], np.float64)
+    low, high = np.minimum(t[:, None], t), np.maximum(t[:, None], t)
+    with np.errstate(invalid="ignore"):
+        expected = np.where(low == 1, 1.0, np.where(low == high, low**2, low**2 * (1 - high) / (1 - low)))
+    s = trajectory.covariance(uneven_levels()[0])
+    np.testing.assert_allclose(s, expected, rtol=1e-6)  # a few float32 roundings, relative
+    assert s[-1, -1] == 1
+    assert not s[:-1, -1].any()
+
+
+@pytest.mark.parametrize(("t", "s", "a", "b", "c"), PAPER)
+def test_posterior_by_the_paper(t, s, a, b, c):
+    np.testing.assert_allclose(trajectory.posterior(jnp.float32(s), jnp.float32(t)), (a, b, c), atol=5.1e-5)  # four decimals printed
+
+
+@pytest.mark.parametrize(("t", "s"), PAIRS)
+def test_posterior_by_bayes_rule_on_a_grid(t, s):
+    a, b, c = (float(v) for v in trajectory.posterior(jnp.float32(s), jnp.float32(t)))
+    x, x_t = 0.6, -0.4
+    grid = np.linspace(-9, 9, 4001) * c + a * x_t + b * x
+    step, variance = forward_step(s, t)
+    density = gaussian(grid, (1 - s) * x, s**2) * gaussian(x_t, step * grid, variance)
+    density /= density.sum()
+    mean = (density * grid).sum()
+    # the grid's sums are exact to 1e-12; A, B and C are a few float32 operations on factors below 1, and t - s loses an
+    # ulp of t, 6e-8, of .001 where the levels are closest
+    rtol = 1e-6 + 1.2e-7 / (t - s)
+    assert mean == pytest.approx(a * x_t + b * x, abs=rtol)
+    assert math.sqrt((density * (grid - mean) ** 2).sum()) == pytest.approx(c, rel=rtol)
+
+
+@pytest.mark.parametrize(("t", "s"), PAIRS)
+def test_posterior_by_joint_conditioning(t, s):
+    covariance = s * s * (1 - t) / (1 - s)  # of x_s and x_t given x
+    a = covariance / t**2
+    expected = a, (1 - s) - a * (1 - t), math.sqrt(s * s - a * covariance)
+    # as above; 1e-7 absolute where A is zero
+    np.testing.assert_allclose(
+        trajectory.posterior(jnp.float32(s), jnp.float32(t)), expected, rtol=1e-6 + 1.2e-7 / (t - s), atol=1e-7)
+
+
+def test_transitions_compose():
+    s, t, r = 0.2, 0.5, 0.8
+    (a, sig), (a_next, sig_next) = trajectory.transition(s, t), trajectory.transition(t, r)
+    composed = a * a_next, math.hypot(a_next * sig, sig_next)
+    np.testing.assert_allclose(composed, trajectory.transition(s, r), rtol=5e-7)  # a few float32 roundings
+
+
+@pytest.mark.parametrize(("t", "s"), PAIRS)
+def test_transition_keeps_the_marginals(t, s):
+    a, sig = trajectory.transition(jnp.float32(s), jnp.float32(t))
+    step, variance = forward_step(s, t)
+    rtol = 1e-6 + 1.2e-7 / (t - s)  # a few float32 roundings, and that of t - s
+    np.testing.assert_allclose((a, sig**2), (step, variance), rtol=rtol)
+
+
+def test_the_top_transition_is_pure_noise():
+    assert tuple(float(v) for v in trajectory.transition(jnp.float32(0.7), jnp.float32(1.0))) == pytest.approx((0, 1), abs=1.2e-7)
+
+
+def log_gaussian(x, mean, variance):
+    return (-0.5 * ((x - mean) ** 2 / variance + np.log(2 * math.pi * variance))).sum()
+
+
+def test_log_forward_and_start_by_closed_form():
+    rng = np.random.default_rng(2)
+    x, xs = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 2), (2, 5, 3, 2)))
+    t = uneven_levels()
+    start, forward = trajectory.log_start(xs[:, 0], x, t[:, 0]), trajectory.log_forward(xs, t)
+    assert start.shape == (2,)
+    assert forward.shape == (2, 4)
+    for i, s in enumerate(np.asarray(t, np.float64)):
+        # a float32 sum of six terms
+        assert start[i] == pytest.approx(log_gaussian(xs[i, 0].astype(float), (1 - s[0]) * x[i], s[0] ** 2), rel=2e-6)
+        for k in range(4):
+            a, variance = forward_step(s[k], s[k + 1])
+            # as above; between the levels .1 and .11 rounding takes 1e-5 of the variance
+            assert forward[i, k] == pytest.approx(log_gaussian(xs[i, k + 1].astype(float), a * xs[i, k], variance), rel=2e-5)
+
+
+def test_extend_starts_where_it_is_told_and_simulate_starts_from_the_marginal():
+    t = uneven_levels()
+    rng = np.random.default_rng(3)
+    x, noise = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 2), (2, 5, 3, 2)))
+    x_0 = trajectory.start(x, t[:, 0], noise[:, 0])
+    t_0 = np.asarray(t[:, 0])[:, None, None]
+    np.testing.assert_allclose(x_0, (1 - t_0) * x + t_0 * noise[:, 0], atol=1e-6)  # two float32 products of numbers below 4
+    xs = trajectory.extend(x_0, t, noise[:, 1:])
+    np.testing.assert_array_equal(xs[:, 0], x_0)
+    np.testing.assert_array_equal(xs, trajectory.simulate(x, t, noise))
+    np.testing.assert_allclose(xs[:, -1], noise[:, -1], atol=1e-6)  # pure noise at t = 1
+
+
+def test_noise_is_keyed_per_example():
+    keys = jax.random.split(jax.random.key(0), 3)
+    noise = trajectory.example_noise(keys, (4, 2))
+    assert noise.shape == (3, 4, 2)
+    np.testing.assert_array_equal(trajectory.example_noise(keys[1:2], (4, 2))[0], noise[1])
+    assert (noise[0] != noise[1]).all()

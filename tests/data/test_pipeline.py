@@ -1,0 +1,196 @@
+"""Batches: what an epoch covers, what a resumed run sees, what every process gets."""
+
+import dataclasses
+import json
+import multiprocessing
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from ntm_jax.data.pipeline import DataSpec, evaluation_batches, spec, train_iterator
+from ntm_jax.data.sources import open_source
+from ntm_jax.data.transforms import patchify, scale
+from ntm_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_source("digits", "test[:60]")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed_flags():
+    """Grain's worker processes read absl flags, which launch/ parses."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def train(digits):
+    """Opens train iterators over 60 digits, and closes them."""
+    opened = []
+
+    def open_one(batch_size=12, seed=0, workers=0, process_index=0, process_count=1, source=digits):
+        opened.append(train_iterator(source, 2, batch_size, seed, workers, process_index, process_count))
+        return opened[-1]
+
+    yield open_one
+    for iterator in opened:
+        iterator.close()
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def indices(batches):
+    return np.concatenate([batch["index"] for batch in batches]).tolist()
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key])
+
+
+def test_spec(digits):
+    assert spec(digits, 2) == DataSpec(image_shape=(8, 8, 1), patch_size=2, levels=17, num_classes=10, count=60)
+    assert (spec(digits, 2).tokens, spec(digits, 2).dim) == (16, 4)
+    for patch_size in (3, 0, 16):
+        with pytest.raises(UserError, match=f"data.patch_size={patch_size} does not divide the 8x8 images of digits"):
+            spec(digits, patch_size)
+    for shape in ((8, 6, 1), (6, 8, 1)):
+        with pytest.raises(UserError, match=f"does not divide the {shape[0]}x{shape[1]} images"):
+            spec(dataclasses.replace(digits, image_shape=shape), 4)
+
+
+def test_a_batch_holds_its_records(digits, train):
+    batch = next(train())
+    assert {key: (type(value), value.shape, value.dtype) for key, value in batch.items()} == {
+        "x": (np.ndarray, (12, 16, 4), np.float32),
+        "label": (np.ndarray, (12,), np.int32),
+        "index": (np.ndarray, (12,), np.int32),
+    }
+    for x, label, index in zip(batch["x"], batch["label"], batch["index"], strict=True):
+        record = digits.records[index]
+        np.testing.assert_array_equal(x, patchify(scale(record["image"], 17), 2))
+        assert label == record["label"]
+
+
+def test_every_epoch_covers_each_record_once_in_a_new_order(train):
+    batches = take(train(), 15)
+    epochs = [indices(batches[i : i + 5]) for i in (0, 5, 10)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(60))
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != list(range(60))
+    assert indices(take(train(), 5)) == epochs[0]
+    # Another seed is not this one an epoch later.
+    assert indices(take(train(seed=1), 5)) not in epochs
+
+
+def test_a_batch_may_be_larger_than_the_source(train):
+    index = next(train(batch_size=150))["index"]
+    assert sorted(index[:60]) == sorted(index[60:120]) == list(range(60))
+
+
+def test_a_resumed_iterator_goes_on_exactly(train):
+    first = train()
+    take(first, 7)
+    state = json.loads(json.dumps(first.get_state()))
+    rest = take(first, 6)
+    resumed = train()
+    take(resumed, 2)  # a state replaces what was read ahead
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    assert_equal(take(resumed, 6), rest)
+
+
+def test_a_state_moves_between_numbers_of_workers(train):
+    whole = take(train(), 11)
+    first = train()
+    assert_equal(take(first, 3), whole[:3])
+    second = train(workers=2)
+    second.set_state(first.get_state())
+    batches = take(second, 4)
+    assert len(multiprocessing.active_children()) == 2
+    assert_equal(batches, whole[3:7])
+    # Plain arrays: what grain hands over lies in shared memory that goes with it.
+    assert {type(value) for batch in batches for value in batch.values()} == {np.ndarray}
+    third = train()
+    third.set_state(second.get_state())
+    assert_equal(take(third, 4), whole[7:])
+
+
+def test_a_state_moves_between_numbers_of_processes(train):
+    whole = [sorted(batch["index"].tolist()) for batch in take(train(), 8)]
+    state, step = train().get_state(), 0
+    for process_count in (1, 2, 4, 1):
+        processes = [train(process_index=i, process_count=process_count) for i in range(process_count)]
+        for iterator in processes:
+            iterator.set_state(state)
+        for _ in range(2):
+            batches = [next(iterator) for iterator in processes]
+            assert [len(batch["x"]) for batch in batches] == [12 // process_count] * process_count
+            assert sorted(indices(batches)) == whole[step]
+            step += 1
+        assert all(iterator.get_state() == processes[0].get_state() for iterator in processes)
+        state = processes[0].get_state()
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3])
+def test_evaluation_reads_each_record_once_in_order(digits, process_count):
+    processes = [list(evaluation_batches(digits, 2, 18, i, process_count)) for i in range(process_count)]
+    assert [len(batches) for batches in processes] == [4] * process_count
+    joined = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in zip(*processes, strict=True)]
+    assert all(batch["x"].shape == (18, 16, 4) for batch in joined)
+    mask = np.concatenate([batch["mask"] for batch in joined])
+    assert mask.dtype == np.float32
+    np.testing.assert_array_equal(mask, np.arange(72) < 60)
+    assert indices(joined) == [*range(60), *[0] * 12]
+    np.testing.assert_array_equal(joined[0]["x"][7], patchify(scale(digits.records[7]["image"], 17), 2))
+    later = list(evaluation_batches(digits, 2, 18, 0, process_count, start=2))
+    assert_equal(later, processes[0][2:])
+    assert list(evaluation_batches(digits, 2, 18, 0, process_count, start=4)) == []
+
+
+def test_a_split_smaller_than_its_batch_still_gives_every_process_one(digits):
+    few = open_source("digits", "test[:2]")
+    masks = [[batch["mask"].tolist() for batch in evaluation_batches(few, 2, 6, i, 3)] for i in range(3)]
+    assert masks == [[[1, 1]], [[0, 0]], [[0, 0]]]
+
+
+def test_processes_share_a_batch_evenly(digits):
+    for open_one in (lambda: train_iterator(digits, 2, 10, 0, 0, 0, 4), lambda: evaluation_batches(digits, 2, 10, 0, 4)):
+        with pytest.raises(UserError, match="batch_size=10 must be a positive multiple of the 4 processes"):
+            open_one()
+
+
+def test_jax_tells_the_process_by_default(digits):
+    assert len(next(evaluation_batches(digits, 2, 8))["x"]) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_record_ends_the_run_with_its_own_message(tmp_path, train, workers):
+    for i in range(12):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
+    source = open_source(f"folder:{tmp_path}", "all")
+    bad = 5
+    (tmp_path / source.records.records.files[bad]).write_text("<html>")
+    iterator = train(batch_size=2, workers=workers, source=source)
+    seen = []
+    with pytest.raises(UserError) as error:
+        seen.extend(index for batch in iterator for index in batch["index"])
+    path = tmp_path / source.records.records.files[bad]
+    assert str(error.value) == f"image {path} cannot be decoded (not an image): remove it"
+    # The state is that of the last good batch, and the error stays.
+    assert iterator.get_state() == {"global_next_index": len(seen)}
+    with pytest.raises(UserError) as again:
+        next(iterator)
+    assert str(again.value) == str(error.value)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        list(evaluation_batches(source, 2, 4, 0, 1))

@@ -1,0 +1,45 @@
+"""Pixels to tokens and back."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.data.transforms import patchify, scale, unpatchify, unscale
+
+
+@pytest.mark.parametrize("levels", [17, 256])
+def test_every_level_returns_from_its_scaled_value(levels):
+    pixels = np.arange(levels, dtype=np.uint8)
+    x = scale(pixels, levels)
+    assert x.dtype == np.float32
+    assert x[0] == -1
+    assert x[-1] == 1
+    np.testing.assert_allclose(np.diff(x), 2 / (levels - 1), rtol=1e-4)  # float32 at magnitude 1 against a step of 1/128
+    back = unscale(x, levels)
+    assert back.dtype == np.uint8
+    np.testing.assert_array_equal(back, pixels)
+    np.testing.assert_array_equal(unscale(jnp.asarray(x), levels), pixels)
+
+
+def test_unscale_rounds_and_clips():
+    step = 2 / 16
+    np.testing.assert_array_equal(unscale(np.array([-1.2, -1 + 0.4 * step, -1 + 0.6 * step, 1 - 0.6 * step, 3.0]), 17), [0, 0, 1, 15, 16])
+
+
+def test_patches_are_row_major_and_colours_innermost():
+    image = np.arange(4 * 6 * 2).reshape(4, 6, 2)  # pixel (r, c), colour k holds 12 r + 2 c + k
+    tokens = patchify(image, 2)
+    assert tokens.shape == (6, 8)
+    np.testing.assert_array_equal(tokens[0], [0, 1, 2, 3, 12, 13, 14, 15])
+    np.testing.assert_array_equal(tokens[1], [4, 5, 6, 7, 16, 17, 18, 19])
+    np.testing.assert_array_equal(tokens[3], [24, 25, 26, 27, 36, 37, 38, 39])
+
+
+@pytest.mark.parametrize("module", [np, jnp])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_patches_join_to_the_image(module, batch):
+    image = module.asarray(np.random.default_rng(0).normal(size=(*batch, 6, 4, 3)).astype(np.float32))
+    tokens = patchify(image, 2)
+    assert tokens.shape == (*batch, 6, 12)
+    np.testing.assert_array_equal(unpatchify(tokens, (6, 4, 3), 2), image)
+    assert isinstance(unpatchify(tokens, (6, 4, 3), 2), type(image))

@@ -1,0 +1,406 @@
+"""Checkpoints on real files: bit-equal round trips, retention, damage, kills, other shardings, and the refusals."""
+
+import gc
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ntm_jax.errors import UserError
+from ntm_jax.runtime.checkpoint import Checkpoints, _sums, checksums
+
+ROOT = Path(__file__).parents[2]
+
+
+@struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: tuple
+    ema: dict
+
+
+def make_state(seed=0, width=32):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "dense": {"kernel": jax.random.normal(keys[0], (8, width)), "bias": jnp.zeros(width)},
+        "half": jax.random.normal(keys[1], (5, width), jnp.bfloat16),
+        "mask": jax.random.bernoulli(keys[2], shape=(7,)),
+    }
+    optimizer = optax.chain(optax.clip(1.0), optax.adam(1e-3))
+    return State(jnp.int32(seed), params, optimizer.init(params), jax.tree.map(lambda x: x, params))
+
+
+def abstract(tree, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree)
+
+
+def bits(tree):
+    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def run(code, *arguments, **environment):
+    """A child process that runs `code`, with the checkout on its path."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(*children):
+    outputs = [child.communicate(timeout=60)[0] for child in children]
+    assert [child.returncode for child in children] == [0] * len(children)
+    return outputs
+
+
+def test_round_trip_is_bit_equal_and_keeps_the_structure(tmp_path):
+    state, data = make_state(), {"next": 17, "inner": {"7": [1, 2]}, "name": "digits"}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.latest(), checkpoints.best(), checkpoints.steps()) == (None, None, [])
+        assert checkpoints.save(3, state, data)
+        expected = bits(state)
+        jax.tree.map(lambda x: x.delete(), state)  # as donation does
+        checkpoints.wait()
+    with Checkpoints(tmp_path) as checkpoints:
+        step, restored, restored_data = checkpoints.restore(abstract(make_state()))
+        assert (step, restored_data) == (3, data)
+        assert jax.tree.structure(restored) == jax.tree.structure(make_state())
+        assert bits(restored) == expected
+        subtree = checkpoints.restore_subtree(3, {"ema": abstract(make_state()).ema})
+        assert bits(subtree["ema"]) == bits(restored.ema)
+
+
+def test_reading_changes_nothing_on_disk(tmp_path):
+    with Checkpoints(tmp_path / "none") as checkpoints, pytest.raises(UserError, match=r"there is no checkpoint in .*--workdir"):
+        checkpoints.restore({})
+    assert list(tmp_path.iterdir()) == []
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    unfinished = next((tmp_path / "checkpoints").iterdir()).with_name("2.orbax-checkpoint-tmp")
+    unfinished.mkdir()  # as another process that is saving now has it
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore({"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.ones(3).sharding)})[0] == 1
+        assert checkpoints.steps() == [1]
+        assert unfinished.exists()
+        checkpoints.save(3, {"x": jnp.ones(3)}, {})  # the run itself, which has resumed: what is unfinished is a killed run's
+        checkpoints.wait()
+        assert not unfinished.exists()
+
+
+def test_a_saved_step_is_left_as_it_is(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.save(1, {"x": jnp.ones(3)}, {"n": 1})
+        assert not checkpoints.save(1, {"x": jnp.zeros(3)}, {"n": 2})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert not checkpoints.save(1, {"x": jnp.zeros(3)}, {"n": 2})
+        _, state, data = checkpoints.restore(abstract({"x": jnp.ones(3)}))
+    assert data == {"n": 1}
+    np.testing.assert_array_equal(state["x"], np.ones(3))
+
+
+def test_retention_keeps_the_last_the_best_and_every_nth(tmp_path):
+    bounds = {1: float("nan"), 2: 1.0, 3: float("-inf"), 4: 3.0, 5: None, 6: 2.0, 7: None, 8: 4.0}
+    with Checkpoints(tmp_path, keep_last=2, keep_every=4) as checkpoints:
+        for step, bound in bounds.items():
+            checkpoints.save(step, {"x": jnp.ones(3)}, {}, None if bound is None else {"bound": bound, "other": 0.0})
+        checkpoints.save(9, {"x": jnp.ones(3)}, {}, {"other": -9.0})
+        checkpoints.save(10, {"x": jnp.ones(3)}, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 4, 8, 9, 10]
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:  # the bounds are read again from the files
+        assert (checkpoints.best(), checkpoints.latest()) == (2, 10)
+        checkpoints.save(11, {"x": jnp.ones(3)}, {}, {"bound": 0.5})
+        checkpoints.wait()
+        assert checkpoints.steps() == [11]
+
+
+# Orbax leaves the other reads of a failed load to the garbage collector, and its event loop closed under them.
+abandoned_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def settled():
+    """What a failed load left behind is gone before the next test, whose warnings are errors."""
+    yield
+    time.sleep(0.1)
+    gc.collect()
+
+
+@abandoned_reads
+@pytest.mark.usefixtures("settled")
+def test_no_flipped_byte_is_ever_loaded_silently(tmp_path):
+    state = {"noise": jax.random.normal(jax.random.key(0), (64, 64)), "half": jnp.ones((32, 33), jnp.bfloat16), "zeros": jnp.zeros(999)}
+    data, expected, template = {"n": 12345}, bits(state), abstract(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, data)
+        checkpoints.save(2, state, data, {"bound": 1.0})
+    files = sorted(f for f in (tmp_path / "checkpoints" / "2").rglob("*") if f.is_file() and f.stat().st_size)
+    draw, caught_by_checksum, refused = random.Random(0), 0, 0
+    for trial in range(40):
+        # Two in three in the file that holds the arrays; the rest anywhere: manifests, metadata, JSON.
+        file = max(files, key=lambda f: f.stat().st_size) if trial % 3 else draw.choice(files)
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        refusal = None
+        try:
+            with Checkpoints(tmp_path) as checkpoints:
+                _, loaded, loaded_data = checkpoints.restore(template)
+        except UserError as error:
+            refusal = str(error)
+        file.write_bytes(whole)
+        if refusal is None:
+            assert (bits(loaded), loaded_data) == (expected, data), f"{file} loaded wrong"
+        else:
+            assert "\n" not in refusal
+            refused += 1
+            caught_by_checksum += "has checksum" in refusal
+    assert refused > 20
+    assert caught_by_checksum > 13
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(template)[0] == 2
+
+
+@abandoned_reads
+@pytest.mark.usefixtures("settled")
+def test_a_damaged_checkpoint_is_refused_with_the_way_out(tmp_path):
+    state = {"params": {"w": jax.random.normal(jax.random.key(0), (64, 64))}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, state, {"n": 1})
+        checkpoints.save(20, state, {"n": 2})
+    folder = tmp_path / "checkpoints"
+    sums = folder / "20" / "checksums" / "data.json"
+    whole = sums.read_text()
+
+    def refusal():
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
+            checkpoints.restore(abstract(state))
+        return one_line(error)
+
+    sums.write_text(json.dumps({**json.loads(whole), "params/w": "0" * 16}))
+    text = refusal()
+    assert text.startswith("checkpoint step 20 is damaged: params/w has checksum ")
+    assert text.endswith(f"resume from step 10 by removing {folder}/20")
+    sums.write_text(json.dumps({"params/w": json.loads(whole)["params/w"]}))
+    assert "<data> has checksum" in refusal()
+    sums.write_text(whole)
+
+    iterator = folder / "20" / "data" / "data.json"
+    iterator.write_text('{"n": 3}')
+    assert "<data> has checksum" in refusal()
+    iterator.write_text('{"n": 2}')
+
+    shardings = folder / "20" / "state" / "_sharding"
+    whole = shardings.read_text()
+    shardings.write_text(whole.replace("device_str", "device_sTr"))  # orbax only logs this one
+    assert "is damaged: it cannot be read (ValueError: its metadata are damaged)" in refusal()
+    shardings.write_text(whole)
+
+    arrays = max((f for f in (folder / "20" / "state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    arrays.write_bytes(arrays.read_bytes()[:-1000])
+    assert "cannot be read" in refusal()
+    arrays.unlink()
+    assert "cannot be read" in refusal()
+
+    shutil.rmtree(folder / "20")  # the way out that the message gives
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(abstract(state))[::2] == (10, {"n": 1})
+
+
+def test_another_model_is_refused_by_its_first_differing_array(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, {})
+
+        def refusal(template, read=None):
+            with pytest.raises(UserError) as error:
+                (read or checkpoints.restore)(template)
+            text = one_line(error)
+            assert text.startswith("checkpoint step 5 in ")
+            return text
+
+        assert "params/dense/bias is float32[32] in the checkpoint, float32[48] in this model" in refusal(abstract(make_state(width=48)))
+        template = abstract(state)
+        sharding = state.step.sharding
+        double = {**template.params, "half": jax.ShapeDtypeStruct((5, 32), jnp.float32, sharding=sharding)}
+        assert "params/half is bfloat16[5,32] in the checkpoint, float32[5,32]" in refusal(template.replace(params=double))
+        more = {**template.params, "new": template.step}
+        assert "params/new is absent in the checkpoint, int32[] in this model" in refusal(template.replace(params=more))
+        fewer = {name: leaf for name, leaf in template.params.items() if name != "half"}
+        assert "params/half is bfloat16[5,32] in the checkpoint, absent in this model" in refusal(template.replace(params=fewer))
+        assert "ema/half is" in refusal({"ema": fewer}, lambda subtree: checkpoints.restore_subtree(5, subtree))
+        with pytest.raises(UserError, match=r"no checkpoint of step 6 in .*: it has 5$"):
+            checkpoints.restore(template, 6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool"])
+def test_checksum_sees_every_bit_and_every_exchange(dtype):
+    values = jax.random.normal(jax.random.key(1), (4, 3, 5)) * 9
+    x = np.array(jnp.abs(values).astype(dtype) if dtype.startswith("u") else values > 0 if dtype == "bool" else values.astype(dtype))
+    whole, seen = checksums({"x": x})["x"], set()
+    raw = x.reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+    for bit in range(1 if dtype == "bool" else 8 * x.dtype.itemsize):
+        raw[37] ^= raw.dtype.type(1 << bit)
+        seen.add(checksums({"x": x})["x"])
+        raw[37] ^= raw.dtype.type(1 << bit)
+    for i in range(0, 60, 7):
+        for j in range(i):
+            if raw[i] != raw[j]:
+                raw[[i, j]] = raw[[j, i]]
+                seen.add(checksums({"x": x})["x"])
+                raw[[i, j]] = raw[[j, i]]
+    assert whole not in seen
+    assert checksums({"x": x})["x"] == whole
+
+
+def test_checksum_sees_two_signs_exchanged():
+    # The flips of the top bit that a sum of bits * odd number misses whichever odd numbers it takes.
+    x = np.ones((6, 6), np.float32)
+    seen = set()
+    for i in range(36):
+        for j in range(i):
+            x.reshape(-1)[[i, j]] = -1
+            seen.add(checksums({"x": x})["x"])
+            x[:] = 1
+    assert len(seen) == 36 * 35 // 2
+    assert checksums({"x": x})["x"] not in seen
+
+
+def test_checksum_of_scalars_empty_and_huge_arrays():
+    assert checksums({"a": jnp.int32(3)}) != checksums({"a": jnp.int32(4)})
+    assert checksums({"a": jnp.zeros((0, 4))}) == {"a": "0" * 16}
+    huge = jax.eval_shape(_sums, jax.ShapeDtypeStruct((2**20, 2**14), jnp.uint8))  # 2^34 elements: its index overflows uint32
+    assert [leaf.dtype for leaf in huge] == [jnp.uint32] * 2
+
+
+EIGHT = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from ntm_jax.runtime.checkpoint import Checkpoints, checksums
+
+mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+specs = {"both": P("fsdp", "tensor"), "second": P(None, "fsdp"), "joint": P(("fsdp", "tensor")), "half": P("tensor"), "step": P()}
+shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+with Checkpoints(sys.argv[1]) as checkpoints:
+    _, state, data = checkpoints.restore({
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name]) for name, (shape, dtype) in json.loads(sys.argv[2]).items()
+    })
+    assert all(state[name].sharding == shardings[name] for name in state)
+    checkpoints.save(2, state, data)
+print(json.dumps(checksums(state)))
+"""
+
+
+def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
+    keys = jax.random.split(jax.random.key(3), 4)
+    state = {name: jax.random.normal(key, (16, 8)) for name, key in zip(("both", "second", "joint"), keys, strict=False)}
+    state |= {"half": jax.random.normal(keys[3], (6, 5), jnp.bfloat16), "step": jnp.int32(7)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"n": 4})
+    shapes = json.dumps({name: (x.shape, str(x.dtype)) for name, x in state.items()})
+    [output] = finish(run(EIGHT, tmp_path, shapes, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+    assert json.loads(output.splitlines()[-1]) == checksums(state)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    with Checkpoints(tmp_path) as checkpoints:  # written from eight devices, read on one
+        step, restored, data = checkpoints.restore(abstract(state, NamedSharding(mesh, PartitionSpec())))
+    assert (step, data, bits(restored)) == (2, {"n": 4}, bits(state))
+
+
+KILLED = """
+import sys, jax, jax.numpy as jnp
+from ntm_jax.runtime.checkpoint import Checkpoints
+
+state = {str(i): jax.random.normal(jax.random.key(i), (256, 256)) for i in range(8)}
+template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+checkpoints = Checkpoints(sys.argv[1])
+step = 0
+if checkpoints.latest() is not None:
+    step, state, data = checkpoints.restore(template)
+    assert data == {"n": step}
+print("restored", step, flush=True)
+while True:
+    step += 1
+    state = jax.tree.map(lambda x: x + 1, state)
+    checkpoints.save(step, state, {"n": step})
+    print("saving", step, flush=True)
+    checkpoints.wait()
+    print("committed", step, flush=True)
+"""
+
+
+def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
+    draw, committed = random.Random(0), 0
+    for kill in range(3):
+        child = run(KILLED, tmp_path)
+        target = committed + 2 + kill
+        for line in child.stdout:
+            word, step = line.split()
+            assert word != "restored" or int(step) >= committed
+            committed = int(step) if word == "committed" else committed
+            if word == "saving" and int(step) >= target:
+                time.sleep(draw.uniform(0, 0.04))
+                break
+        child.send_signal(signal.SIGKILL)
+        rest = child.communicate()[0].split()
+        committed = max([committed, *(int(step) for word, step in zip(rest[::2], rest[1::2], strict=False) if word == "committed")])
+    expected = {str(i): jax.random.normal(jax.random.key(i), (256, 256)) for i in range(8)}
+    with Checkpoints(tmp_path) as checkpoints:
+        step, state, data = checkpoints.restore(abstract(expected))
+        assert committed <= step <= committed + 1
+        assert data == {"n": step}
+        for _ in range(step):
+            expected = jax.tree.map(lambda x: x + 1, expected)
+        assert bits(state) == bits(expected)
+        checkpoints.save(step + 1, state, {"n": step + 1})
+        checkpoints.wait()
+        assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == sorted(map(str, checkpoints.steps()))
+
+
+PROCESSES = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
+from ntm_jax.runtime.checkpoint import Checkpoints, checksums
+
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+shardings = {"w": NamedSharding(mesh, P("data")), "step": NamedSharding(mesh, P())}
+make = jax.jit(lambda: {"w": jax.random.normal(jax.random.key(0), (8, 16)), "step": jnp.int32(1)}, out_shardings=shardings)
+template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(make), shardings)
+with Checkpoints(sys.argv[1]) as checkpoints:
+    assert checkpoints.latest() is None
+    for step in (1, 2):
+        checkpoints.save(step, make(), {"n": step})
+    step, state, data = checkpoints.restore(template)
+    assert (step, data, checksums(state)) == (2, {"n": 2}, checksums(make()))
+"""
+
+
+def test_two_processes_save_what_one_reads(tmp_path):
+    port = 20000 + os.getpid() % 20000
+    flags = "--xla_force_host_platform_device_count=2"
+    finish(*(run(PROCESSES, tmp_path, port, process, XLA_FLAGS=flags) for process in range(2)))
+    state = {"w": jax.random.normal(jax.random.key(0), (8, 16)), "step": jnp.int32(1)}
+    with Checkpoints(tmp_path) as checkpoints:
+        step, restored, data = checkpoints.restore(abstract(state))
+    assert (step, data, bits(restored)) == (2, {"n": 2}, bits(state))

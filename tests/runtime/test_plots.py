@@ -1,0 +1,84 @@
+"""The pictures: pixels of grids, and what the plots show, read back from the files and from matplotlib."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from ntm_jax.runtime import plots
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_grid_places_and_enlarges_every_image():
+    images = np.random.default_rng(0).integers(0, 200, (5, 3, 4, 3), np.uint8)
+    grid = plots.image_grid(images, columns=2, scale=3, padding=2)
+    assert grid.shape == (3 * (9 + 2) + 2, 2 * (12 + 2) + 2, 3)
+    assert grid.dtype == np.uint8
+    for i, image in enumerate(images):
+        top, left = 2 + (i // 2) * 11, 2 + (i % 2) * 14
+        np.testing.assert_array_equal(grid[top : top + 9, left : left + 12], np.kron(image, np.ones((3, 3, 1), np.uint8)))
+        grid[top : top + 9, left : left + 12] = 255
+    assert (grid == 255).all()  # nothing else: white padding, white empty place
+
+
+def test_png_round_trip_in_gray_and_colour(tmp_path):
+    for channels in (1, 3):
+        image = np.random.default_rng(1).integers(0, 256, (6, 7, channels), np.uint8)
+        plots.save_png(tmp_path / "x.png", image)
+        np.testing.assert_array_equal(read(tmp_path / "x.png").reshape(image.shape), image)
+
+
+def drawn(monkeypatch):
+    """Collects the figures instead of writing them."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def write_metrics(path, key="evaluate/bits_per_dim"):
+    lines = [{"step": s, "wall_time": 0.0, "loss": None if s == 30 else 10.0 / s} for s in range(1, 301)]
+    lines[99][key], lines[199][key] = 3.5, 3.25
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
+    path = write_metrics(tmp_path / "metrics.jsonl")
+    assert plots.loss_plot(path, tmp_path / "loss.png")
+    assert read(tmp_path / "loss.png").shape == (480, 840, 4)
+    figures = drawn(monkeypatch)
+    plots.loss_plot(path, "unused", "training loss (squared error)")
+    losses, held_out = figures[0].axes
+    raw, smooth = losses.lines
+    assert (len(raw.get_xdata()), 30 in raw.get_xdata()) == (299, False)
+    np.testing.assert_allclose(smooth.get_ydata()[100], np.mean(raw.get_ydata()[98:103]), rtol=1e-12)
+    assert (losses.get_xlabel(), losses.get_ylabel()) == ("step", "training loss (squared error)")
+    assert held_out.lines[0].get_xydata().tolist() == [[100, 3.5], [200, 3.25]]
+    assert held_out.get_ylabel() == "held-out bound (bits per dimension)"
+    plots.loss_plot(write_metrics(path, "evaluate/nats_per_dim"), "unused")
+    assert figures[1].axes[1].get_ylabel() == "held-out bound (nats per dimension)"
+
+
+def test_loss_plot_without_a_loss_draws_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    assert not plots.loss_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_trajectories_run_from_noise_on_the_left_to_clean(tmp_path, monkeypatch):
+    images = np.random.default_rng(2).integers(0, 256, (2, 3, 4, 5, 1), np.uint8)
+    levels = np.array([0.05, 0.5, 1.0])
+    plots.trajectory_picture(images, levels, tmp_path / "t.png")
+    assert read(tmp_path / "t.png").shape[1] > 200
+    figures = drawn(monkeypatch)
+    plots.trajectory_picture(images, levels, "unused")
+    plots.trajectory_picture(images.repeat(3, axis=-1), levels, "unused")
+    axes = np.reshape(figures[0].axes, (2, 3))
+    assert [a.get_title() for a in axes[0]] == ["t=1", "t=0.5", "t=0.05"]
+    for row in range(2):
+        for column in range(3):
+            np.testing.assert_array_equal(axes[row, column].images[0].get_array(), images[row, 2 - column, ..., 0])
