@@ -1,4 +1,4 @@
-"""Trains an experiment: python -m launch.train --config=experiments/digits.py --workdir=runs/digits. Resumes when the workdir holds its run."""
+"""Trains an experiment: python -m launch.train --config=experiments/digits.py --workdir=runs/digits. The same command resumes."""
 
 from launch import program
 

@@ -79,7 +79,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles=None, cache=None, index=None):
-        """x [B, N, W] -> ([B, N, W], cache). With a cache (k, v: [B, M, G, C]) x is the single token at `index` and sees tokens <= index."""
+        """x [B, N, W] -> ([B, N, W], cache). With a cache (k, v: [B, M, G, C]) x is the one token at `index` and sees tokens <= index."""
         width = x.shape[-1]
 
         def heads(name, count):
@@ -121,8 +121,9 @@ class Layer(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.moveaxis((modulation + table)[:, :, None].astype(self.dtype), 1, 0)
         x = nn.with_logical_constraint(x, ("batch", "tokens", "embed_activation"))
         h = norm(self.dtype, "norm_1")(x) * (1 + scale_1) + shift_1
-        h, cache = Attention(self.head_size, self.kv_heads, self.causal, self.depth, self.dtype, self.attention, self.rows, name="attention")(
-            h, angles, cache, index)
+        attend = Attention(
+            self.head_size, self.kv_heads, self.causal, self.depth, self.dtype, self.attention, self.rows, name="attention")
+        h, cache = attend(h, angles, cache, index)
         x = x + (1 + gate_1) * h
         h = norm(self.dtype, "norm_2")(x) * (1 + scale_2) + shift_2
         h = dense(self.mlp_ratio * width, ("embed", "mlp"), self.dtype, "up", rows=self.rows)(h)

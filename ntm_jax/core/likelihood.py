@@ -43,7 +43,7 @@ def contributions(terms: Terms, xs, x, t, pixel_levels: int) -> dict:
     """What each term adds to the log-weight of trajectories xs [B, K, N, D] of clean x [B, N, D] at levels t [B, K]: nats, [B] each.
 
     pixel_levels > 0: log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the probability of discrete pixels.
-    pixel_levels = 0, continuous x: the same without p(x | x_0) and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0.
+    pixel_levels = 0, continuous x: without p(x | x_0) and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0.
     """
     forward = jnp.sum(trajectory.log_forward(xs, t), -1)
     parts = {

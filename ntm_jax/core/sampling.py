@@ -12,7 +12,7 @@ from ntm_jax.core.trajectory import example_noise
 def guide(mean_c, log_scale_c, mean_u, log_scale_u, w):
     """The Gaussian proportional to p_c^(1+w) p_u^(-w), elementwise, w >= 0 (C.5), with the variance ratio clipped at 1.
 
-    Exact where the conditional scale is the smaller one; elsewhere the mean is (1+w) mu_c - w mu_u and the scale sigma_c. w = 0 changes nothing.
+    Exact where the conditional scale is the smaller one; elsewhere mean (1+w) mu_c - w mu_u and scale sigma_c. w = 0 changes nothing.
     """
     r = jnp.minimum(1, jnp.exp(2 * (log_scale_c - log_scale_u)))
     precision = 1 + w - w * r

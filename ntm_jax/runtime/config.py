@@ -11,6 +11,7 @@ import typing
 from etils import epath
 
 from ntm_jax.core import trajectory
+from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 
 
@@ -99,7 +100,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment. `raw` holds the same as plain JSON values, as written to workdir/config.json."""
+    """One experiment."""
 
     seed: int
     data: Data
@@ -113,6 +114,7 @@ class Config:
 
     @property
     def raw(self) -> dict:
+        """The same as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def shift(self, tokens: int) -> float:
@@ -161,13 +163,14 @@ def _check_levels(config: Config) -> None:
     if not 0 <= low <= high < 1 or not 0 < c.t_min < 1:
         raise UserError(f"config.trajectory.t_min_range is {low, high} and t_min {c.t_min}: expected 0 <= lo <= hi < 1 and 0 < t_min < 1")
     if config.model.head != "direct" and low < 1e-3:
-        raise UserError(f"config.trajectory.t_min_range starts at {low}: the {config.model.head} head's scale vanishes with t_min, so lo must "
-                        "be at least 0.001 (or take config.model.head=direct)")
-    if c.schedule == "shifted" and c.shift is not None:  # with m from the number of tokens s_1 exceeds 1/T
-        first = float(trajectory.level(1, max(c.steps), low, c.schedule, c.shift))
+        raise UserError(f"config.trajectory.t_min_range starts at {low}: the {config.model.head} head's scale vanishes with t_min, so lo "
+                        "must be at least 0.001 (or take config.model.head=direct)")
+    if c.schedule == "shifted":
+        shift = trajectory.default_shift(1) if c.shift is None else c.shift  # m grows with the number of tokens, and s_1 with m
+        first = float(trajectory.level(1, max(c.steps), low, c.schedule, shift))
         if high >= first or c.t_min >= first:
-            raise UserError(f"config.trajectory.t_min_range ends at {high}, t_min is {c.t_min}: both must lie below the first level {first:.4f} "
-                            f"of {max(c.steps)} steps; lower them or raise config.trajectory.shift")
+            raise UserError(f"config.trajectory.t_min_range ends at {high}, t_min is {c.t_min}: both must lie below the first level "
+                            f"{first:.4f} of {max(c.steps)} steps; lower them or raise config.trajectory.shift")
 
 
 def flatten(values: dict, prefix: str = "") -> dict:
@@ -196,12 +199,13 @@ def _value(kind, value, key: str):
     if typing.get_origin(kind) is tuple:
         element, *rest = typing.get_args(kind)
         if not isinstance(value, (tuple, list)) or (rest != [...] and len(value) != 1 + len(rest)):
-            raise UserError(f"config.{key} is {value!r}: expected a tuple of {_name(element)}" + ("" if rest == [...] else f", {1 + len(rest)} long"))
+            length = "" if rest == [...] else f", {1 + len(rest)} long"
+            raise UserError(f"config.{key} is {value!r}: expected a tuple of {_name(element)}{length}")
         return tuple(_value(element, v, key) for v in value)
     accepted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in accepted and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, bool) and bool not in accepted or not isinstance(value, accepted):
+    if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):
         raise UserError(f"config.{key} is {value!r}, of type {type(value).__name__}: expected {_name(kind)}")
     return value
 
@@ -210,35 +214,48 @@ def _name(kind) -> str:
     return str(kind) if isinstance(kind, types.UnionType) else kind.__name__
 
 
-def claim(workdir: str, config: Config) -> list[str]:
-    """Makes the workdir this run's, or finds that it holds a run of this configuration; returns what was changed since, a line each.
+def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
+    """Finds whether the workdir holds a run of this configuration, or none; returns what was changed since it began, a line each.
 
-    Raises UserError, nothing written, where the workdir holds a run that differs in more than a resume may change.
+    Raises UserError, nothing written, where the run there differs in more than a resume may change.
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         if (epath.Path(workdir) / "checkpoints").exists():
             raise UserError(f"{workdir} holds checkpoints but no config.json: expected a run's folder or a new one; give another --workdir")
         return []
-    before, now = flatten(json.loads(path.read_text())), flatten(config.raw)
+    before, now = flatten(_read_json(path)), flatten(_content(config, spec))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     for key in changed:
         if not key.startswith(RESUMABLE):
-            raise UserError(f"{workdir} holds a run with config.{key} = {before.get(key)!r}, and this one has {now.get(key)!r}: give another "
+            raise UserError(f"{workdir} holds a run with {key} = {before.get(key)!r}, and this one has {now.get(key)!r}: give another "
                             "--workdir to start anew, or that value to resume")
-    return [f"config.{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
 
 
-def write(workdir: str, config: Config) -> None:
-    """Writes workdir/config.json."""
+def write(workdir: str, config: Config, spec: DataSpec) -> None:
+    """Writes workdir/config.json: the settings, and the shape of the data under `spec`."""
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.raw, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(_content(config, spec), indent=2) + "\n")
 
 
-def load(workdir: str) -> Config:
-    """The configuration of the run in a workdir. Raises UserError where there is none."""
+def load(workdir: str) -> tuple[Config, DataSpec]:
+    """The configuration of the run in a workdir and the shape of its data, which need not be at hand. UserError where there is none."""
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json there): give the --workdir that launch/train.py was given")
-    return read(json.loads(path.read_text()))
+    values = _read_json(path)
+    spec = values.pop("spec")
+    return read(values), DataSpec(**spec | {"image_shape": tuple(spec["image_shape"])})
+
+
+def _content(config: Config, spec: DataSpec) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config) | {"spec": dataclasses.asdict(spec)}))
+
+
+def _read_json(path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it, or give another --workdir") from None

@@ -22,7 +22,7 @@ from ntm_jax.runtime.config import Config
 
 @functools.partial(jax.jit, static_argnames=("config", "model", "levels", "trajectories", "steps"))
 def _score(params, root, batch, *, config, model, levels, trajectories, steps):
-    """Scores [B] of a batch, in nats: bound, importance-weighted bound, effective sample size, mean NLL by level [B, T], each term's share."""
+    """Scores [B] of a batch in nats: bound, importance-weighted bound, effective sample size, NLL by level [B, T], each term's share."""
     x, label, index = batch["x"], batch["label"], batch["index"]
     t = state.levels(config, model, steps, jnp.full(len(x), config.trajectory.t_min))
     keys = state.example_keys(root, "evaluate", index)
@@ -47,21 +47,28 @@ def _score(params, root, batch, *, config, model, levels, trajectories, steps):
             "effective_sample_size": importance.effective_sample_size} | jax.tree.map(lambda s: s / trajectories, sums)
 
 
+def score_batch(config: Config, model, params, batch: dict, mesh, levels: int, trajectories: int, steps: int | None = None,
+                seed: int | None = None) -> dict:
+    """Scores [B] in nats of this process's share of a batch of x, label and index, whose other entries pass through: global arrays."""
+    steps, seed = config.sample.steps if steps is None else steps, config.seed if seed is None else seed
+    batch = sharding.to_global(batch, mesh)
+    inputs = {name: batch.pop(name) for name in ("x", "label")}
+    with sharding.use(mesh):
+        result = _score(params, jax.random.key(seed), inputs | {"index": batch["index"]}, config=config, model=state.exact(model),
+                        levels=levels, trajectories=trajectories, steps=steps)
+    return result | batch
+
+
 def scores(config: Config, model, params, source: Source, mesh, trajectories: int, steps: int | None = None, progress: bool = False):
     """Every record's scores in nats, {name: [records]}, with the record indices; likelihoods run the transporter in float32."""
-    steps = config.sample.steps if steps is None else steps
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
     batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size)
     kept = []
     total = -(-len(source.records) // batch_size)
     for batch in tqdm.tqdm(batches, "evaluate", total, unit="batch", leave=False, disable=not progress):
-        with sharding.use(mesh):
-            batch = sharding.to_global(batch, mesh)
-            mask = batch.pop("mask")
-            result = _score(params, jax.random.key(config.seed), batch, config=config, model=state.exact(model), levels=source.levels,
-                            trajectories=trajectories, steps=steps)
-        kept.append(sharding.to_host(result | {"index": batch["index"], "mask": mask}))
+        result = score_batch(config, model, params, batch, mesh, source.levels, trajectories, steps)
+        kept.append(sharding.to_host(result))
     table = {name: np.concatenate([k[name] for k in kept]) for name in kept[0]}
     present = table.pop("mask") > 0
     return {name: values[present] for name, values in table.items()}
@@ -96,7 +103,7 @@ MAX_CLASSIFIER_RECORDS = 20_000  # an SVC's time grows with the square of them
 def class_accuracy(config: Config, model, params, spec, mesh, real: Source, progress: bool = False) -> dict | None:
     """How many of config.evaluate.images samples a support vector classifier, fitted on the real training split, takes for their class.
 
-    The samples are made as config.sample says. None where the model has no classes or the training split is too large for such a classifier.
+    The samples are made as config.sample says. None where the model has no classes or the training split is too large for an SVC.
     """
     if not (model.config.num_classes and config.evaluate.images and len(real.records) <= MAX_CLASSIFIER_RECORDS):
         return None
@@ -111,7 +118,8 @@ def class_accuracy(config: Config, model, params, spec, mesh, real: Source, prog
     for index in tqdm.tqdm(generate.in_batches(config.evaluate.images, 500), "samples", unit="batch", leave=False, disable=not progress):
         images = generate.generate(config, model, params, spec, mesh, index)
         hits.append(classifier.predict(features(images)) == index % model.config.num_classes)
-    return _mean(np.concatenate(hits)) | {"images": config.evaluate.images, "decoder": config.sample.decoder, "guidance": config.sample.guidance}
+    return _mean(np.concatenate(hits)) | {"images": len(np.concatenate(hits)), "decoder": config.sample.decoder,
+                                          "guidance": config.sample.guidance}
 
 
 def evaluate(config: Config, model, params, mesh, step: int, *, split: str | None = None, trajectories: int | None = None,
@@ -153,10 +161,13 @@ def table(result: dict) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{result['split']} split, {result['count']} records, step {result['step']}"]
     lines += [f"  {name:<{width}}  {value['mean']:8.4f} ± {value['stderr']:.4f}" for name, value in rows]
-    lines.append(f"  {'NLL by level (nats/dim), clean to noisy':<{width}}  " + "  ".join(f"{v:.4f}" for v in result["trajectory_nll"]["by_level"]))
+    by_level = "  ".join(f"{v:.4f}" for v in result["trajectory_nll"]["by_level"])
+    lines.append(f"  {'NLL by level, clean to noisy, nats/dim':<{width}}  {by_level}")
     return "\n".join(lines)
 
 
-def write(result: dict, path) -> None:
-    """Writes the figures as JSON."""
-    epath.Path(path).write_text(json.dumps(result, indent=2) + "\n")
+def report(result: dict, path) -> None:
+    """Prints the figures and writes them as JSON, in the first process only."""
+    if jax.process_index() == 0:
+        epath.Path(path).write_text(json.dumps(result, indent=2) + "\n")
+        print(table(result), flush=True)

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, clipping by global norm, and the exponential moving average of the parameters (method, section 5)."""
+"""AdamW with warm-up and cosine decay, clipping by global norm, and the moving average of the parameters (method, section 5)."""
 
 import jax
 import jax.numpy as jnp

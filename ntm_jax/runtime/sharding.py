@@ -1,6 +1,6 @@
 """The mesh, and the one map from logical axis names to its axes.
 
-jax.jit with NamedShardings over a mesh of ("data", "fsdp", "tensor"): batches are split over data and fsdp, parameters over fsdp and tensor.
+Programs are jax.jit with NamedShardings over ("data", "fsdp", "tensor"): batches split over data and fsdp, parameters over fsdp, tensor.
 """
 
 import contextlib

@@ -26,8 +26,8 @@ from ntm_jax.runtime.metrics import Writer
 def _draws(config: Config, model: NTM, root, batch):
     """Per-example keys for the noise, t_min [B], and labels [B] with some dropped to the null class: keyed by record."""
     index, label = batch["index"], batch["label"]
-    t_min = jax.vmap(lambda key: jax.random.uniform(key, (), minval=config.trajectory.t_min_range[0], maxval=config.trajectory.t_min_range[1]))(
-        state.example_keys(root, "t_min", index))
+    low, high = config.trajectory.t_min_range
+    t_min = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(state.example_keys(root, "t_min", index))
     if config.train.condition_dropout:
         drop = jax.vmap(lambda key: jax.random.bernoulli(key, config.train.condition_dropout))(state.example_keys(root, "dropout", index))
         label = jnp.where(drop, model.config.num_classes, label)
@@ -100,9 +100,11 @@ def check(metrics: dict, step: int) -> dict:
     scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
     nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
     if not all(map(math.isfinite, scalars.values())):
-        bad = [f"{term} at level {k}" for term in ("log_det", "log_scale", "quadratic") for k, v in enumerate(metrics[term]) if not np.isfinite(v)]
-        raise UserError(f"step {step}: {bad[0] if bad else 'the gradient, every term being finite,'} is not a finite number, so the run stopped; "
-                        "the last checkpoint is untouched. Lower config.optimizer.learning_rate or clip, or raise config.trajectory.t_min_range")
+        terms = ("log_det", "log_scale", "quadratic")
+        bad = [f"{term} at level {k}" for term in terms for k, v in enumerate(metrics[term]) if not np.isfinite(v)]
+        raise UserError(f"step {step}: {bad[0] if bad else 'the gradient, every term being finite,'} is not a finite number, so the run "
+                        "stopped; the last checkpoint is untouched. Lower config.optimizer.learning_rate or clip, or raise "
+                        "config.trajectory.t_min_range")
     return scalars | {f"nll/level_{k}": float(v) for k, v in enumerate(nll)}
 
 
@@ -136,12 +138,12 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.batch_shards(mesh)
     if config.data.batch_size % shards:
-        raise UserError(f"config.data.batch_size is {config.data.batch_size}: expected a multiple of {shards}, the devices that share a batch")
+        raise UserError(f"config.data.batch_size is {config.data.batch_size}: expected a multiple of {shards}, the devices that share it")
     source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     held_out = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)
     spec = pipeline.spec(source, config.data.patch_size)
     model = state.make_model(config, spec)
-    changes = configuration.claim(workdir, config)
+    changes = configuration.claim(workdir, config, spec)
     total = config.train.steps
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=config.train.keep))
@@ -157,7 +159,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
         stack.callback(batches.close)
         if data_state is not None:
             batches.set_state(data_state)
-        configuration.write(workdir, config)
+        configuration.write(workdir, config, spec)
         writer = stack.enter_context(Writer(workdir, total, start, quiet=jax.process_index() > 0 or not progress))
         parameters = sum(a.size for a in jax.tree.leaves(current.params))
         writer.message(f"{parameters:,} parameters, {len(source.records):,} training records, mesh " +
@@ -170,8 +172,10 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
         if result is None:
             return None
         writer.message(f"trained to step {total}; evaluating")
-    finish(config, model, current.ema, mesh, total, spec, workdir, progress)
-    return evaluate_and_write(config, model, current.ema, mesh, total, workdir, progress)
+    finish(config, model, current.ema, mesh, spec, workdir)
+    result = evaluate.evaluate(config, model, current.ema, mesh, total, progress=progress)
+    evaluate.report(result, epath.Path(workdir) / "evaluation.json")
+    return result
 
 
 def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until):
@@ -228,34 +232,22 @@ def _evaluate(config, model, ema, held_out, mesh, step, writer) -> dict:
     result = evaluate.summarize(table, model, 1, held_out.levels)
     unit = "bits_per_dim" if held_out.levels else "nats_per_dim"
     bound = result[unit]["bound"]
-    writer.write(step, {f"evaluate/{unit}": bound["mean"]} | {f"evaluate/nll/level_{k}": v for k, v in enumerate(result["trajectory_nll"]["by_level"])})
+    by_level = {f"evaluate/nll/level_{k}": v for k, v in enumerate(result["trajectory_nll"]["by_level"])}
+    writer.write(step, {f"evaluate/{unit}": bound["mean"]} | by_level)
     writer.message(f"step {step}: held-out bound {bound['mean']:.4f} ± {bound['stderr']:.4f} {unit.replace('_per_', '/')}")
     return {"bound": bound["mean"]}
 
 
-def finish(config, model, ema, mesh, step, spec, workdir, progress) -> None:
+def finish(config, model, ema, mesh, spec, workdir) -> None:
     """The run's pictures: samples, denoising trajectories, the loss curve."""
     folder = epath.Path(workdir)
-    images = np.concatenate([generate.generate(config, model, ema, spec, mesh, index) for index in generate.in_batches(config.sample.num, 500)])
-    scale = max(1, 64 // spec.image_shape[0])
-    columns = min(len(images), 10)
-    grid = plots.image_grid(generate.displayable(images, spec.levels), columns, scale)
+    indices = generate.in_batches(config.sample.num, 500)
+    images = np.concatenate([generate.generate(config, model, ema, spec, mesh, index) for index in indices])
     shown = np.arange(min(config.sample.num, 10))
     clean, levels = generate.generate(config, model, ema, spec, mesh, shown, trajectory=True)
     t = np.asarray(state.levels(config, model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0, ::-1]
     if jax.process_index() == 0:
-        plots.save_png(folder / "samples.png", grid)
+        plots.save_png(folder / "samples.png", generate.picture(images, spec.levels))
         pictures = np.concatenate([levels, clean[:, None]], 1)
         plots.trajectory_picture(generate.displayable(pictures, spec.levels), [*t, 0.0], folder / "trajectories.png")
         plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png")
-
-
-def evaluate_and_write(config, model, ema, mesh, step, workdir, progress) -> dict:
-    """The final table, printed and written to evaluation.json."""
-    result = evaluate.evaluate(config, model, ema, mesh, step, progress=progress)
-    if jax.process_index() == 0:
-        evaluate.write(result, epath.Path(workdir) / "evaluation.json")
-        print(evaluate.table(result), flush=True)
-    return result
-
-

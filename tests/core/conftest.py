@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from ntm_jax.core import trajectory
 from ntm_jax.core.model import NTM, ModelConfig
+from ntm_jax.core.transporter import Block, Transporter
 
 TINY = {
     "grid": (2, 3), "dim": 2, "num_classes": 0, "steps": (2,), "width": 16, "head_size": 8, "kv_heads": 2, "mlp_ratio": 2,
@@ -32,38 +33,64 @@ def _inputs(config: ModelConfig, batch: int, steps: int | None = None, seed: int
     return Inputs(xs, t, jnp.full(batch, steps), jnp.arange(batch) % (config.num_classes + 1))
 
 
-def _module_and_shapes(config: ModelConfig):
-    model = NTM(config)
-    return model, nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *_inputs(config, 1)))
-
-
 @functools.cache
-def _random_parameters(config: ModelConfig, seed: int):
-    """Every weight random, the ones that start at zero or one included: a matrix keeps the size of its input, the rest is of size 0.3."""
+def _random_weights(model: NTM, seed: int):
+    """Every weight random, those that start at zero or one included. A matrix keeps the size of its input; the last projections shrink it,
+    so that log-scales stay within about 1 and a shift changes less than the tokens it depends on: else the inverse is a chaotic recursion.
+    """
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
         name = path[-1].key
-        size = 1 / math.sqrt(leaf.shape[-2]) if name == "kernel" else 0.3
+        size = 0.3
+        if name == "kernel":
+            size = (0.3 if path[-2].key == "project" else 1) / math.sqrt(leaf.shape[-2])
         return jnp.asarray((name == "scale") + size * rng.normal(size=leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(fill, _module_and_shapes(config)[1])
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *_inputs(model.config, 1)))["params"]
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-class Tiny:
-    """A tiny model with its parameters: `tiny.predict(...)` is `NTM.predict` under them, `tiny(...)` is the trajectory's terms."""
+@functools.cache
+def compiled(module, method="__call__"):
+    """module.apply of a method, compiled once a module: eager, these tests take ten times as long."""
+    return jax.jit(module.init if method == "init" else functools.partial(module.apply, method=method))
 
-    def __init__(self, config, params):
-        self.config, self.model, self.params = config, NTM(config), params
+
+class Bound:
+    """A module and its weights: `bound(x)` and `bound.method(x)` are the module's own, compiled."""
+
+    def __init__(self, module, weights):
+        self.module, self.weights = module, weights
+
+    def __call__(self, *args):
+        return compiled(self.module)({"params": self.weights}, *args)
+
+    def __getattr__(self, name):
+        return functools.partial(compiled(self.module, name), {"params": self.weights})
+
+
+class Tiny(Bound):
+    """A tiny NTM, its inputs, its transporter and the blocks of that."""
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.module.config
+
+    @property
+    def params(self):
+        return {"params": self.weights}
+
+    @property
+    def transporter(self) -> Bound:
+        return Bound(Transporter(self.config, self.module.attention), self.weights["transporter"])
+
+    def block(self, index: int) -> Bound:
+        block = Block(self.config, index % 2 == 1, self.module.attention)
+        return Bound(block, self.weights["transporter"][f"blocks_{index}"])
 
     def inputs(self, batch: int = 2, steps: int | None = None, seed: int = 1) -> Inputs:
         return _inputs(self.config, batch, steps, seed)
-
-    def __call__(self, *args):
-        return self.model.apply(self.params, *args)
-
-    def __getattr__(self, name):
-        return functools.partial(self.model.apply, self.params, method=getattr(NTM, name))
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +98,9 @@ def tiny():
     """tiny(**changes to TINY) -> a Tiny with random weights; new=True: as initialised."""
 
     def build(new: bool = False, seed: int = 0, **changes) -> Tiny:
-        config = ModelConfig(**(TINY | changes))
+        model = NTM(ModelConfig(**(TINY | changes)))
         if new:
-            return Tiny(config, nn.unbox(jax.jit(NTM(config).init)(jax.random.key(seed), *_inputs(config, 1))))
-        return Tiny(config, _random_parameters(config, seed))
+            return Tiny(model, nn.unbox(compiled(model, "init")(jax.random.key(seed), *_inputs(model.config, 1)))["params"])
+        return Tiny(model, _random_weights(model, seed))
 
     return build

@@ -1,5 +1,6 @@
 """Layers: attention against a plain formula, its cache, positions and embeddings, and one set of numbers for scan and every remat."""
 
+import functools
 import math
 
 import jax
@@ -58,6 +59,11 @@ def test_sinusoidal_by_its_formula():
     np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], 1), atol=1e-4)
 
 
+@functools.cache
+def compiled(module):
+    return jax.jit(module.apply)
+
+
 def stack(causal=True, **changes):
     options = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal, "dtype": jnp.float32,
                "attention": layers.plain_attention, "remat": "none", "scan": False}
@@ -68,7 +74,7 @@ def stack_parameters(module, *args):
     """Random, so that modulation and tables, which start at zero, do something."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
     leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(tree, [0.5 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(tree, [0.3 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +89,12 @@ def stacked():
 def test_scan_and_remat_change_no_number(stacked, scan, remat):
     params, *args = stacked
 
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.value_and_grad, argnums=(1, 2))
     def loss(module, params, x):
         return jnp.sum(jnp.sin(module.apply(params, x, *args[1:])[0]))
 
-    expected = jax.value_and_grad(loss, (1, 2))(stack(), params, args[0])
-    found = jax.value_and_grad(loss, (1, 2))(stack(scan=scan, remat=remat), params, args[0])
+    expected, found = (loss(module, params, args[0]) for module in (stack(), stack(scan=scan, remat=remat)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # float32 sums in another order: of the largest entry, as single entries cancel
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1, float(jnp.abs(b).max())))
@@ -95,17 +102,17 @@ def test_scan_and_remat_change_no_number(stacked, scan, remat):
 
 def test_cached_steps_equal_the_whole_sequence(stacked):
     params, x, condition, angles = stacked
-    expected, _ = stack().apply(params, x, condition, angles)
+    expected, _ = compiled(stack())(params, x, condition, angles)
     cache = (jnp.zeros((3, 2, 6, 2, 4)),) * 2
     for n in range(6):
-        y, cache = stack().apply(params, x[:, n : n + 1], condition, angles[n : n + 1], cache, n)
+        y, cache = compiled(stack())(params, x[:, n : n + 1], condition, angles[n : n + 1], cache, n)
         np.testing.assert_allclose(y[:, 0], expected[:, n], atol=1e-5)  # float32 sums in another order, through three layers
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
     params, x, condition, angles = stacked
-    jacobian = jax.jacfwd(lambda x: stack(causal).apply(params, x, condition, angles)[0])(x)
+    jacobian = jax.jacfwd(lambda x: compiled(stack(causal))(params, x, condition, angles)[0])(x)
     seen = np.abs(np.asarray(jacobian)).max((2, 5))  # [B, N, B, N]
     for i in range(2):
         assert not seen[i, :, 1 - i].any()
@@ -117,7 +124,7 @@ def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
     """Moving a constant from the shared modulation into every layer's table changes nothing; into one layer's table, it does."""
     params, *args = stacked
     weights = params["params"]
-    expected, _ = stack().apply(params, *args)
+    expected, _ = compiled(stack())(params, *args)
     shift = 0.3 * normal(9, 6, 16)
     modulation = weights["modulation"] | {"bias": weights["modulation"]["bias"].replace_boxed(
         weights["modulation"]["bias"].value - shift.reshape(-1))}
@@ -125,7 +132,7 @@ def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
     def run(table_shift):
         table = weights["layers"]["table"]
         moved = weights["layers"] | {"table": table.replace_boxed(table.value + table_shift)}
-        return stack().apply({"params": {"modulation": modulation, "layers": moved}}, *args)[0]
+        return compiled(stack())({"params": {"modulation": modulation, "layers": moved}}, *args)[0]
 
     np.testing.assert_allclose(run(jnp.broadcast_to(shift, (3, 6, 16))), expected, atol=2e-5)  # float32, three layers
     one = jnp.zeros((3, 6, 16)).at[1].set(shift)

@@ -1,0 +1,29 @@
+"""Images of a run: python -m launch.sample --workdir=runs/digits --num=100. PNG files, a grid, and an .npz in the layout of FID tools."""
+
+from absl import flags
+
+from launch import program
+
+flags.DEFINE_integer("num", None, "How many images; the configuration's if not given.", lower_bound=1)
+flags.DEFINE_integer("batch", 500, "Images at a time.", lower_bound=1)
+flags.DEFINE_integer("steps", None, "Number of steps T.", lower_bound=1)
+flags.DEFINE_float("guidance", None, "Guidance scale w.", lower_bound=0)
+flags.DEFINE_list("labels", None, "Classes, repeated over the images in turn; all classes if not given.")
+flags.DEFINE_enum("decoder", None, ["inverse", "score"], "How the last level becomes an image.")
+flags.DEFINE_integer("step", None, "The checkpoint's step; the latest if not given.")
+flags.DEFINE_integer("seed", None, "Image i of a seed is the same image in any batch size.")
+flags.DEFINE_string("out", None, "A new folder; WORKDIR/samples if not given.")
+
+
+def main():
+    from ntm_jax.runtime import generate, load
+
+    f = program.FLAGS
+    run = load.load(f.workdir, f.step)
+    generate.write_samples(run, f.out or f"{f.workdir}/samples", f.num or run.config.sample.num, f.batch, f.labels,
+                           steps=f.steps, guidance=f.guidance, decoder=f.decoder, seed=f.seed)
+
+
+if __name__ == "__main__":
+    program.define_workdir("A run's folder.")
+    program.run(main)
