@@ -26,5 +26,5 @@ def get_config(variant: str = "ntm"):
     c.evaluate = dict(split="test", trajectories=32, batch_size=100, images=1000)
     c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")
     if variant == "gaussian":
-        c.model.update(transporter_blocks=0, predictor_layers=8)
+        c.model.update(transporter_blocks=0, width=104, head_size=52, kv_heads=2, predictor_layers=8)
     return c

@@ -31,12 +31,42 @@ def _fail(message: str):
     sys.exit(2)
 
 
+def _mistake(error) -> str:
+    """What flags and config_flags say of a mistake, as one line without their wrappings."""
+    while isinstance(error.args[0] if error.args else None, Exception):
+        error = error.args[0]  # absl's AttributeError(KeyError(...))
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "Failed loading config file" in text:
+        return f"{_config_flag()} cannot be read: expected an experiment file, such as --config=experiments/digits.py"
+    if isinstance(error, SyntaxError):
+        return f"{_config_flag()} is not a Python file: {text}"
+    if "Traceback" in text:  # an exception that get_config() raised
+        return f"{_config_flag()}: {text.strip().splitlines()[-1].partition(': ')[2]}"
+    unknown = re.match(r"""'(\w+)'\s*(?:Did you mean "(\w+)")?""", text)
+    if unknown:
+        meant = f", did you mean {unknown[2]}?" if unknown[2] else ""
+        full = next((a for a in sys.argv if re.match(rf"--?(no)?config\..*\b{unknown[1]}\b", a)), unknown[1])
+        return f"{full} is not a setting of the experiment: there is no {unknown[1]}{meant}"
+    if "does not support indexing" in text:
+        return f"config.{text.split()[-1]} is not a setting of the experiment: what comes before its last dot is a value, not a section"
+    text = re.sub(r"^(FATAL Flags parsing error:|flag)\s*", "", text)
+    for said, expected in (("invalid literal for int", "expected a whole number, such as 1000"),
+                           ("could not convert string to float", "expected a number"), ("('Non-boolean", "expected true or false")):
+        text = f"{text.partition(said)[0]}{expected}" if said in text else text
+    return text
+
+
+def _config_flag() -> str:
+    return next((a for a in sys.argv if re.match(r"--?config=", a)), "--config")
+
+
 def _parse(argv):
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        _fail(re.sub(r"^FATAL Flags parsing error:\s*", "", text))
+        if "config" in flags.FLAGS:
+            flags.FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        _fail(_mistake(error))
     if len(rest) > 1:
         _fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch --config.flag or --noconfig.flag")
     return rest

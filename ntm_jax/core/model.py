@@ -50,7 +50,7 @@ class ModelConfig:
         ):
             if value not in known:
                 raise ValueError(f"model.{name} is {value!r}: expected one of {', '.join(known)}")
-        for name in ("width", "transporter_width"):
+        for name in ("width", "transporter_width") if self.transporter_blocks else ("width",):
             heads, rest = divmod(getattr(self, name), self.head_size)
             if rest or heads % self.kv_heads:
                 raise ValueError(f"model.{name} = {getattr(self, name)} must be a multiple of head_size x kv_heads "

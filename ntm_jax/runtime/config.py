@@ -5,6 +5,7 @@ A section's keys are all given, none is unknown, and each has the type stated he
 
 import dataclasses
 import json
+import math
 import types
 import typing
 
@@ -131,7 +132,7 @@ CHOICES = {
 }
 NON_NEGATIVE = ("model.transporter_blocks", "train.keep", "train.condition_dropout", "optimizer.floor", "optimizer.warmup_steps",
                 "optimizer.weight_decay", "optimizer.ema_decay", "data.image_size", "data.workers", "evaluate.images", "sample.guidance",
-                "seed", "trajectory.t_min", "trajectory.shift", "sample.num", "train.evaluate_every")
+                "seed", "trajectory.t_min", "trajectory.t_min_range", "trajectory.shift", "sample.num", "train.evaluate_every")
 ANY_SIGN = ("trajectory.shift", "mesh.data")
 
 
@@ -144,6 +145,8 @@ def read(config) -> Config:
             raise UserError(f"config.{key} is {value!r}: expected one of {', '.join(CHOICES[key])}")
         low = 0 if key in NON_NEGATIVE else None if key in ANY_SIGN else 1e-12
         for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"config.{key} is {number}: expected a finite number")
             if isinstance(number, (int, float)) and not isinstance(number, bool) and low is not None and number < low:
                 raise UserError(f"config.{key} is {number}: expected {'a number that is not negative' if low == 0 else 'more than 0'}")
     _check_levels(result)

@@ -66,7 +66,7 @@ def scores(config: Config, model, params, source: Source, mesh, trajectories: in
     batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size)
     kept = []
     total = -(-len(source.records) // batch_size)
-    for batch in tqdm.tqdm(batches, "evaluate", total, unit="batch", leave=False, disable=not progress):
+    for batch in tqdm.tqdm(batches, "evaluate", total, unit="batch", leave=False, disable=None if progress else True):
         result = score_batch(config, model, params, batch, mesh, source.levels, trajectories, steps)
         kept.append(sharding.to_host(result))
     table = {name: np.concatenate([k[name] for k in kept]) for name in kept[0]}
@@ -115,7 +115,8 @@ def class_accuracy(config: Config, model, params, spec, mesh, real: Source, prog
     records = [real.records[i] for i in range(len(real.records))]
     classifier = SVC().fit(features([r["image"] for r in records]), [r["label"] for r in records])
     hits = []
-    for index in tqdm.tqdm(generate.in_batches(config.evaluate.images, 500), "samples", unit="batch", leave=False, disable=not progress):
+    indices = generate.in_batches(config.evaluate.images, 500)
+    for index in tqdm.tqdm(indices, "samples", unit="batch", leave=False, disable=None if progress else True):
         images = generate.generate(config, model, params, spec, mesh, index)
         hits.append(classifier.predict(features(images)) == index % model.config.num_classes)
     return _mean(np.concatenate(hits)) | {"images": len(np.concatenate(hits)), "decoder": config.sample.decoder,

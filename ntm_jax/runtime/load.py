@@ -53,16 +53,29 @@ class Run:
 
     def _labels(self, n, label):
         classes = self.model.config.num_classes
-        label = np.zeros(n, np.int32) if label is None and not classes else np.broadcast_to(np.asarray(label, np.int32), n)
+        if label is None and classes:
+            raise UserError(f"no label is given, and the model is of {classes} classes: give one label, or one for each of the {n} images")
+        label = np.asarray(0 if label is None else label, np.int32)
+        if label.shape not in ((), (1,), (n,)):
+            raise UserError(f"label has shape {label.shape}: expected one label, or one for each of the {n} images")
+        label = np.broadcast_to(label, n)
         if classes and not ((0 <= label) & (label < classes)).all():
             raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to {classes - 1}")
         return label
 
 
+def _mesh(config: configuration.Mesh):
+    """The run's mesh on the devices there are, or, where they are too few for its fsdp and tensor, all of them along data."""
+    try:
+        return sharding.make_mesh(config if -1 in (config.fsdp, config.tensor) else dataclasses.replace(config, data=-1))
+    except UserError:
+        return sharding.make_mesh(configuration.Mesh(-1, 1, 1))
+
+
 def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir at its latest step or `step`, with the EMA or the raw parameters. UserError where there is none."""
     config, spec = configuration.load(workdir)
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=-1))
+    mesh = _mesh(config.mesh)
     model = state.make_model(config, spec)
     step, params = state.restore_params(workdir, config, model, mesh, step, raw)
     return Run(config, spec, model, params, step, mesh)

@@ -65,19 +65,26 @@ def shardings(abstract, mesh):
 
     Raises UserError where an array does not divide over its mesh axes, or two of its dimensions would lie on one axis.
     """
-    tree = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+    names = nn.get_partition_spec(abstract)
+    tree = nn.logical_to_mesh_sharding(names, mesh, RULES)
     arrays = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract))[0]
-    for (path, array), sharding in zip(arrays, jax.tree.leaves(tree), strict=True):
+    logical = jax.tree.leaves(names, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    for (path, array), axes, sharding in zip(arrays, logical, jax.tree.leaves(tree), strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        used = [axis for entry in sharding.spec for axis in ((entry,) if isinstance(entry, str) else entry or ())]
-        if len(used) != len(set(used)):
-            raise UserError(f"the rules put two dimensions of {name} on one mesh axis: {sharding.spec}")
+        used = [mesh_axis for axis in axes for mesh_axis in _tuple(dict(RULES).get(axis))]
+        if len(used) != len(set(used)):  # by the names: flax would leave the second dimension whole without a word
+            raise UserError(f"the rules put two dimensions of {name}, {', '.join(map(str, axes))}, on one mesh axis: change RULES")
         for size, entry in zip(array.shape, sharding.spec, strict=False):
-            parts = math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+            parts = math.prod(mesh.shape[axis] for axis in _tuple(entry))
             if size % parts:
                 raise UserError(f"{name} has a dimension of {size}, which does not divide over the mesh axis {entry} of {parts}: change "
                                 f"config.mesh or the model's sizes")
     return tree
+
+
+def _tuple(entry) -> tuple:
+    """A PartitionSpec's entry as the mesh axes in it."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def to_global(batch: dict, mesh) -> dict:

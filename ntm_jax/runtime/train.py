@@ -84,7 +84,7 @@ def make_step(config: Config, model: NTM):
         updates, opt_state = update.update(gradient, current.opt_state, current.params)
         params = optax.apply_updates(current.params, updates)
         ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
-        return state.State(current.step + 1, params, opt_state, ema), {"loss": value, "grad_norm": optax.global_norm(gradient)} | means
+        return state.State(current.step + 1, params, opt_state, ema), {"loss": value, "grad_norm": optax.tree.norm(gradient)} | means
 
     return step
 
@@ -168,8 +168,8 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
         for change in changes:
             writer.message(f"changed since the run began: {change}")
         stop = stack.enter_context(_Stop())
-        current, result = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until)
-        if result is None:
+        current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until)
+        if not done:
             return None
         writer.message(f"trained to step {total}; evaluating")
     finish(config, model, current.ema, mesh, spec, workdir)
@@ -179,25 +179,33 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
 
 
 def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until):
-    """Steps from `start`; returns the state and whether it reached the end (None: stopped early)."""
-    total, bound = config.train.steps, None
-    step_function = make_step(config, model)
+    """Steps from `start` in the order evaluate, save, next batch, step; returns the state and whether it reached the end."""
+    total, every = config.train.steps, config.train.evaluate_every
+    step_function, rate = make_step(config, model), optimizer.schedule(config.optimizer, total)
     pending, clock = None, (time.perf_counter(), start)
 
-    def read():  # metrics of the step before, now that the next one is on its way
-        nonlocal pending
-        scalars, pending = check(jax.device_get(pending[1]), pending[0]), None
-        return scalars
+    def read(step) -> dict:
+        """The metrics of the step that ended at `step`, checked; they are waited for, so the next step is under way where speed counts."""
+        nonlocal pending, clock
+        scalars, pending = check(jax.device_get(pending), step), None
+        if step % config.train.log_every:
+            return {}
+        now = time.perf_counter()
+        speed, clock = (step - clock[1]) / (now - clock[0]), (now, step)
+        return scalars | {"learning_rate": float(rate(step - 1)), "examples_per_second": speed * config.data.batch_size}
 
     for step in range(start, total + 1):
-        ending = step == total or stop.asked or step == until
-        if step > start and config.train.evaluate_every and (step % config.train.evaluate_every == 0 or step == total):
-            bound = _evaluate(config, model, current.ema, held_out, mesh, step, writer)
-        if step > start and (ending or step % config.train.save_every == 0):
-            if pending:
-                read()  # what is saved is known to be finite
-            checkpoints.save(step, current, batches.get_state(), bound)
-        bound = None
+        ending = step == total or step == until or stop.asked
+        evaluating = bool(every) and (step % every == 0 or step == total)
+        if step > start and (ending or evaluating or step % config.train.save_every == 0):
+            scalars, bound = read(step), None  # what is saved is known to be finite
+            if evaluating:
+                figures, bound = _evaluate(config, model, current.ema, held_out, mesh, step, writer)
+                scalars |= figures
+            if scalars:
+                writer.write(step, scalars)
+            if ending or step % config.train.save_every == 0:
+                checkpoints.save(step, current, batches.get_state(), bound)
         if ending:
             break
         try:
@@ -205,37 +213,31 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
         except UserError:
             if step > start:
                 if pending:
-                    read()
+                    read(step)
                 checkpoints.save(step, current, batches.get_state())
             raise
         with sharding.use(mesh):
             current, metrics = step_function(current, sharding.to_global(batch, mesh), steps_of(config, step))
         if pending:
-            scalars = read()
-            if step % config.train.log_every == 0:
-                now = time.perf_counter()
-                rate, clock = (step - clock[1]) / (now - clock[0]), (now, step)
-                scalars |= {"learning_rate": float(optimizer.schedule(config.optimizer, total)(step - 1)),
-                            "examples_per_second": rate * config.data.batch_size}
+            scalars = read(step)
+            if scalars:
                 writer.write(step, scalars)
-        pending = step + 1, metrics
+        pending = metrics
         writer.advance(step + 1)
     if step < total:
         writer.message(f"stopped at step {step}, saved; the same command resumes")
-        return current, None
-    return current, True
+    return current, step == total
 
 
-def _evaluate(config, model, ema, held_out, mesh, step, writer) -> dict:
-    """The held-out bound on the way, one trajectory a record: logged, and returned as the figure that the best checkpoint is chosen by."""
+def _evaluate(config, model, ema, held_out, mesh, step, writer) -> tuple[dict, dict]:
+    """The held-out bound on the way, one trajectory a record: scalars to log, and the figure that the best checkpoint is chosen by."""
     table = evaluate.scores(config, model, ema, held_out, mesh, trajectories=1)
     result = evaluate.summarize(table, model, 1, held_out.levels)
     unit = "bits_per_dim" if held_out.levels else "nats_per_dim"
     bound = result[unit]["bound"]
-    by_level = {f"evaluate/nll/level_{k}": v for k, v in enumerate(result["trajectory_nll"]["by_level"])}
-    writer.write(step, {f"evaluate/{unit}": bound["mean"]} | by_level)
     writer.message(f"step {step}: held-out bound {bound['mean']:.4f} ± {bound['stderr']:.4f} {unit.replace('_per_', '/')}")
-    return {"bound": bound["mean"]}
+    by_level = {f"evaluate/nll/level_{k}": v for k, v in enumerate(result["trajectory_nll"]["by_level"])}
+    return {f"evaluate/{unit}": bound["mean"]} | by_level, {"bound": bound["mean"]}
 
 
 def finish(config, model, ema, mesh, spec, workdir) -> None:

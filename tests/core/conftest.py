@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ntm_jax.core import trajectory
 from ntm_jax.core.model import NTM, ModelConfig
 from ntm_jax.core.transporter import Block, Transporter
 
@@ -28,9 +27,9 @@ def _inputs(config: ModelConfig, batch: int, steps: int | None = None, seed: int
     """Random trajectories [B, K, N, D] with levels that differ between examples, the number of steps, and labels that differ too."""
     rng = np.random.default_rng(seed)
     steps = steps or config.steps[0]
-    t = trajectory.levels(steps, jnp.linspace(0.03, 0.05, batch, dtype=jnp.float32), "linear", 0.0)
-    xs = jnp.asarray(rng.normal(size=(batch, steps + 1, config.tokens, config.dim)), jnp.float32)
-    return Inputs(xs, t, jnp.full(batch, steps), jnp.arange(batch) % (config.num_classes + 1))
+    t = np.linspace([0.03] * batch, 1, steps + 1, axis=1) + 0.01 * np.linspace(np.arange(batch), 0, steps + 1, axis=1)
+    xs = rng.normal(size=(batch, steps + 1, config.tokens, config.dim))
+    return Inputs(xs.astype(np.float32), t.astype(np.float32), np.full(batch, steps), np.arange(batch) % (config.num_classes + 1))
 
 
 @functools.cache
@@ -45,16 +44,30 @@ def _random_weights(model: NTM, seed: int):
         size = 0.3
         if name == "kernel":
             size = (0.3 if path[-2].key == "project" else 1) / math.sqrt(leaf.shape[-2])
-        return jnp.asarray((name == "scale") + size * rng.normal(size=leaf.shape), jnp.float32)
+        return ((name == "scale") + size * rng.normal(size=leaf.shape)).astype(np.float32)
 
     shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *_inputs(model.config, 1)))["params"]
     return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _quick_compilation():
+    """Compilation is most of these tests' time, and needs no optimising here."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @functools.cache
 def compiled(module, method="__call__"):
     """module.apply of a method, compiled once a module: eager, these tests take ten times as long."""
     return jax.jit(module.init if method == "init" else functools.partial(module.apply, method=method))
+
+
+@functools.cache
+def _new_weights(model: NTM, seed: int):
+    return jax.device_get(nn.unbox(compiled(model, "init")(jax.random.key(seed), *_inputs(model.config, 1)))["params"])
 
 
 class Bound:
@@ -64,10 +77,15 @@ class Bound:
         self.module, self.weights = module, weights
 
     def __call__(self, *args):
-        return compiled(self.module)({"params": self.weights}, *args)
+        return self._run("__call__", *args)
 
     def __getattr__(self, name):
-        return functools.partial(compiled(self.module, name), {"params": self.weights})
+        return functools.partial(self._run, name)
+
+    def _run(self, method, *args):
+        out = compiled(self.module, method)({"params": self.weights}, *args)
+        # numpy where nothing is traced: eager jax operations compile one by one, and most of a test's time would go there
+        return jax.tree.map(lambda a: a if isinstance(a, jax.core.Tracer) else np.asarray(a), out)
 
 
 class Tiny(Bound):
@@ -97,10 +115,8 @@ class Tiny(Bound):
 def tiny():
     """tiny(**changes to TINY) -> a Tiny with random weights; new=True: as initialised."""
 
-    def build(new: bool = False, seed: int = 0, **changes) -> Tiny:
+    def build(new: bool = False, seed: int = 1, **changes) -> Tiny:
         model = NTM(ModelConfig(**(TINY | changes)))
-        if new:
-            return Tiny(model, nn.unbox(compiled(model, "init")(jax.random.key(seed), *_inputs(model.config, 1)))["params"])
-        return Tiny(model, _random_weights(model, seed))
+        return Tiny(model, _new_weights(model, seed) if new else _random_weights(model, seed))
 
     return build

@@ -12,7 +12,7 @@ from ntm_jax.core import layers
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def attend(q, k, v, allowed):
@@ -74,7 +74,7 @@ def stack_parameters(module, *args):
     """Random, so that modulation and tables, which start at zero, do something."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
     leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(tree, [0.3 * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(tree, [np.float32(0.3) * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +84,25 @@ def stacked():
     return stack_parameters(stack(), x, condition, angles), x, condition, angles
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", list(layers.REMAT))
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.value_and_grad, argnums=(1, 2))
+def loss(module, params, x, *args):
+    return jnp.sum(jnp.sin(module.apply(params, x, *args)[0]))
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), *((scan, remat) for scan in (False, True) for remat in ("full", "dots"))])
 def test_scan_and_remat_change_no_number(stacked, scan, remat):
-    params, *args = stacked
-
-    @functools.partial(jax.jit, static_argnums=0)
-    @functools.partial(jax.value_and_grad, argnums=(1, 2))
-    def loss(module, params, x):
-        return jnp.sum(jnp.sin(module.apply(params, x, *args[1:])[0]))
-
-    expected, found = (loss(module, params, args[0]) for module in (stack(), stack(scan=scan, remat=remat)))
+    assert set(layers.REMAT) == {"none", "full", "dots"}
+    expected, found = (jax.device_get(loss(module, *stacked)) for module in (stack(), stack(scan=scan, remat=remat)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # float32 sums in another order: of the largest entry, as single entries cancel
-        np.testing.assert_allclose(a, b, atol=3e-6 * max(1, float(jnp.abs(b).max())))
+        np.testing.assert_allclose(a, b, atol=3e-6 * max(1, np.abs(b).max()))
 
 
 def test_cached_steps_equal_the_whole_sequence(stacked):
     params, x, condition, angles = stacked
     expected, _ = compiled(stack())(params, x, condition, angles)
-    cache = (jnp.zeros((3, 2, 6, 2, 4)),) * 2
+    cache = (np.zeros((3, 2, 6, 2, 4), np.float32),) * 2
     for n in range(6):
         y, cache = compiled(stack())(params, x[:, n : n + 1], condition, angles[n : n + 1], cache, n)
         np.testing.assert_allclose(y[:, 0], expected[:, n], atol=1e-5)  # float32 sums in another order, through three layers
@@ -112,7 +111,7 @@ def test_cached_steps_equal_the_whole_sequence(stacked):
 @pytest.mark.parametrize("causal", [True, False])
 def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
     params, x, condition, angles = stacked
-    jacobian = jax.jacfwd(lambda x: compiled(stack(causal))(params, x, condition, angles)[0])(x)
+    jacobian = jax.jit(jax.jacfwd(lambda x: compiled(stack(causal))(params, x, condition, angles)[0]))(x)
     seen = np.abs(np.asarray(jacobian)).max((2, 5))  # [B, N, B, N]
     for i in range(2):
         assert not seen[i, :, 1 - i].any()
@@ -141,17 +140,18 @@ def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
 
 def test_a_new_stack_ignores_its_condition():
     module, x = stack(), normal(0, 2, 6, 16)
-    params = module.init(jax.random.key(0), x, normal(1, 2, 16))
-    np.testing.assert_array_equal(module.apply(params, x, normal(1, 2, 16))[0], module.apply(params, x, normal(2, 2, 16))[0])
+    params = jax.jit(module.init)(jax.random.key(0), x, normal(1, 2, 16))
+    first, second = (compiled(module)(params, x, normal(seed, 2, 16))[0] for seed in (1, 2))
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("change", ["level", "steps", "label"])
 def test_a_condition_tells_levels_steps_and_class_apart(change):
     module = layers.Condition(16, num_classes=3, tell_steps=True)
     inputs = {"level": jnp.array([0.1, 0.1]), "steps": jnp.array([4, 4]), "label": jnp.array([3, 3])}
-    params = module.init(jax.random.key(0), (inputs["level"],), inputs["steps"], inputs["label"])
+    params = jax.jit(module.init)(jax.random.key(0), (inputs["level"],), inputs["steps"], inputs["label"])
     inputs[change] = {"level": jnp.array([0.1, 0.11]), "steps": jnp.array([4, 5]), "label": jnp.array([3, 2])}[change]
-    first, second = module.apply(params, (inputs["level"],), inputs["steps"], inputs["label"])
+    first, second = compiled(module)(params, (inputs["level"],), inputs["steps"], inputs["label"])
     assert jnp.abs(first - second).max() > 1e-3
 
 

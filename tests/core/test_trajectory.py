@@ -93,7 +93,7 @@ def test_simulation_is_linear_with_exactly_this_mean_and_covariance():
         return trajectory.simulate(x, t, noise)
 
     x, noise = jnp.zeros((2, 1, 1)), jnp.zeros((2, 5, 1, 1))
-    by_x, by_noise = jax.jacfwd(simulate, (0, 1))(x, noise)
+    by_x, by_noise = jax.device_get(jax.jit(jax.jacfwd(simulate, (0, 1)))(x, noise))
     for i in range(2):
         # products of a few float32 factors below 1
         np.testing.assert_allclose(by_x[i, :, 0, 0, i, 0, 0], 1 - t[i], atol=1e-6)

@@ -1,0 +1,74 @@
+"""The shipped digits experiment, shrunk, for the tests of runtime/ and of the programs."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from ntm_jax.data import pipeline, sources
+from ntm_jax.runtime import config, sharding, state
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = {
+    "model.width": 16, "model.head_size": 8, "model.kv_heads": 2, "model.transporter_width": 16, "model.transporter_blocks": 1,
+    "model.transporter_layers": 1, "model.predictor_layers": 1, "data.batch_size": 16, "trajectory.steps": (2,), "sample.steps": 2,
+    "trajectory.t_min": 0.03, "trajectory.t_min_range": (0.02, 0.04),
+    "sample.num": 4, "train.steps": 6, "train.save_every": 2, "train.evaluate_every": 0, "train.log_every": 1,
+    "optimizer.warmup_steps": 2, "evaluate.split": "test[:20]", "evaluate.images": 0, "evaluate.trajectories": 2,
+}
+
+
+def experiment(name: str = "digits", *variant: str):
+    """The ConfigDict of an experiment file."""
+    spec = importlib.util.spec_from_file_location(f"experiment_{name}", ROOT / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*variant)
+
+
+def tiny_config(**overrides) -> config.Config:
+    """experiments/digits.py shrunk by TINY and then by `overrides`: tiny_config(**{"train.steps": 4})."""
+    values = experiment()
+    values.update_from_flattened_dict(TINY | overrides)
+    return config.read(values)
+
+
+def setup(settings: config.Config):
+    """(the evaluation split, the model, a mesh of the devices there are) of a configuration."""
+    source = sources.open_source(settings.data.source, settings.evaluate.split)
+    return source, state.make_model(settings, pipeline.spec(source, settings.data.patch_size)), sharding.make_mesh(settings.mesh)
+
+
+def randomised(params, seed: int = 0):
+    """Parameters with random numbers in place of the zeros that layers start with, so that no term is trivial: NumPy arrays."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), params)
+
+
+def batch_of(source, settings: config.Config, size: int) -> dict:
+    """The first `size` records of a source, as a training batch."""
+    batch = next(pipeline.evaluation_batches(source, settings.data.patch_size, size))
+    return {name: batch[name] for name in ("x", "label", "index")}
+
+
+def environment(**variables) -> dict:
+    """Of a subprocess: few XLA optimisations, since these programs compile for seconds and run for milliseconds."""
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)} | variables
+
+
+def python(*arguments: str, check: bool = True, **variables) -> subprocess.CompletedProcess:
+    """Runs python in the checkout; `variables` join its environment."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def bits(tree) -> list:
+    """Every leaf's dtype, shape and bytes."""
+    return [(a.dtype, a.shape, np.asarray(a).tobytes()) for a in jax.tree.leaves(tree)]

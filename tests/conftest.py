@@ -1,0 +1,22 @@
+"""Compilation as quick as can be, for tests that compile for seconds and run for milliseconds."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory):
+    """A folder of compiled programs that this session's processes share, and this process uses."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(compilation_cache):
+    """Few XLA optimisations while a module's tests run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield compilation_cache
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,34 @@
+"""Score denoising: Tweedie's formula where the answer is known, and the derivative it takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntm_jax.core import trajectory
+from ntm_jax.core.denoising import score_denoise
+
+
+def test_for_gaussian_data_it_is_the_posterior_mean(tiny):
+    new = tiny(new=True, transporter_blocks=0)
+    r = new.config.data_std
+    xs, _, _, label = new.inputs(4, steps=4)  # any numbers will do: the equality holds on every trajectory
+    t = trajectory.levels(4, jnp.array([0.02, 0.05, 0.1, 0.3]), "linear", 0.0)
+    found = jax.jit(lambda xs: score_denoise(new.module, new.params, xs, t, label))(xs)
+    t_0 = np.asarray(t, np.float64)[:, 0, None, None]
+    expected = (1 - t_0) * r**2 / ((1 - t_0) ** 2 * r**2 + t_0**2) * xs[:, 0]
+    # gradients of up to 3 / .02^2 times t_0^2, in float32: 3e-7 times some tens of terms
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_it_moves_all_levels_by_their_covariance(tiny):
+    """v . (x_0 - (1 - t_0) x) is the derivative of an example's whole NLL when every x_j moves by S_0j v."""
+    random = tiny(num_classes=2, steps=(2, 3))
+    xs, t, steps, label = random.inputs(2, steps=3)
+    found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
+    v = np.random.default_rng(0).normal(size=found.shape)
+    s = t[:, :1] ** 2 * (1 - t) / (1 - t[:, :1])  # S_0j, j = 0 included
+    direction = (s[:, :, None, None] * v[:, None]).astype(np.float32)
+    _, slope = jax.jit(lambda *args: jax.jvp(lambda xs: random(xs, t, steps, label).nll.sum(1), *args))((xs,), (direction,))
+    moved = np.sum(v * (xs[:, 0] - (1 - t[:, 0, None, None]) * found), (1, 2))
+    assert (np.abs(slope) > 1e-2).all()
+    np.testing.assert_allclose(moved, slope, rtol=1e-3, atol=1e-5)  # differences of float32 numbers of size 1, times .03

@@ -1,0 +1,191 @@
+"""Likelihoods: discretised pixels, the parts of a trajectory's weight, exact cases, and the running sums of importance weighting."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_ndtr, logsumexp
+
+from ntm_jax.core import likelihood, trajectory
+from ntm_jax.core.model import Terms
+
+LEVELS = [2, 17, 256]
+MEANS = [0.0, 0.31, -1.0, 1.0, 1.7, -3.0]
+SCALES = [1e-3, 0.01, 0.1, 0.5, 3.0]
+
+
+def pixels(levels):
+    return jnp.asarray(np.linspace(-1, 1, levels), jnp.float32)
+
+
+log_discretized_normal = jax.jit(likelihood.log_discretized_normal, static_argnums=3)
+
+
+def log_bins(mean, scale, levels):
+    """log of the probability of every bin in float64, from boundaries that neighbours share."""
+    edges = np.concatenate([[-np.inf], -1 + (2 * np.arange(1, levels) - 1) / (levels - 1), [np.inf]])
+    z = (edges - mean) / scale
+    low, high = z[:-1], z[1:]
+    low, high = np.where(low > 0, -high, low), np.where(low > 0, -low, high)
+    with np.errstate(divide="ignore"):
+        return log_ndtr(high) + np.log(-np.expm1(log_ndtr(low) - log_ndtr(high)))
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_probabilities_sum_to_one_over_all_levels(levels):
+    mean, scale = (jnp.asarray(a, jnp.float32).reshape(-1, 1) for a in np.meshgrid(MEANS, SCALES))
+    log_p = log_discretized_normal(pixels(levels)[None], mean, scale, levels)
+    assert jnp.isfinite(log_p).all()
+    total = np.exp(np.asarray(log_p, np.float64)).sum(1)
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("scale", SCALES)
+def test_discretised_normal_far_into_the_tails(levels, scale):
+    for mean in MEANS:
+        mean, scale = np.float32(mean), np.float32(scale)
+        found = np.asarray(log_discretized_normal(pixels(levels), mean, scale, levels))
+        expected = log_bins(float(mean), float(scale), levels)
+        assert np.isfinite(expected).all()
+        # boundaries are float32 numbers up to 4, off by 2.4e-7, so z is off by that over the scale, and log p by about z times
+        # as much; a narrow bin is a difference of two log-probabilities, each off by some 5e-7 (float32 erfc), and of two z
+        z = np.sqrt(2 * np.abs(expected))
+        width = min(1, 2 / (levels - 1) / scale)
+        tolerance = 2.4e-7 * (1 + z + 1 / width) / scale + 1e-6 / width + 2e-6 * np.abs(expected)
+        np.testing.assert_array_less(np.abs(found - expected), tolerance)
+
+
+def test_the_outermost_bins_are_open():
+    # half a bin is 1/16: N(0, 1) below -1 + 1/16 and above 1 - 1/16
+    ends = likelihood.log_discretized_normal(jnp.array([-1.0, 1.0]), 0.0, 1.0, 17)
+    np.testing.assert_allclose(ends, math.log(0.5 * math.erfc((1 - 1 / 16) / math.sqrt(2))), rtol=1e-6)  # one float32 log_ndtr
+
+
+def test_reconstruction_is_that_of_the_scaled_noisy_image():
+    rng = np.random.default_rng(0)
+    x = pixels(17)[rng.integers(17, size=(2, 3, 2))]
+    t_0 = jnp.array([0.02, 0.2])
+    x_0 = trajectory.start(x, t_0, jnp.asarray(rng.normal(size=x.shape), jnp.float32))
+    found = likelihood.log_reconstruction(x, x_0, t_0, 17)
+    for i, t in enumerate((0.02, 0.2)):
+        bins = np.rint((np.asarray(x[i]) + 1) * 8).astype(int)
+        mean = np.asarray(x_0[i], np.float64) / (1 - t)
+        expected = sum(log_bins(mean[n], t / (1 - t), 17)[bins[n]] for n in np.ndindex(mean.shape))
+        assert found[i] == pytest.approx(expected, rel=1e-5, abs=1e-5)  # z off by 1e-7 / .02
+
+
+def log_gaussian(x, mean, variance):
+    x = np.asarray(x, np.float64)
+    return (-0.5 * ((x - mean) ** 2 / variance + np.log(2 * math.pi * variance))).reshape(len(x), -1).sum(1)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """x on 17 levels [B, N, D], trajectories [B, K, N, D] of it, and their levels [B, K], different for each example."""
+    rng = np.random.default_rng(1)
+    t = trajectory.levels(4, jnp.array([0.02, 0.05, 0.2]), "linear", 0.0)
+    x = pixels(17)[rng.integers(17, size=(3, 4, 2))]
+    return x, trajectory.simulate(x, t, jnp.asarray(rng.normal(size=(3, 5, 4, 2)), jnp.float32)), t
+
+
+@pytest.mark.parametrize("levels", [0, 17])
+def test_contributions_by_hand(drawn, levels):
+    x, xs, t = drawn
+    rng = np.random.default_rng(2)
+    quadratic, log_scale, log_det = (jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(3))
+    parts = likelihood.contributions(Terms(quadratic, log_scale, log_det, 2.5), xs, x, t, levels)
+    s = np.asarray(t, np.float64)[:, :, None, None]
+    forward = sum(
+        log_gaussian(xs[:, k + 1], (1 - s[:, k + 1]) / (1 - s[:, k]) * np.asarray(xs[:, k]),
+                     s[:, k + 1] ** 2 - ((1 - s[:, k + 1]) / (1 - s[:, k]) * s[:, k]) ** 2)
+        for k in range(4)
+    )
+    expected = {
+        "prior": log_gaussian(xs[:, -1], 0, 1.0),
+        "predictor": -np.asarray(quadratic + log_scale + 2.5).sum(1),
+        "log_det": np.asarray(log_det).sum(1),
+        "forward": -forward,
+    }
+    if levels:
+        expected["forward"] -= log_gaussian(xs[:, 0], (1 - s[:, 0]) * np.asarray(x), s[:, 0] ** 2)
+        expected["reconstruction"] = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], levels)
+    assert parts.keys() == expected.keys()
+    for name, value in expected.items():
+        assert parts[name].shape == (3,)
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5, atol=1e-5, err_msg=name)  # float32 sums of tens of terms
+
+
+def gaussian_terms(xs, t, mean, variance):
+    """Terms of the true reverse conditionals of data N(mean, variance): conditioning in the joint Gaussian of two levels, float64."""
+    xs, t = np.asarray(xs, np.float64), np.asarray(t, np.float64)
+    s, t = t[:, :-1], t[:, 1:]
+    covariance = (1 - s) * (1 - t) * variance + s**2 * (1 - t) / (1 - s)
+    var_s, var_t = ((1 - a) ** 2 * variance + a**2 for a in (s, t))
+    gain = covariance / var_t
+    deviation = np.sqrt(var_s - gain * covariance)
+    s, t, gain, scale = (a[:, :, None, None] for a in (s, t, gain, deviation))
+    z = (xs[:, :-1] - (1 - s) * mean - gain * (xs[:, 1:] - (1 - t) * mean)) / scale
+    dimensions = z[0, 0].size
+    return Terms(*(jnp.asarray(a, jnp.float32) for a in (
+        0.5 * (z**2).sum((2, 3)), dimensions * np.log(deviation), np.zeros_like(deviation))), dimensions / 2 * math.log(2 * math.pi))
+
+
+def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_data(drawn):
+    x, xs, t = drawn
+    mean, variance = 0.3, 0.4
+    log_w = sum(likelihood.contributions(gaussian_terms(xs, t, mean, variance), xs, x, t, 0).values())
+    t_0 = np.asarray(t, np.float64)[:, 0, None, None]
+    expected = log_gaussian(xs[:, 0], (1 - t_0) * mean, (1 - t_0) ** 2 * variance + t_0**2)
+    # float32 sums of some tens of nats over 8 dimensions: method, section 9, gives 4e-6 a dimension
+    np.testing.assert_allclose(log_w / 8, expected / 8, atol=1e-5)
+    # and of pixels, the ratio of decoder and encoder is added
+    pixel = sum(likelihood.contributions(gaussian_terms(xs, t, mean, variance), xs, x, t, 17).values())
+    ratio = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], 17) - log_gaussian(xs[:, 0], (1 - t_0) * np.asarray(x), t_0**2)
+    np.testing.assert_allclose((pixel - log_w) / 8, ratio / 8, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "shifted"])
+def test_a_new_model_weighs_gaussian_data_exactly(tiny, schedule):
+    new = tiny(new=True, transporter_blocks=0)
+    r, config = new.config.data_std, new.config
+    rng = np.random.default_rng(3)
+    x, noise = (jnp.asarray(rng.normal(size=(8, *shape, config.tokens, config.dim)), jnp.float32) for shape in ((), (5,)))
+    t = trajectory.levels(4, jnp.linspace(1e-3, 0.1, 8), schedule, trajectory.default_shift(config.tokens))
+    xs = trajectory.simulate(r * x, t, noise)
+    log_w = sum(likelihood.contributions(new(xs, t, jnp.full(8, 4), jnp.zeros(8, int)), xs, r * x, t, 0).values())
+    t_0 = np.asarray(t, np.float64)[:, 0, None, None]
+    expected = log_gaussian(xs[:, 0], 0, (1 - t_0) ** 2 * r**2 + t_0**2)
+    # exact but for float32: 4e-6 nats a dimension by method, section 9, and more at t_0 = .001, where z = 1e-7 / .001
+    np.testing.assert_allclose(log_w / (config.tokens * config.dim), expected / (config.tokens * config.dim), atol=1e-4)
+
+
+def test_importance_sums_equal_the_direct_ones():
+    log_w = np.random.default_rng(4).normal(size=(6, 3)) * np.array([0.5, 3.0, 30.0]) - np.array([100.0, 5000.0, 0.0])
+    log_w = log_w.astype(np.float32)
+    sums = likelihood.Importance.empty(3)
+    for row in log_w:
+        sums = sums.add(jnp.asarray(row))
+    log_w = log_w.astype(np.float64)
+    assert sums.count == 6
+    rtol = 1e-6  # float32 sums of six terms; a logarithm of 10,000 is off by 5e-4, and its exponential by as much
+    np.testing.assert_allclose(sums.bound, log_w.mean(0), rtol=rtol)
+    np.testing.assert_allclose(sums.importance_weighted, logsumexp(log_w, 0) - math.log(6), rtol=rtol)
+    effective = np.exp(2 * logsumexp(log_w, 0) - logsumexp(2 * log_w, 0))
+    np.testing.assert_allclose(sums.effective_sample_size, effective, rtol=3e-3)
+    assert (sums.importance_weighted >= sums.bound).all()
+
+
+@pytest.mark.parametrize("weights", [[0.0], [-7.0, -7.0, -7.0, -7.0]])
+def test_equal_weights_count_in_full(weights):
+    sums = likelihood.Importance.empty(1)
+    for weight in weights:
+        sums = sums.add(jnp.array([weight]))
+    found = (sums.bound[0], sums.importance_weighted[0], sums.effective_sample_size[0])
+    assert found == pytest.approx((weights[0], weights[0], len(weights)), rel=1e-5, abs=1e-6)  # float32 logarithms of the sums
+
+
+def test_bits_per_dim():
+    assert likelihood.bits_per_dim(64 * 3 * math.log(2), 64) == pytest.approx(3)

@@ -1,0 +1,94 @@
+"""The predictor: what a new one predicts, what the heads make of the network's output, and what it may see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.core import trajectory
+from ntm_jax.core.predictor import LOG_SCALE_BOUND
+
+LEVELS = [(1.0, 0.75), (1.0, 0.02), (0.5, 0.265), (0.265, 0.02), (0.05, 0.001)]  # t, s
+
+
+def ask(model, t, s):
+    """A prediction of the latent at s from random latents at t: (u, mean, log-scale)."""
+    xs, _, steps, label = model.inputs()
+    return xs[:, 1], *model.predict(xs[:, 1], np.full(2, t, np.float32), np.full(2, s, np.float32), steps, label)
+
+
+def gaussian_posterior(t, s, r):
+    """Coefficient and deviation of p(x_s | x_t) for data N(0, r^2): conditioning in the joint Gaussian, float64."""
+    variance = {v: (1 - v) ** 2 * r**2 + v**2 for v in (s, t)}
+    covariance = (1 - s) * (1 - t) * r**2 + s**2 * (1 - t) / (1 - s)
+    gain = covariance / variance[t]
+    return gain, np.sqrt(variance[s] - gain * covariance)
+
+
+@pytest.mark.parametrize("r", [0.7, 0.2])
+@pytest.mark.parametrize(("t", "s"), LEVELS)
+def test_a_new_preconditioned_predictor_is_exact_for_gaussian_data(tiny, t, s, r):
+    u, mean, log_scale = ask(tiny(new=True, transporter_blocks=0, data_std=r), t, s)
+    gain, deviation = gaussian_posterior(t, s, r)
+    # a few float32 operations; 1 - t rounds to float32 before it is squared
+    np.testing.assert_allclose(mean, gain * u, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(log_scale, np.full_like(u, np.log(deviation)), atol=1e-5)
+
+
+def test_a_new_direct_predictor_is_standard_normal(tiny):
+    _, mean, log_scale = ask(tiny(new=True, transporter_blocks=0, head="direct"), 0.5, 0.25)
+    assert not mean.any()
+    assert not log_scale.any()
+
+
+@pytest.mark.parametrize(("t", "s"), LEVELS)
+def test_the_preconditioned_head_predicts_the_clean_image(tiny, t, s):
+    """The heads read the same two numbers a channel: for one they are mean and log-scale, for the other xhat and the scale in units."""
+    u, value, delta = ask(tiny(transporter_blocks=0, head="direct"), t, s)
+    _, mean, log_scale = ask(tiny(transporter_blocks=0), t, s)
+    assert np.median(np.abs(value)) > 0.1
+    u, value, delta, r = (np.asarray(a, np.float64) for a in (u, value, delta, 0.7))
+    variance = (1 - t) ** 2 * r**2 + t**2
+    clean = (1 - t) * r**2 / variance * u + r * t / np.sqrt(variance) * value
+    a, b, c = (float(v) for v in trajectory.posterior(jnp.float32(s), jnp.float32(t)))
+    # a few float32 operations on numbers below 4
+    np.testing.assert_allclose(mean, a * u + b * clean, atol=3e-6)
+    np.testing.assert_allclose(log_scale, np.log(gaussian_posterior(t, s, r)[1]) + delta, atol=1e-5)
+    assert c < gaussian_posterior(t, s, r)[1]
+
+
+def test_log_scales_are_softly_bounded_beyond_what_a_clean_level_needs(tiny):
+    direct = tiny(transporter_blocks=0, head="direct")
+    weights = direct.weights["predictor"]
+    for raw, expected in ((100.0, LOG_SCALE_BOUND), (-100.0, -LOG_SCALE_BOUND), (6.0, LOG_SCALE_BOUND * np.tanh(6 / LOG_SCALE_BOUND))):
+        project = {"kernel": np.zeros((16, 4), np.float32), "bias": np.array([0, 0, raw, raw], np.float32)}
+        moved = type(direct)(direct.module, {"predictor": weights | {"project": project}})
+        np.testing.assert_allclose(ask(moved, 0.5, 0.25)[2], expected, rtol=1e-6)  # one float32 tanh
+    assert LOG_SCALE_BOUND * np.tanh(1) > 6
+
+
+def test_every_token_is_seen_and_no_other_example(tiny):
+    direct = tiny(transporter_blocks=0, head="direct")
+    xs, t, steps, label = direct.inputs()
+    jacobian = jax.jit(jax.jacfwd(lambda u: direct.predict(u, t[:, 1], t[:, 0], steps, label)))(xs[:, 1])
+    for part in jacobian:
+        seen = np.abs(part).max((2, 5))  # [B, N, B, N]
+        assert not seen[0, :, 1].any()
+        assert not seen[1, :, 0].any()
+        assert (seen[0, :, 0] > 1e-4).all()
+        assert (seen[1, :, 1] > 1e-4).all()
+
+
+def test_the_network_reads_latents_of_unit_variance(tiny):
+    """At every level: u divided by its deviation for Gaussian data."""
+    direct = tiny(transporter_blocks=0, head="direct")
+    xs, _, steps, label = direct.inputs()
+
+    @jax.jit
+    def embedded(u, t):
+        _, state = direct.module.apply(direct.params, u, t, jnp.full(2, 0.1), steps, label, method="predict",
+                                       capture_intermediates=lambda module, _: module.name == "embed")
+        return state["intermediates"]["predictor"]["embed"]["__call__"][0]
+
+    first, second = (embedded(xs[:, 1] * np.float32(np.hypot((1 - t) * 0.7, t)), jnp.full(2, t)) for t in (1.0, 0.3))
+    np.testing.assert_allclose(first, second, atol=2e-6)  # a float32 division and a product of two terms

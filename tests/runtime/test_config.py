@@ -1,0 +1,176 @@
+"""What an experiment may say, what each mistake is told, and which changes a resumed run may make."""
+
+import json
+
+import pytest
+
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import config
+from tests.common import TINY, experiment, tiny_config
+
+SPEC = DataSpec((8, 8, 1), 2, 17, 10, 1500)
+
+
+def changed(**overrides) -> dict:
+    """The digits experiment as a plain dict, so that nothing but config.read checks the values."""
+    values = experiment().to_dict()
+    for key, value in overrides.items():
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = value
+    return values
+
+
+def refusal(values) -> str:
+    with pytest.raises(UserError) as error:
+        config.read(values)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", [("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian")])
+def test_the_shipped_experiments_are_read(name):
+    read = config.read(experiment(*name))
+    assert config.read(read.raw) == read
+    assert json.loads(json.dumps(read.raw)) == read.raw
+    assert hash(read) == hash(config.read(read.raw))  # a static argument of compiled functions
+    assert (read.model.transporter_blocks == 0) == ("gaussian" in name)
+
+
+def test_an_integer_is_taken_for_a_float():
+    read = config.read(changed(**{"optimizer.clip": 1, "trajectory.t_min_range": [0.02, 0.04]}))
+    assert type(read.optimizer.clip) is float
+    assert read.trajectory.t_min_range == (0.02, 0.04)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("model.widht", 3, "config.model.widht is not a setting; expected one of width, head_size"),
+    ("colour", 3, "config.colour is not a setting; expected one of seed, data"),
+    ("model.width", "64", "config.model.width is '64', of type str: expected int"),
+    ("model.width", 64.0, "config.model.width is 64.0, of type float: expected int"),
+    ("model.width", True, "config.model.width is True, of type bool: expected int"),
+    ("optimizer.clip", True, "config.optimizer.clip is True, of type bool: expected float"),
+    ("optimizer.clip", "1", "config.optimizer.clip is '1', of type str: expected float"),
+    ("optimizer.clip", None, "config.optimizer.clip is None, of type NoneType: expected float"),
+    ("model.scan", 0, "config.model.scan is 0, of type int: expected bool"),
+    ("data.source", 3, "config.data.source is 3, of type int: expected str"),
+    ("trajectory.shift", "a", "config.trajectory.shift is 'a', of type str: expected float | None"),
+    ("trajectory.steps", 4, "config.trajectory.steps is 4: expected a tuple of int"),
+    ("trajectory.steps", (4, 8.0), "config.trajectory.steps is 8.0, of type float: expected int"),
+    ("trajectory.steps", (4, True), "config.trajectory.steps is True, of type bool: expected int"),
+    ("trajectory.steps", (), "config.trajectory.steps is empty: give the numbers of steps, such as (4,)"),
+    ("trajectory.steps", (4, 0), "config.trajectory.steps is 0: expected more than 0"),
+    ("trajectory.t_min_range", (0.1,), "config.trajectory.t_min_range is (0.1,): expected a tuple of float, 2 long"),
+    ("trajectory.t_min_range", (0.1, 0.2, 0.3), "expected a tuple of float, 2 long"),
+    ("trajectory.t_min_range", (0.04, 0.02), "expected 0 <= lo <= hi < 1"),
+    ("trajectory.t_min", 0.0, "0 < t_min < 1"),
+    ("data", 3, "config.data is 3: expected a section"),
+    ("data.batch_size", -4, "config.data.batch_size is -4: expected more than 0"),
+    ("data.batch_size", 0, "config.data.batch_size is 0: expected more than 0"),
+    ("train.steps", 0, "config.train.steps is 0: expected more than 0"),
+    ("optimizer.weight_decay", -1e-4, "config.optimizer.weight_decay is -0.0001: expected a number that is not negative"),
+    ("sample.guidance", -1.0, "config.sample.guidance is -1.0: expected a number that is not negative"),
+    ("model.head", "posterior", "config.model.head is 'posterior': expected one of direct, preconditioned"),
+    ("trajectory.schedule", "cosine", "config.trajectory.schedule is 'cosine': expected one of linear, shifted"),
+    ("train.objective", "both", "config.train.objective is 'both': expected one of end_to_end, pairwise"),
+    ("model.condition", "text", "config.model.condition is 'text': expected one of none, class"),
+    ("train.condition_dropout", 1.0, "config.train.condition_dropout is 1.0: expected less than 1"),
+    ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate is nan: expected a finite number"),
+    ("trajectory.t_min_range", (0.02, float("inf")), "config.trajectory.t_min_range is inf: expected a finite number"),
+])
+def test_a_mistake_is_one_line_that_names_the_key(key, value, message):
+    assert message in refusal(changed(**{key: value}))
+
+
+def test_a_missing_key_is_named():
+    values = changed()
+    del values["optimizer"]["clip"]
+    assert "config.optimizer.clip is missing" in refusal(values)
+
+
+def test_dropout_without_a_condition_is_refused():
+    message = refusal(changed(**{"model.condition": "none"}))
+    assert "config.train.condition_dropout is 0.1: expected less than 1, and 0 where config.model.condition is none" in message
+
+
+def test_guidance_without_dropout_is_refused():
+    values = changed(**{"sample.guidance": 1.0, "train.condition_dropout": 0.0})
+    assert "set config.train.condition_dropout to 0.1" in refusal(values)
+    config.read(changed(**{"sample.guidance": 1.0}))
+
+
+def test_a_scale_that_vanishes_with_t_min_is_refused():
+    values = changed(**{"trajectory.t_min_range": (0.0, 0.04)})
+    assert "config.trajectory.t_min_range starts at 0.0" in refusal(values)
+    values["model"]["head"] = "direct"
+    assert config.read(values).trajectory.t_min_range == (0.0, 0.04)
+
+
+def test_the_range_of_t_min_ends_below_the_first_shifted_level():
+    # s_1 = 1 / (1 + (T - 1) e^-m): 1/16 for m = 0, T = 16
+    values = changed(**{"trajectory.schedule": "shifted", "trajectory.shift": 0.0, "trajectory.steps": (4, 16)})
+    config.read(values)
+    values["trajectory"]["t_min_range"] = (0.02, 0.065)
+    message = refusal(values)
+    assert "config.trajectory.t_min_range ends at 0.065" in message
+    assert "0.0625 of 16 steps" in message
+    values["trajectory"]["t_min_range"] = (0.02, 0.06)
+    config.read(values)
+    values["trajectory"]["t_min"] = 0.07
+    assert "t_min is 0.07" in refusal(values)
+
+
+def test_a_new_folder_and_an_unchanged_run_are_claimed(tmp_path):
+    settings = tiny_config()
+    assert config.claim(str(tmp_path / "new"), settings, SPEC) == []
+    assert not (tmp_path / "new").exists()
+    config.write(str(tmp_path), settings, SPEC)
+    assert config.claim(str(tmp_path), settings, SPEC) == []
+    assert config.load(str(tmp_path)) == (settings, SPEC)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("mesh.fsdp", 2), ("data.workers", 3), ("train.steps", 9), ("train.save_every", 7), ("train.evaluate_every", 7), ("train.log_every", 7),
+    ("train.keep", 7), ("evaluate.images", 7), ("evaluate.split", "train"), ("sample.num", 7), ("sample.decoder", "inverse"),
+])
+def test_what_a_resumed_run_may_change_is_reported(tmp_path, key, value):
+    config.write(str(tmp_path), tiny_config(), SPEC)
+    before = config.flatten(tiny_config().raw)[key]
+    assert config.claim(str(tmp_path), tiny_config(**{key: value}), SPEC) == [f"{key}: {before!r} -> {value!r}"]
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("seed", 7), ("model.width", 32), ("data.batch_size", 32), ("data.split", "train[:1000]"), ("trajectory.steps", (2, 4)),
+    ("train.objective", "pairwise"), ("train.condition_dropout", 0.2), ("optimizer.ema_decay", 0.5),
+])
+def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, value):
+    config.write(str(tmp_path), tiny_config(), SPEC)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = tiny_config(**{key: value})
+    with pytest.raises(UserError) as error:
+        config.claim(str(tmp_path), other, SPEC)
+    there, here = (config.flatten(c.raw)[key] for c in (tiny_config(), other))
+    assert str(error.value).startswith(f"{tmp_path} holds a run with {key} = {there!r}, and this one has {here!r}")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path):
+    config.write(str(tmp_path), tiny_config(), SPEC)
+    with pytest.raises(UserError, match=r"spec\.count = 1500, and this one has 1501"):
+        config.claim(str(tmp_path), tiny_config(), DataSpec((8, 8, 1), 2, 17, 10, 1501))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        config.load(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+        config.claim(str(tmp_path), tiny_config(), SPEC)
+    (tmp_path / "config.json").write_text('{"seed": ')
+    for read in (lambda: config.claim(str(tmp_path), tiny_config(), SPEC), lambda: config.load(str(tmp_path))):
+        with pytest.raises(UserError, match="is not JSON"):
+            read()
+
+
+def test_the_overrides_of_these_tests_are_settings():
+    assert set(TINY) <= set(config.flatten(tiny_config().raw))

@@ -1,0 +1,148 @@
+"""Held-out scores: the same in any batch size and twice over, bounds in order, standard errors, and what evaluation.json holds."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from ntm_jax.core import likelihood
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import evaluate, state
+from tests.common import batch_of, randomised, setup, tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SETTINGS = tiny_config()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(source, model, mesh, parameters): not trained, but with no term trivial."""
+    source, model, mesh = setup(SETTINGS)
+    return source, model, mesh, randomised(state.initialize(SETTINGS, model, mesh).params)
+
+
+@pytest.fixture(scope="module")
+def tables(trained):
+    """The scores of 20 records, by batch size: the last batch padded, one record over, and all in one."""
+    source, model, mesh, params = trained
+    sizes = {size: dataclasses.replace(SETTINGS, evaluate=dataclasses.replace(SETTINGS.evaluate, batch_size=size)) for size in (7, 19, 512)}
+    return {size: evaluate.scores(settings, model, params, source, mesh, 3) for size, settings in sizes.items()}
+
+
+def test_every_record_counts_once_in_any_batch_size(tables):
+    for table in tables.values():
+        np.testing.assert_array_equal(table["index"], np.arange(20))
+        assert "mask" not in table
+        for name, values in table.items():
+            np.testing.assert_allclose(values, tables[512][name], rtol=1e-5, atol=1e-3, err_msg=name)  # of sums of hundreds of nats
+
+
+def test_the_same_parameters_give_the_same_figures_twice(trained, tables):
+    source, model, mesh, params = trained
+    settings = dataclasses.replace(SETTINGS, evaluate=dataclasses.replace(SETTINGS.evaluate, batch_size=512))
+    again = evaluate.scores(settings, model, params, source, mesh, 3)
+    for name, values in again.items():
+        np.testing.assert_array_equal(values, tables[512][name])
+    other = evaluate.scores(dataclasses.replace(settings, seed=1), model, params, source, mesh, 3)
+    assert np.abs(other["bound"] - again["bound"]).min() > 0
+
+
+def test_the_weighted_bound_is_the_tighter_one_record_by_record(tables):
+    table = tables[512]
+    assert (table["importance_weighted"] > table["bound"]).all()
+    assert (table["importance_weighted"] - table["bound"] < 1000).all()
+    assert ((table["effective_sample_size"] >= 1 - 1e-5) & (table["effective_sample_size"] <= 3)).all()
+    parts = sum(table[name] for name in ("prior", "predictor", "log_det", "forward", "reconstruction"))
+    np.testing.assert_allclose(parts, table["bound"], rtol=1e-5, atol=1e-2)
+
+
+def test_one_trajectory_makes_both_bounds_one(trained):
+    source, model, mesh, params = trained
+    table = evaluate.scores(SETTINGS, model, params, source, mesh, 1)
+    np.testing.assert_allclose(table["bound"], table["importance_weighted"], rtol=1e-6)
+
+
+def test_the_summary(trained, tables):
+    table, dimensions = tables[512], 64
+    result = evaluate.summarize(table, trained[1], 3, 17)
+    assert result["count"] == 20
+    for name in ("bound", "importance_weighted"):
+        values = -table[name].astype(np.float64) / dimensions
+        bits, nats = result["bits_per_dim"][name], result["nats_per_dim"][name]
+        assert nats["mean"] == pytest.approx(values.mean(), rel=1e-6)
+        assert nats["stderr"] == pytest.approx(np.sqrt(((values - values.mean()) ** 2).sum() / 19 / 20), rel=1e-4)
+        assert bits["mean"] == pytest.approx(nats["mean"] / math.log(2))
+        assert bits["stderr"] == pytest.approx(nats["stderr"] / math.log(2))
+        assert likelihood.bits_per_dim(-table[name].astype(np.float64), dimensions).mean() == pytest.approx(bits["mean"], rel=1e-6)
+    assert result["bits_per_dim"]["importance_weighted"]["trajectories"] == 3
+    levels = table["nll"].astype(np.float64) / dimensions
+    assert result["trajectory_nll"]["by_level"] == pytest.approx(levels.mean(0), rel=1e-6)
+    assert result["trajectory_nll"]["mean"] == pytest.approx(levels.mean(), rel=1e-6)
+    assert result["trajectory_nll"]["stderr"] == pytest.approx(levels.mean(1).std(ddof=1) / np.sqrt(20), rel=1e-4)
+    assert "bits_per_dim" not in evaluate.summarize(table, trained[1], 3, 0)
+    one = evaluate.summarize({name: values[:1] for name, values in table.items()}, trained[1], 3, 17)
+    assert one["nats_per_dim"]["bound"]["stderr"] == 0
+
+
+def test_continuous_data_keep_their_x_0_over_trajectories(trained, monkeypatch):
+    source, model, mesh, params = trained
+    seen = []
+    contributions = likelihood.contributions
+
+    def spy(terms, xs, *rest):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), xs, ordered=True)
+        return contributions(terms, xs, *rest)
+
+    monkeypatch.setattr(likelihood, "contributions", spy)
+    settings = dataclasses.replace(SETTINGS, seed=5)  # a configuration of its own: compiled with the spy
+    for levels in (0, 17):
+        batch = batch_of(source, settings, 4)
+        result = evaluate.score_batch(settings, model, params, batch, mesh, levels, 3)
+        jax.effects_barrier()
+        assert ("reconstruction" in result) == (levels > 0)
+        assert np.isfinite(result["bound"]).all()
+    continuous, pixels = np.stack(seen[:3]), np.stack(seen[3:])
+    np.testing.assert_array_equal(continuous[1:, :, 0], continuous[:-1, :, 0])
+    assert (continuous[1:, :, 1:] != continuous[:-1, :, 1:]).all()
+    assert (pixels[1:] != pixels[:-1]).all()
+    noise = (continuous[0, :, 0] - 0.97 * batch_of(source, settings, 4)["x"]) / 0.03
+    assert abs(noise.mean()) < 0.3  # of 256 draws
+    assert abs(noise.std() - 1) < 0.2
+
+
+def test_evaluation_json(trained, tmp_path, capsys):
+    _, model, mesh, params = trained
+    settings = tiny_config(**{"evaluate.images": 20, "evaluate.split": "test[:12]"})
+    result = evaluate.evaluate(settings, model, params, mesh, 3)
+    evaluate.report(result, tmp_path / "evaluation.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert {"step", "split", "count", "bits_per_dim", "nats_per_dim", "trajectory_nll", "class_accuracy", "effective_sample_size",
+            "provenance"} <= set(result)
+    assert (result["step"], result["split"], result["count"]) == (3, "test[:12]", 12)
+    for unit in ("bits_per_dim", "nats_per_dim"):
+        assert set(result[unit]) == {"bound", "importance_weighted"}
+        assert set(result[unit]["bound"]) == {"mean", "stderr"}
+        assert set(result[unit]["importance_weighted"]) == {"mean", "stderr", "trajectories"}
+    assert set(result["trajectory_nll"]) == {"mean", "stderr", "by_level"}
+    assert len(result["trajectory_nll"]["by_level"]) == 2
+    assert (result["class_accuracy"]["images"], result["class_accuracy"]["decoder"]) == (20, "score")
+    assert 0 <= result["class_accuracy"]["mean"] < 0.6  # an untrained model's
+    assert result["provenance"]["t_min"] == 0.03
+    assert result["provenance"]["levels"] == pytest.approx([0.03, 0.515, 1])
+    assert result["provenance"]["config"] == settings.raw
+    printed = capsys.readouterr().out
+    assert "test[:12] split, 12 records, step 3" in printed
+    assert f"{result['bits_per_dim']['bound']['mean']:.4f} ± {result['bits_per_dim']['bound']['stderr']:.4f}" in printed
+    one = evaluate.evaluate(SETTINGS, model, params, mesh, 3, split="train[:4]", trajectories=1)
+    assert (one["split"], one["count"], one["nats_per_dim"]["importance_weighted"]["trajectories"]) == ("train[:4]", 4, 1)
+    assert "class_accuracy" not in one
+
+
+def test_a_split_of_other_images_is_refused(trained):
+    _, model, mesh, params = trained
+    settings = tiny_config(**{"data.image_size": 4})
+    with pytest.raises(UserError, match=r"has images of shape \(4, 4, 1\), not the training split's shape"):
+        evaluate.evaluate(settings, model, params, mesh, 0)

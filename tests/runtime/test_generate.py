@@ -1,0 +1,113 @@
+"""Image i is the same image in any company, and what sampling writes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ntm_jax.data import pipeline
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import generate, state
+from ntm_jax.runtime.load import Run
+from tests.common import randomised, setup, tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SETTINGS = tiny_config(**{"sample.decoder": "inverse"})
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A Run that no folder holds."""
+    source, model, mesh = setup(SETTINGS)
+    params = randomised(state.initialize(SETTINGS, model, mesh).params)
+    return Run(SETTINGS, pipeline.spec(source, 2), model, params, 4, mesh)
+
+
+def same(one, other):
+    """Equal but for pixels that rounding puts one level away, fewer than one in 50."""
+    difference = np.abs(one.astype(int) - other.astype(int))
+    return difference.max() <= 1 and (difference > 0).mean() < 0.02
+
+
+def test_an_image_is_the_same_in_any_batch(run):
+    images = run.sample(12)
+    assert (images.shape, images.dtype) == ((12, 8, 8, 1), np.uint8)
+    assert 0 < images.mean() < 16
+    assert same(run.sample_at([7, 2, 11]), images[[7, 2, 11]])
+    assert not same(images[0], images[10])  # of one class
+    assert not same(run.sample_at([7, 2, 11], seed=1), images[[7, 2, 11]])
+
+
+def test_labels_are_all_classes_in_turn_by_default(run):
+    images = run.sample(12)
+    assert same(run.sample(12, np.arange(12) % 10), images)
+    assert same(run.sample_at([10, 11, 3], [0, 1, 3]), images[[10, 11, 3]])
+    assert not same(run.sample_at([10, 11, 3], [5, 5, 5]), images[[10, 11, 3]])
+
+
+def test_guidance_and_decoder_change_the_image(run):
+    images = run.sample(3)
+    assert not same(run.sample(3, guidance=2.0), images)
+    assert not same(run.sample(3, decoder="score"), images)
+
+
+def test_a_trajectory_runs_from_noise_to_the_image(run):
+    clean, levels = generate.generate(run.config, run.model, run.params, run.spec, run.mesh, np.arange(3), trajectory=True)
+    assert levels.shape == (3, 3, 8, 8, 1)
+    assert same(clean, run.sample(3))
+    gaps = [np.abs(levels[:, k].astype(int) - clean).mean() for k in range(3)]
+    assert gaps[2] < gaps[0]  # the last is the nearly clean one
+
+
+def test_guidance_needs_condition_dropout(run):
+    without = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, condition_dropout=0.0))
+    with pytest.raises(UserError, match=r"guidance is 1\.5, and the model was trained without condition dropout"):
+        generate.check(without, None, 1.5)
+    generate.check(without, None, 0.0)
+    generate.check(SETTINGS, 2, 1.5)
+
+
+def test_a_number_of_steps_that_was_not_trained_is_warned_of(run):
+    with pytest.warns(UserWarning, match="3 steps were not trained, only 2"):
+        generate.check(SETTINGS, 3, None)
+
+
+def test_labels_of_the_flag():
+    assert generate.parse_labels(None, 10) is None
+    np.testing.assert_array_equal(generate.parse_labels(["3", "0", "9"], 10), [3, 0, 9])
+    for wrong in ("10", "-1", "cat", "1.0", ""):
+        with pytest.raises(UserError, match=f"label '{wrong}' is not a class of the model: expected 0 to 9"):
+            generate.parse_labels(["1", wrong], 10)
+    with pytest.raises(UserError, match="expected none, the model being unconditional"):
+        generate.parse_labels(["0"], 0)
+
+
+def test_written_samples(run, tmp_path, capsys):
+    out = tmp_path / "samples"
+    generate.write_samples(run, str(out), 11, 4, ["3", "5"])
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [f"{i:02}.png" for i in range(11)] + ["grid.png", "samples.npz"]
+    images = run.sample(11, np.resize([3, 5], 11))
+    shown = (images * (255 / 16)).round().astype(np.uint8)
+    with np.load(out / "samples.npz") as archive:
+        arr_0, labels = archive["arr_0"], archive["arr_1"]
+    assert (arr_0.shape, arr_0.dtype) == ((11, 8, 8, 3), np.uint8)
+    assert np.abs(arr_0.astype(int) - shown).max() <= 16  # one level of 17
+    np.testing.assert_array_equal(labels, np.resize([3, 5], 11))
+    for i in range(11):
+        with Image.open(out / f"{i:02}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), arr_0[i, ..., 0])
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size == (10 * 66 + 2, 2 * 66 + 2)
+    assert f"11 images in {out}" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(run, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="is there and not empty"):
+        generate.write_samples(run, str(tmp_path), 2, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match="label 'x' is not a class"):
+        generate.write_samples(run, str(tmp_path / "new"), 2, 2, ["x"])
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,163 @@
+"""The same numbers on every mesh: one process with 8 simulated devices runs the shipped step, scores and sampler on four meshes."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import config, evaluate, generate, sharding, state, train
+from tests.common import batch_of, bits, python, randomised, setup, tiny_config
+
+SHAPES = ((1, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2))
+RELATIVE = 1e-5  # float32 sums in another order
+
+
+def main(out):
+    """Writes what the shipped functions make of one configuration on each mesh: arrays as OUT.npz, the rest as OUT.json."""
+    arrays, facts, first = {}, {}, None
+    for shape in SHAPES:
+        name = "x".join(map(str, shape))
+        settings = tiny_config(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape, strict=True)))
+        source, model, _ = setup(dataclasses.replace(settings, mesh=config.Mesh(-1, 1, 1)))
+        mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
+        current = state.initialize(settings, model, mesh)
+        begun = bits(current)
+        first = first or begun
+        homes = jax.tree.map(lambda a: a.sharding, state.abstract(settings, model, mesh).params)
+        params = jax.device_put(randomised(current.params), homes)
+        current = current.replace(params=params, ema=jax.tree.map(lambda a: a + 0, params))
+        evaluated = current.ema
+        batch = sharding.to_global(batch_of(source, settings, 16), mesh)
+        step = train.make_step(settings, model)
+        with sharding.use(mesh):
+            text = step.lower(current, batch, 2).as_text()
+            for number in range(3):  # the rate is 0 in the first
+                evaluated = jax.tree.map(np.asarray, current.ema) if number == 0 else evaluated
+                current, metrics = step(current, batch, 2)
+                arrays |= {f"{name}/{number}/{key}": np.asarray(value) for key, value in metrics.items()}
+        where = {jax.tree_util.keystr(path, simple=True, separator="/"): [list(a.shape), list(a.addressable_shards[0].data.shape)]
+                 for path, a in jax.tree_util.tree_leaves_with_path(current)}
+        facts[name] = {"same_start": begun == first, "constraints": re.findall(r"sharding_constraint .*?<@mesh, (.*?)>", text),
+                       "where": where}
+        evaluated = jax.device_put(evaluated, homes)
+        if shape in ((1, 1, 1), (8, 1, 1)):
+            table = evaluate.scores(settings, model, evaluated, source, mesh, 2)
+            arrays |= {f"{name}/scores/{key}": value for key, value in table.items()}
+        if shape in ((1, 1, 1), (2, 2, 2)):
+            from ntm_jax.data import pipeline
+
+            spec = pipeline.spec(source, settings.data.patch_size)
+            arrays[f"{name}/images"] = generate.generate(settings, model, evaluated, spec, mesh, np.arange(5))
+    np.savez(out + ".npz", **arrays)
+    with open(out + ".json", "w") as file:
+        json.dump(facts, file)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, compilation_cache):
+    out = str(tmp_path_factory.mktemp("meshes") / "out")
+    python(__file__, out, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    with open(out + ".json") as file:
+        return np.load(out + ".npz"), json.load(file)
+
+
+MANY = ["8x1x1", "4x2x1", "2x2x2"]
+
+
+@pytest.mark.parametrize("mesh", MANY)
+def test_a_run_starts_from_the_same_bits_on_any_mesh(runs, mesh):
+    assert runs[1][mesh]["same_start"]
+
+
+@pytest.mark.parametrize("mesh", MANY)
+def test_steps_are_the_same_on_any_mesh(runs, mesh):
+    arrays, _ = runs
+    keys = [key.removeprefix(f"{mesh}/") for key in arrays if re.match(rf"{mesh}/\d/", key)]
+    assert len(keys) == 3 * 5
+    for key in keys:
+        np.testing.assert_allclose(arrays[f"{mesh}/{key}"], arrays[f"1x1x1/{key}"], rtol=RELATIVE, atol=1e-6, err_msg=key)
+    assert np.abs(arrays[f"{mesh}/0/log_det"]).min() > 1e-3
+    assert arrays[f"{mesh}/1/loss"] != arrays[f"{mesh}/2/loss"]
+
+
+def test_scores_are_the_same_on_8_devices(runs):
+    arrays, _ = runs
+    keys = [key.removeprefix("8x1x1/") for key in arrays if key.startswith("8x1x1/scores/")]
+    assert {"scores/index", "scores/bound", "scores/importance_weighted", "scores/nll"} <= set(keys)
+    for key in keys:
+        np.testing.assert_allclose(arrays[f"8x1x1/{key}"], arrays[f"1x1x1/{key}"], rtol=3e-5, atol=1e-3, err_msg=key)
+    np.testing.assert_array_equal(arrays["8x1x1/scores/index"], np.arange(20))
+
+
+def test_images_are_the_same_on_8_devices(runs):
+    arrays, _ = runs
+    one, many = (arrays[f"{mesh}/images"].astype(int) for mesh in ("1x1x1", "2x2x2"))
+    assert one.shape == (5, 8, 8, 1)
+    assert np.abs(one - many).max() <= 1  # rounding may fall on the other side
+    assert (one != many).mean() < 0.02
+
+
+@pytest.mark.parametrize(("mesh", "kernel", "parts"), [
+    ("8x1x1", "predictor/stack/layers/up/kernel", (1, 1, 1)), ("4x2x1", "predictor/stack/layers/up/kernel", (1, 2, 1)),
+    ("2x2x2", "predictor/stack/layers/up/kernel", (1, 2, 2)), ("2x2x2", "predictor/stack/layers/down/kernel", (1, 2, 2)),
+    ("2x2x2", "transporter/blocks_0/stack/layers/attention/query/kernel", (1, 2, 2)),
+])
+def test_parameters_moments_and_average_are_sharded_before_and_after_steps(runs, mesh, kernel, parts):
+    where = runs[1][mesh]["where"]
+    copies = {name: shapes for name, shapes in where.items() if name.endswith(kernel)}
+    assert len(copies) == 4, list(copies)  # params, ema and Adam's two moments
+    for whole, here in copies.values():
+        np.testing.assert_array_equal(whole, np.array(here) * parts)
+
+
+def test_the_constraints_in_core_take_effect(runs):
+    constraints = runs[1]["2x2x2"]["constraints"]
+    assert any('{"data", "fsdp"}' in c for c in constraints), constraints
+    assert any('"tensor"' in c for c in constraints), constraints
+
+
+
+
+@pytest.mark.parametrize(("sizes", "devices"), [((3, 1, 1), 8), ((2, 2, 1), 8), ((-1, 3, 1), 8), ((-1, -1, 1), 8), ((0, 1, 1), 1),
+                                                ((-1, 16, 1), 8), ((-2, 1, 1), 2), ((-1, 0, 1), 2)])
+def test_a_mesh_that_does_not_fit_is_refused(sizes, devices):
+    with pytest.raises(UserError, match=f"data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]}: expected a product of {devices}"):
+        sharding.make_mesh(config.Mesh(*sizes), devices=[None] * devices)
+
+
+def test_a_mesh_takes_what_is_left():
+    assert sharding.make_mesh(config.Mesh(1, 1, -1)).shape == {"data": 1, "fsdp": 1, "tensor": jax.device_count()}
+
+
+def abstract_mesh(*shape):
+    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def named(shape, names):
+    return {"here": nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, "float32"), names)}
+
+
+def test_a_parameter_that_does_not_divide_is_refused_by_name():
+    settings = tiny_config()
+    _, model, _ = setup(settings)
+    with pytest.raises(UserError) as error:
+        state.abstract(settings, model, abstract_mesh(1, 3, 1))
+    assert re.match(r"params/params/\S+ has a dimension of 16, which does not divide over the mesh axis fsdp of 3", str(error.value))
+
+
+def test_two_dimensions_on_one_axis_are_refused_by_name():
+    with pytest.raises(UserError, match="two dimensions of here, heads, mlp, on one mesh axis"):
+        sharding.shardings(named((4, 4), ("heads", "mlp")), abstract_mesh(1, 1, 2))
+    tree = sharding.shardings(named((4, 4), ("embed", "mlp")), abstract_mesh(1, 2, 2))
+    assert tree["here"].spec == PartitionSpec("fsdp", "tensor")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,218 @@
+"""The training step's draws and estimates, and the loop: what a resumed run repeats, and how one that diverges ends."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+
+from ntm_jax.core import trajectory
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding, state, train
+from ntm_jax.runtime.checkpoint import Checkpoints
+from tests.common import batch_of, bits, randomised, setup, tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TERMS = ("quadratic", "log_scale", "log_det")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed_flags():
+    """Grain's worker processes read absl flags, which launch/ parses."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture
+def indices(monkeypatch):
+    """The record indices of every batch that is trained on."""
+    seen = []
+    to_global = sharding.to_global
+
+    def spy(batch, mesh):
+        seen.append(batch["index"].tolist())
+        return to_global(batch, mesh)
+
+    monkeypatch.setattr(sharding, "to_global", spy)
+    return seen
+
+
+def losses(workdir) -> dict:
+    """Each step's scalars, except those that a clock gives."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["step"] for line in lines}) == len(lines)
+    return {line["step"]: {k: v for k, v in line.items() if k not in ("wall_time", "examples_per_second")} for line in lines}
+
+
+def saved(settings, workdir):
+    """(step, state, data state) of the last checkpoint."""
+    _, model, mesh = setup(settings)
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(state.abstract(settings, model, mesh))
+
+
+@pytest.mark.parametrize(("overrides", "workers"), [
+    ({}, 1), ({"trajectory.steps": (2, 4), "seed": 1}, 0), ({"trajectory.steps": (2, 4), "train.objective": "pairwise"}, 0)])
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, overrides, workers):
+    settings = tiny_config(**overrides)
+    train.train(settings, tmp_path / "whole", progress=False, until=5)
+    whole = indices.copy()
+    indices.clear()
+    train.train(settings, tmp_path / "parts", progress=False, until=3)
+    train.train(tiny_config(**overrides | {"data.workers": workers}), tmp_path / "parts", progress=False, until=5)
+    assert indices == whole
+    assert [len(batch) for batch in whole] == [16] * 5
+    assert list(losses(tmp_path / "whole")) == [1, 2, 3, 4, 5]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    (step, first, position), (other, second, other_position) = (saved(settings, tmp_path / name) for name in ("whole", "parts"))
+    assert (step, position) == (other, other_position)
+    assert step == int(first.step) == 5
+    assert bits(first) == bits(second)
+    assert bits(first.params) != bits(first.ema)
+    if "train.objective" not in overrides:
+        count = {sum(key.startswith("nll/level") for key in line) for line in losses(tmp_path / "whole").values()}
+        assert count == set(settings.trajectory.steps)  # the draw of T, too, is repeated
+
+
+def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # the pictures are test_programs' affair
+    settings = tiny_config(**{"train.steps": 2})
+    result = train.train(settings, tmp_path, progress=False)
+    assert result["step"] == 2
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "evaluation.json").unlink()
+    again = train.train(settings, tmp_path, progress=False)
+    assert again == result == json.loads((tmp_path / "evaluation.json").read_text())
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert train.train(tiny_config(**{"train.steps": 4}), tmp_path, progress=False, until=3) is None
+    assert list(losses(tmp_path)) == [1, 2, 3]
+    with pytest.raises(UserError, match=r"holds step 3, beyond config\.train\.steps = 2: raise it to go on"):
+        train.train(settings, tmp_path, progress=False)
+
+
+def test_a_batch_that_does_not_divide_is_refused_and_nothing_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "batch_shards", lambda _: 3)
+    with pytest.raises(UserError, match=r"config\.data\.batch_size is 16: expected a multiple of 3"):
+        train.train(tiny_config(), tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_diverges_stops_and_leaves_its_last_checkpoint(tmp_path):
+    settings = tiny_config(**{"optimizer.learning_rate": 1e30, "optimizer.clip": 1e30, "train.save_every": 1})
+    with pytest.raises(UserError) as error:
+        train.train(settings, tmp_path, progress=False)
+    assert str(error.value).startswith("step 3: log_det at level 0 is not a finite number")  # the rate is 0 at first, and the second shows
+    step, last, _ = saved(settings, tmp_path)
+    assert step == 2
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(last.params))
+    with pytest.raises(UserError) as again:  # with the same numbers the same end
+        train.train(settings, tmp_path, progress=False)
+    assert str(again.value) == str(error.value)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_level_and_the_term_that_went_bad_are_named(term):
+    metrics = {name: np.ones(3) for name in TERMS}
+    metrics[term][1] = np.nan
+    with pytest.raises(UserError, match=f"step 7: {term} at level 1 is not a finite number"):
+        train.check(metrics | {"loss": np.nan, "grad_norm": 1.0}, 7)
+    with pytest.raises(UserError, match="step 7: the gradient, every term being finite"):
+        train.check({name: np.ones(3) for name in TERMS} | {"loss": 1.0, "grad_norm": np.inf}, 7)
+
+
+def test_logged_levels_are_likelihoods():
+    metrics = {"quadratic": np.array([0.5, 0.25]), "log_scale": np.array([-1.0, 0.0]), "log_det": np.array([0.5, 0.0])}
+    scalars = train.check(metrics | {"loss": np.float32(1), "grad_norm": np.float32(2)}, 1)
+    expected = [-1 + np.log(2 * np.pi) / 2, 0.25 + np.log(2 * np.pi) / 2]
+    np.testing.assert_allclose([scalars["nll/level_0"], scalars["nll/level_1"]], expected, rtol=1e-6)
+
+
+# What a step draws, and what it estimates.
+
+DRAWS = tiny_config(**{"trajectory.steps": (2, 4), "trajectory.t_min_range": (0.02, 0.04), "train.condition_dropout": 0.3})
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    source, model, _ = setup(DRAWS)
+    label = np.arange(4000, dtype=np.int32) % 10
+    batch = {"index": np.arange(4000, dtype=np.int32), "label": label}
+    return source, model, batch, train._draws(DRAWS, model, jax.random.key(3), batch)
+
+
+def test_conditions_are_dropped_one_by_one_at_the_given_rate(drawn):
+    _, _, batch, (_, _, label) = drawn
+    dropped = np.asarray(label) == 10
+    assert abs(dropped.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 4000)
+    np.testing.assert_array_equal(label[~dropped], batch["label"][~dropped])
+    assert 0.15 < np.corrcoef(dropped[:-1], dropped[1:])[0, 1] + 0.2 < 0.25  # neighbours are independent, within 3 sigma
+
+
+def test_t_min_is_uniform_over_its_range(drawn):
+    t_min = np.sort(np.asarray(drawn[3][1]))
+    assert 0.02 <= t_min[0] < 0.0201
+    assert 0.0399 < t_min[-1] < 0.04
+    assert np.abs((t_min - 0.02) / 0.02 - np.arange(4000) / 4000).max() < 1.63 / np.sqrt(4000)  # Kolmogorov-Smirnov at 1%
+
+
+@functools.cache
+def terms_of(objective, settings, model):
+    return jax.jit(lambda params, root, batch, steps: objective(settings, model, params, root, batch, steps), static_argnums=3)
+
+
+@pytest.fixture(scope="module")
+def model_and_batch():
+    source, model, mesh = setup(tiny_config(**{"evaluate.split": "train[:256]", "trajectory.steps": (2, 4)}))
+    params = randomised(state.initialize(DRAWS, model, mesh).params)
+    return model, params, batch_of(source, DRAWS, 256)
+
+
+@pytest.mark.parametrize("objective", [train.end_to_end, train.pairwise])
+def test_draws_follow_the_record_and_not_its_row(model_and_batch, objective):
+    model, params, batch = model_and_batch
+    order = np.random.default_rng(0).permutation(256)
+    function, root = terms_of(objective, DRAWS, model), jax.random.key(1)
+    terms, permuted = (function(params, root, b, 2) for b in (batch, {k: v[order] for k, v in batch.items()}))
+    for name in TERMS:
+        np.testing.assert_allclose(getattr(permuted, name), getattr(terms, name)[order], rtol=1e-4, atol=1e-3)  # sums over 64 dimensions
+    other = function(params, jax.random.key(2), batch, 2)
+    assert np.abs(other.quadratic - terms.quadratic).min() > 0
+
+
+def test_pairs_estimate_the_trajectory_without_bias(model_and_batch):
+    model, params, batch = model_and_batch
+    pair, whole = (terms_of(objective, DRAWS, model) for objective in (train.pairwise, train.end_to_end))
+    roots = [jax.random.key(i) for i in range(12)]
+    for name in TERMS:
+        def draws(function, steps, name=name):
+            return np.concatenate([np.mean(getattr(function(params, root, batch, steps), name), 1) / 64 for root in roots])
+
+        pairs, two, four = draws(pair, 0), draws(whole, 2), draws(whole, 4)
+        trajectories = (two + four) / 2  # T is 2 or 4 with equal chance
+        error = np.hypot(pairs.std(), trajectories.std()) / np.sqrt(len(pairs))
+        assert abs(pairs.mean() - trajectories.mean()) < 4 * error, name
+        assert error < 0.1 * abs(two.mean() - four.mean()) or error < 0.02 * abs(pairs.mean()), name  # small enough to tell
+
+
+def test_a_pair_is_the_trajectorys_own_factor(model_and_batch):
+    model, params, batch = model_and_batch
+    x, label = batch["x"][:4], batch["label"][:4]
+    t = state.levels(DRAWS, model, 4, jnp.full(4, 0.03))
+    xs = trajectory.simulate(x, t, jax.random.normal(jax.random.key(0), (4, 5, *x.shape[1:])))
+    steps = jnp.full(4, 4)
+    whole = jax.jit(model.apply)(params, xs, t, steps, label)
+    apply = jax.jit(functools.partial(model.apply, method=type(model).pair))
+    for k in range(4):
+        pair = apply(params, xs[:, k], xs[:, k + 1], t[:, k], t[:, k + 1], jnp.full(4, k == 3), steps, label)
+        np.testing.assert_allclose(pair.nll, whole.nll[:, k], rtol=1e-4)
+
+
+def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
+    settings = tiny_config(**{"trajectory.steps": (2, 4, 8)})
+    drawn = [train.steps_of(settings, step) for step in range(300)]
+    assert drawn == [train.steps_of(settings, step) for step in range(300)]
+    assert all(70 < drawn.count(steps) < 130 for steps in (2, 4, 8))
+    assert drawn != [train.steps_of(tiny_config(seed=1, **{"trajectory.steps": (2, 4, 8)}), step) for step in range(300)]

@@ -1,0 +1,180 @@
+"""The programs as a user runs them: one small run from a first SIGTERM to samples, and what each mistake is told."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.common import ROOT, TINY, environment, python
+
+CONFIG = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items())]
+STEPS = 100
+
+
+def program(name, *arguments, **options):
+    return python("-m", f"launch.{name}", *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, compilation_cache):
+    """(workdir, what the first start printed, what the second did): stopped by SIGTERM on its way, and then finished."""
+    workdir = tmp_path_factory.mktemp("programs") / "run"
+    arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.evaluate.images=20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.train", *arguments], cwd=ROOT, env=environment(JAX_COMPILATION_CACHE_DIR=compilation_cache),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+    error = process.stderr.read()
+    assert process.wait(60) == 0, error
+    process.stdout.close()
+    process.stderr.close()
+    second = program("train", *arguments, "--config.train.log_every=50", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    return workdir, lines, second.stdout
+
+
+def test_sigterm_saves_and_says_so(run):
+    _, first, second = run
+    stopped = re.fullmatch(r"stopped at step (\d+), saved; the same command resumes\n", first[-1])
+    assert stopped, first[-3:]
+    assert 3 <= int(stopped[1]) < STEPS
+    assert f"resuming {run[0]} at step {stopped[1]}" in second
+    assert "changed since the run began: train.log_every: 1 -> 50" in second
+
+
+def test_a_run_leaves_all_its_files(run):
+    workdir, _, printed = run
+    names = {path.name for path in workdir.iterdir()}
+    assert {"config.json", "checkpoints", "metrics.jsonl", "samples.png", "trajectories.png", "loss.png", "evaluation.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+    assert steps[:3] == [1, 2, 3]
+    assert steps[-1] == STEPS
+    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()) == STEPS
+    for name in ("samples.png", "trajectories.png", "loss.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    result = json.loads((workdir / "evaluation.json").read_text())
+    assert f"test[:20] split, 20 records, step {STEPS}" in printed
+    bound = result["bits_per_dim"]["importance_weighted"]
+    assert re.search(rf"importance-weighted bound \(2 trajectories\), bits/dim +{bound['mean']:.4f} ± {bound['stderr']:.4f}", printed)
+    assert re.search(r"class accuracy of 20 samples, % +\d", printed)
+
+
+def test_evaluate_gives_the_same_figures_as_the_run(run, compilation_cache):
+    workdir, _, _ = run
+    ended = (workdir / "evaluation.json").read_bytes()
+    done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    assert "bound, bits/dim" in done.stdout
+    assert (workdir / f"evaluation-{STEPS}.json").read_bytes() == ended == (workdir / "evaluation.json").read_bytes()
+
+
+def test_sample_writes_images(run, tmp_path, compilation_cache):
+    done = program("sample", f"--workdir={run[0]}", "--num=5", "--batch=3", "--labels=1,2", "--decoder=inverse", "--guidance=0.5",
+                   f"--out={tmp_path / 'out'}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    assert f"5 images in {tmp_path / 'out'}" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*(f"{i}.png" for i in range(5)), "grid.png", "samples.npz"]
+    with np.load(tmp_path / "out" / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (5, 8, 8, 3)
+        assert archive["arr_1"].tolist() == [1, 2, 1, 2, 1]
+
+
+@pytest.fixture(scope="module")
+def damaged(run, tmp_path_factory):
+    """A copy of the run with one bit of its last checkpoint's largest file flipped."""
+    workdir = tmp_path_factory.mktemp("damaged") / "run"
+    shutil.copytree(run[0], workdir)
+    file = max((workdir / "checkpoints" / str(STEPS) / "state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    return workdir
+
+
+def test_a_damaged_checkpoint_is_refused(damaged):
+    arguments = [*CONFIG, f"--workdir={damaged}", f"--config.train.steps={STEPS}"]
+    told(program("train", *arguments, check=False), f"checkpoint step {STEPS} is damaged")
+
+
+def told(done, message):
+    """Asserts that a program ended by a user's mistake says `message` in one line, with status 2, and nothing else."""
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
+    assert message in done.stderr
+    assert not done.stdout
+
+
+MISTAKES = {
+    "unknown key": (["--config.model.widht=3"], "--config.model.widht=3 is not a setting of the experiment: there is no widht, did"),
+    "unknown section": (["--config.modle.width=3"], "there is no modle, did you mean model?"),
+    "not an integer": (["--config.train.steps=1e3"], "--config.train.steps=1e3: expected a whole number"),
+    "a word": (["--config.train.steps=abc"], "--config.train.steps=abc: expected a whole number"),
+    "stray argument": (["--config.model.scan", "0"], "stray argument '0'"),
+    "unknown flag": (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
+    "no such experiment": (["--config=experiments/digis.py"], "--config=experiments/digis.py cannot be read"),
+    "not an experiment": (["--config=README.md"], "--config=README.md is not a Python file"),
+    "no such variant": (["--config=experiments/digits.py:cats"], "digits.py:cats is not a variant: expected ntm or gaussian"),
+    "tuple's element": (["--config.trajectory.steps=(4,'a')"], "config.trajectory.steps is 'a', of type str: expected int"),
+    "negative": (["--config.train.steps=-1"], "config.train.steps is -1: expected more than 0"),
+    "no data": (["--config.data.source=folder:/nowhere"], "data.source folder:/nowhere is not there"),
+    "indivisible batch": (["--config.data.batch_size=12", "8"], "config.data.batch_size is 12: expected a multiple of 8"),
+    "another run": (["--config.model.width=32", "run"], "holds a run with model.width = 16, and this one has 32"),
+    "too few steps": (["--config.train.steps=4", "run"], f"holds step {STEPS}, beyond config.train.steps = 4"),
+}
+
+
+@pytest.fixture(scope="module")
+def told_of_mistakes(run, tmp_path_factory):
+    """All mistakes in one process that forks for each when the packages are imported, since a start takes seconds."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    cases = {}
+    for name, (arguments, _) in MISTAKES.items():
+        kinds, arguments = [a for a in arguments if a in ("8", "run")], [a for a in arguments if a not in ("8", "run")]
+        config = [] if arguments[0].startswith("--config=") else CONFIG
+        workdir = run[0] if "run" in kinds else folder / "new"
+        cases[name] = [[f"--workdir={workdir}", *config, *arguments], "8" in kinds]
+    program = f"""
+import json, os, runpy, sys, warnings
+warnings.simplefilter("ignore")
+import ntm_jax.runtime.train
+for number, (arguments, eight) in enumerate(json.loads({json.dumps(cases)!r}).values()):
+    pid = os.fork()
+    if not pid:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{folder}/{{number}}.{{name}}", os.O_WRONLY | os.O_CREAT), descriptor)
+        if eight:
+            os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        sys.argv = ["launch.train", *arguments]
+        runpy.run_module("launch.train", run_name="__main__")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+    before = {path: path.stat().st_mtime_ns for path in run[0].rglob("*")}
+    codes = python("-c", program).stdout.split()
+    assert {path: path.stat().st_mtime_ns for path in run[0].rglob("*")} == before
+    assert not (folder / "new").exists()
+    return {name: subprocess.CompletedProcess(name, int(code), *((folder / f"{i}.{kind}").read_text() for kind in ("out", "err")))
+            for i, (name, code) in enumerate(zip(MISTAKES, codes, strict=True))}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_status_2(told_of_mistakes, name):
+    told(told_of_mistakes[name], MISTAKES[name][1])
+
+
+def test_a_missing_flag_is_named():
+    told(program("evaluate", check=False), "--workdir must have a value")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    told(program("sample", f"--workdir={tmp_path}", check=False), "holds no run (no config.json there)")
+    assert not os.listdir(tmp_path)
