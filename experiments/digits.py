@@ -13,15 +13,15 @@ def get_config(variant: str = "ntm"):
     c.seed = 0
     c.data = dict(source="digits", split="train", batch_size=32, patch_size=2, image_size=0, workers=0)
     c.trajectory = dict(
-        schedule="linear", shift=ml_collections.config_dict.placeholder(float), steps=(4,), t_min=0.04,
+        schedule="shifted", shift=ml_collections.config_dict.placeholder(float), steps=(4,), t_min=0.04,
         t_min_range=(0.03, 0.05))  # of the order of half a pixel level, 1/16: less makes the density spiky, more blurs the levels
     c.model = dict(
         width=64, head_size=16, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=64, transporter_blocks=2,
         transporter_layers=2, predictor_layers=3, head="preconditioned", log_scale_bound=3.0, data_std=0.75, condition="class",
         dtype="float32", remat="none", scan=False)  # unrolled: faster at this size on a CPU
     c.train = dict(
-        objective="end_to_end", steps=2400, save_every=400, evaluate_every=400, log_every=20, keep=0, condition_dropout=0.1)
-    c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=1e-4, clip=1.0, ema_decay=0.999)
+        objective="end_to_end", steps=2000, save_every=400, evaluate_every=400, log_every=20, keep=0, condition_dropout=0.1)
+    c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
     c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500)
     c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")

@@ -20,10 +20,10 @@ def get_config(variant: str = "ntm"):
         transporter_layers=2, predictor_layers=4, head="preconditioned", log_scale_bound=5.0, data_std=0.62, condition="class",
         dtype="float32", remat="none", scan=False)
     c.train = dict(
-        objective="end_to_end", steps=3000, save_every=500, evaluate_every=500, log_every=20, keep=0, condition_dropout=0.1)
-    c.optimizer = dict(learning_rate=1e-3, floor=1e-6, warmup_steps=100, weight_decay=1e-4, clip=1.0, ema_decay=0.999)
+        objective="end_to_end", steps=1200, save_every=300, evaluate_every=300, log_every=20, keep=0, condition_dropout=0.1)
+    c.optimizer = dict(learning_rate=2e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
-    c.evaluate = dict(split="test", trajectories=32, batch_size=100, images=1000)
+    c.evaluate = dict(split="test", trajectories=8, batch_size=100, images=1000)
     c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, width=104, head_size=52, kv_heads=2, predictor_layers=8)

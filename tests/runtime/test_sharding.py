@@ -24,7 +24,7 @@ def main(out):
     arrays, facts, first = {}, {}, None
     for shape in SHAPES:
         name = "x".join(map(str, shape))
-        settings = tiny_config(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape, strict=True)))
+        settings = tiny_config(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape, strict=True)), **{"sample.decoder": "inverse"})
         source, model, _ = setup(dataclasses.replace(settings, mesh=config.Mesh(-1, 1, 1)))
         mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
         current = state.initialize(settings, model, mesh)
@@ -37,10 +37,11 @@ def main(out):
         batch = sharding.to_global(batch_of(source, settings, 16), mesh)
         step = train.make_step(settings, model)
         with sharding.use(mesh):
-            text = step.lower(current, batch, 2).as_text()
+            lowered = step.lower(current, batch, 2)
+            text, compiled = lowered.as_text(), lowered.compile()
             for number in range(3):  # the rate is 0 in the first
                 evaluated = jax.tree.map(np.asarray, current.ema) if number == 0 else evaluated
-                current, metrics = step(current, batch, 2)
+                current, metrics = compiled(current, batch)
                 arrays |= {f"{name}/{number}/{key}": np.asarray(value) for key, value in metrics.items()}
         where = {jax.tree_util.keystr(path, simple=True, separator="/"): [list(a.shape), list(a.addressable_shards[0].data.shape)]
                  for path, a in jax.tree_util.tree_leaves_with_path(current)}
