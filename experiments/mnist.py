@@ -16,15 +16,15 @@ def get_config(variant: str = "ntm"):
         schedule="linear", shift=ml_collections.config_dict.placeholder(float), steps=(4,),
         t_min=0.003, t_min_range=(0.002, 0.005))  # the noise must not drown a pixel's 256 levels, 0.0078 apart
     c.model = dict(
-        width=96, head_size=24, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=96, transporter_blocks=2,
+        width=64, head_size=16, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=64, transporter_blocks=2,
         transporter_layers=2, predictor_layers=4, head="preconditioned", log_scale_bound=5.0, data_std=0.62, condition="class",
         dtype="float32", remat="none", scan=False)
     c.train = dict(
         objective="end_to_end", steps=1200, save_every=300, evaluate_every=300, log_every=20, keep=0, condition_dropout=0.1)
-    c.optimizer = dict(learning_rate=2e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
+    c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(data=-1, fsdp=1, tensor=1)
     c.evaluate = dict(split="test", trajectories=8, batch_size=100, images=1000)
     c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")
     if variant == "gaussian":
-        c.model.update(transporter_blocks=0, width=104, head_size=52, kv_heads=2, predictor_layers=8)
+        c.model.update(transporter_blocks=0, width=80, head_size=20, predictor_layers=6)
     return c

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
     "model.width": 16, "model.head_size": 8, "model.kv_heads": 2, "model.transporter_width": 16, "model.transporter_blocks": 1,
     "model.transporter_layers": 1, "model.predictor_layers": 1, "data.batch_size": 16, "trajectory.steps": (2,), "sample.steps": 2,
-    "trajectory.t_min": 0.03, "trajectory.t_min_range": (0.02, 0.04),
+    "trajectory.schedule": "linear", "trajectory.t_min": 0.03, "trajectory.t_min_range": (0.02, 0.04),
     "sample.num": 4, "train.steps": 6, "train.save_every": 2, "train.evaluate_every": 0, "train.log_every": 1,
     "optimizer.warmup_steps": 2, "evaluate.split": "test[:20]", "evaluate.images": 0, "evaluate.trajectories": 2,
 }

@@ -18,7 +18,7 @@ def test_inverse_of_trained_weights(quick_compilation):
     source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     model, mesh = state.make_model(config, pipeline.spec(source, config.data.patch_size)), sharding.make_mesh(config.mesh)
     assert model.config.tokens == 256
-    current, step = state.initialize(config, model, mesh), train.make_step(config, model)
+    current, step = state.initialize(config, model, mesh), train.make_step(config, model, mesh)
     batches = pipeline.train_iterator(source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers)
     for n in range(config.train.steps):
         with sharding.use(mesh):

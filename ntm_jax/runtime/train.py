@@ -64,10 +64,11 @@ def pairwise(config: Config, model: NTM, params, root, batch, steps: int):
 OBJECTIVES = {"end_to_end": end_to_end, "pairwise": pairwise}
 
 
-def make_step(config: Config, model: NTM):
+def make_step(config: Config, model: NTM, mesh):
     """The training step (state, batch, steps) -> (state, metrics), steps static: jitted, the state donated.
 
-    metrics: loss in nats per dimension without the constant (eq. 3.4), grad_norm, and each term's mean by level in nats per dimension, [T].
+    metrics: loss in nats per dimension without the constant (eq. 3.4), grad_norm, whether the new parameters
+    are all finite, and each term's mean by level in nats per dimension, [T].
     """
     objective, update = OBJECTIVES[config.train.objective], optimizer.make(config.optimizer, config.train.steps)
     dimensions = model.config.tokens * model.config.dim
@@ -77,14 +78,19 @@ def make_step(config: Config, model: NTM):
         means = {name: jnp.mean(getattr(terms, name), 0) / dimensions for name in ("log_det", "log_scale", "quadratic")}
         return jnp.mean(means["quadratic"] + means["log_scale"] - means["log_det"]), means
 
-    @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0)
+    # Left to XLA, the new state comes out sharded otherwise than the old: the second step would compile anew, and donate in vain.
+    homes = jax.tree.map(lambda a: a.sharding, state.abstract(config, model, mesh))
+
+    @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=(homes, sharding.replicated(mesh)))
     def step(current: state.State, batch, steps: int):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
         (value, means), gradient = jax.value_and_grad(loss, has_aux=True)(current.params, root, batch, steps)
         updates, opt_state = update.update(gradient, current.opt_state, current.params)
         params = optax.apply_updates(current.params, updates)
         ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
-        return state.State(current.step + 1, params, opt_state, ema), {"loss": value, "grad_norm": optax.tree.norm(gradient)} | means
+        finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient), "finite": finite} | means
+        return state.State(current.step + 1, params, opt_state, ema), metrics
 
     return step
 
@@ -99,12 +105,12 @@ def check(metrics: dict, step: int) -> dict:
     """A step's metrics on the host, as scalars to log; UserError if one is not finite, naming the step, the level and the term."""
     scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
     nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
-    if not all(map(math.isfinite, scalars.values())):
+    if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
         terms = ("log_det", "log_scale", "quadratic")
         bad = [f"{term} at level {k}" for term in terms for k, v in enumerate(metrics[term]) if not np.isfinite(v)]
-        raise UserError(f"step {step}: {bad[0] if bad else 'the gradient, every term being finite,'} is not a finite number, so the run "
-                        "stopped; the last checkpoint is untouched. Lower config.optimizer.learning_rate or clip, or raise "
-                        "config.trajectory.t_min_range")
+        first = bad[0] if bad else "the gradient or the update, every term being finite,"
+        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the last checkpoint is untouched. "
+                        "Lower config.optimizer.learning_rate or clip, or raise config.trajectory.t_min_range")
     return scalars | {f"nll/level_{k}": float(v) for k, v in enumerate(nll)}
 
 
@@ -181,7 +187,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
 def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until):
     """Steps from `start` in the order evaluate, save, next batch, step; returns the state and whether it reached the end."""
     total, every = config.train.steps, config.train.evaluate_every
-    step_function, rate = make_step(config, model), optimizer.schedule(config.optimizer, total)
+    step_function, rate = make_step(config, model, mesh), optimizer.schedule(config.optimizer, total)
     pending, clock = None, (time.perf_counter(), start)
 
     def read(step) -> dict:

@@ -13,7 +13,7 @@ from ntm_jax.runtime.load import Run
 from tests.common import randomised, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SETTINGS = tiny_config(**{"sample.decoder": "inverse"})
+SETTINGS = tiny_config(**{"sample.decoder": "inverse", "trajectory.t_min": 0.2})  # noisy enough for denoising to show
 
 
 @pytest.fixture(scope="module")

@@ -118,14 +118,15 @@ def test_the_level_and_the_term_that_went_bad_are_named(term):
     metrics = {name: np.ones(3) for name in TERMS}
     metrics[term][1] = np.nan
     with pytest.raises(UserError, match=f"step 7: {term} at level 1 is not a finite number"):
-        train.check(metrics | {"loss": np.nan, "grad_norm": 1.0}, 7)
-    with pytest.raises(UserError, match="step 7: the gradient, every term being finite"):
-        train.check({name: np.ones(3) for name in TERMS} | {"loss": 1.0, "grad_norm": np.inf}, 7)
+        train.check(metrics | {"loss": np.nan, "grad_norm": 1.0, "finite": True}, 7)
+    for last in ({"grad_norm": np.inf, "finite": True}, {"grad_norm": 1.0, "finite": False}):
+        with pytest.raises(UserError, match="step 7: the gradient or the update, every term being finite"):
+            train.check({name: np.ones(3) for name in TERMS} | {"loss": 1.0} | last, 7)
 
 
 def test_logged_levels_are_likelihoods():
     metrics = {"quadratic": np.array([0.5, 0.25]), "log_scale": np.array([-1.0, 0.0]), "log_det": np.array([0.5, 0.0])}
-    scalars = train.check(metrics | {"loss": np.float32(1), "grad_norm": np.float32(2)}, 1)
+    scalars = train.check(metrics | {"loss": np.float32(1), "grad_norm": np.float32(2), "finite": True}, 1)
     expected = [-1 + np.log(2 * np.pi) / 2, 0.25 + np.log(2 * np.pi) / 2]
     np.testing.assert_allclose([scalars["nll/level_0"], scalars["nll/level_1"]], expected, rtol=1e-6)
 
