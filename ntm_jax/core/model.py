@@ -1,6 +1,6 @@
 """NTM: the transporter and the predictor wired into a trajectory's log-likelihood terms, and the model's configuration.
 
-Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
+Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition: labels [B], or layers.Text.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class ModelConfig:
 
     grid: tuple[int, int]  # tokens by row and column
     dim: int  # channels of a token
-    num_classes: int  # 0: unconditional
+    num_classes: int  # 0: no class conditioning
     steps: tuple[int, ...]  # the numbers of steps T trained together
     width: int
     head_size: int
@@ -39,8 +39,10 @@ class ModelConfig:
     data_std: float  # standard deviation of the clean tokens, r
     dtype: Any
     transporter_dtype: Any  # float32 where a likelihood is reported or an exact inverse asked for
-    remat: str  # none, full, dots
+    remat: str  # none, full, narrow, dots: what the backward pass finds saved, from all to least to most
     scan: bool
+    text_width: int = 0  # E of the text states that the predictor is told; 0: none
+    flat: bool = False  # see layers.Stack
 
     def __post_init__(self):
         for name, value, known in (
@@ -95,39 +97,39 @@ class NTM(nn.Module):
             self.transporter = Transporter(self.config, self.attention)
         self.predictor = Predictor(self.config, self.attention)
 
-    def transport(self, x, t, steps, label):
+    def transport(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] < 1 -> (u [B, N, D], log|det du/dx| [B])."""
         if not self.config.transporter_blocks:
             return x, jnp.zeros(x.shape[0])
-        return self.transporter(x, t, steps, label)
+        return self.transporter(x, t, steps, y)
 
-    def invert(self, u, t, steps, label):
+    def invert(self, u, t, steps, y):
         """u [B, N, D] at levels t [B] < 1 -> x [B, N, D], exact to rounding when transporter_dtype is float32."""
-        return self.transporter.inverse(u, t, steps, label) if self.config.transporter_blocks else u
+        return self.transporter.inverse(u, t, steps, y) if self.config.transporter_blocks else u
 
-    def predict(self, u, t, s, steps, label):
+    def predict(self, u, t, s, steps, y):
         """Mean and log-scale [B, N, D] of the latent at level s given u [B, N, D] at level t."""
-        return self.predictor(u, t, s, steps, label)
+        return self.predictor(u, t, s, steps, y)
 
-    def pair(self, x_s, x_t, s, t, top, steps, label):
+    def pair(self, x_s, x_t, s, t, top, steps, y):
         """Terms [B] of log p(x_s | x_t) for consecutive levels, [B, N, D] each; where `top` [B] holds, x_t is x_T and its own latent."""
-        both = (jnp.concatenate(pair) for pair in ((x_s, x_t), (s, jnp.where(top, s, t)), (steps, steps), (label, label)))
-        u, log_det = self.transport(*both)
+        double = (x_s, s, steps, y), (x_t, jnp.where(top, s, t), steps, y)
+        u, log_det = self.transport(*jax.tree.map(lambda *pair: jnp.concatenate(pair), *double))
         u_s, u_t = jnp.split(u, 2)
         u_t = jnp.where(top[:, None, None], x_t, u_t)
-        return self._terms(u_s, log_det[: len(x_s)], *self.predict(u_t, t, s, steps, label))
+        return self._terms(u_s, log_det[: len(x_s)], *self.predict(u_t, t, s, steps, y))
 
-    def trajectory(self, xs, t, steps, label):
-        """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K]; steps and label [B]."""
+    def trajectory(self, xs, t, steps, y):
+        """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K]; steps [B]; y, labels [B] or Text."""
         batch, count = xs.shape[0], xs.shape[1] - 1
 
         def fold(a):  # [B, T, ...] -> [B T, ...]
             return a.reshape(batch * count, *a.shape[2:])
 
-        steps, label = (jnp.repeat(a, count, 0) for a in (steps, label))
-        u, log_det = self.transport(fold(xs[:, :-1]), fold(t[:, :-1]), steps, label)
+        steps, y = jax.tree.map(lambda a: jnp.repeat(a, count, 0), (steps, y))
+        u, log_det = self.transport(fold(xs[:, :-1]), fold(t[:, :-1]), steps, y)
         above = jnp.concatenate([u.reshape(batch, count, *u.shape[1:])[:, 1:], xs[:, -1:]], 1)  # u_T = x_T, by its index
-        terms = self._terms(u, log_det, *self.predict(fold(above), fold(t[:, 1:]), fold(t[:, :-1]), steps, label))
+        terms = self._terms(u, log_det, *self.predict(fold(above), fold(t[:, 1:]), fold(t[:, :-1]), steps, y))
         return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
 
     __call__ = trajectory

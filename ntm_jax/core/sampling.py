@@ -3,8 +3,10 @@
 Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
 """
 
+import jax
 import jax.numpy as jnp
 
+from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import example_noise
 
@@ -19,39 +21,37 @@ def guide(mean_c, log_scale_c, mean_u, log_scale_u, w):
     return ((1 + w) * mean_c - w * r * mean_u) / precision, log_scale_c - 0.5 * jnp.log(precision)
 
 
-def sample_latents(model: NTM, params, keys, t, label, guidance: float = 0.0):
-    """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], label [B]; guidance needs a model trained with condition dropout."""
+def sample_latents(model: NTM, params, keys, t, y, guidance: float = 0.0):
+    """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], condition y; guidance needs a model trained with condition dropout."""
     c = model.config
     batch, count = t.shape[0], t.shape[1] - 1
     noise = example_noise(keys, (count + 1, c.tokens, c.dim))
     steps = jnp.full(batch, count)
-    null = jnp.full_like(label, c.num_classes)
 
-    def predict(u, k, label):
-        repeat = len(label) // batch
-        inputs = (jnp.tile(a, (repeat,) + (1,) * (a.ndim - 1)) for a in (u, t[:, k + 1], t[:, k], steps))
-        return model.apply(params, *inputs, label, method=NTM.predict)
+    def predict(u, k):
+        inputs = u, t[:, k + 1], t[:, k], steps, y
+        if not guidance:
+            return model.apply(params, *inputs, method=NTM.predict)
+        both = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs, (*inputs[:-1], null(y, c.num_classes)))
+        mean, log_scale = model.apply(params, *both, method=NTM.predict)
+        return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], guidance)
 
     us = [noise[:, count]]
     for k in reversed(range(count)):
-        if guidance:
-            mean, log_scale = predict(us[-1], k, jnp.concatenate([label, null]))
-            mean, log_scale = guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], guidance)
-        else:
-            mean, log_scale = predict(us[-1], k, label)
+        mean, log_scale = predict(us[-1], k)
         us.append(mean + jnp.exp(log_scale) * noise[:, k])
     return jnp.stack(us[::-1], 1)
 
 
-def invert_trajectory(model: NTM, params, us, t, label):
+def invert_trajectory(model: NTM, params, us, t, y):
     """x_0..x_T of latents us [B, K, N, D] at levels t [B, K]: all levels below the top as one batch; x_T = u_T."""
     batch, count = us.shape[0], us.shape[1] - 1
     fold = us[:, :-1].reshape(batch * count, *us.shape[2:])
-    steps, label = jnp.full(batch * count, count), jnp.repeat(label, count)
-    xs = model.apply(params, fold, t[:, :-1].reshape(-1), steps, label, method=NTM.invert)
+    steps, y = jnp.full(batch * count, count), jax.tree.map(lambda a: jnp.repeat(a, count, 0), y)
+    xs = model.apply(params, fold, t[:, :-1].reshape(-1), steps, y, method=NTM.invert)
     return jnp.concatenate([xs.reshape(us[:, :-1].shape), us[:, -1:]], 1)
 
 
-def sample(model: NTM, params, keys, t, label, guidance: float = 0.0):
-    """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], label [B]. An image without denoising is x_0 / (1 - t_0)."""
-    return invert_trajectory(model, params, sample_latents(model, params, keys, t, label, guidance), t, label)
+def sample(model: NTM, params, keys, t, y, guidance: float = 0.0):
+    """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], condition y. An image without denoising is x_0 / (1 - t_0)."""
+    return invert_trajectory(model, params, sample_latents(model, params, keys, t, y, guidance), t, y)

@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.start = self.param("start", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)), (width,))
         self.positions = layers.Positions(c.positions, c.grid, width, c.head_size)
         self.stack = layers.Stack(
-            c.transporter_layers, c.head_size, c.kv_heads, c.mlp_ratio, True, dtype, self.attention, c.remat, c.scan)
+            c.transporter_layers, c.head_size, c.kv_heads, c.mlp_ratio, True, dtype, self.attention, c.remat, c.scan, c.flat)
         self.norm = layers.norm(dtype, "norm", learned=True)
         self.project = layers.dense(2 * c.dim, ("embed", None), dtype, "project", scale=0)
 
@@ -47,32 +47,32 @@ class Block(nn.Module):
         bound = self.config.log_scale_bound
         return m, bound * jnp.tanh(g / bound)
 
-    def conditioner(self, x, condition):
+    def conditioner(self, x, modulation):
         """x [B, N, D] in the block's own order -> (m, g) [B, N, D], of which entry n depends on the tokens < n."""
         table, angles = self._positions()
         hidden = self.embed(x)
         begin = jnp.broadcast_to(self.start.astype(hidden.dtype), (x.shape[0], 1, hidden.shape[-1]))
         hidden = jnp.concatenate([begin, hidden[:, :-1]], 1)
-        hidden, _ = self.stack((hidden + table).astype(hidden.dtype), condition, angles)
+        hidden, _ = self.stack((hidden + table).astype(hidden.dtype), modulation, angles)
         return self._shift_and_log_scale(hidden)
 
-    def __call__(self, x, condition):
+    def __call__(self, x, modulation):
         """x [B, N, D] -> (u [B, N, D], log|det du/dx| [B] in nats), float32."""
         x = self._order(x)
-        m, g = self.conditioner(x, condition)
+        m, g = self.conditioner(x, modulation)
         return self._order((x - m) * jnp.exp(-g)), -jnp.sum(g, (1, 2))
 
-    def decode(self, x_previous, condition, cache, n):
+    def decode(self, x_previous, modulation, cache, n):
         """One step of the inverse: x_{n-1} [B, D] (ignored at n = 0) and the KV cache -> (m_n, g_n, cache)."""
         table, angles = self._positions()
         hidden = jnp.where(n == 0, self.start.astype(self.config.transporter_dtype), self.embed(x_previous))[:, None]
-        table = 0.0 if isinstance(table, float) else jax.lax.dynamic_slice_in_dim(table, n, 1)
+        table = 0.0 if isinstance(table, float) else jax.lax.dynamic_slice_in_dim(table, n, 1, 1)
         angles = None if angles is None else jax.lax.dynamic_slice_in_dim(angles, n, 1)
-        hidden, cache = self.stack((hidden + table).astype(hidden.dtype), condition, angles, cache, n)
+        hidden, cache = self.stack((hidden + table).astype(hidden.dtype), modulation, angles, None, cache, n)
         m, g = self._shift_and_log_scale(hidden)
         return m[:, 0], g[:, 0], cache
 
-    def inverse(self, u, condition):
+    def inverse(self, u, modulation):
         """u [B, N, D] -> x [B, N, D], token by token with a KV cache: x_n = m_n + exp(g_n) u_n."""
         c, (batch, tokens, dim) = self.config, u.shape
         block, variables = self.unbind()  # a lax.scan body may not touch a bound module
@@ -81,7 +81,7 @@ class Block(nn.Module):
         def step(carry, inputs):
             x_previous, cache = carry
             n, u_n = inputs
-            m, g, cache = block.apply(variables, x_previous, condition, cache, n, method=Block.decode)
+            m, g, cache = block.apply(variables, x_previous, modulation, cache, n, method=Block.decode)
             x_n = m + jnp.exp(g) * u_n
             return (x_n, cache), x_n
 
@@ -106,16 +106,16 @@ class Transporter(nn.Module):
 
     def __call__(self, x, t, steps, label):
         """x [B, N, D] at levels t [B] -> (u [B, N, D], log|det du/dx| [B] in nats)."""
-        condition = self.condition((t,), steps, label)
+        modulation = self.condition((t,), steps, label)
         log_det = jnp.zeros(x.shape[0])
         for block in self.blocks:
-            x, block_log_det = block(x, condition)
+            x, block_log_det = block(x, modulation)
             log_det += block_log_det
         return x, log_det
 
     def inverse(self, u, t, steps, label):
         """u [B, N, D] -> x [B, N, D] with forward(x) = u."""
-        condition = self.condition((t,), steps, label)
+        modulation = self.condition((t,), steps, label)
         for block in reversed(self.blocks):
-            u = block.inverse(u, condition)
+            u = block.inverse(u, modulation)
         return u

@@ -25,13 +25,16 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_TH
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """What the model must know of the data: image_shape (H, W, C), patch_size, pixel levels V, classes (0: no labels), record count."""
+    """What the model must know of the data: image_shape (H, W, C), patch_size, pixel levels V (0: continuous latents), classes (0: no
+    labels), record count, and the tokens M and width E of a record's text states (0: no text)."""
 
     image_shape: tuple[int, int, int]
     patch_size: int
     levels: int
     num_classes: int
     count: int
+    text_tokens: int = 0
+    text_width: int = 0
 
     @property
     def tokens(self) -> int:

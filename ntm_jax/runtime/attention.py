@@ -1,8 +1,89 @@
-"""Chooses the attention function that a model is built with; core knows none but the plain one."""
+"""Chooses the attention that a model is built with, by the mesh's devices, and shards it: splash on TPU, cuDNN on NVIDIA, else plain XLA.
+
+An attention is called as core.layers.plain_attention is. Where a kernel cannot take a shape or a dtype, the plain one serves.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ntm_jax.core.layers import plain_attention
+from ntm_jax.runtime import sharding
 
 
-def choose():
-    """The attention for the present backend: plain everywhere, which XLA fuses."""
-    return plain_attention
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """kind: plain, splash, cudnn. interpret runs splash without a TPU, for tests."""
+
+    kind: str
+    mesh: jax.sharding.Mesh
+    interpret: bool = False
+
+    def __call__(self, q, k, v, *, causal: bool, keys=None):
+        kind = self.serves(q.shape, q.dtype)
+        if kind == "splash":
+            return _splash(q, k, v, keys, causal, self.mesh, self.interpret)
+        if kind == "cudnn":
+            return _cudnn(q, k, v, keys, causal, self.mesh)
+        return plain_attention(q, k, v, causal=causal, keys=keys)
+
+    def serves(self, shape, dtype) -> str:
+        """The kind that takes q of a shape [B, N, H, C] and a dtype: splash blocks of 128 tokens a device, cuDNN half precision."""
+        batch, tokens, heads, _ = shape
+        fits = batch % sharding.batch_shards(self.mesh) == 0 and heads % self.mesh.shape["tensor"] == 0
+        if self.kind == "splash" and (not fits or tokens % (128 * self.mesh.shape["sequence"])):
+            return "plain"
+        if self.kind == "cudnn" and (not fits or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16)):
+            return "plain"
+        return self.kind
+
+
+def choose(mesh, kind: str = "auto"):
+    """The attention for a mesh; auto: by the platform of its devices."""
+    platform = mesh.devices.flat[0].platform
+    kind = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "plain") if kind == "auto" else kind
+    return plain_attention if kind == "plain" else Attention(kind, mesh)
+
+
+QUERIES = PartitionSpec(("data", "fsdp"), "sequence", "tensor")
+KEYS = PartitionSpec(("data", "fsdp"), None, "tensor")
+
+
+def _splash(q, k, v, keys, causal, mesh, interpret):
+    tokens, heads = q.shape[1], q.shape[2]
+    mask = (splash.CausalMask if causal else splash.FullMask)((tokens, tokens))
+    block = next(size for size in (512, 384, 256, 128) if tokens // mesh.shape["sequence"] % size == 0)
+    sizes = splash.BlockSizes(**dict.fromkeys(
+        ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+        block))
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=mesh.shape["tensor"], q_seq_shards=mesh.shape["sequence"],
+        interpret=interpret)
+    spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec("tensor", "sequence")))
+    segments = jnp.ones(q.shape[:2], jnp.int32) if keys is None else keys.astype(jnp.int32)  # a hidden key is a segment of its own
+
+    def local(kernel, q, k, v, q_segments, kv_segments):
+        def one(q, k, v, *ids):
+            return kernel(q, k, v, segment_ids=splash.SegmentIds(*ids) if keys is not None else None)
+
+        swapped = (jnp.swapaxes(a, 1, 2) for a in (q / jnp.sqrt(q.shape[-1]).astype(q.dtype), k, v))
+        return jnp.swapaxes(jax.vmap(one)(*swapped, q_segments, kv_segments), 1, 2)
+
+    examples = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, QUERIES, KEYS, KEYS, PartitionSpec(("data", "fsdp"), "sequence"), examples), out_specs=QUERIES,
+        check_vma=False)(kernel, q, k, v, segments, segments)
+
+
+def _cudnn(q, k, v, keys, causal, mesh):
+    def local(q, k, v, keys):
+        mask = None if keys is None else jnp.broadcast_to(keys[:, None, None], (len(q), 1, q.shape[1], k.shape[1]))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
+
+    if mesh.shape["sequence"] > 1:  # its causal mask would start anew on every device
+        return plain_attention(q, k, v, causal=causal, keys=keys)
+    examples = None if keys is None else PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(local, mesh=mesh, in_specs=(QUERIES, KEYS, KEYS, examples), out_specs=QUERIES, check_vma=False)(q, k, v, keys)

@@ -12,13 +12,14 @@ import typing
 from etils import epath
 
 from ntm_jax.core import trajectory
+from ntm_jax.core.layers import REMAT
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    source: str  # digits, mnist_5k, tfds:NAME, folder:PATH
+    source: str  # digits, mnist_5k, tfds:NAME, folder:PATH, records:PATH, mock:SHAPE
     split: str  # with a slice if wished: train, train[:1350]
     batch_size: int  # global
     patch_size: int
@@ -49,9 +50,9 @@ class Model:
     head: str  # direct, preconditioned
     log_scale_bound: float
     data_std: float
-    condition: str  # none, class
+    condition: str  # none, class, text
     dtype: str  # float32, bfloat16
-    remat: str  # none, full, dots
+    remat: str  # none, full, narrow, dots; see core.layers.REMAT
     scan: bool
 
 
@@ -63,6 +64,7 @@ class Train:
     evaluate_every: int
     log_every: int
     keep: int  # keeps every Nth step's checkpoint beside the last three and the best; 0: none
+    accumulate: int  # parts that a batch is taken in, one after the other: less memory, the same step
     condition_dropout: float
 
 
@@ -78,9 +80,11 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int  # -1: what the devices leave
+    slices: int  # TPU slices, joined by the data centre's network; each holds 1/slices of the data axis
+    data: int  # -1, here or at another axis: what the devices leave
     fsdp: int
     tensor: int
+    sequence: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,17 +127,17 @@ class Config:
         return trajectory.default_shift(tokens) if self.trajectory.shift is None else self.trajectory.shift
 
 
-RESUMABLE = ("mesh.", "data.workers", "train.steps", "train.save_every", "train.evaluate_every", "train.log_every", "train.keep",
+RESUMABLE = ("mesh.", "data.workers", "train.steps", "train.accumulate", "train.save_every", "train.evaluate_every", "train.log_every", "train.keep",
              "evaluate.", "sample.")  # what a resumed run may change
 CHOICES = {
     "trajectory.schedule": ("linear", "shifted"), "model.positions": ("learned", "rotary"), "model.head": ("direct", "preconditioned"),
-    "model.condition": ("none", "class"), "model.dtype": ("float32", "bfloat16"), "model.remat": ("none", "full", "dots"),
+    "model.condition": ("none", "class", "text"), "model.dtype": ("float32", "bfloat16"), "model.remat": tuple(REMAT),
     "train.objective": ("end_to_end", "pairwise"), "sample.decoder": ("inverse", "score"),
 }
 NON_NEGATIVE = ("model.transporter_blocks", "train.keep", "train.condition_dropout", "optimizer.floor", "optimizer.warmup_steps",
                 "optimizer.weight_decay", "optimizer.ema_decay", "data.image_size", "data.workers", "evaluate.images", "sample.guidance",
                 "seed", "trajectory.t_min", "trajectory.t_min_range", "trajectory.shift", "sample.num", "train.evaluate_every")
-ANY_SIGN = ("trajectory.shift", "mesh.data")
+ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 
 
 def read(config) -> Config:

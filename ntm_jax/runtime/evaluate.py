@@ -23,7 +23,7 @@ from ntm_jax.runtime.config import Config
 @functools.partial(jax.jit, static_argnames=("config", "model", "levels", "trajectories", "steps"))
 def _score(params, root, batch, *, config, model, levels, trajectories, steps):
     """Scores [B] of a batch in nats: bound, importance-weighted bound, effective sample size, NLL by level [B, T], each term's share."""
-    x, label, index = batch["x"], batch["label"], batch["index"]
+    x, y, index = batch["x"], state.condition(model, batch), batch["index"]
     t = state.levels(config, model, steps, jnp.full(len(x), config.trajectory.t_min))
     keys = state.example_keys(root, "evaluate", index)
     shape = (t.shape[1], *x.shape[1:])
@@ -35,7 +35,7 @@ def _score(params, root, batch, *, config, model, levels, trajectories, steps):
             first = trajectory.example_noise(jax.vmap(jax.random.fold_in, (0, None))(keys, trajectories), shape[1:])
             noise = noise.at[:, 0].set(first)
         xs = trajectory.simulate(x, t, noise)
-        terms = model.apply(params, xs, t, jnp.full(len(x), steps), label)
+        terms = model.apply(params, xs, t, jnp.full(len(x), steps), y)
         parts = likelihood.contributions(terms, xs, x, t, levels)
         sums = jax.tree.map(jnp.add, sums, {"nll": terms.nll} | parts)
         return (importance.add(sum(parts.values())), sums), None
@@ -49,14 +49,14 @@ def _score(params, root, batch, *, config, model, levels, trajectories, steps):
 
 def score_batch(config: Config, model, params, batch: dict, mesh, levels: int, trajectories: int, steps: int | None = None,
                 seed: int | None = None) -> dict:
-    """Scores [B] in nats of this process's share of a batch of x, label and index, whose other entries pass through: global arrays."""
+    """Scores [B] in nats of this process's share of a batch of x, its condition, index and mask, of which the last two are kept: global."""
     steps, seed = config.sample.steps if steps is None else steps, config.seed if seed is None else seed
     batch = sharding.to_global(batch, mesh)
-    inputs = {name: batch.pop(name) for name in ("x", "label")}
+    kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
     with sharding.use(mesh):
-        result = _score(params, jax.random.key(seed), inputs | {"index": batch["index"]}, config=config, model=state.exact(model),
+        result = _score(params, jax.random.key(seed), batch | {"index": kept["index"]}, config=config, model=state.exact(model),
                         levels=levels, trajectories=trajectories, steps=steps)
-    return result | batch
+    return result | kept
 
 
 def scores(config: Config, model, params, source: Source, mesh, trajectories: int, steps: int | None = None, progress: bool = False):

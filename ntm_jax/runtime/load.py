@@ -65,11 +65,11 @@ class Run:
 
 
 def _mesh(config: configuration.Mesh):
-    """The run's mesh on the devices there are, or, where they are too few for its fsdp and tensor, all of them along data."""
+    """The run's mesh on the devices there are, or, where they are too few for its other axes, all of them along data."""
     try:
-        return sharding.make_mesh(config if -1 in (config.fsdp, config.tensor) else dataclasses.replace(config, data=-1))
+        return sharding.make_mesh(config if -1 in (config.fsdp, config.tensor, config.sequence) else dataclasses.replace(config, data=-1))
     except UserError:
-        return sharding.make_mesh(configuration.Mesh(-1, 1, 1))
+        return sharding.make_mesh(configuration.Mesh(1, -1, 1, 1, 1))
 
 
 def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:

@@ -1,6 +1,7 @@
 """The mesh, and the one map from logical axis names to its axes.
 
-Programs are jax.jit with NamedShardings over ("data", "fsdp", "tensor"): batches split over data and fsdp, parameters over fsdp, tensor.
+Programs are jax.jit with NamedShardings over ("data", "fsdp", "tensor", "sequence"): examples split over data and fsdp, tokens over
+sequence, parameters over fsdp and tensor. Over several TPU slices the data axis runs across them, outermost.
 """
 
 import contextlib
@@ -8,14 +9,17 @@ import math
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 RULES = (
     ("batch", ("data", "fsdp")),
-    ("tokens", None),
+    ("tokens", "sequence"),
+    ("keys", None),
     ("embed_activation", None),
     ("embed", "fsdp"),
     ("embed_out", "tensor"),
@@ -27,7 +31,10 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(config, devices=None) -> jax.sharding.Mesh:
-    """A mesh of config.data x config.fsdp x config.tensor devices, one of them -1 for what is left. UserError if they do not multiply."""
+    """A mesh of config.data x fsdp x tensor x sequence devices, one of them -1 for what is left. UserError if they do not multiply.
+
+    config.slices > 1 lays the data axis across that many slices: those that the devices tell, else equal runs of their list.
+    """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
     if shape.count(-1) == 1:
@@ -36,7 +43,19 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     if min(shape) < 1 or math.prod(shape) != len(devices):
         sizes = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
         raise UserError(f"config.mesh is {sizes}: expected a product of {len(devices)}, the number of devices; set one of them to -1")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    if shape[0] % config.slices or found not in (1, config.slices):
+        raise UserError(f"config.mesh.slices is {config.slices}: expected a divisor of the data axis, {shape[0]}, and the number of slices "
+                        f"that the devices belong to, {found}")
+    types = (AxisType.Auto,) * len(AXES)
+    if config.slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    inner, outer = [shape[0] // config.slices, *shape[1:]], [config.slices, 1, 1, 1]
+    if found > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    else:  # simulated: the devices in order
+        grid = np.asarray(devices).reshape(shape)
+    return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
 @contextlib.contextmanager

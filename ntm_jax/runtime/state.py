@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.layers import plain_attention
+from ntm_jax.core.layers import Text, plain_attention
 from ntm_jax.core.model import NTM, ModelConfig
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
@@ -29,25 +29,31 @@ class State:
     ema: dict
 
 
-def make_model(config: Config, spec: DataSpec) -> NTM:
+def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM:
     """The model of a configuration for data of a shape; UserError where they do not fit."""
     m = dataclasses.asdict(config.model)
     condition, dtype = m.pop("condition"), jnp.dtype(m.pop("dtype"))
-    if condition == "class" and not spec.num_classes:
-        raise UserError(f"config.model.condition is class, and {config.data.source} has no labels: set it to none")
+    if (condition == "class" and not spec.num_classes) or (condition == "text" and not spec.text_width):
+        raise UserError(f"config.model.condition is {condition}, and {config.data.source} has no {'labels' if condition == 'class' else condition}: set it to none")
     rows, columns = (size // spec.patch_size for size in spec.image_shape[:2])
     try:
         model_config = ModelConfig(
             **m, grid=(rows, columns), dim=spec.dim, num_classes=spec.num_classes if condition == "class" else 0,
-            steps=config.trajectory.steps, dtype=dtype, transporter_dtype=dtype)
+            text_width=spec.text_width if condition == "text" else 0, steps=config.trajectory.steps, dtype=dtype, transporter_dtype=dtype,
+            flat=not config.model.scan and config.mesh.sequence == 1)
     except ValueError as error:
         raise UserError(f"config.{error}") from None
-    return NTM(model_config, plain_attention)
+    return NTM(model_config, attention)
 
 
 def exact(model: NTM) -> NTM:
     """The same model with its transporter in float32: for reported likelihoods and exact inverses."""
     return model.clone(config=model.config.exact())
+
+
+def condition(model: NTM, batch: dict):
+    """What the model is told of the examples of a batch: their text where it is trained on text, else their labels."""
+    return Text(batch["text"], batch["text_mask"]) if model.config.text_width else batch["label"]
 
 
 def levels(config: Config, model: NTM, steps: int, t_min):
@@ -58,7 +64,8 @@ def levels(config: Config, model: NTM, steps: int, t_min):
 def _initial(config: Config, model: NTM, key):
     c, steps = model.config, config.trajectory.steps[0]
     inputs = jnp.zeros((1, steps + 1, c.tokens, c.dim)), levels(config, model, steps, jnp.full(1, config.trajectory.t_min))
-    params = model.init(key, *inputs, jnp.full(1, steps), jnp.zeros(1, jnp.int32))
+    text = Text(jnp.zeros((1, 1, c.text_width)), jnp.zeros((1, 1), bool))
+    params = model.init(key, *inputs, jnp.full(1, steps), text if c.text_width else jnp.zeros(1, jnp.int32))
     opt_state = optimizer.make(config.optimizer, config.train.steps).init(params)
     return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
 

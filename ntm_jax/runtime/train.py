@@ -13,6 +13,7 @@ import optax
 from etils import epath
 
 from ntm_jax.core import trajectory
+from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
@@ -24,30 +25,31 @@ from ntm_jax.runtime.metrics import Writer
 
 
 def _draws(config: Config, model: NTM, root, batch):
-    """Per-example keys for the noise, t_min [B], and labels [B] with some dropped to the null class: keyed by record."""
-    index, label = batch["index"], batch["label"]
+    """Per-example keys for the noise, t_min [B], and the condition, dropped here and there to null: keyed by record."""
+    index, y = batch["index"], state.condition(model, batch)
     low, high = config.trajectory.t_min_range
     t_min = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(state.example_keys(root, "t_min", index))
     if config.train.condition_dropout:
         drop = jax.vmap(lambda key: jax.random.bernoulli(key, config.train.condition_dropout))(state.example_keys(root, "dropout", index))
-        label = jnp.where(drop, model.config.num_classes, label)
-    return state.example_keys(root, "noise", index), t_min, label
+        nothing = null(y, model.config.num_classes)
+        y = jax.tree.map(lambda told, untold: jnp.where(trajectory.per_example(drop, told), untold, told), y, nothing)
+    return state.example_keys(root, "noise", index), t_min, y
 
 
 def end_to_end(config: Config, model: NTM, params, root, batch, steps: int):
     """Terms [B, T] of all T factors of one trajectory an example (algorithm 1); steps is T."""
     x = batch["x"]
-    keys, t_min, label = _draws(config, model, root, batch)
+    keys, t_min, y = _draws(config, model, root, batch)
     t = state.levels(config, model, steps, t_min)
     xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (steps + 1, *x.shape[1:])))
-    return model.apply(params, xs, t, jnp.full(len(x), steps), label)
+    return model.apply(params, xs, t, jnp.full(len(x), steps), y)
 
 
 def pairwise(config: Config, model: NTM, params, root, batch, steps: int):
     """Terms [B, 1] of one random consecutive pair an example, of a number of steps drawn per example; the argument steps is unused."""
     del steps
     x, index = batch["x"], batch["index"]
-    keys, t_min, label = _draws(config, model, root, batch)
+    keys, t_min, y = _draws(config, model, root, batch)
 
     def draw(name, high):
         return jax.vmap(lambda key, h: jax.random.randint(key, (), 0, h))(state.example_keys(root, name, index), high)
@@ -57,7 +59,7 @@ def pairwise(config: Config, model: NTM, params, root, batch, steps: int):
     s, t = (trajectory.level(k + i, steps, t_min, config.trajectory.schedule, config.shift(model.config.tokens)) for i in (0, 1))
     noise = trajectory.example_noise(keys, (2, *x.shape[1:]))
     xs = trajectory.simulate(x, jnp.stack([s, t], 1), noise)
-    terms = model.apply(params, xs[:, 0], xs[:, 1], s, t, k + 1 == steps, steps, label, method=NTM.pair)
+    terms = model.apply(params, xs[:, 0], xs[:, 1], s, t, k + 1 == steps, steps, y, method=NTM.pair)
     return jax.tree.map(lambda a: a[:, None] if jnp.ndim(a) else a, terms)
 
 
@@ -71,12 +73,27 @@ def make_step(config: Config, model: NTM, mesh):
     are all finite, and each term's mean by level in nats per dimension, [T].
     """
     objective, update = OBJECTIVES[config.train.objective], optimizer.make(config.optimizer, config.train.steps)
-    dimensions = model.config.tokens * model.config.dim
+    dimensions, parts = model.config.tokens * model.config.dim, config.train.accumulate
 
     def loss(params, root, batch, steps):
         terms = objective(config, model, params, root, batch, steps)
         means = {name: jnp.mean(getattr(terms, name), 0) / dimensions for name in ("log_det", "log_scale", "quadratic")}
         return jnp.mean(means["quadratic"] + means["log_scale"] - means["log_det"]), means
+
+    def gradients(params, root, batch, steps):
+        """((loss, means), gradient) of a batch, taken in config.train.accumulate parts; noise is keyed by record, so the parts do not show."""
+        evaluate = jax.value_and_grad(loss, has_aux=True)
+        if parts == 1:
+            return evaluate(params, root, batch, steps)
+        # Every parts-th example, not a run of them: each device keeps the examples that it holds.
+        split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(len(a) // parts, parts, *a.shape[1:]), 1, 0), batch)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, evaluate(params, root, part, steps)), None
+
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(
+            lambda: evaluate(params, root, jax.tree.map(lambda a: a[0], split), steps)))
+        return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, split)[0])
 
     # Left to XLA, the new state comes out sharded otherwise than the old: the second step would compile anew, and donate in vain.
     homes = jax.tree.map(lambda a: a.sharding, state.abstract(config, model, mesh))
@@ -84,7 +101,7 @@ def make_step(config: Config, model: NTM, mesh):
     @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=(homes, sharding.replicated(mesh)))
     def step(current: state.State, batch, steps: int):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
-        (value, means), gradient = jax.value_and_grad(loss, has_aux=True)(current.params, root, batch, steps)
+        (value, means), gradient = gradients(current.params, root, batch, steps)
         updates, opt_state = update.update(gradient, current.opt_state, current.params)
         params = optax.apply_updates(current.params, updates)
         ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
@@ -136,15 +153,21 @@ class _Stop:
             signal.signal(number, handler)
 
 
+def check_batch(config: Config, mesh) -> None:
+    """UserError if the batch does not divide over the mesh's examples and config.train.accumulate."""
+    size, shards, parts = config.data.batch_size, sharding.batch_shards(mesh), config.train.accumulate
+    if size % (shards * parts):
+        raise UserError(f"config.data.batch_size is {size}: expected a multiple of {shards * parts}: {shards} shares of the mesh's data and "
+                        f"fsdp axes x config.train.accumulate = {parts}")
+
+
 def train(config: Config, workdir: str, progress: bool = True, until: int | None = None) -> dict | None:
     """Trains in workdir, resuming what it holds, and ends with the held-out evaluation and pictures; returns the evaluation.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps. Returns None when stopped early.
     """
     mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.batch_shards(mesh)
-    if config.data.batch_size % shards:
-        raise UserError(f"config.data.batch_size is {config.data.batch_size}: expected a multiple of {shards}, the devices that share it")
+    check_batch(config, mesh)
     source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     held_out = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)
     spec = pipeline.spec(source, config.data.patch_size)

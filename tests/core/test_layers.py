@@ -31,8 +31,8 @@ def attend(q, k, v, allowed):
 def test_attention_by_its_formula(kv_heads, kind):
     q, k, v = normal(0, 2, 5, 4, 8), normal(1, 2, 5, kv_heads, 8), normal(2, 2, 5, kv_heads, 8)
     allowed = {"full": np.ones((5, 5)), "causal": np.tri(5), "masked": np.tile(np.arange(5) < 3, (5, 1))}[kind]
-    mask = jnp.asarray(allowed, bool)[None, None] if kind == "masked" else None
-    out = layers.plain_attention(q, k, v, causal=kind == "causal", mask=mask)
+    keys = jnp.asarray(allowed[:1], bool) if kind == "masked" else None
+    out = layers.plain_attention(q, k, v, causal=kind == "causal", keys=keys)
     for i in range(2):
         np.testing.assert_allclose(out[i], attend(q[i], k[i], v[i], allowed), atol=2e-6)  # float32 sums of 5 to 8 terms of size 1
 
@@ -66,7 +66,7 @@ def compiled(module):
 
 def stack(causal=True, **changes):
     options = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal, "dtype": jnp.float32,
-               "attention": layers.plain_attention, "remat": "none", "scan": False}
+               "attention": layers.plain_attention, "remat": "none", "scan": False, "flat": False}
     return layers.Stack(**(options | changes))
 
 
@@ -79,9 +79,9 @@ def stack_parameters(module, *args):
 
 @pytest.fixture(scope="module")
 def stacked():
-    """(parameters, input [B, N, W], condition [B, W], angles) of a causal stack."""
-    x, condition, angles = normal(0, 2, 6, 16), normal(1, 2, 16), layers.rotary_2d((2, 3), 4)
-    return stack_parameters(stack(), x, condition, angles), x, condition, angles
+    """(parameters, input [B, N, W], modulation [B, 6, W], angles) of a causal stack."""
+    x, modulation, angles = normal(0, 2, 6, 16), 0.3 * normal(1, 2, 6, 16), layers.rotary_2d((2, 3), 4)
+    return stack_parameters(stack(), x, modulation, angles), x, modulation, angles
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -90,9 +90,9 @@ def loss(module, params, x, *args):
     return jnp.sum(jnp.sin(module.apply(params, x, *args)[0]))
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), *((scan, remat) for scan in (False, True) for remat in ("full", "dots"))])
+@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), *((scan, remat) for scan in (False, True) for remat in ("full", "narrow", "dots"))])
 def test_scan_and_remat_change_no_number(stacked, scan, remat):
-    assert set(layers.REMAT) == {"none", "full", "dots"}
+    assert set(layers.REMAT) == {"none", "full", "narrow", "dots"}
     expected, found = (jax.device_get(loss(module, *stacked)) for module in (stack(), stack(scan=scan, remat=remat)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # float32 sums in another order: of the largest entry, as single entries cancel
@@ -100,18 +100,18 @@ def test_scan_and_remat_change_no_number(stacked, scan, remat):
 
 
 def test_cached_steps_equal_the_whole_sequence(stacked):
-    params, x, condition, angles = stacked
-    expected, _ = compiled(stack())(params, x, condition, angles)
+    params, x, modulation, angles = stacked
+    expected, _ = compiled(stack())(params, x, modulation, angles)
     cache = (np.zeros((3, 2, 6, 2, 4), np.float32),) * 2
     for n in range(6):
-        y, cache = compiled(stack())(params, x[:, n : n + 1], condition, angles[n : n + 1], cache, n)
+        y, cache = compiled(stack())(params, x[:, n : n + 1], modulation, angles[n : n + 1], None, cache, n)
         np.testing.assert_allclose(y[:, 0], expected[:, n], atol=1e-5)  # float32 sums in another order, through three layers
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
-    params, x, condition, angles = stacked
-    jacobian = jax.jit(jax.jacfwd(lambda x: compiled(stack(causal))(params, x, condition, angles)[0]))(x)
+    params, x, modulation, angles = stacked
+    jacobian = jax.jit(jax.jacfwd(lambda x: compiled(stack(causal))(params, x, modulation, angles)[0]))(x)
     seen = np.abs(np.asarray(jacobian)).max((2, 5))  # [B, N, B, N]
     for i in range(2):
         assert not seen[i, :, 1 - i].any()
@@ -121,35 +121,33 @@ def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
 
 def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
     """Moving a constant from the shared modulation into every layer's table changes nothing; into one layer's table, it does."""
-    params, *args = stacked
-    weights = params["params"]
-    expected, _ = compiled(stack())(params, *args)
+    params, x, modulation, angles = stacked
+    expected, _ = compiled(stack())(params, x, modulation, angles)
     shift = 0.3 * normal(9, 6, 16)
-    modulation = weights["modulation"] | {"bias": weights["modulation"]["bias"].replace_boxed(
-        weights["modulation"]["bias"].value - shift.reshape(-1))}
 
     def run(table_shift):
-        table = weights["layers"]["table"]
-        moved = weights["layers"] | {"table": table.replace_boxed(table.value + table_shift)}
-        return compiled(stack())({"params": {"modulation": modulation, "layers": moved}}, *args)[0]
+        table = params["params"]["layers"]["table"]
+        moved = params["params"]["layers"] | {"table": table.replace_boxed(table.value + table_shift)}
+        return compiled(stack())({"params": {"layers": moved}}, x, modulation - shift, angles)[0]
 
     np.testing.assert_allclose(run(jnp.broadcast_to(shift, (3, 6, 16))), expected, atol=2e-5)  # float32, three layers
     one = jnp.zeros((3, 6, 16)).at[1].set(shift)
     assert jnp.abs(run(one) - expected).max() > 1e-2
 
 
-def test_a_new_stack_ignores_its_condition():
-    module, x = stack(), normal(0, 2, 6, 16)
-    params = jax.jit(module.init)(jax.random.key(0), x, normal(1, 2, 16))
-    first, second = (compiled(module)(params, x, normal(seed, 2, 16))[0] for seed in (1, 2))
-    np.testing.assert_array_equal(first, second)
+def test_a_new_condition_modulates_nothing():
+    module = layers.Condition(16, num_classes=3, tell_steps=True)
+    args = (np.array([0.1, 0.2], np.float32),), np.array([4, 4]), np.array([1, 3])
+    modulation = module.apply(jax.jit(module.init)(jax.random.key(0), *args), *args)
+    assert modulation.shape == (2, 6, 16)
+    np.testing.assert_array_equal(modulation, 0)
 
 
 @pytest.mark.parametrize("change", ["level", "steps", "label"])
 def test_a_condition_tells_levels_steps_and_class_apart(change):
     module = layers.Condition(16, num_classes=3, tell_steps=True)
     inputs = {"level": jnp.array([0.1, 0.1]), "steps": jnp.array([4, 4]), "label": jnp.array([3, 3])}
-    params = jax.jit(module.init)(jax.random.key(0), (inputs["level"],), inputs["steps"], inputs["label"])
+    params = stack_parameters(module, (inputs["level"],), inputs["steps"], inputs["label"])
     inputs[change] = {"level": jnp.array([0.1, 0.11]), "steps": jnp.array([4, 5]), "label": jnp.array([3, 2])}[change]
     first, second = compiled(module)(params, (inputs["level"],), inputs["steps"], inputs["label"])
     assert jnp.abs(first - second).max() > 1e-3
@@ -166,9 +164,9 @@ def test_learned_positions_are_a_row_a_token_and_rotary_ones_have_no_weights():
     learned = layers.Positions("learned", (2, 3), 16, 8)
     params = learned.init(jax.random.key(0))
     table, angles = learned.apply(params)
-    assert table.shape == (6, 16)
+    assert table.shape == (1, 6, 16)
     assert angles is None
-    assert len(np.unique(np.asarray(table), axis=0)) == 6
+    assert len(np.unique(np.asarray(table[0]), axis=0)) == 6
     rotary = layers.Positions("rotary", (2, 3), 16, 8)
     assert not jax.tree.leaves(rotary.init(jax.random.key(0)))
     assert rotary.apply({})[0] == 0

@@ -189,7 +189,7 @@ def test_terms_are_float32_when_the_networks_are_bfloat16(tiny, asked):
 def test_the_attention_is_an_argument(random, asked):
     calls = []
 
-    def attention(q, k, v, *, causal):
+    def attention(q, k, v, *, causal, keys=None):
         calls.append(causal)
         return q
 

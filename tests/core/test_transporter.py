@@ -14,8 +14,8 @@ CONFIGS = [
 
 
 def condition(config):
-    """What blocks are told, [B, W]."""
-    return np.random.default_rng(0).normal(size=(2, config.transporter_width)).astype(np.float32)
+    """What blocks are told, a modulation [B, 6, W]."""
+    return (0.3 * np.random.default_rng(0).normal(size=(2, 6, config.transporter_width))).astype(np.float32)
 
 
 def clean(tiny):

@@ -86,9 +86,9 @@ def test_what_is_not_there_is_refused(workdir, tmp_path):
 
 def test_a_run_of_more_devices_is_loaded_on_those_there_are(workdir, tmp_path):
     source, _, _ = setup(SETTINGS)
-    more = dataclasses.replace(SETTINGS, mesh=config.Mesh(8, 1, 1))
+    more = dataclasses.replace(SETTINGS, mesh=config.Mesh(1, 8, 1, 1, 1))
     config.write(str(tmp_path), more, pipeline.spec(source, 2))
     (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
     assert ntm_jax.load(str(tmp_path)).step == 4
-    config.write(str(tmp_path), dataclasses.replace(SETTINGS, mesh=config.Mesh(-1, 4, 2)), pipeline.spec(source, 2))
+    config.write(str(tmp_path), dataclasses.replace(SETTINGS, mesh=config.Mesh(1, -1, 4, 2, 1)), pipeline.spec(source, 2))
     assert ntm_jax.load(str(tmp_path)).step == 4

@@ -15,7 +15,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, evaluate, generate, sharding, state, train
 from tests.common import batch_of, bits, python, randomised, setup, tiny_config
 
-SHAPES = ((1, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2))
+SHAPES = ((1, 1, 1, 1), (8, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2))
 RELATIVE = 1e-5  # float32 sums in another order
 
 
@@ -24,8 +24,8 @@ def main(out):
     arrays, facts, first = {}, {}, None
     for shape in SHAPES:
         name = "x".join(map(str, shape))
-        settings = tiny_config(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), shape, strict=True)), **{"sample.decoder": "inverse"})
-        source, model, _ = setup(dataclasses.replace(settings, mesh=config.Mesh(-1, 1, 1)))
+        settings = tiny_config(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"), shape, strict=True)), **{"sample.decoder": "inverse"})
+        source, model, _ = setup(dataclasses.replace(settings, mesh=config.Mesh(1, -1, 1, 1, 1)))
         mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
         current = state.initialize(settings, model, mesh)
         begun = bits(current)
@@ -48,10 +48,10 @@ def main(out):
         facts[name] = {"same_start": begun == first, "constraints": re.findall(r"sharding_constraint .*?<@mesh, (.*?)>", text),
                        "where": where}
         evaluated = jax.device_put(evaluated, homes)
-        if shape in ((1, 1, 1), (8, 1, 1)):
+        if shape in ((1, 1, 1, 1), (8, 1, 1, 1)):
             table = evaluate.scores(settings, model, evaluated, source, mesh, 2)
             arrays |= {f"{name}/scores/{key}": value for key, value in table.items()}
-        if shape in ((1, 1, 1), (2, 2, 2)):
+        if shape in ((1, 1, 1, 1), (2, 2, 2, 1)):
             from ntm_jax.data import pipeline
 
             spec = pipeline.spec(source, settings.data.patch_size)
@@ -69,7 +69,7 @@ def runs(tmp_path_factory, compilation_cache):
         return np.load(out + ".npz"), json.load(file)
 
 
-MANY = ["8x1x1", "4x2x1", "2x2x2"]
+MANY = ["8x1x1x1", "4x2x1x1", "2x2x2x1", "2x1x2x2"]
 
 
 @pytest.mark.parametrize("mesh", MANY)
@@ -83,32 +83,32 @@ def test_steps_are_the_same_on_any_mesh(runs, mesh):
     keys = [key.removeprefix(f"{mesh}/") for key in arrays if re.match(rf"{mesh}/\d/", key)]
     assert len(keys) == 3 * 6
     for key in keys:
-        np.testing.assert_allclose(arrays[f"{mesh}/{key}"], arrays[f"1x1x1/{key}"], rtol=RELATIVE, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(arrays[f"{mesh}/{key}"], arrays[f"1x1x1x1/{key}"], rtol=RELATIVE, atol=1e-6, err_msg=key)
     assert np.abs(arrays[f"{mesh}/0/log_det"]).min() > 1e-3
     assert arrays[f"{mesh}/1/loss"] != arrays[f"{mesh}/2/loss"]
 
 
 def test_scores_are_the_same_on_8_devices(runs):
     arrays, _ = runs
-    keys = [key.removeprefix("8x1x1/") for key in arrays if key.startswith("8x1x1/scores/")]
+    keys = [key.removeprefix("8x1x1x1/") for key in arrays if key.startswith("8x1x1x1/scores/")]
     assert {"scores/index", "scores/bound", "scores/importance_weighted", "scores/nll"} <= set(keys)
     for key in keys:
-        np.testing.assert_allclose(arrays[f"8x1x1/{key}"], arrays[f"1x1x1/{key}"], rtol=3e-5, atol=1e-3, err_msg=key)
-    np.testing.assert_array_equal(arrays["8x1x1/scores/index"], np.arange(20))
+        np.testing.assert_allclose(arrays[f"8x1x1x1/{key}"], arrays[f"1x1x1x1/{key}"], rtol=3e-5, atol=1e-3, err_msg=key)
+    np.testing.assert_array_equal(arrays["8x1x1x1/scores/index"], np.arange(20))
 
 
 def test_images_are_the_same_on_8_devices(runs):
     arrays, _ = runs
-    one, many = (arrays[f"{mesh}/images"].astype(int) for mesh in ("1x1x1", "2x2x2"))
+    one, many = (arrays[f"{mesh}/images"].astype(int) for mesh in ("1x1x1x1", "2x2x2x1"))
     assert one.shape == (5, 8, 8, 1)
     assert np.abs(one - many).max() <= 1  # rounding may fall on the other side
     assert (one != many).mean() < 0.02
 
 
 @pytest.mark.parametrize(("mesh", "kernel", "parts"), [
-    ("8x1x1", "predictor/stack/layers/up/kernel", (1, 1, 1)), ("4x2x1", "predictor/stack/layers/up/kernel", (1, 2, 1)),
-    ("2x2x2", "predictor/stack/layers/up/kernel", (1, 2, 2)), ("2x2x2", "predictor/stack/layers/down/kernel", (1, 2, 2)),
-    ("2x2x2", "transporter/blocks_0/stack/layers/attention/query/kernel", (1, 2, 2)),
+    ("8x1x1x1", "predictor/stack/layers/up/kernel", (1, 1, 1)), ("4x2x1x1", "predictor/stack/layers/up/kernel", (1, 2, 1)),
+    ("2x2x2x1", "predictor/stack/layers/up/kernel", (1, 2, 2)), ("2x2x2x1", "predictor/stack/layers/down/kernel", (1, 2, 2)),
+    ("2x2x2x1", "transporter/blocks_0/stack/layers/attention/query/kernel", (1, 2, 2)),
 ])
 def test_parameters_moments_and_average_are_sharded_before_and_after_steps(runs, mesh, kernel, parts):
     where = runs[1][mesh]["where"]
@@ -119,26 +119,26 @@ def test_parameters_moments_and_average_are_sharded_before_and_after_steps(runs,
 
 
 def test_the_constraints_in_core_take_effect(runs):
-    constraints = runs[1]["2x2x2"]["constraints"]
+    constraints = runs[1]["2x2x2x1"]["constraints"]
     assert any('{"data", "fsdp"}' in c for c in constraints), constraints
     assert any('"tensor"' in c for c in constraints), constraints
 
 
 
 
-@pytest.mark.parametrize(("sizes", "devices"), [((3, 1, 1), 8), ((2, 2, 1), 8), ((-1, 3, 1), 8), ((-1, -1, 1), 8), ((0, 1, 1), 1),
-                                                ((-1, 16, 1), 8), ((-2, 1, 1), 2), ((-1, 0, 1), 2)])
+@pytest.mark.parametrize(("sizes", "devices"), [((3, 1, 1, 1), 8), ((2, 2, 1, 1), 8), ((-1, 3, 1, 1), 8), ((-1, 1, 1, -1), 8),
+                                                ((0, 1, 1, 1), 1), ((-1, 16, 1, 1), 8), ((-2, 1, 1, 1), 2), ((-1, 0, 1, 1), 2)])
 def test_a_mesh_that_does_not_fit_is_refused(sizes, devices):
-    with pytest.raises(UserError, match=f"data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]}: expected a product of {devices}"):
-        sharding.make_mesh(config.Mesh(*sizes), devices=[None] * devices)
+    with pytest.raises(UserError, match=f"data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} x sequence {sizes[3]}: expected a product of {devices}"):
+        sharding.make_mesh(config.Mesh(1, *sizes), devices=[None] * devices)
 
 
 def test_a_mesh_takes_what_is_left():
-    assert sharding.make_mesh(config.Mesh(1, 1, -1)).shape == {"data": 1, "fsdp": 1, "tensor": jax.device_count()}
+    assert sharding.make_mesh(config.Mesh(1, 1, 1, -1, 1)).shape == {"data": 1, "fsdp": 1, "tensor": jax.device_count(), "sequence": 1}
 
 
 def abstract_mesh(*shape):
-    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh((*shape, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def named(shape, names):
