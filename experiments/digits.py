@@ -12,7 +12,7 @@ def get_config(variant: str = "ntm"):
         raise ValueError(f"digits.py:{variant} is not a variant: expected ntm or gaussian")
     c = ml_collections.ConfigDict()
     c.seed = 0
-    c.data = dict(source="digits", split="train", batch_size=32, patch_size=2, image_size=0, workers=0)
+    c.data = dict(source="digits", split="train", batch_size=32, patch_size=2, image_size=0, workers=0, mock="")
     c.trajectory = dict(
         schedule="shifted", shift=ml_collections.config_dict.placeholder(float), steps=(4,), t_min=0.04,
         t_min_range=(0.03, 0.05))  # of the order of half a pixel level, 1/16: less makes the density spiky, more blurs the levels

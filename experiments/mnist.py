@@ -12,7 +12,7 @@ def get_config(variant: str = "ntm"):
         raise ValueError(f"mnist.py:{variant} is not a variant: expected ntm or gaussian")
     c = ml_collections.ConfigDict()
     c.seed = 0
-    c.data = dict(source="mnist_5k", split="train", batch_size=32, patch_size=4, image_size=0, workers=0)
+    c.data = dict(source="mnist_5k", split="train", batch_size=32, patch_size=4, image_size=0, workers=0, mock="")
     c.trajectory = dict(
         schedule="linear", shift=ml_collections.config_dict.placeholder(float), steps=(4,),
         t_min=0.003, t_min_range=(0.002, 0.005))  # the noise must not drown a pixel's 256 levels, 0.0078 apart

@@ -24,4 +24,5 @@ def main():
 
 if __name__ == "__main__":
     program.define_workdir("A run's folder.")
+    program.define_processes()
     program.run(main)

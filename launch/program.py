@@ -26,8 +26,29 @@ def define_workdir(help_text: str):
     flags.mark_flag_as_required("workdir")
 
 
+def define_processes():
+    """How several processes of one job meet; on TPU hosts the environment says it, and these stay unset."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a job of several processes.")
+    flags.DEFINE_integer("num_processes", None, "How many processes the job has.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0.", lower_bound=0)
+    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the last process to come.", lower_bound=1)
+    flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead and the others stop.", lower_bound=1)
+    flags.DEFINE_string("compilation_cache", None, "A folder that keeps compiled programs for the next start.")
+
+
+def span(name: str) -> tuple[int, int] | None:
+    """The flag START:STOP called `name` as two numbers; exits with a line where it is something else."""
+    value = FLAGS[name].value
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", value)
+    if not match or int(match[1]) >= int(match[2]):
+        _fail(f"--{name}={value}: expected START:STOP, two numbers of steps, the first the smaller")
+    return int(match[1]), int(match[2])
+
+
 def _fail(message: str):
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -72,14 +93,53 @@ def _parse(argv):
     return rest
 
 
+def _start():
+    """Before main(): the compilation cache, and the other processes of the job."""
+    if FLAGS.is_parsed() and "coordinator_address" in FLAGS:
+        from ntm_jax.runtime import processes
+
+        if FLAGS.compilation_cache:
+            _jax().config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
+        processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.join_timeout, FLAGS.heartbeat_timeout)
+
+
+def _jax():
+    import jax  # late: `--help` and a mistake in a flag need none of it
+
+    return jax
+
+
+def _of_several() -> bool:
+    return "jax" in sys.modules and _jax().distributed.is_initialized() and _jax().process_count() > 1
+
+
+def _first_line(error) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _leave(status: int, message: str):
+    """Ends with a line and a status; in a job of several at once, since an orderly end would wait for the others."""
+    print(message, file=sys.stderr, flush=True)
+    if _of_several():
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def run(main):
     """Parses the flags, runs main() and exits: 0 when done, 2 with one line on stderr for a user's mistake."""
     logging.set_verbosity(logging.WARNING)
 
     def call(_):
         try:
+            _start()
             main()
         except UserError as error:
-            _fail(str(error))
+            _leave(2, f"error: {' '.join(str(error).split())}")
+        except Exception as error:
+            if not _of_several() or type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+                raise
+            _leave(1, f"error: process {_jax().process_index()} stopped, another process of the job being gone ({_first_line(error)}); the "
+                      "last checkpoint is whole: start all again with the same command")
 
     app.run(call, flags_parser=_parse)

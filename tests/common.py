@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.runtime import config, sharding, state
@@ -72,3 +73,7 @@ def python(*arguments: str, check: bool = True, **variables) -> subprocess.Compl
 def bits(tree) -> list:
     """Every leaf's dtype, shape and bytes."""
     return [(a.dtype, a.shape, np.asarray(a).tobytes()) for a in jax.tree.leaves(tree)]
+
+
+rehearsal = pytest.mark.skipif(
+    importlib.util.find_spec("mlxtend") is None, reason="a rehearsal of minutes: runs where the extra [parity] is installed")

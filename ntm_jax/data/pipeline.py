@@ -1,8 +1,8 @@
 """From a source's records to this process's batches of tokens, with grain: shuffled and endless for training, in order and exactly once
 for evaluation.
 
-B global batch, b = B / processes this process's share, N tokens, D token channels. jax is imported only to ask for the process's number:
-grain's worker processes import this file.
+B global batch, b = B / processes this process's share, N tokens, D token channels, M text tokens, E their width. jax is imported only to
+ask for the process's number: grain's worker processes import this file.
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ def spec(source: Source, patch_size: int) -> DataSpec:
             f"data.patch_size={patch_size} does not divide the {height}x{width} images of {source.name}: "
             "choose a divisor of both sides, or another data.image_size"
         )
-    return DataSpec(source.image_shape, patch_size, source.levels, source.num_classes, len(source.records))
+    count, text = len(source.records), (source.text_tokens, source.text_width)
+    return DataSpec(source.image_shape, patch_size, source.levels, source.num_classes, count, *text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,9 @@ class _ReadTokens:
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         record = self.source.records[int(index)]
-        x_ND = patchify(scale(record["image"], self.source.levels), self.patch_size)
-        return {"x": x_ND, "label": np.int32(record["label"]), "index": np.int32(index)}
+        image = scale(record["image"], self.source.levels) if self.source.levels else record["image"]
+        text = {key: record[key] for key in ("text", "text_mask") if key in record}
+        return {"x": patchify(image, self.patch_size), "label": np.int32(record["label"]), "index": np.int32(index), **text}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +87,9 @@ class _ReadMasked:
 class TrainIterator:
     """Endless iterator over this process's share of the training batches; made by `train_iterator`.
 
-    Each item is {"x": [b, N, D] float32 in [-1, 1], "label": [b] int32 (-1: none), "index": [b] int32}. An error is final: the state
-    stays that of the last good batch, and every later `next` raises the same error.
+    Each item is {"x": [b, N, D] float32 (in [-1, 1] but for latents), "label": [b] int32 (-1: none), "index": [b] int32}, and, of a source
+    with text, "text": [b, M, E] float16, zeros after a record's own tokens, and "text_mask": [b, M] bool, true on these. An error is
+    final: the state stays that of the last good batch, and every later `next` raises the same error.
     """
 
     def __init__(self, iterator: grain.DatasetIterator):

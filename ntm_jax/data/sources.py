@@ -1,7 +1,7 @@
 """Where images come from: every source is opened by name into records of random access, {"image": [H, W, C] uint8, "label": int}.
 
-Sources: `digits`, `mnist_5k`, `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`. H, W, C image height, width, channels; V pixel levels. No jax is
-imported: grain's worker processes run this.
+Sources: `digits`, `mnist_5k`, `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`, `records:PATH` (prepared by launch/prepare.py), `mock:SHAPE` (made
+up). H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's worker processes run this.
 """
 
 import concurrent.futures
@@ -22,9 +22,10 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from ntm_jax.data.records import Records, pad_text, read_manifest
 from ntm_jax.errors import UserError
 
-_KNOWN = "digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH"
+_KNOWN = "digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MANIFEST = ".ntm_manifest.json"
 _CACHE = Path.home() / ".cache" / "ntm_jax"
@@ -36,8 +37,10 @@ _SAMPLE = 256  # how many of its files, evenly spread, tell whether it is grey o
 class Source:
     """One split of a data set.
 
-    records: random access, `len(records)` and `records[i]` -> {"image": [H, W, C] uint8 in 0..V-1, "label": int (-1: none)}.
-    image_shape: (H, W, C). levels: V, the number of values a pixel can take. num_classes: 0 where there are no labels.
+    records: random access, `len(records)` and `records[i]` -> {"image": [H, W, C] uint8 in 0..V-1, or float32 latents, "label": int (-1:
+      none)}, and with text "text": [M, E] float16, zeros after the record's own tokens, "text_mask": [M] bool, true on these.
+    image_shape: (H, W, C). levels: V, the number of values a pixel can take, 0: continuous latents. num_classes: 0 where there are no
+      labels. text_tokens, text_width: M and E, 0 where there is no text.
     version: names the data's content, for provenance.
     """
 
@@ -48,18 +51,23 @@ class Source:
     image_shape: tuple[int, int, int]
     levels: int
     num_classes: int
+    text_tokens: int = 0
+    text_width: int = 0
 
 
 def open_source(name: str, split: str, image_size: int = 0) -> Source:
-    """Opens `name`, one of digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR and folder:PATH.
+    """Opens `name`, one of digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH and mock:SHAPE.
 
     Where a source has no splits of its own, they cut np.random.RandomState(0).permutation(n): the first 1,500 digits, 4,000 of mnist_5k
     or 90% of a folder's sorted files are 'train', the rest 'test'; 'all' is the two in turn. A folder with sub-folders train/ and test/
     has those. A folder's classes are its sub-folders (of train/ and test/ taken together), sorted by name, if every image lies in one.
+    `mock:16x16x32` is made up of 10,000 latents to train on and 1,000 to test, the same in every run; after it may follow
+    `,levels=256` for pixels, `,classes=1000`, `,count=10000` and `,text=128x2048` (M x E).
 
     Args:
       split: 'train', 'test', 'all' or another split of the source, whole or a slice of it: 'train[:1350]', 'train[-100:]', 'test[10%:]'.
       image_size: 0 keeps the images as they are, and then all must have one shape; otherwise their central square is resized to it.
+        Latents cannot be resized.
     Raises:
       UserError: unknown source or split, an empty slice or one out of range, missing or unprepared data, undecodable images, images of
         different sizes. What only a read can find out, reading a record raises.
@@ -74,6 +82,10 @@ def open_source(name: str, split: str, image_size: int = 0) -> Source:
             source = _open_tfds(where, base)
         case "folder", ":", where if where:
             source = _open_folder(where, base, image_size)
+        case "records", ":", where if where:
+            source = _open_records(where, base)
+        case "mock", ":", where if where:
+            source = _open_mock(where, base)
         case _:
             raise UserError(f"data.source {name!r} is not known: expected one of {_KNOWN}")
     rows = _slice(split, first, last, len(source.records))
@@ -81,6 +93,8 @@ def open_source(name: str, split: str, image_size: int = 0) -> Source:
     if None in shape:
         shape = source.records[rows[0]]["image"].shape
     if image_size:
+        if not source.levels:
+            raise UserError(f"data.image_size={image_size} does not go with {name}, whose latents cannot be resized: set data.image_size=0")
         shape = (image_size, image_size, shape[-1])
     records = _Images(source.records, rows, shape, image_size, source.levels)
     return dataclasses.replace(source, split=split, records=records, image_shape=shape)
@@ -112,7 +126,7 @@ class _Images:
             raise UserError(
                 f"images have different sizes ({name} is {_text(image.shape)}, others {_text(self.shape)}): set data.image_size"
             )
-        return {"image": image, "label": int(record["label"])}
+        return {**record, "image": image, "label": int(record["label"])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +267,69 @@ def _open_tfds(where: str, split: str) -> Source:
     num_classes = getattr(features["label"], "num_classes", None) or 0 if "label" in features else 0
     records = _TfdsRecords(data_source, labelled=num_classes > 0)
     return Source(name, split, str(builder.version), records, features["image"].shape, levels=256, num_classes=num_classes)
+
+
+# Prepared records, and made up ones.
+
+
+def _open_records(where: str, split: str) -> Source:
+    layout, splits, version = read_manifest(where)
+    _check_split(f"records:{where}", split, dict.fromkeys([*splits, "all"]))
+    records = Records(where, layout, [splits[split]] if split in splits else list(splits.values()))
+    shape, text = layout.image_shape, (layout.text_tokens, layout.text_width)
+    return Source(f"records:{where}", split, version, records, shape, layout.levels, layout.num_classes, *text)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MadeUp:
+    """Random records, each a function of `stream` and its index alone."""
+
+    stream: int
+    count: int
+    shape: tuple[int, int, int]
+    levels: int
+    classes: int
+    text: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random = np.random.default_rng((self.stream, index))
+        if self.levels:
+            image = random.integers(self.levels, size=self.shape, dtype=np.uint8)
+        else:
+            image = random.standard_normal(self.shape, np.float32)
+        record = {"image": image, "label": int(random.integers(self.classes)) if self.classes else -1}
+        tokens, width = self.text
+        if not tokens:
+            return record
+        # Uniform, of unit variance: normal states would take far longer than all the rest.
+        text = random.random((random.integers(1, tokens + 1), width), np.float32)
+        return record | pad_text(((text - 0.5) * 12**0.5).astype(np.float16), tokens)
+
+
+def _open_mock(where: str, split: str) -> Source:
+    name = f"mock:{where}"
+    number = "([1-9][0-9]{0,8})"
+    syntax = {"": f"{number}x{number}x{number}", "levels": number, "classes": number, "count": number, "text": f"{number}x{number}"}
+    given = {"count": (10_000,), "levels": (0,), "classes": (0,), "text": (0, 0)}
+    for option in f"={where}".split(","):
+        key, _, value = option.partition("=")
+        match = re.fullmatch(syntax.get(key, "(?!)"), value)
+        if not match:
+            raise UserError(
+                f"data.source {name} is not understood at {option.lstrip('=')!r}: expected HxWxC and after it any of "
+                ",levels=V ,classes=K ,count=N ,text=MxE"
+            )
+        given[key] = tuple(map(int, match.groups()))
+    levels = given["levels"][0]
+    if levels and not 2 <= levels <= 256:
+        raise UserError(f"data.source {name} has levels={levels}: expected 2 to 256, or none for latents")
+    _check_split(name, split, ("train", "test"))
+    train, classes = split == "train", given["classes"][0]
+    records = _MadeUp(0 if train else 1, given["count"][0] if train else 1000, given[""], levels, classes, given["text"])
+    return Source(name, split, "1", records, given[""], levels, classes, *given["text"])
 
 
 # Folders of image files.

@@ -25,6 +25,7 @@ class Data:
     patch_size: int
     image_size: int  # 0: as stored
     workers: int  # 0: read in the training process
+    mock: str  # the shape of the records, as a mock source, for compiling where the data are not at hand; may be empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +128,8 @@ class Config:
         return trajectory.default_shift(tokens) if self.trajectory.shift is None else self.trajectory.shift
 
 
-RESUMABLE = ("mesh.", "data.workers", "train.steps", "train.accumulate", "train.save_every", "train.evaluate_every", "train.log_every", "train.keep",
-             "evaluate.", "sample.")  # what a resumed run may change
+RESUMABLE = ("mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every", "train.evaluate_every",
+             "train.log_every", "train.keep", "evaluate.", "sample.")  # what a resumed run may change
 CHOICES = {
     "trajectory.schedule": ("linear", "shifted"), "model.positions": ("learned", "rotary"), "model.head": ("direct", "preconditioned"),
     "model.condition": ("none", "class", "text"), "model.dtype": ("float32", "bfloat16"), "model.remat": tuple(REMAT),

@@ -63,15 +63,16 @@ def scores(config: Config, model, params, source: Source, mesh, trajectories: in
     """Every record's scores in nats, {name: [records]}, with the record indices; likelihoods run the transporter in float32."""
     shards = sharding.batch_shards(mesh)
     batch_size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
-    batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size)
+    batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size, *sharding.share(mesh))
     kept = []
     total = -(-len(source.records) // batch_size)
     for batch in tqdm.tqdm(batches, "evaluate", total, unit="batch", leave=False, disable=None if progress else True):
         result = score_batch(config, model, params, batch, mesh, source.levels, trajectories, steps)
         kept.append(sharding.to_host(result))
     table = {name: np.concatenate([k[name] for k in kept]) for name in kept[0]}
-    present = table.pop("mask") > 0
-    return {name: values[present] for name, values in table.items()}
+    table = {name: values[table["mask"] > 0] for name, values in table.items() if name != "mask"}
+    order = np.argsort(table["index"])  # a mesh may hold the processes' shares in any order
+    return {name: values[order] for name, values in table.items()}
 
 
 def _mean(values) -> dict:

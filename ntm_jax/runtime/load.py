@@ -9,8 +9,8 @@ from ntm_jax.core.model import NTM
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import attention, evaluate, generate, sharding, state
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime import evaluate, generate, sharding, state
 from ntm_jax.runtime.config import Config
 
 
@@ -76,6 +76,6 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir at its latest step or `step`, with the EMA or the raw parameters. UserError where there is none."""
     config, spec = configuration.load(workdir)
     mesh = _mesh(config.mesh)
-    model = state.make_model(config, spec)
+    model = state.make_model(config, spec, attention.choose(mesh))
     step, params = state.restore_params(workdir, config, model, mesh, step, raw)
     return Run(config, spec, model, params, step, mesh)

@@ -51,10 +51,8 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     if config.slices == 1:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     inner, outer = [shape[0] // config.slices, *shape[1:]], [config.slices, 1, 1, 1]
-    if found > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-    else:  # simulated: the devices in order
-        grid = np.asarray(devices).reshape(shape)
+    simulated = found == 1  # the devices in order stand for slices
+    grid = np.asarray(devices).reshape(shape) if simulated else mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
     return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
@@ -77,6 +75,23 @@ def batch_sharding(mesh) -> NamedSharding:
 def batch_shards(mesh) -> int:
     """How many parts a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def share(mesh) -> tuple[int, int]:
+    """(number, count): which share of every batch this process reads, of how many. Processes that hold the same examples read the same.
+
+    UserError where a process holds some of another's examples but not all: then no share is whole.
+    """
+    rows = mesh.devices.reshape(batch_shards(mesh), -1)
+    held = {}
+    for row, devices in enumerate(rows):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(r)) for r in held.values()})
+    if len(shares) > 1 and sum(map(len, shares)) != len(rows):
+        raise UserError("config.mesh splits the examples of one process over others that hold different ones: make the product of tensor "
+                        "and sequence divide the devices of a process, or the devices of a process divide it")
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def shardings(abstract, mesh):

@@ -33,8 +33,9 @@ def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM
     """The model of a configuration for data of a shape; UserError where they do not fit."""
     m = dataclasses.asdict(config.model)
     condition, dtype = m.pop("condition"), jnp.dtype(m.pop("dtype"))
-    if (condition == "class" and not spec.num_classes) or (condition == "text" and not spec.text_width):
-        raise UserError(f"config.model.condition is {condition}, and {config.data.source} has no {'labels' if condition == 'class' else condition}: set it to none")
+    for kind, present, name in (("class", spec.num_classes, "labels"), ("text", spec.text_width, "text")):
+        if condition == kind and not present:
+            raise UserError(f"config.model.condition is {kind}, and {config.data.source} has no {name}: set it to none")
     rows, columns = (size // spec.patch_size for size in spec.image_shape[:2])
     try:
         model_config = ModelConfig(

@@ -17,8 +17,8 @@ from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import attention, evaluate, generate, optimizer, plots, processes, sharding, state
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime import evaluate, generate, optimizer, plots, sharding, state
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.metrics import Writer
@@ -81,7 +81,7 @@ def make_step(config: Config, model: NTM, mesh):
         return jnp.mean(means["quadratic"] + means["log_scale"] - means["log_det"]), means
 
     def gradients(params, root, batch, steps):
-        """((loss, means), gradient) of a batch, taken in config.train.accumulate parts; noise is keyed by record, so the parts do not show."""
+        """((loss, means), gradient) of a batch, in config.train.accumulate parts; noise is keyed by record, so the parts do not show."""
         evaluate = jax.value_and_grad(loss, has_aux=True)
         if parts == 1:
             return evaluate(params, root, batch, steps)
@@ -153,25 +153,45 @@ class _Stop:
             signal.signal(number, handler)
 
 
+class _Trace:
+    """Writes a profiler's trace of the steps from `span[0]` to `span[1]` in a folder."""
+
+    def __init__(self, folder, span):
+        self._folder, self._span, self._on = folder, span, False
+
+    def at(self, step, pending):
+        """Called before a step, with what the last one returned, which is waited for where the trace begins or ends."""
+        if self._span is None:
+            return
+        inside = self._span[0] <= step < self._span[1]
+        if inside != self._on:
+            jax.block_until_ready(pending)
+            (jax.profiler.start_trace if inside else lambda _: jax.profiler.stop_trace())(str(self._folder))
+            self._on = inside
+
+
 def check_batch(config: Config, mesh) -> None:
     """UserError if the batch does not divide over the mesh's examples and config.train.accumulate."""
     size, shards, parts = config.data.batch_size, sharding.batch_shards(mesh), config.train.accumulate
     if size % (shards * parts):
-        raise UserError(f"config.data.batch_size is {size}: expected a multiple of {shards * parts}: {shards} shares of the mesh's data and "
-                        f"fsdp axes x config.train.accumulate = {parts}")
+        raise UserError(f"config.data.batch_size is {size}: expected a multiple of {shards * parts}, data x fsdp = {shards} times "
+                        f"config.train.accumulate = {parts}")
 
 
-def train(config: Config, workdir: str, progress: bool = True, until: int | None = None) -> dict | None:
+def train(config: Config, workdir: str, progress: bool = True, until: int | None = None,
+          profile: tuple[int, int] | None = None) -> dict | None:
     """Trains in workdir, resuming what it holds, and ends with the held-out evaluation and pictures; returns the evaluation.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps. Returns None when stopped early.
+    profile: (start, stop), steps of which a trace is written in workdir/profile.
     """
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
     source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     held_out = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)
     spec = pipeline.spec(source, config.data.patch_size)
-    model = state.make_model(config, spec)
+    model = state.make_model(config, spec, attention.choose(mesh))
+    processes.agree(configuration.flatten(config.raw) | {"--workdir": workdir})
     changes = configuration.claim(workdir, config, spec)
     total = config.train.steps
     with contextlib.ExitStack() as stack:
@@ -184,11 +204,13 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
             start, current, data_state = checkpoints.restore(state.abstract(config, model, mesh))
         if start > total:
             raise UserError(f"{workdir} holds step {start}, beyond config.train.steps = {total}: raise it to go on, or evaluate that run")
-        batches = pipeline.train_iterator(source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers)
+        batches = pipeline.train_iterator(source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers,
+                                          *sharding.share(mesh))
         stack.callback(batches.close)
         if data_state is not None:
             batches.set_state(data_state)
-        configuration.write(workdir, config, spec)
+        if jax.process_index() == 0:
+            configuration.write(workdir, config, spec)
         writer = stack.enter_context(Writer(workdir, total, start, quiet=jax.process_index() > 0 or not progress))
         parameters = sum(a.size for a in jax.tree.leaves(current.params))
         writer.message(f"{parameters:,} parameters, {len(source.records):,} training records, mesh " +
@@ -196,8 +218,9 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
                        (f", resuming {workdir} at step {start}" if latest is not None else f", in {workdir}"))
         for change in changes:
             writer.message(f"changed since the run began: {change}")
-        stop = stack.enter_context(_Stop())
-        current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until)
+        stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
+        current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
+                              _Trace(epath.Path(workdir) / "profile", profile))
         if not done:
             return None
         writer.message(f"trained to step {total}; evaluating")
@@ -207,7 +230,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     return result
 
 
-def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until):
+def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until, trace):
     """Steps from `start` in the order evaluate, save, next batch, step; returns the state and whether it reached the end."""
     total, every = config.train.steps, config.train.evaluate_every
     step_function, rate = make_step(config, model, mesh), optimizer.schedule(config.optimizer, total)
@@ -221,10 +244,12 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
             return {}
         now = time.perf_counter()
         speed, clock = (step - clock[1]) / (now - clock[0]), (now, step)
-        return scalars | {"learning_rate": float(rate(step - 1)), "examples_per_second": speed * config.data.batch_size}
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # a CPU tells none
+        return scalars | {"learning_rate": float(rate(step - 1)), "examples_per_second": speed * config.data.batch_size} | (
+            {"device_memory_gib": memory / 2**30} if memory else {})
 
     for step in range(start, total + 1):
-        ending = step == total or step == until or stop.asked
+        ending = step == total or step == until or stop.asked or processes.stop_agreed(step)
         evaluating = bool(every) and (step % every == 0 or step == total)
         if step > start and (ending or evaluating or step % config.train.save_every == 0):
             scalars, bound = read(step), None  # what is saved is known to be finite
@@ -236,11 +261,13 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
             if ending or step % config.train.save_every == 0:
                 checkpoints.save(step, current, batches.get_state(), bound)
         if ending:
+            trace.at(math.inf, pending)
             break
+        trace.at(step, pending)
         try:
             batch = next(batches)
         except UserError:
-            if step > start:
+            if step > start and not processes.several():  # a save needs them all, and the others read on
                 if pending:
                     read(step)
                 checkpoints.save(step, current, batches.get_state())

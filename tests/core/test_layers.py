@@ -90,7 +90,8 @@ def loss(module, params, x, *args):
     return jnp.sum(jnp.sin(module.apply(params, x, *args)[0]))
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), *((scan, remat) for scan in (False, True) for remat in ("full", "narrow", "dots"))])
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(True, "none"), *((scan, remat) for scan in (False, True) for remat in ("full", "narrow", "dots"))])
 def test_scan_and_remat_change_no_number(stacked, scan, remat):
     assert set(layers.REMAT) == {"none", "full", "narrow", "dots"}
     expected, found = (jax.device_get(loss(module, *stacked)) for module in (stack(), stack(scan=scan, remat=remat)))

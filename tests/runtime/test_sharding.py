@@ -24,7 +24,8 @@ def main(out):
     arrays, facts, first = {}, {}, None
     for shape in SHAPES:
         name = "x".join(map(str, shape))
-        settings = tiny_config(**dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"), shape, strict=True)), **{"sample.decoder": "inverse"})
+        axes = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, shape, strict=True)}
+        settings = tiny_config(**axes, **{"sample.decoder": "inverse"})
         source, model, _ = setup(dataclasses.replace(settings, mesh=config.Mesh(1, -1, 1, 1, 1)))
         mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
         current = state.initialize(settings, model, mesh)
@@ -129,7 +130,8 @@ def test_the_constraints_in_core_take_effect(runs):
 @pytest.mark.parametrize(("sizes", "devices"), [((3, 1, 1, 1), 8), ((2, 2, 1, 1), 8), ((-1, 3, 1, 1), 8), ((-1, 1, 1, -1), 8),
                                                 ((0, 1, 1, 1), 1), ((-1, 16, 1, 1), 8), ((-2, 1, 1, 1), 2), ((-1, 0, 1, 1), 2)])
 def test_a_mesh_that_does_not_fit_is_refused(sizes, devices):
-    with pytest.raises(UserError, match=f"data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} x sequence {sizes[3]}: expected a product of {devices}"):
+    named_sizes = " x ".join(f"{axis} {size}" for axis, size in zip(sharding.AXES, sizes, strict=True))
+    with pytest.raises(UserError, match=f"{named_sizes}: expected a product of {devices}"):
         sharding.make_mesh(config.Mesh(1, *sizes), devices=[None] * devices)
 
 

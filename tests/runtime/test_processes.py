@@ -1,0 +1,205 @@
+"""Jobs of several processes, each with 2 simulated devices, as a user starts them: the same numbers, one stop for all, no hang."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import processes, sharding
+from tests.common import ROOT, TINY, environment, rehearsal
+
+SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "inverse", "evaluate.split": "test[:16]"}
+
+
+class Job:
+    """`count` processes of one training run; by default each has 2 devices."""
+
+    def __init__(self, workdir, cache, count, devices=2, settings=({},), timeout=60):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.processes = []
+        for i in range(count):
+            changed = SETTINGS | settings[i % len(settings)]
+            together = [f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"] if count > 1 else []
+            command = [sys.executable, "-m", "launch.train", "--config=experiments/digits.py", f"--workdir={workdir}", *together,
+                       *(f"--config.{key}={value}" for key, value in changed.items()), f"--join_timeout={timeout}", "--heartbeat_timeout=10"]
+            self.processes.append(subprocess.Popen(
+                command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(
+                    JAX_COMPILATION_CACHE_DIR=cache, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")))
+
+    def read_until(self, pattern):
+        """Waits for a line of process 0."""
+        for line in self.processes[0].stdout:
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"no line like {pattern}: {self.processes[0].stderr.read()}")
+
+    def end(self, timeout=240):
+        """[(status, last line of stdout, last line of stderr)] of every process."""
+        results = []
+        for process in self.processes:
+            out, error = process.communicate(timeout=timeout)
+            results.append((process.returncode, *((text.strip().splitlines() or [""])[-1] for text in (out, error))))
+        return results
+
+
+def losses(workdir) -> dict:
+    """{step: loss} of a run."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, compilation_cache):
+    """The workdir of one process with 4 devices that ran to the end."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    (status, *said), = Job(workdir, compilation_cache, 1, devices=4).end()
+    assert status == 0, said
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, compilation_cache):
+    """(workdir, what two processes said at the end of their first start, and of their second): SIGTERM to the second at step 5."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    first = Job(workdir, compilation_cache, 2)
+    first.read_until(r"step 5/")
+    first.processes[1].send_signal(signal.SIGTERM)
+    ends = first.end()
+    return workdir, ends, Job(workdir, compilation_cache, 2).end()
+
+
+def test_sigterm_to_one_process_stops_all_at_one_step_saved(stopped):
+    workdir, first, _ = stopped
+    assert [status for status, *_ in first] == [0, 0], first
+    assert re.fullmatch(r"stopped at step \d+, saved; the same command resumes", first[0][1]), first
+    assert int(first[0][1].split()[3].rstrip(",")) < SETTINGS["train.steps"]
+    assert (workdir / "checkpoints" / first[0][1].split()[3].rstrip(",")).exists()
+
+
+def test_two_processes_interrupted_and_resumed_train_as_one_does(stopped, alone):
+    workdir, _, second = stopped
+    assert [status for status, *_ in second] == [0, 0], second
+    one, two = losses(alone), losses(workdir)
+    assert list(one) == list(two) == list(range(1, 13))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)  # float32 sums in another order
+    one, two = (json.loads((folder / "evaluation.json").read_text())["nats_per_dim"] for folder in (alone, workdir))
+    assert one["bound"]["mean"] == pytest.approx(two["bound"]["mean"], rel=1e-5)
+
+
+def test_a_dead_process_stops_the_others_soon_and_says_so(tmp_path, compilation_cache):
+    job = Job(tmp_path / "run", compilation_cache, 2, settings=({"train.steps": 100000},))
+    job.read_until(r"step 6/")
+    job.processes[1].kill()
+    begin = time.monotonic()
+    (status, _, error), _ = job.end(timeout=60)
+    assert time.monotonic() - begin < 45
+    assert status == 1
+    assert error.startswith("error: process 0 stopped, another process of the job being gone"), error
+
+
+def test_processes_started_differently_all_stop_and_name_the_key(tmp_path, compilation_cache):
+    ends = Job(tmp_path / "run", compilation_cache, 2, settings=({}, {"optimizer.clip": 0.5})).end()
+    expected = "error: the processes of this job differ: optimizer.clip is 1.0 in process 0 and 0.5 in process 1: start all with the same command"
+    assert [(status, error) for status, _, error in ends] == [(2, expected)] * 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.train", "--config=experiments/digits.py", f"--workdir={tmp_path}/run", "--num_processes=2",
+         f"--coordinator_address={address}", "--process_id=1", "--join_timeout=3"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: process 1 could not join 2 processes at {address} within 3 s \(.*\): start them all, .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("localhost:1", None, 0), "--num_processes is missing"), (("localhost:1", 2, 2), "--process_id=2"), (("localhost", 2, 0), "HOST:PORT"),
+])
+def test_how_to_meet_is_given_whole_or_not_at_all(arguments, message):
+    with pytest.raises(UserError, match=message):
+        processes.join(*arguments)
+
+
+class Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+@pytest.mark.parametrize(("process", "shape", "expected"), [
+    ([0, 0, 1, 1], (4, 1, 1, 1), (0, 2)), ([0, 0, 1, 1], (2, 1, 2, 1), (0, 2)), ([1, 1, 0, 0], (2, 1, 2, 1), (1, 2)),
+    ([0, 0, 1, 1], (1, 1, 4, 1), (0, 1)), ([0, 1, 2, 3], (1, 2, 2, 1), (0, 2)), ([2, 3, 0, 1], (1, 2, 1, 2), (1, 2)),
+])
+def test_processes_that_hold_the_same_examples_read_the_same_share(process, shape, expected):
+    mesh = Mesh(np.array([Device(i) for i in process]).reshape(shape), sharding.AXES)
+    assert sharding.share(mesh) == expected
+
+
+def test_shares_that_overlap_are_refused():
+    mesh = Mesh(np.array([Device(i) for i in (0, 0, 0, 1, 1, 1)]).reshape(3, 1, 2, 1), sharding.AXES)
+    with pytest.raises(UserError, match="splits the examples of one process"):
+        sharding.share(mesh)
+
+
+@rehearsal
+def test_four_processes_train_as_one_does(tmp_path, compilation_cache):
+    """One process with 8 devices, and 4 with 2 each."""
+    for name, count, devices in (("one", 1, 8), ("four", 4, 2)):
+        ends = Job(tmp_path / name, compilation_cache, count, devices).end()
+        assert [status for status, *_ in ends] == [0] * count, ends
+    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert list(one) == list(four)
+    np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-5)  # float32 sums in another order
+
+
+@rehearsal
+def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_save(tmp_path, compilation_cache):
+    """20 kills at random moments of training and saving; then the run ends as one that was never killed, bit for bit."""
+    random, settings = np.random.default_rng(0), ({"train.steps": 60, "train.save_every": 3},)
+    assert Job(tmp_path / "whole", compilation_cache, 1, 1, settings).end()[0][0] == 0
+    kills, committed = 0, 0
+    while kills < 20:
+        job = Job(tmp_path / "killed", compilation_cache, 1, 1, settings)
+        line = job.read_until(r"in .*killed$|resuming .* at step")
+        found = re.search(r"at step (\d+)", line)
+        assert int(found[1]) >= committed if found else committed == 0, (line, committed)
+        job.read_until(rf"step {min(59, committed + int(random.integers(1, 6)))}/")
+        time.sleep(random.uniform(0, 0.3))
+        job.processes[0].kill()
+        job.end()
+        kills += 1
+        saved = [int(p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name.isdigit()]
+        committed = max(saved, default=0)
+    assert Job(tmp_path / "killed", compilation_cache, 1, 1, settings).end()[0][0] == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@rehearsal
+def test_a_run_moves_from_4_to_2_to_8_devices(tmp_path, compilation_cache):
+    settings = {"train.steps": 12}
+    assert Job(tmp_path / "whole", compilation_cache, 1, 4).end()[0][0] == 0
+    for count, devices, stop in ((2, 2, 3), (1, 2, 7), (4, 2, None)):
+        job = Job(tmp_path / "moved", compilation_cache, count, devices, (settings,))
+        if stop:
+            job.read_until(rf"step {stop}/")
+            job.processes[-1].send_signal(signal.SIGTERM)
+        ends = job.end()
+        assert [status for status, *_ in ends] == [0] * count, ends
+    whole, moved = losses(tmp_path / "whole"), losses(tmp_path / "moved")
+    assert list(whole) == list(moved)
+    np.testing.assert_allclose(list(moved.values()), list(whole.values()), rtol=1e-5)  # float32 sums in another order
