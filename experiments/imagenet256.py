@@ -21,12 +21,12 @@ def get_config(variant: str = ""):
     c.model = dict(
         width=2048, head_size=128, kv_heads=16, mlp_ratio=4, positions="rotary", transporter_width=2048, transporter_blocks=2,
         transporter_layers=2, predictor_layers=24, head="preconditioned", log_scale_bound=3.0, data_std=1.0, condition="class",
-        dtype="bfloat16", remat="narrow", scan=True)
+        dtype="bfloat16", remat="dots", scan=True)
     c.train = dict(
         objective="end_to_end", steps=250_000, save_every=5000, evaluate_every=25_000, log_every=100, keep=50_000, accumulate=1,
         condition_dropout=0.1)
     c.optimizer = dict(learning_rate=1e-4, floor=1e-6, warmup_steps=5000, weight_decay=1e-4, clip=1.0, ema_decay=0.9999)
-    c.mesh = dict(slices=1, data=1, fsdp=-1, tensor=1, sequence=1)  # over several slices: slices=n, data=n
+    c.mesh = dict(slices=1, data=-1, fsdp=16, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=8, batch_size=1024, images=0)
     c.sample = dict(num=100, steps=4, guidance=0.5, decoder="score")
     if variant == "pixels":

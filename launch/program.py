@@ -95,35 +95,24 @@ def _parse(argv):
 
 def _start():
     """Before main(): the compilation cache, and the other processes of the job."""
-    if FLAGS.is_parsed() and "coordinator_address" in FLAGS:
+    if "coordinator_address" in FLAGS:
+        import jax
+
         from ntm_jax.runtime import processes
 
         if FLAGS.compilation_cache:
-            _jax().config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
+            jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
         processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.join_timeout, FLAGS.heartbeat_timeout)
 
 
-def _jax():
-    import jax  # late: `--help` and a mistake in a flag need none of it
+def _mistaken(error: UserError):
+    """One line and status 2; in a job of several processes at once."""
+    if "jax" in sys.modules:
+        from ntm_jax.runtime import processes
 
-    return jax
-
-
-def _of_several() -> bool:
-    return "jax" in sys.modules and _jax().distributed.is_initialized() and _jax().process_count() > 1
-
-
-def _first_line(error) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _leave(status: int, message: str):
-    """Ends with a line and a status; in a job of several at once, since an orderly end would wait for the others."""
-    print(message, file=sys.stderr, flush=True)
-    if _of_several():
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+        if processes.joined():
+            processes.leave(2, f"error: {' '.join(str(error).split())}")
+    _fail(str(error))
 
 
 def run(main):
@@ -135,11 +124,12 @@ def run(main):
             _start()
             main()
         except UserError as error:
-            _leave(2, f"error: {' '.join(str(error).split())}")
+            _mistaken(error)
         except Exception as error:
-            if not _of_several() or type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
-                raise
-            _leave(1, f"error: process {_jax().process_index()} stopped, another process of the job being gone ({_first_line(error)}); the "
-                      "last checkpoint is whole: start all again with the same command")
+            if type(error).__name__ == "JaxRuntimeError":
+                from ntm_jax.runtime import processes
+
+                processes.end_if_another_died(error)
+            raise
 
     app.run(call, flags_parser=_parse)

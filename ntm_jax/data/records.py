@@ -28,7 +28,7 @@ from ntm_jax.errors import UserError
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
-_DTYPES = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "I32": np.int32}
+_TYPES = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "I32": np.int32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +59,20 @@ class Layout:
 
     def fault(self, arrays: Mapping[str, np.ndarray]) -> str | None:
         """What is wrong with a record's arrays, if anything is."""
-        expected = {"image": (self.image_shape, ("uint8",) if self.levels else ("float16", "bfloat16", "float32"))}
+        expected = {"image": (self.image_shape, ("U8",) if self.levels else ("F16", "BF16", "F32"))}
         if self.num_classes:
-            expected["label"] = ((), ("int32",))
+            expected["label"] = ((), ("I32",))
         if self.text_width:
             tokens = arrays["text"].size // self.text_width if "text" in arrays else 0
-            expected["text"] = ((min(tokens, self.text_tokens), self.text_width), ("float16",))
+            expected["text"] = ((min(tokens, self.text_tokens), self.text_width), ("F16",))
         if arrays.keys() != expected.keys():
             return f"has {', '.join(sorted(arrays))}, expected {', '.join(sorted(expected))}"
-        for key, (shape, dtypes) in expected.items():
-            if arrays[key].shape != shape or arrays[key].dtype.name not in dtypes:
-                return f"{key} is {list(arrays[key].shape)} {arrays[key].dtype}, expected {list(shape)} {' or '.join(dtypes)}"
+        for key, (shape, types) in expected.items():
+            if arrays[key].shape != shape or all(arrays[key].dtype != _TYPES[name] for name in types):
+                wanted = " or ".join(_TYPES[name].__name__ for name in types)
+                return f"{key} is {list(arrays[key].shape)} {arrays[key].dtype}, expected {list(shape)} {wanted}"
+        if 0 < self.levels < 256 and arrays["image"].max() >= self.levels:
+            return f"image has a pixel of {arrays['image'].max()}, expected 0 to {self.levels - 1}"
         if self.num_classes and not 0 <= arrays["label"] < self.num_classes:
             return f"label is {arrays['label']}, expected 0 to {self.num_classes - 1}"
         return None
@@ -136,7 +139,7 @@ class Records:
         reader = self._readers.get(shard) or self._readers.setdefault(shard, self._open(shard))
         try:
             parts = safetensors.deserialize(reader.read([position])[0])  # its numpy module knows no bfloat16
-            arrays = {key: np.frombuffer(part["data"], _DTYPES[part["dtype"]]).reshape(part["shape"]) for key, part in parts}
+            arrays = {key: np.frombuffer(part["data"], _TYPES[part["dtype"]]).reshape(part["shape"]) for key, part in parts}
             fault = self._layout.fault(arrays)
         except Exception as error:  # both libraries raise several kinds on damaged bytes
             fault = f"cannot be decoded ({str(error).splitlines()[0]})"

@@ -1,7 +1,8 @@
 """Where images come from: every source is opened by name into records of random access, {"image": [H, W, C] uint8, "label": int}.
 
-Sources: `digits`, `mnist_5k`, `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`, `records:PATH` (prepared by launch/prepare.py), `mock:SHAPE` (made
-up). H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's worker processes run this.
+Sources: `digits`, `mnist_5k`, `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`, `records:PATH` (prepared by launch/prepare.py), `mock:SHAPE`
+(made up). H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's worker
+processes run this.
 """
 
 import concurrent.futures
@@ -118,11 +119,10 @@ class _Images:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[self.rows[index]]
-        image = record["image"]
+        image, name = record["image"], record.pop("name", f"record {self.rows[index]}")
         if self.image_size:
             image = _resize(image, self.image_size, self.levels)
         if image.shape != self.shape:
-            name = record.get("name", f"record {self.rows[index]}")
             raise UserError(
                 f"images have different sizes ({name} is {_text(image.shape)}, others {_text(self.shape)}): set data.image_size"
             )
@@ -304,9 +304,9 @@ class _MadeUp:
         tokens, width = self.text
         if not tokens:
             return record
-        # Uniform, of unit variance: normal states would take far longer than all the rest.
-        text = random.random((random.integers(1, tokens + 1), width), np.float32)
-        return record | pad_text(((text - 0.5) * 12**0.5).astype(np.float16), tokens)
+        # Random signs and mantissas, 0.5 to 1 either side of 0: normal numbers would take ten times as long.
+        bits = random.integers(1 << 16, size=(random.integers(1, tokens + 1), width), dtype=np.uint16) & 0x83FF | 0x3800
+        return record | pad_text(bits.view(np.float16), tokens)
 
 
 def _open_mock(where: str, split: str) -> Source:

@@ -121,21 +121,22 @@ def benchmark(config: Config, runs: int) -> list[dict]:
 
 
 def measure(case: Case, runs: int, setting: Setting) -> dict:
-    """A case's row, its limit measured just before and just after it: the larger of the two."""
-    rate = copy_rate if case.flops is None else functools.partial(product_rate, setting.config.model.dtype, setting.mesh)
+    """A case's row. Its limit is measured before and after every run, and is the median: what disturbs the one disturbs the other."""
+    limit = copying() if case.flops is None else products(setting.config.model.dtype, setting.mesh)
     try:
         for _ in range(2):  # compiled
             jax.block_until_ready(case.once())
         count = case.least
         while (seconds := _seconds(case.once, count)) < SECONDS:
             count = min(10 * count, math.ceil(1.2 * count * SECONDS / seconds))
-        before = rate()
-        _seconds(case.once, case.least)  # a queue that filled meanwhile is empty again
-        rates = [count * case.items / _seconds(case.once, count) for _ in range(runs)]
-        limit = max(before, rate())
+        rates, limits = [], [limit()]
+        for _ in range(runs):
+            _seconds(case.once, case.least)  # a queue that filled meanwhile is empty again
+            rates.append(count * case.items / _seconds(case.once, count))
+            limits.append(limit())
     finally:
         case.close()
-    items = statistics.median(rates)
+    items, limit = statistics.median(rates), statistics.median(limits)
     reached = items / case.items * (case.bytes if case.flops is None else case.flops)
     return {"name": case.name, "items_per_second": items, "flops_per_second": None if case.flops is None else reached, "limit": limit,
             "share_of_limit": reached / limit, "runs": rates}
@@ -149,30 +150,37 @@ def _seconds(once: Callable, count: int) -> float:
     return time.perf_counter() - start
 
 
-def product_rate(dtype: str, mesh) -> float:
-    """FLOP/s of the fastest matrix product in float32 or dtype, alone on one of the mesh's devices, times the devices.
+def products(dtype: str, mesh) -> Callable[[], float]:
+    """A measurement of the FLOP/s of matrix products, float32 or dtype and of the size that is fastest, on one device, times the devices.
 
     Devices of a CPU are one processor's: they count once a process.
     """
     device = mesh.local_devices[0]
-    best = 0.0
+    times = jax.process_count() if device.platform == "cpu" else mesh.size
+
+    def rate(product, work: int) -> float:
+        count = math.ceil(SECONDS / 5 / _seconds(product, 1))
+        return max(work * count / _seconds(product, count) for _ in range(2)) * times
+
+    best, chosen = 0.0, None
     for kind in {"float32", dtype}:
         for size in MATRICES:
-            if best and 2 * size**3 / best > SECONDS:
+            work = 2 * size**3
+            if best and work * times / best > SECONDS:
                 break
             operands = jax.device_put(np.random.default_rng(0).normal(size=(2, size, size)).astype(kind), device)
             product = functools.partial(jax.jit(jnp.matmul), *operands)
             jax.block_until_ready(product())
-            count = math.ceil(SECONDS / 5 / _seconds(product, 1))
-            best = max(best, *(2 * size**3 * count / _seconds(product, count) for _ in range(2)))
-    return best * (jax.process_count() if device.platform == "cpu" else mesh.size)
+            if (found := rate(product, work)) > best:
+                best, chosen = found, functools.partial(rate, product, work)
+    return chosen
 
 
-def copy_rate() -> float:
-    """Bytes of memory that one thread of this host copies in a second."""
+def copying() -> Callable[[], float]:
+    """A measurement of the bytes of memory that one thread of this host copies in a second."""
     source = np.ones(COPIED, np.uint8)
     target = np.empty_like(source)
-    return COPIED / min(_seconds(lambda: np.copyto(target, source), 1) for _ in range(5))
+    return lambda: COPIED / min(_seconds(lambda: np.copyto(target, source), 1) for _ in range(5))
 
 
 def table(rows: list[dict]) -> str:

@@ -16,7 +16,7 @@ from ntm_jax.core import likelihood, trajectory
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import generate, sharding, state
+from ntm_jax.runtime import generate, processes, sharding, state
 from ntm_jax.runtime.config import Config
 
 
@@ -133,6 +133,7 @@ def evaluate(config: Config, model, params, mesh, step: int, *, split: str | Non
     if spec.tokens != model.config.tokens or spec.dim != model.config.dim:
         raise UserError(f"split {split} of {config.data.source} has images of shape {spec.image_shape}, not the training split's shape")
     trajectories = trajectories or config.evaluate.trajectories
+    processes.agree({"--step": step, "--split": split, "--trajectories": trajectories})
     table = scores(config, model, params, source, mesh, trajectories, progress=progress)
     result = {"step": step, "split": split} | summarize(table, model, trajectories, source.levels)
     train = sources.open_source(config.data.source, config.data.split, config.data.image_size)

@@ -15,7 +15,7 @@ from ntm_jax.core.trajectory import per_example
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import plots, sharding, state
+from ntm_jax.runtime import plots, processes, sharding, state
 from ntm_jax.runtime.config import Config
 
 
@@ -96,6 +96,8 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, **options) -
         raise UserError(f"{out} is there and not empty: give a new folder as --out, nothing was overwritten")
     check(run.config, options.get("steps"), options.get("guidance"))
     labels = parse_labels(labels, run.model.config.num_classes)
+    # Here no process has written yet: one that came late would find its own job's files.
+    processes.agree({"--out": out, "--num": num, "--batch": batch, "--labels": None if labels is None else labels.tolist()} | options)
     folder.mkdir(parents=True, exist_ok=True)
     digits, images = len(str(num - 1)), []
     begin = time.perf_counter()

@@ -1,10 +1,14 @@
 """A job of several processes: how they meet, agree and part. One process needs none of this, and every function here does nothing then."""
 
+import atexit
 import contextlib
+import faulthandler
 import glob
 import json
 import os
+import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -17,7 +21,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     """Joins the job's processes: by the three arguments, else as a TPU host's environment says, else not at all.
 
     timeout: seconds that all wait for the last to come. heartbeat: seconds after which a silent process counts as dead.
-    UserError where an argument is missing or the others do not come.
+    UserError where an argument is missing. Where the others do not come: one line and exit status 2.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -28,30 +32,63 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     if not missing and not (0 <= process_id < num_processes and ":" in coordinator_address):
         raise UserError(f"--process_id={process_id} --num_processes={num_processes} --coordinator_address={coordinator_address}: expected "
                         "a number from 0 to num_processes - 1, and HOST:PORT of process 0")
+    # The client aborts the process when its own time is up, so a clock of ours speaks first.
+    clock = threading.Timer(timeout, leave, (
+        2, f"error: process {process_id} waited {timeout} s at {coordinator_address} for {num_processes} processes: start them all, with "
+           "the address of process 0, or give more --join_timeout"))
+    clock.daemon = True
+    clock.start()
     try:
-        with _standard_error_withheld():  # the client logs pages before it raises
-            jax.distributed.initialize(**given, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat)
-    except Exception as error:
-        raise UserError(f"process {process_id} could not join {num_processes} processes at {coordinator_address} within {timeout} s "
-                        f"({str(error).splitlines()[0][:120]}): start them all, with the address of process 0") from None
+        jax.distributed.initialize(**given, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=heartbeat)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes of this job could not meet ({str(error).splitlines()[0][:200]})") from None
+    finally:
+        clock.cancel()
+    _leave_a_last_word()
 
 
 def _on_tpu() -> bool:
     return os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-@contextlib.contextmanager
-def _standard_error_withheld():
-    """Keeps native libraries off the terminal; what they said is shown if nothing else explains a death."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+_GONE = "another process of this job is gone; the last checkpoint is whole: start all again with the same command"
+_witness = None
+
+
+def _leave_a_last_word():
+    """A process that says what happened where this one cannot: the runtime aborts it when another of the job dies."""
+    global _witness
+    faulthandler.disable()  # a page of threads would bury the line
+    line = f"error: process {jax.process_index()} was cut off: it died, or {_GONE}"
+    _witness = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)", line],
+                                stdin=subprocess.PIPE, text=True, start_new_session=True)
+    atexit.register(_dismiss)
+
+
+def _dismiss():
+    with contextlib.suppress(OSError, ValueError):
+        _witness.communicate("left in order")
+
+
+def leave(status: int, message: str) -> None:
+    """Ends this process with a line and a status, at once: an orderly end would wait for the others of the job."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if _witness:
+        _dismiss()
+    os._exit(status)
+
+
+def end_if_another_died(error: Exception) -> None:
+    """Ends this process with a line if the error is what the runtime raises when another process of the job is gone."""
+    if several() and isinstance(error, jax.errors.JaxRuntimeError):
+        cause = (str(error).splitlines() or [""])[0][:200]
+        leave(1, f"error: process {jax.process_index()} stopped: {_GONE} ({cause})")
+
+
+def joined() -> bool:
+    """Whether this process is one of a job of several."""
+    return _witness is not None and several()
 
 
 def several() -> bool:

@@ -10,6 +10,7 @@ from absl import flags
 from PIL import Image
 
 from ntm_jax.data.pipeline import DataSpec, evaluation_batches, spec, train_iterator
+from ntm_jax.data.records import Layout, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.data.transforms import patchify, scale
 from ntm_jax.errors import UserError
@@ -194,3 +195,89 @@ def test_an_unreadable_record_ends_the_run_with_its_own_message(tmp_path, train,
     assert str(again.value) == str(error.value)
     with pytest.raises(UserError, match="cannot be decoded"):
         list(evaluation_batches(source, 2, 4, 0, 1))
+
+
+# Latents and text
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """20 records of latents, labels and text, in three shards; record i has i % 4 tokens."""
+    random = np.random.default_rng(0)
+    examples = [
+        {
+            "image": random.normal(size=(4, 4, 2)).astype(np.float16),
+            "label": i % 3,
+            "text": random.normal(size=(i % 4, 8)).astype(np.float16),
+        }
+        for i in range(20)
+    ]
+    folder = tmp_path_factory.mktemp("captioned")
+    layout = Layout((4, 4, 2), levels=0, num_classes=3, text_tokens=3, text_width=8, mean=(1.0, 2.0), std=(2.0, 3.0))
+    write_records(folder, {"train": examples}, layout, shard_size=7)
+    return open_source(f"records:{folder}", "train")
+
+
+def assert_holds(batch, source):
+    """The rows of a batch are the records at its indices."""
+    for row, index in enumerate(batch["index"]):
+        record = source.records[index]
+        np.testing.assert_array_equal(batch["x"][row], patchify(record["image"], 2))
+        np.testing.assert_array_equal(batch["text"][row], record["text"])
+        np.testing.assert_array_equal(batch["text_mask"][row], record["text_mask"])
+        assert batch["label"][row] == record["label"]
+
+
+def test_a_batch_holds_its_latents_and_text(captioned, train):
+    batch = next(train(source=captioned))
+    assert {key: (type(value), value.shape, value.dtype) for key, value in batch.items()} == {
+        "x": (np.ndarray, (12, 4, 8), np.float32),
+        "label": (np.ndarray, (12,), np.int32),
+        "index": (np.ndarray, (12,), np.int32),
+        "text": (np.ndarray, (12, 3, 8), np.float16),
+        "text_mask": (np.ndarray, (12, 3), np.bool_),
+    }
+    assert_holds(batch, captioned)
+    np.testing.assert_array_equal(batch["text_mask"].sum(axis=1), batch["index"] % 4)
+
+
+@pytest.mark.parametrize("name", ["records", "mock:4x4x2,classes=3,count=20,text=3x8"])
+def test_worker_processes_read_the_same_latents_and_text(captioned, train, name):
+    source = captioned if name == "records" else open_source(name, "train")
+    whole = take(train(source=source), 5)
+    workers = train(source=source, workers=2)
+    assert_equal(take(workers, 5), whole)
+    assert len(multiprocessing.active_children()) == 2
+    assert_holds(whole[4], source)
+
+
+def test_two_processes_share_latents_and_text(captioned, train):
+    whole = next(train(source=captioned))
+    shares = [next(train(source=captioned, process_index=i, process_count=2)) for i in range(2)]
+    for share in shares:
+        assert len(share["x"]) == len(share["text"]) == len(share["text_mask"]) == 6
+        assert_holds(share, captioned)
+    assert sorted(indices(shares)) == sorted(whole["index"].tolist())
+
+
+def test_evaluation_pads_latents_and_text_like_the_rest(captioned):
+    shares = [list(evaluation_batches(captioned, 2, 12, i, 2)) for i in range(2)]
+    assert [[batch["index"].tolist() for batch in share] for share in shares] == [
+        [[0, 1, 2, 3, 4, 5], [12, 13, 14, 15, 16, 17]],
+        [[6, 7, 8, 9, 10, 11], [18, 19, 0, 0, 0, 0]],
+    ]
+    for batch in (*shares[0], *shares[1]):
+        assert batch.keys() == {"x", "label", "index", "text", "text_mask", "mask"}
+        assert (batch["text"].dtype, batch["text_mask"].dtype) == (np.float16, bool)
+        assert_holds(batch, captioned)
+    assert shares[1][1]["mask"].tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_a_damaged_shard_ends_a_worker_with_its_own_message(tmp_path, train):
+    write_records(tmp_path, {"train": [{"image": np.zeros((4, 4, 1), np.uint8)}] * 8}, Layout((4, 4, 1), levels=2), shard_size=4)
+    source = open_source(f"records:{tmp_path}", "train")
+    (tmp_path / "train-00001.arrayrecord").write_text("<html>")
+    iterator = train(batch_size=2, workers=1, source=source)
+    with pytest.raises(UserError) as error:
+        take(iterator, 4)
+    assert str(error.value) == f"shard {tmp_path}/train-00001.arrayrecord holds 0 records, its manifest says 4: prepare this shard again"

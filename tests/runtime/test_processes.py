@@ -1,7 +1,6 @@
 """Jobs of several processes, each with 2 simulated devices, as a user starts them: the same numbers, one stop for all, no hang."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -22,18 +20,18 @@ SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "
 
 
 class Job:
-    """`count` processes of one training run; by default each has 2 devices."""
+    """`count` processes of one training run, or of another program; by default each has 2 devices. settings: in turn over processes."""
 
-    def __init__(self, workdir, cache, count, devices=2, settings=({},), timeout=60):
+    def __init__(self, workdir, cache, count, devices=2, settings=({},), program="train", flags=()):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         self.processes = []
         for i in range(count):
-            changed = SETTINGS | settings[i % len(settings)]
             together = [f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={i}"] if count > 1 else []
-            command = [sys.executable, "-m", "launch.train", "--config=experiments/digits.py", f"--workdir={workdir}", *together,
-                       *(f"--config.{key}={value}" for key, value in changed.items()), f"--join_timeout={timeout}", "--heartbeat_timeout=10"]
+            changed = SETTINGS | settings[i % len(settings)] if program == "train" else {}
+            command = [sys.executable, "-m", f"launch.{program}", f"--workdir={workdir}", "--heartbeat_timeout=10", *together, *flags,
+                       *(["--config=experiments/digits.py"] if changed else []), *(f"--config.{k}={v}" for k, v in changed.items())]
             self.processes.append(subprocess.Popen(
                 command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(
                     JAX_COMPILATION_CACHE_DIR=cache, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")))
@@ -93,9 +91,23 @@ def test_two_processes_interrupted_and_resumed_train_as_one_does(stopped, alone)
     assert [status for status, *_ in second] == [0, 0], second
     one, two = losses(alone), losses(workdir)
     assert list(one) == list(two) == list(range(1, 13))
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)  # float32 sums in another order
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5, atol=1e-6)  # float32 sums in another order
     one, two = (json.loads((folder / "evaluation.json").read_text())["nats_per_dim"] for folder in (alone, workdir))
     assert one["bound"]["mean"] == pytest.approx(two["bound"]["mean"], rel=1e-5)
+
+
+def test_evaluate_and_sample_run_on_two_processes_as_on_one(alone, tmp_path, compilation_cache):
+    figures, images = [], []
+    for count, devices in ((1, 1), (2, 2)):
+        for program, flags in (("evaluate", ["--step=12"]), ("sample", [f"--out={tmp_path}/{count}", "--num=6"])):
+            ends = Job(alone, compilation_cache, count, devices, program=program, flags=flags).end()
+            assert [status for status, *_ in ends] == [0] * count, ends
+        figures.append(json.loads((alone / "evaluation-12.json").read_text())["nats_per_dim"]["importance_weighted"]["mean"])
+        images.append(np.load(tmp_path / str(count) / "samples.npz")["arr_0"].astype(int))
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    assert images[0].shape == (6, 8, 8, 3)
+    assert np.abs(images[0] - images[1]).max() <= 16  # one of 17 grey levels: rounding may fall on the other side
+    assert (images[0] != images[1]).mean() < 0.02
 
 
 def test_a_dead_process_stops_the_others_soon_and_says_so(tmp_path, compilation_cache):
@@ -105,13 +117,14 @@ def test_a_dead_process_stops_the_others_soon_and_says_so(tmp_path, compilation_
     begin = time.monotonic()
     (status, _, error), _ = job.end(timeout=60)
     assert time.monotonic() - begin < 45
-    assert status == 1
-    assert error.startswith("error: process 0 stopped, another process of the job being gone"), error
+    assert status != 0
+    assert re.match("error: process 0 (stopped|was cut off): .*another process of this job is gone; the last checkpoint is whole", error)
 
 
 def test_processes_started_differently_all_stop_and_name_the_key(tmp_path, compilation_cache):
     ends = Job(tmp_path / "run", compilation_cache, 2, settings=({}, {"optimizer.clip": 0.5})).end()
-    expected = "error: the processes of this job differ: optimizer.clip is 1.0 in process 0 and 0.5 in process 1: start all with the same command"
+    expected = ("error: the processes of this job differ: optimizer.clip is 1.0 in process 0 and 0.5 in process 1: start all with the same "
+                "command")
     assert [(status, error) for status, _, error in ends] == [(2, expected)] * 2
     assert not (tmp_path / "run").exists()
 
@@ -125,7 +138,7 @@ def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
          f"--coordinator_address={address}", "--process_id=1", "--join_timeout=3"],
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert re.fullmatch(rf"error: process 1 could not join 2 processes at {address} within 3 s \(.*\): start them all, .*\n", done.stderr)
+    assert done.stderr.splitlines()[-1].startswith(f"error: process 1 waited 3 s at {address} for 2 processes: start them all")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -164,7 +177,7 @@ def test_four_processes_train_as_one_does(tmp_path, compilation_cache):
         assert [status for status, *_ in ends] == [0] * count, ends
     one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
     assert list(one) == list(four)
-    np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-5)  # float32 sums in another order
+    np.testing.assert_allclose(list(four.values()), list(one.values()), rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
 
 @rehearsal
@@ -202,4 +215,4 @@ def test_a_run_moves_from_4_to_2_to_8_devices(tmp_path, compilation_cache):
         assert [status for status, *_ in ends] == [0] * count, ends
     whole, moved = losses(tmp_path / "whole"), losses(tmp_path / "moved")
     assert list(whole) == list(moved)
-    np.testing.assert_allclose(list(moved.values()), list(whole.values()), rtol=1e-5)  # float32 sums in another order
+    np.testing.assert_allclose(list(moved.values()), list(whole.values()), rtol=1e-5, atol=1e-6)  # float32 sums in another order

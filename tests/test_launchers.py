@@ -1,0 +1,202 @@
+"""The pod launchers: their syntax, and the command lines that they end in, run here as local processes of a tiny run."""
+
+import itertools
+import os
+import shlex
+import shutil
+import socket
+import string
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.common import ROOT, TINY, environment
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = ("tpu_vm.sh", "slurm.sbatch")
+STEPS = 2
+SMALLER = {"train.steps": STEPS, "model.transporter_blocks": 0, "evaluate.trajectories": 1}
+FLAGS = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in (TINY | SMALLER).items())]
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """(a folder for PATH, a function that writes a program there)."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def write(name: str, body: str):
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+    write("python", f'exec {shlex.quote(sys.executable)} "$@"')
+    return folder, write
+
+
+def launch(command, folder, check=True, cwd=ROOT, **variables):
+    """Runs a launcher with the programs of `folder` first on its PATH."""
+    variables = environment(PATH=f"{folder}:{os.environ['PATH']}") | variables
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def assert_trained(workdir, printed: str):
+    """One run was written, by one writer, to its end."""
+    assert (workdir / "checkpoints" / str(STEPS)).is_dir()
+    assert (workdir / "evaluation.json").exists()
+    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == STEPS
+    assert printed.count(f"trained to step {STEPS}") == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_parse(name):
+    subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck_has_nothing_to_say(name):
+    beside = os.path.join(os.path.dirname(sys.executable), "shellcheck")
+    program = shutil.which("shellcheck") or (beside if os.path.exists(beside) else None)
+    if not program:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([program, LAUNCH / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "gke_jobset.yaml"])
+def test_the_header_says_the_command(name):
+    lines = (LAUNCH / name).read_text().splitlines()
+    header = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert any(f"launch/{name}" in line for line in header)
+
+
+VALUES = {"NAME": "run", "IMAGE": "registry/ntm_jax:1", "HOSTS": "16", "CHIPS": "4", "ACCELERATOR": "tpu-v5p-slice", "TOPOLOGY": "4x4x4"}
+
+
+def jobset(flags: list[str]) -> dict:
+    """The JobSet with its placeholders filled in as envsubst does."""
+    return yaml.safe_load(string.Template((LAUNCH / "gke_jobset.yaml").read_text()).substitute(VALUES, FLAGS=shlex.join(flags)))
+
+
+def test_the_jobset_is_one_slice():
+    job = jobset(["--config=x.py", "--workdir=gs://bucket/run"])
+    assert (job["apiVersion"], job["kind"], job["metadata"]["name"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet", "run")
+    assert job["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (replicated,) = job["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] == 16
+    assert spec["backoffLimit"] == 0, "one host's end must restart all"
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"
+    assert pod["terminationGracePeriodSeconds"] >= 120
+    assert set(pod["nodeSelector"].values()) == {"tpu-v5p-slice", "4x4x4"}
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": 4}
+    assert container["command"] == ["bash", "-c", "exec python -m launch.train --config=x.py --workdir=gs://bucket/run"]
+
+
+def test_the_jobsets_command_trains(tmp_path, tools, compilation_cache):
+    command = jobset([*FLAGS, f"--workdir={tmp_path / 'run'}"])["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    done = launch(command["containers"][0]["command"], tools[0], JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    assert_trained(tmp_path / "run", done.stdout)
+
+
+def free_port(low: int, count: int) -> int:
+    for port in range(low, low + count):
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)):
+                return port
+    raise AssertionError("no port is free")
+
+
+def test_slurm_trains_with_two_tasks(tmp_path, tools, compilation_cache):
+    folder, write = tools
+    write("scontrol", '[[ $* == "show hostnames here,there" ]] && printf "localhost\\nthere\\n" || echo "$*" >> "$REQUEUED"')
+    write("srun", 'while [[ $1 == -* ]]; do shift; done\n'
+          'for i in 0 1; do SLURM_PROCID=$i "$@" & tasks[i]=$!; done\nwait "${tasks[0]}" && wait "${tasks[1]}"')
+    variables = {
+        "SLURM_JOB_ID": str(free_port(20000, 10000) - 20000), "SLURM_JOB_NODELIST": "here,there", "SLURM_NTASKS": "2",
+        "SLURM_JOB_END_TIME": "4000000000", "REQUEUED": str(tmp_path / "requeued"), "JAX_COMPILATION_CACHE_DIR": compilation_cache}
+    arguments = ["bash", LAUNCH / "slurm.sbatch", *FLAGS, f"--workdir={tmp_path / 'run'}"]
+    assert_trained(tmp_path / "run", launch(arguments, folder, **variables).stdout)
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(("ends_in", "requeued"), [(100, True), (1000, False)])
+def test_slurm_requeues_what_its_time_limit_stopped(tmp_path, tools, ends_in, requeued):
+    folder, write = tools
+    write("scontrol", '[[ $1 == show ]] && echo localhost || echo "$*" >> "$REQUEUED"')
+    write("srun", "exit 0")
+    write("date", "echo 5000")
+    launch(["bash", LAUNCH / "slurm.sbatch", "--config=x.py", "--workdir=y"], folder, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost",
+           SLURM_NTASKS="1", SLURM_JOB_END_TIME=str(5000 + ends_in), REQUEUED=str(tmp_path / "requeued"))
+    assert (tmp_path / "requeued").exists() == requeued
+    assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository of its own with the working tree's files, committed."""
+    folder = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("ntm_jax", "launch", "experiments"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "setup.py", folder)
+    for command in (["init"], ["add", "--all"], ["-c", "user.name=x", "-c", "user.email=x@localhost", "commit", "--message=all"]):
+        subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+GCLOUD = """
+printf '%s\\n' "$*" >> "$CALLS"
+[[ $1 == compute && $2 == tpus ]] || exit 1
+cd "$WORKER"
+if [[ $4 == scp ]]; then cp "$5" .; fi
+for argument in "$@"; do
+  if [[ $argument == --command=* ]]; then bash -c "${argument#--command=}"; fi
+done
+"""
+
+
+def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout, compilation_cache):
+    folder, write = tools
+    write("gcloud", GCLOUD)
+    write("python3", 'mkdir -p "$3/bin" && touch "$3/bin/activate"')  # python3 -m venv
+    write("pip", 'echo "pip $*" >> "$CALLS"')
+    worker = tmp_path / "worker"
+    worker.mkdir()
+    (checkout / "setup.py").write_text("uncommitted")
+    workdir = tmp_path / "a run"  # a space, which must survive two shells
+    done = launch([checkout / "launch" / "tpu_vm.sh", "queued-resources", "slice", "us-east5-a", *FLAGS, f"--workdir={workdir}"], folder,
+                  cwd=tmp_path, CALLS=str(tmp_path / "calls"), WORKER=str(worker), PYTHONPATH="", PROJECT="mine",
+                  JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    assert_trained(workdir, done.stdout)
+    assert "without the uncommitted changes" in done.stderr
+    revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
+    assert (worker / f"ntm_jax-{revision}" / "setup.py").read_text() == (ROOT / "setup.py").read_text()
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("--zone=us-east5-a --worker=all --node=all --project=mine") == 2
+    assert "pip install --quiet -e .[tpu]" in calls
+
+
+MISTAKES = {
+    "too few": ([], "found 0 arguments"),
+    "kind": (["tpu", "slice", "us-east5-a", "--config=x", "--workdir=y"], "the first argument is 'tpu': expected tpu-vm or queued"),
+    "no name": (["tpu-vm", "--config=x", "us-east5-a", "--workdir=y"], "NAME ZONE are '--config=x' 'us-east5-a'"),
+    "no workdir": (["tpu-vm", "slice", "us-east5-a", "--config=x"], "--workdir=FOLDER are needed"),
+    "revision": (["tpu-vm", "slice", "us-east5-a", "--config=x", "--workdir=y"], "REVISION is 'nowhere': expected a commit"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_with_tpu_vm_is_told_before_anything_is_sent(tools, name):
+    folder, write = tools
+    write("gcloud", "echo called")
+    arguments, message = MISTAKES[name]
+    done = launch([LAUNCH / "tpu_vm.sh", *arguments], folder, check=False, REVISION="nowhere")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not done.stdout
