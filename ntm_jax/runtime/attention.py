@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -53,16 +54,20 @@ KEYS = PartitionSpec(("data", "fsdp"), None, "tensor")
 
 
 def _splash(q, k, v, keys, causal, mesh, interpret):
-    tokens, heads = q.shape[1], q.shape[2]
-    mask = (splash.CausalMask if causal else splash.FullMask)((tokens, tokens))
+    tokens, heads, parts = q.shape[1], q.shape[2], mesh.shape["sequence"]
+    if not causal:  # the same for every part of the queries
+        mask, parts = splash.FullMask((tokens // parts, tokens)), 1
+    elif parts > 1:  # jax cannot shard the queries of a mask that it computes
+        mask = splash.NumpyMask(np.tri(tokens, dtype=bool))
+    else:
+        mask = splash.CausalMask((tokens, tokens))
     block = next(size for size in (512, 384, 256, 128) if tokens // mesh.shape["sequence"] % size == 0)
     sizes = splash.BlockSizes(**dict.fromkeys(
         ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
         block))
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=mesh.shape["tensor"], q_seq_shards=mesh.shape["sequence"],
-        interpret=interpret)
-    spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec("tensor", "sequence")))
+        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=mesh.shape["tensor"], q_seq_shards=parts, interpret=interpret)
+    spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec("tensor", "sequence" if parts > 1 else None)))
     segments = jnp.ones(q.shape[:2], jnp.int32) if keys is None else keys.astype(jnp.int32)  # a hidden key is a segment of its own
 
     def local(kernel, q, k, v, q_segments, kv_segments):
