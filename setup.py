@@ -17,7 +17,7 @@ setup(
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
         "array_record>=0.8.6",
-        "safetensors>=0.4",
+        "safetensors>=0.8",
         "ml_dtypes",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "ml_collections>=1.1",

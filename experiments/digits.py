@@ -27,5 +27,5 @@ def get_config(variant: str = "ntm"):
     c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500)
     c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")
     if variant == "gaussian":
-        c.model.update(transporter_blocks=0, width=80, head_size=20, predictor_layers=5)
+        c.model.update(transporter_blocks=0, width=72, head_size=24, kv_heads=3, predictor_layers=6)
     return c

@@ -1,8 +1,8 @@
 """Class-conditional NTM of ImageNet at 256 x 256 in a latent of 16 x 16 x 32: 1.4 billion parameters, for a TPU pod.
 
-The latents are those that launch/prepare.py writes; see data.source. Expected: compiles for v5p:4x4x4, v5p:8x8x8, v5e:16x16 and v6e:16x16 with
-the mesh given here (launch/compile.py). Not trained by us. Variants: `pixels` needs no latents and no autoencoder, `runlocal` is a few steps of
-a tiny model on made-up data in seconds on a CPU, to see a run from start to end.
+The latents are those that launch/prepare.py writes; see data.source. Expected: fits v5p:4x4x4, v5p:8x8x8, v5e:16x16 and v6e:16x16 with the
+mesh given here (launch/compile.py). Not trained by us. Variants: `pixels` needs no latents and no autoencoder; `runlocal` is a few steps
+of a tiny model on made-up data, in seconds on a CPU, to see a run from start to end.
 """
 
 import ml_collections
@@ -14,8 +14,8 @@ def get_config(variant: str = ""):
     c = ml_collections.ConfigDict()
     c.seed = 0
     c.data = dict(
-        source="records:/data/imagenet256-latents", mock="mock:16x16x32,classes=1000", split="train", batch_size=1024, patch_size=1, image_size=0,
-        workers=8)
+        source="records:/data/imagenet256-latents", mock="mock:16x16x32,classes=1000", split="train", batch_size=1024, patch_size=1,
+        image_size=0, workers=8)
     c.trajectory = dict(
         schedule="shifted", shift=ml_collections.config_dict.placeholder(float), steps=(4,), t_min=0.02, t_min_range=(0.01, 0.05))
     c.model = dict(
@@ -26,11 +26,11 @@ def get_config(variant: str = ""):
         objective="end_to_end", steps=250_000, save_every=5000, evaluate_every=25_000, log_every=100, keep=50_000, accumulate=1,
         condition_dropout=0.1)
     c.optimizer = dict(learning_rate=1e-4, floor=1e-6, warmup_steps=5000, weight_decay=1e-4, clip=1.0, ema_decay=0.9999)
-    c.mesh = dict(slices=1, data=-1, fsdp=16, tensor=1, sequence=1)
+    c.mesh = dict(slices=1, data=-1, fsdp=16, tensor=1, sequence=1)  # fsdp over all of a large slice: XLA reduces where it could gather
     c.evaluate = dict(split="test", trajectories=8, batch_size=1024, images=0)
     c.sample = dict(num=100, steps=4, guidance=0.5, decoder="score")
     if variant == "pixels":
-        c.data.update(source="tfds:imagenet2012", mock="mock:256x256x3,classes=1000", patch_size=16, image_size=256)
+        c.data.update(source="tfds:imagenet2012", mock="mock:256x256x3,levels=256,classes=1000", patch_size=16, image_size=256)
         c.model.data_std = 0.5  # of pixels on [-1, 1]
         c.evaluate.split = "validation"
     if variant == "runlocal":
@@ -39,6 +39,7 @@ def get_config(variant: str = ""):
                        remat="none", scan=False)
         c.train.update(steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0)
         c.optimizer.warmup_steps = 1
+        c.mesh.fsdp = 1
         c.evaluate.update(split="test[:16]", trajectories=2, batch_size=16)
         c.sample.num = 4
     return c

@@ -65,7 +65,7 @@ def environment(**variables) -> dict:
 def python(*arguments: str, check: bool = True, **variables) -> subprocess.CompletedProcess:
     """Runs python in the checkout; `variables` join its environment."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=300)
+        [sys.executable, *arguments], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -142,7 +142,7 @@ class Records:
             arrays = {key: np.frombuffer(part["data"], _TYPES[part["dtype"]]).reshape(part["shape"]) for key, part in parts}
             fault = self._layout.fault(arrays)
         except Exception as error:  # both libraries raise several kinds on damaged bytes
-            fault = f"cannot be decoded ({str(error).splitlines()[0]})"
+            fault = f"cannot be decoded ({(str(error) or repr(error)).splitlines()[0]})"
         if fault:
             raise UserError(f"record {position} of {self._root / self._shards[shard]} {fault}: prepare this shard again")
         image = arrays["image"] if self._layout.levels else (arrays["image"].astype(np.float32) - self._mean) / self._std

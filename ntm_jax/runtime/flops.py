@@ -11,18 +11,21 @@ def count(function, *args) -> int:
     args may be abstract. A `while` loop's body counts once (its trips are not known); of a `cond` the dearest branch counts; a Pallas
     kernel counts its body at every point of its grid.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _count(jaxpr) -> int:
-    return sum(_equation(e) for e in jaxpr.eqns)
+def of_jaxpr(jaxpr, kernels: bool = False) -> int:
+    """The same of a jaxpr; `kernels`: only those inside Pallas kernels, which XLA does not see."""
+    return sum(_equation(e, kernels) for e in jaxpr.eqns)
 
 
-def _equation(e) -> int:
+def _equation(e, kernels: bool) -> int:
     if e.primitive.name == "dot_general":
+        if kernels:
+            return 0
         (contracted, _), _ = e.params["dimension_numbers"]
         return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[axis] for axis in contracted)
-    inner = [_count(j) for j in _jaxprs(e.params)]
+    inner = [of_jaxpr(j, kernels and e.primitive.name != "pallas_call") for j in _jaxprs(e.params)]
     if e.primitive.name == "scan":
         return e.params["length"] * sum(inner)
     if e.primitive.name == "cond":

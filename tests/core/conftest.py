@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from ntm_jax.core.layers import Text
 from ntm_jax.core.model import NTM, ModelConfig
 from ntm_jax.core.transporter import Block, Transporter
 
@@ -29,7 +30,10 @@ def _inputs(config: ModelConfig, batch: int, steps: int | None = None, seed: int
     steps = steps or config.steps[0]
     t = np.linspace([0.03] * batch, 1, steps + 1, axis=1) + 0.01 * np.linspace(np.arange(batch), 0, steps + 1, axis=1)
     xs = rng.normal(size=(batch, steps + 1, config.tokens, config.dim))
-    return Inputs(xs.astype(np.float32), t.astype(np.float32), np.full(batch, steps), np.arange(batch) % (config.num_classes + 1))
+    y = np.arange(batch) % (config.num_classes + 1)
+    if config.text_width:
+        y = Text(rng.normal(size=(batch, 4, config.text_width)).astype(np.float32), np.ones((batch, 4), bool))
+    return Inputs(xs.astype(np.float32), t.astype(np.float32), np.full(batch, steps), y)
 
 
 @functools.cache

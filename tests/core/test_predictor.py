@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import trajectory
+from ntm_jax.core.layers import Text, null
 from ntm_jax.core.predictor import LOG_SCALE_BOUND
 
 LEVELS = [(1.0, 0.75), (1.0, 0.02), (0.5, 0.265), (0.265, 0.02), (0.05, 0.001)]  # t, s
@@ -92,3 +93,43 @@ def test_the_network_reads_latents_of_unit_variance(tiny):
 
     first, second = (embedded(xs[:, 1] * np.float32(np.hypot((1 - t) * 0.7, t)), jnp.full(2, t)) for t in (1.0, 0.3))
     np.testing.assert_allclose(first, second, atol=2e-6)  # a float32 division and a product of two terms
+
+
+@pytest.fixture(scope="module")
+def told(tiny):
+    """A predictor that is told text of width 5, its inputs, and texts of 4 places of which 3 and 2 are tokens."""
+    random = tiny(text_width=5)
+    xs, t, steps, _ = random.inputs()
+    rng = np.random.default_rng(0)
+    text = Text(rng.normal(size=(2, 4, 5)).astype(np.float32), np.arange(4) < np.array([[3], [2]]))
+    return random, (xs[:, -1], t[:, -1], t[:, -2], steps), text
+
+
+def test_text_is_heard_and_its_padding_is_not(told):
+    random, inputs, text = told
+    mean, _ = random.predict(*inputs, text)
+    padding, token = text.states.copy(), text.states.copy()
+    other = np.random.default_rng(1).normal(size=5)  # not a constant, which the layer norm takes away
+    padding[0, 3] += other
+    padding[1, 2:] += other
+    token[:, 1] += other
+    np.testing.assert_array_equal(random.predict(*inputs, text._replace(states=padding))[0], mean)
+    assert (np.abs(random.predict(*inputs, text._replace(states=token))[0] - mean).max((1, 2)) > 1e-3).all()
+    assert mean.shape == inputs[0].shape
+
+
+def test_a_text_of_another_length_is_the_same_text(told):
+    random, inputs, text = told
+    longer = Text(np.pad(text.states, ((0, 0), (0, 3), (0, 0))), np.pad(text.mask, ((0, 0), (0, 3))))
+    np.testing.assert_allclose(random.predict(*inputs, longer)[0], random.predict(*inputs, text)[0], atol=1e-5)  # float32 sums, other order
+
+
+def test_the_null_caption_is_one_learned_token(told):
+    random, inputs, text = told
+    empty = null(text, 0)
+    mean, _ = random.predict(*inputs, empty)
+    assert np.isfinite(mean).all()
+    np.testing.assert_array_equal(random.predict(*inputs, empty._replace(states=text.states + 1))[0], mean)
+    moved = random.weights["predictor"] | {"null_text": random.weights["predictor"]["null_text"] + np.arange(16) % 3}
+    other = type(random)(random.module, random.weights | {"predictor": moved}).predict(*inputs, empty)[0]
+    assert (np.abs(other - mean).max((1, 2)) > 1e-4).all()

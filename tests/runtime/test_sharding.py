@@ -25,7 +25,8 @@ def main(out):
     for shape in SHAPES:
         name = "x".join(map(str, shape))
         axes = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, shape, strict=True)}
-        settings = tiny_config(**axes, **{"sample.decoder": "inverse"})
+        many = 2 if shape == (4, 2, 1, 1) else 1  # one mesh spans two slices and takes its batch in two parts: the same numbers
+        settings = tiny_config(**axes, **{"sample.decoder": "inverse", "mesh.slices": many, "train.accumulate": many})
         source, model, _ = setup(dataclasses.replace(settings, mesh=config.Mesh(1, -1, 1, 1, 1)))
         mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
         current = state.initialize(settings, model, mesh)
@@ -133,6 +134,28 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, devices):
     named_sizes = " x ".join(f"{axis} {size}" for axis, size in zip(sharding.AXES, sizes, strict=True))
     with pytest.raises(UserError, match=f"{named_sizes}: expected a product of {devices}"):
         sharding.make_mesh(config.Mesh(1, *sizes), devices=[None] * devices)
+
+
+class Chip:
+    """A device of a TPU slice, as a mesh sees it."""
+
+    platform, device_kind, process_index = "tpu", "TPU v4", 0
+
+    def __init__(self, number):
+        self.id, self.slice_index = number, number // 4
+        self.coords, self.core_on_chip = (number % 2, number // 2 % 2, 0), 0
+
+
+def test_only_the_data_axis_crosses_slices():
+    mesh = sharding.make_mesh(config.Mesh(2, 4, 2, 1, 1), [Chip(i) for i in range(8)])
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(slices.reshape(4, 2), [[0, 0], [0, 0], [1, 1], [1, 1]])
+
+
+@pytest.mark.parametrize(("slices", "data", "fsdp"), [(2, 1, 8), (3, -1, 1), (4, 8, 1)])
+def test_slices_that_do_not_fit_are_refused(slices, data, fsdp):
+    with pytest.raises(UserError, match=f"config.mesh.slices is {slices}: expected a divisor of the data axis, .*belong to, 2"):
+        sharding.make_mesh(config.Mesh(slices, data, fsdp, 1, 1), [Chip(i) for i in range(8)])
 
 
 def test_a_mesh_takes_what_is_left():

@@ -100,6 +100,36 @@ def test_a_batch_that_does_not_divide_is_refused_and_nothing_written(tmp_path, m
     assert not (tmp_path / "new").exists()
 
 
+def test_a_batch_taken_in_parts_makes_the_same_step():
+    found = []
+    for parts in (1, 4):
+        settings = tiny_config(**{"train.accumulate": parts})
+        source, model, mesh = setup(settings)
+        current = state.initialize(settings, model, mesh)
+        params = jax.device_put(randomised(current.params), jax.tree.map(lambda a: a.sharding, current.params))
+        current = current.replace(params=params, step=current.step + 1)
+        batch = sharding.to_global(batch_of(source, settings, 16), mesh)
+        with sharding.use(mesh):
+            current, metrics = train.make_step(settings, model, mesh)(current, batch, 2)
+        found.append(jax.device_get((metrics, current.opt_state)))
+    for whole, parts in zip(*map(jax.tree.leaves, found), strict=True):
+        # float32 sums in another order, of the largest entry: single ones cancel
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
+
+
+def test_a_trace_of_the_steps_asked_for_is_written(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    trace = train._Trace(tmp_path / "profile", (2, 4))
+    seen = []
+    for step in range(6):
+        trace.at(step, None)
+        seen.append(len(calls))
+    assert calls == [str(tmp_path / "profile"), "stop"]
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
 def test_a_run_that_diverges_stops_and_leaves_its_last_checkpoint(tmp_path):
     settings = tiny_config(**{"optimizer.learning_rate": 1e30, "optimizer.clip": 1e30, "train.save_every": 1})
     with pytest.raises(UserError) as error:
