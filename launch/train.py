@@ -1,16 +1,21 @@
 """Trains an experiment: python -m launch.train --config=experiments/digits.py --workdir=runs/digits. The same command resumes."""
 
+import sys
+
 from absl import flags
 
 from launch import program
 
 flags.DEFINE_string("profile", None, "START:STOP, steps of which a trace is written in WORKDIR/profile, for TensorBoard or Perfetto.")
+flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM stopped before its end, for schedulers that restart a failed job.")
 
 
 def main():
     from ntm_jax.runtime import config, train
 
-    train.train(config.read(program.FLAGS.config), program.FLAGS.workdir, profile=program.span("profile"))
+    finished = train.train(config.read(program.FLAGS.config), program.FLAGS.workdir, profile=program.span("profile"))
+    if finished is None:
+        sys.exit(program.FLAGS.stop_status)
 
 
 if __name__ == "__main__":

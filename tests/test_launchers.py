@@ -95,7 +95,7 @@ def test_the_jobset_is_one_slice():
     assert set(pod["nodeSelector"].values()) == {"tpu-v5p-slice", "4x4x4"}
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": 4}
-    assert container["command"] == ["bash", "-c", "exec python -m launch.train --config=x.py --workdir=gs://bucket/run"]
+    assert container["command"] == ["bash", "-c", "exec python -m launch.train --stop_status=75 --config=x.py --workdir=gs://bucket/run"]
 
 
 def test_the_jobsets_command_trains(tmp_path, tools, compilation_cache):
@@ -119,20 +119,20 @@ def test_slurm_trains_with_two_tasks(tmp_path, tools, compilation_cache):
           'for i in 0 1; do SLURM_PROCID=$i "$@" & tasks[i]=$!; done\nwait "${tasks[0]}" && wait "${tasks[1]}"')
     variables = {
         "SLURM_JOB_ID": str(free_port(20000, 10000) - 20000), "SLURM_JOB_NODELIST": "here,there", "SLURM_NTASKS": "2",
-        "SLURM_JOB_END_TIME": "4000000000", "REQUEUED": str(tmp_path / "requeued"), "JAX_COMPILATION_CACHE_DIR": compilation_cache}
+        "REQUEUED": str(tmp_path / "requeued"), "JAX_COMPILATION_CACHE_DIR": compilation_cache}
     arguments = ["bash", LAUNCH / "slurm.sbatch", *FLAGS, f"--workdir={tmp_path / 'run'}"]
     assert_trained(tmp_path / "run", launch(arguments, folder, **variables).stdout)
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize(("ends_in", "requeued"), [(100, True), (1000, False)])
-def test_slurm_requeues_what_its_time_limit_stopped(tmp_path, tools, ends_in, requeued):
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (2, False)])
+def test_slurm_requeues_what_a_signal_stopped_and_nothing_else(tmp_path, tools, status, requeued):
     folder, write = tools
     write("scontrol", '[[ $1 == show ]] && echo localhost || echo "$*" >> "$REQUEUED"')
-    write("srun", "exit 0")
-    write("date", "echo 5000")
-    launch(["bash", LAUNCH / "slurm.sbatch", "--config=x.py", "--workdir=y"], folder, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost",
-           SLURM_NTASKS="1", SLURM_JOB_END_TIME=str(5000 + ends_in), REQUEUED=str(tmp_path / "requeued"))
+    write("srun", f"exit {status}")
+    done = launch(["bash", LAUNCH / "slurm.sbatch", "--config=x.py", "--workdir=y"], folder, check=False, SLURM_JOB_ID="7",
+                  SLURM_JOB_NODELIST="localhost", SLURM_NTASKS="1", REQUEUED=str(tmp_path / "requeued"))
+    assert done.returncode == status
     assert (tmp_path / "requeued").exists() == requeued
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"
 

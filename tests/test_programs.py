@@ -27,7 +27,7 @@ def run(tmp_path_factory, compilation_cache):
     workdir = tmp_path_factory.mktemp("programs") / "run"
     arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.evaluate.images=20"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.train", *arguments], cwd=ROOT, env=environment(JAX_COMPILATION_CACHE_DIR=compilation_cache),
+        [sys.executable, "-m", "launch.train", *arguments, "--stop_status=75"], cwd=ROOT, env=environment(JAX_COMPILATION_CACHE_DIR=compilation_cache),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = []
     for line in process.stdout:
@@ -35,7 +35,7 @@ def run(tmp_path_factory, compilation_cache):
         if line.startswith("step 3/"):
             process.send_signal(signal.SIGTERM)
     error = process.stderr.read()
-    assert process.wait(60) == 0, error
+    assert process.wait(60) == 75, error
     process.stdout.close()
     process.stderr.close()
     second = program("train", *arguments, "--config.train.log_every=50", JAX_COMPILATION_CACHE_DIR=compilation_cache)

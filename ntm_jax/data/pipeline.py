@@ -68,9 +68,10 @@ class _ReadTokens:
 
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         record = self.source.records[int(index)]
-        image = scale(record["image"], self.source.levels) if self.source.levels else record["image"]
+        x = patchify(record["image"], self.patch_size)
+        x = scale(x, self.source.levels) if self.source.levels else x
         text = {key: record[key] for key in ("text", "text_mask") if key in record}
-        return {"x": patchify(image, self.patch_size), "label": np.int32(record["label"]), "index": np.int32(index), **text}
+        return {"x": x, "label": np.int32(record["label"]), "index": np.int32(index), **text}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,10 +109,10 @@ def test_taps_on_padding_do_not_count():
     x, w = jax.ShapeDtypeStruct((3, 5, 10), jnp.float32), jax.ShapeDtypeStruct((4, 5, 4), jnp.float32)  # [batch, feature, place]
 
     def convolve(x, w):
-        return jax.lax.conv_general_dilated(x, w, (2,), [(3, 3)])
+        return jax.lax.conv_general_dilated(x, w, (2,), [(3, 3)], lhs_dilation=(2,))
 
     compiled = jax.jit(convolve).lower(x, w).compile()
-    taps = sum(0 <= 2 * place + tap - 3 < 10 for place in range(7) for tap in range(4))
+    taps = sum(2 * place + tap - 3 in range(0, 19, 2) for place in range(11) for tap in range(4))
     if " convolution(" in compiled.as_text():
         assert hlo.count(compiled.as_text(), 1).flops == 2 * 3 * 4 * 5 * taps
 

@@ -108,9 +108,9 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
         current = state.initialize(settings, model, mesh)
         params = jax.device_put(randomised(current.params), jax.tree.map(lambda a: a.sharding, current.params))
         current = current.replace(params=params, step=current.step + 1)
-        batch = sharding.to_global(batch_of(source, settings, 16), mesh)
+        batch, step = sharding.to_global(batch_of(source, settings, 16), mesh), train.make_step(settings, model, mesh)
         with sharding.use(mesh):
-            current, metrics = train.make_step(settings, model, mesh)(current, batch, 2)
+            current, metrics = step(current, batch, 2)
         found.append(jax.device_get((metrics, current.opt_state)))
     for whole, parts in zip(*map(jax.tree.leaves, found), strict=True):
         # float32 sums in another order, of the largest entry: single ones cancel
