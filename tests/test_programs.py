@@ -27,8 +27,8 @@ def run(tmp_path_factory, compilation_cache):
     workdir = tmp_path_factory.mktemp("programs") / "run"
     arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.evaluate.images=20"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.train", *arguments, "--stop_status=75"], cwd=ROOT, env=environment(JAX_COMPILATION_CACHE_DIR=compilation_cache),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [sys.executable, "-m", "launch.train", *arguments, "--stop_status=75"], cwd=ROOT,
+        env=environment(JAX_COMPILATION_CACHE_DIR=compilation_cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = []
     for line in process.stdout:
         lines.append(line)

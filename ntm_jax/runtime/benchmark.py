@@ -9,11 +9,9 @@ import dataclasses
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core.layers import plain_attention
@@ -23,7 +21,6 @@ from ntm_jax.runtime import attention, evaluate, flops, sharding, state, train
 from ntm_jax.runtime.config import Config
 
 SECONDS = 0.5  # a timed run lasts at least this long
-MATRICES = (512, 1024, 2048, 4096)  # sizes tried for the limit; what would take longer than SECONDS a product is left out
 COPIED = 1 << 27  # bytes: more than a cache holds
 
 
@@ -76,9 +73,7 @@ def _train_step(setting: Setting) -> Case:
             current, metrics = step(current, sharding.to_global(batch, mesh), steps)
         return metrics
 
-    plain = functools.partial(train.make_step(*setting.plain(), mesh), steps=steps)
-    with sharding.use(mesh):
-        counted = flops.count(plain, current, sharding.to_global(batch, mesh))
+    counted = train.flops_of_step(config, model, current, sharding.to_global(batch, mesh), mesh)
     return Case("train step", once, config.data.batch_size, flops=counted)
 
 
@@ -122,17 +117,17 @@ def benchmark(config: Config, runs: int) -> list[dict]:
 
 def measure(case: Case, runs: int, setting: Setting) -> dict:
     """A case's row. Its limit is measured before and after every run, and is the median: what disturbs the one disturbs the other."""
-    limit = copying() if case.flops is None else products(setting.config.model.dtype, setting.mesh)
+    limit = copying() if case.flops is None else flops.products(setting.config.model.dtype, setting.mesh, SECONDS)
     try:
         for _ in range(2):  # compiled
             jax.block_until_ready(case.once())
         count = case.least
-        while (seconds := _seconds(case.once, count)) < SECONDS:
+        while (seconds := flops.seconds(case.once, count)) < SECONDS:
             count = min(10 * count, math.ceil(1.2 * count * SECONDS / seconds))
         rates, limits = [], [limit()]
         for _ in range(runs):
-            _seconds(case.once, case.least)  # a queue that filled meanwhile is empty again
-            rates.append(count * case.items / _seconds(case.once, count))
+            flops.seconds(case.once, case.least)  # a queue that filled meanwhile is empty again
+            rates.append(count * case.items / flops.seconds(case.once, count))
             limits.append(limit())
     finally:
         case.close()
@@ -142,45 +137,11 @@ def measure(case: Case, runs: int, setting: Setting) -> dict:
             "share_of_limit": reached / limit, "runs": rates}
 
 
-def _seconds(once: Callable, count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        result = once()
-    jax.block_until_ready(result)
-    return time.perf_counter() - start
-
-
-def products(dtype: str, mesh) -> Callable[[], float]:
-    """A measurement of the FLOP/s of matrix products, float32 or dtype and of the size that is fastest, on one device, times the devices.
-
-    Devices of a CPU are one processor's: they count once a process.
-    """
-    device = mesh.local_devices[0]
-    times = jax.process_count() if device.platform == "cpu" else mesh.size
-
-    def rate(product, work: int) -> float:
-        count = math.ceil(SECONDS / 5 / _seconds(product, 1))
-        return max(work * count / _seconds(product, count) for _ in range(2)) * times
-
-    best, chosen = 0.0, None
-    for kind in {"float32", dtype}:
-        for size in MATRICES:
-            work = 2 * size**3
-            if best and work * times / best > SECONDS:
-                break
-            operands = jax.device_put(np.random.default_rng(0).normal(size=(2, size, size)).astype(kind), device)
-            product = functools.partial(jax.jit(jnp.matmul), *operands)
-            jax.block_until_ready(product())
-            if (found := rate(product, work)) > best:
-                best, chosen = found, functools.partial(rate, product, work)
-    return chosen
-
-
 def copying() -> Callable[[], float]:
     """A measurement of the bytes of memory that one thread of this host copies in a second."""
     source = np.ones(COPIED, np.uint8)
     target = np.empty_like(source)
-    return lambda: COPIED / min(_seconds(lambda: np.copyto(target, source), 1) for _ in range(5))
+    return lambda: COPIED / min(flops.seconds(lambda: np.copyto(target, source), 1) for _ in range(5))
 
 
 def table(rows: list[dict]) -> str:

@@ -1,8 +1,15 @@
-"""Floating-point operations of a function, counted from its jaxpr: matrix products, with the bodies of loops multiplied out."""
+"""Floating-point operations: those of a function, counted from its jaxpr, and those that this machine does in a second at most."""
 
+import functools
 import math
+import time
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+MATRICES = (512, 1024, 2048, 4096)  # sizes tried for the limit
 
 
 def count(function, *args) -> int:
@@ -43,3 +50,39 @@ def _jaxprs(params):
             part = getattr(part, "jaxpr", part)
             if hasattr(part, "eqns"):
                 yield part
+
+
+def seconds(once: Callable, count: int) -> float:
+    """How long `count` calls of once() take, the last one's arrays waited for."""
+    start = time.perf_counter()
+    for _ in range(count):
+        result = once()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+
+def products(dtype: str, mesh, budget: float) -> Callable[[], float]:
+    """A measurement of the FLOP/s of matrix products, float32 or dtype and of the size that is fastest, on one device, times the devices.
+
+    budget: seconds; a size of which one product would take longer is left out. Devices of a CPU are one processor's: they count once a
+    process.
+    """
+    device = mesh.local_devices[0]
+    times = jax.process_count() if device.platform == "cpu" else mesh.size
+
+    def rate(product, work: int) -> float:
+        count = math.ceil(budget / 5 / seconds(product, 1))
+        return max(work * count / seconds(product, count) for _ in range(2)) * times
+
+    best, chosen = 0.0, None
+    for kind in {"float32", dtype}:
+        for size in MATRICES:
+            work = 2 * size**3
+            if best and work * times / best > budget:
+                break
+            operands = jax.device_put(np.random.default_rng(0).normal(size=(2, size, size)).astype(kind), device)
+            product = functools.partial(jax.jit(jnp.matmul), *operands)
+            jax.block_until_ready(product())
+            if (found := rate(product, work)) > best:
+                best, chosen = found, functools.partial(rate, product, work)
+    return chosen

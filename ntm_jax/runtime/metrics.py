@@ -46,6 +46,11 @@ class Writer:
             # purge_step makes TensorBoard forget what the run logged after the save that this one resumes from.
             self._board = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
 
+    @property
+    def shows(self) -> bool:
+        """Whether anything goes to the terminal."""
+        return self._active and not self._quiet
+
     def __enter__(self):
         return self
 

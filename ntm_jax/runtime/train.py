@@ -1,6 +1,7 @@
 """The training step and the loop around it: evaluate, save, next batch, step. A resumed run continues bit for bit."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import signal
@@ -13,11 +14,11 @@ import optax
 from etils import epath
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.layers import null
+from ntm_jax.core.layers import null, plain_attention
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, evaluate, generate, optimizer, plots, processes, sharding, state
+from ntm_jax.runtime import attention, evaluate, flops, generate, optimizer, plots, processes, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
@@ -110,6 +111,14 @@ def make_step(config: Config, model: NTM, mesh):
         return state.State(current.step + 1, params, opt_state, ema), metrics
 
     return step
+
+
+def flops_of_step(config: Config, model: NTM, current, batch, mesh) -> int:
+    """The model's FLOPs in a step at the largest T, of all devices: of the same mathematics with nothing recomputed."""
+    plain = model.clone(config=dataclasses.replace(model.config, remat="none"), attention=plain_attention)
+    step = functools.partial(make_step(config, plain, mesh), steps=max(config.trajectory.steps))
+    with sharding.use(mesh):
+        return flops.count(step, current, batch)
 
 
 def steps_of(config: Config, step: int) -> int:
@@ -235,6 +244,7 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
     total, every = config.train.steps, config.train.evaluate_every
     step_function, rate = make_step(config, model, mesh), optimizer.schedule(config.optimizer, total)
     pending, clock = None, (time.perf_counter(), start)
+    work = limit = 0  # FLOPs of a step, and this machine's a second: known from the first batch on, where a terminal shows them
 
     def read(step) -> dict:
         """The metrics of the step that ended at `step`, checked; they are waited for, so the next step is under way where speed counts."""
@@ -246,7 +256,8 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
         speed, clock = (step - clock[1]) / (now - clock[0]), (now, step)
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")  # a CPU tells none
         return scalars | {"learning_rate": float(rate(step - 1)), "examples_per_second": speed * config.data.batch_size} | (
-            {"device_memory_gib": memory / 2**30} if memory else {})
+            {"device_memory_gib": memory / 2**30} if memory else {}) | (
+            {"flops_per_second": speed * work, "flop_share": speed * work / limit} if work else {})
 
     for step in range(start, total + 1):
         ending = step == total or step == until or stop.asked or processes.stop_agreed(step)
@@ -272,8 +283,12 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
                     read(step)
                 checkpoints.save(step, current, batches.get_state())
             raise
+        batch = sharding.to_global(batch, mesh)
+        if step == start and writer.shows:
+            work = flops_of_step(config, model, current, batch, mesh)
+            limit = flops.products(config.model.dtype, mesh, 0.1)()
         with sharding.use(mesh):
-            current, metrics = step_function(current, sharding.to_global(batch, mesh), steps_of(config, step))
+            current, metrics = step_function(current, batch, steps_of(config, step))
         if pending:
             scalars = read(step)
             if scalars:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.runtime import benchmark, sharding
+from ntm_jax.runtime import benchmark, flops, sharding
 from tests.common import TINY, python, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -17,7 +17,7 @@ KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(benchmark, "SECONDS", 0.02)
-    monkeypatch.setattr(benchmark, "MATRICES", (64, 128))
+    monkeypatch.setattr(flops, "MATRICES", (64, 128))
     monkeypatch.setattr(benchmark, "COPIED", 1 << 20)
 
 
@@ -77,7 +77,7 @@ def test_a_run_is_long_enough_and_the_case_is_closed():
 
 
 def test_product_rate_counts_half_precision():
-    rate = benchmark.products("bfloat16", setting().mesh)
+    rate = flops.products("bfloat16", setting().mesh, 0.02)
     assert 1e6 < rate() < 1e16
 
 
