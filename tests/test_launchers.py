@@ -12,7 +12,7 @@ import sys
 import pytest
 import yaml
 
-from tests.common import ROOT, TINY, environment
+from tests.common import ROOT, TINY, environment, rehearsal
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("tpu_vm.sh", "slurm.sbatch")
@@ -98,6 +98,7 @@ def test_the_jobset_is_one_slice():
     assert container["command"] == ["bash", "-c", "exec python -m launch.train --stop_status=75 --config=x.py --workdir=gs://bucket/run"]
 
 
+@rehearsal
 def test_the_jobsets_command_trains(tmp_path, tools, compilation_cache):
     command = jobset([*FLAGS, f"--workdir={tmp_path / 'run'}"])["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     done = launch(command["containers"][0]["command"], tools[0], JAX_COMPILATION_CACHE_DIR=compilation_cache)
@@ -112,6 +113,7 @@ def free_port(low: int, count: int) -> int:
     raise AssertionError("no port is free")
 
 
+@rehearsal
 def test_slurm_trains_with_two_tasks(tmp_path, tools, compilation_cache):
     folder, write = tools
     write("scontrol", '[[ $* == "show hostnames here,there" ]] && printf "localhost\\nthere\\n" || echo "$*" >> "$REQUEUED"')
@@ -161,6 +163,7 @@ done
 """
 
 
+@rehearsal
 def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout, compilation_cache):
     folder, write = tools
     write("gcloud", GCLOUD)

@@ -2,13 +2,14 @@
 
 import json
 import re
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from ntm_jax.runtime import benchmark, flops, sharding
-from tests.common import TINY, python, tiny_config
+from tests.common import TINY, python, rehearsal, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
@@ -69,7 +70,7 @@ def test_steps_go_on_from_one_another():
 
 def test_a_run_is_long_enough_and_the_case_is_closed():
     done, closed = [], []
-    case = benchmark.Case("sleep", lambda: done.append(benchmark.time.sleep(0.001)), 5, bytes=7, least=3, close=lambda: closed.append(True))
+    case = benchmark.Case("sleep", lambda: done.append(time.sleep(0.001)), 5, bytes=7, least=3, close=lambda: closed.append(True))
     row = benchmark.measure(case, 2, setting())
     assert all(rate <= 5 / 0.001 for rate in row["runs"])
     assert len(done) >= 2 + 2 * (3 + benchmark.SECONDS / 0.002)
@@ -81,6 +82,7 @@ def test_product_rate_counts_half_precision():
     assert 1e6 < rate() < 1e16
 
 
+@rehearsal
 def test_the_program_writes_rows(tmp_path, compilation_cache):
     arguments = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items()), "--runs=1"]
     done = python("-m", "launch.benchmark", *arguments, f"--json={tmp_path / 'rows.json'}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
