@@ -47,13 +47,14 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     if shape[0] % config.slices or found not in (1, config.slices):
         raise UserError(f"config.mesh.slices is {config.slices}: expected a divisor of the data axis, {shape[0]}, and the number of slices "
                         f"that the devices belong to, {found}")
-    types = (AxisType.Auto,) * len(AXES)
-    if config.slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    inner, outer = [shape[0] // config.slices, *shape[1:]], [config.slices, 1, 1, 1]
-    simulated = found == 1  # the devices in order stand for slices
-    grid = np.asarray(devices).reshape(shape) if simulated else mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-    return jax.sharding.Mesh(grid, AXES, axis_types=types)
+    if config.slices == 1:  # an axis need not be a product of the torus's sides: jax may split them
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif found == 1:  # simulated: the devices in order stand for slices
+        grid = np.asarray(devices).reshape(shape)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            [shape[0] // config.slices, *shape[1:]], [config.slices, 1, 1, 1], devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ def _initial(config: Config, model: NTM, key):
 
 
 def abstract(config: Config, model: NTM, mesh) -> State:
-    """The state's shapes with their shardings: nothing is computed."""
+    """The state's shapes with their shardings: nothing is computed. Not to be called within sharding.use(mesh)."""
     boxed = jax.eval_shape(lambda: _initial(config, model, jax.random.key(0)))
     tree = sharding.shardings(boxed, mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), nn.unbox(boxed), tree)
