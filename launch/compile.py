@@ -1,6 +1,7 @@
 """Compiles an experiment for TPUs that are not there: python -m launch.compile --config=experiments/imagenet256.py --topology=v5p:8x8x8.
 
-Needs pip install -e '.[tpu]', and no TPU. Tells whether the step fits, what a chip computes, keeps and sends, and what bounds it.
+Needs pip install -e '.[tpu]', and no TPU. Tells whether the step fits (exit status 2 where not), what a chip computes, keeps and sends,
+and what bounds it.
 """
 
 import os
@@ -35,6 +36,7 @@ def main():
     print(compile.table(report), flush=True)
     if program.FLAGS.json:
         epath.Path(program.FLAGS.json).write_text(json.dumps(report, indent=2) + "\n")
+    compile.check_fits(report)
 
 
 if __name__ == "__main__":

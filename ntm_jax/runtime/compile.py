@@ -258,6 +258,14 @@ def advice(config: Config, spec, mesh, memory: dict) -> str:
             f"{least}" + (f", on at least {least} chips" if least > mesh.size else ""))
 
 
+def check_fits(report: dict) -> None:
+    """UserError where a report says that the program does not fit, with what would make it."""
+    if not report["fits"]:
+        memory = report["bytes_per_chip"]
+        raise UserError(f"the {report['program']} program needs {_gib(memory['peak'])} a chip of {report['topology']}, which has "
+                        f"{_gib(memory['hbm'])}: " + report.get("advice", "make config.sample.num smaller, or config.mesh.fsdp larger"))
+
+
 def _finite(value):
     """NaN and infinity as None: JSON has neither."""
     if isinstance(value, dict):

@@ -305,3 +305,13 @@ def test_compiles_for_a_tpu(tmp_path):
     assert told["bound_by"] in ("compute", "memory", "network")
     assert "fits           yes" in done.stdout
     assert os.path.getsize(out)
+
+
+def test_what_does_not_fit_ends_in_one_line():
+    report = {"fits": True, "program": "train", "topology": "v5e:4x4", "bytes_per_chip": {"peak": 21 * 2**30, "hbm": 15.75 * 2**30},
+              "advice": "set config.model.remat=narrow: about 14.1 GiB of 15.8"}
+    compile.check_fits(report)
+    with pytest.raises(UserError) as error:
+        compile.check_fits(report | {"fits": False})
+    assert str(error.value) == ("the train program needs 21.00 GiB a chip of v5e:4x4, which has 15.75 GiB: set config.model.remat=narrow: "
+                                "about 14.1 GiB of 15.8")
