@@ -102,6 +102,12 @@ def _own(module, computation, i: Instruction, chips: int, slices: int) -> Work:
         work.flops = 2 * math.prod(i.shapes[0][1]) * math.prod(left[axis] for axis in contracted)
     elif i.op == "convolution":
         work.flops = _convolution(computation, i)
+    between = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    if i.op == "send" and between:  # a TPU's part of a collective that crosses slices, through the hosts
+        kind = between[1].lower().replace("_", "-")
+        size = _size(computation[i.operands[0]].shapes[0])
+        work.sent[kind, "dcn"] += size * (slices - 1) * {"all-gather": 1, "all-reduce": 2 / slices}.get(kind, 1 / slices)
+        return work
     kind = i.op.removesuffix("-start")
     if kind in COLLECTIVES:
         size = sum(_size(shape) for name in i.operands for shape in computation[name].shapes)

@@ -315,3 +315,23 @@ def test_what_does_not_fit_ends_in_one_line():
         compile.check_fits(report | {"fits": False})
     assert str(error.value) == ("the train program needs 21.00 GiB a chip of v5e:4x4, which has 15.75 GiB: set config.model.remat=narrow: "
                                 "about 14.1 GiB of 15.8")
+
+
+def sends(number: int, kind: str) -> str:
+    return (f"  %send.{number} = (f32[8,64]{{1,0:T(8,128)}}, u32[], token[]) send(%p, %token), channel_id={number}, "
+            f'is_host_transfer=true, frontend_attributes={{_xla_megascale_transfer_type="{kind}"}}')
+
+
+SENDS = f"""
+ENTRY %main (p: f32[8,64]) -> f32[8,64] {{
+  ROOT %p = f32[8,64]{{1,0:T(8,128)}} parameter(0)
+  %token = token[] after-all()
+{sends(1, "ALL_GATHER")}
+{sends(2, "ALL_REDUCE")}
+}}
+"""
+
+
+def test_what_slices_send_each_other_is_counted():
+    sent = hlo.count(SENDS, 8, 4).sent
+    assert sent == {("all-gather", "dcn"): 3 * 8 * 64 * 4, ("all-reduce", "dcn"): 2 * 3 / 4 * 8 * 64 * 4}
