@@ -17,7 +17,6 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import processes, sharding
 from tests.common import ROOT, TINY, environment, rehearsal
 
-pytestmark = pytest.mark.xdist_group("processes")  # one worker: they share runs
 SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "inverse", "evaluate.split": "test[:16]"}
 
 
