@@ -99,6 +99,7 @@ def test_the_jobset_is_one_slice():
 
 
 @rehearsal
+@rehearsal
 def test_the_jobsets_command_trains(tmp_path, tools, compilation_cache):
     command = jobset([*FLAGS, f"--workdir={tmp_path / 'run'}"])["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     done = launch(command["containers"][0]["command"], tools[0], JAX_COMPILATION_CACHE_DIR=compilation_cache)
@@ -113,6 +114,7 @@ def free_port(low: int, count: int) -> int:
     raise AssertionError("no port is free")
 
 
+@rehearsal
 @rehearsal
 def test_slurm_trains_with_two_tasks(tmp_path, tools, compilation_cache):
     folder, write = tools
@@ -163,6 +165,7 @@ done
 """
 
 
+@rehearsal
 @rehearsal
 def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout, compilation_cache):
     folder, write = tools

@@ -13,6 +13,7 @@ import pytest
 
 from tests.common import ROOT, TINY, environment, python
 
+pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
 CONFIG = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items())]
 STEPS = 100
 

@@ -83,6 +83,7 @@ def test_product_rate_counts_half_precision():
 
 
 @rehearsal
+@rehearsal
 def test_the_program_writes_rows(tmp_path, compilation_cache):
     arguments = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items()), "--runs=1"]
     done = python("-m", "launch.benchmark", *arguments, f"--json={tmp_path / 'rows.json'}", JAX_COMPILATION_CACHE_DIR=compilation_cache)

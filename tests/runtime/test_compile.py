@@ -17,7 +17,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import compile, config, flops, generate, hlo, optimizer, sharding, state, train
 from tests.common import batch_of, experiment, python, setup, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.xdist_group("compile")]
 
 MESH = config.Mesh(slices=1, data=1, fsdp=1, tensor=1, sequence=1)
 

@@ -17,6 +17,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import processes, sharding
 from tests.common import ROOT, TINY, environment, rehearsal
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker: they share runs
 SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "inverse", "evaluate.split": "test[:16]"}
 
 
@@ -97,6 +98,7 @@ def test_two_processes_interrupted_and_resumed_train_as_one_does(stopped, alone)
     assert one["bound"]["mean"] == pytest.approx(two["bound"]["mean"], rel=1e-5)
 
 
+@rehearsal
 @rehearsal
 def test_evaluate_and_sample_run_on_two_processes_as_on_one(alone, tmp_path, compilation_cache):
     figures, images = [], []

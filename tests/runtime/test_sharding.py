@@ -15,6 +15,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, evaluate, generate, sharding, state, train
 from tests.common import batch_of, bits, python, randomised, setup, tiny_config
 
+pytestmark = pytest.mark.xdist_group("sharding")  # one worker: they share a run
 SHAPES = ((1, 1, 1, 1), (8, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2))
 RELATIVE = 1e-5  # float32 sums in another order
 
