@@ -17,7 +17,7 @@ from ntm_jax.runtime import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """kind: plain, splash, cudnn. interpret runs splash without a TPU, for tests."""
+    """kind: splash, cudnn. interpret runs splash without a TPU, for tests."""
 
     kind: str
     mesh: jax.sharding.Mesh
@@ -37,20 +37,20 @@ class Attention:
         fits = batch % sharding.batch_shards(self.mesh) == 0 and heads % self.mesh.shape["tensor"] == 0
         if self.kind == "splash" and (not fits or tokens % (128 * self.mesh.shape["sequence"])):
             return "plain"
-        if self.kind == "cudnn" and (not fits or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16)):
+        # cuDNN's causal mask would start anew on every device that holds a part of the tokens.
+        if self.kind == "cudnn" and (not fits or self.mesh.shape["sequence"] > 1 or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16)):
             return "plain"
         return self.kind
 
 
-def choose(mesh, kind: str = "auto"):
-    """The attention for a mesh; auto: by the platform of its devices."""
-    platform = mesh.devices.flat[0].platform
-    kind = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "plain") if kind == "auto" else kind
-    return plain_attention if kind == "plain" else Attention(kind, mesh)
+def choose(mesh):
+    """The attention for a mesh, by the platform of its devices."""
+    kind = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(mesh.devices.flat[0].platform)
+    return Attention(kind, mesh) if kind else plain_attention
 
 
-QUERIES = PartitionSpec(("data", "fsdp"), "sequence", "tensor")
-KEYS = PartitionSpec(("data", "fsdp"), None, "tensor")
+QUERIES = PartitionSpec(*sharding.BATCH, "sequence", "tensor")
+KEYS = PartitionSpec(*sharding.BATCH, None, "tensor")
 
 
 def _splash(q, k, v, keys, causal, mesh, interpret):
@@ -77,9 +77,9 @@ def _splash(q, k, v, keys, causal, mesh, interpret):
         swapped = (jnp.swapaxes(a, 1, 2) for a in (q / jnp.sqrt(q.shape[-1]).astype(q.dtype), k, v))
         return jnp.swapaxes(jax.vmap(one)(*swapped, q_segments, kv_segments), 1, 2)
 
-    examples = PartitionSpec(("data", "fsdp"))
+    tokens_spec = PartitionSpec(*sharding.BATCH, "sequence")
     return jax.shard_map(
-        local, mesh=mesh, in_specs=(spec, QUERIES, KEYS, KEYS, PartitionSpec(("data", "fsdp"), "sequence"), examples), out_specs=QUERIES,
+        local, mesh=mesh, in_specs=(spec, QUERIES, KEYS, KEYS, tokens_spec, sharding.BATCH), out_specs=QUERIES,
         check_vma=False)(kernel, q, k, v, segments, segments)
 
 
@@ -88,7 +88,5 @@ def _cudnn(q, k, v, keys, causal, mesh):
         mask = None if keys is None else jnp.broadcast_to(keys[:, None, None], (len(q), 1, q.shape[1], k.shape[1]))
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="cudnn")
 
-    if mesh.shape["sequence"] > 1:  # its causal mask would start anew on every device
-        return plain_attention(q, k, v, causal=causal, keys=keys)
-    examples = None if keys is None else PartitionSpec(("data", "fsdp"))
+    examples = None if keys is None else sharding.BATCH
     return jax.shard_map(local, mesh=mesh, in_specs=(QUERIES, KEYS, KEYS, examples), out_specs=QUERIES, check_vma=False)(q, k, v, keys)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.runtime import attention, evaluate, flops, sharding, state, train
@@ -36,14 +35,10 @@ class Setting:
     def model(self):
         return state.make_model(self.config, pipeline.spec(self.source, self.config.data.patch_size), attention.choose(self.mesh))
 
-    def plain(self) -> tuple:
-        """(configuration, model) of the same mathematics, with nothing computed twice and nothing inside a kernel: for counting."""
-        config = dataclasses.replace(self.config, model=dataclasses.replace(self.config.model, remat="none"))
-        return config, state.make_model(config, pipeline.spec(self.source, config.data.patch_size), plain_attention)
-
     def batches(self) -> pipeline.TrainIterator:
         data = self.config.data
-        return pipeline.train_iterator(self.source, data.patch_size, data.batch_size, self.config.seed, data.workers)
+        return pipeline.train_iterator(self.source, data.patch_size, data.batch_size, self.config.seed, data.workers,
+                                       *sharding.share(self.mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +84,15 @@ def _likelihood(setting: Setting) -> Case:
     config, mesh, held_out, model = setting.config, setting.mesh, setting.held_out, setting.model()
     shards = sharding.batch_shards(mesh)
     size = -(-min(config.evaluate.batch_size, len(held_out.records)) // shards) * shards
-    with contextlib.closing(pipeline.evaluation_batches(held_out, config.data.patch_size, size)) as batches:
+    with contextlib.closing(pipeline.evaluation_batches(held_out, config.data.patch_size, size, *sharding.share(mesh))) as batches:
         batch = next(batches)
     params = state.initialize(config, model, mesh).ema
 
     once = functools.partial(evaluate.score_batch, config, model, params, batch, mesh, held_out.levels, trajectories=1)
-    plain_config, plain = setting.plain()
     told = {name: value for name, value in batch.items() if name != "mask"}
     with sharding.use(mesh):
         counted = flops.count(
-            functools.partial(evaluate._score, config=plain_config, model=state.exact(plain), levels=held_out.levels, trajectories=1,
+            functools.partial(evaluate._score, config=config, model=state.exact(state.plain(model)), levels=held_out.levels, trajectories=1,
                               steps=config.sample.steps), params, jax.random.key(0), sharding.to_global(told, mesh))
     return Case("likelihood evaluation", once, size, flops=counted)
 

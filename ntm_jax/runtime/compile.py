@@ -153,8 +153,7 @@ def compile_for(config: Config, topology: str, program: str = "train") -> dict:
         except jax.errors.JaxRuntimeError as error:
             compiled, memory = None, _out_of_memory(error, arguments)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
-    with_nothing_twice = PROGRAMS[program](plain, state.make_model(plain, spec), source, mesh)
+    with_nothing_twice = PROGRAMS[program](config, state.plain(model), source, mesh)
     with sharding.use(mesh):
         model_flops = flops.of_jaxpr(with_nothing_twice.trace().jaxpr.jaxpr) / mesh.size
     work = hlo.Work(flops=math.nan, memory=math.nan)

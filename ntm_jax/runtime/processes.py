@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import faulthandler
 import glob
+import importlib.util
 import json
 import os
 import subprocess
@@ -48,7 +49,9 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
 
 
 def _on_tpu() -> bool:
-    return os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+    # Without libtpu these devices are another's: any machine that passes hardware on has a /dev/vfio.
+    return (os.environ.get("JAX_PLATFORMS", "tpu") == "tpu" and importlib.util.find_spec("libtpu") is not None
+            and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")))
 
 
 _GONE = "another process of this job is gone; the last checkpoint is whole: start all again with the same command"

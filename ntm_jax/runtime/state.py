@@ -52,6 +52,11 @@ def exact(model: NTM) -> NTM:
     return model.clone(config=model.config.exact())
 
 
+def plain(model: NTM) -> NTM:
+    """The same mathematics with nothing computed twice and nothing inside a kernel: for counting the model's own FLOPs."""
+    return model.clone(config=dataclasses.replace(model.config, remat="none"), attention=plain_attention)
+
+
 def condition(model: NTM, batch: dict):
     """What the model is told of the examples of a batch: their text where it is trained on text, else their labels."""
     return Text(batch["text"], batch["text_mask"]) if model.config.text_width else batch["label"]

@@ -1,7 +1,6 @@
 """The training step and the loop around it: evaluate, save, next batch, step. A resumed run continues bit for bit."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import signal
@@ -14,7 +13,7 @@ import optax
 from etils import epath
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.layers import null, plain_attention
+from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
@@ -115,8 +114,7 @@ def make_step(config: Config, model: NTM, mesh):
 
 def flops_of_step(config: Config, model: NTM, current, batch, mesh) -> int:
     """The model's FLOPs in a step at the largest T, of all devices: of the same mathematics with nothing recomputed."""
-    plain = model.clone(config=dataclasses.replace(model.config, remat="none"), attention=plain_attention)
-    step = functools.partial(make_step(config, plain, mesh), steps=max(config.trajectory.steps))
+    step = functools.partial(make_step(config, state.plain(model), mesh), steps=max(config.trajectory.steps))
     with sharding.use(mesh):
         return flops.count(step, current, batch)
 

@@ -70,7 +70,7 @@ def mesh_of(*shape):
     ("splash", (2, 1, 2, 1), (4, 256, 4, 64), "bfloat16", "splash"), ("splash", (1, 1, 1, 4), (4, 256, 4, 64), "bfloat16", "plain"),
     ("splash", (1, 1, 1, 1), (4, 16, 4, 64), "float32", "plain"), ("splash", (3, 1, 1, 1), (4, 256, 4, 64), "float32", "plain"),
     ("cudnn", (1, 1, 1, 1), (4, 16, 4, 64), "bfloat16", "cudnn"), ("cudnn", (1, 1, 1, 1), (4, 16, 4, 64), "float32", "plain"),
-    ("cudnn", (1, 1, 3, 1), (4, 16, 4, 64), "bfloat16", "plain"),
+    ("cudnn", (1, 1, 3, 1), (4, 16, 4, 64), "bfloat16", "plain"), ("cudnn", (1, 1, 1, 2), (4, 16, 4, 64), "bfloat16", "plain"),
 ])
 def test_what_a_kernel_cannot_take_the_plain_one_serves(kind, mesh, shape, dtype, expected):
     assert attention.Attention(kind, mesh_of(*mesh)).serves(shape, jnp.dtype(dtype)) == expected
