@@ -206,13 +206,31 @@ def _written(module, computation) -> float:
 
 
 def _trips(module, loop: Instruction) -> int | None:
-    """How often a loop runs: as the compiler noted it, else the bound that its condition compares with, counting from 0."""
+    """How often a loop runs: as the compiler noted it, else from the bound that its condition compares with, counting from 0."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    condition = module[_called(loop, "condition")].values()
-    bounds = {i.operands[0] for i in condition if i.op == "constant" and i.shapes[0][0] == "s32" and not i.shapes[0][1]}
-    return int(bounds.pop()) if len(bounds) == 1 else None
+    condition = module[_called(loop, "condition")]
+    bounds = {int(n) for i in condition.values() for n in _number(i)}
+    step = _step(condition, module[_called(loop, "body")])
+    return -(-bounds.pop() // step) if len(bounds) == 1 and step else None
+
+
+def _number(i: Instruction) -> list[str]:
+    """What an instruction holds that is a constant whole number."""
+    return i.operands if i.op == "constant" and i.shapes[0][0] in ("s32", "u32") and not i.shapes[0][1] else []
+
+
+def _step(condition, body) -> int | None:
+    """By how much a loop's counter grows: 1, or 2 where the compiler unrolled what it overlaps with communication; None if not seen."""
+    compare = next(i for i in condition.values() if i.root)
+    counter = next((condition[name] for name in compare.operands if name in condition and "index=" in condition[name].attributes), None)
+    if counter is None:  # fused: the compiler unrolls none of these
+        return 1
+    root = next(i for i in body.values() if i.root)
+    update = body.get(root.operands[int(re.search(r"index=(\d+)", counter.attributes)[1])])
+    steps = [int(n) for name in update.operands if name in body for n in _number(body[name])] if update and update.op == "add" else []
+    return steps[0] if len(steps) == 1 else None
 
 
 def _groups(attributes: str, chips: int) -> np.ndarray:
