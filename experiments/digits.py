@@ -24,7 +24,7 @@ def get_config(variant: str = "ntm"):
         objective="end_to_end", steps=2000, save_every=400, evaluate_every=400, log_every=20, keep=0, accumulate=1, condition_dropout=0.1)
     c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
-    c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500)
+    c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500, features="cnn")
     c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, width=72, head_size=24, kv_heads=3, predictor_layers=6)

@@ -24,7 +24,7 @@ def get_config(variant: str = "ntm"):
         objective="end_to_end", steps=3000, save_every=500, evaluate_every=1000, log_every=20, keep=0, accumulate=1, condition_dropout=0.1)
     c.optimizer = dict(learning_rate=2e-3, floor=1e-6, warmup_steps=100, weight_decay=0.1, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
-    c.evaluate = dict(split="test", trajectories=8, batch_size=100, images=1000)
+    c.evaluate = dict(split="test", trajectories=8, batch_size=100, images=1000, features="cnn")
     c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)

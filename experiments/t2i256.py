@@ -26,7 +26,7 @@ def get_config(variant: str = ""):
         condition_dropout=0.1)
     c.optimizer = dict(learning_rate=1e-4, floor=1e-6, warmup_steps=5000, weight_decay=1e-4, clip=1.0, ema_decay=0.9999)
     c.mesh = dict(slices=1, data=-1, fsdp=16, tensor=1, sequence=1)  # fsdp over all of a large slice: XLA reduces where it could gather
-    c.evaluate = dict(split="test", trajectories=8, batch_size=1024, images=0)
+    c.evaluate = dict(split="test", trajectories=8, batch_size=1024, images=0, features="none")
     c.sample = dict(num=100, steps=4, guidance=0.5, decoder="score")
     if variant == "runlocal":
         c.data.update(source="mock:16x16x32,text=8x32", mock="", batch_size=8, workers=0)

@@ -8,6 +8,11 @@ flags.DEFINE_integer("step", None, "The checkpoint's step; the latest if not giv
 flags.DEFINE_string("split", None, "The split, such as test or train[1350:]; the configuration's if not given.")
 flags.DEFINE_integer("trajectories", None, "Trajectories a record for the importance-weighted bound.", lower_bound=1)
 flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
+flags.DEFINE_string("against", None, "Another run's folder, or WORKDIR/checkpoints/STEP, to compare with on the same records.")
+flags.DEFINE_bool("per_example", False, "Also writes every record's scores, as parquet.")
+flags.DEFINE_enum("unit", None, ["bits", "nats"], "Of the printed likelihoods; bits of pixels and nats of latents if not given.")
+flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, for config.evaluate.features=inception.")
+flags.DEFINE_enum("features", None, ["none", "pixels", "cnn", "inception"], "What samples are compared by; else the configuration tells.")
 
 
 def main():
@@ -17,9 +22,14 @@ def main():
 
     f = program.FLAGS
     run = load.load(f.workdir, f.step, f.raw)
-    result = evaluate.evaluate(run.config, run.model, run.params, run.mesh, run.step, split=f.split, trajectories=f.trajectories,
-                               progress=True)
-    evaluate.report(result, epath.Path(f.workdir) / ("evaluation.json" if f.step is None else f"evaluation-{f.step}.json"))
+    unit = f"{f.unit}_per_dim" if f.unit else None
+    if unit:
+        evaluate.check_unit(unit, run)
+    against = load.load(f.against, raw=f.raw) if f.against else None
+    result, scored = evaluate.evaluate(run, split=f.split, trajectories=f.trajectories, against=against, features=f.features,
+                                       inception_weights=f.inception_weights, progress=True)
+    name = "evaluation.json" if f.step is None and run.workdir == f.workdir else f"evaluation-{run.step}.json"
+    evaluate.report(run, result, scored, epath.Path(run.workdir) / name, f.per_example, unit)
 
 
 if __name__ == "__main__":

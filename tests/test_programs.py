@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.common import ROOT, TINY, environment, python
+from tests.common import ROOT, TINY, environment, python, rehearsal
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
 CONFIG = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items())]
@@ -179,3 +179,18 @@ def test_a_missing_flag_is_named():
 def test_a_folder_without_a_run_is_refused(tmp_path):
     told(program("sample", f"--workdir={tmp_path}", check=False), "holds no run (no config.json there)")
     assert not os.listdir(tmp_path)
+
+
+@rehearsal
+@pytest.mark.parametrize("experiment", ["imagenet256.py:runlocal", "t2i256.py:runlocal", "toy2d.py"])
+def test_an_experiment_runs_from_start_to_end(experiment, tmp_path, compilation_cache):
+    few = ["--config.train.steps=2", "--config.evaluate.trajectories=2", "--config.evaluate.split=test[:16]", "--config.sample.num=4",
+           "--config.trajectory.steps=(2,)", "--config.sample.steps=2", "--config.train.log_every=1"]
+    program("train", f"--config=experiments/{experiment}", f"--workdir={tmp_path}/run", *few, JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"samples.png", "trajectories.png", "loss.png", "evaluation.json", "evaluation.png"} <= names
+    assert ("densities.png" in names) == (experiment == "toy2d.py")
+    assert "bits_per_dim" not in json.loads((tmp_path / "run/evaluation.json").read_text())
+    refused = program("evaluate", f"--workdir={tmp_path}/run", "--unit=bits", check=False)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "take nats/dim, a bound on the density of the data" in refused.stderr

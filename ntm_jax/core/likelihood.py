@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.model import Terms, log_prior
+from ntm_jax.core.model import NTM, Terms, log_prior
 
 
 def bits_per_dim(nats, dimensions: int):
@@ -40,53 +40,103 @@ def log_reconstruction(x, x_0, t_0, pixel_levels: int):
 
 
 def contributions(terms: Terms, xs, x, t, pixel_levels: int) -> dict:
-    """What each term adds to the log-weight of trajectories xs [B, K, N, D] of clean x [B, N, D] at levels t [B, K]: nats, [B] each.
+    """What each term adds, level by level, to the log-weight of trajectories xs [B, K, N, D] of clean x [B, N, D] at levels t [B, K], nats.
 
     pixel_levels > 0: log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the probability of discrete pixels.
-    pixel_levels = 0, continuous x: without p(x | x_0) and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0.
+    pixel_levels = 0, continuous x: without p(x | x_0) and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. Of a
+    trajectory's upper part x_k..x_T it is one on the density at t_k.
+
+    Returns prior [B], predictor and log_det [B, T], forward [B, K], and for pixels reconstruction [B]; log_weight sums them. forward is
+    -log q(x_k | x_{k+1}, x) or, continuous, -log q(x_k | x_{k+1}, x_0), 0 at level 0; its last level is -log q(x_T), which cancels prior.
     """
-    forward = jnp.sum(trajectory.log_forward(xs, t), -1)
-    parts = {
-        "prior": log_prior(xs[:, -1]),
-        "predictor": -jnp.sum(terms.quadratic + terms.log_scale + terms.constant, -1),
-        "log_det": jnp.sum(terms.log_det, -1),
-    }
+    prior = log_prior(xs[:, -1])
+    parts = {"prior": prior, "predictor": -(terms.quadratic + terms.log_scale + terms.constant), "log_det": terms.log_det}
     if pixel_levels:
-        forward += trajectory.log_start(xs[:, 0], x, t[:, 0])
+        reverse = trajectory.log_reverse(xs, t, x)
         parts["reconstruction"] = log_reconstruction(x, xs[:, 0], t[:, 0], pixel_levels)
-    return parts | {"forward": -forward}
+    else:
+        reverse = jnp.pad(trajectory.log_reverse(xs[:, 1:], t[:, 1:], xs[:, 0], t[:, :1]), ((0, 0), (1, 0)))
+    return parts | {"forward": -jnp.concatenate([reverse, prior[:, None]], 1)}
+
+
+def log_weight(parts: dict):
+    """log w, [B] nats: the sum of contributions."""
+    return sum(part.reshape(len(part), -1).sum(1) for part in parts.values())
 
 
 @flax.struct.dataclass
 class Importance:
-    """Running sums over the trajectories of each example, so that memory does not grow with their number."""
+    """Running sums over the trajectories of each example, so that memory does not grow with their number K."""
 
     count: jax.Array  # [] trajectories so far
     log_sum: jax.Array  # [B] log sum w
     log_sum_squares: jax.Array  # [B] log sum w^2
-    total: jax.Array  # [B] sum log w
+    bound: jax.Array  # [B] mean log w, nats: the evidence lower bound
+    deviations: jax.Array  # [B] sum of (log w - bound)^2
 
     @classmethod
     def empty(cls, batch: int):
         """Before the first trajectory."""
-        return cls(jnp.zeros(()), jnp.full(batch, -jnp.inf), jnp.full(batch, -jnp.inf), jnp.zeros(batch))
+        none, zero = jnp.full(batch, -jnp.inf), jnp.zeros(batch)
+        return cls(jnp.zeros(()), none, none, zero, zero)
 
     def add(self, log_weight):
         """With one more trajectory an example, of log-weights [B]."""
-        return Importance(self.count + 1, jnp.logaddexp(self.log_sum, log_weight),
-                          jnp.logaddexp(self.log_sum_squares, 2 * log_weight), self.total + log_weight)
-
-    @property
-    def bound(self):
-        """Mean log w, [B] nats: the evidence lower bound."""
-        return self.total / self.count
+        change = log_weight - self.bound
+        bound = self.bound + change / (self.count + 1)
+        return Importance(self.count + 1, jnp.logaddexp(self.log_sum, log_weight), jnp.logaddexp(self.log_sum_squares, 2 * log_weight),
+                          bound, self.deviations + change * (log_weight - bound))
 
     @property
     def importance_weighted(self):
-        """log of the mean w, [B] nats: the tighter bound."""
+        """log of the mean w, [B] nats: the tighter bound (Burda et al., arXiv 1509.00519)."""
         return self.log_sum - jnp.log(self.count)
 
     @property
     def effective_sample_size(self):
         """(sum w)^2 / sum w^2, [B]: between 1 and the number of trajectories."""
         return jnp.exp(2 * self.log_sum - self.log_sum_squares)
+
+    @property
+    def bound_variance(self):
+        """Variance of `bound` over the noise, [B] nats^2, 0 of one trajectory, which tells nothing of it."""
+        return self.deviations / (self.count * jnp.maximum(self.count - 1, 1))
+
+    @property
+    def weighted_variance(self):
+        """Variance of `importance_weighted` over the noise by the delta method, [B] nats^2: too small where few weights count."""
+        return jnp.maximum(self.count / self.effective_sample_size - 1, 0) / jnp.maximum(self.count - 1, 1)
+
+
+def marks(trajectories: int) -> list[int]:
+    """The numbers of trajectories at which importance-weighted bounds are reported: 1, 4, 16, ... and all."""
+    return [4**i for i in range(trajectories) if 4**i < trajectories] + [trajectories]
+
+
+def weigh(model: NTM, params, draw, x, t, steps: int, y, pixel_levels: int, trajectories: int) -> dict:
+    """Scores in nats of examples x [B, N, D] by trajectories draw(0), draw(1), ...: [B, K, N, D] at levels t [B, K], condition y.
+
+    They are drawn and weighed one after the other, so that memory does not grow with their number. As of contributions, a trajectory may
+    be the upper part of one of `steps` steps.
+
+    Returns bound, importance_weighted, effective_sample_size, and the bounds' variances over noise, bound_variance and
+    weighted_variance: [B]; weighted, the importance-weighted bound of the first marks(trajectories): [B, marks]; means over
+    trajectories: nll [B, T] by level, clean to noisy, and contributions.
+    """
+    at, (n, count) = jnp.array(marks(trajectories)), t.shape
+
+    def add(carry, number):
+        importance, sums, weighted = carry
+        xs = draw(number)
+        terms = model.apply(params, xs, t, jnp.full(n, steps), y)
+        parts = contributions(terms, xs, x, t, pixel_levels)
+        sums = jax.tree.map(jnp.add, sums, {"nll": terms.nll} | parts)
+        importance = importance.add(log_weight(parts))
+        return (importance, sums, jnp.where(at == importance.count, importance.importance_weighted[:, None], weighted)), None
+
+    zeros = {name: jnp.zeros((n, count - 1)) for name in ("nll", "predictor", "log_det")}
+    zeros |= {"forward": jnp.zeros((n, count)), "prior": jnp.zeros(n)} | ({"reconstruction": jnp.zeros(n)} if pixel_levels else {})
+    carry = Importance.empty(n), zeros, jnp.zeros((n, len(at)))
+    (importance, sums, weighted), _ = jax.lax.scan(add, carry, jnp.arange(trajectories))
+    names = ("bound", "importance_weighted", "effective_sample_size", "bound_variance", "weighted_variance")
+    return {name: getattr(importance, name) for name in names} | {"weighted": weighted} | jax.tree.map(lambda s: s / trajectories, sums)

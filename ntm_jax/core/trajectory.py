@@ -58,12 +58,15 @@ def transition(s, t):
     return (1 - t) / (1 - s), jnp.sqrt(_between(s, t)) / (1 - s)
 
 
-def posterior(s, t):
-    """Reverse posterior q(x_s | x_t, x) = N(A x_t + B x, C^2 I), 0 < s < t <= 1 (eqs. 2.3, A.6). Returns (A, B, C)."""
-    between = _between(s, t)
-    a = jnp.square(s / t) * (1 - t) / (1 - s)
-    b = between / (jnp.square(t) * (1 - s))
-    c = s * jnp.sqrt(between) / (t * (1 - s))
+def posterior(s, t, r=0.0):
+    """Reverse posterior q(x_s | x_t, x_r) = N(A x_t + B x_r, C^2 I), 0 <= r < s < t <= 1; x_0 is the clean x (eqs. 2.3, A.6).
+
+    Returns (A, B, C).
+    """
+    below, above, across = _between(r, s), _between(s, t), _between(r, t)
+    a = below / across * (1 - t) / (1 - s)
+    b = above / across * (1 - r) / (1 - s)
+    c = jnp.sqrt(below / across * above) / (1 - s)
     return a, b, c
 
 
@@ -92,15 +95,13 @@ def simulate(x, t, noise):
     return extend(start(x, t[:, 0], noise[:, 0]), t, noise[:, 1:])
 
 
-def log_start(x_0, x, t_0):
-    """log q(x_0 | x) in nats, [B]."""
-    return jnp.sum(log_normal(x_0, (1 - per_example(t_0, x)) * x, per_example(t_0, x)), (1, 2))
+def log_reverse(xs, t, x_r, r=0.0):
+    """log q(x_k | x_{k+1}, x_r) in nats for k = 0..K-2: xs [B, K, N, D] at levels t [B, K], x_r [B, N, D] at a level r below, [B, 1] or 0.
 
-
-def log_forward(xs, t):
-    """log q(x_{k+1} | x_k) in nats for k = 0..T-1: xs [B, K, N, D], t [B, K] -> [B, T]."""
-    a, sig = transition(t[:, :-1], t[:, 1:])
-    return jnp.sum(log_normal(xs[:, 1:], per_example(a, xs) * xs[:, :-1], per_example(sig, xs)), (2, 3))
+    Their sum with log q(x_T) = log N(x_T; 0, I) is log q(x_0..x_T | x_r).
+    """
+    a, b, c = (per_example(v, xs) for v in posterior(t[:, :-1], t[:, 1:], r))
+    return jnp.sum(log_normal(xs[:, :-1], a * xs[:, 1:] + b * x_r[:, None], c), (2, 3))
 
 
 def example_noise(keys, shape):

@@ -1,8 +1,8 @@
 """Where images come from: every source is opened by name into records of random access, {"image": [H, W, C] uint8, "label": int}.
 
 Sources: `digits`, `mnist_5k`, `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`, `records:PATH` (prepared by launch/prepare.py), `mock:SHAPE`
-(made up). H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's worker
-processes run this.
+and `toy:NAME` (made up, in synthetic.py). H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is
+imported: grain's worker processes run this.
 """
 
 import concurrent.futures
@@ -23,10 +23,11 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data.records import Records, pad_text, read_manifest
+from ntm_jax.data import synthetic
+from ntm_jax.data.records import Records, read_manifest
 from ntm_jax.errors import UserError
 
-_KNOWN = "digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE"
+_KNOWN = "digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE, toy:NAME"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MANIFEST = ".ntm_manifest.json"
 _CACHE = Path.home() / ".cache" / "ntm_jax"
@@ -43,6 +44,8 @@ class Source:
     image_shape: (H, W, C). levels: V, the number of values a pixel can take, 0: continuous latents. num_classes: 0 where there are no
       labels. text_tokens, text_width: M and E, 0 where there is no text.
     version: names the data's content, for provenance.
+    log_density: of data whose density is known, a function of points [n, H W C] float64 and t, 0 < t <= 1, that gives the exact
+      log-density in nats, [n] float64, of the data noised to level t, x_t = (1-t) x + t eps. It can be pickled.
     """
 
     name: str
@@ -54,16 +57,18 @@ class Source:
     num_classes: int
     text_tokens: int = 0
     text_width: int = 0
+    log_density: Any = None
 
 
 def open_source(name: str, split: str, image_size: int = 0) -> Source:
-    """Opens `name`, one of digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH and mock:SHAPE.
+    """Opens `name`, one of digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE and toy:NAME.
 
     Where a source has no splits of its own, they cut np.random.RandomState(0).permutation(n): the first 1,500 digits, 4,000 of mnist_5k
     or 90% of a folder's sorted files are 'train', the rest 'test'; 'all' is the two in turn. A folder with sub-folders train/ and test/
     has those. A folder's classes are its sub-folders (of train/ and test/ taken together), sorted by name, if every image lies in one.
     `mock:16x16x32` is made up of 10,000 latents to train on and 1,000 to test, the same in every run; after it may follow
-    `,levels=256` for pixels, `,classes=1000`, `,count=10000` and `,text=128x2048` (M x E).
+    `,levels=256` for pixels, `,classes=1000`, `,count=10000` and `,text=128x2048` (M x E). `toy:` moons, checkerboard or gaussians are
+    points of the plane as latents of 1 x 2 x 1, a million to train on and 2,000 to test, of mean 0, variance 1 and known density.
 
     Args:
       split: 'train', 'test', 'all' or another split of the source, whole or a slice of it: 'train[:1350]', 'train[-100:]', 'test[10%:]'.
@@ -85,8 +90,9 @@ def open_source(name: str, split: str, image_size: int = 0) -> Source:
             source = _open_folder(where, base, image_size)
         case "records", ":", where if where:
             source = _open_records(where, base)
-        case "mock", ":", where if where:
-            source = _open_mock(where, base)
+        case "mock" | "toy", ":", where if where:
+            _check_split(name, base, synthetic.SPLITS)
+            source = Source(name, base, **synthetic.open_made_up(name, base))
         case _:
             raise UserError(f"data.source {name!r} is not known: expected one of {_KNOWN}")
     rows = _slice(split, first, last, len(source.records))
@@ -269,7 +275,7 @@ def _open_tfds(where: str, split: str) -> Source:
     return Source(name, split, str(builder.version), records, features["image"].shape, levels=256, num_classes=num_classes)
 
 
-# Prepared records, and made up ones.
+# Prepared records.
 
 
 def _open_records(where: str, split: str) -> Source:
@@ -278,58 +284,6 @@ def _open_records(where: str, split: str) -> Source:
     records = Records(where, layout, [splits[split]] if split in splits else list(splits.values()))
     shape, text = layout.image_shape, (layout.text_tokens, layout.text_width)
     return Source(f"records:{where}", split, version, records, shape, layout.levels, layout.num_classes, *text)
-
-
-@dataclasses.dataclass(frozen=True)
-class _MadeUp:
-    """Random records, each a function of `stream` and its index alone."""
-
-    stream: int
-    count: int
-    shape: tuple[int, int, int]
-    levels: int
-    classes: int
-    text: tuple[int, int]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        random = np.random.default_rng((self.stream, index))
-        if self.levels:
-            image = random.integers(self.levels, size=self.shape, dtype=np.uint8)
-        else:
-            image = random.standard_normal(self.shape, np.float32)
-        record = {"image": image, "label": int(random.integers(self.classes)) if self.classes else -1}
-        tokens, width = self.text
-        if not tokens:
-            return record
-        # Random signs and mantissas, 0.5 to 1 either side of 0: normal numbers would take ten times as long.
-        bits = random.integers(1 << 16, size=(random.integers(1, tokens + 1), width), dtype=np.uint16) & 0x83FF | 0x3800
-        return record | pad_text(bits.view(np.float16), tokens)
-
-
-def _open_mock(where: str, split: str) -> Source:
-    name = f"mock:{where}"
-    number = "([1-9][0-9]{0,8})"
-    syntax = {"": f"{number}x{number}x{number}", "levels": number, "classes": number, "count": number, "text": f"{number}x{number}"}
-    given = {"count": (10_000,), "levels": (0,), "classes": (0,), "text": (0, 0)}
-    for option in f"={where}".split(","):
-        key, _, value = option.partition("=")
-        match = re.fullmatch(syntax.get(key, "(?!)"), value)
-        if not match:
-            raise UserError(
-                f"data.source {name} is not understood at {option.lstrip('=')!r}: expected HxWxC and after it any of "
-                ",levels=V ,classes=K ,count=N ,text=MxE"
-            )
-        given[key] = tuple(map(int, match.groups()))
-    levels = given["levels"][0]
-    if levels and not 2 <= levels <= 256:
-        raise UserError(f"data.source {name} has levels={levels}: expected 2 to 256, or none for latents")
-    _check_split(name, split, ("train", "test"))
-    train, classes = split == "train", given["classes"][0]
-    records = _MadeUp(0 if train else 1, given["count"][0] if train else 1000, given[""], levels, classes, given["text"])
-    return Source(name, split, "1", records, given[""], levels, classes, *given["text"])
 
 
 # Folders of image files.

@@ -72,6 +72,27 @@ def _train_step(setting: Setting) -> Case:
     return Case("train step", once, config.data.batch_size, flops=counted)
 
 
+def _forward(setting: Setting) -> Case:
+    """The training step's forward pass alone, up to each example's terms, on a batch that goes to the devices each time."""
+    config, mesh, model, steps = setting.config, setting.mesh, setting.model(), max(setting.config.trajectory.steps)
+    with contextlib.closing(setting.batches()) as batches:
+        batch = next(batches)
+    params = state.initialize(config, model, mesh).params
+
+    def terms(model, params, root, batch):
+        return train.OBJECTIVES[config.train.objective](config, model, params, root, batch, steps)
+
+    forward, root = jax.jit(terms, static_argnums=0), jax.random.key(0)
+
+    def once():
+        with sharding.use(mesh):
+            return forward(model, params, root, sharding.to_global(batch, mesh))
+
+    with sharding.use(mesh):
+        counted = flops.count(functools.partial(terms, state.plain(model)), params, root, sharding.to_global(batch, mesh))
+    return Case("forward pass", once, config.data.batch_size, flops=counted)
+
+
 def _input_pipeline(setting: Setting) -> Case:
     """Training batches on the host, this process's share."""
     batches = setting.batches()
@@ -97,7 +118,7 @@ def _likelihood(setting: Setting) -> Case:
     return Case("likelihood evaluation", once, size, flops=counted)
 
 
-ROWS = (_train_step, _input_pipeline, _likelihood)
+ROWS = (_train_step, _forward, _input_pipeline, _likelihood)
 
 
 def benchmark(config: Config, runs: int) -> list[dict]:
@@ -150,4 +171,6 @@ def table(rows: list[dict]) -> str:
     rates = {row["name"]: row["items_per_second"] for row in rows}
     appetite = rates["input pipeline"] / rates["train step"]
     lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a train step takes")
+    slower = rates["forward pass"] / rates["likelihood evaluation"]
+    lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as its forward pass in a train step")
     return "\n".join(lines)

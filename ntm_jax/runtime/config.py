@@ -93,7 +93,8 @@ class Evaluate:
     split: str
     trajectories: int  # an example, for the importance-weighted bound
     batch_size: int
-    images: int  # samples scored for class accuracy; 0: none
+    images: int  # samples that are scored beside the training images; 0: none
+    features: str  # what they are compared by: none, pixels, cnn (one trained on the training images), inception; see runtime.quality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +135,7 @@ CHOICES = {
     "trajectory.schedule": ("linear", "shifted"), "model.positions": ("learned", "rotary"), "model.head": ("direct", "preconditioned"),
     "model.condition": ("none", "class", "text"), "model.dtype": ("float32", "bfloat16"), "model.remat": tuple(REMAT),
     "train.objective": ("end_to_end", "pairwise"), "sample.decoder": ("inverse", "score"),
+    "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }
 NON_NEGATIVE = ("model.transporter_blocks", "train.keep", "train.condition_dropout", "optimizer.floor", "optimizer.warmup_steps",
                 "optimizer.weight_decay", "optimizer.ema_decay", "data.image_size", "data.workers", "evaluate.images", "sample.guidance",

@@ -1,10 +1,12 @@
-"""Held-out likelihood with standard errors, and class accuracy of samples. Every record counts once and is keyed by its index, so the same
-checkpoint gives the same figures twice, in any batch size, on any mesh and any number of processes."""
+"""Held-out likelihood with standard errors, comparisons, and scores of samples. Every record counts once and is keyed by its index, so the
+same checkpoint gives the same figures twice, in any batch size, on any mesh and any number of processes."""
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,40 +18,33 @@ from ntm_jax.core import likelihood, trajectory
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import generate, processes, sharding, state
+from ntm_jax.runtime import checkpoint, generate, plots, processes, quality, sharding, state, truth
 from ntm_jax.runtime.config import Config
+
+
+def _noised(config: Config, root, x, t_0, index):
+    """x_0 of continuous data, [B, N, D]: a part of the data, so drawn once a record, whatever the number of trajectories."""
+    return trajectory.start(x, t_0, trajectory.example_noise(state.example_keys(root, "evaluate/x_0", index), x.shape[1:]))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model", "levels", "trajectories", "steps"))
 def _score(params, root, batch, *, config, model, levels, trajectories, steps):
-    """Scores [B] of a batch in nats: bound, importance-weighted bound, effective sample size, NLL by level [B, T], each term's share."""
+    """likelihood.weigh of a batch."""
     x, y, index = batch["x"], state.condition(model, batch), batch["index"]
     t = state.levels(config, model, steps, jnp.full(len(x), config.trajectory.t_min))
     keys = state.example_keys(root, "evaluate", index)
-    shape = (t.shape[1], *x.shape[1:])
+    start = None if levels else _noised(config, root, x, t[:, 0], index)
 
-    def add(carry, draw):
-        importance, sums = carry
-        noise = trajectory.example_noise(jax.vmap(jax.random.fold_in, (0, None))(keys, draw), shape)
-        if not levels:  # x_0, part of the data, is drawn once
-            first = trajectory.example_noise(jax.vmap(jax.random.fold_in, (0, None))(keys, trajectories), shape[1:])
-            noise = noise.at[:, 0].set(first)
-        xs = trajectory.simulate(x, t, noise)
-        terms = model.apply(params, xs, t, jnp.full(len(x), steps), y)
-        parts = likelihood.contributions(terms, xs, x, t, levels)
-        sums = jax.tree.map(jnp.add, sums, {"nll": terms.nll} | parts)
-        return (importance.add(sum(parts.values())), sums), None
+    def draw(number):
+        noise = trajectory.example_noise(jax.vmap(jax.random.fold_in, (0, None))(keys, number), (t.shape[1], *x.shape[1:]))
+        return trajectory.simulate(x, t, noise) if levels else trajectory.extend(start, t, noise[:, 1:])
 
-    zeros = {"nll": jnp.zeros((len(x), steps))} | dict.fromkeys(("prior", "predictor", "log_det", "forward"), jnp.zeros(len(x)))
-    zeros |= {"reconstruction": jnp.zeros(len(x))} if levels else {}
-    (importance, sums), _ = jax.lax.scan(add, (likelihood.Importance.empty(len(x)), zeros), jnp.arange(trajectories))
-    return {"bound": importance.bound, "importance_weighted": importance.importance_weighted,
-            "effective_sample_size": importance.effective_sample_size} | jax.tree.map(lambda s: s / trajectories, sums)
+    return likelihood.weigh(model, params, draw, x, t, steps, y, levels, trajectories)
 
 
 def score_batch(config: Config, model, params, batch: dict, mesh, levels: int, trajectories: int, steps: int | None = None,
                 seed: int | None = None) -> dict:
-    """Scores [B] in nats of this process's share of a batch of x, its condition, index and mask, of which the last two are kept: global."""
+    """likelihood.weigh of this process's share of a batch of x, its condition, index and mask, of which the last two are kept: global."""
     steps, seed = config.sample.steps if steps is None else steps, config.seed if seed is None else seed
     batch = sharding.to_global(batch, mesh)
     kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
@@ -60,117 +55,261 @@ def score_batch(config: Config, model, params, batch: dict, mesh, levels: int, t
 
 
 def scores(config: Config, model, params, source: Source, mesh, trajectories: int, steps: int | None = None, progress: bool = False):
-    """Every record's scores in nats, {name: [records]}, with the record indices; likelihoods run the transporter in float32."""
-    shards = sharding.batch_shards(mesh)
+    """Every record's scores, {name: [records, ...]}: see likelihood.weigh; they run the transporter in float32.
+
+    A batch that does not fit in memory is taken in parts; UserError where a single record does not.
+    """
+    shards, (number, count) = sharding.batch_shards(mesh), sharding.share(mesh)
     batch_size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
-    batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size, *sharding.share(mesh))
-    kept = []
-    total = -(-len(source.records) // batch_size)
+    batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size, number, count)
+    least, share = shards // count, batch_size // count  # of this process: a record a shard, and all
+    kept, total = [], -(-len(source.records) // batch_size)
     for batch in tqdm.tqdm(batches, "evaluate", total, unit="batch", leave=False, disable=None if progress else True):
-        result = score_batch(config, model, params, batch, mesh, source.levels, trajectories, steps)
-        kept.append(sharding.to_host(result))
+        done = 0
+        while done < len(batch["x"]):
+            part = {name: values[done : done + share] for name, values in batch.items()}
+            try:
+                kept.append(sharding.to_host(score_batch(config, model, params, part, mesh, source.levels, trajectories, steps)))
+                done += share
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                if share == least:
+                    raise UserError(f"one record a device does not fit in its memory: raise config.mesh.fsdp ({error})") from None
+                share = share // least // 2 * least
+                warnings.warn(f"config.evaluate.batch_size = {batch_size} does not fit in memory: {share * count} at a time", stacklevel=2)
     table = {name: np.concatenate([k[name] for k in kept]) for name in kept[0]}
     table = {name: values[table["mask"] > 0] for name, values in table.items() if name != "mask"}
     order = np.argsort(table["index"])  # a mesh may hold the processes' shares in any order
     return {name: values[order] for name, values in table.items()}
 
 
-def _mean(values) -> dict:
-    """Mean over examples and its standard error, in float64."""
+def _mean(values, variance=None) -> dict:
+    """Mean over examples [n] and its standard error, in float64; variance [n], of each over its noise, gives the noise's part of it."""
     values = np.asarray(values, np.float64)
-    return {"mean": values.mean().item(), "stderr": (values.std(ddof=1) / math.sqrt(len(values))).item() if len(values) > 1 else 0.0}
+    n = len(values)
+    result = {"mean": values.mean().item(), "stderr": (values.std(ddof=1) / math.sqrt(n)).item() if n > 1 else 0.0}
+    return result if variance is None else result | {"noise_stderr": (np.sqrt(np.sum(variance, dtype=np.float64)) / n).item()}
+
+
+def units(levels: int) -> dict:
+    """{unit of evaluation.json: its size in nats}, the one to print first: bits only of discrete pixels."""
+    return ({"bits_per_dim": math.log(2)} if levels else {}) | {"nats_per_dim": 1.0}
 
 
 def summarize(table: dict, model, trajectories: int, levels: int) -> dict:
-    """evaluation.json's likelihood figures from the records' scores. Bounds are of log p's negative: lower is better."""
+    """evaluation.json's likelihood figures from the records' scores. Bounds are of log p's negative: lower is better.
+
+    stderr is over examples, their noise included; noise_stderr is the noise's part, of the same records with other trajectories (nothing
+    is known of it, and 0 is given, with one trajectory).
+    """
     dimensions = model.config.tokens * model.config.dim
-    bounds = {name: -table[name] / dimensions for name in ("bound", "importance_weighted")}
-    nll = table["nll"] / dimensions
+    weighted = list(zip(likelihood.marks(trajectories), table["weighted"].T, strict=True))
     result = {"count": len(table["index"])}
-    for unit, scale in (("bits_per_dim", 1 / math.log(2)), ("nats_per_dim", 1.0)):
-        if unit == "nats_per_dim" or levels:
-            result[unit] = {name: _mean(scale * values) for name, values in bounds.items()}
-            result[unit]["importance_weighted"]["trajectories"] = trajectories
-    result["trajectory_nll"] = _mean(nll.mean(1)) | {"by_level": nll.mean(0, dtype=np.float64).tolist()}
-    terms = ("prior", "predictor", "log_det", "forward", "reconstruction")
-    result["terms"] = {name: (table[name].mean(dtype=np.float64) / dimensions).item() for name in terms if name in table}
+    for unit, size in units(levels).items():
+        scale = 1 / (dimensions * size)
+        result[unit] = {
+            "bound": _mean(-scale * table["bound"], scale**2 * table["bound_variance"]),
+            "importance_weighted": _mean(-scale * table["importance_weighted"], scale**2 * table["weighted_variance"]) | {
+                "trajectories": trajectories, "by_trajectories": {str(k): _mean(-scale * values) for k, values in weighted}}}
+    nll = table["nll"] / dimensions
+    result["trajectory_nll"] = _mean(nll.mean(1)) | {
+        "by_level": nll.mean(0, dtype=np.float64).tolist(), "stderr_by_level": [_mean(v)["stderr"] for v in nll.T]}
+    terms = {name: table[name].mean(0, dtype=np.float64) / dimensions for name in PARTS if name in table}
+    result["contributions"] = {name: value.tolist() for name, value in terms.items()}
+    result["rate_by_level"] = (-terms["predictor"] - terms["log_det"] - terms["forward"][:-1]).tolist()
     result["effective_sample_size"] = _mean(table["effective_sample_size"])
     return result
 
 
-MAX_CLASSIFIER_RECORDS = 20_000  # an SVC's time grows with the square of them
+KINDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
+PARTS = ("prior", "predictor", "log_det", "forward", "reconstruction")  # of likelihood.contributions
 
 
-def class_accuracy(config: Config, model, params, spec, mesh, real: Source, progress: bool = False) -> dict | None:
-    """How many of config.evaluate.images samples a support vector classifier, fitted on the real training split, takes for their class.
+def compare(table: dict, other: dict, dimensions: int, levels: int) -> dict:
+    """The bounds of one run less those of another on the same records, with the paired standard error: negative is better."""
+    return {unit: {name: _mean((other[name].astype(np.float64) - table[name]) / (dimensions * size))
+                   for name in KINDS} for unit, size in units(levels).items()}
 
-    The samples are made as config.sample says. None where the model has no classes or the training split is too large for an SVC.
-    """
-    if not (model.config.num_classes and config.evaluate.images and len(real.records) <= MAX_CLASSIFIER_RECORDS):
-        return None
+
+def known(run, source: Source, scored: dict) -> dict:
+    """For data whose density is known: its mean log at the records' own x_0, and what each bound on it lacks, in nats of an example."""
+    config = run.config
+    batch = next(pipeline.evaluation_batches(source, config.data.patch_size, len(source.records), 0, 1))
+    x_0 = _noised(config, jax.random.key(config.seed), batch["x"], jnp.full(len(batch["x"]), config.trajectory.t_min), batch["index"])
+    true = source.log_density(np.asarray(x_0, np.float64).reshape(len(x_0), -1), config.trajectory.t_min)
+    return {"log_density": _mean(true)} | {name: _mean(scored[name] - true) for name in KINDS}
+
+
+MAX_RECORDS = 20_000  # of the training split, for what samples are compared with: an SVC's time grows with the square of them
+
+
+def generated(run, progress: bool = False) -> np.ndarray:
+    """The images that samples are scored by, config.evaluate.images of them, made as config.sample says: [n, H, W, C], 0..levels-1."""
+    batches = tqdm.tqdm(generate.in_batches(run.config.evaluate.images, 500), "samples", unit="batch", leave=False,
+                        disable=None if progress else True)
+    return np.concatenate([generate.generate(run.config, run.model, run.params, run.spec, run.mesh, index) for index in batches])
+
+
+def class_accuracy(images, num_classes: int, levels: int, real: np.ndarray, labels: np.ndarray) -> dict:
+    """How many of the images a support vector classifier, fitted on real images, takes for the class that they were asked to be."""
     from sklearn.svm import SVC
 
     def features(images):
-        return np.asarray(images, np.float64).reshape(len(images), -1) / (spec.levels - 1)
+        return np.asarray(images, np.float64).reshape(len(images), -1) / (levels - 1)
 
-    records = [real.records[i] for i in range(len(real.records))]
-    classifier = SVC().fit(features([r["image"] for r in records]), [r["label"] for r in records])
-    hits = []
-    indices = generate.in_batches(config.evaluate.images, 500)
-    for index in tqdm.tqdm(indices, "samples", unit="batch", leave=False, disable=None if progress else True):
-        images = generate.generate(config, model, params, spec, mesh, index)
-        hits.append(classifier.predict(features(images)) == index % model.config.num_classes)
-    return _mean(np.concatenate(hits)) | {"images": len(np.concatenate(hits)), "decoder": config.sample.decoder,
-                                          "guidance": config.sample.guidance}
+    hits = SVC().fit(features(real), labels).predict(features(images)) == np.arange(len(images)) % num_classes
+    return _mean(hits) | {"images": len(images)}
 
 
-def evaluate(config: Config, model, params, mesh, step: int, *, split: str | None = None, trajectories: int | None = None,
-             progress: bool = False) -> dict:
-    """All of evaluation.json for one set of parameters: held-out likelihood, class accuracy of samples, provenance."""
-    split = split or config.evaluate.split
+def image_scores(run, train: Source, held_out: Source, features: str, inception_weights: str | None, progress: bool = False) -> dict:
+    """evaluation.json's figures of samples, beside the training images: class_accuracy, and frechet, precision and recall on features.
+
+    frechet_held_out is the same distance of the held-out images: what a perfect model of as many samples would come near.
+    """
+    config = run.config
+    if not (config.evaluate.images and train.levels):
+        return {}
+    extractor = None if features == "none" else quality.extractor(features, train, inception_weights)  # may refuse: before the sampling
+    records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
+    real, images = np.stack([r["image"] for r in records]), generated(run, progress)
+    made = {"images": len(images), "decoder": config.sample.decoder, "guidance": config.sample.guidance, "steps": config.sample.steps}
+    result = {}
+    if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
+        result["class_accuracy"] = class_accuracy(
+            images, run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records])) | made
+    if extractor:
+        unseen = np.stack([held_out.records[i]["image"] for i in range(min(len(held_out.records), MAX_RECORDS))])
+        wanted = extractor(real)
+        result |= quality.scores(wanted, extractor(images)) | {"frechet_held_out": quality.frechet(wanted, extractor(unseen))}
+        result["features"] = made | {"name": extractor.name, "proxy": extractor.proxy, "digest": extractor.digest,
+                                     "real_images": len(real), "real_split": train.split}
+    return result
+
+
+def evaluate(run, *, split: str | None = None, trajectories: int | None = None, against=None, features: str | None = None,
+             inception_weights: str | None = None, progress: bool = False) -> tuple[dict, dict]:
+    """(all of evaluation.json, the scores of every record) of a run, a load.Run: likelihood, samples' scores, provenance.
+
+    against: another Run, scored on the same records. UserError where the split is of another shape than the training split, or the
+    figures of the two would not compare.
+    """
+    config, model = run.config, run.model
+    split, trajectories = split or config.evaluate.split, trajectories or config.evaluate.trajectories
     source = sources.open_source(config.data.source, split, config.data.image_size)
     spec = pipeline.spec(source, config.data.patch_size)
     if spec.tokens != model.config.tokens or spec.dim != model.config.dim:
         raise UserError(f"split {split} of {config.data.source} has images of shape {spec.image_shape}, not the training split's shape")
-    trajectories = trajectories or config.evaluate.trajectories
-    processes.agree({"--step": step, "--split": split, "--trajectories": trajectories})
-    table = scores(config, model, params, source, mesh, trajectories, progress=progress)
-    result = {"step": step, "split": split} | summarize(table, model, trajectories, source.levels)
+    if against:
+        _check_comparable(run, against)
+    processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features,
+                     "--against": [against.workdir, against.step] if against else None})
+    table = scores(config, model, run.params, source, run.mesh, trajectories, progress=progress)
+    result = {"step": run.step, "split": split} | summarize(table, model, trajectories, source.levels)
+    if source.log_density:
+        result["truth"] = known(run, source, table)
+    if against:
+        other = scores(against.config, against.model, against.params, source, against.mesh, trajectories, progress=progress)
+        result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw} | compare(
+            table, other, spec.tokens * spec.dim, source.levels)
     train = sources.open_source(config.data.source, config.data.split, config.data.image_size)
-    accuracy = class_accuracy(config, model, params, spec, mesh, train, progress)
-    if accuracy:
-        result["class_accuracy"] = accuracy
+    result |= image_scores(run, train, source, features or config.evaluate.features, inception_weights, progress)
+    result["provenance"] = provenance(run, source)
+    return result, table
+
+
+def _check_comparable(run, other) -> None:
+    """UserError where the figures of two runs on the same records would not compare."""
+    for key, mine, theirs in (("data.source", run.config.data.source, other.config.data.source),
+                              ("data.image_size", run.config.data.image_size, other.config.data.image_size),
+                              *([] if run.spec.levels else [
+                                  ("trajectory.t_min", run.config.trajectory.t_min, other.config.trajectory.t_min)])):
+        if mine != theirs:
+            raise UserError(f"--against={other.workdir} has {key} = {theirs}, and this run has {mine}: their figures do not compare; give "
+                            f"a run with the same {key}")
+
+
+def provenance(run, source: Source) -> dict:
+    """What the figures rest on: the data and how they were prepared, the noise levels, the checkpoint, the configuration, the packages."""
+    config, spec = run.config, run.spec
+    sums = json.dumps(checkpoint.checksums(run.params), sort_keys=True)
     packages = ("ntm_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    result["provenance"] = {
-        "source": source.name, "version": source.version, "split": split, "pixel_levels": source.levels, "t_min": config.trajectory.t_min,
-        "levels": np.asarray(state.levels(config, model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0].tolist(),
+    return {
+        "source": source.name, "version": source.version, "split": source.split, "pixel_levels": source.levels,
+        "preprocessing": {"image_shape": list(spec.image_shape), "image_size": config.data.image_size, "patch_size": spec.patch_size,
+                          "scale": "2 v / (pixel_levels - 1) - 1" if source.levels else "as stored"},
+        "t_min": config.trajectory.t_min,
+        "levels": np.asarray(state.levels(config, run.model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0].tolist(),
+        "parameters": "raw" if run.raw else "ema", "checksum": hashlib.sha256(sums.encode()).hexdigest()[:16],
         "config": config.raw, "packages": {name: importlib.metadata.version(name) for name in packages}, "devices": jax.device_count(),
-    }
-    return result
+        "processes": jax.process_count()}
 
 
-def table(result: dict) -> str:
-    """The figures as a person reads them."""
-    rows = []
-    for unit, name in (("bits_per_dim", "bits/dim"), ("nats_per_dim", "nats/dim")):
-        if unit in result:
-            bound, weighted = result[unit]["bound"], result[unit]["importance_weighted"]
-            rows.append((f"bound, {name}", bound))
-            rows.append((f"importance-weighted bound ({weighted['trajectories']} trajectories), {name}", weighted))
+IMAGE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
+NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
+
+
+def check_unit(unit: str, run) -> None:
+    """UserError for bits per dimension of continuous latents."""
+    if unit == "bits_per_dim" and not run.spec.levels:
+        raise UserError(f"bits/dim are of discrete pixels, and {run.config.data.source} is continuous: take nats/dim, a bound on the "
+                        f"density of the data noised to t_0 = {run.config.trajectory.t_min}, comparable at equal t_0 and scale")
+
+
+def table(result: dict, unit: str) -> str:
+    """The figures as a person reads them, likelihoods in a unit of evaluation.json."""
+    bound, weighted, name = result[unit]["bound"], result[unit]["importance_weighted"], NAMES[unit]
+    rows = [(f"bound, {name}", bound)]
+    rows += [(f"importance-weighted bound ({k} trajectories), {name}", v) for k, v in weighted["by_trajectories"].items()]
+    rows.append(("effective sample size", result["effective_sample_size"]))
     rows.append(("trajectory NLL, nats/dim", result["trajectory_nll"]))
+    if "truth" in result:
+        rows.append(("true mean log-density of the data noised to t_0, nats", result["truth"]["log_density"]))
+        rows += [(f"{kind} less the true log-density, nats", result["truth"][key]) for key, kind in KINDS.items()]
+    if "against" in result:
+        other = f"{result['against']['workdir']} at step {result['against']['step']}"
+        rows += [(f"{kind} less that of {other}, {name}", result["against"][unit][key]) for key, kind in KINDS.items()]
     if "class_accuracy" in result:
         percent = {k: 100 * result["class_accuracy"][k] for k in ("mean", "stderr")}
         rows.append((f"class accuracy of {result['class_accuracy']['images']} samples, %", percent))
+    if "features" in result:
+        kind = f"{result['features']['name']} features" + (", a proxy" if result["features"]["proxy"] else "")
+        rows += [(f"{key.replace('_', ' ')} ({kind})", result[key]) for key in IMAGE_SCORES]
     width = max(len(name) for name, _ in rows)
     lines = [f"{result['split']} split, {result['count']} records, step {result['step']}"]
-    lines += [f"  {name:<{width}}  {value['mean']:8.4f} ± {value['stderr']:.4f}" for name, value in rows]
-    by_level = "  ".join(f"{v:.4f}" for v in result["trajectory_nll"]["by_level"])
-    lines.append(f"  {'NLL by level, clean to noisy, nats/dim':<{width}}  {by_level}")
+    for name, value in rows:
+        value = value if isinstance(value, dict) else {"mean": value}
+        lines.append(f"  {name:<{width}}  {value['mean']:8.4f}" + (f" ± {value['stderr']:.4f}" if "stderr" in value else ""))
+    for label, key in (("NLL", result["trajectory_nll"]["by_level"]), ("rate", result["rate_by_level"])):
+        lines.append(f"  {label + ' by level, clean to noisy, nats/dim':<{width}}  " + "  ".join(f"{v:.4f}" for v in key))
     return "\n".join(lines)
 
 
-def report(result: dict, path) -> None:
-    """Prints the figures and writes them as JSON, in the first process only."""
-    if jax.process_index() == 0:
-        epath.Path(path).write_text(json.dumps(result, indent=2) + "\n")
-        print(table(result), flush=True)
+def report(run, result: dict, scored: dict, path, per_example: bool = False, unit: str | None = None) -> None:
+    """Prints the figures and writes, in the first process, path (JSON), beside it a picture of what each level costs (.png), with
+    per_example the scores of each record (.parquet, nats), and for data of known density densities.png."""
+    path = epath.Path(path)
+    if "truth" in result:
+        source = sources.open_source(run.config.data.source, result["split"])
+        truth.picture(run, source, path.with_name("densities.png"))
+    if jax.process_index():
+        return
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    plots.levels_plot(result, path.with_suffix(".png"))
+    if per_example:
+        write_scores(scored, path.with_suffix(".parquet"))
+    print(table(result, unit or next(name for name in NAMES if name in result)), flush=True)
+
+
+def write_scores(scored: dict, path) -> None:
+    """Writes the records' scores as parquet: a row a record, a column a score, those by level with the level after their name."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"index": scored["index"]}
+    for name, values in scored.items():
+        if name == "weighted":
+            continue
+        columns |= {name: values} if values.ndim == 1 else {f"{name}_{k}": v for k, v in enumerate(values.T)}
+    with epath.Path(path).open("wb") as file:
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)

@@ -11,8 +11,9 @@ import tqdm
 from etils import epath
 
 from ntm_jax.core import denoising, sampling
+from ntm_jax.core.layers import Text
 from ntm_jax.core.trajectory import per_example
-from ntm_jax.data import transforms
+from ntm_jax.data import sources, transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots, processes, sharding, state
@@ -20,36 +21,49 @@ from ntm_jax.runtime.config import Config
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model", "steps", "guidance", "decoder", "trajectory"))
-def _generate(params, root, index, label, *, config, model, steps, guidance, decoder, trajectory):
+def _generate(params, root, index, y, *, config, model, steps, guidance, decoder, trajectory):
     t = state.levels(config, model, steps, jnp.full(len(index), config.trajectory.t_min))
-    xs = sampling.sample(model, params, state.example_keys(root, "sample", index), t, label, guidance)
-    x = denoising.score_denoise(model, params, xs, t, label) if decoder == "score" else xs[:, 0] / (1 - per_example(t[:, 0], xs[:, 0]))
+    xs = sampling.sample(model, params, state.example_keys(root, "sample", index), t, y, guidance)
+    x = denoising.score_denoise(model, params, xs, t, y) if decoder == "score" else xs[:, 0] / (1 - per_example(t[:, 0], xs[:, 0]))
     return x, xs if trajectory else None
 
 
-def generate(config: Config, model, params, spec: DataSpec, mesh, index, label=None, *, seed: int | None = None, steps: int | None = None,
-             guidance: float | None = None, decoder: str | None = None, trajectory: bool = False):
-    """Samples of the image indices index [n]; label [n] is index modulo the classes if not given.
+def conditions(config: Config, model, index):
+    """What the images of these indices show if nothing is asked for: the classes in turn, or the texts of the held-out records in turn."""
+    if not model.config.text_width:
+        return index % max(model.config.num_classes, 1)
+    records = sources.open_source(config.data.source, config.evaluate.split).records
+    chosen = [records[int(i) % len(records)] for i in index]
+    return Text(*(np.stack([record[name] for record in chosen]) for name in ("text", "text_mask")))
 
-    seed, steps, guidance and decoder are the configuration's unless given. Returns uint8 images [n, H, W, C]; with trajectory also the
-    levels from pure noise down, [n, K, H, W, C].
+
+def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None, *, seed: int | None = None, steps: int | None = None,
+             guidance: float | None = None, decoder: str | None = None, trajectory: bool = False):
+    """Samples of the image indices index [n] on condition y, labels [n] or Text; see conditions for what it is if not given.
+
+    seed, steps, guidance and decoder are the configuration's unless given. Returns images [n, H, W, C], uint8, or float32 latents where the
+    data are; with trajectory also the levels from pure noise down, [n, K, H, W, C].
     """
-    index = np.asarray(index)
-    label = index % max(model.config.num_classes, 1) if label is None else label
-    batch = {"index": index, "label": np.asarray(label)}
+    index = np.asarray(index, np.int32)
+    y = conditions(config, model, index) if y is None else y
     count, shards = len(index), sharding.batch_shards(mesh)
-    batch = {k: np.resize(v, -(-count // shards) * shards).astype(np.int32) for k, v in batch.items()}  # the mesh needs whole shards
-    batch = {k: jax.make_array_from_callback(v.shape, sharding.batch_sharding(mesh), lambda i, v=v: v[i]) for k, v in batch.items()}
+
+    def place(a):  # the mesh needs whole shards
+        a = np.resize(a, (-(-count // shards) * shards, *np.shape(a)[1:]))
+        a = a.astype(np.int32) if a.ndim == 1 else a
+        return jax.make_array_from_callback(a.shape, sharding.batch_sharding(mesh), lambda i: a[i])
+
+    index, y = place(index), jax.tree.map(place, y)
     s = config.sample
     with sharding.use(mesh):
         x, xs = _generate(
-            params, jax.random.key(config.seed if seed is None else seed), batch["index"], batch["label"],
+            params, jax.random.key(config.seed if seed is None else seed), index, y,
             config=config, model=state.exact(model), steps=s.steps if steps is None else steps,
             guidance=s.guidance if guidance is None else guidance, decoder=s.decoder if decoder is None else decoder, trajectory=trajectory)
 
     def images(tokens):
-        tokens = sharding.to_host(tokens)[:count]
-        return transforms.unscale(transforms.unpatchify(tokens, spec.image_shape, spec.patch_size), spec.levels)
+        values = transforms.unpatchify(sharding.to_host(tokens)[:count], spec.image_shape, spec.patch_size)
+        return transforms.unscale(values, spec.levels) if spec.levels else values
 
     return (images(x), images(xs)[:, ::-1]) if trajectory else images(x)
 
@@ -64,7 +78,10 @@ def check(config: Config, steps: int | None, guidance: float | None) -> None:
 
 
 def displayable(images, levels: int) -> np.ndarray:
-    """Pixel values 0..levels-1 -> 0..255."""
+    """Pixel values 0..levels-1 [..., C] -> 0..255. Of latents (levels 0), the first three channels in false colours, -3 to 3."""
+    if not levels:
+        shown = np.asarray(images)[..., : 3 if np.shape(images)[-1] >= 3 else 1]
+        return ((shown.clip(-3, 3) + 3) * (255 / 6)).round().astype(np.uint8)
     return (np.asarray(images, np.float32) * (255 / (levels - 1))).round().astype(np.uint8)
 
 
@@ -90,7 +107,8 @@ def parse_labels(names, num_classes: int) -> np.ndarray | None:
 
 
 def write_samples(run, out: str, num: int, batch: int, labels=None, **options) -> None:
-    """Writes `num` images of a run into a new folder: PNG files, grid.png, and samples.npz (arr_0: uint8 [n, H, W, 3]; arr_1: labels)."""
+    """Writes `num` images of a run into a new folder: PNG files, grid.png, and samples.npz (ADM's layout, arr_0: uint8
+    [n, H, W, 3], or latents as they are, arr_1: labels)."""
     folder = epath.Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{out} is there and not empty: give a new folder as --out, nothing was overwritten")
@@ -111,7 +129,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, **options) -
     if jax.process_index() == 0:
         index = np.arange(num)
         label = index % max(run.model.config.num_classes, 1) if labels is None else np.resize(labels, num)
-        shown = displayable(images, run.spec.levels)
+        shown = displayable(images, run.spec.levels) if run.spec.levels else images
         with (folder / "samples.npz").open("wb") as file:
             np.savez(file, np.repeat(shown, 3, -1) if shown.shape[-1] == 1 else shown, label)
         plots.save_png(folder / "grid.png", picture(images[:100], run.spec.levels))

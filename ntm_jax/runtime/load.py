@@ -1,10 +1,14 @@
 """A trained run as one object, for notebooks and for the programs that read a workdir."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
+from etils import epath
 
+from ntm_jax.core.layers import Text
+from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.core.model import NTM
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec
@@ -24,35 +28,51 @@ class Run:
     params: dict
     step: int
     mesh: jax.sharding.Mesh
+    workdir: str
+    raw: bool = False
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None) -> np.ndarray:
         """The importance-weighted lower bound on log p(image | label), nats, [n].
 
-        images: [n, H, W, C] integers 0..levels-1, label: [n]. bits/dim = -log_prob / (H W C ln 2).
+        images: [n, H, W, C] integers 0..levels-1, label: [n], or Text for a model of texts. Of continuous latents it is a
+        bound on the density of the image noised to t_0, the noise given by the seed.
         """
         images = np.asarray(images)
         if images.shape[1:] != self.spec.image_shape:
             raise UserError(f"images have shape {images.shape}: expected [n, {', '.join(map(str, self.spec.image_shape))}]")
-        x = transforms.patchify(transforms.scale(images, self.spec.levels), self.spec.patch_size)
-        label = self._labels(len(x), label)
+        x = transforms.scale(images, self.spec.levels) if self.spec.levels else images.astype(np.float32)
+        x = transforms.patchify(x, self.spec.patch_size)
+        told = self._condition(len(x), label)
+        told = {"text": told.states, "text_mask": told.mask} if isinstance(told, Text) else {"label": told}
         shards = sharding.batch_shards(self.mesh)
-        batch = {"x": x, "label": label, "index": np.arange(len(x), dtype=np.int32)}
+        batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)} | told
         batch = {k: np.resize(v, (-(-len(x) // shards) * shards, *v.shape[1:])) for k, v in batch.items()}
         result = evaluate.score_batch(self.config, self.model, self.params, batch, self.mesh, self.spec.levels, trajectories, seed=seed)
         return sharding.to_host(result["importance_weighted"])[: len(x)]
 
+    def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None) -> np.ndarray:
+        """The upper bound on -log2 p(image | label) / (H W C) that log_prob gives, [n]; UserError for continuous latents."""
+        evaluate.check_unit("bits_per_dim", self)
+        nats = -self.log_prob(images, label, trajectories, seed)
+        return bits_per_dim(nats, math.prod(self.spec.image_shape))
+
     def sample(self, n: int, label=None, **options) -> np.ndarray:
-        """n images [n, H, W, C], integers 0..levels-1; label [n] (by default all classes in turn); options as of generate.generate."""
+        """n images [n, H, W, C], integers 0..levels-1, or latents; label [n] or Text, by default as of generate.conditions;
+        options as of generate.generate."""
         return self.sample_at(np.arange(n), label, **options)
 
     def sample_at(self, index, label=None, **options) -> np.ndarray:
         """The images of these indices."""
-        label = None if label is None else self._labels(len(index), label)
+        label = None if label is None else self._condition(len(index), label)
         generate.check(self.config, options.get("steps"), options.get("guidance"))
         return generate.generate(self.config, self.model, self.params, self.spec, self.mesh, index, label, **options)
 
-    def _labels(self, n, label):
-        classes = self.model.config.num_classes
+    def _condition(self, n, label):
+        classes, width = self.model.config.num_classes, self.model.config.text_width
+        if width:
+            if not isinstance(label, Text) or np.shape(label.states)[::2] != (n, width) or np.shape(label.mask) != label.states.shape[:2]:
+                raise UserError(f"the model is told texts: give label=Text(states [{n}, M, {width}], mask [{n}, M]) of ntm_jax.core.layers")
+            return Text(np.asarray(label.states, np.float16), np.asarray(label.mask, bool))
         if label is None and classes:
             raise UserError(f"no label is given, and the model is of {classes} classes: give one label, or one for each of the {n} images")
         label = np.asarray(0 if label is None else label, np.int32)
@@ -73,9 +93,15 @@ def _mesh(config: configuration.Mesh):
 
 
 def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
-    """The run in a workdir at its latest step or `step`, with the EMA or the raw parameters. UserError where there is none."""
+    """The run in a workdir, or one of its WORKDIR/checkpoints/STEP, at its latest step or `step`, with the EMA or the raw parameters.
+
+    UserError where there is none.
+    """
+    folder = epath.Path(workdir)
+    if folder.parent.name == "checkpoints" and folder.name.isdecimal() and step is None:
+        workdir, step = str(folder.parent.parent), int(folder.name)
     config, spec = configuration.load(workdir)
     mesh = _mesh(config.mesh)
     model = state.make_model(config, spec, attention.choose(mesh))
     step, params = state.restore_params(workdir, config, model, mesh, step, raw)
-    return Run(config, spec, model, params, step, mesh)
+    return Run(config, spec, model, params, step, mesh, str(workdir), raw)

@@ -4,6 +4,7 @@ Symbols: n images, K levels, H height, W width, C channels (1 or 3). Images are 
 """
 
 import io
+import itertools
 import json
 import math
 
@@ -76,6 +77,58 @@ def trajectory_picture(images, levels, out_png) -> None:
         for row in range(n):
             axes[row, column].imshow(_displayable(images[row, level]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes[row, column].set_axis_off()
+    _save(figure, out_png)
+
+
+def points_picture(points, levels, out_png) -> None:
+    """Draws points of the plane [n, K, 2] at noise levels [K], a column a level."""
+    points = np.asarray(points)
+    figure, axes = _figure(2.5 * len(levels), 2.8, 1, len(levels))
+    for k, (panel, level) in enumerate(zip(axes[0], levels, strict=True)):
+        panel.scatter(*points[:, k].T, s=2, linewidths=0)
+        panel.set(title=f"t={level:.2g}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    _save(figure, out_png)
+
+
+def levels_plot(result: dict, out_png) -> None:
+    """Draws what each noise level costs, of an evaluation.json: its NLL, and the terms that make up the bound, in nats per dimension.
+
+    A transition's rate is what the bound pays for it, the predictor, the transporter's log-det and the forward process together.
+    """
+    nll, terms, rate = result["trajectory_nll"], result["contributions"], result["rate_by_level"]
+    figure, axes = _figure(11, 4, 1, 2)
+    left, right = axes[0]
+    names = [f"{s:.2g} from {t:.2g}" for s, t in itertools.pairwise(result["provenance"]["levels"])]
+    left.bar(names, nll["by_level"], yerr=nll["stderr_by_level"], color="tab:blue")
+    left.set(title="trajectory NLL by transition of the noise level t", ylabel="nats per dimension")
+    parts = {name: np.negative(terms[name][: len(rate)]) for name in ("predictor", "log_det", "forward")}
+    for i, (name, values) in enumerate(parts.items()):
+        right.bar(np.arange(len(rate)) + (i - 1) * 0.25, values, 0.25, label=name.replace("_", "-"), alpha=0.6)
+    right.plot(np.arange(len(rate)), rate, "ko-", label="rate: their sum")
+    if "reconstruction" in terms:
+        right.axhline(-terms["reconstruction"], color="tab:red", linestyle="--", label="reconstruction")
+    right.set_xticks(np.arange(len(rate)), names)
+    right.set(title="what makes up the bound", ylabel="nats per dimension")
+    right.axhline(0, color="black", linewidth=0.5)
+    right.legend()
+    _save(figure, out_png)
+
+
+def density_picture(true, learned, levels, extent: float, out_png) -> None:
+    """Draws densities of the plane, true (upper row) and learned [K, m, m], at noise levels [K] in any order: noisy (left) to clean.
+
+    Densities are given by row y and column x on [-extent, extent]; those of a level share their colours, of which white is 0.
+    """
+    levels = np.asarray(levels)
+    figure, axes = _figure(1.6 * len(levels) + 0.3, 3.5, 2, len(levels))
+    for column, level in enumerate(np.argsort(-levels)):
+        axes[0, column].set_title(f"t={levels[level]:.2g}", fontsize=8)
+        brightest = max(np.max(true[level]), np.max(learned[level]))
+        for row, density in enumerate((true[level], learned[level])):
+            axes[row, column].imshow(density, cmap="Blues", vmin=0, vmax=brightest, origin="lower", extent=(-extent, extent) * 2)
+            axes[row, column].set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("true")
+    axes[1, 0].set_ylabel("learned")
     _save(figure, out_png)
 
 

@@ -17,7 +17,7 @@ from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, evaluate, flops, generate, optimizer, plots, processes, sharding, state
+from ntm_jax.runtime import attention, evaluate, flops, generate, load, optimizer, plots, processes, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
@@ -231,9 +231,10 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
         if not done:
             return None
         writer.message(f"trained to step {total}; evaluating")
-    finish(config, model, current.ema, mesh, spec, workdir)
-    result = evaluate.evaluate(config, model, current.ema, mesh, total, progress=progress)
-    evaluate.report(result, epath.Path(workdir) / "evaluation.json")
+    run = load.Run(config, spec, model, current.ema, total, mesh, workdir)
+    finish(run)
+    result, scored = evaluate.evaluate(run, progress=progress)
+    evaluate.report(run, result, scored, epath.Path(workdir) / "evaluation.json")
     return result
 
 
@@ -309,16 +310,23 @@ def _evaluate(config, model, ema, held_out, mesh, step, writer) -> tuple[dict, d
     return {f"evaluate/{unit}": bound["mean"]} | by_level, {"bound": bound["mean"]}
 
 
-def finish(config, model, ema, mesh, spec, workdir) -> None:
+def finish(run: load.Run) -> None:
     """The run's pictures: samples, denoising trajectories, the loss curve."""
-    folder = epath.Path(workdir)
-    indices = generate.in_batches(config.sample.num, 500)
-    images = np.concatenate([generate.generate(config, model, ema, spec, mesh, index) for index in indices])
-    shown = np.arange(min(config.sample.num, 10))
-    clean, levels = generate.generate(config, model, ema, spec, mesh, shown, trajectory=True)
-    t = np.asarray(state.levels(config, model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0, ::-1]
-    if jax.process_index() == 0:
+    folder, config, spec = epath.Path(run.workdir), run.config, run.spec
+    def sampled(index, **options):
+        return generate.generate(config, run.model, run.params, spec, run.mesh, index, **options)
+
+    images = np.concatenate([sampled(index) for index in generate.in_batches(config.sample.num, 500)])
+    points = not spec.levels and spec.image_shape == (1, 2, 1)  # of the plane: the more the better to see
+    clean, levels = sampled(np.arange(min(config.sample.num, 500 if points else 10)), trajectory=True)
+    t = np.asarray(state.levels(config, run.model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0, ::-1]
+    pictures = np.concatenate([levels, clean[:, None]], 1)
+    if jax.process_index():
+        return
+    plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png")
+    if points:
+        plots.points_picture(images.reshape(-1, 1, 2), [0.0], folder / "samples.png")
+        plots.points_picture(pictures.reshape(*pictures.shape[:2], 2), [*t, 0.0], folder / "trajectories.png")
+    else:
         plots.save_png(folder / "samples.png", generate.picture(images, spec.levels))
-        pictures = np.concatenate([levels, clean[:, None]], 1)
         plots.trajectory_picture(generate.displayable(pictures, spec.levels), [*t, 0.0], folder / "trajectories.png")
-        plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png")

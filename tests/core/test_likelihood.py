@@ -97,25 +97,30 @@ def test_contributions_by_hand(drawn, levels):
     rng = np.random.default_rng(2)
     quadratic, log_scale, log_det = (jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(3))
     parts = likelihood.contributions(Terms(quadratic, log_scale, log_det, 2.5), xs, x, t, levels)
-    s = np.asarray(t, np.float64)[:, :, None, None]
-    forward = sum(
-        log_gaussian(xs[:, k + 1], (1 - s[:, k + 1]) / (1 - s[:, k]) * np.asarray(xs[:, k]),
+    s, xs_, x_ = (np.asarray(a, np.float64) for a in (np.asarray(t)[:, :, None, None], xs, x))
+    start = log_gaussian(xs[:, 0], (1 - s[:, 0]) * x_, s[:, 0] ** 2) if levels else 0
+    forward = start + sum(
+        log_gaussian(xs[:, k + 1], (1 - s[:, k + 1]) / (1 - s[:, k]) * xs_[:, k],
                      s[:, k + 1] ** 2 - ((1 - s[:, k + 1]) / (1 - s[:, k]) * s[:, k]) ** 2)
         for k in range(4)
     )
     expected = {
         "prior": log_gaussian(xs[:, -1], 0, 1.0),
-        "predictor": -np.asarray(quadratic + log_scale + 2.5).sum(1),
-        "log_det": np.asarray(log_det).sum(1),
+        "predictor": -np.asarray(quadratic + log_scale + 2.5),
+        "log_det": np.asarray(log_det),
         "forward": -forward,
     }
     if levels:
-        expected["forward"] -= log_gaussian(xs[:, 0], (1 - s[:, 0]) * np.asarray(x), s[:, 0] ** 2)
         expected["reconstruction"] = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], levels)
     assert parts.keys() == expected.keys()
+    assert parts["forward"].shape == (3, 5)
+    np.testing.assert_allclose(parts["forward"][:, -1], -expected["prior"], rtol=1e-6)  # x_T is noise of its own
+    assert levels or not parts["forward"][:, 0].any()
+    summed = parts | {"forward": parts["forward"].sum(1)}
     for name, value in expected.items():
-        assert parts[name].shape == (3,)
-        np.testing.assert_allclose(parts[name], value, rtol=1e-5, atol=1e-5, err_msg=name)  # float32 sums of tens of terms
+        np.testing.assert_allclose(summed[name], value, rtol=1e-5, atol=1e-5, err_msg=name)  # float32 sums of tens of terms
+    total = sum(np.asarray(value).reshape(3, -1).sum(1) for value in expected.values())
+    np.testing.assert_allclose(likelihood.log_weight(parts), total, rtol=1e-5, atol=1e-4)  # of terms of up to 400
 
 
 def gaussian_terms(xs, t, mean, variance):
@@ -136,15 +141,91 @@ def gaussian_terms(xs, t, mean, variance):
 def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_data(drawn):
     x, xs, t = drawn
     mean, variance = 0.3, 0.4
-    log_w = sum(likelihood.contributions(gaussian_terms(xs, t, mean, variance), xs, x, t, 0).values())
+    log_w = likelihood.log_weight(likelihood.contributions(gaussian_terms(xs, t, mean, variance), xs, x, t, 0))
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = log_gaussian(xs[:, 0], (1 - t_0) * mean, (1 - t_0) ** 2 * variance + t_0**2)
     # float32 sums of some tens of nats over 8 dimensions: method, section 9, gives 4e-6 a dimension
     np.testing.assert_allclose(log_w / 8, expected / 8, atol=1e-5)
     # and of pixels, the ratio of decoder and encoder is added
-    pixel = sum(likelihood.contributions(gaussian_terms(xs, t, mean, variance), xs, x, t, 17).values())
+    pixel = likelihood.log_weight(likelihood.contributions(gaussian_terms(xs, t, mean, variance), xs, x, t, 17))
     ratio = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], 17) - log_gaussian(xs[:, 0], (1 - t_0) * np.asarray(x), t_0**2)
     np.testing.assert_allclose((pixel - log_w) / 8, ratio / 8, atol=1e-5)
+
+
+class TrueConditionals:
+    """In a model's place: the reverse conditionals of data N(mean, variance), by hand, in float32 (method, section 9)."""
+
+    def __init__(self, mean, variance):
+        self.mean, self.variance = mean, variance
+
+    def apply(self, params, xs, t, steps, y):
+        s, t = t[:, :-1, None, None], t[:, 1:, None, None]
+        a, b, c = trajectory.posterior(s, t)
+        spread = (1 - t) ** 2 * self.variance + t**2
+        clean = self.mean + (1 - t) * self.variance / spread * (xs[:, 1:] - (1 - t) * self.mean)
+        log_scale = 0.5 * jnp.log(c**2 + b**2 * self.variance * t**2 / spread) + 0 * clean
+        z = (xs[:, :-1] - a * xs[:, 1:] - b * clean) * jnp.exp(-log_scale)
+        constant = xs[0, 0].size / 2 * math.log(2 * math.pi)
+        return Terms(0.5 * jnp.sum(z**2, (2, 3)), jnp.sum(log_scale, (2, 3)), jnp.zeros(z.shape[:2]), constant)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "shifted"])
+@pytest.mark.parametrize("steps", [1, 4, 16])
+def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true(schedule, steps):
+    mean, variance, rng = 0.3, 0.4, np.random.default_rng(5)
+    x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
+    t = trajectory.levels(steps, jnp.full(16, 0.02), schedule, 0.5)
+    x_0 = trajectory.start(x, t[:, 0], jnp.asarray(rng.normal(size=x.shape), jnp.float32))
+
+    def draw(number):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (16, steps, 8, 3))
+        return trajectory.extend(x_0, t, noise)
+
+    expected = log_gaussian(x_0, 0.98 * mean, 0.98**2 * variance + 0.02**2) / 24
+    for trajectories in (1, 4, 16):
+        scores = likelihood.weigh(TrueConditionals(mean, variance), {}, draw, x, t, steps, None, 0, trajectories)
+        assert scores["weighted"].shape == (16, len(likelihood.marks(trajectories)))
+        for bound in (scores["bound"], scores["importance_weighted"], *scores["weighted"].T):
+            np.testing.assert_allclose(bound / 24, expected, atol=1e-4)  # float32: some 4e-6 a dimension
+        np.testing.assert_allclose(scores["effective_sample_size"], trajectories, rtol=1e-3)
+        assert (scores["bound_variance"] < 1e-6).all()
+
+
+def test_with_the_bayes_decoder_the_bound_on_the_clean_data_is_exact(monkeypatch):
+    mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
+    x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
+    t = trajectory.levels(4, jnp.full(16, t_0), "linear", 0.0)
+    p = 1 / (1 / variance + (1 - t_0) ** 2 / t_0**2)
+
+    def bayes(x, x_0, t_0, levels):
+        at = trajectory.per_example(t_0, x)
+        return jnp.sum(trajectory.log_normal(x, p * (mean / variance + (1 - at) * x_0 / at**2), math.sqrt(p)), (1, 2))
+
+    def draw(number):
+        return trajectory.simulate(x, t, jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (16, 5, 8, 3)))
+
+    monkeypatch.setattr(likelihood, "log_reconstruction", bayes)
+    scores = likelihood.weigh(TrueConditionals(mean, variance), {}, draw, x, t, 4, None, 17, 4)
+    for bound in (scores["bound"], *scores["weighted"].T):
+        np.testing.assert_allclose(bound / 24, log_gaussian(x, mean, variance) / 24, atol=1e-4)
+    # the decoder that ignores the prior loses about half log(1 + t_0^2 / ((1-t_0)^2 v)) a dimension
+    monkeypatch.setattr(likelihood, "log_reconstruction", lambda x, x_0, t_0, _: jnp.sum(trajectory.log_normal(
+        x, x_0 / (1 - trajectory.per_example(t_0, x)), trajectory.per_example(t_0 / (1 - t_0), x)), (1, 2)))
+    worse = likelihood.weigh(TrueConditionals(mean, variance), {}, draw, x, t, 4, None, 17, 4)["bound"]
+    gap = float(jnp.mean(scores["bound"] - worse)) / 24
+    assert gap == pytest.approx(0.5 * math.log(1 + t_0**2 / ((1 - t_0) ** 2 * variance)), rel=0.5)
+
+
+def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
+    mean, variance, rng = 0.3, 0.4, np.random.default_rng(7)
+    t = trajectory.levels(4, jnp.full(6, 0.02), "linear", 0.0)[:, 2:]
+    points = jnp.asarray(rng.normal(size=(6, 8, 3)), jnp.float32)
+    scores = likelihood.weigh(
+        TrueConditionals(mean, variance), {}, lambda n: trajectory.extend(points, t, jax.random.normal(jax.random.key(n), (6, 2, 8, 3))),
+        points, t, 4, None, 0, 3)
+    level = float(t[0, 0])
+    expected = log_gaussian(points, (1 - level) * mean, (1 - level) ** 2 * variance + level**2)
+    np.testing.assert_allclose(scores["importance_weighted"] / 24, expected / 24, atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "shifted"])
@@ -155,7 +236,7 @@ def test_a_new_model_weighs_gaussian_data_exactly(tiny, schedule):
     x, noise = (jnp.asarray(rng.normal(size=(8, *shape, config.tokens, config.dim)), jnp.float32) for shape in ((), (5,)))
     t = trajectory.levels(4, jnp.linspace(1e-3, 0.1, 8), schedule, trajectory.default_shift(config.tokens))
     xs = trajectory.simulate(r * x, t, noise)
-    log_w = sum(likelihood.contributions(new(xs, t, jnp.full(8, 4), jnp.zeros(8, int)), xs, r * x, t, 0).values())
+    log_w = likelihood.log_weight(likelihood.contributions(new(xs, t, jnp.full(8, 4), jnp.zeros(8, int)), xs, r * x, t, 0))
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = log_gaussian(xs[:, 0], 0, (1 - t_0) ** 2 * r**2 + t_0**2)
     # exact but for float32: 4e-6 nats a dimension by method, section 9, and more at t_0 = .001, where z = 1e-7 / .001
@@ -176,6 +257,9 @@ def test_importance_sums_equal_the_direct_ones():
     effective = np.exp(2 * logsumexp(log_w, 0) - logsumexp(2 * log_w, 0))
     np.testing.assert_allclose(sums.effective_sample_size, effective, rtol=3e-3)
     assert (sums.importance_weighted >= sums.bound).all()
+    np.testing.assert_allclose(sums.bound_variance, log_w.var(0, ddof=1) / 6, rtol=1e-4)  # of numbers rounded by 5e-4
+    w = np.exp(log_w - log_w.max(0))
+    np.testing.assert_allclose(sums.weighted_variance, w.var(0, ddof=1) / 6 / w.mean(0) ** 2, rtol=3e-3, atol=3e-3)
 
 
 @pytest.mark.parametrize("weights", [[0.0], [-7.0, -7.0, -7.0, -7.0]])

@@ -168,20 +168,28 @@ def log_gaussian(x, mean, variance):
     return (-0.5 * ((x - mean) ** 2 / variance + np.log(2 * math.pi * variance))).sum()
 
 
-def test_log_forward_and_start_by_closed_form():
+@pytest.mark.parametrize("r", [0.0, 0.015])
+def test_log_reverse_sums_to_the_joint_density_given_x_r(r):
+    """The joint Gaussian of x_0..x_T given x_r, coordinate by coordinate, from the forward steps alone."""
     rng = np.random.default_rng(2)
-    x, xs = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 2), (2, 5, 3, 2)))
+    x_r, xs = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 2), (2, 5, 3, 2)))
     t = uneven_levels()
-    start, forward = trajectory.log_start(xs[:, 0], x, t[:, 0]), trajectory.log_forward(xs, t)
-    assert start.shape == (2,)
-    assert forward.shape == (2, 4)
+    reverse = trajectory.log_reverse(xs, t, x_r, jnp.full((2, 1), r) if r else 0.0)
+    assert reverse.shape == (2, 4)
     for i, s in enumerate(np.asarray(t, np.float64)):
-        # a float32 sum of six terms
-        assert start[i] == pytest.approx(log_gaussian(xs[i, 0].astype(float), (1 - s[0]) * x[i], s[0] ** 2), rel=2e-6)
-        for k in range(4):
-            a, variance = forward_step(s[k], s[k + 1])
-            # as above; between the levels .1 and .11 rounding takes 1e-5 of the variance
-            assert forward[i, k] == pytest.approx(log_gaussian(xs[i, k + 1].astype(float), a * xs[i, k], variance), rel=2e-5)
+        total = log_gaussian(xs[i, -1].astype(float), 0, 1)
+        total_forward, below, x_below = 0.0, r, x_r[i].astype(float)
+        for k in range(5):
+            a, variance = forward_step(below, s[k]) if k < 4 else (0.0, 1.0)
+            total_forward += log_gaussian(xs[i, k].astype(float), a * x_below, variance)
+            below, x_below = s[k], xs[i, k].astype(float)
+        # float32 sums of tens of terms; between the levels .1 and .11 rounding takes 1e-5 of the variance
+        assert total + reverse[i].sum() == pytest.approx(total_forward, rel=2e-5)
+        for k in range(4):  # and each by conditioning in the joint Gaussian of x_k and x_{k+1}
+            (a, low), (b, high) = forward_step(r, s[k]), forward_step(r, s[k + 1])
+            gain = (b / a) * low / high
+            mean = a * x_r[i] + gain * (xs[i, k + 1].astype(float) - b * x_r[i])
+            assert reverse[i, k] == pytest.approx(log_gaussian(xs[i, k].astype(float), mean, low - gain * (b / a) * low), rel=2e-5)
 
 
 def test_extend_starts_where_it_is_told_and_simulate_starts_from_the_marginal():

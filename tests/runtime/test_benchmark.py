@@ -30,7 +30,7 @@ def setting(**overrides) -> benchmark.Setting:
 
 def test_rows_agree_with_themselves():
     rows = benchmark.benchmark(tiny_config(), 3)
-    assert [row["name"] for row in rows] == ["train step", "input pipeline", "likelihood evaluation"]
+    assert [row["name"] for row in rows] == ["train step", "forward pass", "input pipeline", "likelihood evaluation"]
     for row in rows:
         assert list(row) == KEYS
         assert len(row["runs"]) == 3
@@ -38,13 +38,14 @@ def test_rows_agree_with_themselves():
         assert min(row["runs"]) > 0
         if row["flops_per_second"] is not None:
             assert row["share_of_limit"] == pytest.approx(row["flops_per_second"] / row["limit"])
-    pipeline = rows[1]
+    pipeline = rows[2]
     assert pipeline["flops_per_second"] is None
     example = 64 * 4 + 4 + 4  # pixels in float32, the label and the index
     assert pipeline["share_of_limit"] == pytest.approx(pipeline["items_per_second"] * example / pipeline["limit"])
     printed = benchmark.table(rows).splitlines()
-    assert len(printed) == 5
-    assert f"gives {pipeline['items_per_second'] / rows[0]['items_per_second']:.1f} examples" in printed[-1]
+    assert len(printed) == 7
+    assert f"gives {pipeline['items_per_second'] / rows[0]['items_per_second']:.1f} examples" in printed[-2]
+    assert f"takes {rows[1]['items_per_second'] / rows[3]['items_per_second']:.2f} times as long" in printed[-1]
 
 
 def test_recomputation_is_not_counted():
@@ -55,9 +56,10 @@ def test_recomputation_is_not_counted():
 def test_a_step_is_three_evaluations():
     """The gradient of a product is two products; the first layers' inputs need none, so a little less than three."""
     tiny = setting(**{"data.batch_size": 20, "evaluate.batch_size": 20})
-    step, forward = benchmark._train_step(tiny), benchmark._likelihood(tiny)
-    assert step.items == forward.items == 20
+    step, forward, evaluation = benchmark._train_step(tiny), benchmark._forward(tiny), benchmark._likelihood(tiny)
+    assert step.items == forward.items == evaluation.items == 20
     assert 2.7 * forward.flops < step.flops < 3 * forward.flops
+    assert evaluation.flops == forward.flops
 
 
 def test_steps_go_on_from_one_another():
@@ -88,6 +90,6 @@ def test_the_program_writes_rows(tmp_path, compilation_cache):
     arguments = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items()), "--runs=1"]
     done = python("-m", "launch.benchmark", *arguments, f"--json={tmp_path / 'rows.json'}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [list(row) for row in rows] == [KEYS] * 3
+    assert [list(row) for row in rows] == [KEYS] * 4
     assert re.match(r"1 x \S.*, jax [\d.]+, medians of 1 runs\n", done.stdout)
     assert benchmark.table(rows) in done.stdout

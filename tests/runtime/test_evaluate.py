@@ -6,11 +6,13 @@ import math
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from ntm_jax.core import likelihood
+from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import evaluate, state
+from ntm_jax.runtime import evaluate, load, state
 from tests.common import batch_of, randomised, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -55,8 +57,16 @@ def test_the_weighted_bound_is_the_tighter_one_record_by_record(tables):
     assert (table["importance_weighted"] > table["bound"]).all()
     assert (table["importance_weighted"] - table["bound"] < 1000).all()
     assert ((table["effective_sample_size"] >= 1 - 1e-5) & (table["effective_sample_size"] <= 3)).all()
-    parts = sum(table[name] for name in ("prior", "predictor", "log_det", "forward", "reconstruction"))
+    parts = sum(table[name].reshape(20, -1).sum(1) for name in evaluate.PARTS)
     np.testing.assert_allclose(parts, table["bound"], rtol=1e-5, atol=1e-2)
+    np.testing.assert_array_equal(table["weighted"][:, -1], table["importance_weighted"])  # of the first 1 and of all 3
+    assert table["weighted"].shape == (20, 2)
+
+
+def test_fewer_trajectories_are_the_first_of_many(trained, tables):
+    source, model, mesh, params = trained
+    one = evaluate.scores(SETTINGS, model, params, source, mesh, 1)
+    np.testing.assert_allclose(one["importance_weighted"], tables[512]["weighted"][:, 0], rtol=1e-5)
 
 
 def test_one_trajectory_makes_both_bounds_one(trained):
@@ -82,6 +92,16 @@ def test_the_summary(trained, tables):
     assert result["trajectory_nll"]["by_level"] == pytest.approx(levels.mean(0), rel=1e-6)
     assert result["trajectory_nll"]["mean"] == pytest.approx(levels.mean(), rel=1e-6)
     assert result["trajectory_nll"]["stderr"] == pytest.approx(levels.mean(1).std(ddof=1) / np.sqrt(20), rel=1e-4)
+    assert result["trajectory_nll"]["stderr_by_level"] == pytest.approx(levels.std(0, ddof=1) / np.sqrt(20), rel=1e-4)
+    by_trajectories = result["bits_per_dim"]["importance_weighted"]["by_trajectories"]
+    assert list(by_trajectories) == ["1", "3"]
+    assert by_trajectories["3"]["mean"] == pytest.approx(result["bits_per_dim"]["importance_weighted"]["mean"], rel=1e-6)
+    noise = result["bits_per_dim"]["bound"]["noise_stderr"] * dimensions * math.log(2)
+    assert noise == pytest.approx(math.sqrt(table["bound_variance"].sum()) / 20, rel=1e-5)
+    assert noise > 0
+    terms = result["contributions"]
+    paid = np.sum(result["rate_by_level"]) - terms["reconstruction"]
+    assert paid == pytest.approx(result["nats_per_dim"]["bound"]["mean"], rel=1e-5)
     assert "bits_per_dim" not in evaluate.summarize(table, trained[1], 3, 0)
     one = evaluate.summarize({name: values[:1] for name, values in table.items()}, trained[1], 3, 17)
     assert one["nats_per_dim"]["bound"]["stderr"] == 0
@@ -90,7 +110,7 @@ def test_the_summary(trained, tables):
 def test_continuous_data_keep_their_x_0_over_trajectories(trained, monkeypatch):
     source, model, mesh, params = trained
     seen = []
-    contributions = likelihood.contributions
+    contributions = likelihood.contributions  # traced once a scan: what it is given is seen once a trajectory
 
     def spy(terms, xs, *rest):
         jax.debug.callback(lambda x: seen.append(np.asarray(x)), xs, ordered=True)
@@ -113,36 +133,102 @@ def test_continuous_data_keep_their_x_0_over_trajectories(trained, monkeypatch):
     assert abs(noise.std() - 1) < 0.2
 
 
+def run_of(settings, trained, **changes) -> load.Run:
+    source, model, mesh, params = trained
+    return load.Run(settings, pipeline.spec(source, settings.data.patch_size), model, params, 3, mesh, "runs/tiny", **changes)
+
+
 def test_evaluation_json(trained, tmp_path, capsys):
-    _, model, mesh, params = trained
-    settings = tiny_config(**{"evaluate.images": 20, "evaluate.split": "test[:12]"})
-    result = evaluate.evaluate(settings, model, params, mesh, 3)
-    evaluate.report(result, tmp_path / "evaluation.json")
+    settings = tiny_config(**{"evaluate.images": 20, "evaluate.split": "test[:12]", "evaluate.features": "pixels"})
+    run = run_of(settings, trained)
+    result, scored = evaluate.evaluate(run)
+    evaluate.report(run, result, scored, tmp_path / "evaluation.json", per_example=True)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     assert {"step", "split", "count", "bits_per_dim", "nats_per_dim", "trajectory_nll", "class_accuracy", "effective_sample_size",
-            "provenance"} <= set(result)
+            "frechet", "precision", "recall", "features", "provenance"} <= set(result)
     assert (result["step"], result["split"], result["count"]) == (3, "test[:12]", 12)
     for unit in ("bits_per_dim", "nats_per_dim"):
         assert set(result[unit]) == {"bound", "importance_weighted"}
-        assert set(result[unit]["bound"]) == {"mean", "stderr"}
-        assert set(result[unit]["importance_weighted"]) == {"mean", "stderr", "trajectories"}
-    assert set(result["trajectory_nll"]) == {"mean", "stderr", "by_level"}
+        assert {"mean", "stderr", "noise_stderr"} <= set(result[unit]["bound"])
+        assert {"mean", "stderr", "noise_stderr", "trajectories", "by_trajectories"} <= set(result[unit]["importance_weighted"])
+    assert {"mean", "stderr", "by_level"} <= set(result["trajectory_nll"])
     assert len(result["trajectory_nll"]["by_level"]) == 2
     assert (result["class_accuracy"]["images"], result["class_accuracy"]["decoder"]) == (20, "score")
     assert 0 <= result["class_accuracy"]["mean"] < 0.6  # an untrained model's
-    assert result["provenance"]["t_min"] == 0.03
-    assert result["provenance"]["levels"] == pytest.approx([0.03, 0.515, 1])
-    assert result["provenance"]["config"] == settings.raw
+    assert result["frechet"] > 3 * result["frechet_held_out"] > 0
+    assert (result["features"]["name"], result["features"]["proxy"], result["features"]["images"]) == ("pixels", True, 20)
+    provenance = result["provenance"]
+    assert (provenance["t_min"], provenance["parameters"], len(provenance["checksum"])) == (0.03, "ema", 16)
+    assert provenance["levels"] == pytest.approx([0.03, 0.515, 1])
+    assert provenance["config"] == settings.raw
     printed = capsys.readouterr().out
     assert "test[:12] split, 12 records, step 3" in printed
     assert f"{result['bits_per_dim']['bound']['mean']:.4f} ± {result['bits_per_dim']['bound']['stderr']:.4f}" in printed
-    one = evaluate.evaluate(SETTINGS, model, params, mesh, 3, split="train[:4]", trajectories=1)
+    assert "a proxy" in printed
+    assert "FID" not in printed.upper()
+    assert (tmp_path / "evaluation.png").stat().st_size > 1000
+    rows = pyarrow.parquet.read_table(tmp_path / "evaluation.parquet").to_pydict()
+    assert rows["index"] == list(range(12))
+    np.testing.assert_array_equal(np.float32(rows["bound"]), scored["bound"])
+    np.testing.assert_array_equal(np.float32(rows["nll_1"]), scored["nll"][:, 1])
+    one, _ = evaluate.evaluate(run_of(SETTINGS, trained), split="train[:4]", trajectories=1)
     assert (one["split"], one["count"], one["nats_per_dim"]["importance_weighted"]["trajectories"]) == ("train[:4]", 4, 1)
     assert "class_accuracy" not in one
 
 
+def test_two_runs_are_compared_record_by_record(trained):
+    source, model, mesh, params = trained
+    other = run_of(SETTINGS, (source, model, mesh, jax.tree.map(lambda a: 1.01 * a, params)))
+    run = run_of(SETTINGS, trained)
+    result, mine = evaluate.evaluate(run, against=other)
+    _, theirs = evaluate.evaluate(other)
+    difference = (theirs["bound"].astype(np.float64) - mine["bound"]) / 64 / math.log(2)
+    found = result["against"]["bits_per_dim"]["bound"]
+    assert found["mean"] == pytest.approx(difference.mean(), rel=1e-6)
+    assert found["stderr"] == pytest.approx(difference.std(ddof=1) / math.sqrt(20), rel=1e-6)
+    unpaired = math.hypot(result["bits_per_dim"]["bound"]["stderr"], np.std(theirs["bound"], ddof=1) / 64 / math.log(2) / math.sqrt(20))
+    assert found["stderr"] < unpaired
+    assert "runs/tiny at step 3" in evaluate.table(result, "bits_per_dim")
+    same, _ = evaluate.evaluate(run, against=run)
+    assert same["against"]["bits_per_dim"]["bound"] == {"mean": 0, "stderr": 0}
+    elsewhere = dataclasses.replace(other, config=tiny_config(**{"data.source": "mnist_5k"}))
+    with pytest.raises(UserError, match=r"has data\.source = mnist_5k, and this run has digits"):
+        evaluate.evaluate(run, against=elsewhere)
+
+
+def test_a_batch_beyond_the_memory_is_taken_in_parts(trained, tables, monkeypatch):
+    source, model, mesh, params = trained
+    score_batch, tried = evaluate.score_batch, []
+
+    def limited(config, model, params, batch, *rest):
+        tried.append(len(batch["x"]))
+        if tried[-1] > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+        return score_batch(config, model, params, batch, *rest)
+
+    monkeypatch.setattr(evaluate, "score_batch", limited)
+    most = 5
+    with pytest.warns(UserWarning, match="does not fit in memory: (10|5) at a time"):
+        found = evaluate.scores(SETTINGS, model, params, source, mesh, 3)
+    assert tried == [20, 10, 5, 5, 5, 5]
+    for name, values in tables[512].items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-3, err_msg=name)
+    most = 0
+    with pytest.warns(UserWarning, match="does not fit"), pytest.raises(UserError, match="one record a device does not fit"):
+        evaluate.scores(SETTINGS, model, params, source, mesh, 3)
+
+
+def test_bits_of_latents_are_refused(trained):
+    run = run_of(SETTINGS, trained)
+    assert evaluate.check_unit("bits_per_dim", run) is None
+    latents = dataclasses.replace(run, spec=dataclasses.replace(run.spec, levels=0))
+    assert evaluate.check_unit("nats_per_dim", latents) is None
+    with pytest.raises(UserError, match=r"take nats/dim, a bound on the density of the data noised to t_0 = 0\.03"):
+        evaluate.check_unit("bits_per_dim", latents)
+    with pytest.raises(UserError, match="take nats/dim"):
+        latents.bits_per_dim(np.zeros((1, 8, 8, 1)), 0)
+
+
 def test_a_split_of_other_images_is_refused(trained):
-    _, model, mesh, params = trained
-    settings = tiny_config(**{"data.image_size": 4})
     with pytest.raises(UserError, match=r"has images of shape \(4, 4, 1\), not the training split's shape"):
-        evaluate.evaluate(settings, model, params, mesh, 0)
+        evaluate.evaluate(run_of(tiny_config(**{"data.image_size": 4}), trained))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ntm_jax.core.layers import Text
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import generate, state
@@ -21,7 +22,7 @@ def run():
     """A Run that no folder holds."""
     source, model, mesh = setup(SETTINGS)
     params = randomised(state.initialize(SETTINGS, model, mesh).params)
-    return Run(SETTINGS, pipeline.spec(source, 2), model, params, 4, mesh)
+    return Run(SETTINGS, pipeline.spec(source, 2), model, params, 4, mesh, "runs/tiny")
 
 
 def same(one, other):
@@ -111,3 +112,25 @@ def test_a_folder_that_is_not_empty_is_left_alone(run, tmp_path):
     with pytest.raises(UserError, match="label 'x' is not a class"):
         generate.write_samples(run, str(tmp_path / "new"), 2, 2, ["x"])
     assert not (tmp_path / "new").exists()
+
+
+def test_latents_and_texts():
+    """A model of texts shows the held-out ones in turn, or those that it is given, and returns latents as they are."""
+    settings = tiny_config(**{
+        "data.source": "mock:4x4x3,text=3x8", "data.patch_size": 1, "model.condition": "text", "sample.guidance": 1.0})
+    source, _, mesh = setup(settings)
+    spec = pipeline.spec(source, 1)
+    model = state.make_model(settings, spec)
+    run = Run(settings, spec, model, randomised(state.initialize(settings, model, mesh).params), 0, mesh, "runs/text")
+    images = run.sample(3)
+    assert (images.shape, images.dtype) == ((3, 4, 4, 3), np.float32)
+    text = Text(*(np.stack([source.records[i][name] for i in range(3)]) for name in ("text", "text_mask")))
+    np.testing.assert_allclose(run.sample(3, text), images, atol=1e-5)
+    assert np.abs(run.sample(3, Text(text.states[::-1], text.mask[::-1])) - images)[0].max() > 1e-3
+    shown = generate.displayable(images, 0)
+    assert (shown.shape, shown.dtype) == ((3, 4, 4, 3), np.uint8)
+    assert shown.std() > 10
+    assert np.isfinite(run.log_prob(images, text, trajectories=1)).all()
+    for wrong in (None, [1, 2, 3], Text(text.states[:2], text.mask)):
+        with pytest.raises(UserError, match="the model is told texts"):
+            run.log_prob(images, wrong)

@@ -39,6 +39,8 @@ def test_the_average_of_the_latest_step_is_loaded(workdir, run):
     new = state.initialize(SETTINGS, run.model, run.mesh).params
     assert bits(run.params) == bits(randomised(new, 4))
     assert bits(ntm_jax.load(str(workdir), step=2).params) == bits(randomised(new, 2))
+    folder = ntm_jax.load(f"{workdir}/checkpoints/2")
+    assert (folder.step, folder.workdir, bits(folder.params)) == (2, str(workdir), bits(randomised(new, 2)))
     assert bits(ntm_jax.load(str(workdir), raw=True).params) == bits(new)
 
 
@@ -52,6 +54,7 @@ def test_log_prob_is_the_importance_weighted_bound(run):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     np.testing.assert_allclose(run.log_prob(images[:3], labels[:3], trajectories=3), expected[:3], rtol=1e-5)
     assert np.abs(run.log_prob(images, labels, trajectories=3, seed=1) - expected).min() > 0
+    np.testing.assert_allclose(run.bits_per_dim(images, labels, trajectories=3), -expected / 64 / np.log(2), rtol=1e-5)
 
 
 def test_what_log_prob_cannot_score_is_refused(run):

@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from jax.sharding import Mesh
 
@@ -78,6 +79,34 @@ def stopped(tmp_path_factory, compilation_cache):
     first.processes[1].send_signal(signal.SIGTERM)
     ends = first.end()
     return workdir, ends, Job(workdir, compilation_cache, 2).end()
+
+
+@pytest.fixture(scope="module")
+def evaluated(alone, compilation_cache):
+    """{(processes, devices of each): (evaluation.json, every record's scores)} of that run, all 297 held-out digits."""
+    found = {}
+    for count, devices in ((1, 1), (1, 8), (2, 2)):
+        job = Job(alone, compilation_cache, count, devices, program="evaluate", flags=(
+            "--split=test", "--trajectories=2", "--per_example", "--step=12"))
+        ends = job.end()
+        assert [status for status, *_ in ends] == [0] * count, ends
+        found[count, devices] = (json.loads((alone / "evaluation-12.json").read_text()),
+                                 pyarrow.parquet.read_table(alone / "evaluation-12.parquet").to_pydict())
+    return found
+
+
+@pytest.mark.parametrize("where", [(1, 8), (2, 2)])
+def test_evaluation_is_the_same_on_any_devices_and_processes(evaluated, where):
+    (one, scores), (other, other_scores) = evaluated[1, 1], evaluated[where]
+    assert one["count"] == other["count"] == 297
+    assert scores["index"] == other_scores["index"] == list(range(297))
+    for name, values in scores.items():
+        np.testing.assert_allclose(other_scores[name], values, rtol=1e-5, atol=1e-3, err_msg=name)  # nats, sums of hundreds
+    for unit in ("bits_per_dim", "nats_per_dim"):
+        for bound in ("bound", "importance_weighted"):
+            assert other[unit][bound]["mean"] == pytest.approx(one[unit][bound]["mean"], rel=1e-5)
+    assert other["trajectory_nll"]["by_level"] == pytest.approx(one["trajectory_nll"]["by_level"], rel=1e-5)
+    assert other["provenance"]["checksum"] == one["provenance"]["checksum"]
 
 
 def test_sigterm_to_one_process_stops_all_at_one_step_saved(stopped):
