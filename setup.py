@@ -25,6 +25,8 @@ setup(
         "etils[epath]",
         "numpy",
         "scikit-learn",
+        "scipy",
+        "pyarrow",
         "pillow",
         "matplotlib",
         "tensorboardX",

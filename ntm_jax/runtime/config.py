@@ -19,7 +19,7 @@ from ntm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    source: str  # digits, mnist_5k, tfds:NAME, folder:PATH, records:PATH, mock:SHAPE
+    source: str  # digits, mnist_5k, tfds:NAME, folder:PATH, records:PATH, mock:SHAPE, toy:NAME
     split: str  # with a slice if wished: train, train[:1350]
     batch_size: int  # global
     patch_size: int
@@ -139,7 +139,7 @@ CHOICES = {
 }
 NON_NEGATIVE = ("model.transporter_blocks", "train.keep", "train.condition_dropout", "optimizer.floor", "optimizer.warmup_steps",
                 "optimizer.weight_decay", "optimizer.ema_decay", "data.image_size", "data.workers", "evaluate.images", "sample.guidance",
-                "seed", "trajectory.t_min", "trajectory.t_min_range", "trajectory.shift", "sample.num", "train.evaluate_every")
+                "seed", "trajectory.t_min", "trajectory.t_min_range", "sample.num", "train.evaluate_every")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 
 

@@ -28,13 +28,14 @@ def refusal(values) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", [("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian")])
+@pytest.mark.parametrize("name", [
+    ("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian"), ("toy2d",), ("toy2d", "moons,no-transporter")])
 def test_the_shipped_experiments_are_read(name):
     read = config.read(experiment(*name))
     assert config.read(read.raw) == read
     assert json.loads(json.dumps(read.raw)) == read.raw
     assert hash(read) == hash(config.read(read.raw))  # a static argument of compiled functions
-    assert (read.model.transporter_blocks == 0) == ("gaussian" in name)
+    assert (read.model.transporter_blocks == 0) == (name[1:] in (("gaussian",), ("moons,no-transporter",)))
 
 
 def test_an_integer_is_taken_for_a_float():
@@ -174,3 +175,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_the_overrides_of_these_tests_are_settings():
     assert set(TINY) <= set(config.flatten(tiny_config().raw))
+
+
+def test_the_shift_may_have_any_sign():
+    assert tiny_config(**{"trajectory.schedule": "shifted", "trajectory.shift": -0.8}).trajectory.shift == -0.8
