@@ -18,6 +18,7 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "array_record>=0.8.6",
         "safetensors>=0.8",
+        "flatbuffers",  # jax.export needs it and does not say so
         "ml_dtypes",
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "ml_collections>=1.1",

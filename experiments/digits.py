@@ -12,6 +12,7 @@ def get_config(variant: str = "ntm"):
         raise ValueError(f"digits.py:{variant} is not a variant: expected ntm or gaussian")
     c = ml_collections.ConfigDict()
     c.seed = 0
+    c.init_from = ""
     c.data = dict(source="digits", split="train", batch_size=32, patch_size=2, image_size=0, workers=0, mock="")
     c.trajectory = dict(
         schedule="shifted", shift=ml_collections.config_dict.placeholder(float), steps=(4,), t_min=0.04,
@@ -25,7 +26,7 @@ def get_config(variant: str = "ntm"):
     c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500, features="cnn")
-    c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")
+    c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score", inverse="auto")
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, width=72, head_size=24, kv_heads=3, predictor_layers=6)
     return c

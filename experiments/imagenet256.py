@@ -13,6 +13,7 @@ def get_config(variant: str = ""):
         raise ValueError(f"imagenet256.py:{variant} is not a variant: expected pixels, runlocal or none")
     c = ml_collections.ConfigDict()
     c.seed = 0
+    c.init_from = ""
     c.data = dict(
         source="records:/data/imagenet256-latents", mock="mock:16x16x32,classes=1000", split="train", batch_size=1024, patch_size=1,
         image_size=0, workers=8)
@@ -28,7 +29,7 @@ def get_config(variant: str = ""):
     c.optimizer = dict(learning_rate=1e-4, floor=1e-6, warmup_steps=5000, weight_decay=1e-4, clip=1.0, ema_decay=0.9999)
     c.mesh = dict(slices=1, data=-1, fsdp=16, tensor=1, sequence=1)  # fsdp over all of a large slice: XLA reduces where it could gather
     c.evaluate = dict(split="test", trajectories=8, batch_size=1024, images=0, features="none")
-    c.sample = dict(num=100, steps=4, guidance=0.5, decoder="score")
+    c.sample = dict(num=100, steps=4, guidance=0.5, decoder="score", inverse="auto")
     if variant == "pixels":
         c.data.update(source="tfds:imagenet2012", mock="mock:256x256x3,levels=256,classes=1000", patch_size=16, image_size=256)
         c.model.data_std = 0.5  # of pixels on [-1, 1]

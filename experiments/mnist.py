@@ -12,6 +12,7 @@ def get_config(variant: str = "ntm"):
         raise ValueError(f"mnist.py:{variant} is not a variant: expected ntm or gaussian")
     c = ml_collections.ConfigDict()
     c.seed = 0
+    c.init_from = ""
     c.data = dict(source="mnist_5k", split="train", batch_size=32, patch_size=7, image_size=0, workers=0, mock="")
     c.trajectory = dict(
         schedule="linear", shift=ml_collections.config_dict.placeholder(float), steps=(4,),
@@ -25,7 +26,7 @@ def get_config(variant: str = "ntm"):
     c.optimizer = dict(learning_rate=2e-3, floor=1e-6, warmup_steps=100, weight_decay=0.1, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=8, batch_size=100, images=1000, features="cnn")
-    c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score")
+    c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score", inverse="auto")
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)
     return c

@@ -9,10 +9,12 @@ flags.DEFINE_integer("batch", 500, "Images at a time.", lower_bound=1)
 flags.DEFINE_integer("steps", None, "Number of steps T.", lower_bound=1)
 flags.DEFINE_float("guidance", None, "Guidance scale w.", lower_bound=0)
 flags.DEFINE_list("labels", None, "Classes, repeated over the images in turn; all classes if not given.")
-flags.DEFINE_enum("decoder", None, ["inverse", "score"], "How the last level becomes an image.")
+flags.DEFINE_enum("decoder", None, ["inverse", "score", "denoiser"], "How the last level becomes an image.")
+flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the transporter is inverted: all tokens at once or in turn.")
 flags.DEFINE_integer("step", None, "The checkpoint's step; the latest if not given.")
 flags.DEFINE_integer("seed", None, "Image i of a seed is the same image in any batch size.")
-flags.DEFINE_string("out", None, "A new folder; WORKDIR/samples if not given.")
+flags.DEFINE_string("out", None, "A new folder, or that of the same call, stopped; WORKDIR/samples if not given.")
+flags.DEFINE_bool("save_trajectories", False, "Also writes every image's levels from pure noise down, trajectories.npz.")
 
 
 def main():
@@ -20,8 +22,8 @@ def main():
 
     f = program.FLAGS
     run = load.load(f.workdir, f.step)
-    generate.write_samples(run, f.out or f"{f.workdir}/samples", f.num or run.config.sample.num, f.batch, f.labels,
-                           steps=f.steps, guidance=f.guidance, decoder=f.decoder, seed=f.seed)
+    generate.write_samples(run, f.out or f"{f.workdir}/samples", f.num or run.config.sample.num, f.batch, f.labels, f.save_trajectories,
+                           steps=f.steps, guidance=f.guidance, decoder=f.decoder, inverse=f.inverse, seed=f.seed)
 
 
 if __name__ == "__main__":

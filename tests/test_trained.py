@@ -31,6 +31,11 @@ def test_inverse_of_trained_weights(quick_compilation):
     xs = trajectory.simulate(batch["x"], t, jax.random.normal(jax.random.key(0), (8, 5, 256, 1)))[:, :4].reshape(32, 256, 1)
     arguments = t[:, :4].reshape(-1), jnp.full(32, 4), jnp.repeat(batch["label"], 4)
     us, _ = model.apply(current.params, xs, *arguments, method=NTM.transport)
-    back = model.apply(current.params, us, *arguments, method=NTM.invert)
     assert float(jnp.max(jnp.abs(us - xs))) > 0.1
-    np.testing.assert_allclose(back, xs, atol=1e-5)  # float32 rounding of values of order 1, through 2 x 256 steps
+    errors = {}
+    for how in ("sequential", "parallel"):
+        back, sweeps = jax.jit(lambda u, how=how: model.apply(current.params, u, *arguments, how=how, method=NTM.invert))(us)
+        np.testing.assert_allclose(back, xs, atol=1e-5)  # float32 rounding of values of order 1, through 2 x 256 steps
+        errors[how] = float(jnp.max(jnp.abs(back - xs)))
+    assert errors["parallel"] <= 2 * errors["sequential"]
+    assert int(jnp.max(sweeps)) < 64  # a quarter of the tokens: the point of it

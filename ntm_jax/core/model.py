@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ntm_jax.core import layers
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import LOG_2PI, log_normal
-from ntm_jax.core.transporter import Transporter
+from ntm_jax.core.transporter import TOLERANCE, Transporter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +103,14 @@ class NTM(nn.Module):
             return x, jnp.zeros(x.shape[0])
         return self.transporter(x, t, steps, y)
 
-    def invert(self, u, t, steps, y):
-        """u [B, N, D] at levels t [B] < 1 -> x [B, N, D], exact to rounding when transporter_dtype is float32."""
-        return self.transporter.inverse(u, t, steps, y) if self.config.transporter_blocks else u
+    def invert(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
+        """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], exact to rounding when transporter_dtype is float32; sweeps [B, blocks]).
+
+        how: auto, parallel, sequential; see core.transporter.
+        """
+        if not self.config.transporter_blocks:
+            return u, jnp.zeros((u.shape[0], 0), jnp.int32)
+        return self.transporter.inverse(u, t, steps, y, how, tolerance)
 
     def predict(self, u, t, s, steps, y):
         """Mean and log-scale [B, N, D] of the latent at level s given u [B, N, D] at level t."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import example_noise
+from ntm_jax.core.transporter import TOLERANCE
 
 
 def guide(mean_c, log_scale_c, mean_u, log_scale_u, w):
@@ -43,15 +44,27 @@ def sample_latents(model: NTM, params, keys, t, y, guidance: float = 0.0):
     return jnp.stack(us[::-1], 1)
 
 
-def invert_trajectory(model: NTM, params, us, t, y):
-    """x_0..x_T of latents us [B, K, N, D] at levels t [B, K]: all levels below the top as one batch; x_T = u_T."""
+def _invert(model: NTM, params, us, t, y, **options):
+    """Levels x_0..x_{T-1} [B, T, N, D] of us [B, K, N, D], all levels as one batch, and the sweeps [B, T, blocks] that they took."""
     batch, count = us.shape[0], us.shape[1] - 1
     fold = us[:, :-1].reshape(batch * count, *us.shape[2:])
     steps, y = jnp.full(batch * count, count), jax.tree.map(lambda a: jnp.repeat(a, count, 0), y)
-    xs = model.apply(params, fold, t[:, :-1].reshape(-1), steps, y, method=NTM.invert)
-    return jnp.concatenate([xs.reshape(us[:, :-1].shape), us[:, -1:]], 1)
+    found = model.apply(params, fold, t[:, :-1].reshape(-1), steps, y, method=NTM.invert, **options)
+    return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), found)
 
 
-def sample(model: NTM, params, keys, t, y, guidance: float = 0.0):
+def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "auto"):
+    """x_0..x_T of latents us [B, K, N, D] at levels t [B, K]; x_T = u_T. inverse: auto, parallel, sequential."""
+    xs, _ = _invert(model, params, us, t, y, how=inverse)
+    return jnp.concatenate([xs, us[:, -1:]], 1)
+
+
+def inverse_sweeps(model: NTM, params, us, t, y, tolerance: float = TOLERANCE):
+    """Sweeps over the tokens, int32 [B, T, blocks], after which the parallel inverse of us [B, K, N, D] changes nothing by more than
+    tolerance: by example, level and block, the last block being the first inverted."""
+    return _invert(model, params, us, t, y, how="parallel", tolerance=tolerance)[1]
+
+
+def sample(model: NTM, params, keys, t, y, guidance: float = 0.0, inverse: str = "auto"):
     """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], condition y. An image without denoising is x_0 / (1 - t_0)."""
-    return invert_trajectory(model, params, sample_latents(model, params, keys, t, y, guidance), t, y)
+    return invert_trajectory(model, params, sample_latents(model, params, keys, t, y, guidance), t, y, inverse)

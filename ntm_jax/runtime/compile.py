@@ -122,7 +122,8 @@ def sample_program(config: Config, model, source, mesh) -> Program:
         y = Text(_abstract((*text, source.text_width), jnp.float16, mesh), _abstract(text, jnp.bool_, mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = state.abstract(config, model, mesh).ema
-    options = dict(config=config, model=state.exact(model), steps=s.steps, guidance=s.guidance, decoder=s.decoder, trajectory=False)
+    options = dict(config=config, model=state.exact(model), steps=s.steps, guidance=s.guidance, decoder=s.decoder,
+                   inverse=s.inverse, trajectory=False)
     return Program(generate._generate, (params, key, _abstract((size,), jnp.int32, mesh), y), options)
 
 

@@ -13,6 +13,7 @@ from etils import epath
 
 from ntm_jax.core import trajectory
 from ntm_jax.core.layers import REMAT
+from ntm_jax.core.transporter import INVERSES
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 
@@ -59,7 +60,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    objective: str  # end_to_end, pairwise
+    objective: str  # end_to_end, pairwise, denoiser
     steps: int
     save_every: int
     evaluate_every: int
@@ -102,7 +103,9 @@ class Sample:
     num: int
     steps: int
     guidance: float
-    decoder: str  # inverse, score
+    decoder: str  # inverse, score, denoiser
+    inverse: str = "auto"  # auto, parallel, sequential: how the transporter is inverted; see core.transporter
+    percentile: float = 100.0  # of the score decoder: clips the gradient there; 100: not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Config:
     mesh: Mesh
     evaluate: Evaluate
     sample: Sample
+    teacher: str = ""  # of the denoiser objective: the run that is distilled, its folder or WORKDIR/checkpoints/STEP
+    init_from: str = ""  # a new run starts from these parameters: an export, a run's folder or WORKDIR/checkpoints/STEP
 
     @property
     def raw(self) -> dict:
@@ -134,7 +139,8 @@ RESUMABLE = ("mesh.", "data.workers", "data.mock", "train.steps", "train.accumul
 CHOICES = {
     "trajectory.schedule": ("linear", "shifted"), "model.positions": ("learned", "rotary"), "model.head": ("direct", "preconditioned"),
     "model.condition": ("none", "class", "text"), "model.dtype": ("float32", "bfloat16"), "model.remat": tuple(REMAT),
-    "train.objective": ("end_to_end", "pairwise"), "sample.decoder": ("inverse", "score"),
+    "train.objective": ("end_to_end", "pairwise", "denoiser"), "sample.decoder": ("inverse", "score", "denoiser"),
+    "sample.inverse": INVERSES,
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }
 NON_NEGATIVE = ("model.transporter_blocks", "train.keep", "train.condition_dropout", "optimizer.floor", "optimizer.warmup_steps",
@@ -160,7 +166,12 @@ def read(config) -> Config:
     if result.train.condition_dropout >= 1 or (result.train.condition_dropout and result.model.condition == "none"):
         raise UserError(f"config.train.condition_dropout is {result.train.condition_dropout}: expected less than 1, and 0 where "
                         "config.model.condition is none")
-    if result.sample.guidance and not result.train.condition_dropout:
+    if (result.train.objective == "denoiser") != bool(result.teacher):
+        raise UserError(f"config.teacher is {result.teacher!r}, config.train.objective {result.train.objective}: a denoiser, and nothing "
+                        "else, has a teacher; give --config.teacher=WORKDIR of the run to distil")
+    if result.sample.decoder == "denoiser" and not result.teacher:
+        raise UserError("config.sample.decoder=denoiser needs a denoiser: train one with experiments/digits_denoiser.py")
+    if result.sample.guidance and not result.teacher and not result.train.condition_dropout:
         raise UserError("config.sample.guidance needs a model trained with condition dropout: set config.train.condition_dropout to 0.1")
     return result
 
@@ -195,10 +206,10 @@ def _section(cls, values, prefix: str):
     fields = typing.get_type_hints(cls)
     for key in sorted(set(values) - set(fields)):
         raise UserError(f"config.{prefix}{key} is not a setting; expected one of {', '.join(fields)}")
-    for key in fields:
-        if key not in values:
-            raise UserError(f"config.{prefix}{key} is missing: give it in the experiment's get_config()")
-    return cls(**{key: _value(kind, values[key], f"{prefix}{key}") for key, kind in fields.items()})
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"config.{prefix}{field.name} is missing: give it in the experiment's get_config()")
+    return cls(**{key: _value(kind, values[key], f"{prefix}{key}") for key, kind in fields.items() if key in values})
 
 
 def _value(kind, value, key: str):
@@ -234,7 +245,8 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
         if (epath.Path(workdir) / "checkpoints").exists():
             raise UserError(f"{workdir} holds checkpoints but no config.json: expected a run's folder or a new one; give another --workdir")
         return []
-    before, now = flatten(_read_json(path)), flatten(_content(config, spec))
+    before = {field.name: field.default for field in dataclasses.fields(Config) if field.default is not dataclasses.MISSING}
+    before, now = before | flatten(_read_json(path)), flatten(_content(config, spec))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     for key in changed:
         if not key.startswith(RESUMABLE):

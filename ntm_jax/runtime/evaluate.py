@@ -2,7 +2,6 @@
 same checkpoint gives the same figures twice, in any batch size, on any mesh and any number of processes."""
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -18,7 +17,7 @@ from ntm_jax.core import likelihood, trajectory
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import checkpoint, generate, plots, processes, quality, sharding, state, truth
+from ntm_jax.runtime import checkpoint, distill, generate, plots, processes, quality, sharding, state, truth
 from ntm_jax.runtime.config import Config
 
 
@@ -55,7 +54,13 @@ def score_batch(config: Config, model, params, batch: dict, mesh, levels: int, t
 
 
 def scores(config: Config, model, params, source: Source, mesh, trajectories: int, steps: int | None = None, progress: bool = False):
-    """Every record's scores, {name: [records, ...]}: see likelihood.weigh; they run the transporter in float32.
+    """Every record's scores, {name: [records, ...]}: see likelihood.weigh; they run the transporter in float32."""
+    return every_record(config, source, mesh, lambda part: score_batch(
+        config, model, params, part, mesh, source.levels, trajectories, steps), progress)
+
+
+def every_record(config: Config, source: Source, mesh, score, progress: bool = False) -> dict:
+    """{name: [records, ...]} by index of score, from this process's share of a batch to global arrays, index and mask among them.
 
     A batch that does not fit in memory is taken in parts; UserError where a single record does not.
     """
@@ -69,7 +74,7 @@ def scores(config: Config, model, params, source: Source, mesh, trajectories: in
         while done < len(batch["x"]):
             part = {name: values[done : done + share] for name, values in batch.items()}
             try:
-                kept.append(sharding.to_host(score_batch(config, model, params, part, mesh, source.levels, trajectories, steps)))
+                kept.append(sharding.to_host(score(part)))
                 done += share
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
@@ -122,6 +127,27 @@ def summarize(table: dict, model, trajectories: int, levels: int) -> dict:
     return result
 
 
+@functools.partial(jax.jit, static_argnames=("config", "model", "denoiser"))
+def _denoiser_errors(params, denoiser_params, root, batch, *, config, model, denoiser):
+    y, keys = state.condition(model, batch), state.example_keys(root, "evaluate", batch["index"])
+    return distill.errors(config, denoiser, denoiser_params, model, params, keys, batch["x"], y)
+
+
+def denoiser_errors(run, source: Source) -> dict:
+    """Held-out means of distill.errors, of a run with a denoiser, one trajectory a record."""
+    (denoiser, denoiser_params), root = run.denoiser, jax.random.key(run.config.seed)
+
+    def score(part):
+        batch = sharding.to_global(part, run.mesh)
+        kept = {"index": batch["index"], "mask": batch.pop("mask")}
+        with sharding.use(run.mesh):
+            return kept | _denoiser_errors(
+                run.params, denoiser_params, root, batch, config=run.config, model=state.exact(run.model), denoiser=denoiser)
+
+    found = every_record(run.config, source, run.mesh, score)
+    return {name: _mean(values) for name, values in found.items() if name != "index"}
+
+
 KINDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
 PARTS = ("prior", "predictor", "log_det", "forward", "reconstruction")  # of likelihood.contributions
 
@@ -148,7 +174,8 @@ def generated(run, progress: bool = False) -> np.ndarray:
     """The images that samples are scored by, config.evaluate.images of them, made as config.sample says: [n, H, W, C], 0..levels-1."""
     batches = tqdm.tqdm(generate.in_batches(run.config.evaluate.images, 500), "samples", unit="batch", leave=False,
                         disable=None if progress else True)
-    return np.concatenate([generate.generate(run.config, run.model, run.params, run.spec, run.mesh, index) for index in batches])
+    return np.concatenate([generate.generate(run.config, run.model, run.params, run.spec, run.mesh, index, denoiser=run.denoiser)
+                           for index in batches])
 
 
 def class_accuracy(images, num_classes: int, levels: int, real: np.ndarray, labels: np.ndarray) -> dict:
@@ -206,6 +233,8 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
                      "--against": [against.workdir, against.step] if against else None})
     table = scores(config, model, run.params, source, run.mesh, trajectories, progress=progress)
     result = {"step": run.step, "split": split} | summarize(table, model, trajectories, source.levels)
+    if run.denoiser:
+        result["denoiser"] = denoiser_errors(run, source)
     if source.log_density:
         result["truth"] = known(run, source, table)
     if against:
@@ -232,7 +261,6 @@ def _check_comparable(run, other) -> None:
 def provenance(run, source: Source) -> dict:
     """What the figures rest on: the data and how they were prepared, the noise levels, the checkpoint, the configuration, the packages."""
     config, spec = run.config, run.spec
-    sums = json.dumps(checkpoint.checksums(run.params), sort_keys=True)
     packages = ("ntm_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "source": source.name, "version": source.version, "split": source.split, "pixel_levels": source.levels,
@@ -240,7 +268,7 @@ def provenance(run, source: Source) -> dict:
                           "scale": "2 v / (pixel_levels - 1) - 1" if source.levels else "as stored"},
         "t_min": config.trajectory.t_min,
         "levels": np.asarray(state.levels(config, run.model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0].tolist(),
-        "parameters": "raw" if run.raw else "ema", "checksum": hashlib.sha256(sums.encode()).hexdigest()[:16],
+        "parameters": "raw" if run.raw else "ema", "checksum": checkpoint.digest(run.params),
         "config": config.raw, "packages": {name: importlib.metadata.version(name) for name in packages}, "devices": jax.device_count(),
         "processes": jax.process_count()}
 
@@ -266,6 +294,8 @@ def table(result: dict, unit: str) -> str:
     if "truth" in result:
         rows.append(("true mean log-density of the data noised to t_0, nats", result["truth"]["log_density"]))
         rows += [(f"{kind} less the true log-density, nats", result["truth"][key]) for key, kind in KINDS.items()]
+    if "denoiser" in result:
+        rows += [(f"mean squared error, {key.replace('_', ' ')}", value) for key, value in result["denoiser"].items()]
     if "against" in result:
         other = f"{result['against']['workdir']} at step {result['against']['step']}"
         rows += [(f"{kind} less that of {other}, {name}", result["against"][unit][key]) for key, kind in KINDS.items()]

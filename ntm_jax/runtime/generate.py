@@ -1,6 +1,7 @@
 """Images from a model: sampled by index, so that image i is the same image whatever the batch, mesh or number of processes."""
 
 import functools
+import json
 import time
 import warnings
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ntm_jax.core import denoising, sampling
 from ntm_jax.core.layers import Text
@@ -16,15 +18,22 @@ from ntm_jax.core.trajectory import per_example
 from ntm_jax.data import sources, transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import plots, processes, sharding, state
+from ntm_jax.runtime import checkpoint, distill, plots, processes, sharding, state
 from ntm_jax.runtime.config import Config
 
 
-@functools.partial(jax.jit, static_argnames=("config", "model", "steps", "guidance", "decoder", "trajectory"))
-def _generate(params, root, index, y, *, config, model, steps, guidance, decoder, trajectory):
+@functools.partial(jax.jit, static_argnames=("config", "model", "steps", "guidance", "decoder", "inverse", "trajectory", "denoiser"))
+def _generate(params, root, index, y, denoiser_params=None, *, config, model, steps, guidance, decoder, inverse, trajectory,
+              denoiser=None):
     t = state.levels(config, model, steps, jnp.full(len(index), config.trajectory.t_min))
-    xs = sampling.sample(model, params, state.example_keys(root, "sample", index), t, y, guidance)
-    x = denoising.score_denoise(model, params, xs, t, y) if decoder == "score" else xs[:, 0] / (1 - per_example(t[:, 0], xs[:, 0]))
+    us = sampling.sample_latents(model, params, state.example_keys(root, "sample", index), t, y, guidance)
+    xs = sampling.invert_trajectory(model, params, us, t, y, inverse)  # where nothing below asks for it, XLA leaves it out
+    if decoder == "denoiser":
+        x = distill.denoise(denoiser, denoiser_params, us[:, 0], t[:, 0], steps, y)
+    elif decoder == "score":
+        x = denoising.score_denoise(model, params, xs, t, y, config.sample.percentile)
+    else:
+        x = xs[:, 0] / (1 - per_example(t[:, 0], xs[:, 0]))
     return x, xs if trajectory else None
 
 
@@ -38,12 +47,18 @@ def conditions(config: Config, model, index):
 
 
 def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None, *, seed: int | None = None, steps: int | None = None,
-             guidance: float | None = None, decoder: str | None = None, trajectory: bool = False):
+             guidance: float | None = None, decoder: str | None = None, inverse: str | None = None, trajectory: bool = False,
+             denoiser=None):
     """Samples of the image indices index [n] on condition y, labels [n] or Text; see conditions for what it is if not given.
 
-    seed, steps, guidance and decoder are the configuration's unless given. Returns images [n, H, W, C], uint8, or float32 latents where the
-    data are; with trajectory also the levels from pure noise down, [n, K, H, W, C].
+    seed, steps, guidance, decoder and inverse are the configuration's unless given; denoiser: see load.Run. Returns images [n, H, W, C],
+    uint8, or float32 latents where the data are; with trajectory also the levels from pure noise down, [n, K, H, W, C].
     """
+    decoder = config.sample.decoder if decoder is None else decoder
+    if decoder == "denoiser" and not denoiser:
+        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as --workdir the run of one, trained with "
+                        "experiments/digits_denoiser.py and --config.teacher")
+    module, denoiser_params = denoiser if decoder == "denoiser" else (None, None)
     index = np.asarray(index, np.int32)
     y = conditions(config, model, index) if y is None else y
     count, shards = len(index), sharding.batch_shards(mesh)
@@ -57,9 +72,10 @@ def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None,
     s = config.sample
     with sharding.use(mesh):
         x, xs = _generate(
-            params, jax.random.key(config.seed if seed is None else seed), index, y,
+            params, jax.random.key(config.seed if seed is None else seed), index, y, denoiser_params, denoiser=module,
             config=config, model=state.exact(model), steps=s.steps if steps is None else steps,
-            guidance=s.guidance if guidance is None else guidance, decoder=s.decoder if decoder is None else decoder, trajectory=trajectory)
+            guidance=s.guidance if guidance is None else guidance, decoder=decoder,
+            inverse=s.inverse if inverse is None else inverse, trajectory=trajectory)
 
     def images(tokens):
         values = transforms.unpatchify(sharding.to_host(tokens)[:count], spec.image_shape, spec.patch_size)
@@ -106,31 +122,88 @@ def parse_labels(names, num_classes: int) -> np.ndarray | None:
     return np.array([int(name) for name in names], np.int32)
 
 
-def write_samples(run, out: str, num: int, batch: int, labels=None, **options) -> None:
-    """Writes `num` images of a run into a new folder: PNG files, grid.png, and samples.npz (ADM's layout, arr_0: uint8
-    [n, H, W, 3], or latents as they are, arr_1: labels)."""
+def write_samples(run, out: str, num: int, batch: int, labels=None, save_trajectories: bool = False, **options) -> None:
+    """Writes `num` images of a run into a folder: PNG files, grid.png, and samples.npz (ADM's layout, arr_0: uint8 [n, H, W, 3], or
+    latents as they are, arr_1: labels); with save_trajectories trajectories.npz (arr_0: [n, K, H, W, C] from pure noise down).
+
+    What a stopped call has written there is kept, and the rest made: to the bit what an uninterrupted call makes. UserError where the
+    folder holds anything else, other samples among it; nothing is overwritten.
+    """
     folder = epath.Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{out} is there and not empty: give a new folder as --out, nothing was overwritten")
     check(run.config, options.get("steps"), options.get("guidance"))
     labels = parse_labels(labels, run.model.config.num_classes)
+    asked = {"--workdir": run.workdir, "step": run.step, "--num": num, "--batch": batch, "--save_trajectories": save_trajectories,
+             "--labels": None if labels is None else labels.tolist()} | {f"--{name}": value for name, value in options.items()}
     # Here no process has written yet: one that came late would find its own job's files.
-    processes.agree({"--out": out, "--num": num, "--batch": batch, "--labels": None if labels is None else labels.tolist()} | options)
-    folder.mkdir(parents=True, exist_ok=True)
-    digits, images = len(str(num - 1)), []
-    begin = time.perf_counter()
-    for index in tqdm.tqdm(in_batches(num, batch), "sample", unit="batch", disable=None):
-        label = None if labels is None else np.resize(labels, num)[index]
-        images.append(run.sample_at(index, label, **options))
+    processes.agree({"--out": out} | asked)
+    asked |= {"checksum": checkpoint.digest((run.params, run.denoiser and run.denoiser[1]))}
+    batches = in_batches(num, batch)
+    done = _claim(folder, asked, len(batches))
+    begin, made = time.perf_counter(), 0
+    for number, index in enumerate(tqdm.tqdm(batches, "sample", unit="batch", disable=None)):
+        if done[number]:
+            continue
+        y = None if labels is None else np.resize(labels, num)[index]
+        images = run.sample_at(index, y, trajectory=save_trajectories, **options)
         if jax.process_index() == 0:
-            for i, image in zip(index, displayable(images[-1], run.spec.levels), strict=True):
-                plots.save_png(folder / f"{i:0{digits}d}.png", image)
-    seconds, images = time.perf_counter() - begin, np.concatenate(images)
+            _write_batch(folder, number, index, images if save_trajectories else (images,), run.spec.levels, len(str(num - 1)))
+        made += len(index)
+    if jax.process_index() == 0 and not (folder / "samples.npz").exists():
+        _gather(folder, run, labels, num, len(batches), save_trajectories)
     if jax.process_index() == 0:
-        index = np.arange(num)
-        label = index % max(run.model.config.num_classes, 1) if labels is None else np.resize(labels, num)
-        shown = displayable(images, run.spec.levels) if run.spec.levels else images
-        with (folder / "samples.npz").open("wb") as file:
-            np.savez(file, np.repeat(shown, 3, -1) if shown.shape[-1] == 1 else shown, label)
-        plots.save_png(folder / "grid.png", picture(images[:100], run.spec.levels))
-        print(f"{num} images in {out}, {num / seconds:.1f} images/s with compilation, step {run.step}", flush=True)
+        rate = f", {made / (time.perf_counter() - begin):.1f} images/s with compilation" if made else ""
+        print(f"{num} images in {out}, {num - made} of them found there{rate}, step {run.step}", flush=True)
+
+
+def _claim(folder, asked: dict, batches: int) -> np.ndarray:
+    """Which batches the folder holds already, [batches]; the same in every process. UserError where it holds what was not asked for."""
+    path, finished = folder / "samples.json", (folder / "samples.npz").exists()
+    if path.exists():
+        before = json.loads(path.read_text())
+        for key in sorted(before | asked):
+            if before.get(key) != json.loads(json.dumps(asked.get(key))):
+                raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and this call has {asked.get(key)!r}: give another "
+                                "--out, or the same settings to go on; nothing was overwritten")
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is there and not empty: give a new folder as --out, nothing was overwritten")
+    done = np.array([finished or _part(folder, number).exists() for number in range(batches)])
+    done = multihost_utils.broadcast_one_to_all(done)  # of process 0: a folder of another host may lag behind
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asked, indent=2) + "\n")
+    return done
+
+
+def _part(folder, number: int):
+    return folder / f"part-{number:06d}.npz"
+
+
+def _write_batch(folder, number, index, arrays, levels, digits) -> None:
+    """A batch's PNG files, and then its arrays, whole or not at all: what says that the batch is done."""
+    for i, image in zip(index, displayable(arrays[0], levels), strict=True):
+        plots.save_png(folder / f"{i:0{digits}d}.png", image)
+    part = folder / f".{number}.part"
+    with part.open("wb") as file:
+        np.savez(file, *arrays)
+    part.replace(_part(folder, number))
+
+
+def _gather(folder, run, labels, num, batches, save_trajectories) -> None:
+    """The files of all images, from those of the batches, which are removed."""
+    arrays = []
+    for number in range(batches):
+        with _part(folder, number).open("rb") as file, np.load(file, allow_pickle=False) as part:
+            arrays.append([part[name] for name in part.files])
+    images, *levels = (np.concatenate(a) for a in zip(*arrays, strict=True))
+    label = np.arange(num) % max(run.model.config.num_classes, 1) if labels is None else np.resize(labels, num)
+    shown = displayable(images, run.spec.levels) if run.spec.levels else images
+    if save_trajectories:
+        with (folder / "trajectories.npz").open("wb") as file:
+            np.savez(file, displayable(levels[0], run.spec.levels) if run.spec.levels else levels[0])
+    plots.save_png(folder / "grid.png", picture(images[:100], run.spec.levels))
+    whole = folder / ".samples.part"
+    with whole.open("wb") as file:
+        np.savez(file, np.repeat(shown, 3, -1) if shown.shape[-1] == 1 else shown, label)
+    whole.replace(folder / "samples.npz")
+    for number in range(batches):
+        _part(folder, number).unlink()

@@ -13,7 +13,7 @@ from ntm_jax.core.model import NTM
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, evaluate, generate, sharding, state
+from ntm_jax.runtime import attention, distill, evaluate, generate, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
 
@@ -30,6 +30,7 @@ class Run:
     mesh: jax.sharding.Mesh
     workdir: str
     raw: bool = False
+    denoiser: tuple | None = None  # of a denoiser's run, (module, parameters): model and params are its teacher's
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None) -> np.ndarray:
         """The importance-weighted lower bound on log p(image | label), nats, [n].
@@ -57,7 +58,7 @@ class Run:
         return bits_per_dim(nats, math.prod(self.spec.image_shape))
 
     def sample(self, n: int, label=None, **options) -> np.ndarray:
-        """n images [n, H, W, C], integers 0..levels-1, or latents; label [n] or Text, by default as of generate.conditions;
+        """n images [n, H, W, C], integers 0..levels-1, or latents; label [n] or Text, else as of generate.conditions;
         options as of generate.generate."""
         return self.sample_at(np.arange(n), label, **options)
 
@@ -65,7 +66,8 @@ class Run:
         """The images of these indices."""
         label = None if label is None else self._condition(len(index), label)
         generate.check(self.config, options.get("steps"), options.get("guidance"))
-        return generate.generate(self.config, self.model, self.params, self.spec, self.mesh, index, label, **options)
+        return generate.generate(
+            self.config, self.model, self.params, self.spec, self.mesh, index, label, denoiser=self.denoiser, **options)
 
     def _condition(self, n, label):
         classes, width = self.model.config.num_classes, self.model.config.text_width
@@ -92,6 +94,12 @@ def _mesh(config: configuration.Mesh):
         return sharding.make_mesh(configuration.Mesh(1, -1, 1, 1, 1))
 
 
+def with_denoiser(teacher: Run, run: Run) -> Run:
+    """The teacher, sampled and evaluated as a denoiser's run is configured, with that run's step, folder and denoiser."""
+    config = dataclasses.replace(teacher.config, sample=run.config.sample, evaluate=run.config.evaluate, seed=run.config.seed)
+    return dataclasses.replace(teacher, config=config, step=run.step, workdir=run.workdir, raw=run.raw, denoiser=(run.model, run.params))
+
+
 def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, or one of its WORKDIR/checkpoints/STEP, at its latest step or `step`, with the EMA or the raw parameters.
 
@@ -103,5 +111,9 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     config, spec = configuration.load(workdir)
     mesh = _mesh(config.mesh)
     model = state.make_model(config, spec, attention.choose(mesh))
+    if config.teacher:
+        model = distill.make_denoiser(model)
+        step, params = state.restore_params(workdir, config, model, mesh, step, raw)
+        return with_denoiser(load(f"{workdir}/frozen"), Run(config, spec, model, params, step, mesh, str(workdir), raw))
     step, params = state.restore_params(workdir, config, model, mesh, step, raw)
     return Run(config, spec, model, params, step, mesh, str(workdir), raw)

@@ -11,7 +11,8 @@ import math
 import numpy as np
 from etils import epath
 
-HELD_OUT = {"evaluate/bits_per_dim": "bits per dimension", "evaluate/nats_per_dim": "nats per dimension"}
+HELD_OUT = {"evaluate/bits_per_dim": "bits per dimension", "evaluate/nats_per_dim": "nats per dimension",
+            "evaluate/mse": "mean squared error"}
 SMOOTHING_POINTS = 50  # the smoothed loss averages over a 50th of the points
 CELL_INCHES = 0.9
 

@@ -69,7 +69,11 @@ def levels(config: Config, model: NTM, steps: int, t_min):
 
 def _initial(config: Config, model: NTM, key):
     c, steps = model.config, config.trajectory.steps[0]
-    inputs = jnp.zeros((1, steps + 1, c.tokens, c.dim)), levels(config, model, steps, jnp.full(1, config.trajectory.t_min))
+    t = levels(config, model, steps, jnp.full(1, config.trajectory.t_min))
+    if isinstance(model, NTM):
+        inputs = jnp.zeros((1, steps + 1, c.tokens, c.dim)), t
+    else:  # a denoiser
+        inputs = jnp.zeros((1, c.tokens, c.dim)), t[:, 0], jnp.zeros(1)
     text = Text(jnp.zeros((1, 1, c.text_width)), jnp.zeros((1, 1), bool))
     params = model.init(key, *inputs, jnp.full(1, steps), text if c.text_width else jnp.zeros(1, jnp.int32))
     opt_state = optimizer.make(config.optimizer, config.train.steps).init(params)

@@ -1,6 +1,7 @@
 """The training step and the loop around it: evaluate, save, next batch, step. A resumed run continues bit for bit."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import signal
@@ -17,7 +18,7 @@ from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, evaluate, flops, generate, load, optimizer, plots, processes, sharding, state
+from ntm_jax.runtime import attention, distill, evaluate, export, flops, generate, load, optimizer, plots, processes, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
@@ -66,42 +67,47 @@ def pairwise(config: Config, model: NTM, params, root, batch, steps: int):
 OBJECTIVES = {"end_to_end": end_to_end, "pairwise": pairwise}
 
 
-def make_step(config: Config, model: NTM, mesh):
-    """The training step (state, batch, steps) -> (state, metrics), steps static: jitted, the state donated.
+def make_step(config: Config, model, mesh, teacher=None):
+    """The training step (state, batch, steps, frozen) -> (state, metrics), steps static: jitted, the state donated.
 
     metrics: loss in nats per dimension without the constant (eq. 3.4), grad_norm, whether the new parameters
-    are all finite, and each term's mean by level in nats per dimension, [T].
+    are all finite, and each term's mean by level in nats per dimension, [T]. With a teacher, a load.Run, the model is a denoiser, the loss
+    its mean squared error, there are no terms, and frozen are the teacher's parameters.
     """
-    objective, update = OBJECTIVES[config.train.objective], optimizer.make(config.optimizer, config.train.steps)
+    update = optimizer.make(config.optimizer, config.train.steps)
     dimensions, parts = model.config.tokens * model.config.dim, config.train.accumulate
 
-    def loss(params, root, batch, steps):
-        terms = objective(config, model, params, root, batch, steps)
+    def loss(params, frozen, root, batch, steps):
+        if teacher:
+            keys, y = state.example_keys(root, "noise", batch["index"]), state.condition(model, batch)
+            found = distill.errors(teacher.config, model, params, teacher.model, frozen, keys, batch["x"], y)
+            return jnp.mean(found["to_target"]), {}
+        terms = OBJECTIVES[config.train.objective](config, model, params, root, batch, steps)
         means = {name: jnp.mean(getattr(terms, name), 0) / dimensions for name in ("log_det", "log_scale", "quadratic")}
         return jnp.mean(means["quadratic"] + means["log_scale"] - means["log_det"]), means
 
-    def gradients(params, root, batch, steps):
+    def gradients(params, frozen, root, batch, steps):
         """((loss, means), gradient) of a batch, in config.train.accumulate parts; noise is keyed by record, so the parts do not show."""
         evaluate = jax.value_and_grad(loss, has_aux=True)
         if parts == 1:
-            return evaluate(params, root, batch, steps)
+            return evaluate(params, frozen, root, batch, steps)
         # Every parts-th example, not a run of them: each device keeps the examples that it holds.
         split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(len(a) // parts, parts, *a.shape[1:]), 1, 0), batch)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, evaluate(params, root, part, steps)), None
+            return jax.tree.map(jnp.add, total, evaluate(params, frozen, root, part, steps)), None
 
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(
-            lambda: evaluate(params, root, jax.tree.map(lambda a: a[0], split), steps)))
+            lambda: evaluate(params, frozen, root, jax.tree.map(lambda a: a[0], split), steps)))
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, split)[0])
 
     # Left to XLA, the new state comes out sharded otherwise than the old: the second step would compile anew, and donate in vain.
     homes = jax.tree.map(lambda a: a.sharding, state.abstract(config, model, mesh))
 
     @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=(homes, sharding.replicated(mesh)))
-    def step(current: state.State, batch, steps: int):
+    def step(current: state.State, batch, steps: int, frozen=None):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
-        (value, means), gradient = gradients(current.params, root, batch, steps)
+        (value, means), gradient = gradients(current.params, frozen, root, batch, steps)
         updates, opt_state = update.update(gradient, current.opt_state, current.params)
         params = optax.apply_updates(current.params, updates)
         ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
@@ -112,11 +118,13 @@ def make_step(config: Config, model: NTM, mesh):
     return step
 
 
-def flops_of_step(config: Config, model: NTM, current, batch, mesh) -> int:
+def flops_of_step(config: Config, model, current, batch, mesh, teacher=None) -> int:
     """The model's FLOPs in a step at the largest T, of all devices: of the same mathematics with nothing recomputed."""
-    step = functools.partial(make_step(config, state.plain(model), mesh), steps=max(config.trajectory.steps))
+    plain = dataclasses.replace(teacher, model=state.plain(teacher.model)) if teacher else None
+    step, steps = make_step(config, state.plain(model), mesh, plain), max(config.trajectory.steps)
     with sharding.use(mesh):
-        return flops.count(step, current, batch)
+        return flops.count(lambda *arguments: step(arguments[0], arguments[1], steps, *arguments[2:]), current, batch,
+                           teacher.params if teacher else None)
 
 
 def steps_of(config: Config, step: int) -> int:
@@ -128,13 +136,15 @@ def steps_of(config: Config, step: int) -> int:
 def check(metrics: dict, step: int) -> dict:
     """A step's metrics on the host, as scalars to log; UserError if one is not finite, naming the step, the level and the term."""
     scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
+    terms = [name for name in ("log_det", "log_scale", "quadratic") if name in metrics]  # a denoiser has none
     if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
-        terms = ("log_det", "log_scale", "quadratic")
         bad = [f"{term} at level {k}" for term in terms for k, v in enumerate(metrics[term]) if not np.isfinite(v)]
         first = bad[0] if bad else "the gradient or the update, every term being finite,"
         raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the last checkpoint is untouched. "
                         "Lower config.optimizer.learning_rate or clip, or raise config.trajectory.t_min_range")
+    if not terms:
+        return scalars
+    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
     return scalars | {f"nll/level_{k}": float(v) for k, v in enumerate(nll)}
 
 
@@ -197,7 +207,12 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     held_out = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)
     spec = pipeline.spec(source, config.data.patch_size)
-    model = state.make_model(config, spec, attention.choose(mesh))
+    model, teacher = state.make_model(config, spec, attention.choose(mesh)), None
+    if config.teacher:
+        kept = distill.frozen(workdir)
+        teacher = load.load(f"{workdir}/frozen" if kept else config.teacher)
+        distill.check_teacher(config, spec, teacher)
+        model = distill.make_denoiser(model)
     processes.agree(configuration.flatten(config.raw) | {"--workdir": workdir})
     changes = configuration.claim(workdir, config, spec)
     total = config.train.steps
@@ -206,6 +221,8 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
         latest = checkpoints.latest()
         if latest is None:
             current = state.initialize(config, model, mesh)
+            if config.init_from:
+                current = export.start_from(config.init_from, config, model, mesh, current)
             start, data_state = 0, None
         else:
             start, current, data_state = checkpoints.restore(state.abstract(config, model, mesh))
@@ -218,30 +235,36 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
             batches.set_state(data_state)
         if jax.process_index() == 0:
             configuration.write(workdir, config, spec)
+        if teacher and not kept:
+            distill.freeze(teacher, workdir)
         writer = stack.enter_context(Writer(workdir, total, start, quiet=jax.process_index() > 0 or not progress))
         parameters = sum(a.size for a in jax.tree.leaves(current.params))
         writer.message(f"{parameters:,} parameters, {len(source.records):,} training records, mesh " +
                        " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()) +
-                       (f", resuming {workdir} at step {start}" if latest is not None else f", in {workdir}"))
+                       (f", resuming {workdir} at step {start}" if latest is not None else f", in {workdir}") +
+                       (f", starting from {config.init_from}" if latest is None and config.init_from else ""))
         for change in changes:
             writer.message(f"changed since the run began: {change}")
         stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
         current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
-                              _Trace(epath.Path(workdir) / "profile", profile))
+                              _Trace(epath.Path(workdir) / "profile", profile), teacher)
         if not done:
             return None
         writer.message(f"trained to step {total}; evaluating")
     run = load.Run(config, spec, model, current.ema, total, mesh, workdir)
+    if teacher:
+        run = load.with_denoiser(teacher, run)
     finish(run)
     result, scored = evaluate.evaluate(run, progress=progress)
     evaluate.report(run, result, scored, epath.Path(workdir) / "evaluation.json")
     return result
 
 
-def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until, trace):
+def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until, trace, teacher):
     """Steps from `start` in the order evaluate, save, next batch, step; returns the state and whether it reached the end."""
     total, every = config.train.steps, config.train.evaluate_every
-    step_function, rate = make_step(config, model, mesh), optimizer.schedule(config.optimizer, total)
+    frozen = {"frozen": teacher.params} if teacher else {}
+    step_function, rate = make_step(config, model, mesh, teacher), optimizer.schedule(config.optimizer, total)
     pending, clock = None, (time.perf_counter(), start)
     work = limit = 0  # FLOPs of a step, and this machine's a second: known from the first batch on, where a terminal shows them
 
@@ -264,7 +287,7 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
         if step > start and (ending or evaluating or step % config.train.save_every == 0):
             scalars, bound = read(step), None  # what is saved is known to be finite
             if evaluating:
-                figures, bound = _evaluate(config, model, current.ema, held_out, mesh, step, writer)
+                figures, bound = _evaluate(config, model, current.ema, held_out, mesh, step, writer, teacher)
                 scalars |= figures
             if scalars:
                 writer.write(step, scalars)
@@ -284,10 +307,10 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
             raise
         batch = sharding.to_global(batch, mesh)
         if step == start and writer.shows:
-            work = flops_of_step(config, model, current, batch, mesh)
+            work = flops_of_step(config, model, current, batch, mesh, teacher)
             limit = flops.products(config.model.dtype, mesh, 0.1)()
         with sharding.use(mesh):
-            current, metrics = step_function(current, batch, steps_of(config, step))
+            current, metrics = step_function(current, batch, steps_of(config, step), **frozen)
         if pending:
             scalars = read(step)
             if scalars:
@@ -299,8 +322,12 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
     return current, step == total
 
 
-def _evaluate(config, model, ema, held_out, mesh, step, writer) -> tuple[dict, dict]:
+def _evaluate(config, model, ema, held_out, mesh, step, writer, teacher) -> tuple[dict, dict]:
     """The held-out bound on the way, one trajectory a record: scalars to log, and the figure that the best checkpoint is chosen by."""
+    if teacher:
+        error = evaluate.denoiser_errors(load.with_denoiser(teacher, load.Run(config, teacher.spec, model, ema, step, mesh, "")), held_out)
+        writer.message(f"step {step}: held-out error to the target {error['to_target']['mean']:.6f} ± {error['to_target']['stderr']:.6f}")
+        return {"evaluate/mse": error["to_target"]["mean"]}, {"bound": error["to_target"]["mean"]}
     table = evaluate.scores(config, model, ema, held_out, mesh, trajectories=1)
     result = evaluate.summarize(table, model, 1, held_out.levels)
     unit = "bits_per_dim" if held_out.levels else "nats_per_dim"
@@ -314,7 +341,7 @@ def finish(run: load.Run) -> None:
     """The run's pictures: samples, denoising trajectories, the loss curve."""
     folder, config, spec = epath.Path(run.workdir), run.config, run.spec
     def sampled(index, **options):
-        return generate.generate(config, run.model, run.params, spec, run.mesh, index, **options)
+        return generate.generate(config, run.model, run.params, spec, run.mesh, index, denoiser=run.denoiser, **options)
 
     images = np.concatenate([sampled(index) for index in generate.in_batches(config.sample.num, 500)])
     points = not spec.levels and spec.image_shape == (1, 2, 1)  # of the plane: the more the better to see
@@ -323,7 +350,7 @@ def finish(run: load.Run) -> None:
     pictures = np.concatenate([levels, clean[:, None]], 1)
     if jax.process_index():
         return
-    plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png")
+    plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png", *(["training loss (mean squared error)"] if run.denoiser else []))
     if points:
         plots.points_picture(images.reshape(-1, 1, 2), [0.0], folder / "samples.png")
         plots.points_picture(pictures.reshape(*pictures.shape[:2], 2), [*t, 0.0], folder / "trajectories.png")

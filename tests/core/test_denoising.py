@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ntm_jax.core import trajectory
 from ntm_jax.core.denoising import score_denoise
@@ -32,3 +33,26 @@ def test_it_moves_all_levels_by_their_covariance(tiny):
     moved = np.sum(v * (xs[:, 0] - (1 - t[:, 0, None, None]) * found), (1, 2))
     assert (np.abs(slope) > 1e-3).all()
     np.testing.assert_allclose(moved, slope, rtol=1e-3, atol=1e-5)  # differences of float32 numbers of size 1, times .03
+
+
+def test_of_one_step_it_is_tweedies_formula(tiny):
+    """x = (x_0 + t_0^2 score(x_0)) / (1 - t_0), whatever x_1 = x_T does: the score of p(x_0 | x_1)."""
+    random = tiny(num_classes=2, steps=(1,))
+    xs, t, steps, label = random.inputs(2, steps=1)
+    found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
+    score = jax.jit(jax.grad(lambda x_0: -random(jnp.asarray(xs).at[:, 0].set(x_0), t, steps, label).nll.sum()))(xs[:, 0])
+    t_0 = t[:, 0, None, None]
+    np.testing.assert_allclose(found, (xs[:, 0] + t_0**2 * score) / (1 - t_0), atol=1e-5)
+    assert np.abs(score).max() > 0.1
+
+
+def test_the_gradient_is_clipped_at_a_percentile_of_each_example(tiny):
+    random = tiny(num_classes=2, steps=(2, 3))
+    xs, t, steps, label = random.inputs(2, steps=3)
+    gradient = np.asarray(jax.jit(jax.grad(lambda xs: random(xs, t, steps, label).nll.sum()))(xs))
+    found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label, percentile=75.0))(xs)
+    most = np.percentile(np.abs(gradient).reshape(2, -1), 75, axis=1)[:, None, None, None]
+    clipped = np.clip(gradient, -most, most)
+    assert (clipped != gradient).mean() == pytest.approx(0.25, abs=0.03)
+    correction = np.einsum("bk,bknd->bnd", trajectory.covariance(t)[:, 0], clipped)
+    np.testing.assert_allclose(found, (xs[:, 0] - correction) / (1 - t[:, 0, None, None]), atol=1e-5)

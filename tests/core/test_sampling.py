@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import sampling, trajectory
+from ntm_jax.core.model import NTM
 
 RICH = {"num_classes": 2, "steps": (2, 3)}
 
@@ -77,12 +78,37 @@ def test_an_image_does_not_depend_on_its_batch(random, sampled):
     np.testing.assert_allclose(part, xs[order], atol=2e-5)  # float32 sums in another order, through three steps
 
 
-def test_inversion_undoes_the_transporter_at_every_level(random):
+def latents(random):
+    """(trajectories [3, 4, N, D], their latents, what they are told)."""
     xs, t, steps, label = random.inputs(3, steps=3)
     us = [random.transport(xs[:, k], t[:, k], steps, label)[0] for k in range(3)] + [xs[:, 3]]
-    found = jax.jit(lambda us: sampling.invert_trajectory(random.module, random.params, us, t, label))(np.stack(us, 1))
+    return xs, np.stack(us, 1), (t, label)
+
+
+@pytest.mark.parametrize("inverse", ["auto", "parallel", "sequential"])
+def test_inversion_undoes_the_transporter_at_every_level(random, inverse):
+    xs, us, told = latents(random)
+    found = jax.jit(lambda us: sampling.invert_trajectory(random.module, random.params, us, *told, inverse))(us)
     np.testing.assert_allclose(found, xs, atol=1e-5)  # float32 rounding of two blocks
     np.testing.assert_array_equal(found[:, -1], xs[:, -1])
+
+
+def test_sweeps_are_told_by_example_level_and_block(random):
+    _, us, (t, label) = latents(random)
+    rough, fine, exact = (
+        jax.jit(lambda us, tolerance=tolerance: sampling.inverse_sweeps(random.module, random.params, us, t, label, tolerance))(us)
+        for tolerance in (1e-1, 1e-5, 0.0))
+    assert rough.shape == (3, 3, 2)
+    assert (rough <= fine).all()
+    assert (rough < fine).any()
+    assert (exact <= 6).all()
+    single = random.module.apply(random.params, us[1:2, 2], t[1:2, 2], np.full(1, 3), label[1:2], "parallel", 1e-5, method=NTM.invert)[1]
+    np.testing.assert_array_equal(fine[1, 2], single[0])
+
+
+@pytest.mark.parametrize("inverse", ["parallel", "sequential"])
+def test_sampling_by_either_inverse_is_the_same(random, sampled, inverse):
+    np.testing.assert_allclose(drawn(random, sampling.sample, inverse=inverse)[-1], sampled[-1], atol=1e-5)  # float32 rounding
 
 
 def test_guided_latents_take_every_step_by_the_guided_gaussian(random):

@@ -1,9 +1,13 @@
 """The transporter: its log-determinant, its inverse, and what each output may see."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from ntm_jax.core.transporter import TOLERANCE, Transporter
 
 CONFIGS = [
     {},
@@ -22,6 +26,24 @@ def clean(tiny):
     """(x [B, N, D], t [B], steps [B], label [B]): what a transporter is called with."""
     xs, t, steps, label = tiny.inputs()
     return xs[:, 0], t[:, 0], steps, label
+
+
+@functools.cache
+def _compiled_inverse(module, how, tolerance):
+    return jax.jit(functools.partial(module.apply, how=how, tolerance=tolerance, method=type(module).inverse))
+
+
+def inverse(bound, *args, how="parallel", tolerance=TOLERANCE):
+    """(x, sweeps) of a transporter's or a block's inverse, as numpy arrays."""
+    return jax.device_get(_compiled_inverse(bound.module, how, tolerance)({"params": bound.weights}, *args))
+
+
+def residual(block, x, u, told):
+    """max |x - (m(x) + exp(g(x)) u)| / max(1, |x|) of each example, all in the image's order: [B]."""
+    flip = (slice(None), slice(None, None, -1 if block.module.reverse else None))
+    m, g = block.conditioner(x[flip], told)
+    new = m + np.exp(g) * u[flip]
+    return (np.abs(new - x[flip]) / np.maximum(1, np.abs(new))).max((1, 2))
 
 
 @pytest.mark.parametrize("changes", CONFIGS)
@@ -47,17 +69,135 @@ def test_a_new_transporter_is_the_identity(tiny):
     u, log_det = new.transport(x, *rest)
     np.testing.assert_array_equal(u, x)
     np.testing.assert_array_equal(log_det, 0)
-    np.testing.assert_array_equal(new.invert(x, *rest), x)
+    for how in ("sequential", "parallel"):
+        back, sweeps = inverse(new.transporter, x, *rest, how=how)
+        np.testing.assert_array_equal(back, x)
+        np.testing.assert_array_equal(sweeps, 1 if how == "parallel" else 6)
 
 
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (16, 16)])
 @pytest.mark.parametrize("changes", CONFIGS[:3])
-def test_inverse_of_256_tokens(tiny, changes):
-    random = tiny(**changes, grid=(16, 16))
+def test_both_inverses_undo_the_transporter(tiny, changes, grid):
+    random = tiny(**changes, grid=grid)
     x, *rest = clean(random)
     u, _ = random.transport(x, *rest)
-    assert np.abs(u - x).max() > 1
-    # float32 rounding, 1e-7, times exp(g) in each block and what later tokens make of it
-    np.testing.assert_allclose(random.invert(u, *rest), x, atol=1e-5)
+    assert np.abs(u - x).max() > 0.5
+    found = {how: inverse(random.transporter, u, *rest, how=how) for how in ("sequential", "parallel")}
+    for back, sweeps in found.values():
+        assert sweeps.shape == (2, random.config.transporter_blocks)
+        assert sweeps.dtype == np.int32
+        # float32 rounding, 1e-7, times exp(g) in each block and what later tokens make of it
+        np.testing.assert_allclose(back, x, atol=1e-5)
+    assert (found["sequential"][1] == random.config.tokens).all()
+    assert (found["parallel"][1] <= random.config.tokens).all()
+    errors = {how: np.sqrt(np.mean(np.square(back - x))) for how, (back, _) in found.items()}
+    assert errors["parallel"] < 2 * errors["sequential"]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_parallel_inverse_keeps_its_tolerance(tiny, index):
+    """The residual measured from outside; a smaller tolerance takes more sweeps."""
+    block, told = tiny(grid=(8, 8)).block(index), condition(tiny().config)
+    u, before = clean(tiny(grid=(8, 8)))[0], 0
+    for tolerance in (1e-2, 1e-4, TOLERANCE):
+        x, sweeps = inverse(block, u, told, tolerance=tolerance)
+        assert (residual(block, x, u, told) <= tolerance).all()
+        assert (before < sweeps).all()
+        assert (sweeps < 64).all()
+        before = sweeps
+    rough, _ = inverse(block, u, told, tolerance=1e-2)
+    assert (residual(block, rough, u, told) > 1e-6).all()  # the tolerance is what ends it
+
+
+def wild(tiny, index, **changes):
+    """A block whose shifts outdo the tokens that they depend on: no sweep gets a token right before all those that it depends on are."""
+    block = tiny(**changes).block(index)
+    kernel = block.weights["project"]["kernel"] * np.where(np.arange(2 * tiny(**changes).config.dim) < tiny(**changes).config.dim, 20, 1)
+    block.weights = block.weights | {"project": block.weights["project"] | {"kernel": kernel.astype(np.float32)}}
+    return block
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_as_many_sweeps_as_tokens_are_exact(tiny, index):
+    block, u, told = wild(tiny, index), clean(tiny())[0], condition(tiny().config)
+    x, sweeps = inverse(block, u, told, tolerance=0.0)
+    np.testing.assert_array_equal(sweeps, 6)
+    assert (residual(block, x, u, told) < 2e-6).all()  # float32 rounding of another program
+    expected, _ = inverse(block, u, told, how="sequential")
+    np.testing.assert_allclose(x, expected, rtol=1e-3, atol=1e-3)  # rounding, 1e-7, grows tenfold with every token
+    assert np.abs(x).max() > 5
+
+
+def test_an_example_neither_waits_for_another_nor_depends_on_it(tiny):
+    block, c = tiny(grid=(8, 8)).block(0), tiny(grid=(8, 8)).config
+    u, told = tiny(grid=(8, 8)).inputs(4).xs[:, 0], np.repeat(condition(c)[:1], 4, 0)
+    u[0] *= 0.01  # what hardly moves its tokens' shifts
+    x, sweeps = inverse(block, u, told, tolerance=1e-3)
+    quick, slow = np.argmin(sweeps), np.argmax(sweeps)
+    assert sweeps[quick] < sweeps[slow]
+    for others in (quick, slow):
+        order = np.array([quick, others, others, others])
+        found, taken = inverse(block, u[order], told, tolerance=1e-3)
+        np.testing.assert_array_equal(found[0], x[quick])
+        assert taken[0] == sweeps[quick]
+    alone, taken = inverse(block, u[[quick]], told[:1], tolerance=1e-3)
+    np.testing.assert_allclose(alone[0], x[quick], atol=1e-6)  # a batch of another size may be rounded otherwise
+    assert taken[0] == sweeps[quick]
+
+
+def test_sweeps_are_told_in_the_order_of_the_blocks(tiny):
+    transporter, (u, *rest) = tiny(grid=(4, 4)).transporter, clean(tiny(grid=(4, 4)))
+    _, sweeps = inverse(transporter, u, *rest)
+    told = transporter.module.apply({"params": transporter.weights}, rest[:1], *rest[1:], method=lambda module, *a: module.condition(*a))
+    _, last = inverse(tiny(grid=(4, 4)).block(1), u, told)
+    np.testing.assert_array_equal(sweeps[:, 1], last)
+    assert (sweeps[:, 0] != last).all()
+
+
+def test_sweeps_survive_numbers_that_overflow(tiny):
+    """u is so large, and exp(g) so small, that the network cannot be asked about x = u, where the sweeps start."""
+    block, c, told = tiny(log_scale_bound=100.0).block(0), tiny().config, condition(tiny().config)
+    bias = block.weights["project"]["bias"] - np.where(np.arange(2 * c.dim) < c.dim, 0, 65).astype(np.float32)
+    block.weights = block.weights | {"project": block.weights["project"] | {"bias": bias}}
+    x = clean(tiny())[0]
+    u, _ = block(x, told)
+    assert np.isfinite(u).all()
+    assert np.isnan(block.conditioner(u, told)[0]).all()  # the first token's too
+    found, sweeps = inverse(block, u, told)
+    np.testing.assert_allclose(found, x, atol=1e-4)  # a float32 log-scale of -57 is known to 4e-6
+    assert (sweeps <= 6).all()
+
+
+def test_a_latent_that_is_not_finite_harms_only_its_own_example(tiny):
+    random = tiny()
+    u, *rest = clean(random)
+    expected, _ = inverse(random.transporter, u, *rest)
+    u[1, 3] = np.nan
+    found, sweeps = inverse(random.transporter, u, *rest)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert np.isnan(found[1]).any()
+    np.testing.assert_array_equal(sweeps[1], 0)
+
+
+def test_the_parallel_inverse_maps_over_further_axes(tiny):
+    random = tiny(grid=(4, 4))
+    xs, t, steps, label = random.inputs(4)
+    u, t = xs[:, 0], t[:, 0]
+    transporter = random.transporter
+    run = functools.partial(transporter.module.apply, {"params": transporter.weights}, method=Transporter.inverse, how="parallel")
+    pairs = [a.reshape(2, 2, *a.shape[1:]) for a in (u, t, steps, label)]
+    for found, expected in zip(jax.jit(jax.vmap(run))(*pairs), jax.jit(run)(u, t, steps, label), strict=True):
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-6)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_auto_takes_what_is_faster_on_the_platform_that_runs_it(tiny, platform):
+    random = tiny(grid=(8, 8))
+    lowered = jax.jit(functools.partial(random.transporter.module.apply, method=Transporter.inverse)).trace(
+        {"params": random.transporter.weights}, *clean(random)).lower(lowering_platforms=(platform,))
+    assert ("dynamic_update_slice" in lowered.as_text()) == (platform == "cpu")
+    _, sweeps = inverse(random.transporter, *clean(random), how="auto")
+    np.testing.assert_array_equal(sweeps, 64)  # here: token by token
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -135,7 +275,7 @@ def test_the_condition_reaches_the_output_and_the_inverse(tiny, change):
     after = random.transport(x, *inputs.values())
     for a, b in zip(before, after, strict=True):
         assert (np.abs(a - b).reshape(2, -1).max(1) > 1e-3).all()
-    np.testing.assert_allclose(random.invert(after[0], *inputs.values()), x, atol=1e-5)  # float32 rounding, two blocks
+    np.testing.assert_allclose(random.invert(after[0], *inputs.values())[0], x, atol=1e-5)  # float32 rounding, two blocks
 
 
 def test_a_bfloat16_network_keeps_float32_arithmetic(tiny):
@@ -143,7 +283,7 @@ def test_a_bfloat16_network_keeps_float32_arithmetic(tiny):
     assert random.config.exact() == exact.config
     x, *rest = clean(random)
     (u, log_det), (expected, _) = random.transport(x, *rest), exact.transport(x, *rest)
-    assert u.dtype == log_det.dtype == random.invert(u, *rest).dtype == np.float32
+    assert u.dtype == log_det.dtype == random.invert(u, *rest)[0].dtype == np.float32
     assert 1e-5 < np.abs(u - expected).max() < 0.1  # bfloat16 has three digits
     # (x - m) exp(-g) of bfloat16 m and g is not itself a bfloat16 number
     assert (u != u.astype(jnp.bfloat16)).mean() > 0.9

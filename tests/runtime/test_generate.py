@@ -88,7 +88,7 @@ def test_written_samples(run, tmp_path, capsys):
     out = tmp_path / "samples"
     generate.write_samples(run, str(out), 11, 4, ["3", "5"])
     names = sorted(path.name for path in out.iterdir())
-    assert names == [f"{i:02}.png" for i in range(11)] + ["grid.png", "samples.npz"]
+    assert names == [f"{i:02}.png" for i in range(11)] + ["grid.png", "samples.json", "samples.npz"]
     images = run.sample(11, np.resize([3, 5], 11))
     shown = (images * (255 / 16)).round().astype(np.uint8)
     with np.load(out / "samples.npz") as archive:
@@ -102,6 +102,42 @@ def test_written_samples(run, tmp_path, capsys):
     with Image.open(out / "grid.png") as grid:
         assert grid.size == (10 * 66 + 2, 2 * 66 + 2)
     assert f"11 images in {out}" in capsys.readouterr().out
+
+
+def test_a_stopped_call_goes_on_bit_for_bit(run, tmp_path, monkeypatch, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    generate.write_samples(run, str(whole), 10, 4, save_trajectories=True)
+    sample_at, calls = Run.sample_at, []
+
+    def dies(self, index, *rest, **options):
+        calls.append(list(index))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample_at(self, index, *rest, **options)
+
+    monkeypatch.setattr(Run, "sample_at", dies)
+    with pytest.raises(KeyboardInterrupt):
+        generate.write_samples(run, str(stopped), 10, 4, save_trajectories=True)
+    assert not (stopped / "samples.npz").exists()
+    with pytest.raises(UserError, match="holds samples of --num 10, and this call has 12: give another --out"):
+        generate.write_samples(run, str(stopped), 12, 4, save_trajectories=True)
+    with pytest.raises(UserError, match="holds samples of --seed None, and this call has 1"):
+        generate.write_samples(run, str(stopped), 10, 4, save_trajectories=True, seed=1)
+    other = dataclasses.replace(run, params=randomised(run.params, seed=3))
+    with pytest.raises(UserError, match="holds samples of checksum"):
+        generate.write_samples(other, str(stopped), 10, 4, save_trajectories=True)
+    generate.write_samples(run, str(stopped), 10, 4, save_trajectories=True)
+    assert calls[2:] == [[4, 5, 6, 7], [8, 9]]
+    assert "10 images in" in capsys.readouterr().out
+    assert sorted(path.name for path in whole.iterdir()) == sorted(path.name for path in stopped.iterdir())
+    for name in ("samples.npz", "trajectories.npz"):
+        with np.load(whole / name) as one, np.load(stopped / name) as other:
+            np.testing.assert_array_equal(one["arr_0"], other["arr_0"])
+    with np.load(whole / "trajectories.npz") as levels:
+        assert levels["arr_0"].shape == (10, 3, 8, 8, 1)
+    generate.write_samples(run, str(stopped), 10, 4, save_trajectories=True)  # again: nothing to do
+    assert len(calls) == 4
+    assert "10 of them found there" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(run, tmp_path):
