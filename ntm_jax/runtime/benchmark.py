@@ -72,15 +72,23 @@ def _train_step(setting: Setting) -> Case:
     return Case("train step", once, config.data.batch_size, flops=counted)
 
 
+def _held_out(setting: Setting) -> tuple[dict, int]:
+    """This process's share of an evaluation batch, and the size of all of it."""
+    size, shards = min(setting.config.evaluate.batch_size, len(setting.held_out.records)), sharding.batch_shards(setting.mesh)
+    size = -(-size // shards) * shards
+    with contextlib.closing(pipeline.evaluation_batches(
+            setting.held_out, setting.config.data.patch_size, size, *sharding.share(setting.mesh))) as batches:
+        return next(batches), size
+
+
 def _forward(setting: Setting) -> Case:
-    """The training step's forward pass alone, up to each example's terms, on a batch that goes to the devices each time."""
-    config, mesh, model, steps = setting.config, setting.mesh, setting.model(), max(setting.config.trajectory.steps)
-    with contextlib.closing(setting.batches()) as batches:
-        batch = next(batches)
+    """The training step's forward pass alone, up to each example's terms, on the batch that the likelihood is evaluated on."""
+    config, mesh, model = setting.config, setting.mesh, setting.model()
+    batch, size = _held_out(setting)
     params = state.initialize(config, model, mesh).params
 
     def terms(model, params, root, batch):
-        return train.OBJECTIVES[config.train.objective](config, model, params, root, batch, steps)
+        return train.OBJECTIVES[config.train.objective](config, model, params, root, batch, config.sample.steps)
 
     forward, root = jax.jit(terms, static_argnums=0), jax.random.key(0)
 
@@ -90,7 +98,7 @@ def _forward(setting: Setting) -> Case:
 
     with sharding.use(mesh):
         counted = flops.count(functools.partial(terms, state.plain(model)), params, root, sharding.to_global(batch, mesh))
-    return Case("forward pass", once, config.data.batch_size, flops=counted)
+    return Case("forward pass", once, size, flops=counted)
 
 
 def _input_pipeline(setting: Setting) -> Case:
@@ -103,10 +111,7 @@ def _input_pipeline(setting: Setting) -> Case:
 def _likelihood(setting: Setting) -> Case:
     """Held-out likelihood with one trajectory a record, as on the way of a training run."""
     config, mesh, held_out, model = setting.config, setting.mesh, setting.held_out, setting.model()
-    shards = sharding.batch_shards(mesh)
-    size = -(-min(config.evaluate.batch_size, len(held_out.records)) // shards) * shards
-    with contextlib.closing(pipeline.evaluation_batches(held_out, config.data.patch_size, size, *sharding.share(mesh))) as batches:
-        batch = next(batches)
+    batch, size = _held_out(setting)
     params = state.initialize(config, model, mesh).ema
 
     once = functools.partial(evaluate.score_batch, config, model, params, batch, mesh, held_out.levels, trajectories=1)
@@ -172,5 +177,5 @@ def table(rows: list[dict]) -> str:
     appetite = rates["input pipeline"] / rates["train step"]
     lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a train step takes")
     slower = rates["forward pass"] / rates["likelihood evaluation"]
-    lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as its forward pass in a train step")
+    lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train step's forward pass in batches of that size")
     return "\n".join(lines)

@@ -139,7 +139,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
     asked |= {"checksum": checkpoint.digest((run.params, run.denoiser and run.denoiser[1]))}
     batches = in_batches(num, batch)
     done = _claim(folder, asked, len(batches))
-    begin, made = time.perf_counter(), 0
+    begin, made, first = time.perf_counter(), 0, 0
     for number, index in enumerate(tqdm.tqdm(batches, "sample", unit="batch", disable=None)):
         if done[number]:
             continue
@@ -148,10 +148,12 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
         if jax.process_index() == 0:
             _write_batch(folder, number, index, images if save_trajectories else (images,), run.spec.levels, len(str(num - 1)))
         made += len(index)
+        if not first:  # it compiled
+            begin, first = time.perf_counter(), made
     if jax.process_index() == 0 and not (folder / "samples.npz").exists():
         _gather(folder, run, labels, num, len(batches), save_trajectories)
     if jax.process_index() == 0:
-        rate = f", {made / (time.perf_counter() - begin):.1f} images/s with compilation" if made else ""
+        rate = f", {(made - first) / (time.perf_counter() - begin):.1f} images/s after the first batch" if made > first else ""
         print(f"{num} images in {out}, {num - made} of them found there{rate}, step {run.step}", flush=True)
 
 
