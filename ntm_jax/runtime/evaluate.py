@@ -189,15 +189,15 @@ def class_accuracy(images, num_classes: int, levels: int, real: np.ndarray, labe
     return _mean(hits) | {"images": len(images)}
 
 
-def image_scores(run, train: Source, held_out: Source, features: str, inception_weights: str | None, progress: bool = False) -> dict:
+def image_scores(run, train: Source, held_out: Source, extractor, progress: bool = False) -> dict:
     """evaluation.json's figures of samples, beside the training images: class_accuracy, and frechet, precision and recall on features.
 
-    frechet_held_out is the same distance of the held-out images: what a perfect model of as many samples would come near.
+    extractor: quality.Extractor or None. frechet_held_out is the same distance of the held-out images: what a perfect model would come
+    near with as many samples as there are of these; more come nearer.
     """
     config = run.config
     if not (config.evaluate.images and train.levels):
         return {}
-    extractor = None if features == "none" else quality.extractor(features, train, inception_weights)  # may refuse: before the sampling
     records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
     real, images = np.stack([r["image"] for r in records]), generated(run, progress)
     made = {"images": len(images), "decoder": config.sample.decoder, "guidance": config.sample.guidance, "steps": config.sample.steps}
@@ -231,6 +231,10 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         _check_comparable(run, against)
     processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features,
                      "--against": [against.workdir, against.step] if against else None})
+    train = sources.open_source(config.data.source, config.data.split, config.data.image_size)
+    features = features or config.evaluate.features
+    images = config.evaluate.images and train.levels and features != "none"
+    extractor = quality.extractor(features, train, inception_weights) if images else None  # it may refuse, so it comes first
     table = scores(config, model, run.params, source, run.mesh, trajectories, progress=progress)
     result = {"step": run.step, "split": split} | summarize(table, model, trajectories, source.levels)
     if run.denoiser:
@@ -241,8 +245,7 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         other = scores(against.config, against.model, against.params, source, against.mesh, trajectories, progress=progress)
         result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw} | compare(
             table, other, spec.tokens * spec.dim, source.levels)
-    train = sources.open_source(config.data.source, config.data.split, config.data.image_size)
-    result |= image_scores(run, train, source, features or config.evaluate.features, inception_weights, progress)
+    result |= image_scores(run, train, source, extractor, progress)
     result["provenance"] = provenance(run, source)
     return result, table
 

@@ -255,7 +255,8 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     if teacher:
         run = load.with_denoiser(teacher, run)
     finish(run)
-    result, scored = evaluate.evaluate(run, progress=progress)
+    features = "none" if config.evaluate.features == "inception" else None  # its weights are launch/evaluate.py's to be told
+    result, scored = evaluate.evaluate(run, features=features, progress=progress)
     evaluate.report(run, result, scored, epath.Path(workdir) / "evaluation.json")
     return result
 

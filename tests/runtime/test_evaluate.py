@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from ntm_jax.core import likelihood
-from ntm_jax.data import pipeline
+from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import evaluate, load, state
 from tests.common import batch_of, randomised, setup, tiny_config
@@ -40,6 +40,20 @@ def test_every_record_counts_once_in_any_batch_size(tables):
         assert "mask" not in table
         for name, values in table.items():
             np.testing.assert_allclose(values, tables[512][name], rtol=1e-5, atol=1e-3, err_msg=name)  # of sums of hundreds of nats
+
+
+def test_all_297_digits_count_in_any_batch_size(trained):
+    _, model, mesh, params = trained
+    source, found = sources.open_source("digits", "test"), {}
+    for size in (7, 64, 512):
+        settings = dataclasses.replace(SETTINGS, evaluate=dataclasses.replace(SETTINGS.evaluate, batch_size=size))
+        table = evaluate.scores(settings, model, params, source, mesh, 1)
+        found[size] = evaluate.summarize(table, model, 1, 17)
+        np.testing.assert_array_equal(table["index"], np.arange(297))
+    for result in found.values():
+        assert result["count"] == 297
+        assert result["bits_per_dim"]["bound"]["mean"] == pytest.approx(found[512]["bits_per_dim"]["bound"]["mean"], rel=1e-5)
+        assert result["trajectory_nll"]["by_level"] == pytest.approx(found[512]["trajectory_nll"]["by_level"], rel=1e-5)
 
 
 def test_the_same_parameters_give_the_same_figures_twice(trained, tables):
