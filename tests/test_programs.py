@@ -83,7 +83,8 @@ def test_sample_writes_images(run, tmp_path, compilation_cache):
     done = program("sample", f"--workdir={run[0]}", "--num=5", "--batch=3", "--labels=1,2", "--decoder=inverse", "--guidance=0.5",
                    f"--out={tmp_path / 'out'}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
     assert f"5 images in {tmp_path / 'out'}" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*(f"{i}.png" for i in range(5)), "grid.png", "samples.json", "samples.npz"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [*(f"{i}.png" for i in range(5)), "grid.png", "samples.json", "samples.npz"]
     with np.load(tmp_path / "out" / "samples.npz") as archive:
         assert archive["arr_0"].shape == (5, 8, 8, 3)
         assert archive["arr_1"].tolist() == [1, 2, 1, 2, 1]
