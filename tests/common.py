@@ -12,6 +12,7 @@ import pytest
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.runtime import config, sharding, state
+from ntm_jax.runtime.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -48,6 +49,17 @@ def randomised(params, seed: int = 0):
     """Parameters with random numbers in place of the zeros that layers start with, so that no term is trivial: NumPy arrays."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), params)
+
+
+def write_run(folder, settings: config.Config):
+    """Makes a run's folder of `folder`, never trained, with checkpoints of steps 2 and 4, whose EMA is random by the step: `folder`."""
+    source, model, mesh = setup(settings)
+    config.write(str(folder), settings, pipeline.spec(source, settings.data.patch_size))
+    current = state.initialize(settings, model, mesh)
+    with Checkpoints(folder) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, current.replace(ema=randomised(current.params, step)), {})
+    return folder
 
 
 def batch_of(source, settings: config.Config, size: int) -> dict:

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import numpy as np
-from scipy.special import log_ndtr
+from scipy.special import log_ndtr, logsumexp
 
 from ntm_jax.data.records import pad_text
 from ntm_jax.errors import UserError
@@ -129,7 +129,7 @@ def checkerboard_log_density(points: np.ndarray, t: float) -> np.ndarray:
     """log q(x_t) of `toy:checkerboard` at points [n, 2] -> [n], 0 < t <= 1."""
     low = (1 - t) * _CORNERS
     means = _log_interval_mean(np.asarray(points, np.float64)[:, None] / t, low / t, (1 - t) * _SIDE / t)
-    return _log_sum(np.sum(means, -1), np.full(len(_CORNERS), 1 / len(_CORNERS))) - 2 * np.log(t)
+    return logsumexp(np.sum(means, -1), 1) - np.log(len(_CORNERS)) - 2 * np.log(t)
 
 
 def _log_mixture(points, t, means, weights, deviation) -> np.ndarray:
@@ -138,14 +138,8 @@ def _log_mixture(points, t, means, weights, deviation) -> np.ndarray:
     parts = []
     for some in np.split(points, range(4096, len(points), 4096)):  # of the moons' 512 nodes, 17 MB an array
         squares = sum((some[:, None, axis] / scale - (1 - t) / scale * means[:, axis]) ** 2 for axis in (0, 1))
-        parts.append(_log_sum(-0.5 * squares, weights))
+        parts.append(logsumexp(-0.5 * squares, 1, weights))
     return np.concatenate(parts) - np.log(2 * np.pi * scale**2)
-
-
-def _log_sum(logs, weights) -> np.ndarray:
-    """log of sum_m weights_m exp(logs_m): [n, m] -> [n], finite where the largest log is."""
-    largest = np.max(logs, 1)
-    return largest + np.log(np.exp(logs - largest[:, None]) @ weights)
 
 
 def _log_interval_mean(z, low, width: float) -> np.ndarray:

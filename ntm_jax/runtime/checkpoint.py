@@ -29,8 +29,15 @@ def checksums(tree) -> dict[str, str]:
     They are computed on the devices that hold the arrays, and are the same under any sharding on any number of devices and processes.
     Every process calls it alike. Any dtype of 8, 16, 32 or 64 bits (complex numbers excepted), any shape, any size.
     """
-    sums = jax.device_get({name: _sums(leaf) for name, leaf in _named_leaves(tree).items()})  # all dispatched before any is read
+    sums = jax.device_get({name: _sums(leaf) for name, leaf in named_leaves(tree).items()})  # all dispatched before any is read
     return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in sums.items()}
+
+
+def locate(where) -> tuple[epath.Path, int | None]:
+    """(workdir, step) of a run's folder or of WORKDIR/checkpoints/STEP; the step is None where it is not named."""
+    folder = epath.Path(where)
+    named = folder.parent.name == "checkpoints" and folder.name.isdecimal()
+    return (folder.parent.parent, int(folder.name)) if named else (folder, None)
 
 
 def digest(tree) -> str:
@@ -72,7 +79,7 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-def _named_leaves(tree) -> dict:
+def named_leaves(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -239,7 +246,7 @@ class Checkpoints:
                     stored = ocp.checkpointables_metadata(path).metadata["state"]
                     if stored is None:  # orbax has logged why, and goes on
                         raise ValueError("its metadata are damaged")
-                    self._refuse_another_model(step, _named_leaves(stored), _named_leaves(abstract_unit["state"]), whole)
+                    self._refuse_another_model(step, named_leaves(stored), named_leaves(abstract_unit["state"]), whole)
                     unit = ocp.load_checkpointables(path, {**abstract_unit, "checksums": None})
                     saved = dict(unit["checksums"])
             except (UserError, jax.errors.JaxRuntimeError):  # the second is a device's failure, such as running out of memory
@@ -263,7 +270,7 @@ class Checkpoints:
             tops = {name.split("/")[0] for name in expected}
             stored = {name: leaf for name, leaf in stored.items() if name.split("/")[0] in tops}
         for name in [*expected, *(set(stored) - set(expected))]:
-            there, here = (_describe(leaves.get(name)) for leaves in (stored, expected))
+            there, here = (describe(leaves.get(name)) for leaves in (stored, expected))
             if there != here:
                 raise UserError(
                     f"checkpoint step {step} in {self.directory} is of another model: array {name} is {there} in the checkpoint, "
@@ -276,7 +283,7 @@ class Checkpoints:
         return UserError(f"checkpoint step {step} is damaged: {what}; {mend} {self.directory / str(step)}")
 
 
-def _describe(leaf) -> str:
+def describe(leaf) -> str:
     return "absent" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 

@@ -95,7 +95,7 @@ class Evaluate:
     trajectories: int  # an example, for the importance-weighted bound
     batch_size: int
     images: int  # samples that are scored beside the training images; 0: none
-    features: str  # what they are compared by: none, pixels, cnn (one trained on the training images), inception; see runtime.quality
+    features: str = "none"  # they are compared by: none, pixels, cnn (trained on the training images), inception; see runtime.quality
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +202,15 @@ def flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
+def _defaults(cls, prefix: str = "") -> dict:
+    """{"section.key": value} of the settings that may be left out."""
+    found = {}
+    for key, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= _defaults(kind, f"{prefix}{key}.")
+    return found | {f"{prefix}{f.name}": f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+
+
 def _section(cls, values, prefix: str):
     fields = typing.get_type_hints(cls)
     for key in sorted(set(values) - set(fields)):
@@ -245,8 +254,7 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
         if (epath.Path(workdir) / "checkpoints").exists():
             raise UserError(f"{workdir} holds checkpoints but no config.json: expected a run's folder or a new one; give another --workdir")
         return []
-    before = {field.name: field.default for field in dataclasses.fields(Config) if field.default is not dataclasses.MISSING}
-    before, now = before | flatten(_read_json(path)), flatten(_content(config, spec))
+    before, now = _defaults(Config) | flatten(_read_json(path)), flatten(_content(config, spec))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     for key in changed:
         if not key.startswith(RESUMABLE):

@@ -37,7 +37,7 @@ def errors(config: Config, denoiser: Predictor, params, teacher: NTM, frozen, ke
     to_target: of the denoiser to the teacher's score denoising of the trajectory, its loss; to_data: to x; target_to_data: of the target.
     config: the teacher's.
     """
-    steps = config.sample.steps
+    teacher, steps = state.exact(teacher), config.sample.steps
     t = state.levels(config, teacher, steps, jnp.full(len(x), config.trajectory.t_min))
     xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (steps + 1, *x.shape[1:])))
     target = jax.lax.stop_gradient(score_denoise(teacher, frozen, xs, t, y))

@@ -142,7 +142,7 @@ def denoiser_errors(run, source: Source) -> dict:
         kept = {"index": batch["index"], "mask": batch.pop("mask")}
         with sharding.use(run.mesh):
             return kept | _denoiser_errors(
-                run.params, denoiser_params, root, batch, config=run.config, model=state.exact(run.model), denoiser=denoiser)
+                run.params, denoiser_params, root, batch, config=run.config, model=run.model, denoiser=denoiser)
 
     found = every_record(run.config, source, run.mesh, score)
     return {name: _mean(values) for name, values in found.items() if name != "index"}
@@ -174,8 +174,7 @@ def generated(run, progress: bool = False) -> np.ndarray:
     """The images that samples are scored by, config.evaluate.images of them, made as config.sample says: [n, H, W, C], 0..levels-1."""
     batches = tqdm.tqdm(generate.in_batches(run.config.evaluate.images, 500), "samples", unit="batch", leave=False,
                         disable=None if progress else True)
-    return np.concatenate([generate.generate(run.config, run.model, run.params, run.spec, run.mesh, index, denoiser=run.denoiser)
-                           for index in batches])
+    return np.concatenate([run.sample_at(index) for index in batches])
 
 
 def class_accuracy(images, num_classes: int, levels: int, real: np.ndarray, labels: np.ndarray) -> dict:
@@ -196,8 +195,6 @@ def image_scores(run, train: Source, held_out: Source, extractor, progress: bool
     near with as many samples as there are of these; more come nearer.
     """
     config = run.config
-    if not (config.evaluate.images and train.levels):
-        return {}
     records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
     real, images = np.stack([r["image"] for r in records]), generated(run, progress)
     made = {"images": len(images), "decoder": config.sample.decoder, "guidance": config.sample.guidance, "steps": config.sample.steps}
@@ -233,8 +230,9 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
                      "--against": [against.workdir, against.step] if against else None})
     train = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     features = features or config.evaluate.features
-    images = config.evaluate.images and train.levels and features != "none"
-    extractor = quality.extractor(features, train, inception_weights) if images else None  # it may refuse, so it comes first
+    images = config.evaluate.images and train.levels
+    # It may refuse, so it comes first.
+    extractor = quality.extractor(features, train, inception_weights) if images and features != "none" else None
     table = scores(config, model, run.params, source, run.mesh, trajectories, progress=progress)
     result = {"step": run.step, "split": split} | summarize(table, model, trajectories, source.levels)
     if run.denoiser:
@@ -245,7 +243,8 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         other = scores(against.config, against.model, against.params, source, against.mesh, trajectories, progress=progress)
         result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw} | compare(
             table, other, spec.tokens * spec.dim, source.levels)
-    result |= image_scores(run, train, source, extractor, progress)
+    if images:
+        result |= image_scores(run, train, source, extractor, progress)
     result["provenance"] = provenance(run, source)
     return result, table
 
@@ -270,7 +269,7 @@ def provenance(run, source: Source) -> dict:
         "preprocessing": {"image_shape": list(spec.image_shape), "image_size": config.data.image_size, "patch_size": spec.patch_size,
                           "scale": "2 v / (pixel_levels - 1) - 1" if source.levels else "as stored"},
         "t_min": config.trajectory.t_min,
-        "levels": np.asarray(state.levels(config, run.model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0].tolist(),
+        "levels": state.sampled_levels(config, run.model).tolist(),
         "parameters": "raw" if run.raw else "ema", "checksum": checkpoint.digest(run.params),
         "config": config.raw, "packages": {name: importlib.metadata.version(name) for name in packages}, "devices": jax.device_count(),
         "processes": jax.process_count()}

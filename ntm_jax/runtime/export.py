@@ -83,7 +83,7 @@ def programs(run) -> dict:
         return jax.vmap(example)(x, index, *condition)
 
     batch, = jax.export.symbolic_shape("b")
-    parameters = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in checkpoint._named_leaves(run.params).items()}
+    parameters = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in checkpoint.named_leaves(run.params).items()}
     common = {"parameters": parameters, "seed": jax.ShapeDtypeStruct((), jnp.uint32), "index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     pixels = {"images": jax.ShapeDtypeStruct((batch, *spec.image_shape), jnp.uint8 if spec.levels else jnp.float32)}
     if model.config.text_width:
@@ -121,7 +121,7 @@ def write_export(run, out: str, steps: int | None = None, guidance: float | None
         raise UserError(f"{run.workdir} is the run of a learned denoiser, which cannot be exported yet: export its teacher's run")
     processes.agree({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps, "--guidance": guidance, "--decoder": decoder})
     run = configure(run, steps, guidance, decoder)
-    checksums, flat = checkpoint.checksums(run.params), checkpoint._named_leaves(sharding.to_host(run.params))
+    checksums, flat = checkpoint.checksums(run.params), checkpoint.named_leaves(sharding.to_host(run.params))
     if jax.process_index():
         return
     told = programs(run)
@@ -298,9 +298,9 @@ def _read(folder, abstract):
         raise UserError(f"the export is damaged ({type(error).__name__}: {error}); export the run anew") from None
     if version != FORMAT:
         raise UserError(f"the export is of format {version}, and this version of ntm_jax reads {FORMAT}; export the run anew")
-    expected = checkpoint._named_leaves(abstract)
+    expected = checkpoint.named_leaves(abstract)
     for name in [*expected, *sorted(set(flat) - set(expected))]:
-        there, here = (checkpoint._describe(arrays.get(name)) for arrays in (flat, expected))
+        there, here = (checkpoint.describe(arrays.get(name)) for arrays in (flat, expected))
         if there != here:
             raise UserError(f"it is of another model: array {name} is {there} in the export, {here} in this model; use the configuration "
                             "it was trained with, or another config.init_from")
@@ -314,8 +314,7 @@ def _read(folder, abstract):
 
 def _restored(folder, config, model, mesh):
     """The average of a run's parameters."""
-    at_step = folder.parent.name == "checkpoints" and folder.name.isdecimal()
-    workdir, step = (folder.parent.parent, int(folder.name)) if at_step else (folder, None)
+    workdir, step = checkpoint.locate(folder)
     if not (workdir / "checkpoints").exists():
         raise UserError("there is no such export or run: expected an export's folder, a run's, or WORKDIR/checkpoints/STEP")
     return state.restore_params(str(workdir), config, model, mesh, step)[1]

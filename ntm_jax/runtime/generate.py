@@ -61,15 +61,8 @@ def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None,
     module, denoiser_params = denoiser if decoder == "denoiser" else (None, None)
     index = np.asarray(index, np.int32)
     y = conditions(config, model, index) if y is None else y
-    count, shards = len(index), sharding.batch_shards(mesh)
-
-    def place(a):  # the mesh needs whole shards
-        a = np.resize(a, (-(-count // shards) * shards, *np.shape(a)[1:]))
-        a = a.astype(np.int32) if a.ndim == 1 else a
-        return jax.make_array_from_callback(a.shape, sharding.batch_sharding(mesh), lambda i: a[i])
-
-    index, y = place(index), jax.tree.map(place, y)
-    s = config.sample
+    count, s = len(index), config.sample
+    index, y = sharding.place((index, y if isinstance(y, Text) else np.asarray(y, np.int32)), mesh)
     with sharding.use(mesh):
         x, xs = _generate(
             params, jax.random.key(config.seed if seed is None else seed), index, y, denoiser_params, denoiser=module,

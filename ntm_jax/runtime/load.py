@@ -5,7 +5,6 @@ import math
 
 import jax
 import numpy as np
-from etils import epath
 
 from ntm_jax.core.layers import Text
 from ntm_jax.core.likelihood import bits_per_dim
@@ -13,7 +12,7 @@ from ntm_jax.core.model import NTM
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, distill, evaluate, generate, sharding, state
+from ntm_jax.runtime import attention, checkpoint, distill, evaluate, generate, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
 
@@ -105,9 +104,9 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
 
     UserError where there is none.
     """
-    folder = epath.Path(workdir)
-    if folder.parent.name == "checkpoints" and folder.name.isdecimal() and step is None:
-        workdir, step = str(folder.parent.parent), int(folder.name)
+    folder, named = checkpoint.locate(workdir)
+    if named is not None and step is None:
+        workdir, step = str(folder), named
     config, spec = configuration.load(workdir)
     mesh = _mesh(config.mesh)
     model = state.make_model(config, spec, attention.choose(mesh))

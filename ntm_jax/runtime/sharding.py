@@ -128,6 +128,17 @@ def to_global(batch: dict, mesh) -> dict:
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
+def place(tree, mesh):
+    """NumPy arrays [n, ...] that every process holds whole -> global arrays split over the mesh's examples, repeated to whole shards."""
+    shards, sharding = batch_shards(mesh), batch_sharding(mesh)
+
+    def one(a):
+        a = np.resize(a, (-(-len(a) // shards) * shards, *a.shape[1:]))
+        return jax.make_array_from_callback(a.shape, sharding, lambda i: a[i])
+
+    return jax.tree.map(one, tree)
+
+
 def to_host(tree):
     """Arrays, sharded over processes or not -> NumPy arrays, whole, on every process."""
     if jax.process_count() == 1:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ntm_jax.core import trajectory
@@ -65,6 +66,11 @@ def condition(model: NTM, batch: dict):
 def levels(config: Config, model: NTM, steps: int, t_min):
     """Noise levels [B, steps + 1] of trajectories that start at t_min [B]."""
     return trajectory.levels(steps, t_min, config.trajectory.schedule, config.shift(model.config.tokens))
+
+
+def sampled_levels(config: Config, model: NTM) -> np.ndarray:
+    """The levels [K] of sampling and evaluation, from config.trajectory.t_min to 1."""
+    return np.asarray(levels(config, model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0]
 
 
 def _initial(config: Config, model: NTM, key):

@@ -123,8 +123,12 @@ def flops_of_step(config: Config, model, current, batch, mesh, teacher=None) -> 
     plain = dataclasses.replace(teacher, model=state.plain(teacher.model)) if teacher else None
     step, steps = make_step(config, state.plain(model), mesh, plain), max(config.trajectory.steps)
     with sharding.use(mesh):
-        return flops.count(lambda *arguments: step(arguments[0], arguments[1], steps, *arguments[2:]), current, batch,
-                           teacher.params if teacher else None)
+        return flops.count(lambda current, batch, frozen: step(current, batch, steps, frozen), current, batch, _frozen(teacher))
+
+
+def _frozen(teacher):
+    """What a step takes of a teacher."""
+    return teacher.params if teacher else None
 
 
 def steps_of(config: Config, step: int) -> int:
@@ -264,7 +268,6 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
 def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until, trace, teacher):
     """Steps from `start` in the order evaluate, save, next batch, step; returns the state and whether it reached the end."""
     total, every = config.train.steps, config.train.evaluate_every
-    frozen = {"frozen": teacher.params} if teacher else {}
     step_function, rate = make_step(config, model, mesh, teacher), optimizer.schedule(config.optimizer, total)
     pending, clock = None, (time.perf_counter(), start)
     work = limit = 0  # FLOPs of a step, and this machine's a second: known from the first batch on, where a terminal shows them
@@ -311,7 +314,7 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
             work = flops_of_step(config, model, current, batch, mesh, teacher)
             limit = flops.products(config.model.dtype, mesh, 0.1)()
         with sharding.use(mesh):
-            current, metrics = step_function(current, batch, steps_of(config, step), **frozen)
+            current, metrics = step_function(current, batch, steps_of(config, step), _frozen(teacher))
         if pending:
             scalars = read(step)
             if scalars:
@@ -341,13 +344,10 @@ def _evaluate(config, model, ema, held_out, mesh, step, writer, teacher) -> tupl
 def finish(run: load.Run) -> None:
     """The run's pictures: samples, denoising trajectories, the loss curve."""
     folder, config, spec = epath.Path(run.workdir), run.config, run.spec
-    def sampled(index, **options):
-        return generate.generate(config, run.model, run.params, spec, run.mesh, index, denoiser=run.denoiser, **options)
-
-    images = np.concatenate([sampled(index) for index in generate.in_batches(config.sample.num, 500)])
+    images = np.concatenate([run.sample_at(index) for index in generate.in_batches(config.sample.num, 500)])
     points = not spec.levels and spec.image_shape == (1, 2, 1)  # of the plane: the more the better to see
-    clean, levels = sampled(np.arange(min(config.sample.num, 500 if points else 10)), trajectory=True)
-    t = np.asarray(state.levels(config, run.model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0, ::-1]
+    clean, levels = run.sample_at(np.arange(min(config.sample.num, 500 if points else 10)), trajectory=True)
+    t = state.sampled_levels(config, run.model)[::-1]
     pictures = np.concatenate([levels, clean[:, None]], 1)
     if jax.process_index():
         return

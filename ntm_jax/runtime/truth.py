@@ -32,20 +32,17 @@ def _log_density(params, root, batch, *, config: Config, model, level, trajector
 
 def log_density(run, points: np.ndarray, level: int, trajectories: int = TRAJECTORIES) -> np.ndarray:
     """The importance-weighted lower bound on a run's log-density at points [n, 2] of level k < T, nats, [n]."""
-    shards, n = sharding.batch_shards(run.mesh), len(points)
-    x = np.asarray(points, np.float32).reshape(n, run.model.config.tokens, run.model.config.dim)
-    batch = {"x": x, "index": np.arange(n, dtype=np.int32)}
-    batch = {k: np.resize(v, (-(-n // shards) * shards, *v.shape[1:])) for k, v in batch.items()}
-    batch = {k: jax.make_array_from_callback(v.shape, sharding.batch_sharding(run.mesh), lambda i, v=v: v[i]) for k, v in batch.items()}
+    x = np.asarray(points, np.float32).reshape(-1, run.model.config.tokens, run.model.config.dim)
+    batch = sharding.place({"x": x, "index": np.arange(len(x), dtype=np.int32)}, run.mesh)
     with sharding.use(run.mesh):
         result = _log_density(run.params, jax.random.key(run.config.seed), batch, config=run.config, model=state.exact(run.model),
                               level=level, trajectories=trajectories)
-    return sharding.to_host(result)[:n]
+    return sharding.to_host(result)[: len(points)]
 
 
 def picture(run, source: Source, path) -> None:
     """Draws the true and the learned density at every level below pure noise."""
-    t = np.asarray(state.levels(run.config, run.model, run.config.sample.steps, jnp.full(1, run.config.trajectory.t_min)))[0, :-1]
+    t = state.sampled_levels(run.config, run.model)[:-1]
     side = np.linspace(-EXTENT, EXTENT, SIDE)
     points = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     learned = [np.exp(log_density(run, points, k)) for k in range(len(t))]

@@ -177,5 +177,18 @@ def test_the_overrides_of_these_tests_are_settings():
     assert set(TINY) <= set(config.flatten(tiny_config().raw))
 
 
+def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
+    settings = tiny_config()
+    config.write(str(tmp_path), settings, SPEC)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for section, key in (("sample", "inverse"), ("sample", "percentile"), ("evaluate", "features")):
+        del stored[section][key]
+    del stored["teacher"], stored["init_from"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    found, _ = config.load(str(tmp_path))
+    assert (found.sample, found.evaluate.features, found.init_from) == (settings.sample, "none", "")
+    assert config.claim(str(tmp_path), settings, SPEC) == ["evaluate.features: 'none' -> 'cnn'"]
+
+
 def test_the_shift_may_have_any_sign():
     assert tiny_config(**{"trajectory.schedule": "shifted", "trajectory.shift": -0.8}).trajectory.shift == -0.8

@@ -19,7 +19,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, export, state, train
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.load import Run
-from tests.common import ROOT, bits, environment, python, randomised, setup, tiny_config
+from tests.common import ROOT, bits, environment, python, randomised, setup, tiny_config, write_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = tiny_config(**{"evaluate.trajectories": 3})
@@ -29,14 +29,7 @@ FILES = ["README.md", "config.json", "log_likelihood.bin", "model.safetensors", 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run's folder with two checkpoints."""
-    folder = tmp_path_factory.mktemp("run")
-    source, model, mesh = setup(SETTINGS)
-    config.write(str(folder), SETTINGS, pipeline.spec(source, 2))
-    current = state.initialize(SETTINGS, model, mesh)
-    with Checkpoints(folder) as checkpoints:
-        for step in (2, 4):
-            checkpoints.save(step, current.replace(ema=randomised(current.params, step)), {})
-    return folder
+    return write_run(tmp_path_factory.mktemp("run"), SETTINGS)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ntm_jax.core import sampling
 from ntm_jax.core.layers import Text
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
@@ -51,6 +52,17 @@ def test_guidance_and_decoder_change_the_image(run):
     images = run.sample(3)
     assert not same(run.sample(3, guidance=2.0), images)
     assert not same(run.sample(3, decoder="score"), images)
+
+
+@pytest.mark.parametrize(("inverse", "told"), [("parallel", {}), ("auto", {"inverse": "parallel"})])
+def test_the_inverse_that_is_asked_for_is_taken(run, inverse, told, monkeypatch):
+    """By the configuration or by the call; the images are the same, so what is run is looked at."""
+    asked, invert = [], sampling.invert_trajectory
+    monkeypatch.setattr(sampling, "invert_trajectory", lambda *arguments: asked.append(arguments[-1]) or invert(*arguments))
+    settings = dataclasses.replace(SETTINGS, seed=9 + len(told), sample=dataclasses.replace(SETTINGS.sample, inverse=inverse))
+    images = dataclasses.replace(run, config=settings).sample(3, **told)
+    assert asked == ["parallel"]
+    assert same(images, dataclasses.replace(run, config=settings).sample(3, inverse="sequential"))
 
 
 def test_a_trajectory_runs_from_noise_to_the_image(run):

@@ -9,8 +9,7 @@ import ntm_jax
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, evaluate, state
-from ntm_jax.runtime.checkpoint import Checkpoints
-from tests.common import bits, randomised, setup, tiny_config
+from tests.common import bits, randomised, setup, tiny_config, write_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = tiny_config(**{"sample.decoder": "inverse"})
@@ -19,14 +18,7 @@ SETTINGS = tiny_config(**{"sample.decoder": "inverse"})
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run's folder with two checkpoints."""
-    folder = tmp_path_factory.mktemp("run")
-    source, model, mesh = setup(SETTINGS)
-    config.write(str(folder), SETTINGS, pipeline.spec(source, 2))
-    current = state.initialize(SETTINGS, model, mesh)
-    with Checkpoints(folder) as checkpoints:
-        for step in (2, 4):
-            checkpoints.save(step, current.replace(ema=randomised(current.params, step)), {})
-    return folder
+    return write_run(tmp_path_factory.mktemp("run"), SETTINGS)
 
 
 @pytest.fixture(scope="module")
