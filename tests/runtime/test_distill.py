@@ -13,7 +13,7 @@ from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, distill, evaluate, state, train
-from tests.common import batch_of, bits, randomised, setup, tiny_config
+from tests.common import batch_of, bits, randomised, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEACHER = tiny_config(**{"train.steps": 2, "train.log_every": 10, "evaluate.split": "test[:6]", "evaluate.trajectories": 1})
@@ -94,6 +94,7 @@ def test_the_teacher_is_kept_once_and_not_trained(run, teacher):
     assert names["teacher"] == str(teacher)
 
 
+@rehearsal
 def test_a_resumed_run_is_the_uninterrupted_one(run, teacher, tmp_path):
     workdir, result = run
     whole = train.train(denoiser_config(teacher), str(tmp_path / "whole"), progress=False)

@@ -19,9 +19,9 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, export, state, train
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.load import Run
-from tests.common import ROOT, bits, environment, python, randomised, setup, tiny_config, write_run
+from tests.common import ROOT, bits, environment, python, randomised, rehearsal, setup, tiny_config, write_run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), rehearsal]
 SETTINGS = tiny_config(**{"evaluate.trajectories": 3})
 FILES = ["README.md", "config.json", "log_likelihood.bin", "model.safetensors", "sample.py", "sampler.bin"]
 

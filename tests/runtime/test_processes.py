@@ -95,6 +95,7 @@ def evaluated(alone, compilation_cache):
     return found
 
 
+@rehearsal
 @pytest.mark.parametrize("where", [(1, 8), (2, 2)])
 def test_evaluation_is_the_same_on_any_devices_and_processes(evaluated, where):
     (one, scores), (other, other_scores) = evaluated[1, 1], evaluated[where]
