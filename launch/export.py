@@ -12,7 +12,7 @@ flags.DEFINE_integer("step", None, "The checkpoint's step; the latest if not giv
 flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
 flags.DEFINE_integer("steps", None, "Number of steps T; the configuration's if not given.", lower_bound=1)
 flags.DEFINE_float("guidance", None, "Guidance scale w.", lower_bound=0)
-flags.DEFINE_enum("decoder", None, ["inverse", "score"], "How the last level becomes an image.")
+flags.DEFINE_enum("decoder", None, ["inverse", "score", "euler", "heun"], "How the last level becomes an image.")
 flags.mark_flag_as_required("out")
 
 

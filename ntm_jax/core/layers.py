@@ -188,7 +188,7 @@ class Stack(nn.Module):
 
 
 class Condition(nn.Module):
-    """What a network is told, as the modulation of its layers, [B, 6, W]: noise levels, the number of steps where it varies, the class.
+    """What a network is told, as the modulation of its layers, [B, rows, W]: noise levels, the number of steps where it varies, the class.
 
     Their embeddings are summed at a width of at most 512; one modulation serves all layers of a network (method, section 4).
     """
@@ -196,6 +196,7 @@ class Condition(nn.Module):
     width: int
     num_classes: int  # 0: none; label num_classes is the null class of guidance
     tell_steps: bool
+    rows: int = 6
 
     @nn.compact
     def __call__(self, times, steps, label):
@@ -213,8 +214,8 @@ class Condition(nn.Module):
             total += nn.Embed(self.num_classes + 1, inner, embedding_init=init, name="class")(label)
         # Left to itself, XLA's partitioner splits this sum over two mesh axes and gets loss and gradients wrong, by 1e-4 and by half.
         total = nn.with_logical_constraint(total, ("batch", "embed_activation"))
-        modulation = dense(6 * self.width, ("embed", "mlp"), jnp.float32, "modulation", scale=0)(nn.silu(total))
-        return modulation.reshape(-1, 6, self.width)
+        modulation = dense(self.rows * self.width, ("embed", "mlp"), jnp.float32, "modulation", scale=0)(nn.silu(total))
+        return modulation.reshape(-1, self.rows, self.width)
 
 
 class Positions(nn.Module):

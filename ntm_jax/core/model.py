@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import layers
+from ntm_jax.core.flow_matching import Posterior
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import LOG_2PI, log_normal
 from ntm_jax.core.transporter import TOLERANCE, Transporter
@@ -34,7 +35,7 @@ class ModelConfig:
     transporter_blocks: int  # 0: the identity, which makes the model Gaussian denoising
     transporter_layers: int
     predictor_layers: int
-    head: str  # direct, preconditioned
+    head: str  # direct, preconditioned, posterior (over a backbone)
     log_scale_bound: float
     data_std: float  # standard deviation of the clean tokens, r
     dtype: Any
@@ -47,7 +48,7 @@ class ModelConfig:
     def __post_init__(self):
         for name, value, known in (
             ("positions", self.positions, ("learned", "rotary")),
-            ("head", self.head, ("direct", "preconditioned")),
+            ("head", self.head, ("direct", "preconditioned", "posterior")),
             ("remat", self.remat, tuple(layers.REMAT)),
         ):
             if value not in known:
@@ -80,6 +81,7 @@ class Terms:
     log_scale: jax.Array  # sum of log sigma
     log_det: jax.Array  # log |det du_k/dx_k|
     constant: float  # N D / 2 log 2 pi
+    misalignment: Any = 0.0  # |mu_k - reference|^2 a dimension (method, section 7), where a reference is given: no term of the likelihood
 
     @property
     def nll(self):
@@ -91,11 +93,13 @@ class NTM(nn.Module):
 
     config: ModelConfig
     attention: Any = layers.plain_attention
+    backbone: Any = None  # of the posterior head: see core.flow_matching
 
     def setup(self):
         if self.config.transporter_blocks:
             self.transporter = Transporter(self.config, self.attention)
-        self.predictor = Predictor(self.config, self.attention)
+        posterior = self.config.head == "posterior"
+        self.predictor = Posterior(self.config, self.backbone) if posterior else Predictor(self.config, self.attention)
 
     def transport(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] < 1 -> (u [B, N, D], log|det du/dx| [B])."""
@@ -116,16 +120,22 @@ class NTM(nn.Module):
         """Mean and log-scale [B, N, D] of the latent at level s given u [B, N, D] at level t."""
         return self.predictor(u, t, s, steps, y)
 
-    def pair(self, x_s, x_t, s, t, top, steps, y):
-        """Terms [B] of log p(x_s | x_t) for consecutive levels, [B, N, D] each; where `top` [B] holds, x_t is x_T and its own latent."""
+    def pair(self, x_s, x_t, s, t, top, steps, y, reference=None):
+        """Terms [B] of log p(x_s | x_t) for consecutive levels, [B, N, D] each; where `top` [B] holds, x_t is x_T and its own latent.
+
+        reference [B, N, D]: what the means are compared with, if anything.
+        """
         double = (x_s, s, steps, y), (x_t, jnp.where(top, s, t), steps, y)
         u, log_det = self.transport(*jax.tree.map(lambda *pair: jnp.concatenate(pair), *double))
         u_s, u_t = jnp.split(u, 2)
         u_t = jnp.where(top[:, None, None], x_t, u_t)
-        return self._terms(u_s, log_det[: len(x_s)], *self.predict(u_t, t, s, steps, y))
+        return self._terms(u_s, log_det[: len(x_s)], *self.predict(u_t, t, s, steps, y), reference)
 
-    def trajectory(self, xs, t, steps, y):
-        """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K]; steps [B]; y, labels [B] or Text."""
+    def trajectory(self, xs, t, steps, y, reference=None):
+        """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K]; steps [B]; y, labels [B] or Text.
+
+        reference [B, T, N, D]: what the means are compared with, if anything.
+        """
         batch, count = xs.shape[0], xs.shape[1] - 1
 
         def fold(a):  # [B, T, ...] -> [B T, ...]
@@ -134,14 +144,16 @@ class NTM(nn.Module):
         steps, y = jax.tree.map(lambda a: jnp.repeat(a, count, 0), (steps, y))
         u, log_det = self.transport(fold(xs[:, :-1]), fold(t[:, :-1]), steps, y)
         above = jnp.concatenate([u.reshape(batch, count, *u.shape[1:])[:, 1:], xs[:, -1:]], 1)  # u_T = x_T, by its index
-        terms = self._terms(u, log_det, *self.predict(fold(above), fold(t[:, 1:]), fold(t[:, :-1]), steps, y))
+        predicted = self.predict(fold(above), fold(t[:, 1:]), fold(t[:, :-1]), steps, y)
+        terms = self._terms(u, log_det, *predicted, None if reference is None else fold(reference))
         return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
 
     __call__ = trajectory
 
-    def _terms(self, u, log_det, mean, log_scale):
+    def _terms(self, u, log_det, mean, log_scale, reference):
         z = (u - mean) * jnp.exp(-log_scale)
-        return Terms(jnp.sum(0.5 * z * z, (1, 2)), jnp.sum(log_scale, (1, 2)), log_det, u.shape[1] * u.shape[2] / 2 * LOG_2PI)
+        return Terms(jnp.sum(0.5 * z * z, (1, 2)), jnp.sum(log_scale, (1, 2)), log_det, u.shape[1] * u.shape[2] / 2 * LOG_2PI,
+                     0.0 if reference is None else jnp.mean(jnp.square(mean - reference), (1, 2)))
 
 
 def log_prior(x_T):

@@ -24,7 +24,9 @@ def per_example(t, like):
 
 
 def level(k, steps, t_min, schedule: str, shift: float):
-    """Noise level t_k of a trajectory of `steps` steps (C.1, C.2); arguments broadcast, k = 0..steps. t_0 = t_min and t_T = 1 exactly.
+    """Noise level t_k of a trajectory of `steps` steps (C.1, C.2); arguments broadcast, 0 <= k <= steps, also between whole numbers.
+
+    t_0 = t_min and t_T = 1 exactly.
 
     schedule: `linear`, t_k = t_min + (1 - t_min) k/T, or `shifted`, t_k = e^m / (e^m + T/k - 1) with m = shift.
     """
@@ -32,7 +34,7 @@ def level(k, steps, t_min, schedule: str, shift: float):
     if schedule == "linear":
         t = t_min + (1 - t_min) * k / steps
     elif schedule == "shifted":
-        t = math.exp(shift) / (math.exp(shift) + steps / jnp.maximum(k, 1) - 1)
+        t = math.exp(shift) / (math.exp(shift) + steps / jnp.where(k == 0, 1, k) - 1)
     else:
         raise ValueError(f"trajectory.schedule is {schedule!r}: expected 'linear' or 'shifted'")
     return jnp.where(k == 0, t_min, jnp.where(k == steps, 1.0, t))

@@ -88,7 +88,7 @@ def _forward(setting: Setting) -> Case:
     params = state.initialize(config, model, mesh).params
 
     def terms(model, params, root, batch):
-        return train.OBJECTIVES[config.train.objective](config, model, params, root, batch, config.sample.steps)
+        return train.OBJECTIVES[config.train.objective](config, model, params, root, batch, config.evaluation_steps)
 
     forward, root = jax.jit(terms, static_argnums=0), jax.random.key(0)
 
@@ -119,7 +119,7 @@ def _likelihood(setting: Setting) -> Case:
     with sharding.use(mesh):
         counted = flops.count(
             functools.partial(evaluate._score, config=config, model=state.exact(state.plain(model)), levels=held_out.levels, trajectories=1,
-                              steps=config.sample.steps), params, jax.random.key(0), sharding.to_global(told, mesh))
+                              steps=config.evaluation_steps), params, jax.random.key(0), sharding.to_global(told, mesh))
     return Case("likelihood evaluation", once, size, flops=counted)
 
 

@@ -25,7 +25,7 @@ from jax.experimental import topologies
 from ntm_jax.core.layers import Text
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, flops, generate, hlo, sharding, state, train
+from ntm_jax.runtime import attention, finetune, flops, generate, hlo, sharding, state, train
 from ntm_jax.runtime.config import Config
 
 
@@ -109,7 +109,8 @@ def train_program(config: Config, model, source, mesh) -> Program:
     one = next(pipeline.evaluation_batches(source, config.data.patch_size, 1, 0, 1))
     batch = {key: _abstract((config.data.batch_size, *value.shape[1:]), value.dtype, mesh) for key, value in one.items() if key != "mask"}
     arguments = state.abstract(config, model, mesh), batch
-    return Program(train.make_step(config, model, mesh), arguments, {"steps": max(config.trajectory.steps)})
+    frozen = {"frozen": finetune.abstract(config, model, mesh)} if config.train.align_weight else {}
+    return Program(train.make_step(config, model, mesh), arguments, {"steps": max(config.trajectory.steps)} | frozen)
 
 
 def sample_program(config: Config, model, source, mesh) -> Program:
@@ -142,7 +143,7 @@ def compile_for(config: Config, topology: str, program: str = "train") -> dict:
     spec = pipeline.spec(source, config.data.patch_size)
     model = state.make_model(config, spec, attention.choose(mesh))
     built = PROGRAMS[program](config, model, source, mesh)
-    arguments = sum(_bytes_here(a) for a in jax.tree.leaves(built.arguments))
+    arguments = sum(_bytes_here(a) for a in jax.tree.leaves((built.arguments, built.options.get("frozen"))))
     with sharding.use(mesh):
         traced = built.trace()
         jaxpr = traced.jaxpr.jaxpr

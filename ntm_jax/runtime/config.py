@@ -49,18 +49,20 @@ class Model:
     transporter_blocks: int  # 0: no transporter, Gaussian denoising
     transporter_layers: int
     predictor_layers: int
-    head: str  # direct, preconditioned
+    head: str  # direct, preconditioned, posterior
     log_scale_bound: float
     data_std: float
     condition: str  # none, class, text
     dtype: str  # float32, bfloat16
     remat: str  # none, full, narrow, dots; see core.layers.REMAT
     scan: bool
+    backbone: str = "transformer"  # of the posterior head: transformer (core.flow_matching.Velocity), flux2 (backbones.flux2)
+    double_layers: int = 0  # of flux2, before the predictor_layers single ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    objective: str  # end_to_end, pairwise, denoiser
+    objective: str  # end_to_end, pairwise, flow_matching, denoiser
     steps: int
     save_every: int
     evaluate_every: int
@@ -68,6 +70,7 @@ class Train:
     keep: int  # keeps every Nth step's checkpoint beside the last three and the best; 0: none
     accumulate: int  # parts that a batch is taken in, one after the other: less memory, the same step
     condition_dropout: float
+    align_weight: float = 0.0  # lambda, annealed to 0: holds the means near those of the flow-matching model that init_from names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Sample:
     num: int
     steps: int
     guidance: float
-    decoder: str  # inverse, score, denoiser
+    decoder: str  # inverse, score, denoiser; euler, heun: the ODE of a flow-matching model
     inverse: str = "auto"  # auto, parallel, sequential: how the transporter is inverted; see core.transporter
     percentile: float = 100.0  # of the score decoder: clips the gradient there; 100: not
 
@@ -122,30 +125,39 @@ class Config:
     evaluate: Evaluate
     sample: Sample
     teacher: str = ""  # of the denoiser objective: the run that is distilled, its folder or WORKDIR/checkpoints/STEP
-    init_from: str = ""  # a new run starts from these parameters: an export, a run's folder or WORKDIR/checkpoints/STEP
+    init_from: str = ""  # a new run starts from these parameters: an export, a run's folder, WORKDIR/checkpoints/STEP, public weights
 
     @property
     def raw(self) -> dict:
         """The same as plain JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    @property
+    def evaluation_steps(self) -> int:
+        """The number of steps T that likelihoods are of: those of sampling, but for a flow-matching model, whose ODE has more."""
+        return max(self.trajectory.steps) if self.train.objective == "flow_matching" else self.sample.steps
+
     def shift(self, tokens: int) -> float:
         """The schedule's shift m for a sequence of `tokens` tokens."""
         return trajectory.default_shift(tokens) if self.trajectory.shift is None else self.trajectory.shift
 
 
+SOLVERS = ("euler", "heun")
 RESUMABLE = ("mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every", "train.evaluate_every",
              "train.log_every", "train.keep", "evaluate.", "sample.")  # what a resumed run may change
 CHOICES = {
-    "trajectory.schedule": ("linear", "shifted"), "model.positions": ("learned", "rotary"), "model.head": ("direct", "preconditioned"),
+    "trajectory.schedule": ("linear", "shifted"), "model.positions": ("learned", "rotary"),
+    "model.head": ("direct", "preconditioned", "posterior"), "model.backbone": ("transformer", "flux2"),
     "model.condition": ("none", "class", "text"), "model.dtype": ("float32", "bfloat16"), "model.remat": tuple(REMAT),
-    "train.objective": ("end_to_end", "pairwise", "denoiser"), "sample.decoder": ("inverse", "score", "denoiser"),
+    "train.objective": ("end_to_end", "pairwise", "flow_matching", "denoiser"),
+    "sample.decoder": ("inverse", "score", "denoiser", *SOLVERS),
     "sample.inverse": INVERSES,
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }
-NON_NEGATIVE = ("model.transporter_blocks", "train.keep", "train.condition_dropout", "optimizer.floor", "optimizer.warmup_steps",
-                "optimizer.weight_decay", "optimizer.ema_decay", "data.image_size", "data.workers", "evaluate.images", "sample.guidance",
-                "seed", "trajectory.t_min", "trajectory.t_min_range", "sample.num", "train.evaluate_every")
+NON_NEGATIVE = ("model.transporter_blocks", "model.double_layers", "train.keep", "train.condition_dropout", "train.align_weight",
+                "optimizer.floor", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.ema_decay", "data.image_size",
+                "data.workers", "evaluate.images", "sample.guidance", "seed", "trajectory.t_min", "trajectory.t_min_range", "sample.num",
+                "train.evaluate_every")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 
 
@@ -169,11 +181,25 @@ def read(config) -> Config:
     if (result.train.objective == "denoiser") != bool(result.teacher):
         raise UserError(f"config.teacher is {result.teacher!r}, config.train.objective {result.train.objective}: a denoiser, and nothing "
                         "else, has a teacher; give --config.teacher=WORKDIR of the run to distil")
+    _check_flow(result)
     if result.sample.decoder == "denoiser" and not result.teacher:
         raise UserError("config.sample.decoder=denoiser needs a denoiser: train one with experiments/digits_denoiser.py")
     if result.sample.guidance and not result.teacher and not result.train.condition_dropout:
         raise UserError("config.sample.guidance needs a model trained with condition dropout: set config.train.condition_dropout to 0.1")
     return result
+
+
+def _check_flow(config: Config) -> None:
+    flow = config.train.objective == "flow_matching"
+    if flow and (config.model.head != "posterior" or config.model.transporter_blocks):
+        raise UserError(f"config.train.objective=flow_matching trains the backbone of config.model.head=posterior, found "
+                        f"{config.model.head}, and of config.model.transporter_blocks=0, found {config.model.transporter_blocks}")
+    if config.sample.decoder in SOLVERS and not flow:
+        raise UserError(f"config.sample.decoder={config.sample.decoder} solves the ODE of a flow-matching model: expected "
+                        "config.train.objective=flow_matching, or a decoder of inverse, score, denoiser")
+    if config.train.align_weight and (config.model.head != "posterior" or flow or not config.init_from):
+        raise UserError(f"config.train.align_weight is {config.train.align_weight}: it holds a model with config.model.head=posterior near "
+                        "the flow-matching model that config.init_from names; give both, or align_weight 0")
 
 
 def _check_levels(config: Config) -> None:

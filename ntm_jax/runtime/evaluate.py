@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from ntm_jax.core import likelihood, trajectory
+from ntm_jax.core import flow_matching, likelihood, trajectory
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -44,7 +44,7 @@ def _score(params, root, batch, *, config, model, levels, trajectories, steps):
 def score_batch(config: Config, model, params, batch: dict, mesh, levels: int, trajectories: int, steps: int | None = None,
                 seed: int | None = None) -> dict:
     """likelihood.weigh of this process's share of a batch of x, its condition, index and mask, of which the last two are kept: global."""
-    steps, seed = config.sample.steps if steps is None else steps, config.seed if seed is None else seed
+    steps, seed = config.evaluation_steps if steps is None else steps, config.seed if seed is None else seed
     batch = sharding.to_global(batch, mesh)
     kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
     with sharding.use(mesh):
@@ -148,6 +148,31 @@ def denoiser_errors(run, source: Source) -> dict:
     return {name: _mean(values) for name, values in found.items() if name != "index"}
 
 
+@functools.partial(jax.jit, static_argnames=("config", "model", "draws"))
+def _velocity_errors(params, root, batch, *, config, model, draws):
+    x, y, keys = batch["x"], state.condition(model, batch), state.example_keys(root, "evaluate/velocity", batch["index"])
+
+    def add(total, number):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        share = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(own)
+        t = state.levels_at(config, model, (number + share) / draws)
+        return total + flow_matching.velocity_errors(
+            model.backbone, flow_matching.backbone_params(params), x, trajectory.example_noise(own, x.shape[1:]), t, y), None
+
+    return {"velocity": jax.lax.scan(add, jnp.zeros(len(x)), jnp.arange(draws))[0] / draws}
+
+
+def velocity_errors(config: Config, model, params, source: Source, mesh, draws: int) -> dict:
+    """Held-out mean squared error of a flow-matching model's velocity a dimension, over `draws` levels a record, spread evenly."""
+    def score(part):
+        batch = sharding.to_global(part, mesh)
+        kept = {"index": batch["index"], "mask": batch.pop("mask")}
+        with sharding.use(mesh):
+            return kept | _velocity_errors(params, jax.random.key(config.seed), batch, config=config, model=model, draws=draws)
+
+    return _mean(every_record(config, source, mesh, score)["velocity"])
+
+
 KINDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
 PARTS = ("prior", "predictor", "log_det", "forward", "reconstruction")  # of likelihood.contributions
 
@@ -237,6 +262,8 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
     result = {"step": run.step, "split": split} | summarize(table, model, trajectories, source.levels)
     if run.denoiser:
         result["denoiser"] = denoiser_errors(run, source)
+    if config.train.objective == "flow_matching":
+        result["velocity_error"] = velocity_errors(config, model, run.params, source, run.mesh, trajectories)
     if source.log_density:
         result["truth"] = known(run, source, table)
     if against:
@@ -269,7 +296,7 @@ def provenance(run, source: Source) -> dict:
         "preprocessing": {"image_shape": list(spec.image_shape), "image_size": config.data.image_size, "patch_size": spec.patch_size,
                           "scale": "2 v / (pixel_levels - 1) - 1" if source.levels else "as stored"},
         "t_min": config.trajectory.t_min,
-        "levels": state.sampled_levels(config, run.model).tolist(),
+        "levels": state.evaluated_levels(config, run.model).tolist(),
         "parameters": "raw" if run.raw else "ema", "checksum": checkpoint.digest(run.params),
         "config": config.raw, "packages": {name: importlib.metadata.version(name) for name in packages}, "devices": jax.device_count(),
         "processes": jax.process_count()}
@@ -298,6 +325,8 @@ def table(result: dict, unit: str) -> str:
         rows += [(f"{kind} less the true log-density, nats", result["truth"][key]) for key, kind in KINDS.items()]
     if "denoiser" in result:
         rows += [(f"mean squared error, {key.replace('_', ' ')}", value) for key, value in result["denoiser"].items()]
+    if "velocity_error" in result:
+        rows.append(("mean squared error of the velocity", result["velocity_error"]))
     if "against" in result:
         other = f"{result['against']['workdir']} at step {result['against']['step']}"
         rows += [(f"{kind} less that of {other}, {name}", result["against"][unit][key]) for key, kind in KINDS.items()]

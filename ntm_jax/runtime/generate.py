@@ -12,19 +12,25 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ntm_jax.core import denoising, sampling
-from ntm_jax.core.layers import Text
-from ntm_jax.core.trajectory import per_example
+from ntm_jax.core import denoising, flow_matching, sampling
+from ntm_jax.core.layers import Text, null
+from ntm_jax.core.trajectory import example_noise, per_example
 from ntm_jax.data import sources, transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checkpoint, distill, plots, processes, sharding, state
-from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.config import SOLVERS, Config
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model", "steps", "guidance", "decoder", "inverse", "trajectory", "denoiser"))
 def _generate(params, root, index, y, denoiser_params=None, *, config, model, steps, guidance, decoder, inverse, trajectory,
               denoiser=None):
+    if decoder in SOLVERS:
+        noise = example_noise(state.example_keys(root, "sample", index), (model.config.tokens, model.config.dim))
+        xs = flow_matching.solve(
+            model.backbone, flow_matching.backbone_params(params), noise, state.levels(config, model, steps, jnp.zeros(len(index))), y,
+            null(y, model.config.num_classes), guidance, decoder == "heun")
+        return xs[:, 0], xs if trajectory else None
     t = state.levels(config, model, steps, jnp.full(len(index), config.trajectory.t_min))
     us = sampling.sample_latents(model, params, state.example_keys(root, "sample", index), t, y, guidance)
     xs = sampling.invert_trajectory(model, params, us, t, y, inverse)  # where nothing below asks for it, XLA leaves it out
@@ -58,6 +64,8 @@ def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None,
     if decoder == "denoiser" and not denoiser:
         raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as --workdir the run of one, trained with "
                         "experiments/digits_denoiser.py and --config.teacher")
+    if decoder in SOLVERS and config.train.objective != "flow_matching":
+        raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run is none: take inverse or score")
     module, denoiser_params = denoiser if decoder == "denoiser" else (None, None)
     index = np.asarray(index, np.int32)
     y = conditions(config, model, index) if y is None else y
@@ -81,7 +89,7 @@ def check(config: Config, steps: int | None, guidance: float | None) -> None:
     """UserError for a guidance that the model was not trained for; a warning for a number of steps that it was not trained with."""
     if guidance and not config.train.condition_dropout:
         raise UserError(f"guidance is {guidance}, and the model was trained without condition dropout: sample with guidance 0")
-    if steps is not None and steps not in config.trajectory.steps:
+    if steps is not None and steps not in config.trajectory.steps and config.train.objective != "flow_matching":
         trained = ", ".join(map(str, config.trajectory.steps))
         warnings.warn(f"{steps} steps were not trained, only {trained}: expect worse images", stacklevel=2)
 

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ntm_jax.backbones.flux2 import Flux2, Flux2Config
 from ntm_jax.core import trajectory
+from ntm_jax.core.flow_matching import Velocity
 from ntm_jax.core.layers import Text, plain_attention
 from ntm_jax.core.model import NTM, ModelConfig
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import optimizer, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.config import SOLVERS, Config
 
 
 @flax.struct.dataclass
@@ -33,7 +35,7 @@ class State:
 def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM:
     """The model of a configuration for data of a shape; UserError where they do not fit."""
     m = dataclasses.asdict(config.model)
-    condition, dtype = m.pop("condition"), jnp.dtype(m.pop("dtype"))
+    condition, dtype, backbone, doubles = m.pop("condition"), jnp.dtype(m.pop("dtype")), m.pop("backbone"), m.pop("double_layers")
     for kind, present, name in (("class", spec.num_classes, "labels"), ("text", spec.text_width, "text")):
         if condition == kind and not present:
             raise UserError(f"config.model.condition is {kind}, and {config.data.source} has no {name}: set it to none")
@@ -45,7 +47,21 @@ def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM
             flat=not config.model.scan and config.mesh.sequence == 1)
     except ValueError as error:
         raise UserError(f"config.{error}") from None
-    return NTM(model_config, attention)
+    if model_config.head != "posterior":
+        return NTM(model_config, attention)
+    return NTM(model_config, attention, Velocity(model_config, attention) if backbone == "transformer" else _flux2(
+        model_config, doubles, attention))
+
+
+def _flux2(c: ModelConfig, doubles: int, attention) -> Flux2:
+    """FLUX.2's transformer in a model's sizes."""
+    if not c.text_width or not doubles or c.head_size % 8:
+        raise UserError(f"config.model.backbone=flux2 needs config.model.condition=text, double_layers > 0 and a multiple of 8 as "
+                        f"head_size: found text states of width {c.text_width}, {doubles} and {c.head_size}")
+    return Flux2(Flux2Config(
+        grid=c.grid, dim=c.dim, text_width=c.text_width, heads=c.width // c.head_size, head_size=c.head_size, double_layers=doubles,
+        single_layers=c.predictor_layers, mlp_ratio=c.mlp_ratio, axes=(c.head_size // 4,) * 4, dtype=c.dtype, remat=c.remat,
+        scan=c.scan), attention)
 
 
 def exact(model: NTM) -> NTM:
@@ -55,7 +71,9 @@ def exact(model: NTM) -> NTM:
 
 def plain(model: NTM) -> NTM:
     """The same mathematics with nothing computed twice and nothing inside a kernel: for counting the model's own FLOPs."""
-    return model.clone(config=dataclasses.replace(model.config, remat="none"), attention=plain_attention)
+    backbone = getattr(model, "backbone", None)
+    changes = {"backbone": plain(backbone)} if backbone else {}
+    return model.clone(config=dataclasses.replace(model.config, remat="none"), attention=plain_attention, **changes)
 
 
 def condition(model: NTM, batch: dict):
@@ -68,9 +86,20 @@ def levels(config: Config, model: NTM, steps: int, t_min):
     return trajectory.levels(steps, t_min, config.trajectory.schedule, config.shift(model.config.tokens))
 
 
+def levels_at(config: Config, model: NTM, share):
+    """Levels t [B] that lie a share [B] of the way from clean to pure noise, in the steps of an unending trajectory."""
+    return trajectory.level(share, 1, 0.0, config.trajectory.schedule, config.shift(model.config.tokens))
+
+
+def evaluated_levels(config: Config, model: NTM) -> np.ndarray:
+    """The levels [K] of evaluation, from config.trajectory.t_min to 1."""
+    return np.asarray(levels(config, model, config.evaluation_steps, jnp.full(1, config.trajectory.t_min)))[0]
+
+
 def sampled_levels(config: Config, model: NTM) -> np.ndarray:
-    """The levels [K] of sampling and evaluation, from config.trajectory.t_min to 1."""
-    return np.asarray(levels(config, model, config.sample.steps, jnp.full(1, config.trajectory.t_min)))[0]
+    """The levels [K] of sampling: those of evaluation, or of an ODE, from 0 to 1."""
+    ode = config.sample.decoder in SOLVERS
+    return np.asarray(levels(config, model, config.sample.steps, jnp.zeros(1)))[0] if ode else evaluated_levels(config, model)
 
 
 def _initial(config: Config, model: NTM, key):

@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from etils import epath
 
-from ntm_jax.core import trajectory
+from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, distill, evaluate, export, flops, generate, load, optimizer, plots, processes, sharding, state
+from ntm_jax.runtime import attention, distill, evaluate, finetune, flops, generate, load, optimizer, plots, processes, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
@@ -37,16 +37,26 @@ def _draws(config: Config, model: NTM, root, batch):
     return state.example_keys(root, "noise", index), t_min, y
 
 
-def end_to_end(config: Config, model: NTM, params, root, batch, steps: int):
-    """Terms [B, T] of all T factors of one trajectory an example (algorithm 1); steps is T."""
+def _reference(config: Config, model: NTM, frozen, x, s, t, y):
+    """What the frozen flow-matching model says of the means at levels s [B] of x [B, N, D] at levels t [B]; None where nobody asks."""
+    if not config.train.align_weight:
+        return None
+    return flow_matching.posterior_mean(x, model.backbone.apply(frozen, x, t, y)[0], s, t)
+
+
+def end_to_end(config: Config, model: NTM, params, root, batch, steps: int, frozen=None):
+    """Terms [B, T] of all T factors of one trajectory an example (algorithm 1); steps is T, frozen as of make_step."""
     x = batch["x"]
     keys, t_min, y = _draws(config, model, root, batch)
     t = state.levels(config, model, steps, t_min)
     xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (steps + 1, *x.shape[1:])))
-    return model.apply(params, xs, t, jnp.full(len(x), steps), y)
+    upper, high, low = (a.reshape(-1, *a.shape[2:]) for a in (xs[:, 1:], t[:, 1:], t[:, :-1]))
+    reference = _reference(config, model, frozen, upper, low, high, jax.tree.map(lambda a: jnp.repeat(a, steps, 0), y))
+    reference = None if reference is None else reference.reshape(len(x), steps, *x.shape[1:])
+    return model.apply(params, xs, t, jnp.full(len(x), steps), y, reference)
 
 
-def pairwise(config: Config, model: NTM, params, root, batch, steps: int):
+def pairwise(config: Config, model: NTM, params, root, batch, steps: int, frozen=None):
     """Terms [B, 1] of one random consecutive pair an example, of a number of steps drawn per example; the argument steps is unused."""
     del steps
     x, index = batch["x"], batch["index"]
@@ -60,8 +70,18 @@ def pairwise(config: Config, model: NTM, params, root, batch, steps: int):
     s, t = (trajectory.level(k + i, steps, t_min, config.trajectory.schedule, config.shift(model.config.tokens)) for i in (0, 1))
     noise = trajectory.example_noise(keys, (2, *x.shape[1:]))
     xs = trajectory.simulate(x, jnp.stack([s, t], 1), noise)
-    terms = model.apply(params, xs[:, 0], xs[:, 1], s, t, k + 1 == steps, steps, y, method=NTM.pair)
+    reference = _reference(config, model, frozen, xs[:, 1], s, t, y)
+    terms = model.apply(params, xs[:, 0], xs[:, 1], s, t, k + 1 == steps, steps, y, reference, method=NTM.pair)
     return jax.tree.map(lambda a: a[:, None] if jnp.ndim(a) else a, terms)
+
+
+def velocity(config: Config, model: NTM, params, root, batch):
+    """Squared errors [B] of the velocity that the model's backbone gives, at one level an example, uniform in the schedule's steps."""
+    x = batch["x"]
+    keys, _, y = _draws(config, model, root, batch)
+    t = state.levels_at(config, model, jax.vmap(jax.random.uniform)(state.example_keys(root, "level", batch["index"])))
+    noise = trajectory.example_noise(keys, x.shape[1:])
+    return flow_matching.velocity_errors(model.backbone, flow_matching.backbone_params(params), x, noise, t, y)
 
 
 OBJECTIVES = {"end_to_end": end_to_end, "pairwise": pairwise}
@@ -72,33 +92,46 @@ def make_step(config: Config, model, mesh, teacher=None):
 
     metrics: loss in nats per dimension without the constant (eq. 3.4), grad_norm, whether the new parameters
     are all finite, and each term's mean by level in nats per dimension, [T]. With a teacher, a load.Run, the model is a denoiser, the loss
-    its mean squared error, there are no terms, and frozen are the teacher's parameters.
+    its mean squared error, there are no terms, and frozen are the teacher's parameters. Flow matching has no terms either. With
+    config.train.align_weight frozen are the parameters of the flow-matching model that the run starts from, and the distance of the
+    means to its, misalignment by level, is minimised too, its weight falling to 0 (method, section 7).
     """
     update = optimizer.make(config.optimizer, config.train.steps)
     dimensions, parts = model.config.tokens * model.config.dim, config.train.accumulate
 
-    def loss(params, frozen, root, batch, steps):
+    align = optax.cosine_decay_schedule(config.train.align_weight, config.train.steps)
+
+    def loss(params, frozen, root, batch, steps, number):
+        """What is minimised, and what is told of it, {name: value}."""
         if teacher:
             keys, y = state.example_keys(root, "noise", batch["index"]), state.condition(model, batch)
             found = distill.errors(teacher.config, model, params, teacher.model, frozen, keys, batch["x"], y)
-            return jnp.mean(found["to_target"]), {}
-        terms = OBJECTIVES[config.train.objective](config, model, params, root, batch, steps)
-        means = {name: jnp.mean(getattr(terms, name), 0) / dimensions for name in ("log_det", "log_scale", "quadratic")}
-        return jnp.mean(means["quadratic"] + means["log_scale"] - means["log_det"]), means
+            value = jnp.mean(found["to_target"])
+            return value, {"loss": value}
+        if config.train.objective == "flow_matching":
+            value = jnp.mean(velocity(config, model, params, root, batch))
+            return value, {"loss": value}
+        terms = OBJECTIVES[config.train.objective](config, model, params, root, batch, steps, frozen)
+        told = {name: jnp.mean(getattr(terms, name), 0) / dimensions for name in ("log_det", "log_scale", "quadratic")}
+        told["loss"] = value = jnp.mean(told["quadratic"] + told["log_scale"] - told["log_det"])
+        if config.train.align_weight:
+            told["misalignment"] = jnp.mean(terms.misalignment, 0)
+            value += align(number) * jnp.mean(told["misalignment"])
+        return value, told
 
-    def gradients(params, frozen, root, batch, steps):
-        """((loss, means), gradient) of a batch, in config.train.accumulate parts; noise is keyed by record, so the parts do not show."""
-        evaluate = jax.value_and_grad(loss, has_aux=True)
+    def gradients(params, frozen, root, batch, *rest):
+        """(what is told, gradient) of a batch, in config.train.accumulate parts; noise is keyed by record, so the parts do not show."""
+        evaluate = jax.grad(loss, has_aux=True)
         if parts == 1:
-            return evaluate(params, frozen, root, batch, steps)
+            return evaluate(params, frozen, root, batch, *rest)[::-1]
         # Every parts-th example, not a run of them: each device keeps the examples that it holds.
         split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(len(a) // parts, parts, *a.shape[1:]), 1, 0), batch)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, evaluate(params, frozen, root, part, steps)), None
+            return jax.tree.map(jnp.add, total, evaluate(params, frozen, root, part, *rest)[::-1]), None
 
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(
-            lambda: evaluate(params, frozen, root, jax.tree.map(lambda a: a[0], split), steps)))
+            lambda: evaluate(params, frozen, root, jax.tree.map(lambda a: a[0], split), *rest)[::-1]))
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, split)[0])
 
     # Left to XLA, the new state comes out sharded otherwise than the old: the second step would compile anew, and donate in vain.
@@ -107,28 +140,23 @@ def make_step(config: Config, model, mesh, teacher=None):
     @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=(homes, sharding.replicated(mesh)))
     def step(current: state.State, batch, steps: int, frozen=None):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
-        (value, means), gradient = gradients(current.params, frozen, root, batch, steps)
+        told, gradient = gradients(current.params, frozen, root, batch, steps, current.step)
         updates, opt_state = update.update(gradient, current.opt_state, current.params)
         params = optax.apply_updates(current.params, updates)
         ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
         finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient), "finite": finite} | means
+        metrics = {"grad_norm": optax.tree.norm(gradient), "finite": finite} | told
         return state.State(current.step + 1, params, opt_state, ema), metrics
 
     return step
 
 
-def flops_of_step(config: Config, model, current, batch, mesh, teacher=None) -> int:
+def flops_of_step(config: Config, model, current, batch, mesh, teacher=None, frozen=None) -> int:
     """The model's FLOPs in a step at the largest T, of all devices: of the same mathematics with nothing recomputed."""
     plain = dataclasses.replace(teacher, model=state.plain(teacher.model)) if teacher else None
     step, steps = make_step(config, state.plain(model), mesh, plain), max(config.trajectory.steps)
     with sharding.use(mesh):
-        return flops.count(lambda current, batch, frozen: step(current, batch, steps, frozen), current, batch, _frozen(teacher))
-
-
-def _frozen(teacher):
-    """What a step takes of a teacher."""
-    return teacher.params if teacher else None
+        return flops.count(lambda current, batch, frozen: step(current, batch, steps, frozen), current, batch, frozen)
 
 
 def steps_of(config: Config, step: int) -> int:
@@ -140,7 +168,7 @@ def steps_of(config: Config, step: int) -> int:
 def check(metrics: dict, step: int) -> dict:
     """A step's metrics on the host, as scalars to log; UserError if one is not finite, naming the step, the level and the term."""
     scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-    terms = [name for name in ("log_det", "log_scale", "quadratic") if name in metrics]  # a denoiser has none
+    terms = [name for name in ("log_det", "log_scale", "quadratic", "misalignment") if name in metrics]  # a denoiser has none
     if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
         bad = [f"{term} at level {k}" for term in terms for k, v in enumerate(metrics[term]) if not np.isfinite(v)]
         first = bad[0] if bad else "the gradient or the update, every term being finite,"
@@ -149,7 +177,8 @@ def check(metrics: dict, step: int) -> dict:
     if not terms:
         return scalars
     nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
-    return scalars | {f"nll/level_{k}": float(v) for k, v in enumerate(nll)}
+    apart = {f"misalignment/level_{k}": float(v) for k, v in enumerate(metrics.get("misalignment", ()))}
+    return scalars | {f"nll/level_{k}": float(v) for k, v in enumerate(nll)} | apart
 
 
 class _Stop:
@@ -226,7 +255,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
         if latest is None:
             current = state.initialize(config, model, mesh)
             if config.init_from:
-                current = export.start_from(config.init_from, config, model, mesh, current)
+                current = finetune.start_from(config, spec, model, mesh, current)
             start, data_state = 0, None
         else:
             start, current, data_state = checkpoints.restore(state.abstract(config, model, mesh))
@@ -241,6 +270,9 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
             configuration.write(workdir, config, spec)
         if teacher and not kept:
             distill.freeze(teacher, workdir)
+        frozen = teacher.params if teacher else None
+        if config.train.align_weight:
+            frozen = finetune.frozen(config, model, mesh, workdir, current)
         writer = stack.enter_context(Writer(workdir, total, start, quiet=jax.process_index() > 0 or not progress))
         parameters = sum(a.size for a in jax.tree.leaves(current.params))
         writer.message(f"{parameters:,} parameters, {len(source.records):,} training records, mesh " +
@@ -251,7 +283,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
             writer.message(f"changed since the run began: {change}")
         stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
         current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
-                              _Trace(epath.Path(workdir) / "profile", profile), teacher)
+                              _Trace(epath.Path(workdir) / "profile", profile), teacher, frozen)
         if not done:
             return None
         writer.message(f"trained to step {total}; evaluating")
@@ -265,7 +297,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     return result
 
 
-def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until, trace, teacher):
+def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until, trace, teacher, frozen):
     """Steps from `start` in the order evaluate, save, next batch, step; returns the state and whether it reached the end."""
     total, every = config.train.steps, config.train.evaluate_every
     step_function, rate = make_step(config, model, mesh, teacher), optimizer.schedule(config.optimizer, total)
@@ -311,10 +343,10 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
             raise
         batch = sharding.to_global(batch, mesh)
         if step == start and writer.shows:
-            work = flops_of_step(config, model, current, batch, mesh, teacher)
+            work = flops_of_step(config, model, current, batch, mesh, teacher, frozen)
             limit = flops.products(config.model.dtype, mesh, 0.1)()
         with sharding.use(mesh):
-            current, metrics = step_function(current, batch, steps_of(config, step), _frozen(teacher))
+            current, metrics = step_function(current, batch, steps_of(config, step), frozen)
         if pending:
             scalars = read(step)
             if scalars:
@@ -332,6 +364,10 @@ def _evaluate(config, model, ema, held_out, mesh, step, writer, teacher) -> tupl
         error = evaluate.denoiser_errors(load.with_denoiser(teacher, load.Run(config, teacher.spec, model, ema, step, mesh, "")), held_out)
         writer.message(f"step {step}: held-out error to the target {error['to_target']['mean']:.6f} ± {error['to_target']['stderr']:.6f}")
         return {"evaluate/mse": error["to_target"]["mean"]}, {"bound": error["to_target"]["mean"]}
+    if config.train.objective == "flow_matching":
+        error = evaluate.velocity_errors(config, model, ema, held_out, mesh, config.evaluate.trajectories)
+        writer.message(f"step {step}: held-out error of the velocity {error['mean']:.5f} ± {error['stderr']:.5f}")
+        return {"evaluate/velocity_error": error["mean"]}, {"bound": error["mean"]}
     table = evaluate.scores(config, model, ema, held_out, mesh, trajectories=1)
     result = evaluate.summarize(table, model, 1, held_out.levels)
     unit = "bits_per_dim" if held_out.levels else "nats_per_dim"
@@ -348,10 +384,12 @@ def finish(run: load.Run) -> None:
     points = not spec.levels and spec.image_shape == (1, 2, 1)  # of the plane: the more the better to see
     clean, levels = run.sample_at(np.arange(min(config.sample.num, 500 if points else 10)), trajectory=True)
     t = state.sampled_levels(config, run.model)[::-1]
-    pictures = np.concatenate([levels, clean[:, None]], 1)
+    some = np.unique(np.linspace(0, len(t) - 1, 17).round().astype(int))
+    t, pictures = t[some], np.concatenate([levels[:, some], clean[:, None]], 1)
     if jax.process_index():
         return
-    plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png", *(["training loss (mean squared error)"] if run.denoiser else []))
+    squares = run.denoiser or config.train.objective == "flow_matching"
+    plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png", *(["training loss (mean squared error)"] if squares else []))
     if points:
         plots.points_picture(images.reshape(-1, 1, 2), [0.0], folder / "samples.png")
         plots.points_picture(pictures.reshape(*pictures.shape[:2], 2), [*t, 0.0], folder / "trajectories.png")

@@ -18,7 +18,7 @@ TRAJECTORIES = 16  # a point
 
 @functools.partial(jax.jit, static_argnames=("config", "model", "level", "trajectories"))
 def _log_density(params, root, batch, *, config: Config, model, level, trajectories):
-    points, steps = batch["x"], config.sample.steps
+    points, steps = batch["x"], config.evaluation_steps
     t = state.levels(config, model, steps, jnp.full(len(points), config.trajectory.t_min))[:, level:]
     keys = state.example_keys(root, f"density/{level}", batch["index"])
 
@@ -42,7 +42,7 @@ def log_density(run, points: np.ndarray, level: int, trajectories: int = TRAJECT
 
 def picture(run, source: Source, path) -> None:
     """Draws the true and the learned density at every level below pure noise."""
-    t = state.sampled_levels(run.config, run.model)[:-1]
+    t = state.evaluated_levels(run.config, run.model)[:-1]
     side = np.linspace(-EXTENT, EXTENT, SIDE)
     points = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     learned = [np.exp(log_density(run, points, k)) for k in range(len(t))]

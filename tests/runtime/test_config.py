@@ -29,13 +29,15 @@ def refusal(values) -> str:
 
 
 @pytest.mark.parametrize("name", [
-    ("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian"), ("toy2d",), ("toy2d", "moons,no-transporter")])
+    ("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian"), ("toy2d",), ("toy2d", "moons,no-transporter"),
+    ("digits_fm",), ("mnist_fm",), ("digits_finetune", "free"), ("mnist_finetune", "free"), ("flux2_klein",), ("flux2_klein", "runlocal")])
 def test_the_shipped_experiments_are_read(name):
     read = config.read(experiment(*name))
     assert config.read(read.raw) == read
     assert json.loads(json.dumps(read.raw)) == read.raw
     assert hash(read) == hash(config.read(read.raw))  # a static argument of compiled functions
-    assert (read.model.transporter_blocks == 0) == (name[1:] in (("gaussian",), ("moons,no-transporter",)))
+    none = name[1:] in (("gaussian",), ("moons,no-transporter",)) or name[0].endswith("_fm")
+    assert (read.model.transporter_blocks == 0) == none
 
 
 def test_an_integer_is_taken_for_a_float():

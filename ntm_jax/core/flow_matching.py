@@ -1,0 +1,98 @@
+"""Flow matching: the velocity network and its loss, the ODE's samplers, and the posterior head that makes any such network the predictor
+of an NTM (method, section 7).
+
+Symbols: B batch, K levels ascending, N tokens, D token channels, W width; x_t = (1-t) x + t eps, of which the velocity is v = eps - x.
+
+A backbone is a module from (x_t [B, N, D], t [B], condition y) to (velocity [B, N, D] float32, last hidden states [B, N, W]), and nothing
+more: Velocity is ours, backbones/ holds others. One that is told nothing of y ignores it.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ntm_jax.core import layers, trajectory
+from ntm_jax.core.predictor import Trunk, bounded
+from ntm_jax.core.trajectory import per_example
+
+
+class Velocity(Trunk):
+    """The predictor's transformer as a flow-matching network; a new one is right for independent Gaussian data of deviation data_std."""
+
+    @nn.compact
+    def __call__(self, x, t, y):
+        """A backbone: see above."""
+        c, t_ = self.config, per_example(t, x)
+        variance, _ = self.spread(t_)
+        hidden = self.hidden(x / jnp.sqrt(variance), (t,), False, None, y)
+        value = layers.dense(c.dim, ("embed", None), c.dtype, "project", scale=0)(hidden).astype(jnp.float32)
+        linear = (t_ - (1 - t_) * c.data_std**2) / variance
+        return linear * x - c.data_std / jnp.sqrt(variance) * value, hidden
+
+
+class Posterior(nn.Module):
+    """The head `posterior`: mean A u + B (u - t v), scale C exp(delta), delta a projection, zero at first, of the last hidden states.
+
+    The backbone knows t alone, so s comes in with a modulation of what is projected.
+    """
+
+    config: Any  # core.model.ModelConfig
+    backbone: nn.Module
+
+    @nn.compact
+    def __call__(self, u, t, s, steps, y):
+        """As of Predictor: u [B, N, D] at level t [B] -> mean and log-scale [B, N, D] at level s [B] < t."""
+        velocity, hidden = self.backbone(u, t, y)
+        told = layers.Condition(hidden.shape[-1], 0, len(self.config.steps) > 1, rows=2, name="condition")((t, s), steps, None)
+        shift, scale = jnp.moveaxis(told[:, :, None], 1, 0)
+        delta = layers.dense(self.config.dim, ("embed", None), jnp.float32, "project", scale=0)(hidden * (1 + scale) + shift)
+        deviation = trajectory.posterior(*(per_example(level, u) for level in (s, t)))[2]
+        return posterior_mean(u, velocity, s, t), jnp.log(deviation) + bounded(delta)
+
+
+def posterior_mean(x, velocity, s, t):
+    """Mean A x + B (x - t v) of q(x_s | x_t = x) at the clean image that a velocity [B, N, D] tells: x [B, N, D], s, t [B]."""
+    s, t = per_example(s, x), per_example(t, x)
+    a, b, _ = trajectory.posterior(s, t)
+    return a * x + b * (x - t * velocity)
+
+
+def backbone_params(params):
+    """Of the parameters of a model with the posterior head those of its backbone, as that takes them."""
+    return {"params": params["params"]["backbone"]}
+
+
+def velocity_errors(backbone, params, x, noise, t, y):
+    """Mean squared error of the velocity a dimension, [B]: the loss (Lipman et al., arXiv 2210.02747). x, noise [B, N, D], t [B]."""
+    velocity, _ = backbone.apply(params, trajectory.start(x, t, noise), t, y)
+    return jnp.mean(jnp.square(velocity - (noise - x)), (1, 2))
+
+
+def solve(backbone, params, noise, t, y, nothing=None, guidance: float = 0.0, heun: bool = False):
+    """The ODE dx/dt = v from noise [B, N, D] down the levels t [B, K], t_0 = 0 for clean images -> [B, K, N, D].
+
+    Euler's method, one pass a step, or Heun's of second order, two. Guidance w > 0: v = v_c + w (v_c - v_u), where v_u is told
+    `nothing`, the null condition; both in one batch.
+    """
+    batch = len(noise)
+
+    def velocity(x, t):
+        if not guidance:
+            return backbone.apply(params, x, t, y)[0]
+        both = jax.tree.map(lambda *pair: jnp.concatenate(pair), (x, t, y), (x, t, nothing))
+        told, untold = jnp.split(backbone.apply(params, *both)[0], [batch])
+        return told + guidance * (told - untold)
+
+    def step(x, levels):
+        s, t = levels
+        length, slope = per_example(s - t, x), velocity(x, t)
+        down = x + length * slope
+        if heun:
+            down = x + length * (slope + velocity(down, s)) / 2
+        return down, down
+
+    ladder = jnp.flip(t.T, 0)
+    _, xs = jax.lax.scan(step, noise, (ladder[1:], ladder[:-1]))
+    return jnp.moveaxis(jnp.concatenate([jnp.flip(xs, 0), noise[None]]), 0, 1)
