@@ -20,6 +20,7 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import attention, distill, evaluate, export, flops, generate, load, optimizer, plots, processes, sharding, state
 from ntm_jax.runtime import config as configuration
+from ntm_jax.runtime import profile as profiling
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.metrics import Writer
@@ -108,11 +109,12 @@ def make_step(config: Config, model, mesh, teacher=None):
     def step(current: state.State, batch, steps: int, frozen=None):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
         (value, means), gradient = gradients(current.params, frozen, root, batch, steps)
-        updates, opt_state = update.update(gradient, current.opt_state, current.params)
-        params = optax.apply_updates(current.params, updates)
-        ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
-        finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient), "finite": finite} | means
+        with jax.named_scope("optimizer"):
+            updates, opt_state = update.update(gradient, current.opt_state, current.params)
+            params = optax.apply_updates(current.params, updates)
+            ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
+            finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
+            metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient), "finite": finite} | means
         return state.State(current.step + 1, params, opt_state, ema), metrics
 
     return step
@@ -175,20 +177,38 @@ class _Stop:
 
 
 class _Trace:
-    """Writes a profiler's trace of the steps from `span[0]` to `span[1]` in a folder."""
+    """Writes a profiler's trace of the steps from `span[0]` to `span[1]` in a folder, and says where their time went."""
 
-    def __init__(self, folder, span):
-        self._folder, self._span, self._on = folder, span, False
+    def __init__(self, folder, span, say):
+        self._folder, self._span, self._say, self._on = folder, span, say, False
 
-    def at(self, step, pending):
-        """Called before a step, with what the last one returned, which is waited for where the trace begins or ends."""
+    def at(self, step, pending, ending, texts):
+        """Called before a step, with what the last one returned, which is waited for where the trace begins or ends.
+
+        texts(first, step): the compiled texts of the steps from first to step.
+        """
         if self._span is None:
             return
-        inside = self._span[0] <= step < self._span[1]
+        inside = self._span[0] <= step < self._span[1] and not ending
         if inside != self._on:
             jax.block_until_ready(pending)
-            (jax.profiler.start_trace if inside else lambda _: jax.profiler.stop_trace())(str(self._folder))
+            if inside:
+                jax.profiler.start_trace(str(self._folder))
+                self._first = step
+            else:
+                jax.profiler.stop_trace()
+                self._report(step, texts)
             self._on = inside
+
+    def _report(self, step, texts):
+        if jax.process_index():
+            return
+        try:
+            self._say(f"steps {self._first}:{step}, traced in {self._folder}: " +
+                      profiling.report(self._folder, texts(self._first, step)))
+        except Exception as error:  # whatever a trace holds, the run goes on
+            self._say(f"the trace in {self._folder} could not be read, and there is no summary of it: "
+                      f"{(str(error).splitlines() or [''])[0][:200] or type(error).__name__}")
 
 
 def check_batch(config: Config, mesh) -> None:
@@ -204,7 +224,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     """Trains in workdir, resuming what it holds, and ends with the held-out evaluation and pictures; returns the evaluation.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps. Returns None when stopped early.
-    profile: (start, stop), steps of which a trace is written in workdir/profile.
+    profile: (start, stop), steps of which a trace and its summary are written in workdir/profile.
     """
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
@@ -251,7 +271,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
             writer.message(f"changed since the run began: {change}")
         stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
         current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
-                              _Trace(epath.Path(workdir) / "profile", profile), teacher)
+                              _Trace(epath.Path(workdir) / "profile", profile, writer.message), teacher)
         if not done:
             return None
         writer.message(f"trained to step {total}; evaluating")
@@ -285,6 +305,12 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
             {"device_memory_gib": memory / 2**30} if memory else {}) | (
             {"flops_per_second": speed * work, "flop_share": speed * work / limit} if work else {})
 
+    def texts(first, end) -> list[str]:
+        """The compiled texts of the steps first to end, which were run: nothing is compiled anew."""
+        with sharding.use(mesh):
+            return [step_function.lower(current, batch, steps, _frozen(teacher)).compile().as_text()
+                    for steps in sorted({steps_of(config, step) for step in range(first, end)})]
+
     for step in range(start, total + 1):
         ending = step == total or step == until or stop.asked or processes.stop_agreed(step)
         evaluating = bool(every) and (step % every == 0 or step == total)
@@ -297,10 +323,9 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
                 writer.write(step, scalars)
             if ending or step % config.train.save_every == 0:
                 checkpoints.save(step, current, batches.get_state(), bound)
+        trace.at(step, pending, ending, texts)
         if ending:
-            trace.at(math.inf, pending)
             break
-        trace.at(step, pending)
         try:
             batch = next(batches)
         except UserError:

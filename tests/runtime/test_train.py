@@ -121,13 +121,15 @@ def test_a_trace_of_the_steps_asked_for_is_written(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    trace = train._Trace(tmp_path / "profile", (2, 4))
+    said = []
+    trace = train._Trace(tmp_path / "profile", (2, 4), said.append)
     seen = []
     for step in range(6):
-        trace.at(step, None)
+        trace.at(step, None, False, lambda *_: [])
         seen.append(len(calls))
     assert calls == [str(tmp_path / "profile"), "stop"]
     assert seen == [0, 0, 1, 1, 2, 2]
+    assert said == [f"the trace in {tmp_path / 'profile'} could not be read, and there is no summary of it: there is none"]
 
 
 def test_a_run_that_diverges_stops_and_leaves_its_last_checkpoint(tmp_path):
