@@ -69,11 +69,14 @@ OBJECTIVES = {"end_to_end": end_to_end, "pairwise": pairwise}
 
 
 def make_step(config: Config, model, mesh, teacher=None):
-    """The training step (state, batch, steps, frozen) -> (state, metrics), steps static: jitted, the state donated.
+    """The training step (state, batch, steps, frozen, whole) -> (state, metrics), steps static: jitted, the state donated.
 
     metrics: loss in nats per dimension without the constant (eq. 3.4), grad_norm, whether the new parameters
     are all finite, and each term's mean by level in nats per dimension, [T]. With a teacher, a load.Run, the model is a denoiser, the loss
     its mean squared error, there are no terms, and frozen are the teacher's parameters.
+
+    whole, of a job of several processes: [devices], sharding.told of whether a process has its share of the batch. Where one has not, the
+    state stays as it was on all, and so says metrics["whole"].
     """
     update = optimizer.make(config.optimizer, config.train.steps)
     dimensions, parts = model.config.tokens * model.config.dim, config.train.accumulate
@@ -106,7 +109,7 @@ def make_step(config: Config, model, mesh, teacher=None):
     homes = jax.tree.map(lambda a: a.sharding, state.abstract(config, model, mesh))
 
     @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=(homes, sharding.replicated(mesh)))
-    def step(current: state.State, batch, steps: int, frozen=None):
+    def step(current: state.State, batch, steps: int, frozen=None, whole=None):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
         (value, means), gradient = gradients(current.params, frozen, root, batch, steps)
         with jax.named_scope("optimizer"):
@@ -115,7 +118,11 @@ def make_step(config: Config, model, mesh, teacher=None):
             ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
             finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
             metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient), "finite": finite} | means
-        return state.State(current.step + 1, params, opt_state, ema), metrics
+            new = state.State(current.step + 1, params, opt_state, ema)
+            if whole is not None:
+                metrics["whole"] = jnp.all(whole)
+                new = jax.tree.map(lambda made, old: jnp.where(metrics["whole"], made, old), new, current)
+        return new, metrics
 
     return step
 
@@ -290,12 +297,18 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
     total, every = config.train.steps, config.train.evaluate_every
     step_function, rate = make_step(config, model, mesh, teacher), optimizer.schedule(config.optimizer, total)
     pending, clock = None, (time.perf_counter(), start)
+    places, unread = {}, None  # of several processes: the data's position before each of the last steps, and why this one has no batch
     work = limit = 0  # FLOPs of a step, and this machine's a second: known from the first batch on, where a terminal shows them
 
     def read(step) -> dict:
         """The metrics of the step that ended at `step`, checked; they are waited for, so the next step is under way where speed counts."""
         nonlocal pending, clock
-        scalars, pending = check(jax.device_get(pending), step), None
+        values, pending = jax.device_get(pending), None
+        if not values.pop("whole", True):  # all see it here, at the same step, and the state is still that of step - 1
+            checkpoints.save(step - 1, current, places[step - 1])
+            raise unread or UserError(f"another process of this job could not read a record (see its line); step {step - 1} is saved, and "
+                                      "the same command resumes there when the data are mended")
+        scalars = check(values, step)
         if step % config.train.log_every:
             return {}
         now = time.perf_counter()
@@ -308,7 +321,7 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
     def texts(first, end) -> list[str]:
         """The compiled texts of the steps first to end, which were run: nothing is compiled anew."""
         with sharding.use(mesh):
-            return [step_function.lower(current, batch, steps, _frozen(teacher)).compile().as_text()
+            return [step_function.lower(current, batch, steps, _frozen(teacher), whole).compile().as_text()
                     for steps in sorted({steps_of(config, step) for step in range(first, end)})]
 
     for step in range(start, total + 1):
@@ -326,20 +339,24 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
         trace.at(step, pending, ending, texts)
         if ending:
             break
+        places = {step - 1: places.get(step - 1), step: batches.get_state()}
         try:
-            batch = next(batches)
-        except UserError:
-            if step > start and not processes.several():  # a save needs them all, and the others read on
+            local = next(batches)
+        except UserError as error:
+            if step == start:
+                raise
+            if not processes.several():
                 if pending:
                     read(step)
-                checkpoints.save(step, current, batches.get_state())
-            raise
-        batch = sharding.to_global(batch, mesh)
+                checkpoints.save(step, current, places[step])
+                raise
+            unread = error  # a save needs all processes, and the others read on: they are told by a step that changes nothing
+        batch, whole = sharding.to_global(local, mesh), sharding.told(unread is None, mesh) if processes.several() else None
         if step == start and writer.shows:
             work = flops_of_step(config, model, current, batch, mesh, teacher)
             limit = flops.products(config.model.dtype, mesh, 0.1)()
         with sharding.use(mesh):
-            current, metrics = step_function(current, batch, steps_of(config, step), _frozen(teacher))
+            current, metrics = step_function(current, batch, steps_of(config, step), _frozen(teacher), whole)
         if pending:
             scalars = read(step)
             if scalars:

@@ -117,6 +117,21 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
+def test_a_step_that_lacks_a_part_of_its_batch_changes_nothing():
+    settings = tiny_config()
+    source, model, mesh = setup(settings)
+    step, batch = train.make_step(settings, model, mesh), sharding.to_global(batch_of(source, settings, 16), mesh)
+
+    def after(*whole):
+        with sharding.use(mesh):
+            made, metrics = step(state.initialize(settings, model, mesh), batch, 2, None, *whole)
+        return bits(made), metrics.get("whole")
+
+    (plain, _), (whole, told), (lacking, told_lacking) = after(), after(sharding.told(True, mesh)), after(sharding.told(False, mesh))
+    assert (bool(told), bool(told_lacking)) == (True, False)
+    assert whole == plain != lacking == bits(state.initialize(settings, model, mesh))
+
+
 def test_a_trace_of_the_steps_asked_for_is_written(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
