@@ -6,7 +6,7 @@ from absl import flags
 
 from launch import program
 
-flags.DEFINE_string("profile", None, "START:STOP, steps of which a trace is written in WORKDIR/profile, for TensorBoard or Perfetto.")
+flags.DEFINE_string("profile", None, "START:STOP, steps of which a trace, and where their time goes, are written in WORKDIR/profile.")
 flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM stopped early, for schedulers that restart a failed job.")
 
 

@@ -129,6 +129,7 @@ MISTAKES = {
     "negative": (["--config.train.steps=-1"], "config.train.steps is -1: expected more than 0"),
     "no data": (["--config.data.source=folder:/nowhere"], "data.source folder:/nowhere is not there"),
     "indivisible batch": (["--config.data.batch_size=12", "8"], "config.data.batch_size is 12: expected a multiple of 8"),
+    "indivisible heads": (["--config.mesh.tensor=8", "8"], "config.model.kv_heads is 2: expected a multiple of 8, the mesh's tensor axis"),
     "another run": (["--config.model.width=32", "run"], "holds a run with model.width = 16, and this one has 32"),
     "too few steps": (["--config.train.steps=4", "run"], f"holds step {STEPS}, beyond config.train.steps = 4"),
 }

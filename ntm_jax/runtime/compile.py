@@ -109,8 +109,12 @@ def train_program(config: Config, model, source, mesh) -> Program:
     one = next(pipeline.evaluation_batches(source, config.data.patch_size, 1, 0, 1))
     batch = {key: _abstract((config.data.batch_size, *value.shape[1:]), value.dtype, mesh) for key, value in one.items() if key != "mask"}
     arguments = state.abstract(config, model, mesh), batch
-    frozen = {"frozen": finetune.abstract(config, model, mesh)} if config.train.align_weight else {}
-    return Program(train.make_step(config, model, mesh), arguments, {"steps": max(config.trajectory.steps)} | frozen)
+    options = {"steps": max(config.trajectory.steps)}
+    if config.train.align_weight:
+        options["frozen"] = finetune.abstract(config, model, mesh)
+    if len({device.process_index for device in mesh.devices.flat}) > 1:
+        options["whole"] = jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=sharding.by_device(mesh))
+    return Program(train.make_step(config, model, mesh), arguments, options)
 
 
 def sample_program(config: Config, model, source, mesh) -> Program:

@@ -128,6 +128,16 @@ def to_global(batch: dict, mesh) -> dict:
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
+def by_device(mesh) -> NamedSharding:
+    """One entry a device."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def told(value: bool, mesh):
+    """What every process says, as a global array [devices]: its own word lies on each of its devices."""
+    return jax.make_array_from_process_local_data(by_device(mesh), np.full(len(mesh.local_devices), value), (mesh.size,))
+
+
 def place(tree, mesh):
     """NumPy arrays [n, ...] that every process holds whole -> global arrays split over the mesh's examples, repeated to whole shards."""
     shards, sharding = batch_shards(mesh), batch_sharding(mesh)

@@ -116,7 +116,14 @@ def _initial(config: Config, model: NTM, key):
 
 
 def abstract(config: Config, model: NTM, mesh) -> State:
-    """The state's shapes with their shardings: nothing is computed. Not to be called within sharding.use(mesh)."""
+    """The state's shapes with their shardings: nothing is computed. Not to be called within sharding.use(mesh).
+
+    UserError where the model does not divide over the mesh.
+    """
+    heads, parts = model.config.kv_heads, mesh.shape["tensor"]
+    if heads % parts:  # keys and values are no parameters, and their widths may divide all the same
+        raise UserError(f"config.model.kv_heads is {heads}: expected a multiple of {parts}, the mesh's tensor axis, which splits heads; "
+                        "lower config.mesh.tensor or raise kv_heads")
     boxed = jax.eval_shape(lambda: _initial(config, model, jax.random.key(0)))
     tree = sharding.shardings(boxed, mesh)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), nn.unbox(boxed), tree)

@@ -20,6 +20,7 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import attention, distill, evaluate, finetune, flops, generate, load, optimizer, plots, processes, sharding, state
 from ntm_jax.runtime import config as configuration
+from ntm_jax.runtime import profile as profiling
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.metrics import Writer
@@ -88,13 +89,16 @@ OBJECTIVES = {"end_to_end": end_to_end, "pairwise": pairwise}
 
 
 def make_step(config: Config, model, mesh, teacher=None):
-    """The training step (state, batch, steps, frozen) -> (state, metrics), steps static: jitted, the state donated.
+    """The training step (state, batch, steps, frozen, whole) -> (state, metrics), steps static: jitted, the state donated.
 
     metrics: loss in nats per dimension without the constant (eq. 3.4), grad_norm, whether the new parameters
     are all finite, and each term's mean by level in nats per dimension, [T]. With a teacher, a load.Run, the model is a denoiser, the loss
     its mean squared error, there are no terms, and frozen are the teacher's parameters. Flow matching has no terms either. With
     config.train.align_weight frozen are the parameters of the flow-matching model that the run starts from, and the distance of the
     means to its, misalignment by level, is minimised too, its weight falling to 0 (method, section 7).
+
+    whole, of a job of several processes: [devices], sharding.told of whether a process has its share of the batch. Where one has not, the
+    state stays as it was on all, and so says metrics["whole"].
     """
     update = optimizer.make(config.optimizer, config.train.steps)
     dimensions, parts = model.config.tokens * model.config.dim, config.train.accumulate
@@ -138,15 +142,20 @@ def make_step(config: Config, model, mesh, teacher=None):
     homes = jax.tree.map(lambda a: a.sharding, state.abstract(config, model, mesh))
 
     @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=(homes, sharding.replicated(mesh)))
-    def step(current: state.State, batch, steps: int, frozen=None):
+    def step(current: state.State, batch, steps: int, frozen=None, whole=None):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
         told, gradient = gradients(current.params, frozen, root, batch, steps, current.step)
-        updates, opt_state = update.update(gradient, current.opt_state, current.params)
-        params = optax.apply_updates(current.params, updates)
-        ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
-        finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
-        metrics = {"grad_norm": optax.tree.norm(gradient), "finite": finite} | told
-        return state.State(current.step + 1, params, opt_state, ema), metrics
+        with jax.named_scope("optimizer"):
+            updates, opt_state = update.update(gradient, current.opt_state, current.params)
+            params = optax.apply_updates(current.params, updates)
+            ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
+            finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
+            metrics = {"grad_norm": optax.tree.norm(gradient), "finite": finite} | told
+            new = state.State(current.step + 1, params, opt_state, ema)
+            if whole is not None:
+                metrics["whole"] = jnp.all(whole)
+                new = jax.tree.map(lambda made, old: jnp.where(metrics["whole"], made, old), new, current)
+        return new, metrics
 
     return step
 
@@ -204,20 +213,38 @@ class _Stop:
 
 
 class _Trace:
-    """Writes a profiler's trace of the steps from `span[0]` to `span[1]` in a folder."""
+    """Writes a profiler's trace of the steps from `span[0]` to `span[1]` in a folder, and says where their time went."""
 
-    def __init__(self, folder, span):
-        self._folder, self._span, self._on = folder, span, False
+    def __init__(self, folder, span, say):
+        self._folder, self._span, self._say, self._on = folder, span, say, False
 
-    def at(self, step, pending):
-        """Called before a step, with what the last one returned, which is waited for where the trace begins or ends."""
+    def at(self, step, pending, ending, texts):
+        """Called before a step, with what the last one returned, which is waited for where the trace begins or ends.
+
+        texts(first, step): the compiled texts of the steps from first to step.
+        """
         if self._span is None:
             return
-        inside = self._span[0] <= step < self._span[1]
+        inside = self._span[0] <= step < self._span[1] and not ending
         if inside != self._on:
             jax.block_until_ready(pending)
-            (jax.profiler.start_trace if inside else lambda _: jax.profiler.stop_trace())(str(self._folder))
+            if inside:
+                jax.profiler.start_trace(str(self._folder))
+                self._first = step
+            else:
+                jax.profiler.stop_trace()
+                self._report(step, texts)
             self._on = inside
+
+    def _report(self, step, texts):
+        if jax.process_index():
+            return
+        try:
+            self._say(f"steps {self._first}:{step}, traced in {self._folder}: " +
+                      profiling.report(self._folder, texts(self._first, step)))
+        except Exception as error:  # whatever a trace holds, the run goes on
+            self._say(f"the trace in {self._folder} could not be read, and there is no summary of it: "
+                      f"{(str(error).splitlines() or [''])[0][:200] or type(error).__name__}")
 
 
 def check_batch(config: Config, mesh) -> None:
@@ -233,7 +260,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     """Trains in workdir, resuming what it holds, and ends with the held-out evaluation and pictures; returns the evaluation.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps. Returns None when stopped early.
-    profile: (start, stop), steps of which a trace is written in workdir/profile.
+    profile: (start, stop), steps of which a trace and its summary are written in workdir/profile.
     """
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
@@ -283,7 +310,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
             writer.message(f"changed since the run began: {change}")
         stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
         current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
-                              _Trace(epath.Path(workdir) / "profile", profile), teacher, frozen)
+                              _Trace(epath.Path(workdir) / "profile", profile, writer.message), teacher, frozen)
         if not done:
             return None
         writer.message(f"trained to step {total}; evaluating")
@@ -302,12 +329,18 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
     total, every = config.train.steps, config.train.evaluate_every
     step_function, rate = make_step(config, model, mesh, teacher), optimizer.schedule(config.optimizer, total)
     pending, clock = None, (time.perf_counter(), start)
+    places, unread = {}, None  # of several processes: the data's position before each of the last steps, and why this one has no batch
     work = limit = 0  # FLOPs of a step, and this machine's a second: known from the first batch on, where a terminal shows them
 
     def read(step) -> dict:
         """The metrics of the step that ended at `step`, checked; they are waited for, so the next step is under way where speed counts."""
         nonlocal pending, clock
-        scalars, pending = check(jax.device_get(pending), step), None
+        values, pending = jax.device_get(pending), None
+        if not values.pop("whole", True):  # all see it here, at the same step, and the state is still that of step - 1
+            checkpoints.save(step - 1, current, places[step - 1])
+            raise unread or UserError(f"another process of this job could not read a record (see its line); step {step - 1} is saved, and "
+                                      "the same command resumes there when the data are mended")
+        scalars = check(values, step)
         if step % config.train.log_every:
             return {}
         now = time.perf_counter()
@@ -316,6 +349,12 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
         return scalars | {"learning_rate": float(rate(step - 1)), "examples_per_second": speed * config.data.batch_size} | (
             {"device_memory_gib": memory / 2**30} if memory else {}) | (
             {"flops_per_second": speed * work, "flop_share": speed * work / limit} if work else {})
+
+    def texts(first, end) -> list[str]:
+        """The compiled texts of the steps first to end, which were run: nothing is compiled anew."""
+        with sharding.use(mesh):
+            return [step_function.lower(current, batch, steps, frozen, whole).compile().as_text()
+                    for steps in sorted({steps_of(config, step) for step in range(first, end)})]
 
     for step in range(start, total + 1):
         ending = step == total or step == until or stop.asked or processes.stop_agreed(step)
@@ -329,24 +368,27 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
                 writer.write(step, scalars)
             if ending or step % config.train.save_every == 0:
                 checkpoints.save(step, current, batches.get_state(), bound)
+        trace.at(step, pending, ending, texts)
         if ending:
-            trace.at(math.inf, pending)
             break
-        trace.at(step, pending)
+        places = {step - 1: places.get(step - 1), step: batches.get_state()}
         try:
-            batch = next(batches)
-        except UserError:
-            if step > start and not processes.several():  # a save needs them all, and the others read on
+            local = next(batches)
+        except UserError as error:
+            if step == start:
+                raise
+            if not processes.several():
                 if pending:
                     read(step)
-                checkpoints.save(step, current, batches.get_state())
-            raise
-        batch = sharding.to_global(batch, mesh)
+                checkpoints.save(step, current, places[step])
+                raise
+            unread = error  # a save needs all processes, and the others read on: they are told by a step that changes nothing
+        batch, whole = sharding.to_global(local, mesh), sharding.told(unread is None, mesh) if processes.several() else None
         if step == start and writer.shows:
             work = flops_of_step(config, model, current, batch, mesh, teacher, frozen)
             limit = flops.products(config.model.dtype, mesh, 0.1)()
         with sharding.use(mesh):
-            current, metrics = step_function(current, batch, steps_of(config, step), frozen)
+            current, metrics = step_function(current, batch, steps_of(config, step), frozen, whole)
         if pending:
             scalars = read(step)
             if scalars:

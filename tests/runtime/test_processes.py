@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from jax.sharding import Mesh
+from PIL import Image
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import processes, sharding
-from tests.common import ROOT, TINY, environment, rehearsal
+from ntm_jax.runtime import processes, sharding, state
+from ntm_jax.runtime.checkpoint import Checkpoints
+from tests.common import ROOT, TINY, environment, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker: they share runs
 SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "inverse", "evaluate.split": "test[:16]"}
@@ -142,6 +144,32 @@ def test_evaluate_and_sample_run_on_two_processes_as_on_one(alone, tmp_path, com
     assert images[0].shape == (6, 8, 8, 3)
     assert np.abs(images[0] - images[1]).max() <= 16  # one of 17 grey levels: rounding may fall on the other side
     assert (images[0] != images[1]).mean() < 0.02
+
+
+def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path, compilation_cache):
+    images, workdir, rng = tmp_path / "images", tmp_path / "run", np.random.default_rng(0)
+    for i in range(80):  # 10 classes, and the steps of another test here: the program is compiled once
+        (images / str(i % 10)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(images / str(i % 10) / f"{i}.png")
+    bad = images / "7" / "7.png"
+    changed = {"data.source": f"folder:{images}", "data.split": "all", "evaluate.split": "all", "data.image_size": 8,
+               "train.steps": 100000, "train.save_every": 100000}
+    job = Job(workdir, compilation_cache, 2, settings=(changed,))
+    job.read_until(r"step 3/")
+    good = bad.read_bytes()
+    bad.write_text("<html>")  # of an epoch of 5 steps: one process reads it soon
+    ends = job.end()
+    assert [status for status, *_ in ends] == [2, 2], ends
+    reader, other = sorted((error for *_, error in ends), key=lambda error: "another process" in error)
+    assert reader == f"error: image {bad} cannot be decoded (not an image): remove it"
+    saved = int(re.match(r"error: another process of this job could not read a record \(see its line\); step (\d+) is saved", other)[1])
+    bad.write_bytes(good)
+    settings = tiny_config(**changed)
+    with Checkpoints(workdir) as checkpoints:
+        step, current, position = checkpoints.restore(state.abstract(settings, *setup(settings)[1:]))
+    assert step == int(current.step) == saved >= 3
+    assert position == {"global_next_index": 16 * step}
+    assert max(losses(workdir)) == step  # the step that lacked a part was not logged
 
 
 def test_a_dead_process_stops_the_others_soon_and_says_so(tmp_path, compilation_cache):

@@ -179,6 +179,14 @@ def test_a_parameter_that_does_not_divide_is_refused_by_name():
     assert re.match(r"params/params/\S+ has a dimension of 16, which does not divide over the mesh axis fsdp of 3", str(error.value))
 
 
+def test_heads_that_do_not_divide_are_refused_by_name():
+    settings = tiny_config()
+    _, model, _ = setup(settings)  # 2 key-value heads of 8, and a width of 16: every parameter divides
+    state.abstract(settings, model, abstract_mesh(1, 1, 2))
+    with pytest.raises(UserError, match=r"config\.model\.kv_heads is 2: expected a multiple of 4, the mesh's tensor axis"):
+        state.abstract(settings, model, abstract_mesh(1, 1, 4))
+
+
 def test_two_dimensions_on_one_axis_are_refused_by_name():
     with pytest.raises(UserError, match="two dimensions of here, heads, mlp, on one mesh axis"):
         sharding.shardings(named((4, 4), ("heads", "mlp")), abstract_mesh(1, 1, 2))

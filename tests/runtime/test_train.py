@@ -117,17 +117,34 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
+def test_a_step_that_lacks_a_part_of_its_batch_changes_nothing():
+    settings = tiny_config()
+    source, model, mesh = setup(settings)
+    step, batch = train.make_step(settings, model, mesh), sharding.to_global(batch_of(source, settings, 16), mesh)
+
+    def after(whole):
+        new = state.initialize(settings, model, mesh)
+        with sharding.use(mesh):
+            made, metrics = step(new, batch, 2, None, sharding.told(whole, mesh))
+        assert bool(metrics["whole"]) is whole
+        return bits(made)
+
+    assert after(True) != after(False) == bits(state.initialize(settings, model, mesh))
+
+
 def test_a_trace_of_the_steps_asked_for_is_written(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    trace = train._Trace(tmp_path / "profile", (2, 4))
+    said = []
+    trace = train._Trace(tmp_path / "profile", (2, 4), said.append)
     seen = []
     for step in range(6):
-        trace.at(step, None)
+        trace.at(step, None, False, lambda *_: [])
         seen.append(len(calls))
     assert calls == [str(tmp_path / "profile"), "stop"]
     assert seen == [0, 0, 1, 1, 2, 2]
+    assert said == [f"the trace in {tmp_path / 'profile'} could not be read, and there is no summary of it: there is none"]
 
 
 def test_a_run_that_diverges_stops_and_leaves_its_last_checkpoint(tmp_path):
