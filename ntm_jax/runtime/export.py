@@ -105,14 +105,15 @@ def compiled(function, arguments: dict) -> bytes:
         jax.config.update(setting, before)
 
 
-def configure(run, steps: int | None, guidance: float | None, decoder: str | None):
+def configure(run, steps: int | None, guidance: float | tuple[float, ...] | None, decoder: str | None):
     """The run with these in the place of its config.sample's, where given."""
     generate.check(run.config, steps, guidance)
     given = {name: value for name, value in (("steps", steps), ("guidance", guidance), ("decoder", decoder)) if value is not None}
     return dataclasses.replace(run, config=dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, **given)))
 
 
-def write_export(run, out: str, steps: int | None = None, guidance: float | None = None, decoder: str | None = None) -> None:
+def write_export(run, out: str, steps: int | None = None, guidance: float | tuple[float, ...] | None = None,
+                 decoder: str | None = None) -> None:
     """Writes a load.Run into the new folder `out`; process 0 does. UserError, nothing written, where the folder is there already."""
     folder = epath.Path(out)
     if folder.exists():

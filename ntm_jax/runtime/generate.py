@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import time
 import warnings
 
@@ -19,6 +20,7 @@ from ntm_jax.data import sources, transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checkpoint, distill, plots, processes, sharding, state
+from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
 
 
@@ -47,12 +49,13 @@ def conditions(config: Config, model, index):
 
 
 def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None, *, seed: int | None = None, steps: int | None = None,
-             guidance: float | None = None, decoder: str | None = None, inverse: str | None = None, trajectory: bool = False,
-             denoiser=None):
+             guidance: float | tuple[float, ...] | None = None, decoder: str | None = None, inverse: str | None = None,
+             trajectory: bool = False, denoiser=None):
     """Samples of the image indices index [n] on condition y, labels [n] or Text; see conditions for what it is if not given.
 
-    seed, steps, guidance, decoder and inverse are the configuration's unless given; denoiser: see load.Run. Returns images [n, H, W, C],
-    uint8, or float32 latents where the data are; with trajectory also the levels from pure noise down, [n, K, H, W, C].
+    seed, steps, guidance (see sampling.sample_latents), decoder and inverse are the configuration's unless given; denoiser: see load.Run.
+    Returns images [n, H, W, C], uint8, or float32 latents where the data are; with trajectory also the levels from pure noise down,
+    [n, K, H, W, C].
     """
     decoder = config.sample.decoder if decoder is None else decoder
     if decoder == "denoiser" and not denoiser:
@@ -77,9 +80,14 @@ def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None,
     return (images(x), images(xs)[:, ::-1]) if trajectory else images(x)
 
 
-def check(config: Config, steps: int | None, guidance: float | None) -> None:
-    """UserError for a guidance that the model was not trained for; a warning for a number of steps that it was not trained with."""
-    if guidance and not config.train.condition_dropout:
+def check(config: Config, steps: int | None, guidance: float | tuple[float, ...] | None) -> None:
+    """UserError for a guidance that is negative, not one scale for each step, or that the model was not trained for; a warning for a number
+    of steps that it was not trained with. None: the configuration's."""
+    asked = config.sample.guidance if guidance is None else guidance
+    configuration.check_guidance("guidance", asked, config.sample.steps if steps is None else steps)
+    if min(asked if isinstance(asked, tuple) else (asked,)) < 0:
+        raise UserError(f"guidance is {asked}: expected numbers that are not negative")
+    if configuration.guided(guidance) and not config.train.condition_dropout:
         raise UserError(f"guidance is {guidance}, and the model was trained without condition dropout: sample with guidance 0")
     if steps is not None and steps not in config.trajectory.steps:
         trained = ", ".join(map(str, config.trajectory.steps))
@@ -102,6 +110,19 @@ def picture(images, levels: int, columns: int = 10) -> np.ndarray:
 def in_batches(n: int, batch: int) -> list[np.ndarray]:
     """Image indices 0..n-1, `batch` at a time."""
     return [np.arange(start, min(start + batch, n)) for start in range(0, n, batch)]
+
+
+def parse_guidance(scales) -> float | tuple[float, ...] | None:
+    """The flag --guidance -> one scale, or a tuple of one for each step; None where it was not given. UserError for what is no number."""
+    if not scales:
+        return None
+    try:
+        scales = tuple(float(scale) for scale in scales)
+    except ValueError:
+        scales = (math.nan,)
+    if not all(map(math.isfinite, scales)):
+        raise UserError("--guidance takes a number, or one for each step, such as 1,0.5,0,0")
+    return scales[0] if len(scales) == 1 else scales
 
 
 def parse_labels(names, num_classes: int) -> np.ndarray | None:
