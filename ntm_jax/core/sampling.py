@@ -64,6 +64,12 @@ def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "auto"):
     return jnp.concatenate([xs, us[:, -1:]], 1)
 
 
+def invert_level(model: NTM, params, us, t, y, k: int, inverse: str = "auto"):
+    """x_k [B, N, D] alone, k < T, of latents us [B, K, N, D] at levels t [B, K]."""
+    steps = jnp.full(len(us), us.shape[1] - 1)
+    return model.apply(params, us[:, k], t[:, k], steps, y, how=inverse, method=NTM.invert)[0]
+
+
 def inverse_sweeps(model: NTM, params, us, t, y, tolerance: float = TOLERANCE):
     """Sweeps over the tokens, int32 [B, T, blocks], after which the parallel inverse of us [B, K, N, D] changes nothing by more than
     tolerance: by example, level and block, the last block being the first inverted."""

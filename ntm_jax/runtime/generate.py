@@ -29,13 +29,14 @@ def _generate(params, root, index, y, denoiser_params=None, *, config, model, st
               denoiser=None):
     t = state.levels(config, model, steps, jnp.full(len(index), config.trajectory.t_min))
     us = sampling.sample_latents(model, params, state.example_keys(root, "sample", index), t, y, guidance)
-    xs = sampling.invert_trajectory(model, params, us, t, y, inverse)  # where nothing below asks for it, XLA leaves it out
+    xs = sampling.invert_trajectory(model, params, us, t, y, inverse) if trajectory or decoder == "score" else None
     if decoder == "denoiser":
         x = distill.denoise(denoiser, denoiser_params, us[:, 0], t[:, 0], steps, y)
     elif decoder == "score":
         x = denoising.score_denoise(model, params, xs, t, y, config.sample.percentile)
     else:
-        x = xs[:, 0] / (1 - per_example(t[:, 0], xs[:, 0]))
+        x_0 = xs[:, 0] if trajectory else sampling.invert_level(model, params, us, t, y, 0, inverse)
+        x = x_0 / (1 - per_example(t[:, 0], x_0))
     return x, xs if trajectory else None
 
 

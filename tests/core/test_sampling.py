@@ -54,7 +54,7 @@ def test_guidance_is_the_product_of_gaussians(w):
 
 @pytest.mark.parametrize("w", [0.0, 1e-3, 1.0, 1e3, 1e8])
 def test_guidance_of_any_size_stays_finite(w):
-    """Means as large as float16's numbers and log-scales of +-10, wider, equal and narrower: no NaN, and a scale above 0, at most sigma_c."""
+    """Means as large as float16's numbers and log-scales of +-10, wider, equal, narrower: no NaN, a scale above 0, at most sigma_c."""
     mean_c, mean_u = np.meshgrid([-6e4, 0, 6e4], [-6e4, 0, 6e4])
     for log_c in (-10.0, 0.0, 10.0):
         for log_u in (-10.0, 0.0, 10.0):
@@ -106,6 +106,9 @@ def test_inversion_undoes_the_transporter_at_every_level(random, inverse):
     found = jax.jit(lambda us: sampling.invert_trajectory(random.module, random.params, us, *told, inverse))(us)
     np.testing.assert_allclose(found, xs, atol=1e-5)  # float32 rounding of two blocks
     np.testing.assert_array_equal(found[:, -1], xs[:, -1])
+    for k in (0, 2):
+        alone = jax.jit(lambda us, k=k: sampling.invert_level(random.module, random.params, us, *told, k, inverse))(us)
+        np.testing.assert_allclose(alone, xs[:, k], atol=1e-5)
 
 
 def test_sweeps_are_told_by_example_level_and_block(random):

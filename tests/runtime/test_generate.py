@@ -57,8 +57,8 @@ def test_guidance_and_decoder_change_the_image(run):
 @pytest.mark.parametrize(("inverse", "told"), [("parallel", {}), ("auto", {"inverse": "parallel"})])
 def test_the_inverse_that_is_asked_for_is_taken(run, inverse, told, monkeypatch):
     """By the configuration or by the call; the images are the same, so what is run is looked at."""
-    asked, invert = [], sampling.invert_trajectory
-    monkeypatch.setattr(sampling, "invert_trajectory", lambda *arguments: asked.append(arguments[-1]) or invert(*arguments))
+    asked, invert = [], sampling.invert_level
+    monkeypatch.setattr(sampling, "invert_level", lambda *arguments: asked.append(arguments[-1]) or invert(*arguments))
     settings = dataclasses.replace(SETTINGS, seed=9 + len(told), sample=dataclasses.replace(SETTINGS.sample, inverse=inverse))
     images = dataclasses.replace(run, config=settings).sample(3, **told)
     assert asked == ["parallel"]
