@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from ntm_jax.core import likelihood, trajectory
+from ntm_jax.core import denoising, likelihood, trajectory
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -127,6 +127,31 @@ def summarize(table: dict, model, trajectories: int, levels: int) -> dict:
     return result
 
 
+@functools.partial(jax.jit, static_argnames=("config", "model"))
+def _denoising_errors(params, root, batch, *, config, model):
+    x, y, keys = batch["x"], state.condition(model, batch), state.example_keys(root, "evaluate", batch["index"])
+    t = state.levels(config, model, config.sample.steps, jnp.full(len(x), config.trajectory.t_min))
+    xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (t.shape[1], *x.shape[1:])))
+    found = denoising.denoise_levels(model, params, xs, t, y, config.sample.percentile)
+    return {name: jnp.mean(jnp.square(clean - x[:, None]), (2, 3)) for name, clean in found.items()}
+
+
+def denoising_errors(run, source: Source) -> dict:
+    """What score denoising is worth on held-out records noised by the forward process, one trajectory a record: {formula of
+    denoising.denoise_levels: mean and stderr by level, clean to noisy, of the squared error to the data a dimension}."""
+    root = jax.random.key(run.config.seed)
+
+    def score(part):
+        batch = sharding.to_global(part, run.mesh)
+        kept = {"index": batch["index"], "mask": batch.pop("mask")}
+        with sharding.use(run.mesh):
+            return kept | _denoising_errors(run.params, root, batch, config=run.config, model=state.exact(run.model))
+
+    found = every_record(run.config, source, run.mesh, score)
+    levels = {name: [_mean(v) for v in values.T] for name, values in found.items() if name != "index"}
+    return {name: {key: [level[key] for level in values] for key in ("mean", "stderr")} for name, values in levels.items()}
+
+
 @functools.partial(jax.jit, static_argnames=("config", "model", "denoiser"))
 def _denoiser_errors(params, denoiser_params, root, batch, *, config, model, denoiser):
     y, keys = state.condition(model, batch), state.example_keys(root, "evaluate", batch["index"])
@@ -235,6 +260,8 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
     extractor = quality.extractor(features, train, inception_weights) if images and features != "none" else None
     table = scores(config, model, run.params, source, run.mesh, trajectories, progress=progress)
     result = {"step": run.step, "split": split} | summarize(table, model, trajectories, source.levels)
+    if config.sample.decoder == "score":
+        result["denoising"] = denoising_errors(run, source)
     if run.denoiser:
         result["denoiser"] = denoiser_errors(run, source)
     if source.log_density:
@@ -277,6 +304,8 @@ def provenance(run, source: Source) -> dict:
 
 IMAGE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
+DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)", "own_score": "squared error by level, its own score",
+            "trajectory_score": "squared error by level, trajectory score"}
 
 
 def check_unit(unit: str, run) -> None:
@@ -314,6 +343,8 @@ def table(result: dict, unit: str) -> str:
         lines.append(f"  {name:<{width}}  {value['mean']:8.4f}" + (f" ± {value['stderr']:.4f}" if "stderr" in value else ""))
     for label, key in (("NLL", result["trajectory_nll"]["by_level"]), ("rate", result["rate_by_level"])):
         lines.append(f"  {label + ' by level, clean to noisy, nats/dim':<{width}}  " + "  ".join(f"{v:.4f}" for v in key))
+    for name, value in result.get("denoising", {}).items():
+        lines.append(f"  {DENOISED[name]:<{width}}  " + "  ".join(f"{m:.5f} ± {e:.5f}" for m, e in zip(*value.values(), strict=True)))
     return "\n".join(lines)
 
 

@@ -109,6 +109,7 @@ def test_what_its_evaluation_says(run, teacher):
     assert set(result["denoiser"]) == {"to_target", "to_data", "target_to_data"}
     teachers, _ = evaluate.evaluate(ntm_jax.load(str(teacher)))
     assert result["nats_per_dim"] == teachers["nats_per_dim"]  # the likelihood is the teacher's
+    assert ("denoising" in result, "denoising" in teachers) == (False, True)  # of the score decoder alone
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["evaluate/mse"] == pytest.approx(result["denoiser"]["to_target"]["mean"], rel=1e-5)
     assert {"samples.png", "trajectories.png"} <= {path.name for path in workdir.iterdir()}

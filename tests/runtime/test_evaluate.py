@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from ntm_jax.core import likelihood
+from ntm_jax.core import denoising, likelihood, trajectory
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import evaluate, load, state
@@ -230,6 +230,27 @@ def test_a_batch_beyond_the_memory_is_taken_in_parts(trained, tables, monkeypatc
     most = 0
     with pytest.warns(UserWarning, match="does not fit"), pytest.raises(UserError, match="one record a device does not fit"):
         evaluate.scores(SETTINGS, model, params, source, mesh, 3)
+
+
+def test_denoising_by_level(trained):
+    source, model, _, params = trained
+    run = run_of(dataclasses.replace(SETTINGS, evaluate=dataclasses.replace(SETTINGS.evaluate, batch_size=7)), trained)
+    found = evaluate.denoising_errors(run, source)  # the last batch of seven holds one record over, and padding
+    batch = batch_of(source, SETTINGS, 20)
+    t = np.tile(state.sampled_levels(SETTINGS, model), (20, 1))
+    keys = state.example_keys(jax.random.key(SETTINGS.seed), "evaluate", batch["index"])
+    xs = trajectory.simulate(batch["x"], t, trajectory.example_noise(keys, (3, *batch["x"].shape[1:])))
+    clean = jax.jit(lambda xs: denoising.denoise_levels(model, params, xs, t, batch["label"]))(xs)
+    assert list(found) == list(clean) == list(evaluate.DENOISED)
+    for name, values in clean.items():
+        errors = np.square(np.asarray(values) - batch["x"][:, None]).mean((2, 3))
+        np.testing.assert_allclose(found[name]["mean"], errors.mean(0), rtol=1e-4)
+        np.testing.assert_allclose(found[name]["stderr"], errors.std(0, ddof=1) / np.sqrt(20), rtol=1e-3)
+    noise = (t[0, :2] / (1 - t[0, :2])) ** 2
+    np.testing.assert_allclose(found["as_it_is"]["mean"], noise, rtol=0.15)  # of 1,280 draws
+    result, _ = evaluate.evaluate(run)
+    assert result["denoising"] == found
+    assert f"{found['own_score']['mean'][1]:.5f} ± {found['own_score']['stderr'][1]:.5f}" in evaluate.table(result, "nats_per_dim")
 
 
 def test_bits_of_latents_are_refused(trained):
