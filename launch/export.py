@@ -12,7 +12,7 @@ flags.DEFINE_integer("step", None, "The checkpoint's step; the latest if not giv
 flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
 flags.DEFINE_integer("steps", None, "Number of steps T; the configuration's if not given.", lower_bound=1)
 flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down: 1,0.5,0,0.")
-flags.DEFINE_enum("decoder", None, ["inverse", "score"], "How the last level becomes an image.")
+flags.DEFINE_enum("decoder", None, ["inverse", "score", "denoiser"], "How the last level becomes an image.")
 flags.mark_flag_as_required("out")
 
 

@@ -59,9 +59,7 @@ def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None,
     [n, K, H, W, C].
     """
     decoder = config.sample.decoder if decoder is None else decoder
-    if decoder == "denoiser" and not denoiser:
-        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as --workdir the run of one, trained with "
-                        "experiments/digits_denoiser.py and --config.teacher")
+    check_decoder(decoder, denoiser)
     module, denoiser_params = denoiser if decoder == "denoiser" else (None, None)
     index = np.asarray(index, np.int32)
     y = conditions(config, model, index) if y is None else y
@@ -93,6 +91,13 @@ def check(config: Config, steps: int | None, guidance: float | tuple[float, ...]
     if steps is not None and steps not in config.trajectory.steps:
         trained = ", ".join(map(str, config.trajectory.steps))
         warnings.warn(f"{steps} steps were not trained, only {trained}: expect worse images", stacklevel=2)
+
+
+def check_decoder(decoder: str | None, denoiser) -> None:
+    """UserError where images are asked of a denoiser and the run has none."""
+    if decoder == "denoiser" and not denoiser:
+        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as --workdir the run of one, trained with "
+                        "experiments/digits_denoiser.py and --config.teacher")
 
 
 def displayable(images, levels: int) -> np.ndarray:
@@ -146,6 +151,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
     """
     folder = epath.Path(out)
     check(run.config, options.get("steps"), options.get("guidance"))
+    check_decoder(options.get("decoder"), run.denoiser)
     labels = parse_labels(labels, run.model.config.num_classes)
     asked = {"--workdir": run.workdir, "step": run.step, "--num": num, "--batch": batch, "--save_trajectories": save_trajectories,
              "--labels": None if labels is None else labels.tolist()} | {f"--{name}": value for name, value in options.items()}

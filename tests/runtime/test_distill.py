@@ -12,7 +12,7 @@ import ntm_jax
 from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, distill, evaluate, state, train
+from ntm_jax.runtime import config, distill, evaluate, generate, state, train
 from tests.common import batch_of, bits, randomised, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -123,6 +123,10 @@ def test_sampling(run, teacher):
     np.testing.assert_array_equal(loaded.sample(3, decoder="score"), plain.sample(3, decoder="score"))
     with pytest.raises(UserError, match="decoder=denoiser needs a denoiser, and this run has none"):
         plain.sample(3, decoder="denoiser")
+    with pytest.raises(UserError, match="decoder=denoiser needs a denoiser, and this run has none"):
+        generate.write_samples(plain, str(run[0] / "out"), 3, 3, decoder="denoiser")
+    assert not (run[0] / "out").exists()
+    assert loaded.teacher_step == plain.step == 2
 
 
 def test_what_does_not_go_together_is_refused(run, teacher, tmp_path):
