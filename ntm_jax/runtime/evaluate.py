@@ -1,6 +1,7 @@
 """Held-out likelihood with standard errors, comparisons, and scores of samples. Every record counts once and is keyed by its index, so the
 same checkpoint gives the same figures twice, in any batch size, on any mesh and any number of processes."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -202,20 +203,32 @@ def generated(run, progress: bool = False) -> np.ndarray:
     return np.concatenate([run.sample_at(index) for index in batches])
 
 
-def class_accuracy(images, num_classes: int, levels: int, real: np.ndarray, labels: np.ndarray) -> dict:
-    """How many of the images a support vector classifier, fitted on real images, takes for the class that they were asked to be."""
+def classifier(num_classes: int, levels: int, real: np.ndarray, labels: np.ndarray):
+    """A function images [n, H, W, C] -> [n]: which ones a support vector classifier, fitted on real images, takes for the class that they
+    were asked to be, which is the classes in turn."""
     from sklearn.svm import SVC
 
     def features(images):
         return np.asarray(images, np.float64).reshape(len(images), -1) / (levels - 1)
 
-    hits = SVC().fit(features(real), labels).predict(features(images)) == np.arange(len(images)) % num_classes
-    return _mean(hits) | {"images": len(images)}
+    machine = SVC().fit(features(real), labels)
+    return lambda images: machine.predict(features(images)) == np.arange(len(images)) % num_classes
 
 
-def image_scores(run, train: Source, held_out: Source, extractor, progress: bool = False) -> dict:
+def check_guidance(run, guidance) -> None:
+    """UserError for scales of guidance at which the class accuracy cannot be told."""
+    scored = run.model.config.num_classes and run.spec.levels and run.config.evaluate.images and run.spec.count <= MAX_RECORDS
+    if guidance and not scored:
+        raise UserError("--guidance compares class accuracies, and they are told of a model of classes and pixels, of at most "
+                        f"{MAX_RECORDS} training images, with config.evaluate.images above 0")
+    for scale in guidance:
+        generate.check(run.config, None, scale)
+
+
+def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), progress: bool = False) -> dict:
     """evaluation.json's figures of samples, beside the training images: class_accuracy, and frechet, precision and recall on features.
 
+    guidance: scales or schedules; of each the class accuracy, and by how much it differs from the first one's on the same noise, paired.
     extractor: quality.Extractor or None. frechet_held_out is the same distance of the held-out images: what a perfect model would come
     near with as many samples as there are of these; more come nearer.
     """
@@ -225,8 +238,15 @@ def image_scores(run, train: Source, held_out: Source, extractor, progress: bool
     made = {"images": len(images), "decoder": config.sample.decoder, "guidance": config.sample.guidance, "steps": config.sample.steps}
     result = {}
     if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
-        result["class_accuracy"] = class_accuracy(
-            images, run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records])) | made
+        right = classifier(run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records]))
+        hits = {config.sample.guidance: right(images)}
+        result["class_accuracy"] = _mean(hits[config.sample.guidance]) | made
+        for scale in dict.fromkeys(w for w in guidance if w not in hits):
+            guided = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=scale))
+            hits[scale] = right(generated(dataclasses.replace(run, config=guided), progress))
+        if guidance:
+            result["guidance"] = [{"guidance": scale} | _mean(hits[scale]) | {
+                "difference": _mean(hits[scale].astype(int) - hits[guidance[0]])} for scale in guidance]
     if extractor:
         unseen = np.stack([held_out.records[i]["image"] for i in range(min(len(held_out.records), MAX_RECORDS))])
         wanted = extractor(real)
@@ -237,11 +257,11 @@ def image_scores(run, train: Source, held_out: Source, extractor, progress: bool
 
 
 def evaluate(run, *, split: str | None = None, trajectories: int | None = None, against=None, features: str | None = None,
-             inception_weights: str | None = None, progress: bool = False) -> tuple[dict, dict]:
+             inception_weights: str | None = None, guidance=(), progress: bool = False) -> tuple[dict, dict]:
     """(all of evaluation.json, the scores of every record) of a run, a load.Run: likelihood, samples' scores, provenance.
 
-    against: another Run, scored on the same records. UserError where the split is of another shape than the training split, or the
-    figures of the two would not compare.
+    against: another Run, scored on the same records; guidance: see image_scores. UserError where the split is of another shape than the
+    training split, or the figures of the two would not compare.
     """
     config, model = run.config, run.model
     split, trajectories = split or config.evaluate.split, trajectories or config.evaluate.trajectories
@@ -251,7 +271,8 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         raise UserError(f"split {split} of {config.data.source} has images of shape {spec.image_shape}, not the training split's shape")
     if against:
         _check_comparable(run, against)
-    processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features,
+    check_guidance(run, guidance)
+    processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features, "--guidance": guidance,
                      "--against": [against.workdir, against.step] if against else None})
     train = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     features = features or config.evaluate.features
@@ -271,7 +292,7 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw} | compare(
             table, other, spec.tokens * spec.dim, source.levels)
     if images:
-        result |= image_scores(run, train, source, extractor, progress)
+        result |= image_scores(run, train, source, extractor, guidance, progress)
     result["provenance"] = provenance(run, source)
     return result, table
 
@@ -333,6 +354,11 @@ def table(result: dict, unit: str) -> str:
     if "class_accuracy" in result:
         percent = {k: 100 * result["class_accuracy"][k] for k in ("mean", "stderr")}
         rows.append((f"class accuracy of {result['class_accuracy']['images']} samples, %", percent))
+    for score in result.get("guidance", ()):
+        first = result["guidance"][0]["guidance"]
+        for name, value in (("", score), (f" less that of guidance {first}", score["difference"])):
+            percent = {k: 100 * value[k] for k in ("mean", "stderr")}
+            rows.append((f"class accuracy of guidance {score['guidance']}{name}, %", percent))
     if "features" in result:
         kind = f"{result['features']['name']} features" + (", a proxy" if result["features"]["proxy"] else "")
         rows += [(f"{key.replace('_', ' ')} ({kind})", result[key]) for key in IMAGE_SCORES]

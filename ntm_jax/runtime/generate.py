@@ -137,7 +137,7 @@ def parse_labels(names, num_classes: int) -> np.ndarray | None:
         return None
     for name in names:
         if not (name.isdecimal() and int(name) < num_classes):
-            expected = f"0 to {num_classes - 1}" if num_classes else "none, the model being unconditional"
+            expected = f"0 to {num_classes - 1}" if num_classes else "none, since it is told of no classes"
             raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
     return np.array([int(name) for name in names], np.int32)
 

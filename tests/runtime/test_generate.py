@@ -112,7 +112,7 @@ def test_labels_of_the_flag():
     for wrong in ("10", "-1", "cat", "1.0", ""):
         with pytest.raises(UserError, match=f"label '{wrong}' is not a class of the model: expected 0 to 9"):
             generate.parse_labels(["1", wrong], 10)
-    with pytest.raises(UserError, match="expected none, the model being unconditional"):
+    with pytest.raises(UserError, match="expected none, since it is told of no classes"):
         generate.parse_labels(["0"], 0)
 
 
