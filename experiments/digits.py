@@ -26,7 +26,9 @@ def get_config(variant: str = "ntm"):
     c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500, features="cnn")
-    c.sample = dict(num=100, steps=4, guidance=0.0, decoder="score", inverse="auto")
+    c.sample = dict(
+        num=100, steps=4, guidance=ml_collections.FieldReference(0.0, object),  # or one for each step: (1.0, 0.5, 0.0, 0.0)
+        decoder="score", inverse="auto")
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, width=72, head_size=24, kv_heads=3, predictor_layers=6)
     return c

@@ -29,7 +29,9 @@ def get_config(variant: str = ""):
     c.optimizer = dict(learning_rate=1e-4, floor=1e-6, warmup_steps=5000, weight_decay=1e-4, clip=1.0, ema_decay=0.9999)
     c.mesh = dict(slices=1, data=-1, fsdp=16, tensor=1, sequence=1)  # fsdp over all of a large slice: XLA reduces where it could gather
     c.evaluate = dict(split="test", trajectories=8, batch_size=1024, images=0, features="none")
-    c.sample = dict(num=100, steps=4, guidance=0.5, decoder="score", inverse="auto")
+    c.sample = dict(
+        num=100, steps=4, guidance=ml_collections.FieldReference(0.5, object),  # or one for each step: (1.0, 0.5, 0.0, 0.0)
+        decoder="score", inverse="auto")
     if variant == "pixels":
         c.data.update(source="tfds:imagenet2012", mock="mock:256x256x3,levels=256,classes=1000", patch_size=16, image_size=256)
         c.model.data_std = 0.5  # of pixels on [-1, 1]

@@ -28,7 +28,9 @@ def get_config(variant: str = ""):
     c.optimizer = dict(learning_rate=1e-4, floor=1e-6, warmup_steps=5000, weight_decay=1e-4, clip=1.0, ema_decay=0.9999)
     c.mesh = dict(slices=1, data=-1, fsdp=16, tensor=1, sequence=1)  # fsdp over all of a large slice: XLA reduces where it could gather
     c.evaluate = dict(split="test", trajectories=8, batch_size=1024, images=0, features="none")
-    c.sample = dict(num=100, steps=4, guidance=0.5, decoder="score", inverse="auto")
+    c.sample = dict(
+        num=100, steps=4, guidance=ml_collections.FieldReference(0.5, object),  # or one for each step: (1.0, 0.5, 0.0, 0.0)
+        decoder="score", inverse="auto")
     if variant == "runlocal":
         c.data.update(source="mock:16x16x32,text=8x32", mock="", batch_size=8, workers=0)
         c.model.update(width=64, head_size=16, kv_heads=2, transporter_width=64, transporter_layers=1, predictor_layers=2, dtype="float32",

@@ -14,10 +14,11 @@ from ntm_jax.errors import UserError
 FLAGS = flags.FLAGS
 
 
-def define_config():
+def define_config(required: bool = True):
     """--config, an experiment file with --config.key=value overrides."""
     config_flags.DEFINE_config_file("config", None, "An experiment file, such as experiments/digits.py.", lock_config=True)
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
 
 
 def define_workdir(help_text: str):
@@ -84,7 +85,7 @@ def _config_flag() -> str:
 def _parse(argv):
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS:
+        if "config" in flags.FLAGS and flags.FLAGS.config:
             flags.FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         _fail(_mistake(error))

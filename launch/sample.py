@@ -7,7 +7,7 @@ from launch import program
 flags.DEFINE_integer("num", None, "How many images; the configuration's if not given.", lower_bound=1)
 flags.DEFINE_integer("batch", 500, "Images at a time.", lower_bound=1)
 flags.DEFINE_integer("steps", None, "Number of steps T.", lower_bound=1)
-flags.DEFINE_float("guidance", None, "Guidance scale w.", lower_bound=0)
+flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down: 1,0.5,0,0.")
 flags.DEFINE_list("labels", None, "Classes, repeated over the images in turn; all classes if not given.")
 flags.DEFINE_enum("decoder", None, ["inverse", "score", "denoiser", "euler", "heun"],
                   "How the last level becomes an image; of a flow-matching model, how its ODE is solved.")
@@ -24,7 +24,7 @@ def main():
     f = program.FLAGS
     run = load.load(f.workdir, f.step)
     generate.write_samples(run, f.out or f"{f.workdir}/samples", f.num or run.config.sample.num, f.batch, f.labels, f.save_trajectories,
-                           steps=f.steps, guidance=f.guidance, decoder=f.decoder, inverse=f.inverse, seed=f.seed)
+                           steps=f.steps, guidance=generate.parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse, seed=f.seed)
 
 
 if __name__ == "__main__":

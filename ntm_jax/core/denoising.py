@@ -7,12 +7,8 @@ from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import covariance, per_example
 
 
-def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0):
-    """E[x | trajectory] under the model: xs [B, K, N, D] at levels t [B, K], condition y -> x [B, N, D].
-
-    x = (x_0 - sum_j S_0j dL/dx_j) / (1 - t_0), L an example's whole NLL in nats; the prior on x_T drops out as S_0T = 0. Of one level it
-    is Tweedie's formula. percentile: the gradient's entries are clipped at that percentile of an example's absolute ones; 100: none is.
-    """
+def _gradient(model: NTM, params, xs, t, y, percentile: float):
+    """dL/dx_j of every level j [B, K, N, D], L an example's whole NLL in nats, clipped as of score_denoise."""
     steps = jnp.full(len(xs), xs.shape[1] - 1)
 
     def nll(xs):  # examples do not interact, so the gradient of the sum is each example's own
@@ -22,5 +18,28 @@ def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0):
     if percentile < 100:
         most = jnp.percentile(jnp.abs(gradient), percentile, axis=(1, 2, 3), keepdims=True)
         gradient = jnp.clip(gradient, -most, most)
-    correction = jnp.einsum("bk,bknd->bnd", covariance(t)[:, 0], gradient)
+    return gradient
+
+
+def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0):
+    """E[x | trajectory] under the model: xs [B, K, N, D] at levels t [B, K], condition y -> x [B, N, D].
+
+    x = (x_0 - sum_j S_0j dL/dx_j) / (1 - t_0), L an example's whole NLL in nats; the prior on x_T drops out as S_0T = 0. Of one level it
+    is Tweedie's formula. percentile: the gradient's entries are clipped at that percentile of an example's absolute ones; 100: none is.
+    """
+    correction = jnp.einsum("bk,bknd->bnd", covariance(t)[:, 0], _gradient(model, params, xs, t, y, percentile))
     return (xs[:, 0] - correction) / (1 - per_example(t[:, 0], xs[:, 0]))
+
+
+def denoise_levels(model: NTM, params, xs, t, y, percentile: float = 100.0) -> dict:
+    """Clean images from every level k < T of trajectories, by three formulas: dict of [B, T, N, D], arguments as of score_denoise.
+
+    as_it_is: x_k / (1 - t_k). own_score: (x_k - t_k^2 dL/dx_k) / (1 - t_k), Tweedie's formula with what the other levels say left out.
+    trajectory_score: (x_k - sum_j S_kj dL/dx_j) / (1 - t_k), of which score_denoise is the level 0; with true conditionals the same for
+    every k.
+    """
+    s, gradient = covariance(t)[:, :-1], _gradient(model, params, xs, t, y, percentile)
+    xs, t = xs[:, :-1], t[:, :-1]
+    corrections = {"as_it_is": 0.0, "own_score": per_example(t**2, xs) * gradient[:, :-1],
+                   "trajectory_score": jnp.einsum("bkj,bjnd->bknd", s, gradient)}
+    return {name: (xs - correction) / (1 - per_example(t, xs)) for name, correction in corrections.items()}

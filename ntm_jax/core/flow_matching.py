@@ -70,29 +70,31 @@ def velocity_errors(backbone, params, x, noise, t, y):
     return jnp.mean(jnp.square(velocity - (noise - x)), (1, 2))
 
 
-def solve(backbone, params, noise, t, y, nothing=None, guidance: float = 0.0, heun: bool = False):
+def solve(backbone, params, noise, t, y, nothing=None, guidance: float | tuple[float, ...] = 0.0, heun: bool = False):
     """The ODE dx/dt = v from noise [B, N, D] down the levels t [B, K], t_0 = 0 for clean images -> [B, K, N, D].
 
     Euler's method, one pass a step, or Heun's of second order, two. Guidance w > 0: v = v_c + w (v_c - v_u), where v_u is told
-    `nothing`, the null condition; both in one batch.
+    `nothing`, the null condition; both in one batch; one w, or one for each step, from pure noise down.
     """
-    batch = len(noise)
+    batch, count = len(noise), t.shape[1] - 1
+    scales = jnp.asarray(guidance if isinstance(guidance, tuple) else (guidance,) * count)
+    guided = any(guidance) if isinstance(guidance, tuple) else guidance
 
-    def velocity(x, t):
-        if not guidance:
+    def velocity(x, t, w):
+        if not guided:
             return backbone.apply(params, x, t, y)[0]
         both = jax.tree.map(lambda *pair: jnp.concatenate(pair), (x, t, y), (x, t, nothing))
         told, untold = jnp.split(backbone.apply(params, *both)[0], [batch])
-        return told + guidance * (told - untold)
+        return told + w * (told - untold)
 
     def step(x, levels):
-        s, t = levels
-        length, slope = per_example(s - t, x), velocity(x, t)
+        s, t, w = levels
+        length, slope = per_example(s - t, x), velocity(x, t, w)
         down = x + length * slope
         if heun:
-            down = x + length * (slope + velocity(down, s)) / 2
+            down = x + length * (slope + velocity(down, s, w)) / 2
         return down, down
 
     ladder = jnp.flip(t.T, 0)
-    _, xs = jax.lax.scan(step, noise, (ladder[1:], ladder[:-1]))
+    _, xs = jax.lax.scan(step, noise, (ladder[1:], ladder[:-1], scales))
     return jnp.moveaxis(jnp.concatenate([jnp.flip(xs, 0), noise[None]]), 0, 1)

@@ -17,29 +17,34 @@ def guide(mean_c, log_scale_c, mean_u, log_scale_u, w):
 
     Exact where the conditional scale is the smaller one; elsewhere mean (1+w) mu_c - w mu_u and scale sigma_c. w = 0 changes nothing.
     """
-    r = jnp.minimum(1, jnp.exp(2 * (log_scale_c - log_scale_u)))
-    precision = 1 + w - w * r
-    return ((1 + w) * mean_c - w * r * mean_u) / precision, log_scale_c - 0.5 * jnp.log(precision)
+    log_r = jnp.minimum(0, 2 * (log_scale_c - log_scale_u))
+    precision = 1 - w * jnp.expm1(log_r)  # 1 + w - w r, which rounding cannot bring to 0
+    return mean_c + w * jnp.exp(log_r) / precision * (mean_c - mean_u), log_scale_c - 0.5 * jnp.log(precision)
 
 
-def sample_latents(model: NTM, params, keys, t, y, guidance: float = 0.0):
-    """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], condition y; guidance needs a model trained with condition dropout."""
+def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0):
+    """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], condition y.
+
+    guidance: a scale w >= 0 of every transition, or T of them, from pure noise down: the first is u_{T-1}'s, the last u_0's. It needs a
+    model trained with condition dropout; a transition with w = 0 is predicted once, the others twice, as one batch.
+    """
     c = model.config
     batch, count = t.shape[0], t.shape[1] - 1
+    scales = guidance if isinstance(guidance, tuple) else (guidance,) * count
     noise = example_noise(keys, (count + 1, c.tokens, c.dim))
     steps = jnp.full(batch, count)
 
-    def predict(u, k):
+    def predict(u, k, w):
         inputs = u, t[:, k + 1], t[:, k], steps, y
-        if not guidance:
+        if not w:
             return model.apply(params, *inputs, method=NTM.predict)
         both = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs, (*inputs[:-1], null(y, c.num_classes)))
         mean, log_scale = model.apply(params, *both, method=NTM.predict)
-        return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], guidance)
+        return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)
 
     us = [noise[:, count]]
-    for k in reversed(range(count)):
-        mean, log_scale = predict(us[-1], k)
+    for k, w in zip(reversed(range(count)), scales, strict=True):
+        mean, log_scale = predict(us[-1], k, w)
         us.append(mean + jnp.exp(log_scale) * noise[:, k])
     return jnp.stack(us[::-1], 1)
 
@@ -59,12 +64,18 @@ def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "auto"):
     return jnp.concatenate([xs, us[:, -1:]], 1)
 
 
+def invert_level(model: NTM, params, us, t, y, k: int, inverse: str = "auto"):
+    """x_k [B, N, D] alone, k < T, of latents us [B, K, N, D] at levels t [B, K]."""
+    steps = jnp.full(len(us), us.shape[1] - 1)
+    return model.apply(params, us[:, k], t[:, k], steps, y, how=inverse, method=NTM.invert)[0]
+
+
 def inverse_sweeps(model: NTM, params, us, t, y, tolerance: float = TOLERANCE):
     """Sweeps over the tokens, int32 [B, T, blocks], after which the parallel inverse of us [B, K, N, D] changes nothing by more than
     tolerance: by example, level and block, the last block being the first inverted."""
     return _invert(model, params, us, t, y, how="parallel", tolerance=tolerance)[1]
 
 
-def sample(model: NTM, params, keys, t, y, guidance: float = 0.0, inverse: str = "auto"):
+def sample(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0, inverse: str = "auto"):
     """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], condition y. An image without denoising is x_0 / (1 - t_0)."""
     return invert_trajectory(model, params, sample_latents(model, params, keys, t, y, guidance), t, y, inverse)

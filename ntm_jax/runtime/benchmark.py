@@ -1,7 +1,7 @@
 """Rates of what a run does, each beside the limit of the machine that it runs on: the training step, the input pipeline, the held-out
-likelihood.
+likelihood, the sampler and its parts.
 
-A row is a function (Setting) -> Case, listed in ROWS: one more program's row is one more function there.
+A row is a function (Setting) -> Case, listed in TRAINING or SAMPLING: one more program's row is one more function there.
 """
 
 import contextlib
@@ -10,30 +10,65 @@ import functools
 import math
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ntm_jax.core import sampling
+from ntm_jax.core.denoising import score_denoise
+from ntm_jax.core.model import NTM
+from ntm_jax.core.transporter import fastest
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
-from ntm_jax.runtime import attention, evaluate, flops, sharding, state, train
+from ntm_jax.runtime import attention, distill, evaluate, flops, generate, sharding, state, train
 from ntm_jax.runtime.config import Config
 
 SECONDS = 0.5  # a timed run lasts at least this long
 COPIED = 1 << 27  # bytes: more than a cache holds
+TOLERANCES = (1e-3, 1e-5)  # to which the parallel inverse's sweeps are counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the rows are made from."""
+    """What the rows are made from: a configuration with its data and new parameters, or a load.Run with its own."""
 
     config: Config
     mesh: jax.sharding.Mesh
-    source: Source
-    held_out: Source
+    source: Source | None = None  # training and held_out are asked of a configuration alone
+    held_out: Source | None = None
+    run: Any = None
+    batch: int | None = None  # images that are sampled at a time; the configuration's number of samples if not given
 
     def model(self):
+        if self.run:
+            return self.run.model
         return state.make_model(self.config, pipeline.spec(self.source, self.config.data.patch_size), attention.choose(self.mesh))
+
+    @functools.cached_property
+    def params(self):
+        """The run's parameters, or new ones: rates do not depend on them, but for the sweeps of the parallel inverse."""
+        return self.run.params if self.run else state.initialize(self.config, self.model(), self.mesh).ema
+
+    @functools.cached_property
+    def denoiser(self) -> tuple:
+        """(module, parameters): a denoiser's run's, or a new one as large as the predictor."""
+        if self.run and self.run.denoiser:
+            return self.run.denoiser
+        module = distill.make_denoiser(self.model())
+        return module, state.initialize(self.config, module, self.mesh).ema
+
+    @functools.cached_property
+    def drawn(self) -> tuple:
+        """What the sampler's parts take, for a batch of images: indices, condition, levels [B, K] and latents u_0..u_T [B, K, N, D]."""
+        model, params = self.model(), self.params
+        index = np.arange(self.batch or self.config.sample.num, dtype=np.int32)
+        y = generate.conditions(self.config, model, index)
+        index, y = sharding.place((index, y), self.mesh)
+        with sharding.use(self.mesh):
+            t, us = _latents(params, jax.random.key(0), index, y, config=self.config, model=state.exact(model))
+        return index, y, t, us
 
     def batches(self) -> pipeline.TrainIterator:
         data = self.config.data
@@ -52,6 +87,7 @@ class Case:
     bytes: int = 0  # of this process
     least: int = 1  # times in a run, so that what lies ready in a queue is not taken for speed
     close: Callable = lambda: None
+    facts: dict = dataclasses.field(default_factory=dict)  # what else the row tells
 
 
 def _train_step(setting: Setting) -> Case:
@@ -123,16 +159,122 @@ def _likelihood(setting: Setting) -> Case:
     return Case("likelihood evaluation", once, size, flops=counted)
 
 
-ROWS = (_train_step, _forward, _input_pipeline, _likelihood)
+@functools.partial(jax.jit, static_argnames=("config", "model"))
+def _latents(params, root, index, y, *, config, model):
+    """The predictor's part of sampling: (t [B, K], u_0..u_T [B, K, N, D])."""
+    t = state.levels(config, model, config.sample.steps, jnp.full(len(index), config.trajectory.t_min))
+    keys = state.example_keys(root, "sample", index)
+    return t, sampling.sample_latents(model, params, keys, t, y, config.sample.guidance)
 
 
-def benchmark(config: Config, runs: int) -> list[dict]:
-    """The rows, in the order of ROWS: name, items_per_second (the median of runs), flops_per_second (model FLOPs, without recomputation;
-    None where the limit is the copying of memory), limit (FLOP/s or byte/s), share_of_limit, runs (each one's items/s)."""
+def _sampling(name: str, setting: Setting, function, *arguments) -> Case:
+    """The row of function(model, inverse, parameters, *arguments) on a batch of images, jitted.
+
+    Its FLOPs are the model's own, every token inverted once: a sweep of the parallel inverse that does a token over counts for nothing.
+    """
+    run, mesh, model = jax.jit(function, static_argnums=(0, 1)), setting.mesh, state.exact(setting.model())
+
+    def once():
+        with sharding.use(mesh):
+            return run(model, setting.config.sample.inverse, setting.params, *arguments)
+
+    with sharding.use(mesh):
+        counted = flops.count(functools.partial(function, state.plain(model), "sequential"), setting.params, *arguments)
+    return Case(name, once, len(setting.drawn[0]), flops=counted)
+
+
+def _sampler(decoder: str, setting: Setting) -> Case:
+    """Images as launch/sample.py makes them by a decoder."""
+    config, (index, y, *_) = setting.config, setting.drawn
+    module, denoiser = setting.denoiser if decoder == "denoiser" else (None, None)
+
+    def images(model, inverse, params, root, index, y, denoiser):
+        return generate._generate(
+            params, root, index, y, denoiser, config=config, model=model, steps=config.sample.steps, guidance=config.sample.guidance,
+            decoder=decoder, inverse=inverse, trajectory=False, denoiser=module)
+
+    return _sampling(f"images, decoder {decoder}", setting, images, jax.random.key(0), index, y, denoiser)
+
+
+def _predictor(setting: Setting) -> Case:
+    """The predictor's steps from pure noise to u_0."""
+    index, y, _, _ = setting.drawn
+
+    def latents(model, _, params, root, index, y):
+        return _latents(params, root, index, y, config=setting.config, model=model)
+
+    return _sampling("predictor's steps", setting, latents, jax.random.key(0), index, y)
+
+
+def _inverse(how: str, setting: Setting) -> Case | None:
+    """All levels of a trajectory inverted one way, as the score decoder asks for them; None where there is no transporter."""
+    model = state.exact(setting.model())
+    if not model.config.transporter_blocks:
+        return None
+    _, y, t, us = setting.drawn
+    case = _sampling(f"inverse, {how}", setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
+    with sharding.use(setting.mesh):
+        xs = _inverted(setting.params, us, t, y, model=model, how=how)
+        back = _inverted(setting.params, _transported(setting.params, xs, t, y, model=model), t, y, model=model, how=how)
+        facts = {"tokens": model.config.tokens, "round_trip_error": float(jnp.max(jnp.abs(back - xs)))}
+        if how == "parallel":
+            facts["sweeps"] = {f"{tolerance:g}": sharding.to_host(_sweeps(setting.params, us, t, y, tolerance, model=model)).tolist()
+                               for tolerance in TOLERANCES}
+    return dataclasses.replace(case, facts=facts)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "how"))
+def _inverted(params, us, t, y, *, model, how):
+    return sampling.invert_trajectory(model, params, us, t, y, how)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _transported(params, xs, t, y, *, model):
+    """Latents u_0..u_T of levels x_0..x_T [B, K, N, D]."""
+    steps = jnp.full(len(xs), xs.shape[1] - 1)
+    below = [model.apply(params, xs[:, k], t[:, k], steps, y, method=NTM.transport)[0] for k in range(xs.shape[1] - 1)]
+    return jnp.stack([*below, xs[:, -1]], 1)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _sweeps(params, us, t, y, tolerance, *, model):
+    """By level, clean to noisy, the mean sweeps of a block after which nothing changes by more than tolerance, [T]; at most N."""
+    return jnp.mean(sampling.inverse_sweeps(model, params, us, t, y, tolerance), (0, 2))
+
+
+def _score(setting: Setting) -> Case:
+    """Trajectory score denoising of levels that are inverted already."""
+    _, y, t, us = setting.drawn
+
+    def denoised(model, _, params, xs, t, y):
+        return score_denoise(model, params, xs, t, y, setting.config.sample.percentile)
+
+    return _sampling("score denoising", setting, denoised, us, t, y)
+
+
+TRAINING = (_train_step, _forward, _input_pipeline, _likelihood)
+SAMPLING = (*(functools.partial(_sampler, decoder) for decoder in ("inverse", "score", "denoiser")), _predictor,
+            *(functools.partial(_inverse, how) for how in ("sequential", "parallel")), _score)
+
+
+def benchmark(config: Config, runs: int, batch: int | None = None) -> list[dict]:
+    """All rows of a configuration, in the order of TRAINING and SAMPLING: name, items_per_second (the median of runs), flops_per_second
+    (model FLOPs, without recomputation; None where the limit is the copying of memory), limit (FLOP/s or byte/s), share_of_limit, runs
+    (each one's items/s). An inverse's row also has tokens and round_trip_error, the parallel one's sweeps, {tolerance: by level, clean to
+    noisy}."""
     setting = Setting(
         config, sharding.make_mesh(config.mesh), sources.open_source(config.data.source, config.data.split, config.data.image_size),
-        sources.open_source(config.data.source, config.evaluate.split, config.data.image_size))
-    return [measure(make(setting), runs, setting) for make in ROWS]
+        sources.open_source(config.data.source, config.evaluate.split, config.data.image_size), batch=batch)
+    return _rows(TRAINING + SAMPLING, setting, runs)
+
+
+def benchmark_run(run, runs: int, batch: int | None = None) -> list[dict]:
+    """The rows of SAMPLING, of a load.Run."""
+    return _rows(SAMPLING, Setting(run.config, run.mesh, run=run, batch=batch), runs)
+
+
+def _rows(made, setting: Setting, runs: int) -> list[dict]:
+    return [measure(case, runs, setting) for make in made if (case := make(setting))]
 
 
 def measure(case: Case, runs: int, setting: Setting) -> dict:
@@ -154,7 +296,7 @@ def measure(case: Case, runs: int, setting: Setting) -> dict:
     items, limit = statistics.median(rates), statistics.median(limits)
     reached = items / case.items * (case.bytes if case.flops is None else case.flops)
     return {"name": case.name, "items_per_second": items, "flops_per_second": None if case.flops is None else reached, "limit": limit,
-            "share_of_limit": reached / limit, "runs": rates}
+            "share_of_limit": reached / limit, "runs": rates} | case.facts
 
 
 def copying() -> Callable[[], float]:
@@ -165,7 +307,7 @@ def copying() -> Callable[[], float]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a person reads them, and how many examples the pipeline gives for each that a step takes."""
+    """The rows as a person reads them, and what they say of each other."""
     heads = ("", "items/s", "lowest", "highest", "GFLOP/s", "limit", "share")
     cells = [(row["name"], *(f"{v:,.1f}" for v in (row["items_per_second"], min(row["runs"]), max(row["runs"]))),
               "" if row["flops_per_second"] is None else f"{row['flops_per_second'] / 1e9:,.1f}",
@@ -174,8 +316,32 @@ def table(rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in (heads, *cells)]
     rates = {row["name"]: row["items_per_second"] for row in rows}
-    appetite = rates["input pipeline"] / rates["train step"]
-    lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a train step takes")
-    slower = rates["forward pass"] / rates["likelihood evaluation"]
-    lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train step's forward pass in batches of that size")
+    if "train step" in rates:
+        appetite = rates["input pipeline"] / rates["train step"]
+        lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a train step takes")
+        slower = rates["forward pass"] / rates["likelihood evaluation"]
+        lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train step's forward pass in batches of that size")
+    if "score denoising" in rates:
+        lines += _of_sampling(rows, rates)
     return "\n".join(lines)
+
+
+def _of_sampling(rows: list[dict], rates: dict) -> list[str]:
+    """Where the score decoder's time goes, and what the inverses cost."""
+    inverses = {row["name"].split()[-1]: row for row in rows if row["name"].startswith("inverse")}
+    times = {"predictor's steps": 1 / rates["predictor's steps"], "score denoising": 1 / rates["score denoising"]}
+    if inverses:
+        tokens = inverses["parallel"]["tokens"]
+        auto = f"inverse, {fastest(tokens, jax.default_backend() == 'cpu')}"
+        times[auto] = 1 / rates[auto]
+    shares = ", ".join(f"{name} {seconds / sum(times.values()):.0%}" for name, seconds in times.items())
+    lines = [f"score decoder, each part timed by itself: {shares}"]
+    if not inverses:
+        return lines
+    best = max(row["items_per_second"] for row in inverses.values())
+    lines.append(f"--inverse=auto takes {auto}, {best / rates[auto]:.2f} times as long as the faster one")
+    for tolerance, sweeps in inverses["parallel"]["sweeps"].items():
+        lines.append(f"mean sweeps of the parallel inverse over {tokens} tokens to {tolerance}, clean to noisy: "
+                     + ", ".join(f"{v:.1f}" for v in sweeps))
+    errors = ", ".join(f"{how} {row['round_trip_error']:.1e}" for how, row in inverses.items())
+    return [*lines, f"largest round-trip error |x - inverse(forward(x))|: {errors}"]

@@ -105,7 +105,7 @@ class Evaluate:
 class Sample:
     num: int
     steps: int
-    guidance: float
+    guidance: float | tuple[float, ...]  # of all steps, or one for each, from pure noise down
     decoder: str  # inverse, score, denoiser; euler, heun: the ODE of a flow-matching model
     inverse: str = "auto"  # auto, parallel, sequential: how the transporter is inverted; see core.transporter
     percentile: float = 100.0  # of the score decoder: clips the gradient there; 100: not
@@ -184,9 +184,21 @@ def read(config) -> Config:
     _check_flow(result)
     if result.sample.decoder == "denoiser" and not result.teacher:
         raise UserError("config.sample.decoder=denoiser needs a denoiser: train one with experiments/digits_denoiser.py")
-    if result.sample.guidance and not result.teacher and not result.train.condition_dropout:
+    check_guidance("config.sample.guidance", result.sample.guidance, result.sample.steps)
+    if guided(result.sample.guidance) and not result.teacher and not result.train.condition_dropout:
         raise UserError("config.sample.guidance needs a model trained with condition dropout: set config.train.condition_dropout to 0.1")
     return result
+
+
+def guided(guidance) -> bool:
+    """Whether any step is guided."""
+    return any(guidance) if isinstance(guidance, tuple) else bool(guidance)
+
+
+def check_guidance(name: str, guidance, steps: int) -> None:
+    """UserError where a schedule of guidance, called `name`, is not one scale for each of the steps."""
+    if isinstance(guidance, tuple) and len(guidance) != steps:
+        raise UserError(f"{name} has {len(guidance)} scales, and there are {steps} steps: give one scale, or {steps}, from pure noise down")
 
 
 def _check_flow(config: Config) -> None:
@@ -258,7 +270,11 @@ def _value(kind, value, key: str):
             length = "" if rest == [...] else f", {1 + len(rest)} long"
             raise UserError(f"config.{key} is {value!r}: expected a tuple of {_name(element)}{length}")
         return tuple(_value(element, v, key) for v in value)
-    accepted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    several = next((option for option in options if typing.get_origin(option) is tuple), None)
+    if several and isinstance(value, (tuple, list)):
+        return _value(several, value, key)
+    accepted = tuple(option for option in options if option is not several)
     if float in accepted and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):

@@ -1,6 +1,7 @@
 """Held-out likelihood with standard errors, comparisons, and scores of samples. Every record counts once and is keyed by its index, so the
 same checkpoint gives the same figures twice, in any batch size, on any mesh and any number of processes."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from ntm_jax.core import flow_matching, likelihood, trajectory
+from ntm_jax.core import denoising, flow_matching, likelihood, trajectory
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -127,6 +128,31 @@ def summarize(table: dict, model, trajectories: int, levels: int) -> dict:
     return result
 
 
+@functools.partial(jax.jit, static_argnames=("config", "model"))
+def _denoising_errors(params, root, batch, *, config, model):
+    x, y, keys = batch["x"], state.condition(model, batch), state.example_keys(root, "evaluate", batch["index"])
+    t = state.levels(config, model, config.evaluation_steps, jnp.full(len(x), config.trajectory.t_min))
+    xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (t.shape[1], *x.shape[1:])))
+    found = denoising.denoise_levels(model, params, xs, t, y, config.sample.percentile)
+    return {name: jnp.mean(jnp.square(clean - x[:, None]), (2, 3)) for name, clean in found.items()}
+
+
+def denoising_errors(run, source: Source) -> dict:
+    """What score denoising is worth on held-out records noised by the forward process, one trajectory a record: {formula of
+    denoising.denoise_levels: mean and stderr by level, clean to noisy, of the squared error to the data a dimension}."""
+    root = jax.random.key(run.config.seed)
+
+    def score(part):
+        batch = sharding.to_global(part, run.mesh)
+        kept = {"index": batch["index"], "mask": batch.pop("mask")}
+        with sharding.use(run.mesh):
+            return kept | _denoising_errors(run.params, root, batch, config=run.config, model=state.exact(run.model))
+
+    found = every_record(run.config, source, run.mesh, score)
+    levels = {name: [_mean(v) for v in values.T] for name, values in found.items() if name != "index"}
+    return {name: {key: [level[key] for level in values] for key in ("mean", "stderr")} for name, values in levels.items()}
+
+
 @functools.partial(jax.jit, static_argnames=("config", "model", "denoiser"))
 def _denoiser_errors(params, denoiser_params, root, batch, *, config, model, denoiser):
     y, keys = state.condition(model, batch), state.example_keys(root, "evaluate", batch["index"])
@@ -202,20 +228,32 @@ def generated(run, progress: bool = False) -> np.ndarray:
     return np.concatenate([run.sample_at(index) for index in batches])
 
 
-def class_accuracy(images, num_classes: int, levels: int, real: np.ndarray, labels: np.ndarray) -> dict:
-    """How many of the images a support vector classifier, fitted on real images, takes for the class that they were asked to be."""
+def classifier(num_classes: int, levels: int, real: np.ndarray, labels: np.ndarray):
+    """A function images [n, H, W, C] -> [n]: which ones a support vector classifier, fitted on real images, takes for the class that they
+    were asked to be, which is the classes in turn."""
     from sklearn.svm import SVC
 
     def features(images):
         return np.asarray(images, np.float64).reshape(len(images), -1) / (levels - 1)
 
-    hits = SVC().fit(features(real), labels).predict(features(images)) == np.arange(len(images)) % num_classes
-    return _mean(hits) | {"images": len(images)}
+    machine = SVC().fit(features(real), labels)
+    return lambda images: machine.predict(features(images)) == np.arange(len(images)) % num_classes
 
 
-def image_scores(run, train: Source, held_out: Source, extractor, progress: bool = False) -> dict:
+def check_guidance(run, guidance) -> None:
+    """UserError for scales of guidance at which the class accuracy cannot be told."""
+    scored = run.model.config.num_classes and run.spec.levels and run.config.evaluate.images and run.spec.count <= MAX_RECORDS
+    if guidance and not scored:
+        raise UserError("--guidance compares class accuracies, and they are told of a model of classes and pixels, of at most "
+                        f"{MAX_RECORDS} training images, with config.evaluate.images above 0")
+    for scale in guidance:
+        generate.check(run.config, None, scale)
+
+
+def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), progress: bool = False) -> dict:
     """evaluation.json's figures of samples, beside the training images: class_accuracy, and frechet, precision and recall on features.
 
+    guidance: scales or schedules; of each the class accuracy, and by how much it differs from the first one's on the same noise, paired.
     extractor: quality.Extractor or None. frechet_held_out is the same distance of the held-out images: what a perfect model would come
     near with as many samples as there are of these; more come nearer.
     """
@@ -225,8 +263,15 @@ def image_scores(run, train: Source, held_out: Source, extractor, progress: bool
     made = {"images": len(images), "decoder": config.sample.decoder, "guidance": config.sample.guidance, "steps": config.sample.steps}
     result = {}
     if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
-        result["class_accuracy"] = class_accuracy(
-            images, run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records])) | made
+        right = classifier(run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records]))
+        hits = {config.sample.guidance: right(images)}
+        result["class_accuracy"] = _mean(hits[config.sample.guidance]) | made
+        for scale in dict.fromkeys(w for w in guidance if w not in hits):
+            guided = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=scale))
+            hits[scale] = right(generated(dataclasses.replace(run, config=guided), progress))
+        if guidance:
+            result["guidance"] = [{"guidance": scale} | _mean(hits[scale]) | {
+                "difference": _mean(hits[scale].astype(int) - hits[guidance[0]])} for scale in guidance]
     if extractor:
         unseen = np.stack([held_out.records[i]["image"] for i in range(min(len(held_out.records), MAX_RECORDS))])
         wanted = extractor(real)
@@ -237,11 +282,11 @@ def image_scores(run, train: Source, held_out: Source, extractor, progress: bool
 
 
 def evaluate(run, *, split: str | None = None, trajectories: int | None = None, against=None, features: str | None = None,
-             inception_weights: str | None = None, progress: bool = False) -> tuple[dict, dict]:
+             inception_weights: str | None = None, guidance=(), progress: bool = False) -> tuple[dict, dict]:
     """(all of evaluation.json, the scores of every record) of a run, a load.Run: likelihood, samples' scores, provenance.
 
-    against: another Run, scored on the same records. UserError where the split is of another shape than the training split, or the
-    figures of the two would not compare.
+    against: another Run, scored on the same records; guidance: see image_scores. UserError where the split is of another shape than the
+    training split, or the figures of the two would not compare.
     """
     config, model = run.config, run.model
     split, trajectories = split or config.evaluate.split, trajectories or config.evaluate.trajectories
@@ -251,7 +296,8 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         raise UserError(f"split {split} of {config.data.source} has images of shape {spec.image_shape}, not the training split's shape")
     if against:
         _check_comparable(run, against)
-    processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features,
+    check_guidance(run, guidance)
+    processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features, "--guidance": guidance,
                      "--against": [against.workdir, against.step] if against else None})
     train = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     features = features or config.evaluate.features
@@ -260,6 +306,8 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
     extractor = quality.extractor(features, train, inception_weights) if images and features != "none" else None
     table = scores(config, model, run.params, source, run.mesh, trajectories, progress=progress)
     result = {"step": run.step, "split": split} | summarize(table, model, trajectories, source.levels)
+    if config.sample.decoder == "score":
+        result["denoising"] = denoising_errors(run, source)
     if run.denoiser:
         result["denoiser"] = denoiser_errors(run, source)
     if config.train.objective == "flow_matching":
@@ -271,7 +319,7 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw} | compare(
             table, other, spec.tokens * spec.dim, source.levels)
     if images:
-        result |= image_scores(run, train, source, extractor, progress)
+        result |= image_scores(run, train, source, extractor, guidance, progress)
     result["provenance"] = provenance(run, source)
     return result, table
 
@@ -304,6 +352,8 @@ def provenance(run, source: Source) -> dict:
 
 IMAGE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
+DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)", "own_score": "squared error by level, its own score",
+            "trajectory_score": "squared error by level, trajectory score"}
 
 
 def check_unit(unit: str, run) -> None:
@@ -333,6 +383,11 @@ def table(result: dict, unit: str) -> str:
     if "class_accuracy" in result:
         percent = {k: 100 * result["class_accuracy"][k] for k in ("mean", "stderr")}
         rows.append((f"class accuracy of {result['class_accuracy']['images']} samples, %", percent))
+    for score in result.get("guidance", ()):
+        first = result["guidance"][0]["guidance"]
+        for name, value in (("", score), (f" less that of guidance {first}", score["difference"])):
+            percent = {k: 100 * value[k] for k in ("mean", "stderr")}
+            rows.append((f"class accuracy of guidance {score['guidance']}{name}, %", percent))
     if "features" in result:
         kind = f"{result['features']['name']} features" + (", a proxy" if result["features"]["proxy"] else "")
         rows += [(f"{key.replace('_', ' ')} ({kind})", result[key]) for key in IMAGE_SCORES]
@@ -343,6 +398,8 @@ def table(result: dict, unit: str) -> str:
         lines.append(f"  {name:<{width}}  {value['mean']:8.4f}" + (f" ± {value['stderr']:.4f}" if "stderr" in value else ""))
     for label, key in (("NLL", result["trajectory_nll"]["by_level"]), ("rate", result["rate_by_level"])):
         lines.append(f"  {label + ' by level, clean to noisy, nats/dim':<{width}}  " + "  ".join(f"{v:.4f}" for v in key))
+    for name, value in result.get("denoising", {}).items():
+        lines.append(f"  {DENOISED[name]:<{width}}  " + "  ".join(f"{m:.5f} ± {e:.5f}" for m, e in zip(*value.values(), strict=True)))
     return "\n".join(lines)
 
 

@@ -39,6 +39,21 @@ def unflatten(flat: dict) -> dict:
     return nested
 
 
+DENOISER = "denoiser"
+
+
+def parameters(run) -> dict:
+    """What an export holds: the run's params, and beside them, where it has one, its denoiser's."""
+    return run.params | ({DENOISER: run.denoiser[1]["params"]} if run.denoiser else {})
+
+
+def _apart(flat: dict) -> tuple[dict, dict | None]:
+    """The flattened `parameters` as those of the model and of the denoiser, None where there is none."""
+    nested = unflatten(flat)
+    denoiser = nested.pop(DENOISER, None)
+    return nested, denoiser and {"params": denoiser}
+
+
 def programs(run) -> dict:
     """{name: (function, its arguments' names, their abstract arrays)}, functions of flattened parameters and a symbolic batch b.
 
@@ -50,6 +65,7 @@ def programs(run) -> dict:
     """
     config, spec, model = run.config, run.spec, state.exact(state.plain(run.model))
     s, trajectories = config.sample, config.evaluate.trajectories
+    denoiser = state.plain(run.denoiser[0]) if s.decoder == "denoiser" else None
 
     def one(*condition):
         condition = tuple(a[None] for a in condition)
@@ -60,16 +76,17 @@ def programs(run) -> dict:
         return jnp.rint((values + 1) * (spec.levels - 1) / 2).clip(0, spec.levels - 1).astype(jnp.uint8) if spec.levels else values
 
     def sampler(parameters, seed, index, *condition):
-        params, root = unflatten(parameters), jax.random.key(seed)
+        (params, denoiser_params), root = _apart(parameters), jax.random.key(seed)
 
         def example(index, *condition):
-            return generate._generate(params, root, index[None], one(*condition), config=config, model=model, steps=s.steps,
-                                      guidance=s.guidance, decoder=s.decoder, inverse=s.inverse, trajectory=False)[0][0]
+            return generate._generate(
+                params, root, index[None], one(*condition), denoiser_params, config=config, model=model, steps=s.steps, guidance=s.guidance,
+                decoder=s.decoder, inverse=s.inverse, trajectory=False, denoiser=denoiser)[0][0]
 
         return images(jax.vmap(example)(index, *condition))
 
     def log_likelihood(parameters, seed, index, pixels, *condition):
-        params, root = unflatten(parameters), jax.random.key(seed)
+        (params, _), root = _apart(parameters), jax.random.key(seed)
         # A table, since XLA's division by a constant is not NumPy's to the last bit.
         x = jnp.asarray(transforms.scale(np.arange(spec.levels), spec.levels))[pixels] if spec.levels else pixels
         x = transforms.patchify(x, spec.patch_size)
@@ -83,8 +100,8 @@ def programs(run) -> dict:
         return jax.vmap(example)(x, index, *condition)
 
     batch, = jax.export.symbolic_shape("b")
-    parameters = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in checkpoint.named_leaves(run.params).items()}
-    common = {"parameters": parameters, "seed": jax.ShapeDtypeStruct((), jnp.uint32), "index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    flat = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in checkpoint.named_leaves(parameters(run)).items()}
+    common = {"parameters": flat, "seed": jax.ShapeDtypeStruct((), jnp.uint32), "index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     pixels = {"images": jax.ShapeDtypeStruct((batch, *spec.image_shape), jnp.uint8 if spec.levels else jnp.float32)}
     if model.config.text_width:
         condition = {"text": jax.ShapeDtypeStruct((batch, spec.text_tokens, spec.text_width), jnp.float16),
@@ -105,23 +122,23 @@ def compiled(function, arguments: dict) -> bytes:
         jax.config.update(setting, before)
 
 
-def configure(run, steps: int | None, guidance: float | None, decoder: str | None):
+def configure(run, steps: int | None, guidance: float | tuple[float, ...] | None, decoder: str | None):
     """The run with these in the place of its config.sample's, where given."""
     generate.check(run.config, steps, guidance)
+    generate.check_decoder(run.config, decoder, run.denoiser)
     given = {name: value for name, value in (("steps", steps), ("guidance", guidance), ("decoder", decoder)) if value is not None}
     return dataclasses.replace(run, config=dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, **given)))
 
 
-def write_export(run, out: str, steps: int | None = None, guidance: float | None = None, decoder: str | None = None) -> None:
+def write_export(run, out: str, steps: int | None = None, guidance: float | tuple[float, ...] | None = None,
+                 decoder: str | None = None) -> None:
     """Writes a load.Run into the new folder `out`; process 0 does. UserError, nothing written, where the folder is there already."""
     folder = epath.Path(out)
     if folder.exists():
         raise UserError(f"{out} is there: give a new folder as --out, nothing was overwritten")
-    if run.denoiser:
-        raise UserError(f"{run.workdir} is the run of a learned denoiser, which cannot be exported yet: export its teacher's run")
     processes.agree({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps, "--guidance": guidance, "--decoder": decoder})
     run = configure(run, steps, guidance, decoder)
-    checksums, flat = checkpoint.checksums(run.params), checkpoint.named_leaves(sharding.to_host(run.params))
+    checksums, flat = checkpoint.checksums(parameters(run)), checkpoint.named_leaves(sharding.to_host(parameters(run)))
     if jax.process_index():
         return
     told = programs(run)
@@ -130,7 +147,7 @@ def write_export(run, out: str, steps: int | None = None, guidance: float | None
     about = {"format": FORMAT, "step": run.step, "parameters": "raw" if run.raw else "ema", "platforms": PLATFORMS,
              "programs": {name: _described(arguments) for name, (_, arguments) in told.items()}, "checksums": checksums,
              "packages": {name: importlib.metadata.version(name) for name in ("ntm_jax", "jax")},
-             "spec": dataclasses.asdict(run.spec), "config": run.config.raw}
+             "spec": dataclasses.asdict(run.spec), "config": run.config.raw} | ({"teacher_step": run.teacher_step} if run.denoiser else {})
     files["config.json"] = (json.dumps(about, indent=2) + "\n").encode()
     script = _script(run)
     files |= {"sample.py": script.encode(), "README.md": _card(run, sum(a.size for a in flat.values()), script).encode()}
@@ -200,7 +217,7 @@ A generative model of images that makes one in {steps} steps and has an exact li
 | data | {source}, split {split}: {count:,} records of {shape} |
 | told | {told} |
 | parameters | {parameters:,}, {kind} |
-| training | {step:,} steps of {batch_size} examples, {objective} |
+| training | {training} |
 | images here | {steps} steps, guidance {guidance}, decoder {decoder} |
 {figures}
 ## Use
@@ -248,10 +265,13 @@ def _card(run, parameters: int, script: str) -> str:
     told = {"class": f"one of {run.model.config.num_classes} classes", "none": "nothing", "text": "the states of a text encoder"}
     bound = "the importance-weighted lower bound on the log " + (
         "probability of the pixels" if spec.levels else f"density of the latents noised to {config.trajectory.t_min}")
+    training = f"{run.teacher_step if run.denoiser else run.step:,} steps of {config.data.batch_size} examples, {config.train.objective}"
+    if run.denoiser:
+        training += f"; then {run.step:,} steps of a denoiser, {sum(a.size for a in jax.tree.leaves(run.denoiser[1])):,} of the parameters"
     return CARD.format(
         source=config.data.source, split=config.data.split, count=spec.count, told=told[config.model.condition], parameters=parameters,
-        shape=f"{size} pixels of {spec.levels} levels" if spec.levels else f"{size} latents", kind=kind, step=run.step, steps=s.steps,
-        batch_size=config.data.batch_size, objective=config.train.objective, guidance=s.guidance, decoder=s.decoder, script=script,
+        shape=f"{size} pixels of {spec.levels} levels" if spec.levels else f"{size} latents", kind=kind, training=training, steps=s.steps,
+        guidance=s.guidance, decoder=s.decoder, script=script,
         version=importlib.metadata.version("ntm_jax"), jax=jax.__version__, platforms=", ".join(PLATFORMS), figures=_figures(run),
         likelihood=f"{bound} in nats, of {config.evaluate.trajectories} trajectories", names=_condition(run)[0], weights=WEIGHTS)
 
@@ -276,8 +296,9 @@ def _figures(run) -> str:
 
 
 def start_from(source: str, config, model, mesh, current):
-    """A new run's state with the parameters, as such and as their average, of an export, or of the average of a run: its workdir or
-    WORKDIR/checkpoints/STEP. UserError naming the first array that differs where they are another model's."""
+    """A new run's state with the parameters, as such and as their average, of an export (of a denoiser's run, its teacher's), or of the
+    average of a run: its workdir or WORKDIR/checkpoints/STEP. UserError naming the first array that differs where they are another model's.
+    """
     abstract = state.abstract(config, model, mesh).params
     folder = epath.Path(source)
     try:
@@ -293,6 +314,7 @@ def _read(folder, abstract):
     try:
         about = json.loads((folder / "config.json").read_text())
         flat = safetensors.numpy.load((folder / WEIGHTS).read_bytes())
+        flat = {name: array for name, array in flat.items() if not name.startswith(f"{DENOISER}/")}
         version, sums = about["format"], about["checksums"]
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise UserError(f"the export is damaged ({type(error).__name__}: {error}); export the run anew") from None

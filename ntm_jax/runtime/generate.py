@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import time
 import warnings
 
@@ -19,6 +20,7 @@ from ntm_jax.data import sources, transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checkpoint, distill, plots, processes, sharding, state
+from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import SOLVERS, Config
 
 
@@ -33,13 +35,14 @@ def _generate(params, root, index, y, denoiser_params=None, *, config, model, st
         return xs[:, 0], xs if trajectory else None
     t = state.levels(config, model, steps, jnp.full(len(index), config.trajectory.t_min))
     us = sampling.sample_latents(model, params, state.example_keys(root, "sample", index), t, y, guidance)
-    xs = sampling.invert_trajectory(model, params, us, t, y, inverse)  # where nothing below asks for it, XLA leaves it out
+    xs = sampling.invert_trajectory(model, params, us, t, y, inverse) if trajectory or decoder == "score" else None
     if decoder == "denoiser":
         x = distill.denoise(denoiser, denoiser_params, us[:, 0], t[:, 0], steps, y)
     elif decoder == "score":
         x = denoising.score_denoise(model, params, xs, t, y, config.sample.percentile)
     else:
-        x = xs[:, 0] / (1 - per_example(t[:, 0], xs[:, 0]))
+        x_0 = xs[:, 0] if trajectory else sampling.invert_level(model, params, us, t, y, 0, inverse)
+        x = x_0 / (1 - per_example(t[:, 0], x_0))
     return x, xs if trajectory else None
 
 
@@ -53,19 +56,16 @@ def conditions(config: Config, model, index):
 
 
 def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None, *, seed: int | None = None, steps: int | None = None,
-             guidance: float | None = None, decoder: str | None = None, inverse: str | None = None, trajectory: bool = False,
-             denoiser=None):
+             guidance: float | tuple[float, ...] | None = None, decoder: str | None = None, inverse: str | None = None,
+             trajectory: bool = False, denoiser=None):
     """Samples of the image indices index [n] on condition y, labels [n] or Text; see conditions for what it is if not given.
 
-    seed, steps, guidance, decoder and inverse are the configuration's unless given; denoiser: see load.Run. Returns images [n, H, W, C],
-    uint8, or float32 latents where the data are; with trajectory also the levels from pure noise down, [n, K, H, W, C].
+    seed, steps, guidance (see sampling.sample_latents), decoder and inverse are the configuration's unless given; denoiser: see load.Run.
+    Returns images [n, H, W, C], uint8, or float32 latents where the data are; with trajectory also the levels from pure noise down,
+    [n, K, H, W, C].
     """
     decoder = config.sample.decoder if decoder is None else decoder
-    if decoder == "denoiser" and not denoiser:
-        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as --workdir the run of one, trained with "
-                        "experiments/digits_denoiser.py and --config.teacher")
-    if decoder in SOLVERS and config.train.objective != "flow_matching":
-        raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run is none: take inverse or score")
+    check_decoder(config, decoder, denoiser)
     module, denoiser_params = denoiser if decoder == "denoiser" else (None, None)
     index = np.asarray(index, np.int32)
     y = conditions(config, model, index) if y is None else y
@@ -85,13 +85,27 @@ def generate(config: Config, model, params, spec: DataSpec, mesh, index, y=None,
     return (images(x), images(xs)[:, ::-1]) if trajectory else images(x)
 
 
-def check(config: Config, steps: int | None, guidance: float | None) -> None:
-    """UserError for a guidance that the model was not trained for; a warning for a number of steps that it was not trained with."""
-    if guidance and not config.train.condition_dropout:
+def check(config: Config, steps: int | None, guidance: float | tuple[float, ...] | None) -> None:
+    """UserError for a guidance that is negative, not one scale for each step, or that the model was not trained for; a warning for a number
+    of steps that it was not trained with. None: the configuration's."""
+    asked = config.sample.guidance if guidance is None else guidance
+    configuration.check_guidance("guidance", asked, config.sample.steps if steps is None else steps)
+    if min(asked if isinstance(asked, tuple) else (asked,)) < 0:
+        raise UserError(f"guidance is {asked}: expected numbers that are not negative")
+    if configuration.guided(guidance) and not config.train.condition_dropout:
         raise UserError(f"guidance is {guidance}, and the model was trained without condition dropout: sample with guidance 0")
     if steps is not None and steps not in config.trajectory.steps and config.train.objective != "flow_matching":
         trained = ", ".join(map(str, config.trajectory.steps))
         warnings.warn(f"{steps} steps were not trained, only {trained}: expect worse images", stacklevel=2)
+
+
+def check_decoder(config: Config, decoder: str | None, denoiser) -> None:
+    """UserError where images are asked of a denoiser or an ODE and the run has none."""
+    if decoder in SOLVERS and config.train.objective != "flow_matching":
+        raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run is none: take inverse or score")
+    if decoder == "denoiser" and not denoiser:
+        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as --workdir the run of one, trained with "
+                        "experiments/digits_denoiser.py and --config.teacher")
 
 
 def displayable(images, levels: int) -> np.ndarray:
@@ -112,13 +126,26 @@ def in_batches(n: int, batch: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + batch, n)) for start in range(0, n, batch)]
 
 
+def parse_guidance(scales) -> float | tuple[float, ...] | None:
+    """The flag --guidance -> one scale, or a tuple of one for each step; None where it was not given. UserError for what is no number."""
+    if not scales:
+        return None
+    try:
+        scales = tuple(float(scale) for scale in scales)
+    except ValueError:
+        scales = (math.nan,)
+    if not all(map(math.isfinite, scales)):
+        raise UserError("--guidance takes a number, or one for each step, such as 1,0.5,0,0")
+    return scales[0] if len(scales) == 1 else scales
+
+
 def parse_labels(names, num_classes: int) -> np.ndarray | None:
     """The flag --labels -> integers; None where it was not given. UserError for a label that is no class of the model."""
     if not names:
         return None
     for name in names:
         if not (name.isdecimal() and int(name) < num_classes):
-            expected = f"0 to {num_classes - 1}" if num_classes else "none, the model being unconditional"
+            expected = f"0 to {num_classes - 1}" if num_classes else "none, since it is told of no classes"
             raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
     return np.array([int(name) for name in names], np.int32)
 
@@ -132,6 +159,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
     """
     folder = epath.Path(out)
     check(run.config, options.get("steps"), options.get("guidance"))
+    check_decoder(run.config, options.get("decoder"), run.denoiser)
     labels = parse_labels(labels, run.model.config.num_classes)
     asked = {"--workdir": run.workdir, "step": run.step, "--num": num, "--batch": batch, "--save_trajectories": save_trajectories,
              "--labels": None if labels is None else labels.tolist()} | {f"--{name}": value for name, value in options.items()}

@@ -30,6 +30,7 @@ class Run:
     workdir: str
     raw: bool = False
     denoiser: tuple | None = None  # of a denoiser's run, (module, parameters): model and params are its teacher's
+    teacher_step: int | None = None  # and the step that these are of
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None) -> np.ndarray:
         """The importance-weighted lower bound on log p(image | label), nats, [n].
@@ -96,7 +97,8 @@ def _mesh(config: configuration.Mesh):
 def with_denoiser(teacher: Run, run: Run) -> Run:
     """The teacher, sampled and evaluated as a denoiser's run is configured, with that run's step, folder and denoiser."""
     config = dataclasses.replace(teacher.config, sample=run.config.sample, evaluate=run.config.evaluate, seed=run.config.seed)
-    return dataclasses.replace(teacher, config=config, step=run.step, workdir=run.workdir, raw=run.raw, denoiser=(run.model, run.params))
+    return dataclasses.replace(teacher, config=config, step=run.step, workdir=run.workdir, raw=run.raw, denoiser=(run.model, run.params),
+                               teacher_step=teacher.step)
 
 
 def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.denoising import score_denoise
+from ntm_jax.core.denoising import denoise_levels, score_denoise
 
 
 def test_for_gaussian_data_it_is_the_posterior_mean(tiny):
@@ -19,6 +19,38 @@ def test_for_gaussian_data_it_is_the_posterior_mean(tiny):
     expected = (1 - t_0) * r**2 / ((1 - t_0) ** 2 * r**2 + t_0**2) * xs[:, 0]
     # gradients of up to 3 / .02^2 times t_0^2, in float32: 3e-7 times some tens of terms
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_of_gaussian_data_every_level_gives_the_posterior_mean_and_its_own_score_does_not(tiny):
+    """With covariance J_ij = (1-t_i)(1-t_j) r^2 + S_ij of the levels below pure noise, dL/dx = J^-1 x."""
+    new = tiny(new=True, transporter_blocks=0)
+    r, rng = new.config.data_std, np.random.default_rng(0)
+    t = np.asarray(trajectory.levels(4, jnp.array([0.05, 0.1, 0.2]), "linear", 0.0))
+    noise = rng.normal(size=(3, 5, new.config.tokens, new.config.dim)).astype(np.float32)
+    x = (r * rng.normal(size=noise[:, 0].shape)).astype(np.float32)
+    xs = trajectory.simulate(x, t, noise)
+    found = jax.jit(lambda xs: denoise_levels(new.module, new.params, xs, t, np.zeros(3, int)))(xs)
+    below, levels = np.asarray(xs, np.float64)[:, :-1], np.asarray(t, np.float64)[:, :-1]
+    joint = (1 - levels[:, :, None]) * (1 - levels[:, None]) * r**2 + np.asarray(trajectory.covariance(t), np.float64)[:, :-1, :-1]
+    gradient = np.einsum("bkj,bjnd->bknd", np.linalg.inv(joint), below)
+    t_k, t_0 = levels[..., None, None], levels[:, :1, None, None]
+    mean = (1 - t_0) * r**2 / ((1 - t_0) ** 2 * r**2 + t_0**2) * below[:, :1]
+    expected = {"as_it_is": below / (1 - t_k), "own_score": (below - t_k**2 * gradient) / (1 - t_k),
+                "trajectory_score": np.repeat(mean, 4, 1)}
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        # float32 gradients of up to 1 / t_0, less what they nearly cancel, divided by 1 - t_k
+        np.testing.assert_allclose(found[name], values, atol=2e-4, err_msg=name)
+    whole, own = (np.square(found[name] - x[:, None]).mean((2, 3)) for name in ("trajectory_score", "own_score"))
+    assert (own[:, 1:] > 2 * whole[:, 1:]).all()
+
+
+def test_the_lowest_level_is_what_score_denoising_gives(tiny):
+    random = tiny(num_classes=2, steps=(2, 3))
+    xs, t, _, label = random.inputs(2, steps=3)
+    found = jax.jit(lambda xs: denoise_levels(random.module, random.params, xs, t, label, percentile=75.0))(xs)
+    alone = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label, percentile=75.0))(xs)
+    np.testing.assert_allclose(found["trajectory_score"][:, 0], alone, atol=1e-6)  # a sum in another order
 
 
 def test_it_moves_all_levels_by_their_covariance(tiny):

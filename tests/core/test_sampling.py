@@ -1,5 +1,6 @@
 """Sampling: guidance against products of Gaussians, samples against the likelihood's own arithmetic, and independence of the batch."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,20 @@ def test_guidance_is_the_product_of_gaussians(w):
     np.testing.assert_allclose(log_scale, -0.5 * np.log(precision), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("w", [0.0, 1e-3, 1.0, 1e3, 1e8])
+def test_guidance_of_any_size_stays_finite(w):
+    """Means as large as float16's numbers and log-scales of +-10, wider, equal, narrower: no NaN, a scale above 0, at most sigma_c."""
+    mean_c, mean_u = np.meshgrid([-6e4, 0, 6e4], [-6e4, 0, 6e4])
+    for log_c in (-10.0, 0.0, 10.0):
+        for log_u in (-10.0, 0.0, 10.0):
+            arguments = (jnp.asarray(a, jnp.float32) for a in (mean_c, np.full((3, 3), log_c), mean_u, np.full((3, 3), log_u)))
+            mean, log_scale = sampling.guide(*arguments, w)
+            assert np.isfinite(mean).all()
+            assert np.isfinite(log_scale).all()
+            assert (np.exp(log_scale) > 0).all()
+            assert (log_scale <= log_c).all()
+
+
 def test_guidance_clips_a_wider_conditional_and_zero_changes_nothing():
     mean_c, log_c, mean_u, log_u = jnp.array([0.5, -1.0]), jnp.array([0.3, 0.0]), jnp.array([1.0, 2.0]), jnp.array([-0.2, -3.0])
     mean, log_scale = sampling.guide(mean_c, log_c, mean_u, log_u, 1.5)
@@ -91,6 +106,9 @@ def test_inversion_undoes_the_transporter_at_every_level(random, inverse):
     found = jax.jit(lambda us: sampling.invert_trajectory(random.module, random.params, us, *told, inverse))(us)
     np.testing.assert_allclose(found, xs, atol=1e-5)  # float32 rounding of two blocks
     np.testing.assert_array_equal(found[:, -1], xs[:, -1])
+    for k in (0, 2):
+        alone = jax.jit(lambda us, k=k: sampling.invert_level(random.module, random.params, us, *told, k, inverse))(us)
+        np.testing.assert_allclose(alone, xs[:, k], atol=1e-5)
 
 
 def test_sweeps_are_told_by_example_level_and_block(random):
@@ -123,6 +141,35 @@ def test_guided_latents_take_every_step_by_the_guided_gaussian(random):
     plain = drawn(random, sampling.sample_latents)[-1]
     np.testing.assert_allclose(us[2], plain[2], atol=1e-5)
     assert (np.abs(us[:2] - plain[:2]).max((1, 2, 3)) > 1e-2).all()
+
+
+@pytest.mark.parametrize("guidance", [1.5, (1.5, 1.5, 1.5), (0.0, 0.0, 1.5), (1.5, 0.0, 0.0), (0.0, 0.0, 0.0)])
+def test_a_schedule_guides_its_own_steps_alone(random, guidance):
+    """From pure noise down: the first scale makes u_2 of u_3. A step that is not guided is predicted once, the others as one batch."""
+    sizes = []
+
+    def count(call, arguments, options, context):
+        if context.method_name == "predict":
+            sizes.append(len(arguments[0]))
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(count):
+        noise, t, label, us = drawn(random, sampling.sample_latents, guidance=guidance)
+    scales = guidance if isinstance(guidance, tuple) else (guidance,) * 3
+    assert sizes == [6 if w else 3 for w in scales]
+    if guidance == (1.5, 1.5, 1.5):
+        np.testing.assert_array_equal(us, drawn(random, sampling.sample_latents, guidance=1.5)[-1])
+    for k, w in zip((2, 1, 0), scales, strict=True):
+        told = t[:, k + 1], t[:, k], np.full(3, 3)
+        conditional, null = (random.predict(us[:, k + 1], *told, y) for y in (label, np.full(3, 2)))
+        mean, log_scale = sampling.guide(*conditional, *null, w)
+        np.testing.assert_allclose(us[:, k], mean + np.exp(log_scale) * noise[:, k], atol=1e-5)  # float32 sums in another order
+    plain = drawn(random, sampling.sample_latents)[-1]
+    same = [(us[:, k] == plain[:, k]).all() for k in (2, 1, 0)]
+    first = next((i for i, w in enumerate(scales) if w), 3)
+    assert same == [i < first for i in range(3)]  # to the bit until the first guided step
+    with pytest.raises(ValueError, match="zip"):
+        drawn(random, sampling.sample_latents, guidance=(1.0, 1.0))
 
 
 def test_a_gaussian_model_samples_its_gaussian(tiny):

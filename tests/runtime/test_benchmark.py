@@ -1,5 +1,6 @@
 """The benchmark: what its rows say, what it counts, and the program."""
 
+import dataclasses
 import json
 import re
 import time
@@ -8,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.runtime import benchmark, flops, sharding
-from tests.common import TINY, python, rehearsal, tiny_config
+from ntm_jax.core import sampling
+from ntm_jax.data import pipeline
+from ntm_jax.runtime import benchmark, flops, load, sharding, state
+from tests.common import TINY, python, randomised, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
@@ -29,7 +32,7 @@ def setting(**overrides) -> benchmark.Setting:
 
 
 def test_rows_agree_with_themselves():
-    rows = benchmark.benchmark(tiny_config(), 3)
+    rows = benchmark._rows(benchmark.TRAINING, setting(), 3)
     assert [row["name"] for row in rows] == ["train step", "forward pass", "input pipeline", "likelihood evaluation"]
     for row in rows:
         assert list(row) == KEYS
@@ -47,6 +50,67 @@ def test_rows_agree_with_themselves():
     assert f"gives {pipeline['items_per_second'] / rows[0]['items_per_second']:.1f} examples" in printed[-2]
     slower = rows[1]["items_per_second"] / rows[3]["items_per_second"]
     assert f"takes {slower:.2f} times as long as a train step's forward pass" in printed[-1]
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A load.Run of random weights, whose inverse takes sweeps."""
+    config = tiny_config()
+    source, model, mesh = setup(config)
+    return load.Run(config, pipeline.spec(source, 2), model, randomised(state.initialize(config, model, mesh).params), 4, mesh, "runs/tiny")
+
+
+@rehearsal
+def test_rows_of_a_run_are_of_its_sampler(run):
+    rows = benchmark.benchmark_run(run, 1, batch=6)
+    names = ["images, decoder inverse", "images, decoder score", "images, decoder denoiser", "predictor's steps", "inverse, sequential",
+             "inverse, parallel", "score denoising"]
+    assert [row["name"] for row in rows] == names
+    extra = {"inverse, sequential": ["tokens", "round_trip_error"], "inverse, parallel": ["tokens", "round_trip_error", "sweeps"]}
+    for row in rows:
+        assert list(row) == KEYS + extra.get(row["name"], [])
+        assert row["items_per_second"] > 0
+        assert row["share_of_limit"] == pytest.approx(row["flops_per_second"] / row["limit"])
+    for row in rows[4:6]:
+        assert row["tokens"] == 16
+        assert 0 < row["round_trip_error"] < 1e-4  # float32 rounding of numbers of order 1
+    us = benchmark.Setting(run.config, run.mesh, run=run, batch=6).drawn[-1]
+    t = np.tile(state.sampled_levels(run.config, run.model), (6, 1))
+    sweeps = jax.jit(lambda us: sampling.inverse_sweeps(run.model, run.params, us, t, np.arange(6), 1e-3))(us)
+    np.testing.assert_allclose(rows[5]["sweeps"]["0.001"], np.mean(np.asarray(sweeps), (0, 2)), atol=0.2)  # rounding: a sweep of one in six
+    rough, fine = rows[5]["sweeps"].values()
+    assert all(1 < a < b < 16 for a, b in zip(rough, fine, strict=True))
+    seconds = {row["name"]: 1 / row["items_per_second"] for row in rows}
+    total = seconds["predictor's steps"] + seconds["inverse, sequential"] + seconds["score denoising"]
+    printed = benchmark.table(rows).splitlines()
+    assert len(printed) == 8 + 5
+    first = seconds["predictor's steps"] / total
+    assert f"predictor's steps {first:.0%}" in printed[8]
+    assert f"inverse, sequential {seconds['inverse, sequential'] / total:.0%}" in printed[8]
+    slower = max(1, seconds["inverse, sequential"] / seconds["inverse, parallel"])
+    assert f"takes inverse, sequential, {slower:.2f} times as long as the faster one" in printed[9]
+    assert f"to 0.001, clean to noisy: {rough[0]:.1f}, {rough[1]:.1f}" in printed[10]
+
+
+def test_a_sampler_is_its_parts(run):
+    """Of two steps: the inverse decoder inverts one level of the two, the score decoder both, and the denoiser is one pass more."""
+    made = benchmark.Setting(run.config, run.mesh, run=run, batch=6)
+    inverse, score, denoiser, predictor, sequential, parallel, denoising = (make(made).flops for make in benchmark.SAMPLING)
+    assert sequential == parallel == 2 * (inverse - predictor) > 0
+    assert score == predictor + sequential + denoising
+    assert denoiser == predictor * 3 / 2
+
+
+def test_rows_without_a_transporter(run):
+    config = tiny_config(**{"model.transporter_blocks": 0})
+    _, model, mesh = setup(config)
+    plain = dataclasses.replace(run, config=config, model=model, params=state.initialize(config, model, mesh).params)
+    made = benchmark.Setting(config, mesh, run=plain)
+    assert [make(made) for make in benchmark.SAMPLING[4:6]] == [None, None]
+    rows = [{"name": name, "items_per_second": rate, "flops_per_second": 1.0, "limit": 2.0, "share_of_limit": 0.5, "runs": [rate]}
+            for name, rate in (("predictor's steps", 10.0), ("score denoising", 30.0))]
+    said = "score decoder, each part timed by itself: predictor's steps 75%, score denoising 25%"
+    assert benchmark.table(rows).splitlines()[3:] == [said]
 
 
 def test_recomputation_is_not_counted():
@@ -85,12 +149,17 @@ def test_product_rate_counts_half_precision():
     assert 1e6 < rate() < 1e16
 
 
-@rehearsal
+def test_a_configuration_or_a_run_is_asked_for(tmp_path):
+    for arguments in ([], ["--config=experiments/digits.py", f"--workdir={tmp_path}"]):
+        refused = python("-m", "launch.benchmark", *arguments, check=False)
+        assert (refused.returncode, refused.stderr) == (2, "error: give either --config, an experiment, or --workdir, a run's folder\n")
+
+
 @rehearsal
 def test_the_program_writes_rows(tmp_path, compilation_cache):
     arguments = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items()), "--runs=1"]
     done = python("-m", "launch.benchmark", *arguments, f"--json={tmp_path / 'rows.json'}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [list(row) for row in rows] == [KEYS] * 4
+    assert [list(row)[:6] for row in rows] == [KEYS] * 11
     assert re.match(r"1 x \S.*, jax [\d.]+, medians of 1 runs\n", done.stdout)
     assert benchmark.table(rows) in done.stdout

@@ -73,6 +73,10 @@ def test_an_integer_is_taken_for_a_float():
     ("train.steps", 0, "config.train.steps is 0: expected more than 0"),
     ("optimizer.weight_decay", -1e-4, "config.optimizer.weight_decay is -0.0001: expected a number that is not negative"),
     ("sample.guidance", -1.0, "config.sample.guidance is -1.0: expected a number that is not negative"),
+    ("sample.guidance", (0.0, 0.5, -1.0, 0.0), "config.sample.guidance is -1.0: expected a number that is not negative"),
+    ("sample.guidance", (0.0, 0.5, 1.0), "config.sample.guidance has 3 scales, and there are 4 steps: give one scale, or 4, from pure"),
+    ("sample.guidance", (0.0, "a", 1.0, 1.0), "config.sample.guidance is 'a', of type str: expected float"),
+    ("sample.guidance", "a", "config.sample.guidance is 'a', of type str: expected float | tuple[float, ...]"),
     ("model.head", "posterior", "config.model.head is 'posterior': expected one of direct, preconditioned"),
     ("trajectory.schedule", "cosine", "config.trajectory.schedule is 'cosine': expected one of linear, shifted"),
     ("train.objective", "both", "config.train.objective is 'both': expected one of end_to_end, pairwise"),
@@ -99,7 +103,21 @@ def test_dropout_without_a_condition_is_refused():
 def test_guidance_without_dropout_is_refused():
     values = changed(**{"sample.guidance": 1.0, "train.condition_dropout": 0.0})
     assert "set config.train.condition_dropout to 0.1" in refusal(values)
+    values["sample"]["guidance"] = (0.0, 0.0, 0.0, 1.0)
+    assert "set config.train.condition_dropout to 0.1" in refusal(values)
+    values["sample"]["guidance"] = (0.0, 0.0, 0.0, 0.0)
+    config.read(values)
     config.read(changed(**{"sample.guidance": 1.0}))
+
+
+def test_guidance_is_a_number_or_one_for_each_step():
+    experiment_file = experiment()
+    for value, expected in ((1, 1.0), ((1, 0.5, 0, 0), (1.0, 0.5, 0.0, 0.0)), ([0.0, 0.0, 0.0, 2.0], (0.0, 0.0, 0.0, 2.0))):
+        experiment_file.sample.guidance = value
+        read = config.read(experiment_file)
+        assert read.sample.guidance == expected
+        assert config.read(json.loads(json.dumps(read.raw))) == read
+        hash(read)
 
 
 def test_a_scale_that_vanishes_with_t_min_is_refused():

@@ -12,7 +12,7 @@ import ntm_jax
 from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, distill, evaluate, state, train
+from ntm_jax.runtime import config, distill, evaluate, generate, state, train
 from tests.common import batch_of, bits, randomised, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -109,6 +109,7 @@ def test_what_its_evaluation_says(run, teacher):
     assert set(result["denoiser"]) == {"to_target", "to_data", "target_to_data"}
     teachers, _ = evaluate.evaluate(ntm_jax.load(str(teacher)))
     assert result["nats_per_dim"] == teachers["nats_per_dim"]  # the likelihood is the teacher's
+    assert ("denoising" in result, "denoising" in teachers) == (False, True)  # of the score decoder alone
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["evaluate/mse"] == pytest.approx(result["denoiser"]["to_target"]["mean"], rel=1e-5)
     assert {"samples.png", "trajectories.png"} <= {path.name for path in workdir.iterdir()}
@@ -122,6 +123,10 @@ def test_sampling(run, teacher):
     np.testing.assert_array_equal(loaded.sample(3, decoder="score"), plain.sample(3, decoder="score"))
     with pytest.raises(UserError, match="decoder=denoiser needs a denoiser, and this run has none"):
         plain.sample(3, decoder="denoiser")
+    with pytest.raises(UserError, match="decoder=denoiser needs a denoiser, and this run has none"):
+        generate.write_samples(plain, str(run[0] / "out"), 3, 3, decoder="denoiser")
+    assert not (run[0] / "out").exists()
+    assert loaded.teacher_step == plain.step == 2
 
 
 def test_what_does_not_go_together_is_refused(run, teacher, tmp_path):

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+from sklearn.svm import SVC
 
-from ntm_jax.core import likelihood
+from ntm_jax.core import denoising, likelihood, trajectory
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import evaluate, load, state
@@ -230,6 +232,62 @@ def test_a_batch_beyond_the_memory_is_taken_in_parts(trained, tables, monkeypatc
     most = 0
     with pytest.warns(UserWarning, match="does not fit"), pytest.raises(UserError, match="one record a device does not fit"):
         evaluate.scores(SETTINGS, model, params, source, mesh, 3)
+
+
+def test_guidance_is_compared_on_the_same_noise(trained, tables, monkeypatch):
+    settings = tiny_config(**{"evaluate.images": 30, "sample.decoder": "inverse"})
+    run, samples = run_of(settings, trained), {}
+    generated = evaluate.generated
+
+    def kept(run, progress=False):
+        samples[run.config.sample.guidance] = generated(run, progress)
+        return samples[run.config.sample.guidance]
+
+    monkeypatch.setattr(evaluate, "generated", kept)
+    scales, train = (0.0, (3.0, 0.0)), sources.open_source("digits", "train")
+    result = evaluate.image_scores(run, train, trained[0], None, scales)
+    assert list(samples) == list(scales)  # the configuration's own, 0, once
+    guided = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, guidance=scales[1]))
+    np.testing.assert_array_equal(samples[scales[1]], run_of(guided, trained).sample(30, np.arange(30) % 10))
+    assert (samples[scales[1]] != samples[0.0]).any()
+    real, labels = (np.stack([train.records[i][name] for i in range(1500)]) for name in ("image", "label"))
+    machine = SVC().fit(real.reshape(1500, 64) / 16.0, labels)
+    hits = np.stack([machine.predict(samples[scale].reshape(30, 64) / 16.0) == np.arange(30) % 10 for scale in scales]).astype(int)
+    for scale, found, right in zip(scales, result["guidance"], hits, strict=True):
+        difference = right - hits[0]
+        assert (found["guidance"], found["mean"]) == (scale, pytest.approx(right.mean()))
+        assert found["difference"]["mean"] == pytest.approx(difference.mean())
+        assert found["difference"]["stderr"] == pytest.approx(difference.std(ddof=1) / math.sqrt(30))
+    assert result["class_accuracy"]["mean"] == result["guidance"][0]["mean"]
+    whole = {"split": "test", "step": 3} | evaluate.summarize(tables[512], trained[1], 3, 17) | result
+    whole["guidance"][1]["difference"] = {"mean": -0.125, "stderr": 0.0625}  # of an untrained model it may be 0
+    said = evaluate.table(whole, "bits_per_dim")
+    assert re.search(r"of guidance \(3\.0, 0\.0\) less that of guidance 0\.0, % +-12\.5000 ± 6\.2500", said)
+    with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
+        evaluate.evaluate(run, guidance=(0.0, (1.0, 1.0, 1.0)))
+    with pytest.raises(UserError, match=r"--guidance compares class accuracies, .* with config\.evaluate\.images above 0"):
+        evaluate.evaluate(run_of(SETTINGS, trained), guidance=(1.0,))
+
+
+def test_denoising_by_level(trained):
+    source, model, _, params = trained
+    run = run_of(dataclasses.replace(SETTINGS, evaluate=dataclasses.replace(SETTINGS.evaluate, batch_size=7)), trained)
+    found = evaluate.denoising_errors(run, source)  # the last batch of seven holds one record over, and padding
+    batch = batch_of(source, SETTINGS, 20)
+    t = np.tile(state.sampled_levels(SETTINGS, model), (20, 1))
+    keys = state.example_keys(jax.random.key(SETTINGS.seed), "evaluate", batch["index"])
+    xs = trajectory.simulate(batch["x"], t, trajectory.example_noise(keys, (3, *batch["x"].shape[1:])))
+    clean = jax.jit(lambda xs: denoising.denoise_levels(model, params, xs, t, batch["label"]))(xs)
+    assert list(found) == list(clean) == list(evaluate.DENOISED)
+    for name, values in clean.items():
+        errors = np.square(np.asarray(values) - batch["x"][:, None]).mean((2, 3))
+        np.testing.assert_allclose(found[name]["mean"], errors.mean(0), rtol=1e-4)
+        np.testing.assert_allclose(found[name]["stderr"], errors.std(0, ddof=1) / np.sqrt(20), rtol=1e-3)
+    noise = (t[0, :2] / (1 - t[0, :2])) ** 2
+    np.testing.assert_allclose(found["as_it_is"]["mean"], noise, rtol=0.15)  # of 1,280 draws
+    result, _ = evaluate.evaluate(run)
+    assert result["denoising"] == found
+    assert f"{found['own_score']['mean'][1]:.5f} ± {found['own_score']['stderr'][1]:.5f}" in evaluate.table(result, "nats_per_dim")
 
 
 def test_bits_of_latents_are_refused(trained):

@@ -16,7 +16,7 @@ import ntm_jax
 from ntm_jax.core.layers import Text
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, export, state, train
+from ntm_jax.runtime import config, distill, export, state, train
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.load import Run
 from tests.common import ROOT, bits, environment, python, randomised, rehearsal, setup, tiny_config, write_run
@@ -165,6 +165,55 @@ def test_a_model_of_texts_and_latents(tmp_path):
     assert "index, text, text_mask))  # [n, H, W, C], latents" in script
 
 
+@pytest.fixture(scope="module")
+def with_denoiser(tmp_path_factory):
+    """(a run of latents with a learned denoiser, its export), guided at the first step alone."""
+    settings = tiny_config(**{"data.source": "mock:4x4x2,classes=3", "data.patch_size": 1, "evaluate.split": "test",
+                              "sample.guidance": (0.5, 0.0)})
+    source, model, mesh = setup(settings)
+    denoiser = distill.make_denoiser(model.clone(config=dataclasses.replace(model.config, width=32)))
+    params, other = (randomised(state.initialize(settings, m, mesh).params, seed) for seed, m in enumerate((model, denoiser)))
+    settings = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, decoder="denoiser"))
+    run = Run(settings, pipeline.spec(source, 1), model, params, 6, mesh, "runs/none", denoiser=(denoiser, other), teacher_step=4)
+    folder = tmp_path_factory.mktemp("exports") / "denoiser"
+    export.write_export(run, str(folder))
+    return run, folder
+
+
+def test_a_learned_denoiser(with_denoiser, tmp_path):
+    run, folder = with_denoiser
+    sampler, parameters = program(folder, "sampler")
+    assert bits(export.unflatten(parameters)) == bits(run.params | {"denoiser": run.denoiser[1]["params"]})
+    index = np.arange(5, dtype=np.int32)
+    expected = run.sample_at(index, index % 3, seed=3)
+    images = sampler.call(parameters, np.uint32(3), index, index % 3)
+    np.testing.assert_allclose(images, expected, atol=1e-6 * np.abs(expected).max())
+    untold = {name: np.full_like(a, np.nan) if name.startswith("params/transporter/") else a for name, a in parameters.items()}
+    np.testing.assert_array_equal(sampler.call(untold, np.uint32(3), index, index % 3), images)  # of predictor and denoiser alone
+    assert np.abs(expected - run.sample_at(index, index % 3, seed=3, guidance=0.0)).max() > 1e-3
+    log_likelihood, _ = program(folder, "log_likelihood")
+    found = log_likelihood.call(parameters, np.uint32(0), index, expected, index % 3)
+    np.testing.assert_allclose(found, run.log_prob(expected, index % 3, trajectories=2), rtol=1e-6)
+    done = subprocess.run([sys.executable, "-I", "-c", BLOCKED, str(folder / "sample.py"), "5", "3"], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, "5 images float32[4, 4, 2] in samples.npz\n"), done.stderr
+    with np.load(tmp_path / "samples.npz") as archive:
+        np.testing.assert_allclose(archive["images"], expected, atol=1e-6 * np.abs(expected).max())
+    about = json.loads((folder / "config.json").read_text())
+    assert (about["step"], about["teacher_step"], about["config"]["sample"]["guidance"]) == (6, 4, [0.5, 0.0])
+    card = (folder / "README.md").read_text()
+    size = sum(a.size for a in jax.tree.leaves(run.denoiser[1]))
+    assert f"| training | 4 steps of 16 examples, end_to_end; then 6 steps of a denoiser, {size:,} of the parameters |" in card
+    assert "guidance (0.5, 0.0), decoder denoiser" in card
+
+
+def test_a_new_run_starts_from_the_teacher_in_a_denoisers_export(with_denoiser, tmp_path, started):
+    run, folder = with_denoiser
+    settings = dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, decoder="inverse"), init_from=str(folder))
+    current, start = started(settings, tmp_path / "new")
+    assert (start, bits(current.params)) == (0, bits(run.params))
+
+
 def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path):
     figure = {"mean": 2.0, "stderr": 0.5}
     result = {"step": 4, "split": "test", "count": 297, "trajectory_nll": figure,
@@ -189,8 +238,10 @@ def test_what_cannot_be_written_is_refused(run, exported, tmp_path):
     with pytest.raises(UserError, match=r"tiny is there: give a new folder as --out, nothing was overwritten"):
         export.write_export(run, str(exported))
     assert {path: path.stat().st_mtime_ns for path in exported.iterdir()} == before
-    with pytest.raises(UserError, match="is the run of a learned denoiser, which cannot be exported yet"):
-        export.write_export(dataclasses.replace(run, denoiser=(run.model, {})), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="decoder=denoiser needs a denoiser, and this run has none"):
+        export.write_export(run, str(tmp_path / "out"), decoder="denoiser")
+    with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
+        export.write_export(run, str(tmp_path / "out"), guidance=(1.0, 0.0, 0.0))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out cannot be written \(.*\): give another --out"):
         export._write(export.epath.Path(tmp_path / "file/out"), {"a": b""})

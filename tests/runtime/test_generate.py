@@ -57,8 +57,8 @@ def test_guidance_and_decoder_change_the_image(run):
 @pytest.mark.parametrize(("inverse", "told"), [("parallel", {}), ("auto", {"inverse": "parallel"})])
 def test_the_inverse_that_is_asked_for_is_taken(run, inverse, told, monkeypatch):
     """By the configuration or by the call; the images are the same, so what is run is looked at."""
-    asked, invert = [], sampling.invert_trajectory
-    monkeypatch.setattr(sampling, "invert_trajectory", lambda *arguments: asked.append(arguments[-1]) or invert(*arguments))
+    asked, invert = [], sampling.invert_level
+    monkeypatch.setattr(sampling, "invert_level", lambda *arguments: asked.append(arguments[-1]) or invert(*arguments))
     settings = dataclasses.replace(SETTINGS, seed=9 + len(told), sample=dataclasses.replace(SETTINGS.sample, inverse=inverse))
     images = dataclasses.replace(run, config=settings).sample(3, **told)
     assert asked == ["parallel"]
@@ -77,8 +77,28 @@ def test_guidance_needs_condition_dropout(run):
     without = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, condition_dropout=0.0))
     with pytest.raises(UserError, match=r"guidance is 1\.5, and the model was trained without condition dropout"):
         generate.check(without, None, 1.5)
+    with pytest.raises(UserError, match=r"guidance is \(0\.0, 1\.5\), and the model was trained without condition dropout"):
+        generate.check(without, None, (0.0, 1.5))
     generate.check(without, None, 0.0)
+    generate.check(without, None, (0.0, 0.0))
     generate.check(SETTINGS, 2, 1.5)
+
+
+def test_guidance_is_one_scale_for_each_step(run):
+    assert [generate.parse_guidance(scales) for scales in (None, ["1.5"], ["1", "0"])] == [None, 1.5, (1.0, 0.0)]
+    for wrong in (["a"], ["1", ""], ["nan", "1"]):
+        with pytest.raises(UserError, match="--guidance takes a number, or one for each step"):
+            generate.parse_guidance(wrong)
+    for wrong in (-1.0, (1.0, -0.5)):
+        with pytest.raises(UserError, match=r"guidance is .*: expected numbers that are not negative"):
+            run.sample(2, guidance=wrong)
+    with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps: give one scale, or 2, from pure noise down"):
+        run.sample(2, guidance=(1.0, 0.5, 0.0))
+    scheduled = dataclasses.replace(SETTINGS, sample=dataclasses.replace(SETTINGS.sample, guidance=(1.0, 0.0)))
+    with pytest.raises(UserError, match="guidance has 2 scales, and there are 3 steps"):  # of the configuration, which --steps changes
+        generate.check(scheduled, 3, None)
+    assert same(dataclasses.replace(run, config=scheduled).sample(3), run.sample(3, guidance=(1.0, 0.0)))
+    assert not same(run.sample(3, guidance=(1.0, 0.0)), run.sample(3, guidance=(0.0, 1.0)))
 
 
 def test_a_number_of_steps_that_was_not_trained_is_warned_of(run):
@@ -92,7 +112,7 @@ def test_labels_of_the_flag():
     for wrong in ("10", "-1", "cat", "1.0", ""):
         with pytest.raises(UserError, match=f"label '{wrong}' is not a class of the model: expected 0 to 9"):
             generate.parse_labels(["1", wrong], 10)
-    with pytest.raises(UserError, match="expected none, the model being unconditional"):
+    with pytest.raises(UserError, match="expected none, since it is told of no classes"):
         generate.parse_labels(["0"], 0)
 
 
