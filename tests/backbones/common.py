@@ -47,8 +47,11 @@ def random_diffusers(config=TINY, seed: int = 2) -> dict:
     return {name: (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32) for name, shape in shapes.items()}
 
 
-def original(tensors: dict) -> dict:
-    """A checkpoint's tensors in diffusers' names -> in the original ones, the inverse of diffusers' convert_flux2_to_diffusers.py."""
+def original(tensors: dict, xp=np) -> dict:
+    """A checkpoint's tensors in diffusers' names -> in the original ones, the inverse of diffusers' convert_flux2_to_diffusers.py.
+
+    xp: jax.numpy where they are traced for their shapes alone.
+    """
     left = dict(tensors)
     out = {}
     for ours, theirs in (
@@ -59,16 +62,16 @@ def original(tensors: dict) -> dict:
           for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")),
     ):
         out[f"{ours}.weight"] = left.pop(f"{theirs}.weight")
-    scale, shift = np.split(left.pop("norm_out.linear.weight"), 2)
-    out["final_layer.adaLN_modulation.1.weight"] = np.concatenate([shift, scale])
+    scale, shift = xp.split(left.pop("norm_out.linear.weight"), 2)
+    out["final_layer.adaLN_modulation.1.weight"] = xp.concatenate([shift, scale])
     count = 0
     while f"transformer_blocks.{count}.attn.to_q.weight" in left:
         def take(name, count=count):
             return left.pop(f"transformer_blocks.{count}.{name}.weight")
 
         block = f"double_blocks.{count}"
-        out[f"{block}.img_attn.qkv.weight"] = np.concatenate([take("attn.to_q"), take("attn.to_k"), take("attn.to_v")])
-        out[f"{block}.txt_attn.qkv.weight"] = np.concatenate([take("attn.add_q_proj"), take("attn.add_k_proj"), take("attn.add_v_proj")])
+        out[f"{block}.img_attn.qkv.weight"] = xp.concatenate([take("attn.to_q"), take("attn.to_k"), take("attn.to_v")])
+        out[f"{block}.txt_attn.qkv.weight"] = xp.concatenate([take("attn.add_q_proj"), take("attn.add_k_proj"), take("attn.add_v_proj")])
         for ours, theirs in (
             ("img_attn.norm.query_norm.scale", "attn.norm_q"), ("img_attn.norm.key_norm.scale", "attn.norm_k"),
             ("txt_attn.norm.query_norm.scale", "attn.norm_added_q"), ("txt_attn.norm.key_norm.scale", "attn.norm_added_k"),
