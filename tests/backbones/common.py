@@ -1,5 +1,6 @@
 """A tiny FLUX.2, its inputs, and checkpoints of it in both namings, NumPy only."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -24,11 +25,13 @@ def inputs(config=TINY, batch: int = 2, text_tokens: int = 4, seed: int = 0):
     return x, np.linspace(0.3, 0.9, batch).astype(np.float32), Text(states, np.ones((batch, text_tokens), bool))
 
 
+@functools.cache
 def abstract(config=TINY) -> dict:
     """The parameters' shapes, without logical names."""
     return nn.unbox(jax.eval_shape(flux2.Flux2(config).init, jax.random.key(0), *inputs(config, 1)))["params"]
 
 
+@functools.cache
 def weights(config=TINY, seed: int = 1) -> dict:
     """Random parameters, none of them trivial, that keep the size of their input: NumPy arrays."""
     rng = np.random.default_rng(seed)
