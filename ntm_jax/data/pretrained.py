@@ -1,0 +1,54 @@
+"""PyTorch models that prepare data, from local folders of safetensors: torch, diffusers and transformers are imported here, when asked for.
+
+The training job needs none of them; the extra [flux2] installs them.
+"""
+
+import importlib
+from pathlib import Path
+
+from ntm_jax.errors import UserError
+
+
+def module(name: str):
+    """An optional package. UserError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"this needs the package {name}, which cannot be imported ({_line(error)}): pip install -e '.[flux2]'") from None
+
+
+def load(package: str, name: str, path: str, part: str, **options):
+    """The model class `package`.`name` from the folder path/part, or path itself where there is no such part, for inference.
+
+    UserError: no folder, no safetensors of all its tensors in their shapes (other formats are never opened), or no such package.
+    """
+    kind, folder = getattr(module(package), name), find(path, part)
+    try:
+        model, told = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # they raise many kinds on what is absent or damaged
+        raise UserError(f"{folder} is not read as a {name} in safetensors ({_line(error)}): give a folder of diffusers' layout") from None
+    lacking = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
+    if lacking:  # they would be left random, with a warning
+        raise UserError(f"{folder} is no whole {name}: {len(lacking)} tensors are missing or of another shape, such as {lacking[0]}")
+    return model.eval()
+
+
+def tokenizer(path: str, part: str):
+    """The tokenizer of transformers in the folder path/part, or path itself where there is no such part; UserError as `load`."""
+    folder = find(path, part)
+    try:
+        return module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not read as a tokenizer ({_line(error)}): give a folder of diffusers' layout") from None
+
+
+def find(path: str, part: str) -> Path:
+    """path/part, or path itself where there is no such part. UserError where there is no folder."""
+    folder = Path(path) / part if (Path(path) / part).is_dir() else Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path} is not there: give a local folder of FLUX.2 in diffusers' layout")
+    return folder
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
