@@ -15,6 +15,7 @@ flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the 
 flags.DEFINE_integer("step", None, "The checkpoint's step; the latest if not given.")
 flags.DEFINE_integer("seed", None, "Image i of a seed is the same image in any batch size.")
 flags.DEFINE_string("out", None, "A new folder, or that of the same call, stopped; WORKDIR/samples if not given.")
+flags.DEFINE_string("autoencoder", None, "The folder of FLUX.2's autoencoder (diffusers' layout), which decodes latents: needs [flux2].")
 flags.DEFINE_bool("save_trajectories", False, "Also writes every image's levels from pure noise down, trajectories.npz.")
 
 
@@ -24,7 +25,8 @@ def main():
     f = program.FLAGS
     run = load.load(f.workdir, f.step)
     generate.write_samples(run, f.out or f"{f.workdir}/samples", f.num or run.config.sample.num, f.batch, f.labels, f.save_trajectories,
-                           steps=f.steps, guidance=generate.parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse, seed=f.seed)
+                           f.autoencoder, steps=f.steps, guidance=generate.parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse,
+                           seed=f.seed)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.layers import Text, null
 from ntm_jax.core.trajectory import example_noise, per_example
-from ntm_jax.data import sources, transforms
+from ntm_jax.data import latents, sources, transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checkpoint, distill, plots, processes, sharding, state
@@ -150,9 +150,12 @@ def parse_labels(names, num_classes: int) -> np.ndarray | None:
     return np.array([int(name) for name in names], np.int32)
 
 
-def write_samples(run, out: str, num: int, batch: int, labels=None, save_trajectories: bool = False, **options) -> None:
+def write_samples(run, out: str, num: int, batch: int, labels=None, save_trajectories: bool = False, autoencoder: str | None = None,
+                  **options) -> None:
     """Writes `num` images of a run into a folder: PNG files, grid.png, and samples.npz (ADM's layout, arr_0: uint8 [n, H, W, 3], or
     latents as they are, arr_1: labels); with save_trajectories trajectories.npz (arr_0: [n, K, H, W, C] from pure noise down).
+
+    autoencoder: the folder of FLUX.2's, which decodes the latents to images (not those of the trajectories).
 
     What a stopped call has written there is kept, and the rest made: to the bit what an uninterrupted call makes. UserError where the
     folder holds anything else, other samples among it; nothing is overwritten.
@@ -161,8 +164,13 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
     check(run.config, options.get("steps"), options.get("guidance"))
     check_decoder(run.config, options.get("decoder"), run.denoiser)
     labels = parse_labels(labels, run.model.config.num_classes)
+    if autoencoder and run.spec.levels:
+        raise UserError(f"{run.workdir} is of pixels, and an autoencoder decodes latents: leave --autoencoder out")
+    decode = latents.Autoencoder(autoencoder).decode if autoencoder and jax.process_index() == 0 else None
+    pixel_levels = latents.LEVELS if autoencoder else run.spec.levels
     asked = {"--workdir": run.workdir, "step": run.step, "--num": num, "--batch": batch, "--save_trajectories": save_trajectories,
-             "--labels": None if labels is None else labels.tolist()} | {f"--{name}": value for name, value in options.items()}
+             "--labels": None if labels is None else labels.tolist(), "--autoencoder": autoencoder,
+             **{f"--{name}": value for name, value in options.items()}}
     # Here no process has written yet: one that came late would find its own job's files.
     processes.agree({"--out": out} | asked)
     asked |= {"checksum": checkpoint.digest((run.params, run.denoiser and run.denoiser[1]))}
@@ -173,14 +181,16 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
         if done[number]:
             continue
         y = None if labels is None else np.resize(labels, num)[index]
-        images = run.sample_at(index, y, trajectory=save_trajectories, **options)
+        found = run.sample_at(index, y, trajectory=save_trajectories, **options)
         if jax.process_index() == 0:
-            _write_batch(folder, number, index, images if save_trajectories else (images,), run.spec.levels, len(str(num - 1)))
+            images, *levels = found if save_trajectories else (found,)
+            images = decode(images) if decode else images
+            _write_batch(folder, number, index, (images, *levels), pixel_levels, len(str(num - 1)))
         made += len(index)
         if not first:  # it compiled
             begin, first = time.perf_counter(), made
     if jax.process_index() == 0 and not (folder / "samples.npz").exists():
-        _gather(folder, run, labels, num, len(batches), save_trajectories)
+        _gather(folder, run, labels, num, len(batches), pixel_levels)
     if jax.process_index() == 0:
         rate = f", {(made - first) / (time.perf_counter() - begin):.1f} images/s after the first batch" if made > first else ""
         print(f"{num} images in {out}, {num - made} of them found there{rate}, step {run.step}", flush=True)
@@ -219,7 +229,7 @@ def _write_batch(folder, number, index, arrays, levels, digits) -> None:
     part.replace(_part(folder, number))
 
 
-def _gather(folder, run, labels, num, batches, save_trajectories) -> None:
+def _gather(folder, run, labels, num, batches, pixel_levels) -> None:
     """The files of all images, from those of the batches, which are removed."""
     arrays = []
     for number in range(batches):
@@ -227,11 +237,11 @@ def _gather(folder, run, labels, num, batches, save_trajectories) -> None:
             arrays.append([part[name] for name in part.files])
     images, *levels = (np.concatenate(a) for a in zip(*arrays, strict=True))
     label = np.arange(num) % max(run.model.config.num_classes, 1) if labels is None else np.resize(labels, num)
-    shown = displayable(images, run.spec.levels) if run.spec.levels else images
-    if save_trajectories:
+    shown = displayable(images, pixel_levels) if pixel_levels else images
+    if levels:
         with (folder / "trajectories.npz").open("wb") as file:
             np.savez(file, displayable(levels[0], run.spec.levels) if run.spec.levels else levels[0])
-    plots.save_png(folder / "grid.png", picture(images[:100], run.spec.levels))
+    plots.save_png(folder / "grid.png", picture(images[:100], pixel_levels))
     whole = folder / ".samples.part"
     with whole.open("wb") as file:
         np.savez(file, np.repeat(shown, 3, -1) if shown.shape[-1] == 1 else shown, label)
