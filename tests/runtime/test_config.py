@@ -77,7 +77,7 @@ def test_an_integer_is_taken_for_a_float():
     ("sample.guidance", (0.0, 0.5, 1.0), "config.sample.guidance has 3 scales, and there are 4 steps: give one scale, or 4, from pure"),
     ("sample.guidance", (0.0, "a", 1.0, 1.0), "config.sample.guidance is 'a', of type str: expected float"),
     ("sample.guidance", "a", "config.sample.guidance is 'a', of type str: expected float | tuple[float, ...]"),
-    ("model.head", "posterior", "config.model.head is 'posterior': expected one of direct, preconditioned"),
+    ("model.head", "gaussian", "config.model.head is 'gaussian': expected one of direct, preconditioned, posterior"),
     ("trajectory.schedule", "cosine", "config.trajectory.schedule is 'cosine': expected one of linear, shifted"),
     ("train.objective", "both", "config.train.objective is 'both': expected one of end_to_end, pairwise"),
     ("model.condition", "words", "config.model.condition is 'words': expected one of none, class, text"),
