@@ -405,7 +405,7 @@ def table(result: dict, unit: str) -> str:
 
 def report(run, result: dict, scored: dict, path, per_example: bool = False, unit: str | None = None) -> None:
     """Prints the figures and writes, in the first process, path (JSON), beside it a picture of what each level costs (.png), with
-    per_example the scores of each record (.parquet, nats), and for data of known density densities.png."""
+    per_example the scores of each record (.parquet, nats), for data of known density densities.png, and beside another run losses.png."""
     path = epath.Path(path)
     if "truth" in result:
         source = sources.open_source(run.config.data.source, result["split"])
@@ -414,6 +414,9 @@ def report(run, result: dict, scored: dict, path, per_example: bool = False, uni
         return
     path.write_text(json.dumps(result, indent=2) + "\n")
     plots.levels_plot(result, path.with_suffix(".png"))
+    if "against" in result:
+        runs = (run.workdir, result["against"]["workdir"])
+        plots.losses_plot({str(folder): epath.Path(folder) / "metrics.jsonl" for folder in runs}, path.with_name("losses.png"))
     if per_example:
         write_scores(scored, path.with_suffix(".parquet"))
     print(table(result, unit or next(name for name in NAMES if name in result)), flush=True)

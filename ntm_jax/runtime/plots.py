@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 HELD_OUT = {"evaluate/bits_per_dim": "bits per dimension", "evaluate/nats_per_dim": "nats per dimension",
-            "evaluate/mse": "mean squared error"}
+            "evaluate/mse": "mean squared error", "evaluate/velocity_error": "mean squared error"}
 SMOOTHING_POINTS = 50  # the smoothed loss averages over a 50th of the points
 CELL_INCHES = 0.9
 
@@ -66,6 +66,26 @@ def loss_plot(metrics_path, out_png, loss_label: str = "training loss (nats per 
     axes.legend(curves, [curve.get_label() for curve in curves])
     _save(figure, out_png)
     return True
+
+
+def losses_plot(runs: dict, out_png) -> None:
+    """Draws the smoothed training losses of runs, {name: its metrics.jsonl}, and below, where they have it, the distance of their means to
+    those of the frozen flow-matching model, mean over levels. Runs without the file are left out."""
+    figure, axes = _figure(7, 6, 2, 1)
+    for name, path in runs.items():
+        if not epath.Path(path).exists():
+            continue
+        lines = [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
+        for line in lines:
+            apart = [value for key, value in line.items() if key.startswith("misalignment/") and value is not None]
+            line["apart"] = sum(apart) / len(apart) if apart else None
+        for (axis,), key in zip(axes, ("loss", "apart"), strict=True):
+            steps, values = _points(lines, key)
+            axis.plot(steps, _smoothed(values), label=name)
+    axes[0, 0].set(ylabel="training loss", yscale="symlog")
+    axes[0, 0].legend()
+    axes[1, 0].set(xlabel="step", ylabel="distance of the means, squared", yscale="log" if axes[1, 0].lines else "linear")
+    _save(figure, out_png)
 
 
 def trajectory_picture(images, levels, out_png) -> None:

@@ -63,6 +63,19 @@ def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     assert figures[1].axes[1].get_ylabel() == "held-out bound (nats per dimension)"
 
 
+def test_losses_of_runs_stand_side_by_side(tmp_path, monkeypatch):
+    other = tmp_path / "other.jsonl"
+    lines = [{"step": s, "loss": -1.0, "misalignment/level_0": 1.0, "misalignment/level_1": 3.0} for s in (1, 2)]
+    other.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = drawn(monkeypatch)
+    plots.losses_plot({"one": write_metrics(tmp_path / "one.jsonl"), "two": other, "gone": tmp_path / "none"}, "unused")
+    losses, apart = figures[0].axes
+    assert [line.get_label() for line in losses.lines] == ["one", "two"]
+    assert losses.lines[1].get_xydata().tolist() == [[1, -1], [2, -1]]
+    assert apart.lines[1].get_xydata().tolist() == [[1, 2], [2, 2]]
+    assert len(apart.lines[0].get_xydata()) == 0
+
+
 def test_loss_plot_without_a_loss_draws_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
     assert not plots.loss_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
