@@ -18,7 +18,7 @@ from ntm_jax.runtime import config, sharding
 from tests.backbones.common import TINY, abstract, inputs, original, random_diffusers, weights
 from tests.common import python
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.xdist_group("flux2")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ATOL = 2e-5  # float32 sums in another order, through four layers, of values and gradients up to about 10
 SHARDED = dataclasses.replace(TINY, grid=(3, 4))  # 12 image and 4 text tokens: they divide over two devices
 
@@ -59,7 +59,7 @@ def test_narrow_saves_products_of_the_width_and_not_the_wide_ones():
     """The backward pass makes again the MLP's two wide products of each of three streams, and nothing of a layer's other products."""
     def products(remat):
         settings = dataclasses.replace(TINY, remat=remat)
-        gradient = jax.make_jaxpr(jax.grad(lambda x, *rest: jnp.sum(forward.__wrapped__(settings, weights(), x, *rest)[0])))(*inputs())
+        gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(forward.__wrapped__(settings, params, *inputs())[0])))(weights())
         return str(gradient).count("dot_general[")
 
     assert products("narrow") - products("none") == 6 + 2  # and the attention's scores in the two kinds of layer
