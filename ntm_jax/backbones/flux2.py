@@ -74,19 +74,19 @@ def rotate(x, turn):
 # off by 0.02 to 1 on 2 x 2 x 2 devices: the three are laid out by name wherever they are made.
 
 
-def laid_out(x):
-    """x [B, S, W], by examples and tokens."""
-    return nn.with_logical_constraint(x, ("batch", "tokens", "embed_activation"))
+def laid_out(x, *axes):
+    """x [B, S, ...] by examples, tokens and the logical axes of the rest."""
+    return nn.with_logical_constraint(x, ("batch", "tokens", *axes))
 
 
 def joined(text, image, *axes):
-    """Text in front of image tokens, laid out by the logical axes of what follows the tokens."""
-    return nn.with_logical_constraint(jnp.concatenate([text, image], 1), ("batch", "tokens", *axes))
+    """Text in front of image tokens, [B, M + N, ...]."""
+    return laid_out(jnp.concatenate([text, image], 1), *axes)
 
 
-def parted(x, text_tokens: int):
-    """x [B, M + N, W] -> text [B, M, W] and image [B, N, W]."""
-    return tuple(laid_out(part) for part in jnp.split(x, [text_tokens], 1))
+def parted(x, text_tokens: int, *axes):
+    """The inverse of `joined`."""
+    return tuple(laid_out(part, *axes) for part in jnp.split(x, [text_tokens], 1))
 
 
 class _Layer(nn.Module):
@@ -111,7 +111,7 @@ class _Layer(nn.Module):
     def _attend(self, q, k, v, turn, keys):
         """-> [B, S, W], before the output projection."""
         q, k = rotate(q, turn), rotate(k, turn)
-        q = nn.with_logical_constraint(q, ("batch", "tokens", "heads", None))
+        q = laid_out(q, "heads", None)
         k, v = (nn.with_logical_constraint(a, ("batch", "keys", "heads", None)) for a in (k, v))
         y = self.attention(q, k, v, causal=False, keys=keys)
         return checkpoint_name(y.reshape(*y.shape[:2], -1), "narrow")
@@ -124,7 +124,7 @@ class _Layer(nn.Module):
         c = self.config
         gate, up = (layers.dense(c.mlp_ratio * c.width, ("embed", "mlp"), c.dtype, f"{stream}{name}", bias=False)(x)
                     for name in ("mlp_gate", "mlp_up"))
-        h = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", "tokens", "mlp"))
+        h = laid_out(nn.silu(gate) * up, "mlp")
         return checkpoint_name(layers.dense(c.width, ("mlp", "embed"), c.dtype, f"{stream}mlp_down", bias=False)(h), "narrow")
 
 
@@ -135,14 +135,14 @@ class DoubleLayer(_Layer):
     def __call__(self, streams, modulations, turn, keys):
         """streams (text [B, M, W], image [B, N, W]), modulations [B, 6, W] of each -> streams: the form that nn.scan takes."""
         names = ("text_", "image_")
-        streams = [laid_out(x) for x in streams]
+        streams = [laid_out(x, "embed_activation") for x in streams]
         parts = [jnp.moveaxis(m[:, :, None].astype(self.config.dtype), 1, 0) for m in modulations]
         heads = [self._heads(self._norm(x, shift, scale, f"{name}norm_1"), name)
                  for name, x, (shift, scale, *_) in zip(names, streams, parts, strict=True)]
         seen = self._attend(*(joined(*both, "heads", None) for both in zip(*heads, strict=True)), turn, keys)
         done = []
         for name, x, y, (_, _, gate_1, shift_2, scale_2, gate_2) in zip(
-                names, streams, parted(seen, streams[0].shape[1]), parts, strict=True):
+                names, streams, parted(seen, streams[0].shape[1], "heads"), parts, strict=True):
             x = x + gate_1 * self._out(y, name)
             done.append(x + gate_2 * self._mlp(self._norm(x, shift_2, scale_2, f"{name}norm_2"), name))
         return tuple(done), None
@@ -155,7 +155,7 @@ class SingleLayer(_Layer):
     def __call__(self, x, modulation, turn, keys):
         """x [B, M + N, W], modulation [B, 3, W] -> x."""
         shift, scale, gate = jnp.moveaxis(modulation[:, :, None].astype(self.config.dtype), 1, 0)
-        x = laid_out(x)
+        x = laid_out(x, "embed_activation")
         h = self._norm(x, shift, scale, "norm")
         y = self._attend(*self._heads(h, ""), turn, keys)
         return x + gate * (self._out(y, "") + self._mlp(h, "")), None
@@ -187,8 +187,8 @@ class Flux2(nn.Module):
         hidden = joined(text, image, "embed_activation")
         hidden, _ = self._stack(SingleLayer, c.single_layers, "single")(hidden, self._modulation(vector, 3, "single"), turn, keys)
         shift, scale = (self._modulation(vector, 1, f"final_{name}").astype(c.dtype) for name in ("shift", "scale"))
-        hidden = layers.norm(c.dtype, "norm")(parted(hidden, text.shape[1])[1])
-        hidden = laid_out(hidden * (1 + scale) + shift)
+        hidden = layers.norm(c.dtype, "norm")(parted(hidden, text.shape[1], "embed_activation")[1])
+        hidden = laid_out(hidden * (1 + scale) + shift, "embed_activation")
         velocity = layers.dense(c.dim, ("embed", None), c.dtype, "project", bias=False)(hidden)
         return velocity.astype(jnp.float32), hidden
 

@@ -18,8 +18,9 @@ from ntm_jax.runtime import config, sharding
 from tests.backbones.common import TINY, abstract, inputs, original, random_diffusers, weights
 from tests.common import python
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.xdist_group("flux2")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ATOL = 2e-5  # float32 sums in another order, through four layers, of values and gradients up to about 10
+NARROW = dataclasses.replace(TINY, scan=True, remat="narrow")
 SHARDED = dataclasses.replace(TINY, grid=(3, 4))  # 12 image and 4 text tokens: they divide over two devices
 
 
@@ -48,10 +49,10 @@ def test_outputs_are_a_velocity_and_what_its_projection_sees():
 
 
 def test_scan_and_remat_change_no_number_and_no_parameter():
-    whole = jax.device_get(loss(dataclasses.replace(TINY, scan=False), weights(), *inputs()))
-    settings = dataclasses.replace(TINY, scan=True, remat="narrow")
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract(settings)) == jax.tree.map(lambda a: (a.shape, a.dtype), weights())
-    found = jax.device_get(loss(settings, weights(), *inputs()))
+    unrolled = dataclasses.replace(TINY, scan=False)
+    whole = jax.device_get(loss(unrolled, weights(), *inputs()))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract(unrolled)) == jax.tree.map(lambda a: (a.shape, a.dtype), weights())
+    found = jax.device_get(loss(NARROW, weights(), *inputs()))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=ATOL, rtol=1e-5), found, whole)
 
 
@@ -59,7 +60,7 @@ def test_narrow_saves_products_of_the_width_and_not_the_wide_ones():
     """The backward pass makes again the MLP's two wide products of each of three streams, and nothing of a layer's other products."""
     def products(remat):
         settings = dataclasses.replace(TINY, remat=remat)
-        gradient = jax.make_jaxpr(jax.grad(lambda x, *rest: jnp.sum(forward.__wrapped__(settings, weights(), x, *rest)[0])))(*inputs())
+        gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(forward.__wrapped__(settings, params, *inputs())[0])))(weights())
         return str(gradient).count("dot_general[")
 
     assert products("narrow") - products("none") == 6 + 2  # and the attention's scores in the two kinds of layer
@@ -68,11 +69,11 @@ def test_narrow_saves_products_of_the_width_and_not_the_wide_ones():
 def test_a_mask_of_nothing_is_no_text_at_all():
     x, t, text = inputs()
     nothing = layers.null(text, 0)
-    (_, (velocity, hidden)), gradients = loss(TINY, weights(), x, t, nothing)
+    (_, (velocity, hidden)), gradients = loss(NARROW, weights(), x, t, nothing)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((velocity, hidden, gradients)))
     none = layers.Text(text.states[:, :0], text.mask[:, :0])
     np.testing.assert_allclose(velocity, forward(TINY, weights(), x, t, none)[0], atol=ATOL)
-    assert np.abs(velocity - loss(TINY, weights(), x, t, text)[0][1][0]).max() > 0.1
+    assert np.abs(velocity - loss(NARROW, weights(), x, t, text)[0][1][0]).max() > 0.1
 
 
 @pytest.mark.parametrize(("change", "words"), [({"remat": "some"}, "none, full"), ({"axes": (4, 4, 4, 8)}, "sum to head_size = 16"),

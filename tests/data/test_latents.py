@@ -4,7 +4,6 @@ import sys
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from ntm_jax.data import latents, transforms
 from ntm_jax.errors import UserError
@@ -92,17 +91,20 @@ def test_other_images_are_refused(folder):
 
 def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
     """Not there; pickled weights, which are not opened; a tensor missing, which the library would leave random."""
+    import safetensors.torch
+    import torch
+
     whole = folder / "vae"
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_bytes((whole / "config.json").read_bytes())
-    (tmp_path / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
-    tensors = safetensors.numpy.load_file(whole / "diffusion_pytorch_model.safetensors")
+    tensors = safetensors.torch.load_file(whole / "diffusion_pytorch_model.safetensors")
+    torch.save(tensors, tmp_path / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"nothing is not there") as absent:
         latents.Autoencoder(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"not read as a AutoencoderKLFlux2 in safetensors") as pickled:
         latents.Autoencoder(str(tmp_path))
     tensors.pop("bn.running_mean")
-    safetensors.numpy.save_file(tensors, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=r"1 tensors are missing or of another shape, such as bn.running_mean") as partial:
         latents.Autoencoder(str(tmp_path))
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345")
