@@ -236,17 +236,17 @@ def test_a_batch_beyond_the_memory_is_taken_in_parts(trained, tables, monkeypatc
 
 def test_guidance_is_compared_on_the_same_noise(trained, tables, monkeypatch):
     settings = tiny_config(**{"evaluate.images": 30, "sample.decoder": "inverse"})
-    run, samples = run_of(settings, trained), {}
-    generated = evaluate.generated
+    run, samples, generated = run_of(settings, trained), {}, evaluate.generated
 
     def kept(run, progress=False):
+        assert run.config.sample.guidance not in samples  # the configuration's own, 0, once
         samples[run.config.sample.guidance] = generated(run, progress)
         return samples[run.config.sample.guidance]
 
     monkeypatch.setattr(evaluate, "generated", kept)
     scales, train = (0.0, (3.0, 0.0)), sources.open_source("digits", "train")
     result = evaluate.image_scores(run, train, trained[0], None, scales)
-    assert list(samples) == list(scales)  # the configuration's own, 0, once
+    assert list(samples) == list(scales)
     guided = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, guidance=scales[1]))
     np.testing.assert_array_equal(samples[scales[1]], run_of(guided, trained).sample(30, np.arange(30) % 10))
     assert (samples[scales[1]] != samples[0.0]).any()
