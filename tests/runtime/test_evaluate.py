@@ -262,6 +262,7 @@ def test_guidance_is_compared_on_the_same_noise(trained, tables, monkeypatch):
     whole = {"split": "test", "step": 3} | evaluate.summarize(tables[512], trained[1], 3, 17) | result
     whole["guidance"][1]["difference"] = {"mean": -0.125, "stderr": 0.0625}  # of an untrained model it may be 0
     said = evaluate.table(whole, "bits_per_dim")
+    assert said.count("less that of guidance") == 1  # the first has none
     assert re.search(r"of guidance \(3\.0, 0\.0\) less that of guidance 0\.0, % +-12\.5000 ± 6\.2500", said)
     monkeypatch.setattr(evaluate, "scores", None)  # refused before anything is scored
     with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
