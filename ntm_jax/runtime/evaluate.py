@@ -383,9 +383,9 @@ def table(result: dict, unit: str) -> str:
     if "class_accuracy" in result:
         percent = {k: 100 * result["class_accuracy"][k] for k in ("mean", "stderr")}
         rows.append((f"class accuracy of {result['class_accuracy']['images']} samples, %", percent))
-    for score in result.get("guidance", ()):
-        first = result["guidance"][0]["guidance"]
-        for name, value in (("", score), (f" less that of guidance {first}", score["difference"])):
+    for number, score in enumerate(result.get("guidance", ())):
+        differs = [(f" less that of guidance {result['guidance'][0]['guidance']}", score["difference"])] if number else []
+        for name, value in (("", score), *differs):
             percent = {k: 100 * value[k] for k in ("mean", "stderr")}
             rows.append((f"class accuracy of guidance {score['guidance']}{name}, %", percent))
     if "features" in result:

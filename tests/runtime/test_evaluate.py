@@ -236,17 +236,17 @@ def test_a_batch_beyond_the_memory_is_taken_in_parts(trained, tables, monkeypatc
 
 def test_guidance_is_compared_on_the_same_noise(trained, tables, monkeypatch):
     settings = tiny_config(**{"evaluate.images": 30, "sample.decoder": "inverse"})
-    run, samples = run_of(settings, trained), {}
-    generated = evaluate.generated
+    run, samples, generated = run_of(settings, trained), {}, evaluate.generated
 
     def kept(run, progress=False):
+        assert run.config.sample.guidance not in samples  # the configuration's own, 0, once
         samples[run.config.sample.guidance] = generated(run, progress)
         return samples[run.config.sample.guidance]
 
     monkeypatch.setattr(evaluate, "generated", kept)
     scales, train = (0.0, (3.0, 0.0)), sources.open_source("digits", "train")
     result = evaluate.image_scores(run, train, trained[0], None, scales)
-    assert list(samples) == list(scales)  # the configuration's own, 0, once
+    assert list(samples) == list(scales)
     guided = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, guidance=scales[1]))
     np.testing.assert_array_equal(samples[scales[1]], run_of(guided, trained).sample(30, np.arange(30) % 10))
     assert (samples[scales[1]] != samples[0.0]).any()
@@ -262,7 +262,9 @@ def test_guidance_is_compared_on_the_same_noise(trained, tables, monkeypatch):
     whole = {"split": "test", "step": 3} | evaluate.summarize(tables[512], trained[1], 3, 17) | result
     whole["guidance"][1]["difference"] = {"mean": -0.125, "stderr": 0.0625}  # of an untrained model it may be 0
     said = evaluate.table(whole, "bits_per_dim")
+    assert said.count("less that of guidance") == 1  # the first has none
     assert re.search(r"of guidance \(3\.0, 0\.0\) less that of guidance 0\.0, % +-12\.5000 ± 6\.2500", said)
+    monkeypatch.setattr(evaluate, "scores", None)  # refused before anything is scored
     with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
         evaluate.evaluate(run, guidance=(0.0, (1.0, 1.0, 1.0)))
     with pytest.raises(UserError, match=r"--guidance compares class accuracies, .* with config\.evaluate\.images above 0"):
