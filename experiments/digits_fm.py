@@ -24,5 +24,7 @@ def get_config():
     c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500, features="cnn")
-    c.sample = dict(num=100, steps=50, guidance=0.0, decoder="euler", inverse="auto")
+    c.sample = dict(
+        num=100, steps=50, guidance=ml_collections.FieldReference(0.0, object),  # or one for each step
+        decoder="euler", inverse="auto")
     return c

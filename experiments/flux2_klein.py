@@ -33,7 +33,9 @@ def get_config(variant: str = ""):
     c.optimizer = dict(learning_rate=5e-5, floor=1e-6, warmup_steps=2000, weight_decay=1e-4, clip=1.0, ema_decay=0.9999)
     c.mesh = dict(slices=1, data=-1, fsdp=32, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=8, batch_size=512, images=0, features="none")
-    c.sample = dict(num=64, steps=4, guidance=0.0, decoder="score", inverse="auto")
+    c.sample = dict(
+        num=64, steps=4, guidance=ml_collections.FieldReference(0.0, object),  # or one for each step: (1.0, 0.5, 0.0, 0.0)
+        decoder="score", inverse="auto")
     if variant.startswith("runlocal"):
         c.init_from = ""
         c.data.update(source="mock:4x4x16,text=8x12", mock="", batch_size=8, workers=0)

@@ -21,6 +21,7 @@ from ntm_jax.runtime import config, finetune, sharding, state, train
 from tests.backbones.common import original, random_diffusers
 from tests.common import ROOT, bits, experiment, python, rehearsal
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MOCK = "mock:4x4x16,text=8x12"
 
 
@@ -48,22 +49,21 @@ def write_checkpoint(folder, names=lambda tensors: tensors):
 
 def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
     paths = write_checkpoint(tmp_path / "klein" / "transformer"), write_checkpoint(tmp_path / "original", original)
-    started = []
-    for path in paths:
-        c = settings(init_from=str(path), **{"train.align_weight": 2.5})
-        spec, model, mesh = built(c)
-        started.append(finetune.start_from(c, spec, model, mesh, state.initialize(c, model, mesh)).params)
+    spec, model, mesh = built(settings())
+    new = state.initialize(settings(), model, mesh)
+    started = [finetune.start_from(settings(init_from=str(path)), spec, model, mesh, new).params for path in paths]
     assert bits(started[0]["params"]["backbone"]) == bits(started[1]["params"]["backbone"])
     batch = next(pipeline.evaluation_batches(sources.open_source(MOCK, "train"), 1, 2))
     y, t = state.condition(model, batch), levels(4, np.full(2, 0.02), "shifted", 0.5)
-    predict = jax.jit(functools.partial(model.apply, method=NTM.predict))
+    predict, backbone = jax.jit(functools.partial(model.apply, method=NTM.predict)), jax.jit(model.backbone.apply)
+    transport = jax.jit(functools.partial(model.apply, method=NTM.transport))
     for k in range(4):
         mean, log_scale = predict(started[0], batch["x"], t[:, k + 1], t[:, k], np.full(2, 4), y)
-        velocity, _ = model.backbone.apply({"params": started[0]["params"]["backbone"]}, batch["x"], t[:, k + 1], y)
+        velocity, _ = backbone({"params": started[0]["params"]["backbone"]}, batch["x"], t[:, k + 1], y)
         a, b, c_ = (v[:, None, None] for v in posterior(t[:, k], t[:, k + 1]))
         np.testing.assert_allclose(mean, a * batch["x"] + b * (batch["x"] - t[:, k + 1, None, None] * velocity), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(log_scale, np.broadcast_to(np.log(c_), log_scale.shape), atol=1e-6)
-        u, log_det = model.apply(started[0], batch["x"], t[:, k], np.full(2, 4), y, method=NTM.transport)
+        u, log_det = transport(started[0], batch["x"], t[:, k], np.full(2, 4), y)
         np.testing.assert_array_equal(u, batch["x"])
         np.testing.assert_array_equal(log_det, 0)
 

@@ -427,14 +427,16 @@ def finish(run: load.Run) -> None:
     clean, levels = run.sample_at(np.arange(min(config.sample.num, 500 if points else 10)), trajectory=True)
     t = state.sampled_levels(config, run.model)[::-1]
     some = np.unique(np.linspace(0, len(t) - 1, 17).round().astype(int))
-    t, pictures = t[some], np.concatenate([levels[:, some], clean[:, None]], 1)
+    t, pictures = t[some], levels[:, some]
+    if t[-1]:  # an ODE ends in the clean image
+        t, pictures = np.append(t, 0.0), np.concatenate([pictures, clean[:, None]], 1)
     if jax.process_index():
         return
     squares = run.denoiser or config.train.objective == "flow_matching"
     plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png", *(["training loss (mean squared error)"] if squares else []))
     if points:
         plots.points_picture(images.reshape(-1, 1, 2), [0.0], folder / "samples.png")
-        plots.points_picture(pictures.reshape(*pictures.shape[:2], 2), [*t, 0.0], folder / "trajectories.png")
+        plots.points_picture(pictures.reshape(*pictures.shape[:2], 2), t, folder / "trajectories.png")
     else:
         plots.save_png(folder / "samples.png", generate.picture(images, spec.levels))
-        plots.trajectory_picture(generate.displayable(pictures, spec.levels), [*t, 0.0], folder / "trajectories.png")
+        plots.trajectory_picture(generate.displayable(pictures, spec.levels), t, folder / "trajectories.png")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, evaluate, generate, sharding, state, train
-from tests.common import batch_of, bits, python, randomised, setup, tiny_config
+from tests.common import TINY, batch_of, bits, experiment, python, randomised, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.xdist_group("sharding")  # one worker: they share a run
 SHAPES = ((1, 1, 1, 1), (8, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2))
@@ -55,13 +56,58 @@ def main(out):
             table = evaluate.scores(settings, model, evaluated, source, mesh, 2)
             arrays |= {f"{name}/scores/{key}": value for key, value in table.items()}
         if shape in ((1, 1, 1, 1), (2, 2, 2, 1)):
-            from ntm_jax.data import pipeline
-
             spec = pipeline.spec(source, settings.data.patch_size)
             arrays[f"{name}/images"] = generate.generate(settings, model, evaluated, spec, mesh, np.arange(5))
     np.savez(out + ".npz", **arrays)
     with open(out + ".json", "w") as file:
         json.dump(facts, file)
+
+
+SMALL = {key: TINY[key] for key in TINY if key.startswith(("model.", "train.")) and key != "model.transporter_blocks"}
+OTHERS = {  # of the other networks: the experiment, and what makes it tiny
+    "finetune": (("digits_finetune",), {"init_from": "frozen"}),
+    "text": (("t2i256", "runlocal"), {"data.source": "mock:4x4x4,text=4x8"}),
+    "flux2": (("flux2_klein", "runlocal"), {"data.source": "mock:4x4x4,text=8x8", "init_from": "frozen", "train.align_weight": 2.5}),
+}
+
+
+def others(out):
+    """Writes {network/mesh/metric: value} of a step of every one of OTHERS on three meshes, random parameters, as OUT.npz."""
+    arrays = {}
+    for name, (where, changes) in OTHERS.items():
+        for shape in ((1, 1, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)):
+            values = experiment(*where)
+            values.update_from_flattened_dict(SMALL | {"data.batch_size": 16} | changes)
+            values.mesh.update(dict(zip(sharding.AXES, shape, strict=True)))
+            settings = config.read(values)
+            source = sources.open_source(settings.data.source, "train")
+            model = state.make_model(settings, pipeline.spec(source, settings.data.patch_size))
+            mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
+            current = state.initialize(settings, model, mesh)
+            homes = jax.tree.map(lambda a: a.sharding, state.abstract(settings, model, mesh).params)
+            current = current.replace(params=jax.device_put(randomised(current.params), homes))
+            batch = next(pipeline.evaluation_batches(source, settings.data.patch_size, 16))
+            batch = sharding.to_global({key: value for key, value in batch.items() if key != "mask"}, mesh)
+            frozen = None
+            if settings.train.align_weight:
+                backbone = jax.tree.map(lambda a: np.asarray(a) + 0.05, current.params["params"]["backbone"])
+                frozen = {"params": jax.device_put(backbone, homes["params"]["backbone"])}
+            step = train.make_step(settings, model, mesh)
+            with sharding.use(mesh):
+                _, metrics = step(current, batch, max(settings.trajectory.steps), frozen)
+            arrays |= {f"{name}/{'x'.join(map(str, shape))}/{key}": np.asarray(value) for key, value in metrics.items()}
+    np.savez(out + ".npz", **arrays)
+
+
+@rehearsal
+def test_a_step_of_the_other_networks_is_the_same_on_any_mesh(tmp_path, compilation_cache):
+    out = str(tmp_path / "out")
+    python(__file__, out, "others", XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    arrays = np.load(out + ".npz")
+    assert len([key for key in arrays if "/1x1x1x1/" in key]) == 7 + 6 + 7
+    for key in arrays:
+        name, _, metric = key.split("/")
+        np.testing.assert_allclose(arrays[key], arrays[f"{name}/1x1x1x1/{metric}"], rtol=3 * RELATIVE, atol=1e-6, err_msg=key)
 
 
 @pytest.fixture(scope="module")
@@ -195,4 +241,4 @@ def test_two_dimensions_on_one_axis_are_refused_by_name():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    (others if "others" in sys.argv else main)(sys.argv[1])
