@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core import sampling
+from ntm_jax.core import flow_matching, sampling
 from ntm_jax.core.denoising import score_denoise
 from ntm_jax.core.model import NTM
 from ntm_jax.core.transporter import fastest
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.runtime import attention, distill, evaluate, flops, generate, sharding, state, train
-from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.config import SOLVERS, Config
 
 SECONDS = 0.5  # a timed run lasts at least this long
 COPIED = 1 << 27  # bytes: more than a cache holds
@@ -45,6 +45,11 @@ class Setting:
         if self.run:
             return self.run.model
         return state.make_model(self.config, pipeline.spec(self.source, self.config.data.patch_size), attention.choose(self.mesh))
+
+    @property
+    def flow(self) -> bool:
+        """Whether the model is one of flow matching, whose samples solve an ODE."""
+        return self.config.train.objective == "flow_matching"
 
     @functools.cached_property
     def params(self):
@@ -97,15 +102,23 @@ def _train_step(setting: Setting) -> Case:
     with contextlib.closing(setting.batches()) as batches:
         batch = next(batches)
     step, current = train.make_step(config, model, mesh), state.initialize(config, model, mesh)
+    frozen = _frozen(config, current.ema)
 
     def once():
         nonlocal current
         with sharding.use(mesh):
-            current, metrics = step(current, sharding.to_global(batch, mesh), steps)
+            current, metrics = step(current, sharding.to_global(batch, mesh), steps, frozen)
         return metrics
 
-    counted = train.flops_of_step(config, model, current, sharding.to_global(batch, mesh), mesh)
+    counted = train.flops_of_step(config, model, current, sharding.to_global(batch, mesh), mesh, frozen=frozen)
     return Case("train step", once, config.data.batch_size, flops=counted)
+
+
+def _frozen(config: Config, params):
+    """What a step that holds its means near a frozen copy takes: a copy, since a step donates its parameters."""
+    if not config.train.align_weight:
+        return None
+    return jax.tree.map(lambda a: jax.device_put(np.asarray(a), a.sharding), flow_matching.backbone_params(params))
 
 
 def _held_out(setting: Setting) -> tuple[dict, int]:
@@ -123,17 +136,17 @@ def _forward(setting: Setting) -> Case:
     batch, size = _held_out(setting)
     params = state.initialize(config, model, mesh).params
 
-    def terms(model, params, root, batch):
-        return train.OBJECTIVES[config.train.objective](config, model, params, root, batch, config.evaluation_steps)
+    def terms(model, params, root, batch, frozen):
+        return train.OBJECTIVES[config.train.objective](config, model, params, root, batch, config.evaluation_steps, frozen)
 
-    forward, root = jax.jit(terms, static_argnums=0), jax.random.key(0)
+    forward, root, frozen = jax.jit(terms, static_argnums=0), jax.random.key(0), _frozen(config, params)
 
     def once():
         with sharding.use(mesh):
-            return forward(model, params, root, sharding.to_global(batch, mesh))
+            return forward(model, params, root, sharding.to_global(batch, mesh), frozen)
 
     with sharding.use(mesh):
-        counted = flops.count(functools.partial(terms, state.plain(model)), params, root, sharding.to_global(batch, mesh))
+        counted = flops.count(functools.partial(terms, state.plain(model)), params, root, sharding.to_global(batch, mesh), frozen)
     return Case("forward pass", once, size, flops=counted)
 
 
@@ -183,8 +196,10 @@ def _sampling(name: str, setting: Setting, function, *arguments) -> Case:
     return Case(name, once, len(setting.drawn[0]), flops=counted)
 
 
-def _sampler(decoder: str, setting: Setting) -> Case:
-    """Images as launch/sample.py makes them by a decoder."""
+def _sampler(decoder: str, setting: Setting) -> Case | None:
+    """Images as launch/sample.py makes them by a decoder; None where it is not one of the model's."""
+    if (decoder in SOLVERS) != setting.flow:
+        return None
     config, (index, y, *_) = setting.config, setting.drawn
     module, denoiser = setting.denoiser if decoder == "denoiser" else (None, None)
 
@@ -196,8 +211,10 @@ def _sampler(decoder: str, setting: Setting) -> Case:
     return _sampling(f"images, decoder {decoder}", setting, images, jax.random.key(0), index, y, denoiser)
 
 
-def _predictor(setting: Setting) -> Case:
+def _predictor(setting: Setting) -> Case | None:
     """The predictor's steps from pure noise to u_0."""
+    if setting.flow:
+        return None
     index, y, _, _ = setting.drawn
 
     def latents(model, _, params, root, index, y):
@@ -242,8 +259,10 @@ def _sweeps(params, us, t, y, tolerance, *, model):
     return jnp.mean(sampling.inverse_sweeps(model, params, us, t, y, tolerance), (0, 2))
 
 
-def _score(setting: Setting) -> Case:
+def _score(setting: Setting) -> Case | None:
     """Trajectory score denoising of levels that are inverted already."""
+    if setting.flow:
+        return None
     _, y, t, us = setting.drawn
 
     def denoised(model, _, params, xs, t, y):
@@ -253,7 +272,7 @@ def _score(setting: Setting) -> Case:
 
 
 TRAINING = (_train_step, _forward, _input_pipeline, _likelihood)
-SAMPLING = (*(functools.partial(_sampler, decoder) for decoder in ("inverse", "score", "denoiser")), _predictor,
+SAMPLING = (*(functools.partial(_sampler, decoder) for decoder in ("inverse", "score", "denoiser", *SOLVERS)), _predictor,
             *(functools.partial(_inverse, how) for how in ("sequential", "parallel")), _score)
 
 

@@ -76,8 +76,10 @@ def pairwise(config: Config, model: NTM, params, root, batch, steps: int, frozen
     return jax.tree.map(lambda a: a[:, None] if jnp.ndim(a) else a, terms)
 
 
-def velocity(config: Config, model: NTM, params, root, batch):
-    """Squared errors [B] of the velocity that the model's backbone gives, at one level an example, uniform in the schedule's steps."""
+def velocity(config: Config, model: NTM, params, root, batch, steps=None, frozen=None):
+    """Squared errors [B] of the velocity that the model's backbone gives, at one level an example, uniform in the schedule's steps; the
+    last two arguments are unused."""
+    del steps, frozen
     x = batch["x"]
     keys, _, y = _draws(config, model, root, batch)
     t = state.levels_at(config, model, jax.vmap(jax.random.uniform)(state.example_keys(root, "level", batch["index"])))
@@ -85,7 +87,7 @@ def velocity(config: Config, model: NTM, params, root, batch):
     return flow_matching.velocity_errors(model.backbone, flow_matching.backbone_params(params), x, noise, t, y)
 
 
-OBJECTIVES = {"end_to_end": end_to_end, "pairwise": pairwise}
+OBJECTIVES = {"end_to_end": end_to_end, "pairwise": pairwise, "flow_matching": velocity}
 
 
 def make_step(config: Config, model, mesh, teacher=None):
@@ -112,10 +114,10 @@ def make_step(config: Config, model, mesh, teacher=None):
             found = distill.errors(teacher.config, model, params, teacher.model, frozen, keys, batch["x"], y)
             value = jnp.mean(found["to_target"])
             return value, {"loss": value}
-        if config.train.objective == "flow_matching":
-            value = jnp.mean(velocity(config, model, params, root, batch))
-            return value, {"loss": value}
         terms = OBJECTIVES[config.train.objective](config, model, params, root, batch, steps, frozen)
+        if config.train.objective == "flow_matching":
+            value = jnp.mean(terms)
+            return value, {"loss": value}
         told = {name: jnp.mean(getattr(terms, name), 0) / dimensions for name in ("log_det", "log_scale", "quadratic")}
         told["loss"] = value = jnp.mean(told["quadratic"] + told["log_scale"] - told["log_det"])
         if config.train.align_weight:

@@ -13,7 +13,7 @@ import ntm_jax
 from ntm_jax.core import flow_matching
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import checkpoint, compile, config, evaluate, finetune, sharding, state, train
+from ntm_jax.runtime import benchmark, checkpoint, compile, config, evaluate, finetune, sharding, state, train
 from tests.common import TINY, batch_of, bits, experiment, randomised, rehearsal, setup
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -179,3 +179,18 @@ def test_what_does_not_go_together_is_refused(flow, run, tmp_path):
     shutil.rmtree(tmp_path / "run" / "frozen")
     with pytest.raises(UserError, match=r"there is no checkpoint in .*frozen"):
         train.train(tuned(flow[0], **{"train.steps": 5}), str(tmp_path / "run"), progress=False)
+
+
+def test_the_benchmarks_rows_of_both(flow):
+    run = ntm_jax.load(str(flow[0]))
+    sampled = [case for make in benchmark.SAMPLING if (case := make(benchmark.Setting(run.config, run.mesh, run=run, batch=3)))]
+    assert [case.name for case in sampled] == ["images, decoder euler", "images, decoder heun"]
+    assert sampled[1].flops == 2 * sampled[0].flops > 0  # two passes a step
+    made, _ = sampled[0].once()
+    assert made.shape == (3, 16, 4)
+    settings = tuned("x")
+    source, _, mesh = setup(settings)
+    aligned, free = (benchmark._train_step(benchmark.Setting(config, mesh, source, source)) for config in (
+        settings, tuned("x", **{"train.align_weight": 0.0})))
+    assert aligned.flops > free.flops  # by the frozen copy's pass
+    assert all(np.isfinite(aligned.once()["loss"]) for _ in range(2))  # the copy is not given away with the state
