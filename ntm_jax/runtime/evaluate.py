@@ -90,6 +90,18 @@ def every_record(config: Config, source: Source, mesh, score, progress: bool = F
     return {name: values[order] for name, values in table.items()}
 
 
+def _by_record(config: Config, source: Source, mesh, compute) -> dict:
+    """{name: [records, ...]} by index of compute(root, batch), jitted, on one device or many."""
+    def score(part):
+        batch = sharding.to_global(part, mesh)
+        kept = {"index": batch["index"], "mask": batch.pop("mask")}
+        with sharding.use(mesh):
+            return kept | compute(jax.random.key(config.seed), batch)
+
+    found = every_record(config, source, mesh, score)
+    return {name: values for name, values in found.items() if name != "index"}
+
+
 def _mean(values, variance=None) -> dict:
     """Mean over examples [n] and its standard error, in float64; variance [n], of each over its noise, gives the noise's part of it."""
     values = np.asarray(values, np.float64)
@@ -140,16 +152,9 @@ def _denoising_errors(params, root, batch, *, config, model):
 def denoising_errors(run, source: Source) -> dict:
     """What score denoising is worth on held-out records noised by the forward process, one trajectory a record: {formula of
     denoising.denoise_levels: mean and stderr by level, clean to noisy, of the squared error to the data a dimension}."""
-    root = jax.random.key(run.config.seed)
-
-    def score(part):
-        batch = sharding.to_global(part, run.mesh)
-        kept = {"index": batch["index"], "mask": batch.pop("mask")}
-        with sharding.use(run.mesh):
-            return kept | _denoising_errors(run.params, root, batch, config=run.config, model=state.exact(run.model))
-
-    found = every_record(run.config, source, run.mesh, score)
-    levels = {name: [_mean(v) for v in values.T] for name, values in found.items() if name != "index"}
+    compute = functools.partial(_denoising_errors, run.params, config=run.config, model=state.exact(run.model))
+    found = _by_record(run.config, source, run.mesh, compute)
+    levels = {name: [_mean(v) for v in values.T] for name, values in found.items()}
     return {name: {key: [level[key] for level in values] for key in ("mean", "stderr")} for name, values in levels.items()}
 
 
@@ -161,17 +166,9 @@ def _denoiser_errors(params, denoiser_params, root, batch, *, config, model, den
 
 def denoiser_errors(run, source: Source) -> dict:
     """Held-out means of distill.errors, of a run with a denoiser, one trajectory a record."""
-    (denoiser, denoiser_params), root = run.denoiser, jax.random.key(run.config.seed)
-
-    def score(part):
-        batch = sharding.to_global(part, run.mesh)
-        kept = {"index": batch["index"], "mask": batch.pop("mask")}
-        with sharding.use(run.mesh):
-            return kept | _denoiser_errors(
-                run.params, denoiser_params, root, batch, config=run.config, model=run.model, denoiser=denoiser)
-
-    found = every_record(run.config, source, run.mesh, score)
-    return {name: _mean(values) for name, values in found.items() if name != "index"}
+    denoiser, denoiser_params = run.denoiser
+    compute = functools.partial(_denoiser_errors, run.params, denoiser_params, config=run.config, model=run.model, denoiser=denoiser)
+    return {name: _mean(values) for name, values in _by_record(run.config, source, run.mesh, compute).items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model", "draws"))
@@ -190,13 +187,8 @@ def _velocity_errors(params, root, batch, *, config, model, draws):
 
 def velocity_errors(config: Config, model, params, source: Source, mesh, draws: int) -> dict:
     """Held-out mean squared error of a flow-matching model's velocity a dimension, over `draws` levels a record, spread evenly."""
-    def score(part):
-        batch = sharding.to_global(part, mesh)
-        kept = {"index": batch["index"], "mask": batch.pop("mask")}
-        with sharding.use(mesh):
-            return kept | _velocity_errors(params, jax.random.key(config.seed), batch, config=config, model=model, draws=draws)
-
-    return _mean(every_record(config, source, mesh, score)["velocity"])
+    compute = functools.partial(_velocity_errors, params, config=config, model=model, draws=draws)
+    return _mean(_by_record(config, source, mesh, compute)["velocity"])
 
 
 KINDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
