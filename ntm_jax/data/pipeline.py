@@ -26,7 +26,7 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_TH
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """What the model must know of the data: image_shape (H, W, C), patch_size, pixel levels V (0: continuous latents), classes (0: no
-    labels), record count, and the tokens M and width E of a record's text states (0: no text)."""
+    labels), record count, the tokens M and width E of a record's text states (0: no text), and the encoder that made them."""
 
     image_shape: tuple[int, int, int]
     patch_size: int
@@ -35,6 +35,7 @@ class DataSpec:
     count: int
     text_tokens: int = 0
     text_width: int = 0
+    text: str = ""
 
     @property
     def tokens(self) -> int:
@@ -55,7 +56,7 @@ def spec(source: Source, patch_size: int) -> DataSpec:
             f"data.patch_size={patch_size} does not divide the {height}x{width} images of {source.name}: "
             "choose a divisor of both sides, or another data.image_size"
         )
-    count, text = len(source.records), (source.text_tokens, source.text_width)
+    count, text = len(source.records), (source.text_tokens, source.text_width, source.text)
     return DataSpec(source.image_shape, patch_size, source.levels, source.num_classes, count, *text)
 
 

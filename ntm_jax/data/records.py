@@ -2,7 +2,7 @@
 
 PATH/manifest.json names every split's shards, how many records each holds, and the layout that all records share. A record is the bytes
 of a safetensors file: "image" [H, W, C], uint8 pixels or latents in float16, bfloat16 or float32; "label", an int32, where there are
-classes; "text" [m, E] float16, the states of its own m <= M tokens, where there is text.
+classes; "text" [m, E] float16, the states of its own m <= M tokens, where there is text; "caption", UTF-8 bytes, where there are captions.
 
 H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's worker processes run this.
 """
@@ -36,7 +36,8 @@ class Layout:
     """What all records of a folder share; each field is a key of the manifest. ValueError if they contradict each other.
 
     levels: V, 0 for continuous latents, which are read as (latent - mean) / std by channel where these are given.
-    num_classes: 0 without labels. text_tokens, text_width: M and E, 0 without text. choices: how they were made, anything JSON.
+    num_classes: 0 without labels. text_tokens, text_width: M and E, 0 without text. text: the encoder that made the states, see data.text.
+    captions: whether records hold their captions. choices: how they were made, anything JSON.
     """
 
     image_shape: tuple[int, int, int]
@@ -44,6 +45,8 @@ class Layout:
     num_classes: int = 0
     text_tokens: int = 0
     text_width: int = 0
+    text: str = ""
+    captions: bool = False
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -65,6 +68,8 @@ class Layout:
         if self.text_width:
             tokens = arrays["text"].size // self.text_width if "text" in arrays else 0
             expected["text"] = ((min(tokens, self.text_tokens), self.text_width), ("F16",))
+        if self.captions:
+            expected["caption"] = (arrays["caption"].shape if "caption" in arrays else (), ("U8",))
         if arrays.keys() != expected.keys():
             return f"has {', '.join(sorted(arrays))}, expected {', '.join(sorted(expected))}"
         for key, (shape, types) in expected.items():
@@ -104,10 +109,10 @@ def read_manifest(path: str) -> tuple[Layout, dict[str, dict[str, list]], str]:
 
 
 class Records:
-    """Random access to the records of some shards: records[i] -> {"image", "label" (int, -1: none), "text", "text_mask"}.
+    """Random access to the records of some shards: records[i] -> {"image", "label" (int, -1: none), "text", "text_mask", "caption"}.
 
     The image is [H, W, C] uint8, or float32 for latents; with text there are text [M, E] float16, zeros after the record's own tokens,
-    and text_mask [M] bool, true on these. A shard is opened when it is first read, by whichever process reads it.
+    and text_mask [M] bool, true on these; with captions a str. A shard is opened when it is first read, by whichever process reads it.
 
     Args:
       path, layout, parts: the folder, its layout, and the values of `read_manifest`'s splits to read in turn.
@@ -147,7 +152,8 @@ class Records:
             raise UserError(f"record {position} of {self._root / self._shards[shard]} {fault}: prepare this shard again")
         image = arrays["image"] if self._layout.levels else (arrays["image"].astype(np.float32) - self._mean) / self._std
         text = pad_text(arrays["text"], self._layout.text_tokens) if self._layout.text_width else {}
-        return {"image": image, "label": int(arrays.get("label", -1)), **text}
+        caption = {"caption": arrays["caption"].tobytes().decode()} if self._layout.captions else {}
+        return {"image": image, "label": int(arrays.get("label", -1)), **text, **caption}
 
     def _open(self, shard: int) -> ArrayRecordReader:
         path, expected = os.fspath(self._root / self._shards[shard]), self._counts[shard]
@@ -166,7 +172,8 @@ def pad_text(text: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
 
 
 def write_records(path: str, splits: Mapping[str, Iterable[Mapping[str, Any]]], layout: Layout, shard_size: int = 10_000) -> None:
-    """Writes `splits` of examples {"image", "label", "text"}, as they lie in a record, and their manifest to the folder `path`.
+    """Writes `splits` of examples {"image", "label", "text", "caption" (a str)}, as they lie in a record, and their
+    manifest to the folder `path`.
 
     Examples are taken one at a time. Every file gets its name when it is whole, the manifest last.
 
@@ -196,7 +203,7 @@ def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], lay
         writer = ArrayRecordWriter(f"{folder}/shard", "group_size:1" + ("" if layout.levels else ",uncompressed"))
         try:
             for example in examples:
-                arrays = {key: np.asarray(value, np.int32 if key == "label" else None, order="C") for key, value in example.items()}
+                arrays = {key: _array(key, value) for key, value in example.items()}
                 if fault := layout.fault(arrays):
                     raise UserError(f"example {count} of {file.name} {fault}")
                 writer.write(safetensors.numpy.save(arrays))
@@ -207,6 +214,12 @@ def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], lay
         epath.Path(folder, "shard").copy(part)
         part.replace(file)
     return count
+
+
+def _array(key: str, value) -> np.ndarray:
+    if key == "caption":
+        return np.frombuffer(value.encode(), np.uint8)
+    return np.asarray(value, np.int32 if key == "label" else None, order="C")
 
 
 def write_manifest(path: str, layout: Layout, splits: Mapping[str, Mapping[str, list]]) -> None:

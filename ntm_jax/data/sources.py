@@ -8,6 +8,7 @@ imported: grain's worker processes run this.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -23,8 +24,8 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data import synthetic
-from ntm_jax.data.records import Records, read_manifest
+from ntm_jax.data import synthetic, text
+from ntm_jax.data.records import Records, pad_text, read_manifest
 from ntm_jax.errors import UserError
 
 _KNOWN = "digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE, toy:NAME"
@@ -42,7 +43,8 @@ class Source:
     records: random access, `len(records)` and `records[i]` -> {"image": [H, W, C] uint8 in 0..V-1, or float32 latents, "label": int (-1:
       none)}, and with text "text": [M, E] float16, zeros after the record's own tokens, "text_mask": [M] bool, true on these.
     image_shape: (H, W, C). levels: V, the number of values a pixel can take, 0: continuous latents. num_classes: 0 where there are no
-      labels. text_tokens, text_width: M and E, 0 where there is no text.
+      labels. text_tokens, text_width: M and E, 0 where there is no text. text: the encoder that made the states, '' where none is known.
+    captions: every record's caption, where there are captions; records then have "caption": str too.
     version: names the data's content, for provenance.
     log_density: of data whose density is known, a function of points [n, H W C] float64 and t, 0 < t <= 1, that gives the exact
       log-density in nats, [n] float64, of the data noised to level t, x_t = (1-t) x + t eps. It can be pickled.
@@ -57,10 +59,12 @@ class Source:
     num_classes: int
     text_tokens: int = 0
     text_width: int = 0
+    text: str = ""
+    captions: Sequence[str] | None = None
     log_density: Any = None
 
 
-def open_source(name: str, split: str, image_size: int = 0) -> Source:
+def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> Source:
     """Opens `name`, one of digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE and toy:NAME.
 
     Where a source has no splits of its own, they cut np.random.RandomState(0).permutation(n): the first 1,500 digits, 4,000 of mnist_5k
@@ -74,6 +78,7 @@ def open_source(name: str, split: str, image_size: int = 0) -> Source:
       split: 'train', 'test', 'all' or another split of the source, whole or a slice of it: 'train[:1350]', 'train[-100:]', 'test[10%:]'.
       image_size: 0 keeps the images as they are, and then all must have one shape; otherwise their central square is resized to it.
         Latents cannot be resized.
+      text: the encoder that captions are told to the model by, see data.text; records must have been prepared with it. '': none.
     Raises:
       UserError: unknown source or split, an empty slice or one out of range, missing or unprepared data, undecodable images, images of
         different sizes. What only a read can find out, reading a record raises.
@@ -104,7 +109,8 @@ def open_source(name: str, split: str, image_size: int = 0) -> Source:
             raise UserError(f"data.image_size={image_size} does not go with {name}, whose latents cannot be resized: set data.image_size=0")
         shape = (image_size, image_size, shape[-1])
     records = _Images(source.records, rows, shape, image_size, source.levels)
-    return dataclasses.replace(source, split=split, records=records, image_shape=shape)
+    captions = None if source.captions is None else _Rows(source.captions, rows)
+    return _told(dataclasses.replace(source, split=split, records=records, image_shape=shape, captions=captions), text)
 
 
 # Splits and sizes, common to all sources.
@@ -133,6 +139,67 @@ class _Images:
                 f"images have different sizes ({name} is {_text(image.shape)}, others {_text(self.shape)}): set data.image_size"
             )
         return {**record, "image": image, "label": int(record["label"])}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows(Sequence):
+    """The chosen rows of a sequence."""
+
+    values: Sequence
+    rows: range
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        return self.values[self.rows[index]]
+
+
+_ENCODED_AT_ONCE = 100_000  # captions; more are prepared first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """Records with the states of their captions: of all in memory, {caption: [m, E]}, or encoded as they are read."""
+
+    records: Any
+    encoder: str
+    states: dict[str, np.ndarray] | None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record, encoder = self.records[index], text.open_encoder(self.encoder)
+        own = encoder.encode([record["caption"]])[0][0] if self.states is None else self.states[record["caption"]]
+        return record | pad_text(own, encoder.tokens)
+
+
+@functools.cache
+def _encoded(encoder: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
+    return dict(zip(captions, text.open_encoder(encoder).encode(captions)[0], strict=True))
+
+
+def _told(source: Source, name: str) -> Source:
+    """The source with the states of its captions by an encoder, if it is asked for; UserError where the source does not go with that."""
+    if not name:
+        return source
+    if source.text_width:
+        if source.text and source.text != name:
+            raise UserError(f"config.data.text is {name!r}, and {source.name} holds the states of {source.text!r}: give that, or prepare "
+                            "the records again")
+        return dataclasses.replace(source, text=name)
+    if source.captions is None:
+        raise UserError(f"config.data.text is {name!r}, and {source.name} has no captions: leave it empty")
+    encoder = text.open_encoder(name)
+    states = None
+    if not encoder.at_read:
+        if len(source.captions) > _ENCODED_AT_ONCE:
+            raise UserError(f"{source.name} has {len(source.captions)} captions, and {name} encodes at most {_ENCODED_AT_ONCE} when a "
+                            "source is opened: prepare them with launch/prepare.py")
+        states = _encoded(name, tuple(sorted(set(source.captions))))
+    return dataclasses.replace(source, records=_Told(source.records, name, states), text_tokens=encoder.tokens, text_width=encoder.width,
+                               text=name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,12 +345,26 @@ def _open_tfds(where: str, split: str) -> Source:
 # Prepared records.
 
 
+@dataclasses.dataclass(frozen=True)
+class _Captions(Sequence):
+    """The captions of records, read with them."""
+
+    records: Records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> str:
+        return self.records[index]["caption"]
+
+
 def _open_records(where: str, split: str) -> Source:
     layout, splits, version = read_manifest(where)
     _check_split(f"records:{where}", split, dict.fromkeys([*splits, "all"]))
     records = Records(where, layout, [splits[split]] if split in splits else list(splits.values()))
-    shape, text = layout.image_shape, (layout.text_tokens, layout.text_width)
-    return Source(f"records:{where}", split, version, records, shape, layout.levels, layout.num_classes, *text)
+    captions = _Captions(records) if layout.captions else None
+    told = (layout.text_tokens, layout.text_width, layout.text)
+    return Source(f"records:{where}", split, version, records, layout.image_shape, layout.levels, layout.num_classes, *told, captions)
 
 
 # Folders of image files.

@@ -20,7 +20,7 @@ from ntm_jax.core import flow_matching, sampling
 from ntm_jax.core.denoising import score_denoise
 from ntm_jax.core.model import NTM
 from ntm_jax.core.transporter import fastest
-from ntm_jax.data import pipeline, sources
+from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.runtime import attention, distill, evaluate, flops, generate, sharding, state, train
 from ntm_jax.runtime.config import SOLVERS, Config
@@ -282,8 +282,7 @@ def benchmark(config: Config, runs: int, batch: int | None = None) -> list[dict]
     (each one's items/s). An inverse's row also has tokens and round_trip_error, the parallel one's sweeps, {tolerance: by level, clean to
     noisy}."""
     setting = Setting(
-        config, sharding.make_mesh(config.mesh), sources.open_source(config.data.source, config.data.split, config.data.image_size),
-        sources.open_source(config.data.source, config.evaluate.split, config.data.image_size), batch=batch)
+        config, sharding.make_mesh(config.mesh), config.data.open(config.data.split), config.data.open(config.evaluate.split), batch=batch)
     return _rows(TRAINING + SAMPLING, setting, runs)
 
 

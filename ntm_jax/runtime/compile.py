@@ -100,7 +100,9 @@ class Program:
 
 def open_data(config: Config):
     """The source that tells the records' shape: config.data.mock where it is given, since the data need not be at hand."""
-    return sources.open_source(config.data.mock or config.data.source, config.data.split, config.data.image_size)
+    if config.data.mock:
+        return sources.open_source(config.data.mock, config.data.split, config.data.image_size)
+    return config.data.open(config.data.split)
 
 
 def train_program(config: Config, model, source, mesh) -> Program:

@@ -14,7 +14,9 @@ from etils import epath
 from ntm_jax.core import trajectory
 from ntm_jax.core.layers import REMAT
 from ntm_jax.core.transporter import INVERSES
+from ntm_jax.data import sources
 from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 
 
@@ -27,6 +29,11 @@ class Data:
     image_size: int  # 0: as stored
     workers: int  # 0: read in the training process
     mock: str  # the shape of the records, as a mock source, for compiling where the data are not at hand; may be empty
+    text: str = ""  # the encoder of captions, see data.text; of records the one they were prepared with, and may be empty
+
+    def open(self, split: str) -> Source:
+        """A split of the source; UserError as sources.open_source."""
+        return sources.open_source(self.source, split, self.image_size, self.text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +303,7 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
         if (epath.Path(workdir) / "checkpoints").exists():
             raise UserError(f"{workdir} holds checkpoints but no config.json: expected a run's folder or a new one; give another --workdir")
         return []
-    before, now = _defaults(Config) | flatten(_read_json(path)), flatten(_content(config, spec))
+    before, now = _defaults(Config) | _defaults(DataSpec, "spec.") | flatten(_read_json(path)), flatten(_content(config, spec))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     for key in changed:
         if not key.startswith(RESUMABLE):

@@ -15,7 +15,7 @@ import tqdm
 from etils import epath
 
 from ntm_jax.core import denoising, flow_matching, likelihood, trajectory
-from ntm_jax.data import pipeline, sources
+from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checkpoint, distill, generate, plots, processes, quality, sharding, state, truth
@@ -282,7 +282,7 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
     """
     config, model = run.config, run.model
     split, trajectories = split or config.evaluate.split, trajectories or config.evaluate.trajectories
-    source = sources.open_source(config.data.source, split, config.data.image_size)
+    source = config.data.open(split)
     spec = pipeline.spec(source, config.data.patch_size)
     if spec.tokens != model.config.tokens or spec.dim != model.config.dim:
         raise UserError(f"split {split} of {config.data.source} has images of shape {spec.image_shape}, not the training split's shape")
@@ -291,7 +291,7 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
     check_guidance(run, guidance)
     processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features, "--guidance": guidance,
                      "--against": [against.workdir, against.step] if against else None})
-    train = sources.open_source(config.data.source, config.data.split, config.data.image_size)
+    train = config.data.open(config.data.split)
     features = features or config.evaluate.features
     images = config.evaluate.images and train.levels
     # It may refuse, so it comes first.
@@ -400,7 +400,7 @@ def report(run, result: dict, scored: dict, path, per_example: bool = False, uni
     per_example the scores of each record (.parquet, nats), for data of known density densities.png, and beside another run losses.png."""
     path = epath.Path(path)
     if "truth" in result:
-        source = sources.open_source(run.config.data.source, result["split"])
+        source = run.config.data.open(result["split"])
         truth.picture(run, source, path.with_name("densities.png"))
     if jax.process_index():
         return

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.layers import Text, null
 from ntm_jax.core.trajectory import example_noise, per_example
-from ntm_jax.data import latents, sources, transforms
+from ntm_jax.data import latents, transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checkpoint, distill, plots, processes, sharding, state
@@ -50,7 +50,7 @@ def conditions(config: Config, model, index):
     """What the images of these indices show if nothing is asked for: the classes in turn, or the texts of the held-out records in turn."""
     if not model.config.text_width:
         return index % max(model.config.num_classes, 1)
-    records = sources.open_source(config.data.source, config.evaluate.split).records
+    records = config.data.open(config.evaluate.split).records
     chosen = [records[int(i) % len(records)] for i in index]
     return Text(*(np.stack([record[name] for record in chosen]) for name in ("text", "text_mask")))
 

@@ -16,7 +16,7 @@ from etils import epath
 from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
-from ntm_jax.data import pipeline, sources
+from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import attention, distill, evaluate, finetune, flops, generate, load, optimizer, plots, processes, sharding, state
 from ntm_jax.runtime import config as configuration
@@ -266,8 +266,8 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     """
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
-    source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
-    held_out = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)
+    source = config.data.open(config.data.split)
+    held_out = config.data.open(config.evaluate.split)
     spec = pipeline.spec(source, config.data.patch_size)
     model, teacher = state.make_model(config, spec, attention.choose(mesh)), None
     if config.teacher:

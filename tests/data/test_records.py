@@ -328,3 +328,30 @@ def test_a_mock_has_at_most_256_levels():
     assert_message(
         lambda: open_source("mock:8x8x1,levels=257", "train"), "data.source mock:8x8x1,levels=257 has levels=257: expected 2 to 256"
     )
+
+
+# Captions
+
+
+def test_captions_are_told_by_an_encoder_as_they_are_read(tmp_path):
+    examples = [{**example, "caption": caption} for example, caption in zip(latents(3), ("a red circle", "", "a blau circle"), strict=True)]
+    layout = Layout((2, 2, 4), levels=0, captions=True)
+    write_records(tmp_path, {"test": examples}, layout)
+    name = "words:4:a red circle"
+    source = pickle.loads(pickle.dumps(open_source(f"records:{tmp_path}", "test[:2]", text=name)))
+    assert list(source.captions) == ["a red circle", ""]
+    assert (spec(source, 1).text, spec(source, 1).text_tokens, spec(source, 1).text_width) == (name, 4, 7)
+    first, empty = source.records[0], source.records[1]
+    assert (first["caption"], first["text"].shape, first["text_mask"].sum(), empty["text_mask"].sum()) == ("a red circle", (4, 7), 3, 0)
+    np.testing.assert_array_equal(first["text"].argmax(1)[:3], [0, 1, 2])
+    with pytest.raises(UserError, match="'blau', which the model does not know"):
+        open_source(f"records:{tmp_path}", "test", text=name).records[2]
+
+
+def test_states_of_another_encoder_are_refused(tmp_path):
+    write_records(tmp_path, {"test": captioned(3)}, dataclasses.replace(TEXT, text="minilm"))
+    assert spec(open_source(f"records:{tmp_path}", "test"), 1).text == "minilm"
+    with pytest.raises(UserError, match=r"config\.data\.text is 'words:4:a', and records:.* holds the states of 'minilm'"):
+        open_source(f"records:{tmp_path}", "test", text="words:4:a")
+    with pytest.raises(UserError, match=r"config\.data\.text is 'words:4:a', and digits has no captions"):
+        open_source("digits", "test", text="words:4:a")

@@ -1,4 +1,4 @@
-"""FLUX.2 klein's text states, against the pipeline's own prompt encoding with a tiny random Qwen3."""
+"""Encoders: words by their own definition, FLUX.2 klein's states against the pipeline's own prompt encoding with a tiny random Qwen3."""
 
 import numpy as np
 import pytest
@@ -72,3 +72,26 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="not read as a Qwen3Model in safetensors") as error:
         text.TextEncoder(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_words_are_two_ones_each():
+    encoder = text.open_encoder("words:4:a red blue circle")
+    (states, empty), cut = encoder.encode(["A red, red circle", ""])
+    expected = np.zeros((4, 8))
+    expected[range(4), [0, 1, 1, 3]] = expected[range(4), [4, 5, 6, 7]] = 1
+    np.testing.assert_array_equal(states, expected)
+    assert (states.dtype, empty.shape, cut) == (np.float16, (0, 8), [False, False])
+    (short,), cut = encoder.encode(["a red circle a blue circle"])
+    assert (short.shape, cut) == ((4, 8), [True])
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("words:8", "expected words:M:VOCABULARY"), ("words:x:a b", "is not understood"), ("bert", "'bert' is not known: expected words")])
+def test_encoders_that_are_none_are_refused(name, line):
+    with pytest.raises(UserError, match=line):
+        text.open_encoder(name)
+
+
+def test_a_word_that_is_not_known_is_named():
+    with pytest.raises(UserError, match="has the word 'green', which the model does not know: expected a, red"):
+        text.open_encoder("words:4:a red").encode(["a green"])
