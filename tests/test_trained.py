@@ -7,7 +7,7 @@ import numpy as np
 from ntm_jax.core import trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
-from ntm_jax.runtime import sharding, state, train
+from ntm_jax.runtime import objective, sharding, state
 from tests.common import tiny_config
 
 
@@ -18,12 +18,12 @@ def test_inverse_of_trained_weights(quick_compilation):
     source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
     model, mesh = state.make_model(config, pipeline.spec(source, config.data.patch_size)), sharding.make_mesh(config.mesh)
     assert model.config.tokens == 256
-    current, step = state.initialize(config, model, mesh), train.make_step(config, model, mesh)
+    current, step = state.initialize(config, model, mesh), objective.make_step(config, model, mesh)
     batches = pipeline.train_iterator(source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers)
     for n in range(config.train.steps):
         with sharding.use(mesh):
             batch = sharding.to_global(next(batches), mesh)
-            current, metrics = step(current, batch, train.steps_of(config, n))
+            current, metrics = step(current, batch, objective.steps_of(config, n))
     batches.close()
     assert float(np.max(np.abs(metrics["log_det"]))) > 0.05  # the transporter has learned something
 

@@ -22,7 +22,7 @@ from ntm_jax.core.model import NTM
 from ntm_jax.core.transporter import fastest
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
-from ntm_jax.runtime import attention, distill, evaluate, flops, generate, sharding, state, train
+from ntm_jax.runtime import attention, distill, evaluate, flops, generate, objective, sharding, state, train
 from ntm_jax.runtime.config import SOLVERS, Config
 
 SECONDS = 0.5  # a timed run lasts at least this long
@@ -101,7 +101,7 @@ def _train_step(setting: Setting) -> Case:
     train.check_batch(config, mesh)
     with contextlib.closing(setting.batches()) as batches:
         batch = next(batches)
-    step, current = train.make_step(config, model, mesh), state.initialize(config, model, mesh)
+    step, current = objective.make_step(config, model, mesh), state.initialize(config, model, mesh)
     frozen = _frozen(config, current.ema)
 
     def once():
@@ -110,7 +110,7 @@ def _train_step(setting: Setting) -> Case:
             current, metrics = step(current, sharding.to_global(batch, mesh), steps, frozen)
         return metrics
 
-    counted = train.flops_of_step(config, model, current, sharding.to_global(batch, mesh), mesh, frozen=frozen)
+    counted = objective.flops_of_step(config, model, current, sharding.to_global(batch, mesh), mesh, frozen=frozen)
     return Case("train step", once, config.data.batch_size, flops=counted)
 
 
@@ -137,7 +137,7 @@ def _forward(setting: Setting) -> Case:
     params = state.initialize(config, model, mesh).params
 
     def terms(model, params, root, batch, frozen):
-        return train.OBJECTIVES[config.train.objective](config, model, params, root, batch, config.evaluation_steps, frozen)
+        return objective.OBJECTIVES[config.train.objective](config, model, params, root, batch, config.evaluation_steps, frozen)
 
     forward, root, frozen = jax.jit(terms, static_argnums=0), jax.random.key(0), _frozen(config, params)
 

@@ -25,7 +25,7 @@ from jax.experimental import topologies
 from ntm_jax.core.layers import Text
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, finetune, flops, generate, hlo, sharding, state, train
+from ntm_jax.runtime import attention, finetune, flops, generate, hlo, objective, sharding, state, train
 from ntm_jax.runtime.config import Config
 
 
@@ -116,7 +116,7 @@ def train_program(config: Config, model, source, mesh) -> Program:
         options["frozen"] = finetune.abstract(config, model, mesh)
     if len({device.process_index for device in mesh.devices.flat}) > 1:
         options["whole"] = jax.ShapeDtypeStruct((mesh.size,), jnp.bool_, sharding=sharding.by_device(mesh))
-    return Program(train.make_step(config, model, mesh), arguments, options)
+    return Program(objective.make_step(config, model, mesh), arguments, options)
 
 
 def sample_program(config: Config, model, source, mesh) -> Program:

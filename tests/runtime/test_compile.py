@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import compile, config, flops, generate, hlo, optimizer, sharding, state, train
+from ntm_jax.runtime import compile, config, flops, generate, hlo, objective, optimizer, sharding, state
 from tests.common import batch_of, experiment, python, setup, tiny_config
 
 pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.xdist_group("compile")]
@@ -31,9 +31,9 @@ def test_the_step_is_the_one_that_train_makes():
     source, model, mesh = setup(settings)
     program = compile.train_program(settings, model, source, mesh)
     current, batch = state.initialize(settings, model, mesh), batch_of(source, settings, settings.data.batch_size)
-    step = train.make_step(settings, model, mesh)
+    step = objective.make_step(settings, model, mesh)
     with sharding.use(mesh):
-        real = step.trace(current, sharding.to_global(batch, mesh), train.steps_of(settings, 0))
+        real = step.trace(current, sharding.to_global(batch, mesh), objective.steps_of(settings, 0))
         planned = program.trace()
     assert str(planned.jaxpr) == str(real.jaxpr)
     assert planned.lower().as_text() == real.lower().as_text()  # and placed alike

@@ -13,7 +13,7 @@ import ntm_jax
 from ntm_jax.core import flow_matching
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import benchmark, checkpoint, compile, config, evaluate, finetune, sharding, state, train
+from ntm_jax.runtime import benchmark, checkpoint, compile, config, evaluate, finetune, objective, sharding, state, train
 from tests.common import TINY, batch_of, bits, experiment, randomised, rehearsal, setup
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -98,7 +98,7 @@ def test_a_new_run_is_the_flow_matching_model(flow):
         assert bits(tree["params"]["backbone"]) == bits(expected)
     frozen = {"params": current.params["params"]["backbone"]}
     batch = batch_of(source, settings, 4)
-    terms = train.end_to_end(settings, model, current.params, jax.random.key(0), batch, 2, frozen)
+    terms = objective.end_to_end(settings, model, current.params, jax.random.key(0), batch, 2, frozen)
     np.testing.assert_allclose(terms.misalignment, 0, atol=1e-10)
     np.testing.assert_array_equal(terms.log_det, 0)
 
@@ -133,14 +133,14 @@ def test_the_alignments_weight_falls_by_a_cosine(flow, objective):
     root, size = jax.random.fold_in(jax.random.key(settings.seed), 1), model.config.tokens * model.config.dim
 
     def loss(params, part):
-        terms = train.OBJECTIVES[objective](settings, model, params, root, batch, 2, frozen)
+        terms = objective.OBJECTIVES[objective](settings, model, params, root, batch, 2, frozen)
         return ((terms.nll - terms.constant) / size).mean() if part == "nll" else terms.misalignment.mean()
 
     nll, apart = (jax.jit(jax.grad(loss), static_argnums=1)(current.params, part) for part in ("nll", "misalignment"))
     weight = 1e4 * (1 + np.cos(np.pi / 4)) / 2
     expected = optax.tree.norm(jax.tree.map(lambda a, b: a + weight * b, nll, apart))
     assert weight * optax.tree.norm(apart) > 0.1 * optax.tree.norm(nll)
-    step = train.make_step(settings, model, mesh)
+    step = objective.make_step(settings, model, mesh)
     with sharding.use(mesh):
         _, metrics = step(current, batch, 2, frozen)
     np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-4)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, evaluate, generate, sharding, state, train
+from ntm_jax.runtime import config, evaluate, generate, objective, sharding, state
 from tests.common import TINY, batch_of, bits, experiment, python, randomised, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.xdist_group("sharding")  # one worker: they share a run
@@ -39,7 +39,7 @@ def main(out):
         current = current.replace(params=params, ema=jax.tree.map(lambda a: a + 0, params))
         evaluated = current.ema
         batch = sharding.to_global(batch_of(source, settings, 16), mesh)
-        step = train.make_step(settings, model, mesh)
+        step = objective.make_step(settings, model, mesh)
         with sharding.use(mesh):
             lowered = step.lower(current, batch, 2)
             text, compiled = lowered.as_text(), lowered.compile()
@@ -92,7 +92,7 @@ def others(out):
             if settings.train.align_weight:
                 backbone = jax.tree.map(lambda a: np.asarray(a) + 0.05, current.params["params"]["backbone"])
                 frozen = {"params": jax.device_put(backbone, homes["params"]["backbone"])}
-            step = train.make_step(settings, model, mesh)
+            step = objective.make_step(settings, model, mesh)
             with sharding.use(mesh):
                 _, metrics = step(current, batch, max(settings.trajectory.steps), frozen)
             arrays |= {f"{name}/{'x'.join(map(str, shape))}/{key}": np.asarray(value) for key, value in metrics.items()}

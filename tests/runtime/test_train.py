@@ -11,7 +11,7 @@ from absl import flags
 
 from ntm_jax.core import trajectory
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import sharding, state, train
+from ntm_jax.runtime import objective, sharding, state, train
 from ntm_jax.runtime.checkpoint import Checkpoints
 from tests.common import batch_of, bits, randomised, setup, tiny_config
 
@@ -108,7 +108,7 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
         current = state.initialize(settings, model, mesh)
         params = jax.device_put(randomised(current.params), jax.tree.map(lambda a: a.sharding, current.params))
         current = current.replace(params=params, step=current.step + 1)
-        batch, step = sharding.to_global(batch_of(source, settings, 16), mesh), train.make_step(settings, model, mesh)
+        batch, step = sharding.to_global(batch_of(source, settings, 16), mesh), objective.make_step(settings, model, mesh)
         with sharding.use(mesh):
             current, metrics = step(current, batch, 2)
         found.append(jax.device_get((metrics, current.opt_state)))
@@ -120,7 +120,7 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
 def test_a_step_that_lacks_a_part_of_its_batch_changes_nothing():
     settings = tiny_config()
     source, model, mesh = setup(settings)
-    step, batch = train.make_step(settings, model, mesh), sharding.to_global(batch_of(source, settings, 16), mesh)
+    step, batch = objective.make_step(settings, model, mesh), sharding.to_global(batch_of(source, settings, 16), mesh)
 
     def after(whole):
         new = state.initialize(settings, model, mesh)
@@ -188,7 +188,7 @@ def drawn():
     source, model, _ = setup(DRAWS)
     label = np.arange(4000, dtype=np.int32) % 10
     batch = {"index": np.arange(4000, dtype=np.int32), "label": label}
-    return source, model, batch, train._draws(DRAWS, model, jax.random.key(3), batch)
+    return source, model, batch, objective._draws(DRAWS, model, jax.random.key(3), batch)
 
 
 def test_conditions_are_dropped_one_by_one_at_the_given_rate(drawn):
@@ -218,7 +218,7 @@ def model_and_batch():
     return model, params, batch_of(source, DRAWS, 256)
 
 
-@pytest.mark.parametrize("objective", [train.end_to_end, train.pairwise])
+@pytest.mark.parametrize("objective", [objective.end_to_end, objective.pairwise])
 def test_draws_follow_the_record_and_not_its_row(model_and_batch, objective):
     model, params, batch = model_and_batch
     order = np.random.default_rng(0).permutation(256)
@@ -232,7 +232,7 @@ def test_draws_follow_the_record_and_not_its_row(model_and_batch, objective):
 
 def test_pairs_estimate_the_trajectory_without_bias(model_and_batch):
     model, params, batch = model_and_batch
-    pair, whole = (terms_of(objective, DRAWS, model) for objective in (train.pairwise, train.end_to_end))
+    pair, whole = (terms_of(objective, DRAWS, model) for objective in (objective.pairwise, objective.end_to_end))
     roots = [jax.random.key(i) for i in range(12)]
     for name in TERMS:
         def draws(function, steps, name=name):
@@ -260,7 +260,7 @@ def test_a_pair_is_the_trajectorys_own_factor(model_and_batch):
 
 def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
     settings = tiny_config(**{"trajectory.steps": (2, 4, 8)})
-    drawn = [train.steps_of(settings, step) for step in range(300)]
-    assert drawn == [train.steps_of(settings, step) for step in range(300)]
+    drawn = [objective.steps_of(settings, step) for step in range(300)]
+    assert drawn == [objective.steps_of(settings, step) for step in range(300)]
     assert all(70 < drawn.count(steps) < 130 for steps in (2, 4, 8))
-    assert drawn != [train.steps_of(tiny_config(seed=1, **{"trajectory.steps": (2, 4, 8)}), step) for step in range(300)]
+    assert drawn != [objective.steps_of(tiny_config(seed=1, **{"trajectory.steps": (2, 4, 8)}), step) for step in range(300)]
