@@ -47,6 +47,7 @@ def write_checkpoint(folder, names=lambda tensors: tensors):
     return folder if path.name.startswith("diffusion") else path
 
 
+@rehearsal
 def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
     paths = write_checkpoint(tmp_path / "klein" / "transformer"), write_checkpoint(tmp_path / "original", original)
     spec, model, mesh = built(settings())

@@ -16,7 +16,7 @@ from ntm_jax.backbones import flux2, flux2_weights
 from ntm_jax.core import layers
 from ntm_jax.runtime import config, sharding
 from tests.backbones.common import TINY, abstract, inputs, original, random_diffusers, weights
-from tests.common import python
+from tests.common import python, rehearsal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ATOL = 2e-5  # float32 sums in another order, through four layers, of values and gradients up to about 10
@@ -108,6 +108,7 @@ def main(path, out):
         json.dump(shards, file)
 
 
+@rehearsal
 def test_a_mesh_changes_no_number(tmp_path, compilation_cache):
     """Read onto 8 simulated devices and run there, as on one."""
     path, out = str(tmp_path / "tiny.safetensors"), str(tmp_path / "out")

@@ -122,6 +122,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, flow, tmp_path):
         assert bits(one) == bits(other)
 
 
+@rehearsal
 @pytest.mark.parametrize("objective", ["end_to_end", "pairwise"])
 def test_the_alignments_weight_falls_by_a_cosine(flow, objective):
     """The step's gradient is that of the NLL and of weight x misalignment, lambda (1 + cos(pi step / steps)) / 2; here both count."""
@@ -181,6 +182,7 @@ def test_what_does_not_go_together_is_refused(flow, run, tmp_path):
         train.train(tuned(flow[0], **{"train.steps": 5}), str(tmp_path / "run"), progress=False)
 
 
+@rehearsal
 def test_the_benchmarks_rows_of_both(flow):
     run = ntm_jax.load(str(flow[0]))
     sampled = [case for make in benchmark.SAMPLING if (case := make(benchmark.Setting(run.config, run.mesh, run=run, batch=3)))]

@@ -146,6 +146,7 @@ def test_evaluate_and_sample_run_on_two_processes_as_on_one(alone, tmp_path, com
     assert (images[0] != images[1]).mean() < 0.02
 
 
+@rehearsal
 def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path, compilation_cache):
     images, workdir, rng = tmp_path / "images", tmp_path / "run", np.random.default_rng(0)
     for i in range(80):  # 10 classes, and the steps of another test here: the program is compiled once

@@ -6,9 +6,10 @@ import jax
 import pytest
 
 from ntm_jax.runtime import profile, train
-from tests.common import tiny_config
+from tests.common import rehearsal, tiny_config
 
 
+@rehearsal
 def test_a_runs_trace_names_where_its_time_goes(tmp_path, capsys, quick_compilation):
     train.train(tiny_config(), tmp_path, until=4, profile=(1, 4))
     found = json.loads((tmp_path / "profile" / "summary.json").read_text())
