@@ -19,7 +19,7 @@ def get_config():
         transporter_layers=1, predictor_layers=4, head="preconditioned", log_scale_bound=5.0, data_std=0.62, condition="class",
         dtype="float32", remat="none", scan=False)
     c.train = dict(
-        objective="denoiser", steps=2000, save_every=500, evaluate_every=500, log_every=50, keep=0, accumulate=1, condition_dropout=0.0)
+        objective="denoiser", steps=4000, save_every=500, evaluate_every=1000, log_every=50, keep=0, accumulate=1, condition_dropout=0.0)
     c.optimizer = dict(learning_rate=1e-3, floor=1e-6, warmup_steps=100, weight_decay=1e-4, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=8, batch_size=100, images=1000, features="cnn")

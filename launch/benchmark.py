@@ -15,6 +15,7 @@ from ntm_jax.errors import UserError
 flags.DEFINE_integer("runs", 5, "Timed runs of each row, of which the median counts.", lower_bound=1)
 flags.DEFINE_integer("batch", None, "Images that are sampled at a time; config.sample.num if not given.", lower_bound=1)
 flags.DEFINE_string("workdir", None, "A run's folder: the sampler alone, with its parameters.")
+flags.DEFINE_string("rows", "", "Only the rows whose name holds this, such as train or inverse.")
 flags.DEFINE_string("json", None, "A file for the rows as JSON.")
 
 
@@ -31,9 +32,9 @@ def main():
     from ntm_jax.runtime import benchmark, config, load
 
     if f.workdir:
-        rows = benchmark.benchmark_run(load.load(f.workdir), f.runs, f.batch)
+        rows = benchmark.benchmark_run(load.load(f.workdir), f.runs, f.batch, f.rows)
     else:
-        rows = benchmark.benchmark(config.read(f.config), f.runs, f.batch)
+        rows = benchmark.benchmark(config.read(f.config), f.runs, f.batch, f.rows)
     if jax.process_index() == 0:
         kind = jax.devices()[0].device_kind
         print(f"{jax.device_count()} x {kind}, jax {jax.__version__}, medians of {f.runs} runs")

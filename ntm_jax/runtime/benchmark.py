@@ -22,6 +22,7 @@ from ntm_jax.core.model import NTM
 from ntm_jax.core.transporter import fastest
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
 from ntm_jax.runtime import attention, distill, evaluate, flops, generate, objective, sharding, state, train
 from ntm_jax.runtime.config import SOLVERS, Config
 
@@ -276,23 +277,31 @@ SAMPLING = (*(functools.partial(_sampler, decoder) for decoder in ("inverse", "s
             *(functools.partial(_inverse, how) for how in ("sequential", "parallel")), _score)
 
 
-def benchmark(config: Config, runs: int, batch: int | None = None) -> list[dict]:
+def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "") -> list[dict]:
     """All rows of a configuration, in the order of TRAINING and SAMPLING: name, items_per_second (the median of runs), flops_per_second
     (model FLOPs, without recomputation; None where the limit is the copying of memory), limit (FLOP/s or byte/s), share_of_limit, runs
     (each one's items/s). An inverse's row also has tokens and round_trip_error, the parallel one's sweeps, {tolerance: by level, clean to
-    noisy}."""
+    noisy}. only: the rows whose name holds this; UserError where there is none."""
     setting = Setting(
         config, sharding.make_mesh(config.mesh), config.data.open(config.data.split), config.data.open(config.evaluate.split), batch=batch)
-    return _rows(TRAINING + SAMPLING, setting, runs)
+    return _rows(TRAINING + SAMPLING, setting, runs, only)
 
 
-def benchmark_run(run, runs: int, batch: int | None = None) -> list[dict]:
+def benchmark_run(run, runs: int, batch: int | None = None, only: str = "") -> list[dict]:
     """The rows of SAMPLING, of a load.Run."""
-    return _rows(SAMPLING, Setting(run.config, run.mesh, run=run, batch=batch), runs)
+    return _rows(SAMPLING, Setting(run.config, run.mesh, run=run, batch=batch), runs, only)
 
 
-def _rows(made, setting: Setting, runs: int) -> list[dict]:
-    return [measure(case, runs, setting) for make in made if (case := make(setting))]
+def _rows(made, setting: Setting, runs: int, only: str) -> list[dict]:
+    rows = []
+    for case in filter(None, (make(setting) for make in made)):
+        if only in case.name:
+            rows.append(measure(case, runs, setting))
+        else:
+            case.close()
+    if not rows:
+        raise UserError(f"--rows={only} is in no row's name: leave it out to see them all")
+    return rows
 
 
 def measure(case: Case, runs: int, setting: Setting) -> dict:
@@ -334,32 +343,30 @@ def table(rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in (heads, *cells)]
     rates = {row["name"]: row["items_per_second"] for row in rows}
-    if "train step" in rates:
+    if {"train step", "input pipeline"} <= rates.keys():
         appetite = rates["input pipeline"] / rates["train step"]
         lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a train step takes")
+    if {"forward pass", "likelihood evaluation"} <= rates.keys():
         slower = rates["forward pass"] / rates["likelihood evaluation"]
         lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train step's forward pass in batches of that size")
-    if "score denoising" in rates:
-        lines += _of_sampling(rows, rates)
-    return "\n".join(lines)
+    return "\n".join([*lines, *_of_sampling(rows, rates)])
 
 
 def _of_sampling(rows: list[dict], rates: dict) -> list[str]:
-    """Where the score decoder's time goes, and what the inverses cost."""
+    """Where the score decoder's time goes, and what the inverses cost, as far as the rows tell."""
     inverses = {row["name"].split()[-1]: row for row in rows if row["name"].startswith("inverse")}
-    times = {"predictor's steps": 1 / rates["predictor's steps"], "score denoising": 1 / rates["score denoising"]}
-    if inverses:
-        tokens = inverses["parallel"]["tokens"]
-        auto = f"inverse, {fastest(tokens, jax.default_backend() == 'cpu')}"
-        times[auto] = 1 / rates[auto]
-    shares = ", ".join(f"{name} {seconds / sum(times.values()):.0%}" for name, seconds in times.items())
-    lines = [f"score decoder, each part timed by itself: {shares}"]
-    if not inverses:
-        return lines
-    best = max(row["items_per_second"] for row in inverses.values())
-    lines.append(f"--inverse=auto takes {auto}, {best / rates[auto]:.2f} times as long as the faster one")
-    for tolerance, sweeps in inverses["parallel"]["sweeps"].items():
-        lines.append(f"mean sweeps of the parallel inverse over {tokens} tokens to {tolerance}, clean to noisy: "
-                     + ", ".join(f"{v:.1f}" for v in sweeps))
-    errors = ", ".join(f"{how} {row['round_trip_error']:.1e}" for how, row in inverses.items())
-    return [*lines, f"largest round-trip error |x - inverse(forward(x))|: {errors}"]
+    parts, lines = ["predictor's steps", "score denoising"], []
+    if len(inverses) == 2:
+        tokens, best = inverses["parallel"]["tokens"], max(row["items_per_second"] for row in inverses.values())
+        parts.append(f"inverse, {fastest(tokens, jax.default_backend() == 'cpu')}")
+        lines.append(f"--inverse=auto takes {parts[-1]}, {best / rates[parts[-1]]:.2f} times as long as the faster one")
+        for tolerance, sweeps in inverses["parallel"]["sweeps"].items():
+            lines.append(f"mean sweeps of the parallel inverse over {tokens} tokens to {tolerance}, clean to noisy: "
+                         + ", ".join(f"{v:.1f}" for v in sweeps))
+        errors = ", ".join(f"{how} {row['round_trip_error']:.1e}" for how, row in inverses.items())
+        lines.append(f"largest round-trip error |x - inverse(forward(x))|: {errors}")
+    if set(parts) <= rates.keys():
+        times = {name: 1 / rates[name] for name in parts}
+        shares = ", ".join(f"{name} {seconds / sum(times.values()):.0%}" for name, seconds in times.items())
+        lines.insert(0, f"score decoder, each part timed by itself: {shares}")
+    return lines

@@ -11,6 +11,7 @@ import pytest
 
 from ntm_jax.core import sampling
 from ntm_jax.data import pipeline
+from ntm_jax.errors import UserError
 from ntm_jax.runtime import benchmark, flops, load, sharding, state
 from tests.common import TINY, python, randomised, rehearsal, setup, tiny_config
 
@@ -27,12 +28,12 @@ def quick(monkeypatch):
 
 def setting(**overrides) -> benchmark.Setting:
     config = tiny_config(**overrides)
-    source, held_out = (benchmark.sources.open_source("digits", split) for split in (config.data.split, config.evaluate.split))
+    source, held_out = (config.data.open(split) for split in (config.data.split, config.evaluate.split))
     return benchmark.Setting(config, sharding.make_mesh(config.mesh), source, held_out)
 
 
 def test_rows_agree_with_themselves():
-    rows = benchmark._rows(benchmark.TRAINING, setting(), 3)
+    rows = benchmark._rows(benchmark.TRAINING, setting(), 3, "")
     assert [row["name"] for row in rows] == ["train step", "forward pass", "input pipeline", "likelihood evaluation"]
     for row in rows:
         assert list(row) == KEYS
@@ -92,10 +93,22 @@ def test_rows_of_a_run_are_of_its_sampler(run):
     assert f"to 0.001, clean to noisy: {rough[0]:.1f}, {rough[1]:.1f}" in printed[10]
 
 
+def test_only_the_rows_that_are_asked_for_are_timed(run, monkeypatch):
+    closed = []
+    names = ("inverse, parallel", "score denoising")
+    monkeypatch.setattr(benchmark, "SAMPLING", [
+        lambda _, name=name: benchmark.Case(name, lambda: None, 1, flops=1, close=lambda: closed.append(name)) for name in names])
+    assert [row["name"] for row in benchmark.benchmark_run(run, 1, only="inverse")] == ["inverse, parallel"]
+    assert closed == ["inverse, parallel", "score denoising"]
+    with pytest.raises(UserError, match=r"--rows=invert is in no row's name"):
+        benchmark.benchmark_run(run, 1, only="invert")
+
+
 def test_a_sampler_is_its_parts(run):
     """Of two steps: the inverse decoder inverts one level of the two, the score decoder both, and the denoiser is one pass more."""
     made = benchmark.Setting(run.config, run.mesh, run=run, batch=6)
-    inverse, score, denoiser, predictor, sequential, parallel, denoising = (make(made).flops for make in benchmark.SAMPLING)
+    cases = filter(None, (make(made) for make in benchmark.SAMPLING))  # no ODE's among them
+    inverse, score, denoiser, predictor, sequential, parallel, denoising = (case.flops for case in cases)
     assert sequential == parallel == 2 * (inverse - predictor) > 0
     assert score == predictor + sequential + denoising
     assert denoiser == predictor * 3 / 2
@@ -106,7 +119,7 @@ def test_rows_without_a_transporter(run):
     _, model, mesh = setup(config)
     plain = dataclasses.replace(run, config=config, model=model, params=state.initialize(config, model, mesh).params)
     made = benchmark.Setting(config, mesh, run=plain)
-    assert [make(made) for make in benchmark.SAMPLING[4:6]] == [None, None]
+    assert [make(made) for make in benchmark.SAMPLING[6:8]] == [None, None]
     rows = [{"name": name, "items_per_second": rate, "flops_per_second": 1.0, "limit": 2.0, "share_of_limit": 0.5, "runs": [rate]}
             for name, rate in (("predictor's steps", 10.0), ("score denoising", 30.0))]
     said = "score decoder, each part timed by itself: predictor's steps 75%, score denoising 25%"
