@@ -164,20 +164,25 @@ class _Told:
 
     records: Any
     encoder: str
+    tokens: int
     states: dict[str, np.ndarray] | None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record, encoder = self.records[index], text.open_encoder(self.encoder)
-        own = encoder.encode([record["caption"]])[0][0] if self.states is None else self.states[record["caption"]]
-        return record | pad_text(own, encoder.tokens)
+        record = self.records[index]
+        caption = record["caption"]
+        own = text.open_encoder(self.encoder).encode([caption])[0][0] if self.states is None else self.states[caption]
+        return record | pad_text(own, self.tokens)
 
 
 @functools.cache
-def _encoded(encoder: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
-    return dict(zip(captions, text.open_encoder(encoder).encode(captions)[0], strict=True))
+def _encoded(name: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
+    encoder = text.open_encoder(name)
+    states, cut = encoder.encode(captions)
+    text.warn_of_cut(encoder, captions, cut)
+    return dict(zip(captions, states, strict=True))
 
 
 def _told(source: Source, name: str) -> Source:
@@ -198,8 +203,8 @@ def _told(source: Source, name: str) -> Source:
             raise UserError(f"{source.name} has {len(source.captions)} captions, and {name} encodes at most {_ENCODED_AT_ONCE} when a "
                             "source is opened: prepare them with launch/prepare.py")
         states = _encoded(name, tuple(sorted(set(source.captions))))
-    return dataclasses.replace(source, records=_Told(source.records, name, states), text_tokens=encoder.tokens, text_width=encoder.width,
-                               text=name)
+    records = _Told(source.records, name, encoder.tokens, states)
+    return dataclasses.replace(source, records=records, text_tokens=encoder.tokens, text_width=encoder.width, text=name)
 
 
 @dataclasses.dataclass(frozen=True)
