@@ -51,6 +51,11 @@ def warn_of_cut(encoder, captions: Sequence[str], cut: Sequence[bool]) -> None:
                       f"{long[0]!r}", stacklevel=2)
 
 
+def split(caption: str) -> list[str]:
+    """Its words in lower case, without punctuation."""
+    return re.findall(r"[\w']+", caption.lower())
+
+
 class Words:
     """A trainable embedding of a small vocabulary, `words:M:a red circle`: a token is a word, its state one number 1 for the word and one
     for its place, so that the model's first product with it is the sum of a learned row for either. E = words + M."""
@@ -68,7 +73,7 @@ class Words:
         """Captions -> their states, [m, E] float16 each, m <= M, and which of them were cut to M tokens. UserError: an unknown word."""
         states, cut = [], []
         for caption in captions:
-            words = re.findall(r"[\w']+", caption.lower())
+            words = split(caption)
             unknown = [word for word in words if word not in self._places]
             if unknown:
                 known = ", ".join(self._places)
