@@ -1,6 +1,7 @@
 """The emoji source: which pictures, on what, under which names; and that a model is told them."""
 
 import importlib.resources
+import json
 import pickle
 import sys
 
@@ -11,6 +12,7 @@ from PIL import Image
 from ntm_jax.data import emoji, text
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
+from tests.common import python, rehearsal
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,20 @@ def test_captions_are_told_as_states(everything):
         np.testing.assert_array_equal(record["text_mask"], np.arange(20) < len(own))
         np.testing.assert_allclose(record["text"][: len(own)].astype(float), own, atol=4e-3)
         assert not record["text"][len(own) :].any()
+
+
+@rehearsal
+def test_the_experiment_runs_from_start_to_prompts(tmp_path):
+    python("-m", "launch.train", "--config=experiments/emoji.py:runlocal", f"--workdir={tmp_path}/run")
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (result["retrieval"]["candidates"], result["retrieval"]["captions"]) == (80, 16)
+    assert {"bits_per_dim", "frechet"} <= result.keys()
+    done = python("-m", "launch.sample", f"--workdir={tmp_path}/run", "--prompts=fox face", "--prompts=a red heart on water, at night, "
+                  "seen from the window of a very old house that stands alone on a hill", "--per_prompt=2", f"--out={tmp_path}/out")
+    assert "1 of 2 captions are cut to the 20 tokens of minilm:20, such as 'a red heart" in done.stderr
+    assert {"0.png", "3.png", "contact_sheet.png", "prompts.jsonl", "samples.npz"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    done = python("-m", "launch.sample", f"--workdir={tmp_path}/run", "--labels=3", check=False)
+    assert (done.returncode, done.stderr.count("\n"), "is told texts: give --prompts" in done.stderr) == (2, 1, True)
 
 
 def test_packages_are_named_where_they_are_missing(monkeypatch):
