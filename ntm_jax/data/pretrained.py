@@ -1,6 +1,6 @@
 """PyTorch models that prepare data, from local folders of safetensors: torch, diffusers and transformers are imported here, when asked for.
 
-The training job needs none of them; the extra [flux2] installs them.
+The training job needs none of them; the extras [text] and [flux2] install them.
 """
 
 import importlib
@@ -8,13 +8,15 @@ from pathlib import Path
 
 from ntm_jax.errors import UserError
 
+_EXPECTED = "a folder in the layout of diffusers or transformers"
 
-def module(name: str):
-    """An optional package. UserError where it is not installed."""
+
+def module(name: str, extra: str = "flux2"):
+    """An optional package, which an extra installs. UserError where it is not there."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"this needs the package {name}, which cannot be imported ({_line(error)}): pip install -e '.[flux2]'") from None
+        raise UserError(f"this needs the package {name}, which cannot be imported ({_line(error)}): pip install -e '.[{extra}]'") from None
 
 
 def load(package: str, name: str, path: str, part: str, **options):
@@ -26,7 +28,7 @@ def load(package: str, name: str, path: str, part: str, **options):
     try:
         model, told = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # they raise many kinds on what is absent or damaged
-        raise UserError(f"{folder} is not read as a {name} in safetensors ({_line(error)}): give a folder of diffusers' layout") from None
+        raise UserError(f"{folder} is not read as a {name} in safetensors ({_line(error)}): give {_EXPECTED}") from None
     lacking = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
     if lacking:  # they would be left random, with a warning
         raise UserError(f"{folder} is no whole {name}: {len(lacking)} tensors are missing or of another shape, such as {lacking[0]}")
@@ -39,14 +41,14 @@ def tokenizer(path: str, part: str):
     try:
         return module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not read as a tokenizer ({_line(error)}): give a folder of diffusers' layout") from None
+        raise UserError(f"{folder} is not read as a tokenizer ({_line(error)}): give {_EXPECTED}") from None
 
 
 def find(path: str, part: str) -> Path:
     """path/part, or path itself where there is no such part. UserError where there is no folder."""
     folder = Path(path) / part if (Path(path) / part).is_dir() else Path(path)
     if not folder.is_dir():
-        raise UserError(f"{path} is not there: give a local folder of FLUX.2 in diffusers' layout")
+        raise UserError(f"{path} is not there: give {_EXPECTED}")
     return folder
 
 

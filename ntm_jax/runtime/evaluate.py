@@ -243,7 +243,8 @@ def check_guidance(run, guidance) -> None:
 
 
 def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), progress: bool = False) -> dict:
-    """evaluation.json's figures of samples, beside the training images: class_accuracy, and frechet, precision and recall on features.
+    """evaluation.json's figures of samples, beside the training images: class_accuracy, and frechet, precision and recall on features; of
+    captioned pictures also retrieval.
 
     guidance: scales or schedules; of each the class accuracy, and by how much it differs from the first one's on the same noise, paired.
     extractor: quality.Extractor or None. frechet_held_out is the same distance of the held-out images: what a perfect model would come
@@ -270,7 +271,27 @@ def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), p
         result |= quality.scores(wanted, extractor(images)) | {"frechet_held_out": quality.frechet(wanted, extractor(unseen))}
         result["features"] = made | {"name": extractor.name, "proxy": extractor.proxy, "digest": extractor.digest,
                                      "real_images": len(real), "real_split": train.split}
+        if train.captions is not None and run.model.config.text_width:
+            result |= retrieval(config, real, images, train.levels)
     return result
+
+
+MAX_CANDIDATES = 10_000  # pictures to choose from
+
+
+def retrieval(config: Config, real, images, levels: int) -> dict:
+    """evaluation.json's retrieval: how often the picture of a held-out caption is the nearest, or among the 5 nearest, to the image made of
+    the caption, among all pictures real [n, H, W, C] and held-out ones; {} where they are too many. images [m, ...]: of those captions in
+    turn, as generate.conditions tells them, of which the first of each counts."""
+    records = config.data.open(config.evaluate.split).records
+    count, captions = len(real) + len(records), min(len(images), len(records))
+    if count > MAX_CANDIDATES:
+        return {}
+    pictures = np.concatenate([real, np.stack([records[i]["image"] for i in range(len(records))])])
+    ranks = quality.retrieved(pictures, images[:captions], len(real) + np.arange(captions), levels)
+    return {"retrieval": {f"rank_{k}": _mean(ranks <= k) for k in RANKS} | {
+        "chance": {f"rank_{k}": k / count for k in RANKS}, "candidates": count, "captions": captions, "features": quality.THUMBNAILS,
+        "proxy": True}}
 
 
 def evaluate(run, *, split: str | None = None, trajectories: int | None = None, against=None, features: str | None = None,
@@ -342,6 +363,7 @@ def provenance(run, source: Source) -> dict:
         "processes": jax.process_count()}
 
 
+RANKS = (1, 5)
 IMAGE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
 DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)", "own_score": "squared error by level, its own score",
@@ -383,6 +405,11 @@ def table(result: dict, unit: str) -> str:
     if "features" in result:
         kind = f"{result['features']['name']} features" + (", a proxy" if result["features"]["proxy"] else "")
         rows += [(f"{key.replace('_', ' ')} ({kind})", result[key]) for key in IMAGE_SCORES]
+    for k in RANKS if "retrieval" in result else ():
+        found = result["retrieval"]
+        percent = {key: 100 * found[f"rank_{k}"][key] for key in ("mean", "stderr")}
+        chance = 100 * found["chance"][f"rank_{k}"]
+        rows.append((f"own picture among the {k} nearest of {found['candidates']} (a proxy; chance {chance:.2g}), %", percent))
     width = max(len(name) for name, _ in rows)
     lines = [f"{result['split']} split, {result['count']} records, step {result['step']}"]
     for name, value in rows:

@@ -1,6 +1,8 @@
 """Images from a model: sampled by index, so that image i is the same image whatever the batch, mesh or number of processes."""
 
+import dataclasses
 import functools
+import hashlib
 import json
 import math
 import time
@@ -19,7 +21,7 @@ from ntm_jax.core.trajectory import example_noise, per_example
 from ntm_jax.data import latents, transforms
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import checkpoint, distill, plots, processes, sharding, state
+from ntm_jax.runtime import checkpoint, distill, plots, processes, prompts, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import SOLVERS, Config
 
@@ -151,11 +153,14 @@ def parse_labels(names, num_classes: int) -> np.ndarray | None:
 
 
 def write_samples(run, out: str, num: int, batch: int, labels=None, save_trajectories: bool = False, autoencoder: str | None = None,
-                  **options) -> None:
+                  asked_for=None, layout: str | None = None, encoder: str | None = None, **options) -> None:
     """Writes `num` images of a run into a folder: PNG files, grid.png, and samples.npz (ADM's layout, arr_0: uint8 [n, H, W, 3], or
-    latents as they are, arr_1: labels); with save_trajectories trajectories.npz (arr_0: [n, K, H, W, C] from pure noise down).
+    latents as they are, arr_1: labels, or numbers of prompts); with save_trajectories trajectories.npz (arr_0: [n, K, H, W, C] from pure
+    noise down).
 
     autoencoder: the folder of FLUX.2's, which decodes the latents to images (not those of the trajectories).
+    asked_for: prompts, see prompts.parse, of which each is shown num / len(asked_for) times; layout: one of prompts.LAYOUTS, the folders
+      of a benchmark; encoder: see prompts.encoder. Beside the images then lie contact_sheet.png and prompts.jsonl.
 
     What a stopped call has written there is kept, and the rest made: to the bit what an uninterrupted call makes. UserError where the
     folder holds anything else, other samples among it; nothing is overwritten.
@@ -163,13 +168,19 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
     folder = epath.Path(out)
     check(run.config, options.get("steps"), options.get("guidance"))
     check_decoder(run.config, options.get("decoder"), run.denoiser)
+    if labels and run.model.config.text_width:
+        raise UserError(f"--labels are given, and the model of {run.workdir} is told texts: give --prompts")
     labels = parse_labels(labels, run.model.config.num_classes)
     if autoencoder and run.spec.levels:
         raise UserError(f"{run.workdir} is of pixels, and an autoencoder decodes latents: leave --autoencoder out")
+    encode = prompts.encoder(run, encoder) if asked_for else None
+    per_prompt = num // len(asked_for) if asked_for else 1
     decode = latents.Autoencoder(autoencoder).decode if autoencoder and jax.process_index() == 0 else None
     pixel_levels = latents.LEVELS if autoencoder else run.spec.levels
+    prompts.check_layout(layout, asked_for, per_prompt, run.spec.image_shape)
     asked = {"--workdir": run.workdir, "step": run.step, "--num": num, "--batch": batch, "--save_trajectories": save_trajectories,
-             "--labels": None if labels is None else labels.tolist(), "--autoencoder": autoencoder,
+             "--labels": None if labels is None else labels.tolist(), "--autoencoder": autoencoder, "--layout": layout,
+             "--prompts": asked_for and _described(asked_for), "--encoder": encode and encode.name,
              **{f"--{name}": value for name, value in options.items()}}
     # Here no process has written yet: one that came late would find its own job's files.
     processes.agree({"--out": out} | asked)
@@ -181,19 +192,32 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
         if done[number]:
             continue
         y = None if labels is None else np.resize(labels, num)[index]
+        if asked_for:
+            y = prompts.states(encode, [asked_for[i // per_prompt].text for i in index])
         found = run.sample_at(index, y, trajectory=save_trajectories, **options)
         if jax.process_index() == 0:
             images, *levels = found if save_trajectories else (found,)
             images = decode(images) if decode else images
-            _write_batch(folder, number, index, (images, *levels), pixel_levels, len(str(num - 1)))
+            paths = [prompts.place(folder, layout, i, per_prompt, num) for i in index]
+            _write_batch(folder, number, paths, (images, *levels), pixel_levels)
         made += len(index)
         if not first:  # it compiled
             begin, first = time.perf_counter(), made
     if jax.process_index() == 0 and not (folder / "samples.npz").exists():
-        _gather(folder, run, labels, num, len(batches), pixel_levels)
+        if labels is not None:
+            shown = np.resize(labels, num)
+        else:
+            shown = np.arange(num) // per_prompt if asked_for else np.arange(num) % max(run.model.config.num_classes, 1)
+        _gather(folder, run, shown, len(batches), pixel_levels, asked_for, layout)
     if jax.process_index() == 0:
         rate = f", {(made - first) / (time.perf_counter() - begin):.1f} images/s after the first batch" if made > first else ""
         print(f"{num} images in {out}, {num - made} of them found there{rate}, step {run.step}", flush=True)
+
+
+def _described(asked_for) -> str:
+    """Prompts in a few words: their number and digest."""
+    content = json.dumps([dataclasses.astuple(prompt) for prompt in asked_for])
+    return f"{len(asked_for)} of digest {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 def _claim(folder, asked: dict, batches: int) -> np.ndarray:
@@ -219,32 +243,33 @@ def _part(folder, number: int):
     return folder / f"part-{number:06d}.npz"
 
 
-def _write_batch(folder, number, index, arrays, levels, digits) -> None:
+def _write_batch(folder, number, paths, arrays, levels) -> None:
     """A batch's PNG files, and then its arrays, whole or not at all: what says that the batch is done."""
-    for i, image in zip(index, displayable(arrays[0], levels), strict=True):
-        plots.save_png(folder / f"{i:0{digits}d}.png", image)
+    for path, image in zip(paths, displayable(arrays[0], levels), strict=True):
+        plots.save_png(path, image)
     part = folder / f".{number}.part"
     with part.open("wb") as file:
         np.savez(file, *arrays)
     part.replace(_part(folder, number))
 
 
-def _gather(folder, run, labels, num, batches, pixel_levels) -> None:
-    """The files of all images, from those of the batches, which are removed."""
+def _gather(folder, run, labels, batches, pixel_levels, asked_for, layout) -> None:
+    """The files of all images, from those of the batches, which are removed; labels [n]."""
     arrays = []
     for number in range(batches):
         with _part(folder, number).open("rb") as file, np.load(file, allow_pickle=False) as part:
             arrays.append([part[name] for name in part.files])
     images, *levels = (np.concatenate(a) for a in zip(*arrays, strict=True))
-    label = np.arange(num) % max(run.model.config.num_classes, 1) if labels is None else np.resize(labels, num)
     shown = displayable(images, pixel_levels) if pixel_levels else images
     if levels:
         with (folder / "trajectories.npz").open("wb") as file:
             np.savez(file, displayable(levels[0], run.spec.levels) if run.spec.levels else levels[0])
     plots.save_png(folder / "grid.png", picture(images[:100], pixel_levels))
+    if asked_for:
+        prompts.write_pictures(folder, layout, asked_for, displayable(images, pixel_levels))
     whole = folder / ".samples.part"
     with whole.open("wb") as file:
-        np.savez(file, np.repeat(shown, 3, -1) if shown.shape[-1] == 1 else shown, label)
+        np.savez(file, np.repeat(shown, 3, -1) if shown.shape[-1] == 1 else shown, labels)
     whole.replace(folder / "samples.npz")
     for number in range(batches):
         _part(folder, number).unlink()

