@@ -24,7 +24,7 @@ def get_config(variant: str = ""):
         steps=(4,), t_min=0.05, t_min_range=(0.04, 0.06))
     c.model = dict(
         width=128, head_size=32, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=128, transporter_blocks=2,
-        transporter_layers=2, predictor_layers=3, head="preconditioned", log_scale_bound=3.0, data_std=0.7, condition="text",
+        transporter_layers=2, predictor_layers=3, head="preconditioned", log_scale_bound=3.0, data_std=0.95, condition="text",
         dtype="float32", remat="none", scan=False)  # unrolled: faster at this size on a CPU
     c.train = dict(
         objective="end_to_end", steps=3000, save_every=500, evaluate_every=1000, log_every=20, keep=0, accumulate=1,
@@ -36,7 +36,7 @@ def get_config(variant: str = ""):
         num=80, steps=4, guidance=ml_collections.FieldReference(2.0, object),  # or one for each step: (2.0, 1.0, 0.0, 0.0)
         decoder="score", inverse="auto")
     if variant == "gaussian":
-        c.model.update(transporter_blocks=0, predictor_layers=7)
+        c.model.update(transporter_blocks=0, predictor_layers=8)
     if variant == "runlocal":
         c.data.batch_size = 8
         c.model.update(width=32, head_size=16, kv_heads=2, transporter_width=32, transporter_layers=1, predictor_layers=1)

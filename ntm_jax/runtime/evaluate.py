@@ -287,8 +287,9 @@ def check_guidance(run, source: Source, guidance) -> None:
     """UserError for scales of guidance at which neither tasks nor the class accuracy can be told."""
     scored = _asks_tasks(run, source) or (run.model.config.num_classes and run.spec.count <= MAX_RECORDS)
     if guidance and not (scored and run.spec.levels and run.config.evaluate.images):
-        raise UserError("--guidance compares class accuracies, or tasks of captions, and they are told of a model of classes and pixels, of "
-                        f"at most {MAX_RECORDS} training images, or of data.source=shapes, with config.evaluate.images above 0")
+        raise UserError("--guidance compares class accuracies, and they are told of a model of classes and pixels, of at most "
+                        f"{MAX_RECORDS} training images (or tasks, of one of captions and data.source=shapes), with config.evaluate.images "
+                        "above 0")
     for scale in guidance:
         generate.check(run.config, None, scale)
 
@@ -453,18 +454,23 @@ def table(result: dict, unit: str) -> str:
 
 
 def task_table(tasks: dict) -> str:
-    """evaluation.json's `tasks` as a person reads them, in percent: a row a task, and for either split a column a guidance."""
+    """evaluation.json's `tasks` as a person reads them, in percent: for either split a table with a row a task and a column a guidance."""
     guided = tasks.get("by_guidance", [tasks])
-    parts = [(at["guidance"], part) for which in (0, 1) for at in guided for part in [(at, at.get("unseen"))[which]] if part]
-    names = [name for name, figure in guided[0].items() if isinstance(figure, dict) and "count" in figure]
-    rows = [("samples that show what was asked, %", [f"{part['split']}, guidance {scale}" for scale, part in parts])]
-    for name in (*names, "overall"):
-        rows.append((name, [_percent(part.get(name)) for _, part in parts]))
-    if len(guided) > 1:
-        rows.append((f"overall less that of guidance {guided[0]['guidance']}", [_percent(part["difference"]["overall"]) for _, part in parts]))
-    rows += [(f"share: {name}", [_percent(part["shares"].get(name)) for _, part in parts]) for name in guided[0]["shares"]]
-    first, width = max(len(name) for name, _ in rows), max(len(cell) for _, cells in rows for cell in cells)
-    return "\n".join(f"  {name:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows)
+    lines, head = [], [f"guidance {at['guidance']}" for at in guided]
+    for parts in (guided, [at["unseen"] for at in guided if "unseen" in at]):
+        if not parts:
+            continue
+        names = [name for name, figure in parts[0].items() if isinstance(figure, dict) and "count" in figure]
+        rows = [(f"samples of {parts[0]['split']} that show what was asked, %", head)]
+        rows += [(name, [_percent(part[name]) for part in parts]) for name in (*names, "overall")]
+        if len(parts) > 1:
+            rows.append((f"overall less that of {head[0]}", ["", *(_percent(part["difference"]["overall"]) for part in parts[1:])]))
+        rows += [(f"share: {name}", [_percent(part["shares"].get(name)) for part in parts]) for name in parts[0]["shares"]]
+        widths = [max(map(len, column)) for column in zip(*([name, *cells] for name, cells in rows), strict=True)]
+        for name, cells in rows:
+            padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append(f"  {name:<{widths[0]}}  " + "  ".join(padded))
+    return "\n".join(lines)
 
 
 def _percent(figure: dict | None) -> str:
