@@ -20,7 +20,7 @@ def get_config(variant: str = ""):
     c.data = dict(
         source="shapes", split="train", batch_size=32, patch_size=4, image_size=0, workers=0, mock="", text=f"words:7:{WORDS}")
     c.trajectory = dict(
-        schedule="shifted", shift=ml_collections.FieldReference(1.0, float),  # more than 36 tokens would give: layouts are decided in noise
+        schedule="shifted", shift=1.0,  # more than 36 tokens would give: layouts are decided in noise
         steps=(4,), t_min=0.05, t_min_range=(0.04, 0.06))
     c.model = dict(
         width=128, head_size=32, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=128, transporter_blocks=2,
