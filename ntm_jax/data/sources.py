@@ -1,8 +1,8 @@
 """Where images come from: every source is opened by name into records of random access, {"image": [H, W, C] uint8, "label": int}.
 
-Sources: `digits`, `mnist_5k`, `emoji` (captioned, in emoji.py), `tfds:NAME_OR_BUILDER_DIR`, `folder:PATH`, `records:PATH` (prepared by
-launch/prepare.py), `mock:SHAPE` and `toy:NAME` (made up, in synthetic.py). H, W, C image height, width, channels; V pixel levels; M, E
-text tokens and width. No jax is imported: grain's worker processes run this.
+Sources: `digits`, `mnist_5k`, `emoji` (captioned, in emoji.py), `shapes` (scenes, drawn in shapes.py), `tfds:NAME_OR_BUILDER_DIR`,
+`folder:PATH`, `records:PATH` (prepared by launch/prepare.py), `mock:SHAPE` and `toy:NAME` (made up, in synthetic.py). H, W, C image height,
+width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's worker processes run this.
 """
 
 import concurrent.futures
@@ -24,11 +24,11 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data import emoji, synthetic, text
+from ntm_jax.data import emoji, shapes, synthetic, text
 from ntm_jax.data.records import Records, pad_text, read_manifest
 from ntm_jax.errors import UserError
 
-_KNOWN = "digits, mnist_5k, emoji, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE, toy:NAME"
+_KNOWN = "digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE, toy:NAME"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MANIFEST = ".ntm_manifest.json"
 _CACHE = Path.home() / ".cache" / "ntm_jax"
@@ -48,6 +48,9 @@ class Source:
     version: names the data's content, for provenance.
     log_density: of data whose density is known, a function of points [n, H W C] float64 and t, 0 < t <= 1, that gives the exact
       log-density in nats, [n] float64, of the data noised to level t, x_t = (1-t) x + t eps. It can be pickled.
+    tasks: of captions whose images can be checked, a function of images [n, H, W, C] and their n captions that gives arrays [n]: "task",
+      names, "right", bool, and further rates by name, nan where an image has none. It can be pickled.
+    unseen: the split whose captions combine what none of the training split's do; '' where there is none.
     """
 
     name: str
@@ -62,10 +65,12 @@ class Source:
     text: str = ""
     captions: Sequence[str] | None = None
     log_density: Any = None
+    tasks: Any = None
+    unseen: str = ""
 
 
 def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> Source:
-    """Opens `name`, one of digits, mnist_5k, emoji, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE and toy:NAME.
+    """Opens `name`, one of digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE and toy:NAME.
 
     Where a source has no splits of its own, they cut np.random.RandomState(0).permutation(n): the first 1,500 digits, 4,000 of mnist_5k,
     1,600 emoji or 90% of a folder's sorted files are 'train', the rest 'test'; 'all' is the two in turn. A folder with sub-folders train/
@@ -74,6 +79,7 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
     `mock:16x16x32` is made up of 10,000 latents to train on and 1,000 to test, the same in every run; after it may follow
     `,levels=256` for pixels, `,classes=1000`, `,count=10000` and `,text=128x2048` (M x E). `toy:` moons, checkerboard or gaussians are
     points of the plane as latents of 1 x 2 x 1, a million to train on and 2,000 to test, of mean 0, variance 1 and known density.
+    `shapes` has train, test and heldout, whose captions tell combinations that are held out of train; see shapes.py.
 
     Args:
       split: 'train', 'test', 'all' or another split of the source, whole or a slice of it: 'train[:1350]', 'train[-100:]', 'test[10%:]'.
@@ -101,6 +107,9 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
         case "mock" | "toy", ":", where if where:
             _check_split(name, base, synthetic.SPLITS)
             source = Source(name, base, **synthetic.open_made_up(name, base))
+        case "shapes", "", "":
+            _check_split(name, base, shapes.SPLITS)
+            source = Source(name, base, **shapes.open_shapes(base))
         case _:
             raise UserError(f"data.source {name!r} is not known: expected one of {_KNOWN}")
     rows = _slice(split, first, last, len(source.records))

@@ -22,7 +22,7 @@ from ntm_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    source: str  # digits, mnist_5k, emoji, tfds:NAME, folder:PATH, records:PATH, mock:SHAPE, toy:NAME
+    source: str  # digits, mnist_5k, emoji, shapes, tfds:NAME, folder:PATH, records:PATH, mock:SHAPE, toy:NAME
     split: str  # with a slice if wished: train, train[:1350]
     batch_size: int  # global
     patch_size: int

@@ -232,14 +232,71 @@ def classifier(num_classes: int, levels: int, real: np.ndarray, labels: np.ndarr
     return lambda images: machine.predict(features(images)) == np.arange(len(images)) % num_classes
 
 
-def check_guidance(run, guidance) -> None:
-    """UserError for scales of guidance at which the class accuracy cannot be told."""
-    scored = run.model.config.num_classes and run.spec.levels and run.config.evaluate.images and run.spec.count <= MAX_RECORDS
-    if guidance and not scored:
+def _over_tasks(task, values) -> dict:
+    """{task: mean, stderr and count of its values} and the mean over tasks, GenEval's overall; task [n] names, values [n]."""
+    found = {name: _mean(values[task == name]) | {"count": int(np.sum(task == name))} for name in dict.fromkeys(task.tolist())}
+    of_means = math.sqrt(sum(figure["stderr"] ** 2 for figure in found.values()))
+    return found | {"overall": {"mean": float(np.mean([f["mean"] for f in found.values()])), "stderr": of_means / len(found)}}
+
+
+def _prompted(run, source: Source, guidance, progress: bool) -> dict:
+    """source.tasks of config.evaluate.images samples of the source's captions in turn, at a guidance."""
+    config = dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, guidance=guidance),
+                                 evaluate=dataclasses.replace(run.config.evaluate, split=source.split))
+    images = generated(dataclasses.replace(run, config=config), progress)
+    return source.tasks(images, [source.captions[i % len(source.captions)] for i in range(len(images))])
+
+
+def _task_figures(rows: dict, first: dict | None) -> dict:
+    """Figures of source.tasks' arrays [n], and of what they have over those of the first guidance, paired."""
+    others = {name: values[~np.isnan(values)] for name, values in rows.items() if name not in ("task", "right")}
+    result = _over_tasks(rows["task"], rows["right"]) | {"shares": {name: _mean(values) for name, values in others.items() if len(values)}}
+    return result if first is None else result | {"difference": _over_tasks(rows["task"], rows["right"].astype(int) - first["right"])}
+
+
+def task_scores(run, source: Source, guidance=(), progress: bool = False) -> dict:
+    """evaluation.json's `tasks`, of a model of captions whose images can be checked: the share of samples that show what they were asked
+    for, of config.evaluate.images prompts of the split, and as many of the source's unseen combinations.
+
+    Returns {task: mean, stderr and count; "overall": mean and stderr of the mean over tasks; "shares": mean and stderr of the scorer's
+    further rates; "split"; "unseen": the same of that split}, and how they were made. guidance: scales or schedules; of each the same in
+    the list "by_guidance", with "difference", by task, to the first one on the same noise, paired.
+    """
+    config = run.config
+    splits = [source]
+    if source.unseen and not source.split.startswith(source.unseen):
+        splits.append(config.data.open(source.unseen))
+    rows = {scale: [_prompted(run, asked, scale, progress) for asked in splits]
+            for scale in dict.fromkeys((config.sample.guidance, *guidance))}
+
+    def figures(scale):
+        seen, *unseen = [{"split": asked.split} | _task_figures(rows[scale][i], rows[guidance[0]][i] if guidance else None)
+                         for i, asked in enumerate(splits)]
+        return {"guidance": scale} | seen | ({"unseen": unseen[0]} if unseen else {})
+
+    result = _made(config) | figures(config.sample.guidance)
+    return result | {"by_guidance": [figures(scale) for scale in guidance]} if guidance else result
+
+
+def _asks_tasks(run, source: Source) -> bool:
+    """Whether the run's samples can be checked by what the source's captions ask for."""
+    return bool(run.model.config.text_width and source.tasks)
+
+
+def check_guidance(run, source: Source, guidance) -> None:
+    """UserError for scales of guidance at which neither tasks nor the class accuracy can be told."""
+    scored = _asks_tasks(run, source) or (run.model.config.num_classes and run.spec.count <= MAX_RECORDS)
+    if guidance and not (scored and run.spec.levels and run.config.evaluate.images):
         raise UserError("--guidance compares class accuracies, and they are told of a model of classes and pixels, of at most "
-                        f"{MAX_RECORDS} training images, with config.evaluate.images above 0")
+                        f"{MAX_RECORDS} training images (or tasks, of one of captions and data.source=shapes), with config.evaluate.images "
+                        "above 0")
     for scale in guidance:
         generate.check(run.config, None, scale)
+
+
+def _made(config: Config) -> dict:
+    """How the samples that are scored were made."""
+    return {"images": config.evaluate.images} | {name: getattr(config.sample, name) for name in ("decoder", "guidance", "steps")}
 
 
 def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), progress: bool = False) -> dict:
@@ -253,8 +310,7 @@ def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), p
     config = run.config
     records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
     real, images = np.stack([r["image"] for r in records]), generated(run, progress)
-    made = {"images": len(images), "decoder": config.sample.decoder, "guidance": config.sample.guidance, "steps": config.sample.steps}
-    result = {}
+    made, result = _made(config), {}
     if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
         right = classifier(run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records]))
         hits = {config.sample.guidance: right(images)}
@@ -309,7 +365,7 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         raise UserError(f"split {split} of {config.data.source} has images of shape {spec.image_shape}, not the training split's shape")
     if against:
         _check_comparable(run, against)
-    check_guidance(run, guidance)
+    check_guidance(run, source, guidance)
     processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features, "--guidance": guidance,
                      "--against": [against.workdir, against.step] if against else None})
     train = config.data.open(config.data.split)
@@ -331,8 +387,10 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         other = scores(against.config, against.model, against.params, source, against.mesh, trajectories, progress=progress)
         result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw} | compare(
             table, other, spec.tokens * spec.dim, source.levels)
-    if images:
+    if images and (extractor or model.config.num_classes):
         result |= image_scores(run, train, source, extractor, guidance, progress)
+    if images and _asks_tasks(run, source):
+        result["tasks"] = task_scores(run, source, guidance, progress)
     result["provenance"] = provenance(run, source)
     return result, table
 
@@ -422,6 +480,30 @@ def table(result: dict, unit: str) -> str:
     return "\n".join(lines)
 
 
+def task_table(tasks: dict) -> str:
+    """evaluation.json's `tasks` as a person reads them, in percent: for either split a table with a row a task and a column a guidance."""
+    guided = tasks.get("by_guidance", [tasks])
+    lines, head = [], [f"guidance {at['guidance']}" for at in guided]
+    for parts in (guided, [at["unseen"] for at in guided if "unseen" in at]):
+        if not parts:
+            continue
+        names = [name for name, figure in parts[0].items() if isinstance(figure, dict) and "count" in figure]
+        rows = [(f"samples of {parts[0]['split']} that show what was asked, %", head)]
+        rows += [(name, [_percent(part[name]) for part in parts]) for name in (*names, "overall")]
+        if len(parts) > 1:
+            rows.append((f"overall less that of {head[0]}", ["", *(_percent(part["difference"]["overall"]) for part in parts[1:])]))
+        rows += [(f"share: {name}", [_percent(part["shares"].get(name)) for part in parts]) for name in parts[0]["shares"]]
+        widths = [max(map(len, column)) for column in zip(*([name, *cells] for name, cells in rows), strict=True)]
+        for name, cells in rows:
+            padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            lines.append(f"  {name:<{widths[0]}}  " + "  ".join(padded))
+    return "\n".join(lines)
+
+
+def _percent(figure: dict | None) -> str:
+    return f"{100 * figure['mean']:.1f} ± {100 * figure['stderr']:.1f}" if figure else "-"
+
+
 def report(run, result: dict, scored: dict, path, per_example: bool = False, unit: str | None = None) -> None:
     """Prints the figures and writes, in the first process, path (JSON), beside it a picture of what each level costs (.png), with
     per_example the scores of each record (.parquet, nats), for data of known density densities.png, and beside another run losses.png."""
@@ -439,6 +521,8 @@ def report(run, result: dict, scored: dict, path, per_example: bool = False, uni
     if per_example:
         write_scores(scored, path.with_suffix(".parquet"))
     print(table(result, unit or next(name for name in NAMES if name in result)), flush=True)
+    if "tasks" in result:
+        print(task_table(result["tasks"]), flush=True)
 
 
 def write_scores(scored: dict, path) -> None:

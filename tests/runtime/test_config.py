@@ -30,8 +30,8 @@ def refusal(values) -> str:
 
 @pytest.mark.parametrize("name", [
     ("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian"), ("toy2d",), ("toy2d", "moons,no-transporter"),
-    ("emoji",), ("emoji", "runlocal"), ("digits_fm",), ("mnist_fm",),
-    ("digits_finetune", "free"), ("mnist_finetune", "free"), ("flux2_klein",), ("flux2_klein", "runlocal")])
+    ("emoji",), ("emoji", "runlocal"), ("digits_fm",), ("mnist_fm",), ("digits_finetune", "free"), ("mnist_finetune", "free"),
+    ("flux2_klein",), ("flux2_klein", "runlocal"), ("shapes",), ("shapes", "gaussian"), ("shapes", "runlocal")])
 def test_the_shipped_experiments_are_read(name):
     read = config.read(experiment(*name))
     assert config.read(read.raw) == read

@@ -12,11 +12,13 @@ import pytest
 from sklearn.svm import SVC
 
 from ntm_jax.core import denoising, likelihood, trajectory
-from ntm_jax.data import pipeline, sources
-from ntm_jax.data.records import Layout, write_records
+from ntm_jax.core.layers import Text
+from ntm_jax.data import pipeline, shapes, sources, text
+from ntm_jax.data.records import Layout, pad_text, write_records
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, evaluate, load, quality, state
-from tests.common import batch_of, randomised, setup, tiny_config
+from ntm_jax.runtime import config as configuration
+from ntm_jax.runtime import evaluate, load, quality, sharding, state
+from tests.common import batch_of, experiment, randomised, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = tiny_config()
@@ -320,7 +322,7 @@ def test_captioned_pictures_are_retrieved(tmp_path, monkeypatch):
         "data.source": f"records:{tmp_path}", "model.condition": "text", "evaluate.images": 30, "sample.decoder": "inverse"})
     values = settings.raw
     values["data"]["text"] = f"words:3:{words}"
-    settings = config.read(values)
+    settings = configuration.read(values)
     source, train = (settings.data.open(split) for split in ("test", "train"))
     model, mesh = state.make_model(settings, pipeline.spec(source, 2)), setup(SETTINGS)[2]
     params = randomised(state.initialize(settings, model, mesh).params)
@@ -346,3 +348,95 @@ def test_captioned_pictures_are_retrieved(tmp_path, monkeypatch):
     assert "retrieval" not in evaluate.image_scores(run, train, source, None)
     monkeypatch.setattr(evaluate, "MAX_CANDIDATES", 59)
     assert "retrieval" not in evaluate.image_scores(run, train, source, extractor)
+
+
+@pytest.fixture(scope="module")
+def told():
+    """A run of experiments/shapes.py, never trained: 16 samples of two steps."""
+    values = experiment("shapes", "runlocal")
+    values.update_from_flattened_dict({"model.width": 16, "model.head_size": 8, "model.transporter_width": 16, "trajectory.steps": (2,),
+                                       "sample.steps": 2, "sample.guidance": 1.0, "evaluate.trajectories": 1, "sample.decoder": "inverse"})
+    settings = configuration.read(values)
+    source = settings.data.open(settings.evaluate.split)
+    spec = pipeline.spec(source, settings.data.patch_size)
+    model, mesh = state.make_model(settings, spec), sharding.make_mesh(settings.mesh)
+    params = randomised(state.initialize(settings, model, mesh).params)
+    return load.Run(settings, spec, model, params, 3, mesh, "runs/told")
+
+
+def test_samples_are_asked_for_the_captions_that_they_are_checked_by(told):
+    heldout = told.config.data.open("heldout[3:11]")
+    asked = []
+
+    def tasks(images, captions):
+        asked.extend(captions)
+        return {"images": images}
+
+    images = evaluate._prompted(told, dataclasses.replace(heldout, tasks=tasks), 0.0, False)["images"]
+    assert asked == [heldout.captions[i % 8] for i in range(16)]
+    states, _ = text.open_encoder(told.config.data.text).encode(asked)
+    padded = [pad_text(own, 7) for own in states]
+    y = Text(*(np.stack([p[name] for p in padded]) for name in ("text", "text_mask")))
+    np.testing.assert_array_equal(images, told.sample(16, y, guidance=0.0))
+    assert (images != told.sample(16, guidance=0.0)).any()  # those of the configuration's split
+
+
+def test_tasks_by_guidance_and_split(told, tmp_path, monkeypatch, capsys):
+    """Of made-up samples: true scenes without guidance, and those of a guidance of 2 with every third one's left half black."""
+    calls = []
+
+    def generated(run, progress=False):
+        scale, records = run.config.sample.guidance, run.config.data.open(run.config.evaluate.split).records
+        calls.append((run.config.evaluate.split, scale))
+        images = np.stack([records[i % len(records)]["image"] for i in range(run.config.evaluate.images)])
+        images[:: {0.0: 100, 1.0: 1, 2.0: 3}[scale], :, :12] = 0
+        return images
+
+    monkeypatch.setattr(evaluate, "generated", generated)
+    result, scored = evaluate.evaluate(told, guidance=(2.0, 0.0))
+    assert sorted(calls) == [(split, scale) for split in ("heldout", "test[:16]") for scale in (0.0, 1.0, 2.0)]
+    tasks, seen = result["tasks"], told.config.data.open("test[:16]")
+    assert {name: tasks[name] for name in ("split", "guidance", "images", "steps", "decoder")} == {
+        "split": "test[:16]", "guidance": 1.0, "images": 16, "steps": 2, "decoder": "inverse"}
+    assert "class_accuracy" not in result
+    captions = [seen.captions[i] for i in range(16)]
+    task = np.array([shapes.task_of(caption) for caption in captions])
+
+    def expected(values):
+        means = {name: values[task == name].mean() for name in shapes.TASKS}
+        return means | {"overall": np.mean(list(means.values()))}
+
+    right = {scale: shapes.score(generated(dataclasses.replace(told, config=dataclasses.replace(
+        told.config, sample=dataclasses.replace(told.config.sample, guidance=scale))), False), captions) for scale in (0.0, 1.0, 2.0)}
+    for found, scale in ((tasks, 1.0), *zip(tasks["by_guidance"], (2.0, 0.0), strict=True)):
+        assert found["guidance"] == scale
+        assert {name: found[name]["mean"] for name in (*shapes.TASKS, "overall")} == pytest.approx(expected(right[scale]["right"]))
+        assert {name: found["difference"][name]["mean"] for name in (*shapes.TASKS, "overall")} == pytest.approx(
+            expected(right[scale]["right"].astype(float) - right[2.0]["right"]))
+        assert {name: found[name]["count"] for name in shapes.TASKS} == {name: (task == name).sum() for name in shapes.TASKS}
+        assert found["shares"]["empty"]["mean"] == right[scale]["empty"].mean()
+        assert found["shares"]["colour"]["mean"] == pytest.approx(np.nanmean(right[scale]["colour"]))
+    errors = [right[2.0]["right"][task == name].std(ddof=1) / math.sqrt((task == name).sum()) for name in shapes.TASKS]
+    assert tasks["by_guidance"][0]["overall"]["stderr"] == pytest.approx(math.sqrt(np.square(errors).sum()) / 6)
+    unseen = tasks["by_guidance"][1]["unseen"]
+    assert unseen["split"] == "heldout"
+    assert "single_object" not in unseen
+    assert unseen["color_attr"] == {"mean": 1.0, "stderr": 0.0, "count": 4}
+    assert 0 < tasks["by_guidance"][0]["overall"]["mean"] < 1
+
+    evaluate.report(told, result, scored, tmp_path / "evaluation.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    lines = capsys.readouterr().out.splitlines()
+    table = [re.split(r" {2,}", line.strip()) for line in lines[next(i for i, line in enumerate(lines) if "asked, %" in line) :]]
+    seen_table, unseen_table = table[:12], table[12:]
+    assert seen_table[0] == ["samples of test[:16] that show what was asked, %", "guidance 2.0", "guidance 0.0"]
+    assert [row[0] for row in seen_table[1:8]] == [*shapes.TASKS, "overall"]
+    assert seen_table[8][0] == "overall less that of guidance 2.0"
+    assert [row[0] for row in seen_table[9:]] == ["share: empty", "share: colour", "share: shape"]
+    assert unseen_table[0][0] == "samples of heldout that show what was asked, %"
+    assert [row[0] for row in unseen_table[1:7]] == [*shapes.TASKS[1:], "overall"]
+    assert unseen_table[5][2] == "100.0 ± 0.0"
+    calls.clear()
+    alone, _ = evaluate.evaluate(told, split="heldout[:8]")
+    assert calls == [("heldout[:8]", 1.0)]
+    assert {"unseen", "by_guidance", "difference"} & set(alone["tasks"]) == set()

@@ -1,0 +1,208 @@
+"""Scenes of shapes: what is drawn, what is held out, and the scorer on true scenes, noise, shuffled captions and single mistakes."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+
+from ntm_jax.data import shapes
+from ntm_jax.data.shapes import COLOURS, SHAPES, TASKS
+from ntm_jax.data.sources import open_source
+from ntm_jax.data.transforms import scale, unscale
+from ntm_jax.errors import UserError
+from tests.common import experiment
+
+COUNT = 1600  # records of a split: 200 of a task at least, 400 of the two that come twice
+
+
+@pytest.fixture(scope="module")
+def splits():
+    """{split: (images [n, 24, 24, 3], captions, labels [n])}."""
+    found = {}
+    for name in shapes.SPLITS:
+        records = [open_source("shapes", f"{name}[:{COUNT}]").records[i] for i in range(COUNT)]
+        found[name] = tuple([record[key] for record in records] for key in ("image", "caption", "label"))
+    return {name: (np.stack(images), captions, np.array(labels)) for name, (images, captions, labels) in found.items()}
+
+
+def picture(*things):
+    """The image of (colour, shape, quadrant's x, y), drawn in the test's own way: shapes of 9 pixels from their geometry."""
+    image = np.zeros((24, 24, 3), np.uint8)
+    for colour, shape, column, row in things:
+        for y, x in itertools.product(range(-4, 5), repeat=2):
+            inside = {"circle": x * x + y * y < 21, "square": True, "triangle": 2 * abs(x) <= y + 5,
+                      "cross": abs(x) <= 1 or abs(y) <= 1}[shape]
+            if inside:
+                image[12 * row + 6 + y, 12 * column + 6 + x] = COLOURS[colour]
+    return image
+
+
+def right(caption, *things):
+    return bool(shapes.score(picture(*things)[None], [caption])["right"][0])
+
+
+def test_a_record_is_a_function_of_its_split_and_index(splits):
+    source = open_source("shapes", "train[5:]")
+    record = source.records[7]
+    np.testing.assert_array_equal(record["image"], splits["train"][0][12])
+    assert record["image"].dtype == np.uint8
+    assert record["image"].shape == source.image_shape == (24, 24, 3)
+    assert (record["caption"], record["label"]) == (splits["train"][1][12], splits["train"][2][12])
+    assert source.captions[7] == record["caption"]
+    assert len(source.captions) == len(source.records) == 999_995
+    assert [pickle.loads(pickle.dumps(source)).captions[i] for i in range(20)] == splits["train"][1][5:25]
+    images = np.concatenate([images for images, _, _ in splits.values()])
+    assert len({image.tobytes() for image in images}) > 0.9 * len(images)  # single objects of the test split are in train now and then
+    with pytest.raises(IndexError):
+        source.captions[999_995]
+    with pytest.raises(UserError, match="shapes has no split 'all': it has train, test, heldout"):
+        open_source("shapes", "all")
+
+
+def test_every_slice_of_8_has_all_tasks_and_the_label_is_the_captions_task(splits):
+    for name, (_, captions, labels) in splits.items():
+        found = [TASKS[label] for label in labels]
+        assert found == [shapes.task_of(caption) for caption in captions]
+        assert set(found[:8]) == set(TASKS) - ({"single_object"} if name == "heldout" else set())
+    told = dict(zip((TASKS[label] for label in splits["train"][2][:8]), splits["train"][1][:8], strict=True))
+    assert len(told["colors"].split()) == len(told["single_object"].split()) + 1 == 3
+
+
+def combinations(things, relation=None):
+    """Every pair of attributes: colour and shape, two shapes, count and shape, the relation of two shapes, as from the left or above."""
+    found = {(thing.colour, thing.shape) for thing in things if thing.colour}
+    names = [thing.shape for thing in things]
+    if len(set(names)) > 1:
+        found |= {frozenset(names)}
+    elif len(names) > 1:
+        found |= {(len(names), names[0])}
+    if relation:
+        found |= {(relation, *names), ({"left": "right", "right": "left", "above": "below", "below": "above"}[relation], *names[::-1])}
+    return found
+
+
+def test_held_out_combinations_are_absent_from_train_and_told_by_every_held_out_caption(splits):
+    told = {name: set().union(*(combinations(*shapes.read(caption)) for caption in captions)) for name, (_, captions, _) in splits.items()}
+    drawn = {name: set().union(*(combinations(things) for things in shapes.find(images))) for name, (images, _, _) in splits.items()}
+    unseen = told["heldout"] - told["train"]
+    kinds = {kind: {c for c in unseen if isinstance(c, tuple) and c[0] in kind} for kind in (tuple(COLOURS), (2, 3, 4), ("left", "above"))}
+    assert {c: {s for s in SHAPES if (c, s) in unseen} for c in COLOURS} == {
+        "red": {"circle"}, "green": {"square"}, "blue": {"triangle"}, "yellow": {"cross"}, "purple": {"circle"}, "white": {"square"}}
+    assert kinds[2, 3, 4] == {(2, "circle"), (3, "square"), (4, "triangle")}
+    assert {c for c in unseen if isinstance(c, frozenset)} == {frozenset(("circle", "cross"))}
+    assert len(kinds["left", "above"]) == 10  # four of twelve either way, circle with cross once among them, and its other direction
+    assert not unseen & (drawn["train"] | told["test"] | drawn["test"])
+    assert told["test"] <= told["train"]
+    assert set(splits["test"][1]) & set(splits["train"][1])
+    assert not set(splits["heldout"][1]) & (set(splits["test"][1]) | set(splits["train"][1]))
+    for caption in splits["heldout"][1]:
+        assert combinations(*shapes.read(caption)) & unseen, caption
+    assert {c for c in told["train"] | unseen if isinstance(c, tuple) and c[0] in COLOURS} == set(itertools.product(COLOURS, SHAPES))
+
+
+def noised(images, t):
+    """As the model samples at its lowest level t: x_0 / (1 - t), x_0 = (1 - t) x + t eps."""
+    noise = np.random.default_rng(0).normal(size=images.shape)
+    return unscale(scale(images, 256) + t / (1 - t) * noise, 256)
+
+
+@pytest.mark.parametrize("t", [0, 0.05, 0.1])
+def test_true_scenes_are_right_with_the_models_noise_too(splits, t):
+    for images, captions, _ in splits.values():
+        found = shapes.score(noised(images, t), captions)
+        assert found["right"].mean() >= 0.99
+        assert np.nanmin(found["colour"]) > 0.9
+        assert np.nanmin(found["shape"]) > 0.6
+        assert not found["empty"].any()
+
+
+def test_shuffled_captions_are_wrong(splits):
+    images, captions, _ = splits["test"]
+    order = np.random.default_rng(0).permutation(COUNT)
+    found = shapes.score(images[order], captions)
+    by_task = {task: found["right"][found["task"] == task].mean() for task in TASKS}
+    assert found["right"].mean() <= 0.05
+    assert np.mean(list(by_task.values())) <= 0.05, by_task
+    assert max(by_task.values()) < 0.15, by_task
+
+
+TRUE = {
+    "a circle": [("red", "circle", 0, 1)],
+    "a circle and a square": [("green", "square", 1, 0), ("green", "circle", 0, 0)],
+    "three crosses": [("red", "cross", 0, 0), ("blue", "cross", 1, 1), ("blue", "cross", 0, 1)],
+    "a purple triangle": [("purple", "triangle", 1, 1)],
+    "a circle left of a square": [("white", "circle", 0, 1), ("yellow", "square", 1, 0)],
+    "a square above a circle": [("white", "circle", 0, 1), ("yellow", "square", 1, 0)],
+    "a red circle and a blue square": [("blue", "square", 0, 0), ("red", "circle", 1, 0)],
+}
+
+
+@pytest.mark.parametrize("caption", TRUE)
+def test_one_mistake_makes_an_image_wrong(caption):
+    things = TRUE[caption]
+    assert right(caption, *things)
+    colour, shape, *place = things[0]
+    free = next(p for p in itertools.product((0, 1), repeat=2) if p not in [(x, y) for _, _, x, y in things])
+    assert not right(caption, *things, ("white", "square", *free)), "one too many"
+    assert not right(caption, *things[1:]), "one too few"
+    for other in set(SHAPES) - {shape}:
+        assert not right(caption, (colour, other, *place), *things[1:]), other
+    for other in set(COLOURS) - {colour}:
+        assert right(caption, (other, shape, *place), *things[1:]) == (colour not in caption), other
+
+
+def test_relations_are_those_told():
+    first, second = "circle", "square"
+    for column, row in ((1, 0), (0, 1), (1, 1)):  # of the second from the first, in the upper left corner
+        things = ("red", first, 0, 0), ("blue", second, column, row)
+        assert right(f"a {first} left of a {second}", *things) == right(f"a {second} right of a {first}", *things) == bool(column)
+        assert right(f"a {first} above a {second}", *things) == right(f"a {second} below a {first}", *things) == bool(row)
+        assert not right(f"a {first} right of a {second}", *things)
+        assert not right(f"a {first} below a {second}", *things)
+        assert not right(f"a {second} left of a {first}", *things)
+
+
+def test_colours_are_bound_to_their_shapes():
+    assert not right("a red circle and a blue square", ("blue", "circle", 0, 0), ("red", "square", 1, 0))
+
+
+def test_what_is_no_shape_or_no_colour_is_found_and_is_wrong():
+    square = picture(("red", "square", 0, 0))
+    two_coloured, blob, speck = square.copy(), square.copy(), square.copy()
+    two_coloured[2:6, :12][square[2:6, :12, 0] > 0] = COLOURS["blue"]  # 4 of its 9 rows
+    blob[2:11, 2:11] = 0
+    blob[4:6, 0:20] = COLOURS["red"]
+    speck[20:22, 20:22] = 255
+    images = np.stack([square, two_coloured, blob, speck])
+    found = [things for (things,) in shapes.find(images)]
+    assert [(thing.colour, thing.shape) for thing in found] == [("red", "square"), (None, "square"), ("red", None), ("red", "square")]
+    assert (found[0].x, found[0].y) == (6.5, 6.5)
+    result = shapes.score(images, ["a red square"] * 4)
+    assert result["right"].tolist() == [True, False, False, True]
+    np.testing.assert_array_equal(result["colour"], [1, 0, 1, 1])
+    np.testing.assert_array_equal(result["shape"], [1, 1, 0, 1])
+
+
+def test_blank_images_are_empty_and_wrong():
+    result = shapes.score(np.zeros((2, 24, 24, 3), np.uint8), ["a red circle", "two squares"])
+    assert result["empty"].all()
+    assert not result["right"].any()
+    assert np.isnan([result["colour"], result["shape"]]).all()
+    shares = shapes.score(picture(("red", "circle", 0, 0), ("blue", "square", 1, 0), ("red", "cross", 1, 1))[None].repeat(2, 0),
+                          ["a red circle and a white square", "a circle"])
+    np.testing.assert_allclose(shares["colour"], [2 / 3, np.nan])  # the second tells no colour
+    np.testing.assert_allclose(shares["shape"], [2 / 3, 1 / 3])
+
+
+def test_the_experiments_encoder_knows_every_caption(splits):
+    encoder = experiment("shapes").data.text
+    assert set(encoder.split(":")[2].split()) == set(shapes.VOCABULARY)
+    source = open_source("shapes", "train", text=encoder)
+    longest = max((caption for _, captions, _ in splits.values() for caption in captions), key=lambda caption: len(caption.split()))
+    assert source.text_tokens == len(longest.split()) == 7
+    record = source.records[0]
+    assert record["text"].shape == (7, source.text_width)
+    assert record["text_mask"].sum() == len(record["caption"].split())
+    with pytest.raises(UserError, match="the caption 'a pink circle' has the word 'pink', of no scene of shapes: expected a, and, of"):
+        shapes.read("a pink circle")
