@@ -231,7 +231,7 @@ def _tfds(where: str, split: str, feature: str) -> Input:
         inner = getattr(inner[part], "feature", inner[part])  # of a sequence, what it is of
         inner = inner if hasattr(inner, "keys") else {}
     count = len(_examples(where, split))
-    classes = [str(i) for i in range(getattr(features.get("label"), "num_classes", None) or 0)]
+    classes = [str(i) for i in range((getattr(features["label"], "num_classes", None) or 0) if "label" in features else 0)]
     read = functools.partial(_read_example, where, split, feature.split("/"), bool(classes))
     return Input([Item(str(i), i) for i in range(count)], read, classes)
 

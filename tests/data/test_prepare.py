@@ -51,8 +51,9 @@ def write_folder(folder, files, rows=None):
 def pictures(folder, count, **keys):
     """A folder of `count` images with captions and labels."""
     files = {f"{i:03}.png": encoded(picture(i)) for i in range(count)}
+    captions = ["a green circle", "a red circle"]
     return write_folder(folder, files, [
-        {"file_name": name, "caption": "a red circle" if i % 2 else "a green circle", "label": i % 3, **keys} for i, name in enumerate(files)])
+        {"file_name": name, "caption": captions[i % 2], "label": i % 3, **keys} for i, name in enumerate(files)])
 
 
 def run(tmp_path, folder, out="out", **options):
@@ -252,7 +253,7 @@ def test_bad_images_are_counted_named_and_left_out(tmp_path, capsys):
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "absent.png", "caption": "a"}\n')
     with pytest.raises(UserError, match=r"^9 images are bad, and --max_bad allows 8: .*leave them out; the shards that are whole stay in"):
-        run(tmp_path, folder, max_bad=0.49)
+        run(tmp_path, folder, max_bad=0.49, shard_size=5)
     assert not (tmp_path / "out" / "manifest.json").exists()
     out = run(tmp_path, folder, max_bad=0.5, shard_size=5)
     assert [len(part) for part in (records(out), json.loads((out / "train-00002.json").read_text())["bad"])] == [9, 5]
@@ -351,7 +352,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is being prepared with image_size=8, and this call has 9: choose another --out, or remove it"):
         run(tmp_path, folder, image_size=9)
     pictures(folder, 6, label=2)
-    with pytest.raises(UserError, match=r"is being prepared with classes="):
+    with pytest.raises(UserError, match=r"is being prepared with rows_sha256="):
         run(tmp_path, folder)
     assert files(tmp_path / "out") == before
     write_records(str(tmp_path / "others"), {"train": []}, Layout((4, 4, 3), levels=256))
