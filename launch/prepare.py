@@ -28,7 +28,6 @@ flags.DEFINE_integer("batch", 32, "Images encoded at a time.", lower_bound=1)
 flags.DEFINE_integer("workers", 0, "Processes that decode images; 0: this one does.", lower_bound=0)
 flags.DEFINE_integer("num_processes", 1, "How many calls share the work.", lower_bound=1)
 flags.DEFINE_integer("process_id", 0, "This call's number, from 0.", lower_bound=0)
-flags.DEFINE_string("device", "cpu", "torch's name of the device of the autoencoder.")
 flags.mark_flags_as_required(["input", "out"])
 
 
@@ -37,7 +36,7 @@ def main():
 
     f = program.FLAGS
     choices = prepare.Choices(**{field.name: f[field.name].value for field in dataclasses.fields(prepare.Choices)})
-    prepare.prepare(choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id, f.device)
+    prepare.prepare(choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id)
 
 
 if __name__ == "__main__":

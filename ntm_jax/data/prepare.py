@@ -83,12 +83,12 @@ class _Tally:
 
 
 def prepare(choices: Choices, out: str, max_bad: float = 0.01, batch: int = 32, workers: int = 0, num_processes: int = 1,
-            process_id: int = 0, device: str = "cpu") -> None:
+            process_id: int = 0) -> None:
     """Writes this process's shards of the records to the folder `out`, and the manifest if all shards are then whole.
 
     Args:
       max_bad: the share of the images that may be bad: not there, or not to be decoded. They are left out.
-      batch: images encoded at a time. workers: processes that decode images; 0: this one does. device: torch's, of the autoencoder.
+      batch: images encoded at a time; networks round otherwise with another. workers: processes that decode images; 0: this one does.
     Raises:
       UserError: more bad images; a folder of another plan; an input or a choice that is not understood. What is whole stays.
     """
@@ -96,7 +96,7 @@ def prepare(choices: Choices, out: str, max_bad: float = 0.01, batch: int = 32, 
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id}: expected 0 to {num_processes - 1}, below --num_processes={num_processes}")
     given = captioned.open_input(choices.input, choices.captions, choices.caption_feature, choices.tfds_split)
-    encoder, shards = _Encoder(choices, given.classes, device), _shards(choices, given.items)
+    encoder, shards = _Encoder(choices, given.classes), _shards(choices, given.items)
     plan = _plan(choices, given, encoder)
     name, limit = _claim(root, plan), max_bad * len(given.items)
     mine = shards[process_id::num_processes]
@@ -258,10 +258,11 @@ def _loaded(pool, workers: int, load, items: Sequence[captioned.Item]) -> Iterat
 class _Encoder:
     """Images and captions to what records hold: pixels or latents, and text states. layout: of the records, but for their scale."""
 
-    def __init__(self, choices: Choices, classes: Sequence[str], device: str):
+    def __init__(self, choices: Choices, classes: Sequence[str]):
         kind, _, folder = choices.latents.partition(":")
         if choices.latents and (kind != "flux2" or not folder):
             raise UserError(f"--latents={choices.latents} is not known: expected flux2:FOLDER, or nothing for pixels")
+        device = "cuda" if folder and pretrained.module("torch").cuda.is_available() else "cpu"
         self._autoencoder = latents.Autoencoder(folder, device) if folder else None
         self.digest = _digest(pretrained.find(folder, "vae").glob("*.safetensors")) if folder else ""
         self._text = text.open_encoder(choices.text) if choices.text else None
@@ -304,14 +305,12 @@ class _Encoder:
             tally.sums, tally.squares = sums.tolist(), squares.tolist()
 
     def _states(self, captions: list[str], tally: _Tally) -> list[np.ndarray] | None:
-        """The states [m, E] float16 of each caption; of the null caption none, [0, E]."""
+        """The states [m, E] float16 of each caption; of the null caption what the encoder says of '', most say none."""
         if not self._text:
             return None
-        told = [caption for caption in captions if caption]
-        states, cut = self._text.encode(told) if told else ([], [])
+        states, cut = self._text.encode(captions)
         tally.cut_captions += sum(cut)
-        states, none = iter(states), np.zeros((0, self._text.width), np.float16)
-        return [next(states) if caption else none for caption in captions]
+        return states
 
 
 def _digest(files) -> str:

@@ -48,6 +48,7 @@ class Source:
       labels. text_tokens, text_width: M and E, 0 where there is no text. text: the encoder that made the states, '' where none is known.
     captions: every record's caption, where there are captions; records then have "caption": str too.
     version: names the data's content, for provenance.
+    mean, std: what was taken from latents, and what they were then divided by, by channel; empty where they are as they were made.
     log_density: of data whose density is known, a function of points [n, H W C] float64 and t, 0 < t <= 1, that gives the exact
       log-density in nats, [n] float64, of the data noised to level t, x_t = (1-t) x + t eps. It can be pickled.
     """
@@ -64,6 +65,8 @@ class Source:
     text: str = ""
     captions: Sequence[str] | None = None
     log_density: Any = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> Source:
@@ -384,7 +387,8 @@ def _open_records(where: str, split: str) -> Source:
     records = Records(where, layout, [splits[split]] if split in splits else list(splits.values()))
     captions = _Captions(records) if layout.captions else None
     told = (layout.text_tokens, layout.text_width, layout.text)
-    return Source(f"records:{where}", split, version, records, layout.image_shape, layout.levels, layout.num_classes, *told, captions)
+    return Source(f"records:{where}", split, version, records, layout.image_shape, layout.levels, layout.num_classes, *told, captions,
+                  mean=layout.mean, std=layout.std)
 
 
 # Folders of image files.

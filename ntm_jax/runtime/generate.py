@@ -166,7 +166,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
     labels = parse_labels(labels, run.model.config.num_classes)
     if autoencoder and run.spec.levels:
         raise UserError(f"{run.workdir} is of pixels, and an autoencoder decodes latents: leave --autoencoder out")
-    decode = latents.Autoencoder(autoencoder).decode if autoencoder and jax.process_index() == 0 else None
+    vae = latents.Autoencoder(autoencoder) if autoencoder and jax.process_index() == 0 else None
     pixel_levels = latents.LEVELS if autoencoder else run.spec.levels
     asked = {"--workdir": run.workdir, "step": run.step, "--num": num, "--batch": batch, "--save_trajectories": save_trajectories,
              "--labels": None if labels is None else labels.tolist(), "--autoencoder": autoencoder,
@@ -184,7 +184,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
         found = run.sample_at(index, y, trajectory=save_trajectories, **options)
         if jax.process_index() == 0:
             images, *levels = found if save_trajectories else (found,)
-            images = decode(images) if decode else images
+            images = vae.decode(images * np.float32(run.spec.std or 1) + np.float32(run.spec.mean or 0)) if vae else images
             _write_batch(folder, number, index, (images, *levels), pixel_levels, len(str(num - 1)))
         made += len(index)
         if not first:  # it compiled
