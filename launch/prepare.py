@@ -5,6 +5,7 @@ goes on. Several processes need nothing of each other but the folder: give each 
 """
 
 import dataclasses
+import sys
 
 from absl import flags
 
@@ -36,7 +37,10 @@ def main():
 
     f = program.FLAGS
     choices = prepare.Choices(**{field.name: f[field.name].value for field in dataclasses.fields(prepare.Choices)})
-    prepare.prepare(choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id)
+    try:
+        prepare.prepare(choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
 
 
 if __name__ == "__main__":

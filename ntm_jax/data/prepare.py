@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from ntm_jax.data.records import MANIFEST, Layout, write_manifest, write_shard
 from ntm_jax.errors import UserError
 
 _PLAN = "plan.json"
-_CHUNK = 32  # images that a worker takes at a time
+_CHUNK = 16  # images that a worker takes at a time
 _NAMED = 10  # bad images that are named
 
 
@@ -200,7 +201,8 @@ def _check_bad(tallies, limit: float, root) -> None:
 
 
 def _bad(tallies) -> list[str]:
-    return [f"{key} ({reason})" for tally in tallies for key, reason in tally.bad]
+    # Of a name that is not UTF-8, what can be printed.
+    return [f"{key} ({reason})".encode(errors="backslashreplace").decode() for tally in tallies for key, reason in tally.bad]
 
 
 def _few(names: list[str]) -> str:
@@ -231,7 +233,7 @@ def _follow() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

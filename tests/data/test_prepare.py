@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ntm_jax.data import captioned
-from ntm_jax.data.prepare import Choices, prepare
+from ntm_jax.data.prepare import Choices, _pool, prepare
 from ntm_jax.data.records import Layout, read_manifest, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
@@ -296,6 +296,10 @@ def test_a_file_name_that_is_not_utf_8_is_found(tmp_path):
         file.write(encoded(picture(1)))
     (folder / "metadata.jsonl").write_bytes(b'{"file_name": "caf\xe9.png", "caption": "a"}\n')
     assert len(records(run(tmp_path, folder))) == 1
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
+        file.write(b"<html>")
+    with pytest.raises(UserError, match=r"caf\\udce9\.png \(not an image\)"):
+        run(tmp_path, folder, "bad")
 
 
 # Mistakes
@@ -412,6 +416,13 @@ def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_pat
     assert files(out) == files(tmp_path / "whole")
     assert "bad images left out: 1 of 200: 017.png (not an image)" in resumed
     assert resumed.splitlines()[-4:-1] == done.splitlines()[-4:-1]
+
+
+def test_a_worker_that_is_killed_ends_it_in_one_line(tmp_path):
+    folder = pictures(tmp_path / "in", 3)
+    with pytest.raises(UserError, match=r"^one of the 1 worker processes was killed, .*that are whole stay$"), _pool(1) as pool:
+        pool.submit(os._exit, 1).result()
+    assert len(records(run(tmp_path, folder, workers=1))) == 3
 
 
 # The program
