@@ -26,9 +26,9 @@ from tests.common import ROOT, environment, python
 WORDS = "words:3:a red green circle"
 
 
-def picture(seed, size=(20, 30)):
+def picture(seed, size=(20, 30), detail=(3, 4)):
     """A random image [H, W, 3] of few frequencies."""
-    coarse = np.random.default_rng(seed).integers(256, size=(3, 4, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(seed).integers(256, size=(*detail, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
@@ -223,9 +223,9 @@ def test_images_of_other_kinds_become_8_bit_rgb():
 
 def test_a_large_photograph_is_the_same_picture():
     """A JPEG is decoded at a fraction of its size, at least twice the image's."""
-    large = encoded(picture(1, (640, 960)), "jpeg", quality=95)
+    large = encoded(picture(1, (640, 960), (40, 60)), "jpeg", quality=95)
     whole = loaded(np.array(Image.open(io.BytesIO(large))), 160).image.astype(int)
-    assert np.abs(loaded(large, 160).image - whole).max() <= 4
+    assert np.abs(loaded(large, 160).image - whole).max() <= 6
     assert whole.std() > 30
 
 
