@@ -20,7 +20,7 @@ def get_config(variant: str = ""):
     c.teacher = ""
     c.data = dict(
         source="records:/data/flux2-latents", mock="mock:32x32x128,text=512x7680", split="train", batch_size=1024, patch_size=1,
-        image_size=0, workers=8)
+        image_size=0, workers=8, text="")
     c.trajectory = dict(
         schedule="shifted", shift=ml_collections.config_dict.placeholder(float), steps=(4,), t_min=0.02, t_min_range=(0.01, 0.05))
     c.model = dict(

@@ -15,7 +15,7 @@ def get_config(variant: str = ""):
     c.init_from = ""
     c.data = dict(
         source="records:/data/t2i256-latents", mock="mock:16x16x32,text=128x2048", split="train", batch_size=1024, patch_size=1,
-        image_size=0, workers=8)
+        image_size=0, workers=8, text="")
     c.trajectory = dict(
         schedule="shifted", shift=ml_collections.config_dict.placeholder(float), steps=(4,), t_min=0.02, t_min_range=(0.01, 0.05))
     c.model = dict(

@@ -1,6 +1,7 @@
 """The shipped digits experiment, shrunk, for the tests of runtime/ and of the programs."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.runtime import config, sharding, state
@@ -66,6 +68,18 @@ def batch_of(source, settings: config.Config, size: int) -> dict:
     """The first `size` records of a source, as a training batch."""
     batch = next(pipeline.evaluation_batches(source, settings.data.patch_size, size))
     return {name: batch[name] for name in ("x", "label", "index")}
+
+
+def write_photos(folder, count: int, side: int) -> None:
+    """A folder of captioned JPEGs, circles in red and blue, for launch/prepare.py."""
+    rows, column = np.mgrid[:side, :side]
+    folder.mkdir()
+    with (folder / "metadata.jsonl").open("w") as file:
+        for i in range(count):
+            inside = np.hypot(rows - side * (0.3 + i % 5 / 10), column - side / 2)[..., None] < side / 4
+            image = np.where(inside, ((220, 30, 30), (30, 30, 220))[i % 2], 200 + i % 50).astype(np.uint8)
+            Image.fromarray(image).save(folder / f"{i}.jpg")
+            file.write(json.dumps({"file_name": f"{i}.jpg", "caption": f"a {('red', 'blue')[i % 2]} circle"}) + "\n")
 
 
 def environment(**variables) -> dict:

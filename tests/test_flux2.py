@@ -15,14 +15,14 @@ import ntm_jax
 from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import levels, posterior
 from ntm_jax.data import pipeline, sources
-from ntm_jax.data.records import Layout, write_records
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, finetune, sharding, state, train
 from tests.backbones.common import original, random_diffusers
-from tests.common import ROOT, bits, experiment, python, rehearsal
+from tests.common import ROOT, bits, experiment, python, rehearsal, write_photos
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MOCK = "mock:4x4x16,text=8x12"
+WORDS = "words:8:a red blue circle"  # of the same shape
 
 
 def settings(**changes) -> config.Config:
@@ -76,6 +76,9 @@ def test_what_is_no_such_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.init_from is .*is not there: give a FLUX\.2 checkpoint"):
         train.train(settings(init_from=str(tmp_path / "nothing")), str(tmp_path / "new"), progress=False)
     assert not (tmp_path / "new").exists()
+    spec, model, mesh = built(settings())
+    with pytest.raises(UserError, match=r"normalised by their own mean and std, .*: prepare them with --latent_scale=encoder"):
+        finetune.start_from(settings(init_from=str(path)), dataclasses.replace(spec, mean=(0.0,) * 16, std=(2.0,) * 16), model, mesh, None)
     with pytest.raises(UserError, match=r"backbone=flux2 needs config\.model\.condition=text, double_layers > 0"):
         built(settings(**{"model.double_layers": 0}))
 
@@ -94,10 +97,9 @@ def rehearsed(tmp_path_factory):
         axes_dims_rope=c.axes, rope_theta=c.theta, guidance_embeds=False).save_pretrained(folder / "FLUX.2-klein" / "transformer")
     diffusers.AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2).save_pretrained(
         folder / "FLUX.2-klein" / "vae")
-    source = {split: sources.open_source(MOCK, split).records for split in ("train", "test")}
-    examples = {split: [{"image": r["image"], "text": r["text"][: r["text_mask"].sum()]} for r in (records[i] for i in range(32))]
-                for split, records in source.items()}
-    write_records(str(folder / "records"), examples, Layout((4, 4, 16), levels=0, text_tokens=8, text_width=12))
+    write_photos(folder / "photos", 48, 80)
+    python("-m", "launch.prepare", f"--input=folder:{folder}/photos", f"--out={folder}/records", "--image_size=64", "--test=16",
+           f"--latents=flux2:{folder}/FLUX.2-klein", "--latent_scale=encoder", f"--text={WORDS}")
     block = re.search(r"```sh\n(FLUX2=.*?)```", (ROOT / "README.md").read_text(), re.S)[1].replace("\\\n", " ")
     names, printed = {"FLUX2": f"{folder}/FLUX.2-klein", "RECORDS": f"{folder}/records"}, []
     for line in block.splitlines():

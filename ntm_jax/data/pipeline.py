@@ -26,7 +26,8 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_TH
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """What the model must know of the data: image_shape (H, W, C), patch_size, pixel levels V (0: continuous latents), classes (0: no
-    labels), record count, the tokens M and width E of a record's text states (0: no text), and the encoder that made them."""
+    labels), record count, the tokens M and width E of a record's text states (0: no text), the encoder that made them, and the mean and
+    std by channel that latents were normalised by (empty: they were not)."""
 
     image_shape: tuple[int, int, int]
     patch_size: int
@@ -36,6 +37,8 @@ class DataSpec:
     text_tokens: int = 0
     text_width: int = 0
     text: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -57,7 +60,7 @@ def spec(source: Source, patch_size: int) -> DataSpec:
             "choose a divisor of both sides, or another data.image_size"
         )
     count, text = len(source.records), (source.text_tokens, source.text_width, source.text)
-    return DataSpec(source.image_shape, patch_size, source.levels, source.num_classes, count, *text)
+    return DataSpec(source.image_shape, patch_size, source.levels, source.num_classes, count, *text, source.mean, source.std)
 
 
 @dataclasses.dataclass(frozen=True)

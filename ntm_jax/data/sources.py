@@ -15,6 +15,7 @@ import json
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from ntm_jax.errors import UserError
 
 _KNOWN = "digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE, toy:NAME"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # others, such as EPS, would start programs
 _MANIFEST = ".ntm_manifest.json"
 _CACHE = Path.home() / ".cache" / "ntm_jax"
 _SCAN_LIMIT = 50_000  # a folder with more files than this is not decoded as a whole when it is opened
@@ -46,6 +48,7 @@ class Source:
       labels. text_tokens, text_width: M and E, 0 where there is no text. text: the encoder that made the states, '' where none is known.
     captions: every record's caption, where there are captions; records then have "caption": str too.
     version: names the data's content, for provenance.
+    mean, std: what was taken from latents, and what they were then divided by, by channel; empty where they are as they were made.
     log_density: of data whose density is known, a function of points [n, H W C] float64 and t, 0 < t <= 1, that gives the exact
       log-density in nats, [n] float64, of the data noised to level t, x_t = (1-t) x + t eps. It can be pickled.
     tasks: of captions whose images can be checked, a function of images [n, H, W, C] and their n captions that gives arrays [n]: "task",
@@ -65,6 +68,8 @@ class Source:
     text: str = ""
     captions: Sequence[str] | None = None
     log_density: Any = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     tasks: Any = None
     unseen: str = ""
 
@@ -145,7 +150,7 @@ class _Images:
         record = self.records[self.rows[index]]
         image, name = record["image"], record.pop("name", f"record {self.rows[index]}")
         if self.image_size:
-            image = _resize(image, self.image_size, self.levels)
+            image = resize(image, self.image_size, self.levels)
         if image.shape != self.shape:
             raise UserError(
                 f"images have different sizes ({name} is {_text(image.shape)}, others {_text(self.shape)}): set data.image_size"
@@ -264,7 +269,7 @@ def _permuted_splits(count: int, train: int) -> dict[str, np.ndarray]:
     return {"train": order[:train], "test": order[train:], "all": order}
 
 
-def _resize(image: np.ndarray, size: int, levels: int) -> np.ndarray:
+def resize(image: np.ndarray, size: int, levels: int = 256) -> np.ndarray:
     """The central square of an image [H, W, C] uint8, resized to [size, size, C] with antialiasing."""
     height, width, channels = image.shape
     if height == width == size:
@@ -342,6 +347,19 @@ class _TfdsRecords:
 
 def _open_tfds(where: str, split: str) -> Source:
     """A data set prepared in a format of random access. The folder is the builder's own, or found by name under TFDS_DATA_DIR."""
+    name, builder = f"tfds:{where}", tfds_builder(where)
+    _check_split(name, split, [*builder.info.splits, "all"])
+    features = builder.info.features
+    if "image" not in features or features["image"].np_dtype != np.uint8 or len(features["image"].shape) != 3:
+        raise UserError(f"{name} has no feature 'image' of height, width and channels in uint8: its features are {', '.join(features)}")
+    data_source = tfds_data_source(where, split)
+    num_classes = getattr(features["label"], "num_classes", None) or 0 if "label" in features else 0
+    records = _TfdsRecords(data_source, labelled=num_classes > 0)
+    return Source(name, split, str(builder.version), records, features["image"].shape, levels=256, num_classes=num_classes)
+
+
+def tfds_builder(where: str):
+    """The builder of a prepared data set, by name or folder. UserError where there is none."""
     import tensorflow_datasets as tfds
 
     name = f"tfds:{where}"
@@ -354,21 +372,26 @@ def _open_tfds(where: str, split: str) -> Source:
     except (ValueError, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"{name} is neither a data set known to tfds nor a folder with a dataset_info.json: {reason}") from error
-    prepare = f"tfds.builder({where!r}, file_format='array_record').download_and_prepare()"
     if not builder.info.splits:
-        raise UserError(f"{name} is not prepared in {builder.data_path}: set TFDS_DATA_DIR, or prepare it in Python with {prepare}")
-    _check_split(name, split, [*builder.info.splits, "all"])
-    features = builder.info.features
-    if "image" not in features or features["image"].np_dtype != np.uint8 or len(features["image"].shape) != 3:
-        raise UserError(f"{name} has no feature 'image' of height, width and channels in uint8: its features are {', '.join(features)}")
+        raise UserError(f"{name} is not prepared in {builder.data_path}: set TFDS_DATA_DIR, or prepare it in Python with {_how(where)}")
+    return builder
+
+
+def tfds_data_source(where: str, split: str, **options):
+    """Random access to the examples of a split. UserError where the data set's format has none, or it has no such split."""
+    builder = tfds_builder(where)
     try:
-        data_source = builder.as_data_source(split)
+        return builder.as_data_source(split, **options)
     except NotImplementedError:
         found = builder.info.file_format.value
-        raise UserError(f"{name} is prepared as {found}, without random access: prepare it in another folder with {prepare}") from None
-    num_classes = getattr(features["label"], "num_classes", None) or 0 if "label" in features else 0
-    records = _TfdsRecords(data_source, labelled=num_classes > 0)
-    return Source(name, split, str(builder.version), records, features["image"].shape, levels=256, num_classes=num_classes)
+        raise UserError(
+            f"tfds:{where} is prepared as {found}, without random access: prepare it in another folder with {_how(where)}") from None
+    except (ValueError, KeyError):
+        raise UserError(f"tfds:{where} has no split {split!r}: it has {', '.join([*builder.info.splits, 'all'])}") from None
+
+
+def _how(where: str) -> str:
+    return f"tfds.builder({where!r}, file_format='array_record').download_and_prepare()"
 
 
 # Prepared records.
@@ -393,7 +416,8 @@ def _open_records(where: str, split: str) -> Source:
     records = Records(where, layout, [splits[split]] if split in splits else list(splits.values()))
     captions = _Captions(records) if layout.captions else None
     told = (layout.text_tokens, layout.text_width, layout.text)
-    return Source(f"records:{where}", split, version, records, layout.image_shape, layout.levels, layout.num_classes, *told, captions)
+    return Source(f"records:{where}", split, version, records, layout.image_shape, layout.levels, layout.num_classes, *told, captions,
+                  mean=layout.mean, std=layout.std)
 
 
 # Folders of image files.
@@ -471,12 +495,28 @@ def _walk(folder: epath.Path, prefix: str) -> Iterator[str]:
 
 
 def _decode(path: epath.Path) -> np.ndarray:
-    """An image file -> [H, W, C] uint8, upright, on white where it is transparent; C is 1 if the file is grey, else 3."""
-    with Image.open(io.BytesIO(path.read_bytes())) as file:
-        image = ImageOps.exif_transpose(file)
+    """The image in a file, as `decode`."""
+    return decode(path.read_bytes())
+
+
+def decode(data: bytes, size: int = 0) -> np.ndarray:
+    """An image file's bytes -> [H, W, C] uint8, upright, on white where it is transparent; C is 1 if the file is grey, else 3.
+
+    16 bits are rounded to 8, of an animation the first picture is taken. With a size, both sides come out at least twice that if they
+    are, and a JPEG is then decoded at a fraction of its own size. PIL's errors for what is no image, damaged, or too large.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", "Palette images with Transparency")
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+            if size:
+                file.draft(None, (2 * size, 2 * size))
+            image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I") and image.getextrema()[0] >= 0 and image.getextrema()[1] < 1 << 16:
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode[0] in "IF":
-        raise ValueError("its pixels have more than 8 bits")
-    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+        raise ValueError("its pixels have more than 16 bits")
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     pixels = np.array(image.convert(mode))

@@ -303,7 +303,8 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
         if (epath.Path(workdir) / "checkpoints").exists():
             raise UserError(f"{workdir} holds checkpoints but no config.json: expected a run's folder or a new one; give another --workdir")
         return []
-    before, now = _defaults(Config) | _defaults(DataSpec, "spec.") | flatten(_read_json(path)), flatten(_content(config, spec))
+    defaults = json.loads(json.dumps(_defaults(Config) | _defaults(DataSpec, "spec.")))
+    before, now = defaults | flatten(_read_json(path)), flatten(_content(config, spec))
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     for key in changed:
         if not key.startswith(RESUMABLE):
@@ -326,7 +327,7 @@ def load(workdir: str) -> tuple[Config, DataSpec]:
         raise UserError(f"{workdir} holds no run (no config.json there): give the --workdir that launch/train.py was given")
     values = _read_json(path)
     spec = values.pop("spec")
-    return read(values), DataSpec(**spec | {"image_shape": tuple(spec["image_shape"])})
+    return read(values), DataSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()})
 
 
 def _content(config: Config, spec: DataSpec) -> dict:

@@ -39,6 +39,9 @@ def _backbone(config: Config, spec, model, mesh):
         return None
     expected = state.abstract(config, model, mesh).params["params"]["backbone"]
     if not (folder / "checkpoints").exists():
+        if spec.std:
+            raise UserError(f"config.data.source {config.data.source} holds latents normalised by their own mean and std, and the network "
+                            "there learned the encoder's: prepare them with --latent_scale=encoder")
         return flux2_weights.read(config.init_from, expected) if config.model.backbone == "flux2" else None
     if config.train.objective == "flow_matching" or configuration.load(str(folder))[0].train.objective != "flow_matching":
         return None

@@ -175,7 +175,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
         raise UserError(f"{run.workdir} is of pixels, and an autoencoder decodes latents: leave --autoencoder out")
     encode = prompts.encoder(run, encoder) if asked_for else None
     per_prompt = num // len(asked_for) if asked_for else 1
-    decode = latents.Autoencoder(autoencoder).decode if autoencoder and jax.process_index() == 0 else None
+    vae = latents.Autoencoder(autoencoder) if autoencoder and jax.process_index() == 0 else None
     pixel_levels = latents.LEVELS if autoencoder else run.spec.levels
     prompts.check_layout(layout, asked_for, per_prompt, run.spec.image_shape)
     asked = {"--workdir": run.workdir, "step": run.step, "--num": num, "--batch": batch, "--save_trajectories": save_trajectories,
@@ -197,7 +197,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
         found = run.sample_at(index, y, trajectory=save_trajectories, **options)
         if jax.process_index() == 0:
             images, *levels = found if save_trajectories else (found,)
-            images = decode(images) if decode else images
+            images = vae.decode(images * np.float32(run.spec.std or 1) + np.float32(run.spec.mean or 0)) if vae else images
             paths = [prompts.place(folder, layout, i, per_prompt, num) for i in index]
             _write_batch(folder, number, paths, (images, *levels), pixel_levels)
         made += len(index)

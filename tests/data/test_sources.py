@@ -214,9 +214,13 @@ def test_undecodable_images_are_found_when_the_folder_is_opened(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.png" for i in range(9)]
 
 
-def test_images_of_more_than_8_bits_are_refused(tmp_path):
+def test_16_bits_are_rounded_to_8_and_more_are_refused(tmp_path):
     save(tmp_path / "deep.png", 1000, mode="I;16")
-    with pytest.raises(UserError, match=r"1 of 1 images in .* cannot be decoded \(deep\.png\)"):
+    save(tmp_path / "white.png", 65535, mode="I;16")
+    source = open_source(f"folder:{tmp_path}", "all")
+    assert (source.image_shape, sorted(values(source))) == ((8, 8, 1), [4, 255])
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "float.png", "TIFF")
+    with pytest.raises(UserError, match=r"1 of 3 images in .* cannot be decoded \(float\.png\)"):
         open_source(f"folder:{tmp_path}", "all")
 
 

@@ -1,0 +1,251 @@
+"""Captioned images as they come: a folder with a .jsonl or .csv of captions, a data set of tfds, or webdataset's tar files.
+
+`open_input` lists what there is; `load`, in whichever process, makes one item a square image, a caption and a label. S the side of the
+image. No jax is imported: worker processes run this.
+"""
+
+import collections
+import csv
+import functools
+import glob
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import UnidentifiedImageError
+
+from ntm_jax.data import sources
+from ntm_jax.errors import UserError
+
+_LISTS = ("metadata.jsonl", "metadata.csv")
+_IMAGES = ("jpg", "jpeg", "png", "webp")  # members of a tar
+
+
+class Item(NamedTuple):
+    """key: names the record, and decides its split. image: where its bytes lie, what `read` understands. caption: with surrogates where it
+    is not UTF-8. label: None where there is none. A tfds record tells these two itself, when it is read."""
+
+    key: str
+    image: Any
+    caption: str = ""
+    label: int | None = None
+
+
+class Input(NamedTuple):
+    """read: an item -> (image: a file's bytes or [H, W, C] uint8, caption, label). classes: their names in the labels' order; empty without
+    labels."""
+
+    items: Sequence[Item]
+    read: Callable[[Item], tuple[Any, str, int | None]]
+    classes: Sequence[str]
+
+
+class Loaded(NamedTuple):
+    """image: [S, S, 3] uint8, None if bad, and then why. null: why a caption is '', the null caption: 'empty' or 'not UTF-8'; else ''."""
+
+    key: str
+    image: np.ndarray | None
+    bad: str = ""
+    caption: str = ""
+    null: str = ""
+    label: int | None = None
+
+
+def open_input(name: str, captions: str = "", feature: str = "caption", split: str = "train") -> Input:
+    """Opens `folder:PATH`, `tfds:NAME_OR_BUILDER_DIR` or `tars:GLOB`.
+
+    Args:
+      captions: of a folder, its .jsonl or .csv with file_name (or image), caption (or text) and, if wished, label in every row; by default
+        metadata.jsonl or metadata.csv in it. Names are relative to the folder.
+      feature, split: of tfds, the feature that holds the caption, a/b for b in a, the first of several; and which of its records.
+    Raises:
+      UserError: nothing there, or a list, tar or data set that is not understood. Images are looked at by `load`.
+    """
+    match name.partition(":"):
+        case "folder", ":", where if where:
+            given = _folder(epath.Path(where).expanduser(), captions)
+        case "tfds", ":", where if where:
+            given = _tfds(where, split, feature)
+        case "tars", ":", where if where:
+            given = _tars(where)
+        case _:
+            raise UserError(f"--input={name} is not known: expected folder:PATH, tfds:NAME_OR_BUILDER_DIR or tars:GLOB")
+    if not given.items:
+        raise UserError(f"--input={name} lists no images: expected at least one")
+    return given
+
+
+def load(read: Callable, size: int, item: Item) -> Loaded:
+    """The item as the central square of its image at side `size`, with its caption stripped. An image that cannot be had is bad."""
+    try:
+        image, caption, label = read(item)
+        image = sources.decode(image, size) if isinstance(image, bytes) else image
+        if image.ndim != 3 or image.dtype != np.uint8 or image.shape[-1] not in (1, 3):
+            raise ValueError(f"{image.dtype} {list(image.shape)}, expected uint8 of 1 or 3 channels")
+        image = np.repeat(image, 3, -1) if image.shape[-1] == 1 else image
+        image = sources.resize(image, size)
+    except FileNotFoundError:
+        return Loaded(item.key, None, "not there")
+    except Exception as error:  # PIL raises a dozen kinds on a damaged file
+        return Loaded(item.key, None, "not an image" if isinstance(error, UnidentifiedImageError) else _line(error))
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return Loaded(item.key, image, null="not UTF-8", label=label)
+    caption = caption.strip()
+    return Loaded(item.key, image, caption=caption, null="" if caption else "empty", label=label)
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0][:200]
+
+
+def _caption(value) -> str:
+    """What stands for a caption: text, bytes, or the first of several; '' for anything else."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = value[0] if len(value) else ""
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return value if isinstance(value, str) else ""
+
+
+def _input(name: str, items: list[Item], read: Callable) -> Input:
+    """Labels that are whole numbers stay as they are; of names, the label is the place in their sorted order."""
+    if all(item.label is None for item in items):
+        return Input(items, read, [])
+    wrong = next((item for item in items if isinstance(item.label, bool) or not isinstance(item.label, (int, str))), None)
+    if wrong:
+        raise UserError(f"{name} has the label {wrong.label!r} for {wrong.key}, and others have labels: give every row a name or a number")
+    labels = {str(item.label) for item in items}
+    numbers = all(label.isdecimal() for label in labels)
+    classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numbers else sorted(labels)
+    places = {label: int(label) if numbers else place for place, label in enumerate(sorted(labels))}
+    return Input([item._replace(label=places[str(item.label)]) for item in items], read, classes)
+
+
+# A folder.
+
+
+def _folder(root: epath.Path, captions: str) -> Input:
+    if not root.is_dir():
+        raise UserError(f"--input=folder:{root} is not there: expected a folder of images")
+    candidates = [epath.Path(captions).expanduser()] if captions else [root / name for name in _LISTS]
+    file = next((path for path in candidates if path.exists()), None)
+    if file is None or file.suffix not in (".jsonl", ".csv"):
+        found = f"{captions} is no .jsonl or .csv that is there" if captions else f"{root} has no {' or '.join(_LISTS)}"
+        raise UserError(f"{found}: give --captions=FILE, a row for each image with file_name, caption and, if wished, label")
+    items = []
+    for number, row in _rows(file):
+        name, caption = (next((row[key] for key in keys if key in row), row) for keys in (("file_name", "image"), ("caption", "text")))
+        if not isinstance(name, str) or caption is row:
+            raise UserError(f"{file} line {number} has {', '.join(map(str, row)) or 'nothing'}: expected file_name (or image) and caption "
+                            "(or text) of every image")
+        items.append(Item(name, name, _caption(caption), row.get("label")))
+    return _input(str(file), items, functools.partial(_read_file, os.fspath(root)))
+
+
+def _rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
+    """(line, row) of a .jsonl or .csv; bytes that are not UTF-8 become surrogates, which name the same file again."""
+    number = 0
+    try:
+        with file.open("rb") as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as lines:
+            if file.suffix == ".csv":
+                reader = csv.DictReader(lines)
+                for row in reader:
+                    number = reader.line_num
+                    yield number, {key: value for key, value in row.items() if key is not None and value is not None}
+                return
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, dict(json.loads(line))
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} line {number} is not understood ({_line(error)}): expected {file.suffix} of file_name, caption") from None
+
+
+def _read_file(root: str, item: Item):
+    return (epath.Path(root) / item.image).read_bytes(), item.caption, item.label
+
+
+# Tars of webdataset: the members of one key, a name up to its first dot, lie one after the other.
+
+
+def _tars(pattern: str) -> Input:
+    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    if not paths:
+        raise UserError(f"--input=tars:{pattern} matches no file: expected tars of images with their captions")
+    items = [item for path in paths for item in _tar(path)]
+    return _input(f"tars:{pattern}", items, _read_member)
+
+
+def _tar(path: str) -> list[Item]:
+    parts = collections.defaultdict(dict)
+    try:
+        with tarfile.open(path, "r:") as tar:  # not compressed: members are read at random
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                key, _, kind = name.partition(".")
+                kind, part = kind.lower(), parts["/".join(filter(None, (os.path.basename(path), folder, key)))]
+                if member.isfile() and kind in _IMAGES:
+                    part["image"] = (path, member.offset_data, member.size)
+                elif member.isfile() and kind == "txt":
+                    part["caption"] = tar.extractfile(member).read().decode(errors="surrogateescape")
+                elif member.isfile() and kind == "json":
+                    row = json.loads(tar.extractfile(member).read().decode(errors="surrogateescape"))
+                    part.setdefault("caption", _caption(row.get("caption", row.get("text"))))
+                    part["label"] = row.get("label")
+    except (tarfile.TarError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a whole, uncompressed tar of images and captions ({_line(error)}): mend or remove it") from None
+    return [Item(key, part.get("image"), part.get("caption", ""), part.get("label")) for key, part in parts.items()
+            if part.keys() & {"image", "caption"}]
+
+
+def _read_member(item: Item):
+    if item.image is None:
+        raise FileNotFoundError
+    path, offset, size = item.image
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise ValueError(f"{path} ends within it")
+    return data, item.caption, item.label
+
+
+# tfds.
+
+
+def _tfds(where: str, split: str, feature: str) -> Input:
+    builder = sources.tfds_builder(where)
+    name, features = f"tfds:{where}", builder.info.features
+    if "image" not in features:
+        raise UserError(f"{name} has no feature 'image': its features are {', '.join(features)}")
+    inner = features
+    for part in feature.split("/"):
+        if part not in inner:
+            raise UserError(f"{name} has no feature {feature!r} of captions: it has {', '.join(features)}; give --caption_feature")
+        inner = getattr(inner[part], "feature", inner[part])  # of a sequence, what it is of
+        inner = inner if hasattr(inner, "keys") else {}
+    count = len(_examples(where, split))
+    classes = [str(i) for i in range((getattr(features["label"], "num_classes", None) or 0) if "label" in features else 0)]
+    read = functools.partial(_read_example, where, split, feature.split("/"), bool(classes))
+    return Input([Item(str(i), i) for i in range(count)], read, classes)
+
+
+@functools.cache
+def _examples(where: str, split: str):
+    import tensorflow_datasets as tfds
+
+    return sources.tfds_data_source(where, split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def _read_example(where: str, split: str, feature: Sequence[str], labelled: bool, item: Item):
+    example = caption = _examples(where, split)[item.image]
+    for part in feature:
+        caption = caption[part]
+        caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
+    return example["image"], _caption(caption), int(example["label"]) if labelled else None
