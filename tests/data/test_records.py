@@ -94,7 +94,7 @@ def test_latents_are_read_in_unit_variance(tmp_path, dtype):
     source = open_source(f"records:{tmp_path}", "train")
     mean, std = np.array(LATENTS.mean, np.float32), np.array(LATENTS.std, np.float32)
     assert_records(source, [(example["image"].astype(np.float32) - mean) / std for example in examples], [-1] * 3)
-    assert spec(source, 1) == DataSpec((2, 2, 4), 1, levels=0, num_classes=0, count=3)
+    assert spec(source, 1) == DataSpec((2, 2, 4), 1, levels=0, num_classes=0, count=3, mean=LATENTS.mean, std=LATENTS.std)
 
 
 def test_latents_without_mean_and_std_are_read_as_they_are(tmp_path):
