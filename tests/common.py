@@ -88,10 +88,10 @@ def environment(**variables) -> dict:
         "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)} | variables
 
 
-def python(*arguments: str, check: bool = True, **variables) -> subprocess.CompletedProcess:
-    """Runs python in the checkout; `variables` join its environment."""
+def python(*arguments: str, check: bool = True, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
+    """Runs python in the checkout or another folder; `variables` join its environment."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=600)
+        [sys.executable, *arguments], cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

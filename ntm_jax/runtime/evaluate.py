@@ -1,7 +1,6 @@
 """Held-out likelihood with standard errors, comparisons, and scores of samples. Every record counts once and is keyed by its index, so the
 same checkpoint gives the same figures twice, in any batch size, on any mesh and any number of processes."""
 
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -18,7 +17,7 @@ from ntm_jax.core import denoising, flow_matching, likelihood, trajectory
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import checkpoint, distill, generate, plots, processes, quality, sharding, state, truth
+from ntm_jax.runtime import checkpoint, distill, plots, processes, quality, samples, sharding, state, truth
 from ntm_jax.runtime.config import Config
 
 
@@ -102,14 +101,6 @@ def _by_record(config: Config, source: Source, mesh, compute) -> dict:
     return {name: values for name, values in found.items() if name != "index"}
 
 
-def _mean(values, variance=None) -> dict:
-    """Mean over examples [n] and its standard error, in float64; variance [n], of each over its noise, gives the noise's part of it."""
-    values = np.asarray(values, np.float64)
-    n = len(values)
-    result = {"mean": values.mean().item(), "stderr": (values.std(ddof=1) / math.sqrt(n)).item() if n > 1 else 0.0}
-    return result if variance is None else result | {"noise_stderr": (np.sqrt(np.sum(variance, dtype=np.float64)) / n).item()}
-
-
 def units(levels: int) -> dict:
     """{unit of evaluation.json: its size in nats}, the one to print first: bits only of discrete pixels."""
     return ({"bits_per_dim": math.log(2)} if levels else {}) | {"nats_per_dim": 1.0}
@@ -127,16 +118,16 @@ def summarize(table: dict, model, trajectories: int, levels: int) -> dict:
     for unit, size in units(levels).items():
         scale = 1 / (dimensions * size)
         result[unit] = {
-            "bound": _mean(-scale * table["bound"], scale**2 * table["bound_variance"]),
-            "importance_weighted": _mean(-scale * table["importance_weighted"], scale**2 * table["weighted_variance"]) | {
-                "trajectories": trajectories, "by_trajectories": {str(k): _mean(-scale * values) for k, values in weighted}}}
+            "bound": quality.mean(-scale * table["bound"], scale**2 * table["bound_variance"]),
+            "importance_weighted": quality.mean(-scale * table["importance_weighted"], scale**2 * table["weighted_variance"]) | {
+                "trajectories": trajectories, "by_trajectories": {str(k): quality.mean(-scale * values) for k, values in weighted}}}
     nll = table["nll"] / dimensions
-    result["trajectory_nll"] = _mean(nll.mean(1)) | {
-        "by_level": nll.mean(0, dtype=np.float64).tolist(), "stderr_by_level": [_mean(v)["stderr"] for v in nll.T]}
+    result["trajectory_nll"] = quality.mean(nll.mean(1)) | {
+        "by_level": nll.mean(0, dtype=np.float64).tolist(), "stderr_by_level": [quality.mean(v)["stderr"] for v in nll.T]}
     terms = {name: table[name].mean(0, dtype=np.float64) / dimensions for name in PARTS if name in table}
     result["contributions"] = {name: value.tolist() for name, value in terms.items()}
     result["rate_by_level"] = (-terms["predictor"] - terms["log_det"] - terms["forward"][:-1]).tolist()
-    result["effective_sample_size"] = _mean(table["effective_sample_size"])
+    result["effective_sample_size"] = quality.mean(table["effective_sample_size"])
     return result
 
 
@@ -154,7 +145,7 @@ def denoising_errors(run, source: Source) -> dict:
     denoising.denoise_levels: mean and stderr by level, clean to noisy, of the squared error to the data a dimension}."""
     compute = functools.partial(_denoising_errors, run.params, config=run.config, model=state.exact(run.model))
     found = _by_record(run.config, source, run.mesh, compute)
-    levels = {name: [_mean(v) for v in values.T] for name, values in found.items()}
+    levels = {name: [quality.mean(v) for v in values.T] for name, values in found.items()}
     return {name: {key: [level[key] for level in values] for key in ("mean", "stderr")} for name, values in levels.items()}
 
 
@@ -168,7 +159,7 @@ def denoiser_errors(run, source: Source) -> dict:
     """Held-out means of distill.errors, of a run with a denoiser, one trajectory a record."""
     denoiser, denoiser_params = run.denoiser
     compute = functools.partial(_denoiser_errors, run.params, denoiser_params, config=run.config, model=run.model, denoiser=denoiser)
-    return {name: _mean(values) for name, values in _by_record(run.config, source, run.mesh, compute).items()}
+    return {name: quality.mean(values) for name, values in _by_record(run.config, source, run.mesh, compute).items()}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model", "draws"))
@@ -188,7 +179,7 @@ def _velocity_errors(params, root, batch, *, config, model, draws):
 def velocity_errors(config: Config, model, params, source: Source, mesh, draws: int) -> dict:
     """Held-out mean squared error of a flow-matching model's velocity a dimension, over `draws` levels a record, spread evenly."""
     compute = functools.partial(_velocity_errors, params, config=config, model=model, draws=draws)
-    return _mean(_by_record(config, source, mesh, compute)["velocity"])
+    return quality.mean(_by_record(config, source, mesh, compute)["velocity"])
 
 
 KINDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
@@ -197,7 +188,7 @@ PARTS = ("prior", "predictor", "log_det", "forward", "reconstruction")  # of lik
 
 def compare(table: dict, other: dict, dimensions: int, levels: int) -> dict:
     """The bounds of one run less those of another on the same records, with the paired standard error: negative is better."""
-    return {unit: {name: _mean((other[name].astype(np.float64) - table[name]) / (dimensions * size))
+    return {unit: {name: quality.mean((other[name].astype(np.float64) - table[name]) / (dimensions * size))
                    for name in KINDS} for unit, size in units(levels).items()}
 
 
@@ -207,147 +198,7 @@ def known(run, source: Source, scored: dict) -> dict:
     batch = next(pipeline.evaluation_batches(source, config.data.patch_size, len(source.records), 0, 1))
     x_0 = _noised(config, jax.random.key(config.seed), batch["x"], jnp.full(len(batch["x"]), config.trajectory.t_min), batch["index"])
     true = source.log_density(np.asarray(x_0, np.float64).reshape(len(x_0), -1), config.trajectory.t_min)
-    return {"log_density": _mean(true)} | {name: _mean(scored[name] - true) for name in KINDS}
-
-
-MAX_RECORDS = 20_000  # of the training split, for what samples are compared with: an SVC's time grows with the square of them
-
-
-def generated(run, progress: bool = False) -> np.ndarray:
-    """The images that samples are scored by, config.evaluate.images of them, made as config.sample says: [n, H, W, C], 0..levels-1."""
-    batches = tqdm.tqdm(generate.in_batches(run.config.evaluate.images, 500), "samples", unit="batch", leave=False,
-                        disable=None if progress else True)
-    return np.concatenate([run.sample_at(index) for index in batches])
-
-
-def classifier(num_classes: int, levels: int, real: np.ndarray, labels: np.ndarray):
-    """A function images [n, H, W, C] -> [n]: which ones a support vector classifier, fitted on real images, takes for the class that they
-    were asked to be, which is the classes in turn."""
-    from sklearn.svm import SVC
-
-    def features(images):
-        return np.asarray(images, np.float64).reshape(len(images), -1) / (levels - 1)
-
-    machine = SVC().fit(features(real), labels)
-    return lambda images: machine.predict(features(images)) == np.arange(len(images)) % num_classes
-
-
-def _over_tasks(task, values) -> dict:
-    """{task: mean, stderr and count of its values} and the mean over tasks, GenEval's overall; task [n] names, values [n]."""
-    found = {name: _mean(values[task == name]) | {"count": int(np.sum(task == name))} for name in dict.fromkeys(task.tolist())}
-    of_means = math.sqrt(sum(figure["stderr"] ** 2 for figure in found.values()))
-    return found | {"overall": {"mean": float(np.mean([f["mean"] for f in found.values()])), "stderr": of_means / len(found)}}
-
-
-def _prompted(run, source: Source, guidance, progress: bool) -> dict:
-    """source.tasks of config.evaluate.images samples of the source's captions in turn, at a guidance."""
-    config = dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, guidance=guidance),
-                                 evaluate=dataclasses.replace(run.config.evaluate, split=source.split))
-    images = generated(dataclasses.replace(run, config=config), progress)
-    return source.tasks(images, [source.captions[i % len(source.captions)] for i in range(len(images))])
-
-
-def _task_figures(rows: dict, first: dict | None) -> dict:
-    """Figures of source.tasks' arrays [n], and of what they have over those of the first guidance, paired."""
-    others = {name: values[~np.isnan(values)] for name, values in rows.items() if name not in ("task", "right")}
-    result = _over_tasks(rows["task"], rows["right"]) | {"shares": {name: _mean(values) for name, values in others.items() if len(values)}}
-    return result if first is None else result | {"difference": _over_tasks(rows["task"], rows["right"].astype(int) - first["right"])}
-
-
-def task_scores(run, source: Source, guidance=(), progress: bool = False) -> dict:
-    """evaluation.json's `tasks`, of a model of captions whose images can be checked: the share of samples that show what they were asked
-    for, of config.evaluate.images prompts of the split, and as many of the source's unseen combinations.
-
-    Returns {task: mean, stderr and count; "overall": mean and stderr of the mean over tasks; "shares": mean and stderr of the scorer's
-    further rates; "split"; "unseen": the same of that split}, and how they were made. guidance: scales or schedules; of each the same in
-    the list "by_guidance", with "difference", by task, to the first one on the same noise, paired.
-    """
-    config = run.config
-    splits = [source]
-    if source.unseen and not source.split.startswith(source.unseen):
-        splits.append(config.data.open(source.unseen))
-    rows = {scale: [_prompted(run, asked, scale, progress) for asked in splits]
-            for scale in dict.fromkeys((config.sample.guidance, *guidance))}
-
-    def figures(scale):
-        seen, *unseen = [{"split": asked.split} | _task_figures(rows[scale][i], rows[guidance[0]][i] if guidance else None)
-                         for i, asked in enumerate(splits)]
-        return {"guidance": scale} | seen | ({"unseen": unseen[0]} if unseen else {})
-
-    result = _made(config) | figures(config.sample.guidance)
-    return result | {"by_guidance": [figures(scale) for scale in guidance]} if guidance else result
-
-
-def _asks_tasks(run, source: Source) -> bool:
-    """Whether the run's samples can be checked by what the source's captions ask for."""
-    return bool(run.model.config.text_width and source.tasks)
-
-
-def check_guidance(run, source: Source, guidance) -> None:
-    """UserError for scales of guidance at which neither tasks nor the class accuracy can be told."""
-    scored = _asks_tasks(run, source) or (run.model.config.num_classes and run.spec.count <= MAX_RECORDS)
-    if guidance and not (scored and run.spec.levels and run.config.evaluate.images):
-        raise UserError("--guidance compares class accuracies, and they are told of a model of classes and pixels, of at most "
-                        f"{MAX_RECORDS} training images (or tasks, of one of captions and data.source=shapes), with config.evaluate.images "
-                        "above 0")
-    for scale in guidance:
-        generate.check(run.config, None, scale)
-
-
-def _made(config: Config) -> dict:
-    """How the samples that are scored were made."""
-    return {"images": config.evaluate.images} | {name: getattr(config.sample, name) for name in ("decoder", "guidance", "steps")}
-
-
-def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), progress: bool = False) -> dict:
-    """evaluation.json's figures of samples, beside the training images: class_accuracy, and frechet, precision and recall on features; of
-    captioned pictures also retrieval.
-
-    guidance: scales or schedules; of each the class accuracy, and by how much it differs from the first one's on the same noise, paired.
-    extractor: quality.Extractor or None. frechet_held_out is the same distance of the held-out images: what a perfect model would come
-    near with as many samples as there are of these; more come nearer.
-    """
-    config = run.config
-    records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
-    real, images = np.stack([r["image"] for r in records]), generated(run, progress)
-    made, result = _made(config), {}
-    if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
-        right = classifier(run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records]))
-        hits = {config.sample.guidance: right(images)}
-        result["class_accuracy"] = _mean(hits[config.sample.guidance]) | made
-        for scale in dict.fromkeys(w for w in guidance if w not in hits):
-            guided = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=scale))
-            hits[scale] = right(generated(dataclasses.replace(run, config=guided), progress))
-        if guidance:
-            result["guidance"] = [{"guidance": scale} | _mean(hits[scale]) | {
-                "difference": _mean(hits[scale].astype(int) - hits[guidance[0]])} for scale in guidance]
-    if extractor:
-        unseen = np.stack([held_out.records[i]["image"] for i in range(min(len(held_out.records), MAX_RECORDS))])
-        wanted = extractor(real)
-        result |= quality.scores(wanted, extractor(images)) | {"frechet_held_out": quality.frechet(wanted, extractor(unseen))}
-        result["features"] = made | {"name": extractor.name, "proxy": extractor.proxy, "digest": extractor.digest,
-                                     "real_images": len(real), "real_split": train.split}
-        if train.captions is not None and run.model.config.text_width:
-            result |= retrieval(config, real, images, train.levels)
-    return result
-
-
-MAX_CANDIDATES = 10_000  # pictures to choose from
-
-
-def retrieval(config: Config, real, images, levels: int) -> dict:
-    """evaluation.json's retrieval: how often the picture of a held-out caption is the nearest, or among the 5 nearest, to the image made of
-    the caption, among all pictures real [n, H, W, C] and held-out ones; {} where they are too many. images [m, ...]: of those captions in
-    turn, as generate.conditions tells them, of which the first of each counts."""
-    records = config.data.open(config.evaluate.split).records
-    count, captions = len(real) + len(records), min(len(images), len(records))
-    if count > MAX_CANDIDATES:
-        return {}
-    pictures = np.concatenate([real, np.stack([records[i]["image"] for i in range(len(records))])])
-    ranks = quality.retrieved(pictures, images[:captions], len(real) + np.arange(captions), levels)
-    return {"retrieval": {f"rank_{k}": _mean(ranks <= k) for k in RANKS} | {
-        "chance": {f"rank_{k}": k / count for k in RANKS}, "candidates": count, "captions": captions, "features": quality.THUMBNAILS,
-        "proxy": True}}
+    return {"log_density": quality.mean(true)} | {name: quality.mean(scored[name] - true) for name in KINDS}
 
 
 def evaluate(run, *, split: str | None = None, trajectories: int | None = None, against=None, features: str | None = None,
@@ -365,7 +216,7 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         raise UserError(f"split {split} of {config.data.source} has images of shape {spec.image_shape}, not the training split's shape")
     if against:
         _check_comparable(run, against)
-    check_guidance(run, source, guidance)
+    samples.check_guidance(run, source, guidance)
     processes.agree({"--step": run.step, "--split": split, "--trajectories": trajectories, "--features": features, "--guidance": guidance,
                      "--against": [against.workdir, against.step] if against else None})
     train = config.data.open(config.data.split)
@@ -388,9 +239,9 @@ def evaluate(run, *, split: str | None = None, trajectories: int | None = None, 
         result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw} | compare(
             table, other, spec.tokens * spec.dim, source.levels)
     if images and (extractor or model.config.num_classes):
-        result |= image_scores(run, train, source, extractor, guidance, progress)
-    if images and _asks_tasks(run, source):
-        result["tasks"] = task_scores(run, source, guidance, progress)
+        result |= samples.image_scores(run, train, source, extractor, guidance, progress)
+    if images and samples.asks_tasks(run, source):
+        result["tasks"] = samples.task_scores(run, source, guidance, progress)
     result["provenance"] = provenance(run, source)
     return result, table
 
@@ -421,7 +272,6 @@ def provenance(run, source: Source) -> dict:
         "processes": jax.process_count()}
 
 
-RANKS = (1, 5)
 IMAGE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
 DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)", "own_score": "squared error by level, its own score",
@@ -463,7 +313,7 @@ def table(result: dict, unit: str) -> str:
     if "features" in result:
         kind = f"{result['features']['name']} features" + (", a proxy" if result["features"]["proxy"] else "")
         rows += [(f"{key.replace('_', ' ')} ({kind})", result[key]) for key in IMAGE_SCORES]
-    for k in RANKS if "retrieval" in result else ():
+    for k in samples.RANKS if "retrieval" in result else ():
         found = result["retrieval"]
         percent = {key: 100 * found[f"rank_{k}"][key] for key in ("mean", "stderr")}
         chance = 100 * found["chance"][f"rank_{k}"]
@@ -478,30 +328,6 @@ def table(result: dict, unit: str) -> str:
     for name, value in result.get("denoising", {}).items():
         lines.append(f"  {DENOISED[name]:<{width}}  " + "  ".join(f"{m:.5f} ± {e:.5f}" for m, e in zip(*value.values(), strict=True)))
     return "\n".join(lines)
-
-
-def task_table(tasks: dict) -> str:
-    """evaluation.json's `tasks` as a person reads them, in percent: for either split a table with a row a task and a column a guidance."""
-    guided = tasks.get("by_guidance", [tasks])
-    lines, head = [], [f"guidance {at['guidance']}" for at in guided]
-    for parts in (guided, [at["unseen"] for at in guided if "unseen" in at]):
-        if not parts:
-            continue
-        names = [name for name, figure in parts[0].items() if isinstance(figure, dict) and "count" in figure]
-        rows = [(f"samples of {parts[0]['split']} that show what was asked, %", head)]
-        rows += [(name, [_percent(part[name]) for part in parts]) for name in (*names, "overall")]
-        if len(parts) > 1:
-            rows.append((f"overall less that of {head[0]}", ["", *(_percent(part["difference"]["overall"]) for part in parts[1:])]))
-        rows += [(f"share: {name}", [_percent(part["shares"].get(name)) for part in parts]) for name in parts[0]["shares"]]
-        widths = [max(map(len, column)) for column in zip(*([name, *cells] for name, cells in rows), strict=True)]
-        for name, cells in rows:
-            padded = (f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
-            lines.append(f"  {name:<{widths[0]}}  " + "  ".join(padded))
-    return "\n".join(lines)
-
-
-def _percent(figure: dict | None) -> str:
-    return f"{100 * figure['mean']:.1f} ± {100 * figure['stderr']:.1f}" if figure else "-"
 
 
 def report(run, result: dict, scored: dict, path, per_example: bool = False, unit: str | None = None) -> None:
@@ -522,7 +348,7 @@ def report(run, result: dict, scored: dict, path, per_example: bool = False, uni
         write_scores(scored, path.with_suffix(".parquet"))
     print(table(result, unit or next(name for name in NAMES if name in result)), flush=True)
     if "tasks" in result:
-        print(task_table(result["tasks"]), flush=True)
+        print(samples.task_table(result["tasks"]), flush=True)
 
 
 def write_scores(scored: dict, path) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import math
 import warnings
 from collections.abc import Callable
 
@@ -199,6 +200,14 @@ def _read_weights(path: str) -> tuple[bytes, dict]:
     except Exception:  # torch raises a dozen kinds on a file that is not its own
         raise UserError(f"--inception_weights={path} is no file of weights alone: expected {_WEIGHTS} or its safetensors") from None
     return content, dict(weights)
+
+
+def mean(values, variance=None) -> dict:
+    """Mean over examples [n] and its standard error, in float64; variance [n], of each over its noise, gives the noise's part of it."""
+    values = np.asarray(values, np.float64)
+    n = len(values)
+    result = {"mean": values.mean().item(), "stderr": (values.std(ddof=1) / math.sqrt(n)).item() if n > 1 else 0.0}
+    return result if variance is None else result | {"noise_stderr": (np.sqrt(np.sum(variance, dtype=np.float64)) / n).item()}
 
 
 def scores(real, generated) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ntm_jax.data import pipeline, shapes, sources, text
 from ntm_jax.data.records import Layout, pad_text, write_records
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime import evaluate, load, quality, sharding, state
+from ntm_jax.runtime import evaluate, load, quality, samples, sharding, state
 from tests.common import batch_of, experiment, randomised, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -239,23 +239,23 @@ def test_a_batch_beyond_the_memory_is_taken_in_parts(trained, tables, monkeypatc
 
 def test_guidance_is_compared_on_the_same_noise(trained, tables, monkeypatch):
     settings = tiny_config(**{"evaluate.images": 30, "sample.decoder": "inverse"})
-    run, samples, generated = run_of(settings, trained), {}, evaluate.generated
+    run, made, generated = run_of(settings, trained), {}, samples.generated
 
     def kept(run, progress=False):
-        assert run.config.sample.guidance not in samples  # the configuration's own, 0, once
-        samples[run.config.sample.guidance] = generated(run, progress)
-        return samples[run.config.sample.guidance]
+        assert run.config.sample.guidance not in made  # the configuration's own, 0, once
+        made[run.config.sample.guidance] = generated(run, progress)
+        return made[run.config.sample.guidance]
 
-    monkeypatch.setattr(evaluate, "generated", kept)
+    monkeypatch.setattr(samples, "generated", kept)
     scales, train = (0.0, (3.0, 0.0)), sources.open_source("digits", "train")
-    result = evaluate.image_scores(run, train, trained[0], None, scales)
-    assert list(samples) == list(scales)
+    result = samples.image_scores(run, train, trained[0], None, scales)
+    assert list(made) == list(scales)
     guided = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, guidance=scales[1]))
-    np.testing.assert_array_equal(samples[scales[1]], run_of(guided, trained).sample(30, np.arange(30) % 10))
-    assert (samples[scales[1]] != samples[0.0]).any()
+    np.testing.assert_array_equal(made[scales[1]], run_of(guided, trained).sample(30, np.arange(30) % 10))
+    assert (made[scales[1]] != made[0.0]).any()
     real, labels = (np.stack([train.records[i][name] for i in range(1500)]) for name in ("image", "label"))
     machine = SVC().fit(real.reshape(1500, 64) / 16.0, labels)
-    hits = np.stack([machine.predict(samples[scale].reshape(30, 64) / 16.0) == np.arange(30) % 10 for scale in scales]).astype(int)
+    hits = np.stack([machine.predict(made[scale].reshape(30, 64) / 16.0) == np.arange(30) % 10 for scale in scales]).astype(int)
     for scale, found, right in zip(scales, result["guidance"], hits, strict=True):
         difference = right - hits[0]
         assert (found["guidance"], found["mean"]) == (scale, pytest.approx(right.mean()))
@@ -329,25 +329,25 @@ def test_captioned_pictures_are_retrieved(tmp_path, monkeypatch):
     run = load.Run(settings, pipeline.spec(source, 2), model, params, 3, mesh, "runs/tiny")
     extractor = quality.extractor("pixels", train)
     made = []
-    generated = evaluate.generated
-    monkeypatch.setattr(evaluate, "generated", lambda *rest: made.append(generated(*rest)) or made[-1])
-    found = evaluate.image_scores(run, train, source, extractor)["retrieval"]
+    generated = samples.generated
+    monkeypatch.setattr(samples, "generated", lambda *rest: made.append(generated(*rest)) or made[-1])
+    found = samples.image_scores(run, train, source, extractor)["retrieval"]
     ranks = quality.retrieved(pictures, made[0][:20], np.arange(40, 60), 16)
     assert found["rank_5"]["mean"] == pytest.approx((ranks <= 5).mean())
     assert found["rank_5"]["stderr"] == pytest.approx((ranks <= 5).std(ddof=1) / np.sqrt(20))
     assert (found["candidates"], found["captions"], found["proxy"]) == (60, 20, True)
     assert found["chance"] == {"rank_1": 1 / 60, "rank_5": 5 / 60}
     assert found["rank_1"]["mean"] < 0.3
-    monkeypatch.setattr(evaluate, "generated", lambda *_: np.resize(pictures[40:], (30, 8, 8, 1)))  # the captions' own, in turn
-    found = evaluate.image_scores(run, train, source, extractor)
+    monkeypatch.setattr(samples, "generated", lambda *_: np.resize(pictures[40:], (30, 8, 8, 1)))  # the captions' own, in turn
+    found = samples.image_scores(run, train, source, extractor)
     assert found["retrieval"]["rank_1"] == {"mean": 1.0, "stderr": 0.0}
     whole = {"split": "test", "step": 3} | evaluate.summarize(
         evaluate.scores(settings, model, params, source, mesh, 1), model, 1, 16) | found
     assert re.search(r"own picture among the 5 nearest of 60 \(a proxy; chance 8\.3\), % +100\.0000 ± 0\.0000",
                      evaluate.table(whole, "bits_per_dim"))
-    assert "retrieval" not in evaluate.image_scores(run, train, source, None)
-    monkeypatch.setattr(evaluate, "MAX_CANDIDATES", 59)
-    assert "retrieval" not in evaluate.image_scores(run, train, source, extractor)
+    assert "retrieval" not in samples.image_scores(run, train, source, None)
+    monkeypatch.setattr(samples, "MAX_CANDIDATES", 59)
+    assert "retrieval" not in samples.image_scores(run, train, source, extractor)
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +372,7 @@ def test_samples_are_asked_for_the_captions_that_they_are_checked_by(told):
         asked.extend(captions)
         return {"images": images}
 
-    images = evaluate._prompted(told, dataclasses.replace(heldout, tasks=tasks), 0.0, False)["images"]
+    images = samples._prompted(told, dataclasses.replace(heldout, tasks=tasks), 0.0, False)["images"]
     assert asked == [heldout.captions[i % 8] for i in range(16)]
     states, _ = text.open_encoder(told.config.data.text).encode(asked)
     padded = [pad_text(own, 7) for own in states]
@@ -392,7 +392,7 @@ def test_tasks_by_guidance_and_split(told, tmp_path, monkeypatch, capsys):
         images[:: {0.0: 100, 1.0: 1, 2.0: 3}[scale], :, :12] = 0
         return images
 
-    monkeypatch.setattr(evaluate, "generated", generated)
+    monkeypatch.setattr(samples, "generated", generated)
     result, scored = evaluate.evaluate(told, guidance=(2.0, 0.0))
     assert sorted(calls) == [(split, scale) for split in ("heldout", "test[:16]") for scale in (0.0, 1.0, 2.0)]
     tasks, seen = result["tasks"], told.config.data.open("test[:16]")
