@@ -68,7 +68,7 @@ def test_a_slice_is_part_of_its_split(split, first, last):
         ("digits", "test[:298]", "takes records 0 to 298, but there are 297"),
         ("digits", "test[-300:]", "takes records -3 to 297"),
         ("digits", "test[1:2:3]", "is not understood"),
-        ("cifar", "train", "data.source 'cifar' is not known: expected one of digits, mnist_5k, emoji, tfds:NAME_OR_BUILDER_DIR"),
+        ("cifar", "train", "data.source 'cifar' is not known: expected one of digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR"),
         ("digits:8", "train", "is not known"),
         ("folder:", "train", "is not known"),
         ("folder:/no/such", "train", "folder:/no/such is not there"),

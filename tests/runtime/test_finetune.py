@@ -123,10 +123,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, flow, tmp_path):
 
 
 @rehearsal
-@pytest.mark.parametrize("objective", ["end_to_end", "pairwise"])
-def test_the_alignments_weight_falls_by_a_cosine(flow, objective):
+@pytest.mark.parametrize("name", ["end_to_end", "pairwise"])
+def test_the_alignments_weight_falls_by_a_cosine(flow, name):
     """The step's gradient is that of the NLL and of weight x misalignment, lambda (1 + cos(pi step / steps)) / 2; here both count."""
-    settings = tuned(flow[0], **{"train.objective": objective, "optimizer.clip": 1e9, "train.align_weight": 1e4})
+    settings = tuned(flow[0], **{"train.objective": name, "optimizer.clip": 1e9, "train.align_weight": 1e4})
     source, model, mesh = setup(settings)
     current = state.initialize(settings, model, mesh).replace(step=np.int32(1))
     frozen = {"params": jax.tree.map(lambda a: jax.device_put(np.asarray(a) + 0.1, a.sharding), current.params["params"]["backbone"])}
@@ -134,7 +134,7 @@ def test_the_alignments_weight_falls_by_a_cosine(flow, objective):
     root, size = jax.random.fold_in(jax.random.key(settings.seed), 1), model.config.tokens * model.config.dim
 
     def loss(params, part):
-        terms = objective.OBJECTIVES[objective](settings, model, params, root, batch, 2, frozen)
+        terms = objective.OBJECTIVES[name](settings, model, params, root, batch, 2, frozen)
         return ((terms.nll - terms.constant) / size).mean() if part == "nll" else terms.misalignment.mean()
 
     nll, apart = (jax.jit(jax.grad(loss), static_argnums=1)(current.params, part) for part in ("nll", "misalignment"))
