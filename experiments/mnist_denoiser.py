@@ -1,6 +1,7 @@
 """The learned denoiser of a run of experiments/mnist.py, which --config.teacher=WORKDIR names: see digits_denoiser.py.
 
-Needs `pip install -e '.[mnist]'`.
+Needs `pip install -e '.[mnist]'`. Expected: the teacher's class accuracy, 90%,
+and a Frechet distance (proxy features) within 10% of its own.
 """
 
 import ml_collections

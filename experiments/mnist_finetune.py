@@ -2,6 +2,7 @@
 
 Needs `pip install -e '.[mnist]'`; --config.init_from=WORKDIR names the run of mnist_fm.py.
 `:free` leaves out the alignment with the frozen flow-matching model (lambda = 0).
+Expected: bound 2.68 bits/dim, class accuracy 93%.
 """
 
 import ml_collections

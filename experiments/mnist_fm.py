@@ -2,7 +2,7 @@
 
 Needs `pip install -e '.[mnist]'`. The same transformer as there, with a velocity head. Samples solve its ODE in 50 Euler steps. Its
 likelihood is that of the exact Gaussian posterior at the velocity's clean image, in the 4 steps of mnist.py: a step-0 figure for
-mnist_finetune.py, and no good one.
+mnist_finetune.py, and no good one. Expected: class accuracy 82% in 50 steps, 87% in 8, 90% in 4 (--steps), held-out velocity error 0.232.
 """
 
 import ml_collections
