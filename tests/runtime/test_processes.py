@@ -237,7 +237,7 @@ def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_save(tmp_pa
     random, settings = np.random.default_rng(0), ({"train.steps": 60, "train.save_every": 3},)
     assert Job(tmp_path / "whole", compilation_cache, 1, 1, settings).end()[0][0] == 0
     kills, committed = 0, 0
-    while kills < int(os.environ.get("KILLS", "4")):
+    while kills < int(os.environ.get("KILLS", "3")):
         job = Job(tmp_path / "killed", compilation_cache, 1, 1, settings)
         line = job.read_until(r"in .*killed$|resuming .* at step")
         found = re.search(r"at step (\d+)", line)
@@ -255,11 +255,11 @@ def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_save(tmp_pa
 
 @rehearsal
 def test_a_run_moves_over_processes_and_devices(alone, tmp_path, compilation_cache):
-    """4 processes with 8 devices, 2 with 4, one with 2 and then with 8 train as one with 4 does from start to end."""
-    for count, devices, stop in ((4, 2, 3), (2, 2, 6), (1, 2, 9), (1, 8, None)):
+    """4 processes with 8 devices, then one with 2 and with 8, train as one with 4 does from start to end."""
+    for count, devices, stop in ((4, 2, 3), (1, 2, 7), (1, 8, None)):
         job = Job(tmp_path / "moved", compilation_cache, count, devices)
         if stop:
-            job.read_until(rf"step {stop}/")
+            job.read_until(rf"step ({'|'.join(map(str, range(stop, 13)))})/")  # a stop is agreed on some steps later
             job.processes[-1].send_signal(signal.SIGTERM)
         ends = job.end()
         assert [status for status, *_ in ends] == [0] * count, ends
