@@ -20,7 +20,7 @@ from etils import epath
 from PIL import UnidentifiedImageError
 
 from ntm_jax.data import sources
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 
 _LISTS = ("metadata.jsonl", "metadata.csv")
 _IMAGES = ("jpg", "jpeg", "png", "webp")  # members of a tar
@@ -92,7 +92,7 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
     except FileNotFoundError:
         return Loaded(item.key, None, "not there")
     except Exception as error:  # PIL raises a dozen kinds on a damaged file
-        return Loaded(item.key, None, "not an image" if isinstance(error, UnidentifiedImageError) else _line(error))
+        return Loaded(item.key, None, "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error))
     try:
         caption.encode()
     except UnicodeEncodeError:
@@ -100,9 +100,6 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
     caption = caption.strip()
     return Loaded(item.key, image, caption=caption, null="" if caption else "empty", label=label)
 
-
-def _line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0][:200]
 
 
 def _caption(value) -> str:
@@ -164,7 +161,8 @@ def _rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
                 if line.strip():
                     yield number, dict(json.loads(line))
     except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{file} line {number} is not understood ({_line(error)}): expected {file.suffix} of file_name, caption") from None
+        raise UserError(f"{file} line {number} is not understood ({first_line(error)}): expected {file.suffix} of file_name, "
+                        "caption") from None
 
 
 def _read_file(root: str, item: Item):
@@ -199,7 +197,8 @@ def _tar(path: str) -> list[Item]:
                     part.setdefault("caption", _caption(row.get("caption", row.get("text"))))
                     part["label"] = row.get("label")
     except (tarfile.TarError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a whole, uncompressed tar of images and captions ({_line(error)}): mend or remove it") from None
+        raise UserError(f"{path} is not a whole, uncompressed tar of images and captions ({first_line(error)}): mend or remove "
+                        "it") from None
     return [Item(key, part.get("image"), part.get("caption", ""), part.get("label")) for key, part in parts.items()
             if part.keys() & {"image", "caption"}]
 

@@ -18,7 +18,6 @@ import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 from typing import Any
@@ -29,7 +28,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ntm_jax.data import captioned, latents, pretrained, text
-from ntm_jax.data.records import MANIFEST, Layout, write_manifest, write_shard
+from ntm_jax.data.records import MANIFEST, Layout, write_json, write_manifest, write_shard
 from ntm_jax.errors import UserError
 
 _PLAN = "plan.json"
@@ -174,14 +173,8 @@ def _claim(root: epath.Path, plan: dict) -> str:
         raise UserError(f"{root} holds records that another program wrote: choose another --out, or remove it")
     else:
         root.mkdir(parents=True, exist_ok=True)
-        _put(file, plan)
+        write_json(file, plan)
     return name
-
-
-def _put(file: epath.Path, content) -> None:
-    part = file.parent / f".{uuid.uuid4().hex}.part"
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(file)
 
 
 def _whole(root: epath.Path, shard: _Shard, plan: str) -> _Tally | None:
@@ -328,7 +321,7 @@ def _write(root: epath.Path, shard: _Shard, examples, layout: Layout, tally: _Ta
     file = root / f"{shard.name}.arrayrecord"
     write_shard(file, examples, layout)
     tally.bytes, tally.sha256 = file.stat().length, _digest([file])
-    _put(root / f"{shard.name}.json", dataclasses.asdict(tally))
+    write_json(root / f"{shard.name}.json", dataclasses.asdict(tally))
 
 
 class _Progress:

@@ -6,7 +6,7 @@ The training job needs none of them; the extras [text] and [flux2] install them.
 import importlib
 from pathlib import Path
 
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 
 _EXPECTED = "a folder in the layout of diffusers or transformers"
 
@@ -16,7 +16,8 @@ def module(name: str, extra: str = "flux2"):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"this needs the package {name}, which cannot be imported ({_line(error)}): pip install -e '.[{extra}]'") from None
+        raise UserError(f"this needs the package {name}, which cannot be imported ({first_line(error)}): pip install -e "
+                        f"'.[{extra}]'") from None
 
 
 def load(package: str, name: str, path: str, part: str, **options):
@@ -28,7 +29,7 @@ def load(package: str, name: str, path: str, part: str, **options):
     try:
         model, told = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # they raise many kinds on what is absent or damaged
-        raise UserError(f"{folder} is not read as a {name} in safetensors ({_line(error)}): give {_EXPECTED}") from None
+        raise UserError(f"{folder} is not read as a {name} in safetensors ({first_line(error)}): give {_EXPECTED}") from None
     lacking = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
     if lacking:  # they would be left random, with a warning
         raise UserError(f"{folder} is no whole {name}: {len(lacking)} tensors are missing or of another shape, such as {lacking[0]}")
@@ -41,7 +42,7 @@ def tokenizer(path: str, part: str):
     try:
         return module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not read as a tokenizer ({_line(error)}): give {_EXPECTED}") from None
+        raise UserError(f"{folder} is not read as a tokenizer ({first_line(error)}): give {_EXPECTED}") from None
 
 
 def find(path: str, part: str) -> Path:
@@ -50,7 +51,3 @@ def find(path: str, part: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{path} is not there: give {_EXPECTED}")
     return folder
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0]

@@ -24,7 +24,7 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -147,7 +147,7 @@ class Records:
             arrays = {key: np.frombuffer(part["data"], _TYPES[part["dtype"]]).reshape(part["shape"]) for key, part in parts}
             fault = self._layout.fault(arrays)
         except Exception as error:  # both libraries raise several kinds on damaged bytes
-            fault = f"cannot be decoded ({(str(error) or repr(error)).splitlines()[0]})"
+            fault = f"cannot be decoded ({first_line(error)})"
         if fault:
             raise UserError(f"record {position} of {self._root / self._shards[shard]} {fault}: prepare this shard again")
         image = arrays["image"] if self._layout.levels else (arrays["image"].astype(np.float32) - self._mean) / self._std
@@ -227,8 +227,13 @@ def write_manifest(path: str, layout: Layout, splits: Mapping[str, Mapping[str, 
     """Writes the manifest of `splits` as of `read_manifest`, whose shards must be there already."""
     file = epath.Path(path).expanduser() / MANIFEST
     content = json.loads(json.dumps({"format": _FORMAT, "splits": splits, **dataclasses.asdict(layout)}))
+    write_json(file, content | {"hash": _hash(content)})
+
+
+def write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
+    """Writes a file of JSON, whole or not at all."""
     part = file.parent / f".{uuid.uuid4().hex}.part"
-    part.write_text(json.dumps(content | {"hash": _hash(content)}, indent=2) + "\n")
+    part.write_text(json.dumps(content, indent=2) + "\n")
     part.replace(file)
 
 

@@ -86,7 +86,6 @@ class Setting:
 class Case:
     """One row's work: once() does it and returns arrays to wait for."""
 
-    name: str
     once: Callable
     items: int  # of all processes
     flops: int | None = None  # of all devices; None where the limit is the copying of memory
@@ -112,7 +111,7 @@ def _train_step(setting: Setting) -> Case:
         return metrics
 
     counted = objective.flops_of_step(config, model, current, sharding.to_global(batch, mesh), mesh, frozen=frozen)
-    return Case("train step", once, config.data.batch_size, flops=counted)
+    return Case(once, config.data.batch_size, flops=counted)
 
 
 def _frozen(config: Config, params):
@@ -148,14 +147,14 @@ def _forward(setting: Setting) -> Case:
 
     with sharding.use(mesh):
         counted = flops.count(functools.partial(terms, state.plain(model)), params, root, sharding.to_global(batch, mesh), frozen)
-    return Case("forward pass", once, size, flops=counted)
+    return Case(once, size, flops=counted)
 
 
 def _input_pipeline(setting: Setting) -> Case:
     """Training batches on the host, this process's share."""
     batches = setting.batches()
     size = sum(a.nbytes for a in next(batches).values())
-    return Case("input pipeline", lambda: next(batches), setting.config.data.batch_size, bytes=size, least=4, close=batches.close)
+    return Case(lambda: next(batches), setting.config.data.batch_size, bytes=size, least=4, close=batches.close)
 
 
 def _likelihood(setting: Setting) -> Case:
@@ -170,7 +169,7 @@ def _likelihood(setting: Setting) -> Case:
         counted = flops.count(
             functools.partial(evaluate._score, config=config, model=state.exact(state.plain(model)), levels=held_out.levels, trajectories=1,
                               steps=config.evaluation_steps), params, jax.random.key(0), sharding.to_global(told, mesh))
-    return Case("likelihood evaluation", once, size, flops=counted)
+    return Case(once, size, flops=counted)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "model"))
@@ -181,7 +180,7 @@ def _latents(params, root, index, y, *, config, model):
     return t, sampling.sample_latents(model, params, keys, t, y, config.sample.guidance)
 
 
-def _sampling(name: str, setting: Setting, function, *arguments) -> Case:
+def _sampling(setting: Setting, function, *arguments) -> Case:
     """The row of function(model, inverse, parameters, *arguments) on a batch of images, jitted.
 
     Its FLOPs are the model's own, every token inverted once: a sweep of the parallel inverse that does a token over counts for nothing.
@@ -194,7 +193,7 @@ def _sampling(name: str, setting: Setting, function, *arguments) -> Case:
 
     with sharding.use(mesh):
         counted = flops.count(functools.partial(function, state.plain(model), "sequential"), setting.params, *arguments)
-    return Case(name, once, len(setting.drawn[0]), flops=counted)
+    return Case(once, len(setting.drawn[0]), flops=counted)
 
 
 def _sampler(decoder: str, setting: Setting) -> Case | None:
@@ -209,7 +208,7 @@ def _sampler(decoder: str, setting: Setting) -> Case | None:
             params, root, index, y, denoiser, config=config, model=model, steps=config.sample.steps, guidance=config.sample.guidance,
             decoder=decoder, inverse=inverse, trajectory=False, denoiser=module)
 
-    return _sampling(f"images, decoder {decoder}", setting, images, jax.random.key(0), index, y, denoiser)
+    return _sampling(setting, images, jax.random.key(0), index, y, denoiser)
 
 
 def _predictor(setting: Setting) -> Case | None:
@@ -221,7 +220,7 @@ def _predictor(setting: Setting) -> Case | None:
     def latents(model, _, params, root, index, y):
         return _latents(params, root, index, y, config=setting.config, model=model)
 
-    return _sampling("predictor's steps", setting, latents, jax.random.key(0), index, y)
+    return _sampling(setting, latents, jax.random.key(0), index, y)
 
 
 def _inverse(how: str, setting: Setting) -> Case | None:
@@ -230,7 +229,7 @@ def _inverse(how: str, setting: Setting) -> Case | None:
     if not model.config.transporter_blocks:
         return None
     _, y, t, us = setting.drawn
-    case = _sampling(f"inverse, {how}", setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
+    case = _sampling(setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
     with sharding.use(setting.mesh):
         xs = _inverted(setting.params, us, t, y, model=model, how=how)
         back = _inverted(setting.params, _transported(setting.params, xs, t, y, model=model), t, y, model=model, how=how)
@@ -269,12 +268,14 @@ def _score(setting: Setting) -> Case | None:
     def denoised(model, _, params, xs, t, y):
         return score_denoise(model, params, xs, t, y, setting.config.sample.percentile)
 
-    return _sampling("score denoising", setting, denoised, us, t, y)
+    return _sampling(setting, denoised, us, t, y)
 
 
-TRAINING = (_train_step, _forward, _input_pipeline, _likelihood)
-SAMPLING = (*(functools.partial(_sampler, decoder) for decoder in ("inverse", "score", "denoiser", *SOLVERS)), _predictor,
-            *(functools.partial(_inverse, how) for how in ("sequential", "parallel")), _score)
+TRAINING = {"train step": _train_step, "forward pass": _forward, "input pipeline": _input_pipeline, "likelihood evaluation": _likelihood}
+SAMPLING = {
+    **{f"images, decoder {decoder}": functools.partial(_sampler, decoder) for decoder in ("inverse", "score", "denoiser", *SOLVERS)},
+    "predictor's steps": _predictor, **{f"inverse, {how}": functools.partial(_inverse, how) for how in ("sequential", "parallel")},
+    "score denoising": _score}
 
 
 def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "") -> list[dict]:
@@ -284,7 +285,7 @@ def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "
     noisy}. only: the rows whose name holds this; UserError where there is none."""
     setting = Setting(
         config, sharding.make_mesh(config.mesh), config.data.open(config.data.split), config.data.open(config.evaluate.split), batch=batch)
-    return _rows(TRAINING + SAMPLING, setting, runs, only)
+    return _rows(TRAINING | SAMPLING, setting, runs, only)
 
 
 def benchmark_run(run, runs: int, batch: int | None = None, only: str = "") -> list[dict]:
@@ -292,20 +293,17 @@ def benchmark_run(run, runs: int, batch: int | None = None, only: str = "") -> l
     return _rows(SAMPLING, Setting(run.config, run.mesh, run=run, batch=batch), runs, only)
 
 
-def _rows(made, setting: Setting, runs: int, only: str) -> list[dict]:
-    rows = []
-    for case in filter(None, (make(setting) for make in made)):
-        if only in case.name:
-            rows.append(measure(case, runs, setting))
-        else:
-            case.close()
+def _rows(makers: dict[str, Callable], setting: Setting, runs: int, only: str) -> list[dict]:
+    chosen = {name: make for name, make in makers.items() if only in name}
+    rows = [{"name": name} | measure(case, runs, setting) for name, make in chosen.items() if (case := make(setting))]
     if not rows:
         raise UserError(f"--rows={only} is in no row's name: leave it out to see them all")
     return rows
 
 
 def measure(case: Case, runs: int, setting: Setting) -> dict:
-    """A case's row. Its limit is measured before and after every run, and is the median: what disturbs the one disturbs the other."""
+    """A case's row, but for its name. Its limit is measured before and after every run, and is the median: what disturbs the one disturbs
+    the other."""
     limit = copying() if case.flops is None else flops.products(setting.config.model.dtype, setting.mesh, SECONDS)
     try:
         for _ in range(2):  # compiled
@@ -322,7 +320,7 @@ def measure(case: Case, runs: int, setting: Setting) -> dict:
         case.close()
     items, limit = statistics.median(rates), statistics.median(limits)
     reached = items / case.items * (case.bytes if case.flops is None else case.flops)
-    return {"name": case.name, "items_per_second": items, "flops_per_second": None if case.flops is None else reached, "limit": limit,
+    return {"items_per_second": items, "flops_per_second": None if case.flops is None else reached, "limit": limit,
             "share_of_limit": reached / limit, "runs": rates} | case.facts
 
 

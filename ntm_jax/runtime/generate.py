@@ -48,11 +48,17 @@ def _generate(params, root, index, y, denoiser_params=None, *, config, model, st
     return x, xs if trajectory else None
 
 
+@functools.lru_cache(maxsize=2)
+def _records(data, split: str):
+    """The records of a split, opened once for all batches."""
+    return data.open(split).records
+
+
 def conditions(config: Config, model, index):
     """What the images of these indices show if nothing is asked for: the classes in turn, or the texts of the held-out records in turn."""
     if not model.config.text_width:
         return index % max(model.config.num_classes, 1)
-    records = config.data.open(config.evaluate.split).records
+    records = _records(config.data, config.evaluate.split)
     chosen = [records[int(i) % len(records)] for i in index]
     return Text(*(np.stack([record[name] for record in chosen]) for name in ("text", "text_mask")))
 
@@ -159,7 +165,7 @@ def write_samples(run, out: str, num: int, batch: int, labels=None, save_traject
     noise down).
 
     autoencoder: the folder of FLUX.2's, which decodes the latents to images (not those of the trajectories).
-    asked_for: prompts, see prompts.parse, of which each is shown num / len(asked_for) times; layout: one of prompts.LAYOUTS, the folders
+    asked_for: prompts, see prompts.parse, of which each is shown num / len(asked_for) times; layout: geneval or dpg, the folders
       of a benchmark; encoder: see prompts.encoder. Beside the images then lie contact_sheet.png and prompts.jsonl.
 
     What a stopped call has written there is kept, and the rest made: to the bit what an uninterrupted call makes. UserError where the

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int = 300, heartbeat: int = 60):
@@ -42,7 +42,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     try:
         jax.distributed.initialize(**given, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=heartbeat)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this job could not meet ({str(error).splitlines()[0][:200]})") from None
+        raise UserError(f"the processes of this job could not meet ({first_line(error)})") from None
     finally:
         clock.cancel()
     _leave_a_last_word()

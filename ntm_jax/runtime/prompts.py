@@ -16,8 +16,6 @@ from ntm_jax.data.records import pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 
-LAYOUTS = ("geneval", "dpg")
-
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
