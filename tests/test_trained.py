@@ -8,9 +8,10 @@ from ntm_jax.core import trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.runtime import objective, sharding, state
-from tests.common import tiny_config
+from tests.common import rehearsal, tiny_config
 
 
+@rehearsal
 def test_inverse_of_trained_weights(quick_compilation):
     config = tiny_config(**{
         "data.image_size": 16, "data.patch_size": 1, "data.batch_size": 8, "model.positions": "rotary", "model.transporter_blocks": 2,

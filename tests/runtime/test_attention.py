@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.runtime import attention, config, sharding
-from tests.common import python
+from tests.common import python, rehearsal
 
 TOKENS, CAUSAL, MASKED = 256, (False, True), (False, True)
 
@@ -52,6 +52,7 @@ def main(out):
         json.dump(found, file)
 
 
+@rehearsal
 def test_splash_is_plain_attention_and_its_gradients(tmp_path, compilation_cache):
     python(__file__, str(tmp_path / "out.json"), XLA_FLAGS="--xla_force_host_platform_device_count=4",
            JAX_COMPILATION_CACHE_DIR=compilation_cache)

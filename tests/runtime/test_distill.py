@@ -51,6 +51,7 @@ def run(teacher, tmp_path_factory):
     return workdir, result
 
 
+@rehearsal
 def test_the_target_is_the_teachers_score_denoising_of_the_same_trajectory():
     source, model, mesh = setup(TEACHER)
     frozen = randomised(state.initialize(TEACHER, model, mesh).params)

@@ -13,7 +13,7 @@ from ntm_jax.core import trajectory
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import objective, sharding, state, train
 from ntm_jax.runtime.checkpoint import Checkpoints
-from tests.common import batch_of, bits, randomised, setup, tiny_config
+from tests.common import batch_of, bits, randomised, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TERMS = ("quadratic", "log_scale", "log_det")
@@ -55,7 +55,8 @@ def saved(settings, workdir):
 
 
 @pytest.mark.parametrize(("overrides", "workers"), [
-    ({}, 1), ({"trajectory.steps": (2, 4), "seed": 1}, 0), ({"trajectory.steps": (2, 4), "train.objective": "pairwise"}, 0)])
+    ({}, 1), pytest.param({"trajectory.steps": (2, 4), "seed": 1}, 0, marks=rehearsal),
+    pytest.param({"trajectory.steps": (2, 4), "train.objective": "pairwise"}, 0, marks=rehearsal)])
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, overrides, workers):
     settings = tiny_config(**overrides)
     train.train(settings, tmp_path / "whole", progress=False, until=5)
@@ -77,6 +78,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, overrides, worke
         assert count == set(settings.trajectory.steps)  # the draw of T, too, is repeated
 
 
+@rehearsal
 def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "finish", lambda *_: None)  # the pictures are test_programs' affair
     settings = tiny_config(**{"train.steps": 2})
