@@ -183,7 +183,7 @@ CONDITIONS = {
 }
 SCRIPT = '''"""Images of this model: python sample.py [NUMBER [SEED]] writes samples.npz. Needs jax, numpy, safetensors and flatbuffers."""
 
-import pathlib
+{json}import pathlib
 import sys
 
 import jax.export
@@ -199,7 +199,7 @@ folder = pathlib.Path(__file__).parent
 parameters = load_file(folder / "{weights}")
 sampler = jax.export.deserialize(bytearray((folder / "sampler.bin").read_bytes()))
 images = np.asarray(sampler.call(parameters, np.uint32(seed), index, {names}))  # {meaning}
-np.savez("samples.npz", images=images)
+{unscale}np.savez("samples.npz", images=images)
 print(f"{{number}} images {{images.dtype}}{{list(images.shape[1:])}} in samples.npz")
 '''
 CARD = """---
@@ -242,6 +242,9 @@ The programs and the script are under Apache 2.0, as is ntm_jax. The parameters 
 bind their use.
 """
 MEANING = {True: "[n, H, W, C], integers 0..{top}", False: "[n, H, W, C], latents"}
+UNSCALE = """spec = json.loads((folder / "config.json").read_text())["spec"]  # the model's latents have mean 0 and variance 1 by channel
+images = images * np.float32(spec["std"]) + np.float32(spec["mean"])  # as the autoencoder made them
+"""
 
 
 def _condition(run) -> tuple[str, str]:
@@ -254,7 +257,9 @@ def _script(run) -> str:
     """sample.py."""
     names, line = _condition(run)
     meaning = MEANING[run.spec.levels > 0].format(top=run.spec.levels - 1)
-    return SCRIPT.format(seed=run.config.seed, condition=line, names=names, meaning=meaning, weights=WEIGHTS)
+    scaled = bool(run.spec.mean)
+    return SCRIPT.format(seed=run.config.seed, condition=line, names=names, meaning=meaning, weights=WEIGHTS,
+                         unscale=UNSCALE if scaled else "", json="import json\n" if scaled else "")
 
 
 def _card(run, parameters: int, script: str) -> str:
@@ -263,8 +268,8 @@ def _card(run, parameters: int, script: str) -> str:
     size = " x ".join(map(str, spec.image_shape))
     kind = "the raw ones" if run.raw else f"their moving average (decay {config.optimizer.ema_decay})"
     told = {"class": f"one of {run.model.config.num_classes} classes", "none": "nothing", "text": "the states of a text encoder"}
-    bound = "the importance-weighted lower bound on the log " + (
-        "probability of the pixels" if spec.levels else f"density of the latents noised to {config.trajectory.t_min}")
+    latents = f"latents{', of mean 0 and variance 1 by channel,' if spec.mean else ''} noised to {config.trajectory.t_min}"
+    bound = f"the importance-weighted lower bound on the log {'probability of the pixels' if spec.levels else f'density of the {latents}'}"
     training = f"{run.teacher_step if run.denoiser else run.step:,} steps of {config.data.batch_size} examples, {config.train.objective}"
     if run.denoiser:
         training += f"; then {run.step:,} steps of a denoiser, {sum(a.size for a in jax.tree.leaves(run.denoiser[1])):,} of the parameters"

@@ -174,7 +174,8 @@ def with_denoiser(tmp_path_factory):
     denoiser = distill.make_denoiser(model.clone(config=dataclasses.replace(model.config, width=32)))
     params, other = (randomised(state.initialize(settings, m, mesh).params, seed) for seed, m in enumerate((model, denoiser)))
     settings = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, decoder="denoiser"))
-    run = Run(settings, pipeline.spec(source, 1), model, params, 6, mesh, "runs/none", denoiser=(denoiser, other), teacher_step=4)
+    spec = dataclasses.replace(pipeline.spec(source, 1), mean=(1.0, -2.0), std=(0.5, 4.0))
+    run = Run(settings, spec, model, params, 6, mesh, "runs/none", denoiser=(denoiser, other), teacher_step=4)
     folder = tmp_path_factory.mktemp("exports") / "denoiser"
     export.write_export(run, str(folder))
     return run, folder
@@ -198,13 +199,14 @@ def test_a_learned_denoiser(with_denoiser, tmp_path):
                           capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "5 images float32[4, 4, 2] in samples.npz\n"), done.stderr
     with np.load(tmp_path / "samples.npz") as archive:
-        np.testing.assert_allclose(archive["images"], expected, atol=1e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(archive["images"], expected * (0.5, 4) + (1, -2), atol=4e-6 * np.abs(expected).max())
     about = json.loads((folder / "config.json").read_text())
     assert (about["step"], about["teacher_step"], about["config"]["sample"]["guidance"]) == (6, 4, [0.5, 0.0])
     card = (folder / "README.md").read_text()
     size = sum(a.size for a in jax.tree.leaves(run.denoiser[1]))
     assert f"| training | 4 steps of 16 examples, end_to_end; then 6 steps of a denoiser, {size:,} of the parameters |" in card
     assert "guidance (0.5, 0.0), decoder denoiser" in card
+    assert "density of the latents, of mean 0 and variance 1 by channel, noised to" in card
 
 
 def test_a_new_run_starts_from_the_teacher_in_a_denoisers_export(with_denoiser, tmp_path, started):
