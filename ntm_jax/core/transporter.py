@@ -20,11 +20,11 @@ HUGE = 1e15  # what the network can square
 def fastest(tokens: int, cpu: bool) -> str:
     """The inverse that `auto` takes.
 
-    Milliseconds of one CPU core, sequential / parallel, for two blocks of two layers of width 128, trained, and batches of 1, 8 and 64:
-    16 tokens 3.6 / 4.5, 8.7 / 23, 64 / 201; 64 tokens 14 / 11, 52 / 84, 685 / 1,051; 256 tokens 96 / 159, 708 / 1,591; 1,024 tokens, a
-    batch of 1, 1,042 / 2,961. Sweeps over a part of the tokens at a time, the earlier ones in a cache: 16 and more for 64 tokens, 160 for
-    256, 2,094 for 1,024, never the fastest. A CPU pays for every sweep's products; an accelerator rather waits on N small steps, so there
-    sweeps are taken from 64 tokens on (not measured).
+    Images of four levels a second on one CPU core, sequential / parallel, for two trained blocks of two layers of width 128 (of 64 for 16
+    tokens) and batches of 1, 8 and 64: 16 tokens 685 / 244, 1,177 / 299, 1,337 / 197; 64 tokens 40 / 25, 52 / 23, 24 / 11; 256 tokens
+    4.0 / 0.46, 2.0 / 0.2, 1.55 / 0.11; 1,024 tokens, batches of 1 and 8, 0.14 / 0.043, 0.10 / 0.005. Sweeps over a part of the tokens at a
+    time, the earlier ones in a cache, were never the fastest. A CPU pays for every sweep's products; an accelerator rather waits on N
+    small steps, so there sweeps are taken from 64 tokens on (not measured).
     """
     return "parallel" if tokens >= 64 and not cpu else "sequential"
 

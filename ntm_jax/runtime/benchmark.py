@@ -29,6 +29,7 @@ from ntm_jax.runtime.config import SOLVERS, Config
 SECONDS = 0.5  # a timed run lasts at least this long
 COPIED = 1 << 27  # bytes: more than a cache holds
 TOLERANCES = (1e-3, 1e-5)  # to which the parallel inverse's sweeps are counted
+TOKENS = 2048  # of so many, the first images', sweeps and round-trip errors are told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +231,7 @@ def _inverse(how: str, setting: Setting) -> Case | None:
         return None
     _, y, t, us = setting.drawn
     case = _sampling(setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
+    us, t, y = jax.tree.map(lambda a: a[: max(TOKENS // model.config.tokens, setting.mesh.size)], (us, t, y))
     with sharding.use(setting.mesh):
         xs = _inverted(setting.params, us, t, y, model=model, how=how)
         back = _inverted(setting.params, _transported(setting.params, xs, t, y, model=model), t, y, model=model, how=how)
@@ -306,14 +308,15 @@ def measure(case: Case, runs: int, setting: Setting) -> dict:
     the other."""
     limit = copying() if case.flops is None else flops.products(setting.config.model.dtype, setting.mesh, SECONDS)
     try:
-        for _ in range(2):  # compiled
-            jax.block_until_ready(case.once())
-        count = case.least
+        jax.block_until_ready(case.once())  # compiled
+        count, limits = case.least, [limit()]
         while (seconds := flops.seconds(case.once, count)) < SECONDS:
             count = min(10 * count, math.ceil(1.2 * count * SECONDS / seconds))
-        rates, limits = [], [limit()]
-        for _ in range(runs):
-            flops.seconds(case.once, case.least)  # a queue that filled meanwhile is empty again
+        limits.append(limit())
+        rates = [] if case.flops is None else [count * case.items / seconds]  # the last was a run, but of a queue, filled meanwhile
+        while len(rates) < runs:
+            if case.flops is None:
+                flops.seconds(case.once, case.least)  # it is empty again
             rates.append(count * case.items / flops.seconds(case.once, count))
             limits.append(limit())
     finally:
@@ -334,7 +337,7 @@ def copying() -> Callable[[], float]:
 def table(rows: list[dict]) -> str:
     """The rows as a person reads them, and what they say of each other."""
     heads = ("", "items/s", "lowest", "highest", "GFLOP/s", "limit", "share")
-    cells = [(row["name"], *(f"{v:,.1f}" for v in (row["items_per_second"], min(row["runs"]), max(row["runs"]))),
+    cells = [(row["name"], *(f"{v:,.{1 if v >= 10 else 3}f}" for v in (row["items_per_second"], min(row["runs"]), max(row["runs"]))),
               "" if row["flops_per_second"] is None else f"{row['flops_per_second'] / 1e9:,.1f}",
               f"{row['limit'] / 1e9:,.1f} {'GB/s' if row['flops_per_second'] is None else 'GFLOP/s'}", f"{row['share_of_limit']:.1%}")
              for row in rows]
