@@ -18,16 +18,16 @@ def get_config(variant: str = ""):
     c.seed = 0
     c.init_from = ""
     c.data = dict(
-        source="shapes", split="train", batch_size=32, patch_size=4, image_size=0, workers=0, mock="", text=f"words:7:{WORDS}")
+        source="shapes", split="train", batch_size=32, patch_size=6, image_size=0, workers=0, mock="", text=f"words:7:{WORDS}")
     c.trajectory = dict(
-        schedule="shifted", shift=1.0,  # more than 36 tokens would give: layouts are decided in noise
-        steps=(4,), t_min=0.05, t_min_range=(0.04, 0.06))
+        schedule="shifted", shift=1.5,  # more than 16 tokens would give: layouts are decided in noise
+        steps=(4,), t_min=0.08, t_min_range=(0.06, 0.1))
     c.model = dict(
-        width=128, head_size=32, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=128, transporter_blocks=2,
+        width=128, head_size=32, kv_heads=4, mlp_ratio=4, positions="rotary", transporter_width=128, transporter_blocks=2,
         transporter_layers=2, predictor_layers=3, head="preconditioned", log_scale_bound=3.0, data_std=0.95, condition="text",
         dtype="float32", remat="none", scan=False)  # unrolled: faster at this size on a CPU
     c.train = dict(
-        objective="end_to_end", steps=3500, save_every=500, evaluate_every=500, log_every=20, keep=0, accumulate=1,
+        objective="end_to_end", steps=4000, save_every=500, evaluate_every=1000, log_every=20, keep=0, accumulate=1,
         condition_dropout=0.15)
     c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.1, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)

@@ -1,8 +1,9 @@
 """Captioned scenes of coloured shapes for GenEval's six tasks, drawn as they are read, and the exact scorer that reads images of them.
 
-A scene is a 24 x 24 picture on black, at most one object in a quadrant: a circle, square, triangle or cross of 8 to 10 pixels, in one of
-six colours. Its caption tells what the record's task is about and leaves the rest open, and the scene shows nothing that it does not
-count: "a circle", "a circle and a square", "three circles", "a red circle", "a circle left of a square", "a red circle and a blue square".
+A scene is a 24 x 24 picture on black, at most one object in the middle of a quadrant: a circle, square, triangle or cross of 8 to 10
+pixels, in one of six colours. Its caption tells what the record's task is about and leaves the rest open, and the scene shows nothing
+that it does not count: "a circle", "a circle and a square", "three circles", "a red circle", "a circle left of a square", "a red circle
+and a blue square".
 
 Some combinations are held out: no training caption tells them, and no training image shows them (but for the relations: where two
 objects lie untold, they may lie in a held-out one). They are each colour with one shape, circle with cross, each count with one shape,
@@ -34,7 +35,7 @@ SPLITS = {"train": 1_000_000, "test": 3_000, "heldout": 3_000}  # records
 SIDE = 24  # pixels
 _TURNS = (*TASKS, "counting", "color_attr")  # the tasks of successive records: the longest to learn twice
 _QUADRANT = SIDE // 2
-_SIZES = (8, 9, 10)  # of an object, pixels; one pixel of its quadrant stays free on either side
+_SIZES = (8, 9, 10)  # of an object, pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ class _Scenes:
         image = np.zeros((SIDE, SIDE, 3), np.uint8)
         for thing in things:
             size = draw.choice(_SIZES)
-            x, y = (_QUADRANT * place + draw.randrange(1, _QUADRANT - size) for place in (thing.x, thing.y))
+            x, y = (_QUADRANT * place + (_QUADRANT - size) // 2 for place in (thing.x, thing.y))
             image[y : y + size, x : x + size][_mask(thing.shape, size)] = COLOURS[thing.colour]
         return {"image": image, "label": TASKS.index(task_of(caption)), "caption": caption}
 
