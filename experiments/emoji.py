@@ -1,6 +1,7 @@
 """Text-to-image NTM of Twemoji's 1,903 pictures (32 x 32 pixels in colour, on white), told their names: 1,600 to train on, 303 held out.
 
-Needs `pip install -e '.[emoji]'`: all-MiniLM-L6-v2 reads the names. Expected: to come. `:runlocal`: a few steps of a tiny model, in seconds.
+Needs `pip install -e '.[emoji]'`: all-MiniLM-L6-v2 reads the names. Not yet trained to the end.
+`:runlocal`: a few steps of a tiny model, in seconds.
 """
 
 import ml_collections

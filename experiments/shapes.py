@@ -1,8 +1,9 @@
 """Text to image: captioned scenes of coloured shapes (24 x 24 pixels, drawn as they are read) for GenEval's six tasks, some combinations
 held out.
 
-Expected: to come. `:gaussian` is the ablation without transporter, a deeper predictor with parameters within 2%. `:runlocal`: a few steps
-of a tiny model, in seconds.
+Expected, in 50 minutes of one CPU core: trajectory NLL 0.567 nats/dim, 55% of the test captions shown exactly, 34% of those of held-out
+combinations. `:gaussian` is the ablation without transporter, a deeper predictor with parameters within 2%. `:runlocal`: a few steps of a
+tiny model, in seconds.
 """
 
 import ml_collections
