@@ -1,5 +1,6 @@
 """Compilation as quick as can be, for tests that compile for seconds and run for milliseconds."""
 
+import gc
 import importlib.util
 import os
 
@@ -8,6 +9,14 @@ if importlib.util.find_spec("libtpu") and not os.path.exists("/dev/accel0") and 
 
 import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_programs():
+    """A module's compiled programs go with it: a process may map 65,530 regions of memory, and all modules' programs take more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
