@@ -188,7 +188,8 @@ class Stack(nn.Module):
 
 
 class Condition(nn.Module):
-    """What a network is told, as the modulation of its layers, [B, rows, W]: noise levels, the number of steps where it varies, the class.
+    """What a network is told, as the modulation of its layers, [B, rows, W]: noise levels, the number of steps where it varies, the class,
+    and with tell_text the mean of a function of each text token; of the null caption it is zero.
 
     Their embeddings are summed at a width of at most 512; one modulation serves all layers of a network (method, section 4).
     """
@@ -197,10 +198,11 @@ class Condition(nn.Module):
     num_classes: int  # 0: none; label num_classes is the null class of guidance
     tell_steps: bool
     rows: int = 6
+    tell_text: bool = False
 
     @nn.compact
-    def __call__(self, times, steps, label):
-        """times: tuple of [B] noise levels; steps [B]; label [B] in 0..num_classes (ignored where there are no classes)."""
+    def __call__(self, times, steps, y):
+        """times: tuple of [B] noise levels; steps [B]; y, labels [B] in 0..num_classes or Text (ignored where none is told)."""
         inner = min(self.width, 512)
         scalars = {f"level_{i}": 1000 * t for i, t in enumerate(times)}
         if self.tell_steps:
@@ -211,7 +213,11 @@ class Condition(nn.Module):
             total += dense(inner, ("embed", "embed_out"), jnp.float32, f"{name}_out")(nn.silu(h))
         if self.num_classes:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02 * math.sqrt(inner)), (None, "embed"))
-            total += nn.Embed(self.num_classes + 1, inner, embedding_init=init, name="class")(label)
+            total += nn.Embed(self.num_classes + 1, inner, embedding_init=init, name="class")(y)
+        if self.tell_text:
+            h = nn.silu(dense(inner, (None, "embed"), jnp.float32, "text_in")(norm(jnp.float32, "text_norm")(y.states)))
+            mean = jnp.sum(h, 1, where=y.mask[..., None]) / jnp.maximum(jnp.sum(y.mask, 1, keepdims=True), 1)
+            total += dense(inner, ("embed", "embed_out"), jnp.float32, "text_out")(mean)
         # Left to itself, XLA's partitioner splits this sum over two mesh axes and gets loss and gradients wrong, by 1e-4 and by half.
         total = nn.with_logical_constraint(total, ("batch", "embed_activation"))
         modulation = dense(self.rows * self.width, ("embed", "mlp"), jnp.float32, "modulation", scale=0)(nn.silu(total))

@@ -43,6 +43,7 @@ class ModelConfig:
     remat: str  # none, full, narrow, dots: what the backward pass finds saved, from all to least to most
     scan: bool
     text_width: int = 0  # E of the text states that the predictor is told; 0: none
+    transporter_text: bool = False  # whether the transporter is told them too
     flat: bool = False  # see layers.Stack
 
     def __post_init__(self):

@@ -154,24 +154,24 @@ class Transporter(nn.Module):
 
     def setup(self):
         c = self.config
-        self.condition = layers.Condition(c.transporter_width, c.num_classes, len(c.steps) > 1)
+        self.condition = layers.Condition(c.transporter_width, c.num_classes, len(c.steps) > 1, tell_text=c.transporter_text)
         self.blocks = [Block(c, i % 2 == 1, self.attention) for i in range(c.transporter_blocks)]
 
-    def __call__(self, x, t, steps, label):
+    def __call__(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] -> (u [B, N, D], log|det du/dx| [B] in nats)."""
-        modulation = self.condition((t,), steps, label)
+        modulation = self.condition((t,), steps, y)
         log_det = jnp.zeros(x.shape[0])
         for block in self.blocks:
             x, block_log_det = block(x, modulation)
             log_det += block_log_det
         return x, log_det
 
-    def inverse(self, u, t, steps, label, how="auto", tolerance=TOLERANCE):
+    def inverse(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
         """u [B, N, D] -> (x [B, N, D] with forward(x) = u, sweeps over the tokens [B, blocks], int32); how: see INVERSES.
 
         tolerance: of the parallel inverse, see Block._all_at_once.
         """
-        modulation = self.condition((t,), steps, label)
+        modulation = self.condition((t,), steps, y)
         sweeps = []
         for block in reversed(self.blocks):
             u, taken = block.inverse(u, modulation, how, tolerance)

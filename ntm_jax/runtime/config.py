@@ -65,6 +65,7 @@ class Model:
     scan: bool
     backbone: str = "transformer"  # of the posterior head: transformer (core.flow_matching.Velocity), flux2 (backbones.flux2)
     double_layers: int = 0  # of flux2, before the predictor_layers single ones
+    transporter_text: bool = False  # with condition=text: whether the transporter is told the text too, its tokens' mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,9 @@ def read(config) -> Config:
     if result.train.condition_dropout >= 1 or (result.train.condition_dropout and result.model.condition == "none"):
         raise UserError(f"config.train.condition_dropout is {result.train.condition_dropout}: expected less than 1, and 0 where "
                         "config.model.condition is none")
+    if result.model.transporter_text and result.model.condition != "text":
+        raise UserError(f"config.model.transporter_text tells the transporter texts, and config.model.condition is "
+                        f"{result.model.condition}: set that to text, or transporter_text to False")
     if (result.train.objective == "denoiser") != bool(result.teacher):
         raise UserError(f"config.teacher is {result.teacher!r}, config.train.objective {result.train.objective}: a denoiser, and nothing "
                         "else, has a teacher; give --config.teacher=WORKDIR of the run to distil")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ntm_jax.core.layers import Text
 from ntm_jax.core.transporter import TOLERANCE, Transporter
 
 CONFIGS = [
@@ -14,6 +15,7 @@ CONFIGS = [
     {"transporter_blocks": 1, "positions": "learned", "scan": True, "transporter_layers": 2},
     {"transporter_blocks": 3, "num_classes": 3, "kv_heads": 1, "steps": (2, 4)},
     {"positions": "learned", "num_classes": 2, "steps": (1,), "kv_heads": 1, "grid": (1, 5), "dim": 3},
+    {"text_width": 5, "transporter_text": True},
 ]
 
 
@@ -73,6 +75,29 @@ def test_a_new_transporter_is_the_identity(tiny):
         back, sweeps = inverse(new.transporter, x, *rest, how=how)
         np.testing.assert_array_equal(back, x)
         np.testing.assert_array_equal(sweeps, 1 if how == "parallel" else 6)
+
+
+def test_a_text_is_told_by_its_tokens_and_not_by_its_padding(tiny):
+    random = tiny(text_width=5, transporter_text=True)
+    x, t, steps, text = clean(random)
+    text = text._replace(mask=np.arange(4) < np.array([[3], [0]]))  # the second is the null caption
+    u, _ = random.transporter(x, t, steps, text)
+    other = np.random.default_rng(1).normal(size=5).astype(np.float32)  # not a constant, which the layer norm takes away
+
+    def moved(text):
+        return np.abs(random.transporter(x, t, steps, text)[0] - u).max((1, 2))
+
+    padding, token = text.states + 0, text.states + 0
+    padding[0, 3:], padding[1] = other, other
+    token[:, 1] += other
+    np.testing.assert_array_equal(moved(text._replace(states=padding)), 0)
+    longer = Text(np.pad(text.states, ((0, 0), (0, 3), (0, 0))), np.pad(text.mask, ((0, 0), (0, 3))))
+    np.testing.assert_array_less(moved(longer), 1e-5)  # float32 sums, other order
+    heard = moved(text._replace(states=token))
+    assert heard[0] > 1e-3 and heard[1] == 0
+    assert moved(text._replace(mask=np.ones((2, 4), bool))).min() > 1e-3
+    untold = tiny(text_width=5)
+    np.testing.assert_array_equal(untold.transport(x, t, steps, text)[0], untold.transport(x, t, steps, text._replace(states=token))[0])
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (8, 8), (16, 16)])

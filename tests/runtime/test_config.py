@@ -82,6 +82,7 @@ def test_an_integer_is_taken_for_a_float():
     ("trajectory.schedule", "cosine", "config.trajectory.schedule is 'cosine': expected one of linear, shifted"),
     ("train.objective", "both", "config.train.objective is 'both': expected one of end_to_end, pairwise"),
     ("model.condition", "words", "config.model.condition is 'words': expected one of none, class, text"),
+    ("model.transporter_text", True, "config.model.condition is class: set that to text, or transporter_text to False"),
     ("train.condition_dropout", 1.0, "config.train.condition_dropout is 1.0: expected less than 1"),
     ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate is nan: expected a finite number"),
     ("trajectory.t_min_range", (0.02, float("inf")), "config.trajectory.t_min_range is inf: expected a finite number"),
