@@ -25,8 +25,8 @@ def get_config(variant: str = ""):
         steps=(4,), t_min=0.08, t_min_range=(0.06, 0.1))
     c.model = dict(
         width=128, head_size=32, kv_heads=4, mlp_ratio=4, positions="rotary", transporter_width=128, transporter_blocks=2,
-        transporter_layers=2, predictor_layers=3, head="preconditioned", log_scale_bound=3.0, data_std=0.95, condition="text",
-        dtype="float32", remat="none", scan=False)  # unrolled: faster at this size on a CPU
+        transporter_layers=2, transporter_text=True, predictor_layers=3, head="preconditioned", log_scale_bound=3.0, data_std=0.95,
+        condition="text", dtype="float32", remat="none", scan=False)  # unrolled: faster at this size on a CPU
     c.train = dict(
         objective="end_to_end", steps=4000, save_every=500, evaluate_every=1000, log_every=20, keep=0, accumulate=1,
         condition_dropout=0.15)

@@ -12,7 +12,7 @@ flags.DEFINE_string("against", None, "Another run's folder, or WORKDIR/checkpoin
 flags.DEFINE_bool("per_example", False, "Also writes every record's scores, as parquet.")
 flags.DEFINE_integer("steps", None, "Number of steps T, or of an ODE's samples; the configuration's if not given.", lower_bound=1)
 flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.images if not given.", lower_bound=1)
-flags.DEFINE_multi_string("guidance", None, "Also class accuracy or tasks at this guidance; give it often, the first is compared with.")
+flags.DEFINE_multi_string("guidance", None, "Also image scores or tasks at this guidance; give it often, the first is compared with.")
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Of the printed likelihoods; bits of pixels and nats of latents if not given.")
 flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, for config.evaluate.features=inception.")
 flags.DEFINE_enum("features", None, ["none", "pixels", "cnn", "inception"], "What samples are compared by; else the configuration tells.")

@@ -313,6 +313,8 @@ def table(result: dict, unit: str) -> str:
     if "features" in result:
         kind = f"{result['features']['name']} features" + (", a proxy" if result["features"]["proxy"] else "")
         rows += [(f"{key.replace('_', ' ')} ({kind})", result[key]) for key in IMAGE_SCORES]
+        rows += [(f"{key} ({kind}) of guidance {score['guidance']}", score[key])
+                 for key in IMAGE_SCORES for score in result.get("guidance", ()) if key in score]
     for k in samples.RANKS if "retrieval" in result else ():
         found = result["retrieval"]
         percent = {key: 100 * found[f"rank_{k}"][key] for key in ("mean", "stderr")}

@@ -109,32 +109,35 @@ def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), p
     """evaluation.json's figures of samples, beside the training images: class_accuracy, and frechet, precision and recall on features; of
     captioned pictures also retrieval.
 
-    guidance: scales or schedules; of each the class accuracy, and by how much it differs from the first one's on the same noise, paired.
+    guidance: scales or schedules; of each the class accuracy, by how much it differs from the first one's on the same noise, paired, and
+    the image scores.
     extractor: quality.Extractor or None. frechet_held_out is the same distance of the held-out images: what a perfect model would come
     near with as many samples as there are of these; more come nearer.
     """
     config = run.config
     records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
-    real, images = np.stack([r["image"] for r in records]), generated(run, progress)
-    made, result = _made(config), {}
+    real, made, result = np.stack([r["image"] for r in records]), _made(config), {}
+    images = {scale: generated(dataclasses.replace(run, config=dataclasses.replace(
+        config, sample=dataclasses.replace(config.sample, guidance=scale))), progress)
+        for scale in dict.fromkeys((config.sample.guidance, *guidance))}
     if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
         right = classifier(run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records]))
-        hits = {config.sample.guidance: right(images)}
+        hits = {scale: right(made_at) for scale, made_at in images.items()}
         result["class_accuracy"] = mean(hits[config.sample.guidance]) | made
-        for scale in dict.fromkeys(w for w in guidance if w not in hits):
-            guided = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=scale))
-            hits[scale] = right(generated(dataclasses.replace(run, config=guided), progress))
         if guidance:
             result["guidance"] = [{"guidance": scale} | mean(hits[scale]) | {
                 "difference": mean(hits[scale].astype(int) - hits[guidance[0]])} for scale in guidance]
     if extractor:
         unseen = np.stack([held_out.records[i]["image"] for i in range(min(len(held_out.records), MAX_RECORDS))])
         wanted = extractor(real)
-        result |= quality.scores(wanted, extractor(images)) | {"frechet_held_out": quality.frechet(wanted, extractor(unseen))}
+        scores = {scale: quality.scores(wanted, extractor(made_at)) for scale, made_at in images.items()}
+        result |= scores[config.sample.guidance] | {"frechet_held_out": quality.frechet(wanted, extractor(unseen))}
+        for figure in result.get("guidance", ()):
+            figure |= scores[figure["guidance"]]
         result["features"] = made | {"name": extractor.name, "proxy": extractor.proxy, "digest": extractor.digest,
                                      "real_images": len(real), "real_split": train.split}
         if train.captions is not None and run.model.config.text_width:
-            result |= retrieval(config, real, images, train.levels)
+            result |= retrieval(config, real, images[config.sample.guidance], train.levels)
     return result
 
 

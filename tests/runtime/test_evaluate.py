@@ -248,7 +248,7 @@ def test_guidance_is_compared_on_the_same_noise(trained, tables, monkeypatch):
 
     monkeypatch.setattr(samples, "generated", kept)
     scales, train = (0.0, (3.0, 0.0)), sources.open_source("digits", "train")
-    result = samples.image_scores(run, train, trained[0], None, scales)
+    result = samples.image_scores(run, train, trained[0], quality.pixels(17), scales)
     assert list(made) == list(scales)
     guided = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, guidance=scales[1]))
     np.testing.assert_array_equal(made[scales[1]], run_of(guided, trained).sample(30, np.arange(30) % 10))
@@ -261,11 +261,13 @@ def test_guidance_is_compared_on_the_same_noise(trained, tables, monkeypatch):
         assert (found["guidance"], found["mean"]) == (scale, pytest.approx(right.mean()))
         assert found["difference"]["mean"] == pytest.approx(difference.mean())
         assert found["difference"]["stderr"] == pytest.approx(difference.std(ddof=1) / math.sqrt(30))
+        assert found["frechet"] == pytest.approx(quality.frechet(real.reshape(1500, 64) / 16, made[scale].reshape(30, 64) / 16))
     assert result["class_accuracy"]["mean"] == result["guidance"][0]["mean"]
     whole = {"split": "test", "step": 3} | evaluate.summarize(tables[512], trained[1], 3, 17) | result
     whole["guidance"][1]["difference"] = {"mean": -0.125, "stderr": 0.0625}  # of an untrained model it may be 0
     said = evaluate.table(whole, "bits_per_dim")
     assert said.count("less that of guidance") == 1  # the first has none
+    assert f"{result['guidance'][1]['frechet']:.4f}" in re.search(r"frechet \(pixels features, a proxy\) of guidance \(3\.0.*", said)[0]
     assert re.search(r"of guidance \(3\.0, 0\.0\) less that of guidance 0\.0, % +-12\.5000 ± 6\.2500", said)
     monkeypatch.setattr(evaluate, "scores", None)  # refused before anything is scored
     with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
