@@ -23,7 +23,7 @@ def get_config(variant: str = "ntm"):
         transporter_layers=2, predictor_layers=4, head="preconditioned", log_scale_bound=5.0, data_std=0.6, condition="text",
         dtype="float32", remat="none", scan=False)
     c.train = dict(
-        objective="end_to_end", steps=4000, save_every=500, evaluate_every=1000, log_every=20, keep=0, accumulate=1,
+        objective="end_to_end", steps=2000, save_every=500, evaluate_every=500, log_every=20, keep=0, accumulate=1,
         condition_dropout=0.1)
     c.optimizer = dict(learning_rate=2e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)

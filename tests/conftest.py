@@ -23,19 +23,18 @@ def freed_programs():
         gc.collect()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """A folder of compiled programs that this session's processes share, and this process uses."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+    """Compiled programs are shared by this process and those that its tests start."""
+    folder, seconds = str(tmp_path_factory.mktemp("compiled")), 0.2
+    os.environ.update(JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=str(seconds))
     jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(compilation_cache):
+def quick_compilation():
     """Few XLA optimisations while a module's tests run."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield compilation_cache
+    yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -99,10 +99,9 @@ def test_the_jobset_is_one_slice():
 
 
 @rehearsal
-@rehearsal
-def test_the_jobsets_command_trains(tmp_path, tools, compilation_cache):
+def test_the_jobsets_command_trains(tmp_path, tools):
     command = jobset([*FLAGS, f"--workdir={tmp_path / 'run'}"])["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    done = launch(command["containers"][0]["command"], tools[0], JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    done = launch(command["containers"][0]["command"], tools[0])
     assert_trained(tmp_path / "run", done.stdout)
 
 
@@ -115,15 +114,14 @@ def free_port(low: int, count: int) -> int:
 
 
 @rehearsal
-@rehearsal
-def test_slurm_trains_with_two_tasks(tmp_path, tools, compilation_cache):
+def test_slurm_trains_with_two_tasks(tmp_path, tools):
     folder, write = tools
     write("scontrol", '[[ $* == "show hostnames here,there" ]] && printf "localhost\\nthere\\n" || echo "$*" >> "$REQUEUED"')
     write("srun", 'while [[ $1 == -* ]]; do shift; done\n'
           'for i in 0 1; do SLURM_PROCID=$i "$@" & tasks[i]=$!; done\nwait "${tasks[0]}" && wait "${tasks[1]}"')
     variables = {
         "SLURM_JOB_ID": str(free_port(20000, 10000) - 20000), "SLURM_JOB_NODELIST": "here,there", "SLURM_NTASKS": "2",
-        "REQUEUED": str(tmp_path / "requeued"), "JAX_COMPILATION_CACHE_DIR": compilation_cache}
+        "REQUEUED": str(tmp_path / "requeued")}
     arguments = ["bash", LAUNCH / "slurm.sbatch", *FLAGS, f"--workdir={tmp_path / 'run'}"]
     assert_trained(tmp_path / "run", launch(arguments, folder, **variables).stdout)
     assert not (tmp_path / "requeued").exists()
@@ -166,8 +164,7 @@ done
 
 
 @rehearsal
-@rehearsal
-def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout, compilation_cache):
+def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout):
     folder, write = tools
     write("gcloud", GCLOUD)
     write("python3", 'mkdir -p "$3/bin" && touch "$3/bin/activate"')  # python3 -m venv
@@ -177,8 +174,7 @@ def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout, compilati
     (checkout / "setup.py").write_text("uncommitted")
     workdir = tmp_path / "a run"  # a space, which must survive two shells
     done = launch([checkout / "launch" / "tpu_vm.sh", "queued-resources", "slice", "us-east5-a", *FLAGS, f"--workdir={workdir}"], folder,
-                  cwd=tmp_path, CALLS=str(tmp_path / "calls"), WORKER=str(worker), PYTHONPATH="", PROJECT="mine",
-                  JAX_COMPILATION_CACHE_DIR=compilation_cache)
+                  cwd=tmp_path, CALLS=str(tmp_path / "calls"), WORKER=str(worker), PYTHONPATH="", PROJECT="mine")
     assert_trained(workdir, done.stdout)
     assert "without the uncommitted changes" in done.stderr
     revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()

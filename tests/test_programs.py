@@ -23,13 +23,13 @@ def program(name, *arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, compilation_cache):
+def run(tmp_path_factory):
     """(workdir, what the first start printed, what the second did): stopped by SIGTERM on its way, and then finished."""
     workdir = tmp_path_factory.mktemp("programs") / "run"
     arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.evaluate.images=20"]
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.train", *arguments, "--stop_status=75"], cwd=ROOT,
-        env=environment(JAX_COMPILATION_CACHE_DIR=compilation_cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -39,7 +39,7 @@ def run(tmp_path_factory, compilation_cache):
     assert process.wait(60) == 75, error
     process.stdout.close()
     process.stderr.close()
-    second = program("train", *arguments, "--config.train.log_every=50", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    second = program("train", *arguments, "--config.train.log_every=50")
     return workdir, lines, second.stdout
 
 
@@ -71,17 +71,17 @@ def test_a_run_leaves_all_its_files(run):
     assert re.search(r"class accuracy of 20 samples, % +\d", printed)
 
 
-def test_evaluate_gives_the_same_figures_as_the_run(run, compilation_cache):
+def test_evaluate_gives_the_same_figures_as_the_run(run):
     workdir, _, _ = run
     ended = (workdir / "evaluation.json").read_bytes()
-    done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}")
     assert "bound, bits/dim" in done.stdout
     assert (workdir / f"evaluation-{STEPS}.json").read_bytes() == ended == (workdir / "evaluation.json").read_bytes()
 
 
-def test_sample_writes_images(run, tmp_path, compilation_cache):
+def test_sample_writes_images(run, tmp_path):
     done = program("sample", f"--workdir={run[0]}", "--num=5", "--batch=3", "--labels=1,2", "--decoder=inverse", "--guidance=0.5",
-                   f"--out={tmp_path / 'out'}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+                   f"--out={tmp_path / 'out'}")
     assert f"5 images in {tmp_path / 'out'}" in done.stdout
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [*(f"{i}.png" for i in range(5)), "grid.png", "samples.json", "samples.npz"]
@@ -185,10 +185,10 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 @rehearsal
 @pytest.mark.parametrize("experiment", ["imagenet256.py:runlocal", "toy2d.py"])
-def test_an_experiment_runs_from_start_to_end(experiment, tmp_path, compilation_cache):
+def test_an_experiment_runs_from_start_to_end(experiment, tmp_path):
     few = ["--config.train.steps=2", "--config.evaluate.trajectories=2", "--config.evaluate.split=test[:16]", "--config.sample.num=4",
            "--config.trajectory.steps=(2,)", "--config.sample.steps=2", "--config.train.log_every=1"]
-    program("train", f"--config=experiments/{experiment}", f"--workdir={tmp_path}/run", *few, JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    program("train", f"--config=experiments/{experiment}", f"--workdir={tmp_path}/run", *few)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"samples.png", "trajectories.png", "loss.png", "evaluation.json", "evaluation.png"} <= names
     assert ("densities.png" in names) == (experiment == "toy2d.py")

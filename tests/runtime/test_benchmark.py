@@ -169,10 +169,10 @@ def test_a_configuration_or_a_run_is_asked_for(tmp_path):
 
 
 @rehearsal
-def test_the_program_writes_rows(tmp_path, compilation_cache):
+def test_the_program_writes_rows(tmp_path):
     arguments = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items()), "--runs=1",
                  "--config.model.transporter_blocks=0"]
-    done = python("-m", "launch.benchmark", *arguments, f"--json={tmp_path / 'rows.json'}", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    done = python("-m", "launch.benchmark", *arguments, f"--json={tmp_path / 'rows.json'}")
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [list(row)[:6] for row in rows] == [KEYS] * 9
     assert re.match(r"1 x \S.*, jax [\d.]+, medians of 1 runs\n", done.stdout)

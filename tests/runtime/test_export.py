@@ -41,11 +41,10 @@ def run(workdir):
 
 
 @pytest.fixture(scope="module")
-def exported(workdir, tmp_path_factory, compilation_cache):
+def exported(workdir, tmp_path_factory):
     """What the program wrote."""
     folder = tmp_path_factory.mktemp("exports") / "tiny"
-    done = python("-m", "launch.export", f"--workdir={workdir}", f"--out={folder}", "--guidance=0.5",
-                  JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    done = python("-m", "launch.export", f"--workdir={workdir}", f"--out={folder}", "--guidance=0.5")
     assert done.stdout.startswith(f"6 files in {folder}, ")
     return folder
 

@@ -27,7 +27,7 @@ SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "
 class Job:
     """`count` processes of one training run, or of another program; by default each has 2 devices. settings: in turn over processes."""
 
-    def __init__(self, workdir, cache, count, devices=2, settings=({},), program="train", flags=()):
+    def __init__(self, workdir, count, devices=2, settings=({},), program="train", flags=()):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -39,7 +39,7 @@ class Job:
                        *(["--config=experiments/digits.py"] if changed else []), *(f"--config.{k}={v}" for k, v in changed.items())]
             self.processes.append(subprocess.Popen(
                 command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(
-                    JAX_COMPILATION_CACHE_DIR=cache, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")))
+                    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")))
 
     def read_until(self, pattern):
         """Waits for a line of process 0."""
@@ -64,31 +64,31 @@ def losses(workdir) -> dict:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, compilation_cache):
+def alone(tmp_path_factory):
     """The workdir of one process with 4 devices that ran to the end."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    (status, *said), = Job(workdir, compilation_cache, 1, devices=4).end()
+    (status, *said), = Job(workdir, 1, devices=4).end()
     assert status == 0, said
     return workdir
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, compilation_cache):
+def stopped(tmp_path_factory):
     """(workdir, what two processes said at the end of their first start, and of their second): SIGTERM to the second at step 5."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
-    first = Job(workdir, compilation_cache, 2)
+    first = Job(workdir, 2)
     first.read_until(r"step 5/")
     first.processes[1].send_signal(signal.SIGTERM)
     ends = first.end()
-    return workdir, ends, Job(workdir, compilation_cache, 2).end()
+    return workdir, ends, Job(workdir, 2).end()
 
 
 @pytest.fixture(scope="module")
-def evaluated(alone, compilation_cache):
+def evaluated(alone):
     """{(processes, devices of each): (evaluation.json, every record's scores)} of that run, all 297 held-out digits."""
     found = {}
     for count, devices in ((1, 1), (1, 8), (2, 2)):
-        job = Job(alone, compilation_cache, count, devices, program="evaluate", flags=(
+        job = Job(alone, count, devices, program="evaluate", flags=(
             "--split=test", "--trajectories=2", "--per_example", "--step=12"))
         ends = job.end()
         assert [status for status, *_ in ends] == [0] * count, ends
@@ -131,11 +131,11 @@ def test_two_processes_interrupted_and_resumed_train_as_one_does(stopped, alone)
 
 
 @rehearsal
-def test_evaluate_and_sample_run_on_two_processes_as_on_one(alone, tmp_path, compilation_cache):
+def test_evaluate_and_sample_run_on_two_processes_as_on_one(alone, tmp_path):
     figures, images = [], []
     for count, devices in ((1, 1), (2, 2)):
         for program, flags in (("evaluate", ["--step=12"]), ("sample", [f"--out={tmp_path}/{count}", "--num=6"])):
-            ends = Job(alone, compilation_cache, count, devices, program=program, flags=flags).end()
+            ends = Job(alone, count, devices, program=program, flags=flags).end()
             assert [status for status, *_ in ends] == [0] * count, ends
         figures.append(json.loads((alone / "evaluation-12.json").read_text())["nats_per_dim"]["importance_weighted"]["mean"])
         images.append(np.load(tmp_path / str(count) / "samples.npz")["arr_0"].astype(int))
@@ -146,7 +146,7 @@ def test_evaluate_and_sample_run_on_two_processes_as_on_one(alone, tmp_path, com
 
 
 @rehearsal
-def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path, compilation_cache):
+def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path):
     images, workdir, rng = tmp_path / "images", tmp_path / "run", np.random.default_rng(0)
     for i in range(80):  # 10 classes, and the steps of another test here: the program is compiled once
         (images / str(i % 10)).mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path, compila
     bad = images / "7" / "7.png"
     changed = {"data.source": f"folder:{images}", "data.split": "all", "evaluate.split": "all", "data.image_size": 8,
                "train.steps": 100000, "train.save_every": 100000}
-    job = Job(workdir, compilation_cache, 2, settings=(changed,))
+    job = Job(workdir, 2, settings=(changed,))
     job.read_until(r"step 3/")
     good = bad.read_bytes()
     bad.write_text("<html>")  # of an epoch of 5 steps: one process reads it soon
@@ -172,8 +172,8 @@ def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path, compila
     assert max(losses(workdir)) == step  # the step that lacked a part was not logged
 
 
-def test_a_dead_process_stops_the_others_soon_and_says_so(tmp_path, compilation_cache):
-    job = Job(tmp_path / "run", compilation_cache, 2, settings=({"train.steps": 100000},))
+def test_a_dead_process_stops_the_others_soon_and_says_so(tmp_path):
+    job = Job(tmp_path / "run", 2, settings=({"train.steps": 100000},))
     job.read_until(r"step 6/")
     job.processes[1].kill()
     begin = time.monotonic()
@@ -183,8 +183,8 @@ def test_a_dead_process_stops_the_others_soon_and_says_so(tmp_path, compilation_
     assert re.match("error: process 0 (stopped|was cut off): .*another process of this job is gone; the last checkpoint is whole", error)
 
 
-def test_processes_started_differently_all_stop_and_name_the_key(tmp_path, compilation_cache):
-    ends = Job(tmp_path / "run", compilation_cache, 2, settings=({}, {"optimizer.clip": 0.5})).end()
+def test_processes_started_differently_all_stop_and_name_the_key(tmp_path):
+    ends = Job(tmp_path / "run", 2, settings=({}, {"optimizer.clip": 0.5})).end()
     expected = ("error: the processes of this job differ: optimizer.clip is 1.0 in process 0 and 0.5 in process 1: start all with the same "
                 "command")
     assert [(status, error) for status, _, error in ends] == [(2, expected)] * 2
@@ -232,13 +232,13 @@ def test_shares_that_overlap_are_refused():
 
 
 @rehearsal
-def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_save(tmp_path, compilation_cache):
+def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_save(tmp_path):
     """Kills at random moments of training and saving, KILLS of them; then the run ends as one that was never killed, bit for bit."""
     random, settings = np.random.default_rng(0), ({"train.steps": 60, "train.save_every": 3},)
-    assert Job(tmp_path / "whole", compilation_cache, 1, 1, settings).end()[0][0] == 0
+    assert Job(tmp_path / "whole", 1, 1, settings).end()[0][0] == 0
     kills, committed = 0, 0
     while kills < int(os.environ.get("KILLS", "3")):
-        job = Job(tmp_path / "killed", compilation_cache, 1, 1, settings)
+        job = Job(tmp_path / "killed", 1, 1, settings)
         line = job.read_until(r"in .*killed$|resuming .* at step")
         found = re.search(r"at step (\d+)", line)
         assert int(found[1]) >= committed if found else committed == 0, (line, committed)
@@ -249,15 +249,15 @@ def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_save(tmp_pa
         kills += 1
         saved = [int(p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name.isdigit()]
         committed = max(saved, default=0)
-    assert Job(tmp_path / "killed", compilation_cache, 1, 1, settings).end()[0][0] == 0
+    assert Job(tmp_path / "killed", 1, 1, settings).end()[0][0] == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 @rehearsal
-def test_a_run_moves_over_processes_and_devices(alone, tmp_path, compilation_cache):
+def test_a_run_moves_over_processes_and_devices(alone, tmp_path):
     """4 processes with 8 devices, then one with 2 and with 8, train as one with 4 does from start to end."""
     for count, devices, stop in ((4, 2, 3), (1, 2, 7), (1, 8, None)):
-        job = Job(tmp_path / "moved", compilation_cache, count, devices)
+        job = Job(tmp_path / "moved", count, devices)
         if stop:
             job.read_until(rf"step ({'|'.join(map(str, range(stop, 13)))})/")  # a stop is agreed on some steps later
             job.processes[-1].send_signal(signal.SIGTERM)

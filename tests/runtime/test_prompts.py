@@ -171,7 +171,7 @@ def test_dpg_benchs_folder(run, tmp_path):
 
 
 @rehearsal
-def test_the_program(tmp_path, compilation_cache):
+def test_the_program(tmp_path):
     """launch/sample.py with prompts, from a run whose records do not name their encoder."""
     write_run(tmp_path / "run", SETTINGS)
     (tmp_path / "more.txt").write_text("a blue square\n")
@@ -180,7 +180,7 @@ def test_the_program(tmp_path, compilation_cache):
     done = python(*flags, "--num=3", check=False)
     assert (done.returncode, done.stderr) == (
         2, "error: --num is 3, and 2 prompts make 4 images: leave it out, or change --per_prompt\n")
-    printed = python(*flags, f"--encoder={WORDS}", f"--out={tmp_path}/out", JAX_COMPILATION_CACHE_DIR=compilation_cache).stdout
+    printed = python(*flags, f"--encoder={WORDS}", f"--out={tmp_path}/out").stdout
     assert f"4 images in {tmp_path}/out" in printed
     lines = [json.loads(line)["prompt"] for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
     assert lines == ["a red circle"] * 2 + ["a blue square"] * 2

@@ -100,9 +100,9 @@ def others(out):
 
 
 @rehearsal
-def test_a_step_of_the_other_networks_is_the_same_on_any_mesh(tmp_path, compilation_cache):
+def test_a_step_of_the_other_networks_is_the_same_on_any_mesh(tmp_path):
     out = str(tmp_path / "out")
-    python(__file__, out, "others", XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    python(__file__, out, "others", XLA_FLAGS="--xla_force_host_platform_device_count=8")
     arrays = np.load(out + ".npz")
     assert len([key for key in arrays if "/1x1x1x1/" in key]) == 7 + 6 + 7
     for key in arrays:
@@ -111,9 +111,9 @@ def test_a_step_of_the_other_networks_is_the_same_on_any_mesh(tmp_path, compilat
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, compilation_cache):
+def runs(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("meshes") / "out")
-    python(__file__, out, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_COMPILATION_CACHE_DIR=compilation_cache)
+    python(__file__, out, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     with open(out + ".json") as file:
         return np.load(out + ".npz"), json.load(file)
 
