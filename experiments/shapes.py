@@ -1,7 +1,7 @@
 """Text to image: captioned scenes of coloured shapes (24 x 24 pixels, drawn as they are read) for GenEval's six tasks, some combinations
 held out.
 
-Expected, in 80 minutes of one CPU core: trajectory NLL 0.566 nats/dim, 62% of the test captions shown exactly, 34% of those of held-out
+Expected, in 90 minutes of one CPU core: trajectory NLL 0.566 nats/dim, 62% of the test captions shown exactly, 34% of those of held-out
 combinations. `:gaussian` is the ablation without transporter, a deeper predictor with parameters within 3%. `:runlocal`: a few steps of a
 tiny model, in seconds.
 """

@@ -45,11 +45,16 @@ def _over_tasks(task, values) -> dict:
     return found | {"overall": {"mean": float(np.mean([f["mean"] for f in found.values()])), "stderr": of_means / len(found)}}
 
 
+def _guided(run, guidance, **evaluate):
+    """The run with another guidance, and other settings of config.evaluate."""
+    config = dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, guidance=guidance),
+                                 evaluate=dataclasses.replace(run.config.evaluate, **evaluate))
+    return dataclasses.replace(run, config=config)
+
+
 def _prompted(run, source: Source, guidance, progress: bool) -> dict:
     """source.tasks of config.evaluate.images samples of the source's captions in turn, at a guidance."""
-    config = dataclasses.replace(run.config, sample=dataclasses.replace(run.config.sample, guidance=guidance),
-                                 evaluate=dataclasses.replace(run.config.evaluate, split=source.split))
-    images = generated(dataclasses.replace(run, config=config), progress)
+    images = generated(_guided(run, guidance, split=source.split), progress)
     return source.tasks(images, [source.captions[i % len(source.captions)] for i in range(len(images))])
 
 
@@ -117,9 +122,7 @@ def image_scores(run, train: Source, held_out: Source, extractor, guidance=(), p
     config = run.config
     records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
     real, made, result = np.stack([r["image"] for r in records]), _made(config), {}
-    images = {scale: generated(dataclasses.replace(run, config=dataclasses.replace(
-        config, sample=dataclasses.replace(config.sample, guidance=scale))), progress)
-        for scale in dict.fromkeys((config.sample.guidance, *guidance))}
+    images = {scale: generated(_guided(run, scale), progress) for scale in dict.fromkeys((config.sample.guidance, *guidance))}
     if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
         right = classifier(run.model.config.num_classes, train.levels, real, np.array([r["label"] for r in records]))
         hits = {scale: right(made_at) for scale, made_at in images.items()}
