@@ -33,7 +33,8 @@ RELATIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)
 VOCABULARY = ("a", "and", "of", *RELATIONS, *COUNTS, *COLOURS, *SHAPES, *PLURALS)
 SPLITS = {"train": 1_000_000, "test": 3_000, "heldout": 3_000}  # records
 SIDE = 24  # pixels
-_TURNS = (*TASKS, "counting", "color_attr")  # the tasks of successive records: the longest to learn twice
+_TURNS = (*TASKS, "counting", "color_attr")  # the tasks of successive records
+_TRAIN_TURNS = (*_TURNS, "position", "color_attr", "color_attr")  # in training those that take longest to learn more often
 _QUADRANT = SIDE // 2
 _SIZES = (8, 9, 10)  # of an object, pixels
 
@@ -91,7 +92,7 @@ def _scene(split: str, index: int) -> tuple[str, list[Thing], random.Random]:
     Of the held-out split every caption tells a held-out combination, so it has no single objects.
     """
     draw = random.Random(f"{split} {index}")  # a small scene's few draws take numpy's generators longer than all its pixels
-    tasks = _TURNS[split == "heldout" :]
+    tasks = _TRAIN_TURNS if split == "train" else _TURNS[split == "heldout" :]
     while True:
         caption, things, relation = _draw(draw, tasks[index % len(tasks)])
         if held_out(*read(caption)) if split == "heldout" else not held_out(things, relation):
@@ -140,7 +141,7 @@ class _Captions(Sequence):
 
 def open_shapes(split: str) -> dict[str, Any]:
     """The fields of sources.Source that a split has, but for its name and split."""
-    return dict(version="1", records=_Scenes(split), captions=_Captions(split), image_shape=(SIDE, SIDE, 3), levels=256,
+    return dict(version="2", records=_Scenes(split), captions=_Captions(split), image_shape=(SIDE, SIDE, 3), levels=256,
                 num_classes=len(TASKS), tasks=score, unseen="heldout")
 
 

@@ -57,8 +57,9 @@ def split(caption: str) -> list[str]:
 
 
 class Words:
-    """A trainable embedding of a small vocabulary, `words:M:a red circle`: a token is a word, its state one number 1 for the word and one
-    for its place, so that the model's first product with it is the sum of a learned row for either. E = words + M."""
+    """A trainable embedding of a small vocabulary, `words:M:a red circle`: a token is a word, its state one number 1 for the word, one for
+    the word before it, and one for its place, so that the model's first product with it is the sum of a learned row for each, and "red
+    circle" is told in one state. E = 2 words + M."""
 
     at_read = True  # encodes in microseconds: captions are encoded as they are read
 
@@ -67,7 +68,7 @@ class Words:
         if not tokens.isdecimal() or int(tokens) < 1 or not words.split():
             raise UserError(f"the text encoder {name!r} is not understood: expected words:M:VOCABULARY, such as words:8:a red blue circle")
         self.name, self.tokens, self._places = name, int(tokens), {word: i for i, word in enumerate(words.split())}
-        self.width = len(self._places) + self.tokens
+        self.width = 2 * len(self._places) + self.tokens
 
     def encode(self, captions: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """Captions -> their states, [m, E] float16 each, m <= M, and which of them were cut to M tokens. UserError: an unknown word."""
@@ -79,9 +80,11 @@ class Words:
                 known = ", ".join(self._places)
                 raise UserError(f"the caption {caption!r} has the word {unknown[0]!r}, which the model does not know: expected {known}")
             cut.append(len(words) > self.tokens)
-            rows = np.zeros((min(len(words), self.tokens), self.width), np.float16)
-            for place, word in enumerate(words[: self.tokens]):
-                rows[place, [self._places[word], len(self._places) + place]] = 1
+            known = [self._places[word] for word in words[: self.tokens]]
+            rows = np.zeros((len(known), self.width), np.float16)
+            at = np.arange(len(known))
+            rows[at, known], rows[at, 2 * len(self._places) + at] = 1, 1
+            rows[at[1:], len(self._places) + np.array(known[:-1], int)] = 1
             states.append(rows)
         return states, cut
 

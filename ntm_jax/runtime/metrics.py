@@ -7,7 +7,6 @@ import time
 
 import jax
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 SHOWN = 6  # scalars on the terminal, the first in the caller's order
@@ -43,6 +42,8 @@ class Writer:
         if _is_remote(workdir):
             self.message(f"no TensorBoard events: {workdir} is not a local folder; metrics.jsonl has the same figures")
         else:
+            from tensorboardX import SummaryWriter  # here, since it imports torch where that is: seconds of every program's start
+
             # purge_step makes TensorBoard forget what the run logged after the save that this one resumes from.
             self._board = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from sklearn.metrics import pairwise_distances_chunked
 
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -249,6 +248,8 @@ def precision_recall(real, generated, neighbours: int = 3) -> tuple[float, float
 
 def _covered(queries, points, neighbours) -> float:
     """The share of queries [m, d] in the balls of points [n, d]."""
+    from sklearn.metrics import pairwise_distances_chunked  # here: a second of every program's start
+
     def blocks(x, y, reduce):  # of rows of distances, 256 MiB at a time
         return np.concatenate(list(pairwise_distances_chunked(x, y, reduce_func=lambda block, _: reduce(block), working_memory=256)))
 

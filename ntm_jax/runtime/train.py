@@ -245,7 +245,7 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
             unread = error  # a save needs all processes, and the others read on: they are told by a step that changes nothing
         batch, whole = sharding.to_global(local, mesh), sharding.told(unread is None, mesh) if processes.several() else None
         if step == start and writer.shows:
-            work = objective.flops_of_step(config, model, current, batch, mesh, teacher, frozen)
+            work = objective.flops_of_step(config, model, current, batch, mesh, teacher, frozen, step_function)
             limit = flops.products(config.model.dtype, mesh, 0.1)()
         with sharding.use(mesh):
             current, metrics = step_function(current, batch, objective.steps_of(config, step), frozen, whole)
@@ -282,9 +282,11 @@ def _evaluate(config, model, ema, held_out, mesh, step, writer, teacher) -> tupl
 def finish(run: load.Run) -> None:
     """The run's pictures: samples, denoising trajectories, the loss curve."""
     folder, config, spec = epath.Path(run.workdir), run.config, run.spec
-    images = np.concatenate([run.sample_at(index) for index in generate.in_batches(config.sample.num, 500)])
     points = not spec.levels and spec.image_shape == (1, 2, 1)  # of the plane: the more the better to see
-    clean, levels = run.sample_at(np.arange(min(config.sample.num, 500 if points else 10)), trajectory=True)
+    first, *rest = generate.in_batches(config.sample.num, 500 if points else 100)
+    clean, levels = run.sample_at(first, trajectory=True)  # of these images both pictures: one program to compile
+    images = np.concatenate([clean, *(run.sample_at(index) for index in rest)])
+    clean, levels = (a[: None if points else 10] for a in (clean, levels))
     t = state.sampled_levels(config, run.model)[::-1]
     some = np.unique(np.linspace(0, len(t) - 1, 17).round().astype(int))
     t, pictures = t[some], levels[:, some]

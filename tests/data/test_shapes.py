@@ -13,7 +13,7 @@ from ntm_jax.data.transforms import scale, unscale
 from ntm_jax.errors import UserError
 from tests.common import experiment
 
-COUNT = 1600  # records of a split: 200 of a task at least, 400 of the two that come twice
+COUNT = 1600  # records of a split: 145 of a task at least
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,8 @@ def test_every_slice_of_8_has_all_tasks_and_the_label_is_the_captions_task(split
         found = [TASKS[label] for label in labels]
         assert found == [shapes.task_of(caption) for caption in captions]
         assert set(found[:8]) == set(TASKS) - ({"single_object"} if name == "heldout" else set())
+    counts = {name: np.bincount(splits[name][2][:88], minlength=6).tolist() for name in ("train", "test")}
+    assert counts == {"train": [8, 8, 16, 8, 16, 32], "test": [11, 11, 22, 11, 11, 22]}
     told = dict(zip((TASKS[label] for label in splits["train"][2][:8]), splits["train"][1][:8], strict=True))
     assert len(told["colors"].split()) == len(told["single_object"].split()) + 1 == 3
 

@@ -123,15 +123,16 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_words_are_two_ones_each():
+def test_words_are_ones_for_the_word_the_one_before_it_and_the_place():
     encoder = text.open_encoder("words:4:a red blue circle")
-    (states, empty), cut = encoder.encode(["A red, red circle", ""])
-    expected = np.zeros((4, 8))
-    expected[range(4), [0, 1, 1, 3]] = expected[range(4), [4, 5, 6, 7]] = 1
+    (states, empty, one), cut = encoder.encode(["A red, red circle", "", "blue"])
+    expected = np.zeros((4, 12))
+    expected[range(4), [0, 1, 1, 3]] = expected[range(1, 4), [4, 5, 5]] = expected[range(4), [8, 9, 10, 11]] = 1
     np.testing.assert_array_equal(states, expected)
-    assert (states.dtype, empty.shape, cut) == (np.float16, (0, 8), [False, False])
+    np.testing.assert_array_equal(np.flatnonzero(one), [2, 8])
+    assert (states.dtype, empty.shape, cut) == (np.float16, (0, 12), [False, False, False])
     (short,), cut = encoder.encode(["a red circle a blue circle"])
-    assert (short.shape, cut) == ((4, 8), [True])
+    assert (short.shape, cut) == ((4, 12), [True])
 
 
 @pytest.mark.parametrize(("name", "line"), [

@@ -18,9 +18,9 @@ from ntm_jax.runtime.prompts import Prompt
 from tests.common import python, randomised, rehearsal, setup, tiny_config, write_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-WORDS = "words:4:a red blue circle square"  # states of width 9
+WORDS = "words:4:a red blue circle square"  # states of width 14
 SETTINGS = tiny_config(**{
-    "data.source": "mock:8x8x3,levels=17,text=4x9", "data.patch_size": 4, "model.condition": "text", "sample.decoder": "inverse"})
+    "data.source": "mock:8x8x3,levels=17,text=4x14", "data.patch_size": 4, "model.condition": "text", "sample.decoder": "inverse"})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_states_and_samples_are_the_same_in_any_padding(run):
 def test_a_run_samples_prompts(run):
     images = run.sample(4, prompts=["a red circle", "blue square"])
     y = prompts.states(text.open_encoder(WORDS), ["a red circle", "blue square"] * 2)
-    assert (y.states.shape, y.mask.sum(1).tolist()) == ((4, 4, 9), [3, 2, 3, 2])
+    assert (y.states.shape, y.mask.sum(1).tolist()) == ((4, 4, 14), [3, 2, 3, 2])
     assert close(run.sample(4, y), images)
     assert not close(run.sample(4, prompts=["blue square", "a red circle"]), images)
     with pytest.warns(UserWarning, match=r"1 of 2 captions are cut to the 4 tokens of words:4:.*, such as 'a red circle a blue square'"):
@@ -94,7 +94,7 @@ def test_a_model_is_told_what_it_was_trained_on(run, tmp_path):
     unknown = dataclasses.replace(run, spec=dataclasses.replace(run.spec, text=""))
     with pytest.raises(UserError, match=r"the records that runs/tiny was trained on do not tell what encoder .* name it with --encoder"):
         generate.write_samples(unknown, out, 1, 1, asked_for=asked)
-    with pytest.raises(UserError, match=rf"'words:1:a' makes states of width 2, and .* was trained on {WORDS} of width 9"):
+    with pytest.raises(UserError, match=rf"'words:1:a' makes states of width 3, and .* was trained on {WORDS} of width 14"):
         generate.write_samples(run, out, 1, 1, asked_for=asked, encoder="words:1:a")
     with pytest.raises(UserError, match="has the word 'fox', which the model does not know"):
         run.sample(1, prompts=["a fox"])

@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import scipy.linalg
+import sklearn.metrics
 
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError
@@ -118,7 +119,7 @@ def test_precision_and_recall_by_hand():
 def test_precision_and_recall_in_blocks(monkeypatch):
     real, generated = correlated(*SHAPES[0])
     whole, rows = quality.precision_recall(real, generated), []
-    chunked = quality.pairwise_distances_chunked
+    chunked = sklearn.metrics.pairwise_distances_chunked
 
     def small(x, y, reduce_func, working_memory):
         def seen(block, start):
@@ -128,7 +129,7 @@ def test_precision_and_recall_in_blocks(monkeypatch):
         assert working_memory == 256  # MiB
         return chunked(x, y, reduce_func=seen, working_memory=0.02)
 
-    monkeypatch.setattr(quality, "pairwise_distances_chunked", small)
+    monkeypatch.setattr(sklearn.metrics, "pairwise_distances_chunked", small)
     assert quality.precision_recall(real, generated) == whole
     assert max(np.prod(shape) for shape in rows) * 8 <= 0.02 * 2**20
     assert len(rows) > 20

@@ -95,6 +95,14 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp
         train.train(settings, tmp_path, progress=False)
 
 
+def test_a_step_is_traced_once_for_its_flops_and_its_program(tmp_path, monkeypatch):
+    traced = []
+    monkeypatch.setitem(objective.OBJECTIVES, "end_to_end", lambda *arguments: traced.append(1) or objective.end_to_end(*arguments))
+    train.train(tiny_config(**{"train.save_every": 9}), tmp_path, until=2)
+    assert len(traced) == 1
+    assert all(line["flops_per_second"] > 0 for line in losses(tmp_path).values())
+
+
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "batch_shards", lambda _: 3)
     with pytest.raises(UserError, match=r"config\.data\.batch_size is 16: expected a multiple of 3"):
