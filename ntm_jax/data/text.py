@@ -80,11 +80,11 @@ class Words:
                 known = ", ".join(self._places)
                 raise UserError(f"the caption {caption!r} has the word {unknown[0]!r}, which the model does not know: expected {known}")
             cut.append(len(words) > self.tokens)
-            known = [self._places[word] for word in words[: self.tokens]]
-            rows = np.zeros((len(known), self.width), np.float16)
-            at = np.arange(len(known))
-            rows[at, known], rows[at, 2 * len(self._places) + at] = 1, 1
-            rows[at[1:], len(self._places) + np.array(known[:-1], int)] = 1
+            rows = np.zeros((min(len(words), self.tokens), self.width), np.float16)
+            for place, word in enumerate(words[: self.tokens]):
+                rows[place, [self._places[word], 2 * len(self._places) + place]] = 1
+                if place:
+                    rows[place, len(self._places) + self._places[words[place - 1]]] = 1
             states.append(rows)
         return states, cut
 

@@ -108,10 +108,10 @@ def _train_step(setting: Setting) -> Case:
     def once():
         nonlocal current
         with sharding.use(mesh):
-            current, metrics = step(current, sharding.to_global(batch, mesh), steps, frozen)
+            current, metrics = step(current, sharding.to_global(batch, mesh), steps, frozen, None)
         return metrics
 
-    counted = objective.flops_of_step(config, model, current, sharding.to_global(batch, mesh), mesh, frozen=frozen)
+    counted = objective.flops_of_step(config, model, step, current, sharding.to_global(batch, mesh), mesh, frozen=frozen)
     return Case(once, config.data.batch_size, flops=counted)
 
 

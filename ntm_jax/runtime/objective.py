@@ -154,13 +154,13 @@ def make_step(config: Config, model, mesh, teacher=None):
     return step
 
 
-def flops_of_step(config: Config, model, current, batch, mesh, teacher=None, frozen=None, step=None) -> int:
+def flops_of_step(config: Config, model, step, current, batch, mesh, teacher=None, frozen=None) -> int:
     """The model's FLOPs in a step at the largest T, of all devices: of the same mathematics with nothing recomputed.
 
-    step: make_step's of the same arguments, if at hand: where nothing is recomputed it is counted itself, and traced once for both.
+    step: make_step's of the same arguments. Where it recomputes nothing it is counted itself, and so traced once for both.
     """
     plain = state.plain(model)
-    if step is None or teacher or plain != model:
+    if teacher or plain != model:
         step = make_step(config, plain, mesh, dataclasses.replace(teacher, model=state.plain(teacher.model)) if teacher else None)
     with sharding.use(mesh):
         return flops.of_jaxpr(step.trace(current, batch, max(config.trajectory.steps), frozen, None).jaxpr.jaxpr)  # as it is called

@@ -245,7 +245,7 @@ def _loop(config, model, mesh, current, start, batches, held_out, checkpoints, w
             unread = error  # a save needs all processes, and the others read on: they are told by a step that changes nothing
         batch, whole = sharding.to_global(local, mesh), sharding.told(unread is None, mesh) if processes.several() else None
         if step == start and writer.shows:
-            work = objective.flops_of_step(config, model, current, batch, mesh, teacher, frozen, step_function)
+            work = objective.flops_of_step(config, model, step_function, current, batch, mesh, teacher, frozen)
             limit = flops.products(config.model.dtype, mesh, 0.1)()
         with sharding.use(mesh):
             current, metrics = step_function(current, batch, objective.steps_of(config, step), frozen, whole)
@@ -286,7 +286,7 @@ def finish(run: load.Run) -> None:
     first, *rest = generate.in_batches(config.sample.num, 500 if points else 100)
     clean, levels = run.sample_at(first, trajectory=True)  # of these images both pictures: one program to compile
     images = np.concatenate([clean, *(run.sample_at(index) for index in rest)])
-    clean, levels = (a[: None if points else 10] for a in (clean, levels))
+    clean, levels = (a[: 500 if points else 10] for a in (clean, levels))
     t = state.sampled_levels(config, run.model)[::-1]
     some = np.unique(np.linspace(0, len(t) - 1, 17).round().astype(int))
     t, pictures = t[some], levels[:, some]
