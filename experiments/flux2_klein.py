@@ -38,7 +38,7 @@ def get_config(variant: str = ""):
         decoder="score", inverse="auto")
     if variant.startswith("runlocal"):
         c.init_from = ""
-        c.data.update(source="mock:4x4x16,text=8x12", mock="", batch_size=8, workers=0)
+        c.data.update(source="mock:4x4x16,text=8x16", mock="", batch_size=8, workers=0)
         c.model.update(width=64, head_size=32, kv_heads=2, transporter_width=64, transporter_layers=1, predictor_layers=2, double_layers=1,
                        dtype="float32", remat="none", scan=False)
         c.train.update(steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0, align_weight=0.0)

@@ -21,7 +21,7 @@ from tests.backbones.common import original, random_diffusers
 from tests.common import ROOT, bits, experiment, python, rehearsal, write_photos
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-MOCK = "mock:4x4x16,text=8x12"
+MOCK = "mock:4x4x16,text=8x16"
 
 
 def settings(**changes) -> config.Config:

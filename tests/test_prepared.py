@@ -70,7 +70,7 @@ def test_text_to_image_from_photographs_to_photographs(prepared):
     train(prepared, f"--config.data.text={WORDS}")
     spec = json.loads((prepared / "run" / "config.json").read_text())["spec"]
     layout = read_manifest(f"{prepared}/records")[0]
-    assert (spec["text"], spec["text_tokens"], spec["text_width"]) == (WORDS, 8, 12)
+    assert (spec["text"], spec["text_tokens"], spec["text_width"]) == (WORDS, 8, 16)
     assert (tuple(spec["mean"]), tuple(spec["std"])) == (layout.mean, layout.std)
     python("-m", "launch.sample", f"--workdir={prepared}/run", "--num=3", f"--autoencoder={prepared}/autoencoder")
     python("-m", "launch.sample", f"--workdir={prepared}/run", "--num=3", f"--out={prepared}/raw")

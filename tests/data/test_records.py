@@ -340,9 +340,9 @@ def test_captions_are_told_by_an_encoder_as_they_are_read(tmp_path):
     name = "words:4:a red circle"
     source = pickle.loads(pickle.dumps(open_source(f"records:{tmp_path}", "test[:2]", text=name)))
     assert list(source.captions) == ["a red circle", ""]
-    assert (spec(source, 1).text, spec(source, 1).text_tokens, spec(source, 1).text_width) == (name, 4, 7)
+    assert (spec(source, 1).text, spec(source, 1).text_tokens, spec(source, 1).text_width) == (name, 4, 10)
     first, empty = source.records[0], source.records[1]
-    assert (first["caption"], first["text"].shape, first["text_mask"].sum(), empty["text_mask"].sum()) == ("a red circle", (4, 7), 3, 0)
+    assert (first["caption"], first["text"].shape, first["text_mask"].sum(), empty["text_mask"].sum()) == ("a red circle", (4, 10), 3, 0)
     np.testing.assert_array_equal(first["text"].argmax(1)[:3], [0, 1, 2])
     with pytest.raises(UserError, match="'blau', which the model does not know"):
         open_source(f"records:{tmp_path}", "test", text=name).records[2]
