@@ -131,15 +131,12 @@ def test_two_processes_interrupted_and_resumed_train_as_one_does(stopped, alone)
 
 
 @rehearsal
-def test_evaluate_and_sample_run_on_two_processes_as_on_one(alone, tmp_path):
-    figures, images = [], []
+def test_sample_runs_on_two_processes_as_on_one(alone, tmp_path):
+    images = []
     for count, devices in ((1, 1), (2, 2)):
-        for program, flags in (("evaluate", ["--step=12"]), ("sample", [f"--out={tmp_path}/{count}", "--num=6"])):
-            ends = Job(alone, count, devices, program=program, flags=flags).end()
-            assert [status for status, *_ in ends] == [0] * count, ends
-        figures.append(json.loads((alone / "evaluation-12.json").read_text())["nats_per_dim"]["importance_weighted"]["mean"])
+        ends = Job(alone, count, devices, program="sample", flags=[f"--out={tmp_path}/{count}", "--num=6"]).end()
+        assert [status for status, *_ in ends] == [0] * count, ends
         images.append(np.load(tmp_path / str(count) / "samples.npz")["arr_0"].astype(int))
-    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
     assert images[0].shape == (6, 8, 8, 3)
     assert np.abs(images[0] - images[1]).max() <= 16  # one of 17 grey levels: rounding may fall on the other side
     assert (images[0] != images[1]).mean() < 0.02
