@@ -374,8 +374,11 @@ def _finish(root: epath.Path, choices: Choices, plan: dict, layout: Layout, shar
         if choices.latent_scale == "measured":
             layout = dataclasses.replace(layout, mean=mean.tolist(), std=std.tolist())
     write_manifest(str(root), dataclasses.replace(layout, choices=plan | found | {"records_sha256": content}), splits)
-    for rest in root.glob(".part*"):  # of calls that were killed
-        rest.rmtree(missing_ok=True)
+    for rest in root.glob(".part*"):  # of calls that were killed; a manifest's may be of a process that ends in this moment too
+        if rest.is_dir():
+            rest.rmtree(missing_ok=True)
+        elif not rest.name.startswith(f".part-{MANIFEST}"):
+            rest.unlink(missing_ok=True)
     counts = ", ".join(f"{sum(part['counts'])} in {split}" for split, part in splits.items())
     bad, told = _bad(tallies), f" '--config.data.text={choices.text}'" if choices.text else ""
     print(f"records: {counts}; {len(shards)} shards, {sum(tally.bytes for tally in tallies) / 2**20:.1f} MiB\n"

@@ -213,7 +213,7 @@ def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], lay
         finally:
             writer.close()
         whole = epath.Path(folder, "shard")
-        (whole if place else whole.copy(file.parent / f".{uuid.uuid4().hex}.part")).replace(file)
+        (whole if place else whole.copy(_part(file))).replace(file)
     return count
 
 
@@ -232,9 +232,14 @@ def write_manifest(path: str, layout: Layout, splits: Mapping[str, Mapping[str, 
 
 def write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
     """Writes a file of JSON, whole or not at all."""
-    part = file.parent / f".{uuid.uuid4().hex}.part"
+    part = _part(file)
     part.write_text(json.dumps(content, indent=2) + "\n")
     part.replace(file)
+
+
+def _part(file: epath.Path) -> epath.Path:
+    """Where a file is written before it is whole: what a killed process leaves there begins with .part."""
+    return file.parent / f".part-{file.name}-{uuid.uuid4().hex}"
 
 
 def _hash(content: Mapping[str, Any]) -> str:

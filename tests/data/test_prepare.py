@@ -1,6 +1,7 @@
 """Captioned images to records: every kind of input, every kind of bad image and caption, and runs that are killed and go on."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from PIL import Image
 
 from ntm_jax.data import captioned
@@ -73,7 +75,7 @@ def choices(folder):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 # What comes in is what comes out
@@ -392,6 +394,25 @@ def test_a_shard_that_is_whole_is_kept_and_another_made_again(tmp_path, monkeypa
     run(tmp_path, folder, shard_size=5)
     assert opened == [f"{i:03}.png" for i in (*range(5, 10), *range(15, 20))]
     assert files(out) == expected
+
+
+@pytest.mark.parametrize("name", ["plan.json", "train-00001.json"])
+def test_killed_between_writing_a_file_and_naming_it_nothing_is_left_of_it(tmp_path, monkeypatch, name):
+    folder = pictures(tmp_path / "in", 12)
+    expected = files(run(tmp_path, folder, "whole", shard_size=5))
+    replace = type(epath.Path(tmp_path)).replace
+
+    def killed(part, file):
+        if file.name == name:
+            raise KeyboardInterrupt
+        return replace(part, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path(tmp_path)), "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, folder, shard_size=5)
+    assert any(file.name.startswith(".part-" + name) for file in (tmp_path / "out").iterdir())
+    assert files(run(tmp_path, folder, shard_size=5)) == expected
 
 
 def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_path):
