@@ -231,11 +231,12 @@ class Positions(nn.Module):
     grid: tuple[int, int]
     width: int
     head_size: int
+    std: float = 0.02  # of a new table
 
     @nn.compact
     def __call__(self):
         """-> (table [1, N, W] or 0, angles [N, C/2] or None)."""
         if self.kind == "rotary":
             return 0.0, rotary_2d(self.grid, self.head_size)
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), (None, "embed"))
         return self.param("table", init, (math.prod(self.grid), self.width))[None], None

@@ -44,6 +44,7 @@ class ModelConfig:
     scan: bool
     text_width: int = 0  # E of the text states that the predictor is told; 0: none
     transporter_text: bool = False  # whether the transporter is told them too
+    transporter_positions_std: float = 0.02  # of a new learned table: near 1, which token it is counts as much as what it holds
     flat: bool = False  # see layers.Stack
 
     def __post_init__(self):

@@ -44,7 +44,7 @@ class Block(nn.Module):
         dtype = c.transporter_dtype
         self.embed = layers.dense(width, (None, "embed"), dtype, "embed")
         self.start = self.param("start", nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)), (width,))
-        self.positions = layers.Positions(c.positions, c.grid, width, c.head_size)
+        self.positions = layers.Positions(c.positions, c.grid, width, c.head_size, c.transporter_positions_std)
         self.stack = layers.Stack(
             c.transporter_layers, c.head_size, c.kv_heads, c.mlp_ratio, True, dtype, self.attention, c.remat, c.scan, c.flat)
         self.norm = layers.norm(dtype, "norm", learned=True)

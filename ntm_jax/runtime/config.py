@@ -66,6 +66,7 @@ class Model:
     backbone: str = "transformer"  # of the posterior head: transformer (core.flow_matching.Velocity), flux2 (backbones.flux2)
     double_layers: int = 0  # of flux2, before the predictor_layers single ones
     transporter_text: bool = False  # with condition=text: whether the transporter is told the text too, its tokens' mean
+    transporter_positions_std: float = 0.02  # of the transporter's new table of positions, with positions=learned
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,15 @@ def test_a_new_transporter_is_the_identity(tiny):
         np.testing.assert_array_equal(sweeps, 1 if how == "parallel" else 6)
 
 
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_a_new_table_of_positions_is_of_the_size_asked_for(tiny, std):
+    new = tiny(new=True, positions="learned", transporter_positions_std=std, grid=(16, 16), dim=1)
+    tables = [block["positions"]["table"] for name, block in sorted(new.transporter.weights.items()) if name.startswith("blocks")]
+    assert [table.shape[0] for table in tables] == [256, 256]
+    np.testing.assert_allclose([np.std(table) for table in tables], std, rtol=0.05)
+    assert np.std(new.weights["predictor"]["positions"]["table"]) < 0.025
+
+
 def test_a_text_is_told_by_its_tokens_and_not_by_its_padding(tiny):
     random = tiny(text_width=5, transporter_text=True)
     x, t, steps, text = clean(random)
