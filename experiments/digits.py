@@ -20,7 +20,7 @@ def get_config(variant: str = "ntm"):
     c.model = dict(
         width=64, head_size=16, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=64, transporter_blocks=2,
         transporter_layers=2, predictor_layers=3, head="preconditioned", log_scale_bound=3.0, data_std=0.75, condition="class",
-        dtype="float32", remat="none", scan=False)  # unrolled: faster at this size on a CPU
+        transporter_positions_std=0.02, dtype="float32", remat="none", scan=False)  # unrolled: faster at this size on a CPU
     c.train = dict(
         objective="end_to_end", steps=2000, save_every=400, evaluate_every=400, log_every=20, keep=0, accumulate=1, condition_dropout=0.1)
     c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)

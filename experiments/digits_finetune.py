@@ -19,7 +19,7 @@ def get_config(variant: str = "aligned"):
     c.model = dict(
         width=64, head_size=16, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=64, transporter_blocks=2,
         transporter_layers=2, predictor_layers=3, head="posterior", log_scale_bound=3.0, data_std=0.75, condition="class",
-        dtype="float32", remat="none", scan=False)
+        transporter_positions_std=0.02, dtype="float32", remat="none", scan=False)
     c.train = dict(
         objective="end_to_end", steps=2000, save_every=400, evaluate_every=400, log_every=20, keep=0, accumulate=1,
         condition_dropout=0.1, align_weight=2.5 if variant == "aligned" else 0.0)
