@@ -22,7 +22,8 @@ def get_config(variant: str = "ntm"):
         transporter_layers=2, predictor_layers=3, head="preconditioned", log_scale_bound=3.0, data_std=0.75, condition="class",
         transporter_positions_std=0.02, dtype="float32", remat="none", scan=False)  # unrolled: faster at this size on a CPU
     c.train = dict(
-        objective="end_to_end", steps=2000, save_every=400, evaluate_every=400, log_every=20, keep=0, accumulate=1, condition_dropout=0.1)
+        objective="end_to_end", steps=2000, save_every=400, evaluate_every=400, log_every=20, keep=0, accumulate=1, condition_dropout=0.1,
+        level_power=0.0)
     c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500, features="cnn")

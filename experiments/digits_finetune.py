@@ -22,7 +22,7 @@ def get_config(variant: str = "aligned"):
         transporter_positions_std=0.02, dtype="float32", remat="none", scan=False)
     c.train = dict(
         objective="end_to_end", steps=2000, save_every=400, evaluate_every=400, log_every=20, keep=0, accumulate=1,
-        condition_dropout=0.1, align_weight=2.5 if variant == "aligned" else 0.0)
+        condition_dropout=0.1, align_weight=2.5 if variant == "aligned" else 0.0, level_power=0.0)
     c.optimizer = dict(learning_rate=2e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500, features="cnn")

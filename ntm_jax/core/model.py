@@ -84,6 +84,7 @@ class Terms:
     log_det: jax.Array  # log |det du_k/dx_k|
     constant: float  # N D / 2 log 2 pi
     misalignment: Any = 0.0  # |mu_k - reference|^2 a dimension (method, section 7), where a reference is given: no term of the likelihood
+    level: Any = 0.0  # t_k, the target's: no term either
 
     @property
     def nll(self):
@@ -131,7 +132,7 @@ class NTM(nn.Module):
         u, log_det = self.transport(*jax.tree.map(lambda *pair: jnp.concatenate(pair), *double))
         u_s, u_t = jnp.split(u, 2)
         u_t = jnp.where(top[:, None, None], x_t, u_t)
-        return self._terms(u_s, log_det[: len(x_s)], *self.predict(u_t, t, s, steps, y), reference)
+        return self._terms(u_s, log_det[: len(x_s)], *self.predict(u_t, t, s, steps, y), s, reference)
 
     def trajectory(self, xs, t, steps, y, reference=None):
         """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K]; steps [B]; y, labels [B] or Text.
@@ -144,18 +145,19 @@ class NTM(nn.Module):
             return a.reshape(batch * count, *a.shape[2:])
 
         steps, y = jax.tree.map(lambda a: jnp.repeat(a, count, 0), (steps, y))
-        u, log_det = self.transport(fold(xs[:, :-1]), fold(t[:, :-1]), steps, y)
+        low = fold(t[:, :-1])
+        u, log_det = self.transport(fold(xs[:, :-1]), low, steps, y)
         above = jnp.concatenate([u.reshape(batch, count, *u.shape[1:])[:, 1:], xs[:, -1:]], 1)  # u_T = x_T, by its index
-        predicted = self.predict(fold(above), fold(t[:, 1:]), fold(t[:, :-1]), steps, y)
-        terms = self._terms(u, log_det, *predicted, None if reference is None else fold(reference))
+        predicted = self.predict(fold(above), fold(t[:, 1:]), low, steps, y)
+        terms = self._terms(u, log_det, *predicted, low, None if reference is None else fold(reference))
         return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
 
     __call__ = trajectory
 
-    def _terms(self, u, log_det, mean, log_scale, reference):
+    def _terms(self, u, log_det, mean, log_scale, level, reference):
         z = (u - mean) * jnp.exp(-log_scale)
         return Terms(jnp.sum(0.5 * z * z, (1, 2)), jnp.sum(log_scale, (1, 2)), log_det, u.shape[1] * u.shape[2] / 2 * LOG_2PI,
-                     0.0 if reference is None else jnp.mean(jnp.square(mean - reference), (1, 2)))
+                     0.0 if reference is None else jnp.mean(jnp.square(mean - reference), (1, 2)), level)
 
 
 def log_prior(x_T):

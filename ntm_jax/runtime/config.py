@@ -80,6 +80,7 @@ class Train:
     accumulate: int  # parts that a batch is taken in, one after the other: less memory, the same step
     condition_dropout: float
     align_weight: float = 0.0  # lambda, annealed to 0: holds the means near those of the flow-matching model that init_from names
+    level_power: float = 0.0  # p: a factor counts t_k^p in what is minimised, t_k its target's level; 0: alike, as in the likelihood
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +165,9 @@ CHOICES = {
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }
 NON_NEGATIVE = ("model.transporter_blocks", "model.double_layers", "train.keep", "train.condition_dropout", "train.align_weight",
-                "optimizer.floor", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.ema_decay", "data.image_size",
-                "data.workers", "evaluate.images", "sample.guidance", "seed", "trajectory.t_min", "trajectory.t_min_range", "sample.num",
-                "train.evaluate_every")
+                "train.level_power", "optimizer.floor", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.ema_decay",
+                "data.image_size", "data.workers", "evaluate.images", "sample.guidance", "seed", "trajectory.t_min",
+                "trajectory.t_min_range", "sample.num", "train.evaluate_every")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 
 

@@ -89,7 +89,8 @@ def make_step(config: Config, model, mesh, teacher=None):
     are all finite, and each term's mean by level in nats per dimension, [T]. With a teacher, a load.Run, the model is a denoiser, the loss
     its mean squared error, there are no terms, and frozen are the teacher's parameters. Flow matching has no terms either. With
     config.train.align_weight frozen are the parameters of the flow-matching model that the run starts from, and the distance of the
-    means to its, misalignment by level, is minimised too, its weight falling to 0 (method, section 7).
+    means to its, misalignment by level, is minimised too, its weight falling to 0 (method, section 7). With config.train.level_power p
+    a factor counts t_k^p, over the mean of that at the evaluated levels; loss is told without.
 
     whole, of a job of several processes: [devices], sharding.told of whether a process has its share of the batch. Where one has not, the
     state stays as it was on all, and so says metrics["whole"].
@@ -97,6 +98,8 @@ def make_step(config: Config, model, mesh, teacher=None):
     update = optimizer.make(config.optimizer, config.train.steps)
     dimensions, parts = model.config.tokens * model.config.dim, config.train.accumulate
 
+    power = config.train.level_power
+    mean_power = np.mean(state.evaluated_levels(config, model)[:-1] ** power)
     align = optax.cosine_decay_schedule(config.train.align_weight, config.train.steps)
 
     def loss(params, frozen, root, batch, steps, number):
@@ -112,6 +115,8 @@ def make_step(config: Config, model, mesh, teacher=None):
             return value, {"loss": value}
         told = {name: jnp.mean(getattr(terms, name), 0) / dimensions for name in ("log_det", "log_scale", "quadratic")}
         told["loss"] = value = jnp.mean(told["quadratic"] + told["log_scale"] - told["log_det"])
+        if power:
+            value = jnp.mean(terms.level**power * (terms.quadratic + terms.log_scale - terms.log_det)) / mean_power / dimensions
         if config.train.align_weight:
             told["misalignment"] = jnp.mean(terms.misalignment, 0)
             value += align(number) * jnp.mean(told["misalignment"])

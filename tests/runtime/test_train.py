@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import flags
 
@@ -266,6 +267,35 @@ def test_a_pair_is_the_trajectorys_own_factor(model_and_batch):
     for k in range(4):
         pair = apply(params, xs[:, k], xs[:, k + 1], t[:, k], t[:, k + 1], jnp.full(4, k == 3), steps, label)
         np.testing.assert_allclose(pair.nll, whole.nll[:, k], rtol=1e-4)
+        np.testing.assert_array_equal(pair.level, whole.level[:, k])
+        np.testing.assert_array_equal(pair.level, t[:, k])
+
+
+def test_a_factor_counts_by_a_power_of_its_level():
+    """The step's gradient is that of sum_k w_k NLL_k, w_k = t_k^2 over its mean; the loss that is told is the likelihood's."""
+    settings = tiny_config(**{
+        "train.level_power": 2.0, "optimizer.clip": 1e9, "trajectory.t_min": 0.04, "trajectory.t_min_range": (0.04, 0.04)})
+    source, model, mesh = setup(settings)
+    current = state.initialize(settings, model, mesh).replace(step=np.int32(1))
+    params = jax.device_put(randomised(current.params), jax.tree.map(lambda a: a.sharding, current.params))
+    batch, steps = batch_of(source, settings, 16), settings.evaluation_steps
+    root = jax.random.fold_in(jax.random.key(settings.seed), 1)
+    weight = state.evaluated_levels(settings, model)[:-1] ** 2
+    weight /= weight.mean()
+
+    def loss(params, weight):
+        terms = objective.end_to_end(settings, model, params, root, batch, steps)
+        return jnp.mean(weight * (terms.nll - terms.constant)) / 64
+
+    gradient = jax.jit(jax.grad(loss))
+    expected, alike = (optax.tree.norm(gradient(params, w)) for w in (weight, np.ones(steps, np.float32)))
+    assert abs(expected / alike - 1) > 0.1
+    step = objective.make_step(settings, model, mesh)
+    with sharding.use(mesh):
+        told = jax.jit(loss)(params, np.ones(steps, np.float32))
+        _, metrics = step(current.replace(params=params), batch, steps)
+    np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], told, rtol=1e-5)
 
 
 def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
