@@ -194,6 +194,9 @@ def read(config) -> Config:
     if (result.train.objective == "denoiser") != bool(result.teacher):
         raise UserError(f"config.teacher is {result.teacher!r}, config.train.objective {result.train.objective}: a denoiser, and nothing "
                         "else, has a teacher; give --config.teacher=WORKDIR of the run to distil")
+    if result.train.level_power and result.train.objective not in ("end_to_end", "pairwise"):
+        raise UserError(f"config.train.level_power is {result.train.level_power}: it weighs a trajectory's factors, and "
+                        f"config.train.objective={result.train.objective} has none; set it to 0")
     _check_flow(result)
     if result.sample.decoder == "denoiser" and not result.teacher:
         raise UserError("config.sample.decoder=denoiser needs a denoiser: train one with experiments/digits_denoiser.py")

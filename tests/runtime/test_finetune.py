@@ -174,6 +174,8 @@ def test_what_does_not_go_together_is_refused(flow, run, tmp_path):
         tuned("x", **{"sample.decoder": "heun"})
     with pytest.raises(UserError, match=r"trains the backbone of config\.model\.head=posterior, found direct"):
         shrunk("digits_fm", **{"model.head": "direct"})
+    with pytest.raises(UserError, match=r"config\.train\.level_power is 1\.0: .*=flow_matching has none; set it to 0"):
+        tuned("x", **{"train.objective": "flow_matching", "train.level_power": 1.0})
     with pytest.raises(UserError, match=r"t_min_range starts at 0\.0: the posterior head's scale vanishes with t_min"):
         tuned("x", **{"trajectory.t_min_range": (0.0, 0.04)})
     shutil.copytree(run, tmp_path / "run")
