@@ -99,7 +99,7 @@ def make_step(config: Config, model, mesh, teacher=None):
     dimensions, parts = model.config.tokens * model.config.dim, config.train.accumulate
 
     power = config.train.level_power
-    mean_power = np.mean(state.evaluated_levels(config, model)[:-1] ** power)
+    mean_power = np.mean(state.evaluated_levels(config, model)[:-1] ** power) if power else 1.0
     align = optax.cosine_decay_schedule(config.train.align_weight, config.train.steps)
 
     def loss(params, frozen, root, batch, steps, number):
