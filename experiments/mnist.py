@@ -20,9 +20,10 @@ def get_config(variant: str = "ntm"):
     c.model = dict(
         width=128, head_size=32, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=128, transporter_blocks=2,
         transporter_layers=2, predictor_layers=4, head="preconditioned", log_scale_bound=5.0, data_std=0.62, condition="class",
-        dtype="float32", remat="none", scan=False)
+        transporter_positions_std=0.02, dtype="float32", remat="none", scan=False)
     c.train = dict(
-        objective="end_to_end", steps=3000, save_every=500, evaluate_every=1000, log_every=20, keep=0, accumulate=1, condition_dropout=0.1)
+        objective="end_to_end", steps=3000, save_every=500, evaluate_every=1000, log_every=20, keep=0, accumulate=1, condition_dropout=0.1,
+        level_power=0.0)
     c.optimizer = dict(learning_rate=2e-3, floor=1e-6, warmup_steps=100, weight_decay=0.1, clip=1.0, ema_decay=0.999)
     c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
     c.evaluate = dict(split="test", trajectories=8, batch_size=100, images=1000, features="cnn")

@@ -100,7 +100,7 @@ def losses_plot(runs: dict, out_png) -> None:
         for (axis,), key in zip(axes, ("loss", "apart"), strict=True):
             steps, values = _points(lines, key)
             axis.plot(steps, _smoothed(values), label=name)
-    axes[0, 0].set(ylabel="training loss", yscale="symlog")
+    axes[0, 0].set(ylabel="training loss", yscale="symlog" if np.abs(axes[0, 0].dataLim.intervaly).max() > 10 else "linear")
     axes[0, 0].legend()
     axes[1, 0].set(xlabel="step", ylabel="distance of the means, squared", yscale="log" if axes[1, 0].lines else "linear")
     _save(figure, out_png)

@@ -1,6 +1,5 @@
 """Flow matching against Gaussian data, whose velocity, ODE and posteriors are known, and the posterior head at step 0."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -126,7 +126,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, flow, tmp_path):
 @pytest.mark.parametrize("name", ["end_to_end", "pairwise"])
 def test_the_alignments_weight_falls_by_a_cosine(flow, name):
     """The step's gradient is that of the NLL and of weight x misalignment, lambda (1 + cos(pi step / steps)) / 2; here both count."""
-    settings = tuned(flow[0], **{"train.objective": name, "optimizer.clip": 1e9, "train.align_weight": 1e4})
+    settings = tuned(flow[0], **{"train.objective": name, "optimizer.clip": 1e9, "train.align_weight": 1e4, "train.level_power": 0.0})
     source, model, mesh = setup(settings)
     current = state.initialize(settings, model, mesh).replace(step=np.int32(1))
     frozen = {"params": jax.tree.map(lambda a: jax.device_put(np.asarray(a) + 0.1, a.sharding), current.params["params"]["backbone"])}
