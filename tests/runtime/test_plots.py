@@ -74,6 +74,9 @@ def test_losses_of_runs_stand_side_by_side(tmp_path, monkeypatch):
     assert losses.lines[1].get_xydata().tolist() == [[1, -1], [2, -1]]
     assert apart.lines[1].get_xydata().tolist() == [[1, 2], [2, 2]]
     assert len(apart.lines[0].get_xydata()) == 0
+    other.write_text(json.dumps({"step": 1, "loss": -1.0}) + "\n" + json.dumps({"step": 2, "loss": 1000.0}) + "\n")
+    plots.losses_plot({"wide": other}, "unused")
+    assert (losses.get_yscale(), figures[1].axes[0].get_yscale()) == ("linear", "symlog")
 
 
 def test_loss_plot_without_a_loss_draws_nothing(tmp_path):
