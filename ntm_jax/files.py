@@ -1,0 +1,112 @@
+"""How the project writes files, so that nobody ever finds half of one, and how it reads JSON, which anybody may have edited or damaged.
+
+Errors of the file system stay OSErrors, which name the file; the programs turn them into one line. No jax is imported: data workers run
+this.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from ntm_jax.errors import UserError
+
+PART = ".part-"  # how the name of a file begins while it is being written
+SEAL = "content_sha256"  # the key of a sealed JSON file that holds the digest of all its other keys
+
+
+@contextlib.contextmanager
+def aside(path) -> Iterator[BinaryIO]:
+    """A binary file to write to. What it holds gets the name `path` when the block ends, and is dropped when the block raises.
+
+    On a local disk the content is flushed to the disk before the rename; on object storage it is uploaded in one piece. Raises OSError,
+    naming `path`.
+    """
+    path = epath.Path(path)
+    if "://" in os.fspath(path):
+        buffer = io.BytesIO()
+        yield buffer
+        path.write_bytes(buffer.getvalue())
+        return
+    part = path.parent / f"{PART}{path.name[:150]}-{uuid.uuid4().hex[:12]}"
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:  # a failed write or flush does not name its file
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
+def write(path, content: bytes | str) -> None:
+    """Writes a file as `aside` does. A file that holds `content` already is left untouched."""
+    data = content.encode() if isinstance(content, str) else content
+    path = epath.Path(path)
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.stat().length == len(data) and path.read_bytes() == data:
+            return
+    with aside(path) as file:
+        file.write(data)
+
+
+def plain(content) -> Any:
+    """What JSON makes of a value: tuples become lists, keys become strings."""
+    return json.loads(json.dumps(content))
+
+
+def digest(content) -> str:
+    """SHA-256, in hexadecimal, of a JSON value; the order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path, content: dict, sealed: bool = False) -> None:
+    """Writes a JSON object. A sealed one also holds its own digest, which `read_json` verifies."""
+    content = plain(content)
+    write(path, json.dumps(content | ({SEAL: digest(content)} if sealed else {}), indent=2) + "\n")
+
+
+def parse_json(text: bytes | str) -> dict:
+    """The JSON object in a text, without its seal. ValueError, in one line, for everything else, and for a seal that does not fit."""
+    try:
+        content = json.loads(text)
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise ValueError("it holds a number of thousands of digits") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it is not a JSON object but {_kind(content)}")
+    seal = content.pop(SEAL, None)
+    if seal is not None and seal != digest(content):
+        raise ValueError("it was damaged or edited: its content does not match its checksum")
+    return content
+
+
+def read_json(path, remedy: str) -> dict:
+    """The JSON object in a file that exists, without its seal.
+
+    Raises:
+      UserError: it cannot be parsed, or was damaged or edited since it was sealed. The line names the file and ends in `remedy`.
+    """
+    try:
+        return parse_json(epath.Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used ({error}): {remedy}") from None
+
+
+def _kind(value) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

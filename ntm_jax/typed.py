@@ -1,0 +1,76 @@
+"""Plain values, from JSON or a ConfigDict, to frozen dataclasses: every key is known, every value has the type that is annotated."""
+
+import collections.abc
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from ntm_jax.errors import UserError
+
+LARGEST = 2**31 - 1  # of an integer setting: array sizes and indices are int32
+
+
+def read(cls, values, name: str) -> Any:
+    """A dataclass `cls` from a dict of its fields. `name` is what errors call the dict, such as config or config.data.
+
+    Raises:
+      UserError: a key that is unknown or missing, a value of another type, an integer beyond +-LARGEST, a number that is not finite.
+    """
+    if not isinstance(values, collections.abc.Mapping):
+        raise UserError(f"{name} is {_shown(values)}: expected a section")
+    kinds = typing.get_type_hints(cls)
+    unknown = next((key for key in values if key not in kinds), None)
+    if unknown is not None:
+        raise UserError(f"{name}.{_shown(unknown, str)} is not a setting; expected one of {', '.join(kinds)}")
+    for field in dataclasses.fields(cls):
+        if field.name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{name}.{field.name} is missing: give it")
+    return cls(**{key: _value(kind, values[key], f"{name}.{key}") for key, kind in kinds.items() if key in values})
+
+
+def _value(kind, value, name: str):
+    if dataclasses.is_dataclass(kind):
+        return read(kind, value, name)
+    if kind is Any:
+        return value
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        element, *rest = typing.get_args(kind)
+        if not isinstance(value, (tuple, list)) or (rest != [...] and len(value) != 1 + len(rest)):
+            length = "" if rest == [...] else f", {1 + len(rest)} long"
+            raise UserError(f"{name} is {_shown(value)}: expected a tuple of {_name(element)}{length}")
+        return tuple(_value(element, v, name) for v in value)
+    if origin in (list, dict, collections.abc.Mapping):
+        kind = origin
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    several = next((option for option in options if typing.get_origin(option) is tuple), None)
+    if several and isinstance(value, (tuple, list)):
+        return _value(several, value, name)
+    accepted = tuple(option for option in options if option is not several)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST and (int in accepted or float in accepted):
+        if int in accepted or abs(value) > 10**300:
+            raise UserError(f"{name} is {_shown(value)}: expected a number of at most {LARGEST}")
+        value = float(value)
+    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):
+        raise UserError(f"{name} is {_shown(value)}, of type {type(value).__name__}: expected {_name(kind)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}: expected a finite number")
+    return value
+
+
+def _shown(value, show=repr) -> str:
+    """A value within a line of an error: short, and without characters that would break it."""
+    try:
+        text = show(value)
+    except ValueError:  # an integer of too many digits
+        return "a number of thousands of digits"
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return text.encode("unicode_escape").decode() if not text.isprintable() else text
+
+
+def _name(kind) -> str:
+    return str(kind) if isinstance(kind, types.UnionType) else kind.__name__

@@ -1,0 +1,59 @@
+"""Ways to damage a folder, drawn from a seed: a flipped bit, a file cut short, two files exchanged, a file removed.
+
+The campaigns of this folder damage what the project writes, one place at a time, and read it again: what comes out must be the undamaged
+result or one line of an error, never another result and never a traceback. The gate runs each with a small number of trials; from the
+command line a campaign takes the number and a seed: python -m tests.campaigns.NAME 1000 0.
+"""
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+KINDS = ("flip", "truncate", "swap", "delete")
+
+
+def files(folder: Path, skip=()) -> list[Path]:
+    """The files below a folder that hold anything, in order, without those whose name begins with one of `skip`."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    return [path for path in found if not path.name.startswith(tuple(skip))]
+
+
+@contextlib.contextmanager
+def damaged(folder: Path, draw: random.Random, kind: str, skip=()) -> Iterator[str]:
+    """Damages one file of a folder, or exchanges two, for the time of the block -> what was done, in words."""
+    chosen = draw.choice(files(folder, skip))
+    content = chosen.read_bytes()
+    other = None
+    if kind == "flip":
+        place, bit = draw.randrange(len(content)), draw.randrange(8)
+        changed = bytearray(content)
+        changed[place] ^= 1 << bit
+        what = f"bit {bit} of byte {place} of {chosen.relative_to(folder)}"
+    elif kind == "truncate":
+        changed = content[: draw.randrange(len(content))]
+        what = f"{chosen.relative_to(folder)} cut to {len(changed)} of {len(content)} bytes"
+    elif kind == "swap":
+        # Mostly files of one name, which fit each other's place.
+        alike = [path for path in files(folder, skip) if path.name == chosen.name and path != chosen]
+        other = draw.choice(alike if alike and draw.random() < 0.7 else [path for path in files(folder, skip) if path != chosen])
+        changed, replaced = other.read_bytes(), other.read_bytes()
+        what = f"{chosen.relative_to(folder)} exchanged with {other.relative_to(folder)}"
+    else:
+        changed, what = None, f"{chosen.relative_to(folder)} removed"
+    times = {path: path.stat() for path in (chosen, other) if path}
+    try:
+        if changed is None:
+            chosen.unlink()
+        else:
+            chosen.write_bytes(changed)
+        if other:
+            other.write_bytes(content)
+        yield what
+    finally:
+        chosen.write_bytes(content)
+        if other:
+            other.write_bytes(replaced)
+        for path, stat in times.items():
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
