@@ -9,7 +9,7 @@ from typing import Any
 
 from ntm_jax.errors import UserError
 
-LARGEST = 2**31 - 1  # of an integer setting: array sizes and indices are int32
+LARGEST = 2**63 - 1  # of an integer, as everywhere outside Python
 
 
 def read(cls, values, name: str) -> Any:
