@@ -27,8 +27,8 @@ def main():
     import json
 
     import jax
-    from etils import epath
 
+    from ntm_jax import files
     from ntm_jax.runtime import benchmark, config, load
 
     if f.workdir:
@@ -40,7 +40,7 @@ def main():
         print(f"{jax.device_count()} x {kind}, jax {jax.__version__}, medians of {f.runs} runs")
         print(benchmark.table(rows), flush=True)
         if f.json:
-            epath.Path(f.json).write_text(json.dumps(rows, indent=2) + "\n")
+            files.write(f.json, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

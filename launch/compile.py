@@ -21,7 +21,6 @@ def main():
     import json
 
     import jax
-    from etils import epath
 
     topology = program.FLAGS.topology
     if topology != "local":
@@ -30,12 +29,13 @@ def main():
     if simulated and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", int(simulated[1]))
 
+    from ntm_jax import files
     from ntm_jax.runtime import compile, config
 
     report = compile.compile_for(config.read(program.FLAGS.config), topology, program.FLAGS.program)
     print(compile.table(report), flush=True)
     if program.FLAGS.json:
-        epath.Path(program.FLAGS.json).write_text(json.dumps(report, indent=2) + "\n")
+        files.write(program.FLAGS.json, json.dumps(report, indent=2) + "\n")
     compile.check_fits(report)
 
 

@@ -1,5 +1,6 @@
 """What every program starts with: flags parsed by absl, and a user's mistake ended in one line with status 2."""
 
+import errno
 import os
 import re
 import sys
@@ -89,6 +90,9 @@ def _parse(argv):
             flags.FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         _fail(_mistake(error))
+    for name in ("workdir", "out", "input"):
+        if name in flags.FLAGS and flags.FLAGS[name].present and not flags.FLAGS[name].value:
+            _fail(f"--{name} is empty: give a folder, such as --{name}=runs/digits")
     if len(rest) > 1:
         _fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch --config.flag or --noconfig.flag")
     return rest
@@ -116,8 +120,40 @@ def _mistaken(error: UserError):
     _fail(str(error))
 
 
+FOLDER = "a file stands where a folder is needed: give another folder"
+REMEDIES = {
+    errno.ENOSPC: "free disk space there", errno.EDQUOT: "free disk space there",
+    errno.EFBIG: "raise the limit on a file's size, ulimit -f",
+    errno.EROFS: "make it writable, or give another folder", errno.EACCES: "make it readable and writable, or give another folder",
+    errno.EPERM: "make it readable and writable, or give another folder", errno.ENOTDIR: FOLDER, errno.EEXIST: FOLDER,
+    errno.EISDIR: "a folder stands where a file is needed: give another name", errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "the disk fails: give another folder", errno.ENOENT: "it is not there: expected a file or folder of that name",
+    errno.ESTALE: "the network disk is gone: mount it again",
+}
+LESS_MEMORY = ("lower config.data.batch_size, config.evaluate.batch_size or --batch, raise config.train.accumulate, or set "
+               "config.model.remat=full")
+
+
+def _of_the_file_system(error: OSError) -> str | None:
+    """The line for an error of the file system; None for another error."""
+    if error.errno not in REMEDIES or isinstance(error, ConnectionError):
+        return None
+    return (f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno]}; what was written before is intact, and the same "
+            "command goes on once that is mended")
+
+
+def _of_memory(error: Exception) -> str | None:
+    """The line for an error of memory; None for another error."""
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        return f"a device's memory is full ({str(error).splitlines()[0][:200]}): {LESS_MEMORY}"
+    return None
+
+
 def run(main):
-    """Parses the flags, runs main() and exits: 0 when done, 2 with one line on stderr for a user's mistake."""
+    """Parses the flags, runs main() and exits: 0 when done, 2 with one line on stderr for a user's mistake, a file system that cannot be
+    written to, or too little memory, 130 when interrupted."""
     logging.set_verbosity(logging.WARNING)
 
     def call(_):
@@ -126,7 +162,13 @@ def run(main):
             main()
         except UserError as error:
             _mistaken(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
         except Exception as error:
+            line = _of_the_file_system(error) if isinstance(error, OSError) else _of_memory(error)
+            if line:
+                _mistaken(UserError(line))
             if type(error).__name__ == "JaxRuntimeError":
                 from ntm_jax.runtime import processes
 

@@ -107,6 +107,15 @@ def read_json(path, remedy: str) -> dict:
         raise UserError(f"{path} cannot be used ({error}): {remedy}") from None
 
 
+def read_lines(path) -> list[dict]:
+    """The objects in a file of one JSON object a line; [] where there is no file. Lines that were damaged or cut short are left out."""
+    path, found = epath.Path(path), []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(parse_json(line))
+    return found
+
+
 def _kind(value) -> str:
     names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -6,7 +6,6 @@ black-forest-labs/flux2, src/flux2/model.py, and diffusers' scripts/convert_flux
 
 import contextlib
 import itertools
-import json
 from pathlib import Path
 
 import flax.traverse_util
@@ -15,6 +14,7 @@ import numpy as np
 import safetensors
 
 from ntm_jax.errors import UserError
+from ntm_jax.files import parse_json
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -182,7 +182,7 @@ def _files(path: Path) -> list[Path]:
 def _indexed(index: Path) -> list[str]:
     """The files that an index names."""
     try:
-        return sorted({Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+        return sorted({Path(name).name for name in parse_json(index.read_bytes())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of safetensors files ({error}): fetch it again") from None
 

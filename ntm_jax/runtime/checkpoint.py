@@ -3,34 +3,45 @@ every array, because orbax loads a flipped bit without a word. Nothing is pickle
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
 import logging
 import math
 import sys
+import time
 import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from ntm_jax.errors import UserError
 
 DATA_NAME = "<data>"  # the data iterator's entry among the checksums; no array path has angle brackets
+RUN_NAME = "<run>"  # and the entry of the step and the settings
+READ_ATTEMPTS = 10  # of a reader beside a run that saves
 STREAMS = (0x9E3779B9, 0x7F4A7C15)  # seeds of the two 32-bit sums
 
 
 def checksums(tree) -> dict[str, str]:
     """64-bit sums of every array's bits and where they stand: {"path/of/array": 16 hex digits}.
 
-    They are computed on the devices that hold the arrays, and are the same under any sharding on any number of devices and processes.
-    Every process calls it alike. Any dtype of 8, 16, 32 or 64 bits (complex numbers excepted), any shape, any size.
+    Each device sums the shards that it holds, without a collective, and the host adds the devices' sums. They are the same under any
+    sharding on any number of devices and processes. Every process calls it alike. Any dtype of 8, 16, 32 or 64 bits (complex numbers
+    excepted), any shape, any size.
     """
-    sums = jax.device_get({name: _sums(leaf) for name, leaf in named_leaves(tree).items()})  # all dispatched before any is read
-    return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in sums.items()}
+    leaves = named_leaves(tree)
+    local = [_device_sums(leaf) for leaf in leaves.values()]  # all are dispatched before any is read
+    sums = np.array([np.sum([np.asarray(shard.data) for shard in a.addressable_shards], (0, 1), np.uint32) for a in local], np.uint32)
+    if jax.process_count() > 1:
+        sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
+    return {name: f"{int(first):08x}{int(second):08x}" for name, (first, second) in zip(leaves, sums, strict=True)}
 
 
 def locate(where) -> tuple[epath.Path, int | None]:
@@ -45,22 +56,50 @@ def digest(tree) -> str:
     return hashlib.sha256(json.dumps(checksums(tree), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _device_sums(x) -> jax.Array:
+    """uint32 [devices, 2], one row on each device: the two sums of the shard that it holds, 0 for a second copy of the same shard."""
+    x = jnp.asarray(x)
+    return _sharded_sums(x, x.sharding) if isinstance(x.sharding, NamedSharding) else _sums(x)
+
+
 @jax.jit  # an array at a time: compiled once a shape, where one program for a tree of 240 arrays took 6 s to compile
 def _sums(x):
-    # Scalars, not one stacked array: a scalar is replicated on its mesh, so every process can read it.
-    return tuple(_positioned_sum(x, seed) for seed in STREAMS)
+    """uint32 [1, 2]: both sums of an array on one device."""
+    return _both_sums(x, [0] * x.ndim)[None]
 
 
-def _positioned_sum(x, seed):
-    """Sum mod 2^32 of mix(bits ^ place) over the elements. Unsigned addition wraps exactly, so the order of summing does not show.
+@functools.partial(jax.jit, static_argnames="sharding")
+def _sharded_sums(x, sharding: NamedSharding):
+    mesh = sharding.mesh
+    axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in (*sharding.spec, *(None,) * x.ndim)][: x.ndim]
+    copied = tuple(axis for axis in mesh.axis_names if not any(axis in names for names in axes))
+
+    def local(part):
+        starts = [jax.lax.axis_index(names) * size if names else 0 for names, size in zip(axes, part.shape, strict=True)]
+        first = jax.lax.axis_index(copied) == 0 if copied else True
+        return jnp.where(first, _both_sums(part, starts), jnp.uint32(0))[None]
+
+    return jax.shard_map(local, mesh=mesh, in_specs=sharding.spec, out_specs=PartitionSpec(mesh.axis_names), check_vma=False)(x)
+
+
+def _both_sums(x, starts):
+    return jnp.stack([_positioned_sum(x, starts, seed) for seed in STREAMS])
+
+
+def _positioned_sum(x, starts, seed):
+    """Sum mod 2^32 of mix(bits ^ place) over the elements, of which x [...] is the part that begins at index `starts` of the array.
+    Unsigned addition wraps exactly, so neither the order of summing nor the division into parts shows.
 
     mix is a bijection, so one changed element always shows. It must come after the bits have met their place: with the linear
     bits * odd(place), flips of the top bit (two signs exchanged) would cancel in every stream.
     """
     bits = _bits(x)
+    starts = [*starts, 0][: bits.ndim]
     place = jnp.full((1,) * bits.ndim, seed, jnp.uint32)
-    for axis, size in enumerate(bits.shape):  # hashed axis by axis: a flat index would overflow beyond 2^32 elements
+    for axis, (start, size) in enumerate(zip(starts, bits.shape, strict=True)):
+        # Hashed axis by axis: a flat index would overflow beyond 2^32 elements.
         along = jax.lax.broadcasted_iota(jnp.uint32, tuple(size if a == axis else 1 for a in range(bits.ndim)), axis)
+        along = along + jnp.asarray(start).astype(jnp.uint32)
         place = place + _mix(along + _mix(jnp.uint32((seed + axis) % 2**32)))
     return jnp.sum(_mix(bits ^ place), dtype=jnp.uint32)
 
@@ -83,8 +122,14 @@ def named_leaves(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _data_checksum(data_state) -> str:
-    return hashlib.sha256(json.dumps(data_state, sort_keys=True).encode()).hexdigest()[:16]
+def _json_checksum(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def saved_settings(workdir) -> dict | None:
+    """The settings that the last readable checkpoint of a workdir was saved with, {} where it has none, None without a checkpoint."""
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.saved_settings()
 
 
 def _best_step(checkpoints) -> int | None:
@@ -116,21 +161,22 @@ class Checkpoints:
       workdir: a local folder or an object-storage address.
       keep_last: this many of the latest steps are kept, and the step with the lowest metrics["bound"] as well.
       keep_every: steps that are multiples of this are kept for good; 0 keeps none.
+      settings: flat JSON settings of the run, saved with every checkpoint; one that was saved with another value of any is refused.
 
     Raises:
       UserError: the folder is there and cannot be listed.
     """
 
-    def __init__(self, workdir, keep_last: int = 3, keep_every: int = 0):
+    def __init__(self, workdir, keep_last: int = 3, keep_every: int = 0, settings: dict | None = None):
         if keep_last < 1:
             raise UserError(f"keep_last is {keep_last}: keep at least 1 checkpoint")
         path = epath.Path(workdir)
         # Orbax wants an absolute path, and resolving an address of object storage would make it a local one.
         self.directory = (path if "://" in str(path) else path.expanduser().resolve()) / "checkpoints"
-        self._retention = _Retention(keep_last, keep_every)
+        self._retention, self._settings = _Retention(keep_last, keep_every), settings
         # Bound by name: left to itself orbax would take a dictionary of numbers for a tree of arrays.
         registry = ocp.handlers.local_registry()
-        for name in ("data", "checksums"):
+        for name in ("data", "run", "checksums"):
             registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
         self._context = ocp.Context()
         self._context.checkpointables.registry = registry
@@ -164,13 +210,16 @@ class Checkpoints:
         """
         if not self._writes:
             self.close()
-            self._manager, self._writes = self._open(clean=True), True
+            with self._write_errors():
+                self._manager, self._writes = self._open(clean=True), True
         if step in self.steps():
             return False
-        sums = {**checksums(state), DATA_NAME: _data_checksum(data_state)}
-        unit = {"state": state, "data": data_state, "checksums": sums}
+        run = {"step": step, "settings": self._settings}
+        sums = {**checksums(state), DATA_NAME: _json_checksum(data_state), RUN_NAME: _json_checksum(run)}
+        unit = {"state": state, "data": data_state, "run": run, "checksums": sums}
         metrics = {name: float(value) for name, value in metrics.items()} if metrics else None
-        self._manager.save_checkpointables_async(step, unit, force=True, metrics=metrics)
+        with self._write_errors():
+            self._manager.save_checkpointables_async(step, unit, force=True, metrics=metrics)
         return True
 
     def steps(self) -> list[int]:
@@ -198,36 +247,84 @@ class Checkpoints:
         Raises:
           UserError: no such step; another model's checkpoint (a missing or extra array, another shape or dtype); a damaged one.
         """
-        step = self._existing(step)
-        unit = self._load(step, {"state": abstract_state, "data": None}, self._context, whole=True)
+        step, unit = self._read(step, lambda found: self._load(found, {"state": abstract_state, "data": None}, self._context, True))
         return step, unit["state"], unit["data"]
 
     def restore_subtree(self, step: int | None, abstract_subtree):
         """Loads only some of the state's top-level entries, such as {"ema": ...}, verified. Arguments and errors as of `restore`.
 
         Returns:
-          The arrays, in the structure of `abstract_subtree`.
+          (step, the arrays in the structure of `abstract_subtree`).
         """
-        return self._load(self._existing(step), {"state": abstract_subtree}, self._partial, whole=False)["state"]
+        step, unit = self._read(step, lambda found: self._load(found, {"state": abstract_subtree}, self._partial, False))
+        return step, unit["state"]
+
+    def saved_settings(self) -> dict | None:
+        """The settings of the last checkpoint, verified; {} where it holds none or they are damaged, None without a checkpoint."""
+        if self.latest() is None:
+            return None
+        path = self.directory / str(self.latest())
+        try:
+            with _quiet(), self._context:
+                unit = ocp.load_checkpointables(path, {"run": None, "checksums": None})
+                right = unit["checksums"].get(RUN_NAME) == _json_checksum(unit["run"])
+                return (unit["run"]["settings"] if right else None) or {}
+        except Exception:  # orbax raises many kinds for a file that is missing, cut short or garbled
+            return {}
+
+    def _read(self, step, load):
+        """(step, load(step)) of an existing step. Beside a run that saves and removes checkpoints, the latest may vanish while it is
+        read: then the next latest is read."""
+        for _ in range(READ_ATTEMPTS):
+            found = self._existing(step)
+            try:
+                return found, load(found)
+            except UserError:
+                if jax.process_count() > 1 or self._writes:
+                    raise
+                self.close()
+                self._manager = self._open(clean=False)
+                if found in self.steps() and (step is not None or found == self.latest()):
+                    raise
+        raise UserError(f"the checkpoints in {self.directory} are replaced faster than they can be read: give the step of one that is "
+                        "kept, as --step, or raise config.train.save_every of the run that writes them")
 
     def wait(self) -> None:
         """Returns when the save under way is committed."""
         if self._manager:
-            self._manager.wait()
+            with self._write_errors():
+                self._manager.wait()
 
     def close(self) -> None:
         """Waits for the save under way and lets go of orbax's threads."""
-        if self._manager:
-            self._manager.close()
-        self._manager, self._writes = None, False
+        manager, self._manager, self._writes = self._manager, None, False
+        if manager:
+            with self._write_errors():
+                manager.close()
+
+    @contextlib.contextmanager
+    def _write_errors(self):
+        """What orbax and tensorstore raise for a disk that is full, read-only or gone, as one line."""
+        try:
+            yield
+        except (UserError, jax.errors.JaxRuntimeError):  # the second is a device's failure, such as running out of memory
+            raise
+        except Exception as error:
+            raise UserError(f"a checkpoint in {self.directory} could not be written ({_first_line(error)}): free space there, or make it "
+                            "writable; the checkpoints before it are whole, and the same command resumes") from error
 
     def _open(self, clean: bool):
-        try:
-            return ocp.training.Checkpointer(
-                self.directory, context=self._context, preservation_policy=self._retention, cleanup_tmp_directories=clean
-            )
-        except Exception as error:
-            raise UserError(f"the checkpoints in {self.directory} cannot be listed: {_first_line(error)}") from error
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                return ocp.training.Checkpointer(
+                    self.directory, context=self._context, preservation_policy=self._retention, cleanup_tmp_directories=clean
+                )
+            except Exception as error:
+                if clean or attempt == READ_ATTEMPTS - 1:
+                    raise UserError(f"the checkpoints in {self.directory} cannot be listed ({_first_line(error)}): make the folder "
+                                    "readable, and writable to train, or give another --workdir") from error
+            time.sleep(0.1)  # a run beside this one may remove a step while it is listed
+        return None
 
     def _existing(self, step):
         self.wait()
@@ -240,14 +337,15 @@ class Checkpoints:
 
     def _load(self, step, abstract_unit, context, whole):
         path = self.directory / str(step)
-        with _abandoned_reads_unreported():
+        with _quiet():
             try:
                 with context:
-                    stored = ocp.checkpointables_metadata(path).metadata["state"]
-                    if stored is None:  # orbax has logged why, and goes on
+                    stored = ocp.checkpointables_metadata(path).metadata
+                    if stored["state"] is None:  # orbax has logged why, and goes on
                         raise ValueError("its metadata are damaged")
-                    self._refuse_another_model(step, named_leaves(stored), named_leaves(abstract_unit["state"]), whole)
-                    unit = ocp.load_checkpointables(path, {**abstract_unit, "checksums": None})
+                    self._refuse_another_model(step, named_leaves(stored["state"]), named_leaves(abstract_unit["state"]), whole)
+                    also = {"checksums": None} | ({"run": None} if "run" in stored else {})  # which earlier versions did not save
+                    unit = ocp.load_checkpointables(path, {**abstract_unit, **also})
                     saved = dict(unit["checksums"])
             except (UserError, jax.errors.JaxRuntimeError):  # the second is a device's failure, such as running out of memory
                 raise
@@ -259,11 +357,26 @@ class Checkpoints:
             raise self._damaged(step, f"it cannot be read ({failure})")
         found = checksums(unit["state"])
         if "data" in unit:
-            found[DATA_NAME] = _data_checksum(unit["data"])
+            found[DATA_NAME] = _json_checksum(unit["data"])
+        if "run" in unit or RUN_NAME in saved:
+            found[RUN_NAME] = _json_checksum(unit.get("run"))
         for name, value in found.items():
             if saved.get(name) != value:
                 raise self._damaged(step, f"{name} has checksum {value}, saved with {saved.get(name)}")
+        if "run" in unit:
+            self._refuse_another_run(step, unit["run"])
         return unit
+
+    def _refuse_another_run(self, step, run):
+        if run["step"] != step:
+            raise UserError(f"{self.directory / str(step)} holds the checkpoint of step {run['step']}: give the folder that number again")
+        before, now = run["settings"], self._settings
+        if before is None or now is None:
+            return
+        for key in sorted(before | now):
+            if before.get(key) != now.get(key):
+                raise UserError(f"checkpoint step {step} in {self.directory} was saved by a run with {_setting(before, key)}, and "
+                                f"config.json has {_setting(now, key)}: put the run's own config.json and checkpoints together again")
 
     def _refuse_another_model(self, step, stored, expected, whole):
         if not whole:
@@ -278,9 +391,14 @@ class Checkpoints:
                 )
 
     def _damaged(self, step, what):
-        earlier = [s for s in self.steps() if s < step]
-        mend = f"resume from step {earlier[-1]} by removing" if earlier else "there is no earlier step: start over by removing"
-        return UserError(f"checkpoint step {step} is damaged: {what}; {mend} {self.directory / str(step)}")
+        earlier, path = [s for s in self.steps() if s < step], self.directory / str(step)
+        mend = f"resume from step {earlier[-1]} by removing {path}" if earlier else (
+            f"there is no earlier step: restore {path} from a copy, or start anew in another --workdir")
+        return UserError(f"checkpoint step {step} is damaged: {what}; {mend}")
+
+
+def _setting(settings: dict, key: str) -> str:
+    return f"{key} = {settings[key]!r}" if key in settings else f"{key} at its default"
 
 
 def describe(leaf) -> str:
@@ -288,7 +406,7 @@ def describe(leaf) -> str:
 
 
 @contextlib.contextmanager
-def _abandoned_reads_unreported():
+def _quiet():
     """After one failed read orbax logs a page and abandons the other reads, and Python reports each of them: we say it in one line."""
     before = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
     for name in before:

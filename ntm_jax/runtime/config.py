@@ -4,13 +4,12 @@ A section's keys are all given, none is unknown, and each has the type stated he
 """
 
 import dataclasses
-import json
 import math
-import types
 import typing
 
 from etils import epath
 
+from ntm_jax import files, typed
 from ntm_jax.core import trajectory
 from ntm_jax.core.layers import REMAT
 from ntm_jax.core.transporter import INVERSES
@@ -18,6 +17,7 @@ from ntm_jax.data import sources
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Config:
     @property
     def raw(self) -> dict:
         """The same as plain JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return files.plain(dataclasses.asdict(self))
 
     @property
     def evaluation_steps(self) -> int:
@@ -152,9 +152,11 @@ class Config:
         return trajectory.default_shift(tokens) if self.trajectory.shift is None else self.trajectory.shift
 
 
+CONFIG = "config.json"
+DAMAGED = "give launch/train.py the run's own command, which writes it anew from the last checkpoint's copy of the settings"
 SOLVERS = ("euler", "heun")
 RESUMABLE = ("mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every", "train.evaluate_every",
-             "train.log_every", "train.keep", "evaluate.", "sample.")  # what a resumed run may change
+             "train.log_every", "train.keep", "optimizer.", "evaluate.", "sample.")  # what a resumed run may change
 CHOICES = {
     "trajectory.schedule": ("linear", "shifted"), "model.positions": ("learned", "rotary"),
     "model.head": ("direct", "preconditioned", "posterior"), "model.backbone": ("transformer", "flux2"),
@@ -165,38 +167,27 @@ CHOICES = {
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }
 NON_NEGATIVE = ("model.transporter_blocks", "model.double_layers", "train.keep", "train.condition_dropout", "train.align_weight",
-                "train.level_power", "optimizer.floor", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.ema_decay",
-                "data.image_size", "data.workers", "evaluate.images", "sample.guidance", "seed", "trajectory.t_min",
-                "trajectory.t_min_range", "sample.num", "train.evaluate_every")
+                "train.level_power", "optimizer.floor", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluate.images",
+                "sample.guidance", "trajectory.t_min", "trajectory.t_min_range", "sample.num", "train.evaluate_every")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
+
+
+LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
+RANGES = {  # of settings with bounds of their own: the least and the largest value
+    "seed": (0, 2**32 - 1),  # a key of jax takes 32 bits: a larger seed would be the same as a smaller one
+    "optimizer.ema_decay": (0, math.nextafter(1, 0)), "data.workers": (0, 1024), "evaluate.trajectories": (1, 1_000_000),
+    "sample.percentile": (0, 100), "data.image_size": (0, 65_536), "trajectory.steps": (1, 10_000), "sample.steps": (1, 100_000),
+}
 
 
 def read(config) -> Config:
     """A ConfigDict or a plain dict -> Config. Raises UserError naming the key, what was found and what was expected."""
     values = config.to_dict() if hasattr(config, "to_dict") else config
-    result = _section(Config, values, "")
+    result = typed.read(Config, values, "config")
     for key, value in flatten(result.raw).items():
-        if key in CHOICES and value not in CHOICES[key]:
-            raise UserError(f"config.{key} is {value!r}: expected one of {', '.join(CHOICES[key])}")
-        low = 0 if key in NON_NEGATIVE else None if key in ANY_SIGN else 1e-12
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"config.{key} is {number}: expected a finite number")
-            if isinstance(number, (int, float)) and not isinstance(number, bool) and low is not None and number < low:
-                raise UserError(f"config.{key} is {number}: expected {'a number that is not negative' if low == 0 else 'more than 0'}")
+        _check_value(key, value)
     _check_levels(result)
-    if result.train.condition_dropout >= 1 or (result.train.condition_dropout and result.model.condition == "none"):
-        raise UserError(f"config.train.condition_dropout is {result.train.condition_dropout}: expected less than 1, and 0 where "
-                        "config.model.condition is none")
-    if result.model.transporter_text and result.model.condition != "text":
-        raise UserError(f"config.model.transporter_text tells the transporter texts, and config.model.condition is "
-                        f"{result.model.condition}: set that to text, or transporter_text to False")
-    if (result.train.objective == "denoiser") != bool(result.teacher):
-        raise UserError(f"config.teacher is {result.teacher!r}, config.train.objective {result.train.objective}: a denoiser, and nothing "
-                        "else, has a teacher; give --config.teacher=WORKDIR of the run to distil")
-    if result.train.level_power and result.train.objective not in ("end_to_end", "pairwise"):
-        raise UserError(f"config.train.level_power is {result.train.level_power}: it weighs a trajectory's factors, and "
-                        f"config.train.objective={result.train.objective} has none; set it to 0")
+    _check_training(result)
     _check_flow(result)
     if result.sample.decoder == "denoiser" and not result.teacher:
         raise UserError("config.sample.decoder=denoiser needs a denoiser: train one with experiments/digits_denoiser.py")
@@ -204,6 +195,45 @@ def read(config) -> Config:
     if guided(result.sample.guidance) and not result.teacher and not result.train.condition_dropout:
         raise UserError("config.sample.guidance needs a model trained with condition dropout: set config.train.condition_dropout to 0.1")
     return result
+
+
+def _check_value(key: str, value) -> None:
+    """UserError where a setting, or an element of it, lies outside its choices or its bounds."""
+    if key in CHOICES and value not in CHOICES[key]:
+        raise UserError(f"config.{key} is {value!r}: expected one of {', '.join(CHOICES[key])}")
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        if key in RANGES:
+            low, high = RANGES[key]
+            if not low <= number <= high:
+                shown = "less than 1" if key == "optimizer.ema_decay" else f"at most {high}"
+                raise UserError(f"config.{key} is {number}: expected at least {low} and {shown}")
+            continue
+        low = 0 if key in NON_NEGATIVE else None if key in ANY_SIGN else 1e-12
+        if low is not None and number < low:
+            raise UserError(f"config.{key} is {number}: expected {'a number that is not negative' if low == 0 else 'more than 0'}")
+        if isinstance(number, int) and abs(number) > LARGEST_SIZE:
+            raise UserError(f"config.{key} is {number}: expected at most {LARGEST_SIZE}")
+
+
+def _check_training(config: Config) -> None:
+    train, optimizer, condition = config.train, config.optimizer, config.model.condition
+    if train.condition_dropout >= 1 or (train.condition_dropout and condition == "none"):
+        raise UserError(f"config.train.condition_dropout is {train.condition_dropout}: expected less than 1, and 0 where "
+                        "config.model.condition is none")
+    if optimizer.floor > optimizer.learning_rate:
+        raise UserError(f"config.optimizer.floor is {optimizer.floor}: expected at most config.optimizer.learning_rate, "
+                        f"{optimizer.learning_rate}, from which the rate falls to it")
+    if config.model.transporter_text and condition != "text":
+        raise UserError(f"config.model.transporter_text tells the transporter texts, and config.model.condition is {condition}: set that "
+                        "to text, or transporter_text to False")
+    if (train.objective == "denoiser") != bool(config.teacher):
+        raise UserError(f"config.teacher is {config.teacher!r}, config.train.objective {train.objective}: a denoiser, and nothing else, "
+                        "has a teacher; give --config.teacher=WORKDIR of the run to distil")
+    if train.level_power and train.objective not in ("end_to_end", "pairwise"):
+        raise UserError(f"config.train.level_power is {train.level_power}: it weighs a trajectory's factors, and "
+                        f"config.train.objective={train.objective} has none; set it to 0")
 
 
 def guided(guidance) -> bool:
@@ -265,86 +295,85 @@ def _defaults(cls, prefix: str = "") -> dict:
     return found | {f"{prefix}{f.name}": f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
 
 
-def _section(cls, values, prefix: str):
-    fields = typing.get_type_hints(cls)
-    for key in sorted(set(values) - set(fields)):
-        raise UserError(f"config.{prefix}{key} is not a setting; expected one of {', '.join(fields)}")
-    for field in dataclasses.fields(cls):
-        if field.name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"config.{prefix}{field.name} is missing: give it in the experiment's get_config()")
-    return cls(**{key: _value(kind, values[key], f"{prefix}{key}") for key, kind in fields.items() if key in values})
+def fixed(config: Config, spec: DataSpec) -> dict:
+    """{"section.key": JSON value} of what a run is, which no resume may change: every setting but RESUMABLE, and the data's shape.
+
+    Settings at their defaults are left out, so that a later version may add one.
+    """
+    defaults = _flat_defaults()
+    return {key: value for key, value in flatten(_content(config, spec)).items()
+            if not key.startswith(RESUMABLE) and (key not in defaults or defaults[key] != value)}
 
 
-def _value(kind, value, key: str):
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"config.{key} is {value!r}: expected a section")
-        return _section(kind, value, f"{key}.")
-    if typing.get_origin(kind) is tuple:
-        element, *rest = typing.get_args(kind)
-        if not isinstance(value, (tuple, list)) or (rest != [...] and len(value) != 1 + len(rest)):
-            length = "" if rest == [...] else f", {1 + len(rest)} long"
-            raise UserError(f"config.{key} is {value!r}: expected a tuple of {_name(element)}{length}")
-        return tuple(_value(element, v, key) for v in value)
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    several = next((option for option in options if typing.get_origin(option) is tuple), None)
-    if several and isinstance(value, (tuple, list)):
-        return _value(several, value, key)
-    accepted = tuple(option for option in options if option is not several)
-    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):
-        raise UserError(f"config.{key} is {value!r}, of type {type(value).__name__}: expected {_name(kind)}")
-    return value
+def differences(before: dict, now: dict) -> list[tuple]:
+    """[(key, value before, value now)] of two flat dicts of settings, in which a default may be left out."""
+    defaults = _flat_defaults()
+    return [(key, one, other) for key in sorted(before | now)
+            if (one := before.get(key, defaults.get(key))) != (other := now.get(key, defaults.get(key)))]
 
 
-def _name(kind) -> str:
-    return str(kind) if isinstance(kind, types.UnionType) else kind.__name__
+def _flat_defaults() -> dict:
+    return files.plain(_defaults(Config) | _defaults(DataSpec, "spec."))
 
 
 def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     """Finds whether the workdir holds a run of this configuration, or none; returns what was changed since it began, a line each.
 
+    Where config.json is missing or damaged, the copy of the settings in the last checkpoint counts.
+
     Raises UserError, nothing written, where the run there differs in more than a resume may change.
     """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        if (epath.Path(workdir) / "checkpoints").exists():
-            raise UserError(f"{workdir} holds checkpoints but no config.json: expected a run's folder or a new one; give another --workdir")
-        return []
-    defaults = json.loads(json.dumps(_defaults(Config) | _defaults(DataSpec, "spec.")))
-    before, now = defaults | flatten(_read_json(path)), flatten(_content(config, spec))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    for key in changed:
+    path = epath.Path(workdir) / CONFIG
+    damage, before = None, None
+    if path.exists():
+        try:
+            before = flatten(files.read_json(path, DAMAGED))
+        except UserError as error:
+            damage = error
+    mended = []
+    if before is None:
+        saved = checkpoint.saved_settings(workdir)
+        if saved is None:
+            return [f"{CONFIG} was damaged, and there is no checkpoint: the run starts anew"] if damage else []
+        if not saved:
+            raise damage or UserError(f"{workdir} holds checkpoints but no {CONFIG}: expected a run's folder or a new one; give another "
+                                      "--workdir")
+        before = saved | {key: value for key, value in flatten(_content(config, spec)).items() if key.startswith(RESUMABLE)}
+        mended = [f"{CONFIG} was {'damaged' if damage else 'missing'} and is written anew: the last checkpoint has the same settings"]
+    changed = differences(before, flatten(_content(config, spec)))
+    for key, one, other in changed:
         if not key.startswith(RESUMABLE):
-            raise UserError(f"{workdir} holds a run with {key} = {before.get(key)!r}, and this one has {now.get(key)!r}: give another "
-                            "--workdir to start anew, or that value to resume")
-    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+            raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has {other!r}: give another --workdir to start "
+                            "anew, or that value to resume")
+    return mended + [f"changed since the run began: {key}: {one!r} -> {other!r}" for key, one, other in changed]
 
 
 def write(workdir: str, config: Config, spec: DataSpec) -> None:
-    """Writes workdir/config.json: the settings, and the shape of the data under `spec`."""
+    """Writes workdir/config.json, sealed: the settings, and the shape of the data under `spec`."""
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(_content(config, spec), indent=2) + "\n")
+    files.write_json(folder / CONFIG, _content(config, spec), sealed=True)
 
 
 def load(workdir: str) -> tuple[Config, DataSpec]:
-    """The configuration of the run in a workdir and the shape of its data, which need not be at hand. UserError where there is none."""
-    path = epath.Path(workdir) / "config.json"
+    """The configuration of the run in a workdir and the shape of its data, which need not be at hand.
+
+    Raises UserError where there is none, or config.json was damaged or edited.
+    """
+    path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json there): give the --workdir that launch/train.py was given")
-    values = _read_json(path)
-    spec = values.pop("spec")
-    return read(values), DataSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()})
+    return parse(files.read_json(path, DAMAGED), str(path))
+
+
+def parse(content: dict, name: str) -> tuple[Config, DataSpec]:
+    """The two objects that the content of a config.json, called `name`, describes; UserError as `load`."""
+    settings = {key: value for key, value in content.items() if key != "spec"}
+    try:
+        return read(settings), typed.read(DataSpec, content.get("spec"), "spec")
+    except UserError as error:
+        raise UserError(f"{name} cannot be used ({error}): {DAMAGED}") from None
 
 
 def _content(config: Config, spec: DataSpec) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config) | {"spec": dataclasses.asdict(spec)}))
-
-
-def _read_json(path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it, or give another --workdir") from None
+    return files.plain(dataclasses.asdict(config) | {"spec": dataclasses.asdict(spec)})

@@ -3,7 +3,6 @@ same checkpoint gives the same figures twice, in any batch size, on any mesh and
 
 import functools
 import importlib.metadata
-import json
 import math
 import warnings
 
@@ -13,6 +12,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
+from ntm_jax import files
 from ntm_jax.core import denoising, flow_matching, likelihood, trajectory
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
@@ -341,7 +341,7 @@ def report(run, result: dict, scored: dict, path, per_example: bool = False, uni
         truth.picture(run, source, path.with_name("densities.png"))
     if jax.process_index():
         return
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    files.write_json(path, result, sealed=True)
     plots.levels_plot(result, path.with_suffix(".png"))
     if "against" in result:
         runs = (run.workdir, result["against"]["workdir"])
@@ -363,5 +363,5 @@ def write_scores(scored: dict, path) -> None:
         if name == "weighted":
             continue
         columns |= {name: values} if values.ndim == 1 else {f"{name}_{k}": v for k, v in enumerate(values.T)}
-    with epath.Path(path).open("wb") as file:
+    with files.aside(path) as file:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)

@@ -80,4 +80,4 @@ def frozen(config: Config, model, mesh, workdir: str, current: state.State) -> d
     with Checkpoints(f"{workdir}/frozen") as checkpoints:
         if int(current.step) == 0 and checkpoints.latest() is None:
             checkpoints.save(0, {"params": _cast(current.params["params"]["backbone"], config.model.dtype)}, {})
-        return checkpoints.restore_subtree(0, abstract(config, model, mesh))
+        return checkpoints.restore_subtree(0, abstract(config, model, mesh))[1]

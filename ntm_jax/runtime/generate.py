@@ -15,6 +15,7 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ntm_jax import files
 from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.layers import Text, null
 from ntm_jax.core.trajectory import example_noise, per_example
@@ -230,9 +231,9 @@ def _claim(folder, asked: dict, batches: int) -> np.ndarray:
     """Which batches the folder holds already, [batches]; the same in every process. UserError where it holds what was not asked for."""
     path, finished = folder / "samples.json", (folder / "samples.npz").exists()
     if path.exists():
-        before = json.loads(path.read_text())
+        before = files.read_json(path, "give another --out")
         for key in sorted(before | asked):
-            if before.get(key) != json.loads(json.dumps(asked.get(key))):
+            if before.get(key) != files.plain(asked.get(key)):
                 raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and this call has {asked.get(key)!r}: give another "
                                 "--out, or the same settings to go on; nothing was overwritten")
     elif folder.exists() and any(folder.iterdir()):
@@ -241,7 +242,7 @@ def _claim(folder, asked: dict, batches: int) -> np.ndarray:
     done = multihost_utils.broadcast_one_to_all(done)  # of process 0: a folder of another host may lag behind
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asked, indent=2) + "\n")
+        files.write_json(path, asked, sealed=True)
     return done
 
 
@@ -253,10 +254,8 @@ def _write_batch(folder, number, paths, arrays, levels) -> None:
     """A batch's PNG files, and then its arrays, whole or not at all: what says that the batch is done."""
     for path, image in zip(paths, displayable(arrays[0], levels), strict=True):
         plots.save_png(path, image)
-    part = folder / f".{number}.part"
-    with part.open("wb") as file:
+    with files.aside(_part(folder, number)) as file:
         np.savez(file, *arrays)
-    part.replace(_part(folder, number))
 
 
 def _gather(folder, run, labels, batches, pixel_levels, asked_for, layout) -> None:
@@ -268,14 +267,12 @@ def _gather(folder, run, labels, batches, pixel_levels, asked_for, layout) -> No
     images, *levels = (np.concatenate(a) for a in zip(*arrays, strict=True))
     shown = displayable(images, pixel_levels) if pixel_levels else images
     if levels:
-        with (folder / "trajectories.npz").open("wb") as file:
+        with files.aside(folder / "trajectories.npz") as file:
             np.savez(file, displayable(levels[0], run.spec.levels) if run.spec.levels else levels[0])
     plots.save_png(folder / "grid.png", picture(images[:100], pixel_levels))
     if asked_for:
         prompts.write_pictures(folder, layout, asked_for, displayable(images, pixel_levels))
-    whole = folder / ".samples.part"
-    with whole.open("wb") as file:
+    with files.aside(folder / "samples.npz") as file:
         np.savez(file, np.repeat(shown, 3, -1) if shown.shape[-1] == 1 else shown, labels)
-    whole.replace(folder / "samples.npz")
     for number in range(batches):
         _part(folder, number).unlink()

@@ -117,7 +117,7 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     model = state.make_model(config, spec, attention.choose(mesh))
     if config.teacher:
         model = distill.make_denoiser(model)
-        step, params = state.restore_params(workdir, config, model, mesh, step, raw)
+        step, params = state.restore_params(workdir, config, model, mesh, step, raw, configuration.fixed(config, spec))
         return with_denoiser(load(f"{workdir}/frozen"), Run(config, spec, model, params, step, mesh, str(workdir), raw))
-    step, params = state.restore_params(workdir, config, model, mesh, step, raw)
+    step, params = state.restore_params(workdir, config, model, mesh, step, raw, configuration.fixed(config, spec))
     return Run(config, spec, model, params, step, mesh, str(workdir), raw)

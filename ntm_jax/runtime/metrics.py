@@ -9,6 +9,8 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
+from ntm_jax import files
+
 SHOWN = 6  # scalars on the terminal, the first in the caller's order
 REMOTE_LINES = 200  # object storage cannot append: the file is written anew every so many lines
 
@@ -127,7 +129,7 @@ class _Lines:
 
     def __init__(self, path, start_step, remote):
         self._path = path
-        found = path.read_text().splitlines(keepends=True) if path.exists() else []
+        found = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         self._kept = [line for line in found if line.endswith("\n") and _step(line) <= start_step]
         if len(self._kept) < len(found):
             self._replace()
@@ -154,17 +156,14 @@ class _Lines:
             self._replace()
 
     def _replace(self):
-        """Puts a whole new file in the old one's place in one move: a kill leaves either, never half of one."""
-        new = self._path.parent / (self._path.name + ".new")
-        new.write_text("".join(self._kept))
-        new.replace(self._path)
+        files.write(self._path, "".join(self._kept))
 
 
 def _step(line) -> float:
     """The step of a line; infinity for a line that a kill cut short or garbled, so that it is dropped."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(files.parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf
 
 

@@ -5,13 +5,14 @@ Symbols: n images, K levels, H height, W width, C channels (1 or 3). Images are 
 
 import io
 import itertools
-import json
 import math
 import textwrap
 import warnings
 
 import numpy as np
 from etils import epath
+
+from ntm_jax import files
 
 HELD_OUT = {"evaluate/bits_per_dim": "bits per dimension", "evaluate/nats_per_dim": "nats per dimension",
             "evaluate/mse": "mean squared error", "evaluate/velocity_error": "mean squared error"}
@@ -58,7 +59,7 @@ def save_png(path, image) -> None:
 
     buffer = io.BytesIO()
     Image.fromarray(_displayable(image)).save(buffer, "png")
-    epath.Path(path).write_bytes(buffer.getvalue())
+    files.write(path, buffer.getvalue())
 
 
 def loss_plot(metrics_path, out_png, loss_label: str = "training loss (nats per dimension)") -> bool:
@@ -67,7 +68,7 @@ def loss_plot(metrics_path, out_png, loss_label: str = "training loss (nats per 
     Returns:
       Whether there was anything to draw: False, and no file, before the first line with a finite loss.
     """
-    lines = [json.loads(line) for line in epath.Path(metrics_path).read_text().splitlines()]
+    lines = files.read_lines(metrics_path)
     steps, losses = _points(lines, "loss")
     if not steps:
         return False
@@ -93,9 +94,9 @@ def losses_plot(runs: dict, out_png) -> None:
     for name, path in runs.items():
         if not epath.Path(path).exists():
             continue
-        lines = [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
+        lines = files.read_lines(path)
         for line in lines:
-            apart = [value for key, value in line.items() if key.startswith("misalignment/") and value is not None]
+            apart = [value for key, value in line.items() if key.startswith("misalignment/") and _is_number(value)]
             line["apart"] = sum(apart) / len(apart) if apart else None
         for (axis,), key in zip(axes, ("loss", "apart"), strict=True):
             steps, values = _points(lines, key)
@@ -173,8 +174,12 @@ def density_picture(true, learned, levels, extent: float, out_png) -> None:
 
 def _points(lines, key):
     """Steps and values of the lines that have a finite value under the key."""
-    pairs = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    pairs = [(line["step"], line[key]) for line in lines if _is_number(line.get("step")) and _is_number(line.get(key))]
     return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # which leaves out NaN too
 
 
 def _smoothed(values):
@@ -200,4 +205,4 @@ def _figure(width, height, rows=None, columns=None):
 def _save(figure, path):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    epath.Path(path).write_bytes(buffer.getvalue())
+    files.write(path, buffer.getvalue())

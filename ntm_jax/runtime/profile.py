@@ -6,12 +6,12 @@ operations are found by the stat hlo_op, as streams of GPUs have it, or by the e
 """
 
 import collections
-import json
 import re
 
 import jax
 from etils import epath
 
+from ntm_jax import files
 from ntm_jax.runtime import hlo
 
 KINDS = ("products", "attention", "elementwise", "reductions", "copies", "collectives", "other")
@@ -28,7 +28,7 @@ def report(folder, texts: list[str]) -> str:
     if not traces:
         raise FileNotFoundError("there is none")
     found = summarize(jax.profiler.ProfileData.from_serialized_xspace(traces[-1].read_bytes()), texts)
-    (epath.Path(folder) / "summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    files.write_json(epath.Path(folder) / "summary.json", found)
     return table(found)
 
 

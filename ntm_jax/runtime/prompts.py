@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from ntm_jax import files
 from ntm_jax.core.layers import Text
 from ntm_jax.data import text
 from ntm_jax.data.records import pad_text
@@ -38,10 +39,10 @@ def parse(given: Sequence[str]) -> list[Prompt]:
             is_file = is_folder = False
         found = [Prompt(value)]
         if is_folder:
-            files = sorted(file for file in path.iterdir() if file.suffix == ".txt")
-            found = [Prompt(file.read_text().strip(), name=file.stem) for file in files]
+            paths = sorted(file for file in path.iterdir() if file.suffix == ".txt" and file.is_file())
+            found = [Prompt(_text(file).strip(), name=file.stem) for file in paths]
         elif is_file:
-            lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+            lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
             found = [_from_json(line, path) if path.suffix == ".jsonl" else Prompt(line) for line in lines]
         elif value.endswith((".txt", ".jsonl")):
             raise UserError(f"--prompts={value} is not there: expected a file of prompts, a folder of .txt files, or a prompt itself")
@@ -51,10 +52,17 @@ def parse(given: Sequence[str]) -> list[Prompt]:
     return prompts
 
 
+def _text(path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"--prompts={path} is not UTF-8: save it as UTF-8 text") from None
+
+
 def _from_json(line: str, path) -> Prompt:
     try:
-        return Prompt(str(json.loads(line)["prompt"]), line)
-    except (ValueError, KeyError, TypeError):
+        return Prompt(str(files.parse_json(line)["prompt"]), line)
+    except (ValueError, KeyError):
         raise UserError(f"--prompts={path} has the line {line[:60]!r}: expected JSON with a \"prompt\"") from None
 
 
@@ -94,7 +102,7 @@ def check_layout(layout: str | None, prompts: Sequence[Prompt] | None, per_promp
     if layout and not prompts:
         raise UserError(f"--layout={layout} is a folder of a benchmark's prompts: give them as --prompts")
     if layout == "geneval":
-        lacking = [p.text for p in prompts if not p.line or not {"tag", "prompt"} <= json.loads(p.line).keys()]
+        lacking = [p.text for p in prompts if not p.line or not {"tag", "prompt"} <= files.parse_json(p.line).keys()]
         if lacking:
             raise UserError(f"--layout=geneval copies a prompt's metadata, and {len(lacking)} of {len(prompts)} prompts have none, such "
                             f"as {lacking[0]!r}: give GenEval's own prompts/evaluation_metadata.jsonl as --prompts")
@@ -124,12 +132,12 @@ def write_pictures(folder, layout: str | None, prompts: Sequence[Prompt], shown:
     for number, (prompt, images) in enumerate(zip(prompts, groups, strict=True)):
         if layout == "geneval":
             inner = folder / f"{number:05d}"
-            (inner / "metadata.jsonl").write_text(prompt.line)
+            files.write(inner / "metadata.jsonl", prompt.line)
             plots.save_png(inner / "grid.png", plots.image_grid(images, per_prompt))
         if layout == "dpg":
             (folder / "dpg").mkdir(exist_ok=True)
             plots.save_png(folder / "dpg" / f"{prompt.name}.png", plots.image_grid(images, min(2, per_prompt), padding=0))
     lines = [{"file_name": str(place(folder, layout, i, per_prompt, len(shown)).relative_to(folder)), "prompt": p.text}
              for i, p in enumerate(p for p in prompts for _ in range(per_prompt))]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files.write(folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     plots.contact_sheet(shown[:200], [line["prompt"] for line in lines[:200]], folder / "contact_sheet.png")

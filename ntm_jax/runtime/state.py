@@ -1,6 +1,8 @@
 """The model of a configuration and its training state, born sharded; and both read back from a run."""
 
 import dataclasses
+import math
+import os
 import zlib
 
 import flax.linen as nn
@@ -65,7 +67,8 @@ def _flux2(c: ModelConfig, doubles: int, attention) -> Flux2:
 
 
 def exact(model: NTM) -> NTM:
-    """The same model with its transporter in float32: for reported likelihoods and exact inverses."""
+    """The same model, or denoiser, with its transporter in float32 and unrounded float32 products: for reported likelihoods and exact
+    inverses."""
     return model.clone(config=model.config.exact())
 
 
@@ -129,6 +132,18 @@ def abstract(config: Config, model: NTM, mesh) -> State:
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), nn.unbox(boxed), tree)
 
 
+def check_memory(tree: State, mesh) -> None:
+    """UserError where a state's arrays alone do not fit in the memory of the mesh's devices; tree: its abstract arrays."""
+    device = mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):  # devices of a CPU share the machine's memory
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    needed = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    if limit and needed > limit:
+        raise UserError(f"parameters and optimizer take {needed / 2**30:,.1f} GiB of a device, which has {limit / 2**30:,.1f}: lower "
+                        "config.model.width or config.model.predictor_layers, or raise config.mesh.fsdp on more devices")
+
+
 def initialize(config: Config, model: NTM, mesh) -> State:
     """A new state, each array made on the devices that hold it; the same numbers on any mesh."""
     out = jax.tree.map(lambda a: a.sharding, abstract(config, model, mesh))
@@ -136,12 +151,14 @@ def initialize(config: Config, model: NTM, mesh) -> State:
         return jax.jit(lambda key: nn.unbox(_initial(config, model, key)), out_shardings=out)(jax.random.key(config.seed))
 
 
-def restore_params(workdir: str, config: Config, model: NTM, mesh, step: int | None = None, raw: bool = False):
-    """(step, parameters) of a run: its EMA, or the raw ones; the latest checkpoint unless `step` names another."""
+def restore_params(workdir: str, config: Config, model: NTM, mesh, step: int | None = None, raw: bool = False,
+                   settings: dict | None = None):
+    """(step, parameters) of a run: its EMA, or the raw ones; the latest checkpoint unless `step` names another. settings: see
+    Checkpoints."""
     which = "params" if raw else "ema"
-    with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest() if step is None else step
-        return step, checkpoints.restore_subtree(step, {which: getattr(abstract(config, model, mesh), which)})[which]
+    with Checkpoints(workdir, settings=settings) as checkpoints:
+        step, found = checkpoints.restore_subtree(step, {which: getattr(abstract(config, model, mesh), which)})
+        return step, found[which]
 
 
 def example_keys(root, name: str, index):

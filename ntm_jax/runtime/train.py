@@ -29,6 +29,7 @@ from ntm_jax.runtime import (
 )
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import profile as profiling
+from ntm_jax.runtime import workdir as workdir_
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.metrics import Writer
@@ -41,8 +42,9 @@ def check(metrics: dict, step: int) -> dict:
     if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
         bad = [f"{term} at level {k}" for term in terms for k, v in enumerate(metrics[term]) if not np.isfinite(v)]
         first = bad[0] if bad else "the gradient or the update, every term being finite,"
-        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the last checkpoint is untouched. "
-                        "Lower config.optimizer.learning_rate or clip, or raise config.trajectory.t_min_range")
+        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the last checkpoint is untouched. To go on from "
+                        "it, give the same command with a lower --config.optimizer.learning_rate or --config.optimizer.clip; to change "
+                        "config.trajectory.t_min_range, start a new run from it with another --workdir and --config.init_from=THIS_WORKDIR")
     if not terms:
         return scalars
     nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
@@ -122,6 +124,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps. Returns None when stopped early.
     profile: (start, stop), steps of which a trace and its summary are written in workdir/profile.
     """
+    workdir_.check(workdir)
     mesh = sharding.make_mesh(config.mesh)
     check_batch(config, mesh)
     source = config.data.open(config.data.split)
@@ -134,10 +137,14 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
         distill.check_teacher(config, spec, teacher)
         model = distill.make_denoiser(model)
     processes.agree(configuration.flatten(config.raw) | {"--workdir": workdir})
-    changes = configuration.claim(workdir, config, spec)
+    state.check_memory(state.abstract(config, model, mesh), mesh)
+    configuration.claim(workdir, config, spec)  # refuses before the folder is touched
     total = config.train.steps
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir, keep_every=config.train.keep))
+        stack.enter_context(workdir_.owned(workdir))
+        changes = configuration.claim(workdir, config, spec)  # what another owner has left
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, keep_every=config.train.keep, settings=configuration.fixed(config, spec)))
         latest = checkpoints.latest()
         if latest is None:
             current = state.initialize(config, model, mesh)
@@ -167,20 +174,22 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
                        (f", resuming {workdir} at step {start}" if latest is not None else f", in {workdir}") +
                        (f", starting from {config.init_from}" if latest is None and config.init_from else ""))
         for change in changes:
-            writer.message(f"changed since the run began: {change}")
+            writer.message(change)
         stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
         current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
                               _Trace(epath.Path(workdir) / "profile", profile, writer.message), teacher, frozen)
         if not done:
             return None
         writer.message(f"trained to step {total}; evaluating")
-    run = load.Run(config, spec, model, current.ema, total, mesh, workdir)
-    if teacher:
-        run = load.with_denoiser(teacher, run)
-    finish(run)
-    features = "none" if config.evaluate.features == "inception" else None  # its weights are launch/evaluate.py's to be told
-    result, scored = evaluate.evaluate(run, features=features, progress=progress)
-    evaluate.report(run, result, scored, epath.Path(workdir) / "evaluation.json")
+        checkpoints.close()
+        writer.close()
+        run = load.Run(config, spec, model, current.ema, total, mesh, workdir)
+        if teacher:
+            run = load.with_denoiser(teacher, run)
+        finish(run)
+        features = "none" if config.evaluate.features == "inception" else None  # its weights are launch/evaluate.py's to be told
+        result, scored = evaluate.evaluate(run, features=features, progress=progress)
+        evaluate.report(run, result, scored, epath.Path(workdir) / "evaluation.json")
     return result
 
 

@@ -2,11 +2,14 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 
+from ntm_jax import files
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config
+from ntm_jax.runtime.checkpoint import Checkpoints
 from tests.common import TINY, experiment, tiny_config
 
 SPEC = DataSpec((8, 8, 1), 2, 17, 10, 1500)
@@ -63,7 +66,7 @@ def test_an_integer_is_taken_for_a_float():
     ("trajectory.steps", (4, 8.0), "config.trajectory.steps is 8.0, of type float: expected int"),
     ("trajectory.steps", (4, True), "config.trajectory.steps is True, of type bool: expected int"),
     ("trajectory.steps", (), "config.trajectory.steps is empty: give the numbers of steps, such as (4,)"),
-    ("trajectory.steps", (4, 0), "config.trajectory.steps is 0: expected more than 0"),
+    ("trajectory.steps", (4, 0), "config.trajectory.steps is 0: expected at least 1 and at most 10000"),
     ("trajectory.t_min_range", (0.1,), "config.trajectory.t_min_range is (0.1,): expected a tuple of float, 2 long"),
     ("trajectory.t_min_range", (0.1, 0.2, 0.3), "expected a tuple of float, 2 long"),
     ("trajectory.t_min_range", (0.04, 0.02), "expected 0 <= lo <= hi < 1"),
@@ -155,16 +158,18 @@ def test_a_new_folder_and_an_unchanged_run_are_claimed(tmp_path):
 @pytest.mark.parametrize(("key", "value"), [
     ("mesh.fsdp", 2), ("data.workers", 3), ("train.steps", 9), ("train.save_every", 7), ("train.evaluate_every", 7), ("train.log_every", 7),
     ("train.keep", 7), ("evaluate.images", 7), ("evaluate.split", "train"), ("sample.num", 7), ("sample.decoder", "inverse"),
+    ("optimizer.ema_decay", 0.5), ("optimizer.learning_rate", 1e-4),
 ])
 def test_what_a_resumed_run_may_change_is_reported(tmp_path, key, value):
     config.write(str(tmp_path), tiny_config(), SPEC)
     before = config.flatten(tiny_config().raw)[key]
-    assert config.claim(str(tmp_path), tiny_config(**{key: value}), SPEC) == [f"{key}: {before!r} -> {value!r}"]
+    assert config.claim(str(tmp_path), tiny_config(**{key: value}), SPEC) == [
+        f"changed since the run began: {key}: {before!r} -> {value!r}"]
 
 
 @pytest.mark.parametrize(("key", "value"), [
     ("seed", 7), ("model.width", 32), ("data.batch_size", 32), ("data.split", "train[:1000]"), ("trajectory.steps", (2, 4)),
-    ("train.objective", "pairwise"), ("train.condition_dropout", 0.2), ("optimizer.ema_decay", 0.5),
+    ("train.objective", "pairwise"), ("train.condition_dropout", 0.2),
 ])
 def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, value):
     config.write(str(tmp_path), tiny_config(), SPEC)
@@ -186,13 +191,71 @@ def test_other_data_under_the_same_name_are_refused(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         config.load(str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:  # as earlier versions saved them, without settings
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
     with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
         config.claim(str(tmp_path), tiny_config(), SPEC)
     (tmp_path / "config.json").write_text('{"seed": ')
     for read in (lambda: config.claim(str(tmp_path), tiny_config(), SPEC), lambda: config.load(str(tmp_path))):
         with pytest.raises(UserError, match="is not JSON"):
             read()
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_the_last_checkpoint_mends_config_json(tmp_path, damage):
+    settings = tiny_config()
+    config.write(str(tmp_path), settings, SPEC)
+    with Checkpoints(tmp_path, settings=config.fixed(settings, SPEC)) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    path = tmp_path / "config.json"
+    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes().replace(b"0.03", b"0.13"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        config.load(str(tmp_path))
+    with pytest.raises(UserError, match=r"holds a run with trajectory\.t_min = 0\.03, and this one has 0\.13"):
+        config.claim(str(tmp_path), tiny_config(**{"trajectory.t_min": 0.13}), SPEC)
+    assert config.claim(str(tmp_path), settings, SPEC) == [
+        f"config.json was {damage} and is written anew: the last checkpoint has the same settings"]
+
+
+def test_a_damaged_config_without_a_checkpoint_starts_anew(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    assert config.claim(str(tmp_path), tiny_config(), SPEC) == [
+        "config.json was damaged, and there is no checkpoint: the run starts anew"]
+
+
+def test_settings_at_their_defaults_are_left_out_of_a_checkpoint():
+    kept = config.fixed(tiny_config(), SPEC)
+    assert (kept["trajectory.t_min"], kept["spec.count"]) == (0.03, 1500)
+    assert not {"model.transporter_text", "optimizer.learning_rate", "sample.num"} & kept.keys()
+
+
+UNREADABLE = {
+    "a list": b"[]", "null": b"null", "empty": b"", "not UTF-8": b"\xff", "deep": b"[" * 100_000, "deep object": b'{"a":' * 100_000,
+    "a long number": b'{"seed": ' + b"1" * 5000 + b"}", "a large number": b'{"seed": ' + b"1" * 4000 + b"}", "a string": b'"a"',
+    "no spec": b"{}", "a section that is none": b'{"data": 3}',
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_config_that_is_none_is_one_line(tmp_path, name):
+    (tmp_path / "config.json").write_bytes(UNREADABLE[name])
+    with pytest.raises(UserError) as error:
+        config.load(str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path}/config.json cannot be used (")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("seed", 2**32), ("seed", -1), ("optimizer.ema_decay", 1.0), ("optimizer.floor", 0.1), ("model.width", 2**31),
+    ("data.batch_size", 2**40), ("data.workers", 10**6), ("evaluate.trajectories", 10**9), ("sample.percentile", 101.0),
+    ("train.steps", 2**31), ("trajectory.steps", (10**6,)), ("sample.num", 2**31), ("mesh.fsdp", 2**33),
+])
+def test_nonsense_is_refused(key, value):
+    values = experiment()
+    values.update_from_flattened_dict(TINY | {key: value})
+    with pytest.raises(UserError, match=rf"config\.{key} is"):
+        config.read(values)
 
 
 def test_the_overrides_of_these_tests_are_settings():
@@ -206,10 +269,12 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
     for section, key in (("sample", "inverse"), ("sample", "percentile"), ("evaluate", "features")):
         del stored[section][key]
     del stored["teacher"], stored["init_from"]
+    del stored[files.SEAL]
     (tmp_path / "config.json").write_text(json.dumps(stored))
     found, _ = config.load(str(tmp_path))
     assert (found.sample, found.evaluate.features, found.init_from) == (settings.sample, "none", "")
-    assert config.claim(str(tmp_path), settings, SPEC) == ["evaluate.features: 'none' -> 'cnn'"]
+    assert config.claim(str(tmp_path), settings, SPEC) == [
+        "changed since the run began: evaluate.features: 'none' -> 'cnn'"]
 
 
 def test_the_shift_may_have_any_sign():
