@@ -30,11 +30,13 @@ def define_workdir(help_text: str):
 
 def define_processes():
     """How several processes of one job meet; on TPU hosts the environment says it, and these stay unset."""
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a job of several processes.")
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a job of several processes: those "
+                        "that were started differently, or find the port taken, end within 10 s, with status 2.")
     flags.DEFINE_integer("num_processes", None, "How many processes the job has.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "This process's number, from 0.", lower_bound=0)
-    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the last process to come.", lower_bound=1)
-    flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead and the others stop.", lower_bound=1)
+    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the last process to come; then all end, with status 2.", lower_bound=1)
+    flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead. The others end within 10 s more, "
+                         "with status 1 or -6 (134 in a shell).", lower_bound=1)
     flags.DEFINE_string("compilation_cache", None, "A folder that keeps compiled programs for the next start.")
 
 
@@ -112,12 +114,26 @@ def _start():
 
 def _mistaken(error: UserError):
     """One line and status 2; in a job of several processes at once."""
+    _leave_job(2, f"error: {' '.join(str(error).split())}")
+    _fail(str(error))
+
+
+def _leave_job(status: int, line: str):
+    """Ends this process at once with a line if it is one of a job of several."""
     if "jax" in sys.modules:
         from ntm_jax.runtime import processes
 
         if processes.joined():
-            processes.leave(2, f"error: {' '.join(str(error).split())}")
-    _fail(str(error))
+            processes.leave(status, line)
+
+
+def _fail_in_job(error: Exception):
+    """Ends this process at once if it is one of a job of several: with a line where another is gone, else with the traceback."""
+    if "jax" in sys.modules:
+        from ntm_jax.runtime import processes
+
+        if processes.joined():
+            processes.fail(error)
 
 
 FOLDER = "a file stands where a folder is needed: give another folder"
@@ -163,16 +179,14 @@ def run(main):
         except UserError as error:
             _mistaken(error)
         except KeyboardInterrupt:
+            _leave_job(130, "interrupted")
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
         except Exception as error:
             line = _of_the_file_system(error) if isinstance(error, OSError) else _of_memory(error)
             if line:
                 _mistaken(UserError(line))
-            if type(error).__name__ == "JaxRuntimeError":
-                from ntm_jax.runtime import processes
-
-                processes.end_if_another_died(error)
+            _fail_in_job(error)
             raise
 
     app.run(call, flags_parser=_parse)

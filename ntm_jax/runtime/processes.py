@@ -1,28 +1,44 @@
-"""A job of several processes: how they meet, agree and part. One process needs none of this, and every function here does nothing then."""
+"""A job of several processes: how they meet, agree and part. One process needs none of this, and every function here does nothing then.
+
+How long a job lasts in every bad case, and how each process ends, with one line on standard error:
+- started differently, a number given twice, the port taken: status 2 within 10 s of the last process's start;
+- a process that does not come: status 2 after `timeout` seconds (--join_timeout) and at most CONNECT more;
+- a process that dies or hangs: status 1 or -6 (SIGABRT, from jax's runtime) within `heartbeat` seconds (--heartbeat_timeout) and 10 more;
+  a hung one that wakes up ends likewise, at once. It cannot save: a save, as every step, takes part of all processes, and these are gone;
+- SIGTERM or SIGINT to one or all: they save at one step, the next but one at the latest, and end with --stop_status.
+"""
 
 import atexit
 import contextlib
 import faulthandler
+import functools
 import glob
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import traceback
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.extend import backend
 
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.runtime import last_word, meeting
+
+CONNECT = 30  # seconds in which jax connects processes that have met
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int = 300, heartbeat: int = 60):
     """Joins the job's processes: by the three arguments, else as a TPU host's environment says, else not at all.
 
     timeout: seconds that all wait for the last to come. heartbeat: seconds after which a silent process counts as dead.
-    UserError where an argument is missing. Where the others do not come: one line and exit status 2.
+    UserError where an argument is missing or wrong, or where the processes were started differently (meeting.meet). Where the others do
+    not come: one line and exit status 2.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -30,22 +46,28 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
         raise UserError(f"--{missing[0]} is missing: give --coordinator_address, --num_processes and --process_id together, or none")
     if missing and not _on_tpu():
         return
-    if not missing and not (0 <= process_id < num_processes and ":" in coordinator_address):
-        raise UserError(f"--process_id={process_id} --num_processes={num_processes} --coordinator_address={coordinator_address}: expected "
-                        "a number from 0 to num_processes - 1, and HOST:PORT of process 0")
-    # The client aborts the process when its own time is up, so a clock of ours speaks first.
-    clock = threading.Timer(timeout, leave, (
-        2, f"error: process {process_id} waited {timeout} s at {coordinator_address} for {num_processes} processes: start them all, with "
-           "the address of process 0, or give more --join_timeout"))
+    if not missing:
+        meeting.split(coordinator_address)
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id={process_id} --num_processes={num_processes}: expected a number from 0 to num_processes - 1")
+        meeting.meet(coordinator_address, num_processes, process_id, timeout)
+    _connect(given, timeout if missing else CONNECT, heartbeat)
+    _start_last_word(heartbeat)
+
+
+def _connect(given: dict, seconds: int, heartbeat: int):
+    """jax.distributed.initialize; exits with a line after `seconds`."""
+    # jax aborts the process when its own time is up, so a clock of ours speaks first.
+    clock = threading.Timer(seconds, leave, (
+        2, f"error: the processes of this job did not connect in {seconds} s: start them all, or give more --join_timeout"))
     clock.daemon = True
     clock.start()
     try:
-        jax.distributed.initialize(**given, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(**given, initialization_timeout=seconds + 60, heartbeat_timeout_seconds=heartbeat)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this job could not meet ({first_line(error)})") from None
+        raise UserError(f"the processes of this job could not connect ({first_line(error)})") from None
     finally:
         clock.cancel()
-    _leave_a_last_word()
 
 
 def _on_tpu() -> bool:
@@ -55,43 +77,69 @@ def _on_tpu() -> bool:
 
 
 _GONE = "another process of this job is gone; the last checkpoint is whole: start all again with the same command"
-_witness = None
+_watcher = None  # the program last_word beside this process
 
 
-def _leave_a_last_word():
-    """A process that says what happened where this one cannot: the runtime aborts it when another of the job dies."""
-    global _witness
+def _start_last_word(heartbeat: int):
+    """Starts last_word.py beside this process: when another process of the job is gone, jax's runtime aborts this one with a page."""
+    global _watcher
     faulthandler.disable()  # a page of threads would bury the line
-    line = f"error: process {jax.process_index()} was cut off: it died, or {_GONE}"
-    _witness = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)", line],
-                                stdin=subprocess.PIPE, text=True, start_new_session=True)
-    atexit.register(_dismiss)
+    me = f"error: process {jax.process_index()}"
+    lines = (f"{me} stopped: {_GONE} (it died, or was silent for {heartbeat} s)",
+             f"{me} died: it was killed, or crashed; the last checkpoint is whole: start all again with the same command")
+    reader, writer = os.pipe()
+    _watcher = subprocess.Popen([sys.executable, "-S", last_word.__file__, str(reader), *lines], stdin=subprocess.PIPE, text=True,
+                                pass_fds=[reader], start_new_session=True)
+    os.close(reader)
+    # C++ writes to descriptor 2, into the pipe; Python keeps the terminal or file that it was.
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)
+    os.dup2(writer, 2)
+    os.close(writer)
+    atexit.register(_part)
 
 
-def _dismiss():
+def _part():
+    """At the end of the program, before jax's own: the last wait for the other processes, one of which may die in it."""
+    try:
+        backend.clear_backends()
+        jax.distributed.shutdown()
+    except Exception as error:
+        leave(1, _stopped(error))
+    _dismiss(last_word.QUIET)
+
+
+def _dismiss(line: str):
+    """Has last_word.py print `line`, or nothing for QUIET, and waits for its end."""
     with contextlib.suppress(OSError, ValueError):
-        _witness.communicate("left in order")
+        _watcher.communicate(line)
 
 
 def leave(status: int, message: str) -> None:
     """Ends this process with a line and a status, at once: an orderly end would wait for the others of the job."""
-    print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if _witness:
-        _dismiss()
+    sys.stderr.flush()
+    if _watcher:
+        _dismiss(message)
+    else:
+        print(message, file=sys.stderr, flush=True)
     os._exit(status)
 
 
-def end_if_another_died(error: Exception) -> None:
-    """Ends this process with a line if the error is what the runtime raises when another process of the job is gone."""
-    if several() and isinstance(error, jax.errors.JaxRuntimeError):
-        cause = (str(error).splitlines() or [""])[0][:200]
-        leave(1, f"error: process {jax.process_index()} stopped: {_GONE} ({cause})")
+def fail(error: Exception) -> None:
+    """Ends this process at once with status 1: with one line if the error is what the runtime raises when another process of the job is
+    gone, else with the traceback."""
+    if not isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" not in str(error):
+        traceback.print_exception(error)
+    leave(1, _stopped(error))
+
+
+def _stopped(error: Exception) -> str:
+    return f"error: process {jax.process_index()} stopped: {_GONE} ({first_line(error)})"
 
 
 def joined() -> bool:
     """Whether this process is one of a job of several."""
-    return _witness is not None and several()
+    return _watcher is not None and several()
 
 
 def several() -> bool:
@@ -115,5 +163,20 @@ def agree(settings: dict) -> None:
 
 
 def stop_agreed(step: int) -> bool:
-    """Whether all processes stop at this step because one of them was sent SIGTERM; every process asks at every step."""
-    return several() and multihost_utils.reached_preemption_sync_point(step)
+    """Whether all processes stop at this step because one was sent SIGTERM or SIGINT; every process asks at every step."""
+    if not several():
+        return False
+    _pass_on_interrupts()
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+@functools.cache
+def _pass_on_interrupts():
+    """From now on the first SIGINT counts as SIGTERM, which jax tells all processes; a second one raises KeyboardInterrupt."""
+
+    def interrupted(*_):
+        signal.signal(signal.SIGINT, before)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with contextlib.suppress(ValueError):  # not the main thread: the caller keeps its signals
+        before = signal.signal(signal.SIGINT, interrupted)
