@@ -1,7 +1,8 @@
 """Captioned images as records to train on: python -m launch.prepare --input=folder:/data/photos --out=/data/records --image_size=256.
 
 Writes sharded ArrayRecord of pixels or latents, text states, captions and labels, and a manifest. Stopped at any time, the same command
-goes on. Several processes need nothing of each other but the folder: give each --num_processes and its own --process_id.
+goes on. Given again when all is done, it verifies every shard and makes again what is missing, damaged or exchanged. Several processes
+need nothing of each other but the folder: give each --num_processes and its own --process_id.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from launch import program
 flags.DEFINE_string("input", None, "folder:PATH (with metadata.jsonl or .csv), tfds:NAME_OR_BUILDER_DIR or tars:GLOB (webdataset).")
 flags.DEFINE_string("out", None, "The folder of the records: a new one, or that of the same call, stopped.")
 flags.DEFINE_string("captions", "", "Of a folder: its .jsonl or .csv of file_name, caption and, if wished, label.")
+flags.DEFINE_bool("follow_outside", False, "Of a folder: read files that its list names outside it, by ../, an absolute path or a link.")
 flags.DEFINE_string("caption_feature", "caption", "Of tfds: the feature with the caption, a/b for b in a; the first of several.")
 flags.DEFINE_string("tfds_split", "train", "Of tfds: the records to take; --test cuts them again.")
 flags.DEFINE_integer("image_size", 256, "The side of the images: their central square is resized to it.", lower_bound=1)
@@ -38,7 +40,7 @@ def main():
     f = program.FLAGS
     choices = prepare.Choices(**{field.name: f[field.name].value for field in dataclasses.fields(prepare.Choices)})
     try:
-        prepare.prepare(choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id)
+        prepare.prepare(choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id, f.follow_outside)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
 

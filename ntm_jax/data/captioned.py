@@ -1,7 +1,7 @@
 """Captioned images as they come: a folder with a .jsonl or .csv of captions, a data set of tfds, or webdataset's tar files.
 
-`open_input` lists what there is; `load`, in whichever process, makes one item a square image, a caption and a label. S the side of the
-image. No jax is imported: worker processes run this.
+`open_input` lists what there is; `load`, in whichever process, makes one item a square image, a caption and a label. Only regular files are
+read, images of at most 256 MiB and captions of at most 16 MiB. S the side of the image. No jax is imported: worker processes run this.
 """
 
 import collections
@@ -19,9 +19,11 @@ import numpy as np
 from etils import epath
 from PIL import UnidentifiedImageError
 
-from ntm_jax.data import sources
+from ntm_jax.data import regular, sources
 from ntm_jax.errors import UserError, first_line
 
+_CLASSES = 100_000  # the least number of classes that whole numbers as labels may make; more with more images
+_TEXT_LIMIT = 16 * 2**20  # bytes of a row of a list, or of a caption's member of a tar
 _LISTS = ("metadata.jsonl", "metadata.csv")
 _IMAGES = ("jpg", "jpeg", "png", "webp")  # members of a tar
 
@@ -56,19 +58,20 @@ class Loaded(NamedTuple):
     label: int | None = None
 
 
-def open_input(name: str, captions: str = "", feature: str = "caption", split: str = "train") -> Input:
+def open_input(name: str, captions: str = "", feature: str = "caption", split: str = "train", follow_outside: bool = False) -> Input:
     """Opens `folder:PATH`, `tfds:NAME_OR_BUILDER_DIR` or `tars:GLOB`.
 
     Args:
       captions: of a folder, its .jsonl or .csv with file_name (or image), caption (or text) and, if wished, label in every row; by default
         metadata.jsonl or metadata.csv in it. Names are relative to the folder.
       feature, split: of tfds, the feature that holds the caption, a/b for b in a, the first of several; and which of its records.
+      follow_outside: of a folder, whether its list may name files outside it, by ../, an absolute path or a link.
     Raises:
       UserError: nothing there, or a list, tar or data set that is not understood. Images are looked at by `load`.
     """
     match name.partition(":"):
         case "folder", ":", where if where:
-            given = _folder(epath.Path(where).expanduser(), captions)
+            given = _folder(epath.Path(where).expanduser(), captions, follow_outside)
         case "tfds", ":", where if where:
             given = _tfds(where, split, feature)
         case "tars", ":", where if where:
@@ -101,7 +104,6 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
     return Loaded(item.key, image, caption=caption, null="" if caption else "empty", label=label)
 
 
-
 def _caption(value) -> str:
     """What stands for a caption: text, bytes, or the first of several; '' for anything else."""
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -117,18 +119,42 @@ def _input(name: str, items: list[Item], read: Callable) -> Input:
         return Input(items, read, [])
     wrong = next((item for item in items if isinstance(item.label, bool) or not isinstance(item.label, (int, str))), None)
     if wrong:
-        raise UserError(f"{name} has the label {wrong.label!r} for {wrong.key}, and others have labels: give every row a name or a number")
+        found = wrong.label if wrong.label is None else f"of type {type(wrong.label).__name__}"
+        raise UserError(f"{name} has the label {found} for {_shown(wrong.key)}, and others have labels: give every row a name or a number")
     labels = {str(item.label) for item in items}
     numbers = all(label.isdecimal() for label in labels)
+    limit = max(_CLASSES, len(items))
+    beyond = next((item for item in items if len(str(item.label)) > 18 or int(item.label) >= limit), None) if numbers else None
+    if beyond:
+        raise UserError(f"{name} has the label {_shown(beyond.label)} for {_shown(beyond.key)}: expected numbers below {limit}, the number "
+                        f"of images or {_CLASSES}; write other labels as names")
     classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numbers else sorted(labels)
     places = {label: int(label) if numbers else place for place, label in enumerate(sorted(labels))}
     return Input([item._replace(label=places[str(item.label)]) for item in items], read, classes)
 
 
+def _shown(value) -> str:
+    """A value within a line of an error: short, and of characters that can be printed."""
+    text = str(value)
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return text if text.isprintable() else ascii(text)
+
+
+def _object(text: str) -> dict:
+    """The JSON object in a text. ValueError, in one line, for everything else."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
 # A folder.
 
 
-def _folder(root: epath.Path, captions: str) -> Input:
+def _folder(root: epath.Path, captions: str, follow_outside: bool) -> Input:
     if not root.is_dir():
         raise UserError(f"--input=folder:{root} is not there: expected a folder of images")
     candidates = [epath.Path(captions).expanduser()] if captions else [root / name for name in _LISTS]
@@ -136,37 +162,75 @@ def _folder(root: epath.Path, captions: str) -> Input:
     if file is None or file.suffix not in (".jsonl", ".csv"):
         found = f"{captions} is no .jsonl or .csv that is there" if captions else f"{root} has no {' or '.join(_LISTS)}"
         raise UserError(f"{found}: give --captions=FILE, a row for each image with file_name, caption and, if wished, label")
-    items = []
+    if not regular.is_regular(file):
+        raise UserError(f"{file} is not a regular file: give a list of captions that is one, with --captions=FILE")
+    items, outside = [], _outside(root)
     for number, row in _rows(file):
         name, caption = (next((row[key] for key in keys if key in row), row) for keys in (("file_name", "image"), ("caption", "text")))
         if not isinstance(name, str) or caption is row:
-            raise UserError(f"{file} line {number} has {', '.join(map(str, row)) or 'nothing'}: expected file_name (or image) and caption "
-                            "(or text) of every image")
+            raise UserError(f"{file} line {number} has {_shown(', '.join(map(str, row)) or 'nothing')}: expected file_name (or image) and "
+                            "caption (or text) of every image")
+        if not _is_name(name):
+            raise UserError(f"{file} line {number} has the file_name {ascii(name)[:80]}, which no file can have: mend the name")
+        if not follow_outside and outside(name):
+            raise UserError(f"{file} line {number} has the file_name {_shown(name)}, which lies outside {root}: put the file into the "
+                            "folder, or give --follow_outside if you trust the list")
         items.append(Item(name, name, _caption(caption), row.get("label")))
     return _input(str(file), items, functools.partial(_read_file, os.fspath(root)))
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file system can hold a name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return False
+
+
+def _outside(root: epath.Path) -> Callable[[str], bool]:
+    """A function of a file's name relative to `root` that tells whether the file lies outside it, links followed where there are any."""
+    base = os.path.realpath(root)
+    resolved = functools.cache(os.path.realpath)  # of the few folders that hold the many files
+
+    def outside(name: str) -> bool:
+        if "://" in os.fspath(root):
+            return "://" in name or os.path.isabs(name) or os.path.normpath(name).split("/")[0] == ".."
+        folder, last = os.path.split(os.path.join(base, name))
+        path = os.path.join(resolved(folder), last)
+        path = os.path.realpath(path) if last in ("", ".", "..") or os.path.islink(path) else path
+        return os.path.commonpath([base, path]) != base
+
+    return outside
 
 
 def _rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
     """(line, row) of a .jsonl or .csv; bytes that are not UTF-8 become surrogates, which name the same file again."""
     number = 0
     try:
-        with file.open("rb") as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as lines:
+        with file.open("rb") as raw, io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as text:
             if file.suffix == ".csv":
-                reader = csv.DictReader(lines)
+                reader = csv.DictReader(_lines(text))
                 for row in reader:
                     number = reader.line_num
                     yield number, {key: value for key, value in row.items() if key is not None and value is not None}
                 return
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(_lines(text), 1):
                 if line.strip():
-                    yield number, dict(json.loads(line))
-    except (ValueError, TypeError, csv.Error) as error:
+                    yield number, _object(line)
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{file} line {number} is not understood ({first_line(error)}): expected {file.suffix} of file_name, "
                         "caption") from None
 
 
+def _lines(text: io.TextIOBase) -> Iterator[str]:
+    """The lines of a text. ValueError for one that is too long for a row."""
+    while line := text.readline(_TEXT_LIMIT):
+        regular.check_size(len(line) + 1, _TEXT_LIMIT)
+        yield line
+
+
 def _read_file(root: str, item: Item):
-    return (epath.Path(root) / item.image).read_bytes(), item.caption, item.label
+    return regular.read(epath.Path(root) / item.image), item.caption, item.label
 
 
 # Tars of webdataset: the members of one key, a name up to its first dot, lie one after the other.
@@ -176,37 +240,78 @@ def _tars(pattern: str) -> Input:
     paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     if not paths:
         raise UserError(f"--input=tars:{pattern} matches no file: expected tars of images with their captions")
+    other = next((path for path in paths if not regular.is_regular(path)), None)
+    if other:
+        raise UserError(f"--input=tars:{pattern} matches {other}, which is not a regular file: remove it, or give a pattern without it")
     items = [item for path in paths for item in _tar(path)]
     return _input(f"tars:{pattern}", items, _read_member)
+
+
+# Types of members that hold the name or the attributes of the next one.
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a tar, refused where its header would send the reader backwards, for ever, or make it read a name of any length."""
+
+    def _block(self, count):
+        if count < 0:
+            raise tarfile.ReadError("a member has a negative size")
+        return super()._block(count)
+
+    def _proc_member(self, tar):
+        if self.type in _EXTENDED:
+            regular.check_size(self.size, _TEXT_LIMIT)
+        return super()._proc_member(tar)
 
 
 def _tar(path: str) -> list[Item]:
     parts = collections.defaultdict(dict)
     try:
-        with tarfile.open(path, "r:") as tar:  # not compressed: members are read at random
+        with tarfile.open(path, "r:", tarinfo=_Member) as tar:  # not compressed: members are read at random
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
                 kind, part = kind.lower(), parts["/".join(filter(None, (os.path.basename(path), folder, key)))]
                 if member.isfile() and kind in _IMAGES:
-                    part["image"] = (path, member.offset_data, member.size)
+                    part["image"] = (path, None if member.issparse() else member.offset_data, member.size)
                 elif member.isfile() and kind == "txt":
-                    part["caption"] = tar.extractfile(member).read().decode(errors="surrogateescape")
+                    part["caption"] = _member_text(tar, member)
                 elif member.isfile() and kind == "json":
-                    row = json.loads(tar.extractfile(member).read().decode(errors="surrogateescape"))
+                    row = _object(_member_text(tar, member))
                     part.setdefault("caption", _caption(row.get("caption", row.get("text"))))
                     part["label"] = row.get("label")
-    except (tarfile.TarError, ValueError, AttributeError) as error:
+            _check_end(tar)
+    except (tarfile.TarError, ValueError) as error:
         raise UserError(f"{path} is not a whole, uncompressed tar of images and captions ({first_line(error)}): mend or remove "
                         "it") from None
     return [Item(key, part.get("image"), part.get("caption", ""), part.get("label")) for key, part in parts.items()
             if part.keys() & {"image", "caption"}]
 
 
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile.ReadError where the reader stopped at a damaged header, which it takes for the end, and not at a block of zeros."""
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
+
+
+def _member_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """The text of a member. ValueError where it is too long."""
+    try:
+        regular.check_size(member.size, _TEXT_LIMIT)
+    except ValueError as error:
+        raise ValueError(f"{_shown(member.name)} is {error}") from None
+    return tar.extractfile(member).read().decode(errors="surrogateescape")
+
+
 def _read_member(item: Item):
     if item.image is None:
         raise FileNotFoundError
     path, offset, size = item.image
+    if offset is None:
+        raise ValueError("a sparse member of its tar")
+    regular.check_size(size)
     with open(path, "rb") as file:
         file.seek(offset)
         data = file.read(size)

@@ -1,7 +1,8 @@
 """Captioned images to records of pixels or latents, text states, captions and labels: what launch/prepare.py runs.
 
 A plan cuts the input into shards, by nothing but the input and the choices; any number of processes work on their own shards of it. A
-shard is whole when its .json lies beside it, which counts what was found, so that a stopped run goes on where it was, to the same bits.
+shard is whole when its .json lies beside it, which counts what was found, so that a stopped run goes on where it was, to the same bits. A
+process verifies the SHA-256 of its own shards that are there, and makes those anew that are not as their .json and the manifest say.
 The process that finds all shards whole writes the manifest. S image side, C channels, M, E text tokens and width. No jax is imported.
 """
 
@@ -27,13 +28,15 @@ import PIL
 from etils import epath
 from tqdm import tqdm
 
-from ntm_jax.data import captioned, latents, pretrained, text
-from ntm_jax.data.records import MANIFEST, Layout, write_json, write_manifest, write_shard
+from ntm_jax import files, typed
+from ntm_jax.data import captioned, latents, pretrained, regular, text
+from ntm_jax.data.records import MANIFEST, Layout, read_manifest, sha256, write_manifest, write_shard
 from ntm_jax.errors import UserError
 
 _PLAN = "plan.json"
 _CHUNK = 16  # images that a worker takes at a time
-_NAMED = 10  # bad images that are named
+_NAMED = 10  # bad images, or shards, that are named
+_NULL = ("empty", "not UTF-8")  # why a caption is the null caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ class _Tally:
     images: int = 0  # good and bad ones
     records: int = 0
     bad: list = dataclasses.field(default_factory=list)  # [key, reason]
-    null_captions: dict = dataclasses.field(default_factory=lambda: {"empty": 0, "not UTF-8": 0})
+    null_captions: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(_NULL, 0))
     cut_captions: int = 0  # longer than M tokens
     bytes: int = 0
     sha256: str = ""
@@ -82,25 +85,40 @@ class _Tally:
     squares: list = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Before:
+    """What the manifest says that is in the folder already: the SHA-256 of each shard's file, by name, and of all of them together."""
+
+    shards: dict[str, str]
+    together: str
+
+
 def prepare(choices: Choices, out: str, max_bad: float = 0.01, batch: int = 32, workers: int = 0, num_processes: int = 1,
-            process_id: int = 0) -> None:
+            process_id: int = 0, follow_outside: bool = False) -> None:
     """Writes this process's shards of the records to the folder `out`, and the manifest if all shards are then whole.
+
+    Where there is a manifest already, shards that are missing, damaged or exchanged are made again, to the same bits.
 
     Args:
       max_bad: the share of the images that may be bad: not there, or not to be decoded. They are left out.
       batch: images encoded at a time; networks round otherwise with another. workers: processes that decode images; 0: this one does.
+      follow_outside: see captioned.open_input.
     Raises:
-      UserError: more bad images; a folder of another plan; an input or a choice that is not understood. What is whole stays.
+      UserError: more bad images; a folder of another plan; an input or a choice that is not understood; shards that come out otherwise than
+        the manifest says. What is whole stays.
     """
     root = epath.Path(out).expanduser()
     if not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id}: expected 0 to {num_processes - 1}, below --num_processes={num_processes}")
-    given = captioned.open_input(choices.input, choices.captions, choices.caption_feature, choices.tfds_split)
+    given = captioned.open_input(choices.input, choices.captions, choices.caption_feature, choices.tfds_split, follow_outside)
     encoder, shards = _Encoder(choices, given.classes), _shards(choices, given.items)
     plan = _plan(choices, given, encoder)
-    name, limit = _claim(root, plan), max_bad * len(given.items)
+    name, limit, before = _claim(root, plan), max_bad * len(given.items), _before(root)
     mine = shards[process_id::num_processes]
-    whole = {shard.name: tally for shard in mine if (tally := _whole(root, shard, name))}
+    whole = {shard.name: tally for shard in mine if (tally := _verified(root, shard, name, before))}
+    again = [shard.name for shard in mine if before and shard.name not in whole]
+    if again:
+        print(f"not as {MANIFEST} says, and made again: {_few(again)}", flush=True)
     _check_bad(whole.values(), limit, root)
     with _pool(workers) as pool, _Progress(mine, whole) as progress:
         for shard in mine:
@@ -118,7 +136,9 @@ def prepare(choices: Choices, out: str, max_bad: float = 0.01, batch: int = 32, 
         print(f"this process is done; {len(lacking)} shards of others are not whole yet, such as {lacking[0]}: the last process writes the "
               "manifest", flush=True)
     else:
-        _finish(root, choices, plan, encoder.layout, shards, list(tallies.values()), limit)
+        _finish(root, choices, plan, encoder.layout, shards, list(tallies.values()), limit, before)
+        if before:
+            print(f"the {len(mine)} shards of this process are as {MANIFEST} said before; made again: {_few(again) or 'none'}", flush=True)
 
 
 def _watched(examples: Iterator, tally: "_Tally", progress: "_Progress", before: list["_Tally"], limit: float, root) -> Iterator:
@@ -159,30 +179,69 @@ def _plan(choices: Choices, given: captioned.Input, encoder: "_Encoder") -> dict
 def _claim(root: epath.Path, plan: dict) -> str:
     """The plan's hash, once it is the folder's plan. UserError where the folder has another."""
     name = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-    file = root / _PLAN
-    if file.exists():
-        try:
-            there = dict(json.loads(file.read_text()))
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}): remove it, or choose another --out") from None
+    there = _plan_there(root, plan)
+    if there is None:
+        if (root / MANIFEST).exists():
+            raise UserError(f"{root} holds records that another program wrote: choose another --out, or remove it")
+        root.mkdir(parents=True, exist_ok=True)
+    else:
         other = next((key for key in sorted(plan | there) if key not in there or key not in plan or plan[key] != there[key]), None)
         if other:
-            raise UserError(f"{root} is being prepared with {other}={there.get(other)!r}, and this call has {plan.get(other)!r}: choose "
-                            "another --out, or remove it; nothing was overwritten")
-    elif (root / MANIFEST).exists():
-        raise UserError(f"{root} holds records that another program wrote: choose another --out, or remove it")
-    else:
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(file, plan)
+            raise UserError(f"{root} is being prepared with {other}={_short(there.get(other))}, and this call has "
+                            f"{_short(plan.get(other))}: choose another --out, or remove it; nothing was overwritten")
+    if not (root / _PLAN).exists():
+        files.write_json(root / _PLAN, plan, sealed=True)
     return name
 
 
+def _plan_there(root: epath.Path, plan: dict) -> dict | None:
+    """The folder's plan, from its manifest where the plan's own file is gone; None where it has none."""
+    if (root / _PLAN).exists():
+        return files.read_json(root / _PLAN, "remove it and give the same command again, which keeps the shards that are whole, or choose "
+                                             "another --out")
+    with contextlib.suppress(UserError):
+        made = read_manifest(str(root))[0].choices
+        return {key: made[key] for key in plan if key in made} or None
+    return None
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _before(root: epath.Path) -> _Before | None:
+    """What the folder's manifest says; None without one, or where it is damaged and will be written again."""
+    with contextlib.suppress(UserError):
+        layout, splits, _ = read_manifest(str(root))
+        shards = {name: digest for part in splits.values() for name, digest in zip(part["shards"], part.get("sha256", ()), strict=False)}
+        return _Before(shards, str(layout.choices.get("records_sha256", "")))
+    return None
+
+
 def _whole(root: epath.Path, shard: _Shard, plan: str) -> _Tally | None:
-    """The shard's tally, if it is whole and of this plan."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        tally = _Tally(**json.loads((root / f"{shard.name}.json").read_text()))
-        if tally.plan == plan and (root / f"{shard.name}.arrayrecord").stat().length == tally.bytes:
+    """The shard's tally, if it is whole and of this plan, going by the size of its file."""
+    with contextlib.suppress(OSError, ValueError):
+        tally = typed.read(_Tally, files.parse_json(regular.read(root / f"{shard.name}.json")), shard.name)
+        file = root / f"{shard.name}.arrayrecord"
+        if tally.plan == plan and _is_sound(tally) and regular.is_regular(file) and file.stat().length == tally.bytes:
             return tally
+    return None
+
+
+def _is_sound(tally: _Tally) -> bool:
+    """Whether a tally's lists and counts hold what they should."""
+    bad = all(isinstance(entry, list) and len(entry) == 2 and all(isinstance(text, str) for text in entry) for entry in tally.bad)
+    null = tally.null_captions.keys() == set(_NULL) and all(type(count) is int for count in tally.null_captions.values())
+    return bad and null and all(type(number) in (int, float) for number in [*tally.sums, *tally.squares])
+
+
+def _verified(root: epath.Path, shard: _Shard, plan: str, before: _Before | None) -> _Tally | None:
+    """The shard's tally, if it is whole and its file is the one that the tally and the manifest mean, by its SHA-256."""
+    tally, file = _whole(root, shard, plan), f"{shard.name}.arrayrecord"
+    said = before.shards.get(file) if before else None
+    if tally and said in (None, tally.sha256) and sha256(root / file) == tally.sha256:
+        return tally
     return None
 
 
@@ -194,8 +253,9 @@ def _check_bad(tallies, limit: float, root) -> None:
 
 
 def _bad(tallies) -> list[str]:
-    # Of a name that is not UTF-8, what can be printed.
-    return [f"{key} ({reason})".encode(errors="backslashreplace").decode() for tally in tallies for key, reason in tally.bad]
+    texts = (f"{key} ({reason})" for tally in tallies for key, reason in tally.bad)
+    # Of a name that is not UTF-8, or breaks lines, what can be printed in one.
+    return [text if text.isprintable() else ascii(text)[1:-1] for text in texts]
 
 
 def _few(names: list[str]) -> str:
@@ -308,9 +368,9 @@ class _Encoder:
         return states
 
 
-def _digest(files) -> str:
+def _digest(paths) -> str:
     digest = hashlib.sha256()
-    for path in sorted(files):
+    for path in sorted(paths):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -320,8 +380,8 @@ def _write(root: epath.Path, shard: _Shard, examples, layout: Layout, tally: _Ta
     """Writes the shard, and then its tally: what says that it is whole."""
     file = root / f"{shard.name}.arrayrecord"
     write_shard(file, examples, layout)
-    tally.bytes, tally.sha256 = file.stat().length, _digest([file])
-    write_json(root / f"{shard.name}.json", dataclasses.asdict(tally))
+    tally.bytes, tally.sha256 = file.stat().length, sha256(file)
+    files.write_json(root / f"{shard.name}.json", dataclasses.asdict(tally), sealed=True)
 
 
 class _Progress:
@@ -352,17 +412,25 @@ class _Progress:
 # The end.
 
 
-def _finish(root: epath.Path, choices: Choices, plan: dict, layout: Layout, shards: list[_Shard], tallies: list[_Tally], limit: float):
+def _finish(root: epath.Path, choices: Choices, plan: dict, layout: Layout, shards: list[_Shard], tallies: list[_Tally], limit: float,
+            before: _Before | None):
     """The manifest and what is said of it."""
     _check_bad(tallies, limit, root)
     splits = {}
     for shard, tally in zip(shards, tallies, strict=True):
-        part = splits.setdefault(shard.split, {"shards": [], "counts": []})
+        part = splits.setdefault(shard.split, {"shards": [], "counts": [], "sha256": []})
         part["shards"].append(f"{shard.name}.arrayrecord")
         part["counts"].append(tally.records)
+        part["sha256"].append(tally.sha256)
     if not sum(splits["train"]["counts"]):
         raise UserError(f"{root} has no record to train on: expected at least one good image")
     content = hashlib.sha256("".join(tally.sha256 for tally in tallies).encode()).hexdigest()
+    if before and before.together not in ("", content):
+        other = [shard.name for shard, tally in zip(shards, tallies, strict=True)
+                 if before.shards.get(f"{shard.name}.arrayrecord", tally.sha256) != tally.sha256]
+        named = f" ({_few(other)})" if other else ""
+        raise UserError(f"{root} came out otherwise than its {MANIFEST} says{named}, so its images or the programs that encode them have "
+                        f"changed since: choose another --out, or remove {MANIFEST} and give the command again to keep what came out")
     found = {"bad_images": sum(len(tally.bad) for tally in tallies), "cut_captions": sum(tally.cut_captions for tally in tallies),
              "null_captions": {why: sum(tally.null_captions[why] for tally in tallies) for why in tallies[0].null_captions}}
     if choices.latents:

@@ -1,8 +1,9 @@
 """Prepared records: sharded ArrayRecord files under one manifest, written once and read at random.
 
-PATH/manifest.json names every split's shards, how many records each holds, and the layout that all records share. A record is the bytes
-of a safetensors file: "image" [H, W, C], uint8 pixels or latents in float16, bfloat16 or float32; "label", an int32, where there are
-classes; "text" [m, E] float16, the states of its own m <= M tokens, where there is text; "caption", UTF-8 bytes, where there are captions.
+PATH/manifest.json names every split's shards, how many records each holds, the SHA-256 of each one's file, and the layout that all records
+share. A record is the bytes of a safetensors file: "image" [H, W, C], uint8 pixels or latents in float16, bfloat16 or float32; "label", an
+int32, where there are classes; "text" [m, E] float16, the states of its own m <= M tokens, where there is text; "caption", UTF-8 bytes,
+where there are captions.
 
 H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's worker processes run this.
 """
@@ -11,10 +12,10 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
+import shutil
 import tempfile
-import uuid
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,13 @@ import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 
+from ntm_jax import files, typed
+from ntm_jax.data import regular
 from ntm_jax.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
+_AGAIN = ("copy it there again, or prepare the records again: the same launch/prepare.py command makes only what is missing or not as "
+          "the manifest says")
 _FORMAT = 1
 _TYPES = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32, "I32": np.int32}
 
@@ -56,6 +61,9 @@ class Layout:
             object.__setattr__(self, key, tuple(getattr(self, key)))
         if len(self.image_shape) != 3 or self.levels == 1 or not 0 <= self.levels <= 256:
             raise ValueError(f"image_shape {self.image_shape} and levels {self.levels}, expected three sizes and 0 or 2 to 256 levels")
+        if min(*self.image_shape, self.num_classes + 1, self.text_tokens + 1, self.text_width + 1) < 1:
+            raise ValueError(f"image_shape {self.image_shape}, num_classes {self.num_classes}, text_tokens {self.text_tokens}, text_width "
+                             f"{self.text_width}, expected positive sizes and no negative numbers")
         channels = self.image_shape[-1] if self.mean or self.std else 0
         if not len(self.mean) == len(self.std) == channels or min(self.std, default=1) <= 0 or (self.levels and self.mean):
             raise ValueError(f"mean {self.mean} and std {self.std}, expected a number and a positive one for each channel of latents")
@@ -86,8 +94,25 @@ class Layout:
 # Reading.
 
 
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """A split as the manifest has it: its shards' files in turn, the records of each, and, but in old manifests, the SHA-256 of each."""
+
+    shards: tuple[str, ...]
+    counts: tuple[int, ...]
+    sha256: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if len(self.counts) != len(self.shards) or len(self.sha256) not in (0, len(self.shards)) or min(self.counts, default=0) < 0:
+            raise ValueError("a split's shards, counts and sha256 are not of one length, or a count is negative")
+        for name in self.shards:
+            if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+                raise ValueError(f"the shard {name!r} is not a name of a file in the folder")
+
+
 def read_manifest(path: str) -> tuple[Layout, dict[str, dict[str, list]], str]:
-    """The layout, the splits {name: {"shards": [file, ...], "counts": [n, ...]}} and the hash of the records in the folder `path`.
+    """The layout, the splits {name: {"shards": [file, ...], "counts": [n, ...], "sha256": [hexadecimal, ...]}} and the hash of the records
+    in the folder `path`. Manifests written before shards were hashed have no "sha256".
 
     Raises:
       UserError: no folder or manifest there, or one that is damaged, of another format, or not as it was written.
@@ -97,43 +122,58 @@ def read_manifest(path: str) -> tuple[Layout, dict[str, dict[str, list]], str]:
         what = f"has no {MANIFEST}" if file.parent.is_dir() else "is not there"
         raise UserError(f"data.source records:{path} {what}: expected a folder that launch/prepare.py wrote")
     try:
-        content = json.loads(file.read_text())
+        content = files.parse_json(regular.read(file))
         written = content.pop("hash")
         if written != _hash(content) or content.pop("format") != _FORMAT:
             raise ValueError(f"not of format {_FORMAT}, or edited since it was written")
         splits = content.pop("splits")
-        return Layout(**content), splits, written
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        for name, split in _mapping(splits).items():
+            typed.read(_Split, split, f"splits.{name}")
+        return typed.read(Layout, content, "layout"), splits, written
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"manifest {file} is not understood ({reason}): prepare the records again") from error
+        raise UserError(f"manifest {file} is not understood ({reason}): copy it there again, or prepare the records again; the same "
+                        "launch/prepare.py command keeps the shards that are whole") from error
+
+
+def _mapping(splits) -> dict:
+    if not isinstance(splits, dict) or not all(name.isprintable() for name in splits):
+        raise ValueError("splits is not a section of splits by name")
+    return splits
 
 
 class Records:
     """Random access to the records of some shards: records[i] -> {"image", "label" (int, -1: none), "text", "text_mask", "caption"}.
 
     The image is [H, W, C] uint8, or float32 for latents; with text there are text [M, E] float16, zeros after the record's own tokens,
-    and text_mask [M] bool, true on these; with captions a str. A shard is opened when it is first read, by whichever process reads it.
+    and text_mask [M] bool, true on these; with captions a str. A shard is opened when it is first read, by whichever process reads it, and
+    that process first compares the SHA-256 of its file, once, with the manifest's: about a second for each GB.
 
     Args:
       path, layout, parts: the folder, its layout, and the values of `read_manifest`'s splits to read in turn.
     Raises:
-      UserError: a shard is missing. While reading: a shard or record that is damaged or not as the manifest says.
+      UserError: a shard is missing. While reading: a shard that is not the file that the manifest means, or a record that is damaged.
     """
 
     def __init__(self, path: str, layout: Layout, parts: Sequence[Mapping[str, list]]):
         self._root, self._layout = epath.Path(path).expanduser(), layout
         self._shards, self._counts = ([entry for part in parts for entry in part[key]] for key in ("shards", "counts"))
+        self._sha256 = [entry for part in parts for entry in part.get("sha256") or [None] * len(part["shards"])]
         self._ends = list(itertools.accumulate(self._counts))
         self._mean, self._std = np.array(layout.mean or 0, np.float32), np.array(layout.std or 1, np.float32)
-        self._readers = {}
         present = {file.name for file in self._root.iterdir()}
         missing = [shard for shard in self._shards if shard not in present]
         if missing:
             lacks = f"lacks {len(missing)} of the {len(self._shards)} shards in its manifest ({missing[0]})"
-            raise UserError(f"data.source records:{path} {lacks}: copy them there, or prepare the records again")
+            raise UserError(f"data.source records:{path} {lacks}: {_AGAIN}")
+        self.__setstate__({})
 
     def __getstate__(self):  # open readers stay behind
-        return vars(self) | {"_readers": {}}
+        return {key: value for key, value in vars(self).items() if key not in ("_readers", "_locks")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._readers, self._locks = {}, [threading.Lock() for _ in self._shards]
 
     def __len__(self) -> int:
         return sum(self._counts)
@@ -141,26 +181,62 @@ class Records:
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = bisect.bisect_right(self._ends, index)
         position = index - self._ends[shard] + self._counts[shard]
-        reader = self._readers.get(shard) or self._readers.setdefault(shard, self._open(shard))
+        reader = self._reader(shard)
         try:
             parts = safetensors.deserialize(reader.read([position])[0])  # its numpy module knows no bfloat16
             arrays = {key: np.frombuffer(part["data"], _TYPES[part["dtype"]]).reshape(part["shape"]) for key, part in parts}
             fault = self._layout.fault(arrays)
+            caption = {"caption": arrays["caption"].tobytes().decode()} if self._layout.captions and not fault else {}
         except Exception as error:  # both libraries raise several kinds on damaged bytes
             fault = f"cannot be decoded ({first_line(error)})"
         if fault:
-            raise UserError(f"record {position} of {self._root / self._shards[shard]} {fault}: prepare this shard again")
+            raise UserError(f"record {position} of {self._root / self._shards[shard]} {fault}: {_AGAIN}")
         image = arrays["image"] if self._layout.levels else (arrays["image"].astype(np.float32) - self._mean) / self._std
         text = pad_text(arrays["text"], self._layout.text_tokens) if self._layout.text_width else {}
-        caption = {"caption": arrays["caption"].tobytes().decode()} if self._layout.captions else {}
         return {"image": image, "label": int(arrays.get("label", -1)), **text, **caption}
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        if shard not in self._readers:
+            with self._locks[shard]:  # of several threads, one hashes the file
+                if shard not in self._readers:
+                    self._readers[shard] = self._open(shard)
+        return self._readers[shard]
 
     def _open(self, shard: int) -> ArrayRecordReader:
         path, expected = os.fspath(self._root / self._shards[shard]), self._counts[shard]
+        if not regular.is_regular(path):
+            raise UserError(f"shard {path} is not a regular file: {_AGAIN}")
+        if self._sha256[shard] and _sha256_once(path) != self._sha256[shard]:
+            raise UserError(f"shard {path} is damaged or another's: its SHA-256 is not that of the manifest; {_AGAIN}")
         reader = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
         if (found := reader.num_records()) != expected:  # 0 of a file that is not ArrayRecord at all
-            raise UserError(f"shard {path} holds {found} records, its manifest says {expected}: prepare this shard again")
+            raise UserError(f"shard {path} holds {found} records, its manifest says {expected}: {_AGAIN}")
         return reader
+
+
+def sha256(path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+_hashed: dict[tuple, str] = {}  # SHA-256 of the files that this process has read, by path, size and times
+
+
+def _sha256_once(path: str) -> str:
+    """SHA-256 of a file, which this process computes once, and again when the file changes."""
+    if "://" in path:
+        stat = epath.Path(path).stat()
+        key = (path, stat.length, stat.mtime)
+    else:
+        stat = os.stat(path)
+        key = (path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key not in _hashed:
+        _hashed[key] = sha256(path)
+    return _hashed[key]
 
 
 def pad_text(text: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
@@ -191,30 +267,46 @@ def write_records(path: str, splits: Mapping[str, Iterable[Mapping[str, Any]]], 
             shards.append(f"{split}-{len(shards):05}.arrayrecord")
             shard = itertools.chain([first], itertools.islice(examples, shard_size - 1))
             counts.append(write_shard(root / shards[-1], shard, layout))
-        written[split] = {"shards": shards, "counts": counts}
+        written[split] = {"shards": shards, "counts": counts, "sha256": [sha256(root / shard) for shard in shards]}
     write_manifest(path, layout, written)
 
 
 def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], layout: Layout) -> int:
     """Writes one shard, under its name only when it is whole -> the number of its records. UserError as `write_records`."""
-    file, count = epath.Path(file), 0
-    # array_record reads object storage, but writes only to a disk: on one, next to the file, where a killed process's rest is found.
-    place = None if "://" in os.fspath(file) else os.fspath(file.parent)
-    with tempfile.TemporaryDirectory(prefix=".part", dir=place) as folder:
-        # Compression saves 8% of latents, and halves the rate at which they are read.
-        writer = ArrayRecordWriter(f"{folder}/shard", "group_size:1" + ("" if layout.levels else ",uncompressed"))
-        try:
-            for example in examples:
-                arrays = {key: _array(key, value) for key, value in example.items()}
-                if fault := layout.fault(arrays):
-                    raise UserError(f"example {count} of {file.name} {fault}")
-                writer.write(safetensors.numpy.save(arrays))
-                count += 1
-        finally:
-            writer.close()
-        whole = epath.Path(folder, "shard")
-        (whole if place else whole.copy(_part(file))).replace(file)
+    with files.aside(file) as target:
+        if "://" not in os.fspath(file):
+            return _write_array_records(target.name, epath.Path(file).name, examples, layout)
+        with tempfile.TemporaryDirectory() as folder:  # array_record reads object storage, but writes only to a disk
+            count = _write_array_records(f"{folder}/shard", epath.Path(file).name, examples, layout)
+            with open(f"{folder}/shard", "rb") as whole:
+                shutil.copyfileobj(whole, target)
+        return count
+
+
+def _write_array_records(path: str, name: str, examples: Iterable[Mapping[str, Any]], layout: Layout) -> int:
+    """Writes examples to a file, which errors call `name` -> their number."""
+    count = 0
+    # Compression saves 8% of latents, and halves the rate at which they are read.
+    writer = ArrayRecordWriter(path, "group_size:1" + ("" if layout.levels else ",uncompressed"))
+    try:
+        for example in examples:
+            arrays, fault = _arrays(example, layout)
+            if fault:
+                raise UserError(f"example {count} of {name} {fault}")
+            writer.write(safetensors.numpy.save(arrays))
+            count += 1
+    finally:
+        writer.close()
     return count
+
+
+def _arrays(example: Mapping[str, Any], layout: Layout) -> tuple[dict[str, np.ndarray], str | None]:
+    """The arrays of an example, and what is wrong with them, if anything is."""
+    try:
+        arrays = {key: _array(key, value) for key, value in example.items()}
+    except UnicodeEncodeError:
+        return {}, "has a caption that UTF-8 cannot hold"
+    return arrays, layout.fault(arrays)
 
 
 def _array(key: str, value) -> np.ndarray:
@@ -225,22 +317,10 @@ def _array(key: str, value) -> np.ndarray:
 
 def write_manifest(path: str, layout: Layout, splits: Mapping[str, Mapping[str, list]]) -> None:
     """Writes the manifest of `splits` as of `read_manifest`, whose shards must be there already."""
-    file = epath.Path(path).expanduser() / MANIFEST
-    content = json.loads(json.dumps({"format": _FORMAT, "splits": splits, **dataclasses.asdict(layout)}))
-    write_json(file, content | {"hash": _hash(content)})
-
-
-def write_json(file: epath.Path, content: Mapping[str, Any]) -> None:
-    """Writes a file of JSON, whole or not at all."""
-    part = _part(file)
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(file)
-
-
-def _part(file: epath.Path) -> epath.Path:
-    """Where a file is written before it is whole: what a killed process leaves there begins with .part."""
-    return file.parent / f".part-{file.name}-{uuid.uuid4().hex}"
+    content = files.plain({"format": _FORMAT, "splits": splits, **dataclasses.asdict(layout)})
+    files.write_json(epath.Path(path).expanduser() / MANIFEST, content | {"hash": _hash(content)})
 
 
 def _hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    """The first 16 digits of a JSON value's SHA-256."""
+    return files.digest(content)[:16]

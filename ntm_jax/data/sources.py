@@ -5,6 +5,7 @@ Sources: `digits`, `mnist_5k`, `emoji` (captioned, in emoji.py), `shapes` (scene
 width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's worker processes run this.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -14,7 +15,6 @@ import io
 import json
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,9 +25,11 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data import emoji, shapes, synthetic, text
+from ntm_jax.data import emoji, regular, shapes, synthetic, text
 from ntm_jax.data.records import Records, pad_text, read_manifest
+from ntm_jax.data.tfds_sets import tfds_builder, tfds_data_source
 from ntm_jax.errors import UserError
+from ntm_jax.files import parse_json, write_json
 
 _KNOWN = "digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH, mock:SHAPE, toy:NAME"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -358,42 +360,6 @@ def _open_tfds(where: str, split: str) -> Source:
     return Source(name, split, str(builder.version), records, features["image"].shape, levels=256, num_classes=num_classes)
 
 
-def tfds_builder(where: str):
-    """The builder of a prepared data set, by name or folder. UserError where there is none."""
-    import tensorflow_datasets as tfds
-
-    name = f"tfds:{where}"
-    try:
-        if (epath.Path(where) / "dataset_info.json").exists():
-            builder = tfds.builder_from_directory(where)
-        else:
-            # Given here because tfds itself reads the variable only once, when it is imported.
-            builder = tfds.builder(where, data_dir=os.environ.get("TFDS_DATA_DIR"))
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{name} is neither a data set known to tfds nor a folder with a dataset_info.json: {reason}") from error
-    if not builder.info.splits:
-        raise UserError(f"{name} is not prepared in {builder.data_path}: set TFDS_DATA_DIR, or prepare it in Python with {_how(where)}")
-    return builder
-
-
-def tfds_data_source(where: str, split: str, **options):
-    """Random access to the examples of a split. UserError where the data set's format has none, or it has no such split."""
-    builder = tfds_builder(where)
-    try:
-        return builder.as_data_source(split, **options)
-    except NotImplementedError:
-        found = builder.info.file_format.value
-        raise UserError(
-            f"tfds:{where} is prepared as {found}, without random access: prepare it in another folder with {_how(where)}") from None
-    except (ValueError, KeyError):
-        raise UserError(f"tfds:{where} has no split {split!r}: it has {', '.join([*builder.info.splits, 'all'])}") from None
-
-
-def _how(where: str) -> str:
-    return f"tfds.builder({where!r}, file_format='array_record').download_and_prepare()"
-
-
 # Prepared records.
 
 
@@ -483,20 +449,61 @@ def _open_folder(where: str, split: str, image_size: int) -> Source:
     return Source(f"folder:{where}", split, version, records, (*size, channels), levels=256, num_classes=len(classes))
 
 
-def _walk(folder: epath.Path, prefix: str) -> Iterator[str]:
-    """Paths of the image files under `folder`, each after `prefix`. Hidden files are left out, links to folders are followed."""
-    for path in folder.iterdir():
-        if path.name.startswith("."):
+def _walk(folder: epath.Path, prefix: str) -> list[str]:
+    """Paths of the image files under `folder`, each after `prefix`. Hidden files are left out, links to files and folders are followed.
+
+    Every folder is walked once, by its own name where it has one here: links may form loops.
+
+    Raises:
+      UserError: what is called an image is a pipe, a device, or a link to nothing.
+    """
+    images, others, walked = [], [], set()
+    pending = [(folder, prefix)]
+    links = collections.deque()  # folders behind links, walked after all others
+    while pending or links:
+        here, before = pending.pop() if pending else links.popleft()
+        place = os.fspath(here) if "://" in os.fspath(here) else os.path.realpath(here)
+        if place in walked:
             continue
-        if path.name.lower().endswith(_SUFFIXES):
-            yield prefix + path.name
-        elif path.is_dir():
-            yield from _walk(path, f"{prefix}{path.name}/")
+        walked.add(place)
+        for name, kind in sorted(_entries(here)):
+            if kind == "folder":
+                pending.append((here / name, f"{before}{name}/"))
+            elif kind == "linked folder":
+                links.append((here / name, f"{before}{name}/"))
+            elif name.lower().endswith(_SUFFIXES):
+                (images if kind == "file" else others).append(before + name)
+    if others:
+        raise UserError(f"{len(others)} images in {folder} are not regular files ({_first(others)}): remove them")
+    return images
+
+
+def _entries(folder: epath.Path) -> Iterator[tuple[str, str]]:
+    """(name, 'file', 'folder', 'linked folder' or 'other') of what lies in a folder and is not hidden."""
+    if "://" in os.fspath(folder):
+        for path in folder.iterdir():
+            if not path.name.startswith("."):
+                yield path.name, "file" if path.name.lower().endswith(_SUFFIXES) or not path.is_dir() else "folder"
+        return
+    with os.scandir(folder) as entries:  # tells files from folders without looking at each
+        for entry in entries:
+            kind = "other"
+            with contextlib.suppress(OSError):  # a link to itself
+                if entry.is_dir():
+                    kind = "linked folder" if entry.is_symlink() else "folder"
+                elif entry.is_file():
+                    kind = "file"
+            if not entry.name.startswith("."):
+                yield entry.name, kind
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _decode(path: epath.Path) -> np.ndarray:
-    """The image in a file, as `decode`."""
-    return decode(path.read_bytes())
+    """The image in a regular file, as `decode`."""
+    return decode(regular.read(path))
 
 
 def decode(data: bytes, size: int = 0) -> np.ndarray:
@@ -547,8 +554,7 @@ def _scan(root: epath.Path, files: Sequence[str]) -> dict[str, list[int]]:
         shapes = list(tqdm(pool.map(inspect, new), f"checking the images of {root}", len(new), disable=None if new else True))
     bad = [file for file, shape in zip(new, shapes, strict=True) if shape is None]
     if bad:
-        names = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-        raise UserError(f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({names}): remove them")
+        raise UserError(f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({_first(bad)}): remove them")
     known.update((file, entries[file] + shape) for file, shape in zip(new, shapes, strict=True))
     scanned = {file: known[file] for file in files}
     if new:
@@ -564,20 +570,22 @@ def _manifests(root: epath.Path) -> list[epath.Path]:
 def _read_manifest(root: epath.Path) -> dict[str, list[int]]:
     for path in _manifests(root):
         # Absent, unreadable or damaged, it costs only another scan.
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return dict(json.loads(path.read_text()))
+        with contextlib.suppress(OSError, ValueError):
+            entries = parse_json(regular.read(path))
+            return {file: entry for file, entry in entries.items() if _is_entry(entry)}
     return {}
+
+
+def _is_entry(entry) -> bool:
+    """Whether a value from a manifest is [bytes, mtime, H, W, C]."""
+    if not isinstance(entry, list) or len(entry) != 5 or not all(type(value) in (int, float) for value in entry[:2]):
+        return False
+    return all(type(value) is int and value > 0 for value in entry[2:]) and entry[-1] in (1, 3)
 
 
 def _write_manifest(root: epath.Path, entries: dict[str, list[int]]) -> None:
     for path in _manifests(root):
-        # Written aside and renamed: other processes scan the same folder at the same time.
-        part = path.parent / f".{uuid.uuid4().hex}.part"
-        try:
+        with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(entries))
-            part.replace(path)
+            write_json(path, entries, sealed=True)
             return
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink()

@@ -56,6 +56,12 @@ def rewrite_manifest(path, **changes):
     (path / "manifest.json").write_text(json.dumps(content))
 
 
+def forget_sha256(path):
+    """Makes the manifest one of an earlier version, which did not hash the shards."""
+    splits = json.loads((path / "manifest.json").read_text())["splits"]
+    rewrite_manifest(path, splits={name: {key: split[key] for key in ("shards", "counts")} for name, split in splits.items()})
+
+
 def write_raw(path, *records):
     """Writes a shard of bytes."""
     writer = ArrayRecordWriter(str(path), "group_size:1")
@@ -71,7 +77,9 @@ def test_pixels_are_read_as_they_were_written(tmp_path):
     train, test = pixels(10), pixels(3, seed=1)
     write_records(tmp_path, {"train": train, "test": iter(test)}, PIXELS, shard_size=4)
     _, splits, version = read_manifest(str(tmp_path))
-    assert splits["train"] == {"shards": [f"train-0000{i}.arrayrecord" for i in range(3)], "counts": [4, 4, 2]}
+    shards = [f"train-0000{i}.arrayrecord" for i in range(3)]
+    sha256 = [hashlib.sha256((tmp_path / shard).read_bytes()).hexdigest() for shard in shards]
+    assert splits["train"] == {"shards": shards, "counts": [4, 4, 2], "sha256": sha256}
     assert {file.name for file in tmp_path.iterdir()} == {*splits["train"]["shards"], *splits["test"]["shards"], "manifest.json"}
     for split, examples in {"train": train, "test": test, "all": train + test, "train[3:9]": train[3:9]}.items():
         source = open_source(f"records:{tmp_path}", split)
@@ -224,13 +232,14 @@ def test_a_missing_shard_is_named_before_anything_is_read(folder):
     (folder / "train-00001.arrayrecord").unlink()
     assert_message(
         lambda: open_source(f"records:{folder}", "train"),
-        f"data.source records:{folder} lacks 1 of the 2 shards in its manifest (train-00001.arrayrecord): copy them there",
+        f"data.source records:{folder} lacks 1 of the 2 shards in its manifest (train-00001.arrayrecord): copy it there again",
     )
     assert len(open_source(f"records:{folder}", "test").records) == 1
 
 
 @pytest.mark.parametrize("damage", ["fewer", "more", "cut", "html"])
 def test_a_shard_of_another_count_is_named_when_it_is_read(folder, damage):
+    forget_sha256(folder)
     file = folder / "train-00001.arrayrecord"
     if damage in ("fewer", "more"):
         write_raw(file, *[b"record"] * (2 if damage == "fewer" else 4))
@@ -240,18 +249,19 @@ def test_a_shard_of_another_count_is_named_when_it_is_read(folder, damage):
     assert source.records[2]["label"] == 2
     found = {"fewer": 2, "more": 4}.get(damage, 0)
     for index in (3, 5):
-        assert_message(lambda index=index: source.records[index], f"shard {file} holds {found} records, its manifest says 3: prepare this")
+        assert_message(lambda index=index: source.records[index], f"shard {file} holds {found} records, its manifest says 3: copy it")
 
 
 def test_a_damaged_record_is_named_when_it_is_read(folder):
+    forget_sha256(folder)
     file = folder / "train-00001.arrayrecord"
     image, label = np.zeros((4, 4, 3), np.uint8), np.array(1, np.int32)
     good = {"image": image, "label": label}
     write_raw(file, *map(safetensors.numpy.save, (good | {"image": image[1:]}, {"image": image}, good | {"label": np.array(1.0)})))
     source = open_source(f"records:{folder}", "train")
-    assert_message(lambda: source.records[3], f"record 0 of {file} image is [3, 4, 3] uint8, expected [4, 4, 3] uint8: prepare this shard")
-    assert_message(lambda: source.records[4], f"record 1 of {file} has image, expected image, label: prepare this shard again")
-    assert_message(lambda: source.records[5], f"record 2 of {file} cannot be decoded ('F64'): prepare this shard again")
+    assert_message(lambda: source.records[3], f"record 0 of {file} image is [3, 4, 3] uint8, expected [4, 4, 3] uint8: copy it there")
+    assert_message(lambda: source.records[4], f"record 1 of {file} has image, expected image, label: copy it there again")
+    assert_message(lambda: source.records[5], f"record 2 of {file} cannot be decoded ('F64'): copy it there again")
     write_raw(file, b"<html>", pickle.dumps(good), safetensors.numpy.save(good))
     source = open_source(f"records:{folder}", "train")
     assert_message(lambda: source.records[3], f"record 0 of {file} cannot be decoded (Error while deserializing")

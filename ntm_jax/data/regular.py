@@ -1,0 +1,42 @@
+"""Reads regular files of a bounded size, from folders that others filled: a pipe would block, a device would never end.
+
+No jax is imported: grain's worker processes run this.
+"""
+
+import os
+
+from etils import epath
+
+LIMIT = 256 * 2**20  # bytes of the largest file, or member of a tar, that is read as an image
+
+
+def is_regular(path) -> bool:
+    """Whether `path`, or what a symbolic link there points to, is a regular file."""
+    path = os.fspath(path)
+    return epath.Path(path).is_file() if "://" in path else os.path.isfile(path)
+
+
+def read(path, limit: int = LIMIT) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+      FileNotFoundError: nothing is there. ValueError: it is no regular file, is larger, or grew while it was read.
+    """
+    path = epath.Path(path)
+    if not is_regular(path):
+        if path.exists():
+            raise ValueError("not a regular file")
+        raise FileNotFoundError(f"{path} is not there")
+    size = path.stat().length
+    check_size(size, limit)
+    with path.open("rb") as file:
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise ValueError("it grew while it was read")
+    return data
+
+
+def check_size(size: int, limit: int = LIMIT) -> None:
+    """ValueError for more than `limit` bytes."""
+    if size > limit:
+        raise ValueError(f"{size / 2**20:.0f} MiB, expected at most {limit // 2**20}")
