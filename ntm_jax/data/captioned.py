@@ -301,7 +301,7 @@ def _member_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     try:
         regular.check_size(member.size, _TEXT_LIMIT)
     except ValueError as error:
-        raise ValueError(f"{_shown(member.name)} is {error}") from None
+        raise ValueError(f"{_shown(member.name)}: {error}") from None
     return tar.extractfile(member).read().decode(errors="surrogateescape")
 
 

@@ -39,4 +39,4 @@ def read(path, limit: int = LIMIT) -> bytes:
 def check_size(size: int, limit: int = LIMIT) -> None:
     """ValueError for more than `limit` bytes."""
     if size > limit:
-        raise ValueError(f"{size / 2**20:.0f} MiB, expected at most {limit // 2**20}")
+        raise ValueError(f"larger than {limit // 2**20} MiB, {size} bytes")

@@ -80,8 +80,9 @@ def _without_imports() -> Iterator[list[str]]:
 
     def known(python_class_name: str):
         if python_class_name not in FeatureConnector._registered_features:
-            refused.append(repr(python_class_name)[:200])
-            raise ValueError(f"{refused[-1]} is no feature of tfds")
+            if "." in python_class_name:
+                refused.append(repr(python_class_name)[:200])
+            raise ValueError(f"{python_class_name[:200]!r} is no feature of tfds")
         return FeatureConnector._registered_features[python_class_name]
 
     with _LOCK:

@@ -1,5 +1,6 @@
 """Captioned images to records: every kind of input, every kind of bad image and caption, and runs that are killed and go on."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -352,6 +353,135 @@ def test_an_input_that_is_none_is_named(tmp_path, tfds_folder):
     assert not (tmp_path / "out").exists()
 
 
+@contextlib.contextmanager
+def within(seconds):
+    """Fails a test that hangs."""
+
+    def late(*_):
+        raise TimeoutError(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refused(message, tmp_path, **given):
+    """Preparing ends in one line that holds `message`, soon, and nothing is written."""
+    with within(20), pytest.raises(UserError, match=re.escape(message)) as error:
+        run(tmp_path, tmp_path / "in", **given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_outside_the_folder_are_read_only_when_asked_for(tmp_path):
+    picture_file = write_folder(tmp_path / "elsewhere", {"a.png": encoded(picture(1))}) / "a.png"
+    folder = write_folder(tmp_path / "in", {"b.png": encoded(picture(2))})
+    (folder / "link.png").symlink_to(picture_file)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "inside").symlink_to(folder)
+    for name in ("../elsewhere/a.png", str(picture_file), "link.png", "linked/a.png", "inside/../../elsewhere/a.png", "linked/absent.png"):
+        write_folder(folder, {}, [{"file_name": "b.png", "caption": "a"}, {"file_name": name, "caption": "a"}])
+        refused(f"metadata.jsonl line 2 has the file_name {name}, which lies outside {folder}: put the file into the folder, or give "
+                "--follow_outside", tmp_path)
+    names = ["b.png", "inside/b.png", "../in/b.png", str(folder / "b.png")]
+    write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
+    assert len(records(run(tmp_path, folder, "within"))) == 4
+    write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in ("../elsewhere/a.png", "link.png", "linked/a.png")])
+    python("-m", "launch.prepare", f"--input=folder:{folder}", f"--out={tmp_path}/out", "--image_size=8", "--test=0", "--follow_outside")
+    assert len(records(tmp_path / "out")) == 3
+
+
+def test_only_regular_files_are_read(tmp_path, capsys):
+    folder = pictures(tmp_path / "in", 1)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    (folder / "zero.png").symlink_to("/dev/zero")
+    with open(folder / "sparse.png", "wb") as file:
+        file.truncate(10**12)
+    names = ["000.png", "pipe.png", "folder.png", "zero.png", "sparse.png"]
+    write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
+    with within(20):
+        assert len(records(run(tmp_path, folder, "left_out", max_bad=0.9, follow_outside=True))) == 1
+    told = capsys.readouterr().out
+    for name in names[1:4]:
+        assert f"{name} (not a regular file)" in told
+    assert "sparse.png (larger than 256 MiB, 1000000000000 bytes)" in told
+    (folder / "metadata.jsonl").unlink()
+    os.mkfifo(folder / "metadata.jsonl")
+    refused("metadata.jsonl is not a regular file", tmp_path)
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").mkdir()
+    for name in ("a.tar", "b.tar"):
+        refused(f"matches {tmp_path}/{name}, which is not a regular file: remove it", tmp_path, input=f"tars:{tmp_path}/{name}")
+
+
+def labelled(label):
+    """A row of a list with a label in JSON."""
+    return f'{{"file_name": "a.png", "caption": "a", "label": {label}}}'
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", "[" * 100_000, "line 1 is not understood (it is nested too deeply)"),
+    ("a.jsonl", "null", "line 1 is not understood (it is not a JSON object)"),
+    ("a.jsonl", labelled("9" * 5000), "line 1 is not understood (Exceeds the limit"),
+    ("a.jsonl", labelled("9" * 4000), "expected numbers below 100000"),
+    ("a.jsonl", labelled(10**12), "has the label 1000000000000 for a.png: expected numbers below 100000"),
+    ("a.jsonl", labelled("[" * 900 + "1" + "]" * 900), "has the label of type list for a.png"),
+    ("a.jsonl", labelled("1e999"), "has the label of type float for a.png"),
+    ("a.csv", "file_name,caption,label\na.png,a," + "9" * 5000, "expected numbers below 100000, the number of images or 100000; write"),
+    ("a.jsonl", r'{"file_name": "\ud800.png", "caption": "a"}', r"has the file_name '\ud800.png', which no file can have: mend the name"),
+    ("a.jsonl", r'{"file_name": "a\u0000.png", "caption": "a"}', "which no file can have: mend the name"),
+    ("a.jsonl", '{"file_name": ["a.png"], "caption": "a"}', "line 1 has file_name, caption: expected file_name"),
+    ("a.jsonl", "a" * (2**24 + 1), "line 0 is not understood (larger than 16 MiB"),
+], ids=range(12))  # fmt: skip
+def test_a_list_that_holds_anything_is_one_line(tmp_path, name, content, message):
+    write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})
+    (tmp_path / name).write_text(content)
+    refused(message, tmp_path, captions=str(tmp_path / name))
+
+
+def member(name, data=b"", **attributes):
+    """A member of a tar, its header as it is given and its data."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in attributes.items():
+        setattr(info, key, value)
+    return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (member("a.json", b"[" * 100_000), "captions (it is nested too deeply)"),
+    (member("a.json", b"[]"), "captions (it is not a JSON object)"),
+    (member("a.json", b"9" * 5000), "captions (Exceeds the limit"),
+    (member("a.json", b"\xff"), "captions (Expecting value"),
+    (member("a.txt", size=-512), "captions (a member has a negative size)"),
+    (member("a.txt", size=2**40), "captions (a.txt: larger than 16 MiB, 1099511627776 bytes)"),
+    (member("a.json", bytes(2**24 + 1)), "captions (a.json: larger than 16 MiB, 16777217 bytes)"),
+    (member("a.gif", size=2**40), "captions (unexpected end of data)"),
+    (member("x", type=tarfile.XHDTYPE, size=2**40), "captions (larger than 16 MiB, 1099511627776 bytes)"),
+    (member("a.txt", b"a") + b"x" * 512 + member("b.txt", b"b"), "captions (damaged header at byte 1024)"),
+], ids=range(10))  # fmt: skip
+def test_a_tar_that_holds_anything_is_one_line(tmp_path, content, message):
+    (tmp_path / "a.tar").write_bytes(content + bytes(1024))
+    refused(message, tmp_path, input=f"tars:{tmp_path}/a.tar")
+
+
+def test_members_that_are_too_large_or_sparse_are_bad_images(tmp_path, capsys):
+    large = 300 * 2**20
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(member("good.png", encoded(picture(1))) + member("sparse.png", bytes(512), type=tarfile.GNUTYPE_SPARSE))
+        file.write(member("large.png", size=large))
+        file.truncate(file.tell() + large + 1024)
+    assert len(records(run(tmp_path, "", input=f"tars:{tmp_path}/a.tar", max_bad=0.9))) == 1
+    told = capsys.readouterr().out
+    assert f"a.tar/large (larger than 256 MiB, {large} bytes)" in told
+    assert "a.tar/sparse (a sparse member of its tar)" in told
+
+
 def test_a_folder_of_another_plan_is_refused(tmp_path):
     folder = pictures(tmp_path / "in", 6)
     before = files(run(tmp_path, folder))
@@ -394,6 +524,110 @@ def test_a_shard_that_is_whole_is_kept_and_another_made_again(tmp_path, monkeypa
     run(tmp_path, folder, shard_size=5)
     assert opened == [f"{i:03}.png" for i in (*range(5, 10), *range(15, 20))]
     assert files(out) == expected
+
+
+def exchange(out):
+    """Gives a folder's shard another preparation's of as many records."""
+    folder = pictures(out.parent / "other", 12)
+    for i in range(12):
+        (folder / f"{i:03}.png").write_bytes(encoded(picture(100 + i)))
+    other = run(out.parent, folder, "exchanged", shard_size=5)
+    for name in ("train-00001.arrayrecord", "train-00001.json"):
+        (out / name).write_bytes((other / name).read_bytes())
+
+
+@pytest.mark.parametrize(("damage", "again"), [
+    (exchange, "train-00001"),
+    (lambda out: (out / "train-00001.arrayrecord").unlink(), "train-00001"),
+    (lambda out: (out / "train-00002.arrayrecord").write_bytes(bytes((out / "train-00002.arrayrecord").stat().st_size)), "train-00002"),
+    (lambda out: (out / "train-00000.json").write_text("[]"), "train-00000"),
+    (lambda out: (out / "train-00000.json").write_text((out / "train-00000.json").read_text().replace('"images": 5', '"images": 6')),
+     "train-00000"),
+    (lambda out: (out / "plan.json").unlink(), "none"),
+], ids=["exchanged", "missing", "zeros", "tally", "edited tally", "plan"])  # fmt: skip
+def test_given_again_the_command_mends_the_records(tmp_path, capsys, damage, again):
+    folder = pictures(tmp_path / "in", 12)
+    out = run(tmp_path, folder, shard_size=5)
+    expected = files(out)
+    damage(out)
+    assert files(out) != expected
+    if again in ("train-00001", "train-00002"):
+        with pytest.raises(UserError, match=r"or prepare the records again: the same launch/prepare\.py command makes only what is"):
+            records(out)
+    capsys.readouterr()
+    run(tmp_path, folder, shard_size=5)
+    assert files(out) == expected
+    told = capsys.readouterr().out
+    assert f"the 3 shards of this process are as manifest.json said before; made again: {again}\n" in told
+    assert (f"not as manifest.json says, and made again: {again}\n" in told) == (again != "none")
+    assert len(records(out)) == 12
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"", b"\xff", b"[" * 100_000, b'{"input": ' + b"9" * 5000 + b"}", b'{"input": 1}'])
+def test_side_files_that_hold_anything_are_made_again(tmp_path, content):
+    folder = pictures(tmp_path / "in", 12)
+    out = run(tmp_path, folder, shard_size=5)
+    expected = files(out)
+    for name in ("manifest.json", "train-00001.json"):
+        (out / name).write_bytes(content)
+        run(tmp_path, folder, shard_size=5)
+        assert files(out) == expected
+    (out / "plan.json").write_bytes(content)
+    message = r"plan\.json cannot be used .*: remove it and give the same command again|is being prepared with"
+    with pytest.raises(UserError, match=message) as error:
+        run(tmp_path, folder, shard_size=5)
+    assert "\n" not in str(error.value)
+    (out / "plan.json").unlink()
+    run(tmp_path, folder, shard_size=5)
+    assert files(out) == expected
+
+
+@pytest.mark.parametrize("change", [
+    {"bad": [1]}, {"bad": [["a"]]}, {"bad": None}, {"null_captions": {}}, {"null_captions": {"empty": "1", "not UTF-8": 0}},
+    {"images": "5"}, {"sums": ["a"]}, {"sha256": 1}, {"new": 1}, {"bytes": True}])  # fmt: skip
+def test_a_tally_of_wrong_types_is_made_again(tmp_path, change):
+    folder = pictures(tmp_path / "in", 3)
+    out = run(tmp_path, folder)
+    expected = files(out)
+    tally = json.loads((out / "train-00000.json").read_text()) | change
+    del tally["content_sha256"]
+    (out / "train-00000.json").write_text(json.dumps(tally))
+    run(tmp_path, folder)
+    assert files(out) == expected
+
+
+def test_a_folder_of_an_earlier_version_goes_on_and_learns_its_sha256(tmp_path, capsys):
+    folder = pictures(tmp_path / "in", 12)
+    out = run(tmp_path, folder, shard_size=5)
+    expected = files(out)
+    for name in ("plan.json", "train-00000.json", "train-00001.json", "train-00002.json"):
+        content = json.loads((out / name).read_text())
+        del content["content_sha256"]
+        (out / name).write_text(json.dumps(content))
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["hash"], manifest["splits"]["train"]["sha256"]
+    (out / "manifest.json").write_text(json.dumps(manifest | {
+        "hash": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]}))
+    assert len(records(out)) == 12
+    capsys.readouterr()
+    run(tmp_path, folder, shard_size=5)
+    assert "made again: none" in capsys.readouterr().out
+    assert files(out)["manifest.json"] == expected["manifest.json"]
+
+
+def test_images_that_changed_since_are_named(tmp_path):
+    folder = pictures(tmp_path / "in", 12)
+    out = run(tmp_path, folder, shard_size=5)
+    manifest = (out / "manifest.json").read_bytes()
+    (folder / "007.png").write_bytes(encoded(picture(99)))
+    (out / "train-00001.arrayrecord").unlink()
+    with pytest.raises(UserError, match=r"came out otherwise than its manifest\.json says \(train-00001\), so its images or the programs"):
+        run(tmp_path, folder, shard_size=5)
+    assert (out / "manifest.json").read_bytes() == manifest
+    with pytest.raises(UserError, match="SHA-256 is not that of the manifest"):
+        records(out)
+    (out / "manifest.json").unlink()
+    assert len(records(run(tmp_path, folder, shard_size=5))) == 12
 
 
 @pytest.mark.parametrize("name", ["plan.json", "train-00001.json"])

@@ -1,8 +1,10 @@
 """Prepared records and made up ones: what is written is what is read, and what a damaged folder says."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 import re
 import time
@@ -13,10 +15,12 @@ import pytest
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from ntm_jax.data import records
 from ntm_jax.data.pipeline import DataSpec, spec
 from ntm_jax.data.records import Layout, read_manifest, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
+from tests.campaigns import records as campaign
 
 PIXELS = Layout((4, 4, 3), levels=256, num_classes=5)
 LATENTS = Layout((2, 2, 4), levels=0, mean=(0.0, 1.0, 2.0, 3.0), std=(1.0, 2.0, 4.0, 8.0))
@@ -267,6 +271,83 @@ def test_a_damaged_record_is_named_when_it_is_read(folder):
     assert_message(lambda: source.records[3], f"record 0 of {file} cannot be decoded (Error while deserializing")
     assert_message(lambda: source.records[4], f"record 1 of {file} cannot be decoded (Error while deserializing")
     assert source.records[5]["label"] == 1
+
+
+def test_a_shard_of_another_preparation_is_named_when_it_is_read(tmp_path):
+    for seed in (0, 1):
+        write_records(tmp_path / str(seed), {"train": pixels(6, seed)}, PIXELS, shard_size=3)
+    file = tmp_path / "0" / "train-00001.arrayrecord"
+    file.write_bytes((tmp_path / "1" / file.name).read_bytes())
+    source = open_source(f"records:{tmp_path}/0", "train")
+    np.testing.assert_array_equal(source.records[2]["image"], pixels(3)[2]["image"])
+    message = f"shard {file} is damaged or another's: its SHA-256 is not that of the manifest; copy it there"
+    assert_message(lambda: source.records[3], message)
+    forget_sha256(tmp_path / "0")  # what earlier versions wrote is read as it always was
+    assert len([open_source(f"records:{tmp_path}/0", "train").records[i] for i in range(6)]) == 6
+
+
+def test_a_process_hashes_a_shard_once(folder, monkeypatch):
+    hashed, sha256 = [], records.sha256
+    monkeypatch.setattr(records, "sha256", lambda path: hashed.append(os.path.basename(path)) or time.sleep(0.02) or sha256(path))
+    source = open_source(f"records:{folder}", "train")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert [record["label"] for record in pool.map(source.records.__getitem__, [0, 1, 2, 3, 4, 5])] == [0, 1, 2, 3, 4, 0]
+    again = open_source(f"records:{folder}", "all")
+    for one in (again, pickle.loads(pickle.dumps(source))):
+        assert one.records[5]["label"] == 0
+    assert sorted(hashed) == ["train-00000.arrayrecord", "train-00001.arrayrecord"]
+    # A file that changes is hashed again.
+    file = folder / "train-00001.arrayrecord"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert_message(lambda: open_source(f"records:{folder}", "train").records[5], "is damaged or another's")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_shard_that_is_no_regular_file_is_named(folder, make):
+    (folder / "train-00001.arrayrecord").unlink()
+    make(folder / "train-00001.arrayrecord")
+    assert_message(lambda: open_source(f"records:{folder}", "train").records[4], "train-00001.arrayrecord is not a regular file: copy it")
+
+
+@pytest.mark.parametrize("content", [
+    b"[]", b"null", b"", b"\xff", b"[" * 100_000, b'{"hash": ' + b"9" * 5000 + b"}", b"7", b'{"hash": []}'])  # fmt: skip
+def test_a_manifest_of_anything_is_one_line(folder, content):
+    (folder / "manifest.json").write_bytes(content)
+    assert_message(lambda: open_source(f"records:{folder}", "train"), f"manifest {folder}/manifest.json is not understood (")
+
+
+@pytest.mark.parametrize("changes", [
+    {"levels": "256"}, {"levels": None}, {"image_shape": [4, 4]}, {"image_shape": [4, 4, "3"]}, {"image_shape": 4},
+    {"image_shape": [4, 4, 0]}, {"num_classes": -1}, {"num_classes": True}, {"text_tokens": 1.5}, {"mean": "0"}, {"captions": 1},
+    {"choices": []}, {"format": "1"},
+    {"splits": []}, {"splits": None}, {"splits": {"train": []}}, {"splits": {"train": {"shards": ["a"]}}},
+    *({"splits": {"train": {"shards": shards, "counts": counts, **more}}} for shards, counts, more in (
+        ("a", [1], {}), (["a"], [-1], {}), (["a"], ["1"], {}), (["a"], [1, 2], {}), (["a"], [1], {"sha256": ["b", "c"]}), ([1], [1], {}),
+        (["../a"], [1], {}), (["/a"], [1], {}), (["a/b"], [1], {}), ([".."], [1], {}), ([""], [1], {}), (["\ud800"], [1], {}))),
+], ids=str)  # fmt: skip
+def test_a_manifest_of_wrong_types_is_one_line(folder, changes):
+    rewrite_manifest(folder, **changes)
+    assert_message(lambda: open_source(f"records:{folder}", "train"), f"manifest {folder}/manifest.json is not understood (")
+
+
+def test_captions_that_are_not_utf_8_are_named(tmp_path):
+    layout = dataclasses.replace(PIXELS, captions=True)
+    example = pixels(1)[0] | {"caption": "a"}
+    with pytest.raises(UserError, match=r"^example 0 of train-00000\.arrayrecord has a caption that UTF-8 cannot hold$"):
+        write_records(tmp_path, {"train": [example | {"caption": "\ud800"}]}, layout)
+    write_records(tmp_path, {"train": [example]}, layout)
+    forget_sha256(tmp_path)
+    arrays = example | {"label": np.array(0, np.int32), "caption": np.array([255], np.uint8)}
+    write_raw(tmp_path / "train-00000.arrayrecord", safetensors.numpy.save(arrays))
+    assert_message(lambda: open_source(f"records:{tmp_path}", "train").records[0], "cannot be decoded ('utf-8' codec")
+
+
+def test_damaged_anywhere_records_are_the_same_or_refused():
+    """The campaign of tests/campaigns/records.py, in short."""
+    counts = campaign.run(40, 0)
+    assert sum(counts.values()) == 40
+    assert counts["silent"] == counts["traceback"] == 0
+    assert min(counts["ok"], counts["refused"]) > 5
 
 
 def test_latents_cannot_be_resized(tmp_path):

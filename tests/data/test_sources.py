@@ -1,16 +1,20 @@
 """Sources on real files: packages' own images, a folder of PNGs, an ArrayRecord data set prepared by tfds."""
 
 import io
+import json
+import os
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ntm_jax.data import sources
+from ntm_jax.data import captioned, regular, sources
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 
@@ -246,6 +250,56 @@ def test_a_large_folder_is_checked_as_it_is_read(tmp_path, monkeypatch):
     assert "3.png has colours" in messages["3.png"]
 
 
+def test_links_are_followed_and_their_loops_walked_once(tmp_path):
+    root = tmp_path / "images"
+    save(root / "z" / "1.png", 1, mode="L")
+    save(root / "z" / "deep" / "2.png", 2, mode="L")
+    save(tmp_path / "elsewhere" / "3.png", 3, mode="L")
+    for link, target in (("z/deep/loop", root), ("again", root / "z"), ("linked", tmp_path / "elsewhere"), ("self", root / "self"),
+                         ("4.png", tmp_path / "elsewhere" / "3.png")):
+        (root / link).symlink_to(target)
+    found = sources._walk(epath.Path(root), "")
+    assert sorted(found) == ["4.png", "linked/3.png", "z/1.png", "z/deep/2.png"]
+    assert sorted(values(open_source(f"folder:{root}", "all"))) == [1, 2, 3, 3]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    save(tmp_path / "folder.png" / "1.png", 1, mode="L")
+    assert values(open_source(f"folder:{tmp_path}", "all")) == [1]
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "absent.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"^3 images in .* are not regular files \(absent\.png, pipe\.png, zero\.png\): remove them$"):
+        open_source(f"folder:{tmp_path}", "all")
+
+
+def test_a_file_of_any_size_is_not_read(tmp_path):
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(ValueError, match="larger than 256 MiB, 1000000000000 bytes"):
+        regular.read(tmp_path / "sparse.png")
+    with pytest.raises(UserError, match=r"1 of 1 images in .* cannot be decoded \(sparse\.png\): remove them"):
+        open_source(f"folder:{tmp_path}", "all")
+
+
+@pytest.mark.parametrize("content", [
+    b"[]", b"null", b"", b"\xff", b"[" * 100_000, b'{"0.png": ' + b"9" * 5000 + b"}", b'{"0.png": 1}', b'{"0.png": [SIZE, TIME, 8]}',
+    b'{"0.png": [SIZE, TIME, "8", null, []]}', b'{"0.png": [SIZE, TIME, 9, 9, 2]}', b'{"0.png": [SIZE, TIME, -8, 8, 1]}', "flipped",
+])  # fmt: skip
+def test_a_damaged_cache_of_a_folder_costs_only_another_scan(tmp_path, content):
+    save(tmp_path / "0.png", 7, mode="L")
+    version, cache = open_source(f"folder:{tmp_path}", "all").version, tmp_path / ".ntm_manifest.json"
+    if content == "flipped":
+        entries = json.loads(cache.read_text())
+        entries["0.png"][2] = 9
+        content = json.dumps(entries).encode()
+    stat = (tmp_path / "0.png").stat()
+    cache.write_bytes(content.replace(b"SIZE", str(stat.st_size).encode()).replace(b"TIME", str(int(stat.st_mtime)).encode()))
+    source = open_source(f"folder:{tmp_path}", "all")
+    assert (source.version, source.image_shape, values(source)) == (version, (8, 8, 1), [7])
+    assert json.loads(cache.read_text())["0.png"][2:] == [8, 8, 1]
+
+
 def test_an_empty_folder_says_what_it_looked_for(tmp_path):
     with pytest.raises(UserError, match=r"holds no images: expected files ending in \.png, \.jpg"):
         open_source(f"folder:{tmp_path}", "train")
@@ -310,3 +364,72 @@ def test_tfds_without_random_access(squares_dir, tmp_path):
         (folder / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match=r"is prepared as tfrecord, without random access"):
         open_source(f"tfds:{folder}", "train")
+
+
+FEATURES = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+FOREIGN = {"pythonClassName": "foreign_module.Feature", "jsonFeature": {"json": "{}"}}
+HOSTILE = {  # ways to name a class in a data set's files
+    "feature": ("features.json", FOREIGN),
+    "nested": ("features.json", {"pythonClassName": FEATURES, "featuresDict": {"features": {"image": FOREIGN}}}),
+    "in a string": ("features.json", {"pythonClassName": FEATURES, "jsonFeature": {
+        "json": json.dumps({"image": {"type": "foreign_module.Feature", "content": {}}})}}),
+    "old": ("features.json", {"type": FEATURES, "content": {"image": {"type": "foreign_module.Feature", "content": {}}}}),
+    "old, in a string": ("features.json", {"type": FEATURES, "proto_cls": "tensorflow_datasets.FeaturesDict", "content": json.dumps(
+        {"features": {"image": FOREIGN}})}),
+    "info": ("dataset_info.json", {"features": FOREIGN}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """A function that tells whether foreign_module was imported, here, where it can be."""
+    marker = tmp_path / "imported"
+    for name in ("foreign_module.py", "foreign_module_dataset_builder.py"):
+        (tmp_path / name).write_text(f"open({str(marker)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return marker.exists
+
+
+@pytest.mark.parametrize("way", HOSTILE)
+def test_tfds_imports_nothing_that_a_folder_names(squares_dir, tmp_path, monkeypatch, imported, way):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    file, content = HOSTILE[way]
+    folders = [tmp_path / "data" / name / "1.2.3" for name in ("hostile", "squares")]
+    for folder in folders:
+        shutil.copytree(squares_dir / "squares" / "1.2.3", folder)
+        info = json.loads((folder / "dataset_info.json").read_text()) | {"name": folder.parent.name, "moduleName": "foreign_module"}
+        (folder / "dataset_info.json").write_text(json.dumps(info))
+        for part in folder.glob("squares-*"):
+            part.rename(folder / part.name.replace("squares", folder.parent.name))
+    # Such a folder opens; it is what is written next that is refused.
+    assert len(open_source(f"tfds:{folders[0]}", "train").records) == 10
+    for folder in folders:
+        there = json.loads((folder / file).read_text()) if file == "dataset_info.json" else {}
+        (folder / file).write_text(json.dumps(there | content))
+    for name in (f"tfds:{folders[0]}", "tfds:hostile", "tfds:hostile:1.2.3", "tfds:squares:1.2.3"):
+        for opened in (lambda name=name: open_source(name, "train"), lambda name=name: captioned.open_input(name, feature="label")):
+            with pytest.raises(UserError, match=rf"^{name} names the class 'foreign_module.Feature' in its features.json or") as error:
+                opened()
+            assert "\n" not in str(error.value)
+    assert not imported()
+
+
+@pytest.mark.parametrize("name", ["foreign_module", "foreign_module.Builder", "huggingface:foreign_module", "namespace:foreign_module",
+                                  "squares/data_dir=.", "squares:1.2.3/x=1", "../foreign_module", "a b"])
+def test_tfds_takes_names_of_its_own_alone(squares_dir, monkeypatch, imported, name):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(squares_dir))
+    for opened in (lambda: open_source(f"tfds:{name}", "train"), lambda: captioned.open_input(f"tfds:{name}")):
+        with pytest.raises(UserError, match=rf"^tfds:{re.escape(name)} is neither a data set known to tfds nor a folder") as error:
+            opened()
+        assert "\n" not in str(error.value)
+    assert not imported()
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"", b"\xff", b"[" * 100_000, b"9" * 5000, b'{"version": 1}'])
+def test_damaged_files_of_tfds_are_one_line(squares_dir, tmp_path, file, content):
+    folder = shutil.copytree(squares_dir / "squares" / "1.2.3", tmp_path / "1.2.3")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^tfds:{folder} is neither a data set known to tfds nor a folder with a dataset_info") as error:
+        open_source(f"tfds:{folder}", "train")
+    assert "\n" not in str(error.value)
