@@ -22,6 +22,15 @@ SEAL = "content_sha256"  # the key of a sealed JSON file that holds the digest o
 
 
 @contextlib.contextmanager
+def naming(path) -> Iterator[None]:
+    """An OSError of the block names `path`: a failed write or flush does not name its file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+
+
+@contextlib.contextmanager
 def aside(path) -> Iterator[BinaryIO]:
     """A binary file to write to. What it holds gets the name `path` when the block ends, and is dropped when the block raises.
 
@@ -36,13 +45,12 @@ def aside(path) -> Iterator[BinaryIO]:
         return
     part = path.parent / f"{PART}{path.name[:150]}-{uuid.uuid4().hex[:12]}"
     try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:  # a failed write or flush does not name its file
-        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+        with naming(path):
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(part)

@@ -310,8 +310,8 @@ class Checkpoints:
         except (UserError, jax.errors.JaxRuntimeError):  # the second is a device's failure, such as running out of memory
             raise
         except Exception as error:
-            raise UserError(f"a checkpoint in {self.directory} could not be written ({_first_line(error)}): free space there, or make it "
-                            "writable; the checkpoints before it are whole, and the same command resumes") from error
+            raise UserError(f"a checkpoint in {self.directory} could not be written ({_first_line(error)}): free space there, raise "
+                            "ulimit -f or make it writable; the checkpoints before it are whole, and the same command resumes") from error
 
     def _open(self, clean: bool):
         for attempt in range(READ_ATTEMPTS):

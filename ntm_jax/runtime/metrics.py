@@ -44,10 +44,7 @@ class Writer:
         if _is_remote(workdir):
             self.message(f"no TensorBoard events: {workdir} is not a local folder; metrics.jsonl has the same figures")
         else:
-            from tensorboardX import SummaryWriter  # here, since it imports torch where that is: seconds of every program's start
-
-            # purge_step makes TensorBoard forget what the run logged after the save that this one resumes from.
-            self._board = SummaryWriter(str(workdir), purge_step=start_step + 1 if start_step else None)
+            self._board = _Board(workdir, start_step)
 
     @property
     def shows(self) -> bool:
@@ -68,8 +65,7 @@ class Writer:
         now = time.time()
         self._lines.append({"step": int(step), "wall_time": now} | {n: v if math.isfinite(v) else None for n, v in scalars.items()})
         if self._board:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step, walltime=now)
+            self._board.scalars(step, now, scalars)
         shown = list(scalars.items())[:SHOWN]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(f"{name} {value:.4g}" for name, value in shown), refresh=False)
@@ -91,7 +87,7 @@ class Writer:
     def image(self, step: int, name: str, image) -> None:
         """Sends a uint8 array [H, W, C], C 1 or 3, to TensorBoard."""
         if self._active and self._board:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            self._board.image(step, name, image)
 
     def message(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -124,12 +120,51 @@ class Writer:
         return [f"{rate:.3g} steps/s", "ETA " + (f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}")]
 
 
+class _Board:
+    """TensorBoard's event file, written in this thread: tensorboardX's own thread dies on a full disk, and its queue then blocks the run.
+
+    It is flushed with every step's scalars. OSErrors name the file.
+    """
+
+    def __init__(self, workdir, start_step):
+        from tensorboardX.event_file_writer import EventsWriter  # here, since it imports torch where that is: seconds of every start
+        from tensorboardX.proto import event_pb2
+
+        self._events, self._folder = event_pb2, workdir
+        with files.naming(workdir):
+            self._file = EventsWriter(f"{workdir}/events")
+            if start_step:  # TensorBoard forgets what the run logged after the save that this one resumes from
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._file.write_event(event_pb2.Event(step=start_step + 1, file_version="brain.Event:2"))
+                self._file.write_event(event_pb2.Event(step=start_step + 1, session_log=start))
+
+    def scalars(self, step, now, scalars):
+        from tensorboardX import summary
+
+        self._write(step, now, [summary.scalar(name, value) for name, value in scalars.items()])
+
+    def image(self, step, name, image):
+        from tensorboardX import summary
+
+        self._write(step, time.time(), [summary.image(name, image, dataformats="HWC")])
+
+    def _write(self, step, now, summaries):
+        with files.naming(self._folder):
+            for one in summaries:
+                self._file.write_event(self._events.Event(step=step, wall_time=now, summary=one))
+            self._file.flush()
+
+    def close(self):
+        with files.naming(self._folder):
+            self._file.close()
+
+
 class _Lines:
     """The file of one JSON object a line: appended and flushed line by line locally, written anew every so often elsewhere."""
 
     def __init__(self, path, start_step, remote):
         self._path = path
-        found = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        found = path.read_bytes().decode(errors="replace").splitlines(keepends=True) if path.exists() else []
         self._kept = [line for line in found if line.endswith("\n") and _step(line) <= start_step]
         if len(self._kept) < len(found):
             self._replace()
@@ -140,8 +175,9 @@ class _Lines:
     def append(self, record):
         line = json.dumps(record, allow_nan=False) + "\n"
         if self._file:
-            self._file.write(line)
-            self._file.flush()
+            with files.naming(self._path):
+                self._file.write(line)
+                self._file.flush()
             return
         self._kept.append(line)
         self._unwritten += 1

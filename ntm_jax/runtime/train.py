@@ -140,49 +140,48 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
     state.check_memory(state.abstract(config, model, mesh), mesh)
     configuration.claim(workdir, config, spec)  # refuses before the folder is touched
     total = config.train.steps
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(workdir_.owned(workdir))
-        changes = configuration.claim(workdir, config, spec)  # what another owner has left
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir, keep_every=config.train.keep, settings=configuration.fixed(config, spec)))
-        latest = checkpoints.latest()
-        if latest is None:
-            current = state.initialize(config, model, mesh)
-            if config.init_from:
-                current = finetune.start_from(config, spec, model, mesh, current)
-            start, data_state = 0, None
-        else:
-            start, current, data_state = checkpoints.restore(state.abstract(config, model, mesh))
-        if start > total:
-            raise UserError(f"{workdir} holds step {start}, beyond config.train.steps = {total}: raise it to go on, or evaluate that run")
-        batches = pipeline.train_iterator(source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers,
-                                          *sharding.share(mesh))
-        stack.callback(batches.close)
-        if data_state is not None:
-            batches.set_state(data_state)
-        if jax.process_index() == 0:
-            configuration.write(workdir, config, spec)
-        if teacher and not kept:
-            distill.freeze(teacher, workdir)
-        frozen = teacher.params if teacher else None
-        if config.train.align_weight:
-            frozen = finetune.frozen(config, model, mesh, workdir, current)
-        writer = stack.enter_context(Writer(workdir, total, start, quiet=jax.process_index() > 0 or not progress))
-        parameters = sum(a.size for a in jax.tree.leaves(current.params))
-        writer.message(f"{parameters:,} parameters, {len(source.records):,} training records, mesh " +
-                       " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()) +
-                       (f", resuming {workdir} at step {start}" if latest is not None else f", in {workdir}") +
-                       (f", starting from {config.init_from}" if latest is None and config.init_from else ""))
-        for change in changes:
-            writer.message(change)
-        stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
-        current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
-                              _Trace(epath.Path(workdir) / "profile", profile, writer.message), teacher, frozen)
-        if not done:
-            return None
-        writer.message(f"trained to step {total}; evaluating")
-        checkpoints.close()
-        writer.close()
+    with workdir_.owned(workdir):
+        with contextlib.ExitStack() as stack:
+            changes = configuration.claim(workdir, config, spec)  # what another owner has left
+            checkpoints = stack.enter_context(
+                Checkpoints(workdir, keep_every=config.train.keep, settings=configuration.fixed(config, spec)))
+            latest = checkpoints.latest()
+            if latest is None:
+                current = state.initialize(config, model, mesh)
+                if config.init_from:
+                    current = finetune.start_from(config, spec, model, mesh, current)
+                start, data_state = 0, None
+            else:
+                start, current, data_state = checkpoints.restore(state.abstract(config, model, mesh))
+            if start > total:
+                raise UserError(f"{workdir} holds step {start}, beyond config.train.steps = {total}: raise it to go on, or evaluate that "
+                                "run")
+            batches = pipeline.train_iterator(source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers,
+                                              *sharding.share(mesh))
+            stack.callback(batches.close)
+            if data_state is not None:
+                batches.set_state(data_state)
+            if jax.process_index() == 0:
+                configuration.write(workdir, config, spec)
+            if teacher and not kept:
+                distill.freeze(teacher, workdir)
+            frozen = teacher.params if teacher else None
+            if config.train.align_weight:
+                frozen = finetune.frozen(config, model, mesh, workdir, current)
+            writer = stack.enter_context(Writer(workdir, total, start, quiet=jax.process_index() > 0 or not progress))
+            parameters = sum(a.size for a in jax.tree.leaves(current.params))
+            writer.message(f"{parameters:,} parameters, {len(source.records):,} training records, mesh " +
+                           " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()) +
+                           (f", resuming {workdir} at step {start}" if latest is not None else f", in {workdir}") +
+                           (f", starting from {config.init_from}" if latest is None and config.init_from else ""))
+            for change in changes:
+                writer.message(change)
+            stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
+            current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
+                                  _Trace(epath.Path(workdir) / "profile", profile, writer.message), teacher, frozen)
+            if not done:
+                return None
+            writer.message(f"trained to step {total}; evaluating")
         run = load.Run(config, spec, model, current.ema, total, mesh, workdir)
         if teacher:
             run = load.with_denoiser(teacher, run)
