@@ -27,7 +27,8 @@ def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0):
     x = (x_0 - sum_j S_0j dL/dx_j) / (1 - t_0), L an example's whole NLL in nats; the prior on x_T drops out as S_0T = 0. Of one level it
     is Tweedie's formula. percentile: the gradient's entries are clipped at that percentile of an example's absolute ones; 100: none is.
     """
-    correction = jnp.einsum("bk,bknd->bnd", covariance(t)[:, 0], _gradient(model, params, xs, t, y, percentile))
+    gradient = _gradient(model, params, xs, t, y, percentile)
+    correction = jnp.einsum("bk,bknd->bnd", covariance(t)[:, 0], gradient, precision=model.config.precision)
     return (xs[:, 0] - correction) / (1 - per_example(t[:, 0], xs[:, 0]))
 
 
@@ -41,5 +42,5 @@ def denoise_levels(model: NTM, params, xs, t, y, percentile: float = 100.0) -> d
     s, gradient = covariance(t)[:, :-1], _gradient(model, params, xs, t, y, percentile)
     xs, t = xs[:, :-1], t[:, :-1]
     corrections = {"as_it_is": 0.0, "own_score": per_example(t**2, xs) * gradient[:, :-1],
-                   "trajectory_score": jnp.einsum("bkj,bjnd->bknd", s, gradient)}
+                   "trajectory_score": jnp.einsum("bkj,bjnd->bknd", s, gradient, precision=model.config.precision)}
     return {name: (xs - correction) / (1 - per_example(t, xs)) for name, correction in corrections.items()}

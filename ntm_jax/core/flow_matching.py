@@ -42,6 +42,7 @@ class Posterior(nn.Module):
     backbone: nn.Module
 
     @nn.compact
+    @layers.at_config_precision
     def __call__(self, u, t, s, steps, y):
         """As of Predictor: u [B, N, D] at level t [B] -> mean and log-scale [B, N, D] at level s [B] < t."""
         velocity, hidden = self.backbone(u, t, y)

@@ -46,6 +46,7 @@ class ModelConfig:
     transporter_text: bool = False  # whether the transporter is told them too
     transporter_positions_std: float = 0.02  # of a new learned table: near 1, which token it is counts as much as what it holds
     flat: bool = False  # see layers.Stack
+    precision: str | None = None  # of float32 products, see layers.precision; exact() sets highest
 
     def __post_init__(self):
         for name, value, known in (
@@ -68,8 +69,11 @@ class ModelConfig:
         return self.grid[0] * self.grid[1]
 
     def exact(self) -> "ModelConfig":
-        """The same model with the transporter's network in float32: for reported likelihoods and exact inverses."""
-        return dataclasses.replace(self, transporter_dtype=jnp.float32)
+        """The same model for reported likelihoods and exact inverses: float32 means float32.
+
+        The transporter's network runs in float32, and all float32 products at full precision.
+        """
+        return dataclasses.replace(self, transporter_dtype=jnp.float32, precision="highest")
 
 
 @flax.struct.dataclass
@@ -111,7 +115,7 @@ class NTM(nn.Module):
         return self.transporter(x, t, steps, y)
 
     def invert(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
-        """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], exact to rounding when transporter_dtype is float32; sweeps [B, blocks]).
+        """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], exact to float32 rounding with config.exact(); sweeps [B, blocks]).
 
         how: auto, parallel, sequential; see core.transporter.
         """

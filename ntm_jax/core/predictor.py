@@ -66,6 +66,7 @@ class Predictor(Trunk):
     """Heads: `direct`, mean and log-scale of a projection; `preconditioned`, the posterior of a predicted clean image."""
 
     @nn.compact
+    @layers.at_config_precision
     def __call__(self, u, t, s, steps, y):
         """u [B, N, D] at level t [B] -> mean and log-scale of the latent at level s [B] < t: [B, N, D] each, float32.
 

@@ -146,7 +146,7 @@ class Block(nn.Module):
 class Transporter(nn.Module):
     """`transporter_blocks` blocks in alternating order, one set of weights for all levels; a new one is the identity, exactly.
 
-    inverse(forward(x)) == x to float32 rounding when transporter_dtype is float32.
+    inverse(forward(x)) == x to float32 rounding with config.exact().
     """
 
     config: Any
@@ -157,6 +157,7 @@ class Transporter(nn.Module):
         self.condition = layers.Condition(c.transporter_width, c.num_classes, len(c.steps) > 1, tell_text=c.transporter_text)
         self.blocks = [Block(c, i % 2 == 1, self.attention) for i in range(c.transporter_blocks)]
 
+    @layers.at_config_precision
     def __call__(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] -> (u [B, N, D], log|det du/dx| [B] in nats)."""
         modulation = self.condition((t,), steps, y)
@@ -166,6 +167,7 @@ class Transporter(nn.Module):
             log_det += block_log_det
         return x, log_det
 
+    @layers.at_config_precision
     def inverse(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
         """u [B, N, D] -> (x [B, N, D] with forward(x) = u, sweeps over the tokens [B, blocks], int32); how: see INVERSES.
 

@@ -13,7 +13,7 @@ import tqdm
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.core import denoising, flow_matching, likelihood, trajectory
+from ntm_jax.core import denoising, flow_matching, layers, likelihood, trajectory
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -152,7 +152,7 @@ def denoising_errors(run, source: Source) -> dict:
 @functools.partial(jax.jit, static_argnames=("config", "model", "denoiser"))
 def _denoiser_errors(params, denoiser_params, root, batch, *, config, model, denoiser):
     y, keys = state.condition(model, batch), state.example_keys(root, "evaluate", batch["index"])
-    return distill.errors(config, denoiser, denoiser_params, model, params, keys, batch["x"], y)
+    return distill.errors(config, state.exact(denoiser), denoiser_params, model, params, keys, batch["x"], y)
 
 
 def denoiser_errors(run, source: Source) -> dict:
@@ -170,15 +170,16 @@ def _velocity_errors(params, root, batch, *, config, model, draws):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         share = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(own)
         t = state.levels_at(config, model, (number + share) / draws)
-        return total + flow_matching.velocity_errors(
-            model.backbone, flow_matching.backbone_params(params), x, trajectory.example_noise(own, x.shape[1:]), t, y), None
+        with layers.precision(model.config.precision):
+            return total + flow_matching.velocity_errors(
+                model.backbone, flow_matching.backbone_params(params), x, trajectory.example_noise(own, x.shape[1:]), t, y), None
 
     return {"velocity": jax.lax.scan(add, jnp.zeros(len(x)), jnp.arange(draws))[0] / draws}
 
 
 def velocity_errors(config: Config, model, params, source: Source, mesh, draws: int) -> dict:
     """Held-out mean squared error of a flow-matching model's velocity a dimension, over `draws` levels a record, spread evenly."""
-    compute = functools.partial(_velocity_errors, params, config=config, model=model, draws=draws)
+    compute = functools.partial(_velocity_errors, params, config=config, model=state.exact(model), draws=draws)
     return quality.mean(_by_record(config, source, mesh, compute)["velocity"])
 
 

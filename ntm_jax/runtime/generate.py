@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ntm_jax import files
-from ntm_jax.core import denoising, flow_matching, sampling
+from ntm_jax.core import denoising, flow_matching, layers, sampling
 from ntm_jax.core.layers import Text, null
 from ntm_jax.core.trajectory import example_noise, per_example
 from ntm_jax.data import latents, transforms
@@ -32,15 +32,17 @@ def _generate(params, root, index, y, denoiser_params=None, *, config, model, st
               denoiser=None):
     if decoder in SOLVERS:
         noise = example_noise(state.example_keys(root, "sample", index), (model.config.tokens, model.config.dim))
-        xs = flow_matching.solve(
-            model.backbone, flow_matching.backbone_params(params), noise, state.levels(config, model, steps, jnp.zeros(len(index))), y,
-            null(y, model.config.num_classes), guidance, decoder == "heun")
+        t = state.levels(config, model, steps, jnp.zeros(len(index)))
+        with layers.precision(model.config.precision):
+            xs = flow_matching.solve(
+                model.backbone, flow_matching.backbone_params(params), noise, t, y,
+                null(y, model.config.num_classes), guidance, decoder == "heun")
         return xs[:, 0], xs if trajectory else None
     t = state.levels(config, model, steps, jnp.full(len(index), config.trajectory.t_min))
     us = sampling.sample_latents(model, params, state.example_keys(root, "sample", index), t, y, guidance)
     xs = sampling.invert_trajectory(model, params, us, t, y, inverse) if trajectory or decoder == "score" else None
     if decoder == "denoiser":
-        x = distill.denoise(denoiser, denoiser_params, us[:, 0], t[:, 0], steps, y)
+        x = distill.denoise(state.exact(denoiser), denoiser_params, us[:, 0], t[:, 0], steps, y)
     elif decoder == "score":
         x = denoising.score_denoise(model, params, xs, t, y, config.sample.percentile)
     else:

@@ -67,8 +67,7 @@ def _flux2(c: ModelConfig, doubles: int, attention) -> Flux2:
 
 
 def exact(model: NTM) -> NTM:
-    """The same model, or denoiser, with its transporter in float32 and unrounded float32 products: for reported likelihoods and exact
-    inverses."""
+    """The same model, or denoiser, for reported likelihoods and exact inverses: float32 means float32."""
     return model.clone(config=model.config.exact())
 
 
