@@ -4,6 +4,7 @@ An attention is called as core.layers.plain_attention is. Where a kernel cannot 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ntm_jax.core.layers import plain_attention
+from ntm_jax.core.layers import own_precision, plain_attention, precision
 from ntm_jax.runtime import sharding
 
 
@@ -26,7 +27,8 @@ class Attention:
     def __call__(self, q, k, v, *, causal: bool, keys=None):
         kind = self.serves(q.shape, q.dtype)
         if kind == "splash":
-            return _splash(q, k, v, keys, causal, self.mesh, self.interpret)
+            splash_here = functools.partial(_splash, causal=causal, mesh=self.mesh, interpret=self.interpret)
+            return _keep_precision(splash_here, q, k, v, keys)
         if kind == "cudnn":
             return _cudnn(q, k, v, keys, causal, self.mesh)
         return plain_attention(q, k, v, causal=causal, keys=keys)
@@ -51,6 +53,32 @@ def choose(mesh):
 
 QUERIES = PartitionSpec(*sharding.BATCH, "sequence", "tensor")
 KEYS = PartitionSpec(*sharding.BATCH, None, "tensor")
+
+
+def _keep_precision(attend, q, *others):
+    """attend(q, *others), of which the gradient too has the products' precision that is set now.
+
+    Pallas traces a kernel's gradient only when it is asked for, outside the context that set it.
+    """
+    if jax.config.jax_default_matmul_precision is None:
+        return attend(q, *others)
+    here = functools.partial(precision, own_precision(q.dtype) or jax.config.jax_default_matmul_precision)
+
+    @jax.custom_vjp
+    def call(*arrays):
+        with here():
+            return attend(*arrays)
+
+    def forward(*arrays):
+        with here():
+            return jax.vjp(attend, *arrays)
+
+    def backward(pullback, gradient):
+        with here():
+            return pullback(gradient)
+
+    call.defvjp(forward, backward)
+    return call(q, *others)
 
 
 def _splash(q, k, v, keys, causal, mesh, interpret):
