@@ -1,6 +1,7 @@
 """A run as a folder that runs without this package: python -m launch.export --workdir=runs/digits --out=exports/digits.
 
-Parameters as safetensors, a compiled sampler and likelihood for CPU, CUDA and TPU, the configuration, a model card and an example script.
+Parameters as safetensors, a compiled sampler and likelihood for CPU, CUDA and TPU, the configuration, a model card and a script that
+samples. ntm_jax.load and the programs' --workdir take the folder like a run's.
 """
 
 from absl import flags
@@ -24,6 +25,6 @@ def main():
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder.")
+    program.define_workdir("A run's folder, or an export, for other settings of sampling.")
     program.define_processes()
     program.run(main)

@@ -1,12 +1,19 @@
 """A run as a folder that needs none of this package: its parameters as safetensors, compiled programs (StableHLO) that take them as an
-argument, its configuration, a model card and an example script. And the way back: a new run that starts from such parameters.
+argument, its configuration, a model card and an example script. And the way back: load.load reads such a folder, and a new run can start
+from its parameters.
+
+config.json holds the SHA-256 of every other file and is sealed itself. Reading an export runs none of its code: only config.json and the
+safetensors are opened.
 
 b batch, H, W, C image height, width and channels; V pixel levels; M text tokens, E their width.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
-import json
+import os
+import pathlib
 import uuid
 
 import jax
@@ -17,14 +24,16 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
+from ntm_jax import files, typed
 from ntm_jax.core.layers import Text
 from ntm_jax.data import transforms
-from ntm_jax.errors import UserError
-from ntm_jax.runtime import checkpoint, evaluate, generate, processes, sharding, state
+from ntm_jax.errors import UserError, first_line
+from ntm_jax.runtime import card, checkpoint, evaluate, generate, processes, sharding, state
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS, SCRIPT = "config.json", "model.safetensors", "sample.py"
+REMEDY = "copy the export again from where it came, or export the run anew"
 
 
 def unflatten(flat: dict) -> dict:
@@ -39,7 +48,22 @@ def unflatten(flat: dict) -> dict:
     return nested
 
 
-DENOISER = "denoiser"
+DENOISER = "denoiser"  # how the names of a denoiser's arrays begin
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What reading an export needs of its config.json. Other keys are left aside: a later version may add some."""
+
+    format: int
+    step: int
+    parameters: str  # raw, ema
+    checksums: dict  # {name of an array: its checkpoint.checksums}
+    spec: dict
+    config: dict
+    files: dict = dataclasses.field(default_factory=dict)  # {name of a file: its SHA-256}; earlier versions wrote none
+    teacher_step: int | None = None  # of a denoiser's run
+    denoiser_config: dict | None = None  # the configuration of the denoiser's own run, for the sizes of the denoiser
 
 
 def parameters(run) -> dict:
@@ -141,163 +165,67 @@ def write_export(run, out: str, steps: int | None = None, guidance: float | tupl
     checksums, flat = checkpoint.checksums(parameters(run)), checkpoint.named_leaves(sharding.to_host(parameters(run)))
     if jax.process_index():
         return
-    told = programs(run)
-    files = {f"{name}.bin": compiled(*program) for name, program in told.items()}
-    files[WEIGHTS] = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in flat.items()}, {"format": "ntm_jax"})
+    exported = programs(run)
+    contents = {f"{name}.bin": compiled(*program) for name, program in exported.items()}
+    contents[WEIGHTS] = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in flat.items()}, {"format": "ntm_jax"})
+    contents[SCRIPT] = pathlib.Path(__file__).with_name("sample_script.py").read_bytes()
+    contents["README.md"] = card.markdown(run, sum(a.size for a in flat.values()), PLATFORMS).encode()
+    arguments = {name: _described(arguments) for name, (_, arguments) in exported.items()}
+    _write(folder, contents, _about(run) | {"programs": arguments, "checksums": checksums})
+    print(f"{len(contents) + 1} files in {out}, {sum(map(len, contents.values())) / 1e6:.1f} MB, of step {run.step}", flush=True)
+
+
+def _about(run) -> dict:
+    """config.json but for what is computed from the arrays and the programs."""
     about = {"format": FORMAT, "step": run.step, "parameters": "raw" if run.raw else "ema", "platforms": PLATFORMS,
-             "programs": {name: _described(arguments) for name, (_, arguments) in told.items()}, "checksums": checksums,
              "packages": {name: importlib.metadata.version(name) for name in ("ntm_jax", "jax")},
-             "spec": dataclasses.asdict(run.spec), "config": run.config.raw} | ({"teacher_step": run.teacher_step} if run.denoiser else {})
-    files["config.json"] = (json.dumps(about, indent=2) + "\n").encode()
-    script = _script(run)
-    files |= {"sample.py": script.encode(), "README.md": _card(run, sum(a.size for a in flat.values()), script).encode()}
-    _write(folder, files)
-    print(f"{len(files)} files in {out}, {sum(map(len, files.values())) / 1e6:.1f} MB, of step {run.step}", flush=True)
+             "spec": dataclasses.asdict(run.spec), "config": run.config.raw}
+    if run.denoiser:
+        about["teacher_step"] = run.teacher_step
+        about["denoiser_config"] = run.denoiser_config and run.denoiser_config.raw
+    return about
 
 
-def _write(folder, files: dict) -> None:
-    """A new folder of files, {name: bytes}, that is there whole or not at all."""
-    part = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
+def _write(folder, contents: dict, about: dict) -> None:
+    """Writes a new folder of files, {name: bytes}, and config.json. It is there whole or not at all."""
+    local = "://" not in os.fspath(folder)
+    part = folder.parent / f"{files.PART}{folder.name}-{uuid.uuid4().hex[:12]}"
+    new_parents = [path for path in folder.parents if local and not path.exists()]
     try:
         part.mkdir(parents=True)
-        for name, content in files.items():
-            (part / name).write_bytes(content)
+        for name, content in contents.items():
+            files.write(part / name, content)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        files.write_json(part / CONFIG, about | {"files": digests}, sealed=True)
+        if local:
+            _flush(part)
         part.rename(folder)
+        if local:
+            _flush(folder.parent)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}): give another --out") from None
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): give a new folder as --out, where you may write and the "
+                        "disk has space left") from None
     finally:
-        if part.exists():
-            part.rmtree()
+        with contextlib.suppress(OSError):
+            if part.exists():
+                part.rmtree()
+        for path in new_parents:
+            with contextlib.suppress(OSError):  # they are not empty where the folder was written
+                path.rmdir()
+
+
+def _flush(folder) -> None:
+    """Flushes a local folder's list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _described(arguments: dict) -> dict:
     """A program's arguments but the parameters, {name: "dtype[shape]"}."""
     return {name: f"{a.dtype}[{','.join(map(str, a.shape))}]" for name, a in arguments.items() if name != "parameters"}
-
-
-CONDITIONS = {
-    "class": ("label", "label = index % {classes}  # each of the {classes} classes in turn"),
-    "none": ("label", "label = np.zeros(number, np.int32)  # the model is told nothing"),
-    "text": ("text, text_mask", "text = np.zeros((number, {tokens}, {width}), np.float16)  # a text encoder's states, zeros behind\n"
-                                "text_mask = np.zeros((number, {tokens}), bool)  # true on a text's own tokens; none: the null caption"),
-}
-SCRIPT = '''"""Images of this model: python sample.py [NUMBER [SEED]] writes samples.npz. Needs jax, numpy, safetensors and flatbuffers."""
-
-{json}import pathlib
-import sys
-
-import jax.export
-import numpy as np
-from safetensors.numpy import load_file
-
-given = [int(argument) for argument in sys.argv[1:]]
-number, seed = given + [16, {seed}][len(given):]
-index = np.arange(number, dtype=np.int32)  # image i of a seed is the same image in any company
-{condition}
-
-folder = pathlib.Path(__file__).parent
-parameters = load_file(folder / "{weights}")
-sampler = jax.export.deserialize(bytearray((folder / "sampler.bin").read_bytes()))
-images = np.asarray(sampler.call(parameters, np.uint32(seed), index, {names}))  # {meaning}
-{unscale}np.savez("samples.npz", images=images)
-print(f"{{number}} images {{images.dtype}}{{list(images.shape[1:])}} in samples.npz")
-'''
-CARD = """---
-license: apache-2.0
-library_name: jax
-tags: [normalizing-flow, image-generation, jax]
----
-# A Normalizing Trajectory Model of {source}
-
-A generative model of images that makes one in {steps} steps and has an exact likelihood of its trajectories
-(Gu et al., [arXiv 2605.08078](https://arxiv.org/abs/2605.08078)), trained with ntm_jax {version}.
-
-| | |
-|---|---|
-| data | {source}, split {split}: {count:,} records of {shape} |
-| told | {told} |
-| parameters | {parameters:,}, {kind} |
-| training | {training} |
-| images here | {steps} steps, guidance {guidance}, decoder {decoder} |
-{figures}
-## Use
-`python sample.py 16 0` writes 16 images of seed 0. It needs neither ntm_jax nor flax: `pip install jax numpy safetensors flatbuffers`.
-
-```python
-{script}```
-
-The compiled programs (StableHLO) run on {platforms}, on one device, with any number of images. They were made with jax {jax}
-and run with that version and later ones for at least six months; `config.json` holds their arguments.
-`log_likelihood.bin` gives {likelihood}, [b]:
-
-```python
-log_likelihood = jax.export.deserialize(bytearray((folder / "log_likelihood.bin").read_bytes()))
-nats = log_likelihood.call(parameters, np.uint32(seed), index, images, {names})  # the noise of image i is keyed by seed and index[i]
-```
-
-With ntm_jax, `--config.init_from=THIS_FOLDER` starts a new run of the same model from `{weights}`.
-
-## Licence
-The programs and the script are under Apache 2.0, as is ntm_jax. The parameters were learned from the data named above, whose terms may
-bind their use.
-"""
-MEANING = {True: "[n, H, W, C], integers 0..{top}", False: "[n, H, W, C], latents"}
-UNSCALE = """spec = json.loads((folder / "config.json").read_text())["spec"]  # the model's latents have mean 0 and variance 1 by channel
-images = images * np.float32(spec["std"]) + np.float32(spec["mean"])  # as the autoencoder made them
-"""
-
-
-def _condition(run) -> tuple[str, str]:
-    """The arguments' names of what the model is told, and the line of sample.py that makes them."""
-    names, line = CONDITIONS[run.config.model.condition]
-    return names, line.format(classes=run.model.config.num_classes, tokens=run.spec.text_tokens, width=run.spec.text_width)
-
-
-def _script(run) -> str:
-    """sample.py."""
-    names, line = _condition(run)
-    meaning = MEANING[run.spec.levels > 0].format(top=run.spec.levels - 1)
-    scaled = bool(run.spec.mean)
-    return SCRIPT.format(seed=run.config.seed, condition=line, names=names, meaning=meaning, weights=WEIGHTS,
-                         unscale=UNSCALE if scaled else "", json="import json\n" if scaled else "")
-
-
-def _card(run, parameters: int, script: str) -> str:
-    """README.md."""
-    config, spec, s = run.config, run.spec, run.config.sample
-    size = " x ".join(map(str, spec.image_shape))
-    kind = "the raw ones" if run.raw else f"their moving average (decay {config.optimizer.ema_decay})"
-    told = {"class": f"one of {run.model.config.num_classes} classes", "none": "nothing", "text": "the states of a text encoder"}
-    latents = f"latents{', of mean 0 and variance 1 by channel,' if spec.mean else ''} noised to {config.trajectory.t_min}"
-    bound = f"the importance-weighted lower bound on the log {'probability of the pixels' if spec.levels else f'density of the {latents}'}"
-    training = f"{run.teacher_step if run.denoiser else run.step:,} steps of {config.data.batch_size} examples, {config.train.objective}"
-    if run.denoiser:
-        training += f"; then {run.step:,} steps of a denoiser, {sum(a.size for a in jax.tree.leaves(run.denoiser[1])):,} of the parameters"
-    return CARD.format(
-        source=config.data.source, split=config.data.split, count=spec.count, told=told[config.model.condition], parameters=parameters,
-        shape=f"{size} pixels of {spec.levels} levels" if spec.levels else f"{size} latents", kind=kind, training=training, steps=s.steps,
-        guidance=s.guidance, decoder=s.decoder, script=script,
-        version=importlib.metadata.version("ntm_jax"), jax=jax.__version__, platforms=", ".join(PLATFORMS), figures=_figures(run),
-        likelihood=f"{bound} in nats, of {config.evaluate.trajectories} trajectories", names=_condition(run)[0], weights=WEIGHTS)
-
-
-def _figures(run) -> str:
-    """The card's rows of the run's evaluation, empty where there is none of this step and these parameters."""
-    for name in ("evaluation.json", f"evaluation-{run.step}.json"):
-        path = epath.Path(run.workdir) / name
-        result = json.loads(path.read_text()) if path.exists() else {}
-        if result.get("step") == run.step and result.get("provenance", {}).get("parameters") == ("raw" if run.raw else "ema"):
-            break
-    else:
-        return ""
-    unit, name = next((unit, name) for unit, name in evaluate.NAMES.items() if unit in result)
-    bound, weighted, steps = result[unit]["bound"], result[unit]["importance_weighted"], result["provenance"]["config"]["sample"]["steps"]
-    rows = [(f"bound, {name}", bound, 1), (f"importance-weighted bound ({weighted['trajectories']} trajectories), {name}", weighted, 1),
-            ("trajectory NLL, nats/dim", result["trajectory_nll"], 1)]
-    if "class_accuracy" in result:
-        rows.append((f"class accuracy of {result['class_accuracy']['images']:,} samples, %", result["class_accuracy"], 100))
-    lines = [f"| {text} | {scale * v['mean']:.4f} ± {scale * v['stderr']:.4f} |" for text, v, scale in rows]
-    return f"\n| {result['count']:,} records of split {result['split']}, {steps} steps | |\n|---|---|\n" + "\n".join(lines) + "\n"
 
 
 def start_from(source: str, config, model, mesh, current):
@@ -307,36 +235,72 @@ def start_from(source: str, config, model, mesh, current):
     abstract = state.abstract(config, model, mesh).params
     folder = epath.Path(source)
     try:
-        params = _read(folder, abstract) if (folder / WEIGHTS).exists() else _restored(folder, config, model, mesh)
+        params = (read_parameters(folder, read_about(folder), abstract, but=f"{DENOISER}/") if is_export(folder)
+                  else _restored(folder, config, model, mesh))
     except UserError as error:
         raise UserError(f"config.init_from is {source}: {error}") from None
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=jax.tree.map(lambda a: a.sharding, abstract))
     return current.replace(params=params, ema=copy(params))  # a step donates both
 
 
-def _read(folder, abstract):
-    """The parameters of an export, each array on the devices of its abstract counterpart, verified."""
+def is_export(folder) -> bool:
+    """Whether a folder is an export, though a damaged one, and not a run's."""
+    folder = epath.Path(folder)
+    return not (folder / "checkpoints").exists() and any((folder / name).exists() for name in (WEIGHTS, SCRIPT, "sampler.bin"))
+
+
+def read_about(folder) -> About:
+    """An export's config.json, verified. UserError where it is missing, damaged or of another format."""
+    path = epath.Path(folder) / CONFIG
+    text = _content(path)
+    values = files.read_json(path, REMEDY)
+    if "files" in values and files.SEAL.encode() not in text:
+        raise UserError(f"{path} was damaged or edited: its checksum {files.SEAL} is missing; {REMEDY}")
+    version = values.get("format")
+    if version is None:
+        raise UserError(f"{path} is not an export's: expected the folder that launch/export.py wrote")
+    if isinstance(version, int) and version != FORMAT:
+        raise UserError(f"{folder} is of format {version}, and this version of ntm_jax reads {FORMAT}: export the run anew")
+    known = {field.name for field in dataclasses.fields(About)}
     try:
-        about = json.loads((folder / "config.json").read_text())
-        flat = safetensors.numpy.load((folder / WEIGHTS).read_bytes())
-        flat = {name: array for name, array in flat.items() if not name.startswith(f"{DENOISER}/")}
-        version, sums = about["format"], about["checksums"]
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise UserError(f"the export is damaged ({type(error).__name__}: {error}); export the run anew") from None
-    if version != FORMAT:
-        raise UserError(f"the export is of format {version}, and this version of ntm_jax reads {FORMAT}; export the run anew")
+        return typed.read(About, {name: value for name, value in values.items() if name in known}, CONFIG)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used ({error}): {REMEDY}") from None
+
+
+def read_parameters(folder, about: About, abstract, but: str | None = None) -> dict:
+    """The parameters of an export in the structure of `abstract`, each array on the devices of its abstract counterpart, verified.
+
+    Arrays whose name begins with `but` are left aside. UserError where the file is damaged, or its arrays are another model's.
+    """
+    path = epath.Path(folder) / WEIGHTS
+    content = _content(path)
+    if about.files and hashlib.sha256(content).hexdigest() != about.files.get(WEIGHTS):
+        raise UserError(f"{path} was damaged or edited: its SHA-256 is not the one in {CONFIG}; {REMEDY}")
+    try:
+        flat = safetensors.numpy.load(content)
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): {REMEDY}") from None
+    flat = {name: array for name, array in flat.items() if not (but and name.startswith(but))}
     expected = checkpoint.named_leaves(abstract)
     for name in [*expected, *sorted(set(flat) - set(expected))]:
         there, here = (checkpoint.describe(arrays.get(name)) for arrays in (flat, expected))
         if there != here:
             raise UserError(f"it is of another model: array {name} is {there} in the export, {here} in this model; use the configuration "
-                            "it was trained with, or another config.init_from")
+                            "it was trained with, or another export")
     params = unflatten({name: jax.make_array_from_callback(a.shape, a.sharding, lambda i, name=name: flat[name][i])
                         for name, a in expected.items()})
     for name, value in checkpoint.checksums(params).items():
-        if sums.get(name) != value:
-            raise UserError(f"the export is damaged: {name} has checksum {value}, written with {sums.get(name)}; export the run anew")
+        if about.checksums.get(name) != value:
+            raise UserError(f"{path} is damaged: {name} has checksum {value}, written with {about.checksums.get(name)}; {REMEDY}")
     return params
+
+
+def _content(path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): {REMEDY}") from None
 
 
 def _restored(folder, config, model, mesh):

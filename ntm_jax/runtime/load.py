@@ -6,13 +6,14 @@ import math
 import jax
 import numpy as np
 
+from ntm_jax import typed
 from ntm_jax.core.layers import Text
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.core.model import NTM
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec
-from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, checkpoint, distill, evaluate, generate, sharding, state
+from ntm_jax.errors import UserError, first_line
+from ntm_jax.runtime import attention, checkpoint, distill, evaluate, export, generate, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import prompts as asking
 from ntm_jax.runtime.config import Config
@@ -32,6 +33,7 @@ class Run:
     raw: bool = False
     denoiser: tuple | None = None  # of a denoiser's run, (module, parameters): model and params are its teacher's
     teacher_step: int | None = None  # and the step that these are of
+    denoiser_config: Config | None = None  # and the configuration of the denoiser's own run, which has the denoiser's sizes
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None) -> np.ndarray:
         """The importance-weighted lower bound on log p(image | label), nats, [n].
@@ -101,17 +103,20 @@ def with_denoiser(teacher: Run, run: Run) -> Run:
     """The teacher, sampled and evaluated as a denoiser's run is configured, with that run's step, folder and denoiser."""
     config = dataclasses.replace(teacher.config, sample=run.config.sample, evaluate=run.config.evaluate, seed=run.config.seed)
     return dataclasses.replace(teacher, config=config, step=run.step, workdir=run.workdir, raw=run.raw, denoiser=(run.model, run.params),
-                               teacher_step=teacher.step)
+                               teacher_step=teacher.step, denoiser_config=run.config)
 
 
 def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, or one of its WORKDIR/checkpoints/STEP, at its latest step or `step`, with the EMA or the raw parameters.
 
-    UserError where there is none.
+    workdir may also be an export: the run that it was made of, with the step, the parameters and the settings of sampling that it holds.
+    UserError where there is none, or it was damaged.
     """
     folder, named = checkpoint.locate(workdir)
     if named is not None and step is None:
         workdir, step = str(folder), named
+    if export.is_export(workdir):
+        return _load_export(str(workdir), step, raw)
     config, spec = configuration.load(workdir)
     mesh = _mesh(config.mesh)
     model = state.make_model(config, spec, attention.choose(mesh))
@@ -121,3 +126,55 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
         return with_denoiser(load(f"{workdir}/frozen"), Run(config, spec, model, params, step, mesh, str(workdir), raw))
     step, params = state.restore_params(workdir, config, model, mesh, step, raw, configuration.fixed(config, spec))
     return Run(config, spec, model, params, step, mesh, str(workdir), raw)
+
+
+def _load_export(folder: str, step: int | None, raw: bool) -> Run:
+    about = export.read_about(folder)
+    if step not in (None, about.step):
+        raise UserError(f"{folder} is an export of step {about.step}, and step {step} is asked of it: leave --step out, or give the "
+                        "workdir of the run")
+    if raw and about.parameters != "raw":
+        raise UserError(f"{folder} is an export of the moving average of the parameters, and the raw ones are asked of it: leave --raw "
+                        "out, or give the workdir of the run")
+    try:
+        spec = _exported_spec(about.spec)
+        config, denoiser_config = _exported_configs(about)
+        mesh = _mesh(config.mesh)
+        model = state.make_model(config, spec, attention.choose(mesh))
+        abstract, denoiser = state.abstract(config, model, mesh).params, None
+        if denoiser_config:
+            own_mesh = _mesh(denoiser_config.mesh)
+            denoiser = distill.make_denoiser(state.make_model(denoiser_config, spec, attention.choose(own_mesh)))
+            abstract = abstract | {export.DENOISER: state.abstract(denoiser_config, denoiser, own_mesh).params["params"]}
+    except (ArithmeticError, TypeError, ValueError) as error:  # settings of an export without a checksum may be anything
+        problem = error if isinstance(error, UserError) else first_line(error)
+        raise UserError(f"{folder}/{export.CONFIG} cannot be used ({problem}): {export.REMEDY}") from None
+    params = export.read_parameters(folder, about, abstract)
+    if denoiser:
+        denoiser = (denoiser, {"params": params.pop(export.DENOISER)})
+    return Run(config, spec, model, params, about.step, mesh, folder, about.parameters == "raw", denoiser, about.teacher_step,
+               denoiser_config)
+
+
+def _exported_configs(about) -> tuple[Config, Config | None]:
+    """The configuration of an export's run, and of its denoiser's own run if it has one."""
+    if about.teacher_step is None:
+        return configuration.read(about.config), None
+    if about.denoiser_config is None:
+        raise UserError("it lacks denoiser_config, the sizes of the learned denoiser, since an earlier version of ntm_jax exported it")
+    # A teacher's configuration by itself may not name the denoiser as its decoder, nor be guided as the denoiser's run is.
+    own = configuration.read(about.denoiser_config)
+    sample = configuration.read(about.denoiser_config | {"sample": about.config.get("sample")}).sample
+    teacher = configuration.read(about.config | {"sample": dataclasses.asdict(sample) | {"decoder": "inverse", "guidance": 0.0}})
+    return dataclasses.replace(teacher, sample=sample), own
+
+
+def _exported_spec(values: dict) -> DataSpec:
+    spec = typed.read(DataSpec, values, "spec")
+    height, width, channels = spec.image_shape
+    if min(height, width, channels, spec.patch_size) < 1 or height % spec.patch_size or width % spec.patch_size:
+        raise UserError(f"spec.image_shape is {spec.image_shape}, spec.patch_size {spec.patch_size}: expected a patch that divides the "
+                        "image")
+    if min(spec.levels, spec.num_classes, spec.text_tokens, spec.text_width) < 0 or len(spec.mean) != len(spec.std):
+        raise UserError("spec has a negative number, or not as many means as standard deviations")
+    return spec

@@ -1,7 +1,11 @@
 """What an export holds, that it runs without this package and gives the package's numbers, and that a new run starts from it."""
 
 import dataclasses
+import hashlib
 import json
+import re
+import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,12 +17,14 @@ import pytest
 from safetensors.numpy import load_file
 
 import ntm_jax
+from ntm_jax import files
 from ntm_jax.core.layers import Text
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, distill, export, state, train
+from ntm_jax.runtime import card, config, distill, export, state, train
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.load import Run
+from tests.campaigns import exports
 from tests.common import ROOT, bits, environment, python, randomised, rehearsal, setup, tiny_config, write_run
 
 pytestmark = [pytest.mark.usefixtures("quick_compilation"), rehearsal]
@@ -72,7 +78,10 @@ def test_the_folder(run, exported):
     header = json.loads(content[8 : 8 + size])
     assert header.pop("__metadata__") == {"format": "ntm_jax"}
     assert len(content) - 8 - size == sum(a.nbytes for a in found.values()) == max(entry["data_offsets"][1] for entry in header.values())
-    about = json.loads((exported / "config.json").read_text())
+    about = files.read_json(exported / "config.json", "")
+    assert files.SEAL in (exported / "config.json").read_text()
+    assert about["files"] == {
+        name: hashlib.sha256((exported / name).read_bytes()).hexdigest() for name in FILES if name != "config.json"}
     assert (about["format"], about["step"], about["parameters"]) == (1, 4, "ema")
     assert config.read(about["config"]) == run.config
     assert about["spec"] == json.loads(json.dumps(dataclasses.asdict(run.spec)))
@@ -132,14 +141,60 @@ except ImportError:
 
 
 def test_the_script_runs_without_the_package(run, exported, tmp_path):
-    script = exported / "sample.py"
-    assert len(script.read_text().splitlines()) <= 30
-    assert script.read_text() in (exported / "README.md").read_text()
-    done = subprocess.run([sys.executable, "-I", "-c", BLOCKED, str(script), "5", "3"], cwd=tmp_path, env=environment(),
+    done = subprocess.run([sys.executable, "-I", "-c", BLOCKED, str(exported / "sample.py"), "5", "3"], cwd=tmp_path, env=environment(),
                           capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, "5 images uint8[8, 8, 1] in samples.npz\n"), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
     with np.load(tmp_path / "samples.npz") as archive:
         assert_same_pixels(archive["images"], run.sample_at(np.arange(5), seed=3))
+
+
+def test_the_example_of_the_card_makes_the_images_of_the_script(exported, monkeypatch):
+    example, likelihood = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.S)
+    monkeypatch.chdir(exported)
+    found = {}
+    assert "number, seed = 16, 0\n" in example
+    exec(example.replace("number, seed = 16, 0\n", "number, seed = 2, 3\n") + likelihood, found)
+    status, out, _, images = exports.run_script(exported, "2", "3")
+    assert (status, out) == (0, "2 images uint8[8, 8, 1] in samples.npz\n")
+    np.testing.assert_array_equal(images, found["images"])
+    assert found["nats"].shape == (2,)
+
+
+def test_the_script_makes_many_images_in_parts(run, exported):
+    _, out, _, images = exports.run_script(exported, "205", "3")
+    assert out == "205 images uint8[8, 8, 1] in samples.npz\n"
+    assert_same_pixels(images[:5], run.sample_at(np.arange(5), seed=3))
+    assert (images[100:200] != images[:100]).any()
+
+
+ARGUMENTS = {
+    "abc": "NUMBER is 'abc': expected a whole number from 1 to 1000000", "-1": "NUMBER is '-1'", "1.5": "NUMBER is '1.5'",
+    "0": "NUMBER is '0'", "9" * 5000: f"NUMBER is '{'9' * 37}...'", "1000001": "NUMBER is '1000001'", "": "NUMBER is ''",
+    "1\n": r"NUMBER is '1\n'", "1 -1": "SEED is '-1': expected a whole number from 0 to 4294967295",
+    "1 4294967296": "SEED is '4294967296'", "1 2 3": "3 arguments are given: expected at most two, python sample.py [NUMBER [SEED]]"}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda text: repr(text[:12]))
+def test_the_script_refuses_other_arguments(exported, arguments):
+    refused_by_script(exported, ARGUMENTS[arguments], *arguments.split(" "))
+
+
+def test_the_script_without_a_place_to_write(exported, monkeypatch):
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    refused_by_script(exported, "samples.npz cannot be written here (No space left on device): run this in a folder that", "2", "3")
+
+
+def refused_by_script(folder, message, *arguments):
+    """Asserts that sample.py ends with status 2, one line with `message`, and no images."""
+    status, out, err, images = exports.run_script(folder, *arguments)
+    assert (status, out, images) == (2, "", None)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
 
 
 def test_a_model_of_texts_and_latents(tmp_path):
@@ -159,9 +214,12 @@ def test_a_model_of_texts_and_latents(tmp_path):
     log_likelihood, _ = program(tmp_path / "out", "log_likelihood")
     np.testing.assert_allclose(log_likelihood.call(parameters, np.uint32(0), index, latents, text, mask),
                                run.log_prob(latents, Text(text, mask), trajectories=2), rtol=1e-6)
-    script = (tmp_path / "out/sample.py").read_text()
-    assert "text = np.zeros((number, 3, 8), np.float16)" in script
-    assert "index, text, text_mask))  # [n, H, W, C], latents" in script
+    readme = (tmp_path / "out/README.md").read_text()
+    assert "text = np.zeros((number, 3, 8), np.float16)" in readme
+    assert "index, text, text_mask))  # [n, H, W, C], latents" in readme
+    _, _, _, images = exports.run_script(tmp_path / "out", "3")
+    null = Text(np.zeros((3, 3, 8), np.float16), np.zeros((3, 3), bool))
+    np.testing.assert_allclose(images, run.sample_at(index[:3], null), atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +232,10 @@ def with_denoiser(tmp_path_factory):
     params, other = (randomised(state.initialize(settings, m, mesh).params, seed) for seed, m in enumerate((model, denoiser)))
     settings = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, decoder="denoiser"))
     spec = dataclasses.replace(pipeline.spec(source, 1), mean=(1.0, -2.0), std=(0.5, 4.0))
-    run = Run(settings, spec, model, params, 6, mesh, "runs/none", denoiser=(denoiser, other), teacher_step=4)
+    values = settings.raw
+    own = config.read(values | {"teacher": "runs/teacher", "model": values["model"] | {"width": 32},
+                                "train": values["train"] | {"objective": "denoiser", "condition_dropout": 0.0}})
+    run = Run(settings, spec, model, params, 6, mesh, "runs/none", denoiser=(denoiser, other), teacher_step=4, denoiser_config=own)
     folder = tmp_path_factory.mktemp("exports") / "denoiser"
     export.write_export(run, str(folder))
     return run, folder
@@ -215,6 +276,22 @@ def test_a_new_run_starts_from_the_teacher_in_a_denoisers_export(with_denoiser, 
     assert (start, bits(current.params)) == (0, bits(run.params))
 
 
+def test_the_export_of_a_denoisers_run_is_that_run(with_denoiser, tmp_path):
+    run, folder = with_denoiser
+    found = ntm_jax.load(str(folder))
+    assert (found.config, found.spec, found.step, found.teacher_step, found.denoiser_config) == (
+        run.config, run.spec, 6, 4, run.denoiser_config)
+    assert found.denoiser[0].config == run.denoiser[0].config
+    assert bits((found.params, found.denoiser[1])) == bits((run.params, run.denoiser[1]))
+    index = np.arange(5)
+    images = found.sample_at(index, index % 3)
+    np.testing.assert_array_equal(images, run.sample_at(index, index % 3))
+    np.testing.assert_array_equal(found.log_prob(images, index % 3, 2), run.log_prob(images, index % 3, 2))
+    old = copy_of(folder, tmp_path, "files", "denoiser_config")
+    with pytest.raises(UserError, match=r"config\.json cannot be used \(it lacks denoiser_config, .*\): .* export the run anew$"):
+        ntm_jax.load(str(old))
+
+
 def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path):
     figure = {"mean": 2.0, "stderr": 0.5}
     result = {"step": 4, "split": "test", "count": 297, "trajectory_nll": figure,
@@ -222,16 +299,29 @@ def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path)
               "bits_per_dim": {"bound": figure, "importance_weighted": figure | {"trajectories": 32}}, "nats_per_dim": {},
               "provenance": {"parameters": "ema", "config": {"sample": {"steps": 2}}}}
     run = dataclasses.replace(run, workdir=str(tmp_path))
-    card = export._card(run, 1234, "")
-    assert "| parameters | 1,234, their moving average (decay 0.999) |" in card
-    assert "bits/dim" not in card
+    text = card.markdown(run, 1234, export.PLATFORMS)
+    assert "| parameters | 1,234, their moving average (decay 0.999) |" in text
+    assert "bits/dim" not in text
     (tmp_path / "evaluation.json").write_text(json.dumps(result))
-    card = export._card(run, 1234, "")
-    assert "| 297 records of split test, 2 steps | |" in card
-    assert "| importance-weighted bound (32 trajectories), bits/dim | 2.0000 ± 0.5000 |" in card
-    assert "| class accuracy of 20 samples, % | 90.0000 ± 1.0000 |" in card
+    text = card.markdown(run, 1234, export.PLATFORMS)
+    assert "| 297 records of split test, 2 steps | |" in text
+    assert "| importance-weighted bound (32 trajectories), bits/dim | 2.0000 ± 0.5000 |" in text
+    assert "| class accuracy of 20 samples, % | 90.0000 ± 1.0000 |" in text
     for other in (dataclasses.replace(run, step=6), dataclasses.replace(run, raw=True)):
-        assert "bits/dim" not in export._card(other, 1234, "")
+        assert "bits/dim" not in card.markdown(other, 1234, export.PLATFORMS)
+
+
+EVALUATIONS = {
+    "a list": b"[]", "null": b"null", "empty": b"", "not UTF-8": b"\xff", "too deep": b"[" * 100_000,
+    "a long number": b'{"step": ' + b"9" * 5000 + b"}", "no figures": b'{"step": 4, "provenance": {"parameters": "ema"}}',
+    "no section": b'{"step": 4, "provenance": 4}', "a word": b'{"step": 4, "provenance": {"parameters": "ema"}, "bits_per_dim": "x"}'}
+
+
+@pytest.mark.parametrize("kind", EVALUATIONS)
+def test_a_damaged_evaluation_is_left_out_of_the_card(run, tmp_path, kind):
+    (tmp_path / "evaluation.json").write_bytes(EVALUATIONS[kind])
+    with pytest.warns(UserWarning, match=r"evaluation\.json is left out of the model card, since it cannot be used \(.*\): evaluate"):
+        assert card.figures(dataclasses.replace(run, workdir=str(tmp_path))) == ""
 
 
 def test_what_cannot_be_written_is_refused(run, exported, tmp_path):
@@ -244,9 +334,37 @@ def test_what_cannot_be_written_is_refused(run, exported, tmp_path):
     with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
         export.write_export(run, str(tmp_path / "out"), guidance=(1.0, 0.0, 0.0))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/out cannot be written \(.*\): give another --out"):
-        export._write(export.epath.Path(tmp_path / "file/out"), {"a": b""})
+    for out in ("file/out", "file/new/out"):
+        unwritable(tmp_path / out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # a longer file cannot be written, as on a full disk
+    try:
+        unwritable(tmp_path / "new/folder/out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def unwritable(folder):
+    with pytest.raises(UserError, match=rf"{folder.name} cannot be written \([A-Z][a-z ]*\): give a new folder as --out, where you may"):
+        export._write(export.epath.Path(folder), {"a": b"a", "b": bytes(2000)}, {})
+
+
+def test_an_export_is_flushed_to_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, fsync = [], export.os.fsync
+
+    def record(descriptor):
+        fsync(descriptor)
+        flushed.append((export.os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "out").exists()))
+
+    monkeypatch.setattr("os.fsync", record)
+    export._write(export.epath.Path(tmp_path / "out"), {"a": b"a"}, {})
+    assert [there for _, there in flushed] == [False, False, False, True]  # a, config.json, the new folder and the one that names it
+    assert flushed[-1][0] == str(tmp_path)
 
 
 @pytest.fixture
@@ -298,7 +416,7 @@ def test_a_run_from_before_init_from_resumes(tmp_path):
     source, _, _ = setup(SETTINGS)
     config.write(str(tmp_path), SETTINGS, pipeline.spec(source, 2))
     values = json.loads((tmp_path / "config.json").read_text())
-    del values["init_from"]
+    del values["init_from"], values[files.SEAL]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert config.load(str(tmp_path))[0] == SETTINGS
     assert config.claim(str(tmp_path), SETTINGS, pipeline.spec(source, 2)) == []
@@ -324,18 +442,142 @@ def test_a_run_that_is_not_there_or_is_another_model_is_refused(workdir, tmp_pat
     told(tiny_config(**{"model.width": 32}), workdir / name if name else tmp_path, tmp_path, message)
 
 
-def test_a_damaged_export_is_refused(exported, tmp_path):
+def copy_of(exported, tmp_path, *lacks):
+    """A copy of an export; if keys of config.json are named, without them and its checksum, as earlier versions wrote it."""
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        (copy / file).write_bytes((exported / file).read_bytes())
-    content = (copy / "model.safetensors").read_bytes()
+    shutil.copytree(exported, copy, dirs_exist_ok=True)
+    if lacks:
+        about = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({k: v for k, v in about.items() if k not in (files.SEAL, *lacks)}))
+    return copy
+
+
+def test_the_export_of_a_run_is_that_run(run, exported):
+    found = ntm_jax.load(str(exported))
+    assert (found.config, found.spec, found.step, found.raw, found.workdir) == (run.config, run.spec, 4, False, str(exported))
+    assert bits(found.params) == bits(run.params)
+    index = np.arange(5)
+    images = found.sample_at(index)
+    np.testing.assert_array_equal(images, run.sample_at(index))
+    np.testing.assert_array_equal(found.log_prob(images, index, 3), run.log_prob(images, index, 3))
+    assert ntm_jax.load(str(exported), step=4).step == 4
+    with pytest.raises(UserError, match=r"tiny is an export of step 4, and step 2 is asked of it: leave --step out, or give the workdir"):
+        ntm_jax.load(str(exported), step=2)
+    with pytest.raises(UserError, match=r"tiny is an export of the moving average of the parameters, and the raw ones .*: leave --raw"):
+        ntm_jax.load(str(exported), raw=True)
+
+
+def test_an_export_without_digests_is_read(run, exported, tmp_path, started):
+    old = copy_of(exported, tmp_path, "files")
+    assert bits(ntm_jax.load(str(old)).params) == bits(run.params)
+    current, _ = started(dataclasses.replace(SETTINGS, init_from=str(old)), tmp_path / "new")
+    assert bits(current.params) == bits(run.params)
+    shutil.rmtree(tmp_path / "new")
+    content = (old / "model.safetensors").read_bytes()
     flipped = content[:-6] + bytes([content[-6] ^ 4]) + content[-5:]
-    for damage, message in ((content[:-8], "the export is damaged (SafetensorError"), (flipped, "the export is damaged: params/")):
-        (copy / "model.safetensors").write_bytes(damage)
-        told(SETTINGS, copy, tmp_path, message)
-    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"format": 2}))
+    for damage, message in ((content[:-8], "model.safetensors is damaged (SafetensorError"), (flipped, "is damaged: params/"),
+                            (b"", "model.safetensors is damaged (SafetensorError")):
+        (old / "model.safetensors").write_bytes(damage)
+        told(SETTINGS, old, tmp_path, message)
+        refused_by_load(old, message)
+
+
+def refused_by_load(folder, message=""):
+    with pytest.raises(UserError) as error:
+        ntm_jax.load(str(folder))
+    assert str(error.value).startswith(str(folder))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+CONFIGS = {
+    "a list": b"[]", "null": b"null", "empty": b"", "not UTF-8": b"\xff", "too deep": b"[" * 100_000,
+    "a long number": b'{"format": ' + b"9" * 5000 + b"}", "an object": b"{}", "a true format": b'{"format": true}',
+    "a word as format": b'{"format": "1"}', "another's": b'{"model_type": "llama"}', "a section too few": b'{"format": 1, "step": 4}'}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_another_config_is_refused(exported, tmp_path, kind):
+    copy = copy_of(exported, tmp_path)
+    (copy / "config.json").write_bytes(CONFIGS[kind])
+    refused_by_load(copy, f"{copy}/config.json")
+    refused_by_script(copy, "config.json was damaged or edited: its content does not match its checksum; copy the folder again")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "sampler.bin"])
+def test_a_file_that_is_damaged_or_missing_is_refused(exported, tmp_path, name):
+    copy = copy_of(exported, tmp_path)
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    damaged, missing = f"{copy}/{name} was damaged or edited: ", f"{copy}/{name} cannot be read (No such file or directory): "
+    refused_by_script(copy, damaged)
+    if name != "sampler.bin":
+        refused_by_load(copy, damaged if name == "model.safetensors" else f"{copy}/{name} cannot be used (it ")
+    (copy / name).unlink()
+    refused_by_script(copy, missing)
+    if name != "sampler.bin":  # which ntm_jax does not run
+        refused_by_load(copy, missing)
+        told(SETTINGS, copy, tmp_path, missing)
+
+
+def test_an_edited_config_is_refused(exported, tmp_path):
+    copy = copy_of(exported, tmp_path)
+    text = (copy / "config.json").read_text()
+    for edited, message in ((text.replace('"levels": 17', '"levels": 16'), "its content does not match its checksum"),
+                            (text.replace(files.SEAL, "content_sha257"), "its checksum content_sha256 is missing"),
+                            (text.replace('"files"', '"filet"'), "its content does not match its checksum")):
+        assert edited != text
+        (copy / "config.json").write_text(edited)
+        refused_by_load(copy, message)
+        refused_by_script(copy, "its content does not match its checksum")
+
+
+def test_an_export_of_another_format_is_refused(exported, tmp_path):
+    copy = copy_of(exported, tmp_path, "files")
+    about = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(about | {"format": 2}))
+    refused_by_load(copy, "of format 2, and this version of ntm_jax reads 1")
     told(SETTINGS, copy, tmp_path, "of format 2, and this version of ntm_jax reads 1")
+    (copy / "config.json").write_text(json.dumps(about | {"from_a_later_version": 2}))
+    assert ntm_jax.load(str(copy)).step == 4
+
+
+WRONG = (None, [], {}, "x", -1, 0, 1.5, True, 10**12, float("nan"))
+
+
+def test_a_value_of_another_type_is_refused_or_does_no_harm(run, exported, tmp_path, monkeypatch):
+    """Of config.json as earlier versions wrote it, which has no checksum: each value is exchanged for another in turn."""
+    copy = copy_of(exported, tmp_path, "files")
+    text = (copy / "config.json").read_text()
+    monkeypatch.setattr(export, "read_parameters", lambda folder, about, abstract: run.params)  # what follows is of the arrays alone
+    outcomes = []
+    for number, path in enumerate(paths(json.loads(text))):
+        about = json.loads(text)
+        *sections, last = path
+        inner = about
+        for key in sections:
+            inner = inner[key]
+        inner[last] = WRONG[number % len(WRONG)]
+        (copy / "config.json").write_text(json.dumps(about))
+        outcomes.append((*exports.outcome(lambda folder: ntm_jax.load(str(folder)).step, copy, 4), path))
+    assert not [outcome for outcome in outcomes if outcome[0] == "traceback"]
+    assert sum(outcome[0] == "refused" for outcome in outcomes) > 60
+
+
+def paths(value, path=()):
+    """The keys to every value of a JSON object, its sections among them."""
+    found = [path] if path else []
+    if isinstance(value, dict) and path[:1] != ("checksums",):
+        for key, inner in value.items():
+            found += paths(inner, (*path, key))
+    return found
+
+
+def test_damaged_exports_give_the_undamaged_result_or_one_line(exported, tmp_path):
+    counts = exports.run(12, seed=0, exported=copy_of(exported, tmp_path))
+    assert {outcome for _, outcome in counts} == {"ok", "refused"}
+    assert all(counts[name, "refused"] >= 2 for name in ("load", "init_from", "sample.py"))
 
 
 def told(settings, source, tmp_path, message):
