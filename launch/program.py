@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import sys
-import warnings
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -171,25 +170,10 @@ def _of_memory(error: Exception) -> str | None:
     return None
 
 
-def _quiet_orbax():
-    """A save that fails raises an error, which becomes one line; orbax also logs a page in each of its threads, and tensorstore's threads
-    print one for every write that they then give up."""
-    logging.get_absl_logger().addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    shown, given_up = sys.unraisablehook, ("Event loop is closed", "cannot schedule new futures after")
-
-    def show(unraisable):
-        if not str(unraisable.exc_value).startswith(given_up):
-            shown(unraisable)
-
-    sys.unraisablehook = show
-
-
 def run(main):
     """Parses the flags, runs main() and exits: 0 when done, 2 with one line on stderr for a user's mistake, a file system that cannot be
     written to, or too little memory, 130 when interrupted."""
     logging.set_verbosity(logging.WARNING)
-    _quiet_orbax()
 
     def call(_):
         try:

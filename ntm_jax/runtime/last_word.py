@@ -15,7 +15,7 @@ import sys
 
 QUIET = "-"  # said by a parent that ends in order and has nothing to print
 _RECORD = re.compile(rb"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ ")
-_SERVICE = re.compile(rb"coordination_service|Terminating process because the JAX distributed service")
+_SERVICE = re.compile(rb"coordination_service|preemption_sync_manager|Terminating process because the JAX distributed service")
 
 
 class Filter:

@@ -104,11 +104,18 @@ class _Server(threading.Thread):
                 self._answer_all(refusal)
                 self._linger(refusal)
                 return
-            missing = sorted(set(range(self._count)) - set(self._present.values()))
             self._listener.close()  # before the answer: jax's service opens the port next
-            self._answer_all((
-                f"process 0 waited {self._timeout:g} s at {self._address} for {self._count} processes, and these did not come: "
-                f"{_listed(missing)}: start them all, with the address of process 0, or give more --join_timeout") if missing else "")
+            self._answer_all(self._missing())
+
+    def _missing(self) -> str:
+        """Why the meeting ends without all processes, or "" when all have come."""
+        missing = sorted(set(range(self._count)) - set(self._present.values()))
+        if not missing:
+            return ""
+        if self._closed:
+            return "process 0 of this job ended before all had come (see its line)"
+        return (f"process 0 waited {self._timeout:g} s at {self._address} for {self._count} processes, and these did not come: "
+                            f"{_listed(missing)}: start them all, with the address of process 0, or give more --join_timeout")
 
     def _gather(self) -> str:
         """Serves until all have come, the time is up or there is a reason to refuse them, which it returns."""

@@ -5,7 +5,7 @@ How long a job lasts in every bad case, and how each process ends, with one line
 - a process that does not come: status 2 after `timeout` seconds (--join_timeout) and at most CONNECT more;
 - a process that dies or hangs: status 1 or -6 (SIGABRT, from jax's runtime) within `heartbeat` seconds (--heartbeat_timeout) and 10 more;
   a hung one that wakes up ends likewise, at once. It cannot save: a save, as every step, takes part of all processes, and these are gone;
-- SIGTERM or SIGINT to one or all: they save at one step, the next but one at the latest, and end with --stop_status.
+- SIGTERM or SIGINT to one or all: all agree on a step within 2 s, save there and end with --stop_status.
 """
 
 import atexit
@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 
 import jax
@@ -31,6 +32,7 @@ from ntm_jax.errors import UserError, first_line
 from ntm_jax.runtime import last_word, meeting
 
 CONNECT = 30  # seconds in which jax connects processes that have met
+GRACE = 1  # seconds for which process 0 outlives a mistake: the others, which end with it, may be about to find the same one
 
 
 def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None, timeout: int = 300, heartbeat: int = 60):
@@ -118,6 +120,8 @@ def leave(status: int, message: str) -> None:
     """Ends this process with a line and a status, at once: an orderly end would wait for the others of the job."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if status == 2 and joined() and jax.process_index() == 0:
+        time.sleep(GRACE)
     if _watcher:
         _dismiss(message)
     else:
@@ -127,10 +131,11 @@ def leave(status: int, message: str) -> None:
 
 def fail(error: Exception) -> None:
     """Ends this process at once with status 1: with one line if the error is what the runtime raises when another process of the job is
-    gone, else with the traceback."""
-    if not isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" not in str(error):
-        traceback.print_exception(error)
-    leave(1, _stopped(error))
+    gone, else with the traceback and a line."""
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+        leave(1, _stopped(error))
+    traceback.print_exception(error)
+    leave(1, f"error: process {jax.process_index()} failed (see the traceback); the last checkpoint is whole")
 
 
 def _stopped(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Jobs of several processes, each with 2 simulated devices, as a user starts them: the same numbers, one stop for all, no hang."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,7 +18,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import processes, sharding, state
+from ntm_jax.runtime import last_word, meeting, processes, sharding, state
 from ntm_jax.runtime.checkpoint import Checkpoints
 from tests.common import ROOT, TINY, environment, rehearsal, setup, tiny_config
 
@@ -188,24 +190,245 @@ def test_processes_started_differently_all_stop_and_name_the_key(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.train", "--config=experiments/digits.py", f"--workdir={tmp_path}/run", "--num_processes=2",
-         f"--coordinator_address={address}", "--process_id=1", "--join_timeout=3"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: process 1 waited 3 s at {address} for 2 processes: start them all")
+        return free.getsockname()[1]
+
+
+def start(program, port, count, number, *flags):
+    """One process of a job, by the command line of launch.train or of the small job in tests/campaigns/processes.py."""
+    return subprocess.Popen(
+        [sys.executable, "-m", program, f"--coordinator_address=localhost:{port}", f"--num_processes={count}", f"--process_id={number}",
+         *flags], cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def start_train(port, count, number, tmp_path, *flags):
+    return start("launch.train", port, count, number, "--config=experiments/digits.py", f"--workdir={tmp_path}/run", *flags)
+
+
+def start_small(count, *flags, heartbeat=5):
+    """The processes of a small job that have done 5 steps together, or have ended."""
+    port = free_port()
+    job = [start("tests.campaigns.processes", port, count, number, f"--heartbeat_timeout={heartbeat}", *flags) for number in range(count)]
+    for line in job[0].stdout:
+        if line.startswith("step 5/"):
+            break
+    return job
+
+
+def ends(job, timeout=60) -> list[tuple[int, str]]:
+    """(status, standard error) of every process."""
+    errors = [process.communicate(timeout=timeout)[1].strip() for process in job]
+    return [(process.returncode, error) for process, error in zip(job, errors, strict=True)]
+
+
+STOPPED = (r"error: process \d stopped: another process of this job is gone; the last checkpoint is whole: "
+           r"start all again with the same command \(.*\)")
+
+
+def assert_stopped(found):
+    """Each ended by the death of another, in one line: it met a broken connection itself, or jax's runtime aborted it."""
+    for status, error in found:
+        assert status in (1, -signal.SIGABRT), (status, error)
+        assert re.fullmatch(STOPPED, error), error
+
+
+def meet_all(cases, timeout=5.0, pause=0.0) -> list[tuple[str, float]]:
+    """(the refusal or "", seconds) of processes that meet at one port, as threads of this one; cases: (num_processes, process_id)."""
+    address, found = f"localhost:{free_port()}", [None] * len(cases)
+
+    def meet(place, count, number):
+        begin, refusal = time.monotonic(), ""
+        try:
+            meeting.meet(address, count, number, timeout)
+        except UserError as error:
+            refusal = str(error)
+        found[place] = (refusal, time.monotonic() - begin)
+
+    threads = [threading.Thread(target=meet, args=(place, *case)) for place, case in enumerate(cases)]
+    for thread in threads:
+        thread.start()
+        time.sleep(pause)
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.fixture
+def quick_meetings(monkeypatch):
+    """Refusals linger for less time, and nobody waits for jax's service, which these tests do not start."""
+    monkeypatch.setattr(meeting, "LINGER", 1.0)
+    monkeypatch.setattr(meeting, "_wait_for_port", lambda *_: None)
+
+
+@pytest.mark.parametrize(("cases", "refusal"), [
+    ([(2, 0), (3, 1)], "--num_processes is 2 in process 0 and 3 in process 1"),
+    ([(3, 1), (2, 0)], "--num_processes is 2 in process 0 and 3 in process 1"),
+    ([(3, 0), (2, 1)], "--num_processes is 3 in process 0 and 2 in process 1"),
+    ([(3, 0), (3, 1), (2, 1)], "--num_processes is 3 in process 0 and 2 in process 1"),
+    ([(3, 0), (3, 1), (3, 1)], "two processes with --process_id=1 came to localhost:"),
+    ([(2, 0), (2, 0)], "two processes with --process_id=0 came to localhost:"),
+])
+def test_processes_that_are_no_job_are_refused_at_once(quick_meetings, cases, refusal):
+    for said, seconds in meet_all(cases, pause=0.1):
+        assert refusal in said
+        assert seconds < 4
+
+
+def test_who_comes_after_a_refusal_is_told_the_same(quick_meetings):
+    *_, (said, seconds) = meet_all([(3, 0), (2, 1), (3, 2)], pause=0.4)
+    assert "--num_processes is 3 in process 0 and 2 in process 1" in said
+    assert seconds < 1
+
+
+def test_a_late_process_is_waited_for_and_a_missing_one_is_named(quick_meetings):
+    assert [said for said, _ in meet_all([(3, 2), (3, 0), (3, 1)], pause=0.5)] == ["", "", ""]
+    for said, seconds in meet_all([(3, 0), (3, 1)], timeout=1.0):
+        assert re.fullmatch(r"process 0 waited 1 s at localhost:\d+ for 3 processes, and these did not come: 2: start them all, .*", said)
+        assert seconds < 2
+
+
+def test_a_process_that_was_killed_and_started_again_while_the_others_waited_is_welcome(quick_meetings):
+    port, found = free_port(), []
+    first = threading.Thread(target=lambda: found.append(meeting.meet(f"localhost:{port}", 2, 0, 10)))
+    first.start()
+    time.sleep(0.2)
+    with socket.create_connection(("localhost", port)) as killed:
+        killed.sendall(b'{"num_processes": 2, "process_id": 1}\n' if False else b"")
+    meeting.meet(f"localhost:{port}", 2, 1, 10)
+    first.join()
+    assert found == [None]
+
+
+@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.0 400 Bad Request\r\n"])
+def test_a_port_of_another_program_is_refused(monkeypatch, greeting):
+    monkeypatch.setattr(meeting, "SILENCE", 0.5)
+    with socket.create_server(("", 0)) as other:
+        address = f"localhost:{other.getsockname()[1]}"
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(other.accept()[0])
+                    connections[-1].sendall(greeting)
+
+        connections = []
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(UserError, match=r"of this machine is taken by another program or another job: choose a free port"):
+            meeting.meet(address, 2, 0, 20)
+        with pytest.raises(UserError, match=r"is not answered by process 0 of this job but by another program"):
+            meeting.meet(address, 2, 1, 20)
+        for connection in connections:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """{what is wrong: [(status, standard error)] of processes 0 and 1 of launch.train}, and the seconds it took."""
+    folder, begin = tmp_path_factory.mktemp("refused"), time.monotonic()
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        taken = [start_train(port, 2, number, folder) for number in (0, 1)]
+        port = free_port()
+        differ = [start_train(port, count, number, folder) for number, count in enumerate((2, 3))]
+        port = free_port()
+        alone = [start_train(port, 3, number, folder, "--join_timeout=3") for number in (0, 1)]
+        found = {"taken": ends(taken), "differ": ends(differ), "missing": ends(alone)}
+    assert not any(folder.iterdir())
+    return found, time.monotonic() - begin
+
+
+@pytest.mark.parametrize(("case", "lines"), [
+    ("taken", (r"port \d+ of this machine is taken by another program", "is not answered by process 0 of this job but by another program")),
+    ("differ", (r"--num_processes is 2 in process 0 and 3 in process 1",) * 2), ("missing", (r"waited 3 s at localhost:\d+ for 3 proc",) * 2),
+])
+def test_programs_that_cannot_meet_end_with_one_line(refused, case, lines):
+    for (status, error), line in zip(refused[0][case], lines, strict=True):
+        assert status == 2
+        assert re.fullmatch(f"error: .*{line}.*", error), error  # one line
+
+
+def test_programs_that_cannot_meet_end_soon(refused):
+    assert refused[1] < 10 + 20  # and the imports of six programs
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("localhost:1", None, 0), "--num_processes is missing"), (("localhost:1", 2, 2), "--process_id=2"), (("localhost", 2, 0), "HOST:PORT"),
+    (("localhost:1", None, 0), "--num_processes is missing"), (("localhost:1", 2, 2), "--process_id=2"),
+    *(((address, 2, 0), "expected HOST:PORT of process 0, with a port from 1 to 65535") for address in (
+        "localhost", "localhost:", ":1234", "localhost:0", "localhost:99999", "localhost:abc", "localhost:-1", "::1:80", "", "a b:80")),
 ])
 def test_how_to_meet_is_given_whole_or_not_at_all(arguments, message):
     with pytest.raises(UserError, match=message):
         processes.join(*arguments)
+
+
+def test_an_address_is_split():
+    assert meeting.split("host-1.example:8080") == ("host-1.example", 8080)
+    assert meeting.split("[::1]:8080") == ("::1", 8080)
+
+
+def test_ctrl_c_to_a_whole_job_stops_it_at_one_step():
+    job = start_small(2)
+    begin = time.monotonic()
+    for process in job:  # as a terminal does
+        process.send_signal(signal.SIGINT)
+    found = [(*process.communicate(timeout=60), process.returncode) for process in job]
+    assert time.monotonic() - begin < 10
+    assert {(error, status) for _, error, status in found} == {("", 0)}
+    stopped, = {said.splitlines()[-1] for said, *_ in found}
+    assert re.fullmatch(r"stopped at step \d+", stopped)
+
+
+def test_the_death_of_process_0_ends_the_others():
+    job = start_small(3)
+    job[0].kill()
+    begin = time.monotonic()
+    (_, own), *others = ends(job)
+    assert time.monotonic() - begin < 5 + 10
+    assert own == "error: process 0 died: it was killed, or crashed; the last checkpoint is whole: start all again with the same command"
+    assert_stopped(others)
+
+
+def test_a_hang_of_one_process_ends_the_others_and_itself_when_it_wakes():
+    job = start_small(3)
+    job[2].send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    assert_stopped(ends(job[:2]))
+    assert time.monotonic() - begin < 5 + 10
+    job[2].send_signal(signal.SIGCONT)
+    assert_stopped(ends(job[2:], timeout=15))
+
+
+def test_an_exception_in_one_process_is_shown_there_and_ends_the_others():
+    job = start_small(3, "--fails=1", heartbeat=60)
+    begin = time.monotonic()
+    first, (status, error), last = ends(job)
+    assert time.monotonic() - begin < 30
+    assert_stopped([first, last])
+    assert status == 1
+    assert error.startswith("Traceback")
+    assert error.splitlines()[-2:] == ["IndexError: this process fails",
+                                       "error: process 1 failed (see the traceback); the last checkpoint is whole"]
+
+
+def test_the_pages_of_the_coordination_service_are_left_out():
+    """All else that C++ writes is passed on; the pages are those of jax 0.10.2, cut in pieces as a pipe may cut them."""
+    page = (b"W1127 02:30:08.450651    9862 xla.cc:1] kept\n and its second line\n"
+            b"E1127 02:30:08.450651    9862 coordination_service_agent.cc:289] Polled an error from coordination service.\ngone\n"
+            b"E1127 02:30:08.450651    9862 cuda.cc:2] kept\nplain\n"
+            b"F1127 02:30:08.450802    9862 client.h:80] Terminating process because the JAX distributed service detected fatal errors.\n"
+            b"*** Check failure stack trace: ***\n    @ 0x7f E1127 02:30:08.450651 SetError()\n")
+    expected = (b"W1127 02:30:08.450651    9862 xla.cc:1] kept\n and its second line\nE1127 02:30:08.450651    9862 cuda.cc:2] kept\n"
+                b"plain\n")
+    for size in (7, len(page)):
+        written = []
+        errors = last_word.Filter(written.append)
+        for start_of_piece in range(0, len(page), size):
+            errors.feed(page[start_of_piece : start_of_piece + size])
+        errors.close()
+        assert b"".join(written) == expected
+        assert errors.ended
 
 
 class Device:
