@@ -56,9 +56,10 @@ def randomised(params, seed: int = 0):
 def write_run(folder, settings: config.Config):
     """Makes a run's folder of `folder`, never trained, with checkpoints of steps 2 and 4, whose EMA is random by the step: `folder`."""
     source, model, mesh = setup(settings)
-    config.write(str(folder), settings, pipeline.spec(source, settings.data.patch_size))
+    spec = pipeline.spec(source, settings.data.patch_size)
+    config.write(str(folder), settings, spec)
     current = state.initialize(settings, model, mesh)
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, settings=config.fixed(settings, spec)) as checkpoints:
         for step in (2, 4):
             checkpoints.save(step, current.replace(ema=randomised(current.params, step)), {})
     return folder

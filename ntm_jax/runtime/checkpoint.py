@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -265,7 +266,7 @@ class Checkpoints:
             return None
         path = self.directory / str(self.latest())
         try:
-            with _quiet(), self._context:
+            with self._context:
                 unit = ocp.load_checkpointables(path, {"run": None, "checksums": None})
                 right = unit["checksums"].get(RUN_NAME) == _json_checksum(unit["run"])
                 return (unit["run"]["settings"] if right else None) or {}
@@ -337,23 +338,21 @@ class Checkpoints:
 
     def _load(self, step, abstract_unit, context, whole):
         path = self.directory / str(step)
-        with _quiet():
-            try:
-                with context:
-                    stored = ocp.checkpointables_metadata(path).metadata
-                    if stored["state"] is None:  # orbax has logged why, and goes on
-                        raise ValueError("its metadata are damaged")
-                    self._refuse_another_model(step, named_leaves(stored["state"]), named_leaves(abstract_unit["state"]), whole)
-                    also = {"checksums": None} | ({"run": None} if "run" in stored else {})  # which earlier versions did not save
-                    unit = ocp.load_checkpointables(path, {**abstract_unit, **also})
-                    saved = dict(unit["checksums"])
-            except (UserError, jax.errors.JaxRuntimeError):  # the second is a device's failure, such as running out of memory
-                raise
-            except Exception as error:  # tensorstore and orbax raise many kinds for a file that is missing, cut short or garbled
-                unit, failure = None, _first_line(error)
-            if unit is None:
-                gc.collect()
+        try:
+            with context:
+                stored = ocp.checkpointables_metadata(path).metadata
+                if stored["state"] is None:  # orbax has logged why, and goes on
+                    raise ValueError("its metadata are damaged")
+                self._refuse_another_model(step, named_leaves(stored["state"]), named_leaves(abstract_unit["state"]), whole)
+                also = {"checksums": None} | ({"run": None} if "run" in stored else {})  # which earlier versions did not save
+                unit = ocp.load_checkpointables(path, {**abstract_unit, **also})
+                saved = dict(unit["checksums"])
+        except (UserError, jax.errors.JaxRuntimeError):  # the second is a device's failure, such as running out of memory
+            raise
+        except Exception as error:  # tensorstore and orbax raise many kinds for a file that is missing, cut short or garbled
+            unit, failure = None, _first_line(error)
         if unit is None:
+            gc.collect()  # of orbax's other reads, which it has abandoned
             raise self._damaged(step, f"it cannot be read ({failure})")
         found = checksums(unit["state"])
         if "data" in unit:
@@ -405,20 +404,22 @@ def describe(leaf) -> str:
     return "absent" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-@contextlib.contextmanager
-def _quiet():
-    """After one failed read orbax logs a page and abandons the other reads, and Python reports each of them: we say it in one line."""
-    before = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
-    for name in before:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-            yield
-    finally:
-        sys.unraisablehook = hook
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+def _quiet_orbax() -> None:
+    """What orbax fails at it raises, and we say it in one line. It also logs a page in each of its threads, abandons its other reads and
+    writes, and Python and tensorstore's threads report each of these."""
+    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    shown, abandoned = sys.unraisablehook, ("Event loop is closed", "cannot schedule new futures after")
+
+    def show(unraisable):
+        if not str(unraisable.exc_value).startswith(abandoned):
+            shown(unraisable)
+
+    sys.unraisablehook = show
+
+
+_quiet_orbax()
 
 
 def _first_line(error) -> str:

@@ -147,6 +147,7 @@ def _leased(path, renew: float = RENEW_SECONDS, lease: float = LEASE_SECONDS) ->
                 if _token(_read(path)) not in (None, mine["token"]):
                     processes.leave(1, f"error: another run has taken {path.parent} over, since this one stood still for more than "
                                        f"{lease:g} s; it ends here and writes nothing more")
+                    return
                 put()
 
     thread = threading.Thread(target=keep, daemon=True)

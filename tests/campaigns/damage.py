@@ -5,11 +5,14 @@ result or one line of an error, never another result and never a traceback. The 
 command line a campaign takes the number and a seed: python -m tests.campaigns.NAME 1000 0.
 """
 
+import collections
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ntm_jax.errors import UserError
 
 KINDS = ("flip", "truncate", "swap", "delete")
 
@@ -57,3 +60,39 @@ def damaged(folder: Path, draw: random.Random, kind: str, skip=()) -> Iterator[s
             other.write_bytes(replaced)
         for path, stat in times.items():
             os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+OUTCOMES = ("ok", "refused", "silent", "traceback")
+
+
+def outcome(read: Callable, same: Callable) -> tuple[str, str]:
+    """(one of OUTCOMES, what was said) of reading what was damaged: `same` says whether what `read` returns is an undamaged result."""
+    try:
+        found = read()
+    except UserError as error:
+        return ("refused" if str(error) and "\n" not in str(error) else "traceback"), str(error)
+    except Exception as error:
+        return "traceback", f"{type(error).__name__}: {error}"
+    return ("ok", "") if same(found) else ("silent", "another result")
+
+
+class Tally:
+    """How often each outcome came, by rows such as the kind of damage, with the first example of each."""
+
+    def __init__(self):
+        self.counts, self.examples = collections.Counter(), {}
+
+    def add(self, row: str, outcome: str, example: str) -> None:
+        self.counts[row, outcome] += 1
+        self.examples.setdefault((row, outcome), example)
+
+    def wrong(self) -> list[str]:
+        """The examples of silent outcomes and tracebacks; a campaign has succeeded if there are none."""
+        return [f"{row}, {outcome}: {text}" for (row, outcome), text in self.examples.items() if outcome in ("silent", "traceback")]
+
+    def __str__(self) -> str:
+        rows = list(dict.fromkeys(row for row, _ in self.counts))
+        width = max(map(len, rows), default=0)
+        lines = [f"{'':{width}}" + "".join(f"{name:>11}" for name in OUTCOMES)]
+        lines += [f"{row:{width}}" + "".join(f"{self.counts[row, name]:11}" for name in OUTCOMES) for row in rows]
+        return "\n".join([*lines, *(f"{row}, {name}: {text}" for (row, name), text in sorted(self.examples.items()))])

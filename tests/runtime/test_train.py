@@ -10,6 +10,7 @@ import optax
 import pytest
 from absl import flags
 
+from ntm_jax import files
 from ntm_jax.core import trajectory
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import objective, sharding, state, train
@@ -88,7 +89,7 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp
     before = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "evaluation.json").unlink()
     again = train.train(settings, tmp_path, progress=False)
-    assert again == result == json.loads((tmp_path / "evaluation.json").read_text())
+    assert again == result == files.read_json(tmp_path / "evaluation.json", "")
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert train.train(tiny_config(**{"train.steps": 4}), tmp_path, progress=False, until=3) is None
     assert list(losses(tmp_path)) == [1, 2, 3]

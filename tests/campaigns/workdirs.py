@@ -1,0 +1,68 @@
+"""Damages a run's folder and reads it: every single bit of config.json flipped, and any file flipped, cut short, exchanged or removed.
+
+    python -m tests.campaigns.workdirs 1000 0      # 1,000 damages of the folder, and every bit of config.json
+"""
+
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ntm_jax.runtime import config, load
+from tests.campaigns import damage
+from tests.common import setup, tiny_config, write_run
+
+SETTINGS = tiny_config()
+
+
+def flip_config(workdir: Path, every: int, tally: damage.Tally) -> None:
+    """Flips every `every`-th bit of config.json and loads it."""
+    path = workdir / "config.json"
+    content, expected = path.read_bytes(), config.load(str(workdir))
+    for place in range(0, 8 * len(content), every):
+        changed = bytearray(content)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        found, said = damage.outcome(lambda: config.load(str(workdir)), lambda loaded: loaded == expected)
+        tally.add("config.json, one bit", found, f"bit {place % 8} of byte {place // 8}: {said}")
+    path.write_bytes(content)
+
+
+def damage_folder(workdir: Path, trials: int, seed: int, tally: damage.Tally) -> None:
+    """Damages the folder in one place, `trials` times, loads the run as evaluation does and takes the likelihood of two images."""
+    source, _, _ = setup(SETTINGS)
+    images, labels = (np.stack([source.records[i][name] for i in range(2)]) for name in ("image", "label"))
+
+    def read(step=None):
+        run = load.load(str(workdir), step)
+        return run.step, run.log_prob(images, labels, trajectories=1).tobytes()
+
+    draw, expected = random.Random(seed), {step: read(step) for step in (2, 4)}
+    assert expected[2][1] != expected[4][1]
+    for trial in range(trials):
+        kind, step = damage.KINDS[trial % len(damage.KINDS)], (None, 2, 4)[trial % 3]
+        with damage.damaged(workdir, draw, kind) as what:
+            # A checkpoint that lost its mark counts as not committed, and the one before it, which the run then names, is the latest.
+            found, said = damage.outcome(
+                lambda step=step: read(step), lambda found, step=step: found in (expected.values() if step is None else [expected[step]]))
+        tally.add(kind, found, f"{what}: {said}".replace(str(workdir), "WORKDIR"))
+
+
+def run(trials: int, seed: int, every: int) -> damage.Tally:
+    """A never-trained run's folder, damaged `trials` times, and every `every`-th bit of its config.json flipped."""
+    tally = damage.Tally()
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = write_run(Path(folder) / "run", SETTINGS)
+        flip_config(workdir, every, tally)
+        damage_folder(workdir, trials, seed, tally)
+    return tally
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)
+    result = run(int(sys.argv[1]), int(sys.argv[2]), 1)
+    print(result)
+    sys.exit(bool(result.wrong()))
