@@ -1,11 +1,12 @@
-"""A program beside each process of a job, which says in one line that the process has ended where the process itself cannot.
+"""Prints in one line that the process beside which it runs has ended, where that cannot say so.
 
-The process is its parent. From the parent's standard error (file descriptor 2, what C++ writes) it passes on all but the pages that jax's
-coordination service prints when another process of the job is gone: the line stands for them. Only the standard library is imported, so
-that it starts at once.
+The process is its parent. What C++ writes to the parent's standard error (file descriptor 2) passes
+through here, without the pages that jax's coordination service prints when another process of the
+job is gone: the line stands for them. It imports only the standard library, to start at once.
 
-Arguments: the pipe with the parent's standard error; the line for a parent that the coordination service ended; the line for one that
-ended in another way without a word. Standard input: what the parent says before it ends in order, which is printed in their place.
+Arguments: the pipe with the parent's standard error; the line for a parent that the coordination
+service aborted; the line for a parent that ended otherwise without a message. Standard input: the
+parent's message when it ends in order, printed in place of these lines.
 """
 
 import os
@@ -13,13 +14,17 @@ import re
 import selectors
 import sys
 
-QUIET = "-"  # said by a parent that ends in order and has nothing to print
+QUIET = "-"  # the message of a parent that ends in order and has nothing to print
 _RECORD = re.compile(rb"[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ ")
-_SERVICE = re.compile(rb"coordination_service|preemption_sync_manager|Terminating process because the JAX distributed service")
+_SERVICE = re.compile(rb"coordination_service|preemption_|"
+                      rb"Terminating process because the JAX distributed service")
 
 
 class Filter:
-    """Passes on whole lines, but not the records of the coordination service; ended: whether one of them ended the process."""
+    """Passes on all lines but the records of the coordination service.
+
+    ended: whether one of those was fatal.
+    """
 
     def __init__(self, write):
         self._write, self._rest, self._passing, self.ended = write, b"", True, False
@@ -34,7 +39,8 @@ class Filter:
             self._line(self._rest)
 
     def _line(self, line: bytes):
-        if _RECORD.match(line) and not self.ended:  # lines without its head belong to the record before
+        # A line without a record's head belongs to the record before.
+        if _RECORD.match(line) and not self.ended:
             self._passing = not _SERVICE.search(line)
             self.ended = not self._passing and line.startswith(b"F")
         if self._passing:
@@ -43,28 +49,28 @@ class Filter:
 
 def main(pipe: int, gone: str, died: str) -> None:
     said = b""
-    errors = Filter(lambda line: os.write(2, line))
+    errors = Filter(sys.stderr.buffer.write)
+    running = True
     with selectors.DefaultSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
         selector.register(pipe, selectors.EVENT_READ)
-        running = True
-        # After the parent's end, what it wrote is read without waiting: a child of it may hold the pipe open.
-        while events := selector.select(None if running else 0):
+        # After the parent's end the rest is read without waiting: a child of it may hold the pipe.
+        while selector.get_map() and (events := selector.select(None if running else 0)):
             for key, _ in events:
                 data = os.read(key.fd, 65536)
                 if key.fd == pipe:
                     errors.feed(data)
+                    sys.stderr.flush()
                 else:
                     said += data
                 if not data:
                     selector.unregister(key.fd)
                     running = running and key.fd != 0
-            if not selector.get_map():
-                break
     errors.close()
     line = said.decode() or (gone if errors.ended else died)
     if line != QUIET:
-        os.write(2, line.encode() + b"\n")
+        sys.stderr.buffer.write(line.encode() + b"\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

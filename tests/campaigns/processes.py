@@ -1,4 +1,4 @@
-"""A job that does nothing but step together, for tests of how processes meet, stop and die: python -m tests.campaigns.processes."""
+"""A job that only steps together, for tests of how processes meet, stop and die."""
 
 import time
 
