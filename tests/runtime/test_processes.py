@@ -368,7 +368,7 @@ def test_programs_that_cannot_meet_end_soon(refused):
 ])
 def test_how_to_meet_is_given_whole_or_not_at_all(arguments, message):
     with pytest.raises(UserError, match=message):
-        processes.join(*arguments)
+        processes.join(*arguments, timeout=1)
 
 
 def test_an_address_is_split():
