@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from ntm_jax.core.layers import plain_attention
+from ntm_jax.core.layers import plain_attention, precision
 from ntm_jax.runtime import attention, config, sharding
 from tests.common import python, rehearsal
+from tests.precision import precisions
 
 TOKENS, CAUSAL, MASKED = 256, (False, True), (False, True)
 
@@ -40,6 +41,11 @@ def outputs(attend, causal, masked):
 def main(out):
     """Writes how far splash is from plain attention, at most, by mesh, causal and masked."""
     found = {}
+
+    def exact(*inputs, **options):
+        with precision("highest"):
+            return splash(*inputs, **options)
+
     for shape in ((1, 1, 1, 1), (2, 1, 2, 1), (1, 1, 2, 2)):
         mesh = sharding.make_mesh(config.Mesh(1, *shape), jax.devices()[: np.prod(shape)])
         splash = attention.Attention("splash", mesh, interpret=True)
@@ -48,6 +54,9 @@ def main(out):
                 with sharding.use(mesh):
                     pairs = zip(outputs(splash, causal, masked), outputs(plain_attention, causal, masked), strict=True)
                     found[f"{shape} {causal} {masked}"] = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]
+        with sharding.use(mesh):  # the wrapper that keeps the precision changes nothing on a CPU
+            for a, b in zip(outputs(exact, True, True), outputs(splash, True, True), strict=True):
+                np.testing.assert_array_equal(a, b)
     with open(out, "w") as file:
         json.dump(found, file)
 
@@ -60,6 +69,24 @@ def test_splash_is_plain_attention_and_its_gradients(tmp_path):
     for case, differences in found.items():
         assert len(differences) == 4
         assert max(differences) < 1e-5, case  # float32 sums of 256 terms in another order
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("dtype", "name", "expected"), [
+    ("float32", None, "DEFAULT"), ("float32", "highest", "HIGHEST"), ("bfloat16", "highest", "DEFAULT")])
+def test_splash_has_the_precision_that_is_set(dtype, name, expected, gradient):
+    """Mosaic compiles no kernel whose bfloat16 products have a precision."""
+    splash = attention.Attention("splash", sharding.make_mesh(config.Mesh(1, 1, 1, 1, 1)), interpret=True)
+
+    def total(q, k, v):
+        with precision(name):
+            y = splash(q, k, v, causal=True)
+        return jnp.sum(y.astype(jnp.float32))
+
+    shape = jax.ShapeDtypeStruct((1, 128, 2, 128), dtype)
+    found = precisions(jax.jit(jax.grad(total, (0, 1, 2)) if gradient else total).trace(shape, shape, shape))
+    assert {precision for _, precision in found} == {expected}
+    assert sum(found.values()) == (10 if gradient else 2)  # the forward pass, and what its gradient recomputes and computes
 
 
 def mesh_of(*shape):
