@@ -82,7 +82,7 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
     Where a source has no splits of its own, they cut np.random.RandomState(0).permutation(n): the first 1,500 digits, 4,000 of mnist_5k,
     1,600 emoji or 90% of a folder's sorted files are 'train', the rest 'test'; 'all' is the two in turn. A folder with sub-folders train/
     and test/ has those. A folder's classes are its sub-folders (of train/ and test/ taken together), sorted by name, if every image lies
-    in one.
+    in one. Links to folders and files are followed, and every folder is walked once; only regular files are read, of at most 256 MiB.
     `mock:16x16x32` is made up of 10,000 latents to train on and 1,000 to test, the same in every run; after it may follow
     `,levels=256` for pixels, `,classes=1000`, `,count=10000` and `,text=128x2048` (M x E). `toy:` moons, checkerboard or gaussians are
     points of the plane as latents of 1 x 2 x 1, a million to train on and 2,000 to test, of mean 0, variance 1 and known density.
