@@ -413,7 +413,8 @@ def _quiet_orbax() -> None:
     shown, abandoned = sys.unraisablehook, ("Event loop is closed", "cannot schedule new futures after")
 
     def show(unraisable):
-        if not str(unraisable.exc_value).startswith(abandoned):
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        if not (str(unraisable.exc_value).startswith(abandoned) or (code and f"{os.sep}orbax{os.sep}" in code.co_filename)):
             shown(unraisable)
 
     sys.unraisablehook = show

@@ -166,7 +166,7 @@ CHOICES = {
     "sample.inverse": INVERSES,
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }
-NON_NEGATIVE = ("model.transporter_blocks", "model.double_layers", "train.keep", "train.condition_dropout", "train.align_weight",
+NON_NEGATIVE = ("train.keep", "train.condition_dropout", "train.align_weight",
                 "train.level_power", "optimizer.floor", "optimizer.warmup_steps", "optimizer.weight_decay", "evaluate.images",
                 "sample.guidance", "trajectory.t_min", "trajectory.t_min_range", "sample.num", "train.evaluate_every")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
@@ -175,8 +175,10 @@ ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.s
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 RANGES = {  # of settings with bounds of their own: the least and the largest value
     "seed": (0, 2**32 - 1),  # a key of jax takes 32 bits: a larger seed would be the same as a smaller one
-    "optimizer.ema_decay": (0, math.nextafter(1, 0)), "data.workers": (0, 1024), "evaluate.trajectories": (1, 1_000_000),
-    "sample.percentile": (0, 100), "data.image_size": (0, 65_536), "trajectory.steps": (1, 10_000), "sample.steps": (1, 100_000),
+    "optimizer.ema_decay": (0, math.nextafter(1, 0)), "data.workers": (0, 1024), "data.image_size": (0, 65_536),
+    "evaluate.trajectories": (1, 1_000_000), "trajectory.steps": (1, 10_000), "sample.steps": (1, 100_000), "sample.percentile": (0, 100),
+    "model.predictor_layers": (1, 1000), "model.double_layers": (0, 1000), "model.transporter_layers": (1, 1000),
+    "model.transporter_blocks": (0, 100),
 }
 
 

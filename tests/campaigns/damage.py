@@ -80,15 +80,17 @@ class Tally:
     """How often each outcome came, by rows such as the kind of damage, with the first example of each."""
 
     def __init__(self):
-        self.counts, self.examples = collections.Counter(), {}
+        self.counts, self.examples, self._wrong = collections.Counter(), {}, []
 
     def add(self, row: str, outcome: str, example: str) -> None:
         self.counts[row, outcome] += 1
         self.examples.setdefault((row, outcome), example)
+        if outcome in ("silent", "traceback"):
+            self._wrong.append(f"{row}, {outcome}: {example}")
 
     def wrong(self) -> list[str]:
-        """The examples of silent outcomes and tracebacks; a campaign has succeeded if there are none."""
-        return [f"{row}, {outcome}: {text}" for (row, outcome), text in self.examples.items() if outcome in ("silent", "traceback")]
+        """All silent outcomes and tracebacks; a campaign has succeeded if there are none."""
+        return self._wrong
 
     def __str__(self) -> str:
         rows = list(dict.fromkeys(row for row, _ in self.counts))
