@@ -219,7 +219,11 @@ def start_small(count, *flags, heartbeat=4):
 
 def ends(job, timeout=60) -> list[tuple[int, str]]:
     """(status, standard error) of every process."""
-    errors = [process.communicate(timeout=timeout)[1].strip() for process in job]
+    try:
+        errors = [process.communicate(timeout=timeout)[1].strip() for process in job]
+    finally:
+        for process in job:
+            process.kill()
     return [(process.returncode, error) for process, error in zip(job, errors, strict=True)]
 
 
