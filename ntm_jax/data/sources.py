@@ -466,7 +466,11 @@ def _walk(folder: epath.Path, prefix: str) -> list[str]:
         if place in walked:
             continue
         walked.add(place)
-        for name, kind in sorted(_entries(here)):
+        try:
+            found = sorted(_entries(here))
+        except FileNotFoundError:  # removed since it was listed
+            continue
+        for name, kind in found:
             if kind == "folder":
                 pending.append((here / name, f"{before}{name}/"))
             elif kind == "linked folder":

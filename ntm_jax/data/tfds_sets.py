@@ -10,10 +10,12 @@ import threading
 from collections.abc import Iterator
 
 from etils import epath
+from PIL import EpsImagePlugin
 
 from ntm_jax.data import regular
 from ntm_jax.errors import UserError, first_line
 
+EpsImagePlugin.gs_binary = False  # tfds decodes whatever PIL knows, and PIL would start Ghostscript, a program, for an EPS image
 # No namespace, which would make tfds download code, and no arguments of the builder.
 _NAME = re.compile(r"[a-z]\w*(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII | re.IGNORECASE)
 _LOCK = threading.Lock()  # one block of _without_imports at a time

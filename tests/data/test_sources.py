@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -423,6 +424,16 @@ def test_tfds_takes_names_of_its_own_alone(squares_dir, monkeypatch, imported, n
             opened()
         assert "\n" not in str(error.value)
     assert not imported()
+
+
+def test_an_eps_image_starts_no_program(monkeypatch):
+    # As tfds decodes the bytes of an image, whatever they are.
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    eps = io.BytesIO()
+    Image.new("L", (4, 4)).save(eps, "eps")
+    with pytest.raises(OSError, match="Ghostscript"):
+        Image.open(eps).load()
 
 
 @pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
