@@ -1,0 +1,143 @@
+"""Runs each program where it cannot write all that it wants, on a full disk or under a limit on the size of files: it must end with one
+line and status 2, leave every earlier file as it was, and succeed when the same command is given again without the hindrance.
+
+    python -m tests.campaigns.writes      # limits of 1 to 50 KiB, and a full disk where this user may mount one
+"""
+
+import os
+import resource
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.campaigns import damage
+from tests.common import ROOT, TINY, python, write_photos
+
+STEPS = {"train.steps": 4, "evaluate.split": "test[:4]"}
+CONFIG = [f"--config={ROOT}/experiments/digits.py", *(f"--config.{key}={value}" for key, value in (TINY | STEPS).items())]
+LIMITS = (1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 40, 50)  # KiB
+
+
+def programs(folder: Path) -> dict[str, list[str]]:
+    """{name of launch's program: its arguments}; all write below `folder`, which holds a run and photos."""
+    run = folder / "run"
+    return {
+        "train": [*CONFIG, f"--workdir={run}"],
+        "evaluate": [f"--workdir={run}", "--per_example"],
+        "sample": [f"--workdir={run}", f"--out={folder}/samples", "--num=4", "--batch=2", "--decoder=inverse"],
+        "export": [f"--workdir={run}", f"--out={folder}/export"],
+        "prepare": [f"--input=folder:{folder}/photos", f"--out={folder}/records", "--image_size=16", "--shard_size=4"],
+    }
+
+
+def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int, str]:
+    """(exit status, stderr) of a program in a fork of this process, which has imported the packages but not started jax.
+
+    limit: bytes of the largest file that it may write.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reading)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(writing, 2)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        sys.argv = [f"launch.{name}", *arguments]
+        status = 1
+        try:
+            runpy.run_module(sys.argv[0], run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:  # nothing of the parent's is cleared away here
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        error = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), error
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """The files that nothing may change: all but reports of a run, which grow, and the lock."""
+    reports = ("metrics.jsonl", ".lock", "events.")
+    return {path: path.read_bytes() for path in damage.files(folder, reports)}
+
+
+def trial(folder: Path, name: str, limit: int | None, mend: Callable[[], None] = lambda: None) -> tuple[str, str]:
+    """(one of damage.OUTCOMES, what was said) of a program that is hindered, and then started again without."""
+    arguments, before = programs(folder)[name], contents(folder)
+    status, error = call(name, arguments, limit)
+    if status == 0:
+        return "ok", "all was written"
+    if status != 2 or error.count("\n") != 1 or not error.startswith("error: "):
+        return "traceback", f"status {status}: {error[-300:]}"
+    changed = [path for path, content in before.items() if not path.exists() or path.read_bytes() != content]
+    if changed:
+        return "silent", f"changed {changed[0].relative_to(folder)}"
+    mend()
+    status, again = call(name, arguments)
+    return ("refused", error.strip()) if status == 0 else ("traceback", f"given again: status {status}: {again[-300:]}")
+
+
+def prepare(folder: Path) -> None:
+    """A run stopped after two of four steps, and a folder of photos."""
+    write_photos(folder / "photos", 8, 24)
+    program = "import sys; from ntm_jax.runtime import train; from tests.common import tiny_config\n" \
+              f"train.train(tiny_config(**{STEPS}), sys.argv[1], progress=False, until=2)"
+    python("-c", program, str(folder / "run"))
+
+
+def full_disk(name: str, kib: int, base: Path, mount: Path) -> tuple[str, str]:
+    """The outcome of a program on a disk with so much space left, which is enlarged before it is started again."""
+    size = sum(path.stat().st_size for path in damage.files(base)) // 1024
+    options = f"size={size + 200 + kib}k"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount], check=True)
+    try:
+        shutil.copytree(base, mount / "work", symlinks=True)
+        free = shutil.disk_usage(mount).free // 1024
+        (mount / "fill").write_bytes(bytes(max(0, free - kib) * 1024))
+        return trial(mount / "work", name, None, lambda: os.unlink(mount / "fill"))
+    finally:
+        subprocess.run(["umount", "-l", mount], check=True)
+
+
+def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
+    """Every program under every limit, and on a disk with so many KiB left."""
+    import ntm_jax.data.prepare
+    import ntm_jax.runtime.train  # noqa: F401, imported once for all forks
+
+    tally = damage.Tally()
+    with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        base, cache = Path(root) / "base", Path(root) / "cache"
+        base.mkdir()
+        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        prepare(base)
+        for name in names or programs(base):
+            for limit in limits:
+                work = Path(root) / "work"
+                shutil.copytree(base, work)
+                tally.add(f"{name}, limit", *(found := trial(work, name, 1024 * limit))[:1], f"{limit} KiB: {found[1]}")
+                shutil.rmtree(work)
+            for kib in disks:
+                mount = Path(root) / "mount"
+                mount.mkdir(exist_ok=True)
+                found = full_disk(name, kib, base, mount)
+                tally.add(f"{name}, full disk", found[0], f"{kib} KiB left: {found[1]}")
+    return tally
+
+
+if __name__ == "__main__":
+    result = run(disks=(4, 16, 64, 128, 256) if os.geteuid() == 0 else ())
+    print(result)
+    print("\n".join(result.wrong()))
+    sys.exit(bool(result.wrong()))
