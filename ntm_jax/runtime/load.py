@@ -12,7 +12,7 @@ from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.core.model import NTM
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import UserError
 from ntm_jax.runtime import attention, checkpoint, distill, evaluate, export, generate, sharding, state
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import prompts as asking
@@ -146,9 +146,8 @@ def _load_export(folder: str, step: int | None, raw: bool) -> Run:
             own_mesh = _mesh(denoiser_config.mesh)
             denoiser = distill.make_denoiser(state.make_model(denoiser_config, spec, attention.choose(own_mesh)))
             abstract = abstract | {export.DENOISER: state.abstract(denoiser_config, denoiser, own_mesh).params["params"]}
-    except (ArithmeticError, TypeError, ValueError) as error:  # settings of an export without a checksum may be anything
-        problem = error if isinstance(error, UserError) else first_line(error)
-        raise UserError(f"{folder}/{export.CONFIG} cannot be used ({problem}): {export.REMEDY}") from None
+    except UserError as error:
+        raise UserError(f"{folder}/{export.CONFIG} cannot be used ({error}): {export.REMEDY}") from None
     params = export.read_parameters(folder, about, abstract)
     if denoiser:
         denoiser = (denoiser, {"params": params.pop(export.DENOISER)})
@@ -175,6 +174,7 @@ def _exported_spec(values: dict) -> DataSpec:
     if min(height, width, channels, spec.patch_size) < 1 or height % spec.patch_size or width % spec.patch_size:
         raise UserError(f"spec.image_shape is {spec.image_shape}, spec.patch_size {spec.patch_size}: expected a patch that divides the "
                         "image")
-    if min(spec.levels, spec.num_classes, spec.text_tokens, spec.text_width) < 0 or len(spec.mean) != len(spec.std):
-        raise UserError("spec has a negative number, or not as many means as standard deviations")
+    numbers = (math.prod(spec.image_shape), spec.levels, spec.num_classes, spec.count, spec.text_tokens, spec.text_width)
+    if min(numbers) < 0 or max(numbers) > configuration.LARGEST_SIZE or len(spec.mean) != len(spec.std):
+        raise UserError(f"spec has a number below 0 or above {configuration.LARGEST_SIZE}, or not as many means as standard deviations")
     return spec

@@ -24,6 +24,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import card, config, distill, export, state, train
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.load import Run
+from ntm_jax.runtime.load import with_denoiser as with_a_denoiser
 from tests.campaigns import exports
 from tests.common import ROOT, bits, environment, python, randomised, rehearsal, setup, tiny_config, write_run
 
@@ -230,12 +231,13 @@ def with_denoiser(tmp_path_factory):
     source, model, mesh = setup(settings)
     denoiser = distill.make_denoiser(model.clone(config=dataclasses.replace(model.config, width=32)))
     params, other = (randomised(state.initialize(settings, m, mesh).params, seed) for seed, m in enumerate((model, denoiser)))
-    settings = dataclasses.replace(settings, sample=dataclasses.replace(settings.sample, decoder="denoiser"))
     spec = dataclasses.replace(pipeline.spec(source, 1), mean=(1.0, -2.0), std=(0.5, 4.0))
     values = settings.raw
     own = config.read(values | {"teacher": "runs/teacher", "model": values["model"] | {"width": 32},
-                                "train": values["train"] | {"objective": "denoiser", "condition_dropout": 0.0}})
-    run = Run(settings, spec, model, params, 6, mesh, "runs/none", denoiser=(denoiser, other), teacher_step=4, denoiser_config=own)
+                                "train": values["train"] | {"objective": "denoiser", "condition_dropout": 0.0},
+                                "sample": values["sample"] | {"decoder": "denoiser"}})
+    run = with_a_denoiser(Run(settings, spec, model, params, 4, mesh, "runs/teacher"),
+                          Run(own, spec, denoiser, other, 6, mesh, "runs/none"))
     folder = tmp_path_factory.mktemp("exports") / "denoiser"
     export.write_export(run, str(folder))
     return run, folder
@@ -544,25 +546,32 @@ def test_an_export_of_another_format_is_refused(exported, tmp_path):
 
 
 WRONG = (None, [], {}, "x", -1, 0, 1.5, True, 10**12, float("nan"))
+SHAPES = ([8, 8], [8, 8, 0], [7, 8, 1], [10**12] * 3, [2**30, 2**30, 1])
 
 
 def test_a_value_of_another_type_is_refused_or_does_no_harm(run, exported, tmp_path, monkeypatch):
-    """Of config.json as earlier versions wrote it, which has no checksum: each value is exchanged for another in turn."""
+    """Of config.json as earlier versions wrote it, which has no checksum: each value is exchanged for others."""
     copy = copy_of(exported, tmp_path, "files")
     text = (copy / "config.json").read_text()
     monkeypatch.setattr(export, "read_parameters", lambda folder, about, abstract: run.params)  # what follows is of the arrays alone
-    outcomes = []
+    changes = []
     for number, path in enumerate(paths(json.loads(text))):
+        values = WRONG if path in (("step",), ("spec",), ("format",)) else WRONG[number % len(WRONG) :: len(WRONG)]
+        changes += [(path, value) for value in values]
+    outcomes = {}
+    for path, value in changes + [(("spec", "image_shape"), shape) for shape in SHAPES]:
         about = json.loads(text)
         *sections, last = path
         inner = about
         for key in sections:
             inner = inner[key]
-        inner[last] = WRONG[number % len(WRONG)]
+        inner[last] = value
         (copy / "config.json").write_text(json.dumps(about))
-        outcomes.append((*exports.outcome(lambda folder: ntm_jax.load(str(folder)).step, copy, 4), path))
-    assert not [outcome for outcome in outcomes if outcome[0] == "traceback"]
-    assert sum(outcome[0] == "refused" for outcome in outcomes) > 60
+        outcomes[path, str(value)] = exports.outcome(lambda folder: ntm_jax.load(str(folder)).step, copy, 4)
+    assert not [found for found in outcomes.items() if found[1][0] == "traceback"]
+    assert [key for key, (found, _) in outcomes.items() if found == "silent"] == [(("step",), str(step)) for step in (-1, 0, 10**12)]
+    assert sum(found == "refused" for found, _ in outcomes.values()) > 80
+    assert all(outcomes[("spec", "image_shape"), str(shape)][0] == "refused" for shape in SHAPES)
 
 
 def paths(value, path=()):
