@@ -9,6 +9,7 @@ H, W, C image height, width, channels; V pixel levels; M, E text tokens and widt
 """
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -16,7 +17,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -284,7 +285,8 @@ def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], lay
 
 
 def _write_array_records(path: str, name: str, examples: Iterable[Mapping[str, Any]], layout: Layout) -> int:
-    """Writes examples to a file, which errors call `name` -> their number."""
+    """Writes examples to a file, which errors call `name` -> their number. UserError where an example does not fit the layout, or the disk
+    takes no more."""
     count = 0
     # Compression saves 8% of latents, and halves the rate at which they are read.
     writer = ArrayRecordWriter(path, "group_size:1" + ("" if layout.levels else ",uncompressed"))
@@ -293,11 +295,25 @@ def _write_array_records(path: str, name: str, examples: Iterable[Mapping[str, A
             arrays, fault = _arrays(example, layout)
             if fault:
                 raise UserError(f"example {count} of {name} {fault}")
-            writer.write(safetensors.numpy.save(arrays))
+            with _write_errors(name):
+                writer.write(safetensors.numpy.save(arrays))
             count += 1
-    finally:
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the first error counts
+            writer.close()
+        raise
+    with _write_errors(name):
         writer.close()
     return count
+
+
+@contextlib.contextmanager
+def _write_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # array_record's, for any failure of the disk
+        raise UserError(f"the shard {name} cannot be written ({first_line(error)}): free space there, raise ulimit -f or make it writable; "
+                        "the shards that are whole stay, and the same command goes on") from None
 
 
 def _arrays(example: Mapping[str, Any], layout: Layout) -> tuple[dict[str, np.ndarray], str | None]:

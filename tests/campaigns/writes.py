@@ -2,6 +2,7 @@
 line and status 2, leave every earlier file as it was, and succeed when the same command is given again without the hindrance.
 
     python -m tests.campaigns.writes      # limits of 1 to 50 KiB, and a full disk where this user may mount one
+    python -m tests.campaigns.writes 2 20 # these limits alone
 """
 
 import os
@@ -15,6 +16,8 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+import jax
 
 from tests.campaigns import damage
 from tests.common import ROOT, TINY, python, write_photos
@@ -96,6 +99,16 @@ def prepare(folder: Path) -> None:
     python("-c", program, str(folder / "run"))
 
 
+def limited(base: Path, root: Path, name: str, kib: int) -> tuple[str, str]:
+    """The outcome of a program, in a copy of `base` below `root`, under a limit of so many KiB on the size of files."""
+    work = root / "work"
+    shutil.copytree(base, work)
+    try:
+        return trial(work, name, 1024 * kib)
+    finally:
+        shutil.rmtree(work)
+
+
 def full_disk(name: str, kib: int, base: Path, mount: Path) -> tuple[str, str]:
     """The outcome of a program on a disk with so much space left, which is enlarged before it is started again."""
     size = sum(path.stat().st_size for path in damage.files(base)) // 1024
@@ -120,14 +133,14 @@ def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         base, cache = Path(root) / "base", Path(root) / "cache"
         base.mkdir()
-        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        for setting, value in (("platforms", "cpu"), ("disable_most_optimizations", True), ("compilation_cache_dir", str(cache)),
+                               ("persistent_cache_min_compile_time_secs", 0.1)):
+            jax.config.update(f"jax_{setting}", value)  # every fork has them
         prepare(base)
         for name in names or programs(base):
             for limit in limits:
-                work = Path(root) / "work"
-                shutil.copytree(base, work)
-                tally.add(f"{name}, limit", *(found := trial(work, name, 1024 * limit))[:1], f"{limit} KiB: {found[1]}")
-                shutil.rmtree(work)
+                found = limited(base, Path(root), name, limit)
+                tally.add(f"{name}, limit", found[0], f"{limit} KiB: {found[1]}")
             for kib in disks:
                 mount = Path(root) / "mount"
                 mount.mkdir(exist_ok=True)
@@ -137,7 +150,8 @@ def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
 
 
 if __name__ == "__main__":
-    result = run(disks=(4, 16, 64, 128, 256) if os.geteuid() == 0 else ())
+    given = tuple(map(int, sys.argv[1:]))
+    result = run(given or LIMITS, disks=(4, 16, 64, 128, 256) if os.geteuid() == 0 and not given else ())
     print(result)
     print("\n".join(result.wrong()))
     sys.exit(bool(result.wrong()))

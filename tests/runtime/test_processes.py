@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -461,28 +460,6 @@ def test_shares_that_overlap_are_refused():
     mesh = Mesh(np.array([Device(i) for i in (0, 0, 0, 1, 1, 1)]).reshape(3, 1, 2, 1), sharding.AXES)
     with pytest.raises(UserError, match="splits the examples of one process"):
         sharding.share(mesh)
-
-
-@rehearsal
-def test_kill_9_at_any_moment_loses_at_most_the_steps_since_the_last_save(tmp_path):
-    """Kills at random moments of training and saving, KILLS of them; then the run ends as one that was never killed, bit for bit."""
-    random, settings = np.random.default_rng(0), ({"train.steps": 60, "train.save_every": 3},)
-    assert Job(tmp_path / "whole", 1, 1, settings).end()[0][0] == 0
-    kills, committed = 0, 0
-    while kills < int(os.environ.get("KILLS", "3")):
-        job = Job(tmp_path / "killed", 1, 1, settings)
-        line = job.read_until(r"in .*killed$|resuming .* at step")
-        found = re.search(r"at step (\d+)", line)
-        assert int(found[1]) >= committed if found else committed == 0, (line, committed)
-        job.read_until(rf"step {min(59, committed + int(random.integers(1, 6)))}/")
-        time.sleep(random.uniform(0, 0.3))
-        job.processes[0].kill()
-        job.end()
-        kills += 1
-        saved = [int(p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name.isdigit()]
-        committed = max(saved, default=0)
-    assert Job(tmp_path / "killed", 1, 1, settings).end()[0][0] == 0
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 @rehearsal

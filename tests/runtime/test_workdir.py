@@ -39,9 +39,8 @@ def test_a_second_owner_is_refused_until_the_first_is_killed(tmp_path, owner):
     assert str(error.value) == (f"another run trains in {folder} (process {owner.pid}): wait for it or stop it, or give another --workdir")
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    with workdir.owned(folder):
-        with pytest.raises(UserError, match="of this process"), workdir.owned(f"{folder}/."):
-            pass
+    with workdir.owned(folder), pytest.raises(UserError, match="of this process"), workdir.owned(f"{folder}/."):
+        pass
     with workdir.owned(folder):
         pass
 
@@ -71,9 +70,8 @@ def lease(path, seconds=0.2):
 
 def test_a_record_that_is_renewed_keeps_others_away_and_is_removed_at_the_end(tmp_path):
     path = tmp_path / ".lock"
-    with lease(path):
-        with pytest.raises(UserError, match=rf"another run trains in {tmp_path} \(process {os.getpid()} on .*\)"), lease(path):
-            pass
+    with lease(path), pytest.raises(UserError, match=rf"another run trains in {tmp_path} \(process {os.getpid()} on .*\)"), lease(path):
+        pass
     assert not path.exists()
     with lease(path):
         assert path.exists()

@@ -1,0 +1,39 @@
+"""The campaigns with few trials. From the command line they take more: see docs/safety.md."""
+
+import re
+
+import pytest
+
+from tests.campaigns import damage, fuzz, kills, workdirs
+from tests.common import python, rehearsal
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the reads that orbax abandons
+def test_a_damaged_workdir_gives_the_same_run_or_one_line():
+    tally = workdirs.run(36, 0, every=41)
+    assert tally.wrong() == []
+    assert tally.counts["config.json, one bit", "refused"] > 300
+    assert min(sum(tally.counts[kind, found] for kind in damage.KINDS) for found in ("ok", "refused")) > 5
+
+
+def test_random_settings_are_a_configuration_or_one_line():
+    tally = damage.Tally()
+    fuzz.in_process(60, 1, tally)
+    assert tally.wrong() == []
+    assert min(tally.counts["in process", found] for found in ("ok", "refused")) > 5
+
+
+@rehearsal
+def test_a_failed_write_loses_nothing():
+    done = python("-m", "tests.campaigns.writes", "2", check=False)  # a process of its own, since it forks
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^(\w+), limit +0 +1 +0 +0$", done.stdout, re.MULTILINE) == ["train", "evaluate", "sample", "export", "prepare"]
+
+
+@rehearsal
+def test_killed_runs_lose_nothing(tmp_path):
+    """Kills one device's run, and one that moves over 4 and 2 devices."""
+    assert kills.run(2, 0, folder=tmp_path)[1] == 0
+    assert kills.run(2, 1, (4, 2), folder=tmp_path)[1] < 1e-5
