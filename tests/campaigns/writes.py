@@ -52,6 +52,7 @@ def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int
         os.dup2(writing, 2)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            jax.config.update("jax_enable_compilation_cache", False)  # it would warn that it cannot be written, rightly
         sys.argv = [f"launch.{name}", *arguments]
         status = 1
         try:
@@ -112,7 +113,7 @@ def limited(base: Path, root: Path, name: str, kib: int) -> tuple[str, str]:
 def full_disk(name: str, kib: int, base: Path, mount: Path) -> tuple[str, str]:
     """The outcome of a program on a disk with so much space left, which is enlarged before it is started again."""
     size = sum(path.stat().st_size for path in damage.files(base)) // 1024
-    options = f"size={size + 200 + kib}k"
+    options = f"size={size + 8000}k"  # room for what the program writes when it is given again
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount], check=True)
     try:
         shutil.copytree(base, mount / "work", symlinks=True)
