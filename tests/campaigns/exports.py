@@ -5,7 +5,6 @@ python -m tests.campaigns.exports 1000 0 prints how often the reader gave the un
 (refused), another result (silent) or an exception with its traceback.
 """
 
-import collections
 import contextlib
 import gc
 import io
@@ -27,7 +26,6 @@ from tests.campaigns import damage
 from tests.common import bits, setup, tiny_config, write_run
 
 SETTINGS = tiny_config()
-OUTCOMES = ("ok", "refused", "silent", "traceback")
 
 
 def make(folder: Path) -> Path:
@@ -83,23 +81,9 @@ class Readers:
         return {"load": self.load, "init_from": self.init_from, "sample.py": self.sample}
 
 
-def outcome(read, folder: Path, expected) -> tuple[str, str]:
-    """(one of OUTCOMES, what was said) of reading a damaged export."""
-    try:
-        found = read(folder)
-    except UserError as error:
-        return ("refused" if str(error) and "\n" not in str(error) else "traceback"), str(error)
-    except Exception as error:
-        return "traceback", f"{type(error).__name__}: {error}"
-    return ("ok" if found == expected else "silent"), ""
-
-
-def run(trials: int, seed: int, exported: Path | None = None, examples: dict | None = None) -> dict:
-    """{(reader, outcome): how often} of so many damages, of each kind in turn, to an export of digits, made here unless given.
-
-    examples: is given one text for each (reader, outcome).
-    """
-    counts, draw, examples = collections.Counter(), random.Random(seed), {} if examples is None else examples
+def run(trials: int, seed: int, exported: Path | None = None) -> damage.Tally:
+    """So many damages, of each kind in turn, to an export of digits, made here unless given; a row of the tally is a reader."""
+    draw, tally = random.Random(seed), damage.Tally()
     with tempfile.TemporaryDirectory() as folder:
         exported = exported or make(Path(folder))
         readers = Readers(exported).all()
@@ -109,27 +93,23 @@ def run(trials: int, seed: int, exported: Path | None = None, examples: dict | N
                 for name, read in readers.items():
                     if name == "sample.py" and "sample.py" in what:
                         continue  # a program that was changed may do anything
-                    found, said = outcome(read, exported, expected[name])
-                    counts[name, found] += 1
-                    examples.setdefault((name, found), f"{what}: {said}".replace(f"{exported}/", "").replace(str(exported), "EXPORT"))
+                    found, said = damage.outcome(lambda read=read: read(exported), lambda found, name=name: found == expected[name])
+                    tally.add(name, found, f"{what}: {said}".replace(f"{exported}/", "").replace(str(exported), "EXPORT"))
             if trial % 20 == 19:
                 gc.collect()  # of the programs that sample.py loaded
-    return dict(counts)
+    return tally
 
 
-def main(trials: int, seed: int) -> None:
+def main(trials: int, seed: int) -> bool:
+    """Prints the tally; returns whether anything went wrong."""
     jax.config.update("jax_disable_most_optimizations", True)
     with tempfile.TemporaryDirectory() as cache:  # sample.py compiles its program at every run
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        examples = {}
-        counts = run(trials, seed, examples=examples)
-    print(f"{'reader':<10}" + "".join(f"{name:>10}" for name in OUTCOMES))
-    for reader in dict.fromkeys(name for name, _ in counts):
-        print(f"{reader:<10}" + "".join(f"{counts.get((reader, name), 0):>10}" for name in OUTCOMES))
-    for (reader, found), text in sorted(examples.items()):
-        print(f"{reader}, {found}: {text}")
+        tally = run(trials, seed)
+    print(tally)
+    return bool(tally.wrong())
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    sys.exit(main(*map(int, sys.argv[1:])))
