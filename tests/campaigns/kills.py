@@ -50,7 +50,7 @@ def stop_at(process: subprocess.Popen, step: int, how: int, delay: float = 0.0) 
             break
     _, error = process.communicate(timeout=120)
     assert process.returncode == (0 if how == signal.SIGTERM else -how), error
-    assert not error.strip(), error
+    assert not re.sub(r"^W\d{4} .*\n", "", error, flags=re.MULTILINE), error  # XLA's warnings of a mesh are no matter here
     return resumed
 
 

@@ -27,13 +27,11 @@ def test_random_settings_are_a_configuration_or_one_line():
 
 @rehearsal
 def test_a_failed_write_loses_nothing():
-    done = python("-m", "tests.campaigns.writes", "2", check=False)  # a process of its own, since it forks
+    done = python("-m", "tests.campaigns.writes", "1", check=False)  # a process of its own, since it forks
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.findall(r"^(\w+), limit +0 +1 +0 +0$", done.stdout, re.MULTILINE) == ["train", "evaluate", "sample", "export", "prepare"]
 
 
 @rehearsal
 def test_killed_runs_lose_nothing(tmp_path):
-    """Kills one device's run, and one that moves over 4 and 2 devices."""
-    assert kills.run(2, 0, folder=tmp_path)[1] == 0
-    assert kills.run(2, 1, (4, 2), folder=tmp_path)[1] < 1e-5
+    assert kills.run(3, 0, folder=tmp_path)[1] == 0

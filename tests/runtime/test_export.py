@@ -25,7 +25,7 @@ from ntm_jax.runtime import card, config, distill, export, state, train
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.load import Run
 from ntm_jax.runtime.load import with_denoiser as with_a_denoiser
-from tests.campaigns import exports
+from tests.campaigns import damage, exports
 from tests.common import ROOT, bits, environment, python, randomised, rehearsal, setup, tiny_config, write_run
 
 pytestmark = [pytest.mark.usefixtures("quick_compilation"), rehearsal]
@@ -477,9 +477,9 @@ def test_an_export_without_digests_is_read(run, exported, tmp_path, started):
     shutil.rmtree(tmp_path / "new")
     content = (old / "model.safetensors").read_bytes()
     flipped = content[:-6] + bytes([content[-6] ^ 4]) + content[-5:]
-    for damage, message in ((content[:-8], "model.safetensors is damaged (SafetensorError"), (flipped, "is damaged: params/"),
-                            (b"", "model.safetensors is damaged (SafetensorError")):
-        (old / "model.safetensors").write_bytes(damage)
+    for changed, message in ((content[:-8], "model.safetensors is damaged (SafetensorError"), (flipped, "is damaged: params/"),
+                             (b"", "model.safetensors is damaged (SafetensorError")):
+        (old / "model.safetensors").write_bytes(changed)
         told(SETTINGS, old, tmp_path, message)
         refused_by_load(old, message)
 
@@ -567,7 +567,7 @@ def test_a_value_of_another_type_is_refused_or_does_no_harm(run, exported, tmp_p
             inner = inner[key]
         inner[last] = value
         (copy / "config.json").write_text(json.dumps(about))
-        outcomes[path, str(value)] = exports.outcome(lambda folder: ntm_jax.load(str(folder)).step, copy, 4)
+        outcomes[path, str(value)] = damage.outcome(lambda: ntm_jax.load(str(copy)).step, lambda step: step == 4)
     assert not [found for found in outcomes.items() if found[1][0] == "traceback"]
     assert [key for key, (found, _) in outcomes.items() if found == "silent"] == [(("step",), str(step)) for step in (-1, 0, 10**12)]
     assert sum(found == "refused" for found, _ in outcomes.values()) > 80
