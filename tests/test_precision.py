@@ -22,7 +22,7 @@ from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
 from ntm_jax.runtime import attention, compile, config, distill, evaluate, export, generate, objective, sharding, state
 from ntm_jax.runtime.load import Run
-from tests.common import TINY, batch_of, experiment, python, randomised, setup, tiny_config
+from tests.common import TINY, batch_of, experiment, python, randomised, rehearsal, setup, tiny_config
 from tests.precision import HIGHEST, precisions
 
 CHANGES = {"model.transporter_blocks": 2, "sample.guidance": 0.5}
@@ -230,12 +230,14 @@ def rounded(tmp_path_factory):
     return json.loads(out.read_text())
 
 
+@rehearsal
 @pytest.mark.parametrize(("rounding", "dtype"), [
     ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("tf32", "float32")])
 def test_exact_results_do_not_move(rounded, rounding, dtype):
     assert rounded[rounding][dtype] == rounded["none"][dtype]
 
 
+@rehearsal
 @pytest.mark.parametrize("rounding", MANTISSA)
 def test_without_it_every_result_moves(rounded, rounding):
     moved, before = rounded[rounding]["plain"], rounded["none"]["float32"]

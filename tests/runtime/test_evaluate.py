@@ -1,7 +1,6 @@
 """Held-out scores: the same in any batch size and twice over, bounds in order, standard errors, and what evaluation.json holds."""
 
 import dataclasses
-import json
 import math
 import re
 
@@ -11,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from sklearn.svm import SVC
 
+from ntm_jax import files
 from ntm_jax.core import denoising, likelihood, trajectory
 from ntm_jax.core.layers import Text
 from ntm_jax.data import pipeline, shapes, sources, text
@@ -162,7 +162,7 @@ def test_evaluation_json(trained, tmp_path, capsys):
     run = run_of(settings, trained)
     result, scored = evaluate.evaluate(run)
     evaluate.report(run, result, scored, tmp_path / "evaluation.json", per_example=True)
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert files.read_json(tmp_path / "evaluation.json", "") == result
     assert {"step", "split", "count", "bits_per_dim", "nats_per_dim", "trajectory_nll", "class_accuracy", "effective_sample_size",
             "frechet", "precision", "recall", "features", "provenance"} <= set(result)
     assert (result["step"], result["split"], result["count"]) == (3, "test[:12]", 12)
@@ -427,7 +427,7 @@ def test_tasks_by_guidance_and_split(told, tmp_path, monkeypatch, capsys):
     assert 0 < tasks["by_guidance"][0]["overall"]["mean"] < 1
 
     evaluate.report(told, result, scored, tmp_path / "evaluation.json")
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert files.read_json(tmp_path / "evaluation.json", "") == result
     lines = capsys.readouterr().out.splitlines()
     table = [re.split(r" {2,}", line.strip()) for line in lines[next(i for i, line in enumerate(lines) if "asked, %" in line) :]]
     seen_table, unseen_table = table[:12], table[12:]
