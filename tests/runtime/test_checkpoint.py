@@ -253,6 +253,85 @@ def test_another_model_is_refused_by_its_first_differing_array(tmp_path):
             checkpoints.restore(template, 6)
 
 
+def test_a_step_under_another_number_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, {"x": jnp.ones(3)}, {})
+    (tmp_path / "checkpoints" / "4").rename(tmp_path / "checkpoints" / "9")
+    for step in (None, 9):
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
+            checkpoints.restore(abstract({"x": jnp.ones(3)}), step)
+        assert one_line(error) == f"{tmp_path}/checkpoints/9 holds the checkpoint of step 4: give the folder that number again"
+
+
+@pytest.mark.parametrize(("mine", "message"), [
+    ({"a": 1}, None), (None, None), ({"a": 2}, "a = 1, and config.json has a = 2"), ({}, "a = 1, and config.json has a at its default"),
+    ({"a": 1, "b": 3}, "b at its default, and config.json has b = 3")])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, mine, message):
+    with Checkpoints(tmp_path, settings={"a": 1}) as checkpoints:
+        checkpoints.save(4, {"x": jnp.ones(3)}, {})
+    with Checkpoints(tmp_path, settings=mine) as checkpoints:
+        if message is None:
+            assert checkpoints.restore(abstract({"x": jnp.ones(3)}))[0] == 4
+            return
+        with pytest.raises(UserError) as error:
+            checkpoints.restore(abstract({"x": jnp.ones(3)}))
+    assert f"was saved by a run with {message}: put the run's own" in one_line(error)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_settings_and_loads(tmp_path):
+    with Checkpoints(tmp_path, settings={"a": 1}) as checkpoints:
+        checkpoints.save(4, {"x": jnp.ones(3)}, {})
+    folder = tmp_path / "checkpoints" / "4"
+    shutil.rmtree(folder / "run")
+    sums = folder / "checksums" / "data.json"
+    with Checkpoints(tmp_path, settings={"a": 2}) as checkpoints, pytest.raises(UserError, match="<run> has checksum"):
+        checkpoints.restore(abstract({"x": jnp.ones(3)}))
+    sums.write_text(json.dumps({name: value for name, value in json.loads(sums.read_text()).items() if name != "<run>"}))
+    with Checkpoints(tmp_path, settings={"a": 2}) as checkpoints:
+        assert checkpoints.saved_settings() == {}
+        assert checkpoints.restore(abstract({"x": jnp.ones(3)}))[0] == 4
+
+
+@abandoned_reads
+@pytest.mark.usefixtures("settled")
+def test_a_reader_beside_a_run_that_saves_and_removes_steps(tmp_path):
+    child = run(KILLED, tmp_path, 1)
+    for line in child.stdout:
+        if line == "committed 2\n":
+            break
+    template = abstract({str(i): jnp.arange(256.0 * 256).reshape(256, 256) for i in range(8)})
+    seen = []
+    try:
+        while len(seen) < 20:
+            with Checkpoints(tmp_path) as checkpoints:
+                seen.append(checkpoints.restore(template)[0])
+    finally:
+        child.kill()
+        child.communicate()
+    assert seen == sorted(seen)
+    assert seen[-1] > seen[0] + 5
+
+
+SHARDED = """
+import sys, jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from ntm_jax.runtime.checkpoint import checksums
+
+sums = []
+for shape in ((1, 1), (4, 2), (2, 4)):
+    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: shape[0] * shape[1]])
+    shardings = [NamedSharding(mesh, spec) for spec in (P("fsdp"), P(None, "fsdp"), P(("data", "fsdp")), P())]
+    tree = {str(i): jax.device_put(jnp.arange(64.0 * 8).reshape(64, 8) + i, shardings[i % 4]) for i in range(200)}
+    sums += [checksums(tree) for _ in range(10)]
+assert sums == sums[:1] * 30
+"""
+
+
+def test_checksums_of_many_sharded_arrays_need_no_collective():
+    """200 arrays on 8 devices of a machine with fewer cores, over and over: their collectives would wait for each other for ever."""
+    finish(run(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool"])
 def test_checksum_sees_every_bit_and_every_exchange(dtype):
     values = jax.random.normal(jax.random.key(1), (4, 3, 5)) * 9
@@ -334,7 +413,7 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 
 state = {str(i): jnp.arange(256.0 * 256).reshape(256, 256) + i for i in range(8)}
 template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-checkpoints = Checkpoints(sys.argv[1])
+checkpoints = Checkpoints(sys.argv[1], *map(int, sys.argv[2:]))
 step = 0
 if checkpoints.latest() is not None:
     step, state, data = checkpoints.restore(template)
