@@ -35,6 +35,11 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.metrics import Writer
 
 
+DIVERGED = ("To go on from it, give the same command with a lower --config.optimizer.learning_rate or --config.optimizer.clip; if it stops "
+            "again at once, first remove the latest folder in WORKDIR/checkpoints, to go on from the one before; to change "
+            "config.trajectory.t_min_range, start a new run with another --workdir and --config.init_from=WORKDIR")
+
+
 def check(metrics: dict, step: int) -> dict:
     """A step's metrics on the host, as scalars to log; UserError if one is not finite, naming the step, the level and the term."""
     scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
@@ -42,9 +47,7 @@ def check(metrics: dict, step: int) -> dict:
     if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
         bad = [f"{term} at level {k}" for term in terms for k, v in enumerate(metrics[term]) if not np.isfinite(v)]
         first = bad[0] if bad else "the gradient or the update, every term being finite,"
-        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the last checkpoint is untouched. To go on from "
-                        "it, give the same command with a lower --config.optimizer.learning_rate or --config.optimizer.clip; to change "
-                        "config.trajectory.t_min_range, start a new run from it with another --workdir and --config.init_from=THIS_WORKDIR")
+        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the last checkpoint is untouched. {DIVERGED}")
     if not terms:
         return scalars
     nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2

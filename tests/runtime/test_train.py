@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,13 @@ def test_a_run_that_diverges_stops_and_leaves_its_last_checkpoint(tmp_path):
     with pytest.raises(UserError) as again:  # with the same numbers the same end
         train.train(settings, tmp_path, progress=False)
     assert str(again.value) == str(error.value)
+    # What the message advises.
+    lower = tiny_config(**{"optimizer.learning_rate": 1e-3, "train.save_every": 1})
+    with pytest.raises(UserError, match=r"step 3: .* is not a finite number"):
+        train.train(lower, tmp_path, progress=False)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    assert train.train(lower, tmp_path, progress=False, until=4) is None
+    assert saved(lower, tmp_path)[0] == 4
 
 
 @pytest.mark.parametrize("term", TERMS)
