@@ -34,7 +34,6 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.metrics import Writer
 
-
 DIVERGED = ("To go on from it, give the same command with a lower --config.optimizer.learning_rate or --config.optimizer.clip; if it stops "
             "again at once, first remove the latest folder in WORKDIR/checkpoints, to go on from the one before; to change "
             "config.trajectory.t_min_range, start a new run with another --workdir and --config.init_from=WORKDIR")
