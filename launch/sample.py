@@ -45,6 +45,6 @@ def main():
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder.")
+    program.define_workdir("A run's folder, or an export.")
     program.define_processes()
     program.run(main)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import resource
 import struct
 
 import jax
@@ -61,6 +62,30 @@ def test_resuming_drops_what_will_be_logged_again(tmp_path):
     assert not list(tmp_path.glob("*.new"))
     Writer(tmp_path, 10, quiet=True).close()  # a run that starts over
     assert lines(tmp_path) == []
+
+
+DAMAGED = [b"\xff\n", b"[]\n", b"null\n", b"\n", b"[" * 100_000 + b"\n", b'{"step": "a"}\n', b'{"step": [1]}\n',
+           b'{"step": ' + b"1" * 5000 + b"}\n",
+           b'{"step": ' + b"1" * 4000 + b"}\n", b'{"loss": 1.0}\n', b'{"step": 3, "lo']
+
+
+def test_damaged_lines_are_dropped_when_a_run_resumes(tmp_path):
+    path, good = tmp_path / "metrics.jsonl", [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "loss": 2.0}\n']
+    path.write_bytes(good[0] + b"".join(DAMAGED[:-1]) + good[1] + DAMAGED[-1])
+    Writer(tmp_path, 10, start_step=2, quiet=True).close()
+    assert path.read_bytes() == b"".join(good)
+
+
+def test_a_disk_that_takes_nothing_ends_the_run_with_the_files_name(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Writer(tmp_path, 10, quiet=True) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as error:
+                [writer.write(step, {"loss": 1.0}) for step in range(1000)]  # tensorboardX's own thread would die, and its queue block
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename.startswith(str(tmp_path))
 
 
 def test_tensorboard_gets_scalars_and_images(tmp_path):

@@ -1,0 +1,94 @@
+"""Files are written whole or not at all, and JSON of any kind is an object or one line."""
+
+import errno
+import json
+import os
+import resource
+
+import pytest
+
+from ntm_jax import files
+from ntm_jax.errors import UserError
+
+HOSTILE = {
+    "empty": b"", "a list": b"[]", "null": b"null", "a number": b"3", "a string": b'"a"', "not UTF-8": b"\xff", "cut short": b'{"a": 1',
+    "deep lists": b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_no_object_is_one_line_that_names_the_file(tmp_path, name):
+    path = tmp_path / "side.json"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(UserError) as error:
+        files.read_json(path, "write it again")
+    assert str(error.value).startswith(f"{path} cannot be used (it ")
+    assert str(error.value).endswith("): write it again")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_a_sealed_file_shows_every_change_of_its_content(tmp_path):
+    path, content = tmp_path / "side.json", {"b": [1, 2.5e-7, None], "a": {"c": "é"}}
+    files.write_json(path, content, sealed=True)
+    assert files.read_json(path, "") == content
+    assert list(json.loads(path.read_text())) == ["b", "a", files.SEAL]
+    whole = path.read_bytes()
+    for place in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[place // 8] ^= 1 << place % 8
+        try:
+            found = files.parse_json(bytes(changed))
+        except ValueError:
+            continue
+        # A flip within the seal's name leaves a file without a seal, and with a key that no reader knows.
+        assert found == content or len(found) == 3, bytes(changed)
+
+
+def test_a_file_without_a_seal_is_read(tmp_path):
+    files.write_json(tmp_path / "side.json", {"a": 1})
+    assert files.read_json(tmp_path / "side.json", "") == {"a": 1}
+
+
+def test_what_is_written_aside_gets_its_name_at_the_end_or_never(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyError), files.aside(path) as file:
+        {}[file.write(b"half")]
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"old", ["file"])
+    with files.aside(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"new", ["file"])
+
+
+def test_a_file_that_would_not_change_is_not_touched(tmp_path):
+    path = tmp_path / "file"
+    files.write(path, "a")
+    before = path.stat()
+    files.write(path, b"a")
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    files.write(path, "b")
+    assert path.stat().st_ino != before.st_ino
+    assert path.read_text() == "b"
+
+
+def test_a_failed_write_names_its_file_and_keeps_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    files.write(path, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            files.write(path, bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(path))
+    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["file"])
+
+
+def test_lines_that_are_damaged_are_left_out(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert files.read_lines(path) == []
+    path.write_bytes(b'{"step": 1}\n\xff\n[]\nnull\n\n' + b"[" * 100_000 + b'\n{"step": ' + b"1" * 5000 + b'}\n{"step": 2}\n{"step": 3')
+    assert files.read_lines(path) == [{"step": 1}, {"step": 2}]
