@@ -1,0 +1,76 @@
+"""Folders from others run no code of theirs: what evaluates, samples, exports, loads and prepares imports no module that they name."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import ntm_jax
+from ntm_jax import files
+from ntm_jax.data import captioned
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import config, evaluate, export, generate, load, train
+from tests.common import tiny_config, write_run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+MODULE = "foreign_module_of_a_folder"
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """A folder in tfds' layout that names a module, which could be imported here and leaves a mark when it is; fails if it was."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{MODULE}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
+    folder = tmp_path / "hostile" / "1.0.0"
+    folder.mkdir(parents=True)
+    info = {"name": "hostile", "version": "1.0.0", "fileFormat": "array_record", "moduleName": MODULE, "splits": [
+        {"name": "train", "shardLengths": ["1"], "numBytes": "1"}]}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "features.json").write_text(json.dumps({"pythonClassName": f"{MODULE}.Feature", "jsonFeature": {"json": "{}"}}))
+    yield f"tfds:{folder}"
+    assert not (tmp_path / "imported").exists()
+    assert MODULE not in sys.modules
+
+
+def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path):
+    settings = tiny_config()
+    workdir = write_run(tmp_path / "run", settings)
+    for step in (2, 4):  # as another's, which was saved without settings
+        sums = workdir / "checkpoints" / str(step) / "checksums" / "data.json"
+        kept = {name: value for name, value in json.loads(sums.read_text()).items() if name != "<run>"}
+        sums.write_text(json.dumps(kept))
+        (workdir / "checkpoints" / str(step) / "run" / "data.json").unlink()
+        (workdir / "checkpoints" / str(step) / "run").rename(tmp_path / f"run{step}")
+    content = files.read_json(workdir / "config.json", "")
+    content["data"]["source"] = hostile
+    files.write_json(workdir / "config.json", content)
+    run = load.load(str(workdir))
+    refused = rf"^{hostile} names the class '{MODULE}.Feature'"
+    with pytest.raises(UserError, match=refused):
+        evaluate.evaluate(run)
+    with pytest.raises(UserError, match=refused):
+        train.train(dataclasses.replace(settings, data=run.config.data), str(workdir), progress=False)
+    generate.write_samples(run, str(tmp_path / "samples"), 2, 2, decoder="inverse")  # opens no data
+    export.write_export(run, str(tmp_path / "export"))
+    exported = ntm_jax.load(str(tmp_path / "export"))
+    assert np.isfinite(exported.log_prob(exported.sample(2, label=1), 1, trajectories=1)).all()
+    with pytest.raises(UserError, match=refused):
+        evaluate.evaluate(exported)
+
+
+def test_an_input_of_prepare_that_names_a_module_imports_nothing(hostile):
+    with pytest.raises(UserError, match=rf"^{hostile} names the class '{MODULE}.Feature'"):
+        captioned.open_input(hostile)
+
+
+@pytest.mark.parametrize("key", ["data.source", "data.text", "teacher", "init_from", "model.backbone", "train.objective",
+                                 "evaluate.features", "sample.decoder"])
+def test_a_module_as_a_setting_is_not_imported(hostile, key):
+    for value in (MODULE, f"{MODULE}:Feature", f"{MODULE}.Feature", f"transformers:{MODULE}", f"tfds:{MODULE}"):
+        section, _, name = key.rpartition(".")
+        values = tiny_config().raw
+        (values[section] if section else values)[name] = value
+        with pytest.raises(UserError):
+            load.load(value if key in ("teacher", "init_from") else config.read(values).data.open("train").name)
