@@ -202,16 +202,16 @@ def _write(folder, contents: dict, about: dict) -> None:
         part.rename(folder)
         if local:
             _flush(folder.parent)
-    except OSError as error:
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.rmtree(missing_ok=True)
+        for path in new_parents:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        if not isinstance(error, OSError):
+            raise
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): give a new folder as --out, where you may write and the "
                         "disk has space left") from None
-    finally:
-        with contextlib.suppress(OSError):
-            if part.exists():
-                part.rmtree()
-        for path in new_parents:
-            with contextlib.suppress(OSError):  # they are not empty where the folder was written
-                path.rmdir()
 
 
 def _flush(folder) -> None:

@@ -385,8 +385,8 @@ def test_files_outside_the_folder_are_read_only_when_asked_for(tmp_path):
     (folder / "inside").symlink_to(folder)
     for name in ("../elsewhere/a.png", str(picture_file), "link.png", "linked/a.png", "inside/../../elsewhere/a.png", "linked/absent.png"):
         write_folder(folder, {}, [{"file_name": "b.png", "caption": "a"}, {"file_name": name, "caption": "a"}])
-        refused(f"metadata.jsonl line 2 has the file_name {name}, which lies outside {folder}: put the file into the folder, or give "
-                "--follow_outside", tmp_path)
+        refused(f"metadata.jsonl line 2 has the file_name {name[:40]}", tmp_path)  # a long name is cut
+        refused(f", which lies outside {folder}: put the file into the folder, or give --follow_outside", tmp_path)
     names = ["b.png", "inside/b.png", "../in/b.png", str(folder / "b.png")]
     write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
     assert len(records(run(tmp_path, folder, "within"))) == 4

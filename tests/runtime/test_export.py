@@ -50,7 +50,7 @@ def run(workdir):
 @pytest.fixture(scope="module")
 def exported(workdir, tmp_path_factory):
     """What the program wrote."""
-    folder = tmp_path_factory.mktemp("exports") / "tiny"
+    folder = tmp_path_factory.mktemp("exports") / "new" / "parents" / "tiny"
     done = python("-m", "launch.export", f"--workdir={workdir}", f"--out={folder}", "--guidance=0.5")
     assert done.stdout.startswith(f"6 files in {folder}, ")
     return folder
