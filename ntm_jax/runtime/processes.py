@@ -18,7 +18,6 @@ How a job ends in every bad case, each process with one line on standard error:
 import atexit
 import contextlib
 import faulthandler
-import functools
 import glob
 import importlib.util
 import json
@@ -43,6 +42,7 @@ GRACE = 1  # seconds for which process 0 outlives a mistake that the others are 
 _AGAIN = "the last checkpoint is whole: start all again with the same command"
 _GONE = f"another process of this job is gone; {_AGAIN}"
 _watcher = None  # the program last_word.py beside this process
+_interrupts_before = None  # the handler of SIGINT while training passes it on
 _name = "this process"  # "process 3" once it is known
 
 
@@ -203,16 +203,26 @@ def stop_agreed(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-@functools.cache
 def _pass_on_interrupts() -> None:
     """From now on a first SIGINT counts as SIGTERM, of which jax tells the other processes.
 
     A second one has its effect of before, a KeyboardInterrupt.
     """
+    global _interrupts_before
+    if _interrupts_before is not None:
+        return
 
     def interrupted(*_):
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, _interrupts_before)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with contextlib.suppress(ValueError):  # not the main thread: the caller keeps its signals
-        before = signal.signal(signal.SIGINT, interrupted)
+        _interrupts_before = signal.signal(signal.SIGINT, interrupted)
+
+
+def restore_interrupts() -> None:
+    """SIGINT ends this process again, once no step is left at which all would stop."""
+    global _interrupts_before
+    if _interrupts_before is not None:
+        signal.signal(signal.SIGINT, _interrupts_before)
+        _interrupts_before = None

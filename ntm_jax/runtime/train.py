@@ -181,6 +181,7 @@ def train(config: Config, workdir: str, progress: bool = True, until: int | None
             stop = _Stop() if processes.several() else stack.enter_context(_Stop())  # of several, jax catches SIGTERM and tells the others
             current, done = _loop(config, model, mesh, current, start, batches, held_out, checkpoints, writer, stop, until,
                                   _Trace(epath.Path(workdir) / "profile", profile, writer.message), teacher, frozen)
+            processes.restore_interrupts()
             if not done:
                 return None
             writer.message(f"trained to step {total}; evaluating")

@@ -462,6 +462,18 @@ def test_shares_that_overlap_are_refused():
         sharding.share(mesh)
 
 
+def test_interrupts_are_passed_on_only_while_training():
+    before = signal.getsignal(signal.SIGINT)
+    for _ in range(2):  # one run after the other
+        processes._pass_on_interrupts()
+        processes._pass_on_interrupts()
+        assert signal.getsignal(signal.SIGINT) != before
+        processes.restore_interrupts()
+        assert signal.getsignal(signal.SIGINT) == before
+    processes.restore_interrupts()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 @rehearsal
 def test_a_run_moves_over_processes_and_devices(alone, tmp_path):
     """4 processes with 8 devices, then one with 2 and with 8, train as one with 4 does from start to end."""
