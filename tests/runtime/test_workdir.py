@@ -65,12 +65,13 @@ def test_names_that_are_no_folder_are_refused(tmp_path):
 
 
 def lease(path, seconds=0.2):
-    return workdir._leased(path, renew=seconds / 4, lease=seconds)
+    return workdir._leased(path, renew=0.05, lease=seconds)
 
 
 def test_a_record_that_is_renewed_keeps_others_away_and_is_removed_at_the_end(tmp_path):
     path = tmp_path / ".lock"
-    with lease(path), pytest.raises(UserError, match=rf"another run trains in {tmp_path} \(process {os.getpid()} on .*\)"), lease(path):
+    refused = pytest.raises(UserError, match=rf"another run trains in {tmp_path} \(process {os.getpid()} on .*\)")
+    with lease(path), refused, lease(path, seconds=30):  # which a busy machine does not reach
         pass
     assert not path.exists()
     with lease(path):
@@ -83,7 +84,7 @@ def test_a_record_that_nobody_renews_is_taken_over(tmp_path, record):
     path.write_bytes(record)
     begin = time.monotonic()
     with lease(path):
-        assert 0.2 < time.monotonic() - begin < 2
+        assert time.monotonic() - begin > 0.2
         assert b'"token"' in path.read_bytes()
 
 
@@ -97,5 +98,5 @@ def test_a_run_that_stood_still_ends_when_another_has_taken_over(tmp_path, monke
     monkeypatch.setattr(processes, "leave", leave)
     with lease(path):
         path.write_text('{"token": "another"}')
-        assert ended.wait(2)
+        assert ended.wait(30)
     assert path.read_text() == '{"token": "another"}'  # left to its owner
