@@ -26,7 +26,9 @@ def files(folder: Path, skip=()) -> list[Path]:
 @contextlib.contextmanager
 def damaged(folder: Path, draw: random.Random, kind: str, skip=()) -> Iterator[str]:
     """Damages one file of a folder, or exchanges two, for the time of the block -> what was done, in words."""
-    chosen = draw.choice(files(folder, skip))
+    every = files(folder, skip)
+    by_size = draw.random() < 0.5  # there are many small files, and most of what counts is in a few large ones
+    chosen = draw.choices(every, [path.stat().st_size for path in every] if by_size else None)[0]
     content = chosen.read_bytes()
     other = None
     if kind == "flip":
@@ -39,8 +41,8 @@ def damaged(folder: Path, draw: random.Random, kind: str, skip=()) -> Iterator[s
         what = f"{chosen.relative_to(folder)} cut to {len(changed)} of {len(content)} bytes"
     elif kind == "swap":
         # Mostly files of one name, which fit each other's place.
-        alike = [path for path in files(folder, skip) if path.name == chosen.name and path != chosen]
-        other = draw.choice(alike if alike and draw.random() < 0.7 else [path for path in files(folder, skip) if path != chosen])
+        alike = [path for path in every if path.name == chosen.name and path != chosen]
+        other = draw.choice(alike if alike and draw.random() < 0.7 else [path for path in every if path != chosen])
         changed, replaced = other.read_bytes(), other.read_bytes()
         what = f"{chosen.relative_to(folder)} exchanged with {other.relative_to(folder)}"
     else:
