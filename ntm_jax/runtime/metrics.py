@@ -187,7 +187,8 @@ class _Lines:
 
     def close(self):
         if self._file:
-            self._file.close()
+            with files.naming(self._path):
+                self._file.close()
         elif self._unwritten:
             self._replace()
 
