@@ -173,6 +173,7 @@ ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.s
 
 
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
+LARGEST_FLOAT = 3e38  # numbers are float32
 RANGES = {  # of settings with bounds of their own: the least and the largest value
     "seed": (0, 2**32 - 1),  # a key of jax takes 32 bits: a larger seed would be the same as a smaller one
     "optimizer.ema_decay": (0, math.nextafter(1, 0)), "data.workers": (0, 1024), "data.image_size": (0, 65_536),
@@ -215,8 +216,9 @@ def _check_value(key: str, value) -> None:
         low = 0 if key in NON_NEGATIVE else None if key in ANY_SIGN else 1e-12
         if low is not None and number < low:
             raise UserError(f"config.{key} is {number}: expected {'a number that is not negative' if low == 0 else 'more than 0'}")
-        if isinstance(number, int) and abs(number) > LARGEST_SIZE:
-            raise UserError(f"config.{key} is {number}: expected at most {LARGEST_SIZE}")
+        largest = LARGEST_SIZE if isinstance(number, int) else LARGEST_FLOAT
+        if abs(number) > largest:
+            raise UserError(f"config.{key} is {number}: expected at most {largest}")
 
 
 def _check_training(config: Config) -> None:

@@ -250,6 +250,7 @@ def test_a_config_that_is_none_is_one_line(tmp_path, name):
     ("seed", 2**32), ("seed", -1), ("optimizer.ema_decay", 1.0), ("optimizer.floor", 0.1), ("model.width", 2**31),
     ("data.batch_size", 2**40), ("data.workers", 10**6), ("evaluate.trajectories", 10**9), ("sample.percentile", 101.0),
     ("train.steps", 2**31), ("trajectory.steps", (10**6,)), ("sample.num", 2**31), ("mesh.fsdp", 2**33),
+    ("optimizer.learning_rate", 1e300), ("trajectory.shift", -1e300),
 ])
 def test_nonsense_is_refused(key, value):
     values = experiment()
