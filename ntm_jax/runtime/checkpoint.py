@@ -26,7 +26,7 @@ from ntm_jax.errors import UserError
 
 DATA_NAME = "<data>"  # the data iterator's entry among the checksums; no array path has angle brackets
 RUN_NAME = "<run>"  # and the entry of the step and the settings
-READ_ATTEMPTS = 10  # of a reader beside a run that saves
+READ_ATTEMPTS = 30  # of a reader beside a run that saves
 STREAMS = (0x9E3779B9, 0x7F4A7C15)  # seeds of the two 32-bit sums
 
 
