@@ -7,7 +7,7 @@ import types
 import typing
 from typing import Any
 
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, shown
 
 LARGEST = 2**63 - 1  # of an integer, as everywhere outside Python
 
@@ -19,11 +19,11 @@ def read(cls, values, name: str) -> Any:
       UserError: a key that is unknown or missing, a value of another type, an integer beyond +-LARGEST, a number that is not finite.
     """
     if not isinstance(values, collections.abc.Mapping):
-        raise UserError(f"{name} is {_shown(values)}: expected a section")
+        raise UserError(f"{name} is {shown(values)}: expected a section")
     kinds = typing.get_type_hints(cls)
     unknown = next((key for key in values if key not in kinds), None)
     if unknown is not None:
-        raise UserError(f"{name}.{_shown(unknown, str)} is not a setting; expected one of {', '.join(kinds)}")
+        raise UserError(f"{name}.{shown(unknown, str)} is not a setting; expected one of {', '.join(kinds)}")
     for field in dataclasses.fields(cls):
         if field.name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{name}.{field.name} is missing: give it")
@@ -40,7 +40,7 @@ def _value(kind, value, name: str):
         element, *rest = typing.get_args(kind)
         if not isinstance(value, (tuple, list)) or (rest != [...] and len(value) != 1 + len(rest)):
             length = "" if rest == [...] else f", {1 + len(rest)} long"
-            raise UserError(f"{name} is {_shown(value)}: expected a tuple of {_name(element)}{length}")
+            raise UserError(f"{name} is {shown(value)}: expected a tuple of {_name(element)}{length}")
         return tuple(_value(element, v, name) for v in value)
     if origin in (list, dict, collections.abc.Mapping):
         kind = origin
@@ -51,25 +51,15 @@ def _value(kind, value, name: str):
     accepted = tuple(option for option in options if option is not several)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST and (int in accepted or float in accepted):
         if int in accepted or abs(value) > 10**300:
-            raise UserError(f"{name} is {_shown(value)}: expected a number of at most {LARGEST}")
+            raise UserError(f"{name} is {shown(value)}: expected a number of at most {LARGEST}")
         value = float(value)
     if float in accepted and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):
-        raise UserError(f"{name} is {_shown(value)}, of type {type(value).__name__}: expected {_name(kind)}")
+        raise UserError(f"{name} is {shown(value)}, of type {type(value).__name__}: expected {_name(kind)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}: expected a finite number")
     return value
-
-
-def _shown(value, show=repr) -> str:
-    """A value within a line of an error: short, and without characters that would break it."""
-    try:
-        text = show(value)
-    except ValueError:  # an integer of too many digits
-        return "a number of thousands of digits"
-    text = text if len(text) <= 80 else f"{text[:77]}..."
-    return text.encode("unicode_escape").decode() if not text.isprintable() else text
 
 
 def _name(kind) -> str:

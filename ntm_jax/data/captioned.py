@@ -20,7 +20,7 @@ from etils import epath
 from PIL import UnidentifiedImageError
 
 from ntm_jax.data import regular, sources
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import UserError, first_line, shown
 
 _CLASSES = 100_000  # the least number of classes that whole numbers as labels may make; more with more images
 _TEXT_LIMIT = 16 * 2**20  # bytes of a row of a list, or of a caption's member of a tar
@@ -120,24 +120,18 @@ def _input(name: str, items: list[Item], read: Callable) -> Input:
     wrong = next((item for item in items if isinstance(item.label, bool) or not isinstance(item.label, (int, str))), None)
     if wrong:
         found = wrong.label if wrong.label is None else f"of type {type(wrong.label).__name__}"
-        raise UserError(f"{name} has the label {found} for {_shown(wrong.key)}, and others have labels: give every row a name or a number")
+        raise UserError(f"{name} has the label {found} for {shown(wrong.key, str)}, and others have labels: give every row a "
+                        "name or a number")
     labels = {str(item.label) for item in items}
     numbers = all(label.isdecimal() for label in labels)
     limit = max(_CLASSES, len(items))
     beyond = next((item for item in items if len(str(item.label)) > 18 or int(item.label) >= limit), None) if numbers else None
     if beyond:
-        raise UserError(f"{name} has the label {_shown(beyond.label)} for {_shown(beyond.key)}: expected numbers below {limit}, the number "
-                        f"of images or {_CLASSES}; write other labels as names")
+        raise UserError(f"{name} has the label {shown(beyond.label, str)} for {shown(beyond.key, str)}: expected numbers below {limit}, "
+                        f"the number of images or {_CLASSES}; write other labels as names")
     classes = [str(i) for i in range(max(map(int, labels)) + 1)] if numbers else sorted(labels)
     places = {label: int(label) if numbers else place for place, label in enumerate(sorted(labels))}
     return Input([item._replace(label=places[str(item.label)]) for item in items], read, classes)
-
-
-def _shown(value) -> str:
-    """A value within a line of an error: short, and of characters that can be printed."""
-    text = str(value)
-    text = text if len(text) <= 80 else f"{text[:77]}..."
-    return text if text.isprintable() else ascii(text)
 
 
 def _object(text: str) -> dict:
@@ -168,12 +162,12 @@ def _folder(root: epath.Path, captions: str, follow_outside: bool) -> Input:
     for number, row in _rows(file):
         name, caption = (next((row[key] for key in keys if key in row), row) for keys in (("file_name", "image"), ("caption", "text")))
         if not isinstance(name, str) or caption is row:
-            raise UserError(f"{file} line {number} has {_shown(', '.join(map(str, row)) or 'nothing')}: expected file_name (or image) and "
-                            "caption (or text) of every image")
+            raise UserError(f"{file} line {number} has {shown(', '.join(map(str, row)) or 'nothing', str)}: expected file_name (or image) "
+                            "and caption (or text) of every image")
         if not _is_name(name):
             raise UserError(f"{file} line {number} has the file_name {ascii(name)[:80]}, which no file can have: mend the name")
         if not follow_outside and outside(name):
-            raise UserError(f"{file} line {number} has the file_name {_shown(name)}, which lies outside {root}: put the file into the "
+            raise UserError(f"{file} line {number} has the file_name {shown(name, str)}, which lies outside {root}: put the file into the "
                             "folder, or give --follow_outside if you trust the list")
         items.append(Item(name, name, _caption(caption), row.get("label")))
     return _input(str(file), items, functools.partial(_read_file, os.fspath(root)))
@@ -301,7 +295,7 @@ def _member_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     try:
         regular.check_size(member.size, _TEXT_LIMIT)
     except ValueError as error:
-        raise ValueError(f"{_shown(member.name)}: {error}") from None
+        raise ValueError(f"{shown(member.name, str)}: {error}") from None
     return tar.extractfile(member).read().decode(errors="surrogateescape")
 
 

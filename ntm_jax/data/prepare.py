@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ntm_jax import files, typed
 from ntm_jax.data import captioned, latents, pretrained, regular, text
 from ntm_jax.data.records import MANIFEST, Layout, read_manifest, sha256, write_manifest, write_shard
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, shown
 
 _PLAN = "plan.json"
 _CHUNK = 16  # images that a worker takes at a time
@@ -187,8 +187,8 @@ def _claim(root: epath.Path, plan: dict) -> str:
     else:
         other = next((key for key in sorted(plan | there) if key not in there or key not in plan or plan[key] != there[key]), None)
         if other:
-            raise UserError(f"{root} is being prepared with {other}={_short(there.get(other))}, and this call has "
-                            f"{_short(plan.get(other))}: choose another --out, or remove it; nothing was overwritten")
+            raise UserError(f"{root} is being prepared with {other}={shown(there.get(other))}, and this call has "
+                            f"{shown(plan.get(other))}: choose another --out, or remove it; nothing was overwritten")
     if not (root / _PLAN).exists():
         files.write_json(root / _PLAN, plan, sealed=True)
     return name
@@ -203,11 +203,6 @@ def _plan_there(root: epath.Path, plan: dict) -> dict | None:
         made = read_manifest(str(root))[0].choices
         return {key: made[key] for key in plan if key in made} or None
     return None
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _before(root: epath.Path) -> _Before | None:

@@ -5,8 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import hashlib
-import json
 import logging
 import math
 import os
@@ -22,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from ntm_jax import files
 from ntm_jax.errors import UserError
 
 DATA_NAME = "<data>"  # the data iterator's entry among the checksums; no array path has angle brackets
@@ -54,7 +53,7 @@ def locate(where) -> tuple[epath.Path, int | None]:
 
 def digest(tree) -> str:
     """16 hex digits that stand for all of a tree's checksums."""
-    return hashlib.sha256(json.dumps(checksums(tree), sort_keys=True).encode()).hexdigest()[:16]
+    return _json_checksum(checksums(tree))
 
 
 def _device_sums(x) -> jax.Array:
@@ -124,7 +123,7 @@ def named_leaves(tree) -> dict:
 
 
 def _json_checksum(content) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return files.digest(content)[:16]
 
 
 def saved_settings(workdir) -> dict | None:

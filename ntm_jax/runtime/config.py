@@ -367,16 +367,12 @@ def load(workdir: str) -> tuple[Config, DataSpec]:
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json there): give the --workdir that launch/train.py was given")
-    return parse(files.read_json(path, DAMAGED), str(path))
-
-
-def parse(content: dict, name: str) -> tuple[Config, DataSpec]:
-    """The two objects that the content of a config.json, called `name`, describes; UserError as `load`."""
+    content = files.read_json(path, DAMAGED)
     settings = {key: value for key, value in content.items() if key != "spec"}
     try:
         return read(settings), typed.read(DataSpec, content.get("spec"), "spec")
     except UserError as error:
-        raise UserError(f"{name} cannot be used ({error}): {DAMAGED}") from None
+        raise UserError(f"{path} cannot be used ({error}): {DAMAGED}") from None
 
 
 def _content(config: Config, spec: DataSpec) -> dict:
