@@ -9,8 +9,9 @@ OMP_NUM_THREADS=1 taskset -c 0-3 python -m launch.benchmark --config=experiments
 
 from absl import flags
 
-from launch import program
 from ntm_jax.errors import UserError
+
+from . import program
 
 flags.DEFINE_integer("runs", 5, "Timed runs of each row, of which the median counts.", lower_bound=1)
 flags.DEFINE_integer("batch", None, "Images that are sampled at a time; config.sample.num if not given.", lower_bound=1)
@@ -29,10 +30,12 @@ def main():
     import jax
 
     from ntm_jax import files
-    from ntm_jax.runtime import benchmark, config, load
+    from ntm_jax.analysis import benchmark
+    from ntm_jax.export.read import load_run
+    from ntm_jax.runtime import config
 
     if f.workdir:
-        rows = benchmark.benchmark_run(load.load(f.workdir), f.runs, f.batch, f.rows)
+        rows = benchmark.benchmark_run(load_run(f.workdir), f.runs, f.batch, f.rows)
     else:
         rows = benchmark.benchmark(config.read(f.config), f.runs, f.batch, f.rows)
     if jax.process_index() == 0:

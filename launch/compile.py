@@ -9,7 +9,7 @@ import re
 
 from absl import flags
 
-from launch import program
+from . import program
 
 flags.DEFINE_string("topology", None, "Such as v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4; cpu:8 and local are this machine.")
 flags.DEFINE_enum("program", "train", ["train", "sample"], "What to compile: the training step or the sampler.")
@@ -30,13 +30,15 @@ def main():
         jax.config.update("jax_num_cpu_devices", int(simulated[1]))
 
     from ntm_jax import files
-    from ntm_jax.runtime import compile, config
+    from ntm_jax.analysis import compile
+    from ntm_jax.analysis.memory import check_fits
+    from ntm_jax.runtime import config
 
     report = compile.compile_for(config.read(program.FLAGS.config), topology, program.FLAGS.program)
     print(compile.table(report), flush=True)
     if program.FLAGS.json:
         files.write(program.FLAGS.json, json.dumps(report, indent=2) + "\n")
-    compile.check_fits(report)
+    check_fits(report)
 
 
 if __name__ == "__main__":

@@ -105,11 +105,11 @@ def _start():
     if "coordinator_address" in FLAGS:
         import jax
 
-        from ntm_jax.runtime import processes
+        from ntm_jax.runtime.processes import job
 
         if FLAGS.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
-        processes.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.join_timeout, FLAGS.heartbeat_timeout)
+        job.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.join_timeout, FLAGS.heartbeat_timeout)
 
 
 def _mistaken(error: UserError):
@@ -124,19 +124,19 @@ def _mistaken(error: UserError):
 def _leave_job(status: int, line: str):
     """Ends this process at once with a line if it is one of a job of several."""
     if "jax" in sys.modules:
-        from ntm_jax.runtime import processes
+        from ntm_jax.runtime.processes import job
 
-        if processes.joined():
-            processes.leave(status, line)
+        if job.joined():
+            job.leave(status, line)
 
 
 def _fail_in_job(error: Exception):
     """Ends this process at once if it is one of a job of several: with a line where another is gone, else with the traceback."""
     if "jax" in sys.modules:
-        from ntm_jax.runtime import processes
+        from ntm_jax.runtime.processes import job
 
-        if processes.joined():
-            processes.fail(error)
+        if job.joined():
+            job.fail(error)
 
 
 FOLDER = "a file stands where a folder is needed: give another folder"

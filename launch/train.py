@@ -1,21 +1,31 @@
-"""Trains an experiment: python -m launch.train --config=experiments/digits.py --workdir=runs/digits. The same command resumes."""
+"""Trains an experiment: python -m launch.train --config=digits --workdir=runs/digits.
+
+The same command resumes a stopped run.
+"""
 
 import sys
 
 from absl import flags
 
-from launch import program
+from . import program
 
-flags.DEFINE_string("profile", None, "START:STOP, steps of which a trace, and where their time goes, are written in WORKDIR/profile.")
-flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM stopped early, for schedulers that restart a failed job.")
+flags.DEFINE_string("profile", None, "START:STOP, steps that are traced; the trace, and a summary of "
+                    "where their time went, are written in WORKDIR/profile.")
+flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM stopped early, for "
+                     "schedulers that restart a failed job.")
 
 
 def main():
-    from ntm_jax.runtime import config, train
+    from etils import epath
 
-    finished = train.train(config.read(program.FLAGS.config), program.FLAGS.workdir, profile=program.span("profile"))
-    if finished is None:
-        sys.exit(program.FLAGS.stop_status)
+    from ntm_jax import api
+    from ntm_jax.analysis.profile import Trace
+    from ntm_jax.runtime import config
+
+    f, span = program.FLAGS, program.span("profile")
+    tracer = Trace(epath.Path(f.workdir) / "profile", span) if span else None
+    if not api.train(config.read(f.config), f.workdir, tracer=tracer):
+        sys.exit(f.stop_status)
 
 
 if __name__ == "__main__":

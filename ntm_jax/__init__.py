@@ -1,12 +1,19 @@
 """Normalizing Trajectory Models in JAX: few-step generative models with an exact likelihood."""
 
+from typing import TYPE_CHECKING
+
 from ntm_jax.errors import UserError
 
-__all__ = ["UserError", "load"]
+if TYPE_CHECKING:
+    from ntm_jax.api import Run, experiment, load, train
+
+__all__ = ["Run", "UserError", "experiment", "load", "train"]
 
 
-def load(workdir: str, step: int | None = None, raw: bool = False):
-    """The run in a workdir or an export, as `ntm_jax.runtime.load.Run` with `log_prob` and `sample`; see `ntm_jax.runtime.load.load`."""
-    from ntm_jax.runtime.load import load as load_run  # here, so that data workers need not import the runtime
+def __getattr__(name: str):
+    """The functions of api.py, imported at first use: data workers need no jax."""
+    if name in __all__:
+        from ntm_jax import api
 
-    return load_run(workdir, step, raw)
+        return getattr(api, name)
+    raise AttributeError(f"module 'ntm_jax' has no attribute {name!r}")

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ntm_jax.api import Run
 from ntm_jax.data import pipeline, sources
-from ntm_jax.runtime import config, sharding, state
+from ntm_jax.runtime import build, config, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.training import objectives, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -38,13 +40,21 @@ def tiny_config(**overrides) -> config.Config:
     """experiments/digits.py shrunk by TINY and then by `overrides`: tiny_config(**{"train.steps": 4})."""
     values = experiment()
     values.update_from_flattened_dict(TINY | overrides)
-    return config.read(values)
+    settings = config.read(values)
+    objectives.checked(settings)
+    return settings
 
 
 def setup(settings: config.Config):
     """(the evaluation split, the model, a mesh of the devices there are) of a configuration."""
     source = sources.open_source(settings.data.source, settings.evaluate.split)
-    return source, state.make_model(settings, pipeline.spec(source, settings.data.patch_size)), sharding.make_mesh(settings.mesh)
+    return source, build.make_model(settings, pipeline.spec(source, settings.data.patch_size)), sharding.make_mesh(settings.mesh)
+
+
+def as_run(settings: config.Config, model, mesh, params=None) -> Run:
+    """A run of a configuration with this model, mesh and parameters."""
+    source = settings.data.open(settings.evaluate.split)
+    return Run(settings, pipeline.spec(source, settings.data.patch_size), model, params, 0, mesh)
 
 
 def randomised(params, seed: int = 0):
@@ -57,9 +67,9 @@ def write_run(folder, settings: config.Config):
     """Makes a run's folder of `folder`, never trained, with checkpoints of steps 2 and 4, whose EMA is random by the step: `folder`."""
     source, model, mesh = setup(settings)
     spec = pipeline.spec(source, settings.data.patch_size)
-    config.write(str(folder), settings, spec)
-    current = state.initialize(settings, model, mesh)
-    with Checkpoints(folder, settings=config.fixed(settings, spec)) as checkpoints:
+    config_file.write(str(folder), settings, spec)
+    current = state.initialize(as_run(settings, model, mesh))
+    with Checkpoints(folder, settings=config_file.fixed(settings, spec)) as checkpoints:
         for step in (2, 4):
             checkpoints.save(step, current.replace(ema=randomised(current.params, step)), {})
     return folder

@@ -16,9 +16,10 @@ from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import levels, posterior
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, finetune, sharding, state, train
+from ntm_jax.runtime import build, config, sharding
+from ntm_jax.training import finetune, loop, state
 from tests.backbones.common import original, random_diffusers
-from tests.common import ROOT, bits, experiment, python, rehearsal, write_photos
+from tests.common import ROOT, as_run, bits, experiment, python, rehearsal, write_photos
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MOCK = "mock:4x4x16,text=8x16"
@@ -33,7 +34,7 @@ def settings(**changes) -> config.Config:
 def built(c: config.Config):
     """(the data's spec, the model, a mesh) of a configuration."""
     spec, mesh = pipeline.spec(sources.open_source(c.data.source, "train"), 1), sharding.make_mesh(c.mesh)
-    return spec, state.make_model(c, spec), mesh
+    return spec, build.make_model(c, spec), mesh
 
 
 def write_checkpoint(folder, names=lambda tensors: tensors):
@@ -50,11 +51,11 @@ def write_checkpoint(folder, names=lambda tensors: tensors):
 def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
     paths = write_checkpoint(tmp_path / "klein" / "transformer"), write_checkpoint(tmp_path / "original", original)
     spec, model, mesh = built(settings())
-    new = state.initialize(settings(), model, mesh)
+    new = state.initialize(as_run(settings(), model, mesh))
     started = [finetune.start_from(settings(init_from=str(path)), spec, model, mesh, new).params for path in paths]
     assert bits(started[0]["params"]["backbone"]) == bits(started[1]["params"]["backbone"])
     batch = next(pipeline.evaluation_batches(sources.open_source(MOCK, "train"), 1, 2))
-    y, t = state.condition(model, batch), levels(4, np.full(2, 0.02), "shifted", 0.5)
+    y, t = build.condition(model, batch), levels(4, np.full(2, 0.02), "shifted", 0.5)
     predict, backbone = jax.jit(functools.partial(model.apply, method=NTM.predict)), jax.jit(model.backbone.apply)
     transport = jax.jit(functools.partial(model.apply, method=NTM.transport))
     for k in range(4):
@@ -71,9 +72,9 @@ def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
 def test_what_is_no_such_checkpoint_is_refused(tmp_path):
     path = write_checkpoint(tmp_path / "original", original)
     with pytest.raises(UserError, match=r"config\.init_from is .*klein\.safetensors is not a FLUX\.2 checkpoint of the configured sizes"):
-        train.train(settings(init_from=str(path), **{"model.width": 128}), str(tmp_path / "new"), progress=False)
+        loop.train(settings(init_from=str(path), **{"model.width": 128}), str(tmp_path / "new"), progress=False)
     with pytest.raises(UserError, match=r"config\.init_from is .*is not there: give a FLUX\.2 checkpoint"):
-        train.train(settings(init_from=str(tmp_path / "nothing")), str(tmp_path / "new"), progress=False)
+        loop.train(settings(init_from=str(tmp_path / "nothing")), str(tmp_path / "new"), progress=False)
     assert not (tmp_path / "new").exists()
     spec, model, mesh = built(settings())
     with pytest.raises(UserError, match=r"normalised by their own mean and std, .*: prepare them with --latent_scale=encoder"):
@@ -129,7 +130,7 @@ def test_the_frozen_copy_is_the_checkpoint(rehearsed):
     folder, _ = rehearsed
     c = ntm_jax.load(f"{folder}/runs/klein").config
     spec, model, mesh = built(c)
-    current = state.initialize(c, model, mesh)
+    current = state.initialize(as_run(c, model, mesh))
     fresh = finetune.start_from(c, spec, model, mesh, current).params["params"]["backbone"]
-    kept = finetune.frozen(c, model, mesh, f"{folder}/runs/klein", dataclasses.replace(current, step=np.int32(4)))
+    kept = finetune.reference_params(c, model, mesh, f"{folder}/runs/klein", dataclasses.replace(current, step=np.int32(4)))
     assert bits(kept["params"]) == bits(fresh)

@@ -11,7 +11,12 @@ import ntm_jax
 from ntm_jax import files
 from ntm_jax.data import captioned
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, evaluate, export, generate, load, train
+from ntm_jax.evaluation import evaluate
+from ntm_jax.export.read import load_run
+from ntm_jax.export.write import write_export
+from ntm_jax.runtime import config
+from ntm_jax.sampling.write import SampleRequest, write_samples
+from ntm_jax.training import loop
 from tests.common import tiny_config, write_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -46,14 +51,14 @@ def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path):
     content = files.read_json(workdir / "config.json", "")
     content["data"]["source"] = hostile
     files.write_json(workdir / "config.json", content)
-    run = load.load(str(workdir))
+    run = load_run(str(workdir))
     refused = rf"^{hostile} names the class '{MODULE}.Feature'"
     with pytest.raises(UserError, match=refused):
         evaluate.evaluate(run)
     with pytest.raises(UserError, match=refused):
-        train.train(dataclasses.replace(settings, data=run.config.data), str(workdir), progress=False)
-    generate.write_samples(run, str(tmp_path / "samples"), 2, 2, decoder="inverse")  # opens no data
-    export.write_export(run, str(tmp_path / "export"))
+        loop.train(dataclasses.replace(settings, data=run.config.data), str(workdir), progress=False)
+    write_samples(run, str(tmp_path / "samples"), SampleRequest(2, 2, decoder="inverse"))  # opens no data
+    write_export(run, str(tmp_path / "export"))
     exported = ntm_jax.load(str(tmp_path / "export"))
     assert np.isfinite(exported.log_prob(exported.sample(2, label=1), 1, trajectories=1)).all()
     with pytest.raises(UserError, match=refused):
@@ -73,4 +78,4 @@ def test_a_module_as_a_setting_is_not_imported(hostile, key):
         values = tiny_config().raw
         (values[section] if section else values)[name] = value
         with pytest.raises(UserError):
-            load.load(value if key in ("teacher", "init_from") else config.read(values).data.open("train").name)
+            load_run(value if key in ("teacher", "init_from") else config.read(values).data.open("train").name)

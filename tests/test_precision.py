@@ -18,11 +18,18 @@ import pytest
 from jax._src.interpreters import mlir
 from jax._src.lax import lax
 
-from ntm_jax.core.model import NTM
+from ntm_jax.analysis import chips, compile
+from ntm_jax.api import Run
+from ntm_jax.core import denoising
+from ntm_jax.core.model import NTM, exact
 from ntm_jax.data import pipeline, sources
-from ntm_jax.runtime import attention, compile, config, distill, evaluate, export, generate, objective, sharding, state
-from ntm_jax.runtime.load import Run
-from tests.common import TINY, batch_of, experiment, python, randomised, rehearsal, setup, tiny_config
+from ntm_jax.evaluation import evaluate, scoring
+from ntm_jax.export.write import programs
+from ntm_jax.runtime import attention, build, config, sharding
+from ntm_jax.sampling import generate
+from ntm_jax.training import state
+from ntm_jax.training.step import make_step, steps_of
+from tests.common import TINY, as_run, batch_of, experiment, python, randomised, rehearsal, setup, tiny_config
 from tests.precision import HIGHEST, precisions
 
 CHANGES = {"model.transporter_blocks": 2, "sample.guidance": 0.5}
@@ -45,9 +52,9 @@ def run_of(dtype: str, flow_matching: bool = False) -> Run:
     """A run of abstract parameters, with a denoiser."""
     settings = flow_config() if flow_matching else tiny_config(**{"model.dtype": dtype} | CHANGES)
     source, model, mesh = setup(settings)
-    spec, params = pipeline.spec(source, 2), state.abstract(settings, model, mesh).ema
-    denoiser = distill.make_denoiser(model)
-    denoiser_params = state.abstract(settings, denoiser, mesh).ema
+    spec, params = pipeline.spec(source, 2), state.abstract(as_run(settings, model, mesh)).ema
+    denoiser = denoising.make_denoiser(model)
+    denoiser_params = state.abstract(as_run(settings, denoiser, mesh)).ema
     return Run(settings, spec, model, params, 0, mesh, "", denoiser=(denoiser, denoiser_params))
 
 
@@ -58,8 +65,8 @@ def with_decoder(run: Run, decoder: str, inverse: str = "auto") -> Run:
 
 def traced_sampler(run: Run, monkeypatch):
     """The program that generate.generate runs."""
-    return recorded(monkeypatch, generate, "_generate", lambda: generate.generate(
-        run.config, run.model, run.params, run.spec, run.mesh, np.arange(2), denoiser=run.denoiser))
+    return recorded(monkeypatch, generate, "_generate", lambda: generate.sample_at(as_run(
+        run.config, run.model, run.mesh, run.params), np.arange(2), denoiser=run.denoiser))
 
 
 def recorded(monkeypatch, module, name: str, call):
@@ -81,7 +88,7 @@ def traced_evaluation(run: Run, name: str, monkeypatch):
     """A program that the evaluation of a run runs."""
     source = run.config.data.open(run.config.evaluate.split)
     call = {
-        "_score": lambda: evaluate.scores(run.config, run.model, run.params, source, run.mesh, 2),
+        "_score": lambda: scoring.score_records(as_run(run.config, run.model, run.mesh, run.params), source, 2),
         "_denoising_errors": lambda: evaluate.denoising_errors(run, source),
         "_denoiser_errors": lambda: evaluate.denoiser_errors(run, source),
         "_velocity_errors": lambda: evaluate.velocity_errors(run.config, run.model, run.params, source, run.mesh, 2)}
@@ -119,33 +126,33 @@ def test_the_ode_of_a_flow_matching_run(decoder, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["sampler", "log_likelihood"])
 def test_exports(dtype, name):
-    function, arguments = export.programs(with_decoder(run_of(dtype), "score"))[name]
+    function, arguments = programs(with_decoder(run_of(dtype), "score"))[name]
     check(jax.jit(function).trace(*arguments.values()), dtype, 20)
 
 
 def test_an_export_with_a_denoiser():
-    function, arguments = export.programs(with_decoder(run_of("float32"), "denoiser"))["sampler"]
+    function, arguments = programs(with_decoder(run_of("float32"), "denoiser"))["sampler"]
     check(jax.jit(function).trace(*arguments.values()), "float32", 10)
 
 
 def test_a_training_step_is_left_as_it_is():
     run = run_of("float32")
     batch = batch_of(run.config.data.open("train"), run.config, 16)
-    step = objective.make_step(run.config, run.model, run.mesh)
-    current = state.abstract(run.config, run.model, run.mesh)
+    step = make_step(as_run(run.config, run.model, run.mesh))
+    current = state.abstract(as_run(run.config, run.model, run.mesh))
     with sharding.use(run.mesh):
-        traced = step.trace(current, sharding.to_global(batch, run.mesh), objective.steps_of(run.config, 0))
+        traced = step.trace(current, sharding.to_global(batch, run.mesh), steps_of(run.config, 0))
     assert set(precisions(traced)) == {("float32", "DEFAULT")}
 
 
 def test_a_denoisers_targets_are_exact_and_its_own_products_as_they_are():
     run = run_of("float32")
     x, keys = jnp.zeros((2, 16, 4)), jax.random.split(jax.random.key(0))
-    traced = jax.jit(functools.partial(distill.errors, run.config, run.denoiser[0], teacher=run.model)).trace(
-        run.denoiser[1], frozen=run.params, keys=keys, x=x, y=jnp.zeros(2, jnp.int32))
+    traced = jax.jit(functools.partial(denoising.denoiser_errors, run.config, run.denoiser.module, teacher=run.model)).trace(
+        run.denoiser.params, frozen=run.params, keys=keys, x=x, y=jnp.zeros(2, jnp.int32))
     found = precisions(traced)
-    own = precisions(jax.jit(functools.partial(distill.denoise, run.denoiser[0])).trace(
-        run.denoiser[1], x, jnp.zeros(2), 2, jnp.zeros(2, jnp.int32)))
+    own = precisions(jax.jit(functools.partial(denoising.denoise, run.denoiser.module)).trace(
+        run.denoiser.params, x, jnp.zeros(2), 2, jnp.zeros(2, jnp.int32)))
     assert found[("float32", "DEFAULT")] == own[("float32", "DEFAULT")] > 0
     assert found[("float32", "HIGHEST")] > 20
 
@@ -153,7 +160,7 @@ def test_a_denoisers_targets_are_exact_and_its_own_products_as_they_are():
 @pytest.mark.parametrize("options", [{"remat": "full"}, {"scan": True}, {"remat": "narrow", "scan": True, "flat": False}])
 def test_scanned_and_recomputed_layers_keep_it(options):
     run = run_of("float32")
-    model = state.exact(run.model.clone(config=dataclasses.replace(run.model.config, **options)))
+    model = exact(run.model.clone(config=dataclasses.replace(run.model.config, **options)))
 
     def loss(params, xs, t):
         return jnp.sum(model.apply(params, xs, t, jnp.full(2, 2), jnp.zeros(2, jnp.int32)).nll)
@@ -186,19 +193,19 @@ def results(dtype: str, exact: bool) -> dict:
     """What a tiny model of random weights reports, samples, inverts and denoises."""
     settings = tiny_config(**{"model.dtype": dtype})
     source, model, mesh = setup(settings)
-    new = state.initialize(settings, model, mesh).params
+    new = state.initialize(as_run(settings, model, mesh)).params
     params = jax.tree.map(lambda a, b: a + 0.2 * (b - a), new, randomised(new))  # few sweeps invert it
-    model = state.exact(model) if exact else model
+    model = exact(model) if exact else model
     batch, count = batch_of(source, settings, 8), settings.sample.steps
 
     @jax.jit
     def compute(params, root):
         static = {"config": settings, "model": model}
-        scored = evaluate._score(
+        scored = scoring.weigh_batch(
             params, root, batch, levels=source.levels, trajectories=1, steps=count, **static)
-        denoised, sampled = generate._generate(
+        denoised, sampled = generate.generate_tokens(
             params, root, batch["index"], batch["label"], steps=count, guidance=0.0,
-            decoder="score", inverse="parallel", trajectory=True, **static)
+            decoder="score", inverse="parallel", with_levels=True, **static)
         given = jnp.full(8, 0.5), jnp.full(8, count), batch["label"]
         parallel, sequential = (
             model.apply(params, batch["x"], *given, how=how, method=NTM.invert)
@@ -261,16 +268,16 @@ def write_products(out: str) -> None:
     for dtype in ("float32", "bfloat16"):
         settings = tiny_config(**{
             "model.dtype": dtype, "sample.decoder": "score", "sample.inverse": "parallel"})
-        mesh = compile._mesh(settings, compile.devices("v5e:2x2", 1)[0])
+        mesh = compile._mesh(settings, chips.devices("v5e:2x2", 1)[0])
         source = sources.open_source(settings.data.source, settings.evaluate.split)
-        model = state.make_model(settings, pipeline.spec(source, 2), attention.choose(mesh))
+        model = build.make_model(settings, pipeline.spec(source, 2), attention.choose(mesh))
         sampler = compile.sample_program(settings, model, source, mesh)
         batch = {name: compile._abstract((4, *a.shape[1:]), a.dtype, mesh)
                  for name, a in batch_of(source, settings, 4).items()}
         options = {"config": settings, "levels": source.levels, "trajectories": 2, "steps": 2}
-        scores = {name: compile.Program(evaluate._score, (*sampler.arguments[:2], batch),
+        scores = {name: compile.Program(scoring.weigh_batch, (*sampler.arguments[:2], batch),
                                         options | {"model": changed})
-                  for name, changed in (("score", state.exact(model)), ("plain", model))}
+                  for name, changed in (("score", exact(model)), ("plain", model))}
         for name, program in ({"sample": sampler} | scores).items():
             with sharding.use(mesh):
                 text = program.trace().lower().compile().as_text()

@@ -17,9 +17,10 @@ from scipy.stats import norm
 
 import ntm_jax
 from ntm_jax.core import likelihood, trajectory
-from ntm_jax.core.model import NTM, ModelConfig
+from ntm_jax.core.config import ModelConfig
+from ntm_jax.core.model import NTM
 from ntm_jax.data import sources
-from ntm_jax.runtime import state, train
+from ntm_jax.training import loop
 from tests import reference
 from tests.common import batch_of, tiny_config
 
@@ -114,7 +115,7 @@ def run(tmp_path_factory):
     workdir = os.environ.get("WORKDIR")
     if not workdir:
         workdir = str(tmp_path_factory.mktemp("run"))
-        train.train(tiny_config(**{"train.save_every": 100}), workdir, progress=False, until=5)
+        loop.train(tiny_config(**{"train.save_every": 100}), workdir, progress=False, until=5)
     return ntm_jax.load(workdir)
 
 
@@ -124,7 +125,7 @@ def test_a_checkpoint(run):
     # in float32 throughout: a network that runs in bfloat16 has that rounding, 4e-3, in its likelihood
     model = run.model.clone(config=dataclasses.replace(run.model.config, dtype=jnp.float32, transporter_dtype=jnp.float32))
     batch, steps = batch_of(source, config, 4), config.sample.steps
-    t = np.asarray(state.levels(config, model, steps, jnp.full(1, config.trajectory.t_min)))[0]
+    t = np.asarray(config.schedule(model.config.tokens).levels(steps, jnp.full(1, config.trajectory.t_min)))[0]
     compare(model, jax.device_get(run.params)["params"], batch["x"], t, steps, batch["label"], source.levels)
 
 

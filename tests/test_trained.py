@@ -7,8 +7,10 @@ import numpy as np
 from ntm_jax.core import trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline, sources
-from ntm_jax.runtime import objective, sharding, state
-from tests.common import rehearsal, tiny_config
+from ntm_jax.runtime import build, sharding
+from ntm_jax.training import state
+from ntm_jax.training.step import make_step, steps_of
+from tests.common import as_run, rehearsal, tiny_config
 
 
 @rehearsal
@@ -17,18 +19,18 @@ def test_inverse_of_trained_weights(quick_compilation):
         "data.image_size": 16, "data.patch_size": 1, "data.batch_size": 8, "model.positions": "rotary", "model.transporter_blocks": 2,
         "train.steps": 40, "trajectory.steps": (4,), "sample.steps": 4})
     source = sources.open_source(config.data.source, config.data.split, config.data.image_size)
-    model, mesh = state.make_model(config, pipeline.spec(source, config.data.patch_size)), sharding.make_mesh(config.mesh)
+    model, mesh = build.make_model(config, pipeline.spec(source, config.data.patch_size)), sharding.make_mesh(config.mesh)
     assert model.config.tokens == 256
-    current, step = state.initialize(config, model, mesh), objective.make_step(config, model, mesh)
+    current, step = state.initialize(as_run(config, model, mesh)), make_step(as_run(config, model, mesh))
     batches = pipeline.train_iterator(source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers)
     for n in range(config.train.steps):
         with sharding.use(mesh):
             batch = sharding.to_global(next(batches), mesh)
-            current, metrics = step(current, batch, objective.steps_of(config, n))
+            current, metrics = step(current, batch, steps_of(config, n))
     batches.close()
     assert float(np.max(np.abs(metrics["log_det"]))) > 0.05  # the transporter has learned something
 
-    t = state.levels(config, model, 4, jnp.full(8, config.trajectory.t_min))
+    t = config.schedule(model.config.tokens).levels(4, jnp.full(8, config.trajectory.t_min))
     xs = trajectory.simulate(batch["x"], t, jax.random.normal(jax.random.key(0), (8, 5, 256, 1)))[:, :4].reshape(32, 256, 1)
     arguments = t[:, :4].reshape(-1), jnp.full(32, 4), jnp.repeat(batch["label"], 4)
     us, _ = model.apply(current.params, xs, *arguments, method=NTM.transport)

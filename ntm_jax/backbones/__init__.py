@@ -1,0 +1,62 @@
+"""Pretrained flow-matching networks: the table that config.model.backbone chooses from.
+
+A backbone is a flax module from (x_t [B, N, D], t [B], condition y) to (velocity [B, N, D] in
+float32, last hidden states [B, N, W]); see core.flow_matching. A new one is a file for its network,
+a file for the reader of its public checkpoints, and one entry here or a call of `register`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ntm_jax.core.config import ModelConfig
+from ntm_jax.core.flow_matching import Velocity
+from ntm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """One kind of flow-matching network.
+
+    build(config, extra, attention) makes the module; `extra` holds the settings of config.model that
+    ModelConfig does not have, such as double_layers. It raises UserError where sizes do not fit.
+    read(path, parameters) reads a public checkpoint into the structure, shapes, dtypes and shardings
+    of the abstract `parameters`; None where there is no public checkpoint.
+    """
+
+    build: Callable[[ModelConfig, Mapping[str, Any], Callable], Any]
+    read: Callable[[str, Any], Any] | None = None
+
+
+def _transformer(config: ModelConfig, extra: Mapping[str, Any], attention: Callable) -> Velocity:
+    return Velocity(config, attention)
+
+
+def _flux2(config: ModelConfig, extra: Mapping[str, Any], attention: Callable):
+    from ntm_jax.backbones import flux2  # imported when it is chosen
+
+    return flux2.build(config, extra["double_layers"], attention)
+
+
+def _read_flux2(path: str, parameters):
+    from ntm_jax.backbones import flux2_weights
+
+    return flux2_weights.read(path, parameters)
+
+
+BACKBONES = {"transformer": Backbone(_transformer), "flux2": Backbone(_flux2, _read_flux2)}
+
+
+def register(name: str, backbone: Backbone) -> None:
+    """Adds a backbone for config.model.backbone=name. Raises UserError if the name is taken."""
+    if name in BACKBONES:
+        raise UserError(f"the backbone {name!r} is registered already: choose another name")
+    BACKBONES[name] = backbone
+
+
+def find(name: str) -> Backbone:
+    """The backbone of a name. Raises UserError if there is none."""
+    if name not in BACKBONES:
+        raise UserError(f"config.model.backbone is {name!r}: expected one of {', '.join(BACKBONES)}, "
+                        "or --import the module that registers it")
+    return BACKBONES[name]

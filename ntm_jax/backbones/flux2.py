@@ -17,6 +17,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ntm_jax.core import layers
+from ntm_jax.core.config import ModelConfig
+from ntm_jax.errors import UserError
 
 TIME_FEATURES = 256  # t is told as cosines and sines of 1000 t
 
@@ -212,3 +214,16 @@ class Flux2(nn.Module):
         return nn.scan(
             layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth, unroll=1 if c.scan else depth,
             in_axes=(nn.broadcast,) * 3, metadata_params={nn.PARTITION_NAME: "layers"})(c, self.attention, name=name)
+
+
+def build(c: ModelConfig, double_layers: int, attention) -> Flux2:
+    """FLUX.2's transformer with a model's sizes. Raises UserError for sizes that it cannot have."""
+    if not c.text_width or not double_layers or c.head_size % 8:
+        raise UserError("config.model.backbone=flux2 needs config.model.condition=text, double_layers "
+                        "> 0 and a multiple of 8 as head_size: found text states of width "
+                        f"{c.text_width}, {double_layers} and {c.head_size}")
+    return Flux2(Flux2Config(
+        grid=c.grid, dim=c.dim, text_width=c.text_width, heads=c.width // c.head_size,
+        head_size=c.head_size, double_layers=double_layers, single_layers=c.predictor_layers,
+        mlp_ratio=c.mlp_ratio, axes=(c.head_size // 4,) * 4, dtype=c.dtype, remat=c.remat,
+        scan=c.scan), attention)

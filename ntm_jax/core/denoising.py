@@ -1,10 +1,14 @@
 """Trajectory score denoising: the clean image from the model's own score, by Tweedie's formula across levels (3.5, algorithm 3)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.core.model import NTM
-from ntm_jax.core.trajectory import covariance, per_example
+from ntm_jax.core import trajectory
+from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.predictor import Predictor
+from ntm_jax.core.trajectory import Schedule, covariance, per_example
 
 
 def _gradient(model: NTM, params, xs, t, y, percentile: float):
@@ -44,3 +48,41 @@ def denoise_levels(model: NTM, params, xs, t, y, percentile: float = 100.0) -> d
     corrections = {"as_it_is": 0.0, "own_score": per_example(t**2, xs) * gradient[:, :-1],
                    "trajectory_score": jnp.einsum("bkj,bjnd->bknd", s, gradient, precision=model.config.precision)}
     return {name: (xs - correction) / (1 - per_example(t, xs)) for name, correction in corrections.items()}
+
+
+def make_denoiser(model: NTM) -> Predictor:
+    """The learned denoiser (method, section 8) with the sizes of a model's predictor.
+
+    It predicts the clean image, level s = 0, from the teacher's latent u_0 at t_0.
+    """
+    return Predictor(dataclasses.replace(model.config, transporter_blocks=0), model.attention)
+
+
+def denoise(denoiser: Predictor, params, u_0, t_0, steps: int, y):
+    """g(u_0, y): latents [B, N, D] at levels t_0 [B] -> clean tokens [B, N, D]."""
+    return denoiser.apply(params, u_0, t_0, jnp.zeros_like(t_0), jnp.full(len(u_0), steps), y)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """What a denoiser learns from: a model with its schedule, in trajectories of `steps` steps. Static."""
+
+    model: NTM
+    schedule: Schedule
+    steps: int
+
+
+def denoiser_errors(denoiser: Predictor, params, teacher: Teacher, teacher_params, keys, x, y):
+    """Mean squared errors per dimension of examples x [B, N, D], each with one trajectory: dict of [B].
+
+    to_target: the denoiser against the teacher's score denoising of the trajectory, its loss;
+    to_data: the denoiser against x; target_to_data: the score denoising against x.
+    """
+    model, steps = exact(teacher.model), teacher.steps
+    t = teacher.schedule.fixed_levels(steps, len(x))
+    xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (steps + 1, *x.shape[1:])))
+    target = jax.lax.stop_gradient(score_denoise(model, teacher_params, xs, t, y))
+    u_0, _ = model.apply(teacher_params, xs[:, 0], t[:, 0], jnp.full(len(x), steps), y, method=NTM.transport)
+    found = denoise(denoiser, params, u_0, t[:, 0], steps, y)
+    pairs = {"to_target": (found, target), "to_data": (found, x), "target_to_data": (target, x)}
+    return {name: jnp.mean(jnp.square(a - b), (1, 2)) for name, (a, b) in pairs.items()}

@@ -71,22 +71,29 @@ def velocity_errors(backbone, params, x, noise, t, y):
     return jnp.mean(jnp.square(velocity - (noise - x)), (1, 2))
 
 
-def solve(backbone, params, noise, t, y, nothing=None, guidance: float | tuple[float, ...] = 0.0, heun: bool = False):
-    """The ODE dx/dt = v from noise [B, N, D] down the levels t [B, K], t_0 = 0 for clean images -> [B, K, N, D].
+def guidance_by_step(guidance: float | tuple[float, ...], steps: int) -> tuple[float, ...]:
+    """One guidance scale for each step, from pure noise down."""
+    return guidance if isinstance(guidance, tuple) else (guidance,) * steps
 
-    Euler's method, one pass a step, or Heun's of second order, two. Guidance w > 0: v = v_c + w (v_c - v_u), where v_u is told
-    `nothing`, the null condition; both in one batch; one w, or one for each step, from pure noise down.
+
+def solve(backbone, noise, t, y, nothing=None, guidance: float | tuple[float, ...] = 0.0,
+          heun: bool = False):
+    """Solves dx/dt = v from noise [B, N, D] down the levels t [B, K], t_0 = 0 for clean images.
+
+    backbone(x, t, y) -> (v, hidden states). Takes Euler's steps, of one pass each, or Heun's second-order steps, of two. With
+    guidance w > 0, v = v_c + w (v_c - v_u), where v_u has `nothing`, the null condition; both run in
+    one batch. w is one number, or one for each step, from pure noise down. Returns [B, K, N, D].
     """
     batch, count = len(noise), t.shape[1] - 1
-    scales = jnp.asarray(guidance if isinstance(guidance, tuple) else (guidance,) * count)
-    guided = any(guidance) if isinstance(guidance, tuple) else guidance
+    scales = guidance_by_step(guidance, count)
+    guided = any(scales)
 
     def velocity(x, t, w):
         if not guided:
-            return backbone.apply(params, x, t, y)[0]
+            return backbone(x, t, y)[0]
         both = jax.tree.map(lambda *pair: jnp.concatenate(pair), (x, t, y), (x, t, nothing))
-        told, untold = jnp.split(backbone.apply(params, *both)[0], [batch])
-        return told + w * (told - untold)
+        conditional, unconditional = jnp.split(backbone(*both)[0], [batch])
+        return conditional + w * (conditional - unconditional)
 
     def step(x, levels):
         s, t, w = levels
@@ -97,5 +104,5 @@ def solve(backbone, params, noise, t, y, nothing=None, guidance: float | tuple[f
         return down, down
 
     ladder = jnp.flip(t.T, 0)
-    _, xs = jax.lax.scan(step, noise, (ladder[1:], ladder[:-1], scales))
+    _, xs = jax.lax.scan(step, noise, (ladder[1:], ladder[:-1], jnp.asarray(scales)))
     return jnp.moveaxis(jnp.concatenate([jnp.flip(xs, 0), noise[None]]), 0, 1)

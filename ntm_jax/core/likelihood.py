@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.model import NTM, Terms, log_prior
+from ntm_jax.core.model import Terms, log_prior
 
 
 def bits_per_dim(nats, dimensions: int):
@@ -113,11 +113,12 @@ def marks(trajectories: int) -> list[int]:
     return [4**i for i in range(trajectories) if 4**i < trajectories] + [trajectories]
 
 
-def weigh(model: NTM, params, draw, x, t, steps: int, y, pixel_levels: int, trajectories: int) -> dict:
-    """Scores in nats of examples x [B, N, D] by trajectories draw(0), draw(1), ...: [B, K, N, D] at levels t [B, K], condition y.
+def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:
+    """Scores in nats of examples x [B, N, D] by trajectories draw(0), draw(1), ...: [B, K, N, D] at levels t [B, K].
 
-    They are drawn and weighed one after the other, so that memory does not grow with their number. As of contributions, a trajectory may
-    be the upper part of one of `steps` steps.
+    terms(xs): the model's Terms [B, T] of trajectories xs. Trajectories are drawn and weighed one
+    after the other, so that memory does not grow with their number. As in contributions, a
+    trajectory may be the upper part of a longer one.
 
     Returns bound, importance_weighted, effective_sample_size, and the bounds' variances over noise, bound_variance and
     weighted_variance: [B]; weighted, the importance-weighted bound of the first marks(trajectories): [B, marks]; means over
@@ -128,9 +129,9 @@ def weigh(model: NTM, params, draw, x, t, steps: int, y, pixel_levels: int, traj
     def add(carry, number):
         importance, sums, weighted = carry
         xs = draw(number)
-        terms = model.apply(params, xs, t, jnp.full(n, steps), y)
-        parts = contributions(terms, xs, x, t, pixel_levels)
-        sums = jax.tree.map(jnp.add, sums, {"nll": terms.nll} | parts)
+        found = terms(xs)
+        parts = contributions(found, xs, x, t, pixel_levels)
+        sums = jax.tree.map(jnp.add, sums, {"nll": found.nll} | parts)
         importance = importance.add(log_weight(parts))
         return (importance, sums, jnp.where(at == importance.count, importance.importance_weighted[:, None], weighted)), None
 

@@ -6,6 +6,7 @@ Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
 import jax
 import jax.numpy as jnp
 
+from ntm_jax.core.flow_matching import guidance_by_step
 from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import example_noise
@@ -30,7 +31,7 @@ def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float
     """
     c = model.config
     batch, count = t.shape[0], t.shape[1] - 1
-    scales = guidance if isinstance(guidance, tuple) else (guidance,) * count
+    scales = guidance_by_step(guidance, count)
     noise = example_noise(keys, (count + 1, c.tokens, c.dim))
     steps = jnp.full(batch, count)
 

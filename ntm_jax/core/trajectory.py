@@ -4,7 +4,9 @@ Symbols: B batch, T steps, K = T+1 levels ascending from t_0 (nearly clean) to t
 Equation numbers are those of arXiv 2605.08078.
 """
 
+import dataclasses
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,33 @@ def default_shift(tokens: int) -> float:
 def levels(steps: int, t_min, schedule: str, shift: float):
     """All levels of a trajectory: t_min [B] -> [B, T+1], ascending."""
     return level(jnp.arange(steps + 1), steps, jnp.asarray(t_min)[:, None], schedule, shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a model's trajectories. Hashable, so that jitted functions take it as a static argument."""
+
+    name: str  # linear, shifted; see level
+    shift: float  # m of the shifted schedule
+    steps: tuple[int, ...]  # the numbers of steps T that are trained together
+    t_min: float  # t_0 in evaluation and sampling
+    t_min_range: tuple[float, float]  # t_0 in training, uniform
+
+    def level(self, k, steps, t_min):
+        """Noise level t_k of trajectories of `steps` steps from t_min; see the function level."""
+        return level(k, steps, t_min, self.name, self.shift)
+
+    def levels(self, steps: int, t_min):
+        """All levels [B, steps + 1], ascending, of trajectories that start at t_min [B]."""
+        return levels(steps, t_min, self.name, self.shift)
+
+    def fixed_levels(self, steps: int, batch: int):
+        """The levels [batch, steps + 1] of evaluation and sampling, from self.t_min to 1."""
+        return self.levels(steps, jnp.full(batch, self.t_min))
+
+    def at(self, share):
+        """Levels t [B] at a share [B] of the way from clean to pure noise: the schedule with infinitely many steps."""
+        return self.level(share, 1, 0.0)
 
 
 def _between(s, t):
@@ -109,3 +138,9 @@ def log_reverse(xs, t, x_r, r=0.0):
 def example_noise(keys, shape):
     """Standard normal noise keyed per example: keys [B] and the shape of one example's draw -> [B, *shape]."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def example_keys(root, name: str, index):
+    """Keys [B] for the draws called `name` of the examples `index` [B], under root."""
+    named = jax.random.fold_in(root, zlib.crc32(name.encode()))
+    return jax.vmap(lambda i: jax.random.fold_in(named, i))(index)

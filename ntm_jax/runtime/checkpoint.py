@@ -53,7 +53,7 @@ def locate(where) -> tuple[epath.Path, int | None]:
 
 def digest(tree) -> str:
     """16 hex digits that stand for all of a tree's checksums."""
-    return _json_checksum(checksums(tree))
+    return json_checksum(checksums(tree))
 
 
 def _device_sums(x) -> jax.Array:
@@ -122,7 +122,7 @@ def named_leaves(tree) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _json_checksum(content) -> str:
+def json_checksum(content) -> str:
     return files.digest(content)[:16]
 
 
@@ -215,7 +215,7 @@ class Checkpoints:
         if step in self.steps():
             return False
         run = {"step": step, "settings": self._settings}
-        sums = {**checksums(state), DATA_NAME: _json_checksum(data_state), RUN_NAME: _json_checksum(run)}
+        sums = {**checksums(state), DATA_NAME: json_checksum(data_state), RUN_NAME: json_checksum(run)}
         unit = {"state": state, "data": data_state, "run": run, "checksums": sums}
         metrics = {name: float(value) for name, value in metrics.items()} if metrics else None
         with self._write_errors():
@@ -267,7 +267,7 @@ class Checkpoints:
         try:
             with self._context:
                 unit = ocp.load_checkpointables(path, {"run": None, "checksums": None})
-                right = unit["checksums"].get(RUN_NAME) == _json_checksum(unit["run"])
+                right = unit["checksums"].get(RUN_NAME) == json_checksum(unit["run"])
                 return (unit["run"]["settings"] if right else None) or {}
         except Exception:  # orbax raises many kinds for a file that is missing, cut short or garbled
             return {}
@@ -355,9 +355,9 @@ class Checkpoints:
             raise self._damaged(step, f"it cannot be read ({failure})")
         found = checksums(unit["state"])
         if "data" in unit:
-            found[DATA_NAME] = _json_checksum(unit["data"])
+            found[DATA_NAME] = json_checksum(unit["data"])
         if "run" in unit or RUN_NAME in saved:
-            found[RUN_NAME] = _json_checksum(unit.get("run"))
+            found[RUN_NAME] = json_checksum(unit.get("run"))
         for name, value in found.items():
             if saved.get(name) != value:
                 raise self._damaged(step, f"{name} has checksum {value}, saved with {saved.get(name)}")
@@ -380,13 +380,11 @@ class Checkpoints:
         if not whole:
             tops = {name.split("/")[0] for name in expected}
             stored = {name: leaf for name, leaf in stored.items() if name.split("/")[0] in tops}
-        for name in [*expected, *(set(stored) - set(expected))]:
-            there, here = (describe(leaves.get(name)) for leaves in (stored, expected))
-            if there != here:
-                raise UserError(
-                    f"checkpoint step {step} in {self.directory} is of another model: array {name} is {there} in the checkpoint, "
-                    f"{here} in this model; use the configuration it was trained with, or another --workdir"
-                )
+        different = first_difference(stored, expected)
+        if different:
+            name, there, here = different
+            raise UserError(f"checkpoint step {step} in {self.directory} is of another model: array {name} is {there} in the checkpoint, "
+                            f"{here} in this model; use the configuration it was trained with, or another --workdir")
 
     def _damaged(self, step, what):
         earlier, path = [s for s in self.steps() if s < step], self.directory / str(step)
@@ -399,8 +397,19 @@ def _setting(settings: dict, key: str) -> str:
     return f"{key} = {settings[key]!r}" if key in settings else f"{key} at its default"
 
 
-def describe(leaf) -> str:
-    return "absent" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+def first_difference(found: dict, expected: dict) -> tuple[str, str, str] | None:
+    """(name, found, expected) of the first array that differs between two dicts of named arrays.
+
+    Arrays are described by dtype and shape, as in "float32[3,4]", or as "absent". None if all agree.
+    """
+    def describe(leaf):
+        return "absent" if leaf is None else f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+    for name in [*expected, *sorted(set(found) - set(expected))]:
+        there, here = describe(found.get(name)), describe(expected.get(name))
+        if there != here:
+            return name, there, here
+    return None
 
 
 def _quiet_orbax() -> None:

@@ -14,6 +14,19 @@ from etils import epath
 
 from ntm_jax import files
 
+
+def displayable(images, levels: int) -> np.ndarray:
+    """Pixel values 0..levels-1 [..., C] -> 0..255. Of latents (levels 0), the first three channels in false colours, -3 to 3."""
+    if not levels:
+        shown = np.asarray(images)[..., : 3 if np.shape(images)[-1] >= 3 else 1]
+        return ((shown.clip(-3, 3) + 3) * (255 / 6)).round().astype(np.uint8)
+    return (np.asarray(images, np.float32) * (255 / (levels - 1))).round().astype(np.uint8)
+
+
+def picture(images, levels: int, columns: int = 10) -> np.ndarray:
+    """One grid [H, W, C] of images [n, H, W, C], small ones enlarged."""
+    return image_grid(displayable(images, levels), min(len(images), columns), max(1, 64 // images.shape[1]))
+
 HELD_OUT = {"evaluate/bits_per_dim": "bits per dimension", "evaluate/nats_per_dim": "nats per dimension",
             "evaluate/mse": "mean squared error", "evaluate/velocity_error": "mean squared error"}
 SMOOTHING_POINTS = 50  # the smoothed loss averages over a 50th of the points
@@ -120,13 +133,13 @@ def trajectory_picture(images, levels, out_png) -> None:
     _save(figure, out_png)
 
 
-def points_picture(points, levels, out_png) -> None:
-    """Draws points of the plane [n, K, 2] at noise levels [K], a column a level."""
+def points_picture(points, levels, extent: float, out_png) -> None:
+    """Draws points of the plane [n, K, 2] on [-extent, extent]^2 at noise levels [K], in columns."""
     points = np.asarray(points)
     figure, axes = _figure(2.5 * len(levels), 2.8, 1, len(levels))
     for k, (panel, level) in enumerate(zip(axes[0], levels, strict=True)):
         panel.scatter(*points[:, k].T, s=2, linewidths=0)
-        panel.set(title=f"t={level:.2g}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+        panel.set(title=f"t={level:.2g}", xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
     _save(figure, out_png)
 
 

@@ -133,7 +133,7 @@ def by_device(mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def told(value: bool, mesh):
+def flag_by_process(value: bool, mesh):
     """What every process says, as a global array [devices]: its own word lies on each of its devices."""
     return jax.make_array_from_process_local_data(by_device(mesh), np.full(len(mesh.local_devices), value), (mesh.size,))
 

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from ntm_jax import files
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import processes
+from ntm_jax.runtime.processes import job
 
 LOCK = ".lock"
 RENEW_SECONDS = 20.0  # between renewals of a record on object storage
@@ -58,7 +58,7 @@ def owned(workdir: str) -> Iterator[None]:
         except OSError as error:
             refusal = f"--workdir={workdir} cannot be written to ({error.strerror or error}): make it writable, or give another"
     with lock:
-        if processes.several() and multihost_utils.broadcast_one_to_all(bool(refusal)):
+        if job.several() and multihost_utils.broadcast_one_to_all(bool(refusal)):
             refusal = refusal or "process 0 of this job could not take the workdir (see its line)"
         if refusal:
             raise UserError(refusal)
@@ -145,7 +145,7 @@ def _leased(path, renew: float = RENEW_SECONDS, lease: float = LEASE_SECONDS) ->
         while not ended.wait(renew):
             with contextlib.suppress(OSError):  # the storage may be away for a moment
                 if _token(_read(path)) not in (None, mine["token"]):
-                    processes.leave(1, f"error: another run has taken {path.parent} over, since this one stood still for more than "
+                    job.leave(1, f"error: another run has taken {path.parent} over, since this one stood still for more than "
                                        f"{lease:g} s; it ends here and writes nothing more")
                     return
                 put()

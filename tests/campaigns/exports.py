@@ -21,18 +21,20 @@ import numpy as np
 
 import ntm_jax
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import export, load, state
+from ntm_jax.export.read import load_run
+from ntm_jax.export.write import write_export
+from ntm_jax.training import finetune, state
 from tests.campaigns import damage
-from tests.common import bits, setup, tiny_config, write_run
+from tests.common import as_run, bits, setup, tiny_config, write_run
 
 SETTINGS = tiny_config()
 
 
 def make(folder: Path) -> Path:
     """An export of a run that was never trained."""
-    run = load.load(str(write_run(folder / "run", SETTINGS)))
+    run = load_run(str(write_run(folder / "run", SETTINGS)))
     with contextlib.redirect_stdout(io.StringIO()):
-        export.write_export(run, str(folder / "export"))
+        write_export(run, str(folder / "export"))
     return folder / "export"
 
 
@@ -59,7 +61,7 @@ class Readers:
     def __init__(self, exported: Path):
         self._settings = ntm_jax.load(str(exported)).config
         source, self._model, self._mesh = setup(self._settings)
-        self._state = state.initialize(self._settings, self._model, self._mesh)
+        self._state = state.initialize(as_run(self._settings, self._model, self._mesh))
         records = [source.records[i] for i in range(2)]
         self._images, self._labels = (np.stack([record[name] for record in records]) for name in ("image", "label"))
 
@@ -68,7 +70,7 @@ class Readers:
         return run.config, run.spec, run.step, run.raw, run.log_prob(self._images, self._labels, trajectories=1).tobytes()
 
     def init_from(self, folder: Path):
-        return bits(export.start_from(str(folder), self._settings, self._model, self._mesh, self._state))
+        return bits(finetune.start_from(self._run, self._state))
 
     def sample(self, folder: Path):
         status, out, err, images = run_script(folder, "2", "3")

@@ -14,10 +14,10 @@ def main():
     import numpy as np
     from jax.experimental import multihost_utils
 
-    from ntm_jax.runtime import processes
+    from ntm_jax.runtime.processes import job
 
     step = 0
-    while not processes.stop_agreed(step):
+    while not job.stop_agreed(step):
         step += 1
         multihost_utils.process_allgather(np.int32(step))
         print(f"step {step}/", flush=True)

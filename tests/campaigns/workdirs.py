@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ntm_jax.runtime import config, load
+from ntm_jax.export.read import load_run
+from ntm_jax.runtime import config_file
 from tests.campaigns import damage
 from tests.common import setup, tiny_config, write_run
 
@@ -21,12 +22,12 @@ SETTINGS = tiny_config()
 def flip_config(workdir: Path, every: int, tally: damage.Tally) -> None:
     """Flips every `every`-th bit of config.json and loads it."""
     path = workdir / "config.json"
-    content, expected = path.read_bytes(), config.load(str(workdir))
+    content, expected = path.read_bytes(), config_file.load(str(workdir))
     for place in range(0, 8 * len(content), every):
         changed = bytearray(content)
         changed[place // 8] ^= 1 << place % 8
         path.write_bytes(changed)
-        found, said = damage.outcome(lambda: config.load(str(workdir)), lambda loaded: loaded == expected)
+        found, said = damage.outcome(lambda: config_file.load(str(workdir)), lambda loaded: loaded == expected)
         tally.add("config.json, one bit", found, f"bit {place % 8} of byte {place // 8}: {said}")
     path.write_bytes(content)
 
@@ -37,7 +38,7 @@ def damage_folder(workdir: Path, trials: int, seed: int, tally: damage.Tally) ->
     images, labels = (np.stack([source.records[i][name] for i in range(2)]) for name in ("image", "label"))
 
     def read(step=None):
-        run = load.load(str(workdir), step)
+        run = load_run(str(workdir), step)
         return run.step, run.log_prob(images, labels, trajectories=1).tobytes()
 
     draw, expected = random.Random(seed), {step: read(step) for step in (2, 4)}

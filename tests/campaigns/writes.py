@@ -126,8 +126,8 @@ def full_disk(name: str, kib: int, base: Path, mount: Path) -> tuple[str, str]:
 
 def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
     """Every program under every limit, and on a disk with so many KiB left."""
-    import ntm_jax.data.prepare
     import ntm_jax.runtime.train  # noqa: F401, imported once for all forks
+
 
     tally = damage.Tally()
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():

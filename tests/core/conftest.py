@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.layers import Text
-from ntm_jax.core.model import NTM, ModelConfig
+from ntm_jax.core.model import NTM
 from ntm_jax.core.transporter import Block, Transporter
 
 TINY = {

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import flow_matching, layers, trajectory
-from ntm_jax.core.model import NTM, ModelConfig
+from ntm_jax.core.config import ModelConfig
+from ntm_jax.core.model import NTM
 from tests.core.conftest import TINY, Tiny, _inputs, _new_weights, _random_weights
 
 R = TINY["data_std"]

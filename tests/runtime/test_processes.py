@@ -17,8 +17,10 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import last_word, meeting, processes, sharding, state
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.processes import job, last_word, meeting
+from ntm_jax.training import state
 from tests.common import ROOT, TINY, environment, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker: they share runs
@@ -371,7 +373,7 @@ def test_programs_that_cannot_meet_end_soon(refused):
 ])
 def test_how_to_meet_is_given_whole_or_not_at_all(arguments, message):
     with pytest.raises(UserError, match=message):
-        processes.join(*arguments, timeout=1)
+        job.join(*arguments, timeout=1)
 
 
 def test_an_address_is_split():
@@ -465,12 +467,12 @@ def test_shares_that_overlap_are_refused():
 def test_interrupts_are_passed_on_only_while_training():
     before = signal.getsignal(signal.SIGINT)
     for _ in range(2):  # one run after the other
-        processes._pass_on_interrupts()
-        processes._pass_on_interrupts()
+        job._pass_on_interrupts()
+        job._pass_on_interrupts()
         assert signal.getsignal(signal.SIGINT) != before
-        processes.restore_interrupts()
+        job.restore_interrupts()
         assert signal.getsignal(signal.SIGINT) == before
-    processes.restore_interrupts()
+    job.restore_interrupts()
     assert signal.getsignal(signal.SIGINT) == before
 
 

@@ -13,8 +13,12 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, evaluate, generate, objective, sharding, state
-from tests.common import TINY, batch_of, bits, experiment, python, randomised, rehearsal, setup, tiny_config
+from ntm_jax.evaluation import scoring
+from ntm_jax.runtime import build, config, sharding
+from ntm_jax.sampling import generate
+from ntm_jax.training import state
+from ntm_jax.training.step import make_step
+from tests.common import TINY, as_run, batch_of, bits, experiment, python, randomised, rehearsal, setup, tiny_config
 
 pytestmark = pytest.mark.xdist_group("sharding")  # one worker: they share a run
 SHAPES = ((1, 1, 1, 1), (8, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2))
@@ -31,15 +35,15 @@ def main(out):
         settings = tiny_config(**axes, **{"sample.decoder": "inverse", "mesh.slices": many, "train.accumulate": many})
         source, model, _ = setup(dataclasses.replace(settings, mesh=config.Mesh(1, -1, 1, 1, 1)))
         mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
-        current = state.initialize(settings, model, mesh)
+        current = state.initialize(as_run(settings, model, mesh))
         begun = bits(current)
         first = first or begun
-        homes = jax.tree.map(lambda a: a.sharding, state.abstract(settings, model, mesh).params)
+        homes = jax.tree.map(lambda a: a.sharding, state.abstract(as_run(settings, model, mesh)).params)
         params = jax.device_put(randomised(current.params), homes)
         current = current.replace(params=params, ema=jax.tree.map(lambda a: a + 0, params))
         evaluated = current.ema
         batch = sharding.to_global(batch_of(source, settings, 16), mesh)
-        step = objective.make_step(settings, model, mesh)
+        step = make_step(as_run(settings, model, mesh))
         with sharding.use(mesh):
             lowered = step.lower(current, batch, 2)
             text, compiled = lowered.as_text(), lowered.compile()
@@ -53,11 +57,11 @@ def main(out):
                        "where": where}
         evaluated = jax.device_put(evaluated, homes)
         if shape in ((1, 1, 1, 1), (8, 1, 1, 1)):
-            table = evaluate.scores(settings, model, evaluated, source, mesh, 2)
+            table = scoring.score_records(as_run(settings, model, mesh, evaluated), source, 2)
             arrays |= {f"{name}/scores/{key}": value for key, value in table.items()}
         if shape in ((1, 1, 1, 1), (2, 2, 2, 1)):
             spec = pipeline.spec(source, settings.data.patch_size)
-            arrays[f"{name}/images"] = generate.generate(settings, model, evaluated, spec, mesh, np.arange(5))
+            arrays[f"{name}/images"] = generate.sample_at(as_run(settings, model, mesh, evaluated), np.arange(5))
     np.savez(out + ".npz", **arrays)
     with open(out + ".json", "w") as file:
         json.dump(facts, file)
@@ -81,10 +85,10 @@ def others(out):
             values.mesh.update(dict(zip(sharding.AXES, shape, strict=True)))
             settings = config.read(values)
             source = sources.open_source(settings.data.source, "train")
-            model = state.make_model(settings, pipeline.spec(source, settings.data.patch_size))
+            model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
             mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
-            current = state.initialize(settings, model, mesh)
-            homes = jax.tree.map(lambda a: a.sharding, state.abstract(settings, model, mesh).params)
+            current = state.initialize(as_run(settings, model, mesh))
+            homes = jax.tree.map(lambda a: a.sharding, state.abstract(as_run(settings, model, mesh)).params)
             current = current.replace(params=jax.device_put(randomised(current.params), homes))
             batch = next(pipeline.evaluation_batches(source, settings.data.patch_size, 16))
             batch = sharding.to_global({key: value for key, value in batch.items() if key != "mask"}, mesh)
@@ -92,7 +96,7 @@ def others(out):
             if settings.train.align_weight:
                 backbone = jax.tree.map(lambda a: np.asarray(a) + 0.05, current.params["params"]["backbone"])
                 frozen = {"params": jax.device_put(backbone, homes["params"]["backbone"])}
-            step = objective.make_step(settings, model, mesh)
+            step = make_step(as_run(settings, model, mesh))
             with sharding.use(mesh):
                 _, metrics = step(current, batch, max(settings.trajectory.steps), frozen)
             arrays |= {f"{name}/{'x'.join(map(str, shape))}/{key}": np.asarray(value) for key, value in metrics.items()}
@@ -221,16 +225,16 @@ def test_a_parameter_that_does_not_divide_is_refused_by_name():
     settings = tiny_config()
     _, model, _ = setup(settings)
     with pytest.raises(UserError) as error:
-        state.abstract(settings, model, abstract_mesh(1, 3, 1))
+        state.abstract(as_run(settings, model, abstract_mesh(1, 3, 1)))
     assert re.match(r"params/params/\S+ has a dimension of 16, which does not divide over the mesh axis fsdp of 3", str(error.value))
 
 
 def test_heads_that_do_not_divide_are_refused_by_name():
     settings = tiny_config()
     _, model, _ = setup(settings)  # 2 key-value heads of 8, and a width of 16: every parameter divides
-    state.abstract(settings, model, abstract_mesh(1, 1, 2))
+    state.abstract(as_run(settings, model, abstract_mesh(1, 1, 2)))
     with pytest.raises(UserError, match=r"config\.model\.kv_heads is 2: expected a multiple of 4, the mesh's tensor axis"):
-        state.abstract(settings, model, abstract_mesh(1, 1, 4))
+        state.abstract(as_run(settings, model, abstract_mesh(1, 1, 4)))
 
 
 def test_two_dimensions_on_one_axis_are_refused_by_name():

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import processes, workdir
+from ntm_jax.runtime import workdir
+from ntm_jax.runtime.processes import job
 from tests.common import ROOT, environment
 
 HOLD = """
@@ -95,7 +96,7 @@ def test_a_run_that_stood_still_ends_when_another_has_taken_over(tmp_path, monke
         assert (status, "another run has taken" in line) == (1, True)
         ended.set()
 
-    monkeypatch.setattr(processes, "leave", leave)
+    monkeypatch.setattr(job, "leave", leave)
     with lease(path):
         path.write_text('{"token": "another"}')
         assert ended.wait(30)

@@ -1,0 +1,243 @@
+"""Compiles a run's program for machines that are not there: does it fit, and what bounds it.
+
+The functions are those of training and sampling, lowered on abstract arrays. Of one chip and one
+step:
+- flops: matrix products of the compiled program with loops multiplied out (hlo.py), recomputation
+  and replicated work included, and those inside Pallas kernels, which the compiled text does not
+  show (flops.py, divided by the chips). `flops_traced` counts all from the traced program, divided
+  by the chips: where the compiled figure is larger, chips repeat each other's work.
+- model_flops: the same step with plain attention and no recomputation, divided by the chips.
+- bytes: what the compiler reserves; peak = arguments + outputs that are not donated arguments +
+  temporaries + code.
+- collective bytes: what a chip sends. Roofline seconds: each resource at its peak, as if the others
+  were free.
+"""
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ntm_jax.analysis import chips, hlo
+from ntm_jax.analysis.memory import advice, bytes_per_chip, gib, out_of_memory
+from ntm_jax.core.layers import Text
+from ntm_jax.core.model import exact
+from ntm_jax.data import pipeline, sources
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import build, flops, sharding
+from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.run import Run, untrained
+from ntm_jax.sampling import generate
+from ntm_jax.training import finetune, objectives, state
+from ntm_jax.training.step import check_batch, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function of a run and the abstract arguments that the run would call it with."""
+
+    function: Any
+    arguments: tuple
+    options: dict
+
+    def trace(self):
+        return self.function.trace(*self.arguments, **self.options)
+
+
+def open_data(config: Config) -> Source:
+    """The source that gives the records' shape: config.data.mock if set, as the data may be absent."""
+    if config.data.mock:
+        return sources.open_source(config.data.mock, config.data.split, config.data.image_size)
+    return config.data.open(config.data.split)
+
+
+def train_program(run: Run, source: Source) -> Program:
+    """The training step and what the loop calls it with."""
+    config, mesh = run.config, run.mesh
+    if objectives.checked(config).needs_teacher:
+        raise UserError(f"config.train.objective={config.train.objective} needs its teacher's model, "
+                        "which compilation does not load: compile another objective")
+    check_batch(config, mesh)
+    one = next(pipeline.evaluation_batches(source, config.data.patch_size, 1, 0, 1))
+    size = config.data.batch_size
+    batch = {key: _abstract((size, *value.shape[1:]), value.dtype, mesh)
+             for key, value in one.items() if key != "mask"}
+    options: dict = {"steps": max(config.trajectory.steps)}
+    if config.train.align_weight:
+        options["reference"] = finetune.abstract_reference(run)
+    if len({device.process_index for device in mesh.devices.flat}) > 1:
+        options["batch_complete"] = jax.ShapeDtypeStruct(
+            (mesh.size,), jnp.bool_, sharding=sharding.by_device(mesh))
+    return Program(make_step(run), (state.abstract(run), batch), options)
+
+
+def sample_program(run: Run, source: Source) -> Program:
+    """The sampler and a batch of config.sample.num images, rounded up to equal shares of the mesh."""
+    shards, mesh, model = sharding.batch_shards(run.mesh), run.mesh, run.model
+    size = -(-run.config.sample.num // shards) * shards
+    y = _abstract((size,), jnp.int32, mesh)
+    if model.config.text_width:
+        text = (size, source.text_tokens)
+        y = Text(_abstract((*text, source.text_width), jnp.float16, mesh),
+                 _abstract(text, jnp.bool_, mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
+    options = dict(schedule=run.schedule, model=exact(model), options=run.config.sample.options,
+                   with_levels=False)
+    return Program(generate.generate_tokens, (params, key, index, y), options)
+
+
+PROGRAMS = {"train": train_program, "sample": sample_program}
+
+
+def _abstract(shape, dtype, mesh):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
+
+
+@dataclasses.dataclass
+class _Compiled:
+    """What compiling a program found; memory in bytes a chip, times in seconds."""
+
+    work: hlo.Work
+    memory: dict
+    fits: bool
+    traced_flops: float
+    seconds: float
+    cpu_seconds: float
+    succeeded: bool
+
+
+def compile_for(config: Config, topology: str, program: str = "train") -> dict:
+    """Compiles a program for a topology -> the report, JSON values; see the module's docstring."""
+    found, chip = chips.devices(topology, config.mesh.slices)
+    mesh, source = _mesh(config, found), open_data(config)
+    spec = pipeline.spec(source, config.data.patch_size)
+    run = untrained(config, spec, mesh)
+    compiled = _compile(PROGRAMS[program](run, source), run, chip)
+    plain = dataclasses.replace(run, model=build.plain(run.model))
+    with sharding.use(mesh):
+        traced = PROGRAMS[program](plain, source).trace()
+        model_flops = flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
+    report = {"topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape),
+              "slices": config.mesh.slices, "program": program}
+    report |= _figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
+    if not compiled.fits and program == "train":
+        together = objectives.find(config.train.objective).whole_trajectories
+        levels = max(config.trajectory.steps) if together else 1
+        report["advice"] = advice(run, levels, report["bytes_per_chip"])
+    return _finite(report)
+
+
+def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
+    mesh = run.mesh
+    inputs = program.arguments, program.options.get("reference")
+    arguments = sum(bytes_per_chip(a) for a in jax.tree.leaves(inputs))
+    with sharding.use(mesh):
+        traced = program.trace()
+        jaxpr = traced.jaxpr.jaxpr
+        kernels, total = (flops.of_jaxpr(jaxpr, only) / mesh.size for only in (True, False))
+        lowered = traced.lower()
+        begin, cpu = time.perf_counter(), time.process_time()
+        try:
+            compiled, memory = lowered.compile(), None
+        except jax.errors.JaxRuntimeError as error:
+            compiled, memory = None, out_of_memory(error, arguments)
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    if compiled is None:
+        work = hlo.Work(flops=math.nan, memory=math.nan)
+        return _Compiled(work, {"arguments": arguments} | memory, False, total, seconds, cpu, False)
+    work = hlo.count(compiled.as_text(), mesh.size, run.config.mesh.slices)
+    work.flops += kernels
+    if work.unknown:  # loops whose trips are unknown were counted once
+        work.flops = max(work.flops, total)
+    m = compiled.memory_analysis()
+    peak = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+            + m.temp_size_in_bytes + m.generated_code_size_in_bytes)
+    memory = dict(arguments=m.argument_size_in_bytes, temporaries=m.temp_size_in_bytes, peak=peak,
+                  hbm=chip.hbm * 2**30)
+    return _Compiled(work, memory, peak <= memory["hbm"], total, seconds, cpu, True)
+
+
+def _figures(compiled: _Compiled, run: Run, chip: chips.Chip) -> dict:
+    """The report's figures of a compiled program."""
+    work, config = compiled.work, run.config
+    sent = {network: sum(v for (_, on), v in work.sent.items() if on == network)
+            for network in ("ici", "dcn")}
+    computed = work.flops if compiled.succeeded else compiled.traced_flops
+    network = sent["ici"] / chip.ici + sent["dcn"] / chip.dcn if compiled.succeeded else math.nan
+    roofline = {"compute": computed / chip.flops, "memory": work.memory / chip.memory,
+                "network": network}
+    finite = {name: value for name, value in roofline.items() if math.isfinite(value)}
+    kibibytes = sys.platform != "darwin"  # ru_maxrss is in bytes there
+    return {
+        "attention": getattr(run.model.attention, "kind", "plain"), "remat": config.model.remat,
+        "batch_size": config.data.batch_size,
+        "parameters": sum(a.size for a in jax.tree.leaves(build.abstract_params(run.model, run.mesh))),
+        "fits": compiled.fits, "bytes_per_chip": compiled.memory,
+        "flops_per_chip": computed, "flops_traced_per_chip": compiled.traced_flops,
+        "collective_bytes_per_chip": {
+            k: sum(v for (kind, _), v in work.sent.items() if kind == k) for k in hlo.COLLECTIVES},
+        "slice_network_bytes_per_chip": sent["ici"], "data_centre_bytes_per_chip": sent["dcn"],
+        "memory_bytes_per_chip": work.memory, "roofline_seconds": roofline,
+        "bound_by": max(finite, key=lambda name: finite[name]) if finite else None,
+        "unknown_loops": work.unknown, "compile_seconds": compiled.seconds,
+        "compile_cpu_seconds": compiled.cpu_seconds,
+        "host_peak_bytes":
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if kibibytes else 1)}
+
+
+def _mesh(config: Config, found):
+    try:
+        return sharding.make_mesh(config.mesh, found)
+    except NotImplementedError:
+        raise UserError("config.mesh does not lie on the topology's torus: make each axis a product "
+                        "of the torus's sides") from None
+
+
+def _finite(value):
+    """NaN and infinity as None: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(report: dict) -> str:
+    """The report for people."""
+    memory, seconds = report["bytes_per_chip"], report["roofline_seconds"]
+    sent = ", ".join(f"{kind} {_amount(v, 'B')}" for kind, v in report["collective_bytes_per_chip"].items() if v) or "nothing"
+    if report["data_centre_bytes_per_chip"]:
+        sent += f"; of these {_amount(report['data_centre_bytes_per_chip'], 'B')} between slices"
+    slices = f" in {report['slices']} slices" if report["slices"] > 1 else ""
+    rows = {
+        "topology": f"{report['topology']}, {report['chips']} chips{slices}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()),
+        "program": f"{report['program']}, {report['attention']} attention, remat {report['remat']}, global batch {report['batch_size']}",
+        "parameters": f"{report['parameters']:,}",
+        "memory a chip": f"{gib(memory['peak'])} of {gib(memory['hbm'])}: arguments {gib(memory['arguments'])}, temporaries "
+                         f"{gib(memory['temporaries'])}",
+        "FLOPs a chip": f"{_amount(report['flops_per_chip'], '')}; as traced {_amount(report['flops_traced_per_chip'], '')}, of the model "
+                        f"{_amount(report['model_flops_per_chip'], '')}",
+        "sent a chip": sent,
+        "at its peak": ", ".join(f"{name} {_amount(v, 's')}" for name, v in seconds.items())
+                       + (f": bound by {report['bound_by']}" if report["bound_by"] else ""),
+        "note": f"{report['unknown_loops']} loops tell no trips: memory and network are of one" if report["unknown_loops"] else "",
+        "compiled in": f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s of CPU, "
+                       f"{gib(report['host_peak_bytes'])} of this host's memory",
+        "fits": "yes" if report["fits"] else "no" + (f": {report['advice']}" if "advice" in report else ""),
+    }
+    return "\n".join(f"{name:<14} {value}" for name, value in rows.items() if value)
+
+
+def _amount(value, unit: str) -> str:
+    """A number with its power of a thousand: 1.39e14 -> 139 T."""
+    if not value:
+        return "unknown" if value is None else f"0 {unit}".strip()
+    power = math.floor(math.log10(value) / 3)
+    prefix = {-2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}[power]
+    return f"{value / 1000**power:.3g} {prefix}{unit}".strip()

@@ -1,0 +1,109 @@
+"""Memory of a training step: what the compiler says, and what to change where it does not fit."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.run import Run
+
+
+def bytes_per_chip(a) -> int:
+    """Bytes of an abstract array's part on one chip; a key is two words."""
+    shape = a.sharding.shard_shape(a.shape) if a.sharding else a.shape
+    return math.prod(shape) * (8 if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a.dtype.itemsize)
+
+
+UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def out_of_memory(error, arguments: float) -> dict:
+    """What the compiler says it needed beside the arguments, or in all, from its message; any other failure is raised again."""
+    beside = re.search(r"temporaries \(([\d.]+)([BKMGT])\) exceeds available HBM \(([\d.]+)([BKMGT])\)", str(error))
+    said = beside or re.search(r"Used ([\d.]+)([BKMGT]) of ([\d.]+)([BKMGT]) hbm", str(error))
+    if not said:
+        raise error
+    used, hbm = (float(said[i]) * UNITS[said[i + 1]] for i in (1, 3))
+    return {"temporaries": used, "peak": used + arguments, "hbm": hbm} if beside else {
+        "temporaries": used - arguments, "peak": used, "hbm": hbm}
+
+
+def saved_per_token(config: Config, width: int, remat: str) -> int:
+    """Numbers that a layer of a width keeps for the backward pass, a token: see core.layers.REMAT; none is an estimate."""
+    m = config.model
+    keys, wide = 2 * m.kv_heads * m.head_size, m.mlp_ratio * width
+    return {"full": width, "narrow": 5 * width + keys, "dots": 4 * width + keys + wide, "none": 8 * width + 2 * keys + 3 * wide}[remat]
+
+
+def saved(run: Run, levels: int, remat: str) -> float:
+    """Bytes of activations that a chip keeps for the backward pass of one part of a batch.
+
+    levels: how many levels of an example a step holds at once.
+    """
+    config, mesh, spec, m = run.config, run.mesh, run.spec, run.config.model
+    shards = sharding.batch_shards(mesh)
+    examples = config.data.batch_size * levels / shards / config.train.accumulate
+    examples /= mesh.shape["sequence"]
+    layers = m.transporter_blocks * m.transporter_layers
+    transporter = spec.tokens * layers * saved_per_token(config, m.transporter_width, remat)
+    tokens = spec.tokens + spec.text_tokens
+    predictor = tokens * m.predictor_layers * saved_per_token(config, m.width, remat)
+    return examples * (transporter + predictor) * jnp.dtype(m.dtype).itemsize
+
+
+def advice(run: Run, levels: int, memory: dict) -> str:
+    """The smallest change that should make a training step fit.
+
+    It tries the remat policy, then accumulation, then more chips. A layer's working set is what the
+    compiler needed beyond the state and saved activations; it grows by what a layer recomputes and
+    its gradient, and shrinks with the part of a batch that is worked on at a time. The state is 16
+    bytes a parameter over fsdp and tensor, gradients 4 more. A quarter stays free: the compiler has
+    been seen to take a third more than this says.
+    """
+    config, mesh = run.config, run.mesh
+    order = ["none", "dots", "narrow", "full"]
+    policies = order[order.index(config.model.remat):]
+    now, fixed = saved(run, levels, config.model.remat), memory["arguments"] * 1.25
+    working = max(memory["peak"] - fixed - now, 0)
+    m = config.model
+    layers = m.predictor_layers + m.transporter_blocks * m.transporter_layers
+    share = config.data.batch_size // sharding.batch_shards(mesh) // config.train.accumulate
+
+    def need(policy, parts):
+        kept = saved(run, levels, policy)
+        beside = memory["arguments"] / 4 if parts > 1 else 0
+        return fixed + (working + 2 * (now - kept) / layers + kept) / parts + beside
+
+    for parts in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if share % n == 0):
+        for policy in policies:
+            if need(policy, parts) < 0.75 * memory["hbm"]:
+                return _change(config, policy, parts, need(policy, parts), memory["hbm"])
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    least = 2 ** math.ceil(math.log2(shards * need("full", share) / (0.9 * memory["hbm"])))
+    return (f"the state and gradients alone take {fixed / 2**30:.1f} GiB of "
+            f"{memory['hbm'] / 2**30:.1f}: raise config.mesh.fsdp x tensor from {shards} to {least}"
+            + (f", on at least {least} chips" if least > mesh.size else ""))
+
+
+def _change(config: Config, policy: str, parts: int, need: float, hbm: float) -> str:
+    change = [f"config.model.remat={policy}"] if policy != config.model.remat else []
+    change += [f"config.train.accumulate={config.train.accumulate * parts}"] if parts > 1 else []
+    if not change:
+        return f"very near: try config.train.accumulate={config.train.accumulate * 2}"
+    return f"set {' and '.join(change)}: about {need / 2**30:.1f} GiB of {hbm / 2**30:.1f}"
+
+
+def check_fits(report: dict) -> None:
+    """UserError where a report says that the program does not fit, with what would make it."""
+    if not report["fits"]:
+        memory = report["bytes_per_chip"]
+        raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a chip of {report['topology']}, which has "
+                        f"{gib(memory['hbm'])}: " + report.get("advice", "make config.sample.num smaller, or config.mesh.fsdp larger"))
+
+
+def gib(value) -> str:
+    return "unknown" if value is None else f"{value / 2**30:.2f} GiB"

@@ -1,0 +1,299 @@
+"""The rows of a benchmark: what a run does, as functions to time, with their FLOPs.
+
+A row is a function Setting -> Case, listed in TRAINING or SAMPLING; a new one is one more function
+there. Symbols: B batch, T steps, K levels, N tokens, D token channels.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntm_jax.core import flow_matching, sampling
+from ntm_jax.core.denoising import make_denoiser, score_denoise
+from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.trajectory import example_keys
+from ntm_jax.data import pipeline
+from ntm_jax.data.sources import Source
+from ntm_jax.evaluation import scoring
+from ntm_jax.runtime import build, flops, sharding
+from ntm_jax.runtime.config import SOLVERS
+from ntm_jax.runtime.run import Denoiser, Run
+from ntm_jax.sampling import generate
+from ntm_jax.training import objectives, state
+from ntm_jax.training.objectives import Draws
+from ntm_jax.training.step import check_batch, flops_of_step, make_step
+
+TOLERANCES = (1e-3, 1e-5)  # to which the parallel inverse's sweeps are counted
+TOKENS = 2048  # sweeps and round-trip errors are those of the first images with so many tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the rows are made from: a run with its parameters, or an untrained one with its data."""
+
+    run: Run
+    batch: int  # images that are sampled at a time
+    source: Source | None = None  # of the training rows
+    held_out: Source | None = None
+
+    @property
+    def solves_ode(self) -> bool:
+        """Whether the model is a flow-matching model, whose samples solve an ODE."""
+        return objectives.find(self.run.config.train.objective).trains_velocity
+
+    @functools.cached_property
+    def params(self):
+        """The run's parameters, or new ones: rates, except for sweeps, do not depend on them."""
+        return self.run.params or state.initialize(self.run).ema
+
+    @functools.cached_property
+    def denoiser(self) -> Denoiser:
+        """The run's denoiser, or a new one as large as the predictor."""
+        if self.run.denoiser:
+            return self.run.denoiser
+        module = make_denoiser(self.run.model)
+        params = state.initialize(dataclasses.replace(self.run, model=module)).ema
+        return Denoiser(module, params, None, None)
+
+    @functools.cached_property
+    def drawn(self) -> tuple:
+        """Inputs of the sampler's parts: indices, condition, t [B, K] and u_0..u_T [B, K, N, D]."""
+        run = self.run
+        index = np.arange(self.batch, dtype=np.int32)
+        index, y = sharding.place((index, generate.conditions(run, index)), run.mesh)
+        with sharding.use(run.mesh):
+            t, us = _latents(self.params, jax.random.key(0), index, y, schedule=run.schedule,
+                             model=exact(run.model), options=run.config.sample.options)
+        return index, y, t, us
+
+    def batches(self) -> pipeline.TrainIterator:
+        config = self.run.config
+        return pipeline.train_iterator(
+            self.source, config.data.patch_size, config.data.batch_size, config.seed,
+            config.data.workers, *sharding.share(self.run.mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The work of one row: once() does it and returns arrays to wait for."""
+
+    once: Callable
+    items: int  # of all processes
+    flops: int | None = None  # of all devices; None where the limit is the copying of memory
+    bytes: int = 0  # of this process
+    least: int = 1  # repetitions in a run, so that a filled queue is not mistaken for speed
+    close: Callable = lambda: None
+    facts: dict = dataclasses.field(default_factory=dict)  # further entries of the row
+
+
+def _train_step(setting: Setting) -> Case:
+    """Steps at the largest number of levels, on one batch that goes to the devices each time."""
+    run = setting.run
+    check_batch(run.config, run.mesh)
+    with contextlib.closing(setting.batches()) as batches:
+        batch = next(batches)
+    step, current = make_step(run), state.initialize(run)
+    reference, steps = _reference(run, current.ema), max(run.config.trajectory.steps)
+
+    def once():
+        nonlocal current
+        with sharding.use(run.mesh):
+            placed = sharding.to_global(batch, run.mesh)
+            current, metrics = step(current, placed, steps, reference, None)
+        return metrics
+
+    counted = flops_of_step(run, step, current, sharding.to_global(batch, run.mesh), None, reference)
+    return Case(once, run.config.data.batch_size, flops=counted)
+
+
+def _reference(run: Run, params):
+    """Reference parameters, where training holds the means near them; a step donates its own."""
+    if not run.config.train.align_weight:
+        return None
+    backbone = flow_matching.backbone_params(params)
+    return jax.tree.map(lambda a: jax.device_put(np.asarray(a), a.sharding), backbone)
+
+
+def _held_out(setting: Setting) -> tuple[dict, int]:
+    """This process's share of an evaluation batch, and the size of the whole batch."""
+    config, mesh, source = setting.run.config, setting.run.mesh, setting.held_out
+    shards = sharding.batch_shards(mesh)
+    size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
+    with contextlib.closing(pipeline.evaluation_batches(
+            source, config.data.patch_size, size, *sharding.share(mesh))) as batches:
+        return next(batches), size
+
+
+def _forward(setting: Setting) -> Case:
+    """The forward pass of the training loss, on the batch that the likelihood is evaluated on."""
+    run, (batch, size) = setting.run, _held_out(setting)
+    params, mesh = state.initialize(run).params, run.mesh
+    objective = objectives.find(run.config.train.objective)
+
+    def loss(model, params, root, batch, reference):
+        setup = objectives.setup(dataclasses.replace(run, model=model))
+        draws = Draws(root, batch, run.config.evaluation_steps, 0)
+        return objective.loss(setup, params, draws, reference)
+
+    forward, root = jax.jit(loss, static_argnums=0), jax.random.key(0)
+    reference = _reference(run, params)
+
+    def once():
+        with sharding.use(mesh):
+            return forward(run.model, params, root, sharding.to_global(batch, mesh), reference)
+
+    with sharding.use(mesh):
+        counted = flops.count(functools.partial(loss, build.plain(run.model)), params, root,
+                              sharding.to_global(batch, mesh), reference)
+    return Case(once, size, flops=counted)
+
+
+def _input_pipeline(setting: Setting) -> Case:
+    """Training batches on the host, this process's share."""
+    batches = setting.batches()
+    size = sum(a.nbytes for a in next(batches).values())
+    return Case(lambda: next(batches), setting.run.config.data.batch_size, bytes=size, least=4,
+                close=batches.close)
+
+
+def _likelihood(setting: Setting) -> Case:
+    """Held-out likelihood with one trajectory a record, as during training."""
+    batch, size = _held_out(setting)
+    run = dataclasses.replace(setting.run, params=state.initialize(setting.run).ema)
+    examples = {name: value for name, value in batch.items() if name != "mask"}
+    score = functools.partial(
+        scoring.weigh_batch, schedule=run.schedule, model=exact(build.plain(run.model)),
+        pixel_levels=run.spec.levels, trajectories=1, steps=run.config.evaluation_steps)
+    with sharding.use(run.mesh):
+        counted = flops.count(score, run.params, jax.random.key(0),
+                              sharding.to_global(examples, run.mesh))
+    return Case(functools.partial(scoring.score_batch, run, batch, 1), size, flops=counted)
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "model", "options"))
+def _latents(params, root, index, y, *, schedule, model, options):
+    """The predictor's part of sampling: (t [B, K], u_0..u_T [B, K, N, D])."""
+    t = schedule.fixed_levels(options.steps, len(index))
+    keys = example_keys(root, "sample", index)
+    return t, sampling.sample_latents(model, params, keys, t, y, options.guidance)
+
+
+def _sampling(setting: Setting, function, *arguments) -> Case:
+    """The row of function(model, inverse, parameters, *arguments) on a batch of images, jitted.
+
+    Its FLOPs are the model's own, with every token inverted once: sweeps of the parallel inverse that
+    repeat a token do not count.
+    """
+    run, mesh, model = jax.jit(function, static_argnums=(0, 1)), setting.run.mesh, exact(setting.run.model)
+    inverse = setting.run.config.sample.inverse
+
+    def once():
+        with sharding.use(mesh):
+            return run(model, inverse, setting.params, *arguments)
+
+    with sharding.use(mesh):
+        counted = flops.count(functools.partial(function, build.plain(model), "sequential"),
+                              setting.params, *arguments)
+    return Case(once, len(setting.drawn[0]), flops=counted)
+
+
+def _sampler(decoder: str, setting: Setting) -> Case | None:
+    """Images as launch/sample.py makes them with a decoder; None for a decoder of other models."""
+    if (decoder in SOLVERS) != setting.solves_ode:
+        return None
+    index, y, *_ = setting.drawn
+    denoiser = setting.denoiser if decoder == "denoiser" else None
+    own = dataclasses.replace(setting.run.config.sample.options, decoder=decoder)
+
+    def images(model, inverse, params, root, index, y, denoiser_params):
+        return generate.generate_tokens(
+            params, root, index, y, denoiser_params, schedule=setting.run.schedule, model=model,
+            options=dataclasses.replace(own, inverse=inverse), with_levels=False,
+            denoiser=denoiser and denoiser.module)
+
+    return _sampling(setting, images, jax.random.key(0), index, y, denoiser and denoiser.params)
+
+
+def _predictor(setting: Setting) -> Case | None:
+    """The predictor's steps from pure noise to u_0."""
+    if setting.solves_ode:
+        return None
+    index, y, _, _ = setting.drawn
+
+    def latents(model, _, params, root, index, y):
+        return _latents(params, root, index, y, schedule=setting.run.schedule, model=model,
+                        options=setting.run.config.sample.options)
+
+    return _sampling(setting, latents, jax.random.key(0), index, y)
+
+
+def _inverse(how: str, setting: Setting) -> Case | None:
+    """All levels of a trajectory inverted one way, for the score decoder; None without transporter."""
+    model, mesh = exact(setting.run.model), setting.run.mesh
+    if not model.config.transporter_blocks:
+        return None
+    _, y, t, us = setting.drawn
+    invert = functools.partial(_inverted, model=model, how=how)
+    case = _sampling(setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how),
+                     us, t, y)
+    first = max(TOKENS // model.config.tokens, mesh.size)
+    us, t, y = jax.tree.map(lambda a: a[:first], (us, t, y))
+    with sharding.use(mesh):
+        xs = invert(setting.params, us, t, y)
+        back = invert(setting.params, _transported(setting.params, xs, t, y, model=model), t, y)
+        facts = {"tokens": model.config.tokens,
+                 "round_trip_error": float(jnp.max(jnp.abs(back - xs)))}
+        if how == "parallel":
+            facts["sweeps"] = {
+                f"{tolerance:g}": sharding.to_host(
+                    _sweeps(setting.params, us, t, y, tolerance, model=model)).tolist()
+                for tolerance in TOLERANCES}
+    return dataclasses.replace(case, facts=facts)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "how"))
+def _inverted(params, us, t, y, *, model, how):
+    return sampling.invert_trajectory(model, params, us, t, y, how)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _transported(params, xs, t, y, *, model):
+    """Latents u_0..u_T of levels x_0..x_T [B, K, N, D]."""
+    steps = jnp.full(len(xs), xs.shape[1] - 1)
+    below = [model.apply(params, xs[:, k], t[:, k], steps, y, method=NTM.transport)[0]
+             for k in range(xs.shape[1] - 1)]
+    return jnp.stack([*below, xs[:, -1]], 1)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _sweeps(params, us, t, y, tolerance, *, model):
+    """Mean sweeps of a block by level [T], clean to noisy, until all changes are below tolerance."""
+    return jnp.mean(sampling.inverse_sweeps(model, params, us, t, y, tolerance), (0, 2))
+
+
+def _score(setting: Setting) -> Case | None:
+    """Trajectory score denoising of inverted levels."""
+    if setting.solves_ode:
+        return None
+    _, y, t, us = setting.drawn
+    percentile = setting.run.config.sample.percentile
+
+    def denoised(model, _, params, xs, t, y):
+        return score_denoise(model, params, xs, t, y, percentile)
+
+    return _sampling(setting, denoised, us, t, y)
+
+
+TRAINING = {"train step": _train_step, "forward pass": _forward, "input pipeline": _input_pipeline,
+            "likelihood evaluation": _likelihood}
+SAMPLING = {
+    **{f"images, decoder {decoder}": functools.partial(_sampler, decoder)
+       for decoder in ("inverse", "score", "denoiser", *SOLVERS)},
+    "predictor's steps": _predictor,
+    **{f"inverse, {how}": functools.partial(_inverse, how) for how in ("sequential", "parallel")},
+    "score denoising": _score}

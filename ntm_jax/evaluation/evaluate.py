@@ -1,0 +1,122 @@
+"""The whole evaluation of a run: held-out likelihood, comparisons, and scores of its samples."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from ntm_jax.data import pipeline
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import image_scores, known_density, measures, scoring
+from ntm_jax.evaluation.features import make_extractor
+from ntm_jax.evaluation.report import provenance, summarize, units
+from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What an evaluation looks at; None stands for the configuration's setting."""
+
+    split: str | None = None
+    trajectories: int | None = None  # for each record
+    features: str | None = None  # none, pixels, cnn, inception: what samples are compared by
+    inception_weights: str | None = None  # a file of torch-fidelity's
+    guidance: tuple = ()  # scales or schedules at which samples are scored too; see image_scores
+
+
+def compare(table: dict, other: dict, dimensions: int, pixel_levels: int) -> dict:
+    """The bounds of one run minus those of another on the same records; negative is better.
+
+    Standard errors are paired.
+    """
+    return {unit: {name: mean_and_stderr((other[name].astype(np.float64) - table[name]) / (dimensions * size))
+                   for name in scoring.BOUNDS} for unit, size in units(pixel_levels).items()}
+
+
+def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run | None = None,
+             measure: Callable[[Run, Source], dict] | None = None,
+             progress: bool = False) -> tuple[dict, dict]:
+    """Evaluates a run -> (the content of evaluation.json, the scores of every record).
+
+    against: another run, scored on the same records. measure: the objective's own held-out figures,
+    (run, source) -> {name: mean and stderr}.
+
+    Raises UserError where the split has another shape than the training split, or the figures of
+    the two runs do not compare.
+    """
+    config = run.config
+    options = options or EvaluationOptions()
+    options = dataclasses.replace(options, split=options.split or config.evaluate.split,
+                                  trajectories=options.trajectories or config.evaluate.trajectories,
+                                  features=options.features or config.evaluate.features)
+    source = config.data.open(options.split)
+    _check(run, source, options, against)
+    train = config.data.open(config.data.split)
+    scores_images = config.evaluate.images and train.levels
+    extractor = None  # made first, since it may refuse
+    if scores_images and options.features != "none":
+        extractor = make_extractor(options.features, train, options.inception_weights)
+    table = scoring.score_records(run, source, options.trajectories, progress)
+    result = {"step": run.step, "split": options.split}
+    result |= summarize(table, run.spec, options.trajectories)
+    result |= _errors(run, source, table, measure)
+    if against:
+        result["against"] = _against(run, source, table, against, options.trajectories, progress)
+    if scores_images and (extractor or run.model.config.num_classes):
+        result |= image_scores.image_scores(run, train, source, extractor, options.guidance, progress)
+    if scores_images and image_scores.has_tasks(run, source):
+        result["tasks"] = image_scores.task_scores(run, source, options.guidance, progress)
+    result["provenance"] = provenance(run, source)
+    return result, table
+
+
+def _errors(run: Run, source: Source, table: dict, measure) -> dict:
+    """The figures of a run beside its likelihood and its samples."""
+    result = {}
+    if run.config.sample.decoder == "score":
+        result["denoising"] = measures.denoising_errors(run, source)
+    if run.denoiser:
+        result["denoiser"] = measures.denoiser_errors(run, source)
+    if measure:
+        result |= measure(run, source)
+    if source.log_density:
+        result["truth"] = known_density.compare_with_true_density(run, source, table)
+    return result
+
+
+def _against(run: Run, source: Source, table: dict, other: Run, trajectories: int, progress: bool):
+    scored = scoring.score_records(other, source, trajectories, progress)
+    dimensions = run.spec.tokens * run.spec.dim
+    return {"workdir": other.workdir, "step": other.step, "raw": other.raw} | compare(
+        table, scored, dimensions, source.levels)
+
+
+def _check(run: Run, source: Source, options: EvaluationOptions, against: Run | None) -> None:
+    """Raises UserError where an evaluation cannot be done, or differs between processes."""
+    config, model = run.config, run.model
+    spec = pipeline.spec(source, config.data.patch_size)
+    if spec.tokens != model.config.tokens or spec.dim != model.config.dim:
+        raise UserError(f"split {options.split} of {config.data.source} has images of shape "
+                        f"{spec.image_shape}, not the training split's shape")
+    if against:
+        _check_comparable(run, against)
+    image_scores.check_guidance(run, source, options.guidance)
+    job.agree({"--step": run.step, "--split": options.split, "--trajectories": options.trajectories,
+               "--features": options.features, "--guidance": options.guidance,
+               "--against": [against.workdir, against.step] if against else None})
+
+
+def _check_comparable(run: Run, other: Run) -> None:
+    """Raises UserError where the figures of two runs on the same records do not compare."""
+    def settings(c):
+        pairs = {"data.source": c.data.source, "data.image_size": c.data.image_size}
+        return pairs if run.spec.levels else pairs | {"trajectory.t_min": c.trajectory.t_min}
+
+    mine, theirs = settings(run.config), settings(other.config)
+    for key in mine:
+        if mine[key] != theirs[key]:
+            raise UserError(f"--against={other.workdir} has {key} = {theirs[key]}, and this run has "
+                            f"{mine[key]}: their figures do not compare; give a run with the same {key}")

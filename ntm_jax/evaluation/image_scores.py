@@ -1,0 +1,169 @@
+"""Scores of a run's samples beside real images: class accuracy, feature scores, retrieval.
+
+Symbols: n images; H, W, C image height, width, channels; V pixel levels.
+"""
+
+import dataclasses
+
+import numpy as np
+import tqdm
+
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import statistics, tasks
+from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import generate
+
+RANKS = (1, 5)  # of retrieval
+MAX_RECORDS = 20_000  # of the training split: an SVC's time grows with the square of their number
+MAX_CANDIDATES = 10_000  # pictures that retrieval chooses from
+
+
+def generated(run: Run, progress: bool = False) -> np.ndarray:
+    """The samples that are scored, config.evaluate.images of them: [n, H, W, C], 0..V-1."""
+    batches = tqdm.tqdm(generate.in_batches(run.config.evaluate.images, 500), "samples",
+                        unit="batch", leave=False, disable=None if progress else True)
+    return np.concatenate([generate.sample_at(run, index) for index in batches])
+
+
+def guided(run: Run, guidance, **evaluate) -> Run:
+    """The run with another guidance, and other settings of config.evaluate."""
+    config = run.config.with_sampling(guidance=guidance).with_evaluation(**evaluate)
+    return dataclasses.replace(run, config=config)
+
+
+def classifier(num_classes: int, pixel_levels: int, real: np.ndarray, labels: np.ndarray):
+    """A function of images [n, H, W, C] -> bool [n], from a support vector classifier of real images.
+
+    It is True where the classifier predicts the requested class, index % num_classes.
+    """
+    from sklearn.svm import SVC  # imported here: it takes a second of every program's start
+
+    def features(images):
+        return np.asarray(images, np.float64).reshape(len(images), -1) / (pixel_levels - 1)
+
+    machine = SVC().fit(features(real), labels)
+    return lambda images: machine.predict(features(images)) == np.arange(len(images)) % num_classes
+
+
+def has_tasks(run: Run, source: Source) -> bool:
+    """Whether samples can be checked against what the source's captions ask for."""
+    return bool(run.model.config.text_width and source.tasks)
+
+
+def check_guidance(run: Run, source: Source, guidance) -> None:
+    """Raises UserError for scales of guidance where no score would compare them."""
+    classes = run.model.config.num_classes and run.spec.count <= MAX_RECORDS
+    scored = has_tasks(run, source) or classes
+    if guidance and not (scored and run.spec.levels and run.config.evaluate.images):
+        raise UserError("--guidance compares class accuracies of a model of classes and pixels with "
+                        f"at most {MAX_RECORDS} training images, or tasks of a model of captions "
+                        "whose source checks images: neither applies here, or "
+                        "config.evaluate.images is 0; leave --guidance out")
+    for scale in guidance:
+        generate.check(run.config, dataclasses.replace(run.config.sample.options, guidance=scale))
+
+
+def settings(config: Config) -> dict:
+    """How the scored samples were made."""
+    sample = config.sample
+    return {"images": config.evaluate.images, "decoder": sample.decoder,
+            "guidance": sample.guidance, "steps": sample.steps}
+
+
+def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=(),
+                 progress: bool = False) -> dict:
+    """evaluation.json's figures of samples, compared with the training images.
+
+    class_accuracy; with an extractor (features.Extractor) also frechet, precision and recall, and
+    for captioned pictures retrieval. frechet_held_out is the distance of the held-out images: about
+    what a perfect model reaches with as many samples. guidance: scales or schedules, for each of
+    which `guidance` lists class accuracy, its paired difference to the first one's on the same
+    noise, and the feature scores.
+    """
+    config = run.config
+    records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
+    real, made, result = np.stack([r["image"] for r in records]), settings(config), {}
+    scales = dict.fromkeys((config.sample.guidance, *guidance))
+    images = {scale: generated(guided(run, scale), progress) for scale in scales}
+    if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
+        labels = np.array([r["label"] for r in records])
+        right = classifier(run.model.config.num_classes, train.levels, real, labels)
+        hits = {scale: right(sampled) for scale, sampled in images.items()}
+        result["class_accuracy"] = mean_and_stderr(hits[config.sample.guidance]) | made
+        if guidance:
+            first = hits[guidance[0]]
+            result["guidance"] = [
+                {"guidance": scale} | mean_and_stderr(hits[scale])
+                | {"difference": mean_and_stderr(hits[scale].astype(int) - first)}
+                for scale in guidance]
+    if extractor:
+        wanted = extractor(real)
+        count = min(len(held_out.records), MAX_RECORDS)
+        unseen = extractor(np.stack([held_out.records[i]["image"] for i in range(count)]))
+        scores = {scale: statistics.feature_scores(wanted, extractor(sampled))
+                  for scale, sampled in images.items()}
+        result |= scores[config.sample.guidance]
+        result["frechet_held_out"] = statistics.frechet(wanted, unseen)
+        for figure in result.get("guidance", ()):
+            figure |= scores[figure["guidance"]]
+        result["features"] = made | {
+            "name": extractor.name, "proxy": extractor.proxy, "digest": extractor.digest,
+            "real_images": len(real), "real_split": train.split}
+        if train.captions is not None and run.model.config.text_width:
+            result |= retrieval(config, real, images[config.sample.guidance], train.levels)
+    return result
+
+
+def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -> dict:
+    """evaluation.json's `tasks`: the share of samples that show what their captions ask for.
+
+    For config.evaluate.images prompts of the split, and as many of the source's unseen combinations.
+
+    Returns {task: mean, stderr and count; "overall": mean over tasks with its stderr; "shares":
+    mean and stderr of further rates; "split"; "unseen": the same for that split}, and how the
+    samples were made. guidance: scales or schedules, for each of which the list "by_guidance" holds
+    the same, with "difference", by task, to the first one on the same noise, paired.
+    """
+    config = run.config
+    splits = [source]
+    if source.unseen and not source.split.startswith(source.unseen):
+        splits.append(config.data.open(source.unseen))
+
+    def checked(scale, asked):
+        images = generated(guided(run, scale, split=asked.split), progress)
+        captions = [asked.captions[i % len(asked.captions)] for i in range(len(images))]
+        return asked.tasks(images, captions)
+
+    rows = {scale: [checked(scale, asked) for asked in splits]
+            for scale in dict.fromkeys((config.sample.guidance, *guidance))}
+
+    def figures(scale):
+        first = rows[guidance[0]] if guidance else [None] * len(splits)
+        seen, *unseen = [{"split": asked.split} | tasks.figures(found, compared)
+                         for asked, found, compared in zip(splits, rows[scale], first, strict=True)]
+        return {"guidance": scale} | seen | ({"unseen": unseen[0]} if unseen else {})
+
+    result = settings(config) | figures(config.sample.guidance)
+    return result | {"by_guidance": [figures(scale) for scale in guidance]} if guidance else result
+
+
+def retrieval(config: Config, real, images, pixel_levels: int) -> dict:
+    """evaluation.json's retrieval: how often a held-out caption's own picture is near its sample.
+
+    It is counted as found where it is the nearest, or among the five nearest, of all pictures: real
+    [n, H, W, C] and held-out ones. Returns {} where there are too many. images [m, ...]: samples of
+    the held-out captions in turn, as generate.conditions orders them; the first of each counts.
+    """
+    records = config.data.open(config.evaluate.split).records
+    count, captions = len(real) + len(records), min(len(images), len(records))
+    if count > MAX_CANDIDATES:
+        return {}
+    held_out = np.stack([records[i]["image"] for i in range(len(records))])
+    own = len(real) + np.arange(captions)
+    ranks = statistics.retrieved(np.concatenate([real, held_out]), images[:captions], own, pixel_levels)
+    return {"retrieval": {f"rank_{k}": mean_and_stderr(ranks <= k) for k in RANKS} | {
+        "chance": {f"rank_{k}": k / count for k in RANKS}, "candidates": count,
+        "captions": captions, "features": statistics.THUMBNAILS, "proxy": True}}

@@ -1,0 +1,206 @@
+"""evaluation.json, its tables and its pictures: figures from scores, and how a person reads them."""
+
+import importlib.metadata
+import math
+
+import jax
+import numpy as np
+from etils import epath
+
+from ntm_jax import files
+from ntm_jax.core import likelihood
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import image_scores, known_density, tasks
+from ntm_jax.evaluation.scoring import BOUNDS
+from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.runtime import checkpoint, plots
+from ntm_jax.runtime.run import Run
+
+CONTRIBUTIONS = ("prior", "predictor", "log_det", "forward", "reconstruction")
+
+
+def units(pixel_levels: int) -> dict:
+    """{unit of evaluation.json: its size in nats}, the printed one first; bits of pixels only."""
+    return ({"bits_per_dim": math.log(2)} if pixel_levels else {}) | {"nats_per_dim": 1.0}
+
+
+def summarize(table: dict, spec: DataSpec, trajectories: int) -> dict:
+    """evaluation.json's likelihood figures from the scores of all records.
+
+    Bounds are upper bounds on -log p: lower is better. `stderr` is over records, their noise
+    included. `noise_stderr` is the part of it that other trajectories of the same records would
+    change; it is 0 with one trajectory, where it cannot be estimated.
+    """
+    dimensions = spec.tokens * spec.dim
+    marks = likelihood.marks(trajectories)
+    result = {"count": len(table["index"])}
+    for unit, size in units(spec.levels).items():
+        scale = 1 / (dimensions * size)
+        weighted = mean_and_stderr(-scale * table["importance_weighted"],
+                                   scale**2 * table["weighted_variance"])
+        by_trajectories = {str(k): mean_and_stderr(-scale * values)
+                           for k, values in zip(marks, table["weighted"].T, strict=True)}
+        result[unit] = {
+            "bound": mean_and_stderr(-scale * table["bound"], scale**2 * table["bound_variance"]),
+            "importance_weighted": weighted | {"trajectories": trajectories,
+                                               "by_trajectories": by_trajectories}}
+    nll = table["nll"] / dimensions
+    result["trajectory_nll"] = mean_and_stderr(nll.mean(1)) | {
+        "by_level": nll.mean(0, dtype=np.float64).tolist(),
+        "stderr_by_level": [mean_and_stderr(v)["stderr"] for v in nll.T]}
+    terms = {name: table[name].mean(0, dtype=np.float64) / dimensions
+             for name in CONTRIBUTIONS if name in table}
+    rate = -terms["predictor"] - terms["log_det"] - terms["forward"][:-1]
+    result["contributions"] = {name: value.tolist() for name, value in terms.items()}
+    result["rate_by_level"] = rate.tolist()
+    result["effective_sample_size"] = mean_and_stderr(table["effective_sample_size"])
+    return result
+
+
+def provenance(run: Run, source: Source) -> dict:
+    """What the figures rest on: data and preparation, levels, checkpoint, settings, packages."""
+    config, spec = run.config, run.spec
+    packages = ("ntm_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {
+        "source": source.name, "version": source.version, "split": source.split,
+        "pixel_levels": source.levels,
+        "preprocessing": {
+            "image_shape": list(spec.image_shape), "image_size": config.data.image_size,
+            "patch_size": spec.patch_size,
+            "scale": "2 v / (pixel_levels - 1) - 1" if source.levels else "as stored"},
+        "t_min": config.trajectory.t_min, "levels": run.evaluated_levels().tolist(),
+        "parameters": "raw" if run.raw else "ema", "checksum": checkpoint.digest(run.params),
+        "config": config.raw,
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "devices": jax.device_count(), "processes": jax.process_count()}
+
+
+NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
+FEATURE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
+DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)",
+            "own_score": "squared error by level, its own score",
+            "trajectory_score": "squared error by level, trajectory score"}
+
+
+def check_unit(unit: str, run: Run) -> None:
+    """Raises UserError for bits per dimension of continuous latents."""
+    if unit == "bits_per_dim" and not run.spec.levels:
+        raise UserError(f"bits/dim are of discrete pixels, and {run.config.data.source} is "
+                        "continuous: take nats/dim, a bound on the density of the data noised to t_0 "
+                        f"= {run.config.trajectory.t_min}, comparable at equal t_0 and scale")
+
+
+def _likelihood_rows(result: dict, unit: str) -> list[tuple]:
+    bound, weighted, name = result[unit]["bound"], result[unit]["importance_weighted"], NAMES[unit]
+    rows = [(f"bound, {name}", bound)]
+    rows += [(f"importance-weighted bound ({k} trajectories), {name}", value)
+             for k, value in weighted["by_trajectories"].items()]
+    rows.append(("effective sample size", result["effective_sample_size"]))
+    rows.append(("trajectory NLL, nats/dim", result["trajectory_nll"]))
+    if "truth" in result:
+        truth = result["truth"]
+        rows.append(("true mean log-density of the data noised to t_0, nats", truth["log_density"]))
+        rows += [(f"{kind} less the true log-density, nats", truth[key])
+                 for key, kind in BOUNDS.items()]
+    rows += [(f"mean squared error, {key.replace('_', ' ')}", value)
+             for key, value in result.get("denoiser", {}).items()]
+    rows += [(label, result[key]) for key, label in result.get("measures", {}).items()]
+    if "against" in result:
+        other = f"{result['against']['workdir']} at step {result['against']['step']}"
+        rows += [(f"{kind} less that of {other}, {name}", result["against"][unit][key])
+                 for key, kind in BOUNDS.items()]
+    return rows
+
+
+def _percent(figure: dict) -> dict:
+    return {key: 100 * figure[key] for key in ("mean", "stderr")}
+
+
+def _sample_rows(result: dict) -> list[tuple]:
+    rows = []
+    if "class_accuracy" in result:
+        accuracy = result["class_accuracy"]
+        rows.append((f"class accuracy of {accuracy['images']} samples, %", _percent(accuracy)))
+    guided = result.get("guidance", ())
+    for number, score in enumerate(guided):
+        rows.append((f"class accuracy of guidance {score['guidance']}, %", _percent(score)))
+        if number:
+            first = f"less that of guidance {guided[0]['guidance']}"
+            rows.append((f"class accuracy of guidance {score['guidance']} {first}, %",
+                         _percent(score["difference"])))
+    if "features" in result:
+        features = result["features"]
+        kind = f"{features['name']} features" + (", a proxy" if features["proxy"] else "")
+        rows += [(f"{key.replace('_', ' ')} ({kind})", result[key]) for key in FEATURE_SCORES]
+        rows += [(f"{key} ({kind}) of guidance {score['guidance']}", score[key])
+                 for key in FEATURE_SCORES for score in guided if key in score]
+    for k in image_scores.RANKS if "retrieval" in result else ():
+        found = result["retrieval"]
+        chance = 100 * found["chance"][f"rank_{k}"]
+        rows.append((f"own picture among the {k} nearest of {found['candidates']} (a proxy; chance "
+                     f"{chance:.2g}), %", _percent(found[f"rank_{k}"])))
+    return rows
+
+
+def table(result: dict, unit: str) -> str:
+    """The figures of evaluation.json as a table, likelihoods in one of its units."""
+    rows = _likelihood_rows(result, unit) + _sample_rows(result)
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{result['split']} split, {result['count']} records, step {result['step']}"]
+    for name, value in rows:
+        value = value if isinstance(value, dict) else {"mean": value}
+        error = f" ± {value['stderr']:.4f}" if "stderr" in value else ""
+        lines.append(f"  {name:<{width}}  {value['mean']:8.4f}{error}")
+    by_level = (("NLL", result["trajectory_nll"]["by_level"]), ("rate", result["rate_by_level"]))
+    for label, values in by_level:
+        name = f"{label} by level, clean to noisy, nats/dim"
+        lines.append(f"  {name:<{width}}  " + "  ".join(f"{v:.4f}" for v in values))
+    for name, errors in result.get("denoising", {}).items():
+        cells = (f"{mean:.5f} ± {stderr:.5f}" for mean, stderr in zip(*errors.values(), strict=True))
+        lines.append(f"  {DENOISED[name]:<{width}}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def write_report(run: Run, result: dict, scored: dict, path, per_example: bool = False,
+                 unit: str | None = None) -> None:
+    """Prints the figures, and writes, in the first process, `path` (JSON) and files beside it.
+
+    The files are a picture of what each level costs (.png); with per_example the scores of each
+    record in nats (.parquet); for planar data of known density densities.png; and in a comparison
+    with another run losses.png.
+    """
+    path = epath.Path(path)
+    if "truth" in result:
+        source = run.config.data.open(result["split"])
+        if getattr(source, "planar_extent", 0.0):
+            known_density.picture(run, source, path.with_name("densities.png"))
+    if jax.process_index():
+        return
+    files.write_json(path, result, sealed=True)
+    plots.levels_plot(result, path.with_suffix(".png"))
+    if "against" in result:
+        runs = (run.workdir, result["against"]["workdir"])
+        metrics = {str(folder): epath.Path(folder) / "metrics.jsonl" for folder in runs}
+        plots.losses_plot(metrics, path.with_name("losses.png"))
+    if per_example:
+        write_scores(scored, path.with_suffix(".parquet"))
+    print(table(result, unit or next(name for name in NAMES if name in result)), flush=True)
+    if "tasks" in result:
+        print(tasks.table(result["tasks"]), flush=True)
+
+
+def write_scores(scored: dict, path) -> None:
+    """Writes the scores as parquet: a row a record; scores by level have one column for each level."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"index": scored["index"]}
+    for name, values in scored.items():
+        if name == "weighted":
+            continue
+        by_level = {f"{name}_{k}": v for k, v in enumerate(values.T)} if values.ndim > 1 else {}
+        columns |= by_level or {name: values}
+    with files.aside(path) as file:
+        pyarrow.parquet.write_table(pyarrow.table(columns), file)

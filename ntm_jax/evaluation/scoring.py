@@ -1,0 +1,159 @@
+"""Scores of every record of a split, and the log-likelihood of any images.
+
+Every record counts once, and its noise is keyed by its index: the same checkpoint gives the same
+scores twice, in any batch size, on any mesh and any number of processes. Likelihoods run the
+transporter in float32. Symbols: B batch, N tokens, D token channels; n images, H, W, C their shape.
+"""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from ntm_jax.core import likelihood, trajectory
+from ntm_jax.core.layers import Text
+from ntm_jax.core.model import exact
+from ntm_jax.core.trajectory import Schedule
+from ntm_jax.data import pipeline, transforms
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime.run import Run
+
+BOUNDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
+
+
+def noised(root, x, t_0, index):
+    """x_0 [B, N, D] of continuous data x [B, N, D], which counts as data.
+
+    It is drawn once for each record, independent of the number of trajectories.
+    """
+    keys = trajectory.example_keys(root, "evaluate/x_0", index)
+    return trajectory.start(x, t_0, trajectory.example_noise(keys, x.shape[1:]))
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "model", "pixel_levels", "trajectories", "steps"))
+def weigh_batch(params, root, batch, *, schedule: Schedule, model, pixel_levels: int, trajectories: int,
+                steps: int) -> dict:
+    """likelihood.weigh of a batch's examples, in trajectories of `steps` steps."""
+    x, y, index = batch["x"], build.condition(model, batch), batch["index"]
+    t = schedule.fixed_levels(steps, len(x))
+    keys = trajectory.example_keys(root, "evaluate", index)
+    start = None if pixel_levels else noised(root, x, t[:, 0], index)
+
+    def draw(number):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        noise = trajectory.example_noise(own, (t.shape[1], *x.shape[1:]))
+        if pixel_levels:
+            return trajectory.simulate(x, t, noise)
+        return trajectory.extend(start, t, noise[:, 1:])
+
+    def terms(xs):
+        return model.apply(params, xs, t, jnp.full(len(x), steps), y)
+
+    return likelihood.weigh(terms, draw, x, t, pixel_levels, trajectories)
+
+
+def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = None) -> dict:
+    """likelihood.weigh of this process's share of a batch -> global arrays.
+
+    batch: x, its condition, index and mask, of which the last two are kept. seed: the run's by
+    default.
+    """
+    seed = run.config.seed if seed is None else seed
+    batch = sharding.to_global(batch, run.mesh)
+    kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
+    with sharding.use(run.mesh):
+        result = weigh_batch(
+            run.params, jax.random.key(seed), batch | {"index": kept["index"]}, schedule=run.schedule,
+            model=exact(run.model), pixel_levels=run.spec.levels, trajectories=trajectories,
+            steps=run.config.evaluation_steps)
+    return result | kept
+
+
+def score_records(run: Run, source: Source, trajectories: int, progress: bool = False) -> dict:
+    """The scores of every record of a split, {name: [records, ...]}; see likelihood.weigh."""
+    return map_records(run, source, lambda part: score_batch(run, part, trajectories), progress)
+
+
+def map_records(run: Run, source: Source, score, progress: bool = False) -> dict:
+    """Applies score() to all records of a split -> {name: [records, ...]}, ordered by index.
+
+    score(part) takes this process's share of a batch and returns global arrays, index and mask among
+    them. A batch that does not fit in memory is taken in parts. Raises UserError where a single
+    record does not fit.
+    """
+    config, mesh = run.config, run.mesh
+    shards, (number, count) = sharding.batch_shards(mesh), sharding.share(mesh)
+    batch_size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
+    batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size, number, count)
+    # This process's share of a batch, and the smallest share: one record for each of its shards.
+    least, share = shards // count, batch_size // count
+    kept, total = [], -(-len(source.records) // batch_size)
+    hidden = None if progress else True
+    for batch in tqdm.tqdm(batches, "evaluate", total, unit="batch", leave=False, disable=hidden):
+        done = 0
+        while done < len(batch["x"]):
+            part = {name: values[done : done + share] for name, values in batch.items()}
+            try:
+                kept.append(sharding.to_host(score(part)))
+                done += share
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                if share == least:
+                    raise UserError("one record a device does not fit in its memory: raise "
+                                    f"config.mesh.fsdp ({error})") from None
+                share = share // least // 2 * least
+                warnings.warn(f"config.evaluate.batch_size = {batch_size} does not fit in memory: "
+                              f"{share * count} at a time", stacklevel=2)
+    return _ordered(kept)
+
+
+def _ordered(parts: list[dict]) -> dict:
+    """The arrays of all parts by record index, without padding: processes' shares come in any order."""
+    table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    real = table.pop("mask") > 0
+    order = np.argsort(table["index"][real])
+    return {name: values[real][order] for name, values in table.items()}
+
+
+def per_record(run: Run, source: Source, compute) -> dict:
+    """{name: [records, ...]} of compute(root, batch), jitted, on one device or many."""
+    def score(part):
+        batch = sharding.to_global(part, run.mesh)
+        kept = {"index": batch["index"], "mask": batch.pop("mask")}
+        with sharding.use(run.mesh):
+            return kept | compute(jax.random.key(run.config.seed), batch)
+
+    found = map_records(run, source, score)
+    return {name: values for name, values in found.items() if name != "index"}
+
+
+def log_prob(run: Run, images, condition, trajectories: int, seed: int | None = None) -> np.ndarray:
+    """The importance-weighted lower bound on log p(image | condition) in nats, [n].
+
+    images: [n, H, W, C], integers 0..V-1; condition: labels [n] or Text. For continuous latents it
+    bounds the density of the image noised to t_0, with noise keyed by the seed.
+
+    Raises UserError for images of another shape.
+    """
+    images, spec = np.asarray(images), run.spec
+    if images.shape[1:] != spec.image_shape:
+        raise UserError(f"images have shape {images.shape}: expected "
+                        f"[n, {', '.join(map(str, spec.image_shape))}]")
+    x = transforms.scale(images, spec.levels) if spec.levels else images.astype(np.float32)
+    x = transforms.patchify(x, spec.patch_size)
+    batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)}
+    if isinstance(condition, Text):
+        batch |= {"text": condition.states, "text_mask": condition.mask}
+    else:
+        batch |= {"label": condition}
+    shards = sharding.batch_shards(run.mesh)
+    size = -(-len(x) // shards) * shards
+    batch = {name: np.resize(values, (size, *values.shape[1:])) for name, values in batch.items()}
+    result = score_batch(run, batch, trajectories, seed)
+    return sharding.to_host(result["importance_weighted"])[: len(x)]

@@ -1,0 +1,246 @@
+"""Writes a run as a folder that needs none of this package to sample it or to score images.
+
+The folder holds the parameters as safetensors, compiled programs (StableHLO) that take them as an
+argument, the configuration, a model card and an example script. config.json holds the SHA-256 of
+every other file and is sealed itself. export.read reads such a folder.
+
+Symbols: b batch; H, W, C image height, width, channels; V pixel levels; M text tokens, E their width.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import uuid
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from ntm_jax import files
+from ntm_jax.core.layers import Text
+from ntm_jax.core.model import exact
+from ntm_jax.data import transforms
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import scoring
+from ntm_jax.export import card
+from ntm_jax.export.read import CONFIG, DENOISER, FORMAT, SCRIPT, WEIGHTS, unflatten
+from ntm_jax.runtime import build, checkpoint, sharding
+from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import generate
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def parameters(run: Run) -> dict:
+    """What an export holds: the run's parameters, and its denoiser's where it has one."""
+    return run.params | ({DENOISER: run.denoiser.params["params"]} if run.denoiser else {})
+
+
+def _split_parameters(flat: dict) -> tuple[dict, dict | None]:
+    """Flattened `parameters` -> those of the model and of the denoiser, None without one."""
+    nested = unflatten(flat)
+    denoiser = nested.pop(DENOISER, None)
+    return nested, denoiser and {"params": denoiser}
+
+
+def programs(run: Run) -> dict:
+    """{name: (function, {argument: abstract array})} of the programs of an export.
+
+    sampler(parameters, seed, index, condition) -> images [b, H, W, C], uint8 0..V-1 or float32
+    latents: those of sampling.generate.sample_at.
+    log_likelihood(parameters, seed, index, images, condition) -> evaluation.scoring.log_prob, nats
+    [b], with noise keyed by index.
+    parameters are flattened; condition is label [b], or text [b, M, E] and text_mask [b, M].
+
+    Each is a vmap of one example's program: core asks for the length of its batches, which the
+    symbolic b does not have.
+    """
+    return {"sampler": (_sampler(run), _arguments(run, images=False)),
+            "log_likelihood": (_log_likelihood(run), _arguments(run, images=True))}
+
+
+def _one(run: Run, condition: tuple):
+    """One example's condition, from its arrays, as a batch of one."""
+    condition = tuple(a[None] for a in condition)
+    return Text(*condition) if run.model.config.text_width else condition[0]
+
+
+def _sampler(run: Run):
+    spec, options, model = run.spec, run.config.sample.options, exact(build.plain(run.model))
+    denoiser = build.plain(run.denoiser.module) if options.decoder == "denoiser" else None
+
+    def images(tokens):
+        values = transforms.unpatchify(tokens, spec.image_shape, spec.patch_size)
+        if not spec.levels:
+            return values
+        top = spec.levels - 1
+        return jnp.rint((values + 1) * top / 2).clip(0, top).astype(jnp.uint8)
+
+    def sampler(parameters, seed, index, *condition):
+        (params, denoiser_params), root = _split_parameters(parameters), jax.random.key(seed)
+
+        def example(index, *condition):
+            return generate.generate_tokens(
+                params, root, index[None], _one(run, condition), denoiser_params,
+                schedule=run.schedule, model=model, options=options, with_levels=False,
+                denoiser=denoiser)[0][0]
+
+        return images(jax.vmap(example)(index, *condition))
+
+    return sampler
+
+
+def _log_likelihood(run: Run):
+    spec, model = run.spec, exact(build.plain(run.model))
+
+    def log_likelihood(parameters, seed, index, pixels, *condition):
+        (params, _), root = _split_parameters(parameters), jax.random.key(seed)
+        x = pixels
+        if spec.levels:  # a table, since XLA's division by a constant is not NumPy's to the last bit
+            x = jnp.asarray(transforms.scale(np.arange(spec.levels), spec.levels))[pixels]
+        x = transforms.patchify(x, spec.patch_size)
+
+        def example(x, index, *condition):
+            y = _one(run, condition)
+            batch = {"x": x[None], "index": index[None]}
+            batch |= {"text": y.states, "text_mask": y.mask} if isinstance(y, Text) else {"label": y}
+            return scoring.weigh_batch(
+                params, root, batch, schedule=run.schedule, model=model, pixel_levels=spec.levels,
+                trajectories=run.config.evaluate.trajectories,
+                steps=run.config.evaluation_steps)["importance_weighted"][0]
+
+        return jax.vmap(example)(x, index, *condition)
+
+    return log_likelihood
+
+
+def _arguments(run: Run, images: bool) -> dict:
+    """{argument: abstract array} of a program, with a symbolic batch."""
+    spec, (batch,) = run.spec, jax.export.symbolic_shape("b")
+    named = checkpoint.named_leaves(parameters(run))
+    found = {"parameters": {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in named.items()},
+             "seed": jax.ShapeDtypeStruct((), jnp.uint32),
+             "index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    if images:
+        dtype = jnp.uint8 if spec.levels else jnp.float32
+        found["images"] = jax.ShapeDtypeStruct((batch, *spec.image_shape), dtype)
+    return found | _condition_arguments(run, spec, batch)
+
+
+def _condition_arguments(run: Run, spec: DataSpec, batch) -> dict:
+    if not run.model.config.text_width:
+        return {"label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    tokens = (batch, spec.text_tokens)
+    return {"text": jax.ShapeDtypeStruct((*tokens, spec.text_width), jnp.float16),
+            "text_mask": jax.ShapeDtypeStruct(tokens, jnp.bool_)}
+
+
+def compiled(function, arguments: dict) -> bytes:
+    """A program of `programs` for all PLATFORMS, as jax.export.deserialize reads it."""
+    setting = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, ".*/")  # source lines without this machine's folders
+    try:
+        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*arguments.values())
+        return bytes(exported.serialize())
+    finally:
+        jax.config.update(setting, before)
+
+
+def configure(run: Run, steps: int | None = None, guidance: float | tuple[float, ...] | None = None,
+              decoder: str | None = None) -> Run:
+    """The run with these settings of sampling where they are given. Raises UserError; see generate."""
+    options = generate.override(run.config, steps=steps, guidance=guidance, decoder=decoder)
+    generate.check_decoder(run, options.decoder)
+    return dataclasses.replace(run, config=run.config.with_sampling(**dataclasses.asdict(options)))
+
+
+def write_export(run: Run, out: str, steps: int | None = None,
+                 guidance: float | tuple[float, ...] | None = None,
+                 decoder: str | None = None) -> None:
+    """Writes a run into the new folder `out`; process 0 does.
+
+    Raises UserError, with nothing written, if the folder exists.
+    """
+    folder = epath.Path(out)
+    if folder.exists():
+        raise UserError(f"{out} is there: give a new folder as --out, nothing was overwritten")
+    job.agree({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps,
+               "--guidance": guidance, "--decoder": decoder})
+    run = configure(run, steps, guidance, decoder)
+    checksums = checkpoint.checksums(parameters(run))
+    flat = checkpoint.named_leaves(sharding.to_host(parameters(run)))
+    if jax.process_index():
+        return
+    exported = programs(run)
+    contents = {f"{name}.bin": compiled(*program) for name, program in exported.items()}
+    arrays = {name: np.ascontiguousarray(a) for name, a in flat.items()}
+    contents[WEIGHTS] = safetensors.numpy.save(arrays, {"format": "ntm_jax"})
+    contents[SCRIPT] = pathlib.Path(__file__).with_name("sample_script.py").read_bytes()
+    size = sum(a.size for a in flat.values())
+    contents["README.md"] = card.markdown(run, size, PLATFORMS).encode()
+    described = {name: _described(arguments) for name, (_, arguments) in exported.items()}
+    _write(folder, contents, _about(run) | {"programs": described, "checksums": checksums})
+    print(f"{len(contents) + 1} files in {out}, {sum(map(len, contents.values())) / 1e6:.1f} MB, of "
+          f"step {run.step}", flush=True)
+
+
+def _about(run: Run) -> dict:
+    """config.json without what is computed from the arrays and the programs."""
+    about = {"format": FORMAT, "step": run.step, "parameters": "raw" if run.raw else "ema", "platforms": PLATFORMS,
+             "packages": {name: importlib.metadata.version(name) for name in ("ntm_jax", "jax")},
+             "spec": dataclasses.asdict(run.spec), "config": run.config.raw}
+    if run.denoiser:
+        about["teacher_step"] = run.denoiser.teacher_step
+        about["denoiser_config"] = run.denoiser.config and run.denoiser.config.raw
+    return about
+
+
+def _write(folder, contents: dict, about: dict) -> None:
+    """Writes a new folder of files, {name: bytes}, and config.json, completely or not at all."""
+    local = "://" not in os.fspath(folder)
+    part = folder.parent / f"{files.PART}{folder.name}-{uuid.uuid4().hex[:12]}"
+    new_parents = [path for path in folder.parents if local and not path.exists()]
+    try:
+        part.mkdir(parents=True)
+        for name, content in contents.items():
+            files.write(part / name, content)
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+        files.write_json(part / CONFIG, about | {"files": digests}, sealed=True)
+        if local:
+            _flush(part)
+        part.rename(folder)
+        if local:
+            _flush(folder.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.rmtree(missing_ok=True)
+        for path in new_parents:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        if not isinstance(error, OSError):
+            raise
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): give a new folder as --out, where you may write and the "
+                        "disk has space left") from None
+
+
+def _flush(folder) -> None:
+    """Flushes a local folder's list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _described(arguments: dict) -> dict:
+    """A program's arguments but the parameters, {name: "dtype[shape]"}."""
+    return {name: f"{a.dtype}[{','.join(map(str, a.shape))}]" for name, a in arguments.items() if name != "parameters"}

@@ -1,0 +1,100 @@
+"""The model of a configuration, and its parameters: new, or as shapes with their shardings.
+
+Symbols: B batch, K levels, N tokens, D token channels.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ntm_jax import backbones
+from ntm_jax.core.config import ModelConfig
+from ntm_jax.core.layers import Text, plain_attention
+from ntm_jax.core.model import NTM
+from ntm_jax.core.predictor import Predictor
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.config import Config
+
+
+def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM:
+    """The model of a configuration for data of a shape. Raises UserError where they do not fit."""
+    settings = dataclasses.asdict(config.model)
+    condition, dtype = settings.pop("condition"), jnp.dtype(settings.pop("dtype"))
+    backbone = backbones.find(settings.pop("backbone"))
+    for kind, present, name in (("class", spec.num_classes, "labels"),
+                                ("text", spec.text_width, "text")):
+        if condition == kind and not present:
+            raise UserError(f"config.model.condition is {kind}, and {config.data.source} has no "
+                            f"{name}: set it to none")
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    rows, columns = (size // spec.patch_size for size in spec.image_shape[:2])
+    try:
+        model_config = ModelConfig(
+            **{name: value for name, value in settings.items() if name in fields},
+            grid=(rows, columns), dim=spec.dim, steps=config.trajectory.steps,
+            num_classes=spec.num_classes if condition == "class" else 0,
+            text_width=spec.text_width if condition == "text" else 0,
+            dtype=dtype, transporter_dtype=dtype,
+            flat=not config.model.scan and config.mesh.sequence == 1)
+    except ValueError as error:
+        raise UserError(f"config.{error}") from None
+    if model_config.head != "posterior":
+        return NTM(model_config, attention)
+    return NTM(model_config, attention, backbone.build(model_config, settings, attention))
+
+
+def plain(model):
+    """The same model with plain attention and no rematerialisation.
+
+    Counting its FLOPs counts the model's own, and its exported program holds no custom kernel.
+    """
+    backbone = getattr(model, "backbone", None)
+    changes = {"backbone": plain(backbone)} if backbone else {}
+    config = dataclasses.replace(model.config, remat="none")
+    return model.clone(config=config, attention=plain_attention, **changes)
+
+
+def condition(model: NTM | Predictor, batch: dict):
+    """The condition of a batch's examples: their text if the model is trained on text, else labels."""
+    if model.config.text_width:
+        return Text(batch["text"], batch["text_mask"])
+    return batch["label"]
+
+
+def initial_params(model: NTM | Predictor, key) -> dict:
+    """New parameters, boxed with their logical axis names."""
+    c, steps = model.config, model.config.steps[0]
+    t = jnp.linspace(0.5, 1, steps + 1)[None]
+    if isinstance(model, NTM):
+        inputs = jnp.zeros((1, steps + 1, c.tokens, c.dim)), t
+    else:  # a denoiser
+        inputs = jnp.zeros((1, c.tokens, c.dim)), t[:, 0], jnp.zeros(1)
+    text = Text(jnp.zeros((1, 1, c.text_width)), jnp.zeros((1, 1), bool))
+    return model.init(key, *inputs, jnp.full(1, steps),
+                      text if c.text_width else jnp.zeros(1, jnp.int32))
+
+
+def abstract(initial, model: NTM | Predictor, mesh):
+    """The shapes, with their shardings, of what initial() returns; nothing is computed.
+
+    Not to be called within sharding.use(mesh). Raises UserError where the model does not divide over
+    the mesh.
+    """
+    heads, parts = model.config.kv_heads, mesh.shape["tensor"]
+    if heads % parts:  # keys and values are not parameters, and their widths may divide all the same
+        raise UserError(f"config.model.kv_heads is {heads}: expected a multiple of {parts}, the "
+                        "mesh's tensor axis, which splits heads; lower config.mesh.tensor or raise "
+                        "kv_heads")
+    boxed = jax.eval_shape(initial)
+    tree = sharding.shardings(boxed, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                        nn.unbox(boxed), tree)
+
+
+def abstract_params(model: NTM | Predictor, mesh) -> dict:
+    """The shapes of a model's parameters with their shardings; see abstract."""
+    return abstract(lambda: initial_params(model, jax.random.key(0)), model, mesh)

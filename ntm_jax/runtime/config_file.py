@@ -1,0 +1,123 @@
+"""A workdir's config.json: the settings of its run and the shape of its data.
+
+The file is sealed with a checksum. Every checkpoint holds a copy of the settings that make a run
+what it is, from which a lost or damaged config.json is written again.
+"""
+
+import dataclasses
+import typing
+
+from etils import epath
+
+from ntm_jax import files, typed
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import checkpoint
+from ntm_jax.runtime.config import Config, flatten, read
+
+CONFIG = "config.json"
+DAMAGED = ("give launch/train.py the run's own command, which writes it anew from the last "
+           "checkpoint's copy of the settings")
+RESUMABLE = (  # what a resumed run may change
+    "mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every",
+    "train.evaluate_every", "train.log_every", "train.keep", "optimizer.", "evaluate.", "sample.")
+
+
+def _defaults(cls, prefix: str = "") -> dict:
+    """{"section.key": default} of the settings that may be left out."""
+    found = {}
+    for key, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= _defaults(kind, f"{prefix}{key}.")
+    fields = {f"{prefix}{field.name}": field.default for field in dataclasses.fields(cls)}
+    return found | {key: value for key, value in fields.items() if value is not dataclasses.MISSING}
+
+
+def _flat_defaults() -> dict:
+    return files.plain(_defaults(Config) | _defaults(DataSpec, "spec."))
+
+
+def _content(config: Config, spec: DataSpec) -> dict:
+    return files.plain(dataclasses.asdict(config) | {"spec": dataclasses.asdict(spec)})
+
+
+def fixed(config: Config, spec: DataSpec) -> dict:
+    """{"section.key": JSON value} of the settings that a resume may not change, and the data's shape.
+
+    Settings at their defaults are left out, so that a later version may add one.
+    """
+    defaults = _flat_defaults()
+    return {key: value for key, value in flatten(_content(config, spec)).items()
+            if not key.startswith(RESUMABLE) and (key not in defaults or defaults[key] != value)}
+
+
+def differences(before: dict, now: dict) -> list[tuple]:
+    """[(key, value before, value now)] of two flat dicts of settings, which may omit defaults."""
+    defaults = _flat_defaults()
+    pairs = [(key, *(settings.get(key, defaults.get(key)) for settings in (before, now)))
+             for key in sorted(before | now)]
+    return [(key, one, other) for key, one, other in pairs if one != other]
+
+
+def _before(path, workdir: str, config: Config, spec: DataSpec) -> tuple[dict | None, list[str]]:
+    """(the flat settings of the run in a workdir, None without one; lines on what was damaged)."""
+    damage = None
+    if path.exists():
+        try:
+            return flatten(files.read_json(path, DAMAGED)), []
+        except UserError as error:
+            damage = error
+    saved = checkpoint.saved_settings(workdir)
+    if saved is None:
+        lost = f"{CONFIG} was damaged, and there is no checkpoint: the run starts anew"
+        return None, [lost] if damage else []
+    if not saved:
+        raise damage or UserError(f"{workdir} holds checkpoints but no {CONFIG}: expected a run's "
+                                  "folder or a new one; give another --workdir")
+    resumable = {key: value for key, value in flatten(_content(config, spec)).items()
+                 if key.startswith(RESUMABLE)}
+    return saved | resumable, [f"{CONFIG} was {'damaged' if damage else 'missing'} and is written "
+                               "anew: the last checkpoint has the same settings"]
+
+
+def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
+    """Checks that a workdir holds no run or one of this configuration; writes nothing.
+
+    Returns a line for each setting that changed since the run began. Where config.json is missing or
+    damaged, the copy of the settings in the last checkpoint counts.
+
+    Raises UserError where the run there differs in more than a resume may change.
+    """
+    before, lines = _before(epath.Path(workdir) / CONFIG, workdir, config, spec)
+    if before is None:
+        return lines
+    for key, one, other in differences(before, flatten(_content(config, spec))):
+        if not key.startswith(RESUMABLE):
+            raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has {other!r}: "
+                            "give another --workdir to start anew, or that value to resume")
+        lines.append(f"changed since the run began: {key}: {one!r} -> {other!r}")
+    return lines
+
+
+def write(workdir: str, config: Config, spec: DataSpec) -> None:
+    """Writes workdir/config.json, sealed: the settings, and the data's shape under `spec`."""
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / CONFIG, _content(config, spec), sealed=True)
+
+
+def load(workdir: str) -> tuple[Config, DataSpec]:
+    """The configuration of the run in a workdir and the shape of its data, which are not opened.
+
+    Raises UserError if there is none, or config.json was damaged or edited.
+    """
+    path = epath.Path(workdir) / CONFIG
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run (no config.json there): give the --workdir that "
+                        "launch/train.py was given")
+    content = files.read_json(path, DAMAGED)
+    settings = {key: value for key, value in content.items() if key != "spec"}
+    try:
+        return read(settings), typed.read(DataSpec, content.get("spec"), "spec")
+    except UserError as error:
+        raise UserError(f"{path} cannot be used ({error}): {DAMAGED}") from None

@@ -1,0 +1,125 @@
+"""The typed run: a configuration with its data's shape, model, parameters, step, mesh and folder.
+
+Sampling, evaluation, export and training take a Run in place of these one by one. api.Run adds what
+a notebook calls on it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from ntm_jax.core.denoising import Teacher, make_denoiser
+from ntm_jax.core.predictor import Predictor
+from ntm_jax.core.trajectory import Schedule
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import attention, build, checkpoint, config_file, sharding
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.config import SOLVERS, Config, Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """The learned denoiser of a run that trained one; the run's model and params are its teacher's."""
+
+    module: Predictor
+    params: dict
+    config: Config | None  # the denoiser's own configuration, which has its sizes
+    teacher_step: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model at a step of its training, on all devices."""
+
+    config: Config
+    spec: DataSpec
+    model: Any  # NTM, or Predictor while a denoiser is trained
+    params: dict | None  # the EMA unless `raw`; None before training
+    step: int
+    mesh: jax.sharding.Mesh
+    workdir: str = ""
+    raw: bool = False
+    denoiser: Denoiser | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels of the model's trajectories."""
+        return self.config.schedule(self.model.config.tokens)
+
+    @property
+    def as_teacher(self) -> Teacher:
+        """What a denoiser learns from this run."""
+        return Teacher(self.model, self.schedule, self.config.sample.steps)
+
+    def evaluated_levels(self) -> np.ndarray:
+        """The levels [K] of evaluation, from t_min to 1."""
+        return np.asarray(self.schedule.fixed_levels(self.config.evaluation_steps, 1))[0]
+
+    def sampled_levels(self) -> np.ndarray:
+        """The levels [K] of sampling: those of evaluation, or an ODE's, from 0 to 1."""
+        if self.config.sample.decoder in SOLVERS:
+            return np.asarray(self.schedule.levels(self.config.sample.steps, np.zeros(1)))[0]
+        return self.evaluated_levels()
+
+
+def untrained(config: Config, spec: DataSpec, mesh, workdir: str = "") -> Run:
+    """The run that a configuration starts, before it has parameters.
+
+    Raises UserError where the model does not fit the data.
+    """
+    model = build.make_model(config, spec, attention.choose(mesh))
+    return Run(config, spec, make_denoiser(model) if config.teacher else model, None, 0, mesh, workdir)
+
+
+def run_mesh(config: Mesh):
+    """A run's mesh on the present devices; all of them along data if they are too few for it."""
+    inferred = -1 in (config.fsdp, config.tensor, config.sequence)
+    try:
+        return sharding.make_mesh(config if inferred else dataclasses.replace(config, data=-1))
+    except UserError:
+        return sharding.make_mesh(Mesh(slices=1, data=-1, fsdp=1, tensor=1, sequence=1))
+
+
+def with_denoiser(teacher: Run, run: Run) -> Run:
+    """The teacher with the denoiser that `run` trained.
+
+    It is sampled and evaluated as that run is configured, and has its step and folder.
+    """
+    config = dataclasses.replace(teacher.config, sample=run.config.sample,
+                                 evaluate=run.config.evaluate, seed=run.config.seed)
+    denoiser = Denoiser(run.model, run.params, run.config, teacher.step)
+    return dataclasses.replace(teacher, config=config, step=run.step, workdir=run.workdir,
+                               raw=run.raw, denoiser=denoiser)
+
+
+def restore_params(run: Run, step: int | None = None, raw: bool = False, folder=None,
+                   settings: dict | None = None) -> tuple[int, dict]:
+    """(step, parameters) of a checkpoint of a model like run.model: its EMA, or the raw ones.
+
+    folder: the workdir to read, run.workdir by default. step: the latest by default.
+    settings: see Checkpoints.
+    """
+    which = "params" if raw else "ema"
+    expected = build.abstract_params(run.model, run.mesh)
+    with Checkpoints(folder or run.workdir, settings=settings) as checkpoints:
+        step, found = checkpoints.restore_subtree(step, {which: expected})
+        return step, found[which]
+
+
+def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Run:
+    """The run in a workdir, or in WORKDIR/checkpoints/STEP, at its latest step or `step`.
+
+    raw: with the raw parameters in place of their EMA. Raises UserError if there is no run, or its
+    files are damaged.
+    """
+    folder, named = checkpoint.locate(workdir)
+    if named is not None and step is None:
+        workdir, step = str(folder), named
+    config, spec = config_file.load(workdir)
+    run = untrained(config, spec, run_mesh(config.mesh), str(workdir))
+    step, params = restore_params(run, step, raw, settings=config_file.fixed(config, spec))
+    run = dataclasses.replace(run, params=params, step=step, raw=raw)
+    return with_denoiser(load_workdir(f"{workdir}/frozen"), run) if config.teacher else run

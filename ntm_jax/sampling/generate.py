@@ -1,0 +1,191 @@
+"""Images from a model, by index: image i is the same in any batch, on any mesh, in any process.
+
+Symbols: n images; B batch, K levels, N tokens, D token channels; H, W, C image height, width,
+channels; V pixel levels; M text tokens, E their width.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntm_jax.core import denoising, flow_matching, layers, sampling
+from ntm_jax.core.layers import Text, null
+from ntm_jax.core.model import exact
+from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, per_example
+from ntm_jax.data import transforms
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.config import SOLVERS, Config, SampleOptions, check_guidance, guided
+from ntm_jax.runtime.run import Run
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "model", "options", "with_levels", "denoiser"))
+def generate_tokens(params, root, index, y, denoiser_params=None, *, schedule: Schedule, model,
+                    options: SampleOptions, with_levels: bool, denoiser=None):
+    """Clean tokens [B, N, D] of the image indices [B] on condition y.
+
+    with_levels: also returns x_0..x_T [B, K, N, D]; None otherwise.
+    """
+    keys = example_keys(root, "sample", index)
+    if options.decoder in SOLVERS:
+        noise = example_noise(keys, (model.config.tokens, model.config.dim))
+        t = schedule.levels(options.steps, jnp.zeros(len(index)))
+        nothing = null(y, model.config.num_classes)
+        with layers.precision(model.config.precision):
+            xs = flow_matching.solve(
+                functools.partial(model.backbone.apply, flow_matching.backbone_params(params)),
+                noise, t, y, nothing, options.guidance, options.decoder == "heun")
+        return xs[:, 0], xs if with_levels else None
+    t = schedule.fixed_levels(options.steps, len(index))
+    us = sampling.sample_latents(model, params, keys, t, y, options.guidance)
+    xs = None
+    if with_levels or options.decoder == "score":
+        xs = sampling.invert_trajectory(model, params, us, t, y, options.inverse)
+    if options.decoder == "denoiser":
+        x = denoising.denoise(exact(denoiser), denoiser_params, us[:, 0], t[:, 0], options.steps, y)
+    elif options.decoder == "score":
+        x = denoising.score_denoise(model, params, xs, t, y, options.percentile)
+    else:
+        x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
+            model, params, us, t, y, 0, options.inverse)
+        x = x_0 / (1 - per_example(t[:, 0], x_0))
+    return x, xs if with_levels else None
+
+
+@functools.lru_cache(maxsize=2)
+def _records(data, split: str):
+    """The records of a split, opened once for all batches."""
+    return data.open(split).records
+
+
+def conditions(run: Run, index):
+    """The default condition of these image indices.
+
+    The classes in turn, or the texts of the held-out records in turn.
+    """
+    model = run.model.config
+    if not model.text_width:
+        return index % max(model.num_classes, 1)
+    records = _records(run.config.data, run.config.evaluate.split)
+    chosen = [records[int(i) % len(records)] for i in index]
+    return Text(*(np.stack([record[name] for record in chosen]) for name in ("text", "text_mask")))
+
+
+def check_condition(run: Run, n: int, label):
+    """The condition of n images as arrays: labels [n], or Text for a model of texts.
+
+    label: one label, labels [n], or Text with states [n, M, E] and mask [n, M]. Raises UserError
+    where it does not fit the model.
+    """
+    classes, width = run.model.config.num_classes, run.model.config.text_width
+    if width:
+        fits = isinstance(label, Text) and np.shape(label.states)[::2] == (n, width)
+        if not fits or np.shape(label.mask) != label.states.shape[:2]:
+            raise UserError(f"the model is conditioned on text: give label=Text(states [{n}, M, {width}], "
+                            f"mask [{n}, M]) of ntm_jax.core.layers")
+        return Text(np.asarray(label.states, np.float16), np.asarray(label.mask, bool))
+    if label is None and classes:
+        raise UserError(f"no label is given, and the model has {classes} classes: give one label, or "
+                        f"one for each of the {n} images")
+    label = np.asarray(0 if label is None else label, np.int32)
+    if label.shape not in ((), (1,), (n,)):
+        raise UserError(f"label has shape {label.shape}: expected one label, or one for each of the "
+                        f"{n} images")
+    label = np.broadcast_to(label, n)
+    if classes and not ((0 <= label) & (label < classes)).all():
+        raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to {classes - 1}")
+    return label
+
+
+def sample_at(run: Run, index, condition=None, options: SampleOptions | None = None,
+              seed: int | None = None, with_levels: bool = False):
+    """The images of these indices [n] on a condition, labels [n] or Text; see conditions.
+
+    options and seed: the configuration's by default. Returns images [n, H, W, C], uint8 0..V-1, or
+    float32 latents; with_levels also the levels from pure noise down, [n, K, H, W, C].
+    """
+    options, spec = options or run.config.sample.options, run.spec
+    check_decoder(run, options.decoder)
+    denoiser = run.denoiser if options.decoder == "denoiser" else None
+    index = np.asarray(index, np.int32)
+    y = conditions(run, index) if condition is None else condition
+    y = y if isinstance(y, Text) else np.asarray(y, np.int32)
+    placed, y = sharding.place((index, y), run.mesh)
+    with sharding.use(run.mesh):
+        x, xs = generate_tokens(
+            run.params, jax.random.key(run.config.seed if seed is None else seed), placed, y,
+            denoiser and denoiser.params, schedule=run.schedule, model=exact(run.model),
+            options=options, with_levels=with_levels, denoiser=denoiser and denoiser.module)
+
+    def images(tokens):
+        values = sharding.to_host(tokens)[: len(index)]
+        values = transforms.unpatchify(values, spec.image_shape, spec.patch_size)
+        return transforms.unscale(values, spec.levels) if spec.levels else values
+
+    return (images(x), images(xs)[:, ::-1]) if with_levels else images(x)
+
+
+def override(config: Config, **given) -> SampleOptions:
+    """The configuration's options of sampling with the given ones that are not None, checked."""
+    given = {name: value for name, value in given.items() if value is not None}
+    options = dataclasses.replace(config.sample.options, **given)
+    check(config, options)
+    return options
+
+
+def check(config: Config, options: SampleOptions) -> None:
+    """Checks options of sampling that differ from the configuration's.
+
+    Raises UserError for guidance that is negative, has another length than the steps, or that the
+    model was not trained for. Warns of a number of steps that it was not trained with.
+    """
+    guidance, steps, own = options.guidance, options.steps, config.sample
+    check_guidance("guidance", guidance, steps)
+    if min(guidance if isinstance(guidance, tuple) else (guidance,)) < 0:
+        raise UserError(f"guidance is {guidance}: expected numbers that are not negative")
+    if guidance != own.guidance and guided(guidance) and not config.train.condition_dropout:
+        raise UserError(f"guidance is {guidance}, and the model was trained without condition "
+                        "dropout: sample with guidance 0")
+    trained = config.trajectory.steps
+    if steps != own.steps and steps not in trained and options.decoder not in SOLVERS:
+        warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: expect "
+                      "worse images", stacklevel=2)
+
+
+def check_decoder(run: Run, decoder: str) -> None:
+    """Raises UserError for a decoder that needs a denoiser or an ODE that the run does not have."""
+    velocity = run.config.sample.decoder in SOLVERS or (
+        run.model.backbone is not None and not run.model.config.transporter_blocks)
+    if decoder in SOLVERS and not velocity:
+        raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run is "
+                        "not one: take inverse or score")
+    if decoder == "denoiser" and not run.denoiser:
+        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as --workdir "
+                        "the run of one, trained with config.train.objective=denoiser and "
+                        "--config.teacher")
+
+
+def in_batches(n: int, batch: int) -> list[np.ndarray]:
+    """Image indices 0..n-1, `batch` at a time."""
+    return [np.arange(start, min(start + batch, n)) for start in range(0, n, batch)]
+
+
+def parse_guidance(scales) -> float | tuple[float, ...] | None:
+    """Texts -> one guidance scale, or a tuple with one for each step; None without texts.
+
+    Raises UserError for a text that is not a number.
+    """
+    if not scales:
+        return None
+    try:
+        scales = tuple(float(scale) for scale in scales)
+    except ValueError:
+        scales = (math.nan,)
+    if not all(map(math.isfinite, scales)):
+        raise UserError("--guidance takes a number, or one for each step, such as 1,0.5,0,0")
+    return scales[0] if len(scales) == 1 else scales

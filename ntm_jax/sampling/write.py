@@ -1,0 +1,227 @@
+"""Writes samples of a run into a folder, batch by batch, so that a stopped call can be resumed.
+
+Symbols: n images; H, W, C image height, width, channels; K levels.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+
+import jax
+import numpy as np
+import tqdm
+from etils import epath
+from jax.experimental import multihost_utils
+
+from ntm_jax import files
+from ntm_jax.data import latents
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import checkpoint, plots
+from ntm_jax.runtime.config import Config, SampleOptions
+from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import generate, prompts
+from ntm_jax.sampling.prompts import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+    """Which images to write. None stands for the configuration's setting."""
+
+    num: int
+    batch: int = 500  # images at a time
+    labels: list[str] | None = None  # classes, repeated over the images in turn
+    prompts: list[Prompt] | None = None  # each has num / len(prompts) images
+    layout: str | None = None  # geneval, dpg: the folders of a benchmark
+    encoder: str | None = None  # of the prompts; see prompts.open_encoder
+    autoencoder: str | None = None  # the folder of FLUX.2's, which decodes latents to images
+    save_trajectories: bool = False
+    steps: int | None = None
+    guidance: float | tuple[float, ...] | None = None
+    decoder: str | None = None
+    inverse: str | None = None
+    seed: int | None = None
+
+    @property
+    def per_prompt(self) -> int:
+        """How many images each prompt has."""
+        return self.num // len(self.prompts) if self.prompts else 1
+
+    def options(self, config: Config) -> SampleOptions:
+        """How the images are made. Raises UserError; see generate.check."""
+        return generate.override(config, steps=self.steps, guidance=self.guidance,
+                                 decoder=self.decoder, inverse=self.inverse)
+
+
+def parse_labels(names, num_classes: int) -> np.ndarray | None:
+    """Names of classes -> integers; None without names. Raises UserError for an unknown class."""
+    if not names:
+        return None
+    for name in names:
+        if not (name.isdecimal() and int(name) < num_classes):
+            expected = f"0 to {num_classes - 1}" if num_classes else "none, since it has no classes"
+            raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
+    return np.array([int(name) for name in names], np.int32)
+
+
+def write_samples(run: Run, out: str, request: SampleRequest) -> None:
+    """Writes images of a run into a folder, and prints how many and how fast.
+
+    PNG files; grid.png; samples.npz, in ADM's layout: arr_0 uint8 [n, H, W, 3], or latents as they
+    are, arr_1 labels or prompts' numbers; with save_trajectories trajectories.npz: arr_0
+    [n, K, H, W, C] from pure noise down, which an autoencoder does not decode; for prompts
+    contact_sheet.png and prompts.jsonl.
+
+    What a stopped call has written is kept, and the rest is made, bit for bit as an uninterrupted
+    call makes it. Raises UserError where the folder holds anything else, other samples among it;
+    nothing is overwritten.
+    """
+    folder, work = epath.Path(out), _Work(run, request)
+    asked = work.description()
+    # No process has written yet: one that arrived late would find its own job's files.
+    job.agree({"--out": out} | asked)
+    asked |= {"checksum": checkpoint.digest((run.params, run.denoiser and run.denoiser.params))}
+    batches = generate.in_batches(request.num, request.batch)
+    done = _claim(folder, asked, len(batches))
+    begin, made, first = time.perf_counter(), 0, 0
+    for number, index in enumerate(tqdm.tqdm(batches, "sample", unit="batch", disable=None)):
+        if done[number]:
+            continue
+        work.write_batch(folder, number, index)
+        made += len(index)
+        if not first:  # the first batch compiled
+            begin, first = time.perf_counter(), made
+    if jax.process_index():
+        return
+    if not (folder / "samples.npz").exists():
+        work.gather(folder, len(batches))
+    seconds = time.perf_counter() - begin
+    rate = f", {(made - first) / seconds:.1f} images/s after the first batch" if made > first else ""
+    print(f"{request.num} images in {out}, {request.num - made} of them found there{rate}, step "
+          f"{run.step}", flush=True)
+
+
+class _Work:
+    """A request, checked against a run, and what its batches need."""
+
+    def __init__(self, run: Run, request: SampleRequest):
+        self.run, self.request = run, request
+        self.options = request.options(run.config)
+        generate.check_decoder(run, self.options.decoder)
+        if request.labels and run.model.config.text_width:
+            raise UserError(f"--labels are given, and the model of {run.workdir} is conditioned on "
+                            "text: give --prompts")
+        self.labels = parse_labels(request.labels, run.model.config.num_classes)
+        if request.autoencoder and run.spec.levels:
+            raise UserError(f"{run.workdir} is a model of pixels, and an autoencoder decodes latents: "
+                            "leave --autoencoder out")
+        self.encoder = prompts.open_encoder(run, request.encoder) if request.prompts else None
+        self.autoencoder = None
+        if request.autoencoder and jax.process_index() == 0:
+            self.autoencoder = latents.Autoencoder(request.autoencoder)
+        self.pixel_levels = latents.LEVELS if request.autoencoder else run.spec.levels
+        prompts.check_layout(request.layout, request.prompts, request.per_prompt, run.spec.image_shape)
+
+    def description(self) -> dict:
+        """What the folder's samples.json records, so that only the same call resumes it."""
+        request = self.request
+        return {
+            "--workdir": self.run.workdir, "step": self.run.step, "--num": request.num,
+            "--batch": request.batch, "--save_trajectories": request.save_trajectories,
+            "--labels": None if self.labels is None else self.labels.tolist(),
+            "--autoencoder": request.autoencoder, "--layout": request.layout,
+            "--prompts": request.prompts and _described(request.prompts),
+            "--encoder": self.encoder and self.encoder.name, "--steps": request.steps,
+            "--guidance": request.guidance, "--decoder": request.decoder,
+            "--inverse": request.inverse, "--seed": request.seed}
+
+    def write_batch(self, folder, number: int, index) -> None:
+        """Makes the images of these indices and writes their files."""
+        run, request = self.run, self.request
+        y = None if self.labels is None else np.resize(self.labels, request.num)[index]
+        if request.prompts:
+            texts = [request.prompts[i // request.per_prompt].text for i in index]
+            y = prompts.states(self.encoder, texts)
+        found = generate.sample_at(run, index, y, self.options, request.seed, request.save_trajectories)
+        if jax.process_index():
+            return
+        images, *levels = found if request.save_trajectories else (found,)
+        if self.autoencoder:
+            spec = run.spec
+            images = images * np.float32(spec.std or 1) + np.float32(spec.mean or 0)
+            images = self.autoencoder.decode(images)
+        places = [prompts.place(folder, request.layout, i, request.per_prompt, request.num)
+                  for i in index]
+        for path, image in zip(places, plots.displayable(images, self.pixel_levels), strict=True):
+            plots.save_png(path, image)
+        # Written last, whole or not at all: its presence marks the batch as complete.
+        with files.aside(_part(folder, number)) as file:
+            np.savez(file, images, *levels)
+
+    def gather(self, folder, batches: int) -> None:
+        """Writes the files of all images from those of the batches, which it removes."""
+        run, request = self.run, self.request
+        arrays = []
+        for number in range(batches):
+            with _part(folder, number).open("rb") as file, np.load(file, allow_pickle=False) as part:
+                arrays.append([part[name] for name in part.files])
+        images, *levels = (np.concatenate(a) for a in zip(*arrays, strict=True))
+        shown = plots.displayable(images, self.pixel_levels)
+        if levels:
+            with files.aside(folder / "trajectories.npz") as file:
+                pixels = run.spec.levels
+                np.savez(file, plots.displayable(levels[0], pixels) if pixels else levels[0])
+        plots.save_png(folder / "grid.png", plots.picture(images[:100], self.pixel_levels))
+        if request.prompts:
+            prompts.write_pictures(folder, request.layout, request.prompts, shown)
+        stored = shown if self.pixel_levels else images
+        stored = np.repeat(stored, 3, -1) if stored.shape[-1] == 1 else stored
+        with files.aside(folder / "samples.npz") as file:
+            np.savez(file, stored, self._numbers())
+        for number in range(batches):
+            _part(folder, number).unlink()
+
+    def _numbers(self) -> np.ndarray:
+        """The label, or the prompt's number, of every image."""
+        if self.labels is not None:
+            return np.resize(self.labels, self.request.num)
+        index = np.arange(self.request.num)
+        if self.request.prompts:
+            return index // self.request.per_prompt
+        return index % max(self.run.model.config.num_classes, 1)
+
+
+def _described(asked: list[Prompt]) -> str:
+    """The number of prompts and their digest."""
+    content = json.dumps([dataclasses.astuple(prompt) for prompt in asked])
+    return f"{len(asked)} of digest {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _claim(folder, asked: dict, batches: int) -> np.ndarray:
+    """Which batches the folder holds already, bool [batches]; the same in every process.
+
+    Raises UserError where the folder holds anything that was not asked for.
+    """
+    path, finished = folder / "samples.json", (folder / "samples.npz").exists()
+    if path.exists():
+        before = files.read_json(path, "give another --out")
+        for key in sorted(before | asked):
+            if before.get(key) != files.plain(asked.get(key)):
+                raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and this call "
+                                f"has {asked.get(key)!r}: give another --out, or the same settings to "
+                                "go on; nothing was overwritten")
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is there and not empty: give a new folder as --out, nothing was "
+                        "overwritten")
+    done = np.array([finished or _part(folder, number).exists() for number in range(batches)])
+    # Process 0 decides: a folder may appear late on another host.
+    done = multihost_utils.broadcast_one_to_all(done)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, asked, sealed=True)
+    return done
+
+
+def _part(folder, number: int):
+    return folder / f"part-{number:06d}.npz"

@@ -1,0 +1,128 @@
+"""Where a new run's parameters come from, and the reference that holds its means (method, section 7).
+
+A run or an export of the same model gives all parameters. A flow-matching model, ours or a public
+checkpoint, gives the backbone of the posterior head. The copy of that backbone that the means are
+held near is kept once, in WORKDIR/frozen, in the dtype that it computes in.
+"""
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from ntm_jax import backbones
+from ntm_jax.errors import UserError
+from ntm_jax.export.read import (
+    DENOISER,
+    WEIGHTS,
+    is_export,
+    load_run,
+    read_about,
+    read_parameters,
+)
+from ntm_jax.runtime import build, checkpoint, config_file
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.run import Run, restore_params
+from ntm_jax.training import objectives
+from ntm_jax.training.state import State
+
+
+def start_from(run: Run, current: State) -> State:
+    """A new run's state with the parameters that config.init_from names.
+
+    Raises UserError where they are another model's.
+    """
+    try:
+        backbone = _read_backbone(run)
+        params = _read_all(run) if backbone is None else None
+    except UserError as error:
+        raise UserError(f"config.init_from is {run.config.init_from}: {error}") from None
+    if params is not None:
+        return current.replace(params=params, ema=_copy(params))
+
+    def put(tree, backbone):
+        return {"params": tree["params"] | {"backbone": backbone}}
+
+    return current.replace(params=put(current.params, backbone),
+                           ema=put(current.ema, _copy(backbone)))
+
+
+def _read_all(run: Run) -> dict:
+    """All parameters of an export, or the EMA of a run: a workdir or WORKDIR/checkpoints/STEP."""
+    folder = epath.Path(run.config.init_from)
+    if is_export(folder):
+        expected = build.abstract_params(run.model, run.mesh)
+        return read_parameters(folder, read_about(folder), expected, skip=f"{DENOISER}/")
+    workdir, step = checkpoint.locate(folder)
+    if not (workdir / "checkpoints").exists():
+        raise UserError("there is no such export or run: expected an export's folder, a run's, or "
+                        "WORKDIR/checkpoints/STEP")
+    return restore_params(run, step, folder=str(workdir))[1]
+
+
+def _read_backbone(run: Run):
+    """The backbone's parameters from a flow-matching model; None where init_from is not one."""
+    config = run.config
+    folder, _ = checkpoint.locate(config.init_from)
+    if config.model.head != "posterior" or (folder / WEIGHTS).exists():
+        return None
+    expected = build.abstract_params(run.model, run.mesh)["params"]["backbone"]
+    if not (folder / "checkpoints").exists():
+        if run.spec.std:
+            raise UserError(f"config.data.source {config.data.source} holds latents normalised by "
+                            "their own mean and std, and the network there learned the encoder's: "
+                            "prepare them with --latent_scale=encoder")
+        read = backbones.find(config.model.backbone).read
+        return read(config.init_from, expected) if read else None
+    theirs = config_file.load(str(folder))[0].train.objective
+    velocity = [objectives.find(name).trains_velocity for name in (config.train.objective, theirs)]
+    if velocity != [False, True]:
+        return None
+    other = load_run(config.init_from)
+    _check_data(run, other)
+    found = other.params["params"]["backbone"]
+    different = checkpoint.first_difference(*map(checkpoint.named_leaves, (found, expected)))
+    if different:
+        name, there, here = different
+        raise UserError(f"the flow-matching model there is another network: array {name} is {there} "
+                        f"there and {here} here; give its sizes, config.model.width, predictor_layers "
+                        "and the rest")
+    return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), found, expected)
+
+
+def _check_data(run: Run, other: Run) -> None:
+    """Raises UserError where a flow-matching model learned data of another kind."""
+    def kind(r):
+        return {"image shape": r.spec.image_shape,
+                "config.data.patch_size": r.config.data.patch_size,
+                "config.model.data_std": r.config.model.data_std,
+                "config.model.condition": r.config.model.condition}
+
+    mine, theirs = kind(run), kind(other)
+    for key in mine:
+        if mine[key] != theirs[key]:
+            raise UserError("the flow-matching model there learned data of another kind: "
+                            f"{key} is {theirs[key]} there and {mine[key]} here")
+
+
+def _copy(tree, dtype=None):
+    """A copy, in another dtype if given. A step donates its arguments, so no two may share arrays."""
+    copy = jax.jit(lambda tree: jax.tree.map(lambda a: jnp.copy(a).astype(dtype or a.dtype), tree),
+                   out_shardings=jax.tree.map(lambda a: a.sharding, tree))
+    return copy(tree)
+
+
+def abstract_reference(run: Run) -> dict:
+    """The shapes of the reference parameters with their shardings."""
+    dtype = jnp.dtype(run.config.model.dtype)
+    backbone = build.abstract_params(run.model, run.mesh)["params"]["backbone"]
+    return {"params": jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding), backbone)}
+
+
+def reference_params(run: Run, current: State) -> dict:
+    """The reference parameters, from WORKDIR/frozen; a run at step 0 writes them there first."""
+    with Checkpoints(f"{run.workdir}/frozen") as checkpoints:
+        if int(current.step) == 0 and checkpoints.latest() is None:
+            backbone = _copy(current.params["params"]["backbone"], run.config.model.dtype)
+            checkpoints.save(0, {"params": backbone}, {})
+        return checkpoints.restore_subtree(0, abstract_reference(run))[1]

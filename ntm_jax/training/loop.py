@@ -1,0 +1,293 @@
+"""The training loop: evaluate, save, next batch, step. A resumed run continues bit for bit."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ntm_jax.core import trajectory
+from ntm_jax.data import pipeline
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
+from ntm_jax.evaluation.report import write_report
+from ntm_jax.runtime import config as configuration
+from ntm_jax.runtime import config_file, flops, sharding, workdir
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.run import Run, untrained, with_denoiser
+from ntm_jax.training import finetune, objectives, optimizer, pictures, state
+from ntm_jax.training.metrics import Writer
+from ntm_jax.training.signals import StopRequest
+from ntm_jax.training.state import State
+from ntm_jax.training.step import check_batch, flops_of_step, make_step, steps_of
+from ntm_jax.training.teacher import load_teacher, save_teacher
+
+TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
+DIVERGED = (
+    "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
+    "--config.optimizer.clip; if it stops again at once, first remove the latest folder in "
+    "WORKDIR/checkpoints, to go on from the one before; to change config.trajectory.t_min_range, "
+    "start a new run with another --workdir and --config.init_from=WORKDIR")
+
+
+def check(metrics: dict, step: int) -> dict:
+    """A step's metrics on the host -> scalars to log.
+
+    Raises UserError if one is not finite, naming the step, the level and the term.
+    """
+    scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+    terms = [name for name in TERMS if name in metrics]
+    if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
+        bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(metrics[term])
+               if not np.isfinite(value)]
+        first = bad[0] if bad else "the gradient or the update, every term being finite,"
+        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the last "
+                        f"checkpoint is untouched. {DIVERGED}")
+    if "quadratic" not in terms:
+        return scalars
+    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
+    scalars |= {f"nll/level_{k}": float(value) for k, value in enumerate(nll)}
+    misalignment = metrics.get("misalignment", ())
+    return scalars | {f"misalignment/level_{k}": float(v) for k, v in enumerate(misalignment)}
+
+
+def train(config: Config, folder: str, *, progress: bool = True, until: int | None = None,
+          tracer=None) -> dict | None:
+    """Trains in a workdir, resuming what it holds; ends with the held-out evaluation and pictures.
+
+    until: stops there as a preemption would, saving; the schedule stays that of config.train.steps.
+    tracer: analysis.profile.Trace, or nothing.
+
+    Returns the evaluation, or None when stopped early.
+    """
+    workdir.check(folder)
+    mesh = sharding.make_mesh(config.mesh)
+    objective = objectives.checked(config)
+    check_batch(config, mesh)
+    source = config.data.open(config.data.split)
+    held_out = config.data.open(config.evaluate.split)
+    spec = pipeline.spec(source, config.data.patch_size)
+    run = untrained(config, spec, mesh, folder)
+    teacher = load_teacher(run) if objective.needs_teacher else None
+    job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
+    state.check_memory(run)
+    config_file.claim(folder, config, spec)  # refuses before the folder is touched
+    with workdir.owned(folder):
+        with contextlib.ExitStack() as stack:
+            loop = _start(run, teacher, source, held_out, progress, stack)
+            loop.until, loop.tracer = until, tracer
+            done = loop.train()
+            job.restore_interrupts()
+            if not done:
+                return None
+            loop.writer.message(f"trained to step {config.train.steps}; evaluating")
+        run = loop.evaluated(config.train.steps)
+        pictures.draw(run, source, objective.loss_label)
+        # Inception's weights are a flag of launch/evaluate.py alone.
+        features = "none" if config.evaluate.features == "inception" else None
+        result, scored = evaluate(run, EvaluationOptions(features=features),
+                                  measure=objective.measure, progress=progress)
+        write_report(run, result, scored, epath.Path(folder) / "evaluation.json")
+    return result
+
+
+def _start(run: Run, teacher: Run | None, source: Source, held_out: Source, progress: bool,
+           stack: contextlib.ExitStack) -> "_Loop":
+    """The loop of a new or a resumed run; `stack` closes what it holds open."""
+    config, folder, total = run.config, run.workdir, run.config.train.steps
+    changes = config_file.claim(folder, config, run.spec)  # what another owner has left
+    checkpoints = stack.enter_context(Checkpoints(
+        folder, keep_every=config.train.keep, settings=config_file.fixed(config, run.spec)))
+    latest = checkpoints.latest()
+    if latest is None:
+        current = state.initialize(run)
+        if config.init_from:
+            current = finetune.start_from(run, current)
+        start, data_state = 0, None
+    else:
+        start, current, data_state = checkpoints.restore(state.abstract(run))
+    if start > total:
+        raise UserError(f"{folder} holds step {start}, beyond config.train.steps = {total}: raise it "
+                        "to go on, or evaluate that run")
+    batches = pipeline.train_iterator(
+        source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers,
+        *sharding.share(run.mesh))
+    stack.callback(batches.close)
+    if data_state is not None:
+        batches.set_state(data_state)
+    if jax.process_index() == 0:
+        config_file.write(folder, config, run.spec)
+    reference = None
+    if teacher:
+        save_teacher(teacher, folder)
+        reference = teacher.params
+    if config.train.align_weight:
+        reference = finetune.reference_params(run, current)
+    quiet = jax.process_index() > 0 or not progress
+    writer = stack.enter_context(Writer(folder, total, start, quiet=quiet))
+    size = sum(a.size for a in jax.tree.leaves(current.params))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    new = f"in {folder}" + (f", starting from {config.init_from}" if config.init_from else "")
+    writer.message(f"{size:,} parameters, {len(source.records):,} training records, mesh {mesh}, "
+                   + (new if latest is None else f"resuming {folder} at step {start}"))
+    for change in changes:
+        writer.message(change)
+    stop = StopRequest()
+    if not job.several():  # in a job of several processes, jax catches SIGTERM and tells the others
+        stack.enter_context(stop)
+    return _Loop(run, current, start, batches, held_out, checkpoints, writer, stop, teacher, reference)
+
+
+@dataclasses.dataclass
+class _Loop:
+    """Training in progress."""
+
+    run: Run
+    current: State
+    start: int
+    batches: pipeline.TrainIterator
+    held_out: Source
+    checkpoints: Checkpoints
+    writer: Writer
+    stop: StopRequest
+    teacher: Run | None
+    reference: dict | None
+    until: int | None = None
+    tracer: Any = None
+
+    def __post_init__(self):
+        config = self.run.config
+        self.objective = objectives.find(config.train.objective)
+        self.step_function = make_step(self.run, self.teacher)
+        self.rate = optimizer.schedule(config.optimizer, config.train.steps)
+        self.pending = None  # metrics of the last step, which are read after the next is dispatched
+        self.clock = time.perf_counter(), self.start
+        self.positions = {}  # the data's position before each of the last two steps
+        self.unread = None  # in a job of several processes: why this one has no batch
+        self.complete = None  # and sharding.flag_by_process of the last batch
+        self.work = self.limit = 0  # FLOPs of a step, and this machine's FLOP/s
+
+    def train(self) -> bool:
+        """Takes the steps from `start`, in the order evaluate, save, next batch, step.
+
+        Returns whether the run reached its last step.
+        """
+        total = self.run.config.train.steps
+        for step in range(self.start, total + 1):
+            ending = (step in (total, self.until) or self.stop.asked or job.stop_agreed(step))
+            if step > self.start:
+                self._evaluate_and_save(step, ending)
+            if self.tracer:
+                self.tracer.at(step, self.pending, ending, self._texts, self.writer.message)
+            if ending:
+                break
+            batch = self._next_batch(step)
+            self._take_step(step, batch)
+        if step < total:
+            self.writer.message(f"stopped at step {step}, saved; the same command resumes")
+        return step == total
+
+    def evaluated(self, step: int) -> Run:
+        """The run with its EMA at a step, as it is evaluated and sampled."""
+        run = dataclasses.replace(self.run, params=self.current.ema, step=step)
+        return with_denoiser(self.teacher, run) if self.teacher else run
+
+    def _evaluate_and_save(self, step: int, ending: bool) -> None:
+        train = self.run.config.train
+        every = train.evaluate_every
+        evaluating = bool(every) and (step % every == 0 or step == train.steps)
+        saving = ending or step % train.save_every == 0
+        if not (evaluating or saving):
+            return
+        scalars, best_by = self._read(step), None  # what is saved is known to be finite
+        if evaluating:
+            held = self.objective.held_out(self.evaluated(step), self.held_out)
+            self.writer.message(f"step {step}: {held.message}")
+            scalars |= held.scalars
+            best_by = {"bound": held.value}
+        if scalars:
+            self.writer.write(step, scalars)
+        if saving:
+            self.checkpoints.save(step, self.current, self.batches.get_state(), best_by)
+
+    def _next_batch(self, step: int) -> dict:
+        """The global batch of a step.
+
+        Raises UserError for a record that cannot be read, once all before it is saved. In a job of
+        several processes a save needs all of them, and the others read on: the flag `complete`, and
+        a step that changes nothing, tell them.
+        """
+        self.positions = {step - 1: self.positions.get(step - 1), step: self.batches.get_state()}
+        try:
+            self.local = next(self.batches)
+        except UserError as error:
+            if step == self.start:
+                raise
+            if not job.several():
+                if self.pending:
+                    self._read(step)
+                self.checkpoints.save(step, self.current, self.positions[step])
+                raise
+            self.unread = error
+        if job.several():
+            self.complete = sharding.flag_by_process(self.unread is None, self.run.mesh)
+        return sharding.to_global(self.local, self.run.mesh)
+
+    def _take_step(self, step: int, batch: dict) -> None:
+        config, mesh = self.run.config, self.run.mesh
+        if step == self.start and self.writer.shows:
+            self.work = flops_of_step(self.run, self.step_function, self.current, batch,
+                                      self.teacher, self.reference)
+            self.limit = flops.products(config.model.dtype, mesh, 0.1)()
+        self.batch = batch
+        with sharding.use(mesh):
+            self.current, metrics = self.step_function(
+                self.current, batch, steps_of(config, step), self.reference, self.complete)
+        if self.pending:
+            scalars = self._read(step)
+            if scalars:
+                self.writer.write(step, scalars)
+        self.pending = metrics
+        self.writer.advance(step + 1)
+
+    def _read(self, step: int) -> dict:
+        """The checked metrics of the step that ended at `step`; {} where they are not logged.
+
+        They are waited for, so the next step should be under way.
+        """
+        values, self.pending = jax.device_get(self.pending), None
+        if not values.pop("batch_complete", True):
+            # All processes see it here, at the same step, and the state is still that of step - 1.
+            self.checkpoints.save(step - 1, self.current, self.positions[step - 1])
+            raise self.unread or UserError(
+                "another process of this job could not read a record (see its line); step "
+                f"{step - 1} is saved, and the same command resumes there when the data are mended")
+        scalars, config = check(values, step), self.run.config
+        if step % config.train.log_every:
+            return {}
+        now, (before, first) = time.perf_counter(), self.clock
+        speed, self.clock = (step - first) / (now - before), (now, step)
+        scalars |= {"learning_rate": float(self.rate(step - 1)),
+                    "examples_per_second": speed * config.data.batch_size}
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        if memory:
+            scalars["device_memory_gib"] = memory / 2**30
+        if self.work:
+            scalars |= {"flops_per_second": speed * self.work,
+                        "flop_share": speed * self.work / self.limit}
+        return scalars
+
+    def _texts(self, first: int, end: int) -> list[str]:
+        """The compiled texts of the steps first to end, which were run: nothing is compiled again."""
+        choices = sorted({steps_of(self.run.config, step) for step in range(first, end)})
+        with sharding.use(self.run.mesh):
+            return [self.step_function.lower(
+                self.current, self.batch, steps, self.reference, self.complete).compile().as_text()
+                for steps in choices]

@@ -1,0 +1,302 @@
+"""What training minimises: the table that config.train.objective chooses from.
+
+An objective owns its loss, its held-out measure, the label of its loss, the decoders that its models
+allow and what it requires of a configuration. No other file compares an objective's name. A new one
+is one entry here, or a call of `register` in a module that --import names.
+
+Symbols: B batch, T steps, N tokens, D token channels.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ntm_jax.core import denoising, flow_matching, trajectory
+from ntm_jax.core.denoising import Teacher
+from ntm_jax.core.layers import null
+from ntm_jax.core.model import NTM, Terms
+from ntm_jax.core.trajectory import Schedule, example_keys
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import measures, scoring
+from ntm_jax.evaluation.report import NAMES, summarize
+from ntm_jax.runtime import build
+from ntm_jax.runtime.config import SOLVERS, Config, Train
+from ntm_jax.runtime.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a loss is made from, besides parameters and examples. Static."""
+
+    model: Any  # NTM, or the Predictor that becomes a denoiser
+    schedule: Schedule
+    train: Train  # the section config.train
+    mean_level_power: Any = 1.0  # the mean of t_k^level_power over the evaluated levels
+    teacher: Teacher | None = None
+
+
+def setup(run: Run, teacher: Run | None = None) -> Setup:
+    """The setup of a run's loss; teacher: the run that a denoiser learns from."""
+    power = run.config.train.level_power
+    mean = np.mean(run.evaluated_levels()[:-1] ** power) if power else 1.0
+    return Setup(run.model, run.schedule, run.config.train, mean, teacher and teacher.as_teacher)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """One step's randomness and examples: root, the step's key, and the batch, keyed by record."""
+
+    root: jax.Array
+    batch: dict
+    steps: int  # T of this step's trajectories
+    step: Any  # the number of the training step, for annealed weights
+
+    def keys(self, name: str):
+        """Keys [B] of the draws called `name`."""
+        return example_keys(self.root, name, self.batch["index"])
+
+    def t_min(self, schedule: Schedule):
+        """t_0 [B], uniform in the schedule's training range."""
+        low, high = schedule.t_min_range
+        return jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(
+            self.keys("t_min"))
+
+    def condition(self, model, dropout: float):
+        """The condition of the examples, replaced by the null condition with probability `dropout`."""
+        y = build.condition(model, self.batch)
+        if not dropout:
+            return y
+        drop = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(self.keys("dropout"))
+        nothing = null(y, model.config.num_classes)
+        return jax.tree.map(
+            lambda given, absent: jnp.where(trajectory.per_example(drop, given), absent, given),
+            y, nothing)
+
+
+def _reference_mean(setup: Setup, reference, x, s, t, y):
+    """The reference's means at levels s [B] of x [B, N, D] at levels t [B]; None without alignment.
+
+    reference: the parameters of the flow-matching model that the run started from.
+    """
+    if not setup.train.align_weight:
+        return None
+    velocity, _ = setup.model.backbone.apply(reference, x, t, y)
+    return flow_matching.posterior_mean(x, velocity, s, t)
+
+
+def trajectory_terms(setup: Setup, params, draws: Draws, reference=None) -> Terms:
+    """Terms [B, T] of all factors of one trajectory an example (algorithm 1)."""
+    x, steps, model = draws.batch["x"], draws.steps, setup.model
+    t_min, y = draws.t_min(setup.schedule), draws.condition(model, setup.train.condition_dropout)
+    t = setup.schedule.levels(steps, t_min)
+    noise = trajectory.example_noise(draws.keys("noise"), (steps + 1, *x.shape[1:]))
+    xs = trajectory.simulate(x, t, noise)
+    upper, high, low = (a.reshape(-1, *a.shape[2:]) for a in (xs[:, 1:], t[:, 1:], t[:, :-1]))
+    repeated = jax.tree.map(lambda a: jnp.repeat(a, steps, 0), y)
+    means = _reference_mean(setup, reference, upper, low, high, repeated)
+    means = None if means is None else means.reshape(len(x), steps, *x.shape[1:])
+    return model.apply(params, xs, t, jnp.full(len(x), steps), y, means)
+
+
+def pair_terms(setup: Setup, params, draws: Draws, reference=None) -> Terms:
+    """Terms [B, 1] of one random consecutive pair an example, with a random number of steps each."""
+    x, schedule = draws.batch["x"], setup.schedule
+    t_min, y = draws.t_min(schedule), draws.condition(setup.model, setup.train.condition_dropout)
+
+    def draw(name, high):
+        return jax.vmap(lambda key, h: jax.random.randint(key, (), 0, h))(draws.keys(name), high)
+
+    choices = jnp.asarray(schedule.steps)
+    steps = choices[draw("steps", jnp.full(len(x), len(choices)))]
+    k = draw("pair", steps)
+    s, t = (schedule.level(k + i, steps, t_min) for i in (0, 1))
+    noise = trajectory.example_noise(draws.keys("noise"), (2, *x.shape[1:]))
+    xs = trajectory.simulate(x, jnp.stack([s, t], 1), noise)
+    means = _reference_mean(setup, reference, xs[:, 1], s, t, y)
+    terms = setup.model.apply(params, xs[:, 0], xs[:, 1], s, t, k + 1 == steps, steps, y, means,
+                              method=NTM.pair)
+    return jax.tree.map(lambda a: a[:, None] if jnp.ndim(a) else a, terms)
+
+
+def _likelihood_loss(terms_of: Callable) -> Callable:
+    """The loss of terms_of's terms: the negative log-likelihood without its constant (eq. 3.4)."""
+    def loss(setup: Setup, params, draws: Draws, reference=None):
+        c, train = setup.model.config, setup.train
+        terms, dimensions = terms_of(setup, params, draws, reference), c.tokens * c.dim
+        metrics = {name: jnp.mean(getattr(terms, name), 0) / dimensions
+                   for name in ("log_det", "log_scale", "quadratic")}
+        value = jnp.mean(metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"])
+        metrics["loss"] = value
+        if train.level_power:
+            nll = terms.quadratic + terms.log_scale - terms.log_det
+            weighted = jnp.mean(terms.level**train.level_power * nll)
+            value = weighted / setup.mean_level_power / dimensions
+        if train.align_weight:
+            metrics["misalignment"] = jnp.mean(terms.misalignment, 0)
+            weight = optax.cosine_decay_schedule(train.align_weight, train.steps)
+            value += weight(draws.step) * jnp.mean(metrics["misalignment"])
+        return value, metrics
+
+    return loss
+
+
+def velocity_loss(setup: Setup, params, draws: Draws, reference=None):
+    """The squared error of the velocity at one level an example, uniform in the schedule's steps."""
+    x, model = draws.batch["x"], setup.model
+    y = draws.condition(model, setup.train.condition_dropout)
+    t = setup.schedule.at(jax.vmap(jax.random.uniform)(draws.keys("level")))
+    noise = trajectory.example_noise(draws.keys("noise"), x.shape[1:])
+    backbone_params = flow_matching.backbone_params(params)
+    errors = flow_matching.velocity_errors(model.backbone, backbone_params, x, noise, t, y)
+    value = jnp.mean(errors)
+    return value, {"loss": value}
+
+
+def denoiser_loss(setup: Setup, params, draws: Draws, reference=None):
+    """The squared error of the denoiser to the teacher's score denoising.
+
+    reference: the teacher's parameters.
+    """
+    y = build.condition(setup.model, draws.batch)
+    errors = denoising.denoiser_errors(setup.model, params, setup.teacher, reference,
+                                       draws.keys("noise"), draws.batch["x"], y)
+    value = jnp.mean(errors["to_target"])
+    return value, {"loss": value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A held-out measure during training: `value` chooses the best checkpoint, lower is better."""
+
+    value: float
+    scalars: dict[str, float]  # to log
+    message: str  # to print
+
+
+def held_out_bound(run: Run, source: Source) -> Held:
+    """The bound on the likelihood with one trajectory a record."""
+    result = summarize(scoring.score_records(run, source, trajectories=1), run.spec, 1)
+    unit = next(name for name in NAMES if name in result)
+    bound = result[unit]["bound"]
+    by_level = {f"evaluate/nll/level_{k}": value
+                for k, value in enumerate(result["trajectory_nll"]["by_level"])}
+    return Held(bound["mean"], {f"evaluate/{unit}": bound["mean"]} | by_level,
+                f"held-out bound {bound['mean']:.4f} ± {bound['stderr']:.4f} {NAMES[unit]}")
+
+
+def held_out_velocity(run: Run, source: Source) -> Held:
+    """The error of the velocity, over config.evaluate.trajectories levels a record."""
+    error = measures.velocity_error(run, source, run.config.evaluate.trajectories)
+    return Held(error["mean"], {"evaluate/velocity_error": error["mean"]},
+                f"held-out error of the velocity {error['mean']:.5f} ± {error['stderr']:.5f}")
+
+
+def held_out_denoiser(run: Run, source: Source) -> Held:
+    """The error of the denoiser to its target, for a run with a denoiser."""
+    error = measures.denoiser_errors(run, source)["to_target"]
+    return Held(error["mean"], {"evaluate/mse": error["mean"]},
+                f"held-out error to the target {error['mean']:.6f} ± {error['stderr']:.6f}")
+
+
+def _no_check(config: Config) -> None:
+    """Accepts every configuration."""
+
+
+def _check_flow(config: Config) -> None:
+    model = config.model
+    if model.head != "posterior" or model.transporter_blocks:
+        raise UserError(f"config.train.objective={config.train.objective} trains the backbone of "
+                        f"config.model.head=posterior, found {model.head}, and of "
+                        f"config.model.transporter_blocks=0, found {model.transporter_blocks}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run minimises, and what follows from it.
+
+    loss(setup, params, draws, reference) -> (the value that is minimised, metrics). metrics has
+    "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
+    [T] each by level. reference: the parameters of the teacher or of the flow-matching model that the
+    means are held near; None without either.
+    held_out(run, source) -> Held, during training.
+    measure(run, source) -> {name: mean and stderr}, added to evaluation.json; None adds nothing.
+    check(config) raises UserError for a configuration that the objective cannot train.
+    """
+
+    loss: Callable
+    held_out: Callable[[Run, Source], Held] = held_out_bound
+    loss_label: str = "training loss (nats per dimension)"
+    decoders: tuple[str, ...] = ("inverse", "score", "denoiser")
+    check: Callable[[Config], None] = _no_check
+    measure: Callable[[Run, Source], dict] | None = None
+    whole_trajectories: bool = False  # a step holds all T levels of an example at once
+    has_levels: bool = True  # factors that train.level_power can weight
+    trains_velocity: bool = False  # a model that an NTM can start from
+    needs_teacher: bool = False
+
+
+def _measure_velocity(run: Run, source: Source) -> dict:
+    return {"velocity_error": measures.velocity_error(run, source, run.config.evaluate.trajectories)}
+
+
+SQUARED = "training loss (mean squared error)"
+OBJECTIVES = {
+    "end_to_end": Objective(_likelihood_loss(trajectory_terms), whole_trajectories=True),
+    "pairwise": Objective(_likelihood_loss(pair_terms)),
+    "flow_matching": Objective(
+        velocity_loss, held_out_velocity, SQUARED, ("inverse", "score", "denoiser", *SOLVERS),
+        _check_flow, _measure_velocity, has_levels=False, trains_velocity=True),
+    "denoiser": Objective(
+        denoiser_loss, held_out_denoiser, SQUARED, has_levels=False, needs_teacher=True),
+}
+
+
+def register(name: str, objective: Objective) -> None:
+    """Adds an objective for config.train.objective=name. Raises UserError if the name is taken."""
+    if name in OBJECTIVES:
+        raise UserError(f"the objective {name!r} is registered already: choose another name")
+    OBJECTIVES[name] = objective
+
+
+def find(name: str) -> Objective:
+    """The objective of a name. Raises UserError if there is none."""
+    if name not in OBJECTIVES:
+        raise UserError(f"config.train.objective is {name!r}: expected one of "
+                        f"{', '.join(OBJECTIVES)}, or --import the module that registers it")
+    return OBJECTIVES[name]
+
+
+def checked(config: Config) -> Objective:
+    """The objective of a configuration. Raises UserError where they do not go together."""
+    train, name = config.train, config.train.objective
+    objective = find(name)
+    if objective.needs_teacher != bool(config.teacher):
+        raise UserError(f"config.teacher is {config.teacher!r}, config.train.objective {name}: a "
+                        "denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR of "
+                        "the run to distil")
+    if train.level_power and not objective.has_levels:
+        raise UserError(f"config.train.level_power is {train.level_power}: it weights the levels of a "
+                        f"trajectory, and config.train.objective={name} has none; set it to 0")
+    objective.check(config)
+    check_decoder(config, config.sample.decoder)
+    holds_means = config.model.head == "posterior" and not objective.trains_velocity
+    if train.align_weight and not (holds_means and config.init_from):
+        raise UserError(f"config.train.align_weight is {train.align_weight}: it holds a model with "
+                        "config.model.head=posterior near the flow-matching model that "
+                        "config.init_from names; give both, or align_weight 0")
+    return objective
+
+
+def check_decoder(config: Config, decoder: str) -> None:
+    """Raises UserError for a decoder that models of the configuration's objective do not allow."""
+    allowed = find(config.train.objective).decoders
+    if decoder not in allowed:
+        needs = " solves the ODE of a flow-matching model" if decoder in SOLVERS else ""
+        raise UserError(f"config.sample.decoder={decoder}{needs}: expected a decoder of "
+                        f"{', '.join(allowed)}, or another config.train.objective")

@@ -1,0 +1,26 @@
+"""SIGTERM and Ctrl-C as a request to stop after the current step."""
+
+import contextlib
+import signal
+
+
+class StopRequest:
+    """A context in which SIGTERM or Ctrl-C sets `asked`; a second signal acts as before."""
+
+    def __init__(self):
+        self.asked = False
+        self._before = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # outside the main thread the signals stay as they are
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,59 @@
+"""The training state: new, on the devices that hold it, or as shapes with their shardings."""
+
+import math
+import os
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime.run import Run
+from ntm_jax.training import optimizer
+
+
+@flax.struct.dataclass
+class State:
+    """All that a step changes."""
+
+    step: jax.Array  # int32 []
+    params: dict
+    opt_state: optax.OptState
+    ema: dict
+
+
+def _initial(run: Run, key) -> State:
+    params = build.initial_params(run.model, key)
+    opt_state = optimizer.make(run.config.optimizer, run.config.train.steps).init(params)
+    return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
+
+
+def abstract(run: Run) -> State:
+    """The shapes of a run's training state with their shardings; see build.abstract."""
+    return build.abstract(lambda: _initial(run, jax.random.key(0)), run.model, run.mesh)
+
+
+def check_memory(run: Run) -> None:
+    """Raises UserError if a state's arrays alone do not fit in the memory of the mesh's devices."""
+    device = run.mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
+        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = pages // len(run.mesh.local_devices)  # a CPU's devices share the machine's memory
+    needed = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+                 for a in jax.tree.leaves(abstract(run)))
+    if limit and needed > limit:
+        raise UserError(f"parameters and optimizer take {needed / 2**30:,.1f} GiB of a device, which "
+                        f"has {limit / 2**30:,.1f}: lower config.model.width or "
+                        "config.model.predictor_layers, or raise config.mesh.fsdp on more devices")
+
+
+def initialize(run: Run) -> State:
+    """A new state, each array made on the devices that hold it; the same numbers on any mesh."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract(run))
+    with sharding.use(run.mesh):
+        make = jax.jit(lambda key: nn.unbox(_initial(run, key)), out_shardings=shardings)
+        return make(jax.random.key(run.config.seed))

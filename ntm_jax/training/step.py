@@ -1,0 +1,122 @@
+"""The training step: one jitted function from state and batch to the next state and metrics.
+
+Symbols: B batch, T steps, N tokens, D token channels.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import build, flops, sharding
+from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.run import Run
+from ntm_jax.training import objectives, optimizer, state
+from ntm_jax.training.objectives import Draws
+from ntm_jax.training.state import State
+
+
+def make_step(run: Run, teacher: Run | None = None):
+    """The jitted step(state, batch, steps, reference, batch_complete) -> (state, metrics).
+
+    steps, the T of the trajectories, is static; the state is donated. metrics: those of the
+    objective's loss, grad_norm, and finite, whether all new parameters are. reference: see Objective.
+
+    batch_complete: in a job of several processes, sharding.flag_by_process of whether a process has
+    its share of the batch. Where one lacks its share, the state stays unchanged everywhere, and
+    metrics["batch_complete"] is False.
+    """
+    config = run.config
+    transform = optimizer.make(config.optimizer, config.train.steps)
+    gradients = _gradients(run, teacher)
+    # XLA would choose shardings for the new state other than the old one's: the second step would
+    # compile again, and donation would save nothing.
+    shardings = jax.tree.map(lambda a: a.sharding, state.abstract(run)), sharding.replicated(run.mesh)
+
+    @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=shardings)
+    def step(current: State, batch, steps: int, reference=None, batch_complete=None):
+        root = jax.random.fold_in(jax.random.key(config.seed), current.step)
+        metrics, gradient = gradients(current, Draws(root, batch, steps, current.step), reference)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = transform.update(gradient, current.opt_state, current.params)
+            params = optax.apply_updates(current.params, updates)
+            ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
+            finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
+            metrics = {"grad_norm": optax.tree.norm(gradient), "finite": finite} | metrics
+            new = State(current.step + 1, params, opt_state, ema)
+            if batch_complete is not None:
+                complete = metrics["batch_complete"] = jnp.all(batch_complete)
+                new = jax.tree.map(lambda made, old: jnp.where(complete, made, old), new, current)
+        return new, metrics
+
+    return step
+
+
+def _gradients(run: Run, teacher: Run | None):
+    """A function (state, draws, reference) -> (metrics, gradient) of a batch.
+
+    The batch is taken in config.train.accumulate parts; noise is keyed by record, so the number of
+    parts does not change the result.
+    """
+    setup, parts = objectives.setup(run, teacher), run.config.train.accumulate
+    loss = objectives.find(run.config.train.objective).loss
+
+    def evaluate(current: State, draws: Draws, reference):
+        gradient = jax.grad(lambda params: loss(setup, params, draws, reference), has_aux=True)
+        return gradient(current.params)[::-1]
+
+    if parts == 1:
+        return evaluate
+
+    def accumulated(current: State, draws: Draws, reference):
+        # A part is every parts-th example, so that each device keeps the examples that it holds.
+        split = jax.tree.map(
+            lambda a: jnp.moveaxis(a.reshape(len(a) // parts, parts, *a.shape[1:]), 1, 0), draws.batch)
+
+        def part(batch):
+            return evaluate(current, dataclasses.replace(draws, batch=batch), reference)
+
+        def add(total, batch):
+            return jax.tree.map(jnp.add, total, part(batch)), None
+
+        shapes = jax.eval_shape(lambda: part(jax.tree.map(lambda a: a[0], split)))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, split)[0])
+
+    return accumulated
+
+
+def flops_of_step(run: Run, step, current: State, batch, teacher: Run | None = None,
+                  reference=None) -> int:
+    """The model's FLOPs in a step at the largest T, on all devices, without recomputation.
+
+    step: make_step's for the same run. It is traced itself where it recomputes nothing.
+    """
+    plain = build.plain(run.model)
+    if teacher or plain != run.model:
+        plain_teacher = teacher and dataclasses.replace(teacher, model=build.plain(teacher.model))
+        step = make_step(dataclasses.replace(run, model=plain), plain_teacher)
+    with sharding.use(run.mesh):
+        traced = step.trace(current, batch, max(run.config.trajectory.steps), reference, None)
+        return flops.of_jaxpr(traced.jaxpr.jaxpr)
+
+
+def steps_of(config: Config, step: int) -> int:
+    """T of a training step, drawn on the host from the seed and the step, since shapes are static."""
+    choices = config.trajectory.steps
+    if len(choices) == 1:
+        return choices[0]
+    return int(np.random.default_rng((config.seed, step)).choice(choices))
+
+
+def check_batch(config: Config, mesh) -> None:
+    """Raises UserError if the batch does not divide over the mesh and config.train.accumulate."""
+    size, parts = config.data.batch_size, config.train.accumulate
+    shards = sharding.batch_shards(mesh)
+    if size % (shards * parts):
+        raise UserError(f"config.data.batch_size is {size}: expected a multiple of {shards * parts}, "
+                        f"data x fsdp = {shards} times config.train.accumulate = {parts}")

@@ -1,0 +1,164 @@
+"""The metrics writer: the lines of the file, resuming, TensorBoard events read back, and what the terminal gets."""
+
+import io
+import json
+import re
+import resource
+import struct
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from ntm_jax.training import metrics
+from ntm_jax.training.metrics import Writer
+
+
+def lines(workdir):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(workdir):
+    return [line["step"] for line in lines(workdir)]
+
+
+def events(workdir):
+    """All values in the TensorBoard files: {tag: [(step, value)]}. A record is a length, its checksum, the event and its checksum."""
+    found = {}
+    for file in sorted(workdir.glob("events*")):
+        data = io.BytesIO(file.read_bytes())
+        while header := data.read(12):
+            event = Event.FromString(data.read(struct.unpack("<Q", header[:8])[0]))
+            data.read(4)
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value))
+    return found
+
+
+def test_lines_are_valid_json_and_flushed_as_they_come(tmp_path):
+    scalars = {"loss": np.float32(0.5), "bad": float("nan"), "worse": float("-inf"), "evaluate/bits_per_dim": jax.numpy.float32(2)}
+    with Writer(tmp_path / "new" / "run", 10, quiet=True) as writer:
+        writer.write(1, scalars)
+        [line] = lines(tmp_path / "new" / "run")
+    assert line.pop("wall_time") > 1e9
+    assert line == {"step": 1, "loss": 0.5, "bad": None, "worse": None, "evaluate/bits_per_dim": 2.0}
+
+
+def test_resuming_drops_what_will_be_logged_again(tmp_path):
+    with Writer(tmp_path, 10, quiet=True) as writer:
+        for step in (2, 4, 6, 8):
+            writer.write(step, {"loss": float(step)})
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 4, "lo')  # as a kill leaves it
+    with Writer(tmp_path, 10, start_step=4, quiet=True) as writer:
+        assert steps(tmp_path) == [2, 4]
+        writer.write(6, {"loss": 0.0})
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 0.0)]
+    assert not list(tmp_path.glob("*.new"))
+    Writer(tmp_path, 10, quiet=True).close()  # a run that starts over
+    assert lines(tmp_path) == []
+
+
+DAMAGED = [b"\xff\n", b"[]\n", b"null\n", b"\n", b"[" * 100_000 + b"\n", b'{"step": "a"}\n', b'{"step": [1]}\n',
+           b'{"step": ' + b"1" * 5000 + b"}\n",
+           b'{"step": ' + b"1" * 4000 + b"}\n", b'{"loss": 1.0}\n', b'{"step": 3, "lo']
+
+
+def test_damaged_lines_are_dropped_when_a_run_resumes(tmp_path):
+    path, good = tmp_path / "metrics.jsonl", [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "loss": 2.0}\n']
+    path.write_bytes(good[0] + b"".join(DAMAGED[:-1]) + good[1] + DAMAGED[-1])
+    Writer(tmp_path, 10, start_step=2, quiet=True).close()
+    assert path.read_bytes() == b"".join(good)
+
+
+def test_a_disk_that_takes_nothing_ends_the_run_with_the_files_name(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Writer(tmp_path, 10, quiet=True) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as error:
+                [writer.write(step, {"loss": 1.0}) for step in range(1000)]  # tensorboardX's own thread would die, and its queue block
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.filename.startswith(str(tmp_path))
+
+
+def test_tensorboard_gets_scalars_and_images(tmp_path):
+    image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    with Writer(tmp_path, 10, quiet=True) as writer:
+        writer.write(3, {"loss": 0.25})
+        writer.image(3, "samples", image)
+        writer.image(4, "gray", image[..., :1])
+    found = events(tmp_path)
+    assert [(step, value.simple_value) for step, value in found["loss"]] == [(3, 0.25)]
+    [(step, value)] = found["samples"]
+    assert step == 3
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string))), image)
+    assert [step for step, _ in found["gray"]] == [4]
+
+
+def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
+    clock = iter([100.0, 110.0, 120.0, 130.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    with Writer(tmp_path, 2000) as writer:
+        writer.advance(1)
+        writer.advance(2)
+        writer.write(401, {"loss": 0.61234, "bits_per_dim": 3.0} | {f"more_{i}": 1.0 for i in range(9)})
+        writer.message("saved")
+        writer.write(411, {"loss": 0.5})
+    captured = capsys.readouterr()
+    first, said, second = captured.out.splitlines()
+    assert re.fullmatch(r"step 401/2000 loss 0.6123 bits_per_dim 3( more_\d 1){4} 40 steps/s ETA 0:40", first)
+    assert said == "saved"
+    assert second == "step 411/2000 loss 0.5 1 steps/s ETA 26:29"
+    assert captured.err == ""
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Writer(tmp_path, 20, start_step=10) as writer:
+        writer.advance(12)
+        writer.write(15, {"loss": 0.61234})
+        writer.message("saved")
+    captured = capsys.readouterr()
+    assert "15/20" in captured.err
+    assert "loss 0.6123" in captured.err
+    assert captured.out == "saved\n"
+    assert steps(tmp_path) == [15]
+
+
+def test_other_processes_write_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with Writer(tmp_path / "run", 10) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.advance(2)
+        writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+        writer.message("saved")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.fixture
+def as_if_remote(monkeypatch):
+    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+    monkeypatch.setattr(metrics, "REMOTE_LINES", 3)
+
+
+@pytest.mark.usefixtures("as_if_remote")
+def test_object_storage_is_written_every_so_many_lines_and_at_the_end(tmp_path, capsys):
+    with Writer(tmp_path, 10) as writer:
+        assert "no TensorBoard events" in capsys.readouterr().out
+        for step in (1, 2, 3, 4):
+            writer.write(step, {"loss": 1.0})
+        writer.image(4, "samples", np.zeros((2, 2, 3), np.uint8))
+        assert steps(tmp_path) == [1, 2, 3]
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    with Writer(tmp_path, 10, start_step=2) as writer:
+        writer.write(3, {"loss": 2.0})
+    assert steps(tmp_path) == [1, 2, 3]
+    assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]
