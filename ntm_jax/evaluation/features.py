@@ -1,7 +1,8 @@
-"""Scores of generated images against real ones: Frechet distance, precision and recall of features, and the extractors of these.
+"""The features of images by which samples are compared with real images, and their extractors.
 
-n, m count real and generated images, d is the features' width; H, W, C image height, width, channels. Only with Inception's features is the
-Frechet distance an FID: pixels and the small classifier are proxies, whose scores compare models of one data set and nothing else.
+Symbols: n images; H, W, C image height, width, channels; h, w shrunk height, width; d features; V
+pixel levels. Only with Inception's features is the Frechet distance an FID. Pixels and the small
+classifier are proxies, whose scores compare models of one data set and nothing else.
 """
 
 import dataclasses
@@ -23,68 +24,80 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 
 _BATCH = 64  # images that an extractor takes at once
-_WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+_WEIGHTS = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+            "weights-inception-2015-12-05-6726825d.pth")
 
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """Images [n, H, W, C] uint8, the source's values 0..levels-1 -> features [n, d] float32.
-
-    digest: of what defines it; scores compare only where it is the same. proxy: its Frechet distance is no FID. compute: of one batch.
-    """
+    """A function of images [n, H, W, C] uint8, 0..V-1, -> features [n, d] float32."""
 
     name: str
-    digest: str
-    proxy: bool
-    compute: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)
+    digest: str  # of all that defines the features; scores compare only where it is the same
+    proxy: bool  # True where the Frechet distance of the features is not an FID
+    compute: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)  # for one batch
 
     def __call__(self, images) -> np.ndarray:
-        return np.concatenate([self.compute(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
+        batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
+        return np.concatenate([self.compute(batch) for batch in batches])
 
 
 def make_extractor(name: str, source: Source, inception_weights: str | None = None) -> Extractor:
-    """The extractor called pixels, cnn or inception, for images like those of `source`, the training split."""
+    """The extractor called pixels, cnn or inception, for images like those of the training split.
+
+    source: the training split. inception_weights: the file of Inception's weights. Raises UserError
+    for an unknown name, and where the extractor does not fit the images.
+    """
     if not source.levels:
-        raise UserError(f"{source.name} holds latents, and image scores are of pixels: set config.evaluate.features=none")
+        raise UserError(f"{source.name} holds latents, and image scores are of pixels: set "
+                        "config.evaluate.features=none")
     match name:
         case "pixels":
             return pixels(source.levels)
         case "cnn":
             return cnn(source)
         case "inception":
-            if source.image_shape[-1] not in (1, 3):
-                raise UserError(f"{source.name} has images of {source.image_shape[-1]} channels, and Inception takes 1 or 3: "
-                                "set config.evaluate.features=pixels")
+            channels = source.image_shape[-1]
+            if channels not in (1, 3):
+                raise UserError(f"{source.name} has images of {channels} channels, and Inception "
+                                "takes 1 or 3: set config.evaluate.features=pixels")
             if not inception_weights:
-                raise UserError(f"config.evaluate.features=inception needs its weights: give --inception_weights=FILE, {_WEIGHTS}")
+                raise UserError("config.evaluate.features=inception needs its weights: give "
+                                f"--inception_weights=FILE, {_WEIGHTS}")
             return inception(inception_weights, source.levels)
-    raise UserError(f"config.evaluate.features={name!r} is not known: expected pixels, cnn or inception")
+    raise UserError(f"config.evaluate.features={name!r} is not known: expected pixels, cnn or "
+                    "inception")
 
 
-def pixels(levels: int) -> Extractor:
-    """The pixels in [0, 1], d = H W C."""
+def pixels(pixel_levels: int) -> Extractor:
+    """The extractor of the pixels themselves in [0, 1], d = H W C."""
     def compute(images):
-        return images.reshape(len(images), -1).astype(np.float32) / (levels - 1)
+        return images.reshape(len(images), -1).astype(np.float32) / (pixel_levels - 1)
 
-    return Extractor("pixels", _digest(f"pixels {levels}".encode()), True, compute)
+    return Extractor("pixels", _digest(f"pixels {pixel_levels}".encode()), True, compute)
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-_SIDE, _RECORDS = 32, 20_000  # the classifier's: larger images are shrunk to this side; read of the training split at most
+_SIDE = 32  # larger images are shrunk to this side for the classifier
+_RECORDS = 20_000  # at most so many records of the training split train the classifier
 _STEPS, _TRAIN_BATCH, _RATE = 1_000, 64, 3e-3
 
 
 class _Classifier(nn.Module):
-    """Images [n, h, w, C] -> (features [n, 64], logits [n, classes]): two convolutions of stride 2, a dense layer and the logits."""
+    """Images [n, h, w, C] -> (features [n, 64], logits [n, classes]).
+
+    Two convolutions of stride 2, a dense layer and the logits.
+    """
 
     classes: int
 
     @nn.compact
     def __call__(self, x):
-        dense = functools.partial(nn.Dense, precision="highest")  # or else the features would be bfloat16's on a TPU
+        # The default precision would round features to bfloat16 on a TPU.
+        dense = functools.partial(nn.Dense, precision="highest")
         for width in (16, 32):
             x = nn.gelu(dense(width)(_patches(x)))
         features = nn.gelu(dense(64)(x.reshape(len(x), -1)))
@@ -92,30 +105,36 @@ class _Classifier(nn.Module):
 
 
 def _patches(x):
-    """[n, h, w, c] -> the 3 x 3 neighbourhoods of every other pixel, [n, ceil(h/2), ceil(w/2), 9 c].
+    """[n, h, w, c] -> 3 x 3 neighbourhoods of every other pixel, [n, ceil(h/2), ceil(w/2), 9 c].
 
-    With a dense layer a convolution; XLA's own is many times slower inside a loop on a CPU.
+    A dense layer after it makes a convolution; XLA's own is many times slower in a loop on a CPU.
     """
     height, width = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
     x = jnp.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)))
-    return jnp.concatenate([x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i in range(3) for j in range(3)], -1)
+    return jnp.concatenate([x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2]
+                            for i in range(3) for j in range(3)], -1)
 
 
-@functools.partial(jax.jit, static_argnames="levels")
-def _prepare(images, levels):
+@functools.partial(jax.jit, static_argnames="pixel_levels")
+def _prepare(images, pixel_levels):
     """uint8 [n, H, W, C] -> float32 in [-1, 1], no side longer than 32."""
-    x = images.astype(jnp.float32) * (2 / (levels - 1)) - 1
-    return jax.image.resize(x, (len(x), *(min(side, _SIDE) for side in x.shape[1:3]), x.shape[3]), "linear")
+    x = images.astype(jnp.float32) * (2 / (pixel_levels - 1)) - 1
+    sides = (min(side, _SIDE) for side in x.shape[1:3])
+    return jax.image.resize(x, (len(x), *sides, x.shape[3]), "linear")
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _fit(model, seed, x, label, rows):
-    """Parameters after one step of Adam for each batch of rows [steps, batch] of images x and their labels."""
+    """The classifier's parameters after one step of Adam for each batch of images.
+
+    x: images [n, h, w, C]; label: [n]; rows: the batches as indices [steps, batch].
+    """
     params = model.init(jax.random.key(seed), x[:1])
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, len(rows)))
 
     def loss(params, batch):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x[batch])[1], label[batch]).mean()
+        logits = model.apply(params, x[batch])[1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, label[batch]).mean()
 
     def step(carry, batch):
         params, state = carry
@@ -125,53 +144,76 @@ def _fit(model, seed, x, label, rows):
     return jax.lax.scan(step, (params, optimizer.init(params)), rows)[0][0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "levels"))
-def _classify(model, levels, params, images):
-    return model.apply(params, _prepare(images, levels))
+@functools.partial(jax.jit, static_argnames=("model", "pixel_levels"))
+def _classify(model, pixel_levels, params, images):
+    return model.apply(params, _prepare(images, pixel_levels))
 
 
 def cnn(source: Source, seed: int = 0) -> Extractor:
-    """The 64 penultimate activations of a small classifier, trained here on at most 20,000 images of `source`, evenly spread.
+    """The extractor of the 64 penultimate activations of a small classifier, which it trains here.
 
-    Every process trains the same one on a device of its own. On one machine and number of threads its digest is always the same.
+    source: the training split, of which at most 20,000 records, evenly spread, are learned from.
+    Every process trains the same classifier on one of its own devices. On one machine with one
+    number of threads its digest is always the same. Raises UserError for a source without classes.
     """
     if not source.num_classes:
-        raise UserError(f"config.evaluate.features=cnn learns classes, and {source.name} has none: set config.evaluate.features=pixels")
-    chosen = np.linspace(0, len(source.records) - 1, min(len(source.records), _RECORDS)).astype(int)
+        raise UserError(f"config.evaluate.features=cnn learns classes, and {source.name} has none: "
+                        "set config.evaluate.features=pixels")
+    x, label = _training_images(source)
+    rows = np.random.RandomState(seed).randint(len(label), size=(_STEPS, _TRAIN_BATCH))
+    data = jax.device_put((x, label, rows.astype(np.int32)), jax.local_devices()[0])
+    model, pixel_levels = _Classifier(source.num_classes), source.levels
+    params = _fit(model, seed, *data)
+    # Rounded, since another compilation or number of threads changes last bits, which so seldom
+    # change the digest. Adding 0 turns -0 into 0.
+    leaves = [np.round(leaf, 2) + 0.0 for leaf in jax.tree.leaves(jax.device_get(params))]
+    name = f"cnn {source.name} {source.version} {pixel_levels}".encode()
+    digest = _digest(b"".join([name, *(leaf.tobytes() for leaf in leaves)]))
+
+    def compute(images):
+        return np.asarray(_classify(model, pixel_levels, params, images)[0])
+
+    return Extractor("cnn", digest, True, compute)
+
+
+def _training_images(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """What the classifier learns from: images [n, h, w, C], float32 in [-1, 1], and labels [n]."""
+    count = min(len(source.records), _RECORDS)
+    chosen = np.linspace(0, len(source.records) - 1, count).astype(int)
     x, label = [], []
-    for batch in np.array_split(chosen, -(-len(chosen) // 500)):
+    for batch in np.array_split(chosen, -(-count // 500)):
         records = [source.records[i] for i in batch]
         x.append(np.asarray(_prepare(np.stack([r["image"] for r in records]), source.levels)))
         label += [r["label"] for r in records]
-    rows = np.random.RandomState(seed).randint(len(label), size=(_STEPS, _TRAIN_BATCH))
-    data = jax.device_put((np.concatenate(x), np.array(label, np.int32), rows.astype(np.int32)), jax.local_devices()[0])
-    model = _Classifier(source.num_classes)
-    params = _fit(model, seed, *data)
-    # Rounded, since another compilation or number of threads changes last bits: that seldom gives the same classifier another name.
-    leaves = [(np.round(leaf, 2) + 0.0).tobytes() for leaf in jax.tree.leaves(jax.device_get(params))]  # -0 + 0 is 0
-    digest = _digest(b"".join([f"cnn {source.name} {source.version} {source.levels}".encode(), *leaves]))
-    return Extractor("cnn", digest, True, lambda images: np.asarray(_classify(model, source.levels, params, images)[0]))
+    return np.concatenate(x), np.array(label, np.int32)
 
 
-def inception(weights_file: str, levels: int = 256) -> Extractor:
-    """The 2,048 pooled activations of torch-fidelity's 'inception-v3-compat', those of FID, on the CPU, with the user's weights."""
+def inception(weights_file: str, pixel_levels: int = 256) -> Extractor:
+    """The extractor of FID's features: the 2,048 pooled activations of an Inception network.
+
+    The network is torch-fidelity's 'inception-v3-compat' with the user's weights, on the CPU.
+    Raises UserError without torch-fidelity, and for a file of anything but the network's weights.
+    """
     try:
         import torch
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        raise UserError("config.evaluate.features=inception needs torch-fidelity, not installed here: pip install -e '.[fid]'") from None
+        raise UserError("config.evaluate.features=inception needs torch-fidelity, which is not "
+                        "installed: pip install -e '.[fid]'") from None
     content, weights = _read_weights(weights_file)
     safe = io.BytesIO()
     torch.save(weights, safe)  # torch-fidelity would unpickle the user's file, or download its own
     safe.seek(0)
     try:
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
+                                              feature_extractor_weights_path=safe)
     except RuntimeError:  # names or shapes are not the network's
-        raise UserError(f"--inception_weights={weights_file} is of another network, with {len(weights)} arrays, the first "
-                        f"{next(iter(weights))!r}: expected {_WEIGHTS}") from None
+        raise UserError(f"--inception_weights={weights_file} is of another network, with "
+                        f"{len(weights)} arrays, the first {next(iter(weights))!r}: expected "
+                        f"{_WEIGHTS}") from None
 
     def compute(images):
-        images = plots.displayable(images, levels)
+        images = plots.displayable(images, pixel_levels)
         images = np.repeat(images, 3, -1) if images.shape[-1] == 1 else images
         with torch.no_grad():
             return network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
@@ -180,21 +222,28 @@ def inception(weights_file: str, levels: int = 256) -> Extractor:
 
 
 def _read_weights(path: str) -> tuple[bytes, dict]:
-    """A file that torch.save or safetensors wrote -> (its bytes, {name: tensor}); no code in it is run."""
+    """The bytes and tensors, by name, of a file that torch.save or safetensors wrote.
+
+    No code in the file is run.
+    """
     import safetensors.torch
     import torch
 
     try:
         content = epath.Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"--inception_weights={path} cannot be read ({error.strerror}): expected {_WEIGHTS}") from None
+        raise UserError(f"--inception_weights={path} cannot be read ({error.strerror}): expected "
+                        f"{_WEIGHTS}") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of a TorchScript file before it refuses it
-            weights = (safetensors.torch.load(content) if path.endswith(".safetensors")
-                       else torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-        if not all(isinstance(name, str) and torch.is_tensor(array) for name, array in weights.items()) or not weights:
+            warnings.simplefilter("ignore")  # torch warns of a TorchScript file, then refuses it
+            weights = (safetensors.torch.load(content) if path.endswith(".safetensors") else
+                       torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        named = all(isinstance(name, str) and torch.is_tensor(array)
+                    for name, array in weights.items())
+        if not weights or not named:
             raise TypeError
     except Exception:  # torch raises a dozen kinds on a file that is not its own
-        raise UserError(f"--inception_weights={path} is no file of weights alone: expected {_WEIGHTS} or its safetensors") from None
+        raise UserError(f"--inception_weights={path} is not a file of weights alone: expected "
+                        f"{_WEIGHTS} or its safetensors") from None
     return content, dict(weights)

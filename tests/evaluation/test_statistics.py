@@ -1,0 +1,166 @@
+"""Means, and scores of features against torch-fidelity's, closed forms and cases made by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import sklearn.metrics
+
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import statistics
+
+SHAPES = [  # n, m, d, seed
+    (150, 100, 20, 1), (50, 70, 64, 2), (90, 90, 5, 3), (40, 25, 100, 4), (30, 200, 1, 5)]
+
+
+def correlated(n, m, d, seed, dtype=np.float64):
+    """Two sets of correlated features [n, d] and [m, d], slightly different from each other."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(d, d)) / np.sqrt(d)
+    real, noise = rng.normal(size=(n, d)) @ mix, rng.normal(size=(m, d))
+    generated = noise @ (mix + 0.1 * rng.normal(size=(d, d))) + 0.3
+    return real.astype(dtype), generated.astype(dtype)
+
+
+def exactly(mean, covariance, n=200, seed=0):
+    """Features [n, d] with exactly this sample mean and unbiased sample covariance."""
+    x = np.random.default_rng(seed).normal(size=(n, len(mean)))
+    white = np.linalg.qr(x - x.mean(0))[0] * np.sqrt(n - 1)
+    features = white @ np.linalg.cholesky(covariance).T + mean
+    np.testing.assert_allclose(np.cov(features, rowvar=False), covariance, rtol=1e-9, atol=1e-9)
+    return features
+
+
+def test_mean_and_stderr():
+    values = np.array([1, 2, 6], np.float32)
+    stderr = math.sqrt((4 + 1 + 9) / 2 / 3)
+    assert statistics.mean_and_stderr(values) == {"mean": 3.0, "stderr": pytest.approx(stderr)}
+    found = statistics.mean_and_stderr(values, np.array([4, 1, 4], np.float32))
+    assert found == {"mean": 3.0, "stderr": pytest.approx(stderr), "noise_stderr": 1.0}
+    assert statistics.mean_and_stderr(values[:1]) == {"mean": 1.0, "stderr": 0.0}
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_frechet_is_torch_fidelitys(shape, dtype):
+    torch = pytest.importorskip("torch")
+    metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
+    real, generated = correlated(*shape, dtype)
+    if shape[2] == 1:  # torch-fidelity takes the covariance of one feature for a number
+        real, generated = (np.pad(x, ((0, 0), (0, 1))) for x in (real, generated))
+    gaussians = [metric_fid.fid_features_to_statistics(torch.from_numpy(x))
+                 for x in (real, generated)]
+    theirs = metric_fid.fid_statistics_to_metric(*gaussians, False)["frechet_inception_distance"]
+    assert theirs > 0.01
+    assert statistics.frechet(real, generated) == pytest.approx(theirs, rel=1e-3)
+
+
+def test_frechet_is_the_closed_form_of_two_gaussians():
+    rng = np.random.default_rng(7)
+    means, roots = rng.normal(size=(2, 6)), rng.normal(size=(2, 6, 6))
+    one, two = (a @ a.T + 0.1 * np.eye(6) for a in roots)
+    expected = (np.square(means[0] - means[1]).sum() + np.trace(one + two)
+                - 2 * np.trace(scipy.linalg.sqrtm(one @ two).real))
+    ours = statistics.frechet(exactly(means[0], one), exactly(means[1], two, 300, 1))
+    assert ours == pytest.approx(expected, rel=1e-6)
+    a, b = exactly([0, 0], np.diag([4.0, 1])), exactly([3, 0], np.diag([1.0, 25]), seed=1)
+    assert statistics.frechet(a, b) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 5) ** 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_frechet_is_symmetric_and_zero_on_equal_sets(shape):
+    real, generated = correlated(*shape)
+    there = statistics.frechet(real, generated)
+    assert statistics.frechet(generated, real) == pytest.approx(there, rel=1e-9)
+    assert 0 <= statistics.frechet(real, real[::-1]) < 1e-9
+    assert statistics.frechet(real, real + 0.5) == pytest.approx(shape[2] / 4, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("neighbours", [1, 3])
+def test_precision_and_recall_are_torch_fidelitys(shape, neighbours):
+    torch = pytest.importorskip("torch")
+    metric_prc = pytest.importorskip("torch_fidelity.metric_prc")
+    real, generated = correlated(*shape)
+    theirs = metric_prc.prc_features_to_metric(
+        torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=neighbours,
+        prc_batch_size=64, save_cpu_ram=True, verbose=False)
+    ours = statistics.precision_recall(real, generated, neighbours)
+    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+
+
+def test_precision_and_recall_by_hand():
+    real = np.array([[0.0], [1], [3], [10]])  # balls of the nearest neighbour: 1, 1, 2, 7
+    generated = np.array([[-1.0], [2.5], [4], [17.5], [100]])  # balls: 3.5, 1.5, 1.5, 13.5, 82.5
+    # -1, 2.5 and 4 are covered; 17.5 is half too far. Every real point is covered.
+    assert statistics.precision_recall(real, generated, 1) == (3 / 5, 4 / 4)
+    assert statistics.precision_recall(real, generated[:3], 1) == (3 / 3, 3 / 4)  # 10 is too far
+    assert statistics.precision_recall(real, real + 1000, 3) == (0, 0)
+    # One image, generated again and again, has balls of radius 0.
+    assert statistics.precision_recall(real, np.array([[3.0]] * 5), 3) == (1, 1 / 4)
+
+
+def test_precision_and_recall_in_blocks(monkeypatch):
+    real, generated = correlated(*SHAPES[0])
+    at_once, rows = statistics.precision_recall(real, generated), []
+    chunked = sklearn.metrics.pairwise_distances_chunked
+
+    def small(x, y, reduce_func, working_memory):
+        def seen(block, start):
+            rows.append(block.shape)
+            return reduce_func(block, start)
+
+        assert working_memory == 256  # MiB
+        return chunked(x, y, reduce_func=seen, working_memory=0.02)
+
+    monkeypatch.setattr(sklearn.metrics, "pairwise_distances_chunked", small)
+    assert statistics.precision_recall(real, generated) == at_once
+    assert max(np.prod(shape) for shape in rows) * 8 <= 0.02 * 2**20
+    assert len(rows) > 20
+
+
+@pytest.mark.parametrize("count", [5, 50])
+def test_scores_of_few_images_are_plain_finite_numbers(count):
+    real, generated = correlated(count, 5, 100, 0, np.float32)
+    result = statistics.feature_scores(real, generated)
+    assert json.loads(json.dumps(result)) == result
+    assert set(result) == {"frechet", "precision", "recall"}
+    assert all(type(value) is float and np.isfinite(value) for value in result.values())
+    assert result["frechet"] > 1
+    assert statistics.feature_scores(real, real) == {
+        "frechet": pytest.approx(0, abs=1e-9), "precision": 1, "recall": 1}
+
+
+@pytest.mark.parametrize("score", [statistics.feature_scores, statistics.frechet])
+def test_too_few_images_are_refused(score):
+    for real, generated in ((4, 50), (50, 4)):
+        message = (rf"{real} images are compared with {generated}, and image scores need 5 of each:"
+                   r" raise config\.evaluate\.images, or take a larger config\.evaluate\.split")
+        with pytest.raises(UserError, match=message):
+            score(np.zeros((real, 2)), np.zeros((generated, 2)))
+
+
+def test_retrieval_ranks_pictures_by_layout_and_colour():
+    """True pictures rank first at any contrast and detail, noise by chance, negatives last."""
+    random = np.random.default_rng(0)
+    pictures = random.integers(64, 192, (300, 8, 8, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2)
+    pictures[7], pictures[3] = pictures[250], 128  # a copy, and one in the middle of all others
+    truth = np.arange(200, 300)
+
+    def ranks(generated, own=truth):
+        return statistics.retrieved(pictures, generated, own, 256)
+
+    np.testing.assert_array_equal(ranks(pictures[200:]), 1)  # a picture and its copy share a rank
+    grain = random.integers(32, 97, (100, 32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(ranks(pictures[200:] // 2 + grain), 1)
+    faint = pictures[200:] // 8 + 112
+    np.testing.assert_array_equal(ranks(faint), 1)
+    by_chance = ranks(random.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8))
+    # The mean of 100 uniform ranks 1..300, with its standard error three times over.
+    assert abs(by_chance.mean() - 150.5) < 3 * 300 / np.sqrt(12 * 100)
+    assert (by_chance <= 5).sum() < 8  # 1.7 expected
+    assert ranks(255 - pictures[200:]).min() > 297
+    assert ranks(pictures[200:], np.roll(truth, 1)).min() > 1
