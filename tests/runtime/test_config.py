@@ -1,22 +1,17 @@
-"""What an experiment may say, what each mistake is told, and which changes a resumed run may make."""
+"""Configurations: the shipped experiments are read, and each mistake is one line with its key."""
 
 import json
 
-import jax.numpy as jnp
 import pytest
 
-from ntm_jax import files
-from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, config_file
-from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime import config
+from ntm_jax.training import objectives
 from tests.common import TINY, experiment, tiny_config
-
-SPEC = DataSpec((8, 8, 1), 2, 17, 10, 1500)
 
 
 def changed(**overrides) -> dict:
-    """The digits experiment as a plain dict, so that nothing but config.read checks the values."""
+    """The digits experiment as a plain dict, so that config.read alone checks the values."""
     values = experiment().to_dict()
     for key, value in overrides.items():
         section, _, name = key.rpartition(".")
@@ -32,11 +27,13 @@ def refusal(values) -> str:
 
 
 @pytest.mark.parametrize("name", [
-    ("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian"), ("toy2d",), ("toy2d", "moons,no-transporter"),
-    ("emoji",), ("emoji", "runlocal"), ("digits_fm",), ("mnist_fm",), ("digits_finetune", "free"), ("mnist_finetune", "free"),
-    ("flux2_klein",), ("flux2_klein", "runlocal"), ("shapes",), ("shapes", "gaussian"), ("shapes", "runlocal")])
+    ("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian"), ("toy2d",),
+    ("toy2d", "moons,no-transporter"), ("emoji",), ("emoji", "runlocal"), ("digits_fm",),
+    ("mnist_fm",), ("digits_finetune", "free"), ("mnist_finetune", "free"), ("flux2_klein",),
+    ("flux2_klein", "runlocal"), ("shapes",), ("shapes", "gaussian"), ("shapes", "runlocal")])
 def test_the_shipped_experiments_are_read(name):
     read = config.read(experiment(*name))
+    objectives.checked(read)
     assert config.read(read.raw) == read
     assert json.loads(json.dumps(read.raw)) == read.raw
     assert hash(read) == hash(config.read(read.raw))  # a static argument of compiled functions
@@ -51,47 +48,101 @@ def test_an_integer_is_taken_for_a_float():
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [
-    ("model.widht", 3, "config.model.widht is not a setting; expected one of width, head_size"),
-    ("colour", 3, "config.colour is not a setting; expected one of seed, data"),
-    ("model.width", "64", "config.model.width is '64', of type str: expected int"),
-    ("model.width", 64.0, "config.model.width is 64.0, of type float: expected int"),
-    ("model.width", True, "config.model.width is True, of type bool: expected int"),
-    ("optimizer.clip", True, "config.optimizer.clip is True, of type bool: expected float"),
-    ("optimizer.clip", "1", "config.optimizer.clip is '1', of type str: expected float"),
-    ("optimizer.clip", None, "config.optimizer.clip is None, of type NoneType: expected float"),
-    ("model.scan", 0, "config.model.scan is 0, of type int: expected bool"),
-    ("data.source", 3, "config.data.source is 3, of type int: expected str"),
-    ("trajectory.shift", "a", "config.trajectory.shift is 'a', of type str: expected float | None"),
-    ("trajectory.steps", 4, "config.trajectory.steps is 4: expected a tuple of int"),
-    ("trajectory.steps", (4, 8.0), "config.trajectory.steps is 8.0, of type float: expected int"),
-    ("trajectory.steps", (4, True), "config.trajectory.steps is True, of type bool: expected int"),
-    ("trajectory.steps", (), "config.trajectory.steps is empty: give the numbers of steps, such as (4,)"),
-    ("trajectory.steps", (4, 0), "config.trajectory.steps is 0: expected at least 1 and at most 10000"),
-    ("trajectory.t_min_range", (0.1,), "config.trajectory.t_min_range is (0.1,): expected a tuple of float, 2 long"),
-    ("trajectory.t_min_range", (0.1, 0.2, 0.3), "expected a tuple of float, 2 long"),
-    ("trajectory.t_min_range", (0.04, 0.02), "expected 0 <= lo <= hi < 1"),
-    ("trajectory.t_min", 0.0, "0 < t_min < 1"),
-    ("data", 3, "config.data is 3: expected a section"),
-    ("data.batch_size", -4, "config.data.batch_size is -4: expected more than 0"),
-    ("data.batch_size", 0, "config.data.batch_size is 0: expected more than 0"),
-    ("train.steps", 0, "config.train.steps is 0: expected more than 0"),
-    ("optimizer.weight_decay", -1e-4, "config.optimizer.weight_decay is -0.0001: expected a number that is not negative"),
-    ("sample.guidance", -1.0, "config.sample.guidance is -1.0: expected a number that is not negative"),
-    ("sample.guidance", (0.0, 0.5, -1.0, 0.0), "config.sample.guidance is -1.0: expected a number that is not negative"),
-    ("sample.guidance", (0.0, 0.5, 1.0), "config.sample.guidance has 3 scales, and there are 4 steps: give one scale, or 4, from pure"),
-    ("sample.guidance", (0.0, "a", 1.0, 1.0), "config.sample.guidance is 'a', of type str: expected float"),
-    ("sample.guidance", "a", "config.sample.guidance is 'a', of type str: expected float | tuple[float, ...]"),
-    ("model.head", "gaussian", "config.model.head is 'gaussian': expected one of direct, preconditioned, posterior"),
-    ("trajectory.schedule", "cosine", "config.trajectory.schedule is 'cosine': expected one of linear, shifted"),
-    ("train.objective", "both", "config.train.objective is 'both': expected one of end_to_end, pairwise"),
-    ("model.condition", "words", "config.model.condition is 'words': expected one of none, class, text"),
-    ("model.transporter_text", True, "config.model.condition is class: set that to text, or transporter_text to False"),
-    ("train.condition_dropout", 1.0, "config.train.condition_dropout is 1.0: expected less than 1"),
-    ("optimizer.learning_rate", float("nan"), "config.optimizer.learning_rate is nan: expected a finite number"),
-    ("trajectory.t_min_range", (0.02, float("inf")), "config.trajectory.t_min_range is inf: expected a finite number"),
+    ("model.widht", 3,
+     "config.model.widht is not a setting; expected one of width, head_size"),
+    ("colour", 3,
+     "config.colour is not a setting; expected one of seed, data"),
+    ("model.width", "64",
+     "config.model.width is '64', of type str: expected int"),
+    ("model.width", 64.0,
+     "config.model.width is 64.0, of type float: expected int"),
+    ("model.width", True,
+     "config.model.width is True, of type bool: expected int"),
+    ("optimizer.clip", True,
+     "config.optimizer.clip is True, of type bool: expected float"),
+    ("optimizer.clip", "1",
+     "config.optimizer.clip is '1', of type str: expected float"),
+    ("optimizer.clip", None,
+     "config.optimizer.clip is None, of type NoneType: expected float"),
+    ("model.scan", 0,
+     "config.model.scan is 0, of type int: expected bool"),
+    ("data.source", 3,
+     "config.data.source is 3, of type int: expected str"),
+    ("trajectory.shift", "a",
+     "config.trajectory.shift is 'a', of type str: expected float | None"),
+    ("trajectory.steps", 4,
+     "config.trajectory.steps is 4: expected a tuple of int"),
+    ("trajectory.steps", (4, 8.0),
+     "config.trajectory.steps is 8.0, of type float: expected int"),
+    ("trajectory.steps", (4, True),
+     "config.trajectory.steps is True, of type bool: expected int"),
+    ("trajectory.steps", (),
+     "config.trajectory.steps is empty: give the numbers of steps, such as (4,)"),
+    ("trajectory.steps", (4, 0),
+     "config.trajectory.steps is 0: expected at least 1 and at most 10000"),
+    ("trajectory.t_min_range", (0.1,),
+     "config.trajectory.t_min_range is (0.1,): expected a tuple of float, 2 long"),
+    ("trajectory.t_min_range", (0.1, 0.2, 0.3),
+     "expected a tuple of float, 2 long"),
+    ("trajectory.t_min_range", (0.04, 0.02),
+     "expected 0 <= lo <= hi < 1"),
+    ("trajectory.t_min", 0.0,
+     "0 < t_min < 1"),
+    ("data", 3,
+     "config.data is 3: expected a section"),
+    ("data.batch_size", -4,
+     "config.data.batch_size is -4: expected more than 0"),
+    ("data.batch_size", 0,
+     "config.data.batch_size is 0: expected more than 0"),
+    ("train.steps", 0,
+     "config.train.steps is 0: expected more than 0"),
+    ("optimizer.weight_decay", -1e-4,
+     "config.optimizer.weight_decay is -0.0001: expected a number that is not negative"),
+    ("sample.guidance", -1.0,
+     "config.sample.guidance is -1.0: expected a number that is not negative"),
+    ("sample.guidance", (0.0, 0.5, -1.0, 0.0),
+     "config.sample.guidance is -1.0: expected a number that is not negative"),
+    ("sample.guidance", (0.0, 0.5, 1.0),
+     "config.sample.guidance has 3 scales, and there are 4 steps: give one scale, or 4, from pure"),
+    ("sample.guidance", (0.0, "a", 1.0, 1.0),
+     "config.sample.guidance is 'a', of type str: expected float"),
+    ("sample.guidance", "a",
+     "config.sample.guidance is 'a', of type str: expected float | tuple[float, ...]"),
+    ("model.head", "gaussian",
+     "config.model.head is 'gaussian': expected one of direct, preconditioned, posterior"),
+    ("trajectory.schedule", "cosine",
+     "config.trajectory.schedule is 'cosine': expected one of linear, shifted"),
+    ("model.condition", "words",
+     "config.model.condition is 'words': expected one of none, class, text"),
+    ("model.transporter_text", True,
+     "config.model.condition is class: set that to text, or transporter_text to False"),
+    ("train.condition_dropout", 1.0,
+     "config.train.condition_dropout is 1.0: expected less than 1"),
+    ("optimizer.learning_rate", float("nan"),
+     "config.optimizer.learning_rate is nan: expected a finite number"),
+    ("trajectory.t_min_range", (0.02, float("inf")),
+     "config.trajectory.t_min_range is inf: expected a finite number"),
 ])
 def test_a_mistake_is_one_line_that_names_the_key(key, value, message):
     assert message in refusal(changed(**{key: value}))
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("seed", 2**32), ("seed", -1), ("optimizer.ema_decay", 1.0), ("optimizer.floor", 0.1),
+    ("model.width", 2**31), ("data.batch_size", 2**40), ("data.workers", 10**6),
+    ("evaluate.trajectories", 10**9), ("sample.percentile", 101.0), ("train.steps", 2**31),
+    ("trajectory.steps", (10**6,)), ("sample.num", 2**31), ("mesh.fsdp", 2**33),
+    ("optimizer.learning_rate", 1e300), ("trajectory.shift", -1e300),
+])
+def test_a_number_out_of_range_is_refused(key, value):
+    values = experiment()
+    values.update_from_flattened_dict(TINY | {key: value})
+    with pytest.raises(UserError, match=rf"config\.{key} is"):
+        config.read(values)
+
+
+def test_the_overrides_of_these_tests_are_settings():
+    assert set(TINY) <= set(config.flatten(tiny_config().raw))
 
 
 def test_a_missing_key_is_named():
@@ -102,7 +153,8 @@ def test_a_missing_key_is_named():
 
 def test_dropout_without_a_condition_is_refused():
     message = refusal(changed(**{"model.condition": "none"}))
-    assert "config.train.condition_dropout is 0.1: expected less than 1, and 0 where config.model.condition is none" in message
+    assert ("config.train.condition_dropout is 0.1: expected less than 1, and 0 where "
+            "config.model.condition is none") in message
 
 
 def test_guidance_without_dropout_is_refused():
@@ -117,7 +169,8 @@ def test_guidance_without_dropout_is_refused():
 
 def test_guidance_is_a_number_or_one_for_each_step():
     experiment_file = experiment()
-    for value, expected in ((1, 1.0), ((1, 0.5, 0, 0), (1.0, 0.5, 0.0, 0.0)), ([0.0, 0.0, 0.0, 2.0], (0.0, 0.0, 0.0, 2.0))):
+    schedule = (1, 0.5, 0, 0), (1.0, 0.5, 0.0, 0.0)
+    for value, expected in ((1, 1.0), schedule, ([0.0, 0.0, 0.0, 2.0], (0.0, 0.0, 0.0, 2.0))):
         experiment_file.sample.guidance = value
         read = config.read(experiment_file)
         assert read.sample.guidance == expected
@@ -134,7 +187,8 @@ def test_a_scale_that_vanishes_with_t_min_is_refused():
 
 def test_the_range_of_t_min_ends_below_the_first_shifted_level():
     # s_1 = 1 / (1 + (T - 1) e^-m): 1/16 for m = 0, T = 16
-    values = changed(**{"trajectory.schedule": "shifted", "trajectory.shift": 0.0, "trajectory.steps": (4, 16)})
+    values = changed(**{"trajectory.schedule": "shifted", "trajectory.shift": 0.0,
+                        "trajectory.steps": (4, 16)})
     config.read(values)
     values["trajectory"]["t_min_range"] = (0.02, 0.065)
     message = refusal(values)
@@ -146,137 +200,6 @@ def test_the_range_of_t_min_ends_below_the_first_shifted_level():
     assert "t_min is 0.07" in refusal(values)
 
 
-def test_a_new_folder_and_an_unchanged_run_are_claimed(tmp_path):
-    settings = tiny_config()
-    assert config_file.claim(str(tmp_path / "new"), settings, SPEC) == []
-    assert not (tmp_path / "new").exists()
-    config_file.write(str(tmp_path), settings, SPEC)
-    assert config_file.claim(str(tmp_path), settings, SPEC) == []
-    assert config_file.load(str(tmp_path)) == (settings, SPEC)
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("mesh.fsdp", 2), ("data.workers", 3), ("train.steps", 9), ("train.save_every", 7), ("train.evaluate_every", 7), ("train.log_every", 7),
-    ("train.keep", 7), ("evaluate.images", 7), ("evaluate.split", "train"), ("sample.num", 7), ("sample.decoder", "inverse"),
-    ("optimizer.ema_decay", 0.5), ("optimizer.learning_rate", 1e-4),
-])
-def test_what_a_resumed_run_may_change_is_reported(tmp_path, key, value):
-    config_file.write(str(tmp_path), tiny_config(), SPEC)
-    before = config.flatten(tiny_config().raw)[key]
-    assert config_file.claim(str(tmp_path), tiny_config(**{key: value}), SPEC) == [
-        f"changed since the run began: {key}: {before!r} -> {value!r}"]
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("seed", 7), ("model.width", 32), ("data.batch_size", 32), ("data.split", "train[:1000]"), ("trajectory.steps", (2, 4)),
-    ("train.objective", "pairwise"), ("train.condition_dropout", 0.2),
-])
-def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, value):
-    config_file.write(str(tmp_path), tiny_config(), SPEC)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    other = tiny_config(**{key: value})
-    with pytest.raises(UserError) as error:
-        config_file.claim(str(tmp_path), other, SPEC)
-    there, here = (config.flatten(c.raw)[key] for c in (tiny_config(), other))
-    assert str(error.value).startswith(f"{tmp_path} holds a run with {key} = {there!r}, and this one has {here!r}")
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_other_data_under_the_same_name_are_refused(tmp_path):
-    config_file.write(str(tmp_path), tiny_config(), SPEC)
-    with pytest.raises(UserError, match=r"spec\.count = 1500, and this one has 1501"):
-        config_file.claim(str(tmp_path), tiny_config(), DataSpec((8, 8, 1), 2, 17, 10, 1501))
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no run"):
-        config_file.load(str(tmp_path))
-    with Checkpoints(tmp_path) as checkpoints:  # as earlier versions saved them, without settings
-        checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
-        config_file.claim(str(tmp_path), tiny_config(), SPEC)
-    (tmp_path / "config.json").write_text('{"seed": ')
-    for read in (lambda: config_file.claim(str(tmp_path), tiny_config(), SPEC), lambda: config_file.load(str(tmp_path))):
-        with pytest.raises(UserError, match="is not JSON"):
-            read()
-
-
-@pytest.mark.parametrize("damage", ["missing", "damaged"])
-def test_the_last_checkpoint_mends_config_json(tmp_path, damage):
-    settings = tiny_config()
-    config_file.write(str(tmp_path), settings, SPEC)
-    with Checkpoints(tmp_path, settings=config_file.fixed(settings, SPEC)) as checkpoints:
-        checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    path = tmp_path / "config.json"
-    path.unlink() if damage == "missing" else path.write_bytes(path.read_bytes().replace(b"0.03", b"0.13"))
-    with pytest.raises(UserError, match=r"config\.json"):
-        config_file.load(str(tmp_path))
-    with pytest.raises(UserError, match=r"holds a run with trajectory\.t_min = 0\.03, and this one has 0\.13"):
-        config_file.claim(str(tmp_path), tiny_config(**{"trajectory.t_min": 0.13}), SPEC)
-    assert config_file.claim(str(tmp_path), settings, SPEC) == [
-        f"config.json was {damage} and is written anew: the last checkpoint has the same settings"]
-
-
-def test_a_damaged_config_without_a_checkpoint_starts_anew(tmp_path):
-    (tmp_path / "config.json").write_text("[]")
-    assert config_file.claim(str(tmp_path), tiny_config(), SPEC) == [
-        "config.json was damaged, and there is no checkpoint: the run starts anew"]
-
-
-def test_settings_at_their_defaults_are_left_out_of_a_checkpoint():
-    kept = config_file.fixed(tiny_config(), SPEC)
-    assert (kept["trajectory.t_min"], kept["spec.count"]) == (0.03, 1500)
-    assert not {"model.transporter_text", "optimizer.learning_rate", "sample.num"} & kept.keys()
-
-
-UNREADABLE = {
-    "a list": b"[]", "null": b"null", "empty": b"", "not UTF-8": b"\xff", "deep": b"[" * 100_000, "deep object": b'{"a":' * 100_000,
-    "a long number": b'{"seed": ' + b"1" * 5000 + b"}", "a large number": b'{"seed": ' + b"1" * 4000 + b"}", "a string": b'"a"',
-    "no spec": b"{}", "a section that is none": b'{"data": 3}',
-}
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_a_config_that_is_none_is_one_line(tmp_path, name):
-    (tmp_path / "config.json").write_bytes(UNREADABLE[name])
-    with pytest.raises(UserError) as error:
-        config_file.load(str(tmp_path))
-    assert str(error.value).startswith(f"{tmp_path}/config.json cannot be used (")
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 600
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("seed", 2**32), ("seed", -1), ("optimizer.ema_decay", 1.0), ("optimizer.floor", 0.1), ("model.width", 2**31),
-    ("data.batch_size", 2**40), ("data.workers", 10**6), ("evaluate.trajectories", 10**9), ("sample.percentile", 101.0),
-    ("train.steps", 2**31), ("trajectory.steps", (10**6,)), ("sample.num", 2**31), ("mesh.fsdp", 2**33),
-    ("optimizer.learning_rate", 1e300), ("trajectory.shift", -1e300),
-])
-def test_nonsense_is_refused(key, value):
-    values = experiment()
-    values.update_from_flattened_dict(TINY | {key: value})
-    with pytest.raises(UserError, match=rf"config\.{key} is"):
-        config.read(values)
-
-
-def test_the_overrides_of_these_tests_are_settings():
-    assert set(TINY) <= set(config.flatten(tiny_config().raw))
-
-
-def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
-    settings = tiny_config()
-    config_file.write(str(tmp_path), settings, SPEC)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    for section, key in (("sample", "inverse"), ("sample", "percentile"), ("evaluate", "features")):
-        del stored[section][key]
-    del stored["teacher"], stored["init_from"]
-    del stored[files.SEAL]
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    found, _ = config_file.load(str(tmp_path))
-    assert (found.sample, found.evaluate.features, found.init_from) == (settings.sample, "none", "")
-    assert config_file.claim(str(tmp_path), settings, SPEC) == [
-        "changed since the run began: evaluate.features: 'none' -> 'cnn'"]
-
-
 def test_the_shift_may_have_any_sign():
-    assert tiny_config(**{"trajectory.schedule": "shifted", "trajectory.shift": -0.8}).trajectory.shift == -0.8
+    shifted = tiny_config(**{"trajectory.schedule": "shifted", "trajectory.shift": -0.8})
+    assert shifted.trajectory.shift == -0.8

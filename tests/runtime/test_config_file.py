@@ -1,0 +1,140 @@
+"""A run's config.json: written and read back, what a resume may change, and damage."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from ntm_jax import files
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import config, config_file
+from ntm_jax.runtime.checkpoint import Checkpoints
+from tests.common import tiny_config
+
+SPEC = DataSpec((8, 8, 1), 2, 17, 10, 1500)
+
+
+def test_a_new_folder_and_an_unchanged_run_are_claimed(tmp_path):
+    settings = tiny_config()
+    assert config_file.claim(str(tmp_path / "new"), settings, SPEC) == []
+    assert not (tmp_path / "new").exists()
+    config_file.write(str(tmp_path), settings, SPEC)
+    assert config_file.claim(str(tmp_path), settings, SPEC) == []
+    assert config_file.load(str(tmp_path)) == (settings, SPEC)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("mesh.fsdp", 2), ("data.workers", 3), ("train.steps", 9), ("train.save_every", 7),
+    ("train.evaluate_every", 7), ("train.log_every", 7), ("train.keep", 7), ("evaluate.images", 7),
+    ("evaluate.split", "train"), ("sample.num", 7), ("sample.decoder", "inverse"),
+    ("optimizer.ema_decay", 0.5), ("optimizer.learning_rate", 1e-4),
+])
+def test_what_a_resumed_run_may_change_is_reported(tmp_path, key, value):
+    config_file.write(str(tmp_path), tiny_config(), SPEC)
+    before = config.flatten(tiny_config().raw)[key]
+    assert config_file.claim(str(tmp_path), tiny_config(**{key: value}), SPEC) == [
+        f"changed since the run began: {key}: {before!r} -> {value!r}"]
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("seed", 7), ("model.width", 32), ("data.batch_size", 32), ("data.split", "train[:1000]"),
+    ("trajectory.steps", (2, 4)), ("train.objective", "pairwise"), ("train.condition_dropout", 0.2),
+])
+def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, value):
+    config_file.write(str(tmp_path), tiny_config(), SPEC)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = tiny_config(**{key: value})
+    with pytest.raises(UserError) as error:
+        config_file.claim(str(tmp_path), other, SPEC)
+    there, here = (config.flatten(c.raw)[key] for c in (tiny_config(), other))
+    assert str(error.value).startswith(
+        f"{tmp_path} holds a run with {key} = {there!r}, and this one has {here!r}")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path):
+    config_file.write(str(tmp_path), tiny_config(), SPEC)
+    with pytest.raises(UserError, match=r"spec\.count = 1500, and this one has 1501"):
+        config_file.claim(str(tmp_path), tiny_config(), DataSpec((8, 8, 1), 2, 17, 10, 1501))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        config_file.load(str(tmp_path))
+    with Checkpoints(tmp_path) as checkpoints:  # as earlier versions saved them, without settings
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
+        config_file.claim(str(tmp_path), tiny_config(), SPEC)
+    (tmp_path / "config.json").write_text('{"seed": ')
+    for read in (lambda: config_file.claim(str(tmp_path), tiny_config(), SPEC),
+                 lambda: config_file.load(str(tmp_path))):
+        with pytest.raises(UserError, match="is not JSON"):
+            read()
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_the_last_checkpoint_mends_config_json(tmp_path, damage):
+    settings = tiny_config()
+    config_file.write(str(tmp_path), settings, SPEC)
+    with Checkpoints(tmp_path, settings=config_file.fixed(settings, SPEC)) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    path = tmp_path / "config.json"
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes().replace(b"0.03", b"0.13"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        config_file.load(str(tmp_path))
+    other = tiny_config(**{"trajectory.t_min": 0.13})
+    message = r"holds a run with trajectory\.t_min = 0\.03, and this one has 0\.13"
+    with pytest.raises(UserError, match=message):
+        config_file.claim(str(tmp_path), other, SPEC)
+    assert config_file.claim(str(tmp_path), settings, SPEC) == [
+        f"config.json was {damage} and is written anew: the last checkpoint has the same settings"]
+
+
+def test_a_damaged_config_without_a_checkpoint_starts_anew(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    assert config_file.claim(str(tmp_path), tiny_config(), SPEC) == [
+        "config.json was damaged, and there is no checkpoint: the run starts anew"]
+
+
+def test_settings_at_their_defaults_are_left_out_of_a_checkpoint():
+    kept = config_file.fixed(tiny_config(), SPEC)
+    assert (kept["trajectory.t_min"], kept["spec.count"]) == (0.03, 1500)
+    assert not {"model.transporter_text", "optimizer.learning_rate", "sample.num"} & kept.keys()
+
+
+UNREADABLE = {
+    "a list": b"[]", "null": b"null", "empty": b"", "not UTF-8": b"\xff", "deep": b"[" * 100_000,
+    "deep object": b'{"a":' * 100_000, "a long number": b'{"seed": ' + b"1" * 5000 + b"}",
+    "a large number": b'{"seed": ' + b"1" * 4000 + b"}", "a string": b'"a"', "no spec": b"{}",
+    "a section that is a number": b'{"data": 3}',
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_unreadable_config_is_refused_in_one_line(tmp_path, name):
+    (tmp_path / "config.json").write_bytes(UNREADABLE[name])
+    with pytest.raises(UserError) as error:
+        config_file.load(str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path}/config.json cannot be used (")
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
+    settings = tiny_config()
+    config_file.write(str(tmp_path), settings, SPEC)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for section, key in (("sample", "inverse"), ("sample", "percentile"), ("evaluate", "features")):
+        del stored[section][key]
+    del stored["teacher"], stored["init_from"]
+    del stored[files.SEAL]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    found, _ = config_file.load(str(tmp_path))
+    expected = settings.sample, "none", ""
+    assert (found.sample, found.evaluate.features, found.init_from) == expected
+    assert config_file.claim(str(tmp_path), settings, SPEC) == [
+        "changed since the run began: evaluate.features: 'none' -> 'cnn'"]
