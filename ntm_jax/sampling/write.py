@@ -151,9 +151,9 @@ class _Work:
             spec = run.spec
             images = images * np.float32(spec.std or 1) + np.float32(spec.mean or 0)
             images = self.autoencoder.decode(images)
-        places = [prompts.place(folder, request.layout, i, request.per_prompt, request.num)
+        paths = [prompts.image_path(folder, request.layout, i, request.per_prompt, request.num)
                   for i in index]
-        for path, image in zip(places, plots.displayable(images, self.pixel_levels), strict=True):
+        for path, image in zip(paths, plots.displayable(images, self.pixel_levels), strict=True):
             plots.save_png(path, image)
         # Written last, whole or not at all: its presence marks the batch as complete.
         with files.aside(_part(folder, number)) as file:

@@ -1,0 +1,93 @@
+"""The folder that sampling writes, in one go or resumed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ntm_jax.errors import UserError
+from ntm_jax.sampling import generate
+from ntm_jax.sampling.write import SampleRequest, parse_labels, write_samples
+from tests.common import randomised
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_labels_of_the_flag():
+    assert parse_labels(None, 10) is None
+    np.testing.assert_array_equal(parse_labels(["3", "0", "9"], 10), [3, 0, 9])
+    for wrong in ("10", "-1", "cat", "1.0", ""):
+        with pytest.raises(UserError, match=f"label '{wrong}' is not a class of the model: "
+                                            "expected 0 to 9"):
+            parse_labels(["1", wrong], 10)
+    with pytest.raises(UserError, match="expected none, since it has no classes"):
+        parse_labels(["0"], 0)
+
+
+def test_written_samples(run, tmp_path, capsys):
+    out, labels = tmp_path / "samples", np.resize([3, 5], 12)
+    write_samples(run, str(out), SampleRequest(11, 4, ["3", "5"]))
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [f"{i:02}.png" for i in range(11)] + ["grid.png", "samples.json", "samples.npz"]
+    images = run.sample(12, labels)[:11]
+    shown = (images * (255 / 16)).round().astype(np.uint8)
+    with np.load(out / "samples.npz") as archive:
+        arr_0, arr_1 = archive["arr_0"], archive["arr_1"]
+    assert (arr_0.shape, arr_0.dtype) == ((11, 8, 8, 3), np.uint8)
+    assert np.abs(arr_0.astype(int) - shown).max() <= 16  # one level of 17
+    np.testing.assert_array_equal(arr_1, labels[:11])
+    for i in range(11):
+        with Image.open(out / f"{i:02}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), arr_0[i, ..., 0])
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size == (10 * 66 + 2, 2 * 66 + 2)
+    assert f"11 images in {out}" in capsys.readouterr().out
+
+
+def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsys):
+    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
+    request = SampleRequest(10, 4, save_trajectories=True)
+    write_samples(run, str(uninterrupted), request)
+    sample_at, calls = generate.sample_at, []
+
+    def interrupted(run, index, *rest):
+        calls.append(list(index))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample_at(run, index, *rest)
+
+    monkeypatch.setattr(generate, "sample_at", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(run, str(stopped), request)
+    assert not (stopped / "samples.npz").exists()
+    other = dataclasses.replace(run, params=randomised(run.params, seed=3))
+    for asker, changes, message in (
+            (run, {"num": 12}, "--num 10, and this call has 12: give another --out"),
+            (run, {"seed": 1}, "--seed None, and this call has 1"),
+            (other, {}, "checksum")):
+        with pytest.raises(UserError, match=f"holds samples of {message}"):
+            write_samples(asker, str(stopped), dataclasses.replace(request, **changes))
+    write_samples(run, str(stopped), request)
+    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [8, 9]]
+    assert "10 images in" in capsys.readouterr().out
+    names = sorted(path.name for path in uninterrupted.iterdir())
+    assert sorted(path.name for path in stopped.iterdir()) == names
+    for name in ("samples.npz", "trajectories.npz"):
+        with np.load(uninterrupted / name) as one, np.load(stopped / name) as two:
+            np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
+    with np.load(uninterrupted / "trajectories.npz") as levels:
+        assert levels["arr_0"].shape == (10, 3, 8, 8, 1)
+    write_samples(run, str(stopped), request)  # there is nothing left to do
+    assert len(calls) == 4
+    assert "10 of them found there" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_empty_is_refused_and_unchanged(run, tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="is there and not empty: give a new folder as --out"):
+        write_samples(run, str(tmp_path), SampleRequest(2, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError, match="label 'x' is not a class"):
+        write_samples(run, str(tmp_path / "new"), SampleRequest(2, 2, ["x"]))
+    assert not (tmp_path / "new").exists()
