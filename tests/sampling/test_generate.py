@@ -85,7 +85,7 @@ def test_guidance_is_one_scale_or_one_for_each_step(run):
                                         "scale, or 2, from pure noise down"):
         run.sample(2, guidance=(1.0, 0.5, 0.0))
     for wrong in (-1.0, (1.0, -0.5)):
-        with pytest.raises(UserError, match="guidance is .*: expected numbers that are not "
+        with pytest.raises(UserError, match=r"guidance is .*: expected numbers that are not "
                                             "negative"):
             run.sample(2, guidance=wrong)
     scheduled = sampled_by(run, guidance=(1.0, 0.0))
