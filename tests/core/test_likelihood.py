@@ -1,4 +1,4 @@
-"""Likelihoods: discretised pixels, the parts of a trajectory's weight, exact cases, and the running sums of importance weighting."""
+"""Likelihoods: discretised pixels, a trajectory's contributions, exact cases, importance sums."""
 
 import math
 
@@ -11,21 +11,22 @@ from scipy.special import log_ndtr, logsumexp
 from ntm_jax.core import likelihood, trajectory
 from ntm_jax.core.model import Terms
 
-LEVELS = [2, 17, 256]
+PIXEL_LEVELS = [2, 17, 256]
 MEANS = [0.0, 0.31, -1.0, 1.0, 1.7, -3.0]
 SCALES = [1e-3, 0.01, 0.1, 0.5, 3.0]
 
 
-def pixels(levels):
-    return jnp.asarray(np.linspace(-1, 1, levels), jnp.float32)
+def pixels(pixel_levels):
+    return jnp.asarray(np.linspace(-1, 1, pixel_levels), jnp.float32)
 
 
 log_discretized_normal = jax.jit(likelihood.log_discretized_normal, static_argnums=3)
 
 
-def log_bins(mean, scale, levels):
+def log_bins(mean, scale, pixel_levels):
     """log of the probability of every bin in float64, from boundaries that neighbours share."""
-    edges = np.concatenate([[-np.inf], -1 + (2 * np.arange(1, levels) - 1) / (levels - 1), [np.inf]])
+    inner = -1 + (2 * np.arange(1, pixel_levels) - 1) / (pixel_levels - 1)
+    edges = np.concatenate([[-np.inf], inner, [np.inf]])
     z = (edges - mean) / scale
     low, high = z[:-1], z[1:]
     low, high = np.where(low > 0, -high, low), np.where(low > 0, -low, high)
@@ -33,27 +34,28 @@ def log_bins(mean, scale, levels):
         return log_ndtr(high) + np.log(-np.expm1(log_ndtr(low) - log_ndtr(high)))
 
 
-@pytest.mark.parametrize("levels", LEVELS)
-def test_probabilities_sum_to_one_over_all_levels(levels):
+@pytest.mark.parametrize("pixel_levels", PIXEL_LEVELS)
+def test_probabilities_sum_to_one_over_all_levels(pixel_levels):
     mean, scale = (jnp.asarray(a, jnp.float32).reshape(-1, 1) for a in np.meshgrid(MEANS, SCALES))
-    log_p = log_discretized_normal(pixels(levels)[None], mean, scale, levels)
+    log_p = log_discretized_normal(pixels(pixel_levels)[None], mean, scale, pixel_levels)
     assert jnp.isfinite(log_p).all()
     total = np.exp(np.asarray(log_p, np.float64)).sum(1)
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("pixel_levels", PIXEL_LEVELS)
 @pytest.mark.parametrize("scale", SCALES)
-def test_discretised_normal_far_into_the_tails(levels, scale):
+def test_discretised_normal_far_into_the_tails(pixel_levels, scale):
     for mean in MEANS:
         mean, scale = np.float32(mean), np.float32(scale)
-        found = np.asarray(log_discretized_normal(pixels(levels), mean, scale, levels))
-        expected = log_bins(float(mean), float(scale), levels)
+        found = log_discretized_normal(pixels(pixel_levels), mean, scale, pixel_levels)
+        found, expected = np.asarray(found), log_bins(float(mean), float(scale), pixel_levels)
         assert np.isfinite(expected).all()
-        # boundaries are float32 numbers up to 4, off by 2.4e-7, so z is off by that over the scale, and log p by about z times
-        # as much; a narrow bin is a difference of two log-probabilities, each off by some 5e-7 (float32 erfc), and of two z
+        # Boundaries are float32 numbers up to 4, off by 2.4e-7, so z is off by that over the scale,
+        # and log p by about z times as much. A narrow bin is a difference of two log-probabilities,
+        # each off by some 5e-7 (float32 erfc), and of two z.
         z = np.sqrt(2 * np.abs(expected))
-        width = min(1, 2 / (levels - 1) / scale)
+        width = min(1, 2 / (pixel_levels - 1) / scale)
         tolerance = 2.4e-7 * (1 + z + 1 / width) / scale + 1e-6 / width + 2e-6 * np.abs(expected)
         np.testing.assert_array_less(np.abs(found - expected), tolerance)
 
@@ -61,10 +63,11 @@ def test_discretised_normal_far_into_the_tails(levels, scale):
 def test_the_outermost_bins_are_open():
     # half a bin is 1/16: N(0, 1) below -1 + 1/16 and above 1 - 1/16
     ends = likelihood.log_discretized_normal(jnp.array([-1.0, 1.0]), 0.0, 1.0, 17)
-    np.testing.assert_allclose(ends, math.log(0.5 * math.erfc((1 - 1 / 16) / math.sqrt(2))), rtol=1e-6)  # one float32 log_ndtr
+    expected = math.log(0.5 * math.erfc((1 - 1 / 16) / math.sqrt(2)))
+    np.testing.assert_allclose(ends, expected, rtol=1e-6)  # one float32 log_ndtr
 
 
-def test_reconstruction_is_that_of_the_scaled_noisy_image():
+def test_the_reconstruction_is_a_gaussian_about_the_scaled_noisy_image():
     rng = np.random.default_rng(0)
     x = pixels(17)[rng.integers(17, size=(2, 3, 2))]
     t_0 = jnp.array([0.02, 0.2])
@@ -84,21 +87,23 @@ def log_gaussian(x, mean, variance):
 
 @pytest.fixture(scope="module")
 def drawn():
-    """x on 17 levels [B, N, D], trajectories [B, K, N, D] of it, and their levels [B, K], different for each example."""
+    """x of 17 pixel values [B, N, D], trajectories [B, K, N, D] of it and their levels [B, K]."""
     rng = np.random.default_rng(1)
     t = trajectory.levels(4, jnp.array([0.02, 0.05, 0.2]), "linear", 0.0)
     x = pixels(17)[rng.integers(17, size=(3, 4, 2))]
-    return x, trajectory.simulate(x, t, jnp.asarray(rng.normal(size=(3, 5, 4, 2)), jnp.float32)), t
+    noise = jnp.asarray(rng.normal(size=(3, 5, 4, 2)), jnp.float32)
+    return x, trajectory.simulate(x, t, noise), t
 
 
-@pytest.mark.parametrize("levels", [0, 17])
-def test_contributions_by_hand(drawn, levels):
+@pytest.mark.parametrize("pixel_levels", [0, 17])
+def test_contributions_by_hand(drawn, pixel_levels):
     x, xs, t = drawn
     rng = np.random.default_rng(2)
-    quadratic, log_scale, log_det = (jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(3))
-    parts = likelihood.contributions(Terms(quadratic, log_scale, log_det, 2.5), xs, x, t, levels)
+    quadratic, log_scale, log_det = jnp.asarray(rng.normal(size=(3, 3, 4)), jnp.float32)
+    terms = Terms(quadratic, log_scale, log_det, 2.5)
+    parts = likelihood.contributions(terms, xs, x, t, pixel_levels)
     s, xs_, x_ = (np.asarray(a, np.float64) for a in (np.asarray(t)[:, :, None, None], xs, x))
-    start = log_gaussian(xs[:, 0], (1 - s[:, 0]) * x_, s[:, 0] ** 2) if levels else 0
+    start = log_gaussian(xs[:, 0], (1 - s[:, 0]) * x_, s[:, 0] ** 2) if pixel_levels else 0
     forward = start + sum(
         log_gaussian(xs[:, k + 1], (1 - s[:, k + 1]) / (1 - s[:, k]) * xs_[:, k],
                      s[:, k + 1] ** 2 - ((1 - s[:, k + 1]) / (1 - s[:, k]) * s[:, k]) ** 2)
@@ -110,21 +115,27 @@ def test_contributions_by_hand(drawn, levels):
         "log_det": np.asarray(log_det),
         "forward": -forward,
     }
-    if levels:
-        expected["reconstruction"] = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], levels)
+    if pixel_levels:
+        reconstruction = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], pixel_levels)
+        expected["reconstruction"] = reconstruction
     assert parts.keys() == expected.keys()
     assert parts["forward"].shape == (3, 5)
-    np.testing.assert_allclose(parts["forward"][:, -1], -expected["prior"], rtol=1e-6)  # x_T is noise of its own
-    assert levels or not parts["forward"][:, 0].any()
+    # x_T is independent noise
+    np.testing.assert_allclose(parts["forward"][:, -1], -expected["prior"], rtol=1e-6)
+    assert pixel_levels or not parts["forward"][:, 0].any()
     summed = parts | {"forward": parts["forward"].sum(1)}
-    for name, value in expected.items():
-        np.testing.assert_allclose(summed[name], value, rtol=1e-5, atol=1e-5, err_msg=name)  # float32 sums of tens of terms
+    for name, value in expected.items():  # float32 sums of tens of terms
+        np.testing.assert_allclose(summed[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
     total = sum(np.asarray(value).reshape(3, -1).sum(1) for value in expected.values())
-    np.testing.assert_allclose(likelihood.log_weight(parts), total, rtol=1e-5, atol=1e-4)  # of terms of up to 400
+    # terms of up to 400
+    np.testing.assert_allclose(likelihood.log_weight(parts), total, rtol=1e-5, atol=1e-4)
 
 
 def gaussian_terms(xs, t, mean, variance):
-    """Terms of the true reverse conditionals of data N(mean, variance): conditioning in the joint Gaussian of two levels, float64."""
+    """Terms of the true reverse conditionals of data N(mean, variance), in float64.
+
+    Each conditions the joint Gaussian of two neighbouring levels.
+    """
     xs, t = np.asarray(xs, np.float64), np.asarray(t, np.float64)
     s, t = t[:, :-1], t[:, 1:]
     covariance = (1 - s) * (1 - t) * variance + s**2 * (1 - t) / (1 - s)
@@ -141,32 +152,37 @@ def gaussian_terms(xs, t, mean, variance):
 def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_data(drawn):
     x, xs, t = drawn
     mean, variance = 0.3, 0.4
-    log_w = likelihood.log_weight(likelihood.contributions(gaussian_terms(xs, t, mean, variance), xs, x, t, 0))
+    terms = gaussian_terms(xs, t, mean, variance)
+    log_w = likelihood.log_weight(likelihood.contributions(terms, xs, x, t, 0))
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = log_gaussian(xs[:, 0], (1 - t_0) * mean, (1 - t_0) ** 2 * variance + t_0**2)
     # float32 sums of some tens of nats over 8 dimensions: method, section 9, gives 4e-6 a dimension
     np.testing.assert_allclose(log_w / 8, expected / 8, atol=1e-5)
-    # and of pixels, the ratio of decoder and encoder is added
-    pixel = likelihood.log_weight(likelihood.contributions(gaussian_terms(xs, t, mean, variance), xs, x, t, 17))
-    ratio = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], 17) - log_gaussian(xs[:, 0], (1 - t_0) * np.asarray(x), t_0**2)
+    # pixels add the ratio of decoder and encoder
+    pixel = likelihood.log_weight(likelihood.contributions(terms, xs, x, t, 17))
+    encoder = log_gaussian(xs[:, 0], (1 - t_0) * np.asarray(x), t_0**2)
+    ratio = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], 17) - encoder
     np.testing.assert_allclose((pixel - log_w) / 8, ratio / 8, atol=1e-5)
 
 
-class TrueConditionals:
-    """In a model's place: the reverse conditionals of data N(mean, variance), by hand, in float32 (method, section 9)."""
+def true_conditionals(t, mean, variance):
+    """In place of a model: xs -> Terms of the reverse conditionals of data N(mean, variance).
 
-    def __init__(self, mean, variance):
-        self.mean, self.variance = mean, variance
+    Written out by hand, in float32 (method, section 9).
+    """
+    s, t = t[:, :-1, None, None], t[:, 1:, None, None]
 
-    def apply(self, params, xs, t, steps, y):
-        s, t = t[:, :-1, None, None], t[:, 1:, None, None]
+    def terms(xs):
         a, b, c = trajectory.posterior(s, t)
-        spread = (1 - t) ** 2 * self.variance + t**2
-        clean = self.mean + (1 - t) * self.variance / spread * (xs[:, 1:] - (1 - t) * self.mean)
-        log_scale = 0.5 * jnp.log(c**2 + b**2 * self.variance * t**2 / spread) + 0 * clean
+        spread = (1 - t) ** 2 * variance + t**2
+        clean = mean + (1 - t) * variance / spread * (xs[:, 1:] - (1 - t) * mean)
+        log_scale = 0.5 * jnp.log(c**2 + b**2 * variance * t**2 / spread) + 0 * clean
         z = (xs[:, :-1] - a * xs[:, 1:] - b * clean) * jnp.exp(-log_scale)
         constant = xs[0, 0].size / 2 * math.log(2 * math.pi)
-        return Terms(0.5 * jnp.sum(z**2, (2, 3)), jnp.sum(log_scale, (2, 3)), jnp.zeros(z.shape[:2]), constant)
+        quadratic = 0.5 * jnp.sum(z**2, (2, 3))
+        return Terms(quadratic, jnp.sum(log_scale, (2, 3)), jnp.zeros(z.shape[:2]), constant)
+
+    return terms
 
 
 @pytest.mark.parametrize("schedule", ["linear", "shifted"])
@@ -182,8 +198,9 @@ def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true
         return trajectory.extend(x_0, t, noise)
 
     expected = log_gaussian(x_0, 0.98 * mean, 0.98**2 * variance + 0.02**2) / 24
+    terms = true_conditionals(t, mean, variance)
     for trajectories in (1, 4, 16):
-        scores = likelihood.weigh(TrueConditionals(mean, variance), {}, draw, x, t, steps, None, 0, trajectories)
+        scores = likelihood.weigh(terms, draw, x, t, 0, trajectories)
         assert scores["weighted"].shape == (16, len(likelihood.marks(trajectories)))
         for bound in (scores["bound"], scores["importance_weighted"], *scores["weighted"].T):
             np.testing.assert_allclose(bound / 24, expected, atol=1e-4)  # float32: some 4e-6 a dimension
@@ -197,21 +214,27 @@ def test_with_the_bayes_decoder_the_bound_on_the_clean_data_is_exact(monkeypatch
     t = trajectory.levels(4, jnp.full(16, t_0), "linear", 0.0)
     p = 1 / (1 / variance + (1 - t_0) ** 2 / t_0**2)
 
-    def bayes(x, x_0, t_0, levels):
-        at = trajectory.per_example(t_0, x)
-        return jnp.sum(trajectory.log_normal(x, p * (mean / variance + (1 - at) * x_0 / at**2), math.sqrt(p)), (1, 2))
+    def bayes(x, x_0, t_0, pixel_levels):
+        t_0 = trajectory.per_example(t_0, x)
+        posterior_mean = p * (mean / variance + (1 - t_0) * x_0 / t_0**2)
+        return jnp.sum(trajectory.log_normal(x, posterior_mean, math.sqrt(p)), (1, 2))
+
+    def without_prior(x, x_0, t_0, pixel_levels):
+        t_0 = trajectory.per_example(t_0, x)
+        return jnp.sum(trajectory.log_normal(x, x_0 / (1 - t_0), t_0 / (1 - t_0)), (1, 2))
 
     def draw(number):
-        return trajectory.simulate(x, t, jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (16, 5, 8, 3)))
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (16, 5, 8, 3))
+        return trajectory.simulate(x, t, noise)
 
+    terms = true_conditionals(t, mean, variance)
     monkeypatch.setattr(likelihood, "log_reconstruction", bayes)
-    scores = likelihood.weigh(TrueConditionals(mean, variance), {}, draw, x, t, 4, None, 17, 4)
+    scores = likelihood.weigh(terms, draw, x, t, 17, 4)
     for bound in (scores["bound"], *scores["weighted"].T):
         np.testing.assert_allclose(bound / 24, log_gaussian(x, mean, variance) / 24, atol=1e-4)
     # the decoder that ignores the prior loses about half log(1 + t_0^2 / ((1-t_0)^2 v)) a dimension
-    monkeypatch.setattr(likelihood, "log_reconstruction", lambda x, x_0, t_0, _: jnp.sum(trajectory.log_normal(
-        x, x_0 / (1 - trajectory.per_example(t_0, x)), trajectory.per_example(t_0 / (1 - t_0), x)), (1, 2)))
-    worse = likelihood.weigh(TrueConditionals(mean, variance), {}, draw, x, t, 4, None, 17, 4)["bound"]
+    monkeypatch.setattr(likelihood, "log_reconstruction", without_prior)
+    worse = likelihood.weigh(terms, draw, x, t, 17, 4)["bound"]
     gap = float(jnp.mean(scores["bound"] - worse)) / 24
     assert gap == pytest.approx(0.5 * math.log(1 + t_0**2 / ((1 - t_0) ** 2 * variance)), rel=0.5)
 
@@ -220,9 +243,11 @@ def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
     mean, variance, rng = 0.3, 0.4, np.random.default_rng(7)
     t = trajectory.levels(4, jnp.full(6, 0.02), "linear", 0.0)[:, 2:]
     points = jnp.asarray(rng.normal(size=(6, 8, 3)), jnp.float32)
-    scores = likelihood.weigh(
-        TrueConditionals(mean, variance), {}, lambda n: trajectory.extend(points, t, jax.random.normal(jax.random.key(n), (6, 2, 8, 3))),
-        points, t, 4, None, 0, 3)
+
+    def draw(number):
+        return trajectory.extend(points, t, jax.random.normal(jax.random.key(number), (6, 2, 8, 3)))
+
+    scores = likelihood.weigh(true_conditionals(t, mean, variance), draw, points, t, 0, 3)
     level = float(t[0, 0])
     expected = log_gaussian(points, (1 - level) * mean, (1 - level) ** 2 * variance + level**2)
     np.testing.assert_allclose(scores["importance_weighted"] / 24, expected / 24, atol=1e-4)

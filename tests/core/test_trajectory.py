@@ -1,5 +1,7 @@
 """The forward process against Monte Carlo, Bayes' rule, and values worked out by hand."""
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -69,8 +71,70 @@ def test_level_of_each_example_matches_levels():
 
 
 def test_unknown_schedule_is_named():
-    with pytest.raises(ValueError, match="'cosine'"):
+    expected = "^trajectory.schedule is 'cosine': expected 'linear' or 'shifted'$"
+    with pytest.raises(ValueError, match=expected):
         trajectory.levels(4, jnp.array([0.02]), "cosine", 0.5)
+    with pytest.raises(ValueError, match=expected):
+        dataclasses.replace(SHIFTED, name="cosine").fixed_levels(4, 2)
+
+
+LINEAR = trajectory.Schedule("linear", 0.0, (4,), t_min=0.02, t_min_range=(0.01, 0.03))
+SHIFTED = trajectory.Schedule("shifted", math.log(3), (2, 4), t_min=0.02, t_min_range=(0.01, 0.03))
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_a_schedule_gives_the_levels_of_the_functions(schedule, steps):
+    t_min = jnp.array([1e-3, 0.1])
+    levels = schedule.levels(steps, t_min)
+    expected = trajectory.levels(steps, t_min, schedule.name, schedule.shift)
+    np.testing.assert_array_equal(levels, expected)
+    for k in range(steps + 1):
+        np.testing.assert_array_equal(schedule.level(k, steps, t_min), expected[:, k])
+    k, counts = jnp.array([0, 1, 2]), jnp.array([4, 2, 2])  # each example with its own T
+    single = trajectory.level(k, counts, 0.05, schedule.name, schedule.shift)
+    np.testing.assert_array_equal(schedule.level(k, counts, 0.05), single)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [
+    (LINEAR, [0.02, 0.265, 0.51, 0.755, 1.0]), (SHIFTED, [0.02, 0.5, 0.75, 0.9, 1.0])],
+    ids=["linear", "shifted"])
+def test_fixed_levels_start_at_t_min_for_every_example(schedule, expected):
+    found = schedule.fixed_levels(4, 3)
+    np.testing.assert_allclose(found, [expected] * 3, atol=3e-7)  # a few float32 roundings below 1
+    np.testing.assert_array_equal(found, schedule.levels(4, jnp.full(3, 0.02)))
+    moved = dataclasses.replace(schedule, t_min=0.1).fixed_levels(4, 3)
+    np.testing.assert_array_equal(moved[:, 0], np.float32([0.1] * 3))
+
+
+@pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.name)
+def test_a_share_of_the_way_is_the_schedule_with_infinitely_many_steps(schedule):
+    """at(k / T) is level k of T steps from t_min = 0, whatever the schedule's own t_min."""
+    fine = schedule.levels(64, jnp.zeros(1))[0]
+    np.testing.assert_allclose(schedule.at(jnp.arange(65) / 64), fine, rtol=3e-7)  # roundings
+    np.testing.assert_array_equal(schedule.at(jnp.array([0.0, 1.0])), [0, 1])
+
+
+def test_at_by_hand():
+    shares = jnp.array([0.25, 0.5, 0.75])
+    np.testing.assert_allclose(LINEAR.at(shares), shares, rtol=1e-7)
+    # m = log 3: 3/(3 + 1/share - 1)
+    np.testing.assert_allclose(SHIFTED.at(shares), [0.5, 0.75, 0.9], rtol=3e-7)
+
+
+def test_a_schedule_is_a_static_argument():
+    """Equal schedules share a compiled program, and another one compiles anew."""
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def first(schedule, t_min):
+        traced.append(schedule)
+        return schedule.levels(2, t_min)[:, 1]
+
+    for schedule in (LINEAR, dataclasses.replace(LINEAR), SHIFTED):
+        np.testing.assert_allclose(first(schedule, jnp.array([0.02])), schedule.levels(
+            2, jnp.array([0.02]))[:, 1], rtol=3e-7)
+    assert traced == [LINEAR, SHIFTED]
 
 
 def test_simulated_mean_and_covariance():
@@ -192,7 +256,7 @@ def test_log_reverse_sums_to_the_joint_density_given_x_r(r):
             assert reverse[i, k] == pytest.approx(log_gaussian(xs[i, k].astype(float), mean, low - gain * (b / a) * low), rel=2e-5)
 
 
-def test_extend_starts_where_it_is_told_and_simulate_starts_from_the_marginal():
+def test_extend_starts_at_its_argument_and_simulate_from_the_marginal():
     t = uneven_levels()
     rng = np.random.default_rng(3)
     x, noise = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 2), (2, 5, 3, 2)))
