@@ -88,9 +88,8 @@ def sample_program(run: Run, source: Source) -> Program:
                  _abstract(text, jnp.bool_, mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
-    options = dict(schedule=run.schedule, model=exact(model), options=run.config.sample.options,
-                   with_levels=False)
-    return Program(generate.generate_tokens, (params, key, index, y), options)
+    sampler = generate.Sampler(exact(model), run.schedule, run.config.sample.options)
+    return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler})
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program}
@@ -120,9 +119,9 @@ def compile_for(config: Config, topology: str, program: str = "train") -> dict:
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, mesh)
     compiled = _compile(PROGRAMS[program](run, source), run, chip)
-    plain = dataclasses.replace(run, model=build.plain(run.model))
+    plain = PROGRAMS[program](dataclasses.replace(run, model=build.plain(run.model)), source)
     with sharding.use(mesh):
-        traced = PROGRAMS[program](plain, source).trace()
+        traced = plain.trace()
         model_flops = flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
     report = {"topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape),
               "slices": config.mesh.slices, "program": program}

@@ -1,4 +1,4 @@
-"""Flow-matching runs, and NTMs that start from them: the frozen copy is kept once, a resume needs the run's folder alone."""
+"""Flow-matching runs, and NTMs that start from them: the reference is kept once, in the workdir."""
 
 import dataclasses
 import json
@@ -10,31 +10,42 @@ import optax
 import pytest
 
 import ntm_jax
-from ntm_jax.analysis import benchmark, compile
+from ntm_jax.analysis import compile, rows
 from ntm_jax.core import flow_matching
-from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import evaluate
+from ntm_jax.evaluation import measures
 from ntm_jax.runtime import checkpoint, config, sharding
 from ntm_jax.training import finetune, loop, objectives, state
+from ntm_jax.training.objectives import Draws
 from ntm_jax.training.step import make_step
-from tests.common import TINY, as_run, batch_of, bits, experiment, randomised, rehearsal, setup
+from tests.common import TINY, as_run, batch_of, bits, experiment, randomised, setup
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SMALL = TINY | {"trajectory.schedule": "shifted", "evaluate.split": "test[:6]", "train.save_every": 2, "train.log_every": 1}
+SMALL = TINY | {"trajectory.schedule": "shifted", "evaluate.split": "test[:6]"}
 
 
 def shrunk(name: str, **changes) -> config.Config:
     values = experiment(name)
-    values.update_from_flattened_dict({k: v for k, v in SMALL.items() if k != "model.transporter_blocks"} | changes)
-    return config.read(values)
+    small = {key: value for key, value in SMALL.items() if key != "model.transporter_blocks"}
+    values.update_from_flattened_dict(small | changes)
+    settings = config.read(values)
+    objectives.checked(settings)
+    return settings
 
 
 FLOW = shrunk("digits_fm", **{"train.steps": 2, "train.evaluate_every": 2, "sample.steps": 3})
 
 
 def tuned(source, **changes) -> config.Config:
-    return shrunk("digits_finetune", **{"init_from": str(source), "train.steps": 4, "model.transporter_blocks": 1} | changes)
+    own = {"init_from": str(source), "train.steps": 4, "model.transporter_blocks": 1}
+    return shrunk("digits_finetune", **own | changes)
+
+
+def tuned_run(source, workdir="", **changes):
+    """A fine-tuning run before it has parameters."""
+    settings = tuned(source, **changes)
+    _, model, mesh = setup(settings)
+    return dataclasses.replace(as_run(settings, model, mesh), workdir=str(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +57,7 @@ def flow(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(flow, tmp_path_factory):
-    """The workdir of a fine-tuning run, stopped half way and resumed without the folder it started from."""
+    """The workdir of a fine-tuning run, stopped at step 2 and resumed while its source was away."""
     workdir, moved = tmp_path_factory.mktemp("tuned") / "run", flow[0].with_name("moved")
     assert loop.train(tuned(flow[0]), str(workdir), progress=False, until=2) is None
     shutil.move(flow[0], moved)
@@ -57,27 +68,35 @@ def run(flow, tmp_path_factory):
     return workdir
 
 
-def test_what_a_flow_matching_run_says(flow):
+def metrics(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_figures_and_pictures_of_a_flow_matching_run(flow):
     workdir, result = flow
     assert set(result["velocity_error"]) == {"mean", "stderr"}
-    assert len(result["trajectory_nll"]["by_level"]) == 2  # of its Gaussian posterior in trajectory.steps, not the ODE's steps
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["evaluate/velocity_error"] == pytest.approx(result["velocity_error"]["mean"], rel=1e-5)
+    # The likelihood is of the Gaussian posterior in trajectory.steps, not in the ODE's steps.
+    assert len(result["trajectory_nll"]["by_level"]) == 2
+    logged = metrics(workdir)[-1]["evaluate/velocity_error"]
+    assert logged == pytest.approx(result["velocity_error"]["mean"], rel=1e-5)
     assert {"samples.png", "trajectories.png", "loss.png"} <= {path.name for path in workdir.iterdir()}
 
 
 def test_the_held_out_velocity_error_is_a_mean_over_levels_spread_evenly(flow):
     run = ntm_jax.load(str(flow[0]))
-    source, _, mesh = setup(FLOW)
-    found = evaluate.velocity_errors(FLOW, run.model, run.params, source, mesh, 400)
+    source = FLOW.data.open(FLOW.evaluate.split)
+    found = measures.velocity_error(run, source, 400)
     batch = batch_of(source, FLOW, 6)
     rng, errors = np.random.default_rng(0), []
+    params = flow_matching.backbone_params(run.params)
     error = jax.jit(lambda noise, t: flow_matching.velocity_errors(
-        run.model.backbone, flow_matching.backbone_params(run.params), batch["x"], noise, t, batch["label"]))
-    shift = np.exp(FLOW.shift(16))
+        run.model.backbone, params, batch["x"], noise, t, batch["label"]))
+    shift = np.exp(run.schedule.shift)
     for u in (np.arange(400) + 0.5) / 400:  # u -> t of the shifted schedule
-        errors.append(error(rng.normal(size=batch["x"].shape).astype(np.float32), np.full(6, shift * u / (shift * u + 1 - u), np.float32)))
-    # 2,400 draws of a mean of 64 squares; each relative to its level's mean deviates by about sqrt(2/64)
+        t = np.full(6, shift * u / (shift * u + 1 - u), np.float32)
+        errors.append(error(rng.normal(size=batch["x"].shape).astype(np.float32), t))
+    # 2,400 draws of a mean of 64 squares, each of which deviates from its level's mean by about
+    # sqrt(2/64) of it
     np.testing.assert_allclose(found["mean"], np.mean(errors), rtol=0.02)
 
 
@@ -93,75 +112,90 @@ def test_samples_solve_the_ode(flow):
 
 
 def test_a_new_run_is_the_flow_matching_model(flow):
-    """Parameters and average are the average of the flow-matching run; before a step its own means are those of the frozen copy."""
-    settings = tuned(flow[0])
-    source, model, mesh = setup(settings)
-    current = finetune.start_from(settings, pipeline.spec(source, 2), model, mesh, state.initialize(as_run(settings, model, mesh)))
+    """Parameters and EMA are the EMA of the flow-matching run, and the means are the reference's."""
+    run = tuned_run(flow[0])
+    current = finetune.start_from(run, state.initialize(run))
     expected = ntm_jax.load(str(flow[0])).params["params"]["backbone"]
     for tree in (current.params, current.ema):
         assert bits(tree["params"]["backbone"]) == bits(expected)
-    frozen = {"params": current.params["params"]["backbone"]}
-    batch = batch_of(source, settings, 4)
-    terms = objectives.end_to_end(settings, model, current.params, jax.random.key(0), batch, 2, frozen)
+    reference = {"params": current.params["params"]["backbone"]}
+    batch = batch_of(run.config.data.open(run.config.evaluate.split), run.config, 4)
+    terms = objectives.trajectory_terms(
+        objectives.setup(run), current.params, Draws(jax.random.key(0), batch, 2, 0), reference)
     np.testing.assert_allclose(terms.misalignment, 0, atol=1e-10)
     np.testing.assert_array_equal(terms.log_det, 0)
 
 
-def test_the_frozen_copy_is_kept_once_and_not_trained(run, flow):
-    settings = tuned(flow[0])
-    _, model, mesh = setup(settings)
-    kept = finetune.reference_params(settings, model, mesh, str(run), state.initialize(as_run(settings, model, mesh)).replace(step=np.int32(4)))
-    assert bits(kept["params"]) == bits(ntm_jax.load(str(flow[0])).params["params"]["backbone"])
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["misalignment/level_0"] < 1e-10 < lines[-1]["misalignment/level_0"]
+def test_the_reference_is_kept_once_and_not_trained(run, flow):
+    own = tuned_run(flow[0], run)
+    current = state.initialize(own).replace(step=np.int32(4))
+    kept = finetune.reference_params(own, current)
+    expected = ntm_jax.load(str(flow[0])).params["params"]["backbone"]
+    assert bits(kept["params"]) == bits(expected)
+    first, *_, last = metrics(run)
+    assert first["misalignment/level_0"] < 1e-10 < last["misalignment/level_0"]
     with checkpoint.Checkpoints(run) as checkpoints:
-        checkpoints.restore(state.abstract(as_run(settings, model, mesh)))  # holds the state and nothing else, or it would refuse
+        checkpoints.restore(state.abstract(own))  # holds the state alone, or it would refuse
 
 
-@rehearsal
 def test_a_resumed_run_is_the_uninterrupted_one(run, flow, tmp_path):
     loop.train(tuned(flow[0]), str(tmp_path / "whole"), progress=False)
     for raw in (True, False):
-        one, other = (ntm_jax.load(str(folder), raw=raw).params for folder in (run, tmp_path / "whole"))
+        folders = run, tmp_path / "whole"
+        one, other = (ntm_jax.load(str(folder), raw=raw).params for folder in folders)
         assert bits(one) == bits(other)
 
 
-@rehearsal
-@pytest.mark.parametrize("name", ["end_to_end", "pairwise"])
-def test_the_alignments_weight_falls_by_a_cosine(flow, name):
-    """The step's gradient is that of the NLL and of weight x misalignment, lambda (1 + cos(pi step / steps)) / 2; here both count."""
-    settings = tuned(flow[0], **{"train.objective": name, "optimizer.clip": 1e9, "train.align_weight": 1e4, "train.level_power": 0.0})
-    source, model, mesh = setup(settings)
-    current = state.initialize(as_run(settings, model, mesh)).replace(step=np.int32(1))
-    frozen = {"params": jax.tree.map(lambda a: jax.device_put(np.asarray(a) + 0.1, a.sharding), current.params["params"]["backbone"])}
-    batch = batch_of(source, settings, 4)
-    root, size = jax.random.fold_in(jax.random.key(settings.seed), 1), model.config.tokens * model.config.dim
+@pytest.mark.parametrize(("name", "terms_of"), [
+    ("end_to_end", objectives.trajectory_terms), ("pairwise", objectives.pair_terms)])
+def test_the_alignments_weight_falls_by_a_cosine(name, terms_of):
+    """The step's gradient is that of NLL + weight x misalignment; in this test both count.
+
+    The weight is lambda (1 + cos(pi step / steps)) / 2.
+    """
+    run = tuned_run("x", **{"train.objective": name, "optimizer.clip": 1e9,
+                            "train.align_weight": 1e4, "train.level_power": 0.0})
+    current = state.initialize(run).replace(step=np.int32(1))
+    reference = {"params": jax.tree.map(
+        lambda a: jax.device_put(np.asarray(a) + 0.1, a.sharding),
+        current.params["params"]["backbone"])}
+    batch = batch_of(run.config.data.open(run.config.evaluate.split), run.config, 4)
+    draws = Draws(jax.random.fold_in(jax.random.key(run.config.seed), 1), batch, 2, 1)
+    size = run.model.config.tokens * run.model.config.dim
 
     def loss(params, part):
-        terms = objectives.OBJECTIVES[name](settings, model, params, root, batch, 2, frozen)
-        return ((terms.nll - terms.constant) / size).mean() if part == "nll" else terms.misalignment.mean()
+        terms = terms_of(objectives.setup(run), params, draws, reference)
+        nll = (terms.nll - terms.constant) / size
+        return (nll if part == "nll" else terms.misalignment).mean()
 
-    nll, apart = (jax.jit(jax.grad(loss), static_argnums=1)(current.params, part) for part in ("nll", "misalignment"))
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    nll, apart = (gradient(current.params, part) for part in ("nll", "misalignment"))
     weight = 1e4 * (1 + np.cos(np.pi / 4)) / 2
     expected = optax.tree.norm(jax.tree.map(lambda a, b: a + weight * b, nll, apart))
     assert weight * optax.tree.norm(apart) > 0.1 * optax.tree.norm(nll)
-    step = make_step(as_run(settings, model, mesh))
-    with sharding.use(mesh):
-        _, metrics = step(current, batch, 2, frozen)
-    np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-4)
+    step = make_step(run)
+    with sharding.use(run.mesh):
+        _, found = step(current, batch, 2, reference)
+    np.testing.assert_allclose(found["grad_norm"], expected, rtol=1e-4)
 
 
-def test_the_frozen_copys_memory_is_counted():
-    free, aligned = (compile.compile_for(tuned("x", **{"train.align_weight": weight}), "cpu:1") for weight in (0.0, 2.5))
-    _, model, mesh = setup(tuned("x"))
-    size = sum(4 * a.size for a in jax.tree.leaves(finetune.abstract_reference(tuned("x"), model, mesh)))
-    assert aligned["bytes_per_chip"]["arguments"] - free["bytes_per_chip"]["arguments"] == size
+def test_the_references_memory_is_counted():
+    weights = {name: {"train.align_weight": weight} for name, weight in
+               (("free", 0.0), ("aligned", 2.5))}
+    arguments = {name: compile.compile_for(tuned("x", **weight), "cpu:1")["bytes_per_chip"]["arguments"]
+                 for name, weight in weights.items()}
+    reference = finetune.abstract_reference(tuned_run("x"))
+    size = sum(4 * a.size for a in jax.tree.leaves(reference))
+    assert arguments["aligned"] - arguments["free"] == size
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"model.width": 32}, "the flow-matching model there is another network: array condition/class/embedding is float32"),
-    ({"model.data_std": 0.5}, r"learned data of another kind: config\.model\.data_std is 0\.75 there and 0\.5 here"),
-    ({"data.patch_size": 4}, r"learned data of another kind: config\.data\.patch_size is 2 there and 4 here"),
+    ({"model.width": 32}, "the flow-matching model there is another network: array "
+                          "condition/class/embedding is float32"),
+    ({"model.data_std": 0.5}, "learned data of another kind: "
+                              r"config\.model\.data_std is 0\.75 there and 0\.5 here"),
+    ({"data.patch_size": 4}, "learned data of another kind: "
+                             r"config\.data\.patch_size is 2 there and 4 here"),
 ])
 def test_another_flow_matching_model_is_refused(flow, tmp_path, changes, message):
     with pytest.raises(UserError, match=f"config.init_from is .*{message}"):
@@ -169,37 +203,36 @@ def test_another_flow_matching_model_is_refused(flow, tmp_path, changes, message
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
-def test_what_does_not_go_together_is_refused(flow, run, tmp_path):
-    with pytest.raises(UserError, match=r"decoder=euler solves the ODE of a flow-matching model, and this run is none"):
+def test_an_ntms_samples_do_not_solve_the_ode(run):
+    message = r"decoder=euler solves the ODE of a flow-matching model: expected a decoder of inverse"
+    with pytest.raises(UserError, match=message):
         ntm_jax.load(str(run)).sample(1, label=0, decoder="euler")
-    with pytest.raises(UserError, match=r"config\.train\.align_weight is 2\.5: .* config\.init_from names; give both"):
-        tuned("")
-    with pytest.raises(UserError, match=r"config\.sample\.decoder=heun solves the ODE of a flow-matching model"):
-        tuned("x", **{"sample.decoder": "heun"})
-    with pytest.raises(UserError, match=r"trains the backbone of config\.model\.head=posterior, found direct"):
-        shrunk("digits_fm", **{"model.head": "direct"})
-    with pytest.raises(UserError, match=r"config\.train\.level_power is 1\.0: .*=flow_matching has none; set it to 0"):
-        tuned("x", **{"train.objective": "flow_matching", "train.level_power": 1.0})
-    with pytest.raises(UserError, match=r"t_min_range starts at 0\.0: the posterior head's scale vanishes with t_min"):
+
+
+def test_a_t_min_at_which_the_posteriors_scale_vanishes_is_refused():
+    message = r"t_min_range starts at 0\.0: the posterior head's scale vanishes with t_min"
+    with pytest.raises(UserError, match=message):
         tuned("x", **{"trajectory.t_min_range": (0.0, 0.04)})
+
+
+def test_a_run_without_its_reference_is_refused(flow, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "frozen")
     with pytest.raises(UserError, match=r"there is no checkpoint in .*frozen"):
         loop.train(tuned(flow[0], **{"train.steps": 5}), str(tmp_path / "run"), progress=False)
 
 
-@rehearsal
 def test_the_benchmarks_rows_of_both(flow):
-    run = ntm_jax.load(str(flow[0]))
-    made = {name: make(benchmark.Setting(run.config, run.mesh, run=run, batch=3)) for name, make in benchmark.SAMPLING.items()}
-    euler, heun = (made.pop(f"images, decoder {solver}") for solver in ("euler", "heun"))
-    assert not any(made.values())
+    setting = rows.Setting(ntm_jax.load(str(flow[0])), batch=3)
+    cases = {name: make(setting) for name, make in rows.SAMPLING.items()}
+    euler, heun = (cases.pop(f"images, decoder {solver}") for solver in ("euler", "heun"))
+    assert not any(cases.values())
     assert heun.flops == 2 * euler.flops > 0  # two passes a step
-    made, _ = euler.once()
-    assert made.shape == (3, 16, 4)
-    settings = tuned("x")
-    source, _, mesh = setup(settings)
-    aligned, free = (benchmark._train_step(benchmark.Setting(config, mesh, source, source)) for config in (
-        settings, tuned("x", **{"train.align_weight": 0.0})))
-    assert aligned.flops > free.flops  # by the frozen copy's pass
-    assert all(np.isfinite(aligned.once()["loss"]) for _ in range(2))  # the copy is not given away with the state
+    tokens, _ = euler.once()
+    assert tokens.shape == (3, 16, 4)
+    source = FLOW.data.open(FLOW.evaluate.split)
+    runs = tuned_run("x"), tuned_run("x", **{"train.align_weight": 0.0})
+    aligned, free = (rows._train_step(rows.Setting(run, 16, source, source)) for run in runs)
+    assert aligned.flops > free.flops  # by the reference's pass
+    # The reference is not donated with the state.
+    assert all(np.isfinite(aligned.once()["loss"]) for _ in range(2))
