@@ -17,10 +17,10 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime import config_file, flops, sharding, workdir
+from ntm_jax.runtime import config_file, flops, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
-from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
 from ntm_jax.training import finetune, objectives, optimizer, pictures, state
 from ntm_jax.training.metrics import Writer

@@ -10,13 +10,12 @@ import time
 import pytest
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import workdir
-from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.processes import job, workdir
 from tests.common import ROOT, environment
 
 HOLD = """
 import sys, time
-from ntm_jax.runtime import workdir
+from ntm_jax.runtime.processes import workdir
 with workdir.owned(sys.argv[1]):
     print("owned", flush=True)
     time.sleep(60)
@@ -40,7 +39,7 @@ def test_a_second_owner_is_refused_until_the_first_is_killed(tmp_path, owner):
     assert str(error.value) == (f"another run trains in {folder} (process {owner.pid}): wait for it or stop it, or give another --workdir")
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    with workdir.owned(folder), pytest.raises(UserError, match="of this process"), workdir.owned(f"{folder}/."):
+    with workdir.owned(folder), pytest.raises(UserError, match="in this process"), workdir.owned(f"{folder}/."):
         pass
     with workdir.owned(folder):
         pass
