@@ -26,6 +26,7 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.evaluation import evaluate, scoring
 from ntm_jax.export.write import programs
 from ntm_jax.runtime import attention, build, config, sharding
+from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.sampling import generate
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step, steps_of
@@ -200,12 +201,14 @@ def results(dtype: str, exact: bool) -> dict:
 
     @jax.jit
     def compute(params, root):
-        static = {"config": settings, "model": model}
+        schedule = settings.schedule(model.config.tokens)
         scored = scoring.weigh_batch(
-            params, root, batch, levels=source.levels, trajectories=1, steps=count, **static)
+            params, root, batch, schedule=schedule, model=model, pixel_levels=source.levels,
+            trajectories=1, steps=count)
+        options = SampleOptions(count, 0.0, "score", "parallel", 100.0)
         denoised, sampled = generate.generate_tokens(
-            params, root, batch["index"], batch["label"], steps=count, guidance=0.0,
-            decoder="score", inverse="parallel", with_levels=True, **static)
+            params, root, batch["index"], batch["label"],
+            sampler=generate.Sampler(model, schedule, options), with_levels=True)
         given = jnp.full(8, 0.5), jnp.full(8, count), batch["label"]
         parallel, sequential = (
             model.apply(params, batch["x"], *given, how=how, method=NTM.invert)

@@ -211,10 +211,9 @@ def _sampler(decoder: str, setting: Setting) -> Case | None:
     own = dataclasses.replace(setting.run.config.sample.options, decoder=decoder)
 
     def images(model, inverse, params, root, index, y, denoiser_params):
-        return generate.generate_tokens(
-            params, root, index, y, denoiser_params, schedule=setting.run.schedule, model=model,
-            options=dataclasses.replace(own, inverse=inverse), with_levels=False,
-            denoiser=denoiser and denoiser.module)
+        options = dataclasses.replace(own, inverse=inverse)
+        sampler = generate.Sampler(model, setting.run.schedule, options, denoiser and denoiser.module)
+        return generate.generate_tokens(params, root, index, y, denoiser_params, sampler=sampler)
 
     return _sampling(setting, images, jax.random.key(0), index, y, denoiser and denoiser.params)
 

@@ -76,6 +76,7 @@ def _one(run: Run, condition: tuple):
 def _sampler(run: Run):
     spec, options, model = run.spec, run.config.sample.options, exact(build.plain(run.model))
     denoiser = build.plain(run.denoiser.module) if options.decoder == "denoiser" else None
+    static = generate.Sampler(model, run.schedule, options, denoiser)
 
     def images(tokens):
         values = transforms.unpatchify(tokens, spec.image_shape, spec.patch_size)
@@ -90,8 +91,7 @@ def _sampler(run: Run):
         def example(index, *condition):
             return generate.generate_tokens(
                 params, root, index[None], _one(run, condition), denoiser_params,
-                schedule=run.schedule, model=model, options=options, with_levels=False,
-                denoiser=denoiser)[0][0]
+                sampler=static)[0][0]
 
         return images(jax.vmap(example)(index, *condition))
 

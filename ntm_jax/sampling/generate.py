@@ -15,7 +15,8 @@ import numpy as np
 
 from ntm_jax.core import denoising, flow_matching, layers, sampling
 from ntm_jax.core.layers import Text, null
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, per_example
 from ntm_jax.data import transforms
 from ntm_jax.errors import UserError
@@ -24,13 +25,24 @@ from ntm_jax.runtime.config import SOLVERS, Config, SampleOptions, check_guidanc
 from ntm_jax.runtime.run import Run
 
 
-@functools.partial(jax.jit, static_argnames=("schedule", "model", "options", "with_levels", "denoiser"))
-def generate_tokens(params, root, index, y, denoiser_params=None, *, schedule: Schedule, model,
-                    options: SampleOptions, with_levels: bool, denoiser=None):
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The static part of sampling: what the jitted function is compiled for."""
+
+    model: NTM  # exact; see core.model.exact
+    schedule: Schedule
+    options: SampleOptions
+    denoiser: Predictor | None = None  # of the decoder `denoiser`
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "with_levels"))
+def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sampler,
+                    with_levels: bool = False):
     """Clean tokens [B, N, D] of the image indices [B] on condition y.
 
     with_levels: also returns x_0..x_T [B, K, N, D]; None otherwise.
     """
+    model, schedule, options = sampler.model, sampler.schedule, sampler.options
     keys = example_keys(root, "sample", index)
     if options.decoder in SOLVERS:
         noise = example_noise(keys, (model.config.tokens, model.config.dim))
@@ -47,7 +59,8 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, schedule: S
     if with_levels or options.decoder == "score":
         xs = sampling.invert_trajectory(model, params, us, t, y, options.inverse)
     if options.decoder == "denoiser":
-        x = denoising.denoise(exact(denoiser), denoiser_params, us[:, 0], t[:, 0], options.steps, y)
+        x = denoising.denoise(exact(sampler.denoiser), denoiser_params, us[:, 0], t[:, 0],
+                              options.steps, y)
     elif options.decoder == "score":
         x = denoising.score_denoise(model, params, xs, t, y, options.percentile)
     else:
@@ -112,6 +125,7 @@ def sample_at(run: Run, index, condition=None, options: SampleOptions | None = N
     options, spec = options or run.config.sample.options, run.spec
     check_decoder(run, options.decoder)
     denoiser = run.denoiser if options.decoder == "denoiser" else None
+    sampler = Sampler(exact(run.model), run.schedule, options, denoiser and denoiser.module)
     index = np.asarray(index, np.int32)
     y = conditions(run, index) if condition is None else condition
     y = y if isinstance(y, Text) else np.asarray(y, np.int32)
@@ -119,8 +133,7 @@ def sample_at(run: Run, index, condition=None, options: SampleOptions | None = N
     with sharding.use(run.mesh):
         x, xs = generate_tokens(
             run.params, jax.random.key(run.config.seed if seed is None else seed), placed, y,
-            denoiser and denoiser.params, schedule=run.schedule, model=exact(run.model),
-            options=options, with_levels=with_levels, denoiser=denoiser and denoiser.module)
+            denoiser and denoiser.params, sampler=sampler, with_levels=with_levels)
 
     def images(tokens):
         values = sharding.to_host(tokens)[: len(index)]
