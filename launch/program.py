@@ -15,11 +15,13 @@ from ntm_jax.errors import UserError
 FLAGS = flags.FLAGS
 
 
-def define_config(required: bool = True):
-    """--config, an experiment file with --config.key=value overrides."""
-    config_flags.DEFINE_config_file("config", None, "An experiment file, such as experiments/digits.py.", lock_config=True)
+def define_config(required: bool = True, flag_values: flags.FlagValues = FLAGS):
+    """Defines --config, an experiment with --config.section.key=value overrides."""
+    config_flags.DEFINE_config_file(
+        "config", None, "An experiment: digits, or a file such as experiments/digits.py.",
+        flag_values=flag_values, lock_config=True)
     if required:
-        flags.mark_flag_as_required("config")
+        flags.mark_flag_as_required("config", flag_values)
 
 
 def define_workdir(help_text: str):
