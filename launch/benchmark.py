@@ -9,7 +9,7 @@ OMP_NUM_THREADS=1 taskset -c 0-3 python -m launch.benchmark --config=experiments
 
 from absl import flags
 
-from launch import program
+from . import program
 from ntm_jax.errors import UserError
 
 flags.DEFINE_integer("runs", 5, "Timed runs of each row, of which the median counts.", lower_bound=1)

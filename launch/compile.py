@@ -9,7 +9,7 @@ import re
 
 from absl import flags
 
-from launch import program
+from . import program
 
 flags.DEFINE_string("topology", None, "Such as v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4; cpu:8 and local are this machine.")
 flags.DEFINE_enum("program", "train", ["train", "sample"], "What to compile: the training step or the sampler.")

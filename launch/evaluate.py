@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from launch import program
+from . import program
 
 flags.DEFINE_integer("step", None, "The checkpoint's step; the latest if not given. Writes evaluation-STEP.json.")
 flags.DEFINE_string("split", None, "The split, such as test or train[1350:]; the configuration's if not given.")

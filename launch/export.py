@@ -6,7 +6,7 @@ samples. ntm_jax.load and the programs' --workdir take the folder like a run's.
 
 from absl import flags
 
-from launch import program
+from . import program
 
 flags.DEFINE_string("out", None, "A new folder.")
 flags.DEFINE_integer("step", None, "The checkpoint's step; the latest if not given.")

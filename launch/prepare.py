@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from launch import program
+from . import program
 
 flags.DEFINE_string("input", None, "folder:PATH (with metadata.jsonl or .csv), tfds:NAME_OR_BUILDER_DIR or tars:GLOB (webdataset).")
 flags.DEFINE_string("out", None, "The folder of the records: a new one, or that of the same call, stopped.")

@@ -5,7 +5,7 @@ Of a model of texts: --prompts='a red fox' --prompts=captions.txt --per_prompt=4
 
 from absl import flags
 
-from launch import program
+from . import program
 
 flags.DEFINE_integer("num", None, "How many images; the configuration's if not given.", lower_bound=1)
 flags.DEFINE_integer("batch", 500, "Images at a time.", lower_bound=1)

@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from launch import program
+from . import program
 
 flags.DEFINE_string("profile", None, "START:STOP, steps of which a trace, and where their time goes, are written in WORKDIR/profile.")
 flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM stopped early, for schedulers that restart a failed job.")

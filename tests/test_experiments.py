@@ -12,7 +12,7 @@ from launch import program
 from ntm_jax import typed
 from ntm_jax.experiments import default
 from ntm_jax.runtime import config
-from tests.common import ROOT, experiment
+from tests.common import ROOT, experiment, python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*load_module")  # ml_collections loads files by it
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
@@ -136,3 +136,71 @@ def test_a_mistyped_key_of_an_experiment_is_refused():
         c.model.update(widht=3)
     with pytest.raises(TypeError):
         c.model.width = 3.5
+
+
+@pytest.mark.parametrize("name", ["digits", "digits:gaussian"])
+def test_a_shipped_experiment_is_found_by_its_name(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = parse(monkeypatch, f"--config={name}").to_dict()
+    assert found == experiment(*name.split(":")).to_dict()
+
+
+def test_an_experiment_of_another_folder_starts_from_the_defaults(monkeypatch, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from ntm_jax.experiments import digits\n"
+        "def get_config(variant):\n"
+        "    c = digits.get_config()\n"
+        "    c.data.source = variant\n"
+        "    return c\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse(monkeypatch, "--config=own.py:emoji").data.source == "emoji"
+
+
+def refusal(*arguments: str, cwd=ROOT) -> str:
+    done = python("-m", "launch.train", "--workdir=x", *arguments, cwd=cwd, check=False)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, ""), done.stderr
+    return done.stderr
+
+
+def test_an_unknown_name_lists_the_experiments():
+    message = refusal("--config=digis")
+    assert message.startswith("error: --config=digis: expected one of default, digits, digits_den")
+    assert all(f" {name}," in message for name in NAMES)
+
+
+def test_an_experiment_that_sets_an_unknown_key_is_refused(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from ntm_jax.experiments import default\n"
+        "def get_config():\n"
+        "    c = default.get_config()\n"
+        "    c.model.update(widht=3)\n")
+    message = refusal("--config=own.py", cwd=tmp_path)
+    assert "own.py sets widht, which is not a setting. Did you mean \"width\"" in message
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "No module named 'module_of_a_test'"), ("x = (", "(SyntaxError: '(' was never closed"),
+    ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
+    ("f = lambda: 1 / 0\nf()", "(ZeroDivisionError: division by zero, at "),
+])
+def test_a_module_that_cannot_be_imported_is_one_line(content, message, tmp_path):
+    if content:
+        (tmp_path / "module_of_a_test.py").write_text(content)
+    found = refusal("--config=digits", "--import=module_of_a_test", cwd=tmp_path)
+    assert found.startswith("error: --import=module_of_a_test cannot be imported (")
+    assert message in found
+    assert f"expected a module in {tmp_path} or of an installed package" in found
+
+
+def test_modules_are_imported_in_turn_before_the_experiment(tmp_path):
+    folder = tmp_path / "package_of_a_test"
+    folder.mkdir()
+    (folder / "one.py").write_text("seen = ['one']")
+    (tmp_path / "two.py").write_text(
+        "from package_of_a_test import one\none.seen.append('two')")
+    (tmp_path / "own.py").write_text(
+        "import sys\n"
+        "def get_config():\n"
+        "    raise ValueError(str(sys.modules['package_of_a_test.one'].seen))\n")
+    arguments = ["--config=own.py", "--import=package_of_a_test.one", "--import=two"]
+    assert "own.py: ['one', 'two']" in refusal(*arguments, cwd=tmp_path)
