@@ -116,10 +116,12 @@ def check_variant(file: str, variant: str, *variants: str):
 
 def shrink(c: ml_collections.ConfigDict):
     """Shrinks the run, not the model, to four steps of few examples: seconds on a CPU."""
-    c.data.update(batch_size=8, workers=0, mock="")
-    c.model.update(dtype="float32", remat="none", scan=False)
-    c.train.update(steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0)
-    c.optimizer.warmup_steps = 1
-    c.mesh.fsdp = 1
-    c.evaluate.update(split="test[:16]", trajectories=2, batch_size=16)
-    c.sample.num = 4
+    c.update(
+        data=dict(batch_size=8, workers=0, mock=""),
+        model=dict(dtype="float32", remat="none", scan=False),
+        train=dict(steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0),
+        optimizer=dict(warmup_steps=1),
+        mesh=dict(fsdp=1),
+        evaluate=dict(split="test[:16]", trajectories=2, batch_size=16),
+        sample=dict(num=4),
+    )

@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 import traceback
+import typing
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -81,7 +82,7 @@ def span(name: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _fail(message: str):
+def _fail(message: str) -> typing.NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -128,9 +129,10 @@ def _import_modules(argv):
     early = flags.FlagValues()
     flags.DEFINE_multi_string("import", [], "", flag_values=early)
     early(argv, known_only=True)
-    if early["import"].value and os.getcwd() not in sys.path:
+    names = early["import"].value or []
+    if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    for name in early["import"].value:
+    for name in names:
         try:
             importlib.import_module(name)
         except Exception as error:

@@ -157,7 +157,7 @@ def test_an_experiment_of_another_folder_starts_from_the_defaults(monkeypatch, t
 
 
 def refusal(*arguments: str, cwd=ROOT) -> str:
-    done = python("-m", "launch.train", "--workdir=x", *arguments, cwd=cwd, check=False)
+    done = python("-m", "ntm_jax.launch.train", "--workdir=x", *arguments, cwd=cwd, check=False)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, ""), done.stderr
     return done.stderr
 
