@@ -5,18 +5,16 @@ programs, written --config.section.key=value. By itself this file is a small cla
 of made-up data.
 """
 
+import copy
 import pathlib
 
 import ml_collections
 
-
-def get_config() -> ml_collections.ConfigDict:
-    """Returns all settings at their defaults, locked: unknown keys and other types are refused."""
-    c = ml_collections.ConfigDict()
-    c.seed = 0  # of parameters, data order, noise and samples; from 0 to 2^32 - 1
-    c.init_from = ""  # initial parameters: run folder, WORKDIR/checkpoints/STEP, export, weights
-    c.teacher = ""  # run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP
-    c.data = dict(
+SETTINGS = dict(
+    seed=0,  # of parameters, data order, noise and samples; from 0 to 2^32 - 1
+    init_from="",  # initial parameters: run folder, WORKDIR/checkpoints/STEP, export, weights
+    teacher="",  # run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP
+    data=dict(
         source="mock:8x8x1,levels=17,classes=10",  # digits, folder:PATH, ...: see the README's list
         split="train",  # training split, with an optional slice such as train[:1350]
         batch_size=32,  # examples per step, over all devices and processes
@@ -25,15 +23,15 @@ def get_config() -> ml_collections.ConfigDict:
         workers=0,  # processes that read data; 0 reads in the training process
         mock="",  # made-up data of the same shape, for compiling where the source is absent
         text="",  # text encoder: words:M:VOCABULARY, minilm[:M], transformers:FOLDER, flux2:FOLDER
-    )
-    c.trajectory = dict(
+    ),
+    trajectory=dict(
         schedule="shifted",  # spacing of noise levels: linear, shifted
-        shift=_any_type(None),  # of schedule=shifted, a number; None derives it from the tokens
+        shift=None,  # of schedule=shifted, a number; None derives it from the tokens
         steps=(4,),  # tuple of step counts T, trained together
         t_min=0.04,  # noise level of x_0 in evaluation and sampling, in (0, 1)
         t_min_range=(0.03, 0.05),  # range of the noise level of x_0 in training, uniform
-    )
-    c.model = dict(
+    ),
+    model=dict(
         width=128,  # of the predictor, a multiple of head_size
         head_size=32,  # width of one attention head
         kv_heads=4,  # key and value heads; divides the number of heads, width / head_size
@@ -54,8 +52,8 @@ def get_config() -> ml_collections.ConfigDict:
         dtype="float32",  # of activations in training: float32, bfloat16
         remat="none",  # what the backward pass recomputes: none, full, narrow, dots
         scan=False,  # scans stacked layers: compiles faster; small models on CPUs run slower
-    )
-    c.train = dict(
+    ),
+    train=dict(
         objective="end_to_end",  # end_to_end, pairwise, flow_matching, denoiser
         steps=2000,  # optimizer steps
         save_every=500,  # steps between checkpoints
@@ -66,43 +64,48 @@ def get_config() -> ml_collections.ConfigDict:
         condition_dropout=0.1,  # probability of the null condition, needed for guidance; [0, 1)
         align_weight=0.0,  # lambda, annealed to 0: keeps means near those of the init_from model
         level_power=0.0,  # p: weights each level's loss by t_k^p; 0 weights all levels equally
-    )
-    c.optimizer = dict(
+    ),
+    optimizer=dict(
         learning_rate=2e-3,  # peak, after the warmup
         floor=1e-6,  # learning rate at the end, at most the peak
         warmup_steps=100,  # steps from 0 to the peak
         weight_decay=0.1,  # AdamW's, decoupled
         clip=1.0,  # largest global norm of the gradient
         ema_decay=0.999,  # of the parameters' moving average, in [0, 1)
-    )
-    c.mesh = dict(
+    ),
+    mesh=dict(
         slices=1,  # TPU slices; each holds 1/slices of the data axis
         data=-1,  # devices that split the batch; -1 infers one axis from the device count
         fsdp=1,  # devices that split the batch, parameters and optimizer state
         tensor=1,  # devices that split heads and MLPs
         sequence=1,  # devices that split tokens
-    )
-    c.evaluate = dict(
+    ),
+    evaluate=dict(
         split="test",  # held-out split, with an optional slice
         trajectories=8,  # per example, for the importance-weighted bound
         batch_size=100,  # examples per evaluation step, over all devices and processes
         images=0,  # samples to score against the training images; 0 scores none
         features="none",  # what scores compare: none, pixels, cnn, inception
-    )
-    c.sample = dict(
+    ),
+    sample=dict(
         num=100,  # images of a grid or a call of launch.sample
         steps=4,  # step count T, or steps of a flow-matching model's ODE solver
-        guidance=_any_type(0.0),  # scale w, or one per step from noise down: (1.0, 0.5, 0.0, 0.0)
+        guidance=0.0,  # scale w, or one per step from noise down: (1.0, 0.5, 0.0, 0.0)
         decoder="score",  # last step: inverse, score, denoiser; ODE of flow matching: euler, heun
         inverse="auto",  # inverts the transporter: auto, parallel, sequential
         percentile=100.0,  # of decoder=score, in [0, 100]: clips its gradient there; 100 does not
-    )
-    return c.lock()
+    ),
+)
+ANY_TYPE = (("trajectory", "shift"), ("sample", "guidance"))  # several types: see config.read
 
 
-def _any_type(value) -> ml_collections.FieldReference:
-    """Returns a setting that takes values of several types; config.read checks them."""
-    return ml_collections.FieldReference(value, object)
+def get_config() -> ml_collections.ConfigDict:
+    """Returns all settings at their defaults, locked: unknown keys and other types are refused."""
+    settings: dict = copy.deepcopy(SETTINGS)
+    for section, key in ANY_TYPE:
+        value = settings[section][key]
+        settings[section][key] = ml_collections.FieldReference(value, object)
+    return ml_collections.ConfigDict(settings).lock()
 
 
 def check_variant(file: str, variant: str, *variants: str):

@@ -95,9 +95,9 @@ def test_every_setting_has_a_comment_on_its_line():
     lines = (ROOT / "experiments" / "default.py").read_text().splitlines()
     for key in DEFAULTS:
         section, _, name = key.rpartition(".")
-        start = 0 if not section else lines.index(f"    c.{section} = dict(")
-        pattern = rf" {{8}}{name}=" if section else rf" {{4}}c\.{name} = "
-        line = next(line for line in lines[start:] if re.match(pattern, line))
+        start = lines.index(f"    {section}=dict(" if section else "SETTINGS = dict(")
+        indent = " " * (8 if section else 4)
+        line = next(line for line in lines[start:] if line.startswith(f"{indent}{name}="))
         assert re.search(r"  # \w.{5}", line), line
 
 
