@@ -1,30 +1,21 @@
-"""Class-conditional flow matching of scikit-learn's digits: the baseline of experiments/digits.py, and what digits_finetune.py starts from.
+"""Class-conditional flow matching of digits: baseline of digits.py, start of digits_finetune.py.
 
-The same transformer as there, with a velocity head. Samples solve its ODE in 50 Euler steps. Its likelihood is that of the exact Gaussian
-posterior at the velocity's clean image, in the 4 steps of digits.py: a step-0 figure for digits_finetune.py, and no good one.
+The transformer of digits.py with a velocity head. Samples solve its ODE in 50 Euler steps. Its
+likelihood is that of the exact Gaussian posterior at the velocity's clean image, in the 4 steps of
+digits.py: the figure of digits_finetune.py at step 0, and not a good one.
 """
 
-import ml_collections
+from ntm_jax.experiments import default
 
 
 def get_config():
-    c = ml_collections.ConfigDict()
-    c.seed = 0
-    c.init_from = ""
-    c.data = dict(source="digits", split="train", batch_size=128, patch_size=2, image_size=0, workers=0, mock="")
-    c.trajectory = dict(
-        schedule="shifted", shift=ml_collections.config_dict.placeholder(float), steps=(4,), t_min=0.04, t_min_range=(0.03, 0.05))
-    c.model = dict(
-        width=64, head_size=16, kv_heads=4, mlp_ratio=4, positions="learned", transporter_width=64, transporter_blocks=0,
-        transporter_layers=1, predictor_layers=3, head="posterior", log_scale_bound=3.0, data_std=0.75, condition="class",
-        dtype="float32", remat="none", scan=False)
-    c.train = dict(
-        objective="flow_matching", steps=2000, save_every=500, evaluate_every=500, log_every=50, keep=0, accumulate=1,
-        condition_dropout=0.1)
-    c.optimizer = dict(learning_rate=3e-3, floor=1e-6, warmup_steps=100, weight_decay=0.3, clip=1.0, ema_decay=0.999)
-    c.mesh = dict(slices=1, data=-1, fsdp=1, tensor=1, sequence=1)
-    c.evaluate = dict(split="test", trajectories=32, batch_size=297, images=4500, features="cnn")
-    c.sample = dict(
-        num=100, steps=50, guidance=ml_collections.FieldReference(0.0, object),  # or one for each step
-        decoder="euler", inverse="auto")
+    c = default.get_config()
+    c.data.update(source="digits", batch_size=128, patch_size=2)
+    c.model.update(
+        width=64, head_size=16, transporter_width=64, transporter_blocks=0, transporter_layers=1,
+        predictor_layers=3, head="posterior", data_std=0.75)
+    c.train.objective = "flow_matching"
+    c.optimizer.update(learning_rate=3e-3, weight_decay=0.3)
+    c.evaluate.update(trajectories=32, batch_size=297, images=4500, features="cnn")
+    c.sample.update(steps=50, decoder="euler")
     return c

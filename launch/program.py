@@ -1,9 +1,13 @@
-"""What every program starts with: flags parsed by absl, and a user's mistake ended in one line with status 2."""
+"""What every program starts with: flags, and mistakes that end in one line with status 2."""
 
 import errno
+import importlib
 import os
+import pathlib
 import re
 import sys
+import traceback
+import typing
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -13,35 +17,62 @@ from ml_collections import config_flags
 from ntm_jax.errors import UserError
 
 FLAGS = flags.FLAGS
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"  # also in an installed package
+
+flags.disclaim_key_flags()  # --help of a program lists the flags defined here for it
 
 
-def define_config(required: bool = True):
-    """--config, an experiment file with --config.key=value overrides."""
-    config_flags.DEFINE_config_file("config", None, "An experiment file, such as experiments/digits.py.", lock_config=True)
+class ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
+    """Parses --config: a file, or the name of a shipped experiment, with an optional :variant."""
+
+    def parse(self, path: str):
+        name, colon, variant = path.partition(":")
+        if re.fullmatch(r"\w*", name):
+            file = EXPERIMENTS / f"{name}.py"
+            if not file.is_file():
+                known = ", ".join(sorted(file.stem for file in EXPERIMENTS.glob("[!_]*.py")))
+                raise ValueError(f"expected one of {known}, or a file such as my_experiment.py")
+            path = f"{file}{colon}{variant}"
+        return super().parse(path)
+
+
+def define_config(required: bool = True, flag_values: flags.FlagValues = FLAGS):
+    """Defines --config, an experiment, and --config.section.key=value for each of its settings."""
+    config_flags.DEFINE_config_file(
+        "config", None, "An experiment: a name such as digits, or a file, each with an optional "
+        ":variant. --config.section.key=value overrides a setting.",
+        flag_values=flag_values, lock_config=True)
+    flag_values["config"].parser = ExperimentParser("config")
     if required:
-        flags.mark_flag_as_required("config")
+        flags.mark_flag_as_required("config", flag_values)
 
 
 def define_workdir(help_text: str):
-    """--workdir, required."""
+    """Defines --workdir, which is required."""
     flags.DEFINE_string("workdir", None, help_text)
     flags.mark_flag_as_required("workdir")
 
 
 def define_processes():
-    """How several processes of one job meet; on TPU hosts the environment says it, and these stay unset."""
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, for a job of several processes: those "
-                        "that were started differently, or find the port taken, end within 10 s, with status 2.")
-    flags.DEFINE_integer("num_processes", None, "How many processes the job has.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "This process's number, from 0.", lower_bound=0)
-    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait for the last process to come; then all end, with status 2.", lower_bound=1)
-    flags.DEFINE_integer("heartbeat_timeout", 60, "Seconds after which a silent process counts as dead. The others end within 10 s more, "
-                         "with status 1 or -6 (134 in a shell).", lower_bound=1)
-    flags.DEFINE_string("compilation_cache", None, "A folder that keeps compiled programs for the next start.")
+    """Defines how the processes of a job find each other; TPU hosts need none of these flags."""
+    flags.DEFINE_string(
+        "coordinator_address", None, "HOST:PORT of process 0, for a job of several processes. "
+        "Processes that were started differently, or find the port taken, end within 10 s, with "
+        "status 2.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes in the job.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
+    flags.DEFINE_integer(
+        "join_timeout", 300, "Seconds to wait for all processes to start; then all end, with "
+        "status 2.", lower_bound=1)
+    flags.DEFINE_integer(
+        "heartbeat_timeout", 60, "Seconds after which a silent process counts as dead. The others "
+        "end within 10 s more, with status 1 or -6 (134 in a shell).", lower_bound=1)
+    flags.DEFINE_string(
+        "compilation_cache", None, "Folder that keeps compiled programs for later runs.")
 
 
 def span(name: str) -> tuple[int, int] | None:
-    """The flag START:STOP called `name` as two numbers; exits with a line where it is something else."""
+    """Returns the flag `name`, START:STOP, as two numbers; ends with one line if it is neither."""
     value = FLAGS[name].value
     if value is None:
         return None
@@ -51,18 +82,19 @@ def span(name: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _fail(message: str):
+def _fail(message: str) -> typing.NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def _mistake(error) -> str:
-    """What flags and config_flags say of a mistake, as one line without their wrappings."""
+    """Returns what flags and config_flags say of a mistake as one line."""
     while isinstance(error.args[0] if error.args else None, Exception):
         error = error.args[0]  # absl's AttributeError(KeyError(...))
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if "Failed loading config file" in text:
-        return f"{_config_flag()} cannot be read: expected an experiment file, such as --config=experiments/digits.py"
+        return (f"{_config_flag()} cannot be read: expected an experiment file, such as "
+                "--config=experiments/digits.py")
     if isinstance(error, SyntaxError):
         return f"{_config_flag()} is not a Python file: {text}"
     if "Traceback" in text:  # an exception that get_config() raised
@@ -70,13 +102,20 @@ def _mistake(error) -> str:
     unknown = re.match(r"""'(\w+)'\s*(?:Did you mean "(\w+)")?""", text)
     if unknown:
         meant = f", did you mean {unknown[2]}?" if unknown[2] else ""
-        full = next((a for a in sys.argv if re.match(rf"--?(no)?config\..*\b{unknown[1]}\b", a)), unknown[1])
+        wrong = rf"--?(no)?config\..*\b{unknown[1]}\b"
+        full = next((a for a in sys.argv if re.match(wrong, a)), unknown[1])
         return f"{full} is not a setting of the experiment: there is no {unknown[1]}{meant}"
+    added = re.match(r'Key "(\w+)" does not exist .*?(Did you mean "\w+"|$)', text, re.S)
+    if added:  # by get_config() itself
+        return f"{_config_flag()} sets {added[1]}, which is not a setting. {added[2]}"
     if "does not support indexing" in text:
-        return f"config.{text.split()[-1]} is not a setting of the experiment: what comes before its last dot is a value, not a section"
+        return (f"config.{text.split()[-1]} is not a setting of the experiment: what comes before "
+                "its last dot is a value, not a section")
     text = re.sub(r"^(FATAL Flags parsing error:|flag)\s*", "", text)
-    for said, expected in (("invalid literal for int", "expected a whole number, such as 1000"),
-                           ("could not convert string to float", "expected a number"), ("('Non-boolean", "expected true or false")):
+    for said, expected in (
+            ("invalid literal for int", "expected a whole number, such as 1000"),
+            ("could not convert string to float", "expected a number"),
+            ("('Non-boolean", "expected true or false")):
         text = f"{text.partition(said)[0]}{expected}" if said in text else text
     return text
 
@@ -85,35 +124,66 @@ def _config_flag() -> str:
     return next((a for a in sys.argv if re.match(r"--?config=", a)), "--config")
 
 
+def _import_modules(argv):
+    """Imports the modules that --import names, before flags and settings are checked."""
+    early = flags.FlagValues()
+    flags.DEFINE_multi_string("import", [], "", flag_values=early)
+    early(argv, known_only=True)
+    names = early["import"].value or []
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            where = "" if at.filename.startswith("<") else f", at {at.filename}:{at.lineno}"
+            _fail(f"--import={name} cannot be imported ({type(error).__name__}: {error}{where}): "
+                  f"expected a module in {os.getcwd()} or of an installed package")
+
+
 def _parse(argv):
     try:
-        rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS.config:
-            flags.FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        _import_modules(argv)
+        rest = FLAGS(argv)
+        if "config" in FLAGS and FLAGS.config:
+            FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
+            SyntaxError) as error:
         _fail(_mistake(error))
     for name in ("workdir", "out", "input"):
-        if name in flags.FLAGS and flags.FLAGS[name].present and not flags.FLAGS[name].value:
+        if name in FLAGS and FLAGS[name].present and not FLAGS[name].value:
             _fail(f"--{name} is empty: give a folder, such as --{name}=runs/digits")
     if len(rest) > 1:
-        _fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch --config.flag or --noconfig.flag")
+        _fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch "
+              "--config.flag or --noconfig.flag")
     return rest
 
 
+def _processes():
+    """Returns the module that joins the processes of a job; it imports jax."""
+    from ntm_jax.runtime.processes import job
+
+    return job
+
+
 def _start():
-    """Before main(): the compilation cache, and the other processes of the job."""
+    """Sets up the compilation cache and joins the other processes of the job, before main()."""
     if "coordinator_address" in FLAGS:
         import jax
 
-        from ntm_jax.runtime.processes import job
-
         if FLAGS.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
-        job.join(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.join_timeout, FLAGS.heartbeat_timeout)
+        _processes().join(
+            FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.join_timeout,
+            FLAGS.heartbeat_timeout)
 
 
 def _mistaken(error: UserError):
-    """One line and status 2, at once: an orderly end would wait for the job's other processes, or for a save that cannot succeed."""
+    """Prints one line and ends with status 2, at once.
+
+    An orderly end would wait for the job's other processes, or for a save that cannot succeed.
+    """
     line = f"error: {' '.join(str(error).split())}"
     _leave_job(2, line)
     print(line, file=sys.stderr, flush=True)
@@ -122,47 +192,52 @@ def _mistaken(error: UserError):
 
 
 def _leave_job(status: int, line: str):
-    """Ends this process at once with a line if it is one of a job of several."""
-    if "jax" in sys.modules:
-        from ntm_jax.runtime.processes import job
-
-        if job.joined():
-            job.leave(status, line)
+    """Ends this process at once with a line if it belongs to a job of several."""
+    if "jax" in sys.modules and _processes().joined():
+        _processes().leave(status, line)
 
 
 def _fail_in_job(error: Exception):
-    """Ends this process at once if it is one of a job of several: with a line where another is gone, else with the traceback."""
-    if "jax" in sys.modules:
-        from ntm_jax.runtime.processes import job
+    """Ends this process at once if it belongs to a job of several.
 
-        if job.joined():
-            job.fail(error)
+    Prints one line if another process is gone, otherwise the traceback.
+    """
+    if "jax" in sys.modules and _processes().joined():
+        _processes().fail(error)
 
 
 FOLDER = "a file stands where a folder is needed: give another folder"
 REMEDIES = {
-    errno.ENOSPC: "free disk space there", errno.EDQUOT: "free disk space there",
+    errno.ENOSPC: "free disk space there",
+    errno.EDQUOT: "free disk space there",
     errno.EFBIG: "raise the limit on a file's size, ulimit -f",
-    errno.EROFS: "make it writable, or give another folder", errno.EACCES: "make it readable and writable, or give another folder",
-    errno.EPERM: "make it readable and writable, or give another folder", errno.ENOTDIR: FOLDER, errno.EEXIST: FOLDER,
-    errno.EISDIR: "a folder stands where a file is needed: give another name", errno.ENAMETOOLONG: "give a shorter name",
-    errno.EIO: "the disk fails: give another folder", errno.ENOENT: "it is not there: expected a file or folder of that name",
+    errno.EROFS: "make it writable, or give another folder",
+    errno.EACCES: "make it readable and writable, or give another folder",
+    errno.EPERM: "make it readable and writable, or give another folder",
+    errno.ENOTDIR: FOLDER,
+    errno.EEXIST: FOLDER,
+    errno.EISDIR: "a folder stands where a file is needed: give another name",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "the disk fails: give another folder",
+    errno.ENOENT: "it is not there: expected a file or folder of that name",
     errno.ESTALE: "the network disk is gone: mount it again",
 }
-LESS_MEMORY = ("lower config.data.batch_size, config.evaluate.batch_size or --batch, raise config.train.accumulate, or set "
-               "config.model.remat=full")
+LESS_MEMORY = (
+    "lower config.data.batch_size, config.evaluate.batch_size or --batch, raise "
+    "config.train.accumulate, or set config.model.remat=full")
 
 
 def _of_the_file_system(error: OSError) -> str | None:
-    """The line for an error of the file system; None for another error."""
+    """Returns the line for an error of the file system, None for another error."""
     if error.errno not in REMEDIES or isinstance(error, ConnectionError):
         return None
-    return (f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno]}; what was written before is intact, and the same "
-            "command goes on once that is mended")
+    return (
+        f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno]}; what was "
+        "written before is intact, and the same command goes on once that is mended")
 
 
 def _of_memory(error: Exception) -> str | None:
-    """The line for an error of memory; None for another error."""
+    """Returns the line for too little memory, None for another error."""
     if isinstance(error, MemoryError):
         return f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"
     if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
@@ -171,9 +246,15 @@ def _of_memory(error: Exception) -> str | None:
 
 
 def run(main):
-    """Parses the flags, runs main() and exits: 0 when done, 2 with one line on stderr for a user's mistake, a file system that cannot be
-    written to, or too little memory, 130 when interrupted."""
+    """Parses the flags, runs main() and exits.
+
+    The status is 0 when done, 2 with one line on stderr for a user's mistake, a file system that
+    cannot be written to, or too little memory, and 130 when interrupted.
+    """
     logging.set_verbosity(logging.WARNING)
+    flags.DEFINE_multi_string(
+        "import", [], "A module to import first, such as one that registers a data source; its "
+        "file may be in the current directory. May be given several times.")
 
     def call(_):
         try:
@@ -186,7 +267,8 @@ def run(main):
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
         except Exception as error:
-            line = _of_the_file_system(error) if isinstance(error, OSError) else _of_memory(error)
+            is_os_error = isinstance(error, OSError)
+            line = _of_the_file_system(error) if is_os_error else _of_memory(error)
             if line:
                 _mistaken(UserError(line))
             _fail_in_job(error)

@@ -1,5 +1,6 @@
 """Normalizing Trajectory Models in JAX: few-step generative models with an exact likelihood."""
 
+import pathlib
 from typing import TYPE_CHECKING
 
 from ntm_jax.errors import UserError
@@ -8,6 +9,12 @@ if TYPE_CHECKING:
     from ntm_jax.api import Run, experiment, load, train
 
 __all__ = ["Run", "UserError", "experiment", "load", "train"]
+
+# setup.py installs launch/ and experiments/ as ntm_jax.launch and ntm_jax.experiments. A checkout
+# has them beside this package, where the same names find them.
+_CHECKOUT = pathlib.Path(__file__).parents[1]
+if (_CHECKOUT / "experiments" / "default.py").is_file():
+    __path__.append(str(_CHECKOUT))
 
 
 def __getattr__(name: str):

@@ -1,0 +1,1 @@
+"""The experiments: default.py holds every setting, each other file what one experiment changes."""

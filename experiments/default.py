@@ -1,0 +1,130 @@
+"""Every setting of an experiment: its name, its default, and what it means.
+
+An experiment starts from get_config() and overrides what differs. Every setting is a flag of the
+programs, written --config.section.key=value. By itself this file is a small class-conditional NTM
+of made-up data.
+"""
+
+import copy
+import pathlib
+
+import ml_collections
+
+SETTINGS = dict(
+    seed=0,  # of parameters, data order, noise and samples; from 0 to 2^32 - 1
+    init_from="",  # initial parameters: run folder, WORKDIR/checkpoints/STEP, export, weights
+    teacher="",  # run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP
+    data=dict(
+        source="mock:8x8x1,levels=17,classes=10",  # digits, folder:PATH, ...: see the README's list
+        split="train",  # training split, with an optional slice such as train[:1350]
+        batch_size=32,  # examples per step, over all devices and processes
+        patch_size=1,  # side of the square of pixels or latents that forms one token
+        image_size=0,  # resizes images to this side, in pixels; 0 keeps the stored size
+        workers=0,  # processes that read data; 0 reads in the training process
+        mock="",  # made-up data of the same shape, for compiling where the source is absent
+        text="",  # text encoder: words:M:VOCABULARY, minilm[:M], transformers:FOLDER, flux2:FOLDER
+    ),
+    trajectory=dict(
+        schedule="shifted",  # spacing of noise levels: linear, shifted
+        shift=None,  # of schedule=shifted, a number; None derives it from the tokens
+        steps=(4,),  # tuple of step counts T, trained together
+        t_min=0.04,  # noise level of x_0 in evaluation and sampling, in (0, 1)
+        t_min_range=(0.03, 0.05),  # range of the noise level of x_0 in training, uniform
+    ),
+    model=dict(
+        width=128,  # of the predictor, a multiple of head_size
+        head_size=32,  # width of one attention head
+        kv_heads=4,  # key and value heads; divides the number of heads, width / head_size
+        mlp_ratio=4,  # hidden width of an MLP, in multiples of the layer's width
+        positions="learned",  # position encoding: learned, rotary
+        transporter_width=128,  # of the transporter, a multiple of head_size
+        transporter_blocks=2,  # invertible blocks; 0 is Gaussian denoising without transporter
+        transporter_layers=2,  # transformer layers in each block
+        transporter_text=False,  # with condition=text, conditions the transporter on the mean token
+        transporter_positions_std=0.02,  # initial deviation of its position table (learned)
+        predictor_layers=4,  # transformer layers of the predictor
+        head="preconditioned",  # parametrisation of the Gaussian: direct, preconditioned, posterior
+        log_scale_bound=3.0,  # largest absolute log-scale of a transporter block
+        data_std=1.0,  # deviation of the data, for preconditioning
+        condition="class",  # what the model is conditioned on: none, class, text
+        backbone="transformer",  # network of head=posterior: transformer, flux2
+        double_layers=0,  # of backbone=flux2: two-stream layers before the predictor_layers
+        dtype="float32",  # of activations in training: float32, bfloat16
+        remat="none",  # what the backward pass recomputes: none, full, narrow, dots
+        scan=False,  # scans stacked layers: compiles faster; small models on CPUs run slower
+    ),
+    train=dict(
+        objective="end_to_end",  # end_to_end, pairwise, flow_matching, denoiser
+        steps=2000,  # optimizer steps
+        save_every=500,  # steps between checkpoints
+        evaluate_every=500,  # steps between held-out evaluations; 0 evaluates at the end only
+        log_every=50,  # steps between lines of metrics
+        keep=0,  # also keeps every Nth step's checkpoint; 0 keeps the last three and the best
+        accumulate=1,  # parts into which a batch is split to save memory; the step is the same
+        condition_dropout=0.1,  # probability of the null condition, needed for guidance; [0, 1)
+        align_weight=0.0,  # lambda, annealed to 0: keeps means near those of the init_from model
+        level_power=0.0,  # p: weights each level's loss by t_k^p; 0 weights all levels equally
+    ),
+    optimizer=dict(
+        learning_rate=2e-3,  # peak, after the warmup
+        floor=1e-6,  # learning rate at the end, at most the peak
+        warmup_steps=100,  # steps from 0 to the peak
+        weight_decay=0.1,  # AdamW's, decoupled
+        clip=1.0,  # largest global norm of the gradient
+        ema_decay=0.999,  # of the parameters' moving average, in [0, 1)
+    ),
+    mesh=dict(
+        slices=1,  # TPU slices; each holds 1/slices of the data axis
+        data=-1,  # devices that split the batch; -1 infers one axis from the device count
+        fsdp=1,  # devices that split the batch, parameters and optimizer state
+        tensor=1,  # devices that split heads and MLPs
+        sequence=1,  # devices that split tokens
+    ),
+    evaluate=dict(
+        split="test",  # held-out split, with an optional slice
+        trajectories=8,  # per example, for the importance-weighted bound
+        batch_size=100,  # examples per evaluation step, over all devices and processes
+        images=0,  # samples to score against the training images; 0 scores none
+        features="none",  # what scores compare: none, pixels, cnn, inception
+    ),
+    sample=dict(
+        num=100,  # images of a grid or a call of launch.sample
+        steps=4,  # step count T, or steps of a flow-matching model's ODE solver
+        guidance=0.0,  # scale w, or one per step from noise down: (1.0, 0.5, 0.0, 0.0)
+        decoder="score",  # last step: inverse, score, denoiser; ODE of flow matching: euler, heun
+        inverse="auto",  # inverts the transporter: auto, parallel, sequential
+        percentile=100.0,  # of decoder=score, in [0, 100]: clips its gradient there; 100 does not
+    ),
+)
+ANY_TYPE = (("trajectory", "shift"), ("sample", "guidance"))  # several types: see config.read
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns all settings at their defaults, locked: unknown keys and other types are refused."""
+    settings: dict = copy.deepcopy(SETTINGS)
+    for section, key in ANY_TYPE:
+        value = settings[section][key]
+        settings[section][key] = ml_collections.FieldReference(value, object)
+    return ml_collections.ConfigDict(settings).lock()
+
+
+def check_variant(file: str, variant: str, *variants: str):
+    """Raises ValueError if `variant`, given after a colon to an experiment's file, is unknown."""
+    if variant not in variants:
+        *names, last = [name for name in variants if name] + ["none"] * ("" in variants)
+        expected = f"{', '.join(names)} or {last}" if names else last
+        file = pathlib.Path(file).name
+        raise ValueError(f"{file}:{variant} is not a variant: expected {expected}")
+
+
+def shrink(c: ml_collections.ConfigDict):
+    """Shrinks the run, not the model, to four steps of few examples: seconds on a CPU."""
+    c.update(
+        data=dict(batch_size=8, workers=0, mock=""),
+        model=dict(dtype="float32", remat="none", scan=False),
+        train=dict(steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0),
+        optimizer=dict(warmup_steps=1),
+        mesh=dict(fsdp=1),
+        evaluate=dict(split="test[:16]", trajectories=2, batch_size=16),
+        sample=dict(num=4),
+    )

@@ -1,0 +1,206 @@
+"""Every setting of every experiment is documented, typed and a flag."""
+
+import dataclasses
+import re
+import sys
+import typing
+
+import pytest
+from absl import flags
+
+from launch import program
+from ntm_jax import typed
+from ntm_jax.experiments import default
+from ntm_jax.runtime import config
+from tests.common import ROOT, experiment, python
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*load_module")  # ml_collections loads files by it
+NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
+DEFAULTS = config.flatten(default.get_config().to_dict())
+
+
+def variants(name: str) -> list[tuple[str, ...]]:
+    """Returns the arguments of get_config() to test: none, and each variant that it accepts."""
+    found = [()]
+    try:
+        experiment(name, "no such variant")
+    except ValueError as error:
+        expected = str(error).partition(": expected ")[2]
+        found += [(variant,) for variant in re.split(", | or ", expected) if variant != "none"]
+    except TypeError:  # get_config() takes no variant
+        pass
+    return found
+
+
+CASES = [(name, *variant) for name in NAMES for variant in variants(name)]
+
+
+def fields(cls, prefix: str = "") -> dict:
+    """Returns {"section.key": (type, default or MISSING)} of a dataclass and those inside it."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        kind, key = typing.get_type_hints(cls)[field.name], f"{prefix}{field.name}"
+        inner = dataclasses.is_dataclass(kind)
+        found |= fields(kind, f"{key}.") if inner else {key: (kind, field.default)}
+    return found
+
+
+def parse(monkeypatch, *arguments: str):
+    """Parses a command line as the programs do, with flags of its own: the experiment."""
+    values, argv = flags.FlagValues(), ["program", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    program.define_config(flag_values=values)
+    values(argv)
+    return values.config
+
+
+def other(key: str, value) -> tuple[str, typing.Any]:
+    """Returns (text for a flag, its value), which differs from a setting's value `value`."""
+    if key == "trajectory.shift":
+        return ("None", None) if value is not None else ("-2", -2)
+    if key == "sample.guidance":
+        return "(1,0.5,0,0)", (1, 0.5, 0, 0)
+    match value:
+        case bool():
+            return str(not value).lower(), not value
+        case int():
+            return str(value + 1), value + 1
+        case float():
+            return str(int(value) + 1), float(int(value) + 1)  # an integer for a float
+        case str():
+            return f"{value}x", f"{value}x"
+    changed = (*value[:-1], value[-1] + 1)
+    return str(changed), changed
+
+
+def test_the_variants_are_found():
+    assert ("toy2d", "moons,no-transporter") in CASES
+    assert ("flux2_klein", "runlocal-denoiser") in CASES
+    assert len(NAMES) == 15
+
+
+def test_the_settings_are_those_of_the_dataclasses():
+    known = fields(config.Config)
+    assert set(DEFAULTS) == set(known)
+    stated = {key: default for key, (_, default) in known.items()
+              if default is not dataclasses.MISSING}
+    assert {key: DEFAULTS[key] for key in stated} == stated
+
+
+def test_the_defaults_are_an_experiment():
+    config.read(default.get_config())
+
+
+def test_every_setting_has_a_comment_on_its_line():
+    lines = (ROOT / "experiments" / "default.py").read_text().splitlines()
+    for key in DEFAULTS:
+        section, _, name = key.rpartition(".")
+        start = lines.index(f"    {section}=dict(" if section else "SETTINGS = dict(")
+        indent = " " * (8 if section else 4)
+        line = next(line for line in lines[start:] if line.startswith(f"{indent}{name}="))
+        assert re.search(r"  # \w.{5}", line), line
+
+
+@pytest.mark.parametrize("case", CASES, ids=":".join)
+def test_every_setting_is_a_flag(case, monkeypatch):
+    name, *variant = case
+    before = config.flatten(experiment(*case).to_dict())
+    assert list(before) == list(DEFAULTS)
+    changed = {key: other(key, value) for key, value in before.items()}
+    overrides = [f"--config.{key}={text}" for key, (text, _) in changed.items()]
+    path = ":".join([f"{ROOT}/experiments/{name}.py", *variant])
+    values = parse(monkeypatch, f"--config={path}", *overrides).to_dict()
+    found = config.flatten(values)
+    for key, (_, expected) in changed.items():
+        assert (found[key], type(found[key])) == (expected, type(expected)), key
+        assert expected != before[key]
+    typed.read(config.Config, values, "config")  # the types that config.read expects
+
+
+@pytest.mark.parametrize(("name", "override"), [
+    ("digits", "sample.percentile=99"), ("digits", "train.align_weight=0.0"),
+    ("digits", "model.transporter_text=False"), ("shapes", "train.level_power=1"),
+    ("digits", "trajectory.shift=1"), ("digits", "trajectory.shift=None"),
+    ("toy2d", "trajectory.shift=None"), ("digits", "sample.guidance=1"),
+    ("digits", "sample.guidance=(1,0.5,0,0)"), ("digits", "trajectory.steps=2"),
+    ("digits", "model.scan=true"), ("digits", "noscan"),
+])
+def test_an_override_is_a_configuration(name, override, monkeypatch):
+    flag = "--noconfig.model.scan" if override == "noscan" else f"--config.{override}"
+    config.read(parse(monkeypatch, f"--config={ROOT}/experiments/{name}.py", flag))
+
+
+def test_a_mistyped_key_of_an_experiment_is_refused():
+    c = default.get_config()
+    with pytest.raises(KeyError, match="widht"):
+        c.model.update(widht=3)
+    with pytest.raises(TypeError):
+        c.model.width = 3.5
+
+
+@pytest.mark.parametrize("name", ["digits", "digits:gaussian"])
+def test_a_shipped_experiment_is_found_by_its_name(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = parse(monkeypatch, f"--config={name}").to_dict()
+    assert found == experiment(*name.split(":")).to_dict()
+
+
+def test_an_experiment_of_another_folder_starts_from_the_defaults(monkeypatch, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from ntm_jax.experiments import digits\n"
+        "def get_config(variant):\n"
+        "    c = digits.get_config()\n"
+        "    c.data.source = variant\n"
+        "    return c\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse(monkeypatch, "--config=own.py:emoji").data.source == "emoji"
+
+
+def refusal(*arguments: str, cwd=ROOT) -> str:
+    done = python("-m", "ntm_jax.launch.train", "--workdir=x", *arguments, cwd=cwd, check=False)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, ""), done.stderr
+    return done.stderr
+
+
+def test_an_unknown_name_lists_the_experiments():
+    message = refusal("--config=digis")
+    assert message.startswith("error: --config=digis: expected one of default, digits, digits_den")
+    assert all(f" {name}," in message for name in NAMES)
+
+
+def test_an_experiment_that_sets_an_unknown_key_is_refused(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from ntm_jax.experiments import default\n"
+        "def get_config():\n"
+        "    c = default.get_config()\n"
+        "    c.model.update(widht=3)\n")
+    message = refusal("--config=own.py", cwd=tmp_path)
+    assert "own.py sets widht, which is not a setting. Did you mean \"width\"" in message
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "No module named 'module_of_a_test'"), ("x = (", "(SyntaxError: '(' was never closed"),
+    ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
+    ("f = lambda: 1 / 0\nf()", "(ZeroDivisionError: division by zero, at "),
+])
+def test_a_module_that_cannot_be_imported_is_one_line(content, message, tmp_path):
+    if content:
+        (tmp_path / "module_of_a_test.py").write_text(content)
+    found = refusal("--config=digits", "--import=module_of_a_test", cwd=tmp_path)
+    assert found.startswith("error: --import=module_of_a_test cannot be imported (")
+    assert message in found
+    assert f"expected a module in {tmp_path} or of an installed package" in found
+
+
+def test_modules_are_imported_in_turn_before_the_experiment(tmp_path):
+    folder = tmp_path / "package_of_a_test"
+    folder.mkdir()
+    (folder / "one.py").write_text("seen = ['one']")
+    (tmp_path / "two.py").write_text(
+        "from package_of_a_test import one\none.seen.append('two')")
+    (tmp_path / "own.py").write_text(
+        "import sys\n"
+        "def get_config():\n"
+        "    raise ValueError(str(sys.modules['package_of_a_test.one'].seen))\n")
+    arguments = ["--config=own.py", "--import=package_of_a_test.one", "--import=two"]
+    assert "own.py: ['one', 'two']" in refusal(*arguments, cwd=tmp_path)

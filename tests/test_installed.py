@@ -1,0 +1,118 @@
+"""The package as pip installs it, outside a checkout: its files, and the programs in turn."""
+
+import importlib.metadata
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+
+from tests.common import ROOT, TINY, python
+
+SOURCES = ("ntm_jax", "launch", "experiments")
+
+
+def setuptools_version() -> int:
+    """Returns the major version of the installed setuptools, 0 if there is none."""
+    try:
+        return int(importlib.metadata.version("setuptools").partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        setuptools_version() < 77,
+        reason="builds a wheel with setuptools 77 or later: pip install -e '.[test]'"),
+]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel of a copy of the checkout, so that building it leaves nothing behind here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / "checkout" / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, folder / "checkout")
+    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
+           f"--wheel-dir={folder}", str(folder / "checkout"))
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def program(wheel, tmp_path_factory):
+    """Runs a program of the installed package in a folder with nothing else."""
+    site, folder = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("elsewhere")
+    python("-m", "pip", "install", "--quiet", "--no-deps", f"--target={site}", str(wheel))
+
+    def call(name: str, *arguments: str, check: bool = True):
+        return python("-m", f"ntm_jax.launch.{name}", *arguments, check=check, cwd=folder,
+                      PYTHONPATH=str(site))
+
+    found = python("-c", "import ntm_jax; print(ntm_jax.__file__, *ntm_jax.__path__)",
+                   cwd=folder, PYTHONPATH=str(site)).stdout.split()
+    assert found == [f"{site}/ntm_jax/__init__.py", f"{site}/ntm_jax"]
+    call.folder = folder
+    return call
+
+
+@pytest.fixture(scope="module")
+def run(program):
+    """The folder of a tiny run of the experiment `digits`, found by its name."""
+    overrides = [f"--config.{key}={value}" for key, value in TINY.items()]
+    program("train", "--config=digits", "--workdir=run", *overrides)
+    return program.folder / "run"
+
+
+def test_the_wheel_holds_every_module_and_launcher(wheel):
+    kinds = (".py", ".sh", ".sbatch", ".yaml")
+    expected = {
+        path.relative_to(ROOT).as_posix().removeprefix("ntm_jax/")
+        for name in SOURCES for path in (ROOT / name).rglob("*") if path.suffix in kinds}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.removeprefix("ntm_jax/") for name in names if "dist-info" not in name} == expected
+    assert not any(name.startswith(("launch/", "experiments/")) for name in names)
+
+
+def test_train_leaves_a_run(run):
+    assert {"config.json", "checkpoints", "samples.png"} <= {path.name for path in run.iterdir()}
+    assert json.loads((run / "config.json").read_text())["data"]["source"] == "digits"
+
+
+def test_evaluate_gives_the_figures_of_the_run_again(run, program):
+    before = (run / "evaluation.json").read_bytes()
+    program("evaluate", "--workdir=run", f"--step={TINY['train.steps']}")
+    assert (run / f"evaluation-{TINY['train.steps']}.json").read_bytes() == before
+
+
+def test_sample_writes_images(run, program):
+    program("sample", "--workdir=run", "--num=3", "--out=images")
+    with np.load(program.folder / "images" / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (3, 8, 8, 3)
+
+
+def test_an_export_samples(run, program):
+    program("export", "--workdir=run", "--out=export")
+    python("export/sample.py", "4", cwd=program.folder, PYTHONPATH="")
+    with np.load(program.folder / "samples.npz") as archive:
+        assert len(archive[archive.files[0]]) == 4
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("prepare", "--input must have a value"), ("compile", "--topology must have a value"),
+    ("benchmark", "give either --config"),
+])
+def test_the_other_programs_start(name, message, program):
+    done = program(name, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr
+
+
+def test_a_module_in_the_current_folder_is_imported(program):
+    (program.folder / "module_of_a_test.py").write_text("raise ValueError('seen')")
+    done = program("train", "--config=digits", "--import=module_of_a_test", check=False)
+    assert "--import=module_of_a_test cannot be imported (ValueError: seen" in done.stderr
