@@ -59,7 +59,7 @@ def assert_equal(batches, others):
 
 
 def test_spec(digits):
-    assert spec(digits, 2) == DataSpec(image_shape=(8, 8, 1), patch_size=2, levels=17, num_classes=10, count=60)
+    assert spec(digits, 2) == DataSpec(image_shape=(8, 8, 1), patch_size=2, pixel_levels=17, num_classes=10, count=60)
     assert (spec(digits, 2).tokens, spec(digits, 2).dim) == (16, 4)
     for patch_size in (3, 0, 16):
         with pytest.raises(UserError, match=f"data.patch_size={patch_size} does not divide the 8x8 images of digits"):
@@ -213,7 +213,7 @@ def captioned(tmp_path_factory):
         for i in range(20)
     ]
     folder = tmp_path_factory.mktemp("captioned")
-    layout = Layout((4, 4, 2), levels=0, num_classes=3, text_tokens=3, text_width=8, mean=(1.0, 2.0), std=(2.0, 3.0))
+    layout = Layout((4, 4, 2), pixel_levels=0, num_classes=3, text_tokens=3, text_width=8, mean=(1.0, 2.0), std=(2.0, 3.0))
     write_records(folder, {"train": examples}, layout, shard_size=7)
     return open_source(f"records:{folder}", "train")
 
@@ -274,7 +274,7 @@ def test_evaluation_pads_latents_and_text_like_the_rest(captioned):
 
 
 def test_a_damaged_shard_ends_a_worker_with_its_own_message(tmp_path, train):
-    write_records(tmp_path, {"train": [{"image": np.zeros((4, 4, 1), np.uint8)}] * 8}, Layout((4, 4, 1), levels=2), shard_size=4)
+    write_records(tmp_path, {"train": [{"image": np.zeros((4, 4, 1), np.uint8)}] * 8}, Layout((4, 4, 1), pixel_levels=2), shard_size=4)
     source = open_source(f"records:{tmp_path}", "train")
     (tmp_path / "train-00001.arrayrecord").write_text("<html>")
     iterator = train(batch_size=2, workers=1, source=source)

@@ -18,8 +18,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ntm_jax.data import captioned
-from ntm_jax.data.prepare import Choices, _pool, prepare
+from ntm_jax.data.prepare import Choices, captioned, prepare
+from ntm_jax.data.prepare.loading import make_pool
 from ntm_jax.data.records import Layout, read_manifest, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
@@ -86,7 +86,7 @@ def test_a_folder_becomes_records(tmp_path, capsys):
     layout, splits, _ = read_manifest(str(out))
     names = [f"train-0000{i}.arrayrecord" for i in range(3)]
     assert splits == {"train": {"shards": names, "counts": [4, 4, 2], "sha256": [files(out)[name] for name in names]}}
-    assert (layout.image_shape, layout.levels, layout.num_classes, layout.text, layout.captions) == ((8, 8, 3), 256, 3, WORDS, True)
+    assert (layout.image_shape, layout.pixel_levels, layout.num_classes, layout.text, layout.captions) == ((8, 8, 3), 256, 3, WORDS, True)
     for i, record in enumerate(records(out)):
         square = Image.fromarray(picture(i)[:, 5:25]).resize((8, 8), Image.Resampling.BICUBIC, reducing_gap=3.0)
         np.testing.assert_array_equal(record["image"], np.array(square))
@@ -255,7 +255,7 @@ def test_bad_images_are_counted_named_and_left_out(tmp_path, capsys):
     folder = write_folder(tmp_path / "in", good | {name: data() for name, data in BAD.items()})
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "absent.png", "caption": "a"}\n')
-    with pytest.raises(UserError, match=r"^9 images are bad, and --max_bad allows 8: .*leave them out; the shards that are whole stay in"):
+    with pytest.raises(UserError, match=r"^9 images are bad, and --max_bad allows 8: .*leave them out; complete shards stay in"):
         run(tmp_path, folder, max_bad=0.49, shard_size=5)
     assert not (tmp_path / "out" / "manifest.json").exists()
     out = run(tmp_path, folder, max_bad=0.5, shard_size=5)
@@ -336,8 +336,8 @@ def test_an_input_that_is_none_is_named(tmp_path, tfds_folder):
         ({"input": f"folder:{tmp_path}/empty"}, "empty has no metadata.jsonl or metadata.csv: give --captions=FILE"),
         ({"input": f"folder:{tmp_path}/in", "captions": "/no.csv"}, "/no.csv is no .jsonl or .csv that is there"),
         ({"input": f"tars:{tmp_path}/*.zip"}, "matches no file"),
-        ({"input": f"tars:{tmp_path}/cut.tar"}, "cut.tar is not a whole, uncompressed tar"),
-        ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a whole, uncompressed tar"),
+        ({"input": f"tars:{tmp_path}/cut.tar"}, "cut.tar is not a complete, uncompressed tar"),
+        ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a complete, uncompressed tar"),
         ({"input": "tfds:/no/such"}, "tfds:/no/such is neither"),
         ({"input": f"tfds:{tfds_folder}"}, "has no feature 'caption' of captions: it has"),
         ({"input": f"tfds:{tfds_folder}", "caption_feature": "title", "tfds_split": "dev"}, "has no split 'dev': it has train, test"),
@@ -491,7 +491,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is being prepared with rows_sha256="):
         run(tmp_path, folder)
     assert files(tmp_path / "out") == before
-    write_records(str(tmp_path / "others"), {"train": []}, Layout((4, 4, 3), levels=256))
+    write_records(str(tmp_path / "others"), {"train": []}, Layout((4, 4, 3), pixel_levels=256))
     with pytest.raises(UserError, match="holds records that another program wrote"):
         run(tmp_path, folder, "others")
 
@@ -507,7 +507,7 @@ def test_any_number_of_processes_and_workers_make_the_same_records(tmp_path, cap
         assert not (out / "manifest.json").exists()
         capsys.readouterr()
         run(tmp_path, folder, "several", text=WORDS, test=0.2, shard_size=8, num_processes=3, process_id=process, workers=process, batch=5)
-        assert ("shards of others are not whole yet, such as " in capsys.readouterr().out) == (process != 1)
+        assert ("shards of others are not complete yet, such as " in capsys.readouterr().out) == (process != 1)
     assert files(out) == expected
 
 
@@ -558,8 +558,8 @@ def test_given_again_the_command_mends_the_records(tmp_path, capsys, damage, aga
     run(tmp_path, folder, shard_size=5)
     assert files(out) == expected
     told = capsys.readouterr().out
-    assert f"the 3 shards of this process are as manifest.json said before; made again: {again}\n" in told
-    assert (f"not as manifest.json says, and made again: {again}\n" in told) == (again != "none")
+    assert f"the 3 shards of this process agree with the earlier manifest.json; made again: {again}\n" in told
+    assert (f"differing from manifest.json, and made again: {again}\n" in told) == (again != "none")
     assert len(records(out)) == 12
 
 
@@ -621,7 +621,7 @@ def test_images_that_changed_since_are_named(tmp_path):
     manifest = (out / "manifest.json").read_bytes()
     (folder / "007.png").write_bytes(encoded(picture(99)))
     (out / "train-00001.arrayrecord").unlink()
-    with pytest.raises(UserError, match=r"came out otherwise than its manifest\.json says \(train-00001\), so its images or the programs"):
+    with pytest.raises(UserError, match=r"differs from its manifest\.json after making shards again \(train-00001\), so its images or the programs"):
         run(tmp_path, folder, shard_size=5)
     assert (out / "manifest.json").read_bytes() == manifest
     with pytest.raises(UserError, match="SHA-256 is not that of the manifest"):
@@ -676,7 +676,7 @@ def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_pat
 
 def test_a_worker_that_is_killed_ends_it_in_one_line(tmp_path):
     folder = pictures(tmp_path / "in", 3)
-    with pytest.raises(UserError, match=r"^one of the 1 worker processes was killed, .*that are whole stay$"), _pool(1) as pool:
+    with pytest.raises(UserError, match=r"^one of the 1 worker processes was killed, .*complete shards stay$"), make_pool(1) as pool:
         pool.submit(os._exit, 1).result()
     assert len(records(run(tmp_path, folder, workers=1))) == 3
 

@@ -15,17 +15,16 @@ import pytest
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ntm_jax.data import records
 from ntm_jax.data.pipeline import DataSpec, spec
-from ntm_jax.data.records import Layout, read_manifest, write_records
+from ntm_jax.data.records import Layout, read_manifest, reading, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 from tests.campaigns import damage
 from tests.campaigns import records as campaign
 
-PIXELS = Layout((4, 4, 3), levels=256, num_classes=5)
-LATENTS = Layout((2, 2, 4), levels=0, mean=(0.0, 1.0, 2.0, 3.0), std=(1.0, 2.0, 4.0, 8.0))
-TEXT = Layout((2, 2, 4), levels=0, text_tokens=6, text_width=8)
+PIXELS = Layout((4, 4, 3), pixel_levels=256, num_classes=5)
+LATENTS = Layout((2, 2, 4), pixel_levels=0, mean=(0.0, 1.0, 2.0, 3.0), std=(1.0, 2.0, 4.0, 8.0))
+TEXT = Layout((2, 2, 4), pixel_levels=0, text_tokens=6, text_width=8)
 
 
 def pixels(count, seed=0):
@@ -89,7 +88,7 @@ def test_pixels_are_read_as_they_were_written(tmp_path):
     for split, examples in {"train": train, "test": test, "all": train + test, "train[3:9]": train[3:9]}.items():
         source = open_source(f"records:{tmp_path}", split)
         assert_records(source, [example["image"] for example in examples], [example["label"] for example in examples])
-        assert spec(source, 2) == DataSpec((4, 4, 3), 2, levels=256, num_classes=5, count=len(examples))
+        assert spec(source, 2) == DataSpec((4, 4, 3), 2, pixel_levels=256, num_classes=5, count=len(examples))
         assert source.version == version
     assert source.records[0].keys() == {"image", "label"}
 
@@ -107,7 +106,7 @@ def test_latents_are_read_in_unit_variance(tmp_path, dtype):
     source = open_source(f"records:{tmp_path}", "train")
     mean, std = np.array(LATENTS.mean, np.float32), np.array(LATENTS.std, np.float32)
     assert_records(source, [(example["image"].astype(np.float32) - mean) / std for example in examples], [-1] * 3)
-    assert spec(source, 1) == DataSpec((2, 2, 4), 1, levels=0, num_classes=0, count=3, mean=LATENTS.mean, std=LATENTS.std)
+    assert spec(source, 1) == DataSpec((2, 2, 4), 1, pixel_levels=0, num_classes=0, count=3, mean=LATENTS.mean, std=LATENTS.std)
 
 
 def test_latents_without_mean_and_std_are_read_as_they_are(tmp_path):
@@ -167,7 +166,7 @@ def test_what_is_not_whole_has_no_manifest(tmp_path):
         (PIXELS, {"label": 5}, "label is 5, expected 0 to 4"),
         (PIXELS, {"label": [1, 2]}, "label is [2] int32, expected [] int32"),
         (PIXELS, {"text": np.zeros((1, 8), np.float16)}, "has image, label, text, expected image, label"),
-        (dataclasses.replace(PIXELS, levels=17), {"image": np.full((4, 4, 3), 17, np.uint8)}, "image has a pixel of 17, expected 0 to 16"),
+        (dataclasses.replace(PIXELS, pixel_levels=17), {"image": np.full((4, 4, 3), 17, np.uint8)}, "image has a pixel of 17, expected 0 to 16"),
         (TEXT, {"image": np.zeros((2, 2, 4))}, "image is [2, 2, 4] float64, expected [2, 2, 4] float16 or bfloat16 or float32"),
         (TEXT, {"text": np.zeros((7, 8), np.float16)}, "text is [7, 8] float16, expected [6, 8] float16"),
         (TEXT, {"text": np.zeros((2, 9), np.float16)}, "text is [2, 9] float16, expected [2, 8] float16"),
@@ -182,12 +181,12 @@ def test_an_example_that_does_not_fit_is_not_written(tmp_path, layout, change, m
 
 @pytest.mark.parametrize(
     "keys",
-    [{"mean": (1.0,), "std": (1.0,)}, {"mean": (1.0,) * 4}, {"mean": (0.0,) * 4, "std": (1.0, 1.0, 0.0, 1.0)}, {"levels": 1},
-     {"levels": 256, "mean": (0.0,) * 4, "std": (1.0,) * 4}, {"image_shape": (2, 2)}],
+    [{"mean": (1.0,), "std": (1.0,)}, {"mean": (1.0,) * 4}, {"mean": (0.0,) * 4, "std": (1.0, 1.0, 0.0, 1.0)}, {"pixel_levels": 1},
+     {"pixel_levels": 256, "mean": (0.0,) * 4, "std": (1.0,) * 4}, {"image_shape": (2, 2)}],
 )  # fmt: skip
 def test_a_layout_that_contradicts_itself_is_refused(keys):
     with pytest.raises(ValueError, match="expected"):
-        Layout(**{"image_shape": (2, 2, 4), "levels": 0} | keys)
+        Layout(**{"image_shape": (2, 2, 4), "pixel_levels": 0} | keys)
 
 
 # Mistakes and damage
@@ -224,7 +223,7 @@ def test_a_damaged_manifest_is_named(folder):
         file.write_text(damaged)
         assert_message(lambda reason=reason: open_source(f"records:{folder}", "train"), f"manifest {file} is not understood ({reason}")
     file.write_text(text)
-    for changes, reason in (({"format": 2}, "not of format 1"), ({"levels": 1}, "image_shape (4, 4, 3) and levels 1"), ({"new": 1}, "")):
+    for changes, reason in (({"format": 2}, "not of format 1"), ({"levels": 1}, "image_shape (4, 4, 3) and pixel levels 1"), ({"new": 1}, "")):
         file.write_text(text)
         rewrite_manifest(folder, **changes)
         assert_message(lambda reason=reason: open_source(f"records:{folder}", "train"), f"manifest {file} is not understood ({reason}")
@@ -288,8 +287,8 @@ def test_a_shard_of_another_preparation_is_named_when_it_is_read(tmp_path):
 
 
 def test_a_process_hashes_a_shard_once(folder, monkeypatch):
-    hashed, sha256 = [], records.sha256
-    monkeypatch.setattr(records, "sha256", lambda path: hashed.append(os.path.basename(path)) or time.sleep(0.02) or sha256(path))
+    hashed, sha256 = [], reading.sha256
+    monkeypatch.setattr(reading, "sha256", lambda path: hashed.append(os.path.basename(path)) or time.sleep(0.02) or sha256(path))
     source = open_source(f"records:{folder}", "train")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert [record["label"] for record in pool.map(source.records.__getitem__, [0, 1, 2, 3, 4, 5])] == [0, 1, 2, 3, 4, 0]
@@ -364,7 +363,7 @@ def test_latents_cannot_be_resized(tmp_path):
 
 def test_mock_latents_are_standard_normal_and_the_same_in_every_run():
     source = open_source("mock:16x16x32", "train")
-    assert spec(source, 1) == DataSpec((16, 16, 32), 1, levels=0, num_classes=0, count=10_000)
+    assert spec(source, 1) == DataSpec((16, 16, 32), 1, pixel_levels=0, num_classes=0, count=10_000)
     expected = np.random.default_rng((0, 7)).standard_normal((16, 16, 32), np.float32)
     assert_records(open_source("mock:16x16x32", "train[7:8]"), [expected], [-1])
     np.testing.assert_array_equal(source.records[7]["image"], expected)
@@ -380,7 +379,7 @@ def test_mock_test_records_are_others():
 
 def test_mock_pixels_and_labels_take_all_their_values():
     source = open_source("mock:32x16x3,levels=17,classes=4,count=300", "train")
-    assert spec(source, 2) == DataSpec((32, 16, 3), 2, levels=17, num_classes=4, count=300)
+    assert spec(source, 2) == DataSpec((32, 16, 3), 2, pixel_levels=17, num_classes=4, count=300)
     records = [source.records[i] for i in range(300)]
     assert {record["label"] for record in records} == set(range(4))
     assert records[0]["image"].dtype == np.uint8
@@ -427,7 +426,7 @@ def test_a_mock_has_at_most_256_levels():
 
 def test_captions_are_told_by_an_encoder_as_they_are_read(tmp_path):
     examples = [{**example, "caption": caption} for example, caption in zip(latents(3), ("a red circle", "", "a blau circle"), strict=True)]
-    layout = Layout((2, 2, 4), levels=0, captions=True)
+    layout = Layout((2, 2, 4), pixel_levels=0, captions=True)
     write_records(tmp_path, {"test": examples}, layout)
     name = "words:4:a red circle"
     source = pickle.loads(pickle.dumps(open_source(f"records:{tmp_path}", "test[:2]", text=name)))

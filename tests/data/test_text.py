@@ -137,7 +137,7 @@ def test_words_are_ones_for_the_word_the_one_before_it_and_the_place():
 
 @pytest.mark.parametrize(("name", "line"), [
     ("words:8", "expected words:M:VOCABULARY"), ("words:x:a b", "is not understood"),
-    ("bert", "'bert' is not known: expected words"), ("flux2:", "is not known"), ("transformers:", "is not known"),
+    ("bert", "'bert' is not known: expected one of words:M"), ("flux2:", "is not known"), ("transformers:", "is not known"),
     ("minilm:2", "expected minilm, or minilm:M of 3 to 512 tokens")])
 def test_encoders_that_are_none_are_refused(name, line):
     with pytest.raises(UserError, match=line):

@@ -6,9 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
-from ntm_jax.data import shapes
-from ntm_jax.data.shapes import COLOURS, SHAPES, TASKS
-from ntm_jax.data.sources import open_source
+from ntm_jax.data.sources import open_source, shapes
+from ntm_jax.data.sources.shapes import COLOURS, SHAPES, TASKS
 from ntm_jax.data.transforms import scale, unscale
 from ntm_jax.errors import UserError
 from tests.common import experiment

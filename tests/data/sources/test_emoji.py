@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ntm_jax.data import emoji, text
-from ntm_jax.data.sources import open_source
+from ntm_jax.data import text
+from ntm_jax.data.sources import emoji, open_source
 from ntm_jax.errors import UserError
 from tests.common import python, rehearsal
 
@@ -54,7 +54,7 @@ def test_splits_cut_the_permutation_and_sizes_are_asked_for(everything):
     order = np.random.RandomState(0).permutation(1903)
     for split, rows in (("train", order[:1600]), ("test", order[1600:]), ("all", order)):
         source = open_source("emoji", split, 32)
-        assert (source.image_shape, source.levels, source.num_classes) == ((32, 32, 3), 256, 10)
+        assert (source.image_shape, source.pixel_levels, source.num_classes) == ((32, 32, 3), 256, 10)
         assert list(source.captions) == [captions[row] for row in rows]
         record = source.records[7]
         assert (record["caption"], record["label"]) == (captions[rows[7]], labels[rows[7]])

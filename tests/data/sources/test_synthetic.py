@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from ntm_jax.data import pipeline, synthetic
-from ntm_jax.data.sources import open_source
+from ntm_jax.data import pipeline
+from ntm_jax.data.sources import open_source, synthetic
 from ntm_jax.errors import UserError
 
 NAMES = ("moons", "checkerboard", "gaussians")
@@ -58,7 +58,7 @@ def test_samples_have_the_entropy_of_their_density(sources, name, t):
     """Mean log p of noised samples is the integral of p log p, within 4 standard errors; so are those of its moments."""
     source = sources[name]["train"]
     random = np.random.default_rng(1)
-    x = source.records.records.points[:10_000].reshape(-1, 2)
+    x = source.records.records.images[:10_000].reshape(-1, 2)
     found = source.log_density((1 - t) * x + t * random.normal(size=x.shape), t)
     where, area = grid(t)
     log_density = source.log_density(where, t)
@@ -71,7 +71,7 @@ def test_samples_have_the_entropy_of_their_density(sources, name, t):
 def test_samples_lie_where_their_density_says(sources, name):
     """Counts in the cells of a 24 x 24 board, of which the density is integrated: chi-squared."""
     source, t = sources[name]["train"], 0.05
-    x = source.records.records.points[:200_000].reshape(-1, 2)
+    x = source.records.records.images[:200_000].reshape(-1, 2)
     x = (1 - t) * x + t * np.random.default_rng(2).normal(size=x.shape)
     cells, inside, half = 24, 12, 2.5
     step = 2 * half / (cells * inside)
@@ -89,7 +89,7 @@ def test_samples_have_mean_0_and_variance_1(sources):
     for name in NAMES:
         for split, count in (("train", 1_000_000), ("test", 2_000)):
             source = sources[name][split]
-            x = source.records.records.points.reshape(-1, 2).astype(np.float64)
+            x = source.records.records.images.reshape(-1, 2).astype(np.float64)
             assert len(x) == len(source.records) == count
             for values, expected in ((x, 0), (x**2, 1)):
                 assert (abs(values.mean(0) - expected) < 4 * values.std(0) / math.sqrt(count)).all()
@@ -149,16 +149,16 @@ def test_a_narrow_square_is_nearly_a_point():
 def test_records_are_the_same_each_time_and_streams_are_others(sources):
     for name in NAMES:
         train, test = (sources[name][split] for split in ("train", "test"))
-        assert pipeline.spec(train, 1) == pipeline.DataSpec((1, 2, 1), 1, levels=0, num_classes=0, count=1_000_000)
+        assert pipeline.spec(train, 1) == pipeline.DataSpec((1, 2, 1), 1, pixel_levels=0, num_classes=0, count=1_000_000)
         assert (pipeline.spec(train, 1).tokens, pipeline.spec(train, 1).dim, train.version) == (2, 1, "1")
         again = points(open_source(f"toy:{name}", "train[999990:]"))
-        np.testing.assert_array_equal(again, train.records.records.points[-10:, 0, :, 0])
+        np.testing.assert_array_equal(again, train.records.records.images[-10:, 0, :, 0])
         assert train.records[5]["image"].dtype == np.float32
         assert train.records[5]["label"] == -1
-        pairs = [source.records.records.points.reshape(-1).view(np.int64) for source in (train, test)]
+        pairs = [source.records.records.images.reshape(-1).view(np.int64) for source in (train, test)]
         assert len(np.unique(pairs[1])) == 2_000
         assert not np.isin(pairs[1], pairs[0]).any()
-        likeness = np.corrcoef(train.records.records.points[:2_000].reshape(-1, 2).T, points(test).T)[:2, 2:]
+        likeness = np.corrcoef(train.records.records.images[:2_000].reshape(-1, 2).T, points(test).T)[:2, 2:]
         assert (abs(likeness) < 4.5 / math.sqrt(2_000)).all()  # of one stream they would share modes and angles
 
 
