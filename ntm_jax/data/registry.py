@@ -28,7 +28,7 @@ class Registry:
 
         Raises UserError if the name is taken or not valid.
         """
-        if not isinstance(name, str) or _name(name) != name:
+        if not isinstance(name, str) or not name or _name(name) != name:
             raise UserError(
                 f"{self._what} cannot be registered as {shown(name)}: expected letters, digits, _, "
                 "- and ."

@@ -3,13 +3,21 @@
 import dataclasses
 import json
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
 
-from ntm_jax.data.pipeline import DataSpec, evaluation_batches, spec, train_iterator
+from ntm_jax.data.pipeline import (
+    DataSpec,
+    evaluation_batches,
+    spec,
+    spec_from_json,
+    spec_to_json,
+    train_iterator,
+)
 from ntm_jax.data.records import Layout, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.data.transforms import patchify, scale
@@ -67,6 +75,35 @@ def test_spec(digits):
     for shape in ((8, 6, 1), (6, 8, 1)):
         with pytest.raises(UserError, match=f"does not divide the {shape[0]}x{shape[1]} images"):
             spec(dataclasses.replace(digits, image_shape=shape), 4)
+
+
+SPEC = DataSpec((8, 8, 1), 2, 17, 10, 60, 4, 384, "minilm", (0.5,), (2.0,))
+
+
+def test_a_spec_in_json_has_the_key_levels_and_is_read_with_either_key():
+    values = spec_to_json(SPEC)
+    assert values == {
+        "image_shape": [8, 8, 1], "patch_size": 2, "levels": 17, "num_classes": 10, "count": 60, "text_tokens": 4, "text_width": 384,
+        "text": "minilm", "mean": [0.5], "std": [2.0]}  # fmt: skip
+    assert list(values)[2] == "levels"
+    assert spec_from_json(json.loads(json.dumps(values))) == SPEC
+    levels = values.pop("levels")
+    assert spec_from_json(values | {"pixel_levels": levels}) == SPEC
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"levels": "17"}, "spec.pixel_levels is '17', of type str: expected int"),
+    ({"levels": 17, "pixel_levels": 17}, "spec has both levels and pixel_levels: expected one of them"),
+    ({"colours": 3}, "spec.colours is not a setting"),
+    ({}, "spec.pixel_levels is missing: give it"),
+])  # fmt: skip
+def test_a_spec_that_is_not_understood_is_one_line(change, message):
+    values = spec_to_json(SPEC)
+    del values["levels"]
+    with pytest.raises(UserError, match=re.escape(message)):
+        spec_from_json(values | change)
+    with pytest.raises(UserError, match="spec is 7: expected a section"):
+        spec_from_json(7)
 
 
 def test_a_batch_holds_its_records(digits, train):

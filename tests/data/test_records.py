@@ -227,6 +227,9 @@ def test_a_damaged_manifest_is_named(folder):
         file.write_text(text)
         rewrite_manifest(folder, **changes)
         assert_message(lambda reason=reason: open_source(f"records:{folder}", "train"), f"manifest {file} is not understood ({reason}")
+    file.write_text(text.replace('"levels": 256', '"pixel_levels": 256'))
+    rewrite_manifest(folder)
+    assert open_source(f"records:{folder}", "train").pixel_levels == 256
     file.write_text(text)
     rewrite_manifest(folder, choices={"a": 1})
     assert len(open_source(f"records:{folder}", "train").records) == 6

@@ -169,7 +169,7 @@ def _check_captions(captions, count: int) -> tuple[str, ...] | None:
     if isinstance(captions, str) or len(captions) != count:
         found = "one string" if isinstance(captions, str) else f"{len(captions)} strings"
         raise UserError(f"captions are {found}: expected one for each of the {count} images")
-    other = next((caption for caption in captions if not isinstance(caption, str)), None)
-    if other is not None:
-        raise UserError(f"captions hold a {type(other).__name__}: expected strings")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise UserError(f"captions hold a {type(caption).__name__}: expected strings")
     return tuple(map(str, captions))

@@ -1,4 +1,4 @@
-"""Sources on real files: packages' own images, a folder of PNGs, an ArrayRecord data set prepared by tfds."""
+"""Folders of image files: what is found, decoded and cached, and what is refused."""
 
 import json
 import os
@@ -12,22 +12,7 @@ from PIL import Image
 from ntm_jax.data import regular
 from ntm_jax.data.sources import folder, open_source
 from ntm_jax.errors import UserError
-
-
-def save(path, value, size=(8, 8), mode="RGB"):
-    """Writes an image of one colour, H x W `size`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size[::-1], value).save(path)
-
-
-def values(source):
-    """The first pixel of every record."""
-    return [int(source.records[i]["image"].flat[0]) for i in range(len(source.records))]
-
-
-def labels(source):
-    return [source.records[i]["label"] for i in range(len(source.records))]
-
+from tests.data.sources.common import labels, save, values
 
 
 def test_folder_splits_its_sorted_files_and_labels_its_sub_folders(tmp_path):

@@ -1,30 +1,19 @@
-"""Sources on real files: packages' own images, a folder of PNGs, an ArrayRecord data set prepared by tfds."""
+"""Opening sources: splits and slices, sizes, and sources that a user registers."""
 
+import importlib
 import re
+import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ntm_jax.data import pipeline, sources, text
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
-
-
-def save(path, value, size=(8, 8), mode="RGB"):
-    """Writes an image of one colour, H x W `size`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size[::-1], value).save(path)
-
-
-def values(source):
-    """The first pixel of every record."""
-    return [int(source.records[i]["image"].flat[0]) for i in range(len(source.records))]
-
-
-def labels(source):
-    return [source.records[i]["label"] for i in range(len(source.records))]
-
+from tests.data.sources.common import labels, save, values
 
 # Splits
 
@@ -121,3 +110,129 @@ def test_different_sizes_need_an_image_size(tmp_path):
         open_source(f"folder:{tmp_path}", "all")
     assert open_source(f"folder:{tmp_path}", "all", image_size=4).image_shape == (4, 4, 3)
 
+
+# Sources of a user's own
+
+
+MODULE = '''
+import numpy as np
+from ntm_jax.data import register, sources, text
+
+class Squares:
+    """Record i is a 6 x 6 image of i, captioned even or odd."""
+
+    def __init__(self, first, count):
+        self.first, self.count = first, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        value = range(self.first, self.first + self.count)[index]
+        return {"image": np.full((6, 6, 1), value, np.uint8), "caption": ("even", "odd")[value % 2]}
+
+class Parity:
+    """One token, its state 0 or 1."""
+
+    at_read, tokens, width = True, 1, 1
+
+    def __init__(self, argument):
+        self.name = f"parity:{argument}"
+
+    def encode(self, captions):
+        return [np.array([[caption == "odd"]], np.float16) for caption in captions], [False] * len(captions)
+
+def open_squares(argument, split):
+    sources.check_split("squares", split, ["train", "test"])
+    count = int(argument or 40)
+    records = Squares(0 if split == "train" else 100, count)
+    captions = [records[i]["caption"] for i in range(count)]
+    return sources.Source(records, (6, 6, 1), pixel_levels=200, version=f"squares {count}", captions=captions)
+
+register("squares", open_squares)
+text.register("parity", Parity)
+'''
+
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """Imports a user's module, which registers the source squares and the encoder parity."""
+    for table in (sources.SOURCES, text.ENCODERS):
+        monkeypatch.setattr(table, "_entries", dict(table._entries))
+    (tmp_path / "users_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("users_module")
+    del sys.modules["users_module"]
+    text.open_encoder.cache_clear()
+
+
+def test_a_registered_source_takes_an_argument_slices_sizes_and_text(registered):
+    assert len(open_source("squares", "train").records) == 40
+    source = open_source("squares:20", "test[50%:]", image_size=3, text="parity")
+    assert (source.name, source.split, source.version) == ("squares:20", "test[50%:]", "squares 20")
+    assert (source.image_shape, source.text, source.text_tokens) == ((3, 3, 1), "parity", 1)
+    assert values(source) == list(range(110, 120))
+    assert labels(source) == [-1] * 10
+    assert [float(source.records[i]["text"][0, 0]) for i in range(3)] == [0, 1, 0]
+    with pytest.raises(UserError, match="squares has no split 'dev': it has train, test"):
+        open_source("squares", "dev")
+
+
+def test_worker_processes_read_a_registered_source_and_encoder(registered):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+    source, batches = open_source("squares", "train[:24]", text="parity:x"), []
+    for workers in (0, 1):
+        iterator = pipeline.train_iterator(source, 2, 8, 0, workers, 0, 1)
+        batches.append([next(iterator) for _ in range(4)])
+        iterator.close()
+    for here, there in zip(*batches, strict=True):
+        assert here.keys() == {"x", "label", "index", "text", "text_mask"}
+        np.testing.assert_array_equal(here["text"][:, 0, 0], here["index"] % 2)
+        for key in here:
+            np.testing.assert_array_equal(here[key], there[key])
+
+
+def test_an_unknown_name_lists_the_registered_ones_and_hints_at_import(registered):
+    for open_one, end in ((lambda: open_source("square", "train"), r"toy:NAME, arrays\[:VERSION\], squares\[:ARGUMENT\]"),
+                          (lambda: text.open_encoder("parities"), r"flux2:FOLDER, parity\[:ARGUMENT\]")):
+        with pytest.raises(UserError, match=rf"is not known: expected one of .*{end}; .* needs --import=MODULE") as error:
+            open_one()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("table", [sources.register, text.register])
+@pytest.mark.parametrize("name", ["squares:", "a b", "", "a[:b]", None])
+def test_a_name_is_registered_once_and_is_a_word(registered, table, name):
+    with pytest.raises(UserError, match=r"cannot be registered as .*: expected letters, digits"):
+        table(name, open_source)
+    for taken in ("digits", "squares") if table is sources.register else ("words", "parity"):
+        with pytest.raises(UserError, match=f"'{taken}' is registered already: register yours under another name"):
+            table(taken, open_source)
+
+
+def test_what_is_not_a_source_is_refused(registered):
+    sources.register("none", lambda argument, split: None)
+    with pytest.raises(UserError, match="data.source none opens as a NoneType: expected its open function to return"):
+        open_source("none", "train")
+    images = np.zeros((3, 4, 4, 1), np.float64)
+    sources.register("floats", lambda argument, split: sources.Source(sources.ArrayRecords(images), (4, 4, 1), pixel_levels=2))
+    with pytest.raises(UserError, match="record 1 has an image of float64: expected uint8"):
+        open_source("floats", "train[1:]").records[0]
+
+
+def test_sizes_that_a_source_leaves_open_are_those_of_its_first_record(registered):
+    def open_mixed(argument, split):
+        return sources.Source(registered.Squares(0, 9), (None, None, 1), 256, mixed_sizes=argument)
+
+    sources.register("mixed", open_mixed)
+    assert open_source("mixed", "all").image_shape == (6, 6, 1)
+    with pytest.raises(UserError, match=r"^images have different sizes \(a is 1x1, b is 2x2\): set data.image_size$"):
+        open_source("mixed:a is 1x1, b is 2x2", "all")
+    assert open_source("mixed:a is 1x1, b is 2x2", "all", image_size=2).mixed_sizes == ""
+
+
+def test_only_points_of_the_plane_are_drawn_on_an_extent():
+    assert open_source("toy:moons", "test").planar_extent == 3.0
+    for name in ("digits", "mock:1x2x1", "shapes"):
+        assert open_source(name, "test").planar_extent == 0.0

@@ -1,5 +1,6 @@
-"""Sources on real files: packages' own images, a folder of PNGs, an ArrayRecord data set prepared by tfds."""
+"""The tfds source, on an ArrayRecord data set that tfds prepares, and on hostile and damaged ones."""
 
+import importlib
 import io
 import json
 import pickle
@@ -14,22 +15,7 @@ from PIL import Image
 from ntm_jax.data.prepare import captioned
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
-
-
-def save(path, value, size=(8, 8), mode="RGB"):
-    """Writes an image of one colour, H x W `size`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size[::-1], value).save(path)
-
-
-def values(source):
-    """The first pixel of every record."""
-    return [int(source.records[i]["image"].flat[0]) for i in range(len(source.records))]
-
-
-def labels(source):
-    return [source.records[i]["label"] for i in range(len(source.records))]
-
+from tests.data.sources.common import labels, values
 
 
 class Squares(tfds.core.GeneratorBasedBuilder):
@@ -150,7 +136,8 @@ def test_tfds_takes_names_of_its_own_alone(squares_dir, monkeypatch, imported, n
 
 
 def test_an_eps_image_starts_no_program(monkeypatch):
-    # As tfds decodes the bytes of an image, whatever they are.
+    # tfds decodes an image's bytes like this, in whatever format they are.
+    importlib.import_module("ntm_jax.data.sources.tfds")
     monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     eps = io.BytesIO()
