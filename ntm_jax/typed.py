@@ -61,9 +61,9 @@ def _value(kind, value, name: str):
         return _value(several, value, name)
     accepted = tuple(option for option in options if option is not several)
     is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if is_integer and abs(value) > LARGEST and (int in accepted or float in accepted):
-        if int in accepted or abs(value) > 10**300:
-            raise UserError(f"{name} is {shown(value)}: expected a number of at most {LARGEST}")
+    limit = LARGEST if int in accepted else 10**300 if float in accepted else math.inf
+    if is_integer and abs(value) > limit:
+        raise UserError(f"{name} is {shown(value)}: expected a number of at most {LARGEST}")
     if float in accepted and is_integer:
         value = float(value)
     if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):

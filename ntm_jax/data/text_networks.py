@@ -138,9 +138,7 @@ FLUX2_LAYERS = (9, 18, 27)  # their states are concatenated: E is three times Qw
 def open_transformers(argument: str) -> "Language":
     """The encoder `transformers:FOLDER[,tokens=M][,layers=A+B]`."""
     name = f"transformers:{argument}"
-    options = re.fullmatch(
-        r"(.+?)(?:,tokens=(\d+))?(?:,layers=(-?\d+(?:\+-?\d+)*))?", argument
-    )
+    options = re.fullmatch(r"(.+?)(?:,tokens=(\d+))?(?:,layers=(-?\d+(?:\+-?\d+)*))?", argument)
     if not options:
         raise UserError(
             f"the text encoder {name!r} is not understood: expected transformers:FOLDER[,tokens=M]"

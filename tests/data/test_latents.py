@@ -17,7 +17,10 @@ def test_a_place_holds_its_neighbours_channel_by_channel():
     packed = latents.pack(z)
     assert packed.shape == (2, 2, 3, 12)
     for n, channel, row, column in np.ndindex(z.shape):
-        assert packed[n, row // 2, column // 2, 4 * channel + 2 * (row % 2) + column % 2] == z[n, channel, row, column]
+        assert (
+            packed[n, row // 2, column // 2, 4 * channel + 2 * (row % 2) + column % 2]
+            == z[n, channel, row, column]
+        )
     np.testing.assert_array_equal(latents.unpack(packed), z)
     np.testing.assert_array_equal(transforms.patchify(packed, 1), packed.reshape(2, 6, 12))
 
@@ -33,7 +36,9 @@ def folder(tmp_path_factory):
     """A folder of the pipeline's layout with a tiny autoencoder, whose statistics are not those of a new one."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = diffusers.AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=6, norm_num_groups=2)
+    model = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=6, norm_num_groups=2
+    )
     model.bn.running_mean += torch.randn(24)
     model.bn.running_var *= 0.01 + torch.rand(24)
     path = tmp_path_factory.mktemp("flux2")
@@ -61,7 +66,9 @@ def test_latents_are_the_pipelines(folder, pipeline):
         x = pipeline.image_processor.preprocess([Image.fromarray(image) for image in IMAGES])
         expected = pipeline._pack_latents(pipeline._encode_vae_image(x, None)).numpy()
     assert expected.std() > 0.3
-    np.testing.assert_allclose(transforms.patchify(found, 1), expected, atol=1e-5)  # float32 convolutions in batches of other sizes
+    np.testing.assert_allclose(
+        transforms.patchify(found, 1), expected, atol=1e-5
+    )  # float32 convolutions in batches of other sizes
 
 
 def test_images_are_the_pipelines(folder, pipeline):
@@ -74,7 +81,9 @@ def test_images_are_the_pipelines(folder, pipeline):
     vae = pipeline.vae
     with torch.inference_mode():
         tokens = torch.from_numpy(given.reshape(2, 6, 24))
-        z = pipeline._unpack_latents_with_ids(tokens, pipeline._prepare_latent_ids(torch.zeros(2, 1, 3, 2)), 3, 2)
+        z = pipeline._unpack_latents_with_ids(
+            tokens, pipeline._prepare_latent_ids(torch.zeros(2, 1, 3, 2)), 3, 2
+        )
         std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
         z = pipeline._unpatchify_latents(z * std + vae.bn.running_mean.view(1, -1, 1, 1))
         expected = pipeline.image_processor.postprocess(vae.decode(z).sample, output_type="np")
@@ -101,11 +110,15 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
     torch.save(tensors, tmp_path / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"nothing is not there") as absent:
         latents.Autoencoder(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match=r"not read as a AutoencoderKLFlux2 in safetensors") as pickled:
+    with pytest.raises(
+        UserError, match=r"not read as a AutoencoderKLFlux2 in safetensors"
+    ) as pickled:
         latents.Autoencoder(str(tmp_path))
     tensors.pop("bn.running_mean")
     safetensors.torch.save_file(tensors, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match=r"1 tensors are missing or of another shape, such as bn.running_mean") as partial:
+    with pytest.raises(
+        UserError, match=r"1 tensors are missing or of another shape, such as bn.running_mean"
+    ) as partial:
         latents.Autoencoder(str(tmp_path))
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345")
     with pytest.raises(UserError, match=r"not read as a AutoencoderKLFlux2") as damaged:

@@ -42,7 +42,9 @@ def train(digits):
     opened = []
 
     def open_one(batch_size=12, seed=0, workers=0, process_index=0, process_count=1, source=digits):
-        opened.append(train_iterator(source, 2, batch_size, seed, workers, process_index, process_count))
+        opened.append(
+            train_iterator(source, 2, batch_size, seed, workers, process_index, process_count)
+        )
         return opened[-1]
 
     yield open_one
@@ -67,10 +69,15 @@ def assert_equal(batches, others):
 
 
 def test_spec(digits):
-    assert spec(digits, 2) == DataSpec(image_shape=(8, 8, 1), patch_size=2, pixel_levels=17, num_classes=10, count=60)
+    assert spec(digits, 2) == DataSpec(
+        image_shape=(8, 8, 1), patch_size=2, pixel_levels=17, num_classes=10, count=60
+    )
     assert (spec(digits, 2).tokens, spec(digits, 2).dim) == (16, 4)
     for patch_size in (3, 0, 16):
-        with pytest.raises(UserError, match=f"data.patch_size={patch_size} does not divide the 8x8 images of digits"):
+        with pytest.raises(
+            UserError,
+            match=f"data.patch_size={patch_size} does not divide the 8x8 images of digits",
+        ):
             spec(digits, patch_size)
     for shape in ((8, 6, 1), (6, 8, 1)):
         with pytest.raises(UserError, match=f"does not divide the {shape[0]}x{shape[1]} images"):
@@ -168,7 +175,9 @@ def test_a_state_moves_between_numbers_of_processes(train):
     whole = [sorted(batch["index"].tolist()) for batch in take(train(), 8)]
     state, step = train().get_state(), 0
     for process_count in (1, 2, 4, 1):
-        processes = [train(process_index=i, process_count=process_count) for i in range(process_count)]
+        processes = [
+            train(process_index=i, process_count=process_count) for i in range(process_count)
+        ]
         for iterator in processes:
             iterator.set_state(state)
         for _ in range(2):
@@ -182,15 +191,22 @@ def test_a_state_moves_between_numbers_of_processes(train):
 
 @pytest.mark.parametrize("process_count", [1, 2, 3])
 def test_evaluation_reads_each_record_once_in_order(digits, process_count):
-    processes = [list(evaluation_batches(digits, 2, 18, i, process_count)) for i in range(process_count)]
+    processes = [
+        list(evaluation_batches(digits, 2, 18, i, process_count)) for i in range(process_count)
+    ]
     assert [len(batches) for batches in processes] == [4] * process_count
-    joined = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in zip(*processes, strict=True)]
+    joined = [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*processes, strict=True)
+    ]
     assert all(batch["x"].shape == (18, 16, 4) for batch in joined)
     mask = np.concatenate([batch["mask"] for batch in joined])
     assert mask.dtype == np.float32
     np.testing.assert_array_equal(mask, np.arange(72) < 60)
     assert indices(joined) == [*range(60), *[0] * 12]
-    np.testing.assert_array_equal(joined[0]["x"][7], patchify(scale(digits.records[7]["image"], 17), 2))
+    np.testing.assert_array_equal(
+        joined[0]["x"][7], patchify(scale(digits.records[7]["image"], 17), 2)
+    )
     later = list(evaluation_batches(digits, 2, 18, 0, process_count, start=2))
     assert_equal(later, processes[0][2:])
     assert list(evaluation_batches(digits, 2, 18, 0, process_count, start=4)) == []
@@ -198,13 +214,20 @@ def test_evaluation_reads_each_record_once_in_order(digits, process_count):
 
 def test_a_split_smaller_than_its_batch_still_gives_every_process_one(digits):
     few = open_source("digits", "test[:2]")
-    masks = [[batch["mask"].tolist() for batch in evaluation_batches(few, 2, 6, i, 3)] for i in range(3)]
+    masks = [
+        [batch["mask"].tolist() for batch in evaluation_batches(few, 2, 6, i, 3)] for i in range(3)
+    ]
     assert masks == [[[1, 1]], [[0, 0]], [[0, 0]]]
 
 
 def test_processes_share_a_batch_evenly(digits):
-    for open_one in (lambda: train_iterator(digits, 2, 10, 0, 0, 0, 4), lambda: evaluation_batches(digits, 2, 10, 0, 4)):
-        with pytest.raises(UserError, match="batch_size=10 must be a positive multiple of the 4 processes"):
+    for open_one in (
+        lambda: train_iterator(digits, 2, 10, 0, 0, 0, 4),
+        lambda: evaluation_batches(digits, 2, 10, 0, 4),
+    ):
+        with pytest.raises(
+            UserError, match="batch_size=10 must be a positive multiple of the 4 processes"
+        ):
             open_one()
 
 
@@ -250,7 +273,15 @@ def captioned(tmp_path_factory):
         for i in range(20)
     ]
     folder = tmp_path_factory.mktemp("captioned")
-    layout = Layout((4, 4, 2), pixel_levels=0, num_classes=3, text_tokens=3, text_width=8, mean=(1.0, 2.0), std=(2.0, 3.0))
+    layout = Layout(
+        (4, 4, 2),
+        pixel_levels=0,
+        num_classes=3,
+        text_tokens=3,
+        text_width=8,
+        mean=(1.0, 2.0),
+        std=(2.0, 3.0),
+    )
     write_records(folder, {"train": examples}, layout, shard_size=7)
     return open_source(f"records:{folder}", "train")
 
@@ -311,11 +342,18 @@ def test_evaluation_pads_latents_and_text_like_the_rest(captioned):
 
 
 def test_a_damaged_shard_ends_a_worker_with_its_own_message(tmp_path, train):
-    write_records(tmp_path, {"train": [{"image": np.zeros((4, 4, 1), np.uint8)}] * 8}, Layout((4, 4, 1), pixel_levels=2), shard_size=4)
+    write_records(
+        tmp_path,
+        {"train": [{"image": np.zeros((4, 4, 1), np.uint8)}] * 8},
+        Layout((4, 4, 1), pixel_levels=2),
+        shard_size=4,
+    )
     source = open_source(f"records:{tmp_path}", "train")
     (tmp_path / "train-00001.arrayrecord").write_text("<html>")
     iterator = train(batch_size=2, workers=1, source=source)
     with pytest.raises(UserError) as error:
         take(iterator, 4)
     shard = f"shard {tmp_path}/train-00001.arrayrecord"
-    assert str(error.value).startswith(f"{shard} is damaged or another's: its SHA-256 is not that of the manifest; copy it there again")
+    assert str(error.value).startswith(
+        f"{shard} is damaged or another's: its SHA-256 is not that of the manifest; copy it there again"
+    )

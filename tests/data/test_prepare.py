@@ -36,7 +36,9 @@ def picture(seed, size=(20, 30), detail=(3, 4)):
 
 def encoded(image, kind="png", **options):
     file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        file, kind, **options
+    )
     return file.getvalue()
 
 
@@ -45,7 +47,9 @@ def write_folder(folder, files, rows=None):
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    lines = [json.dumps(row) for row in (rows or [{"file_name": name, "caption": "a"} for name in files])]
+    lines = [
+        json.dumps(row) for row in (rows or [{"file_name": name, "caption": "a"} for name in files])
+    ]
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -54,13 +58,21 @@ def pictures(folder, count, **keys):
     """A folder of `count` images with captions and labels."""
     files = {f"{i:03}.png": encoded(picture(i)) for i in range(count)}
     captions = ["a green circle", "a red circle"]
-    return write_folder(folder, files, [
-        {"file_name": name, "caption": captions[i % 2], "label": i % 3, **keys} for i, name in enumerate(files)])
+    return write_folder(
+        folder,
+        files,
+        [
+            {"file_name": name, "caption": captions[i % 2], "label": i % 3, **keys}
+            for i, name in enumerate(files)
+        ],
+    )
 
 
 def run(tmp_path, folder, out="out", **options):
     choices = {field.name for field in dataclasses.fields(Choices)}
-    given = {"image_size": 8, "test": 0, "input": f"folder:{folder}"} | {key: options.pop(key) for key in choices & options.keys()}
+    given = {"image_size": 8, "test": 0, "input": f"folder:{folder}"} | {
+        key: options.pop(key) for key in choices & options.keys()
+    }
     prepare(Choices(**given), str(tmp_path / out), **options)
     return tmp_path / out
 
@@ -85,28 +97,56 @@ def test_a_folder_becomes_records(tmp_path, capsys):
     out = run(tmp_path, pictures(tmp_path / "in", 10), text=WORDS, shard_size=4)
     layout, splits, _ = read_manifest(str(out))
     names = [f"train-0000{i}.arrayrecord" for i in range(3)]
-    assert splits == {"train": {"shards": names, "counts": [4, 4, 2], "sha256": [files(out)[name] for name in names]}}
-    assert (layout.image_shape, layout.pixel_levels, layout.num_classes, layout.text, layout.captions) == ((8, 8, 3), 256, 3, WORDS, True)
+    assert splits == {
+        "train": {
+            "shards": names,
+            "counts": [4, 4, 2],
+            "sha256": [files(out)[name] for name in names],
+        }
+    }
+    assert (
+        layout.image_shape,
+        layout.pixel_levels,
+        layout.num_classes,
+        layout.text,
+        layout.captions,
+    ) == ((8, 8, 3), 256, 3, WORDS, True)
     for i, record in enumerate(records(out)):
-        square = Image.fromarray(picture(i)[:, 5:25]).resize((8, 8), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        square = Image.fromarray(picture(i)[:, 5:25]).resize(
+            (8, 8), Image.Resampling.BICUBIC, reducing_gap=3.0
+        )
         np.testing.assert_array_equal(record["image"], np.array(square))
-        assert (record["label"], record["caption"]) == (i % 3, "a red circle" if i % 2 else "a green circle")
+        assert (record["label"], record["caption"]) == (
+            i % 3,
+            "a red circle" if i % 2 else "a green circle",
+        )
         np.testing.assert_array_equal(record["text"].argmax(1), [0, 1 if i % 2 else 2, 3])
     told = capsys.readouterr().out
     assert "records: 10 in train; 3 shards" in told
-    assert "bad images left out: 0 of 10\nnull captions: 0 empty, 0 not UTF-8\ncaptions cut: 0\n" in told
+    assert (
+        "bad images left out: 0 of 10\nnull captions: 0 empty, 0 not UTF-8\ncaptions cut: 0\n"
+        in told
+    )
     assert f"--config.data.source=records:{out} '--config.data.text={WORDS}'" in told
 
 
 def test_a_csv_and_names_of_classes(tmp_path):
     folder = write_folder(tmp_path / "in", {f"{i}.png": encoded(picture(i)) for i in range(3)})
     (folder / "metadata.jsonl").unlink()
-    (tmp_path / "list.csv").write_text('image,text,label\n0.png,"two\nlines, and ""this""",zebra\n1.png,b,ant\n2.png,c,zebra\n')
+    (tmp_path / "list.csv").write_text(
+        'image,text,label\n0.png,"two\nlines, and ""this""",zebra\n1.png,b,ant\n2.png,c,zebra\n'
+    )
     out = run(tmp_path, folder, captions=str(tmp_path / "list.csv"))
-    assert [(record["caption"], record["label"]) for record in records(out)] == [('two\nlines, and "this"', 1), ("b", 0), ("c", 1)]
+    assert [(record["caption"], record["label"]) for record in records(out)] == [
+        ('two\nlines, and "this"', 1),
+        ("b", 0),
+        ("c", 1),
+    ]
     assert choices(out)["classes"] == ["ant", "zebra"]
     (folder / "metadata.csv").write_text("file_name,caption\n1.png,found by itself\n")
-    assert [record["caption"] for record in records(run(tmp_path, folder, "second"))] == ["found by itself"]
+    assert [record["caption"] for record in records(run(tmp_path, folder, "second"))] == [
+        "found by itself"
+    ]
 
 
 def add(tar, name, data):
@@ -118,7 +158,9 @@ def add(tar, name, data):
 def test_tars_of_webdataset(tmp_path):
     for i in range(2):
         with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
-            add(tar, "x/1.a.PNG", encoded(picture(i)))  # a name's key ends at its first dot: no image of key 1
+            add(
+                tar, "x/1.a.PNG", encoded(picture(i))
+            )  # a name's key ends at its first dot: no image of key 1
             add(tar, "x/2.txt", b"a red circle")
             add(tar, "x/2.jpg", encoded(picture(10 + i), "jpeg"))
             add(tar, "x/3.webp", encoded(picture(20 + i), "webp", lossless=True))
@@ -127,8 +169,10 @@ def test_tars_of_webdataset(tmp_path):
             add(tar, "x/5.png", encoded(picture(30 + i)))
     out = run(tmp_path, "", input=f"tars:{tmp_path}/*.tar", max_bad=0.3)
     assert [record["caption"] for record in records(out)] == ["a red circle", "a circle", ""] * 2
-    np.testing.assert_array_equal(records(out)[4]["image"], captioned.load(lambda item: (picture(21), "", None), 8,
-                                                                           captioned.Item("", None)).image)
+    np.testing.assert_array_equal(
+        records(out)[4]["image"],
+        captioned.load(lambda item: (picture(21), "", None), 8, captioned.Item("", None)).image,
+    )
     bad = json.loads((out / "train-00000.json").read_text())["bad"]
     assert bad == [["0.tar/x/4", "not there"], ["1.tar/x/4", "not there"]]
 
@@ -139,8 +183,12 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(num_classes=4),
-                    "captions": tfds.features.Sequence({"text": tfds.features.Text()}), "title": tfds.features.Text()}
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(num_classes=4),
+            "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+            "title": tfds.features.Text(),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -149,7 +197,15 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         for i in range(count):
             texts = [{"text": f"first {i}"}, {"text": f"second {i}"}]
-            yield i, {"image": io.BytesIO(encoded(picture(i))), "label": i % 4, "captions": texts, "title": f"title {i}"}
+            yield (
+                i,
+                {
+                    "image": io.BytesIO(encoded(picture(i))),
+                    "label": i % 4,
+                    "captions": texts,
+                    "title": f"title {i}",
+                },
+            )
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +216,29 @@ def tfds_folder(tmp_path_factory):
 
 
 def test_a_data_set_of_tfds(tfds_folder, tmp_path):
-    first = run(tmp_path, "", input=f"tfds:{tfds_folder}", caption_feature="captions/text", workers=1)
-    assert sorted(record["caption"] for record in records(first)) == [f"first {i}" for i in range(6)]
+    first = run(
+        tmp_path, "", input=f"tfds:{tfds_folder}", caption_feature="captions/text", workers=1
+    )
+    assert sorted(record["caption"] for record in records(first)) == [
+        f"first {i}" for i in range(6)
+    ]
     for record in records(first):
         i = int(record["caption"][-1])
-        np.testing.assert_array_equal(record["image"], captioned.load(lambda _, i=i: (picture(i), "", None), 8,
-                                                                      captioned.Item("", None)).image)
+        np.testing.assert_array_equal(
+            record["image"],
+            captioned.load(
+                lambda _, i=i: (picture(i), "", None), 8, captioned.Item("", None)
+            ).image,
+        )
         assert record["label"] == i % 4
-    titles = run(tmp_path, "", "titles", input=f"tfds:{tfds_folder}", caption_feature="title", tfds_split="train[:3]+test")
+    titles = run(
+        tmp_path,
+        "",
+        "titles",
+        input=f"tfds:{tfds_folder}",
+        caption_feature="title",
+        tfds_split="train[:3]+test",
+    )
     assert len(records(titles)) == 5
     assert read_manifest(str(titles))[0].num_classes == 4
 
@@ -184,7 +255,10 @@ def test_a_mirror_image_after_every_training_image(tmp_path):
 
 def test_the_split_follows_the_key_alone(tmp_path):
     def held_out(folder, out, test):
-        return {record["image"].tobytes() for record in records(run(tmp_path, folder, out, test=test), "test")}
+        return {
+            record["image"].tobytes()
+            for record in records(run(tmp_path, folder, out, test=test), "test")
+        }
 
     folder = pictures(tmp_path / "in", 40)
     few = held_out(folder, "few", 4)
@@ -212,13 +286,23 @@ def test_images_of_other_kinds_become_8_bit_rgb():
     cmyk = loaded(encoded(Image.fromarray(red).convert("CMYK"), "jpeg", quality=100)).image
     assert np.abs(cmyk.astype(int) - red).max() <= 3
     np.testing.assert_array_equal(loaded(encoded(grey)).image, np.repeat(grey[..., None], 3, -1))
-    np.testing.assert_array_equal(loaded(encoded(Image.fromarray(np.full((8, 8), 51400, np.uint16)))).image, 200)
+    np.testing.assert_array_equal(
+        loaded(encoded(Image.fromarray(np.full((8, 8), 51400, np.uint16)))).image, 200
+    )
     np.testing.assert_array_equal(loaded(encoded(half, exif=exif)).image, half[::-1])
     frames = [Image.fromarray(red), Image.fromarray(half)]
     for kind in ("gif", "png", "webp"):
-        moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "webp" else {}))
+        moving = encoded(
+            frames[0],
+            kind,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if kind == "webp" else {}),
+        )
         np.testing.assert_array_equal(loaded(moving).image, red)
-    np.testing.assert_array_equal(loaded(encoded(Image.new("RGBA", (9, 9), (9, 9, 9, 0)))).image, 255)
+    np.testing.assert_array_equal(
+        loaded(encoded(Image.new("RGBA", (9, 9), (9, 9, 9, 0)))).image, 255
+    )
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 9, 8, 7])
     assert loaded(encoded(palette, transparency=b"\xff\xff")).image[0, 0].tolist() == [9, 8, 7]
@@ -243,9 +327,13 @@ def bomb():
 
 
 BAD = {
-    "truncated.png": lambda: encoded(picture(1, (64, 64)))[:-2000], "truncated.jpg": lambda: encoded(picture(1, (64, 64)), "jpeg")[:900],
-    "truncated.webp": lambda: encoded(picture(1, (64, 64)), "webp")[:200], "page.jpg": lambda: b"<html>", "empty.png": lambda: b"",
-    "float.png": lambda: encoded(Image.new("F", (8, 8)), "tiff"), "bomb.png": bomb,
+    "truncated.png": lambda: encoded(picture(1, (64, 64)))[:-2000],
+    "truncated.jpg": lambda: encoded(picture(1, (64, 64)), "jpeg")[:900],
+    "truncated.webp": lambda: encoded(picture(1, (64, 64)), "webp")[:200],
+    "page.jpg": lambda: b"<html>",
+    "empty.png": lambda: b"",
+    "float.png": lambda: encoded(Image.new("F", (8, 8)), "tiff"),
+    "bomb.png": bomb,
     "program.png": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n",
 }
 
@@ -255,15 +343,26 @@ def test_bad_images_are_counted_named_and_left_out(tmp_path, capsys):
     folder = write_folder(tmp_path / "in", good | {name: data() for name, data in BAD.items()})
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "absent.png", "caption": "a"}\n')
-    with pytest.raises(UserError, match=r"^9 images are bad, and --max_bad allows 8: .*leave them out; complete shards stay in"):
+    with pytest.raises(
+        UserError,
+        match=r"^9 images are bad, and --max_bad allows 8: .*leave them out; complete shards stay in",
+    ):
         run(tmp_path, folder, max_bad=0.49, shard_size=5)
     assert not (tmp_path / "out" / "manifest.json").exists()
     out = run(tmp_path, folder, max_bad=0.5, shard_size=5)
-    assert [len(part) for part in (records(out), json.loads((out / "train-00002.json").read_text())["bad"])] == [9, 5]
+    assert [
+        len(part)
+        for part in (records(out), json.loads((out / "train-00002.json").read_text())["bad"])
+    ] == [9, 5]
     told = capsys.readouterr().out
     assert "bad images left out: 9 of 18: " in told
-    for name, reason in {"page.jpg": "not an image", "empty.png": "not an image", "program.png": "not an image",
-                         "absent.png": "not there", "float.png": "its pixels have more than 16 bits"}.items():
+    for name, reason in {
+        "page.jpg": "not an image",
+        "empty.png": "not an image",
+        "program.png": "not an image",
+        "absent.png": "not there",
+        "float.png": "its pixels have more than 16 bits",
+    }.items():
         assert f"{name} ({reason})" in told
     assert re.search(r"truncated.jpg \(.*truncated", told)
     assert re.search(r"bomb.png \(.*exceeds limit", told)
@@ -282,9 +381,14 @@ def test_at_most_ten_bad_images_are_named(tmp_path):
 
 def test_captions_that_are_none_are_the_null_caption(tmp_path, capsys):
     names = [f"{i}.png" for i in range(6)]
-    rows = [b'{"file_name": "0.png", "caption": "a circle"}', b'{"file_name": "1.png", "caption": "  "}',
-            b'{"file_name": "2.png", "caption": "caf\xe9"}', b'{"file_name": "3.png", "caption": "\\ud800 a"}',
-            b'{"file_name": "4.png", "caption": null}', b'{"file_name": "5.png", "caption": [" a a red circle ", "b"]}']
+    rows = [
+        b'{"file_name": "0.png", "caption": "a circle"}',
+        b'{"file_name": "1.png", "caption": "  "}',
+        b'{"file_name": "2.png", "caption": "caf\xe9"}',
+        b'{"file_name": "3.png", "caption": "\\ud800 a"}',
+        b'{"file_name": "4.png", "caption": null}',
+        b'{"file_name": "5.png", "caption": [" a a red circle ", "b"]}',
+    ]
     folder = write_folder(tmp_path / "in", {name: encoded(picture(1)) for name in names})
     (folder / "metadata.jsonl").write_bytes(b"\n".join(rows))
     made = records(run(tmp_path, folder, text=WORDS))
@@ -333,16 +437,31 @@ def test_an_input_that_is_none_is_named(tmp_path, tfds_folder):
     for given, message in (
         ({"input": "photos"}, "--input=photos is not known: expected folder:PATH"),
         ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
-        ({"input": f"folder:{tmp_path}/empty"}, "empty has no metadata.jsonl or metadata.csv: give --captions=FILE"),
-        ({"input": f"folder:{tmp_path}/in", "captions": "/no.csv"}, "/no.csv is no .jsonl or .csv that is there"),
+        (
+            {"input": f"folder:{tmp_path}/empty"},
+            "empty has no metadata.jsonl or metadata.csv: give --captions=FILE",
+        ),
+        (
+            {"input": f"folder:{tmp_path}/in", "captions": "/no.csv"},
+            "/no.csv is no .jsonl or .csv that is there",
+        ),
         ({"input": f"tars:{tmp_path}/*.zip"}, "matches no file"),
         ({"input": f"tars:{tmp_path}/cut.tar"}, "cut.tar is not a complete, uncompressed tar"),
-        ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a complete, uncompressed tar"),
+        (
+            {"input": f"tars:{tmp_path}/packed.tar"},
+            "packed.tar is not a complete, uncompressed tar",
+        ),
         ({"input": "tfds:/no/such"}, "tfds:/no/such is neither"),
         ({"input": f"tfds:{tfds_folder}"}, "has no feature 'caption' of captions: it has"),
-        ({"input": f"tfds:{tfds_folder}", "caption_feature": "title", "tfds_split": "dev"}, "has no split 'dev': it has train, test"),
+        (
+            {"input": f"tfds:{tfds_folder}", "caption_feature": "title", "tfds_split": "dev"},
+            "has no split 'dev': it has train, test",
+        ),
         ({"input": f"folder:{tmp_path}/in", "latents": "vae:x"}, "--latents=vae:x is not known"),
-        ({"input": f"folder:{tmp_path}/in", "text": "bert"}, "the text encoder 'bert' is not known"),
+        (
+            {"input": f"folder:{tmp_path}/in", "text": "bert"},
+            "the text encoder 'bert' is not known",
+        ),
         ({"input": f"folder:{tmp_path}/in", "test": 3}, "--test=3 holds out 3 of 3 images"),
         ({"input": f"folder:{tmp_path}/in", "test": 1.5}, "--test=1.5 holds out 1.5 of 3 images"),
         ({"input": f"folder:{tmp_path}/in", "process_id": 1}, "--process_id=1: expected 0 to 0"),
@@ -383,15 +502,46 @@ def test_files_outside_the_folder_are_read_only_when_asked_for(tmp_path):
     (folder / "link.png").symlink_to(picture_file)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "inside").symlink_to(folder)
-    for name in ("../elsewhere/a.png", str(picture_file), "link.png", "linked/a.png", "inside/../../elsewhere/a.png", "linked/absent.png"):
-        write_folder(folder, {}, [{"file_name": "b.png", "caption": "a"}, {"file_name": name, "caption": "a"}])
-        refused(f"metadata.jsonl line 2 has the file_name {name[:40]}", tmp_path)  # a long name is cut
-        refused(f", which lies outside {folder}: put the file into the folder, or give --follow_outside", tmp_path)
+    for name in (
+        "../elsewhere/a.png",
+        str(picture_file),
+        "link.png",
+        "linked/a.png",
+        "inside/../../elsewhere/a.png",
+        "linked/absent.png",
+    ):
+        write_folder(
+            folder,
+            {},
+            [{"file_name": "b.png", "caption": "a"}, {"file_name": name, "caption": "a"}],
+        )
+        refused(
+            f"metadata.jsonl line 2 has the file_name {name[:40]}", tmp_path
+        )  # a long name is cut
+        refused(
+            f", which lies outside {folder}: put the file into the folder, or give --follow_outside",
+            tmp_path,
+        )
     names = ["b.png", "inside/b.png", "../in/b.png", str(folder / "b.png")]
     write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
     assert len(records(run(tmp_path, folder, "within"))) == 4
-    write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in ("../elsewhere/a.png", "link.png", "linked/a.png")])
-    python("-m", "launch.prepare", f"--input=folder:{folder}", f"--out={tmp_path}/out", "--image_size=8", "--test=0", "--follow_outside")
+    write_folder(
+        folder,
+        {},
+        [
+            {"file_name": name, "caption": "a"}
+            for name in ("../elsewhere/a.png", "link.png", "linked/a.png")
+        ],
+    )
+    python(
+        "-m",
+        "launch.prepare",
+        f"--input=folder:{folder}",
+        f"--out={tmp_path}/out",
+        "--image_size=8",
+        "--test=0",
+        "--follow_outside",
+    )
     assert len(records(tmp_path / "out")) == 3
 
 
@@ -405,7 +555,9 @@ def test_only_regular_files_are_read(tmp_path, capsys):
     names = ["000.png", "pipe.png", "folder.png", "zero.png", "sparse.png"]
     write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
     with within(20):
-        assert len(records(run(tmp_path, folder, "left_out", max_bad=0.9, follow_outside=True))) == 1
+        assert (
+            len(records(run(tmp_path, folder, "left_out", max_bad=0.9, follow_outside=True))) == 1
+        )
     told = capsys.readouterr().out
     for name in names[1:4]:
         assert f"{name} (not a regular file)" in told
@@ -416,7 +568,11 @@ def test_only_regular_files_are_read(tmp_path, capsys):
     os.mkfifo(tmp_path / "a.tar")
     (tmp_path / "b.tar").mkdir()
     for name in ("a.tar", "b.tar"):
-        refused(f"matches {tmp_path}/{name}, which is not a regular file: remove it", tmp_path, input=f"tars:{tmp_path}/{name}")
+        refused(
+            f"matches {tmp_path}/{name}, which is not a regular file: remove it",
+            tmp_path,
+            input=f"tars:{tmp_path}/{name}",
+        )
 
 
 def labelled(label):
@@ -473,7 +629,10 @@ def test_a_tar_that_holds_anything_is_one_line(tmp_path, content, message):
 def test_members_that_are_too_large_or_sparse_are_bad_images(tmp_path, capsys):
     large = 300 * 2**20
     with open(tmp_path / "a.tar", "wb") as file:
-        file.write(member("good.png", encoded(picture(1))) + member("sparse.png", bytes(512), type=tarfile.GNUTYPE_SPARSE))
+        file.write(
+            member("good.png", encoded(picture(1)))
+            + member("sparse.png", bytes(512), type=tarfile.GNUTYPE_SPARSE)
+        )
         file.write(member("large.png", size=large))
         file.truncate(file.tell() + large + 1024)
     assert len(records(run(tmp_path, "", input=f"tars:{tmp_path}/a.tar", max_bad=0.9))) == 1
@@ -485,7 +644,10 @@ def test_members_that_are_too_large_or_sparse_are_bad_images(tmp_path, capsys):
 def test_a_folder_of_another_plan_is_refused(tmp_path):
     folder = pictures(tmp_path / "in", 6)
     before = files(run(tmp_path, folder))
-    with pytest.raises(UserError, match=r"is being prepared with image_size=8, and this call has 9: choose another --out, or remove it"):
+    with pytest.raises(
+        UserError,
+        match=r"is being prepared with image_size=8, and this call has 9: choose another --out, or remove it",
+    ):
         run(tmp_path, folder, image_size=9)
     pictures(folder, 6, label=2)
     with pytest.raises(UserError, match=r"is being prepared with rows_sha256="):
@@ -506,8 +668,21 @@ def test_any_number_of_processes_and_workers_make_the_same_records(tmp_path, cap
     for process in (2, 0, 1):
         assert not (out / "manifest.json").exists()
         capsys.readouterr()
-        run(tmp_path, folder, "several", text=WORDS, test=0.2, shard_size=8, num_processes=3, process_id=process, workers=process, batch=5)
-        assert ("shards of others are not complete yet, such as " in capsys.readouterr().out) == (process != 1)
+        run(
+            tmp_path,
+            folder,
+            "several",
+            text=WORDS,
+            test=0.2,
+            shard_size=8,
+            num_processes=3,
+            process_id=process,
+            workers=process,
+            batch=5,
+        )
+        assert ("shards of others are not complete yet, such as " in capsys.readouterr().out) == (
+            process != 1
+        )
     assert files(out) == expected
 
 
@@ -516,7 +691,11 @@ def test_a_shard_that_is_whole_is_kept_and_another_made_again(tmp_path, monkeypa
     out = run(tmp_path, folder, shard_size=5)
     expected, opened = files(out), []
     load = captioned.load
-    monkeypatch.setattr(captioned, "load", lambda read, size, item: opened.append(item.key) or load(read, size, item))
+    monkeypatch.setattr(
+        captioned,
+        "load",
+        lambda read, size, item: opened.append(item.key) or load(read, size, item),
+    )
     (out / "manifest.json").unlink()
     (out / "train-00001.json").unlink()  # killed before it was counted
     (out / "train-00003.arrayrecord").write_bytes(b"cut")
@@ -552,18 +731,35 @@ def test_given_again_the_command_mends_the_records(tmp_path, capsys, damage, aga
     damage(out)
     assert files(out) != expected
     if again in ("train-00001", "train-00002"):
-        with pytest.raises(UserError, match=r"or prepare the records again: the same launch/prepare\.py command makes only what is"):
+        with pytest.raises(
+            UserError,
+            match=r"or prepare the records again: the same launch/prepare\.py command makes only what is",
+        ):
             records(out)
     capsys.readouterr()
     run(tmp_path, folder, shard_size=5)
     assert files(out) == expected
     told = capsys.readouterr().out
-    assert f"the 3 shards of this process agree with the earlier manifest.json; made again: {again}\n" in told
+    assert (
+        f"the 3 shards of this process agree with the earlier manifest.json; made again: {again}\n"
+        in told
+    )
     assert (f"differing from manifest.json, and made again: {again}\n" in told) == (again != "none")
     assert len(records(out)) == 12
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b"", b"\xff", b"[" * 100_000, b'{"input": ' + b"9" * 5000 + b"}", b'{"input": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"null",
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"input": ' + b"9" * 5000 + b"}",
+        b'{"input": 1}',
+    ],
+)
 def test_side_files_that_hold_anything_are_made_again(tmp_path, content):
     folder = pictures(tmp_path / "in", 12)
     out = run(tmp_path, folder, shard_size=5)
@@ -606,8 +802,16 @@ def test_a_folder_of_an_earlier_version_goes_on_and_learns_its_sha256(tmp_path, 
         (out / name).write_text(json.dumps(content))
     manifest = json.loads((out / "manifest.json").read_text())
     del manifest["hash"], manifest["splits"]["train"]["sha256"]
-    (out / "manifest.json").write_text(json.dumps(manifest | {
-        "hash": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]}))
+    (out / "manifest.json").write_text(
+        json.dumps(
+            manifest
+            | {
+                "hash": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[
+                    :16
+                ]
+            }
+        )
+    )
     assert len(records(out)) == 12
     capsys.readouterr()
     run(tmp_path, folder, shard_size=5)
@@ -621,7 +825,10 @@ def test_images_that_changed_since_are_named(tmp_path):
     manifest = (out / "manifest.json").read_bytes()
     (folder / "007.png").write_bytes(encoded(picture(99)))
     (out / "train-00001.arrayrecord").unlink()
-    with pytest.raises(UserError, match=r"differs from its manifest\.json after making shards again \(train-00001\), so its images or the programs"):
+    with pytest.raises(
+        UserError,
+        match=r"differs from its manifest\.json after making shards again \(train-00001\), so its images or the programs",
+    ):
         run(tmp_path, folder, shard_size=5)
     assert (out / "manifest.json").read_bytes() == manifest
     with pytest.raises(UserError, match="SHA-256 is not that of the manifest"):
@@ -631,7 +838,9 @@ def test_images_that_changed_since_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plan.json", "train-00001.json"])
-def test_killed_between_writing_a_file_and_naming_it_nothing_is_left_of_it(tmp_path, monkeypatch, name):
+def test_killed_between_writing_a_file_and_naming_it_nothing_is_left_of_it(
+    tmp_path, monkeypatch, name
+):
     folder = pictures(tmp_path / "in", 12)
     expected = files(run(tmp_path, folder, "whole", shard_size=5))
     replace = os.replace
@@ -643,7 +852,9 @@ def test_killed_between_writing_a_file_and_naming_it_nothing_is_left_of_it(tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
-        patch.setattr(os, "unlink", lambda path: None)  # nobody tidies up after a process that is killed
+        patch.setattr(
+            os, "unlink", lambda path: None
+        )  # nobody tidies up after a process that is killed
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, folder, shard_size=5)
     assert any(file.name.startswith(".part-" + name) for file in (tmp_path / "out").iterdir())
@@ -653,19 +864,38 @@ def test_killed_between_writing_a_file_and_naming_it_nothing_is_left_of_it(tmp_p
 def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_path):
     folder = pictures(tmp_path / "in", 200)
     (folder / "017.png").write_bytes(b"<html>")
-    call = ["-m", "launch.prepare", f"--input=folder:{folder}", "--image_size=96", "--shard_size=10", "--workers=1", f"--text={WORDS}"]
+    call = [
+        "-m",
+        "launch.prepare",
+        f"--input=folder:{folder}",
+        "--image_size=96",
+        "--shard_size=10",
+        "--workers=1",
+        f"--text={WORDS}",
+    ]
     out, random, kills = tmp_path / "killed", np.random.default_rng(0), 0
     done = python(*call, f"--out={tmp_path}/whole").stdout
     while kills < 3:
         whole = len(list(out.glob("*.json")))
-        process = subprocess.Popen([sys.executable, *call, f"--out={out}"], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, *call, f"--out={out}"],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.time() + 60
-        while len(list(out.glob("*.json"))) < whole + 3 and process.poll() is None and time.time() < deadline:
+        while (
+            len(list(out.glob("*.json"))) < whole + 3
+            and process.poll() is None
+            and time.time() < deadline
+        ):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was done before it was killed: take more images"
+        assert process.wait() == -signal.SIGKILL, (
+            "it was done before it was killed: take more images"
+        )
         kills += 1
     assert not (out / "manifest.json").exists()
     resumed = python(*call, f"--out={out}").stdout
@@ -676,7 +906,12 @@ def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_pat
 
 def test_a_worker_that_is_killed_ends_it_in_one_line(tmp_path):
     folder = pictures(tmp_path / "in", 3)
-    with pytest.raises(UserError, match=r"^one of the 1 worker processes was killed, .*complete shards stay$"), make_pool(1) as pool:
+    with (
+        pytest.raises(
+            UserError, match=r"^one of the 1 worker processes was killed, .*complete shards stay$"
+        ),
+        make_pool(1) as pool,
+    ):
         pool.submit(os._exit, 1).result()
     assert len(records(run(tmp_path, folder, workers=1))) == 3
 
@@ -685,8 +920,13 @@ def test_a_worker_that_is_killed_ends_it_in_one_line(tmp_path):
 
 
 def test_a_mistake_is_one_line_with_status_2(tmp_path):
-    for arguments, message in ((["--input=folder:/no/such", f"--out={tmp_path}/out"], "--input=folder:/no/such is not there"),
-                               (["--input=x", f"--out={tmp_path}/out", "--test=many"], "--test=many: expected a number")):
+    for arguments, message in (
+        (
+            ["--input=folder:/no/such", f"--out={tmp_path}/out"],
+            "--input=folder:/no/such is not there",
+        ),
+        (["--input=x", f"--out={tmp_path}/out", "--test=many"], "--test=many: expected a number"),
+    ):
         done = python("-m", "launch.prepare", *arguments, check=False)
         assert done.returncode == 2
         assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr

@@ -88,9 +88,7 @@ def _items(path: str) -> list[Item]:
     ]
 
 
-def _add(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str, part: dict, path: str
-) -> None:
+def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str, part: dict, path: str) -> None:
     """Adds a member, of the suffix `kind`, to the parts of its item."""
     if not member.isfile():
         return

@@ -129,9 +129,7 @@ class BadLimit:
                 f"shards stay in {self.root}"
             )
 
-    def watch(
-        self, examples: Iterator[dict], tally: Tally, others: list[Tally]
-    ) -> Iterator[dict]:
+    def watch(self, examples: Iterator[dict], tally: Tally, others: list[Tally]) -> Iterator[dict]:
         """The examples of the shard of `tally`, with a check before each one and at the end."""
         for example in examples:
             self.check([*others, tally])
@@ -140,7 +138,7 @@ class BadLimit:
 
 
 def bad_images(tallies: Iterable[Tally]) -> list[str]:
-    """"key (reason)" of every bad image, in characters that can be printed in one line."""
+    """ "key (reason)" of every bad image, in characters that can be printed in one line."""
     texts = [f"{key} ({reason})" for tally in tallies for key, reason in tally.bad]
     return [text if text.isprintable() else ascii(text)[1:-1] for text in texts]
 

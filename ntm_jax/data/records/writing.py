@@ -55,9 +55,7 @@ def write_records(
     write_manifest(path, layout, written)
 
 
-def write_shard(
-    file: epath.PathLike, examples: Iterable[Mapping[str, Any]], layout: Layout
-) -> int:
+def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], layout: Layout) -> int:
     """Writes one shard and returns the number of its records. UserError as `write_records`."""
     name = epath.Path(file).name
     with files.aside(file) as target:
@@ -108,9 +106,7 @@ def _write_errors(name: str) -> Iterator[None]:
         ) from None
 
 
-def _arrays(
-    example: Mapping[str, Any], layout: Layout
-) -> tuple[dict[str, np.ndarray], str | None]:
+def _arrays(example: Mapping[str, Any], layout: Layout) -> tuple[dict[str, np.ndarray], str | None]:
     """The arrays of an example, and what is wrong with them; None if they fit."""
     try:
         arrays = {key: _array(key, value) for key, value in example.items()}

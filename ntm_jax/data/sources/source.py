@@ -117,9 +117,9 @@ def register(name: str, open_function: Callable[[str, str], Source]) -> None:
         ntm_jax.data.register("squares", open_squares)  # data.source=squares:/data/squares
 
     Slices such as `train[:90%]`, data.image_size and data.text apply to the source as to any other.
-    With data.workers > 0 each worker process gets the source pickled: define the classes of its
-    records in an importable module, not in a script or notebook, and open files when a record is
-    read, not before.
+    With data.workers > 0 each worker process gets a copy of the source, pickled by cloudpickle:
+    records may be of a class that a script or notebook defines, but must not hold open files,
+    locks or sessions. Open these when a record is read, and drop them in `__getstate__`.
 
     Args:
       name: letters, digits, underscores, dots and hyphens.

@@ -26,9 +26,7 @@ from ntm_jax.errors import UserError, first_line
 # image.
 EpsImagePlugin.gs_binary = False
 # No namespace, which would make tfds download code, and no arguments of the builder.
-_NAME = re.compile(
-    r"[a-z]\w*(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII | re.IGNORECASE
-)
+_NAME = re.compile(r"[a-z]\w*(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII | re.IGNORECASE)
 _LOCK = threading.Lock()  # one block of _without_imports at a time
 
 

@@ -45,8 +45,12 @@ def test_splits_cut_the_permutation_of_their_seed():
 
 def test_slices_sizes_and_captions_apply():
     provide(from_arrays(IMAGES, captions=CAPTIONS, held_out=0.0))
-    source = open_source("arrays", "all[5:8]", image_size=2, text="words:2:picture 0 1 2 3 4 5 6 7 8 9 "
-                         + " ".join(map(str, range(10, 20))))
+    source = open_source(
+        "arrays",
+        "all[5:8]",
+        image_size=2,
+        text="words:2:picture 0 1 2 3 4 5 6 7 8 9 " + " ".join(map(str, range(10, 20))),
+    )
     rows = np.random.RandomState(0).permutation(20)[5:8]
     assert list(source.captions) == [CAPTIONS[row] for row in rows]
     assert (source.image_shape, source.num_classes, source.text_tokens) == ((2, 2, 3), 0, 2)
@@ -77,13 +81,20 @@ def test_float32_images_are_latents():
 
 
 def test_the_version_names_the_content_and_its_splits():
-    same = [from_arrays(IMAGES, LABELS, CAPTIONS), from_arrays(IMAGES.copy(order="F"), list(LABELS), CAPTIONS)]
+    same = [
+        from_arrays(IMAGES, LABELS, CAPTIONS),
+        from_arrays(IMAGES.copy(order="F"), list(LABELS), CAPTIONS),
+    ]
     other = IMAGES.copy()
     other[3, 1, 2, 0] ^= 1
     different = [
-        from_arrays(other, LABELS, CAPTIONS), from_arrays(IMAGES, LABELS[::-1], CAPTIONS), from_arrays(IMAGES, LABELS),
-        from_arrays(IMAGES, captions=CAPTIONS), from_arrays(IMAGES, LABELS, CAPTIONS[::-1]),
-        from_arrays(IMAGES, LABELS, CAPTIONS, held_out=0.2), from_arrays(IMAGES, LABELS, CAPTIONS, seed=1),
+        from_arrays(other, LABELS, CAPTIONS),
+        from_arrays(IMAGES, LABELS[::-1], CAPTIONS),
+        from_arrays(IMAGES, LABELS),
+        from_arrays(IMAGES, captions=CAPTIONS),
+        from_arrays(IMAGES, LABELS, CAPTIONS[::-1]),
+        from_arrays(IMAGES, LABELS, CAPTIONS, held_out=0.2),
+        from_arrays(IMAGES, LABELS, CAPTIONS, seed=1),
         from_arrays(IMAGES.reshape(20, 6, 4, 3), LABELS, CAPTIONS),
     ]
     assert same[0].version == same[1].version
@@ -94,7 +105,9 @@ def test_arrays_open_by_their_version_and_only_where_they_are_provided():
     first, second = from_arrays(IMAGES), from_arrays(255 - IMAGES)
     message = "this run was trained on arrays in memory, so pass data=... with the same images"
     for name in ("arrays", first.name):
-        with pytest.raises(UserError, match=f"^data.source {name} is not in .*{re.escape(message)}") as error:
+        with pytest.raises(
+            UserError, match=f"^data.source {name} is not in .*{re.escape(message)}"
+        ) as error:
             open_source(name, "train")
         assert "\n" not in str(error.value)
     provide(first)
@@ -103,7 +116,9 @@ def test_arrays_open_by_their_version_and_only_where_they_are_provided():
     for each in (first, second):
         source = open_source(each.name, "all")
         assert (source.name, source.version) == (each.name, each.version)
-        np.testing.assert_array_equal(source.records[0]["image"], each.images[each.splits["all"][0]])
+        np.testing.assert_array_equal(
+            source.records[0]["image"], each.images[each.splits["all"][0]]
+        )
     with pytest.raises(UserError, match="data.source arrays:0123 is not in this process's memory"):
         open_source("arrays:0123", "train")
 

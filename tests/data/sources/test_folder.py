@@ -20,9 +20,13 @@ def test_folder_splits_its_sorted_files_and_labels_its_sub_folders(tmp_path):
         save(tmp_path / ("zebra" if i % 2 else "ant") / "deep" / f"{i:02}.png", i, mode="L")
     save(tmp_path / "ant" / ".hidden.png", 99, mode="L")
     (tmp_path / "ant" / "notes.txt").write_text("not an image")
-    in_order = np.array([*range(0, 20, 2), *range(1, 20, 2)])  # ant/deep/00, 02, .., zebra/deep/01, 03, ..
+    in_order = np.array(
+        [*range(0, 20, 2), *range(1, 20, 2)]
+    )  # ant/deep/00, 02, .., zebra/deep/01, 03, ..
     expected = in_order[np.random.RandomState(0).permutation(20)].tolist()
-    train, test, both = (open_source(f"folder:{tmp_path}", split) for split in ("train", "test", "all"))
+    train, test, both = (
+        open_source(f"folder:{tmp_path}", split) for split in ("train", "test", "all")
+    )
     assert train.image_shape == (8, 8, 1)
     assert (train.pixel_levels, train.num_classes) == (256, 2)
     assert (values(train), values(test), values(both)) == (expected[:18], expected[18:], expected)
@@ -35,7 +39,9 @@ def test_folder_with_train_and_test(tmp_path):
         save(tmp_path / "train" / "cat" / f"{i}.jpg", (i * 40,) * 3)
     save(tmp_path / "test" / "ant" / "0.webp", "white")
     save(tmp_path / "test" / "cat" / "1.bmp", (0, 0, 0))
-    train, test, both = (open_source(f"folder:{tmp_path}", split) for split in ("train", "test", "all"))
+    train, test, both = (
+        open_source(f"folder:{tmp_path}", split) for split in ("train", "test", "all")
+    )
     assert (values(train), labels(train)) == ([0, 40, 80], [1, 1, 1])
     assert (values(test), labels(test)) == ([255, 0], [0, 1])
     assert labels(both) == [1, 1, 1, 0, 1]
@@ -48,7 +54,10 @@ def test_folder_without_sub_folders_has_no_labels(tmp_path):
     source = open_source(f"folder:{tmp_path}", "all")
     assert (source.num_classes, labels(source)) == (0, [-1, -1])
     # One image in colour makes all of them so.
-    assert sorted(source.records[i]["image"][0, 0].tolist() for i in range(2)) == [[1, 2, 3], [7, 7, 7]]
+    assert sorted(source.records[i]["image"][0, 0].tolist() for i in range(2)) == [
+        [1, 2, 3],
+        [7, 7, 7],
+    ]
 
 
 def test_transparent_images_lie_on_white_and_photographs_stand_upright(tmp_path):
@@ -95,7 +104,12 @@ def test_undecodable_images_are_found_when_the_folder_is_opened(tmp_path):
     whole = (tmp_path / "3.png").read_bytes()
     (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "5.png").write_text("<html>")
-    with pytest.raises(UserError, match=re.escape(f"2 of 9 images in {tmp_path} cannot be decoded (3.png, 5.png): remove them")):
+    with pytest.raises(
+        UserError,
+        match=re.escape(
+            f"2 of 9 images in {tmp_path} cannot be decoded (3.png, 5.png): remove them"
+        ),
+    ):
         open_source(f"folder:{tmp_path}", "train")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.png" for i in range(9)]
 
@@ -137,8 +151,13 @@ def test_links_are_followed_and_their_loops_walked_once(tmp_path):
     save(root / "z" / "1.png", 1, mode="L")
     save(root / "z" / "deep" / "2.png", 2, mode="L")
     save(tmp_path / "elsewhere" / "3.png", 3, mode="L")
-    for link, target in (("z/deep/loop", root), ("again", root / "z"), ("linked", tmp_path / "elsewhere"), ("self", root / "self"),
-                         ("4.png", tmp_path / "elsewhere" / "3.png")):
+    for link, target in (
+        ("z/deep/loop", root),
+        ("again", root / "z"),
+        ("linked", tmp_path / "elsewhere"),
+        ("self", root / "self"),
+        ("4.png", tmp_path / "elsewhere" / "3.png"),
+    ):
         (root / link).symlink_to(target)
     found = folder._walk(epath.Path(root), "")
     assert sorted(found) == ["4.png", "linked/3.png", "z/1.png", "z/deep/2.png"]
@@ -151,7 +170,10 @@ def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     (tmp_path / "absent.png").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"^3 images in .* are not regular files \(absent\.png, pipe\.png, zero\.png\): remove them$"):
+    with pytest.raises(
+        UserError,
+        match=r"^3 images in .* are not regular files \(absent\.png, pipe\.png, zero\.png\): remove them$",
+    ):
         open_source(f"folder:{tmp_path}", "all")
 
 
@@ -160,7 +182,9 @@ def test_a_file_of_any_size_is_not_read(tmp_path):
         file.truncate(10**12)
     with pytest.raises(ValueError, match="larger than 256 MiB, 1000000000000 bytes"):
         regular.read(tmp_path / "sparse.png")
-    with pytest.raises(UserError, match=r"1 of 1 images in .* cannot be decoded \(sparse\.png\): remove them"):
+    with pytest.raises(
+        UserError, match=r"1 of 1 images in .* cannot be decoded \(sparse\.png\): remove them"
+    ):
         open_source(f"folder:{tmp_path}", "all")
 
 
@@ -170,13 +194,20 @@ def test_a_file_of_any_size_is_not_read(tmp_path):
 ])  # fmt: skip
 def test_a_damaged_cache_of_a_folder_costs_only_another_scan(tmp_path, content):
     save(tmp_path / "0.png", 7, mode="L")
-    version, cache = open_source(f"folder:{tmp_path}", "all").version, tmp_path / ".ntm_manifest.json"
+    version, cache = (
+        open_source(f"folder:{tmp_path}", "all").version,
+        tmp_path / ".ntm_manifest.json",
+    )
     if content == "flipped":
         entries = json.loads(cache.read_text())
         entries["0.png"][2] = 9
         content = json.dumps(entries).encode()
     stat = (tmp_path / "0.png").stat()
-    cache.write_bytes(content.replace(b"SIZE", str(stat.st_size).encode()).replace(b"TIME", str(int(stat.st_mtime)).encode()))
+    cache.write_bytes(
+        content.replace(b"SIZE", str(stat.st_size).encode()).replace(
+            b"TIME", str(int(stat.st_mtime)).encode()
+        )
+    )
     source = open_source(f"folder:{tmp_path}", "all")
     assert (source.version, source.image_shape, values(source)) == (version, (8, 8, 1), [7])
     assert json.loads(cache.read_text())["0.png"][2:] == [8, 8, 1]
@@ -185,4 +216,3 @@ def test_a_damaged_cache_of_a_folder_costs_only_another_scan(tmp_path, content):
 def test_an_empty_folder_says_what_it_looked_for(tmp_path):
     with pytest.raises(UserError, match=r"holds no images: expected files ending in \.png, \.jpg"):
         open_source(f"folder:{tmp_path}", "train")
-

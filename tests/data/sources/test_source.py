@@ -53,7 +53,11 @@ def test_a_slice_is_part_of_its_split(split, first, last):
         ("digits", "test[:298]", "takes records 0 to 298, but there are 297"),
         ("digits", "test[-300:]", "takes records -3 to 297"),
         ("digits", "test[1:2:3]", "is not understood"),
-        ("cifar", "train", "data.source 'cifar' is not known: expected one of digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR"),
+        (
+            "cifar",
+            "train",
+            "data.source 'cifar' is not known: expected one of digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR",
+        ),
         ("digits:8", "train", "is not known"),
         ("folder:", "train", "is not known"),
         ("folder:/no/such", "train", "folder:/no/such is not there"),
@@ -89,7 +93,10 @@ def test_resizing_takes_the_central_square(tmp_path):
     Image.fromarray(image.swapaxes(0, 1)).save(tmp_path / "a" / "tall.png")
     source = open_source(f"folder:{tmp_path}", "all", image_size=8)
     assert source.image_shape == (8, 8, 3)
-    by_name = {source.records.records.files[source.records.rows[i]]: source.records[i]["image"] for i in range(2)}
+    by_name = {
+        source.records.records.files[source.records.rows[i]]: source.records[i]["image"]
+        for i in range(2)
+    }
     for small in (by_name["a/wide.png"], by_name["a/tall.png"].swapaxes(0, 1)):
         # Two rows either side of the edge between the greys are the bicubic curve's; no black comes in from outside the square.
         np.testing.assert_array_equal(small[:2], 200)
@@ -106,7 +113,10 @@ def test_resized_digits_keep_their_levels():
 def test_different_sizes_need_an_image_size(tmp_path):
     save(tmp_path / "a.png", "red", (8, 8))
     save(tmp_path / "b.png", "red", (8, 9))
-    with pytest.raises(UserError, match=r"different sizes \(\w\.png is 8x[89], \w\.png is 8x[89]\): set data.image_size"):
+    with pytest.raises(
+        UserError,
+        match=r"different sizes \(\w\.png is 8x[89], \w\.png is 8x[89]\): set data.image_size",
+    ):
         open_source(f"folder:{tmp_path}", "all")
     assert open_source(f"folder:{tmp_path}", "all", image_size=4).image_shape == (4, 4, 3)
 
@@ -194,9 +204,16 @@ def test_worker_processes_read_a_registered_source_and_encoder(registered):
 
 
 def test_an_unknown_name_lists_the_registered_ones_and_hints_at_import(registered):
-    for open_one, end in ((lambda: open_source("square", "train"), r"toy:NAME, arrays\[:VERSION\], squares\[:ARGUMENT\]"),
-                          (lambda: text.open_encoder("parities"), r"flux2:FOLDER, parity\[:ARGUMENT\]")):
-        with pytest.raises(UserError, match=rf"is not known: expected one of .*{end}; .* needs --import=MODULE") as error:
+    for open_one, end in (
+        (
+            lambda: open_source("square", "train"),
+            r"toy:NAME, arrays\[:VERSION\], squares\[:ARGUMENT\]",
+        ),
+        (lambda: text.open_encoder("parities"), r"flux2:FOLDER, parity\[:ARGUMENT\]"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"is not known: expected one of .*{end}; .* needs --import=MODULE"
+        ) as error:
             open_one()
         assert "\n" not in str(error.value)
 
@@ -207,16 +224,26 @@ def test_a_name_is_registered_once_and_is_a_word(registered, table, name):
     with pytest.raises(UserError, match=r"cannot be registered as .*: expected letters, digits"):
         table(name, open_source)
     for taken in ("digits", "squares") if table is sources.register else ("words", "parity"):
-        with pytest.raises(UserError, match=f"'{taken}' is registered already: register yours under another name"):
+        with pytest.raises(
+            UserError, match=f"'{taken}' is registered already: register yours under another name"
+        ):
             table(taken, open_source)
 
 
 def test_what_is_not_a_source_is_refused(registered):
     sources.register("none", lambda argument, split: None)
-    with pytest.raises(UserError, match="data.source none opens as a NoneType: expected its open function to return"):
+    with pytest.raises(
+        UserError,
+        match="data.source none opens as a NoneType: expected its open function to return",
+    ):
         open_source("none", "train")
     images = np.zeros((3, 4, 4, 1), np.float64)
-    sources.register("floats", lambda argument, split: sources.Source(sources.ArrayRecords(images), (4, 4, 1), pixel_levels=2))
+    sources.register(
+        "floats",
+        lambda argument, split: sources.Source(
+            sources.ArrayRecords(images), (4, 4, 1), pixel_levels=2
+        ),
+    )
     with pytest.raises(UserError, match="record 1 has an image of float64: expected uint8"):
         open_source("floats", "train[1:]").records[0]
 
@@ -227,7 +254,10 @@ def test_sizes_that_a_source_leaves_open_are_those_of_its_first_record(registere
 
     sources.register("mixed", open_mixed)
     assert open_source("mixed", "all").image_shape == (6, 6, 1)
-    with pytest.raises(UserError, match=r"^images have different sizes \(a is 1x1, b is 2x2\): set data.image_size$"):
+    with pytest.raises(
+        UserError,
+        match=r"^images have different sizes \(a is 1x1, b is 2x2\): set data.image_size$",
+    ):
         open_source("mixed:a is 1x1, b is 2x2", "all")
     assert open_source("mixed:a is 1x1, b is 2x2", "all", image_size=2).mixed_sizes == ""
 

@@ -18,12 +18,19 @@ LEVELS = (0.02, 0.3, 0.9, 0.999999, 1.0)
 
 @pytest.fixture(scope="module")
 def sources():
-    return {name: {split: open_source(f"toy:{name}", split) for split in ("train", "test")} for name in NAMES}
+    return {
+        name: {split: open_source(f"toy:{name}", split) for split in ("train", "test")}
+        for name in NAMES
+    }
 
 
 def points(source):
     """All records, [n, 2] float64."""
-    return np.stack([source.records[i]["image"] for i in range(len(source.records))]).reshape(-1, 2).astype(np.float64)
+    return (
+        np.stack([source.records[i]["image"] for i in range(len(source.records))])
+        .reshape(-1, 2)
+        .astype(np.float64)
+    )
 
 
 def grid(t, side=241):  # steps of 0.022 at t = 0.02: finer than any edge
@@ -49,7 +56,9 @@ def test_pure_noise_is_standard_normal(sources, name):
     normal = -0.5 * np.sum(where**2, 1) - math.log(2 * math.pi)
     log_density = sources[name]["test"].log_density
     np.testing.assert_allclose(log_density(where, 1.0), normal, rtol=1e-12)
-    np.testing.assert_allclose(log_density(where, 1 - 1e-7), normal, atol=1e-5)  # no jump on the way there
+    np.testing.assert_allclose(
+        log_density(where, 1 - 1e-7), normal, atol=1e-5
+    )  # no jump on the way there
 
 
 @pytest.mark.parametrize("t", [0.02, 0.2, 0.6])
@@ -76,7 +85,9 @@ def test_samples_lie_where_their_density_says(sources, name):
     cells, inside, half = 24, 12, 2.5
     step = 2 * half / (cells * inside)
     line = (np.arange(cells * inside) + 0.5) * step - half
-    density = np.exp(source.log_density(np.stack(np.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2), t))
+    density = np.exp(
+        source.log_density(np.stack(np.meshgrid(line, line, indexing="ij"), -1).reshape(-1, 2), t)
+    )
     expected = len(x) * step**2 * density.reshape(cells, inside, cells, inside).sum((1, 3))
     counts = np.histogram2d(*x.T, bins=np.linspace(-half, half, cells + 1))[0]
     kept = expected > 20
@@ -111,7 +122,9 @@ def test_twice_as_many_nodes_change_nothing(monkeypatch):
         coarse = synthetic.moons_log_density(where, t)
         with monkeypatch.context() as patch:
             patch.setattr(synthetic, "_NODES", 2 * synthetic._NODES)
-            np.testing.assert_allclose(np.expm1(synthetic.moons_log_density(where, t) - coarse), 0, atol=1e-6)
+            np.testing.assert_allclose(
+                np.expm1(synthetic.moons_log_density(where, t) - coarse), 0, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,10 +144,14 @@ def test_checkerboard_is_its_squares_noised(t):
     z, low, width = np.array([0.3, 1.0, -4.0, 9.0]), 0.2 / t, (1 - t) * 0.8 / t
     nodes, weights = np.polynomial.legendre.leggauss(400)
     m = low + width * (1 + nodes) / 2
-    expected = np.log(np.exp(-0.5 * (z[:, None] - m) ** 2 - 0.5 * math.log(2 * math.pi)) @ weights / 2 + 1e-300)
+    expected = np.log(
+        np.exp(-0.5 * (z[:, None] - m) ** 2 - 0.5 * math.log(2 * math.pi)) @ weights / 2 + 1e-300
+    )
     known = expected > -600
     assert known.any()
-    np.testing.assert_allclose(synthetic._log_interval_mean(z, low, width)[known], expected[known], rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(
+        synthetic._log_interval_mean(z, low, width)[known], expected[known], rtol=1e-6, atol=1e-8
+    )
 
 
 def test_a_narrow_square_is_nearly_a_point():
@@ -143,23 +160,37 @@ def test_a_narrow_square_is_nearly_a_point():
     for width in (1e-12, 1e-7, 0.9999e-4, 1.0001e-4, 1e-2):
         normal = -0.5 * z**2 - 0.5 * math.log(2 * math.pi)
         expected = normal + np.log1p((z**2 - 1) * width**2 / 24)
-        np.testing.assert_allclose(synthetic._log_interval_mean(z, -width / 2, width), expected, atol=1e-8)
+        np.testing.assert_allclose(
+            synthetic._log_interval_mean(z, -width / 2, width), expected, atol=1e-8
+        )
 
 
 def test_records_are_the_same_each_time_and_streams_are_others(sources):
     for name in NAMES:
         train, test = (sources[name][split] for split in ("train", "test"))
-        assert pipeline.spec(train, 1) == pipeline.DataSpec((1, 2, 1), 1, pixel_levels=0, num_classes=0, count=1_000_000)
-        assert (pipeline.spec(train, 1).tokens, pipeline.spec(train, 1).dim, train.version) == (2, 1, "1")
+        assert pipeline.spec(train, 1) == pipeline.DataSpec(
+            (1, 2, 1), 1, pixel_levels=0, num_classes=0, count=1_000_000
+        )
+        assert (pipeline.spec(train, 1).tokens, pipeline.spec(train, 1).dim, train.version) == (
+            2,
+            1,
+            "1",
+        )
         again = points(open_source(f"toy:{name}", "train[999990:]"))
         np.testing.assert_array_equal(again, train.records.records.images[-10:, 0, :, 0])
         assert train.records[5]["image"].dtype == np.float32
         assert train.records[5]["label"] == -1
-        pairs = [source.records.records.images.reshape(-1).view(np.int64) for source in (train, test)]
+        pairs = [
+            source.records.records.images.reshape(-1).view(np.int64) for source in (train, test)
+        ]
         assert len(np.unique(pairs[1])) == 2_000
         assert not np.isin(pairs[1], pairs[0]).any()
-        likeness = np.corrcoef(train.records.records.images[:2_000].reshape(-1, 2).T, points(test).T)[:2, 2:]
-        assert (abs(likeness) < 4.5 / math.sqrt(2_000)).all()  # of one stream they would share modes and angles
+        likeness = np.corrcoef(
+            train.records.records.images[:2_000].reshape(-1, 2).T, points(test).T
+        )[:2, 2:]
+        assert (
+            abs(likeness) < 4.5 / math.sqrt(2_000)
+        ).all()  # of one stream they would share modes and angles
 
 
 def test_a_source_can_be_pickled(sources):

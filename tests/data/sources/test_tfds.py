@@ -24,7 +24,10 @@ class Squares(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.2.3")
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(num_classes=3)}
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(num_classes=3),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -49,7 +52,12 @@ def test_tfds_by_name_and_by_folder(squares_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(squares_dir))
     for name in ("tfds:squares", f"tfds:{squares_dir / 'squares' / '1.2.3'}"):
         train, test, both = (open_source(name, split) for split in ("train", "test", "all"))
-        assert (train.image_shape, train.pixel_levels, train.num_classes, train.version) == ((6, 6, 3), 256, 3, "1.2.3")
+        assert (train.image_shape, train.pixel_levels, train.num_classes, train.version) == (
+            (6, 6, 3),
+            256,
+            3,
+            "1.2.3",
+        )
         assert sorted(values(train)) == list(range(10))
         assert sorted(values(test)) == list(range(10, 14))
         assert sorted(values(both)) == list(range(14))
@@ -63,7 +71,10 @@ def test_tfds_by_name_and_by_folder(squares_dir, monkeypatch):
 
 def test_tfds_not_prepared(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(UserError, match=rf"tfds:mnist is not prepared in {tmp_path}/mnist/.*file_format='array_record'"):
+    with pytest.raises(
+        UserError,
+        match=rf"tfds:mnist is not prepared in {tmp_path}/mnist/.*file_format='array_record'",
+    ):
         open_source("tfds:mnist", "train")
 
 
@@ -101,13 +112,18 @@ def imported(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", HOSTILE)
-def test_tfds_imports_nothing_that_a_folder_names(squares_dir, tmp_path, monkeypatch, imported, way):
+def test_tfds_imports_nothing_that_a_folder_names(
+    squares_dir, tmp_path, monkeypatch, imported, way
+):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     file, content = HOSTILE[way]
     folders = [tmp_path / "data" / name / "1.2.3" for name in ("hostile", "squares")]
     for folder in folders:
         shutil.copytree(squares_dir / "squares" / "1.2.3", folder)
-        info = json.loads((folder / "dataset_info.json").read_text()) | {"name": folder.parent.name, "moduleName": "foreign_module"}
+        info = json.loads((folder / "dataset_info.json").read_text()) | {
+            "name": folder.parent.name,
+            "moduleName": "foreign_module",
+        }
         (folder / "dataset_info.json").write_text(json.dumps(info))
         for part in folder.glob("squares-*"):
             part.rename(folder / part.name.replace("squares", folder.parent.name))
@@ -117,19 +133,42 @@ def test_tfds_imports_nothing_that_a_folder_names(squares_dir, tmp_path, monkeyp
         there = json.loads((folder / file).read_text()) if file == "dataset_info.json" else {}
         (folder / file).write_text(json.dumps(there | content))
     for name in (f"tfds:{folders[0]}", "tfds:hostile", "tfds:hostile:1.2.3", "tfds:squares:1.2.3"):
-        for opened in (lambda name=name: open_source(name, "train"), lambda name=name: captioned.open_input(name, feature="label")):
-            with pytest.raises(UserError, match=rf"^{name} names the class 'foreign_module.Feature' in its features.json or") as error:
+        for opened in (
+            lambda name=name: open_source(name, "train"),
+            lambda name=name: captioned.open_input(name, feature="label"),
+        ):
+            with pytest.raises(
+                UserError,
+                match=rf"^{name} names the class 'foreign_module.Feature' in its features.json or",
+            ) as error:
                 opened()
             assert "\n" not in str(error.value)
     assert not imported()
 
 
-@pytest.mark.parametrize("name", ["foreign_module", "foreign_module.Builder", "huggingface:foreign_module", "namespace:foreign_module",
-                                  "squares/data_dir=.", "squares:1.2.3/x=1", "../foreign_module", "a b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "foreign_module",
+        "foreign_module.Builder",
+        "huggingface:foreign_module",
+        "namespace:foreign_module",
+        "squares/data_dir=.",
+        "squares:1.2.3/x=1",
+        "../foreign_module",
+        "a b",
+    ],
+)
 def test_tfds_takes_names_of_its_own_alone(squares_dir, monkeypatch, imported, name):
     monkeypatch.setenv("TFDS_DATA_DIR", str(squares_dir))
-    for opened in (lambda: open_source(f"tfds:{name}", "train"), lambda: captioned.open_input(f"tfds:{name}")):
-        with pytest.raises(UserError, match=rf"^tfds:{re.escape(name)} is neither a data set known to tfds nor a folder") as error:
+    for opened in (
+        lambda: open_source(f"tfds:{name}", "train"),
+        lambda: captioned.open_input(f"tfds:{name}"),
+    ):
+        with pytest.raises(
+            UserError,
+            match=rf"^tfds:{re.escape(name)} is neither a data set known to tfds nor a folder",
+        ) as error:
             opened()
         assert "\n" not in str(error.value)
     assert not imported()
@@ -138,7 +177,9 @@ def test_tfds_takes_names_of_its_own_alone(squares_dir, monkeypatch, imported, n
 def test_an_eps_image_starts_no_program(monkeypatch):
     # tfds decodes an image's bytes like this, in whatever format they are.
     importlib.import_module("ntm_jax.data.sources.tfds")
-    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
+    monkeypatch.setattr(
+        subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started")
+    )
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     eps = io.BytesIO()
     Image.new("L", (4, 4)).save(eps, "eps")
@@ -147,10 +188,15 @@ def test_an_eps_image_starts_no_program(monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
-@pytest.mark.parametrize("content", [b"[]", b"null", b"", b"\xff", b"[" * 100_000, b"9" * 5000, b'{"version": 1}'])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b"", b"\xff", b"[" * 100_000, b"9" * 5000, b'{"version": 1}']
+)
 def test_damaged_files_of_tfds_are_one_line(squares_dir, tmp_path, file, content):
     folder = shutil.copytree(squares_dir / "squares" / "1.2.3", tmp_path / "1.2.3")
     (folder / file).write_bytes(content)
-    with pytest.raises(UserError, match=rf"^tfds:{folder} is neither a data set known to tfds nor a folder with a dataset_info") as error:
+    with pytest.raises(
+        UserError,
+        match=rf"^tfds:{folder} is neither a data set known to tfds nor a folder with a dataset_info",
+    ) as error:
         open_source(f"tfds:{folder}", "train")
     assert "\n" not in str(error.value)
