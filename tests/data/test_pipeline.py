@@ -1,4 +1,4 @@
-"""Batches: what an epoch covers, what a resumed run sees, what every process gets."""
+"""Batches: the records of an epoch, resuming, and each process's share."""
 
 import dataclasses
 import json
@@ -87,24 +87,39 @@ def test_spec(digits):
 SPEC = DataSpec((8, 8, 1), 2, 17, 10, 60, 4, 384, "minilm", (0.5,), (2.0,))
 
 
-def test_a_spec_in_json_has_the_key_levels_and_is_read_with_either_key():
+def test_a_spec_in_json_has_the_key_levels_and_loads_with_either_key():
     values = spec_to_json(SPEC)
     assert values == {
-        "image_shape": [8, 8, 1], "patch_size": 2, "levels": 17, "num_classes": 10, "count": 60, "text_tokens": 4, "text_width": 384,
-        "text": "minilm", "mean": [0.5], "std": [2.0]}  # fmt: skip
+        "image_shape": [8, 8, 1],
+        "patch_size": 2,
+        "levels": 17,
+        "num_classes": 10,
+        "count": 60,
+        "text_tokens": 4,
+        "text_width": 384,
+        "text": "minilm",
+        "mean": [0.5],
+        "std": [2.0],
+    }
     assert list(values)[2] == "levels"
     assert spec_from_json(json.loads(json.dumps(values))) == SPEC
     levels = values.pop("levels")
     assert spec_from_json(values | {"pixel_levels": levels}) == SPEC
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"levels": "17"}, "spec.pixel_levels is '17', of type str: expected int"),
-    ({"levels": 17, "pixel_levels": 17}, "spec has both levels and pixel_levels: expected one of them"),
-    ({"colours": 3}, "spec.colours is not a setting"),
-    ({}, "spec.pixel_levels is missing: give it"),
-])  # fmt: skip
-def test_a_spec_that_is_not_understood_is_one_line(change, message):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": "17"}, "spec.pixel_levels is '17', of type str: expected int"),
+        (
+            {"levels": 17, "pixel_levels": 17},
+            "spec has both levels and pixel_levels: expected one of them",
+        ),
+        ({"colours": 3}, "spec.colours is not a setting"),
+        ({}, "spec.pixel_levels is missing: give it"),
+    ],
+)
+def test_an_invalid_spec_is_refused_in_one_line(change, message):
     values = spec_to_json(SPEC)
     del values["levels"]
     with pytest.raises(UserError, match=re.escape(message)):
@@ -134,7 +149,7 @@ def test_every_epoch_covers_each_record_once_in_a_new_order(train):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert epochs[0] != list(range(60))
     assert indices(take(train(), 5)) == epochs[0]
-    # Another seed is not this one an epoch later.
+    # Another seed is not a later epoch of this one.
     assert indices(take(train(seed=1), 5)) not in epochs
 
 
@@ -143,36 +158,36 @@ def test_a_batch_may_be_larger_than_the_source(train):
     assert sorted(index[:60]) == sorted(index[60:120]) == list(range(60))
 
 
-def test_a_resumed_iterator_goes_on_exactly(train):
+def test_a_resumed_iterator_continues_exactly(train):
     first = train()
     take(first, 7)
     state = json.loads(json.dumps(first.get_state()))
     rest = take(first, 6)
     resumed = train()
-    take(resumed, 2)  # a state replaces what was read ahead
+    take(resumed, 2)  # setting a state discards what was read ahead
     resumed.set_state(state)
     assert resumed.get_state() == state
     assert_equal(take(resumed, 6), rest)
 
 
 def test_a_state_moves_between_numbers_of_workers(train):
-    whole = take(train(), 11)
+    expected = take(train(), 11)
     first = train()
-    assert_equal(take(first, 3), whole[:3])
+    assert_equal(take(first, 3), expected[:3])
     second = train(workers=2)
     second.set_state(first.get_state())
     batches = take(second, 4)
     assert len(multiprocessing.active_children()) == 2
-    assert_equal(batches, whole[3:7])
-    # Plain arrays: what grain hands over lies in shared memory that goes with it.
+    assert_equal(batches, expected[3:7])
+    # Plain arrays: grain's own lie in shared memory, which is unmapped with them.
     assert {type(value) for batch in batches for value in batch.values()} == {np.ndarray}
     third = train()
     third.set_state(second.get_state())
-    assert_equal(take(third, 4), whole[7:])
+    assert_equal(take(third, 4), expected[7:])
 
 
 def test_a_state_moves_between_numbers_of_processes(train):
-    whole = [sorted(batch["index"].tolist()) for batch in take(train(), 8)]
+    expected = [sorted(batch["index"].tolist()) for batch in take(train(), 8)]
     state, step = train().get_state(), 0
     for process_count in (1, 2, 4, 1):
         processes = [
@@ -183,7 +198,7 @@ def test_a_state_moves_between_numbers_of_processes(train):
         for _ in range(2):
             batches = [next(iterator) for iterator in processes]
             assert [len(batch["x"]) for batch in batches] == [12 // process_count] * process_count
-            assert sorted(indices(batches)) == whole[step]
+            assert sorted(indices(batches)) == expected[step]
             step += 1
         assert all(iterator.get_state() == processes[0].get_state() for iterator in processes)
         state = processes[0].get_state()
@@ -231,7 +246,7 @@ def test_processes_share_a_batch_evenly(digits):
             open_one()
 
 
-def test_jax_tells_the_process_by_default(digits):
+def test_the_default_process_is_jaxs(digits):
     assert len(next(evaluation_batches(digits, 2, 8))["x"]) == 8
 
 
@@ -248,7 +263,7 @@ def test_an_unreadable_record_ends_the_run_with_its_own_message(tmp_path, train,
         seen.extend(index for batch in iterator for index in batch["index"])
     path = tmp_path / source.records.records.files[bad]
     assert str(error.value) == f"image {path} cannot be decoded (not an image): remove it"
-    # The state is that of the last good batch, and the error stays.
+    # The state is that of the last good batch, and the error repeats.
     assert iterator.get_state() == {"global_next_index": len(seen)}
     with pytest.raises(UserError) as again:
         next(iterator)
@@ -312,23 +327,23 @@ def test_a_batch_holds_its_latents_and_text(captioned, train):
 @pytest.mark.parametrize("name", ["records", "mock:4x4x2,classes=3,count=20,text=3x8"])
 def test_worker_processes_read_the_same_latents_and_text(captioned, train, name):
     source = captioned if name == "records" else open_source(name, "train")
-    whole = take(train(source=source), 5)
+    expected = take(train(source=source), 5)
     workers = train(source=source, workers=2)
-    assert_equal(take(workers, 5), whole)
+    assert_equal(take(workers, 5), expected)
     assert len(multiprocessing.active_children()) == 2
-    assert_holds(whole[4], source)
+    assert_holds(expected[4], source)
 
 
 def test_two_processes_share_latents_and_text(captioned, train):
-    whole = next(train(source=captioned))
+    expected = next(train(source=captioned))
     shares = [next(train(source=captioned, process_index=i, process_count=2)) for i in range(2)]
     for share in shares:
         assert len(share["x"]) == len(share["text"]) == len(share["text_mask"]) == 6
         assert_holds(share, captioned)
-    assert sorted(indices(shares)) == sorted(whole["index"].tolist())
+    assert sorted(indices(shares)) == sorted(expected["index"].tolist())
 
 
-def test_evaluation_pads_latents_and_text_like_the_rest(captioned):
+def test_evaluation_pads_latents_and_text(captioned):
     shares = [list(evaluation_batches(captioned, 2, 12, i, 2)) for i in range(2)]
     assert [[batch["index"].tolist() for batch in share] for share in shares] == [
         [[0, 1, 2, 3, 4, 5], [12, 13, 14, 15, 16, 17]],
@@ -355,5 +370,6 @@ def test_a_damaged_shard_ends_a_worker_with_its_own_message(tmp_path, train):
         take(iterator, 4)
     shard = f"shard {tmp_path}/train-00001.arrayrecord"
     assert str(error.value).startswith(
-        f"{shard} is damaged or another's: its SHA-256 is not that of the manifest; copy it there again"
+        f"{shard} is damaged or another's: its SHA-256 is not that of the manifest; copy it there "
+        "again"
     )

@@ -1,4 +1,4 @@
-"""Captioned images to records: every kind of input, every kind of bad image and caption, and runs that are killed and go on."""
+"""Captioned images to records: inputs, bad images and captions, and interrupted runs."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ WORDS = "words:3:a red green circle"
 
 
 def picture(seed, size=(20, 30), detail=(3, 4)):
-    """A random image [H, W, 3] of few frequencies."""
+    """A random smooth image [H, W, 3] uint8."""
     coarse = np.random.default_rng(seed).integers(256, size=(*detail, 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
 
@@ -43,7 +43,7 @@ def encoded(image, kind="png", **options):
 
 
 def write_folder(folder, files, rows=None):
-    """Files {name: bytes}, and metadata.jsonl with `rows`, by default a caption "a" for each."""
+    """Writes files {name: bytes} and metadata.jsonl with `rows`, by default a caption "a" each."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -90,7 +90,7 @@ def files(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-# What comes in is what comes out
+# Inputs
 
 
 def test_a_folder_becomes_records(tmp_path, capsys):
@@ -121,13 +121,13 @@ def test_a_folder_becomes_records(tmp_path, capsys):
             "a red circle" if i % 2 else "a green circle",
         )
         np.testing.assert_array_equal(record["text"].argmax(1), [0, 1 if i % 2 else 2, 3])
-    told = capsys.readouterr().out
-    assert "records: 10 in train; 3 shards" in told
+    printed = capsys.readouterr().out
+    assert "records: 10 in train; 3 shards" in printed
     assert (
         "bad images left out: 0 of 10\nnull captions: 0 empty, 0 not UTF-8\ncaptions cut: 0\n"
-        in told
+        in printed
     )
-    assert f"--config.data.source=records:{out} '--config.data.text={WORDS}'" in told
+    assert f"--config.data.source=records:{out} '--config.data.text={WORDS}'" in printed
 
 
 def test_a_csv_and_names_of_classes(tmp_path):
@@ -160,7 +160,7 @@ def test_tars_of_webdataset(tmp_path):
         with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
             add(
                 tar, "x/1.a.PNG", encoded(picture(i))
-            )  # a name's key ends at its first dot: no image of key 1
+            )  # a key ends at the first dot: no image of key 1
             add(tar, "x/2.txt", b"a red circle")
             add(tar, "x/2.jpg", encoded(picture(10 + i), "jpeg"))
             add(tar, "x/3.webp", encoded(picture(20 + i), "webp", lossless=True))
@@ -215,7 +215,7 @@ def tfds_folder(tmp_path_factory):
     return folder / "captioned" / "1.0.0"
 
 
-def test_a_data_set_of_tfds(tfds_folder, tmp_path):
+def test_a_tfds_data_set(tfds_folder, tmp_path):
     first = run(
         tmp_path, "", input=f"tfds:{tfds_folder}", caption_feature="captions/text", workers=1
     )
@@ -243,7 +243,7 @@ def test_a_data_set_of_tfds(tfds_folder, tmp_path):
     assert read_manifest(str(titles))[0].num_classes == 4
 
 
-def test_a_mirror_image_after_every_training_image(tmp_path):
+def test_a_mirror_image_follows_every_training_image(tmp_path):
     out = run(tmp_path, pictures(tmp_path / "in", 12), flip=True, test=4, shard_size=3)
     train, test = records(out), records(out, "test")
     assert (len(train), len(test)) == (16, 4)
@@ -265,13 +265,13 @@ def test_the_split_follows_the_key_alone(tmp_path):
     assert few == held_out(folder, "share", 0.1)
     assert len(few) == 4
     assert few < held_out(folder, "more", 10)
-    # Two captions of one image are of one split.
+    # Two captions of one image are in one split.
     rows = [{"file_name": f"{i:03}.png", "caption": f"{i} {j}"} for j in "ab" for i in range(40)]
     out = run(tmp_path, write_folder(folder, {}, rows), "twice", test=10)
     assert len({record["caption"].split()[0] for record in records(out, "test")}) == 5
 
 
-# Images of every kind
+# Kinds of images
 
 
 def loaded(data, size=8):
@@ -308,12 +308,12 @@ def test_images_of_other_kinds_become_8_bit_rgb():
     assert loaded(encoded(palette, transparency=b"\xff\xff")).image[0, 0].tolist() == [9, 8, 7]
 
 
-def test_a_large_photograph_is_the_same_picture():
-    """A JPEG is decoded at a fraction of its size, at least twice the image's."""
+def test_a_large_photograph_keeps_its_content():
+    """A JPEG may be decoded at a fraction of its size, at least twice the record's."""
     large = encoded(picture(1, (640, 960), (40, 60)), "jpeg", quality=95)
-    whole = loaded(np.array(Image.open(io.BytesIO(large))), 160).image.astype(int)
-    assert np.abs(loaded(large, 160).image - whole).max() <= 6
-    assert whole.std() > 30
+    full = loaded(np.array(Image.open(io.BytesIO(large))), 160).image.astype(int)
+    assert np.abs(loaded(large, 160).image - full).max() <= 6
+    assert full.std() > 30
 
 
 def bomb():
@@ -345,7 +345,8 @@ def test_bad_images_are_counted_named_and_left_out(tmp_path, capsys):
         file.write('{"file_name": "absent.png", "caption": "a"}\n')
     with pytest.raises(
         UserError,
-        match=r"^9 images are bad, and --max_bad allows 8: .*leave them out; complete shards stay in",
+        match=r"^9 images are bad, and --max_bad allows 8: .*leave them out; complete shards stay "
+        r"in",
     ):
         run(tmp_path, folder, max_bad=0.49, shard_size=5)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -354,8 +355,8 @@ def test_bad_images_are_counted_named_and_left_out(tmp_path, capsys):
         len(part)
         for part in (records(out), json.loads((out / "train-00002.json").read_text())["bad"])
     ] == [9, 5]
-    told = capsys.readouterr().out
-    assert "bad images left out: 9 of 18: " in told
+    printed = capsys.readouterr().out
+    assert "bad images left out: 9 of 18: " in printed
     for name, reason in {
         "page.jpg": "not an image",
         "empty.png": "not an image",
@@ -363,9 +364,9 @@ def test_bad_images_are_counted_named_and_left_out(tmp_path, capsys):
         "absent.png": "not there",
         "float.png": "its pixels have more than 16 bits",
     }.items():
-        assert f"{name} ({reason})" in told
-    assert re.search(r"truncated.jpg \(.*truncated", told)
-    assert re.search(r"bomb.png \(.*exceeds limit", told)
+        assert f"{name} ({reason})" in printed
+    assert re.search(r"truncated.jpg \(.*truncated", printed)
+    assert re.search(r"bomb.png \(.*exceeds limit", printed)
     assert choices(out)["bad_images"] == 9
 
 
@@ -376,10 +377,10 @@ def test_at_most_ten_bad_images_are_named(tmp_path):
     assert "10.png" not in str(error.value)
 
 
-# Captions of every kind
+# Kinds of captions
 
 
-def test_captions_that_are_none_are_the_null_caption(tmp_path, capsys):
+def test_missing_and_invalid_captions_become_the_null_caption(tmp_path, capsys):
     names = [f"{i}.png" for i in range(6)]
     rows = [
         b'{"file_name": "0.png", "caption": "a circle"}',
@@ -397,7 +398,7 @@ def test_captions_that_are_none_are_the_null_caption(tmp_path, capsys):
     assert "null captions: 2 empty, 2 not UTF-8\ncaptions cut: 1\n" in capsys.readouterr().out
 
 
-def test_a_file_name_that_is_not_utf_8_is_found(tmp_path):
+def test_a_file_name_that_is_not_utf_8_is_read(tmp_path):
     folder = write_folder(tmp_path / "in", {})
     with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
         file.write(encoded(picture(1)))
@@ -412,14 +413,28 @@ def test_a_file_name_that_is_not_utf_8_is_found(tmp_path):
 # Mistakes
 
 
-@pytest.mark.parametrize(("listed", "message"), [
-    ('{"file_name": "a.png"}', "line 1 has file_name: expected file_name (or image) and caption (or text) of every image"),
-    ('{"file_name": "a.png", "caption": "a"}\n{"file', "line 2 is not understood (Unterminated string"),
-    ("[1, 2]", "line 1 is not understood (it is not a JSON object"),
-    ('{"file_name": "a.png", "caption": "a", "label": 1}\n{"file_name": "b.png", "caption": "a"}', "has the label None for b.png"),
-    ("", "lists no images: expected at least one"),
-])  # fmt: skip
-def test_a_list_that_is_not_understood_is_named(tmp_path, listed, message):
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (
+            '{"file_name": "a.png"}',
+            "line 1 has file_name: expected file_name (or image) and caption (or text) of every "
+            "image",
+        ),
+        (
+            '{"file_name": "a.png", "caption": "a"}\n{"file',
+            "line 2 is not understood (Unterminated string",
+        ),
+        ("[1, 2]", "line 1 is not understood (it is not a JSON object"),
+        (
+            '{"file_name": "a.png", "caption": "a", "label": 1}\n{"file_name": "b.png", "caption": '
+            '"a"}',
+            "has the label None for b.png",
+        ),
+        ("", "lists no images: expected at least one"),
+    ],
+)
+def test_an_invalid_list_is_refused(tmp_path, listed, message):
     folder = write_folder(tmp_path / "in", {})
     (folder / "metadata.jsonl").write_text(listed)
     with pytest.raises(UserError, match=re.escape(message)) as error:
@@ -428,7 +443,7 @@ def test_a_list_that_is_not_understood_is_named(tmp_path, listed, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_input_that_is_none_is_named(tmp_path, tfds_folder):
+def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
     (tmp_path / "empty").mkdir()
     pictures(tmp_path / "in", 3)
     (tmp_path / "cut.tar").write_bytes(b"<html>" * 100)
@@ -474,7 +489,7 @@ def test_an_input_that_is_none_is_named(tmp_path, tfds_folder):
 
 @contextlib.contextmanager
 def within(seconds):
-    """Fails a test that hangs."""
+    """Fails the test after `seconds`, if it hangs."""
 
     def late(*_):
         raise TimeoutError(f"not done within {seconds} s")
@@ -488,15 +503,15 @@ def within(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def refused(message, tmp_path, **given):
-    """Preparing ends in one line that holds `message`, soon, and nothing is written."""
+def assert_refused(message, tmp_path, **given):
+    """Asserts that preparing soon raises one line with `message` and writes nothing."""
     with within(20), pytest.raises(UserError, match=re.escape(message)) as error:
         run(tmp_path, tmp_path / "in", **given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_files_outside_the_folder_are_read_only_when_asked_for(tmp_path):
+def test_files_outside_the_folder_are_read_only_with_follow_outside(tmp_path):
     picture_file = write_folder(tmp_path / "elsewhere", {"a.png": encoded(picture(1))}) / "a.png"
     folder = write_folder(tmp_path / "in", {"b.png": encoded(picture(2))})
     (folder / "link.png").symlink_to(picture_file)
@@ -515,11 +530,12 @@ def test_files_outside_the_folder_are_read_only_when_asked_for(tmp_path):
             {},
             [{"file_name": "b.png", "caption": "a"}, {"file_name": name, "caption": "a"}],
         )
-        refused(
+        assert_refused(
             f"metadata.jsonl line 2 has the file_name {name[:40]}", tmp_path
         )  # a long name is cut
-        refused(
-            f", which lies outside {folder}: put the file into the folder, or give --follow_outside",
+        assert_refused(
+            f", which lies outside {folder}: put the file into the folder, or give "
+            "--follow_outside",
             tmp_path,
         )
     names = ["b.png", "inside/b.png", "../in/b.png", str(folder / "b.png")]
@@ -558,17 +574,17 @@ def test_only_regular_files_are_read(tmp_path, capsys):
         assert (
             len(records(run(tmp_path, folder, "left_out", max_bad=0.9, follow_outside=True))) == 1
         )
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in names[1:4]:
-        assert f"{name} (not a regular file)" in told
-    assert "sparse.png (larger than 256 MiB, 1000000000000 bytes)" in told
+        assert f"{name} (not a regular file)" in printed
+    assert "sparse.png (larger than 256 MiB, 1000000000000 bytes)" in printed
     (folder / "metadata.jsonl").unlink()
     os.mkfifo(folder / "metadata.jsonl")
-    refused("metadata.jsonl is not a regular file", tmp_path)
+    assert_refused("metadata.jsonl is not a regular file", tmp_path)
     os.mkfifo(tmp_path / "a.tar")
     (tmp_path / "b.tar").mkdir()
     for name in ("a.tar", "b.tar"):
-        refused(
+        assert_refused(
             f"matches {tmp_path}/{name}, which is not a regular file: remove it",
             tmp_path,
             input=f"tars:{tmp_path}/{name}",
@@ -576,32 +592,56 @@ def test_only_regular_files_are_read(tmp_path, capsys):
 
 
 def labelled(label):
-    """A row of a list with a label in JSON."""
+    """A row of a list, with a label given as JSON."""
     return f'{{"file_name": "a.png", "caption": "a", "label": {label}}}'
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", "[" * 100_000, "line 1 is not understood (it is nested too deeply)"),
-    ("a.jsonl", "null", "line 1 is not understood (it is not a JSON object)"),
-    ("a.jsonl", labelled("9" * 5000), "line 1 is not understood (Exceeds the limit"),
-    ("a.jsonl", labelled("9" * 4000), "expected numbers below 100000"),
-    ("a.jsonl", labelled(10**12), "has the label 1000000000000 for a.png: expected numbers below 100000"),
-    ("a.jsonl", labelled("[" * 900 + "1" + "]" * 900), "has the label of type list for a.png"),
-    ("a.jsonl", labelled("1e999"), "has the label of type float for a.png"),
-    ("a.csv", "file_name,caption,label\na.png,a," + "9" * 5000, "expected numbers below 100000, the number of images or 100000; write"),
-    ("a.jsonl", r'{"file_name": "\ud800.png", "caption": "a"}', r"has the file_name '\ud800.png', which no file can have: mend the name"),
-    ("a.jsonl", r'{"file_name": "a\u0000.png", "caption": "a"}', "which no file can have: mend the name"),
-    ("a.jsonl", '{"file_name": ["a.png"], "caption": "a"}', "line 1 has file_name, caption: expected file_name"),
-    ("a.jsonl", "a" * (2**24 + 1), "line 0 is not understood (larger than 16 MiB"),
-], ids=range(12))  # fmt: skip
-def test_a_list_that_holds_anything_is_one_line(tmp_path, name, content, message):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "[" * 100_000, "line 1 is not understood (it is nested too deeply)"),
+        ("a.jsonl", "null", "line 1 is not understood (it is not a JSON object)"),
+        ("a.jsonl", labelled("9" * 5000), "line 1 is not understood (Exceeds the limit"),
+        ("a.jsonl", labelled("9" * 4000), "expected numbers below 100000"),
+        (
+            "a.jsonl",
+            labelled(10**12),
+            "has the label 1000000000000 for a.png: expected numbers below 100000",
+        ),
+        ("a.jsonl", labelled("[" * 900 + "1" + "]" * 900), "has the label of type list for a.png"),
+        ("a.jsonl", labelled("1e999"), "has the label of type float for a.png"),
+        (
+            "a.csv",
+            "file_name,caption,label\na.png,a," + "9" * 5000,
+            "expected numbers below 100000, the number of images or 100000; write",
+        ),
+        (
+            "a.jsonl",
+            r'{"file_name": "\ud800.png", "caption": "a"}',
+            r"has the file_name '\ud800.png', which no file can have: mend the name",
+        ),
+        (
+            "a.jsonl",
+            r'{"file_name": "a\u0000.png", "caption": "a"}',
+            "which no file can have: mend the name",
+        ),
+        (
+            "a.jsonl",
+            '{"file_name": ["a.png"], "caption": "a"}',
+            "line 1 has file_name, caption: expected file_name",
+        ),
+        ("a.jsonl", "a" * (2**24 + 1), "line 0 is not understood (larger than 16 MiB"),
+    ],
+    ids=range(12),
+)
+def test_a_list_of_any_content_is_refused_in_one_line(tmp_path, name, content, message):
     write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})
     (tmp_path / name).write_text(content)
-    refused(message, tmp_path, captions=str(tmp_path / name))
+    assert_refused(message, tmp_path, captions=str(tmp_path / name))
 
 
 def member(name, data=b"", **attributes):
-    """A member of a tar, its header as it is given and its data."""
+    """A member of a tar: a header with the given attributes, and its data."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     for key, value in attributes.items():
@@ -609,21 +649,34 @@ def member(name, data=b"", **attributes):
     return info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (member("a.json", b"[" * 100_000), "captions (it is nested too deeply)"),
-    (member("a.json", b"[]"), "captions (it is not a JSON object)"),
-    (member("a.json", b"9" * 5000), "captions (Exceeds the limit"),
-    (member("a.json", b"\xff"), "captions (Expecting value"),
-    (member("a.txt", size=-512), "captions (a member has a negative size)"),
-    (member("a.txt", size=2**40), "captions (a.txt: larger than 16 MiB, 1099511627776 bytes)"),
-    (member("a.json", bytes(2**24 + 1)), "captions (a.json: larger than 16 MiB, 16777217 bytes)"),
-    (member("a.gif", size=2**40), "captions (unexpected end of data)"),
-    (member("x", type=tarfile.XHDTYPE, size=2**40), "captions (larger than 16 MiB, 1099511627776 bytes)"),
-    (member("a.txt", b"a") + b"x" * 512 + member("b.txt", b"b"), "captions (damaged header at byte 1024)"),
-], ids=range(10))  # fmt: skip
-def test_a_tar_that_holds_anything_is_one_line(tmp_path, content, message):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (member("a.json", b"[" * 100_000), "captions (it is nested too deeply)"),
+        (member("a.json", b"[]"), "captions (it is not a JSON object)"),
+        (member("a.json", b"9" * 5000), "captions (Exceeds the limit"),
+        (member("a.json", b"\xff"), "captions (Expecting value"),
+        (member("a.txt", size=-512), "captions (a member has a negative size)"),
+        (member("a.txt", size=2**40), "captions (a.txt: larger than 16 MiB, 1099511627776 bytes)"),
+        (
+            member("a.json", bytes(2**24 + 1)),
+            "captions (a.json: larger than 16 MiB, 16777217 bytes)",
+        ),
+        (member("a.gif", size=2**40), "captions (unexpected end of data)"),
+        (
+            member("x", type=tarfile.XHDTYPE, size=2**40),
+            "captions (larger than 16 MiB, 1099511627776 bytes)",
+        ),
+        (
+            member("a.txt", b"a") + b"x" * 512 + member("b.txt", b"b"),
+            "captions (damaged header at byte 1024)",
+        ),
+    ],
+    ids=range(10),
+)
+def test_a_tar_of_any_content_is_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "a.tar").write_bytes(content + bytes(1024))
-    refused(message, tmp_path, input=f"tars:{tmp_path}/a.tar")
+    assert_refused(message, tmp_path, input=f"tars:{tmp_path}/a.tar")
 
 
 def test_members_that_are_too_large_or_sparse_are_bad_images(tmp_path, capsys):
@@ -636,9 +689,9 @@ def test_members_that_are_too_large_or_sparse_are_bad_images(tmp_path, capsys):
         file.write(member("large.png", size=large))
         file.truncate(file.tell() + large + 1024)
     assert len(records(run(tmp_path, "", input=f"tars:{tmp_path}/a.tar", max_bad=0.9))) == 1
-    told = capsys.readouterr().out
-    assert f"a.tar/large (larger than 256 MiB, {large} bytes)" in told
-    assert "a.tar/sparse (a sparse member of its tar)" in told
+    printed = capsys.readouterr().out
+    assert f"a.tar/large (larger than 256 MiB, {large} bytes)" in printed
+    assert "a.tar/sparse (a sparse member of its tar)" in printed
 
 
 def test_a_folder_of_another_plan_is_refused(tmp_path):
@@ -646,7 +699,8 @@ def test_a_folder_of_another_plan_is_refused(tmp_path):
     before = files(run(tmp_path, folder))
     with pytest.raises(
         UserError,
-        match=r"is being prepared with image_size=8, and this call has 9: choose another --out, or remove it",
+        match=r"is being prepared with image_size=8, and this call has 9: choose another --out, or "
+        r"remove it",
     ):
         run(tmp_path, folder, image_size=9)
     pictures(folder, 6, label=2)
@@ -658,7 +712,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path):
         run(tmp_path, folder, "others")
 
 
-# Many processes, and one that is killed
+# Several and killed processes
 
 
 def test_any_number_of_processes_and_workers_make_the_same_records(tmp_path, capsys):
@@ -686,7 +740,7 @@ def test_any_number_of_processes_and_workers_make_the_same_records(tmp_path, cap
     assert files(out) == expected
 
 
-def test_a_shard_that_is_whole_is_kept_and_another_made_again(tmp_path, monkeypatch):
+def test_complete_shards_are_kept_and_others_made_again(tmp_path, monkeypatch):
     folder = pictures(tmp_path / "in", 20)
     out = run(tmp_path, folder, shard_size=5)
     expected, opened = files(out), []
@@ -697,7 +751,7 @@ def test_a_shard_that_is_whole_is_kept_and_another_made_again(tmp_path, monkeypa
         lambda read, size, item: opened.append(item.key) or load(read, size, item),
     )
     (out / "manifest.json").unlink()
-    (out / "train-00001.json").unlink()  # killed before it was counted
+    (out / "train-00001.json").unlink()  # killed before the tally was written
     (out / "train-00003.arrayrecord").write_bytes(b"cut")
     (out / ".partkilled").mkdir()
     run(tmp_path, folder, shard_size=5)
@@ -706,7 +760,7 @@ def test_a_shard_that_is_whole_is_kept_and_another_made_again(tmp_path, monkeypa
 
 
 def exchange(out):
-    """Gives a folder's shard another preparation's of as many records."""
+    """Replaces a shard of a folder by another preparation's, of as many records."""
     folder = pictures(out.parent / "other", 12)
     for i in range(12):
         (folder / f"{i:03}.png").write_bytes(encoded(picture(100 + i)))
@@ -715,16 +769,29 @@ def exchange(out):
         (out / name).write_bytes((other / name).read_bytes())
 
 
-@pytest.mark.parametrize(("damage", "again"), [
-    (exchange, "train-00001"),
-    (lambda out: (out / "train-00001.arrayrecord").unlink(), "train-00001"),
-    (lambda out: (out / "train-00002.arrayrecord").write_bytes(bytes((out / "train-00002.arrayrecord").stat().st_size)), "train-00002"),
-    (lambda out: (out / "train-00000.json").write_text("[]"), "train-00000"),
-    (lambda out: (out / "train-00000.json").write_text((out / "train-00000.json").read_text().replace('"images": 5', '"images": 6')),
-     "train-00000"),
-    (lambda out: (out / "plan.json").unlink(), "none"),
-], ids=["exchanged", "missing", "zeros", "tally", "edited tally", "plan"])  # fmt: skip
-def test_given_again_the_command_mends_the_records(tmp_path, capsys, damage, again):
+@pytest.mark.parametrize(
+    ("damage", "again"),
+    [
+        (exchange, "train-00001"),
+        (lambda out: (out / "train-00001.arrayrecord").unlink(), "train-00001"),
+        (
+            lambda out: (out / "train-00002.arrayrecord").write_bytes(
+                bytes((out / "train-00002.arrayrecord").stat().st_size)
+            ),
+            "train-00002",
+        ),
+        (lambda out: (out / "train-00000.json").write_text("[]"), "train-00000"),
+        (
+            lambda out: (out / "train-00000.json").write_text(
+                (out / "train-00000.json").read_text().replace('"images": 5', '"images": 6')
+            ),
+            "train-00000",
+        ),
+        (lambda out: (out / "plan.json").unlink(), "none"),
+    ],
+    ids=["exchanged", "missing", "zeros", "tally", "edited tally", "plan"],
+)
+def test_the_same_command_repairs_the_records(tmp_path, capsys, damage, again):
     folder = pictures(tmp_path / "in", 12)
     out = run(tmp_path, folder, shard_size=5)
     expected = files(out)
@@ -733,18 +800,21 @@ def test_given_again_the_command_mends_the_records(tmp_path, capsys, damage, aga
     if again in ("train-00001", "train-00002"):
         with pytest.raises(
             UserError,
-            match=r"or prepare the records again: the same launch/prepare\.py command makes only what is",
+            match=r"or prepare the records again: the same launch/prepare\.py command makes only "
+            r"what is",
         ):
             records(out)
     capsys.readouterr()
     run(tmp_path, folder, shard_size=5)
     assert files(out) == expected
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         f"the 3 shards of this process agree with the earlier manifest.json; made again: {again}\n"
-        in told
+        in printed
     )
-    assert (f"differing from manifest.json, and made again: {again}\n" in told) == (again != "none")
+    assert (f"differing from manifest.json, and made again: {again}\n" in printed) == (
+        again != "none"
+    )
     assert len(records(out)) == 12
 
 
@@ -760,7 +830,7 @@ def test_given_again_the_command_mends_the_records(tmp_path, capsys, damage, aga
         b'{"input": 1}',
     ],
 )
-def test_side_files_that_hold_anything_are_made_again(tmp_path, content):
+def test_side_files_of_any_content_are_made_again(tmp_path, content):
     folder = pictures(tmp_path / "in", 12)
     out = run(tmp_path, folder, shard_size=5)
     expected = files(out)
@@ -769,7 +839,10 @@ def test_side_files_that_hold_anything_are_made_again(tmp_path, content):
         run(tmp_path, folder, shard_size=5)
         assert files(out) == expected
     (out / "plan.json").write_bytes(content)
-    message = r"plan\.json cannot be used .*: remove it and give the same command again|is being prepared with"
+    message = (
+        r"plan\.json cannot be used .*: remove it and give the same command again|is being "
+        r"prepared with"
+    )
     with pytest.raises(UserError, match=message) as error:
         run(tmp_path, folder, shard_size=5)
     assert "\n" not in str(error.value)
@@ -778,9 +851,21 @@ def test_side_files_that_hold_anything_are_made_again(tmp_path, content):
     assert files(out) == expected
 
 
-@pytest.mark.parametrize("change", [
-    {"bad": [1]}, {"bad": [["a"]]}, {"bad": None}, {"null_captions": {}}, {"null_captions": {"empty": "1", "not UTF-8": 0}},
-    {"images": "5"}, {"sums": ["a"]}, {"sha256": 1}, {"new": 1}, {"bytes": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bad": [1]},
+        {"bad": [["a"]]},
+        {"bad": None},
+        {"null_captions": {}},
+        {"null_captions": {"empty": "1", "not UTF-8": 0}},
+        {"images": "5"},
+        {"sums": ["a"]},
+        {"sha256": 1},
+        {"new": 1},
+        {"bytes": True},
+    ],
+)
 def test_a_tally_of_wrong_types_is_made_again(tmp_path, change):
     folder = pictures(tmp_path / "in", 3)
     out = run(tmp_path, folder)
@@ -792,7 +877,7 @@ def test_a_tally_of_wrong_types_is_made_again(tmp_path, change):
     assert files(out) == expected
 
 
-def test_a_folder_of_an_earlier_version_goes_on_and_learns_its_sha256(tmp_path, capsys):
+def test_a_folder_of_an_earlier_version_continues_and_gets_sha256(tmp_path, capsys):
     folder = pictures(tmp_path / "in", 12)
     out = run(tmp_path, folder, shard_size=5)
     expected = files(out)
@@ -819,7 +904,7 @@ def test_a_folder_of_an_earlier_version_goes_on_and_learns_its_sha256(tmp_path, 
     assert files(out)["manifest.json"] == expected["manifest.json"]
 
 
-def test_images_that_changed_since_are_named(tmp_path):
+def test_images_that_changed_are_named(tmp_path):
     folder = pictures(tmp_path / "in", 12)
     out = run(tmp_path, folder, shard_size=5)
     manifest = (out / "manifest.json").read_bytes()
@@ -827,7 +912,8 @@ def test_images_that_changed_since_are_named(tmp_path):
     (out / "train-00001.arrayrecord").unlink()
     with pytest.raises(
         UserError,
-        match=r"differs from its manifest\.json after making shards again \(train-00001\), so its images or the programs",
+        match=r"differs from its manifest\.json after making shards again \(train-00001\), so its "
+        r"images or the programs",
     ):
         run(tmp_path, folder, shard_size=5)
     assert (out / "manifest.json").read_bytes() == manifest
@@ -838,11 +924,11 @@ def test_images_that_changed_since_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plan.json", "train-00001.json"])
-def test_killed_between_writing_a_file_and_naming_it_nothing_is_left_of_it(
+def test_a_file_whose_writer_was_killed_before_naming_it_leaves_nothing(
     tmp_path, monkeypatch, name
 ):
     folder = pictures(tmp_path / "in", 12)
-    expected = files(run(tmp_path, folder, "whole", shard_size=5))
+    expected = files(run(tmp_path, folder, "expected", shard_size=5))
     replace = os.replace
 
     def killed(part, file):
@@ -852,16 +938,14 @@ def test_killed_between_writing_a_file_and_naming_it_nothing_is_left_of_it(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
-        patch.setattr(
-            os, "unlink", lambda path: None
-        )  # nobody tidies up after a process that is killed
+        patch.setattr(os, "unlink", lambda path: None)  # a killed process removes nothing
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, folder, shard_size=5)
     assert any(file.name.startswith(".part-" + name) for file in (tmp_path / "out").iterdir())
     assert files(run(tmp_path, folder, shard_size=5)) == expected
 
 
-def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_path):
+def test_killed_at_random_and_restarted_the_shards_are_bit_identical(tmp_path):
     folder = pictures(tmp_path / "in", 200)
     (folder / "017.png").write_bytes(b"<html>")
     call = [
@@ -874,9 +958,9 @@ def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_pat
         f"--text={WORDS}",
     ]
     out, random, kills = tmp_path / "killed", np.random.default_rng(0), 0
-    done = python(*call, f"--out={tmp_path}/whole").stdout
+    done = python(*call, f"--out={tmp_path}/expected").stdout
     while kills < 3:
-        whole = len(list(out.glob("*.json")))
+        before = len(list(out.glob("*.json")))
         process = subprocess.Popen(
             [sys.executable, *call, f"--out={out}"],
             cwd=ROOT,
@@ -886,7 +970,7 @@ def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_pat
         )
         deadline = time.time() + 60
         while (
-            len(list(out.glob("*.json"))) < whole + 3
+            len(list(out.glob("*.json"))) < before + 3
             and process.poll() is None
             and time.time() < deadline
         ):
@@ -894,17 +978,17 @@ def test_killed_at_random_and_started_again_the_shards_are_the_same_bits(tmp_pat
         time.sleep(random.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (
-            "it was done before it was killed: take more images"
+            "it finished before it was killed: use more images"
         )
         kills += 1
     assert not (out / "manifest.json").exists()
     resumed = python(*call, f"--out={out}").stdout
-    assert files(out) == files(tmp_path / "whole")
+    assert files(out) == files(tmp_path / "expected")
     assert "bad images left out: 1 of 200: 017.png (not an image)" in resumed
     assert resumed.splitlines()[-4:-1] == done.splitlines()[-4:-1]
 
 
-def test_a_worker_that_is_killed_ends_it_in_one_line(tmp_path):
+def test_a_killed_worker_is_one_line(tmp_path):
     folder = pictures(tmp_path / "in", 3)
     with (
         pytest.raises(

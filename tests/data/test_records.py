@@ -1,4 +1,4 @@
-"""Prepared records and made up ones: what is written is what is read, and what a damaged folder says."""
+"""Prepared and mock records: round trips, and the errors of damaged folders."""
 
 import concurrent.futures
 import dataclasses
@@ -67,7 +67,7 @@ def rewrite_manifest(path, **changes):
 
 
 def forget_sha256(path):
-    """Makes the manifest one of an earlier version, which did not hash the shards."""
+    """Removes the shards' SHA-256 from a manifest, as earlier versions wrote it."""
     splits = json.loads((path / "manifest.json").read_text())["splits"]
     rewrite_manifest(
         path,
@@ -143,7 +143,7 @@ def test_latents_are_read_in_unit_variance(tmp_path, dtype):
 
 
 def test_latents_without_mean_and_std_are_read_as_they_are(tmp_path):
-    # Turned about, an array does not lie in memory in the order of its axes.
+    # After a transposition, the order in memory is not that of the axes.
     examples = [
         {"image": example["image"].swapaxes(0, 2)} for example in latents(2, shape=(4, 2, 2))
     ]
@@ -187,7 +187,7 @@ def test_the_hash_names_counts_shapes_and_choices(tmp_path):
     assert len(set(versions)) == 4
 
 
-def test_an_opened_source_moves_to_another_process(tmp_path):
+def test_an_opened_source_can_be_pickled(tmp_path):
     write_records(tmp_path, {"train": pixels(3)}, PIXELS, shard_size=2)
     source = open_source(f"records:{tmp_path}", "train")
     first = source.records[2]["image"]
@@ -197,11 +197,12 @@ def test_an_opened_source_moves_to_another_process(tmp_path):
 # Writing
 
 
-def test_what_is_not_whole_has_no_manifest(tmp_path):
+def test_incomplete_records_have_no_manifest(tmp_path):
     with pytest.raises(
         UserError,
         match=re.escape(
-            "example 1 of train-00001.arrayrecord image is [4, 4, 1] uint8, expected [4, 4, 3] uint8"
+            "example 1 of train-00001.arrayrecord image is [4, 4, 1] uint8, expected [4, 4, 3] "
+            "uint8"
         ),
     ):
         write_records(
@@ -268,9 +269,15 @@ def test_an_example_that_does_not_fit_is_not_written(tmp_path, layout, change, m
 
 @pytest.mark.parametrize(
     "keys",
-    [{"mean": (1.0,), "std": (1.0,)}, {"mean": (1.0,) * 4}, {"mean": (0.0,) * 4, "std": (1.0, 1.0, 0.0, 1.0)}, {"pixel_levels": 1},
-     {"pixel_levels": 256, "mean": (0.0,) * 4, "std": (1.0,) * 4}, {"image_shape": (2, 2)}],
-)  # fmt: skip
+    [
+        {"mean": (1.0,), "std": (1.0,)},
+        {"mean": (1.0,) * 4},
+        {"mean": (0.0,) * 4, "std": (1.0, 1.0, 0.0, 1.0)},
+        {"pixel_levels": 1},
+        {"pixel_levels": 256, "mean": (0.0,) * 4, "std": (1.0,) * 4},
+        {"image_shape": (2, 2)},
+    ],
+)
 def test_a_layout_that_contradicts_itself_is_refused(keys):
     with pytest.raises(ValueError, match="expected"):
         Layout(**{"image_shape": (2, 2, 4), "pixel_levels": 0} | keys)
@@ -348,7 +355,8 @@ def test_a_missing_shard_is_named_before_anything_is_read(folder):
     (folder / "train-00001.arrayrecord").unlink()
     assert_message(
         lambda: open_source(f"records:{folder}", "train"),
-        f"data.source records:{folder} lacks 1 of the 2 shards in its manifest (train-00001.arrayrecord): copy it there again",
+        f"data.source records:{folder} lacks 1 of the 2 shards in its manifest "
+        "(train-00001.arrayrecord): copy it there again",
     )
     assert len(open_source(f"records:{folder}", "test").records) == 1
 
@@ -416,9 +424,12 @@ def test_a_shard_of_another_preparation_is_named_when_it_is_read(tmp_path):
     file.write_bytes((tmp_path / "1" / file.name).read_bytes())
     source = open_source(f"records:{tmp_path}/0", "train")
     np.testing.assert_array_equal(source.records[2]["image"], pixels(3)[2]["image"])
-    message = f"shard {file} is damaged or another's: its SHA-256 is not that of the manifest; copy it there"
+    message = (
+        f"shard {file} is damaged or another's: its SHA-256 is not that of the manifest; "
+        "copy it there"
+    )
     assert_message(lambda: source.records[3], message)
-    forget_sha256(tmp_path / "0")  # what earlier versions wrote is read as it always was
+    forget_sha256(tmp_path / "0")  # records of earlier versions are read without verification
     assert len([open_source(f"records:{tmp_path}/0", "train").records[i] for i in range(6)]) == 6
 
 
@@ -456,9 +467,20 @@ def test_a_shard_that_is_no_regular_file_is_named(folder, make):
     )
 
 
-@pytest.mark.parametrize("content", [
-    b"[]", b"null", b"", b"\xff", b"[" * 100_000, b'{"hash": ' + b"9" * 5000 + b"}", b"7", b'{"hash": []}'])  # fmt: skip
-def test_a_manifest_of_anything_is_one_line(folder, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"null",
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"hash": ' + b"9" * 5000 + b"}",
+        b"7",
+        b'{"hash": []}',
+    ],
+)
+def test_a_manifest_of_any_bytes_is_refused_in_one_line(folder, content):
     (folder / "manifest.json").write_bytes(content)
     assert_message(
         lambda: open_source(f"records:{folder}", "train"),
@@ -466,16 +488,47 @@ def test_a_manifest_of_anything_is_one_line(folder, content):
     )
 
 
-@pytest.mark.parametrize("changes", [
-    {"levels": "256"}, {"levels": None}, {"image_shape": [4, 4]}, {"image_shape": [4, 4, "3"]}, {"image_shape": 4},
-    {"image_shape": [4, 4, 0]}, {"num_classes": -1}, {"num_classes": True}, {"text_tokens": 1.5}, {"mean": "0"}, {"captions": 1},
-    {"choices": []}, {"format": "1"},
-    {"splits": []}, {"splits": None}, {"splits": {"train": []}}, {"splits": {"train": {"shards": ["a"]}}},
-    *({"splits": {"train": {"shards": shards, "counts": counts, **more}}} for shards, counts, more in (
-        ("a", [1], {}), (["a"], [-1], {}), (["a"], ["1"], {}), (["a"], [1, 2], {}), (["a"], [1], {"sha256": ["b", "c"]}), ([1], [1], {}),
-        (["../a"], [1], {}), (["/a"], [1], {}), (["a/b"], [1], {}), ([".."], [1], {}), ([""], [1], {}), (["\ud800"], [1], {}))),
-], ids=str)  # fmt: skip
-def test_a_manifest_of_wrong_types_is_one_line(folder, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"levels": "256"},
+        {"levels": None},
+        {"image_shape": [4, 4]},
+        {"image_shape": [4, 4, "3"]},
+        {"image_shape": 4},
+        {"image_shape": [4, 4, 0]},
+        {"num_classes": -1},
+        {"num_classes": True},
+        {"text_tokens": 1.5},
+        {"mean": "0"},
+        {"captions": 1},
+        {"choices": []},
+        {"format": "1"},
+        {"splits": []},
+        {"splits": None},
+        {"splits": {"train": []}},
+        {"splits": {"train": {"shards": ["a"]}}},
+        *(
+            {"splits": {"train": {"shards": shards, "counts": counts, **more}}}
+            for shards, counts, more in (
+                ("a", [1], {}),
+                (["a"], [-1], {}),
+                (["a"], ["1"], {}),
+                (["a"], [1, 2], {}),
+                (["a"], [1], {"sha256": ["b", "c"]}),
+                ([1], [1], {}),
+                (["../a"], [1], {}),
+                (["/a"], [1], {}),
+                (["a/b"], [1], {}),
+                ([".."], [1], {}),
+                ([""], [1], {}),
+                (["\ud800"], [1], {}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_a_manifest_of_wrong_types_is_refused_in_one_line(folder, changes):
     rewrite_manifest(folder, **changes)
     assert_message(
         lambda: open_source(f"records:{folder}", "train"),
@@ -501,8 +554,8 @@ def test_captions_that_are_not_utf_8_are_named(tmp_path):
     )
 
 
-def test_damaged_anywhere_records_are_the_same_or_refused():
-    """The campaign of tests/campaigns/records.py, in short."""
+def test_damaged_records_read_the_same_or_are_refused():
+    """A short run of the campaign in tests/campaigns/records.py."""
     tally = campaign.run(40, 0)
     assert tally.wrong() == []
     assert sum(tally.counts.values()) == 40
@@ -521,7 +574,7 @@ def test_latents_cannot_be_resized(tmp_path):
         )
 
 
-# Made up records
+# Mock records
 
 
 def test_mock_latents_are_standard_normal_and_the_same_in_every_run():
@@ -533,7 +586,7 @@ def test_mock_latents_are_standard_normal_and_the_same_in_every_run():
     assert not np.array_equal(source.records[8]["image"], expected)
 
 
-def test_mock_test_records_are_others():
+def test_mock_test_records_differ_from_training_records():
     train, test = (open_source("mock:8x8x4,count=50", split) for split in ("train", "test"))
     assert (len(train.records), len(test.records)) == (50, 1000)
     assert not np.array_equal(train.records[0]["image"], test.records[0]["image"])
@@ -567,7 +620,7 @@ def test_mock_text_has_any_number_of_tokens_and_stays_near_1():
     assert abs(values.mean()) < 0.02
 
 
-def test_opening_a_mock_costs_no_time():
+def test_opening_a_mock_takes_no_time():
     start = time.process_time()
     open_source("mock:1024x1024x3,levels=256,count=100000000", "train")
     assert time.process_time() - start < 0.05
@@ -575,15 +628,26 @@ def test_opening_a_mock_costs_no_time():
 
 @pytest.mark.parametrize(
     ("where", "part"),
-    [("16x16", "16x16"), ("16x16x0", "16x16x0"), ("16x16x4,size=3", "size=3"), ("16x16x4,levels=", "levels="), ("8x8x1,text=8", "text=8"),
-     ("16x16x4,8x8x4", "8x8x4"), ("levels=256", "levels=256"), ("16x16x4,", "")],
-)  # fmt: skip
+    [
+        ("16x16", "16x16"),
+        ("16x16x0", "16x16x0"),
+        ("16x16x4,size=3", "size=3"),
+        ("16x16x4,levels=", "levels="),
+        ("8x8x1,text=8", "text=8"),
+        ("16x16x4,8x8x4", "8x8x4"),
+        ("levels=256", "levels=256"),
+        ("16x16x4,", ""),
+    ],
+)
 def test_a_mock_that_is_not_understood_is_named(where, part):
-    message = f"data.source mock:{where} is not understood at {part!r}: expected HxWxC and after it any of ,levels=V"
+    message = (
+        f"data.source mock:{where} is not understood at {part!r}: expected HxWxC and after "
+        "it any of ,levels=V"
+    )
     assert_message(lambda: open_source(f"mock:{where}", "train"), message)
 
 
-def test_a_mock_has_at_most_256_levels():
+def test_a_mock_has_at_most_256_pixel_levels():
     assert_message(
         lambda: open_source("mock:8x8x1,levels=257", "train"),
         "data.source mock:8x8x1,levels=257 has levels=257: expected 2 to 256",
@@ -593,7 +657,7 @@ def test_a_mock_has_at_most_256_levels():
 # Captions
 
 
-def test_captions_are_told_by_an_encoder_as_they_are_read(tmp_path):
+def test_captions_are_encoded_as_they_are_read(tmp_path):
     examples = [
         {**example, "caption": caption}
         for example, caption in zip(latents(3), ("a red circle", "", "a blau circle"), strict=True)

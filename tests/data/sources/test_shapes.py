@@ -1,4 +1,7 @@
-"""Scenes of shapes: what is drawn, what is held out, and the scorer on true scenes, noise, shuffled captions and single mistakes."""
+"""Scenes of shapes: drawing, held-out combinations, and the scorer.
+
+The scorer is tested on true scenes, noise, shuffled captions and single mistakes.
+"""
 
 import itertools
 import pickle
@@ -31,7 +34,10 @@ def splits():
 
 
 def picture(*things):
-    """The image of (colour, shape, quadrant's x, y), drawn in the test's own way: shapes of 9 pixels from their geometry."""
+    """The image of things (colour, shape, quadrant's x, y), drawn here from their geometry.
+
+    Shapes have 9 pixels.
+    """
     image = np.zeros((24, 24, 3), np.uint8)
     for colour, shape, column, row in things:
         for y, x in itertools.product(range(-4, 5), repeat=2):
@@ -68,9 +74,7 @@ def test_a_record_is_a_function_of_its_split_and_index(splits):
         for image, label in zip(images, labels, strict=True)
         if TASKS[label] not in ("single_object", "colors")
     ]
-    assert len(set(several)) > 0.9 * len(
-        several
-    )  # a single object has 288 pictures, which come again
+    assert len(set(several)) > 0.9 * len(several)  # a single object has only 288 pictures
     with pytest.raises(IndexError):
         source.captions[999_995]
     with pytest.raises(UserError, match="shapes has no split 'all': it has train, test, heldout"):
@@ -86,14 +90,17 @@ def test_every_slice_of_8_has_all_tasks_and_the_label_is_the_captions_task(split
         name: np.bincount(splits[name][2][:88], minlength=6).tolist() for name in ("train", "test")
     }
     assert counts == {"train": [8, 8, 16, 8, 16, 32], "test": [11, 11, 22, 11, 11, 22]}
-    told = dict(
+    described = dict(
         zip((TASKS[label] for label in splits["train"][2][:8]), splits["train"][1][:8], strict=True)
     )
-    assert len(told["colors"].split()) == len(told["single_object"].split()) + 1 == 3
+    assert len(described["colors"].split()) == len(described["single_object"].split()) + 1 == 3
 
 
 def combinations(things, relation=None):
-    """Every pair of attributes: colour and shape, two shapes, count and shape, the relation of two shapes, as from the left or above."""
+    """Every pair of attributes: colour and shape, two shapes, count and shape, and relations.
+
+    The relation of two shapes counts in both directions.
+    """
     found = {(thing.colour, thing.shape) for thing in things if thing.colour}
     names = [thing.shape for thing in things]
     if len(set(names)) > 1:
@@ -111,8 +118,8 @@ def combinations(things, relation=None):
     return found
 
 
-def test_held_out_combinations_are_absent_from_train_and_told_by_every_held_out_caption(splits):
-    told = {
+def test_held_out_combinations_are_in_every_held_out_caption_and_not_in_train(splits):
+    described = {
         name: set().union(*(combinations(*shapes.read(caption)) for caption in captions))
         for name, (_, captions, _) in splits.items()
     }
@@ -120,7 +127,7 @@ def test_held_out_combinations_are_absent_from_train_and_told_by_every_held_out_
         name: set().union(*(combinations(things) for things in shapes.find(images)))
         for name, (images, _, _) in splits.items()
     }
-    unseen = told["heldout"] - told["train"]
+    unseen = described["heldout"] - described["train"]
     kinds = {
         kind: {c for c in unseen if isinstance(c, tuple) and c[0] in kind}
         for kind in (tuple(COLOURS), (2, 3, 4), ("left", "above"))
@@ -137,26 +144,26 @@ def test_held_out_combinations_are_absent_from_train_and_told_by_every_held_out_
     assert {c for c in unseen if isinstance(c, frozenset)} == {frozenset(("circle", "cross"))}
     assert (
         len(kinds["left", "above"]) == 10
-    )  # four of twelve either way, circle with cross once among them, and its other direction
-    assert not unseen & (drawn["train"] | told["test"] | drawn["test"])
-    assert told["test"] <= told["train"]
+    )  # four of twelve in either direction, of which circle with cross is held out in both
+    assert not unseen & (drawn["train"] | described["test"] | drawn["test"])
+    assert described["test"] <= described["train"]
     assert set(splits["test"][1]) & set(splits["train"][1])
     assert not set(splits["heldout"][1]) & (set(splits["test"][1]) | set(splits["train"][1]))
     for caption in splits["heldout"][1]:
         assert combinations(*shapes.read(caption)) & unseen, caption
-    assert {c for c in told["train"] | unseen if isinstance(c, tuple) and c[0] in COLOURS} == set(
-        itertools.product(COLOURS, SHAPES)
-    )
+    assert {
+        c for c in described["train"] | unseen if isinstance(c, tuple) and c[0] in COLOURS
+    } == set(itertools.product(COLOURS, SHAPES))
 
 
 def noised(images, t):
-    """As the model samples at its lowest level t: x_0 / (1 - t), x_0 = (1 - t) x + t eps."""
+    """Images as sampled at a model's lowest level: x_0 / (1 - t), x_0 = (1 - t) x + t eps."""
     noise = np.random.default_rng(0).normal(size=images.shape)
     return unscale(scale(images, 256) + t / (1 - t) * noise, 256)
 
 
 @pytest.mark.parametrize("t", [0, 0.05, 0.1])
-def test_true_scenes_are_right_with_the_models_noise_too(splits, t):
+def test_true_scenes_are_right_even_with_a_models_noise(splits, t):
     for images, captions, _ in splits.values():
         found = shapes.score(noised(images, t), captions)
         assert found["right"].mean() >= 0.99
@@ -202,13 +209,13 @@ def test_one_mistake_makes_an_image_wrong(caption):
         assert right(caption, (other, shape, *place), *things[1:]) == (colour not in caption), other
 
 
-def test_relations_are_those_told():
+def test_relations_are_those_described():
     first, second = "circle", "square"
     for column, row in (
         (1, 0),
         (0, 1),
         (1, 1),
-    ):  # of the second from the first, in the upper left corner
+    ):  # the second's place; the first is in the upper left corner
         things = ("red", first, 0, 0), ("blue", second, column, row)
         assert (
             right(f"a {first} left of a {second}", *things)
@@ -231,7 +238,7 @@ def test_colours_are_bound_to_their_shapes():
     )
 
 
-def test_what_is_no_shape_or_no_colour_is_found_and_is_wrong():
+def test_objects_without_a_known_shape_or_colour_are_found_and_wrong():
     square = picture(("red", "square", 0, 0))
     two_coloured, blob, speck = square.copy(), square.copy(), square.copy()
     two_coloured[2:6, :12][square[2:6, :12, 0] > 0] = COLOURS["blue"]  # 4 of its 9 rows
@@ -264,7 +271,7 @@ def test_blank_images_are_empty_and_wrong():
         ].repeat(2, 0),
         ["a red circle and a white square", "a circle"],
     )
-    np.testing.assert_allclose(shares["colour"], [2 / 3, np.nan])  # the second tells no colour
+    np.testing.assert_allclose(shares["colour"], [2 / 3, np.nan])  # the second describes no colour
     np.testing.assert_allclose(shares["shape"], [2 / 3, 1 / 3])
 
 
@@ -282,6 +289,7 @@ def test_the_experiments_encoder_knows_every_caption(splits):
     assert record["text_mask"].sum() == len(record["caption"].split())
     with pytest.raises(
         UserError,
-        match="the caption 'a pink circle' has the word 'pink', of no scene of shapes: expected a, and, of",
+        match="the caption 'a pink circle' has the word 'pink', of no scene of shapes: expected a, "
+        "and, of",
     ):
         shapes.read("a pink circle")

@@ -18,7 +18,7 @@ from tests.data.sources.common import labels, save, values
 # Splits
 
 
-def test_digits_split_the_permutation_of_seed_0():
+def test_digits_are_split_by_the_permutation_of_seed_0():
     digits = load_digits()
     order = np.random.RandomState(0).permutation(1797)
     for split, rows in (("train", order[:1500]), ("test", order[1500:]), ("all", order)):
@@ -34,15 +34,22 @@ def test_digits_split_the_permutation_of_seed_0():
 
 @pytest.mark.parametrize(
     ("split", "first", "last"),
-    [("test[:10]", 0, 10), ("test[10:]", 10, 297), ("test[10:12]", 10, 12), ("test[10%:]", 30, 297), ("test[-7:]", 290, 297),
-     ("test[:-10%]", 0, 267), ("test[:]", 0, 297)],
-)  # fmt: skip
+    [
+        ("test[:10]", 0, 10),
+        ("test[10:]", 10, 297),
+        ("test[10:12]", 10, 12),
+        ("test[10%:]", 30, 297),
+        ("test[-7:]", 290, 297),
+        ("test[:-10%]", 0, 267),
+        ("test[:]", 0, 297),
+    ],
+)
 def test_a_slice_is_part_of_its_split(split, first, last):
-    whole, part = open_source("digits", "test"), open_source("digits", split)
+    complete, part = open_source("digits", "test"), open_source("digits", split)
     assert part.split == split
     assert len(part.records) == last - first
     for here, there in ((0, first), (-1, last - 1)):
-        np.testing.assert_array_equal(part.records[here]["image"], whole.records[there]["image"])
+        np.testing.assert_array_equal(part.records[here]["image"], complete.records[there]["image"])
 
 
 @pytest.mark.parametrize(
@@ -56,7 +63,8 @@ def test_a_slice_is_part_of_its_split(split, first, last):
         (
             "cifar",
             "train",
-            "data.source 'cifar' is not known: expected one of digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR",
+            "data.source 'cifar' is not known: expected one of digits, mnist_5k, emoji, shapes, "
+            "tfds:NAME_OR_BUILDER_DIR",
         ),
         ("digits:8", "train", "is not known"),
         ("folder:", "train", "is not known"),
@@ -98,12 +106,13 @@ def test_resizing_takes_the_central_square(tmp_path):
         for i in range(2)
     }
     for small in (by_name["a/wide.png"], by_name["a/tall.png"].swapaxes(0, 1)):
-        # Two rows either side of the edge between the greys are the bicubic curve's; no black comes in from outside the square.
+        # Bicubic interpolation affects two rows on either side of the edge between the greys; no
+        # black leaks in from outside the square.
         np.testing.assert_array_equal(small[:2], 200)
         np.testing.assert_array_equal(small[6:], 100)
 
 
-def test_resized_digits_keep_their_levels():
+def test_resized_digits_keep_their_pixel_levels():
     source = open_source("digits", "test[:50]", image_size=16)
     images = np.stack([source.records[i]["image"] for i in range(50)])
     assert images.shape == (50, 16, 16, 1)
@@ -150,14 +159,17 @@ class Parity:
         self.name = f"parity:{argument}"
 
     def encode(self, captions):
-        return [np.array([[caption == "odd"]], np.float16) for caption in captions], [False] * len(captions)
+        states = [np.array([[caption == "odd"]], np.float16) for caption in captions]
+        return states, [False] * len(captions)
 
 def open_squares(argument, split):
     sources.check_split("squares", split, ["train", "test"])
     count = int(argument or 40)
     records = Squares(0 if split == "train" else 100, count)
     captions = [records[i]["caption"] for i in range(count)]
-    return sources.Source(records, (6, 6, 1), pixel_levels=200, version=f"squares {count}", captions=captions)
+    version = f"squares {count}"
+    return sources.Source(
+        records, (6, 6, 1), pixel_levels=200, version=version, captions=captions)
 
 register("squares", open_squares)
 text.register("parity", Parity)
@@ -234,7 +246,7 @@ def test_what_is_not_a_source_is_refused(registered):
     sources.register("none", lambda argument, split: None)
     with pytest.raises(
         UserError,
-        match="data.source none opens as a NoneType: expected its open function to return",
+        match=r"data.source none opens as a NoneType: expected its open function to return",
     ):
         open_source("none", "train")
     images = np.zeros((3, 4, 4, 1), np.float64)

@@ -1,4 +1,4 @@
-"""Points of the plane against their known densities: by integration on grids, by moments and by the entropy of samples."""
+"""Toy points against their densities: integrals on grids, moments, and samples' entropy."""
 
 import math
 import pickle
@@ -34,7 +34,7 @@ def points(source):
 
 
 def grid(t, side=241):  # steps of 0.022 at t = 0.02: finer than any edge
-    """Points [side^2, 2] of a square that holds all but 1e-6 of any of the data at level t, and their common area."""
+    """Points [side^2, 2] of a square with all but 1e-6 of the noised data, and the area of each."""
     half = (1 - t) * 2.6 + 5.5 * t
     line, step = np.linspace(-half, half, side, retstep=True)
     return np.stack(np.meshgrid(line, line), -1).reshape(-1, 2), step**2
@@ -42,7 +42,7 @@ def grid(t, side=241):  # steps of 0.022 at t = 0.02: finer than any edge
 
 @pytest.mark.parametrize("t", LEVELS)
 @pytest.mark.parametrize("name", NAMES)
-def test_densities_integrate_to_1_with_mean_0_and_the_variance_of_the_level(sources, name, t):
+def test_densities_integrate_to_1_with_mean_0_and_their_levels_variance(sources, name, t):
     where, area = grid(t)
     mass = area * np.exp(sources[name]["test"].log_density(where, t))
     assert mass.sum() == pytest.approx(1, abs=1e-5)
@@ -64,7 +64,7 @@ def test_pure_noise_is_standard_normal(sources, name):
 @pytest.mark.parametrize("t", [0.02, 0.2, 0.6])
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_have_the_entropy_of_their_density(sources, name, t):
-    """Mean log p of noised samples is the integral of p log p, within 4 standard errors; so are those of its moments."""
+    """The means of log p and its square over noised samples, within 4 standard errors of integrals."""
     source = sources[name]["train"]
     random = np.random.default_rng(1)
     x = source.records.records.images[:10_000].reshape(-1, 2)
@@ -107,7 +107,7 @@ def test_samples_have_mean_0_and_variance_1(sources):
 
 
 def test_modes_are_apart():
-    """Centres of the Gaussians lie 7 deviations from the next; half of the checkerboard and the moons' middle are empty."""
+    """Gaussians are 7 deviations apart; half the checkerboard and the moons' middle are empty."""
     centre, between = synthetic._MEANS[0], synthetic._MEANS[:2].mean(0)
     log_density = synthetic.gaussians_log_density(np.stack([centre, between]), 0.02)
     assert log_density[0] - log_density[1] > 6
@@ -139,7 +139,7 @@ def test_densities_are_finite_far_outside_and_fall(sources, name):
 
 
 @pytest.mark.parametrize("t", [0.02, 0.5, 0.9999])
-def test_checkerboard_is_its_squares_noised(t):
+def test_the_checkerboard_is_a_mixture_of_noised_squares(t):
     """One square's factor against quadrature, in the middle and far outside."""
     z, low, width = np.array([0.3, 1.0, -4.0, 9.0]), 0.2 / t, (1 - t) * 0.8 / t
     nodes, weights = np.polynomial.legendre.leggauss(400)
@@ -155,7 +155,7 @@ def test_checkerboard_is_its_squares_noised(t):
 
 
 def test_a_narrow_square_is_nearly_a_point():
-    """To second order in its width, whichever way it is computed."""
+    """Both branches of the computation agree with the expansion to second order in its width."""
     z = np.array([0.0, 0.5, 3.0])
     for width in (1e-12, 1e-7, 0.9999e-4, 1.0001e-4, 1e-2):
         normal = -0.5 * z**2 - 0.5 * math.log(2 * math.pi)
@@ -165,7 +165,7 @@ def test_a_narrow_square_is_nearly_a_point():
         )
 
 
-def test_records_are_the_same_each_time_and_streams_are_others(sources):
+def test_records_are_reproducible_and_streams_differ(sources):
     for name in NAMES:
         train, test = (sources[name][split] for split in ("train", "test"))
         assert pipeline.spec(train, 1) == pipeline.DataSpec(
@@ -190,7 +190,7 @@ def test_records_are_the_same_each_time_and_streams_are_others(sources):
         )[:2, 2:]
         assert (
             abs(likeness) < 4.5 / math.sqrt(2_000)
-        ).all()  # of one stream they would share modes and angles
+        ).all()  # from one stream they would share modes and angles
 
 
 def test_a_source_can_be_pickled(sources):
@@ -214,20 +214,27 @@ def test_a_record_is_cheap(sources):
     start = time.process_time()
     for i in range(10_000):
         records[i]
-    assert time.process_time() - start < 0.2  # 20 us a record; seen: 1
+    assert time.process_time() - start < 0.2  # 20 us a record; measured: 1
 
 
-def test_another_source_has_no_density():
+def test_mock_sources_have_no_density():
     assert open_source("mock:2x2x4", "test").log_density is None
 
 
 @pytest.mark.parametrize(
     ("name", "split", "message"),
-    [("toy:spiral", "train", "data.source toy:spiral is not known: expected toy:NAME with one of moons, checkerboard, gaussians"),
-     ("toy:", "train", "data.source 'toy:' is not known: expected one of digits"),
-     ("toy:moons", "all", "toy:moons has no split 'all': it has train, test"),
-     ("toy:moons", "test[:2001]", "takes records 0 to 2001, but there are 2000")],
-)  # fmt: skip
+    [
+        (
+            "toy:spiral",
+            "train",
+            "data.source toy:spiral is not known: expected toy:NAME with one of moons, "
+            "checkerboard, gaussians",
+        ),
+        ("toy:", "train", "data.source 'toy:' is not known: expected one of digits"),
+        ("toy:moons", "all", "toy:moons has no split 'all': it has train, test"),
+        ("toy:moons", "test[:2001]", "takes records 0 to 2001, but there are 2000"),
+    ],
+)
 def test_a_mistake_is_named_in_one_line(name, split, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         open_source(name, split)

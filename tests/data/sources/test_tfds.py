@@ -1,4 +1,4 @@
-"""The tfds source, on an ArrayRecord data set that tfds prepares, and on hostile and damaged ones."""
+"""The tfds source, on data sets that tfds prepared, and on hostile and damaged ones."""
 
 import importlib
 import io
@@ -91,19 +91,38 @@ FEATURES = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
 FOREIGN = {"pythonClassName": "foreign_module.Feature", "jsonFeature": {"json": "{}"}}
 HOSTILE = {  # ways to name a class in a data set's files
     "feature": ("features.json", FOREIGN),
-    "nested": ("features.json", {"pythonClassName": FEATURES, "featuresDict": {"features": {"image": FOREIGN}}}),
-    "in a string": ("features.json", {"pythonClassName": FEATURES, "jsonFeature": {
-        "json": json.dumps({"image": {"type": "foreign_module.Feature", "content": {}}})}}),
-    "old": ("features.json", {"type": FEATURES, "content": {"image": {"type": "foreign_module.Feature", "content": {}}}}),
-    "old, in a string": ("features.json", {"type": FEATURES, "proto_cls": "tensorflow_datasets.FeaturesDict", "content": json.dumps(
-        {"features": {"image": FOREIGN}})}),
+    "nested": (
+        "features.json",
+        {"pythonClassName": FEATURES, "featuresDict": {"features": {"image": FOREIGN}}},
+    ),
+    "in a string": (
+        "features.json",
+        {
+            "pythonClassName": FEATURES,
+            "jsonFeature": {
+                "json": json.dumps({"image": {"type": "foreign_module.Feature", "content": {}}})
+            },
+        },
+    ),
+    "old": (
+        "features.json",
+        {"type": FEATURES, "content": {"image": {"type": "foreign_module.Feature", "content": {}}}},
+    ),
+    "old, in a string": (
+        "features.json",
+        {
+            "type": FEATURES,
+            "proto_cls": "tensorflow_datasets.FeaturesDict",
+            "content": json.dumps({"features": {"image": FOREIGN}}),
+        },
+    ),
     "info": ("dataset_info.json", {"features": FOREIGN}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def imported(tmp_path, monkeypatch):
-    """A function that tells whether foreign_module was imported, here, where it can be."""
+    """A function that returns whether foreign_module, which can be imported here, was imported."""
     marker = tmp_path / "imported"
     for name in ("foreign_module.py", "foreign_module_dataset_builder.py"):
         (tmp_path / name).write_text(f"open({str(marker)!r}, 'w').close()\n")
@@ -112,7 +131,7 @@ def imported(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("way", HOSTILE)
-def test_tfds_imports_nothing_that_a_folder_names(
+def test_tfds_imports_no_module_that_a_folder_names(
     squares_dir, tmp_path, monkeypatch, imported, way
 ):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
@@ -127,7 +146,7 @@ def test_tfds_imports_nothing_that_a_folder_names(
         (folder / "dataset_info.json").write_text(json.dumps(info))
         for part in folder.glob("squares-*"):
             part.rename(folder / part.name.replace("squares", folder.parent.name))
-    # Such a folder opens; it is what is written next that is refused.
+    # A module's name alone does not matter: this folder opens. Those written next are refused.
     assert len(open_source(f"tfds:{folders[0]}", "train").records) == 10
     for folder in folders:
         there = json.loads((folder / file).read_text()) if file == "dataset_info.json" else {}
@@ -159,7 +178,7 @@ def test_tfds_imports_nothing_that_a_folder_names(
         "a b",
     ],
 )
-def test_tfds_takes_names_of_its_own_alone(squares_dir, monkeypatch, imported, name):
+def test_tfds_accepts_only_its_own_names(squares_dir, monkeypatch, imported, name):
     monkeypatch.setenv("TFDS_DATA_DIR", str(squares_dir))
     for opened in (
         lambda: open_source(f"tfds:{name}", "train"),
@@ -191,12 +210,13 @@ def test_an_eps_image_starts_no_program(monkeypatch):
 @pytest.mark.parametrize(
     "content", [b"[]", b"null", b"", b"\xff", b"[" * 100_000, b"9" * 5000, b'{"version": 1}']
 )
-def test_damaged_files_of_tfds_are_one_line(squares_dir, tmp_path, file, content):
+def test_damaged_files_of_tfds_are_refused_in_one_line(squares_dir, tmp_path, file, content):
     folder = shutil.copytree(squares_dir / "squares" / "1.2.3", tmp_path / "1.2.3")
     (folder / file).write_bytes(content)
     with pytest.raises(
         UserError,
-        match=rf"^tfds:{folder} is neither a data set known to tfds nor a folder with a dataset_info",
+        match=rf"^tfds:{folder} is neither a data set known to tfds nor a folder with a "
+        r"dataset_info",
     ) as error:
         open_source(f"tfds:{folder}", "train")
     assert "\n" not in str(error.value)
