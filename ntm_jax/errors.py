@@ -1,17 +1,23 @@
-"""The one exception that a user's mistake raises: the programs print its single line and exit with status 2."""
+"""UserError, the one exception for a user's mistake.
+
+The programs print its single line and exit with status 2.
+"""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The message is one line: the thing, what was found, what was expected, how to mend it."""
+    """A mistake in what the user gave.
+
+    The message is one line: the thing, what was found, what was expected, and how to mend it.
+    """
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says first, to stand within a line of ours."""
+    """The first line of another library's error, at most 200 characters, to quote in a message."""
     return (str(error) or repr(error)).splitlines()[0][:200]
 
 
 def shown(value, show=repr) -> str:
-    """A value to stand within a line of an error: its repr, or another text of it, cut to 80 characters that can be printed."""
+    """The text `show(value)` cut to 80 printable characters, to quote in a message."""
     try:
         text = show(value)
     except ValueError:  # an integer of thousands of digits

@@ -1,7 +1,7 @@
-"""How the project writes files, so that nobody ever finds half of one, and how it reads JSON, which anybody may have edited or damaged.
+"""Writes files so that none is ever found half-written, and reads JSON that may be damaged.
 
-Errors of the file system stay OSErrors, which name the file; the programs turn them into one line. No jax is imported: data workers run
-this.
+Errors of the file system stay OSErrors that name the file; the programs turn them into one line.
+No jax is imported: data workers run this.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from etils import epath
 
 from ntm_jax.errors import UserError
 
-PART = ".part-"  # how the name of a file begins while it is being written
-SEAL = "content_sha256"  # the key of a sealed JSON file that holds the digest of all its other keys
+PART = ".part-"  # the prefix of a file's name while it is being written
+SEAL = "content_sha256"  # in a sealed JSON file, the key of the digest of all other keys
 
 
 @contextlib.contextmanager
 def naming(path) -> Iterator[None]:
-    """An OSError of the block names `path`: a failed write or flush does not name its file."""
+    """Adds the name `path` to an OSError of the block, as a failed write or flush lacks it."""
     try:
         yield
     except OSError as error:
@@ -32,10 +32,10 @@ def naming(path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def aside(path) -> Iterator[BinaryIO]:
-    """A binary file to write to. What it holds gets the name `path` when the block ends, and is dropped when the block raises.
+    """Yields a binary file that becomes `path` when the block ends, and is removed if it raises.
 
-    On a local disk the content is flushed to the disk before the rename; on object storage it is uploaded in one piece. Raises OSError,
-    naming `path`.
+    On a local disk the content is flushed to the disk before the rename; on object storage it is
+    uploaded in one piece. Raises OSError, naming `path`.
     """
     path = epath.Path(path)
     if "://" in os.fspath(path):
@@ -57,7 +57,7 @@ def aside(path) -> Iterator[BinaryIO]:
 
 
 def write(path, content: bytes | str) -> None:
-    """Writes a file as `aside` does. A file that holds `content` already is left untouched."""
+    """Writes `content` to `path` as `aside` does; leaves a file that holds it already untouched."""
     data = content.encode() if isinstance(content, str) else content
     path = epath.Path(path)
     with contextlib.suppress(OSError):
@@ -68,23 +68,26 @@ def write(path, content: bytes | str) -> None:
 
 
 def plain(content) -> Any:
-    """What JSON makes of a value: tuples become lists, keys become strings."""
+    """A value after a round trip through JSON: tuples become lists, keys become strings."""
     return json.loads(json.dumps(content))
 
 
 def digest(content) -> str:
-    """SHA-256, in hexadecimal, of a JSON value; the order of its keys does not matter."""
+    """SHA-256, in hexadecimal, of a JSON value, for any order of its keys."""
     return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path, content: dict, sealed: bool = False) -> None:
-    """Writes a JSON object. A sealed one also holds its own digest, which `read_json` verifies."""
+    """Writes a JSON object. If sealed, it also holds its own digest, which `read_json` verifies."""
     content = plain(content)
     write(path, json.dumps(content | ({SEAL: digest(content)} if sealed else {}), indent=2) + "\n")
 
 
 def parse_json(text: bytes | str) -> dict:
-    """The JSON object in a text, without its seal. ValueError, in one line, for everything else, and for a seal that does not fit."""
+    """The JSON object in a text, without its seal.
+
+    Raises ValueError, in one line, for anything else and for a digest that does not match.
+    """
     try:
         content = json.loads(text)
     except UnicodeDecodeError:
@@ -104,10 +107,11 @@ def parse_json(text: bytes | str) -> dict:
 
 
 def read_json(path, remedy: str) -> dict:
-    """The JSON object in a file that exists, without its seal.
+    """The JSON object in an existing file, without its seal.
 
     Raises:
-      UserError: it cannot be parsed, or was damaged or edited since it was sealed. The line names the file and ends in `remedy`.
+      UserError: it cannot be parsed, or was damaged or edited since it was sealed. The line names
+        the file and ends with `remedy`.
     """
     try:
         return parse_json(epath.Path(path).read_bytes())
@@ -116,7 +120,10 @@ def read_json(path, remedy: str) -> dict:
 
 
 def read_lines(path) -> list[dict]:
-    """The objects in a file of one JSON object a line; [] where there is no file. Lines that were damaged or cut short are left out."""
+    """The objects in a file with one JSON object on each line; [] if there is no file.
+
+    Lines that are damaged or cut short are left out.
+    """
     path, found = epath.Path(path), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):

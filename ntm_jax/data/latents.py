@@ -1,9 +1,10 @@
-"""Images to FLUX.2's latents and back, through its autoencoder in PyTorch (diffusers' AutoencoderKLFlux2).
+"""Images to FLUX.2's latents and back, with diffusers' AutoencoderKLFlux2 in PyTorch.
 
-A latent is [H/16, W/16, 128] float32 of mean 0 and variance 1: the autoencoder's [H/8, W/8, 32] with 2 x 2 neighbours packed into one
-place, normalised by its batch-norm statistics. Records hold that, with patch_size 1: a place is a token of the pretrained network, whose
-channels run (channel, row, column), so that `transforms.patchify` by 2, (row, column, channel), would not do.
-Source: diffusers' Flux2KleinPipeline. H, W image height and width.
+A latent is [H/16, W/16, 128] float32 of mean 0 and variance 1: the autoencoder's [H/8, W/8, 32],
+with 2 x 2 neighbours packed into one place and normalised by the autoencoder's batch-norm
+statistics. Records hold latents with patch_size 1, because a place is a token of the pretrained
+network: its channels run (channel, row, column), and `transforms.patchify` by 2 would order them
+(row, column, channel). Source: diffusers' Flux2KleinPipeline. H, W image height and width.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import numpy as np
 from ntm_jax.data import pretrained, transforms
 from ntm_jax.errors import UserError
 
-LEVELS = 256  # of the images
+PIXEL_LEVELS = 256  # of the images
 PATCH = 2  # neighbours a side in a place
 
 
@@ -28,28 +29,42 @@ def unpack(latents: np.ndarray) -> np.ndarray:
     """The inverse of `pack`."""
     count, height, width, channels = latents.shape
     cut = latents.reshape(count, height, width, channels // PATCH**2, PATCH, PATCH)
-    return cut.transpose(0, 3, 1, 4, 2, 5).reshape(count, channels // PATCH**2, PATCH * height, PATCH * width)
+    planes = cut.transpose(0, 3, 1, 4, 2, 5)
+    return planes.reshape(count, channels // PATCH**2, PATCH * height, PATCH * width)
 
 
 class Autoencoder:
-    """FLUX.2's autoencoder in float32, from a local folder of diffusers' layout (with vae/, or that itself); device: torch's name of one.
+    """FLUX.2's autoencoder in float32.
 
-    UserError: see pretrained.load.
+    Args:
+      path: a local folder in diffusers' layout, which holds vae/ or is that folder itself.
+      device: torch's name of a device.
+    Raises:
+      UserError: as `pretrained.load`.
     """
 
     def __init__(self, path: str, device: str = "cpu"):
         self._torch, self._device = pretrained.module("torch"), device
         self._model = pretrained.load("diffusers", "AutoencoderKLFlux2", path, "vae").to(device)
-        statistics = self._model.bn
+        statistics, config = self._model.bn, self._model.config
         self._mean = statistics.running_mean.cpu().numpy()
-        self._std = np.sqrt(statistics.running_var.cpu().numpy() + np.float32(self._model.config.batch_norm_eps))
-        self.scale = PATCH * 2 ** (len(self._model.config.block_out_channels) - 1)  # pixels a place, along a side: 16
+        variance = statistics.running_var.cpu().numpy()
+        self._std = np.sqrt(variance + np.float32(config.batch_norm_eps))
+        # Pixels in a place, along a side: 16.
+        self.scale = PATCH * 2 ** (len(config.block_out_channels) - 1)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """Images [n, H, W, 3] uint8 -> the means of their latents [n, H/16, W/16, 128] float32. UserError: images of another shape."""
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or any(size % self.scale for size in images.shape[1:3]):
-            raise UserError(f"images are {images.dtype} {list(images.shape)}: expected uint8 [n, H, W, 3], {self.scale} dividing H and W")
-        x = transforms.scale(images, LEVELS).transpose(0, 3, 1, 2)
+        """Images [n, H, W, 3] uint8 -> the means of their latents [n, H/16, W/16, 128] float32.
+
+        Raises UserError for images of another shape or dtype.
+        """
+        fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
+        if not fits or any(size % self.scale for size in images.shape[1:3]):
+            raise UserError(
+                f"images are {images.dtype} {list(images.shape)}: expected uint8 [n, H, W, 3], "
+                f"{self.scale} dividing H and W"
+            )
+        x = transforms.scale(images, PIXEL_LEVELS).transpose(0, 3, 1, 2)
         with self._on_device(x) as x:
             z = self._model.encode(x).latent_dist.mode().cpu().numpy()
         return (pack(z) - self._mean) / self._std
@@ -58,9 +73,10 @@ class Autoencoder:
         """Latents [n, h, w, 128] -> images [n, 16 h, 16 w, 3] uint8."""
         with self._on_device(unpack(latents * self._std + self._mean)) as z:
             x = self._model.decode(z).sample.cpu().numpy()
-        return transforms.unscale(x.transpose(0, 2, 3, 1), LEVELS)
+        return transforms.unscale(x.transpose(0, 2, 3, 1), PIXEL_LEVELS)
 
     @contextlib.contextmanager
     def _on_device(self, array: np.ndarray):
         with self._torch.inference_mode():
-            yield self._torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
+            array = np.ascontiguousarray(array, np.float32)
+            yield self._torch.from_numpy(array).to(self._device)

@@ -1,37 +1,45 @@
-"""From a source's records to this process's batches of tokens, with grain: shuffled and endless for training, in order and exactly once
-for evaluation.
+"""From a source's records to this process's batches of tokens, with grain.
 
-B global batch, b = B / processes this process's share, N tokens, D token channels, M text tokens, E their width. jax is imported only to
-ask for the process's number: grain's worker processes import this file.
+Training batches are shuffled and endless; evaluation batches are in order and hold every record
+exactly once. B global batch, b = B / processes this process's share, N tokens, D token channels, M
+text tokens, E their width. jax is imported only to look up the process's number: grain's worker
+processes import this file.
 """
 
 import dataclasses
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
 import grain.experimental
 import numpy as np
 
+from ntm_jax import files, typed
 from ntm_jax.data.sources import Source
 from ntm_jax.data.transforms import patchify, scale
 from ntm_jax.errors import UserError
 
-# Grain's default keeps 500 elements ready, and here an element is a whole batch.
+# Grain's default keeps 500 elements ready, and here an element is a complete batch.
 _THREADS = min(8, os.cpu_count() or 1)
 _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
-    """What the model must know of the data: image_shape (H, W, C), patch_size, pixel levels V (0: continuous latents), classes (0: no
-    labels), record count, the tokens M and width E of a record's text states (0: no text), the encoder that made them, and the mean and
-    std by channel that latents were normalised by (empty: they were not)."""
+    """The properties of the data that the model depends on.
+
+    image_shape: (H, W, C). patch_size: side of a patch, which divides H and W. pixel_levels: the
+    number of values that a pixel can take; 0 for continuous latents. num_classes: 0 without labels.
+    count: the number of records. text_tokens, text_width: M and E of the text states; 0 without
+    text. text: the encoder that made them. mean, std: by channel, what latents were normalised by;
+    empty if they were not.
+    """
 
     image_shape: tuple[int, int, int]
     patch_size: int
-    levels: int
+    pixel_levels: int
     num_classes: int
     count: int
     text_tokens: int = 0
@@ -52,20 +60,59 @@ class DataSpec:
 
 
 def spec(source: Source, patch_size: int) -> DataSpec:
-    """The DataSpec of `source` cut into patches. UserError if the patch does not divide the image."""
+    """The DataSpec of `source` cut into patches. UserError if a patch does not divide the image."""
     height, width, _ = source.image_shape
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise UserError(
-            f"data.patch_size={patch_size} does not divide the {height}x{width} images of {source.name}: "
-            "choose a divisor of both sides, or another data.image_size"
+            f"data.patch_size={patch_size} does not divide the {height}x{width} images of "
+            f"{source.name}: choose a divisor of both sides, or another data.image_size"
         )
-    count, text = len(source.records), (source.text_tokens, source.text_width, source.text)
-    return DataSpec(source.image_shape, patch_size, source.levels, source.num_classes, count, *text, source.mean, source.std)
+    return DataSpec(
+        source.image_shape,
+        patch_size,
+        source.pixel_levels,
+        source.num_classes,
+        len(source.records),
+        source.text_tokens,
+        source.text_width,
+        source.text,
+        source.mean,
+        source.std,
+    )
+
+
+_JSON_PIXEL_LEVELS = "levels"  # the key of DataSpec.pixel_levels in files
+
+
+def spec_to_json(spec: DataSpec) -> dict[str, Any]:
+    """A DataSpec as a JSON object; its key "levels" is `pixel_levels`."""
+    fields = dataclasses.asdict(spec)
+    return files.plain(
+        {_JSON_PIXEL_LEVELS if key == "pixel_levels" else key: fields[key] for key in fields}
+    )
+
+
+def spec_from_json(values: Any, name: str = "spec") -> DataSpec:
+    """The inverse of `spec_to_json`; it accepts "pixel_levels" for "levels" too.
+
+    Args:
+      name: what errors call `values`.
+    Raises:
+      UserError: as `typed.read`.
+    """
+    if isinstance(values, Mapping) and _JSON_PIXEL_LEVELS in values:
+        if "pixel_levels" in values:
+            raise UserError(f"{name} has both levels and pixel_levels: expected one of them")
+        values = {
+            "pixel_levels" if key == _JSON_PIXEL_LEVELS else key: value
+            for key, value in values.items()
+        }
+    return typed.read(DataSpec, values, name)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadTokens:
-    """Record index -> its example. A class, not a closure, so that worker processes can unpickle it."""
+    """Record index -> its example. A class, not a closure, so that it can be pickled."""
 
     source: Source
     patch_size: int
@@ -73,14 +120,17 @@ class _ReadTokens:
     def __call__(self, index: int) -> dict[str, np.ndarray]:
         record = self.source.records[int(index)]
         x = patchify(record["image"], self.patch_size)
-        x = scale(x, self.source.levels) if self.source.levels else x
+        x = scale(x, self.source.pixel_levels) if self.source.pixel_levels else x
         text = {key: record[key] for key in ("text", "text_mask") if key in record}
         return {"x": x, "label": np.int32(record["label"]), "index": np.int32(index), **text}
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadMasked:
-    """Position in the padded split -> its example with a mask; positions past the end repeat record 0 with mask 0."""
+    """Position in the padded split -> its example with a mask.
+
+    Positions past the end repeat record 0 with mask 0.
+    """
 
     read: _ReadTokens
 
@@ -92,22 +142,25 @@ class _ReadMasked:
 class TrainIterator:
     """Endless iterator over this process's share of the training batches; made by `train_iterator`.
 
-    Each item is {"x": [b, N, D] float32 (in [-1, 1] but for latents), "label": [b] int32 (-1: none), "index": [b] int32}, and, of a source
-    with text, "text": [b, M, E] float16, zeros after a record's own tokens, and "text_mask": [b, M] bool, true on these. An error is
-    final: the state stays that of the last good batch, and every later `next` raises the same error.
+    Each item is {"x": [b, N, D] float32, pixels in [-1, 1] or latents, "label": [b] int32 (-1
+    without labels), "index": [b] int32} and, with text, "text": [b, M, E] float16, zeros after a
+    record's own tokens, and "text_mask": [b, M] bool, true on these. An error is final: the state
+    stays that of the last good batch, and every later `next` raises the same error.
     """
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator = iterator
         self._error = None
-        # Left to the end of the interpreter, a grain iterator prints errors from a half torn down module: closed and dropped before.
+        # A grain iterator that outlives its module prints errors at exit: it is closed and dropped
+        # before.
         self._finalizer = weakref.finalize(self, _close, vars(self))
 
     def __iter__(self) -> "TrainIterator":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        # Left alone, grain would go on with the batch after the failed one, and its state would fall one batch behind the data.
+        # After an error grain would continue with the next batch, and its state would fall one
+        # batch behind the data.
         if self._error is not None:
             raise self._error
         try:
@@ -115,11 +168,15 @@ class TrainIterator:
         except Exception as error:
             self._error = error
             raise
-        # Batches of worker processes lie in shared memory that is unmapped with the array, under the feet of anyone who aliases it.
+        # Batches of worker processes lie in shared memory that is unmapped with the array, which
+        # would leave aliases dangling.
         return {key: np.array(value) for key, value in batch.items()}
 
     def get_state(self) -> dict[str, int]:
-        """The position in the data as a JSON-able dict, the same in every process and for any number of processes and workers."""
+        """The position in the data as a JSON-able dict.
+
+        It is the same in every process and for any number of processes and workers.
+        """
         return self._iterator.get_state()
 
     def set_state(self, state: dict[str, int]) -> None:
@@ -147,27 +204,36 @@ def train_iterator(
 ) -> TrainIterator:
     """This process's share of endless training batches, reshuffled every epoch.
 
-    The records of step s over all processes are the same for any number of processes and workers, but not the row each one lies in: key
-    per-example noise by "index". An epoch ends wherever it ends inside a batch, so a batch may be larger than the source.
+    The records of step s over all processes are the same for any number of processes and workers,
+    but not the row in which each lies: key per-example noise by "index". An epoch may end inside a
+    batch, so a batch may be larger than the source.
 
     Args:
       batch_size: global, B.
-      workers: reading processes beside this one; 0 reads in threads. More than 0 needs parsed absl flags and a guarded __main__.
+      workers: the number of processes that read records; 0 reads in this process's threads. With
+        workers absl flags must be parsed and __main__ guarded, and `source` is pickled to each of
+        them.
       process_index, process_count: this process among those that share a batch; by default jax's.
     Raises:
-      UserError: the patch does not divide the image, or the processes do not divide the batch. While iterating: a record that cannot be
-        read, with the same message whether a thread or a worker process read it.
+      UserError: the patch does not divide the image, or the processes do not divide the batch.
+        While iterating: a record cannot be read, with the same message from a thread or a worker
+        process.
     """
     spec(source, patch_size)
     process_index, process_count = _share(batch_size, process_index, process_count)
-    # A range of indices as the data set, read by the map: grain's own sources would not tell an example its record index.
-    dataset = grain.MapDataset.range(len(source.records)).seed(seed).shuffle().repeat().map(_ReadTokens(source, patch_size))
+    # The data set is a range of indices, read by the map, because grain's own sources would not
+    # give an example its record index.
+    indices = grain.MapDataset.range(len(source.records))
+    dataset = indices.seed(seed).shuffle().repeat().map(_ReadTokens(source, patch_size))
+    processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
     elastic = grain.experimental.ElasticIterator(
         dataset,
         batch_size,
-        grain.sharding.ShardOptions(shard_index=process_index, shard_count=process_count, drop_remainder=True),
+        grain.sharding.ShardOptions(
+            shard_index=process_index, shard_count=process_count, drop_remainder=True
+        ),
         read_options=_READ_OPTIONS,
-        multiprocessing_options=grain.multiprocessing.MultiprocessingOptions(num_workers=workers) if workers else None,
+        multiprocessing_options=processes if workers else None,
     )
     return TrainIterator(iter(elastic))
 
@@ -180,10 +246,12 @@ def evaluation_batches(
     process_count: int | None = None,
     start: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This process's share of every record, exactly once and in order; the training batches' keys and "mask": [b] float32.
+    """This process's share of every record, exactly once and in order.
 
-    Global batch k holds the records from k * batch_size on, process p the p-th contiguous share of it, so that shares concatenated by
-    process are in record order. The last batch is padded with record 0 at mask 0; every process gets the same number of batches.
+    Items have the training batches' keys and "mask": [b] float32. Global batch k holds the records
+    from k * batch_size on, and process p the p-th contiguous share of it, so that shares
+    concatenated by process are in record order. The last batch is padded with record 0 at mask 0;
+    every process gets the same number of batches.
 
     Args:
       batch_size: global, B.
@@ -196,9 +264,10 @@ def evaluation_batches(
     process_index, process_count = _share(batch_size, process_index, process_count)
     share = batch_size // process_count
     batches = -(-len(source.records) // batch_size)
-    positions = np.arange(batches * batch_size).reshape(batches, process_count, share)[start:, process_index].ravel()
-    dataset = grain.MapDataset.source(positions).map(_ReadMasked(_ReadTokens(source, patch_size))).batch(share)
-    return _closing(iter(dataset.to_iter_dataset(_READ_OPTIONS)))
+    positions = np.arange(batches * batch_size).reshape(batches, process_count, share)
+    own = positions[start:, process_index].ravel()
+    dataset = grain.MapDataset.source(own).map(_ReadMasked(_ReadTokens(source, patch_size)))
+    return _closing(iter(dataset.batch(share).to_iter_dataset(_READ_OPTIONS)))
 
 
 def _closing(iterator: grain.DatasetIterator) -> Iterator:
@@ -208,12 +277,20 @@ def _closing(iterator: grain.DatasetIterator) -> Iterator:
         iterator.close()
 
 
-def _share(batch_size: int, process_index: int | None, process_count: int | None) -> tuple[int, int]:
-    """The process's number and their count, jax's where not given. UserError if the processes do not divide the batch."""
+def _share(
+    batch_size: int, process_index: int | None, process_count: int | None
+) -> tuple[int, int]:
+    """The process's number and the count of processes, jax's by default.
+
+    Raises UserError if the processes do not divide the batch.
+    """
     if process_count is None:
         import jax
 
         process_index, process_count = jax.process_index(), jax.process_count()
     if batch_size < 1 or batch_size % process_count:
-        raise UserError(f"batch_size={batch_size} must be a positive multiple of the {process_count} processes that share it")
+        raise UserError(
+            f"batch_size={batch_size} must be a positive multiple of the {process_count} processes "
+            "that share it"
+        )
     return process_index, process_count

@@ -1,6 +1,7 @@
-"""PyTorch models that prepare data, from local folders of safetensors: torch, diffusers and transformers are imported here, when asked for.
+"""Loads PyTorch models that prepare data, from local folders of safetensors.
 
-The training job needs none of them; the extras [text] and [flux2] install them.
+torch, diffusers and transformers are imported here on first use. The training job needs none of
+them; the extras [text] and [flux2] install them.
 """
 
 import importlib
@@ -9,44 +10,66 @@ from pathlib import Path
 from ntm_jax.errors import UserError, first_line
 
 _EXPECTED = "a folder in the layout of diffusers or transformers"
+# Both libraries raise many kinds of error on absent or damaged files.
+_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)
 
 
 def module(name: str, extra: str = "flux2"):
-    """An optional package, which an extra installs. UserError where it is not there."""
+    """The optional package `name`, which an extra installs. UserError if it cannot be imported."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"this needs the package {name}, which cannot be imported ({first_line(error)}): pip install -e "
-                        f"'.[{extra}]'") from None
+        raise UserError(
+            f"this needs the package {name}, which cannot be imported ({first_line(error)}): pip "
+            f"install -e '.[{extra}]'"
+        ) from None
 
 
 def load(package: str, name: str, path: str, part: str, **options):
-    """The model class `package`.`name` from the folder path/part, or path itself where there is no such part, for inference.
+    """The model class `package`.`name` from the folder path/part, in inference mode.
 
-    UserError: no folder, no safetensors of all its tensors in their shapes (other formats are never opened), or no such package.
+    If path/part does not exist, `path` itself is the folder.
+
+    Raises:
+      UserError: there is no folder; safetensors of all its tensors, in the model's shapes, are not
+        there (other formats are never opened); or the package cannot be imported.
     """
     kind, folder = getattr(module(package), name), find(path, part)
     try:
-        model, told = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # they raise many kinds on what is absent or damaged
-        raise UserError(f"{folder} is not read as a {name} in safetensors ({first_line(error)}): give {_EXPECTED}") from None
-    lacking = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
-    if lacking:  # they would be left random, with a warning
-        raise UserError(f"{folder} is no whole {name}: {len(lacking)} tensors are missing or of another shape, such as {lacking[0]}")
+        model, info = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except _ERRORS as error:
+        raise UserError(
+            f"{folder} is not read as a {name} in safetensors ({first_line(error)}): give "
+            f"{_EXPECTED}"
+        ) from None
+    lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    if lacking:  # they would stay random, with a warning
+        raise UserError(
+            f"{folder} is not a complete {name}: {len(lacking)} tensors are missing or of another "
+            f"shape, such as {lacking[0]}: give {_EXPECTED}"
+        )
     return model.eval()
 
 
 def tokenizer(path: str, part: str):
-    """The tokenizer of transformers in the folder path/part, or path itself where there is no such part; UserError as `load`."""
+    """The tokenizer of transformers in the folder path/part, or in `path` if that does not exist.
+
+    Raises UserError as `load`.
+    """
     folder = find(path, part)
     try:
-        return module("transformers").AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is not read as a tokenizer ({first_line(error)}): give {_EXPECTED}") from None
+        auto = module("transformers").AutoTokenizer
+        return auto.from_pretrained(folder, local_files_only=True)
+    except _ERRORS as error:
+        raise UserError(
+            f"{folder} is not read as a tokenizer ({first_line(error)}): give {_EXPECTED}"
+        ) from None
 
 
 def find(path: str, part: str) -> Path:
-    """path/part, or path itself where there is no such part. UserError where there is no folder."""
+    """The folder path/part, or `path` if that does not exist. UserError if neither exists."""
     folder = Path(path) / part if (Path(path) / part).is_dir() else Path(path)
     if not folder.is_dir():
         raise UserError(f"{path} is not there: give {_EXPECTED}")

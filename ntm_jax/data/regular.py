@@ -1,6 +1,7 @@
-"""Reads regular files of a bounded size, from folders that others filled: a pipe would block, a device would never end.
+"""Reads regular files of a bounded size.
 
-No jax is imported: grain's worker processes run this.
+Folders that others filled may hold pipes, which block, and devices, which never end. No jax is
+imported: grain's worker processes run this.
 """
 
 import os
@@ -11,7 +12,7 @@ LIMIT = 256 * 2**20  # bytes of the largest file, or member of a tar, that is re
 
 
 def is_regular(path) -> bool:
-    """Whether `path`, or what a symbolic link there points to, is a regular file."""
+    """Whether `path` is a regular file or a symbolic link to one."""
     path = os.fspath(path)
     return epath.Path(path).is_file() if "://" in path else os.path.isfile(path)
 
@@ -20,7 +21,8 @@ def read(path, limit: int = LIMIT) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
     Raises:
-      FileNotFoundError: nothing is there. ValueError: it is no regular file, is larger, or grew while it was read.
+      FileNotFoundError: the file does not exist.
+      ValueError: it is not a regular file, is larger than `limit`, or grew while it was read.
     """
     path = epath.Path(path)
     if not is_regular(path):
@@ -37,6 +39,6 @@ def read(path, limit: int = LIMIT) -> bytes:
 
 
 def check_size(size: int, limit: int = LIMIT) -> None:
-    """ValueError for more than `limit` bytes."""
+    """Raises ValueError if `size` exceeds `limit` bytes."""
     if size > limit:
         raise ValueError(f"larger than {limit // 2**20} MiB, {size} bytes")

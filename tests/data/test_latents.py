@@ -8,21 +8,24 @@ import pytest
 from ntm_jax.data import latents, transforms
 from ntm_jax.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("default")  # others' deprecations
+pytestmark = pytest.mark.filterwarnings("default")  # deprecations in other packages
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 48, 32, 3), np.uint8)
 
 
-def test_a_place_holds_its_neighbours_channel_by_channel():
+def test_pack_orders_channels_before_neighbours():
     z = np.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6)
     packed = latents.pack(z)
     assert packed.shape == (2, 2, 3, 12)
     for n, channel, row, column in np.ndindex(z.shape):
-        assert packed[n, row // 2, column // 2, 4 * channel + 2 * (row % 2) + column % 2] == z[n, channel, row, column]
+        assert (
+            packed[n, row // 2, column // 2, 4 * channel + 2 * (row % 2) + column % 2]
+            == z[n, channel, row, column]
+        )
     np.testing.assert_array_equal(latents.unpack(packed), z)
     np.testing.assert_array_equal(transforms.patchify(packed, 1), packed.reshape(2, 6, 12))
 
 
-def test_without_its_extra_one_line_names_it(monkeypatch):
+def test_a_missing_extra_is_named_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"package torch, .*pip install -e '\.\[flux2\]'$"):
         latents.Autoencoder("/nowhere")
@@ -30,10 +33,12 @@ def test_without_its_extra_one_line_names_it(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of the pipeline's layout with a tiny autoencoder, whose statistics are not those of a new one."""
+    """A folder in the pipeline's layout with a tiny autoencoder of random statistics."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = diffusers.AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=6, norm_num_groups=2)
+    model = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=6, norm_num_groups=2
+    )
     model.bn.running_mean += torch.randn(24)
     model.bn.running_var *= 0.01 + torch.rand(24)
     path = tmp_path_factory.mktemp("flux2")
@@ -43,14 +48,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    """The pipeline with nothing but the autoencoder."""
+    """The pipeline with only the autoencoder."""
     import diffusers
 
     vae = diffusers.AutoencoderKLFlux2.from_pretrained(folder / "vae")
     return diffusers.Flux2KleinPipeline(None, vae.eval(), None, None, None)
 
 
-def test_latents_are_the_pipelines(folder, pipeline):
+def test_latents_equal_the_pipelines(folder, pipeline):
     import torch
     from PIL import Image
 
@@ -61,11 +66,13 @@ def test_latents_are_the_pipelines(folder, pipeline):
         x = pipeline.image_processor.preprocess([Image.fromarray(image) for image in IMAGES])
         expected = pipeline._pack_latents(pipeline._encode_vae_image(x, None)).numpy()
     assert expected.std() > 0.3
-    np.testing.assert_allclose(transforms.patchify(found, 1), expected, atol=1e-5)  # float32 convolutions in batches of other sizes
+    np.testing.assert_allclose(
+        transforms.patchify(found, 1), expected, atol=1e-5
+    )  # float32 convolutions with other batch sizes
 
 
-def test_images_are_the_pipelines(folder, pipeline):
-    """The pipeline's last lines, with its helpers, on tokens of the pretrained network's order."""
+def test_images_equal_the_pipelines(folder, pipeline):
+    """Decodes tokens in the pretrained network's order with the pipeline's own helpers."""
     import torch
 
     given = np.random.default_rng(1).normal(size=(2, 3, 2, 24)).astype(np.float32)
@@ -74,12 +81,14 @@ def test_images_are_the_pipelines(folder, pipeline):
     vae = pipeline.vae
     with torch.inference_mode():
         tokens = torch.from_numpy(given.reshape(2, 6, 24))
-        z = pipeline._unpack_latents_with_ids(tokens, pipeline._prepare_latent_ids(torch.zeros(2, 1, 3, 2)), 3, 2)
+        z = pipeline._unpack_latents_with_ids(
+            tokens, pipeline._prepare_latent_ids(torch.zeros(2, 1, 3, 2)), 3, 2
+        )
         std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
         z = pipeline._unpatchify_latents(z * std + vae.bn.running_mean.view(1, -1, 1, 1))
         expected = pipeline.image_processor.postprocess(vae.decode(z).sample, output_type="np")
     assert expected.std() > 0.05
-    assert np.abs(found - 255 * expected).max() < 0.51  # rounding to a level
+    assert np.abs(found - 255 * expected).max() < 0.51  # rounding to a pixel level
 
 
 def test_other_images_are_refused(folder):
@@ -89,23 +98,27 @@ def test_other_images_are_refused(folder):
             encode(images)
 
 
-def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
-    """Not there; pickled weights, which are not opened; a tensor missing, which the library would leave random."""
+def test_an_incomplete_folder_is_refused(folder, tmp_path):
+    """A missing folder; pickled weights, which are not opened; a missing tensor; a damaged file."""
     import safetensors.torch
     import torch
 
-    whole = folder / "vae"
+    original = folder / "vae"
     (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_bytes((whole / "config.json").read_bytes())
-    tensors = safetensors.torch.load_file(whole / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "vae" / "config.json").write_bytes((original / "config.json").read_bytes())
+    tensors = safetensors.torch.load_file(original / "diffusion_pytorch_model.safetensors")
     torch.save(tensors, tmp_path / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"nothing is not there") as absent:
         latents.Autoencoder(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match=r"not read as a AutoencoderKLFlux2 in safetensors") as pickled:
+    with pytest.raises(
+        UserError, match=r"not read as a AutoencoderKLFlux2 in safetensors"
+    ) as pickled:
         latents.Autoencoder(str(tmp_path))
     tensors.pop("bn.running_mean")
     safetensors.torch.save_file(tensors, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(UserError, match=r"1 tensors are missing or of another shape, such as bn.running_mean") as partial:
+    with pytest.raises(
+        UserError, match=r"1 tensors are missing or of another shape, such as bn.running_mean"
+    ) as partial:
         latents.Autoencoder(str(tmp_path))
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345")
     with pytest.raises(UserError, match=r"not read as a AutoencoderKLFlux2") as damaged:

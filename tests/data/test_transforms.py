@@ -7,23 +7,28 @@ import pytest
 from ntm_jax.data.transforms import patchify, scale, unpatchify, unscale
 
 
-@pytest.mark.parametrize("levels", [17, 256])
-def test_every_level_returns_from_its_scaled_value(levels):
-    pixels = np.arange(levels, dtype=np.uint8)
-    x = scale(pixels, levels)
+@pytest.mark.parametrize("pixel_levels", [17, 256])
+def test_every_pixel_level_returns_from_its_scaled_value(pixel_levels):
+    pixels = np.arange(pixel_levels, dtype=np.uint8)
+    x = scale(pixels, pixel_levels)
     assert x.dtype == np.float32
     assert x[0] == -1
     assert x[-1] == 1
-    np.testing.assert_allclose(np.diff(x), 2 / (levels - 1), rtol=1e-4)  # float32 at magnitude 1 against a step of 1/128
-    back = unscale(x, levels)
+    np.testing.assert_allclose(
+        np.diff(x), 2 / (pixel_levels - 1), rtol=1e-4
+    )  # float32 at magnitude 1 against a step of 1/128
+    back = unscale(x, pixel_levels)
     assert back.dtype == np.uint8
     np.testing.assert_array_equal(back, pixels)
-    np.testing.assert_array_equal(unscale(jnp.asarray(x), levels), pixels)
+    np.testing.assert_array_equal(unscale(jnp.asarray(x), pixel_levels), pixels)
 
 
 def test_unscale_rounds_and_clips():
     step = 2 / 16
-    np.testing.assert_array_equal(unscale(np.array([-1.2, -1 + 0.4 * step, -1 + 0.6 * step, 1 - 0.6 * step, 3.0]), 17), [0, 0, 1, 15, 16])
+    np.testing.assert_array_equal(
+        unscale(np.array([-1.2, -1 + 0.4 * step, -1 + 0.6 * step, 1 - 0.6 * step, 3.0]), 17),
+        [0, 0, 1, 15, 16],
+    )
 
 
 def test_patches_are_row_major_and_colours_innermost():
@@ -37,8 +42,10 @@ def test_patches_are_row_major_and_colours_innermost():
 
 @pytest.mark.parametrize("module", [np, jnp])
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-def test_patches_join_to_the_image(module, batch):
-    image = module.asarray(np.random.default_rng(0).normal(size=(*batch, 6, 4, 3)).astype(np.float32))
+def test_unpatchify_inverts_patchify(module, batch):
+    image = module.asarray(
+        np.random.default_rng(0).normal(size=(*batch, 6, 4, 3)).astype(np.float32)
+    )
     tokens = patchify(image, 2)
     assert tokens.shape == (*batch, 6, 12)
     np.testing.assert_array_equal(unpatchify(tokens, (6, 4, 3), 2), image)

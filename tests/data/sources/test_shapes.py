@@ -1,4 +1,7 @@
-"""Scenes of shapes: what is drawn, what is held out, and the scorer on true scenes, noise, shuffled captions and single mistakes."""
+"""Scenes of shapes: drawing, held-out combinations, and the scorer.
+
+The scorer is tested on true scenes, noise, shuffled captions and single mistakes.
+"""
 
 import itertools
 import pickle
@@ -6,9 +9,8 @@ import pickle
 import numpy as np
 import pytest
 
-from ntm_jax.data import shapes
-from ntm_jax.data.shapes import COLOURS, SHAPES, TASKS
-from ntm_jax.data.sources import open_source
+from ntm_jax.data.sources import open_source, shapes
+from ntm_jax.data.sources.shapes import COLOURS, SHAPES, TASKS
 from ntm_jax.data.transforms import scale, unscale
 from ntm_jax.errors import UserError
 from tests.common import experiment
@@ -22,17 +24,29 @@ def splits():
     found = {}
     for name in shapes.SPLITS:
         records = [open_source("shapes", f"{name}[:{COUNT}]").records[i] for i in range(COUNT)]
-        found[name] = tuple([record[key] for record in records] for key in ("image", "caption", "label"))
-    return {name: (np.stack(images), captions, np.array(labels)) for name, (images, captions, labels) in found.items()}
+        found[name] = tuple(
+            [record[key] for record in records] for key in ("image", "caption", "label")
+        )
+    return {
+        name: (np.stack(images), captions, np.array(labels))
+        for name, (images, captions, labels) in found.items()
+    }
 
 
 def picture(*things):
-    """The image of (colour, shape, quadrant's x, y), drawn in the test's own way: shapes of 9 pixels from their geometry."""
+    """The image of things (colour, shape, quadrant's x, y), drawn here from their geometry.
+
+    Shapes have 9 pixels.
+    """
     image = np.zeros((24, 24, 3), np.uint8)
     for colour, shape, column, row in things:
         for y, x in itertools.product(range(-4, 5), repeat=2):
-            inside = {"circle": x * x + y * y < 21, "square": True, "triangle": 2 * abs(x) <= y + 5,
-                      "cross": abs(x) <= 1 or abs(y) <= 1}[shape]
+            inside = {
+                "circle": x * x + y * y < 21,
+                "square": True,
+                "triangle": 2 * abs(x) <= y + 5,
+                "cross": abs(x) <= 1 or abs(y) <= 1,
+            }[shape]
             if inside:
                 image[12 * row + 6 + y, 12 * column + 6 + x] = COLOURS[colour]
     return image
@@ -51,10 +65,16 @@ def test_a_record_is_a_function_of_its_split_and_index(splits):
     assert (record["caption"], record["label"]) == (splits["train"][1][12], splits["train"][2][12])
     assert source.captions[7] == record["caption"]
     assert len(source.captions) == len(source.records) == 999_995
-    assert [pickle.loads(pickle.dumps(source)).captions[i] for i in range(20)] == splits["train"][1][5:25]
-    several = [image.tobytes() for images, _, labels in splits.values()
-               for image, label in zip(images, labels, strict=True) if TASKS[label] not in ("single_object", "colors")]
-    assert len(set(several)) > 0.9 * len(several)  # a single object has 288 pictures, which come again
+    assert [pickle.loads(pickle.dumps(source)).captions[i] for i in range(20)] == splits["train"][
+        1
+    ][5:25]
+    several = [
+        image.tobytes()
+        for images, _, labels in splits.values()
+        for image, label in zip(images, labels, strict=True)
+        if TASKS[label] not in ("single_object", "colors")
+    ]
+    assert len(set(several)) > 0.9 * len(several)  # a single object has only 288 pictures
     with pytest.raises(IndexError):
         source.captions[999_995]
     with pytest.raises(UserError, match="shapes has no split 'all': it has train, test, heldout"):
@@ -66,14 +86,21 @@ def test_every_slice_of_8_has_all_tasks_and_the_label_is_the_captions_task(split
         found = [TASKS[label] for label in labels]
         assert found == [shapes.task_of(caption) for caption in captions]
         assert set(found[:8]) == set(TASKS) - ({"single_object"} if name == "heldout" else set())
-    counts = {name: np.bincount(splits[name][2][:88], minlength=6).tolist() for name in ("train", "test")}
+    counts = {
+        name: np.bincount(splits[name][2][:88], minlength=6).tolist() for name in ("train", "test")
+    }
     assert counts == {"train": [8, 8, 16, 8, 16, 32], "test": [11, 11, 22, 11, 11, 22]}
-    told = dict(zip((TASKS[label] for label in splits["train"][2][:8]), splits["train"][1][:8], strict=True))
-    assert len(told["colors"].split()) == len(told["single_object"].split()) + 1 == 3
+    described = dict(
+        zip((TASKS[label] for label in splits["train"][2][:8]), splits["train"][1][:8], strict=True)
+    )
+    assert len(described["colors"].split()) == len(described["single_object"].split()) + 1 == 3
 
 
 def combinations(things, relation=None):
-    """Every pair of attributes: colour and shape, two shapes, count and shape, the relation of two shapes, as from the left or above."""
+    """Every pair of attributes: colour and shape, two shapes, count and shape, and relations.
+
+    The relation of two shapes counts in both directions.
+    """
     found = {(thing.colour, thing.shape) for thing in things if thing.colour}
     names = [thing.shape for thing in things]
     if len(set(names)) > 1:
@@ -81,37 +108,62 @@ def combinations(things, relation=None):
     elif len(names) > 1:
         found |= {(len(names), names[0])}
     if relation:
-        found |= {(relation, *names), ({"left": "right", "right": "left", "above": "below", "below": "above"}[relation], *names[::-1])}
+        found |= {
+            (relation, *names),
+            (
+                {"left": "right", "right": "left", "above": "below", "below": "above"}[relation],
+                *names[::-1],
+            ),
+        }
     return found
 
 
-def test_held_out_combinations_are_absent_from_train_and_told_by_every_held_out_caption(splits):
-    told = {name: set().union(*(combinations(*shapes.read(caption)) for caption in captions)) for name, (_, captions, _) in splits.items()}
-    drawn = {name: set().union(*(combinations(things) for things in shapes.find(images))) for name, (images, _, _) in splits.items()}
-    unseen = told["heldout"] - told["train"]
-    kinds = {kind: {c for c in unseen if isinstance(c, tuple) and c[0] in kind} for kind in (tuple(COLOURS), (2, 3, 4), ("left", "above"))}
+def test_held_out_combinations_are_in_every_held_out_caption_and_not_in_train(splits):
+    described = {
+        name: set().union(*(combinations(*shapes.read(caption)) for caption in captions))
+        for name, (_, captions, _) in splits.items()
+    }
+    drawn = {
+        name: set().union(*(combinations(things) for things in shapes.find(images)))
+        for name, (images, _, _) in splits.items()
+    }
+    unseen = described["heldout"] - described["train"]
+    kinds = {
+        kind: {c for c in unseen if isinstance(c, tuple) and c[0] in kind}
+        for kind in (tuple(COLOURS), (2, 3, 4), ("left", "above"))
+    }
     assert {c: {s for s in SHAPES if (c, s) in unseen} for c in COLOURS} == {
-        "red": {"circle"}, "green": {"square"}, "blue": {"triangle"}, "yellow": {"cross"}, "purple": {"circle"}, "white": {"square"}}
+        "red": {"circle"},
+        "green": {"square"},
+        "blue": {"triangle"},
+        "yellow": {"cross"},
+        "purple": {"circle"},
+        "white": {"square"},
+    }
     assert kinds[2, 3, 4] == {(2, "circle"), (3, "square"), (4, "triangle")}
     assert {c for c in unseen if isinstance(c, frozenset)} == {frozenset(("circle", "cross"))}
-    assert len(kinds["left", "above"]) == 10  # four of twelve either way, circle with cross once among them, and its other direction
-    assert not unseen & (drawn["train"] | told["test"] | drawn["test"])
-    assert told["test"] <= told["train"]
+    assert (
+        len(kinds["left", "above"]) == 10
+    )  # four of twelve in either direction, of which circle with cross is held out in both
+    assert not unseen & (drawn["train"] | described["test"] | drawn["test"])
+    assert described["test"] <= described["train"]
     assert set(splits["test"][1]) & set(splits["train"][1])
     assert not set(splits["heldout"][1]) & (set(splits["test"][1]) | set(splits["train"][1]))
     for caption in splits["heldout"][1]:
         assert combinations(*shapes.read(caption)) & unseen, caption
-    assert {c for c in told["train"] | unseen if isinstance(c, tuple) and c[0] in COLOURS} == set(itertools.product(COLOURS, SHAPES))
+    assert {
+        c for c in described["train"] | unseen if isinstance(c, tuple) and c[0] in COLOURS
+    } == set(itertools.product(COLOURS, SHAPES))
 
 
 def noised(images, t):
-    """As the model samples at its lowest level t: x_0 / (1 - t), x_0 = (1 - t) x + t eps."""
+    """Images as sampled at a model's lowest level: x_0 / (1 - t), x_0 = (1 - t) x + t eps."""
     noise = np.random.default_rng(0).normal(size=images.shape)
     return unscale(scale(images, 256) + t / (1 - t) * noise, 256)
 
 
 @pytest.mark.parametrize("t", [0, 0.05, 0.1])
-def test_true_scenes_are_right_with_the_models_noise_too(splits, t):
+def test_true_scenes_are_right_even_with_a_models_noise(splits, t):
     for images, captions, _ in splits.values():
         found = shapes.score(noised(images, t), captions)
         assert found["right"].mean() >= 0.99
@@ -146,7 +198,9 @@ def test_one_mistake_makes_an_image_wrong(caption):
     things = TRUE[caption]
     assert right(caption, *things)
     colour, shape, *place = things[0]
-    free = next(p for p in itertools.product((0, 1), repeat=2) if p not in [(x, y) for _, _, x, y in things])
+    free = next(
+        p for p in itertools.product((0, 1), repeat=2) if p not in [(x, y) for _, _, x, y in things]
+    )
     assert not right(caption, *things, ("white", "square", *free)), "one too many"
     assert not right(caption, *things[1:]), "one too few"
     for other in set(SHAPES) - {shape}:
@@ -155,22 +209,36 @@ def test_one_mistake_makes_an_image_wrong(caption):
         assert right(caption, (other, shape, *place), *things[1:]) == (colour not in caption), other
 
 
-def test_relations_are_those_told():
+def test_relations_are_those_described():
     first, second = "circle", "square"
-    for column, row in ((1, 0), (0, 1), (1, 1)):  # of the second from the first, in the upper left corner
+    for column, row in (
+        (1, 0),
+        (0, 1),
+        (1, 1),
+    ):  # the second's place; the first is in the upper left corner
         things = ("red", first, 0, 0), ("blue", second, column, row)
-        assert right(f"a {first} left of a {second}", *things) == right(f"a {second} right of a {first}", *things) == bool(column)
-        assert right(f"a {first} above a {second}", *things) == right(f"a {second} below a {first}", *things) == bool(row)
+        assert (
+            right(f"a {first} left of a {second}", *things)
+            == right(f"a {second} right of a {first}", *things)
+            == bool(column)
+        )
+        assert (
+            right(f"a {first} above a {second}", *things)
+            == right(f"a {second} below a {first}", *things)
+            == bool(row)
+        )
         assert not right(f"a {first} right of a {second}", *things)
         assert not right(f"a {first} below a {second}", *things)
         assert not right(f"a {second} left of a {first}", *things)
 
 
 def test_colours_are_bound_to_their_shapes():
-    assert not right("a red circle and a blue square", ("blue", "circle", 0, 0), ("red", "square", 1, 0))
+    assert not right(
+        "a red circle and a blue square", ("blue", "circle", 0, 0), ("red", "square", 1, 0)
+    )
 
 
-def test_what_is_no_shape_or_no_colour_is_found_and_is_wrong():
+def test_objects_without_a_known_shape_or_colour_are_found_and_wrong():
     square = picture(("red", "square", 0, 0))
     two_coloured, blob, speck = square.copy(), square.copy(), square.copy()
     two_coloured[2:6, :12][square[2:6, :12, 0] > 0] = COLOURS["blue"]  # 4 of its 9 rows
@@ -179,7 +247,12 @@ def test_what_is_no_shape_or_no_colour_is_found_and_is_wrong():
     speck[20:22, 20:22] = 255
     images = np.stack([square, two_coloured, blob, speck])
     found = [things for (things,) in shapes.find(images)]
-    assert [(thing.colour, thing.shape) for thing in found] == [("red", "square"), (None, "square"), ("red", None), ("red", "square")]
+    assert [(thing.colour, thing.shape) for thing in found] == [
+        ("red", "square"),
+        (None, "square"),
+        ("red", None),
+        ("red", "square"),
+    ]
     assert (found[0].x, found[0].y) == (6.5, 6.5)
     result = shapes.score(images, ["a red square"] * 4)
     assert result["right"].tolist() == [True, False, False, True]
@@ -192,9 +265,13 @@ def test_blank_images_are_empty_and_wrong():
     assert result["empty"].all()
     assert not result["right"].any()
     assert np.isnan([result["colour"], result["shape"]]).all()
-    shares = shapes.score(picture(("red", "circle", 0, 0), ("blue", "square", 1, 0), ("red", "cross", 1, 1))[None].repeat(2, 0),
-                          ["a red circle and a white square", "a circle"])
-    np.testing.assert_allclose(shares["colour"], [2 / 3, np.nan])  # the second tells no colour
+    shares = shapes.score(
+        picture(("red", "circle", 0, 0), ("blue", "square", 1, 0), ("red", "cross", 1, 1))[
+            None
+        ].repeat(2, 0),
+        ["a red circle and a white square", "a circle"],
+    )
+    np.testing.assert_allclose(shares["colour"], [2 / 3, np.nan])  # the second describes no colour
     np.testing.assert_allclose(shares["shape"], [2 / 3, 1 / 3])
 
 
@@ -202,10 +279,17 @@ def test_the_experiments_encoder_knows_every_caption(splits):
     encoder = experiment("shapes").data.text
     assert set(encoder.split(":")[2].split()) == set(shapes.VOCABULARY)
     source = open_source("shapes", "train", text=encoder)
-    longest = max((caption for _, captions, _ in splits.values() for caption in captions), key=lambda caption: len(caption.split()))
+    longest = max(
+        (caption for _, captions, _ in splits.values() for caption in captions),
+        key=lambda caption: len(caption.split()),
+    )
     assert source.text_tokens == len(longest.split()) == 7
     record = source.records[0]
     assert record["text"].shape == (7, source.text_width)
     assert record["text_mask"].sum() == len(record["caption"].split())
-    with pytest.raises(UserError, match="the caption 'a pink circle' has the word 'pink', of no scene of shapes: expected a, and, of"):
+    with pytest.raises(
+        UserError,
+        match="the caption 'a pink circle' has the word 'pink', of no scene of shapes: expected a, "
+        "and, of",
+    ):
         shapes.read("a pink circle")

@@ -1,0 +1,74 @@
+"""Records with the text states of their captions.
+
+M, E text tokens and width. No jax is imported before an encoder needs it: grain's worker processes
+run this.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ntm_jax.data import text
+from ntm_jax.data.records import pad_text
+from ntm_jax.errors import UserError
+
+_MAX_CAPTIONS = 100_000  # that an encoder with at_read=False encodes when a source is opened
+
+
+@dataclasses.dataclass(frozen=True)
+class _EncodedCaptions:
+    """Records with the text states of their captions, M = `tokens`.
+
+    encoder: encodes captions as they are read; None if `states` holds the states of all captions,
+    {caption: [m, E]}.
+    """
+
+    records: Any
+    tokens: int
+    encoder: text.Encoder | None
+    states: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self.records[index]
+        caption = record["caption"]
+        encoder = self.encoder
+        own = self.states[caption] if encoder is None else encoder.encode([caption])[0][0]
+        return record | pad_text(own, self.tokens)
+
+
+def encode_captions(
+    name: str, records: Any, captions: Sequence[str], encoder_name: str
+) -> tuple[_EncodedCaptions, text.Encoder]:
+    """(records with "text" [M, E] float16 and "text_mask" [M] bool, the encoder that made them).
+
+    Args:
+      name: what errors call the records.
+      records: random access to records with "caption".
+      captions: the caption of every record.
+    Raises:
+      UserError: as `text.open_encoder`; too many captions for a slow encoder.
+    """
+    encoder = text.open_encoder(encoder_name)
+    if encoder.at_read:
+        return _EncodedCaptions(records, encoder.tokens, encoder, {}), encoder
+    if len(captions) > _MAX_CAPTIONS:
+        raise UserError(
+            f"{name} has {len(captions)} captions, and {encoder_name} encodes at most "
+            f"{_MAX_CAPTIONS} when a source is opened: prepare them with launch/prepare.py"
+        )
+    states = _encode_all(encoder_name, tuple(sorted(set(captions))))
+    return _EncodedCaptions(records, encoder.tokens, None, states), encoder
+
+
+@functools.cache
+def _encode_all(name: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
+    encoder = text.open_encoder(name)
+    states, cut = encoder.encode(captions)
+    text.warn_of_cut(encoder, captions, cut)
+    return dict(zip(captions, states, strict=True))

@@ -1,0 +1,195 @@
+"""Captioned images as input: a folder with a list of captions, a tfds data set, or tar files.
+
+`open_input` lists the items; `load`, in any process, turns one item into a square image, a caption
+and a label. Only regular files are read, images of at most 256 MiB and captions of at most 16 MiB.
+S image side. No jax is imported: worker processes run this.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+from ntm_jax.data import images
+from ntm_jax.errors import UserError, first_line, shown
+
+# The least number of classes that integer labels may span; more images may span more.
+_CLASSES = 100_000
+TEXT_LIMIT = 16 * 2**20  # bytes of a row of a list, or of a caption in a tar
+
+
+class Item(NamedTuple):
+    """An image with its caption and label.
+
+    key: names the record, and decides its split. image: where its bytes lie, in the form that
+    `Input.read` understands. caption: with surrogates if it is not UTF-8. label: None without one.
+    Items of tfds have their caption and label only once they are read.
+    """
+
+    key: str
+    image: Any
+    caption: str = ""
+    label: int | None = None
+
+
+class Input(NamedTuple):
+    """A list of items.
+
+    read: a function from an item to (image: a file's bytes or [H, W, C] uint8, caption, label).
+    classes: their names, in the labels' order; empty without labels.
+    """
+
+    items: Sequence[Item]
+    read: Callable[[Item], tuple[Any, str, int | None]]
+    classes: Sequence[str]
+
+
+class Loaded(NamedTuple):
+    """A loaded item.
+
+    image: [S, S, 3] uint8; None if it is bad, and `bad` is the reason. null: why `caption` is '',
+    the null caption, 'empty' or 'not UTF-8'; '' if it is not.
+    """
+
+    key: str
+    image: np.ndarray | None
+    bad: str = ""
+    caption: str = ""
+    null: str = ""
+    label: int | None = None
+
+
+def open_input(
+    name: str,
+    captions: str = "",
+    feature: str = "caption",
+    split: str = "train",
+    follow_outside: bool = False,
+) -> Input:
+    """Opens `folder:PATH`, `tfds:NAME_OR_BUILDER_DIR` or `tars:GLOB`.
+
+    Args:
+      captions: for a folder, the .jsonl or .csv file with file_name (or image), caption (or text)
+        and optionally label in every row; by default metadata.jsonl or metadata.csv in the folder.
+        File names are relative to the folder.
+      feature: for tfds, the feature that holds the caption; a/b is the feature b in a. Of several
+        captions the first is taken.
+      split: for tfds, the records to take.
+      follow_outside: for a folder, whether its list may name files outside it, by ../, an absolute
+        path or a link.
+    Raises:
+      UserError: there is no such input, or a list, tar or data set is not understood. Images are
+        read by `load`.
+    """
+    from ntm_jax.data.prepare import from_folder, from_tars, from_tfds
+
+    kind, _, where = name.partition(":")
+    if kind not in ("folder", "tfds", "tars") or not where:
+        raise UserError(
+            f"--input={name} is not known: expected folder:PATH, tfds:NAME_OR_BUILDER_DIR or "
+            "tars:GLOB"
+        )
+    if kind == "folder":
+        given = from_folder.open_folder(where, captions, follow_outside)
+    elif kind == "tfds":
+        given = from_tfds.open_tfds(where, split, feature)
+    else:
+        given = from_tars.open_tars(where)
+    if not given.items:
+        raise UserError(f"--input={name} lists no images: expected at least one")
+    return given
+
+
+def load(read: Callable, size: int, item: Item) -> Loaded:
+    """The central square of the item's image, resized to side `size`, with its caption stripped.
+
+    An image that cannot be read or decoded is marked as bad; nothing is raised.
+    """
+    try:
+        image, caption, label = read(item)
+        image = images.decode(image, size) if isinstance(image, bytes) else image
+        if image.ndim != 3 or image.dtype != np.uint8 or image.shape[-1] not in (1, 3):
+            found = f"{image.dtype} {list(image.shape)}"
+            raise ValueError(f"{found}, expected uint8 of 1 or 3 channels")
+        image = np.repeat(image, 3, -1) if image.shape[-1] == 1 else image
+        image = images.resize(image, size)
+    except FileNotFoundError:
+        return Loaded(item.key, None, "not there")
+    except UnidentifiedImageError:
+        return Loaded(item.key, None, "not an image")
+    except Exception as error:  # PIL raises a dozen kinds on a damaged file
+        return Loaded(item.key, None, first_line(error))
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return Loaded(item.key, image, null="not UTF-8", label=label)
+    caption = caption.strip()
+    null = "" if caption else "empty"
+    return Loaded(item.key, image, caption=caption, null=null, label=label)
+
+
+# For the kinds of input.
+
+
+def caption_of(value) -> str:
+    """The caption in a text, bytes, or a list of either (its first); '' for anything else."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        value = value[0] if len(value) else ""
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return value if isinstance(value, str) else ""
+
+
+def make_input(name: str, items: list[Item], read: Callable) -> Input:
+    """An Input of items whose labels are as listed, all integers or names, or all None.
+
+    Integer labels stay; a name becomes its index among the sorted names.
+
+    Raises:
+      UserError: some items have a label and others none; a label of another type; integers out of
+        range.
+    """
+    if all(item.label is None for item in items):
+        return Input(items, read, [])
+    for item in items:
+        if isinstance(item.label, bool) or not isinstance(item.label, (int, str)):
+            found = "None" if item.label is None else f"of type {type(item.label).__name__}"
+            raise UserError(
+                f"{name} has the label {found} for {shown(item.key, str)}, and others have labels: "
+                "give every row a name or a number"
+            )
+    labels = {str(item.label) for item in items}
+    if all(label.isdecimal() for label in labels):
+        _check_numbers(name, items)
+        places = {label: int(label) for label in labels}
+        classes = [str(i) for i in range(max(places.values()) + 1)]
+    else:
+        classes = sorted(labels)
+        places = {label: place for place, label in enumerate(classes)}
+    items = [item._replace(label=places[str(item.label)]) for item in items]
+    return Input(items, read, classes)
+
+
+def _check_numbers(name: str, items: Sequence[Item]) -> None:
+    """Raises UserError for an integer label that is out of range."""
+    limit = max(_CLASSES, len(items))
+    for item in items:
+        if len(str(item.label)) > 18 or int(item.label) >= limit:
+            raise UserError(
+                f"{name} has the label {shown(item.label, str)} for {shown(item.key, str)}: "
+                f"expected numbers below {limit}, the number of images or {_CLASSES}; write other "
+                "labels as names"
+            )
+
+
+def parse_object(text: str) -> dict:
+    """The JSON object in a text. ValueError, in one line, for anything else."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content

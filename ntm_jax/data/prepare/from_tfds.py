@@ -1,0 +1,47 @@
+"""The input `tfds:NAME_OR_BUILDER_DIR`: a TensorFlow data set with a feature of captions."""
+
+import functools
+from collections.abc import Sequence
+
+from ntm_jax.data.prepare.captioned import Input, Item, caption_of
+from ntm_jax.data.sources import tfds as source
+from ntm_jax.errors import UserError
+
+
+def open_tfds(where: str, split: str, feature: str) -> Input:
+    """Lists the records of a split; see captioned.open_input."""
+    builder = source.builder_of(where)
+    name, features = f"tfds:{where}", builder.info.features
+    if "image" not in features:
+        raise UserError(f"{name} has no feature 'image': its features are {', '.join(features)}")
+    inner = features
+    for part in feature.split("/"):
+        if part not in inner:
+            raise UserError(
+                f"{name} has no feature {feature!r} of captions: it has {', '.join(features)}; "
+                "give --caption_feature"
+            )
+        inner = getattr(inner[part], "feature", inner[part])  # a sequence's element
+        inner = inner if hasattr(inner, "keys") else {}
+    count = len(_examples(where, split))
+    classes = [str(i) for i in range(source.num_classes(features))]
+    read = functools.partial(_read_example, where, split, feature.split("/"), bool(classes))
+    return Input([Item(str(i), i) for i in range(count)], read, classes)
+
+
+@functools.cache
+def _examples(where: str, split: str):
+    import tensorflow_datasets as tfds
+
+    return source.data_source(where, split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def _read_example(
+    where: str, split: str, feature: Sequence[str], labelled: bool, item: Item
+) -> tuple[bytes, str, int | None]:
+    example = caption = _examples(where, split)[item.image]
+    for part in feature:
+        caption = caption[part]
+        caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
+    label = int(example["label"]) if labelled else None
+    return example["image"], caption_of(caption), label

@@ -1,0 +1,27 @@
+"""Data sources, opened by name: see `open_source` in source.py. One file for each kind of source.
+
+No jax is imported: grain's worker processes run this.
+"""
+
+from ntm_jax.data.sources.arrays import from_arrays, provide
+from ntm_jax.data.sources.source import (
+    SOURCES,
+    ArrayRecords,
+    Source,
+    check_split,
+    open_source,
+    permuted_splits,
+    register,
+)
+
+__all__ = [
+    "SOURCES",
+    "ArrayRecords",
+    "Source",
+    "check_split",
+    "from_arrays",
+    "open_source",
+    "permuted_splits",
+    "provide",
+    "register",
+]

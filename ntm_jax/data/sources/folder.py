@@ -1,0 +1,264 @@
+"""The source `folder:PATH`: a folder of image files.
+
+Splits: train and test are the sub-folders of these names, if both exist; otherwise a fixed
+permutation of the sorted files is cut after 90%. Classes: the sub-folders (of train/ and test/
+taken together), sorted by name, if every image lies in one. Links to folders and files are
+followed, and every folder is walked once. Only regular files are read, of at most 256 MiB. Images
+have one size unless data.image_size sets it, and are grey if all are grey. No jax is imported:
+grain's worker processes run this.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import UnidentifiedImageError
+from tqdm import tqdm
+
+from ntm_jax.data import images, regular
+from ntm_jax.data.sources.source import Source, check_split, permuted_splits
+from ntm_jax.errors import UserError
+from ntm_jax.files import parse_json, write_json
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_MANIFEST = ".ntm_manifest.json"
+_CACHE = Path.home() / ".cache" / "ntm_jax"
+_SCAN_LIMIT = 50_000  # of a folder with more files, only a sample is decoded when it is opened
+_SAMPLE = 256  # files in that sample, evenly spread, which determines grey or colour and the size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Image files under `root`, decoded when read."""
+
+    root: epath.Path
+    files: Sequence[str]
+    labels: Sequence[int]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.root / self.files[index]
+        try:
+            image = _decode(path)
+        except Exception as error:  # PIL raises a dozen kinds on a damaged file
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"image {path} cannot be decoded ({reason}): remove it") from error
+        if image.shape[-1] > self.channels:
+            raise UserError(
+                f"image {path} has colours where the {_SAMPLE} images looked at first are all "
+                "grey: make it grey"
+            )
+        if image.shape[-1] < self.channels:
+            image = np.repeat(image, self.channels, axis=-1)
+        return {"image": image, "label": self.labels[index], "name": self.files[index]}
+
+
+def open_folder(where: str, split: str) -> Source:
+    """Opens a split of the images in the folder `where`. UserError if any cannot be decoded."""
+    root = epath.Path(where).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data.source folder:{where} is not there: expected a folder of images")
+    presplit = all((root / part).is_dir() for part in ("train", "test"))
+    files = _image_files(root, where, presplit)
+    splits = _splits(files, presplit)
+    check_split(f"folder:{where}", split, splits)
+
+    few = len(files) <= _SCAN_LIMIT
+    scanned = _scan(root, files if few else files[:: len(files) // _SAMPLE])
+    channels = max(entry[-1] for entry in scanned.values())
+    chosen = [files[row] for row in splits[split]]
+    sizes = {file: tuple(scanned[file][2:4]) for file in chosen if file in scanned}
+    one, size = next(iter(sizes.items()), (None, (None, None)))
+    other = next((file for file in sizes if sizes[file] != size), None)
+    mixed = f"{one} is {_text(size)}, {other} is {_text(sizes[other])}" if other else ""
+
+    folders = [file.split("/")[presplit:-1] for file in files]
+    names = sorted({folder[0] for folder in folders}) if all(folders) else []
+    classes = {name: label for label, name in enumerate(names)}
+    labels = [classes[folders[row][0]] if classes else -1 for row in splits[split]]
+    content = json.dumps([(file, scanned[file][0] if file in scanned else None) for file in files])
+    return Source(
+        _Files(root, chosen, labels, channels),
+        (*size, channels),
+        pixel_levels=256,
+        num_classes=len(classes),
+        version=hashlib.sha256(content.encode()).hexdigest()[:16],
+        mixed_sizes=mixed,
+    )
+
+
+def _text(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _image_files(root: epath.Path, where: str, presplit: bool) -> list[str]:
+    """The sorted names of all image files, relative to `root`. UserError if there are none."""
+    if presplit:
+        files = [file for part in ("train", "test") for file in _walk(root / part, f"{part}/")]
+    else:
+        files = _walk(root, "")
+    if not files:
+        raise UserError(
+            f"data.source folder:{where} holds no images: expected files ending in "
+            f"{', '.join(_SUFFIXES)}"
+        )
+    return sorted(files)
+
+
+def _splits(files: Sequence[str], presplit: bool) -> dict[str, np.ndarray]:
+    """{split: indices of `files`}."""
+    if not presplit:
+        return permuted_splits(len(files), len(files) * 9 // 10)
+    is_train = np.array([file.startswith("train/") for file in files])
+    train, test = np.flatnonzero(is_train), np.flatnonzero(~is_train)
+    return {"train": train, "test": test, "all": np.concatenate([train, test])}
+
+
+def _walk(folder: epath.Path, prefix: str) -> list[str]:
+    """Paths of the image files under `folder`, relative to it and with `prefix` in front.
+
+    Hidden files are left out; links to files and folders are followed. Every folder is walked once,
+    under its own name if it is also reached without a link: links may form loops.
+
+    Raises:
+      UserError: a name of an image file belongs to a pipe, a device, or a broken link.
+    """
+    found, others, walked = [], [], set()
+    pending = [(folder, prefix)]
+    links = collections.deque()  # folders behind links, walked after all others
+    while pending or links:
+        here, before = pending.pop() if pending else links.popleft()
+        place = os.fspath(here) if "://" in os.fspath(here) else os.path.realpath(here)
+        if place in walked:
+            continue
+        walked.add(place)
+        try:
+            entries = sorted(_entries(here))
+        except FileNotFoundError:  # removed since it was listed
+            continue
+        for name, kind in entries:
+            if kind == "folder":
+                pending.append((here / name, f"{before}{name}/"))
+            elif kind == "linked folder":
+                links.append((here / name, f"{before}{name}/"))
+            elif name.lower().endswith(_SUFFIXES):
+                (found if kind == "file" else others).append(before + name)
+    if others:
+        raise UserError(
+            f"{len(others)} images in {folder} are not regular files ({_first(others)}): remove "
+            "them"
+        )
+    return found
+
+
+def _entries(folder: epath.Path) -> Iterator[tuple[str, str]]:
+    """(name, 'file', 'folder', 'linked folder' or 'other') of every visible entry of a folder."""
+    if "://" in os.fspath(folder):
+        for path in folder.iterdir():
+            if not path.name.startswith("."):
+                is_file = path.name.lower().endswith(_SUFFIXES) or not path.is_dir()
+                yield path.name, "file" if is_file else "folder"
+        return
+    with os.scandir(folder) as entries:  # distinguishes files from folders without a call for each
+        for entry in entries:
+            kind = "other"
+            with contextlib.suppress(OSError):  # a link to itself
+                if entry.is_dir():
+                    kind = "linked folder" if entry.is_symlink() else "folder"
+                elif entry.is_file():
+                    kind = "file"
+            if not entry.name.startswith("."):
+                yield entry.name, kind
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _decode(path: epath.Path) -> np.ndarray:
+    """The image in a regular file, as `images.decode` returns it."""
+    return images.decode(regular.read(path))
+
+
+# Scanning: every file is decoded once, and a manifest keeps what was found.
+
+
+def _scan(root: epath.Path, files: Sequence[str]) -> dict[str, list[int]]:
+    """{file: [bytes, mtime, H, W, C]}. Decodes only files that the folder's manifest lacks.
+
+    Raises:
+      UserError: some files cannot be decoded; it names the first few. No manifest is written then.
+    """
+
+    def inspect(file: str) -> list[int] | None:
+        try:
+            return list(_decode(root / file).shape)
+        except Exception:  # PIL raises a dozen kinds on a damaged file
+            return None
+
+    def stamp(file: str) -> list[int]:
+        stat = (root / file).stat()
+        return [stat.length, stat.mtime]
+
+    cached = _read_manifest(root)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        entries = dict(zip(files, pool.map(stamp, files), strict=True))
+        new = [file for file in files if cached.get(file, [])[:2] != entries[file]]
+        found, title = pool.map(inspect, new), f"checking the images of {root}"
+        shapes = list(tqdm(found, title, len(new), disable=None if new else True))
+    bad = [file for file, shape in zip(new, shapes, strict=True) if shape is None]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({_first(bad)}): "
+            "remove them"
+        )
+    cached.update((file, entries[file] + shape) for file, shape in zip(new, shapes, strict=True))
+    scanned = {file: cached[file] for file in files}
+    if new:
+        _write_manifest(root, scanned)
+    return scanned
+
+
+def _manifests(root: epath.Path) -> list[epath.Path]:
+    """The manifest's place in the folder, and in the user's cache if the folder is read-only."""
+    digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    return [root / _MANIFEST, epath.Path(_CACHE) / f"{digest}.json"]
+
+
+def _read_manifest(root: epath.Path) -> dict[str, list[int]]:
+    for path in _manifests(root):
+        # If it is absent, unreadable or damaged, the images are scanned again.
+        with contextlib.suppress(OSError, ValueError):
+            entries = parse_json(regular.read(path))
+            return {file: entry for file, entry in entries.items() if _is_entry(entry)}
+    return {}
+
+
+def _is_entry(entry) -> bool:
+    """Whether a value from a manifest is [bytes, mtime, H, W, C]."""
+    if not isinstance(entry, list) or len(entry) != 5:
+        return False
+    stamp, shape = entry[:2], entry[2:]
+    if not all(type(value) in (int, float) for value in stamp):
+        return False
+    return all(type(value) is int and value > 0 for value in shape) and shape[-1] in (1, 3)
+
+
+def _write_manifest(root: epath.Path, entries: dict[str, list[int]]) -> None:
+    for path in _manifests(root):
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, entries, sealed=True)
+            return

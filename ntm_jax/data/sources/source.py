@@ -1,0 +1,329 @@
+"""What a data source is, the table of the kinds of source, and how a source is opened by name.
+
+A kind is one entry of the table SOURCES: a function open(argument, split) -> Source. Slices of
+splits, resizing and text encoding are applied here, so they work for every kind. H, W, C image
+height, width, channels; V pixel levels; M, E text tokens and width. No jax is imported: grain's
+worker processes run this.
+"""
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ntm_jax.data import images
+from ntm_jax.data.captions import encode_captions
+from ntm_jax.data.registry import Registry
+from ntm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a data set. Everything in it must be picklable: worker processes get a copy.
+
+    records: random access, `len(records)` and `records[i]` -> a dict of
+      "image": [H, W, C], uint8 pixels in 0..V-1 or float32 latents;
+      "label": int, -1 or absent without labels;
+      "caption": str, if `captions` is given;
+      "text": [M, E] float16, zeros after the record's own tokens, and "text_mask": [M] bool, true
+        on the record's own tokens, if text_width is positive;
+      "name": str, optional, what errors call the record.
+    image_shape: (H, W, C). H and W may be None while a source is opened, if data.image_size sets
+      them.
+    pixel_levels: V, the number of values that a pixel can take; 0 for continuous latents.
+    num_classes: labels are 0..num_classes-1; 0 without labels.
+    name, split: as given to `open_source`, which sets them.
+    version: identifies the data's content, for provenance.
+    text_tokens, text_width: M and E; 0 without text states.
+    text: the name of the encoder that made the text states; '' if unknown.
+    captions: the caption of every record, or None.
+    log_density: the known density of the data, or None: a function of points [n, H W C] float64 and
+      a noise level t, 0 < t <= 1, that returns the exact log-density in nats, [n] float64, of
+      x_t = (1-t) x + t eps.
+    mean, std: by channel, what latents were shifted and scaled by, (latent - mean) / std; empty if
+      they were not normalised.
+    tasks: scores images by their captions, or None: a function of images [n, H, W, C] and n
+      captions that returns arrays [n]: "task", names; "right", bool; and further rates by name, NaN
+      where an image has none.
+    unseen: the split whose captions combine what no training caption combines; '' if there is none.
+    mixed_sizes: names two images of different sizes; '' if all have one size. Opening such a source
+      requires data.image_size.
+    planar_extent: how the data are drawn. 0: as images. Positive: each record is a point of the
+      plane, latents of shape 1 x 2 x 1, drawn in scatter plots on the square [-planar_extent,
+      planar_extent]^2.
+    """
+
+    records: Any
+    image_shape: tuple[int, int, int]
+    pixel_levels: int
+    num_classes: int = 0
+    name: str = ""
+    split: str = ""
+    version: str = ""
+    text_tokens: int = 0
+    text_width: int = 0
+    text: str = ""
+    captions: Sequence[str] | None = None
+    log_density: Callable | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    tasks: Callable | None = None
+    unseen: str = ""
+    mixed_sizes: str = ""
+    planar_extent: float = 0.0
+
+
+def _lazy(module: str, function: str) -> Callable[[str, str], Source]:
+    """An open function of this package, whose module is imported when it is first called."""
+
+    def open_kind(argument: str, split: str) -> Source:
+        found = importlib.import_module(f"ntm_jax.data.sources.{module}")
+        return getattr(found, function)(argument, split)
+
+    return open_kind
+
+
+SOURCES = Registry(
+    "data.source",
+    {
+        "digits": _lazy("digits", "open_digits"),
+        "mnist_5k": _lazy("mnist", "open_mnist_5k"),
+        "emoji": _lazy("emoji", "open_emoji"),
+        "shapes": _lazy("shapes", "open_shapes"),
+        "tfds:NAME_OR_BUILDER_DIR": _lazy("tfds", "open_tfds"),
+        "folder:PATH": _lazy("folder", "open_folder"),
+        "records:PATH": _lazy("prepared", "open_records"),
+        "mock:SHAPE": _lazy("synthetic", "open_mock"),
+        "toy:NAME": _lazy("synthetic", "open_toy"),
+        "arrays[:VERSION]": _lazy("arrays", "open_provided"),
+    },
+)
+
+
+def register(name: str, open_function: Callable[[str, str], Source]) -> None:
+    """Registers a kind of data source, opened by `data.source=name` or `name:ARGUMENT`.
+
+    The programs register it with --import=MODULE, the module that calls this function:
+
+        def open_squares(argument: str, split: str) -> sources.Source:
+            sources.check_split("squares", split, ["train", "test"])
+            images = np.load(f"{argument}/{split}.npy")  # [n, 32, 32, 3] uint8
+            records = sources.ArrayRecords(images)
+            return sources.Source(records, images.shape[1:], pixel_levels=256)
+
+        ntm_jax.data.register("squares", open_squares)  # data.source=squares:/data/squares
+
+    Slices such as `train[:90%]`, data.image_size and data.text apply to the source as to any other.
+    With data.workers > 0 each worker process gets a copy of the source, pickled by cloudpickle:
+    records may be of a class that a script or notebook defines, but must not hold open files,
+    locks or sessions. Open these when a record is read, and drop them in `__getstate__`.
+
+    Args:
+      name: letters, digits, underscores, dots and hyphens.
+      open_function: open_function(argument, split) -> Source. `argument` is the text after the
+        colon, '' without one. `split` is a split's name without a slice; `check_split` raises the
+        error for an unknown one.
+    Raises:
+      UserError: the name is registered already or not valid.
+    """
+    SOURCES.register(name, open_function)
+
+
+def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> Source:
+    """Opens a split of the data source `name`.
+
+    `name` is digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH,
+    mock:SHAPE, toy:NAME, arrays, or a registered name; each kind's module documents it. A source
+    without splits of its own has train, test and all, cut from a fixed permutation of its records.
+
+    Args:
+      split: the name of a split, or a slice of it: 'train', 'train[:1350]', 'train[-100:]',
+        'test[10%:]'.
+      image_size: 0 keeps the images' size, which must then be the same for all; otherwise each
+        image's central square is resized to this side. Latents cannot be resized.
+      text: the encoder of captions, see data.text; '' for none. Prepared records that hold text
+        states accept only the encoder that made these.
+    Raises:
+      UserError: unknown source or split, a slice that is empty or out of range, missing or
+        unprepared data, undecodable images, images of different sizes. Reading a record raises it
+        for what can only be found out then.
+    """
+    base, first, last = _parse_split(split)
+    open_function, argument = SOURCES.find(name)
+    source = open_function(argument, base)
+    if not isinstance(source, Source):
+        raise UserError(
+            f"data.source {name} opens as a {type(source).__name__}: expected its open function to "
+            "return a ntm_jax.data.sources.Source"
+        )
+    if source.mixed_sizes and not image_size:
+        raise UserError(f"images have different sizes ({source.mixed_sizes}): set data.image_size")
+    rows = _slice(split, first, last, len(source.records))
+    shape = source.image_shape
+    if image_size:
+        if not source.pixel_levels:
+            raise UserError(
+                f"data.image_size={image_size} does not go with {name}, whose latents cannot be "
+                "resized: set data.image_size=0"
+            )
+        shape = (image_size, image_size, shape[-1])
+    elif None in shape:
+        shape = source.records[rows[0]]["image"].shape
+    records = _Rows(source.records, rows, tuple(shape), image_size, source.pixel_levels)
+    captions = None if source.captions is None else _CaptionRows(source.captions, rows)
+    source = dataclasses.replace(
+        source,
+        name=name,
+        split=split,
+        records=records,
+        image_shape=tuple(shape),
+        captions=captions,
+        mixed_sizes="",
+    )
+    return _encode(source, text) if text else source
+
+
+# For the kinds of source.
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecords:
+    """Arrays in memory as records.
+
+    images: [n, H, W, C]. labels: [n] ints, or None. captions: n strings, or None. rows: which of
+    the n are records, in order; None for all.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    captions: Sequence[str] | None = None
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.images if self.rows is None else self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = index if self.rows is None else self.rows[index]
+        record = {"image": self.images[row]}
+        if self.labels is not None:
+            record["label"] = self.labels[row]
+        if self.captions is not None:
+            record["caption"] = self.captions[row]
+        return record
+
+
+def permuted_splits(count: int, train: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """The rows of train, test and all.
+
+    They cut np.random.RandomState(seed).permutation(count) after `train` rows.
+    """
+    order = np.random.RandomState(seed).permutation(count)
+    return {"train": order[:train], "test": order[train:], "all": order}
+
+
+def check_split(name: str, split: str, existing: Iterable[str]) -> None:
+    """Raises UserError, listing the splits of source `name`, if `split` is not one of them."""
+    if split not in existing:
+        raise UserError(f"{name} has no split {split!r}: it has {', '.join(existing)}")
+
+
+# Slices and sizes.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A slice of `records`, with every image at one size and every label an int."""
+
+    records: Any
+    rows: range
+    shape: tuple[int, int, int]
+    image_size: int
+    pixel_levels: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = dict(self.records[self.rows[index]])
+        image, name = record["image"], record.pop("name", f"record {self.rows[index]}")
+        expected = np.uint8 if self.pixel_levels else np.float32
+        if image.dtype != expected:
+            raise UserError(f"{name} has an image of {image.dtype}: expected {expected.__name__}")
+        if self.image_size:
+            image = images.resize(image, self.image_size, self.pixel_levels)
+        if image.shape != self.shape:
+            found, others = ("x".join(map(str, shape)) for shape in (image.shape, self.shape))
+            raise UserError(
+                f"images have different sizes ({name} is {found}, others {others}): set "
+                "data.image_size"
+            )
+        return {**record, "image": image, "label": int(record.get("label", -1))}
+
+
+@dataclasses.dataclass(frozen=True)
+class _CaptionRows(Sequence):
+    """A slice of captions."""
+
+    captions: Sequence[str]
+    rows: range
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str:
+        return self.captions[self.rows[index]]
+
+
+def _parse_split(split: str) -> tuple[str, str | None, str | None]:
+    """'train[:90%]' -> ('train', None, '90%')."""
+    match = re.fullmatch(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    if not match:
+        raise UserError(
+            f"data.split {split!r} is not understood: expected a name and at most one slice, like "
+            "train or train[:90%]"
+        )
+    return match.groups()
+
+
+def _slice(split: str, first: str | None, last: str | None, count: int) -> range:
+    def row(bound: str) -> int:
+        percent = bound.endswith("%")
+        value = round(int(bound[:-1]) * count / 100) if percent else int(bound)
+        return value + count if bound.startswith("-") else value
+
+    start, stop = row(first or "0"), row(last or "100%")
+    if not 0 <= start < stop <= count:
+        raise UserError(
+            f"data.split {split!r} takes records {start} to {stop}, but there are {count}: choose "
+            "a slice within them"
+        )
+    return range(start, stop)
+
+
+def _encode(source: Source, name: str) -> Source:
+    """`source` with the states of its captions by the encoder `name`.
+
+    Raises UserError if it has no captions, or holds the states of another encoder.
+    """
+    if source.text_width:
+        if source.text and source.text != name:
+            raise UserError(
+                f"config.data.text is {name!r}, and {source.name} holds the states of "
+                f"{source.text!r}: give that, or prepare the records again"
+            )
+        return dataclasses.replace(source, text=name)
+    if source.captions is None:
+        raise UserError(
+            f"config.data.text is {name!r}, and {source.name} has no captions: leave it empty"
+        )
+    records, encoder = encode_captions(source.name, source.records, source.captions, name)
+    return dataclasses.replace(
+        source,
+        records=records,
+        text_tokens=encoder.tokens,
+        text_width=encoder.width,
+        text=name,
+    )

@@ -1,0 +1,229 @@
+"""The sources `mock:SHAPE`, random records of any shape, and `toy:NAME`, points of known density.
+
+`mock:16x16x32` has 10,000 latents in train and 1,000 in test, the same in every run. Options follow
+the shape: `,levels=256` for pixels, `,classes=1000`, `,count=10000` and `,text=128x2048` (M x E).
+
+`toy:moons`, `toy:checkerboard` and `toy:gaussians` are points of the plane as latents of shape 1 x
+2 x 1, 1,000,000 in train and 2,000 in test, of mean 0 and variance 1, whose density is known at
+every noise level.
+
+H, W, C image height, width, channels; V pixel levels; M, E text tokens and width; n points.
+Densities are in nats, float64. No jax is imported: grain's worker processes run this.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+from scipy.special import log_ndtr, logsumexp
+
+from ntm_jax.data.records import pad_text
+from ntm_jax.data.sources.source import ArrayRecords, Source, check_split
+from ntm_jax.errors import UserError
+
+_SPLITS = ("train", "test")
+
+# Records of any shape.
+
+
+@dataclasses.dataclass(frozen=True)
+class _RandomRecords:
+    """Random records, each a function of `stream` and its index alone."""
+
+    stream: int
+    count: int
+    shape: tuple[int, int, int]
+    pixel_levels: int
+    classes: int
+    text: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random = np.random.default_rng((self.stream, index))
+        if self.pixel_levels:
+            image = random.integers(self.pixel_levels, size=self.shape, dtype=np.uint8)
+        else:
+            image = random.standard_normal(self.shape, np.float32)
+        label = int(random.integers(self.classes)) if self.classes else -1
+        record = {"image": image, "label": label}
+        tokens, width = self.text
+        if not tokens:
+            return record
+        # Random signs and mantissas, of magnitude 0.5 to 1: normal numbers would take ten times as
+        # long.
+        size = (random.integers(1, tokens + 1), width)
+        bits = random.integers(1 << 16, size=size, dtype=np.uint16) & 0x83FF | 0x3800
+        return record | pad_text(bits.view(np.float16), tokens)
+
+
+def open_mock(where: str, split: str) -> Source:
+    """Opens a split of the random records that `where`, HxWxC with options, describes."""
+    name = f"mock:{where}"
+    check_split(name, split, _SPLITS)
+    given = _mock_options(where)
+    (pixel_levels,), (classes,), (count,) = given["levels"], given["classes"], given["count"]
+    if pixel_levels and not 2 <= pixel_levels <= 256:
+        raise UserError(
+            f"data.source {name} has levels={pixel_levels}: expected 2 to 256, or none for latents"
+        )
+    stream = _SPLITS.index(split)
+    shape, text = given["shape"], given["text"]
+    count = 1000 if split == "test" else count
+    return Source(
+        _RandomRecords(stream, count, shape, pixel_levels, classes, text),
+        shape,
+        pixel_levels=pixel_levels,
+        num_classes=classes,
+        version="1",
+        text_tokens=text[0],
+        text_width=text[1],
+    )
+
+
+def _mock_options(where: str) -> dict[str, tuple[int, ...]]:
+    """The numbers of each option and of "shape" in the text after `mock:`."""
+    number = "([1-9][0-9]{0,8})"
+    syntax = {
+        "shape": f"{number}x{number}x{number}",
+        "levels": number,
+        "classes": number,
+        "count": number,
+        "text": f"{number}x{number}",
+    }
+    given = {"count": (10_000,), "levels": (0,), "classes": (0,), "text": (0, 0)}
+    for option in f"shape={where}".split(","):
+        key, _, value = option.partition("=")
+        match = re.fullmatch(syntax.get(key, "(?!)"), value)
+        if not match:
+            wrong = option.removeprefix("shape=")
+            raise UserError(
+                f"data.source mock:{where} is not understood at {wrong!r}: expected HxWxC and "
+                "after it any of ,levels=V ,classes=K ,count=N ,text=MxE"
+            )
+        given[key] = tuple(map(int, match.groups()))
+    return given
+
+
+# Points of the plane, scaled so that each coordinate has mean 0 and variance 1.
+
+_EXTENT = 3.0  # half the side of the square that plots show: three standard deviations
+
+_CENTRES, _DEVIATION = 8, 0.1  # Gaussians on a circle; their deviation as a share of its radius
+_RADIUS = 1 / np.sqrt(0.5 + _DEVIATION**2)  # a coordinate's variance: radius^2 / 2 + deviation^2
+_ANGLES = 2 * np.pi * np.arange(_CENTRES) / _CENTRES
+_MEANS = _RADIUS * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1)  # [8, 2]
+
+_SIDE = np.sqrt(3) / 2  # of a square; four span a coordinate, which is uniform on +-sqrt(3)
+_SQUARES = [(i - 2, j - 2) for i in range(4) for j in range(4) if (i + j) % 2 == 0]
+_CORNERS = _SIDE * np.array(_SQUARES)  # [8, 2], lower left
+
+_THICKNESS = 0.1  # standard deviation of the isotropic noise about the moons
+# Gauss-Legendre nodes on each moon: the density's relative error is below 1e-6 even at t = 0.
+_NODES = 256
+
+
+def _arcs(angle: np.ndarray) -> np.ndarray:
+    """Points of the two moons at angles in [0, pi], [..., n] -> [2, ..., n, 2].
+
+    They are scaled to mean 0 and variance 1 - thickness^2.
+    """
+    outer = np.stack([np.cos(angle), np.sin(angle)], -1)
+    both = np.stack([outer, [1, 0.5] - outer])
+    # For a uniform angle E cos = 0, E sin = 2/pi and E cos^2 = E sin^2 = 1/2; each moon is the
+    # other, turned about (1/2, 1/4).
+    variance = np.array([3 / 4, 9 / 16 - 1 / np.pi])
+    return (both - [0.5, 0.25]) * np.sqrt((1 - _THICKNESS**2) / variance)
+
+
+def _draw_gaussians(random: np.random.Generator, count: int) -> np.ndarray:
+    means = _MEANS[random.integers(_CENTRES, size=count)]
+    return means + _RADIUS * _DEVIATION * random.standard_normal((count, 2))
+
+
+def _draw_checkerboard(random: np.random.Generator, count: int) -> np.ndarray:
+    corners = _CORNERS[random.integers(len(_CORNERS), size=count)]
+    return corners + _SIDE * random.random((count, 2))
+
+
+def _draw_moons(random: np.random.Generator, count: int) -> np.ndarray:
+    arcs = _arcs(np.pi * random.random(count))
+    points = arcs[random.integers(2, size=count), np.arange(count)]
+    return points + _THICKNESS * random.standard_normal((count, 2))
+
+
+def gaussians_log_density(points: np.ndarray, t: float) -> np.ndarray:
+    """log q(x_t) of `toy:gaussians` at points [n, 2] -> [n], in nats, 0 < t <= 1."""
+    weights = np.full(_CENTRES, 1 / _CENTRES)
+    return _log_mixture(points, t, _MEANS, weights, _RADIUS * _DEVIATION)
+
+
+def moons_log_density(points: np.ndarray, t: float) -> np.ndarray:
+    """log q(x_t) of `toy:moons` at points [n, 2] -> [n], in nats, 0 < t <= 1.
+
+    The integral over the angle is a mixture over the quadrature's nodes.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)  # on [-1, 1], weights of sum 2
+    means = _arcs(np.pi / 2 * (1 + nodes)).reshape(-1, 2)
+    return _log_mixture(points, t, means, np.tile(weights / 4, 2), _THICKNESS)
+
+
+def checkerboard_log_density(points: np.ndarray, t: float) -> np.ndarray:
+    """log q(x_t) of `toy:checkerboard` at points [n, 2] -> [n], in nats, 0 < t <= 1."""
+    low = (1 - t) * _CORNERS
+    scaled = np.asarray(points, np.float64)[:, None] / t
+    means = _log_interval_mean(scaled, low / t, (1 - t) * _SIDE / t)
+    return logsumexp(np.sum(means, -1), 1) - np.log(len(_CORNERS)) - 2 * np.log(t)
+
+
+def _log_mixture(points, t, means, weights, deviation) -> np.ndarray:
+    """log of sum_m weights_m N((1-t) means_m, ((1-t)^2 deviation^2 + t^2) I), [n, 2] -> [n]."""
+    points, scale = np.asarray(points, np.float64), np.hypot((1 - t) * deviation, t)
+    parts = []
+    for some in np.split(points, range(4096, len(points), 4096)):  # 17 MB an array for 512 nodes
+        squares = sum(
+            (some[:, None, axis] / scale - (1 - t) / scale * means[:, axis]) ** 2 for axis in (0, 1)
+        )
+        parts.append(logsumexp(-0.5 * squares, 1, weights))
+    return np.concatenate(parts) - np.log(2 * np.pi * scale**2)
+
+
+def _log_interval_mean(z, low, width: float) -> np.ndarray:
+    """log of the mean over m in [low, low + width] of the density of N(m, 1) at z; broadcasts."""
+    if width < 1e-4:
+        # The difference below would cancel; the relative error here is (z^2 - 1) width^2 / 24.
+        return -0.5 * ((z - low - width / 2) ** 2 + np.log(2 * np.pi))
+    # By symmetry in the lower tail, where log_ndtr keeps its precision.
+    upper = width / 2 - np.abs(z - low - width / 2)
+    log_upper, log_lower = log_ndtr(upper), log_ndtr(upper - width)
+    return log_upper + np.log(-np.expm1(log_lower - log_upper)) - np.log(width)
+
+
+_TOYS = {
+    "moons": (_draw_moons, moons_log_density),
+    "checkerboard": (_draw_checkerboard, checkerboard_log_density),
+    "gaussians": (_draw_gaussians, gaussians_log_density),
+}
+
+
+def open_toy(name: str, split: str) -> Source:
+    """Opens a split of the points `name`, one of moons, checkerboard and gaussians."""
+    check_split(f"toy:{name}", split, _SPLITS)
+    if name not in _TOYS:
+        raise UserError(
+            f"data.source toy:{name} is not known: expected toy:NAME with one of {', '.join(_TOYS)}"
+        )
+    draw, log_density = _TOYS[name]
+    random = np.random.default_rng(_SPLITS.index(split))
+    # All points are drawn at once: one by one they would take longer than a small model's step.
+    points = draw(random, 2_000 if split == "test" else 1_000_000).astype(np.float32)
+    return Source(
+        ArrayRecords(points.reshape(-1, 1, 2, 1)),
+        (1, 2, 1),
+        pixel_levels=0,
+        version="1",
+        log_density=log_density,
+        planar_extent=_EXTENT,
+    )

@@ -1,0 +1,84 @@
+"""Helpers for the tests of prepare: random images, folders of them, and their preparation."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from ntm_jax.data.prepare import Choices, prepare
+from ntm_jax.data.records import read_manifest
+from ntm_jax.data.sources import open_source
+
+WORDS = "words:3:a red green circle"
+
+
+def picture(seed, size=(20, 30), detail=(3, 4)):
+    """A random smooth image [H, W, 3] uint8."""
+    coarse = np.random.default_rng(seed).integers(256, size=(*detail, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def encoded(image, kind="png", **options):
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        file, kind, **options
+    )
+    return file.getvalue()
+
+
+def write_folder(folder, files, rows=None):
+    """Writes files {name: bytes} and metadata.jsonl with `rows`, by default a caption "a" each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    lines = [
+        json.dumps(row) for row in (rows or [{"file_name": name, "caption": "a"} for name in files])
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def pictures(folder, count, **keys):
+    """A folder of `count` images with captions and labels."""
+    files = {f"{i:03}.png": encoded(picture(i)) for i in range(count)}
+    captions = ["a green circle", "a red circle"]
+    return write_folder(
+        folder,
+        files,
+        [
+            {"file_name": name, "caption": captions[i % 2], "label": i % 3, **keys}
+            for i, name in enumerate(files)
+        ],
+    )
+
+
+def run(tmp_path, folder, out="out", **options):
+    choices = {field.name for field in dataclasses.fields(Choices)}
+    given = {"image_size": 8, "test": 0, "input": f"folder:{folder}"} | {
+        key: options.pop(key) for key in choices & options.keys()
+    }
+    prepare(Choices(**given), str(tmp_path / out), **options)
+    return tmp_path / out
+
+
+def records(folder, split="train"):
+    source = open_source(f"records:{folder}", split)
+    return [source.records[i] for i in range(len(source.records))]
+
+
+def choices(folder):
+    return read_manifest(str(folder))[0].choices
+
+
+def files(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))

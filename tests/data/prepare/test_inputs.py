@@ -1,0 +1,302 @@
+"""Preparing records: every kind of input, image and caption, and what is left out."""
+
+import io
+import json
+import os
+import re
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ntm_jax.data.prepare import captioned
+from ntm_jax.data.records import read_manifest
+from ntm_jax.errors import UserError
+from tests.data.prepare.common import (
+    WORDS,
+    add,
+    choices,
+    encoded,
+    files,
+    picture,
+    pictures,
+    records,
+    run,
+    write_folder,
+)
+
+# Inputs
+
+
+def test_a_folder_becomes_records(tmp_path, capsys):
+    out = run(tmp_path, pictures(tmp_path / "in", 10), text=WORDS, shard_size=4)
+    layout, splits, _ = read_manifest(str(out))
+    names = [f"train-0000{i}.arrayrecord" for i in range(3)]
+    assert splits == {
+        "train": {
+            "shards": names,
+            "counts": [4, 4, 2],
+            "sha256": [files(out)[name] for name in names],
+        }
+    }
+    assert (
+        layout.image_shape,
+        layout.pixel_levels,
+        layout.num_classes,
+        layout.text,
+        layout.captions,
+    ) == ((8, 8, 3), 256, 3, WORDS, True)
+    for i, record in enumerate(records(out)):
+        square = Image.fromarray(picture(i)[:, 5:25]).resize(
+            (8, 8), Image.Resampling.BICUBIC, reducing_gap=3.0
+        )
+        np.testing.assert_array_equal(record["image"], np.array(square))
+        assert (record["label"], record["caption"]) == (
+            i % 3,
+            "a red circle" if i % 2 else "a green circle",
+        )
+        np.testing.assert_array_equal(record["text"].argmax(1), [0, 1 if i % 2 else 2, 3])
+    printed = capsys.readouterr().out
+    assert "records: 10 in train; 3 shards" in printed
+    assert (
+        "bad images left out: 0 of 10\nnull captions: 0 empty, 0 not UTF-8\ncaptions cut: 0\n"
+        in printed
+    )
+    assert f"--config.data.source=records:{out} '--config.data.text={WORDS}'" in printed
+
+
+def test_a_csv_and_names_of_classes(tmp_path):
+    folder = write_folder(tmp_path / "in", {f"{i}.png": encoded(picture(i)) for i in range(3)})
+    (folder / "metadata.jsonl").unlink()
+    (tmp_path / "list.csv").write_text(
+        'image,text,label\n0.png,"two\nlines, and ""this""",zebra\n1.png,b,ant\n2.png,c,zebra\n'
+    )
+    out = run(tmp_path, folder, captions=str(tmp_path / "list.csv"))
+    assert [(record["caption"], record["label"]) for record in records(out)] == [
+        ('two\nlines, and "this"', 1),
+        ("b", 0),
+        ("c", 1),
+    ]
+    assert choices(out)["classes"] == ["ant", "zebra"]
+    (folder / "metadata.csv").write_text("file_name,caption\n1.png,found by itself\n")
+    assert [record["caption"] for record in records(run(tmp_path, folder, "second"))] == [
+        "found by itself"
+    ]
+
+
+def test_tars_of_webdataset(tmp_path):
+    for i in range(2):
+        with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
+            add(
+                tar, "x/1.a.PNG", encoded(picture(i))
+            )  # a key ends at the first dot: no image of key 1
+            add(tar, "x/2.txt", b"a red circle")
+            add(tar, "x/2.jpg", encoded(picture(10 + i), "jpeg"))
+            add(tar, "x/3.webp", encoded(picture(20 + i), "webp", lossless=True))
+            add(tar, "x/3.json", json.dumps({"caption": "a circle", "width": 3}).encode())
+            add(tar, "x/4.txt", b"alone")
+            add(tar, "x/5.png", encoded(picture(30 + i)))
+    out = run(tmp_path, "", input=f"tars:{tmp_path}/*.tar", max_bad=0.3)
+    assert [record["caption"] for record in records(out)] == ["a red circle", "a circle", ""] * 2
+    np.testing.assert_array_equal(
+        records(out)[4]["image"],
+        captioned.load(lambda item: (picture(21), "", None), 8, captioned.Item("", None)).image,
+    )
+    bad = json.loads((out / "train-00000.json").read_text())["bad"]
+    assert bad == [["0.tar/x/4", "not there"], ["1.tar/x/4", "not there"]]
+
+
+def test_a_tfds_data_set(tfds_folder, tmp_path):
+    first = run(
+        tmp_path, "", input=f"tfds:{tfds_folder}", caption_feature="captions/text", workers=1
+    )
+    assert sorted(record["caption"] for record in records(first)) == [
+        f"first {i}" for i in range(6)
+    ]
+    for record in records(first):
+        i = int(record["caption"][-1])
+        np.testing.assert_array_equal(
+            record["image"],
+            captioned.load(
+                lambda _, i=i: (picture(i), "", None), 8, captioned.Item("", None)
+            ).image,
+        )
+        assert record["label"] == i % 4
+    titles = run(
+        tmp_path,
+        "",
+        "titles",
+        input=f"tfds:{tfds_folder}",
+        caption_feature="title",
+        tfds_split="train[:3]+test",
+    )
+    assert len(records(titles)) == 5
+    assert read_manifest(str(titles))[0].num_classes == 4
+
+
+def test_a_mirror_image_follows_every_training_image(tmp_path):
+    out = run(tmp_path, pictures(tmp_path / "in", 12), flip=True, test=4, shard_size=3)
+    train, test = records(out), records(out, "test")
+    assert (len(train), len(test)) == (16, 4)
+    for first, mirror in zip(train[::2], train[1::2], strict=True):
+        np.testing.assert_array_equal(first["image"][:, ::-1], mirror["image"])
+        assert np.abs(first["image"].astype(int) - mirror["image"]).max() > 20
+        assert (first["caption"], first["label"]) == (mirror["caption"], mirror["label"])
+
+
+def test_the_split_follows_the_key_alone(tmp_path):
+    def held_out(folder, out, test):
+        return {
+            record["image"].tobytes()
+            for record in records(run(tmp_path, folder, out, test=test), "test")
+        }
+
+    folder = pictures(tmp_path / "in", 40)
+    few = held_out(folder, "few", 4)
+    assert few == held_out(folder, "share", 0.1)
+    assert len(few) == 4
+    assert few < held_out(folder, "more", 10)
+    # Two captions of one image are in one split.
+    rows = [{"file_name": f"{i:03}.png", "caption": f"{i} {j}"} for j in "ab" for i in range(40)]
+    out = run(tmp_path, write_folder(folder, {}, rows), "twice", test=10)
+    assert len({record["caption"].split()[0] for record in records(out, "test")}) == 5
+
+
+# Kinds of images
+
+
+def loaded(data, size=8):
+    return captioned.load(lambda _: (data, "", None), size, captioned.Item("key", None))
+
+
+def test_images_of_other_kinds_become_8_bit_rgb():
+    grey, red = np.full((8, 8), 100, np.uint8), np.full((8, 8, 3), (200, 30, 40), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    half = np.concatenate([np.zeros((4, 8, 3), np.uint8), np.full((4, 8, 3), 255, np.uint8)])
+    cmyk = loaded(encoded(Image.fromarray(red).convert("CMYK"), "jpeg", quality=100)).image
+    assert np.abs(cmyk.astype(int) - red).max() <= 3
+    np.testing.assert_array_equal(loaded(encoded(grey)).image, np.repeat(grey[..., None], 3, -1))
+    np.testing.assert_array_equal(
+        loaded(encoded(Image.fromarray(np.full((8, 8), 51400, np.uint16)))).image, 200
+    )
+    np.testing.assert_array_equal(loaded(encoded(half, exif=exif)).image, half[::-1])
+    frames = [Image.fromarray(red), Image.fromarray(half)]
+    for kind in ("gif", "png", "webp"):
+        moving = encoded(
+            frames[0],
+            kind,
+            save_all=True,
+            append_images=frames[1:],
+            **({"lossless": True} if kind == "webp" else {}),
+        )
+        np.testing.assert_array_equal(loaded(moving).image, red)
+    np.testing.assert_array_equal(
+        loaded(encoded(Image.new("RGBA", (9, 9), (9, 9, 9, 0)))).image, 255
+    )
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    assert loaded(encoded(palette, transparency=b"\xff\xff")).image[0, 0].tolist() == [9, 8, 7]
+
+
+def test_a_large_photograph_keeps_its_content():
+    """A JPEG may be decoded at a fraction of its size, at least twice the record's."""
+    large = encoded(picture(1, (640, 960), (40, 60)), "jpeg", quality=95)
+    full = loaded(np.array(Image.open(io.BytesIO(large))), 160).image.astype(int)
+    assert np.abs(loaded(large, 160).image - full).max() <= 6
+    assert full.std() > 30
+
+
+def bomb():
+    """A PNG whose header says 20,000 x 20,000."""
+    data = bytearray(encoded(np.zeros((4, 4), np.uint8)))
+    data[16:24] = (20000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+BAD = {
+    "truncated.png": lambda: encoded(picture(1, (64, 64)))[:-2000],
+    "truncated.jpg": lambda: encoded(picture(1, (64, 64)), "jpeg")[:900],
+    "truncated.webp": lambda: encoded(picture(1, (64, 64)), "webp")[:200],
+    "page.jpg": lambda: b"<html>",
+    "empty.png": lambda: b"",
+    "float.png": lambda: encoded(Image.new("F", (8, 8)), "tiff"),
+    "bomb.png": bomb,
+    "program.png": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n",
+}
+
+
+def test_bad_images_are_counted_named_and_left_out(tmp_path, capsys):
+    good = {f"{i}.png": encoded(picture(i)) for i in range(9)}
+    folder = write_folder(tmp_path / "in", good | {name: data() for name, data in BAD.items()})
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "absent.png", "caption": "a"}\n')
+    with pytest.raises(
+        UserError,
+        match=r"^9 images are bad, and --max_bad allows 8: .*leave them out; complete shards stay "
+        r"in",
+    ):
+        run(tmp_path, folder, max_bad=0.49, shard_size=5)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    out = run(tmp_path, folder, max_bad=0.5, shard_size=5)
+    assert [
+        len(part)
+        for part in (records(out), json.loads((out / "train-00002.json").read_text())["bad"])
+    ] == [9, 5]
+    printed = capsys.readouterr().out
+    assert "bad images left out: 9 of 18: " in printed
+    for name, reason in {
+        "page.jpg": "not an image",
+        "empty.png": "not an image",
+        "program.png": "not an image",
+        "absent.png": "not there",
+        "float.png": "its pixels have more than 16 bits",
+    }.items():
+        assert f"{name} ({reason})" in printed
+    assert re.search(r"truncated.jpg \(.*truncated", printed)
+    assert re.search(r"bomb.png \(.*exceeds limit", printed)
+    assert choices(out)["bad_images"] == 9
+
+
+def test_at_most_ten_bad_images_are_named(tmp_path):
+    folder = write_folder(tmp_path / "in", {f"{i:02}.png": b"" for i in range(12)})
+    with pytest.raises(UserError, match=r"09\.png \(not an image\), \.\.\.; mend") as error:
+        run(tmp_path, folder)
+    assert "10.png" not in str(error.value)
+
+
+# Kinds of captions
+
+
+def test_missing_and_invalid_captions_become_the_null_caption(tmp_path, capsys):
+    names = [f"{i}.png" for i in range(6)]
+    rows = [
+        b'{"file_name": "0.png", "caption": "a circle"}',
+        b'{"file_name": "1.png", "caption": "  "}',
+        b'{"file_name": "2.png", "caption": "caf\xe9"}',
+        b'{"file_name": "3.png", "caption": "\\ud800 a"}',
+        b'{"file_name": "4.png", "caption": null}',
+        b'{"file_name": "5.png", "caption": [" a a red circle ", "b"]}',
+    ]
+    folder = write_folder(tmp_path / "in", {name: encoded(picture(1)) for name in names})
+    (folder / "metadata.jsonl").write_bytes(b"\n".join(rows))
+    made = records(run(tmp_path, folder, text=WORDS))
+    assert [record["caption"] for record in made] == ["a circle", "", "", "", "", "a a red circle"]
+    assert [int(record["text_mask"].sum()) for record in made] == [2, 0, 0, 0, 0, 3]
+    assert "null captions: 2 empty, 2 not UTF-8\ncaptions cut: 1\n" in capsys.readouterr().out
+
+
+def test_a_file_name_that_is_not_utf_8_is_read(tmp_path):
+    folder = write_folder(tmp_path / "in", {})
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
+        file.write(encoded(picture(1)))
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "caf\xe9.png", "caption": "a"}\n')
+    assert len(records(run(tmp_path, folder))) == 1
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
+        file.write(b"<html>")
+    with pytest.raises(UserError, match=r"caf\\udce9\.png \(not an image\)"):
+        run(tmp_path, folder, "bad")

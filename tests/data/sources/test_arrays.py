@@ -1,0 +1,188 @@
+"""Arrays in memory as a source: splits, content, and every mistake that is refused."""
+
+import pickle
+import re
+
+import numpy as np
+import pytest
+from absl import flags
+
+from ntm_jax.data import pipeline
+from ntm_jax.data.sources import arrays as module
+from ntm_jax.data.sources import from_arrays, open_source, provide
+from ntm_jax.errors import UserError
+
+IMAGES = np.random.default_rng(0).integers(256, size=(20, 4, 6, 3), dtype=np.uint8)
+LABELS = np.arange(20) % 4
+CAPTIONS = [f"picture {i}" for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_provided(monkeypatch):
+    monkeypatch.setattr(module, "_provided", {})
+
+
+def contents(source):
+    """(images, labels) of all records."""
+    records = [source.records[i] for i in range(len(source.records))]
+    return np.stack([record["image"] for record in records]), [r["label"] for r in records]
+
+
+def test_splits_cut_the_permutation_of_their_seed():
+    for seed in (0, 3):
+        provide(from_arrays(IMAGES, LABELS, held_out=0.25, seed=seed))
+        order = np.random.RandomState(seed).permutation(20)
+        for split, rows in (("train", order[:15]), ("test", order[15:]), ("all", order)):
+            source = open_source("arrays", split)
+            images, labels = contents(source)
+            np.testing.assert_array_equal(images, IMAGES[rows])
+            assert labels == LABELS[rows].tolist()
+    assert (source.image_shape, source.pixel_levels, source.num_classes) == ((4, 6, 3), 256, 4)
+    assert len(open_source("arrays", "train[:40%]").records) == 6
+    with pytest.raises(UserError, match="arrays has no split 'dev': it has train, test, all"):
+        open_source("arrays", "dev")
+
+
+def test_slices_sizes_and_captions_apply():
+    provide(from_arrays(IMAGES, captions=CAPTIONS, held_out=0.0))
+    source = open_source(
+        "arrays",
+        "all[5:8]",
+        image_size=2,
+        text="words:2:picture 0 1 2 3 4 5 6 7 8 9 " + " ".join(map(str, range(10, 20))),
+    )
+    rows = np.random.RandomState(0).permutation(20)[5:8]
+    assert list(source.captions) == [CAPTIONS[row] for row in rows]
+    assert (source.image_shape, source.num_classes, source.text_tokens) == ((2, 2, 3), 0, 2)
+    again = pickle.loads(pickle.dumps(source))
+    for record, row in zip([again.records[i] for i in range(3)], rows, strict=True):
+        assert (record["caption"], record["label"]) == (CAPTIONS[row], -1)
+        np.testing.assert_array_equal(record["text"].argmax(1), [0, 1 + row])
+    with pytest.raises(UserError, match="takes records 0 to 0, but there are 0"):
+        open_source("arrays", "test")
+
+
+def test_images_without_channels_and_of_fewer_levels():
+    provide(from_arrays(IMAGES[..., 0] // 32, pixel_levels=8))
+    source = open_source("arrays", "all")
+    assert (source.image_shape, source.pixel_levels) == ((4, 6, 1), 8)
+    assert contents(source)[0].max() == 7
+
+
+def test_float32_images_are_latents():
+    latents = np.random.default_rng(1).normal(size=(20, 2, 2, 5)).astype(np.float32)
+    provide(from_arrays(latents, LABELS))
+    source = open_source("arrays", "train")
+    expected = pipeline.DataSpec((2, 2, 5), 1, pixel_levels=0, num_classes=4, count=18)
+    assert pipeline.spec(source, 1) == expected
+    batch = next(pipeline.evaluation_batches(source, 1, 18, 0, 1))
+    order = np.random.RandomState(0).permutation(20)
+    np.testing.assert_array_equal(batch["x"], latents[order[:18]].reshape(18, 4, 5))
+
+
+def test_the_version_names_the_content_and_its_splits():
+    same = [
+        from_arrays(IMAGES, LABELS, CAPTIONS),
+        from_arrays(IMAGES.copy(order="F"), list(LABELS), CAPTIONS),
+    ]
+    other = IMAGES.copy()
+    other[3, 1, 2, 0] ^= 1
+    different = [
+        from_arrays(other, LABELS, CAPTIONS),
+        from_arrays(IMAGES, LABELS[::-1], CAPTIONS),
+        from_arrays(IMAGES, LABELS),
+        from_arrays(IMAGES, captions=CAPTIONS),
+        from_arrays(IMAGES, LABELS, CAPTIONS[::-1]),
+        from_arrays(IMAGES, LABELS, CAPTIONS, held_out=0.2),
+        from_arrays(IMAGES, LABELS, CAPTIONS, seed=1),
+        from_arrays(IMAGES.reshape(20, 6, 4, 3), LABELS, CAPTIONS),
+    ]
+    assert same[0].version == same[1].version
+    assert len({each.version for each in (same[0], *different)}) == 1 + len(different)
+
+
+def test_arrays_open_by_their_version_and_only_where_they_are_provided():
+    first, second = from_arrays(IMAGES), from_arrays(255 - IMAGES)
+    message = "this run was trained on arrays in memory, so pass data=... with the same images"
+    for name in ("arrays", first.name):
+        with pytest.raises(
+            UserError, match=f"^data.source {name} is not in .*{re.escape(message)}"
+        ) as error:
+            open_source(name, "train")
+        assert "\n" not in str(error.value)
+    provide(first)
+    provide(second)
+    assert open_source("arrays", "all").version == second.version
+    for each in (first, second):
+        source = open_source(each.name, "all")
+        assert (source.name, source.version) == (each.name, each.version)
+        np.testing.assert_array_equal(
+            source.records[0]["image"], each.images[each.splits["all"][0]]
+        )
+    with pytest.raises(UserError, match=r"source arrays:0123 is not in this process's memory"):
+        open_source("arrays:0123", "train")
+
+
+def test_worker_processes_read_the_same_arrays():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+    provide(from_arrays(IMAGES, LABELS))
+    source, batches = open_source("arrays", "train"), []
+    for workers in (0, 1):
+        iterator = pipeline.train_iterator(source, 2, 6, 0, workers, 0, 1)
+        batches.append([next(iterator) for _ in range(4)])
+        iterator.close()
+    for here, there in zip(*batches, strict=True):
+        assert here.keys() == there.keys() == {"x", "label", "index"}
+        for key in here:
+            np.testing.assert_array_equal(here[key], there[key])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"images": IMAGES[0, 0]}, "images have shape [6, 3]: expected [n, H, W, C] or [n, H, W]"),
+        ({"images": IMAGES[:0]}, "images have shape [0, 4, 6, 3]"),
+        (
+            {"images": IMAGES.astype(np.int64)},
+            "images are int64: expected pixels as uint8 or latents as float32",
+        ),
+        ({"images": IMAGES / 255}, "images are float64: expected pixels as uint8"),
+        (
+            {"images": np.where(IMAGES == 7, np.nan, 1).astype(np.float32)},
+            "images hold a number that is not finite",
+        ),
+        (
+            {"images": IMAGES.astype(np.float32), "pixel_levels": 256},
+            "images are float32 latents and pixel_levels is 256",
+        ),
+        (
+            {"pixel_levels": 17},
+            "images have pixels up to 255 and pixel_levels is 17: expected 2 to 256",
+        ),
+        ({"pixel_levels": 1}, "pixel_levels is 1: expected 2 to 256"),
+        ({"pixel_levels": 257}, "pixel_levels is 257: expected 2 to 256"),
+        (
+            {"labels": LABELS[1:]},
+            "labels are int64 [19]: expected one integer for each of the 20 images",
+        ),
+        ({"labels": LABELS[:, None]}, "labels are int64 [20, 1]: expected one integer"),
+        ({"labels": LABELS + 0.5}, "labels are float64 [20]: expected one integer"),
+        ({"labels": LABELS - 1}, "labels hold -1: expected 0 to the number of classes - 1"),
+        ({"labels": LABELS + 2**40}, "labels hold 1099511627779: expected 0 to"),
+        (
+            {"captions": CAPTIONS[1:]},
+            "captions are 19 strings: expected one for each of the 20 images",
+        ),
+        ({"captions": "a" * 20}, "captions are one string: expected one for each"),
+        ({"captions": [*CAPTIONS[1:], None]}, "captions hold a NoneType: expected strings"),
+        ({"held_out": 1.0}, "held_out is 1.0: expected a share of the records"),
+        ({"held_out": -0.1}, "held_out is -0.1: expected a share"),
+        ({"held_out": float("nan")}, "held_out is nan: expected a share"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_refused_in_one_line(given, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        from_arrays(**{"images": IMAGES} | given)
+    assert "\n" not in str(error.value)

