@@ -15,7 +15,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import image_scores, known_density, tasks
 from ntm_jax.evaluation.scoring import BOUNDS
 from ntm_jax.evaluation.statistics import mean_and_stderr
-from ntm_jax.runtime import checkpoint, plots
+from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.run import Run
 
 CONTRIBUTIONS = ("prior", "predictor", "log_det", "forward", "reconstruction")
@@ -71,7 +71,7 @@ def provenance(run: Run, source: Source) -> dict:
             "patch_size": spec.patch_size,
             "scale": "2 v / (pixel_levels - 1) - 1" if source.levels else "as stored"},
         "t_min": config.trajectory.t_min, "levels": run.evaluated_levels().tolist(),
-        "parameters": "raw" if run.raw else "ema", "checksum": checkpoint.digest(run.params),
+        "parameters": "raw" if run.raw else "ema", "checksum": checksums.digest(run.params),
         "config": config.raw,
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "devices": jax.device_count(), "processes": jax.process_count()}

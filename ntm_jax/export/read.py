@@ -16,7 +16,7 @@ from etils import epath
 from ntm_jax import files, typed
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, first_line
-from ntm_jax.runtime import build, checkpoint
+from ntm_jax.runtime import build, checksums
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Denoiser, Run, load_workdir, run_mesh, untrained
@@ -34,7 +34,7 @@ class About:
     format: int
     step: int
     parameters: str  # raw, ema
-    checksums: dict  # {array's name: its checksum}; see checkpoint.checksums
+    checksums: dict  # {array's name: its checksum}; see array_checksums
     spec: dict
     config: dict
     files: dict = dataclasses.field(default_factory=dict)  # {file's name: SHA-256}; may be missing
@@ -101,8 +101,8 @@ def read_parameters(folder, about: About, abstract, skip: str | None = None) -> 
         raise UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): "
                         f"{REMEDY}") from None
     flat = {name: array for name, array in flat.items() if not (skip and name.startswith(skip))}
-    expected = checkpoint.named_leaves(abstract)
-    different = checkpoint.first_difference(flat, expected)
+    expected = checksums.named_leaves(abstract)
+    different = checksums.first_difference(flat, expected)
     if different:
         name, there, here = different
         raise UserError(f"it is of another model: array {name} is {there} in the export, {here} in "
@@ -110,7 +110,7 @@ def read_parameters(folder, about: About, abstract, skip: str | None = None) -> 
     params = unflatten({
         name: jax.make_array_from_callback(a.shape, a.sharding, lambda i, name=name: flat[name][i])
         for name, a in expected.items()})
-    for name, value in checkpoint.checksums(params).items():
+    for name, value in checksums.array_checksums(params).items():
         if about.checksums.get(name) != value:
             raise UserError(f"{path} is damaged: {name} has checksum {value}, written with "
                             f"{about.checksums.get(name)}; {REMEDY}")

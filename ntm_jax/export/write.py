@@ -31,7 +31,8 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.export import card
 from ntm_jax.export.read import CONFIG, DENOISER, FORMAT, SCRIPT, WEIGHTS, unflatten
-from ntm_jax.runtime import build, checkpoint, sharding
+from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime.checksums import array_checksums, named_leaves
 from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
@@ -125,7 +126,7 @@ def _log_likelihood(run: Run):
 def _arguments(run: Run, images: bool) -> dict:
     """{argument: abstract array} of a program, with a symbolic batch."""
     spec, (batch,) = run.spec, jax.export.symbolic_shape("b")
-    named = checkpoint.named_leaves(parameters(run))
+    named = named_leaves(parameters(run))
     found = {"parameters": {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in named.items()},
              "seed": jax.ShapeDtypeStruct((), jnp.uint32),
              "index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
@@ -176,8 +177,8 @@ def write_export(run: Run, out: str, steps: int | None = None,
     job.agree({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps,
                "--guidance": guidance, "--decoder": decoder})
     run = configure(run, steps, guidance, decoder)
-    checksums = checkpoint.checksums(parameters(run))
-    flat = checkpoint.named_leaves(sharding.to_host(parameters(run)))
+    checksums = array_checksums(parameters(run))
+    flat = named_leaves(sharding.to_host(parameters(run)))
     if jax.process_index():
         return
     exported = programs(run)

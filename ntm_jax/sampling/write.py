@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from ntm_jax import files
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import checkpoint, plots
+from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
 from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run
@@ -81,7 +81,7 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     asked = work.description()
     # No process has written yet: one that arrived late would find its own job's files.
     job.agree({"--out": out} | asked)
-    asked |= {"checksum": checkpoint.digest((run.params, run.denoiser and run.denoiser.params))}
+    asked |= {"checksum": checksums.digest((run.params, run.denoiser and run.denoiser.params))}
     batches = generate.in_batches(request.num, request.batch)
     done = _claim(folder, asked, len(batches))
     begin, made, first = time.perf_counter(), 0, 0

@@ -19,7 +19,7 @@ from ntm_jax.export.read import (
     read_about,
     read_parameters,
 )
-from ntm_jax.runtime import build, checkpoint, config_file
+from ntm_jax.runtime import build, checkpoint, checksums, config_file
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.run import Run, restore_params
 from ntm_jax.training import objectives
@@ -80,7 +80,7 @@ def _read_backbone(run: Run):
     other = load_run(config.init_from)
     _check_data(run, other)
     found = other.params["params"]["backbone"]
-    different = checkpoint.first_difference(*map(checkpoint.named_leaves, (found, expected)))
+    different = checksums.first_difference(*map(checksums.named_leaves, (found, expected)))
     if different:
         name, there, here = different
         raise UserError(f"the flow-matching model there is another network: array {name} is {there} "

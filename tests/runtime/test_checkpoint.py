@@ -21,7 +21,8 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime.checkpoint import Checkpoints, _sums, checksums
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.checksums import _sums, array_checksums
 
 ROOT = Path(__file__).parents[2]
 
@@ -315,14 +316,14 @@ def test_a_reader_beside_a_run_that_saves_and_removes_steps(tmp_path):
 SHARDED = """
 import sys, jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from ntm_jax.runtime.checkpoint import checksums
+from ntm_jax.runtime.checksums import array_checksums
 
 sums = []
 for shape in ((1, 1), (4, 2), (2, 4)):
     mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: shape[0] * shape[1]])
     shardings = [NamedSharding(mesh, spec) for spec in (P("fsdp"), P(None, "fsdp"), P(("data", "fsdp")), P())]
     tree = {str(i): jax.device_put(jnp.arange(64.0 * 8).reshape(64, 8) + i, shardings[i % 4]) for i in range(200)}
-    sums += [checksums(tree) for _ in range(10)]
+    sums += [array_checksums(tree) for _ in range(10)]
 assert sums == sums[:1] * 30
 """
 
@@ -336,20 +337,20 @@ def test_checksums_of_many_sharded_arrays_need_no_collective():
 def test_checksum_sees_every_bit_and_every_exchange(dtype):
     values = jax.random.normal(jax.random.key(1), (4, 3, 5)) * 9
     x = np.array(jnp.abs(values).astype(dtype) if dtype.startswith("u") else values > 0 if dtype == "bool" else values.astype(dtype))
-    whole, seen = checksums({"x": x})["x"], set()
+    whole, seen = array_checksums({"x": x})["x"], set()
     raw = x.reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
     for bit in range(1 if dtype == "bool" else 8 * x.dtype.itemsize):
         raw[37] ^= raw.dtype.type(1 << bit)
-        seen.add(checksums({"x": x})["x"])
+        seen.add(array_checksums({"x": x})["x"])
         raw[37] ^= raw.dtype.type(1 << bit)
     for i in range(0, 60, 7):
         for j in range(i):
             if raw[i] != raw[j]:
                 raw[[i, j]] = raw[[j, i]]
-                seen.add(checksums({"x": x})["x"])
+                seen.add(array_checksums({"x": x})["x"])
                 raw[[i, j]] = raw[[j, i]]
     assert whole not in seen
-    assert checksums({"x": x})["x"] == whole
+    assert array_checksums({"x": x})["x"] == whole
 
 
 def test_checksum_sees_two_signs_exchanged():
@@ -359,15 +360,15 @@ def test_checksum_sees_two_signs_exchanged():
     for i in range(36):
         for j in range(i):
             x.reshape(-1)[[i, j]] = -1
-            seen.add(checksums({"x": x})["x"])
+            seen.add(array_checksums({"x": x})["x"])
             x[:] = 1
     assert len(seen) == 36 * 35 // 2
-    assert checksums({"x": x})["x"] not in seen
+    assert array_checksums({"x": x})["x"] not in seen
 
 
 def test_checksum_of_scalars_empty_and_huge_arrays():
-    assert checksums({"a": jnp.int32(3)}) != checksums({"a": jnp.int32(4)})
-    assert checksums({"a": jnp.zeros((0, 4))}) == {"a": "0" * 16}
+    assert array_checksums({"a": jnp.int32(3)}) != array_checksums({"a": jnp.int32(4)})
+    assert array_checksums({"a": jnp.zeros((0, 4))}) == {"a": "0" * 16}
     huge = jax.eval_shape(_sums, jax.ShapeDtypeStruct((2**20, 2**14), jnp.uint8))  # 2^34 elements: its index overflows uint32
     assert (huge.shape, huge.dtype) == ((1, 2), jnp.uint32)
 
@@ -376,7 +377,8 @@ EIGHT = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from ntm_jax.runtime.checkpoint import Checkpoints, checksums
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.checksums import array_checksums
 
 mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 specs = {"both": P("fsdp", "tensor"), "second": P(None, "fsdp"), "joint": P(("fsdp", "tensor")), "half": P("tensor"), "step": P()}
@@ -387,7 +389,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
     })
     assert all(state[name].sharding == shardings[name] for name in state)
     checkpoints.save(2, state, data)
-print(json.dumps(checksums(state)))
+print(json.dumps(array_checksums(state)))
 """
 
 
@@ -399,7 +401,7 @@ def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
         checkpoints.save(1, state, {"n": 4})
     shapes = json.dumps({name: (x.shape, str(x.dtype)) for name, x in state.items()})
     [output] = finish(run(EIGHT, tmp_path, shapes, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
-    assert json.loads(output.splitlines()[-1]) == checksums(state)
+    assert json.loads(output.splitlines()[-1]) == array_checksums(state)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     with Checkpoints(tmp_path) as checkpoints:  # written from eight devices, read on one
         step, restored, data = checkpoints.restore(abstract(state, NamedSharding(mesh, PartitionSpec())))
@@ -461,7 +463,8 @@ PROCESSES = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
-from ntm_jax.runtime.checkpoint import Checkpoints, checksums
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.checksums import array_checksums
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 shardings = {"w": NamedSharding(mesh, P("data")), "step": NamedSharding(mesh, P())}
@@ -472,7 +475,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
     for step in (1, 2):
         checkpoints.save(step, make(), {"n": step})
     step, state, data = checkpoints.restore(template)
-    assert (step, data, checksums(state)) == (2, {"n": 2}, checksums(make()))
+    assert (step, data, array_checksums(state)) == (2, {"n": 2}, array_checksums(make()))
 """
 
 
