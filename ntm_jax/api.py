@@ -12,6 +12,7 @@ Symbols: n images; H, W, C image height, width, channels; V pixel levels; M text
 import dataclasses
 import importlib
 import math
+import pkgutil
 
 import numpy as np
 from etils import epath
@@ -145,7 +146,9 @@ def experiment(name: str, variant: str = "", **overrides) -> Config:
     try:
         module = importlib.import_module(f"ntm_jax.experiments.{name}")
     except ModuleNotFoundError:
-        raise UserError(f"there is no experiment {name!r}") from None
+        package = importlib.import_module("ntm_jax.experiments")
+        names = ", ".join(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
+        raise UserError(f"there is no experiment {name!r}: expected one of {names}") from None
     try:
         values = module.get_config(variant) if variant else module.get_config()
         values.update_from_flattened_dict(overrides)
@@ -174,9 +177,7 @@ def train(config: Config, workdir: str, *, data=None, labels=None, progress: boo
 
 def with_arrays(config: Config, images, labels=None) -> Config:
     """The configuration with arrays in memory as its source, which this process can then open."""
-    sources.provide("arrays", sources.from_arrays(images, labels))
-    condition = config.model.condition
-    if labels is None and condition == "class":
-        condition = "none"
+    arrays = sources.from_arrays(images, labels)
+    sources.provide(arrays)
     return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, source="arrays", image_size=0))
+        config, data=dataclasses.replace(config.data, source=arrays.name, image_size=0))

@@ -168,7 +168,7 @@ def _likelihood(setting: Setting) -> Case:
     examples = {name: value for name, value in batch.items() if name != "mask"}
     score = functools.partial(
         scoring.weigh_batch, schedule=run.schedule, model=exact(build.plain(run.model)),
-        pixel_levels=run.spec.levels, trajectories=1, steps=run.config.evaluation_steps)
+        pixel_levels=run.spec.pixel_levels, trajectories=1, steps=run.config.evaluation_steps)
     with sharding.use(run.mesh):
         counted = flops.count(score, run.params, jax.random.key(0),
                               sharding.to_global(examples, run.mesh))

@@ -55,7 +55,7 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     source = config.data.open(options.split)
     _check(run, source, options, against)
     train = config.data.open(config.data.split)
-    scores_images = config.evaluate.images and train.levels
+    scores_images = config.evaluate.images and train.pixel_levels
     extractor = None  # made first, since it may refuse
     if scores_images and options.features != "none":
         extractor = make_extractor(options.features, train, options.inception_weights)
@@ -91,7 +91,7 @@ def _against(run: Run, source: Source, table: dict, other: Run, trajectories: in
     scored = scoring.score_records(other, source, trajectories, progress)
     dimensions = run.spec.tokens * run.spec.dim
     return {"workdir": other.workdir, "step": other.step, "raw": other.raw} | compare(
-        table, scored, dimensions, source.levels)
+        table, scored, dimensions, source.pixel_levels)
 
 
 def _check(run: Run, source: Source, options: EvaluationOptions, against: Run | None) -> None:
@@ -113,7 +113,7 @@ def _check_comparable(run: Run, other: Run) -> None:
     """Raises UserError where the figures of two runs on the same records do not compare."""
     def settings(c):
         pairs = {"data.source": c.data.source, "data.image_size": c.data.image_size}
-        return pairs if run.spec.levels else pairs | {"trajectory.t_min": c.trajectory.t_min}
+        return pairs if run.spec.pixel_levels else pairs | {"trajectory.t_min": c.trajectory.t_min}
 
     mine, theirs = settings(run.config), settings(other.config)
     for key in mine:

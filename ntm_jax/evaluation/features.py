@@ -48,12 +48,12 @@ def make_extractor(name: str, source: Source, inception_weights: str | None = No
     source: the training split. inception_weights: the file of Inception's weights. Raises UserError
     for an unknown name, and where the extractor does not fit the images.
     """
-    if not source.levels:
+    if not source.pixel_levels:
         raise UserError(f"{source.name} holds latents, and image scores are of pixels: set "
                         "config.evaluate.features=none")
     match name:
         case "pixels":
-            return pixels(source.levels)
+            return pixels(source.pixel_levels)
         case "cnn":
             return cnn(source)
         case "inception":
@@ -64,7 +64,7 @@ def make_extractor(name: str, source: Source, inception_weights: str | None = No
             if not inception_weights:
                 raise UserError("config.evaluate.features=inception needs its weights: give "
                                 f"--inception_weights=FILE, {_WEIGHTS}")
-            return inception(inception_weights, source.levels)
+            return inception(inception_weights, source.pixel_levels)
     raise UserError(f"config.evaluate.features={name!r} is not known: expected pixels, cnn or "
                     "inception")
 
@@ -162,7 +162,7 @@ def cnn(source: Source, seed: int = 0) -> Extractor:
     x, label = _training_images(source)
     rows = np.random.RandomState(seed).randint(len(label), size=(_STEPS, _TRAIN_BATCH))
     data = jax.device_put((x, label, rows.astype(np.int32)), jax.local_devices()[0])
-    model, pixel_levels = _Classifier(source.num_classes), source.levels
+    model, pixel_levels = _Classifier(source.num_classes), source.pixel_levels
     params = _fit(model, seed, *data)
     # Rounded, since another compilation or number of threads changes last bits, which so seldom
     # change the digest. Adding 0 turns -0 into 0.
@@ -183,7 +183,7 @@ def _training_images(source: Source) -> tuple[np.ndarray, np.ndarray]:
     x, label = [], []
     for batch in np.array_split(chosen, -(-count // 500)):
         records = [source.records[i] for i in batch]
-        x.append(np.asarray(_prepare(np.stack([r["image"] for r in records]), source.levels)))
+        x.append(np.asarray(_prepare(np.stack([r["image"] for r in records]), source.pixel_levels)))
         label += [r["label"] for r in records]
     return np.concatenate(x), np.array(label, np.int32)
 

@@ -57,7 +57,7 @@ def check_guidance(run: Run, source: Source, guidance) -> None:
     """Raises UserError for scales of guidance where no score would compare them."""
     classes = run.model.config.num_classes and run.spec.count <= MAX_RECORDS
     scored = has_tasks(run, source) or classes
-    if guidance and not (scored and run.spec.levels and run.config.evaluate.images):
+    if guidance and not (scored and run.spec.pixel_levels and run.config.evaluate.images):
         raise UserError("--guidance compares class accuracies of a model of classes and pixels with "
                         f"at most {MAX_RECORDS} training images, or tasks of a model of captions "
                         "whose source checks images: neither applies here, or "
@@ -90,7 +90,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     images = {scale: generated(guided(run, scale), progress) for scale in scales}
     if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
         labels = np.array([r["label"] for r in records])
-        right = classifier(run.model.config.num_classes, train.levels, real, labels)
+        right = classifier(run.model.config.num_classes, train.pixel_levels, real, labels)
         hits = {scale: right(sampled) for scale, sampled in images.items()}
         result["class_accuracy"] = mean_and_stderr(hits[config.sample.guidance]) | made
         if guidance:
@@ -113,7 +113,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
             "name": extractor.name, "proxy": extractor.proxy, "digest": extractor.digest,
             "real_images": len(real), "real_split": train.split}
         if train.captions is not None and run.model.config.text_width:
-            result |= retrieval(config, real, images[config.sample.guidance], train.levels)
+            result |= retrieval(config, real, images[config.sample.guidance], train.pixel_levels)
     return result
 
 

@@ -36,7 +36,7 @@ def summarize(table: dict, spec: DataSpec, trajectories: int) -> dict:
     dimensions = spec.tokens * spec.dim
     marks = likelihood.marks(trajectories)
     result = {"count": len(table["index"])}
-    for unit, size in units(spec.levels).items():
+    for unit, size in units(spec.pixel_levels).items():
         scale = 1 / (dimensions * size)
         weighted = mean_and_stderr(-scale * table["importance_weighted"],
                                    scale**2 * table["weighted_variance"])
@@ -65,11 +65,11 @@ def provenance(run: Run, source: Source) -> dict:
     packages = ("ntm_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {
         "source": source.name, "version": source.version, "split": source.split,
-        "pixel_levels": source.levels,
+        "pixel_levels": source.pixel_levels,
         "preprocessing": {
             "image_shape": list(spec.image_shape), "image_size": config.data.image_size,
             "patch_size": spec.patch_size,
-            "scale": "2 v / (pixel_levels - 1) - 1" if source.levels else "as stored"},
+            "scale": "2 v / (pixel_levels - 1) - 1" if source.pixel_levels else "as stored"},
         "t_min": config.trajectory.t_min, "levels": run.evaluated_levels().tolist(),
         "parameters": "raw" if run.raw else "ema", "checksum": checksums.digest(run.params),
         "config": config.raw,
@@ -86,7 +86,7 @@ DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)",
 
 def check_unit(unit: str, run: Run) -> None:
     """Raises UserError for bits per dimension of continuous latents."""
-    if unit == "bits_per_dim" and not run.spec.levels:
+    if unit == "bits_per_dim" and not run.spec.pixel_levels:
         raise UserError(f"bits/dim are of discrete pixels, and {run.config.data.source} is "
                         "continuous: take nats/dim, a bound on the density of the data noised to t_0 "
                         f"= {run.config.trajectory.t_min}, comparable at equal t_0 and scale")
@@ -174,7 +174,7 @@ def write_report(run: Run, result: dict, scored: dict, path, per_example: bool =
     path = epath.Path(path)
     if "truth" in result:
         source = run.config.data.open(result["split"])
-        if getattr(source, "planar_extent", 0.0):
+        if source.planar_extent:
             known_density.picture(run, source, path.with_name("densities.png"))
     if jax.process_index():
         return

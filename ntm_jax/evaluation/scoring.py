@@ -69,7 +69,7 @@ def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = Non
     with sharding.use(run.mesh):
         result = weigh_batch(
             run.params, jax.random.key(seed), batch | {"index": kept["index"]}, schedule=run.schedule,
-            model=exact(run.model), pixel_levels=run.spec.levels, trajectories=trajectories,
+            model=exact(run.model), pixel_levels=run.spec.pixel_levels, trajectories=trajectories,
             steps=run.config.evaluation_steps)
     return result | kept
 
@@ -145,7 +145,7 @@ def log_prob(run: Run, images, condition, trajectories: int, seed: int | None = 
     if images.shape[1:] != spec.image_shape:
         raise UserError(f"images have shape {images.shape}: expected "
                         f"[n, {', '.join(map(str, spec.image_shape))}]")
-    x = transforms.scale(images, spec.levels) if spec.levels else images.astype(np.float32)
+    x = transforms.scale(images, spec.pixel_levels) if spec.pixel_levels else images.astype(np.float32)
     x = transforms.patchify(x, spec.patch_size)
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)}
     if isinstance(condition, Text):

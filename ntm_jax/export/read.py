@@ -14,7 +14,7 @@ import safetensors.numpy
 from etils import epath
 
 from ntm_jax import files, typed
-from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.data.pipeline import DataSpec, spec_from_json
 from ntm_jax.errors import UserError, first_line
 from ntm_jax.runtime import build, checksums
 from ntm_jax.runtime import config as configuration
@@ -180,13 +180,13 @@ def _exported_configs(about: About) -> tuple[Config, Config | None]:
 
 
 def _exported_spec(values: dict) -> DataSpec:
-    spec = typed.read(DataSpec, values, "spec")
+    spec = spec_from_json(values)
     height, width, channels = spec.image_shape
     smallest = min(height, width, channels, spec.patch_size)
     if smallest < 1 or height % spec.patch_size or width % spec.patch_size:
         raise UserError(f"spec.image_shape is {spec.image_shape}, spec.patch_size {spec.patch_size}: "
                         "expected a patch that divides the image")
-    numbers = (math.prod(spec.image_shape), spec.levels, spec.num_classes, spec.count,
+    numbers = (math.prod(spec.image_shape), spec.pixel_levels, spec.num_classes, spec.count,
                spec.text_tokens, spec.text_width)
     largest = configuration.LARGEST_SIZE
     if min(numbers) < 0 or max(numbers) > largest or len(spec.mean) != len(spec.std):

@@ -26,7 +26,7 @@ from ntm_jax import files
 from ntm_jax.core.layers import Text
 from ntm_jax.core.model import exact
 from ntm_jax.data import transforms
-from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.data.pipeline import DataSpec, spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.export import card
@@ -81,9 +81,9 @@ def _sampler(run: Run):
 
     def images(tokens):
         values = transforms.unpatchify(tokens, spec.image_shape, spec.patch_size)
-        if not spec.levels:
+        if not spec.pixel_levels:
             return values
-        top = spec.levels - 1
+        top = spec.pixel_levels - 1
         return jnp.rint((values + 1) * top / 2).clip(0, top).astype(jnp.uint8)
 
     def sampler(parameters, seed, index, *condition):
@@ -105,8 +105,8 @@ def _log_likelihood(run: Run):
     def log_likelihood(parameters, seed, index, pixels, *condition):
         (params, _), root = _split_parameters(parameters), jax.random.key(seed)
         x = pixels
-        if spec.levels:  # a table, since XLA's division by a constant is not NumPy's to the last bit
-            x = jnp.asarray(transforms.scale(np.arange(spec.levels), spec.levels))[pixels]
+        if spec.pixel_levels:  # a table, since XLA's division by a constant is not NumPy's to the last bit
+            x = jnp.asarray(transforms.scale(np.arange(spec.pixel_levels), spec.pixel_levels))[pixels]
         x = transforms.patchify(x, spec.patch_size)
 
         def example(x, index, *condition):
@@ -114,7 +114,7 @@ def _log_likelihood(run: Run):
             batch = {"x": x[None], "index": index[None]}
             batch |= {"text": y.states, "text_mask": y.mask} if isinstance(y, Text) else {"label": y}
             return scoring.weigh_batch(
-                params, root, batch, schedule=run.schedule, model=model, pixel_levels=spec.levels,
+                params, root, batch, schedule=run.schedule, model=model, pixel_levels=spec.pixel_levels,
                 trajectories=run.config.evaluate.trajectories,
                 steps=run.config.evaluation_steps)["importance_weighted"][0]
 
@@ -131,7 +131,7 @@ def _arguments(run: Run, images: bool) -> dict:
              "seed": jax.ShapeDtypeStruct((), jnp.uint32),
              "index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     if images:
-        dtype = jnp.uint8 if spec.levels else jnp.float32
+        dtype = jnp.uint8 if spec.pixel_levels else jnp.float32
         found["images"] = jax.ShapeDtypeStruct((batch, *spec.image_shape), dtype)
     return found | _condition_arguments(run, spec, batch)
 
@@ -198,7 +198,7 @@ def _about(run: Run) -> dict:
     """config.json without what is computed from the arrays and the programs."""
     about = {"format": FORMAT, "step": run.step, "parameters": "raw" if run.raw else "ema", "platforms": PLATFORMS,
              "packages": {name: importlib.metadata.version(name) for name in ("ntm_jax", "jax")},
-             "spec": dataclasses.asdict(run.spec), "config": run.config.raw}
+             "spec": spec_to_json(run.spec), "config": run.config.raw}
     if run.denoiser:
         about["teacher_step"] = run.denoiser.teacher_step
         about["denoiser_config"] = run.denoiser.config and run.denoiser.config.raw

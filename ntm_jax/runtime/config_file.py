@@ -9,8 +9,8 @@ import typing
 
 from etils import epath
 
-from ntm_jax import files, typed
-from ntm_jax.data.pipeline import DataSpec
+from ntm_jax import files
+from ntm_jax.data.pipeline import DataSpec, spec_from_json, spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checkpoint
 from ntm_jax.runtime.config import Config, flatten, read
@@ -38,7 +38,7 @@ def _flat_defaults() -> dict:
 
 
 def _content(config: Config, spec: DataSpec) -> dict:
-    return files.plain(dataclasses.asdict(config) | {"spec": dataclasses.asdict(spec)})
+    return config.raw | {"spec": spec_to_json(spec)}
 
 
 def fixed(config: Config, spec: DataSpec) -> dict:
@@ -118,6 +118,6 @@ def load(workdir: str) -> tuple[Config, DataSpec]:
     content = files.read_json(path, DAMAGED)
     settings = {key: value for key, value in content.items() if key != "spec"}
     try:
-        return read(settings), typed.read(DataSpec, content.get("spec"), "spec")
+        return read(settings), spec_from_json(content.get("spec"))
     except UserError as error:
         raise UserError(f"{path} cannot be used ({error}): {DAMAGED}") from None

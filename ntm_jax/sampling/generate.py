@@ -138,7 +138,7 @@ def sample_at(run: Run, index, condition=None, options: SampleOptions | None = N
     def images(tokens):
         values = sharding.to_host(tokens)[: len(index)]
         values = transforms.unpatchify(values, spec.image_shape, spec.patch_size)
-        return transforms.unscale(values, spec.levels) if spec.levels else values
+        return transforms.unscale(values, spec.pixel_levels) if spec.pixel_levels else values
 
     return (images(x), images(xs)[:, ::-1]) if with_levels else images(x)
 

@@ -113,14 +113,14 @@ class _Work:
             raise UserError(f"--labels are given, and the model of {run.workdir} is conditioned on "
                             "text: give --prompts")
         self.labels = parse_labels(request.labels, run.model.config.num_classes)
-        if request.autoencoder and run.spec.levels:
+        if request.autoencoder and run.spec.pixel_levels:
             raise UserError(f"{run.workdir} is a model of pixels, and an autoencoder decodes latents: "
                             "leave --autoencoder out")
         self.encoder = prompts.open_encoder(run, request.encoder) if request.prompts else None
         self.autoencoder = None
         if request.autoencoder and jax.process_index() == 0:
             self.autoencoder = latents.Autoencoder(request.autoencoder)
-        self.pixel_levels = latents.LEVELS if request.autoencoder else run.spec.levels
+        self.pixel_levels = latents.LEVELS if request.autoencoder else run.spec.pixel_levels
         prompts.check_layout(request.layout, request.prompts, request.per_prompt, run.spec.image_shape)
 
     def description(self) -> dict:
@@ -170,7 +170,7 @@ class _Work:
         shown = plots.displayable(images, self.pixel_levels)
         if levels:
             with files.aside(folder / "trajectories.npz") as file:
-                pixels = run.spec.levels
+                pixels = run.spec.pixel_levels
                 np.savez(file, plots.displayable(levels[0], pixels) if pixels else levels[0])
         plots.save_png(folder / "grid.png", plots.picture(images[:100], self.pixel_levels))
         if request.prompts:

@@ -127,7 +127,9 @@ class _Board:
     """
 
     def __init__(self, workdir, start_step):
-        from tensorboardX.event_file_writer import EventsWriter  # here, since it imports torch where that is: seconds of every start
+        from tensorboardX.event_file_writer import (
+            EventsWriter,  # here, since it imports torch where that is: seconds of every start
+        )
         from tensorboardX.proto import event_pb2
 
         self._events, self._folder = event_pb2, workdir

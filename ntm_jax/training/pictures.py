@@ -14,7 +14,7 @@ COLUMNS = 17  # at most, of a picture of trajectories
 
 def draw(run: Run, source: Source, loss_label: str) -> None:
     """Draws samples.png, trajectories.png and loss.png in the run's folder; process 0 writes them."""
-    folder, spec, extent = epath.Path(run.workdir), run.spec, getattr(source, "planar_extent", 0.0)
+    folder, spec, extent = epath.Path(run.workdir), run.spec, source.planar_extent
     # Points of a plane cost little, and many of them show a density.
     first, *rest = generate.in_batches(run.config.sample.num, 500 if extent else 100)
     clean, levels = generate.sample_at(run, first, with_levels=True)
@@ -34,6 +34,6 @@ def draw(run: Run, source: Source, loss_label: str) -> None:
         levels = levels.reshape(*levels.shape[:2], 2)
         plots.points_picture(levels, t, extent, folder / "trajectories.png")
     else:
-        plots.save_png(folder / "samples.png", plots.picture(images, spec.levels))
-        shown = plots.displayable(levels, spec.levels)
+        plots.save_png(folder / "samples.png", plots.picture(images, spec.pixel_levels))
+        shown = plots.displayable(levels, spec.pixel_levels)
         plots.trajectory_picture(shown, t, folder / "trajectories.png")
