@@ -102,8 +102,8 @@ def share(mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(r)) for r in held.values()})
     if len(shares) > 1 and sum(map(len, shares)) != len(rows):
         raise UserError("config.mesh splits the examples of one process over others that hold "
-                        "different ones: make the product of tensor and sequence divide the devices "
-                        "of a process, or the devices of a process divide it")
+                        "different ones: make the product of tensor and sequence divide the "
+                        "devices of a process, or the devices of a process divide it")
     return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
@@ -138,7 +138,10 @@ def _tuple(entry) -> tuple:
 
 
 def to_global(batch: dict, mesh) -> dict:
-    """This process's share of a batch, NumPy arrays [b, ...] -> global arrays split over examples."""
+    """This process's share of a batch, NumPy arrays [b, ...] -> global arrays [B, ...].
+
+    The global arrays are split over examples.
+    """
     sharding = batch_sharding(mesh)
     return {key: jax.make_array_from_process_local_data(sharding, value)
             for key, value in batch.items()}
@@ -158,7 +161,7 @@ def flag_by_process(value: bool, mesh):
 def place(tree, mesh):
     """NumPy arrays [n, ...], the same on all processes -> global arrays split over examples.
 
-    Repeats the first examples until the shards are equal.
+    Repeats examples in order until all shards have equal sizes.
     """
     shards, sharding = batch_shards(mesh), batch_sharding(mesh)
 
