@@ -1,0 +1,160 @@
+"""Objectives: what they refuse, what a step draws, and what each estimates."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.core import trajectory
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import config
+from ntm_jax.training import objectives, state
+from ntm_jax.training.objectives import Draws
+from tests.common import as_run, batch_of, experiment, randomised, setup, tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+TERMS = ("quadratic", "log_scale", "log_det")
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("digits", {"train.objective": "both"},
+     "config.train.objective is 'both': expected one of end_to_end, pairwise, flow_matching, "
+     "denoiser, or --import the module that registers it"),
+    ("digits", {"train.objective": "denoiser", "train.condition_dropout": 0.0},
+     "config.teacher is '', config.train.objective denoiser: a denoiser, and nothing else, has a "
+     "teacher; give --config.teacher=WORKDIR of the run to distil"),
+    ("digits", {"teacher": "runs/digits"},
+     "config.teacher is 'runs/digits', config.train.objective end_to_end: a denoiser, and nothing "
+     "else, has a teacher"),
+    ("digits_finetune", {"train.objective": "flow_matching", "train.level_power": 1.0},
+     "config.train.level_power is 1.0: it weights the levels of a trajectory, and "
+     "config.train.objective=flow_matching has none; set it to 0"),
+    ("digits_fm", {"model.head": "direct"},
+     "config.train.objective=flow_matching trains the backbone of config.model.head=posterior, "
+     "found direct, and of config.model.transporter_blocks=0, found 0"),
+    ("digits_fm", {"model.transporter_blocks": 1},
+     "of config.model.head=posterior, found posterior, and of config.model.transporter_blocks=0, "
+     "found 1"),
+    ("digits_finetune", {"init_from": "runs/digits_fm", "sample.decoder": "heun"},
+     "config.sample.decoder=heun solves the ODE of a flow-matching model: expected a decoder of "
+     "inverse, score, denoiser, or another config.train.objective"),
+    ("digits_finetune", {"init_from": ""},
+     "config.train.align_weight is 2.5: it holds a model with config.model.head=posterior near "
+     "the flow-matching model that config.init_from names; give both, or align_weight 0"),
+    ("digits", {"init_from": "runs/digits_fm", "train.align_weight": 2.5},
+     "config.train.align_weight is 2.5: it holds a model with config.model.head=posterior near "),
+])
+def test_what_an_objective_cannot_train_is_refused(name, changes, message):
+    values = experiment(name)
+    values.update_from_flattened_dict(changes)
+    settings = config.read(values)
+    with pytest.raises(UserError) as error:
+        objectives.checked(settings)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_taken_is_not_registered_again():
+    with pytest.raises(UserError, match="the objective 'pairwise' is registered already"):
+        objectives.register("pairwise", objectives.OBJECTIVES["pairwise"])
+
+
+DRAWS = tiny_config(**{
+    "trajectory.steps": (2, 4), "trajectory.t_min_range": (0.02, 0.04),
+    "train.condition_dropout": 0.3})
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """(labels, labels with some dropped, t_0) of 4,000 examples."""
+    _, model, _ = setup(DRAWS)
+    label = np.arange(4000, dtype=np.int32) % 10
+    batch = {"index": np.arange(4000, dtype=np.int32), "label": label}
+    draws = Draws(jax.random.key(3), batch, 2, 0)
+    t_min = draws.t_min(DRAWS.schedule(model.config.tokens))
+    condition = draws.condition(model, DRAWS.train.condition_dropout)
+    return label, np.asarray(condition), np.asarray(t_min)
+
+
+def test_conditions_are_dropped_one_by_one_at_the_given_rate(drawn):
+    label, condition, _ = drawn
+    dropped = condition == 10
+    assert abs(dropped.mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 4000)
+    np.testing.assert_array_equal(condition[~dropped], label[~dropped])
+    # Neighbours are independent, within 3 sigma.
+    assert 0.15 < np.corrcoef(dropped[:-1], dropped[1:])[0, 1] + 0.2 < 0.25
+
+
+def test_t_min_is_uniform_over_its_range(drawn):
+    t_min = np.sort(drawn[2])
+    assert 0.02 <= t_min[0] < 0.0201
+    assert 0.0399 < t_min[-1] < 0.04
+    distance = np.abs((t_min - 0.02) / 0.02 - np.arange(4000) / 4000).max()
+    assert distance < 1.63 / np.sqrt(4000)  # Kolmogorov-Smirnov at 1%
+
+
+@functools.cache
+def compiled(terms_of, setup):
+    return jax.jit(lambda params, root, batch, steps: terms_of(
+        setup, params, Draws(root, batch, steps, 0)), static_argnums=3)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """(a setup, random parameters, a batch of 256)."""
+    settings = tiny_config(**{"evaluate.split": "train[:256]", "trajectory.steps": (2, 4)})
+    source, model, mesh = setup(settings)
+    run = as_run(DRAWS, model, mesh)
+    params = randomised(state.initialize(run).params)
+    return objectives.setup(run), params, batch_of(source, DRAWS, 256)
+
+
+@pytest.mark.parametrize("terms_of", [objectives.trajectory_terms, objectives.pair_terms])
+def test_draws_follow_the_record_and_not_its_row(examples, terms_of):
+    setup, params, batch = examples
+    order = np.random.default_rng(0).permutation(256)
+    reordered = {name: values[order] for name, values in batch.items()}
+    function, root = compiled(terms_of, setup), jax.random.key(1)
+    terms, permuted = (function(params, root, b, 2) for b in (batch, reordered))
+    for name in TERMS:
+        found, expected = getattr(permuted, name), getattr(terms, name)[order]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)  # sums over 64 dimensions
+    other = function(params, jax.random.key(2), batch, 2)
+    assert np.abs(other.quadratic - terms.quadratic).min() > 0
+
+
+def test_pairs_estimate_the_trajectory_without_bias(examples):
+    setup, params, batch = examples
+    pair, whole = (compiled(terms_of, setup) for terms_of in (
+        objectives.pair_terms, objectives.trajectory_terms))
+    roots = [jax.random.key(i) for i in range(12)]
+    found = {key: [jax.device_get(function(params, root, batch, steps)) for root in roots]
+             for key, function, steps in (("pairs", pair, 0), ("two", whole, 2), ("four", whole, 4))}
+    for name in TERMS:
+        pairs, two, four = (
+            np.concatenate([np.mean(getattr(terms, name), 1) / 64 for terms in found[key]])
+            for key in ("pairs", "two", "four"))
+        trajectories = (two + four) / 2  # T is 2 or 4 with equal chance
+        error = np.hypot(pairs.std(), trajectories.std()) / np.sqrt(len(pairs))
+        assert abs(pairs.mean() - trajectories.mean()) < 4 * error, name
+        # The error is small enough to show a bias.
+        distinguished = error < 0.1 * abs(two.mean() - four.mean())
+        assert distinguished or error < 0.02 * abs(pairs.mean()), name
+
+
+def test_a_pair_is_the_trajectorys_own_factor(examples):
+    setup, params, batch = examples
+    model, x, label = setup.model, batch["x"][:4], batch["label"][:4]
+    t = setup.schedule.levels(4, jnp.full(4, 0.03))
+    xs = trajectory.simulate(x, t, jax.random.normal(jax.random.key(0), (4, 5, *x.shape[1:])))
+    steps = jnp.full(4, 4)
+    whole = jax.jit(model.apply)(params, xs, t, steps, label)
+    apply = jax.jit(functools.partial(model.apply, method=type(model).pair))
+    for k in range(4):
+        last = jnp.full(4, k == 3)
+        pair = apply(params, xs[:, k], xs[:, k + 1], t[:, k], t[:, k + 1], last, steps, label)
+        np.testing.assert_allclose(pair.nll, whole.nll[:, k], rtol=1e-4)
+        np.testing.assert_array_equal(pair.level, whole.level[:, k])
+        np.testing.assert_array_equal(pair.level, t[:, k])

@@ -1,0 +1,93 @@
+"""The training step: its gradient, a batch in parts or with a part missing, the draw of T."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.runtime import sharding
+from ntm_jax.training import objectives, state
+from ntm_jax.training.objectives import Draws
+from ntm_jax.training.step import make_step, steps_of
+from tests.common import as_run, batch_of, bits, norm, randomised, setup, tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def begin(settings):
+    """(the source, a run, its state after a step, with random numbers as parameters)."""
+    source, model, mesh = setup(settings)
+    run = as_run(settings, model, mesh)
+    current = state.initialize(run)
+    homes = jax.tree.map(lambda a: a.sharding, current.params)
+    params = jax.device_put(randomised(current.params), homes)
+    return source, run, current.replace(params=params, step=np.int32(1))
+
+
+def test_a_batch_taken_in_parts_makes_the_same_step():
+    found = []
+    for parts in (1, 4):
+        settings = tiny_config(**{"train.accumulate": parts})
+        source, run, current = begin(settings)
+        batch = sharding.to_global(batch_of(source, settings, 16), run.mesh)
+        with sharding.use(run.mesh):
+            current, metrics = make_step(run)(current, batch, 2)
+        found.append(jax.device_get((metrics, current.opt_state)))
+    for whole, parts in zip(*map(jax.tree.leaves, found), strict=True):
+        # float32 sums in another order, relative to the largest entry: single ones cancel
+        np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
+
+
+def test_a_step_that_lacks_a_part_of_its_batch_changes_nothing():
+    settings = tiny_config()
+    source, run, current = begin(settings)
+    step, batch = make_step(run), sharding.to_global(batch_of(source, settings, 16), run.mesh)
+    homes = jax.tree.map(lambda a: a.sharding, state.abstract(run))
+    before = jax.device_get(current)
+
+    def after(complete):
+        flag = sharding.flag_by_process(complete, run.mesh)
+        with sharding.use(run.mesh):
+            new, metrics = step(jax.device_put(before, homes), batch, 2, None, flag)
+        assert bool(metrics["batch_complete"]) is complete
+        return bits(new)
+
+    assert after(True) != after(False) == bits(before)
+
+
+def test_levels_are_weighted_by_a_power_of_their_noise():
+    """The step's gradient is that of sum_k w_k NLL_k; the reported loss is without the weights.
+
+    w_k = t_k^2 over the mean of t_k^2.
+    """
+    settings = tiny_config(**{
+        "train.level_power": 2.0, "optimizer.clip": 1e9, "trajectory.t_min": 0.04,
+        "trajectory.t_min_range": (0.04, 0.04)})
+    source, run, current = begin(settings)
+    batch, steps = batch_of(source, settings, 16), settings.evaluation_steps
+    draws = Draws(jax.random.fold_in(jax.random.key(settings.seed), 1), batch, steps, 1)
+    weight = run.evaluated_levels()[:-1] ** 2
+    weight /= weight.mean()
+
+    def loss(params, weight):
+        terms = objectives.trajectory_terms(objectives.setup(run), params, draws)
+        return jnp.mean(weight * (terms.nll - terms.constant)) / 64
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    _, weighted = jax.device_get(gradient(current.params, weight))
+    unweighted_loss, unweighted = jax.device_get(
+        gradient(current.params, np.ones(steps, np.float32)))
+    assert abs(norm(weighted) / norm(unweighted) - 1) > 0.1
+    with sharding.use(run.mesh):
+        _, metrics = make_step(run)(current, batch, steps)
+    np.testing.assert_allclose(metrics["grad_norm"], norm(weighted), rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], unweighted_loss, rtol=1e-5)
+
+
+def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
+    settings = tiny_config(**{"trajectory.steps": (2, 4, 8)})
+    drawn = [steps_of(settings, step) for step in range(300)]
+    assert drawn == [steps_of(settings, step) for step in range(300)]
+    assert all(70 < drawn.count(steps) < 130 for steps in (2, 4, 8))
+    other = tiny_config(seed=1, **{"trajectory.steps": (2, 4, 8)})
+    assert drawn != [steps_of(other, step) for step in range(300)]
