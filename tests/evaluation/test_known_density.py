@@ -1,4 +1,4 @@
-"""Learned densities against true ones: exact where a new model is, drawn at every level, and what evaluation.json says of them."""
+"""Learned densities against true ones: by level, drawn, and in evaluation.json."""
 
 import dataclasses
 import math
@@ -6,18 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from ntm_jax.api import Run
-from ntm_jax.data import pipeline, sources
+from ntm_jax.data import sources
 from ntm_jax.evaluation import evaluate, known_density, scoring
 from ntm_jax.evaluation.report import write_report
-from ntm_jax.runtime import build, sharding
 from ntm_jax.training import state
-from tests.common import as_run, tiny_config
+from tests.common import as_run, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SETTINGS = tiny_config(**{
-    "data.source": "toy:gaussians", "data.patch_size": 1, "model.condition": "none", "train.condition_dropout": 0.0,
-    "model.transporter_blocks": 0, "model.data_std": 1.0, "trajectory.steps": (3,), "sample.steps": 3, "evaluate.split": "test[:50]"})
 
 
 def log_normal(points, t):
@@ -27,33 +22,45 @@ def log_normal(points, t):
 
 
 @pytest.fixture(scope="module")
-def run():
-    """A new model without transporter, which is exact for standard normal data, on data that are told to be that."""
-    source = sources.open_source(SETTINGS.data.source, SETTINGS.evaluate.split)
-    spec, mesh = pipeline.spec(source, 1), sharding.make_mesh(SETTINGS.mesh)
-    model = build.make_model(SETTINGS, spec)
-    return Run(SETTINGS, spec, model, state.initialize(as_run(SETTINGS, model, mesh)).params, 0, mesh, "runs/toy")
+def run(quick_compilation):
+    """A new model without transporter, which is exact for standard normal data.
+
+    Its bound is the true log-density on every trajectory, up to float32.
+    """
+    settings = tiny_config(**{
+        "data.source": "toy:gaussians", "data.patch_size": 1, "model.condition": "none",
+        "train.condition_dropout": 0.0, "model.transporter_blocks": 0, "model.data_std": 1.0,
+        "trajectory.steps": (3,), "sample.steps": 3, "evaluate.split": "test[:50]"})
+    _, model, mesh = setup(settings)
+    new = as_run(settings, model, mesh)
+    return dataclasses.replace(new, params=state.initialize(new).params, workdir="runs/toy")
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_the_density_at_every_level(run, level):
     points = np.random.default_rng(0).normal(size=(41, 2))
-    t = np.asarray(SETTINGS.schedule(run.model.config.tokens).levels(3, np.full(1, 0.03, np.float32)))[0]
+    t = run.evaluated_levels()[level]
     found = known_density.log_density(run, points, level, trajectories=2)
-    np.testing.assert_allclose(found, log_normal(points, t[level]), atol=1e-4)  # float32: a bound that is exact on every trajectory
+    np.testing.assert_allclose(found, log_normal(points, t), atol=1e-4)
 
 
-def test_bounds_beside_the_truth(run, tmp_path, capsys):
-    source = dataclasses.replace(sources.open_source(SETTINGS.data.source, "test[:50]"), log_density=log_normal)
-    scored = scoring.score_records(as_run(SETTINGS, run.model, run.mesh, run.params), source, 2)
-    found = known_density.compare_with_true_density(run, source, scored)
+def test_bounds_beside_the_true_density(run):
+    source = sources.open_source(run.config.data.source, "test[:50]")
+    source = dataclasses.replace(source, log_density=log_normal)
+    scores = scoring.score_records(run, source, 2)
+    found = known_density.compare_with_true_density(run, source, scores)
     assert found["importance_weighted"]["mean"] == pytest.approx(0, abs=1e-4)
     assert found["bound"]["mean"] == pytest.approx(0, abs=1e-4)
-    result, scored = evaluate.evaluate(run)
-    assert result["truth"]["importance_weighted"]["mean"] < -0.05  # of the mixture it knows nothing
-    assert result["truth"]["log_density"]["mean"] > -2.6  # below the entropy of a normal of equal variance, 2.84
+
+
+def test_an_evaluation_of_planar_data_draws_its_densities(run, tmp_path, capsys):
+    result, scores = evaluate.evaluate(run)
+    truth = result["truth"]
+    assert truth["importance_weighted"]["mean"] < -0.05  # the model is untrained
+    # Above the negative entropy of a normal distribution of equal variance, -2.84.
+    assert truth["log_density"]["mean"] > -2.6
     assert "bits_per_dim" not in result
     assert "class_accuracy" not in result
-    write_report(run, result, scored, tmp_path / "evaluation.json")
+    write_report(run, result, scores, tmp_path / "evaluation.json")
     assert (tmp_path / "densities.png").stat().st_size > 1000
     assert "true mean log-density of the data noised to t_0" in capsys.readouterr().out

@@ -1,0 +1,32 @@
+"""A run of digits that was never trained, and its scores, for the tests of evaluation."""
+
+import dataclasses
+
+import pytest
+
+from ntm_jax.data import sources
+from ntm_jax.evaluation import scoring
+from ntm_jax.training import state
+from tests.common import as_run, randomised, setup, tiny_config
+
+
+@pytest.fixture(scope="module")
+def source():
+    """The 20 records that are scored."""
+    return sources.open_source("digits", "test[:20]")
+
+
+@pytest.fixture(scope="module")
+def run(quick_compilation):
+    """A run with random parameters, so that no term is trivial, in no folder."""
+    settings = tiny_config()
+    _, model, mesh = setup(settings)
+    new = as_run(settings, model, mesh)
+    params = randomised(state.initialize(new).params)
+    return dataclasses.replace(new, params=params, step=3, workdir="runs/tiny")
+
+
+@pytest.fixture(scope="module")
+def scores(run, source):
+    """The scores of the records, in one batch, with three trajectories each."""
+    return scoring.score_records(run, source, 3)

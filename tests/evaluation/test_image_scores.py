@@ -1,0 +1,145 @@
+"""Scores of samples beside real images: class accuracy by guidance, features, retrieval."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+from sklearn.svm import SVC
+
+from ntm_jax.data import pipeline, sources
+from ntm_jax.data.records import Layout, write_records
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import evaluate, image_scores, scoring, statistics
+from ntm_jax.evaluation.evaluate import EvaluationOptions
+from ntm_jax.evaluation.features import pixels
+from ntm_jax.evaluation.report import summarize, table
+from ntm_jax.runtime import build
+from ntm_jax.runtime import config as configuration
+from ntm_jax.training import state
+from tests.common import as_run, randomised, tiny_config
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def sampled(run, **overrides):
+    """The run with samples decoded by the inverse, and other settings overridden."""
+    settings = tiny_config(**{"sample.decoder": "inverse"} | overrides)
+    return dataclasses.replace(run, config=settings)
+
+
+@pytest.fixture
+def guided_scores(run, source, monkeypatch):
+    """(run, training split, image scores at two scales of guidance, the samples by scale)."""
+    run, train = sampled(run, **{"evaluate.images": 30}), sources.open_source("digits", "train")
+    made, generated = {}, image_scores.generated
+
+    def kept(run, progress=False):
+        scale = run.config.sample.guidance
+        assert scale not in made  # the configuration's own scale, 0, is sampled once
+        made[scale] = generated(run, progress)
+        return made[scale]
+
+    monkeypatch.setattr(image_scores, "generated", kept)
+    scales = (0.0, (3.0, 0.0))
+    result = image_scores.image_scores(run, train, source, pixels(17), scales)
+    assert list(made) == list(scales)
+    return run, train, result, made
+
+
+def test_guidance_is_compared_on_the_same_noise(guided_scores, scores):
+    run, train, result, made = guided_scores
+    own, other = made
+    expected = run.sample(30, np.arange(30) % 10, guidance=other)
+    np.testing.assert_array_equal(made[other], expected)
+    assert (made[other] != made[own]).any()
+    records = [train.records[i] for i in range(1500)]
+    real = np.stack([r["image"] for r in records]).reshape(1500, 64) / 16
+    machine = SVC().fit(real, np.array([r["label"] for r in records]))
+    flat = {scale: images.reshape(30, 64) / 16 for scale, images in made.items()}
+    hits = {scale: (machine.predict(x) == np.arange(30) % 10).astype(int)
+            for scale, x in flat.items()}
+    for scale, found in zip(made, result["guidance"], strict=True):
+        difference = hits[scale] - hits[own]
+        assert (found["guidance"], found["mean"]) == (scale, pytest.approx(hits[scale].mean()))
+        assert found["difference"]["mean"] == pytest.approx(difference.mean())
+        stderr = difference.std(ddof=1) / math.sqrt(30)
+        assert found["difference"]["stderr"] == pytest.approx(stderr)
+        assert found["frechet"] == pytest.approx(statistics.frechet(real, flat[scale]))
+    assert result["class_accuracy"]["mean"] == result["guidance"][0]["mean"]
+
+    result |= {"split": "test", "step": 3} | summarize(scores, run.spec, 3)
+    # An untrained model's difference may be 0.
+    result["guidance"][1]["difference"] = {"mean": -0.125, "stderr": 0.0625}
+    printed = table(result, "bits_per_dim")
+    assert printed.count("less that of guidance") == 1  # the first scale has no difference
+    row = re.search(r"frechet \(pixels features, a proxy\) of guidance \(3\.0.*", printed)[0]
+    assert f"{result['guidance'][1]['frechet']:.4f}" in row
+    assert re.search(r"of guidance \(3\.0, 0\.0\) less that of guidance 0\.0, % +"
+                     r"-12\.5000 ± 6\.2500", printed)
+
+
+def test_guidance_that_cannot_be_compared_is_refused(run, monkeypatch):
+    monkeypatch.setattr(scoring, "score_records", None)  # refused before anything is scored
+    with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
+        evaluate.evaluate(sampled(run, **{"evaluate.images": 30}),
+                          EvaluationOptions(guidance=(0.0, (1.0, 1.0, 1.0))))
+    message = (r"--guidance compares class accuracies .* neither applies here, or "
+               r"config\.evaluate\.images is 0; leave --guidance out")
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate(run, EvaluationOptions(guidance=(1.0,)))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Random pictures [60, 8, 8, 1] of 16 levels: 40 to train on, 20 held out."""
+    return np.random.default_rng(0).integers(0, 16, (60, 8, 8, 1), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def captioned(run, pictures, tmp_path_factory):
+    """A run conditioned on the captions of the pictures, never trained."""
+    folder = tmp_path_factory.mktemp("captioned")
+    words, random = "a red blue circle square", np.random.default_rng(1)
+    examples = [{"image": picture, "caption": " ".join(random.choice(words.split(), 3))}
+                for picture in pictures]
+    write_records(str(folder), {"train": examples[:40], "test": examples[40:]},
+                  Layout((8, 8, 1), 16, captions=True))
+    values = sampled(run, **{"data.source": f"records:{folder}", "model.condition": "text",
+                             "evaluate.images": 30}).config.raw
+    values["data"]["text"] = f"words:3:{words}"
+    settings = configuration.read(values)
+    spec = pipeline.spec(settings.data.open("test"), 2)
+    new = as_run(settings, build.make_model(settings, spec), run.mesh)
+    return dataclasses.replace(new, params=randomised(state.initialize(new).params), step=3)
+
+
+def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):
+    """A sample retrieves its caption's own picture among those of both splits.
+
+    Samples of an untrained model retrieve by chance, the held-out pictures themselves always.
+    """
+    source, train = (captioned.config.data.open(split) for split in ("test", "train"))
+    extractor, made, generated = pixels(16), [], image_scores.generated
+    monkeypatch.setattr(image_scores, "generated",
+                        lambda *rest: made.append(generated(*rest)) or made[-1])
+    found = image_scores.image_scores(captioned, train, source, extractor)["retrieval"]
+    ranks = statistics.retrieved(pictures, made[0][:20], np.arange(40, 60), 16)
+    assert found["rank_5"]["mean"] == pytest.approx((ranks <= 5).mean())
+    assert found["rank_5"]["stderr"] == pytest.approx((ranks <= 5).std(ddof=1) / np.sqrt(20))
+    assert (found["candidates"], found["captions"], found["proxy"]) == (60, 20, True)
+    assert found["chance"] == {"rank_1": 1 / 60, "rank_5": 5 / 60}
+    assert found["rank_1"]["mean"] < 0.3
+
+    own = np.resize(pictures[40:], (30, 8, 8, 1))  # the captions' own pictures, in turn
+    monkeypatch.setattr(image_scores, "generated", lambda *_: own)
+    found = image_scores.image_scores(captioned, train, source, extractor)
+    assert found["retrieval"]["rank_1"] == {"mean": 1.0, "stderr": 0.0}
+    scores = scoring.score_records(captioned, source, 1)
+    found |= {"split": "test", "step": 3} | summarize(scores, captioned.spec, 1)
+    assert re.search(r"own picture among the 5 nearest of 60 \(a proxy; chance 8\.3\), % +"
+                     r"100\.0000 ± 0\.0000", table(found, "bits_per_dim"))
+    assert "retrieval" not in image_scores.image_scores(captioned, train, source, None)
+    monkeypatch.setattr(image_scores, "MAX_CANDIDATES", 59)
+    assert "retrieval" not in image_scores.image_scores(captioned, train, source, extractor)

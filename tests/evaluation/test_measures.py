@@ -1,0 +1,34 @@
+"""Held-out errors of denoising."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ntm_jax.core import denoising, trajectory
+from ntm_jax.evaluation import measures
+from ntm_jax.evaluation.report import DENOISED
+from tests.common import batch_of
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_denoising_by_level(run, source):
+    """In batches of 7, of which the last is padded."""
+    in_sevens = dataclasses.replace(run, config=run.config.with_evaluation(batch_size=7))
+    found = measures.denoising_errors(in_sevens, source)
+    batch = batch_of(source, run.config, 20)
+    x, t = batch["x"], np.tile(run.sampled_levels(), (20, 1))
+    keys = trajectory.example_keys(jax.random.key(run.config.seed), "evaluate", batch["index"])
+    xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (3, *x.shape[1:])))
+    clean = jax.jit(lambda xs: denoising.denoise_levels(
+        run.model, run.params, xs, t, batch["label"]))(xs)
+    assert list(found) == list(clean) == list(DENOISED)
+    for name, values in clean.items():
+        errors = np.square(np.asarray(values) - x[:, None]).mean((2, 3))
+        np.testing.assert_allclose(found[name]["mean"], errors.mean(0), rtol=1e-4)
+        stderr = errors.std(0, ddof=1) / np.sqrt(20)
+        np.testing.assert_allclose(found[name]["stderr"], stderr, rtol=1e-3)
+    noise = (t[0, :2] / (1 - t[0, :2])) ** 2
+    np.testing.assert_allclose(found["as_it_is"]["mean"], noise, rtol=0.15)  # 1,280 draws

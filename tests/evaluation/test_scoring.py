@@ -1,0 +1,123 @@
+"""Scores of records: the same in any batch size and twice over, their bounds in order."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ntm_jax.core import likelihood
+from ntm_jax.data import sources
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import scoring
+from ntm_jax.evaluation.report import CONTRIBUTIONS, summarize
+from tests.common import batch_of
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def in_batches(run, size):
+    """The run with another batch size of evaluation."""
+    return dataclasses.replace(run, config=run.config.with_evaluation(batch_size=size))
+
+
+@pytest.mark.parametrize("size", [7, 19])
+def test_every_record_counts_once_in_any_batch_size(run, source, scores, size):
+    """The last of the batches of 7 is padded; of those of 19 it holds one record."""
+    table = scoring.score_records(in_batches(run, size), source, 3)
+    np.testing.assert_array_equal(table["index"], np.arange(20))
+    assert set(table) == set(scores)
+    assert "mask" not in table
+    for name, values in table.items():  # the tolerance is for sums of hundreds of nats
+        np.testing.assert_allclose(values, scores[name], rtol=1e-5, atol=1e-3, err_msg=name)
+
+
+def test_all_297_digits_count_in_any_batch_size(run):
+    source, found = sources.open_source("digits", "test"), {}
+    for size in (7, 64, 512):
+        table = scoring.score_records(in_batches(run, size), source, 1)
+        found[size] = summarize(table, run.spec, 1)
+        np.testing.assert_array_equal(table["index"], np.arange(297))
+        assert found[size]["count"] == 297
+    bounds = {size: result["bits_per_dim"]["bound"]["mean"] for size, result in found.items()}
+    levels = {size: result["trajectory_nll"]["by_level"] for size, result in found.items()}
+    for size in (7, 64):
+        assert bounds[size] == pytest.approx(bounds[512], rel=1e-5)
+        assert levels[size] == pytest.approx(levels[512], rel=1e-5)
+
+
+def test_the_same_parameters_give_the_same_scores_twice(run, source, scores):
+    np.testing.assert_array_equal(scores["index"], np.arange(20))
+    again = scoring.score_records(run, source, 3)
+    for name, values in again.items():
+        np.testing.assert_array_equal(values, scores[name])
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, seed=1))
+    assert np.abs(scoring.score_records(other, source, 3)["bound"] - again["bound"]).min() > 0
+
+
+def test_the_weighted_bound_is_the_tighter_one_record_by_record(scores):
+    assert (scores["importance_weighted"] > scores["bound"]).all()
+    assert (scores["importance_weighted"] - scores["bound"] < 1000).all()
+    size = scores["effective_sample_size"]
+    assert ((size >= 1 - 1e-5) & (size <= 3)).all()
+    parts = sum(scores[name].reshape(20, -1).sum(1) for name in CONTRIBUTIONS)
+    np.testing.assert_allclose(parts, scores["bound"], rtol=1e-5, atol=1e-2)
+    assert scores["weighted"].shape == (20, 2)  # of the first trajectory and of all three
+    np.testing.assert_array_equal(scores["weighted"][:, -1], scores["importance_weighted"])
+
+
+def test_one_trajectory_is_the_first_of_many_and_makes_both_bounds_equal(run, source, scores):
+    one = scoring.score_records(run, source, 1)
+    np.testing.assert_allclose(one["importance_weighted"], scores["weighted"][:, 0], rtol=1e-5)
+    np.testing.assert_allclose(one["bound"], one["importance_weighted"], rtol=1e-6)
+
+
+def test_trajectories_of_continuous_data_share_their_x_0(run, source, monkeypatch):
+    """likelihood.contributions is spied on: it sees each trajectory.
+
+    No other test scores 4 records with 3 trajectories, so the program is compiled with the spy.
+    """
+    seen, contributions = [], likelihood.contributions
+
+    def spy(terms, xs, *rest):
+        jax.debug.callback(lambda x: seen.append(np.asarray(x)), xs, ordered=True)
+        return contributions(terms, xs, *rest)
+
+    monkeypatch.setattr(likelihood, "contributions", spy)
+    batch = batch_of(source, run.config, 4)
+    for pixel_levels in (0, 17):
+        spec = dataclasses.replace(run.spec, pixel_levels=pixel_levels)
+        result = scoring.score_batch(dataclasses.replace(run, spec=spec), batch, 3)
+        jax.effects_barrier()
+        assert ("reconstruction" in result) == (pixel_levels > 0)
+        assert np.isfinite(result["bound"]).all()
+    assert len(seen) == 6
+    continuous, pixels = np.stack(seen[:3]), np.stack(seen[3:])
+    np.testing.assert_array_equal(continuous[1:, :, 0], continuous[:-1, :, 0])
+    assert (continuous[1:, :, 1:] != continuous[:-1, :, 1:]).all()
+    assert (pixels[1:] != pixels[:-1]).all()
+    noise = (continuous[0, :, 0] - 0.97 * batch["x"]) / 0.03  # 256 draws
+    assert abs(noise.mean()) < 0.3
+    assert abs(noise.std() - 1) < 0.2
+
+
+def test_a_batch_beyond_the_memory_is_taken_in_parts(run, source, scores, monkeypatch):
+    score_batch, tried = scoring.score_batch, []
+
+    def limited(run, batch, *rest):
+        tried.append(len(batch["x"]))
+        if tried[-1] > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
+        return score_batch(run, batch, *rest)
+
+    monkeypatch.setattr(scoring, "score_batch", limited)
+    most = 5
+    with pytest.warns(UserWarning, match="does not fit in memory: (10|5) at a time"):
+        found = scoring.score_records(run, source, 3)
+    assert tried == [20, 10, 5, 5, 5, 5]
+    for name, values in scores.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-3, err_msg=name)
+    most = 0
+    with (pytest.warns(UserWarning, match="does not fit"),
+          pytest.raises(UserError, match="one record a device does not fit in its memory: raise")):
+        scoring.score_records(run, source, 3)
