@@ -30,11 +30,14 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_TH
 class DataSpec:
     """The properties of the data that the model depends on.
 
-    image_shape: (H, W, C). patch_size: side of a patch, which divides H and W. pixel_levels: the
-    number of values that a pixel can take; 0 for continuous latents. num_classes: 0 without labels.
-    count: the number of records. text_tokens, text_width: M and E of the text states; 0 without
-    text. text: the encoder that made them. mean, std: by channel, what latents were normalised by;
-    empty if they were not.
+    image_shape: (H, W, C).
+    patch_size: the side of a patch, which divides H and W.
+    pixel_levels: the number of values that a pixel can take; 0 for continuous latents.
+    num_classes: 0 without labels.
+    count: the number of records.
+    text_tokens, text_width: M and E of the text states; 0 without text.
+    text: the encoder that made the text states.
+    mean, std: by channel, what latents were normalised by; empty if they were not.
     """
 
     image_shape: tuple[int, int, int]

@@ -76,7 +76,7 @@ class MiniLM(_Network):
             ids[: self.tokens - 1] + ids[-1:] if long else ids
             for ids, long in zip(tokens, cut, strict=True)
         ]
-        # Few distinct shapes, so that few programs are compiled: whole batches, and powers of 2.
+        # Few distinct shapes, so that few programs are compiled: full batches, and powers of 2.
         longest = max(map(len, tokens))
         rows = -(-len(tokens) // _BATCH) * _BATCH
         shape = (rows, 8 << max(0, (longest - 1).bit_length() - 3))

@@ -23,8 +23,11 @@ TEXT_LIMIT = 16 * 2**20  # bytes of a row of a list, or of a caption in a tar
 class Item(NamedTuple):
     """An image with its caption and label.
 
-    key: names the record, and decides its split. image: where its bytes lie, in the form that
-    `Input.read` understands. caption: with surrogates if it is not UTF-8. label: None without one.
+    key: names the record, and decides its split.
+    image: the place of its bytes, in the form that `Input.read` understands.
+    caption: with surrogates if it is not UTF-8.
+    label: None without one.
+
     Items of tfds have their caption and label only once they are read.
     """
 
@@ -38,7 +41,7 @@ class Input(NamedTuple):
     """A list of items.
 
     read: a function from an item to (image: a file's bytes or [H, W, C] uint8, caption, label).
-    classes: their names, in the labels' order; empty without labels.
+    classes: their names, in the order of the labels; empty without labels.
     """
 
     items: Sequence[Item]
@@ -49,8 +52,9 @@ class Input(NamedTuple):
 class Loaded(NamedTuple):
     """A loaded item.
 
-    image: [S, S, 3] uint8; None if it is bad, and `bad` is the reason. null: why `caption` is '',
-    the null caption, 'empty' or 'not UTF-8'; '' if it is not.
+    image: [S, S, 3] uint8; None if the image is bad.
+    bad: the reason if it is bad, else ''.
+    null: the reason if `caption` is '', the null caption: 'empty' or 'not UTF-8'; else ''.
     """
 
     key: str

@@ -26,13 +26,15 @@ _PLAN = "plan.json"
 class Choices:
     """What determines the records: the flags of launch/prepare.py, and keys in the manifest.
 
-    input, captions, caption_feature, tfds_split: see captioned.open_input. image_size: S, the
-      images' side.
-    flip: adds the mirror image of every training image, which doubles the records. latents: '' for
-    pixels, or flux2:FOLDER. latent_scale: 'measured' normalises latents to mean 0 and variance 1 by
-    channel over the training records; 'encoder' keeps the autoencoder's scale, on which pretrained
-    networks were trained. text: the encoder of captions, '' for none. test: below 1 the share of
-    the images held out, otherwise their number. shard_size: images in a shard.
+    input, captions, caption_feature, tfds_split: see captioned.open_input.
+    image_size: S, the images' side.
+    flip: adds the mirror image of every training image, which doubles the training records.
+    latents: '' for pixels, or flux2:FOLDER.
+    latent_scale: 'measured' normalises latents to mean 0 and variance 1 by channel over the
+      training records; 'encoder' keeps the autoencoder's scale, which pretrained networks expect.
+    text: the encoder of captions; '' for none.
+    test: below 1 the share of the images held out, otherwise their number.
+    shard_size: the number of images in a shard.
     """
 
     input: str
@@ -50,7 +52,10 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """name: of its file, without .arrayrecord. rows: indices of the input's items."""
+    """A shard: some of the input's items, of one split.
+
+    name: of its file, without .arrayrecord. rows: indices of the items.
+    """
 
     name: str
     split: str
@@ -70,7 +75,7 @@ def make_shards(choices: Choices, items: Sequence[Item]) -> list[Shard]:
     if not 0 <= number < len(items) or (not share and choices.test != number):
         raise UserError(
             f"--test={choices.test:g} holds out {choices.test:g} of {len(items)} images: expected "
-            "a share below 1, or a whole number below theirs"
+            f"a share below 1, or a whole number below {len(items)}"
         )
     last = sorted(values)[number - 1] if number else -1
     splits = {

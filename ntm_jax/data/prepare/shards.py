@@ -25,9 +25,13 @@ _NAMED = 10  # bad images, or shards, that a message names
 class Tally:
     """What a shard was made of; written beside it.
 
-    plan: the plan's hash. images: good and bad ones. bad: [key, reason] of each bad image.
-    null_captions: the number of null captions by reason. cut_captions: those longer than M tokens.
-    bytes, sha256: of the shard's file. sums, squares: of latents, by channel.
+    plan: the plan's hash.
+    images: the number of images, good and bad. records: the number of records.
+    bad: [key, reason] of each bad image.
+    null_captions: the number of null captions by reason.
+    cut_captions: the number of captions longer than M tokens.
+    bytes, sha256: of the shard's file.
+    sums, squares: of latents, by channel.
     """
 
     plan: str

@@ -31,12 +31,14 @@ _PIXEL_LEVELS = "levels"  # the manifest's key of Layout.pixel_levels
 class Layout:
     """What all records of a folder share. ValueError if the fields contradict each other.
 
-    image_shape: (H, W, C). pixel_levels: V; 0 for continuous latents. num_classes: 0 without
-      labels.
-    text_tokens, text_width: M and E; 0 without text. text: the encoder that made the states, see
-    data.text. captions: whether records hold their captions. mean, std: by channel; latents are
-    read as (latent - mean) / std. Empty: they are read as stored. choices: how the records were
-    made, any JSON.
+    image_shape: (H, W, C).
+    pixel_levels: V; 0 for continuous latents. The manifest calls it levels.
+    num_classes: 0 without labels.
+    text_tokens, text_width: M and E; 0 without text.
+    text: the encoder that made the text states, see data.text.
+    captions: whether records hold their captions.
+    mean, std: by channel; latents are read as (latent - mean) / std, or as stored if empty.
+    choices: how the records were made, any JSON.
     """
 
     image_shape: tuple[int, int, int]

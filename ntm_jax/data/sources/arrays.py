@@ -24,8 +24,12 @@ _provided: dict[str, "Arrays"] = {}  # by version; under '', those provided last
 class Arrays:
     """A data set in memory, made by `from_arrays`.
 
-    images: [n, H, W, C], uint8 pixels or float32 latents. pixel_levels: 0 for latents. labels: [n]
-    ints, or None. captions: n strings, or None. version: a hash of the content and its splits.
+    images: [n, H, W, C], uint8 pixels or float32 latents.
+    labels: [n] ints, or None.
+    captions: n strings, or None.
+    pixel_levels: the number of values that a pixel can take; 0 for latents.
+    splits: the rows of train, test and all.
+    version: a hash of the content and its splits.
     """
 
     images: np.ndarray
@@ -69,12 +73,12 @@ def from_arrays(
     holds a copy.
 
     Args:
-      images: [n, H, W, C] or [n, H, W] (C = 1): uint8 pixels, or float32 latents, best of mean 0
-        and variance 1.
+      images: [n, H, W, C] or [n, H, W] (C = 1): uint8 pixels, or float32 latents, ideally of mean
+        0 and variance 1.
       labels: [n] integers from 0, or None; there are max(labels) + 1 classes.
       captions: n strings, or None.
-      pixel_levels: the number of values that a pixel can take, 2 to 256, of which the largest in
-        `images` is below; by default 256 for uint8 images. Latents have none.
+      pixel_levels: the number of values that a pixel can take, 2 to 256 and greater than every
+        pixel; by default 256. Leave it out for latents.
       held_out: the share of the records in the split test, 0 <= held_out < 1.
       seed: of the permutation that is cut into train and test.
     Raises:
@@ -101,7 +105,8 @@ def from_arrays(
 def provide(arrays: Arrays) -> None:
     """Makes data.source=arrays, and data.source=arrays.name, open `arrays` in this process.
 
-    `arrays` opens those that were provided last; the name `arrays:VERSION` opens only its own.
+    The name `arrays` opens those that were provided last, `arrays:VERSION` only those of this
+    version. The process keeps all arrays that it was provided with.
     """
     _provided[""] = _provided[arrays.version] = arrays
 
@@ -112,7 +117,7 @@ def open_provided(version: str, split: str) -> Source:
         name = f"arrays:{version}" if version else "arrays"
         raise UserError(
             f"data.source {name} is not in this process's memory: this run was trained on arrays "
-            "in memory, so pass data=... with the same images, labels and captions"
+            "in memory: pass data=... with the same images, labels and captions"
         )
     return _provided[version].open(split)
 

@@ -31,8 +31,8 @@ class Source:
       "text": [M, E] float16, zeros after the record's own tokens, and "text_mask": [M] bool, true
         on the record's own tokens, if text_width is positive;
       "name": str, optional, what errors call the record.
-    image_shape: (H, W, C). H and W may be None while a source is opened, if data.image_size sets
-      them.
+    image_shape: (H, W, C). An open function may leave H and W None, if only reading a record or
+      data.image_size determines them.
     pixel_levels: V, the number of values that a pixel can take; 0 for continuous latents.
     num_classes: labels are 0..num_classes-1; 0 without labels.
     name, split: as given to `open_source`, which sets them.
@@ -49,7 +49,7 @@ class Source:
       captions that returns arrays [n]: "task", names; "right", bool; and further rates by name, NaN
       where an image has none.
     unseen: the split whose captions combine what no training caption combines; '' if there is none.
-    mixed_sizes: names two images of different sizes; '' if all have one size. Opening such a source
+    mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.
     planar_extent: how the data are drawn. 0: as images. Positive: each record is a point of the
       plane, latents of shape 1 x 2 x 1, drawn in scatter plots on the square [-planar_extent,
@@ -193,8 +193,10 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
 class ArrayRecords:
     """Arrays in memory as records.
 
-    images: [n, H, W, C]. labels: [n] ints, or None. captions: n strings, or None. rows: which of
-    the n are records, in order; None for all.
+    images: [n, H, W, C].
+    labels: [n] ints, or None.
+    captions: n strings, or None.
+    rows: the rows of the arrays that are records, in order; None for all.
     """
 
     images: np.ndarray

@@ -103,7 +103,7 @@ def test_the_version_names_the_content_and_its_splits():
 
 def test_arrays_open_by_their_version_and_only_where_they_are_provided():
     first, second = from_arrays(IMAGES), from_arrays(255 - IMAGES)
-    message = "this run was trained on arrays in memory, so pass data=... with the same images"
+    message = "this run was trained on arrays in memory: pass data=... with the same images"
     for name in ("arrays", first.name):
         with pytest.raises(
             UserError, match=f"^data.source {name} is not in .*{re.escape(message)}"
