@@ -9,7 +9,7 @@ import pytest
 
 import ntm_jax
 from ntm_jax import files
-from ntm_jax.data import captioned
+from ntm_jax.data.prepare import inputs
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate
 from ntm_jax.export.read import load_run
@@ -67,7 +67,7 @@ def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path):
 
 def test_an_input_of_prepare_that_names_a_module_imports_nothing(hostile):
     with pytest.raises(UserError, match=rf"^{hostile} names the class '{MODULE}.Feature'"):
-        captioned.open_input(hostile)
+        inputs.open_input(hostile)
 
 
 @pytest.mark.parametrize("key", ["data.source", "data.text", "teacher", "init_from", "model.backbone", "train.objective",

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from ntm_jax.data import captioned, latents
+from ntm_jax.data import latents
+from ntm_jax.data.prepare import captioned, inputs
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
 from tests.common import python, rehearsal, write_photos
@@ -55,7 +56,7 @@ def test_records_are_the_autoencoders_latents(prepared):
     source = open_source(f"records:{prepared}/records", "all")
     record = source.records[0]
     stored = record["image"] * np.float32(source.std) + np.float32(source.mean)
-    given = captioned.open_input(f"folder:{prepared}/photos")
+    given = inputs.open_input(f"folder:{prepared}/photos")
     photos = [captioned.load(given.read, 256, item).image for item in given.items]
     found = latents.Autoencoder(str(prepared / "autoencoder")).encode(np.stack(photos))
     errors = np.abs(found - stored).max((1, 2, 3))

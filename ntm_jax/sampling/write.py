@@ -120,7 +120,7 @@ class _Work:
         self.autoencoder = None
         if request.autoencoder and jax.process_index() == 0:
             self.autoencoder = latents.Autoencoder(request.autoencoder)
-        self.pixel_levels = latents.LEVELS if request.autoencoder else run.spec.pixel_levels
+        self.pixel_levels = latents.PIXEL_LEVELS if request.autoencoder else run.spec.pixel_levels
         prompts.check_layout(request.layout, request.prompts, request.per_prompt, run.spec.image_shape)
 
     def description(self) -> dict:

@@ -23,7 +23,7 @@ _LISTS = ("metadata.jsonl", "metadata.csv")
 
 
 def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
-    """Lists the images of the folder; see captioned.open_input."""
+    """Lists the images of the folder; see inputs.open_input."""
     root = epath.Path(where).expanduser()
     if not root.is_dir():
         raise UserError(f"--input=folder:{root} is not there: expected a folder of images")

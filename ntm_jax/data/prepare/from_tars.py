@@ -31,7 +31,7 @@ _EXTENDED = (
 
 
 def open_tars(pattern: str) -> Input:
-    """Lists the images in all tars that match a pattern; see captioned.open_input."""
+    """Lists the images in all tars that match a pattern; see inputs.open_input."""
     paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     if not paths:
         raise UserError(

@@ -9,7 +9,7 @@ from ntm_jax.errors import UserError
 
 
 def open_tfds(where: str, split: str, feature: str) -> Input:
-    """Lists the records of a split; see captioned.open_input."""
+    """Lists the records of a split; see inputs.open_input."""
     builder = source.builder_of(where)
     name, features = f"tfds:{where}", builder.info.features
     if "image" not in features:

@@ -26,7 +26,7 @@ _PLAN = "plan.json"
 class Choices:
     """What determines the records: the flags of launch/prepare.py, and keys in the manifest.
 
-    input, captions, caption_feature, tfds_split: see captioned.open_input.
+    input, captions, caption_feature, tfds_split: see inputs.open_input.
     image_size: S, the images' side.
     flip: adds the mirror image of every training image, which doubles the training records.
     latents: '' for pixels, or flux2:FOLDER.

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ntm_jax.data.prepare import captioned, loading, shards
+from ntm_jax.data.prepare import captioned, inputs, loading, shards
 from ntm_jax.data.prepare.encoder import Encoder
 from ntm_jax.data.prepare.plan import Choices, Shard, claim, make_plan, make_shards
 from ntm_jax.data.prepare.shards import BadLimit, Before, Tally, few
@@ -59,7 +59,7 @@ def prepare(
       workers: processes that decode images; 0 decodes in this one.
       num_processes, process_id: the number of processes that share the work, and this one's number
         from 0.
-      follow_outside: see captioned.open_input.
+      follow_outside: see inputs.open_input.
     Raises:
       UserError: more bad images; a folder of another plan; an input or a choice that is not
         understood; shards that differ from the manifest when made again. Complete shards stay.
@@ -70,7 +70,7 @@ def prepare(
             f"--process_id={process_id}: expected 0 to {num_processes - 1}, below "
             f"--num_processes={num_processes}"
         )
-    given = captioned.open_input(
+    given = inputs.open_input(
         choices.input, choices.captions, choices.caption_feature, choices.tfds_split, follow_outside
     )
     encoder, everything = Encoder(choices, given.classes), make_shards(choices, given.items)

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ntm_jax.data.prepare import captioned
+from ntm_jax.data.prepare import inputs
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 from tests.data.sources.common import labels, values
@@ -154,7 +154,7 @@ def test_tfds_imports_no_module_that_a_folder_names(
     for name in (f"tfds:{folders[0]}", "tfds:hostile", "tfds:hostile:1.2.3", "tfds:squares:1.2.3"):
         for opened in (
             lambda name=name: open_source(name, "train"),
-            lambda name=name: captioned.open_input(name, feature="label"),
+            lambda name=name: inputs.open_input(name, feature="label"),
         ):
             with pytest.raises(
                 UserError,
@@ -182,7 +182,7 @@ def test_tfds_accepts_only_its_own_names(squares_dir, monkeypatch, imported, nam
     monkeypatch.setenv("TFDS_DATA_DIR", str(squares_dir))
     for opened in (
         lambda: open_source(f"tfds:{name}", "train"),
-        lambda: captioned.open_input(f"tfds:{name}"),
+        lambda: inputs.open_input(f"tfds:{name}"),
     ):
         with pytest.raises(
             UserError,
