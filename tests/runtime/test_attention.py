@@ -100,7 +100,7 @@ def mesh_of(*shape):
     ("cudnn", (1, 1, 3, 1), (4, 16, 4, 64), "bfloat16", "plain"), ("cudnn", (1, 1, 1, 2), (4, 16, 4, 64), "bfloat16", "plain"),
 ])
 def test_what_a_kernel_cannot_take_the_plain_one_serves(kind, mesh, shape, dtype, expected):
-    assert attention.Attention(kind, mesh_of(*mesh)).serves(shape, jnp.dtype(dtype)) == expected
+    assert attention.Attention(kind, mesh_of(*mesh)).kind_for(shape, jnp.dtype(dtype)) == expected
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("tpu", "splash"), ("gpu", "cudnn"), ("cuda", "cudnn")])
