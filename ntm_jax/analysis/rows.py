@@ -63,11 +63,11 @@ class Setting:
     @functools.cached_property
     def drawn(self) -> tuple:
         """Inputs of the sampler's parts: indices, condition, t [B, K] and u_0..u_T [B, K, N, D]."""
-        run = self.run
+        run, params = self.run, self.params  # new ones are initialised outside the mesh's context
         index = np.arange(self.batch, dtype=np.int32)
         index, y = sharding.place((index, generate.conditions(run, index)), run.mesh)
         with sharding.use(run.mesh):
-            t, us = _latents(self.params, jax.random.key(0), index, y, schedule=run.schedule,
+            t, us = _latents(params, jax.random.key(0), index, y, schedule=run.schedule,
                              model=exact(run.model), options=run.config.sample.options)
         return index, y, t, us
 
