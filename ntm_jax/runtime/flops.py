@@ -1,4 +1,4 @@
-"""Floating-point operations: those of a function, counted from its jaxpr, and those that this machine does in a second at most."""
+"""Floating-point operations: counted from a function's jaxpr, and this machine's highest rate."""
 
 import functools
 import math
@@ -9,29 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MATRICES = (512, 1024, 2048, 4096)  # sizes tried for the limit
+MATRICES = (512, 1024, 2048, 4096)  # sizes tried for the highest rate
 
 
 def count(function, *args) -> int:
-    """Operations of all matrix products that function(*args) does, 2 for a multiply-add, recomputation under remat included.
+    """FLOPs of all matrix products in function(*args), 2 per multiply-add.
 
-    args may be abstract. A `while` loop's body counts once (its trips are not known); of a `cond` the dearest branch counts; a Pallas
-    kernel counts its body at every point of its grid.
+    Includes recomputation under remat. args may be abstract. Counts the body of a `while` loop
+    once, since its number of iterations is unknown; the most expensive branch of a `cond`; and the
+    body of a Pallas kernel at every point of its grid.
     """
     return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def of_jaxpr(jaxpr, kernels: bool = False) -> int:
-    """The same of a jaxpr; `kernels`: only those inside Pallas kernels, which XLA does not see."""
-    return sum(_equation(e, kernels) for e in jaxpr.eqns)
+    """FLOPs of a jaxpr, counted as in `count`.
+
+    kernels: counts only products inside Pallas kernels, which XLA does not see.
+    """
+    return sum(_of_equation(e, kernels) for e in jaxpr.eqns)
 
 
-def _equation(e, kernels: bool) -> int:
+def _of_equation(e, kernels: bool) -> int:
     if e.primitive.name == "dot_general":
         if kernels:
             return 0
         (contracted, _), _ = e.params["dimension_numbers"]
-        return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(e.invars[0].aval.shape[axis] for axis in contracted)
+        left = e.invars[0].aval.shape
+        return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     inner = [of_jaxpr(j, kernels and e.primitive.name != "pallas_call") for j in _jaxprs(e.params)]
     if e.primitive.name == "scan":
         return e.params["length"] * sum(inner)
@@ -39,7 +44,7 @@ def _equation(e, kernels: bool) -> int:
         return max(inner)
     if e.primitive.name == "pallas_call":
         return math.prod(e.params["grid_mapping"].grid) * sum(inner)
-    if e.primitive.name == "shard_map":  # its body is one device's
+    if e.primitive.name == "shard_map":  # its jaxpr is that of one device
         return e.params["mesh"].size * sum(inner)
     return sum(inner)
 
@@ -53,7 +58,7 @@ def _jaxprs(params):
 
 
 def seconds(once: Callable, count: int) -> float:
-    """How long `count` calls of once() take, the last one's arrays waited for."""
+    """Seconds that `count` calls of once() take, until the last call's arrays are ready."""
     start = time.perf_counter()
     for _ in range(count):
         result = once()
@@ -62,27 +67,30 @@ def seconds(once: Callable, count: int) -> float:
 
 
 def products(dtype: str, mesh, budget: float) -> Callable[[], float]:
-    """A measurement of the FLOP/s of matrix products, float32 or dtype and of the size that is fastest, on one device, times the devices.
+    """A function that measures the FLOP/s of matrix products over all devices of the mesh.
 
-    budget: seconds; a size of which one product would take longer is left out. Devices of a CPU are one processor's: they count once a
-    process.
+    It multiplies the fastest of several sizes, in float32 or dtype, on one device, and scales by
+    the number of devices. The devices of a CPU share its cores: they count once per process.
+
+    budget: seconds per measurement; sizes of which one product would take longer are left out.
     """
     device = mesh.local_devices[0]
-    times = jax.process_count() if device.platform == "cpu" else mesh.size
+    devices = jax.process_count() if device.platform == "cpu" else mesh.size
 
     def rate(product, work: int) -> float:
-        count = math.ceil(budget / 5 / seconds(product, 1))
-        return max(work * count / seconds(product, count) for _ in range(2)) * times
+        repeats = math.ceil(budget / 5 / seconds(product, 1))
+        return max(work * repeats / seconds(product, repeats) for _ in range(2)) * devices
 
     best, chosen = 0.0, None
     for kind in {"float32", dtype}:
         for size in MATRICES:
             work = 2 * size**3
-            if best and work * times / best > budget:
+            if best and work * devices / best > budget:
                 break
-            operands = jax.device_put(np.random.default_rng(0).normal(size=(2, size, size)).astype(kind), device)
+            operands = np.random.default_rng(0).normal(size=(2, size, size)).astype(kind)
+            operands = jax.device_put(operands, device)
             product = functools.partial(jax.jit(jnp.matmul), *operands)
-            jax.block_until_ready(product())
+            jax.block_until_ready(product())  # compiles
             if (found := rate(product, work)) > best:
                 best, chosen = found, functools.partial(rate, product, work)
     return chosen
