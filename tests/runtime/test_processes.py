@@ -19,7 +19,7 @@ from PIL import Image
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.runtime.processes import job, last_word, meeting
+from ntm_jax.runtime.processes import job, rendezvous, watchdog
 from ntm_jax.training import state
 from tests.common import ROOT, TINY, environment, rehearsal, setup, tiny_config
 
@@ -180,7 +180,7 @@ def test_a_dead_process_stops_the_others_soon_and_says_so(tmp_path):
     (status, _, error), _ = job.end(timeout=60)
     assert time.monotonic() - begin < 45
     assert status != 0
-    assert re.match("error: process 0 stopped: another process of this job is gone; the last checkpoint is whole", error)
+    assert re.match("error: process 0 stopped: another process of this job is gone; the last checkpoint is intact", error)
 
 
 def test_processes_started_differently_all_stop_and_name_the_key(tmp_path):
@@ -228,7 +228,7 @@ def ends(job, timeout=60) -> list[tuple[int, str]]:
     return [(process.returncode, error) for process, error in zip(job, errors, strict=True)]
 
 
-STOPPED = (r"error: process \d stopped: another process of this job is gone; the last checkpoint is whole: "
+STOPPED = (r"error: process \d stopped: another process of this job is gone; the last checkpoint is intact: "
            r"start all again with the same command \(.*\)")
 
 
@@ -246,7 +246,7 @@ def meet_all(cases, timeout=5.0, pause=0.0) -> list[tuple[str, float]]:
     def meet(place, count, number):
         begin, refusal = time.monotonic(), ""
         try:
-            meeting.meet(address, count, number, timeout)
+            rendezvous.meet(address, count, number, timeout)
         except UserError as error:
             refusal = str(error)
         found[place] = (refusal, time.monotonic() - begin)
@@ -261,10 +261,10 @@ def meet_all(cases, timeout=5.0, pause=0.0) -> list[tuple[str, float]]:
 
 
 @pytest.fixture
-def quick_meetings(monkeypatch):
+def quick_rendezvous(monkeypatch):
     """Refusals linger for less time, and nobody waits for jax's service, which these tests do not start."""
-    monkeypatch.setattr(meeting, "LINGER", 0.3)
-    monkeypatch.setattr(meeting, "_wait_for_port", lambda *_: None)
+    monkeypatch.setattr(rendezvous, "LINGER", 0.3)
+    monkeypatch.setattr(rendezvous, "_wait_for_port", lambda *_: None)
 
 
 @pytest.mark.parametrize(("cases", "refusal"), [
@@ -272,42 +272,42 @@ def quick_meetings(monkeypatch):
     ([(3, 1), (2, 0)], "--num_processes is 2 in process 0 and 3 in process 1"),
     ([(3, 0), (2, 1)], "--num_processes is 3 in process 0 and 2 in process 1"),
     ([(3, 0), (3, 1), (2, 1)], "--num_processes is 3 in process 0 and 2 in process 1"),
-    ([(3, 0), (3, 1), (3, 1)], "two processes with --process_id=1 came to localhost:"),
-    ([(2, 0), (2, 0)], "two processes with --process_id=0 came to localhost:"),
+    ([(3, 0), (3, 1), (3, 1)], "two processes with --process_id=1 connected to localhost:"),
+    ([(2, 0), (2, 0)], "two processes with --process_id=0 connected to localhost:"),
 ])
-def test_processes_that_are_no_job_are_refused_at_once(quick_meetings, cases, refusal):
+def test_processes_that_are_no_job_are_refused_at_once(quick_rendezvous, cases, refusal):
     for said, seconds in meet_all(cases, pause=0.02):
         assert refusal in said
         assert seconds < 4
 
 
-def test_who_comes_after_a_refusal_is_told_the_same(quick_meetings, monkeypatch):
-    monkeypatch.setattr(meeting, "LINGER", 1.0)
+def test_who_comes_after_a_refusal_is_told_the_same(quick_rendezvous, monkeypatch):
+    monkeypatch.setattr(rendezvous, "LINGER", 1.0)
     *_, (said, seconds) = meet_all([(3, 0), (2, 1), (3, 2)], pause=0.4)
     assert "--num_processes is 3 in process 0 and 2 in process 1" in said
     assert seconds < 1
 
 
-def test_a_late_process_is_waited_for_and_a_missing_one_is_named(quick_meetings):
+def test_a_late_process_is_waited_for_and_a_missing_one_is_named(quick_rendezvous):
     assert [said for said, _ in meet_all([(3, 2), (3, 0), (3, 1)], pause=0.3)] == ["", "", ""]
     for said, seconds in meet_all([(3, 0), (3, 1)], timeout=1.0):
-        assert re.fullmatch(r"process 0 waited 1 s at localhost:\d+ for 3 processes, and these did not come: 2: start them all, .*", said)
+        assert re.fullmatch(r"process 0 waited 1 s at localhost:\d+ for 3 processes, and these did not connect: 2: start them all, .*", said)
         assert seconds < 2
     (said, _), = meet_all([(2, 1)], timeout=0.5)
     assert re.fullmatch(r"process 1 waited 0.5 s at localhost:\d+ for 2 processes: start them all, with the address .*", said)
 
 
-def test_a_process_that_was_killed_and_started_again_while_the_others_waited_is_welcome(quick_meetings):
+def test_a_process_that_was_killed_and_started_again_while_the_others_waited_is_welcome(quick_rendezvous):
     port, found = free_port(), []
-    first = threading.Thread(target=lambda: found.append(meeting.meet(f"localhost:{port}", 3, 0, 10)))
+    first = threading.Thread(target=lambda: found.append(rendezvous.meet(f"localhost:{port}", 3, 0, 10)))
     first.start()
     time.sleep(0.3)
     with socket.create_connection(("localhost", port)) as killed:
         killed.sendall(b'{"num_processes": 3, "process_id": 1}\n')
         time.sleep(0.3)
-    again = threading.Thread(target=lambda: found.append(meeting.meet(f"localhost:{port}", 3, 1, 10)))
+    again = threading.Thread(target=lambda: found.append(rendezvous.meet(f"localhost:{port}", 3, 1, 10)))
     again.start()
-    meeting.meet(f"localhost:{port}", 3, 2, 10)
+    rendezvous.meet(f"localhost:{port}", 3, 2, 10)
     first.join()
     again.join()
     assert found == [None, None]
@@ -315,7 +315,7 @@ def test_a_process_that_was_killed_and_started_again_while_the_others_waited_is_
 
 @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.0 400 Bad Request\r\n"])
 def test_a_port_of_another_program_is_refused(monkeypatch, greeting):
-    monkeypatch.setattr(meeting, "SILENCE", 0.5)
+    monkeypatch.setattr(rendezvous, "SILENCE", 0.5)
     with socket.create_server(("", 0)) as other:
         address = f"localhost:{other.getsockname()[1]}"
 
@@ -328,9 +328,9 @@ def test_a_port_of_another_program_is_refused(monkeypatch, greeting):
         connections = []
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(UserError, match=r"of this machine is taken by another program or another job: choose a free port"):
-            meeting.meet(address, 2, 0, 20)
+            rendezvous.meet(address, 2, 0, 20)
         with pytest.raises(UserError, match=r"is not answered by process 0 of this job but by another program"):
-            meeting.meet(address, 2, 1, 20)
+            rendezvous.meet(address, 2, 1, 20)
         for connection in connections:
             connection.close()
 
@@ -377,8 +377,8 @@ def test_how_to_meet_is_given_whole_or_not_at_all(arguments, message):
 
 
 def test_an_address_is_split():
-    assert meeting.split("host-1.example:8080") == ("host-1.example", 8080)
-    assert meeting.split("[::1]:8080") == ("::1", 8080)
+    assert rendezvous.split("host-1.example:8080") == ("host-1.example", 8080)
+    assert rendezvous.split("[::1]:8080") == ("::1", 8080)
 
 
 def test_ctrl_c_to_a_whole_job_stops_it_at_one_step():
@@ -399,7 +399,7 @@ def test_the_death_of_process_0_ends_the_others():
     begin = time.monotonic()
     (_, own), *others = ends(job)
     assert time.monotonic() - begin < 4 + 10
-    assert own == "error: process 0 died: it was killed, or crashed; the last checkpoint is whole: start all again with the same command"
+    assert own == "error: process 0 died: it was killed, or crashed; the last checkpoint is intact: start all again with the same command"
     assert_stopped(others)
 
 
@@ -422,7 +422,7 @@ def test_an_exception_in_one_process_is_shown_there_and_ends_the_others():
     assert status == 1
     assert error.startswith("Traceback")
     assert error.splitlines()[-2:] == ["IndexError: this process fails",
-                                       "error: process 1 failed (see the traceback); the last checkpoint is whole"]
+                                       "error: process 1 failed (see the traceback); the last checkpoint is intact"]
 
 
 def test_the_pages_of_the_coordination_service_are_left_out():
@@ -436,12 +436,12 @@ def test_the_pages_of_the_coordination_service_are_left_out():
                 b"plain\n")
     for size in (7, len(page)):
         written = []
-        errors = last_word.Filter(written.append)
+        errors = watchdog.Filter(written.append)
         for start_of_piece in range(0, len(page), size):
             errors.feed(page[start_of_piece : start_of_piece + size])
         errors.close()
         assert b"".join(written) == expected
-        assert errors.ended
+        assert errors.aborted
 
 
 class Device:

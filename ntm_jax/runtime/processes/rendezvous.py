@@ -1,10 +1,10 @@
-"""Checks that all processes of a job have come and belong together, before jax connects them.
+"""The rendezvous of a job's processes: checks that all are present before jax connects them.
 
-Process 0 listens on the coordinator's port. Every process, process 0 included, connects to the
+Process 0 listens on the coordinator's port. Every process, including process 0, connects to the
 coordinator's address, reads a greeting and sends its --num_processes and --process_id. Process 0
-answers all at once: an empty refusal when all have come, else the reason. It then closes the port,
-on which jax's own service starts. jax alone would wait for a wrongly started process until the time
-is up, or abort.
+answers all at once: an empty refusal when all are present, else the reason. It then closes the
+port, on which jax's own service starts. jax alone would let a wrongly started process wait until
+the timeout, or abort it.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from collections.abc import Iterator
 from ntm_jax.errors import UserError
 
 GREETING = b"ntm_jax\n"
-SILENCE = 5.0  # seconds without a greeting after which a connection is another program's
-LINGER = 5.0  # seconds for which process 0 repeats a refusal to those that come late
+SILENCE = 5.0  # seconds without a greeting that mark a connection as another program's
+LINGER = 5.0  # seconds for which process 0 repeats a refusal to late processes
 PAUSE = 0.05  # seconds between attempts to connect
-ATTEMPTS = 3  # to open the port: of two that open one at the same moment, Linux refuses both
+ATTEMPTS = 3  # to open the port: when two programs open it together, Linux refuses both
 _ADDRESS = re.compile(r"(?P<host>[^\s:\[\]]+|\[[0-9a-fA-F:.%\w]+\]):(?P<port>[0-9]{1,5})")
 
 
 def split(address: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT or [IPv6]:PORT; UserError where it is neither."""
+    """(host, port) of HOST:PORT or [IPv6]:PORT. Raises UserError for any other address."""
     match = _ADDRESS.fullmatch(address)
     if not match or not 1 <= int(match["port"]) <= 65535:
         raise UserError(f"--coordinator_address={address}: expected HOST:PORT of process 0, with a "
@@ -39,11 +39,11 @@ def split(address: str) -> tuple[str, int]:
 
 
 def meet(address: str, num_processes: int, process_id: int, timeout: float) -> None:
-    """Returns in every process when all `num_processes` have come to `address`.
+    """Waits until all `num_processes` are present at `address`.
 
-    UserError, with the reason, within 10 s of the last process's start if they were started
-    differently, if two have one number, or if another program holds the port; after `timeout`
-    seconds if one does not come.
+    Raises UserError in every process, within 10 s of the last one's start, if their num_processes
+    differ, if two have the same process_id, or if another program uses the port; and after
+    `timeout` seconds if a process is missing.
     """
     host, port = split(address)
     deadline = time.monotonic() + timeout
@@ -66,7 +66,7 @@ def meet(address: str, num_processes: int, process_id: int, timeout: float) -> N
 
 
 def _serve(address: str, num_processes: int, timeout: float) -> "_Server | None":
-    """Process 0's server, started; None where the port is taken."""
+    """Starts process 0's server; None if the port is taken."""
     _, port = split(os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address))
     for _ in range(ATTEMPTS):
         try:
@@ -84,23 +84,23 @@ def _serve(address: str, num_processes: int, timeout: float) -> "_Server | None"
 
 
 def _listen(port: int) -> socket.socket:
-    both = socket.has_dualstack_ipv6()  # IPv4 and IPv6, as jax's own service
+    both = socket.has_dualstack_ipv6()  # IPv4 and IPv6, like jax's own service
     family = socket.AF_INET6 if both else socket.AF_INET
     return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
 
 
 class _Server(threading.Thread):
-    """Process 0's side of the meeting, a thread."""
+    """Process 0's thread that counts the processes and answers them."""
 
     def __init__(self, listener: socket.socket, address: str, num_processes: int, timeout: float):
         super().__init__(daemon=True)
         self._listener, self._address = listener, address
         self._count, self._timeout = num_processes, timeout
-        self._present: dict[socket.socket, int] = {}  # those that wait for the answer
+        self._present: dict[socket.socket, int] = {}  # connection -> process_id, waiting
         self._closed = False
 
     def close(self) -> None:
-        """Waits for the thread's end: at once, or after LINGER seconds where it refused."""
+        """Waits for the thread to end: at once, or after LINGER seconds if it refused."""
         self._closed = True
         self.join()
 
@@ -116,7 +116,7 @@ class _Server(threading.Thread):
                 self._answer_all(self._missing())
 
     def _gather(self) -> str:
-        """Serves until all have come or the time is up, "", or until the job is refused, why."""
+        """Waits for all processes or the deadline; returns "", or why it refuses the job."""
         deadline = time.monotonic() + self._timeout
         while (len(self._present) < self._count and time.monotonic() < deadline
                and not self._closed):
@@ -127,29 +127,29 @@ class _Server(threading.Thread):
         return ""
 
     def _judge(self, connection: socket.socket, hello: dict) -> str:
-        """Counts a process as present; returns why it and the others are no job, or ""."""
+        """Adds a process to those present; returns why it does not belong to the job, or ""."""
         number, count = hello["process_id"], hello["num_processes"]
         self._present[connection] = number
         if count != self._count:
             return (f"the processes of this job differ: --num_processes is {self._count} in "
                     f"process 0 and {count} in process {number}: start all with the same number")
         if list(self._present.values()).count(number) > 1:
-            return (f"two processes with --process_id={number} came to {self._address}: give each "
-                    f"process of a job its own number, from 0 to {count - 1}, and each job its own "
-                    "port")
+            return (f"two processes with --process_id={number} connected to {self._address}: give "
+                    f"each process of a job its own number, from 0 to {count - 1}, and each job "
+                    "its own port")
         return ""
 
     def _missing(self) -> str:
-        """Why the meeting ends without all processes; "" when all have come."""
+        """Names the missing processes; "" if all are present."""
         missing = sorted(set(range(self._count)) - set(self._present.values()))
         if not missing:
             return ""
         if self._closed:
-            return "process 0 of this job ended before all had come (see its line)"
+            return "process 0 of this job ended before all were connected (see its error)"
         names = ", ".join(map(str, missing[:10])) + ", ..." * (len(missing) > 10)
         return (f"process 0 waited {self._timeout:g} s at {self._address} for {self._count} "
-                f"processes, and these did not come: {names}: start them all, with the address of "
-                "process 0, or give more --join_timeout")
+                f"processes, and these did not connect: {names}: start them all, with the address "
+                "of process 0, or give more --join_timeout")
 
     def _linger(self, refusal: str) -> None:
         end = time.monotonic() + LINGER
@@ -158,7 +158,7 @@ class _Server(threading.Thread):
                 self._answer(connection, refusal)
 
     def _hellos(self) -> Iterator[tuple[socket.socket, dict]]:
-        """Serves for 0.1 s: greets who connects, forgets who leaves, yields their messages."""
+        """Serves for 0.1 s: greets new connections, drops closed ones, yields messages."""
         for key, _ in self._selector.select(0.1):
             if key.fileobj is self._listener:
                 with contextlib.suppress(OSError):
@@ -166,7 +166,7 @@ class _Server(threading.Thread):
             elif hello := _read(key.fileobj, {"num_processes": int, "process_id": int}):
                 yield key.fileobj, hello
             else:
-                self._forget(key.fileobj)
+                self._drop(key.fileobj)
 
     def _greet(self):
         connection, _ = self._listener.accept()
@@ -175,9 +175,9 @@ class _Server(threading.Thread):
         try:
             connection.sendall(GREETING)
         except OSError:
-            self._forget(connection)
+            self._drop(connection)
 
-    def _forget(self, connection):
+    def _drop(self, connection):
         self._present.pop(connection, None)
         self._selector.unregister(connection)
         connection.close()
@@ -189,7 +189,7 @@ class _Server(threading.Thread):
     def _answer(self, connection, refusal: str):
         with contextlib.suppress(OSError):
             _send(connection, {"refusal": refusal})
-        self._forget(connection)
+        self._drop(connection)
 
 
 def _send(connection: socket.socket, message: dict) -> None:
@@ -197,7 +197,7 @@ def _send(connection: socket.socket, message: dict) -> None:
 
 
 def _read(connection: socket.socket, types: dict[str, type]) -> dict | None:
-    """A message with these keys and types; None where the other end left or sends anything else."""
+    """A message with these keys and types; None if the other end closed or sent anything else."""
     try:
         with connection.makefile("rb") as file:
             message = json.loads(file.readline(4096))
@@ -208,19 +208,19 @@ def _read(connection: socket.socket, types: dict[str, type]) -> dict | None:
 
 
 def _ask(host: str, port: int, me: dict, deadline: float) -> str | None:
-    """Process 0's answer: "" when all have come, or why not; None when the deadline passes.
+    """Process 0's answer: "" when all are present, or a refusal; None once the deadline passes.
 
-    A connection that is refused or breaks off is tried again: process 0 may come late, or have
-    been started again.
+    Retries a connection that is refused or breaks off: process 0 may start late, or have been
+    restarted.
     """
     while (left := deadline - time.monotonic()) > 0:
         with (contextlib.suppress(OSError),
               socket.create_connection((host, port), left) as connection):
-            # Linux may join a local connection to itself.
+            # Linux may connect a local socket to itself.
             alone = connection.getsockname() == connection.getpeername()
             if not alone and _greeted(connection, host, port):
                 _send(connection, me)
-                # Process 0's own reason at the deadline comes first.
+                # Waits longer than process 0 does, whose refusal at the deadline says more.
                 connection.settimeout(max(deadline - time.monotonic(), 0) + 1)
                 if answer := _read(connection, {"refusal": str}):
                     return answer["refusal"]
@@ -229,9 +229,9 @@ def _ask(host: str, port: int, me: dict, deadline: float) -> str | None:
 
 
 def _greeted(connection: socket.socket, host: str, port: int) -> bool:
-    """Whether process 0 answers; False where the connection breaks off.
+    """Whether process 0 answers; False if the connection breaks off.
 
-    UserError where another program answers, or nobody for SILENCE seconds.
+    Raises UserError if another program answers, or nobody for SILENCE seconds.
     """
     connection.settimeout(SILENCE)
     received = b""
@@ -248,7 +248,7 @@ def _greeted(connection: socket.socket, host: str, port: int) -> bool:
 
 
 def _ask_who_holds_the_port(host: str, port: int, me: dict, deadline: float) -> str:
-    """The refusal of another process 0 that holds the port, or that another program does."""
+    """The refusal of another process 0 that uses the port, or one that names another program."""
     with contextlib.suppress(UserError):
         refusal = _ask(host, port, me, min(deadline, time.monotonic() + SILENCE))
         if refusal:
@@ -258,7 +258,7 @@ def _ask_who_holds_the_port(host: str, port: int, me: dict, deadline: float) -> 
 
 
 def _wait_for_port(host: str, port: int, deadline: float) -> None:
-    """Waits until jax's service listens: its client would wait a second before a second attempt."""
+    """Waits until jax's service listens: jax's client waits a second before each new attempt."""
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
             return
