@@ -58,8 +58,10 @@ def saved(settings, workdir):
 
 
 @pytest.mark.parametrize(("overrides", "workers"), [
-    ({}, 1), ({"trajectory.steps": (2, 4), "seed": 1}, 0),
-    ({"trajectory.steps": (2, 4), "train.objective": "pairwise"}, 0)])
+    ({}, 1),
+    pytest.param({"trajectory.steps": (2, 4), "seed": 1}, 0, marks=pytest.mark.slow),
+    pytest.param({"trajectory.steps": (2, 4), "train.objective": "pairwise"}, 0,
+                 marks=pytest.mark.slow)])
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, overrides, workers):
     settings = tiny_config(**overrides)
     loop.train(settings, tmp_path / "whole", progress=False, until=5)
@@ -84,6 +86,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, overrides, worke
         assert count == set(settings.trajectory.steps)  # the draw of T, too, is repeated
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw", lambda *_: None)  # tests/test_programs.py draws them
     settings = tiny_config(**{"train.steps": 2})
@@ -172,10 +175,10 @@ def test_a_trace_of_the_chosen_steps_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     messages, folder = [], tmp_path / "profile"
-    trace = profile.Trace(folder, (2, 4), messages.append)
+    trace = profile.Trace(folder, (2, 4))
     seen = []
     for step in range(6):
-        trace.at(step, None, False, lambda *_: [])
+        trace.at(step, None, False, lambda *_: [], messages.append)
         seen.append(len(calls))
     assert calls == [str(folder), "stop"]
     assert seen == [0, 0, 1, 1, 2, 2]

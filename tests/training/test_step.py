@@ -29,9 +29,9 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
     for parts in (1, 4):
         settings = tiny_config(**{"train.accumulate": parts})
         source, run, current = begin(settings)
-        batch = sharding.to_global(batch_of(source, settings, 16), run.mesh)
+        batch, step = sharding.to_global(batch_of(source, settings, 16), run.mesh), make_step(run)
         with sharding.use(run.mesh):
-            current, metrics = make_step(run)(current, batch, 2)
+            current, metrics = step(current, batch, 2)
         found.append(jax.device_get((metrics, current.opt_state)))
     for whole, parts in zip(*map(jax.tree.leaves, found), strict=True):
         # float32 sums in another order, relative to the largest entry: single ones cancel
@@ -68,9 +68,10 @@ def test_levels_are_weighted_by_a_power_of_their_noise():
     draws = Draws(jax.random.fold_in(jax.random.key(settings.seed), 1), batch, steps, 1)
     weight = run.evaluated_levels()[:-1] ** 2
     weight /= weight.mean()
+    of_run, step = objectives.setup(run), make_step(run)
 
     def loss(params, weight):
-        terms = objectives.trajectory_terms(objectives.setup(run), params, draws)
+        terms = objectives.trajectory_terms(of_run, params, draws)
         return jnp.mean(weight * (terms.nll - terms.constant)) / 64
 
     gradient = jax.jit(jax.value_and_grad(loss))
@@ -79,7 +80,7 @@ def test_levels_are_weighted_by_a_power_of_their_noise():
         gradient(current.params, np.ones(steps, np.float32)))
     assert abs(norm(weighted) / norm(unweighted) - 1) > 0.1
     with sharding.use(run.mesh):
-        _, metrics = make_step(run)(current, batch, steps)
+        _, metrics = step(current, batch, steps)
     np.testing.assert_allclose(metrics["grad_norm"], norm(weighted), rtol=1e-4)
     np.testing.assert_allclose(metrics["loss"], unweighted_loss, rtol=1e-5)
 
