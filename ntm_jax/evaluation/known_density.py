@@ -11,9 +11,9 @@ from ntm_jax.core.model import exact
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
-from ntm_jax.evaluation import scoring
+from ntm_jax.evaluation import plots, scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr
-from ntm_jax.runtime import plots, sharding
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
 
 SIDE = 64  # points a side of a picture of densities

@@ -12,10 +12,10 @@ from ntm_jax.core import likelihood
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import image_scores, known_density, tasks
+from ntm_jax.evaluation import image_scores, known_density, plots, tasks
 from ntm_jax.evaluation.scoring import BOUNDS
 from ntm_jax.evaluation.statistics import mean_and_stderr
-from ntm_jax.runtime import checksums, plots
+from ntm_jax.runtime import checksums
 from ntm_jax.runtime.run import Run
 
 CONTRIBUTIONS = ("prior", "predictor", "log_det", "forward", "reconstruction")

@@ -35,7 +35,7 @@ def test_png_round_trip_in_gray_and_colour(tmp_path):
 def drawn(monkeypatch):
     """Collects the figures instead of writing them."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     return figures
 
 
@@ -63,22 +63,6 @@ def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     assert figures[1].axes[1].get_ylabel() == "held-out bound (nats per dimension)"
 
 
-def test_losses_of_runs_stand_side_by_side(tmp_path, monkeypatch):
-    other = tmp_path / "other.jsonl"
-    lines = [{"step": s, "loss": -1.0, "misalignment/level_0": 1.0, "misalignment/level_1": 3.0} for s in (1, 2)]
-    other.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figures = drawn(monkeypatch)
-    plots.losses_plot({"one": write_metrics(tmp_path / "one.jsonl"), "two": other, "gone": tmp_path / "none"}, "unused")
-    losses, apart = figures[0].axes
-    assert [line.get_label() for line in losses.lines] == ["one", "two"]
-    assert losses.lines[1].get_xydata().tolist() == [[1, -1], [2, -1]]
-    assert apart.lines[1].get_xydata().tolist() == [[1, 2], [2, 2]]
-    assert len(apart.lines[0].get_xydata()) == 0
-    other.write_text(json.dumps({"step": 1, "loss": -1.0}) + "\n" + json.dumps({"step": 2, "loss": 1000.0}) + "\n")
-    plots.losses_plot({"wide": other}, "unused")
-    assert (losses.get_yscale(), figures[1].axes[0].get_yscale()) == ("linear", "symlog")
-
-
 def test_loss_plot_without_a_loss_draws_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
     assert not plots.loss_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
@@ -98,21 +82,3 @@ def test_trajectories_run_from_noise_on_the_left_to_clean(tmp_path, monkeypatch)
     for row in range(2):
         for column in range(3):
             np.testing.assert_array_equal(axes[row, column].images[0].get_array(), images[row, 2 - column, ..., 0])
-
-
-def test_densities_run_from_noisy_to_clean_the_true_above_the_learned(tmp_path, monkeypatch):
-    true, learned = np.random.default_rng(3).random((2, 3, 8, 8))
-    levels = np.array([0.05, 0.5, 0.25])
-    plots.density_picture(true, learned, levels, 3.0, tmp_path / "d.png")
-    assert read(tmp_path / "d.png").shape[0] > 300
-    figures = drawn(monkeypatch)
-    plots.density_picture(true, learned, levels, 3.0, "unused")
-    axes = np.reshape(figures[0].axes, (2, 3))
-    assert [a.get_title() for a in axes[0]] == ["t=0.5", "t=0.25", "t=0.05"]
-    assert [a.get_ylabel() for a in axes[:, 0]] == ["true", "learned"]
-    for row, densities in enumerate((true, learned)):
-        for column, level in enumerate((1, 2, 0)):
-            (image,) = axes[row, column].images
-            np.testing.assert_array_equal(image.get_array(), densities[level])
-            assert (image.origin, list(image.get_extent())) == ("lower", [-3, 3, -3, 3])
-            assert image.get_clim() == (0, max(true[level].max(), learned[level].max()))

@@ -1,0 +1,87 @@
+"""Plots of an evaluation: the cost of each level, two runs' losses, and densities of the plane.
+
+Symbols: K levels, m points along one side of a density's grid.
+"""
+
+import itertools
+
+import numpy as np
+from etils import epath
+
+from ntm_jax import files
+from ntm_jax.runtime.plots import figure, is_number, metric_points, save_figure, smoothed
+
+
+def losses_plot(runs: dict, out_png) -> None:
+    """Draws the smoothed training losses of runs, {name: path of its metrics.jsonl}.
+
+    Below them it draws the squared distance of the means to those of the frozen flow-matching
+    model, averaged over levels, where a run logs it. Runs without the file are left out.
+    """
+    plot, axes = figure(7, 6, 2, 1)
+    for name, path in runs.items():
+        if not epath.Path(path).exists():
+            continue
+        lines = files.read_lines(path)
+        for line in lines:
+            distances = [value for key, value in line.items()
+                         if key.startswith("misalignment/") and is_number(value)]
+            line["distance"] = sum(distances) / len(distances) if distances else None
+        for (axis,), key in zip(axes, ("loss", "distance"), strict=True):
+            steps, values = metric_points(lines, key)
+            axis.plot(steps, smoothed(values), label=name)
+    (losses,), (distances,) = axes
+    wide = np.abs(losses.dataLim.intervaly).max() > 10
+    losses.set(ylabel="training loss", yscale="symlog" if wide else "linear")
+    losses.legend()
+    distances.set(xlabel="step", ylabel="distance of the means, squared",
+                  yscale="log" if distances.lines else "linear")
+    save_figure(plot, out_png)
+
+
+def levels_plot(result: dict, out_png) -> None:
+    """Draws the NLL and the bound's contributions by noise level, in nats per dimension.
+
+    result: an evaluation.json. A transition's rate is its share of the bound: the sum of the
+    predictor's, the transporter's log-det's and the forward process's contributions.
+    """
+    nll, terms, rate = result["trajectory_nll"], result["contributions"], result["rate_by_level"]
+    plot, axes = figure(11, 4, 1, 2)
+    left, right = axes[0]
+    names = [f"{s:.2g} from {t:.2g}" for s, t in itertools.pairwise(result["provenance"]["levels"])]
+    left.bar(names, nll["by_level"], yerr=nll["stderr_by_level"], color="tab:blue")
+    left.set(title="trajectory NLL by transition of the noise level t", ylabel="nats per dimension")
+    parts = {name: np.negative(terms[name][: len(rate)])
+             for name in ("predictor", "log_det", "forward")}
+    for i, (name, values) in enumerate(parts.items()):
+        right.bar(np.arange(len(rate)) + (i - 1) * 0.25, values, 0.25, label=name.replace("_", "-"),
+                  alpha=0.6)
+    right.plot(np.arange(len(rate)), rate, "ko-", label="rate: their sum")
+    if "reconstruction" in terms:
+        right.axhline(-terms["reconstruction"], color="tab:red", linestyle="--",
+                      label="reconstruction")
+    right.set_xticks(np.arange(len(rate)), names)
+    right.set(title="what makes up the bound", ylabel="nats per dimension")
+    right.axhline(0, color="black", linewidth=0.5)
+    right.legend()
+    save_figure(plot, out_png)
+
+
+def density_picture(true, learned, levels, extent: float, out_png) -> None:
+    """Draws densities of the plane, true above learned, from noisy (left) to clean.
+
+    true, learned: [K, m, m] by row y and column x on [-extent, extent]^2, at noise levels [K] in
+    any order. Both densities of a level share their colours; white is 0.
+    """
+    levels = np.asarray(levels)
+    plot, axes = figure(1.6 * len(levels) + 0.3, 3.5, 2, len(levels))
+    for column, level in enumerate(np.argsort(-levels)):
+        axes[0, column].set_title(f"t={levels[level]:.2g}", fontsize=8)
+        brightest = max(np.max(true[level]), np.max(learned[level]))
+        for row, density in enumerate((true[level], learned[level])):
+            axes[row, column].imshow(density, cmap="Blues", vmin=0, vmax=brightest, origin="lower",
+                                     extent=(-extent, extent) * 2)
+            axes[row, column].set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("true")
+    axes[1, 0].set_ylabel("learned")
+    save_figure(plot, out_png)
