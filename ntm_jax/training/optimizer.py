@@ -1,4 +1,7 @@
-"""AdamW with warm-up and cosine decay, clipping by global norm, and the moving average of the parameters (method, section 5)."""
+"""AdamW with warm-up and cosine decay, gradient clipping, and the parameters' moving average.
+
+Source: method, section 5.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +9,18 @@ import optax
 
 
 def schedule(config, steps: int):
-    """Learning rate by step: linear warm-up to config.learning_rate, then cosine to config.floor at `steps`."""
+    """The learning rate by step, for a config.Optimizer.
+
+    It rises linearly to config.learning_rate over config.warmup_steps, then falls along a cosine to
+    config.floor at `steps`.
+    """
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1), end_value=config.floor)
+        0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1),
+        end_value=config.floor)
 
 
 def make(config, steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW(0.9, 0.95)."""
+    """AdamW with b1 = 0.9 and b2 = 0.95, after clipping gradients by their global norm."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(schedule(config, steps), b1=0.9, b2=0.95, weight_decay=config.weight_decay),
@@ -20,7 +28,10 @@ def make(config, steps: int) -> optax.GradientTransformation:
 
 
 def update_ema(ema, params, step, decay: float):
-    """The average after step `step` (from 0), with the decay warmed up as min(decay, (1 + n) / (10 + n))."""
+    """The moving average (EMA) of parameters after step n = `step`, counted from 0.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)).
+    """
     n = step.astype(jnp.float32)
     warmed = jnp.minimum(decay, (1 + n) / (10 + n))
     return jax.tree.map(lambda average, value: warmed * average + (1 - warmed) * value, ema, params)
