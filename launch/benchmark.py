@@ -1,10 +1,14 @@
-"""How fast this machine does what a run does, and how near its limits: python -m launch.benchmark --config=experiments/digits.py.
+"""Times the parts of an experiment on this machine, each beside the machine's limit for it.
 
-With --workdir=runs/digits in the place of --config only the sampler and its parts, with that run's parameters: what they make of the
-parallel inverse, and a denoiser's run its own denoiser.
+    python -m launch.benchmark --config=experiments/digits.py
 
-Other work on the machine disturbs the figures, and threads that wander between cores too. On a CPU give it cores of its own:
-OMP_NUM_THREADS=1 taskset -c 0-3 python -m launch.benchmark --config=experiments/digits.py
+With --workdir=runs/digits in place of --config it times only the sampler and its parts, with that
+run's parameters, on which the sweeps of the parallel inverse depend, and its denoiser if any.
+
+Other work on the machine, and threads that move between cores, disturb the figures. On a CPU,
+reserve cores for it:
+
+    OMP_NUM_THREADS=1 taskset -c 0-3 python -m launch.benchmark --config=experiments/digits.py
 """
 
 from absl import flags
@@ -13,11 +17,13 @@ from ntm_jax.errors import UserError
 
 from . import program
 
-flags.DEFINE_integer("runs", 5, "Timed runs of each row, of which the median counts.", lower_bound=1)
-flags.DEFINE_integer("batch", None, "Images that are sampled at a time; config.sample.num if not given.", lower_bound=1)
-flags.DEFINE_string("workdir", None, "A run's folder: the sampler alone, with its parameters.")
-flags.DEFINE_string("rows", "", "Only the rows whose name holds this, such as train or inverse.")
-flags.DEFINE_string("json", None, "A file for the rows as JSON.")
+flags.DEFINE_integer(
+    "runs", 5, "Timed runs of each row; their median is printed.", lower_bound=1)
+flags.DEFINE_integer(
+    "batch", None, "Images sampled at a time; config.sample.num by default.", lower_bound=1)
+flags.DEFINE_string("workdir", None, "A run's folder; times only its sampler.")
+flags.DEFINE_string("rows", "", "Only rows whose name contains this, such as train or inverse.")
+flags.DEFINE_string("json", None, "A file to write the rows to, as JSON.")
 
 
 def main():

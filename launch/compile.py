@@ -1,7 +1,9 @@
-"""Compiles an experiment for TPUs that are not there: python -m launch.compile --config=experiments/imagenet256.py --topology=v5p:8x8x8.
+"""Compiles an experiment for TPUs, on a machine without any.
 
-Needs pip install -e '.[tpu]', and no TPU. Tells whether the step fits (exit status 2 where not), what a chip computes, keeps and sends,
-and what bounds it.
+    python -m launch.compile --config=experiments/imagenet256.py --topology=v5p:8x8x8
+
+Reports whether the program fits in memory, what each chip computes, stores and sends, and which of
+these limits its speed. The exit status is 2 if it does not fit. Needs pip install -e '.[tpu]'.
 """
 
 import os
@@ -11,9 +13,12 @@ from absl import flags
 
 from . import program
 
-flags.DEFINE_string("topology", None, "Such as v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4; cpu:8 and local are this machine.")
-flags.DEFINE_enum("program", "train", ["train", "sample"], "What to compile: the training step or the sampler.")
-flags.DEFINE_string("json", None, "A file for the report as JSON.")
+flags.DEFINE_string(
+    "topology", None, "TPU version and grid, such as v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 or "
+    "tpu7x:4x4x4; cpu:8 for 8 simulated devices, local for this machine's.")
+flags.DEFINE_enum(
+    "program", "train", ["train", "sample"], "Compiles the training step, or the sampler.")
+flags.DEFINE_string("json", None, "A file to write the report to, as JSON.")
 flags.mark_flag_as_required("topology")
 
 

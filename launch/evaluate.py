@@ -1,4 +1,7 @@
-"""Held-out likelihood and image scores of a run: python -m launch.evaluate --workdir=runs/digits."""
+"""Held-out likelihood and image scores of a run.
+
+    python -m launch.evaluate --workdir=runs/digits
+"""
 
 from absl import flags
 
@@ -6,13 +9,13 @@ from . import program
 
 flags.DEFINE_integer("step", None, "The checkpoint's step, written to evaluation-STEP.json; the "
                      "latest by default.")
-flags.DEFINE_string("split", None, "The split, such as test or train[1350:]; the configuration's by "
-                    "default.")
-flags.DEFINE_integer("trajectories", None, "Trajectories a record for the importance-weighted bound.",
-                     lower_bound=1)
+flags.DEFINE_string("split", None, "The split, such as test or train[1350:]; the configuration's "
+                    "by default.")
+flags.DEFINE_integer("trajectories", None, "Trajectories a record for the importance-weighted "
+                     "bound.", lower_bound=1)
 flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
-flags.DEFINE_string("against", None, "Another run's folder, or WORKDIR/checkpoints/STEP, to compare "
-                    "with on the same records.")
+flags.DEFINE_string("against", None, "Another run's folder, or WORKDIR/checkpoints/STEP, to "
+                    "compare with on the same records.")
 flags.DEFINE_bool("per_example", False, "Also writes the scores of every record, as parquet.")
 flags.DEFINE_integer("steps", None, "Number of steps T, or of the ODE for samples; the "
                      "configuration's by default.", lower_bound=1)
@@ -20,10 +23,10 @@ flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.i
                      lower_bound=1)
 flags.DEFINE_multi_string("guidance", None, "Also scores samples at this guidance. Repeat it to "
                           "compare several with the first.")
-flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default bits "
-                  "for pixels and nats for latents.")
-flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, for "
-                    "features=inception.")
+flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
+                  "bits for pixels and nats for latents.")
+flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, "
+                    "for features=inception.")
 flags.DEFINE_enum("features", None, ["none", "pixels", "cnn", "inception"], "What samples are "
                   "compared by; the configuration's by default.")
 

@@ -1,8 +1,8 @@
 """Exports a run: python -m launch.export --workdir=runs/digits --out=exports/digits.
 
-The folder runs without this package: parameters as safetensors, a compiled sampler and likelihood for
-CPU, CUDA and TPU, the configuration, a model card and a script that samples. ntm_jax.load and the
-programs' --workdir accept it like a run's folder.
+The folder runs without this package: parameters as safetensors, a compiled sampler and likelihood
+for CPU, CUDA and TPU, the configuration, a model card and a script that samples. ntm_jax.load and
+the programs' --workdir accept it like a run's folder.
 """
 
 from absl import flags

@@ -254,7 +254,7 @@ def run(main):
     logging.set_verbosity(logging.WARNING)
     flags.DEFINE_multi_string(
         "import", [], "A module to import first, such as one that registers a data source; its "
-        "file may be in the current directory. May be given several times.")
+        "file may be in the current directory")
 
     def call(_):
         try:

@@ -1,30 +1,33 @@
 """Images of a run: python -m launch.sample --workdir=runs/digits --num=100.
 
 Writes PNG files, a grid, and an .npz in the layout that FID tools read. For a model of texts:
---prompts='a red fox' --prompts=captions.txt --per_prompt=4, and a benchmark's folders with --layout.
+--prompts='a red fox' --prompts=captions.txt --per_prompt=4, and a benchmark's folders with
+--layout.
 """
 
 from absl import flags
 
 from . import program
 
-flags.DEFINE_integer("num", None, "Number of images; the configuration's by default.", lower_bound=1)
+flags.DEFINE_integer("num", None, "Number of images; the configuration's by default.",
+                     lower_bound=1)
 flags.DEFINE_integer("batch", 500, "Images at a time.", lower_bound=1)
 flags.DEFINE_integer("steps", None, "Number of steps T.", lower_bound=1)
 flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down: "
                   "1,0.5,0,0.")
 flags.DEFINE_list("labels", None, "Classes, repeated over the images in turn; all by default.")
 flags.DEFINE_multi_string("prompts", None, "A prompt, a file with one a line or .jsonl with "
-                          "\"prompt\", or a folder of .txt files with one each. Repeat it for more. "
-                          "Held-out captions by default.")
+                          "\"prompt\", or a folder of .txt files with one each. Repeat it for "
+                          "more. Held-out captions by default.")
 flags.DEFINE_integer("per_prompt", None, "Images of each prompt; 1 by default, 4 with --layout.",
                      lower_bound=1)
-flags.DEFINE_enum("layout", None, ["geneval", "dpg"], "Folders for evaluators: GenEval's in OUT, or "
-                  "DPG-Bench's in OUT/dpg.")
+flags.DEFINE_enum("layout", None, ["geneval", "dpg"], "Folders for evaluators: GenEval's in OUT, "
+                  "or DPG-Bench's in OUT/dpg.")
 flags.DEFINE_string("encoder", None, "The prompts' text encoder, such as flux2:FOLDER where the "
                     "folder has moved; the run's by default.")
 flags.DEFINE_enum("decoder", None, ["inverse", "score", "denoiser", "euler", "heun"],
-                  "How the last level becomes an image, or how a flow-matching model's ODE is solved.")
+                  "How the last level becomes an image, or how a flow-matching model's ODE is "
+                  "solved.")
 flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the transporter is "
                   "inverted: all tokens at once or in turn.")
 flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
@@ -46,12 +49,12 @@ def main():
     f = program.FLAGS
     texts = prompts.parse(f.prompts) if f.prompts else None
     if not texts and (f.per_prompt or f.encoder):
-        raise UserError("--per_prompt and --encoder need prompts, and there are none: give --prompts, "
-                        "or leave them out")
+        raise UserError("--per_prompt and --encoder need prompts, and there are none: give "
+                        "--prompts, or leave them out")
     number = len(texts) * (f.per_prompt or (4 if f.layout else 1)) if texts else None
-    if number and f.num not in (None, number):
-        raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave it "
-                        "out, or change --per_prompt")
+    if texts and f.num not in (None, number):
+        raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
+                        "it out, or change --per_prompt")
     run = api.load(f.workdir, f.step)
     run.write_samples(f.out or f"{f.workdir}/samples", SampleRequest(
         number or f.num or run.config.sample.num, f.batch, f.labels, texts, f.layout, f.encoder,

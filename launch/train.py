@@ -9,8 +9,8 @@ from absl import flags
 
 from . import program
 
-flags.DEFINE_string("profile", None, "START:STOP, steps that are traced; the trace, and a summary of "
-                    "where their time went, are written in WORKDIR/profile.")
+flags.DEFINE_string("profile", None, "START:STOP, steps that are traced; the trace, and a summary "
+                    "of where their time went, are written in WORKDIR/profile.")
 flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM stopped early, for "
                      "schedulers that restart a failed job.")
 
