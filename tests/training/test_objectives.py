@@ -78,6 +78,17 @@ def drawn():
     return label, np.asarray(condition), np.asarray(t_min)
 
 
+def test_keys_differ_by_name_and_record_and_do_not_depend_on_the_row():
+    root, index = jax.random.key(0), jnp.array([5, 2, 9])
+
+    def keys(name, index):
+        return np.asarray(jax.random.key_data(Draws(root, {"index": index}, 2, 0).keys(name)))
+
+    data = {name: keys(name, index) for name in ("noise", "t_min")}
+    assert len({key.tobytes() for rows in data.values() for key in rows}) == 6
+    np.testing.assert_array_equal(keys("noise", index[::-1]), data["noise"][::-1])
+
+
 def test_conditions_are_dropped_one_by_one_at_the_given_rate(drawn):
     label, condition, _ = drawn
     dropped = condition == 10

@@ -1,0 +1,32 @@
+"""The model of a configuration and the shape of its data."""
+
+import jax.numpy as jnp
+import pytest
+
+from ntm_jax.core.model import exact
+from ntm_jax.data.pipeline import DataSpec
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import build
+from tests.common import tiny_config
+
+
+def test_the_model_fits_the_data():
+    spec = DataSpec((8, 4, 3), 2, 256, 7, 10)
+    model = build.make_model(tiny_config(**{"model.dtype": "bfloat16"}), spec)
+    c = model.config
+    assert (c.grid, c.dim, c.num_classes, c.steps) == ((4, 2), 12, 7, (2,))
+    assert c.dtype == c.transporter_dtype == jnp.bfloat16
+    assert exact(model).config.transporter_dtype == jnp.float32
+    assert exact(model).config.dtype == jnp.bfloat16
+    unlabelled = tiny_config(**{"model.condition": "none", "train.condition_dropout": 0.0})
+    spec = DataSpec((8, 8, 1), 2, 17, 7, 10)
+    assert build.make_model(unlabelled, spec).config.num_classes == 0
+
+
+def test_what_does_not_fit_is_refused():
+    message = r"config\.model\.condition is class, and digits has no labels: set it to none"
+    with pytest.raises(UserError, match=message):
+        build.make_model(tiny_config(), DataSpec((8, 8, 1), 2, 17, 0, 10))
+    message = r"config\.model\.width = 20 must be a multiple of head_size x kv_heads = 8 x 2"
+    with pytest.raises(UserError, match=message):
+        build.make_model(tiny_config(**{"model.width": 20}), DataSpec((8, 8, 1), 2, 17, 10, 10))
