@@ -5,6 +5,7 @@ H, W, C image height, width and channels. No jax is imported: grain's worker pro
 
 import io
 import warnings
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -34,7 +35,7 @@ def decode(data: bytes, size: int = 0) -> np.ndarray:
                 file.draft(None, (2 * size, 2 * size))
             image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):
-        low, high = image.getextrema()
+        low, high = cast(tuple[float, float], image.getextrema())  # of its one channel
         if low >= 0 and high < 1 << 16:
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode[0] in "IF":
@@ -60,8 +61,10 @@ def resize(image: np.ndarray, size: int, pixel_levels: int = 256) -> np.ndarray:
     # Cropped first: PIL's own box lets pixels outside it bleed in.
     square = image[top : top + side, left : left + side]
     planes = [
-        Image.fromarray(square[..., channel]).resize(
-            (size, size), Image.Resampling.BICUBIC, reducing_gap=3.0
+        np.asarray(
+            Image.fromarray(square[..., channel]).resize(
+                (size, size), Image.Resampling.BICUBIC, reducing_gap=3.0
+            )
         )
         for channel in range(channels)
     ]

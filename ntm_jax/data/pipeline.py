@@ -9,8 +9,8 @@ processes import this file.
 import dataclasses
 import os
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import grain
 import grain.experimental
@@ -120,7 +120,7 @@ class _ReadTokens:
     source: Source
     patch_size: int
 
-    def __call__(self, index: int) -> dict[str, np.ndarray]:
+    def __call__(self, index: int) -> dict[str, np.ndarray | np.generic]:
         record = self.source.records[int(index)]
         x = patchify(record["image"], self.patch_size)
         x = scale(x, self.source.pixel_levels) if self.source.pixel_levels else x
@@ -137,7 +137,7 @@ class _ReadMasked:
 
     read: _ReadTokens
 
-    def __call__(self, position: int) -> dict[str, np.ndarray]:
+    def __call__(self, position: int) -> dict[str, np.ndarray | np.generic]:
         real = position < len(self.read.source.records)
         return {**self.read(position if real else 0), "mask": np.float32(real)}
 
@@ -268,7 +268,7 @@ def evaluation_batches(
     share = batch_size // process_count
     batches = -(-len(source.records) // batch_size)
     positions = np.arange(batches * batch_size).reshape(batches, process_count, share)
-    own = positions[start:, process_index].ravel()
+    own = cast(Sequence[int], positions[start:, process_index].ravel())
     dataset = grain.MapDataset.source(own).map(_ReadMasked(_ReadTokens(source, patch_size)))
     return _closing(iter(dataset.batch(share).to_iter_dataset(_READ_OPTIONS)))
 
@@ -291,6 +291,7 @@ def _share(
         import jax
 
         process_index, process_count = jax.process_index(), jax.process_count()
+    assert process_index is not None, "process_index and process_count are given together"
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes "

@@ -58,4 +58,6 @@ class Registry:
 
 def _name(usage: str) -> str:
     """The name that a usage begins with: `folder` in `folder:PATH`, `minilm` in `minilm[:M]`."""
-    return re.match(r"[\w.-]*", usage)[0]
+    match = re.match(r"[\w.-]*", usage)
+    assert match  # of no characters at least
+    return match[0]

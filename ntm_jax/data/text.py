@@ -51,6 +51,7 @@ class Encoder(Protocol):
 
         Raises UserError for a caption that cannot be encoded.
         """
+        ...
 
 
 def _network(name: str) -> Callable[[str], Encoder]:

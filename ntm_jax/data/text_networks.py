@@ -21,12 +21,21 @@ _BATCH = 16  # captions encoded at a time
 class _Network:
     """The part that all networks share: captions are sorted, batched, and their padding removed.
 
-    A subclass has `places`, a function of a few captions that returns (states [n, m, E] float32,
-    mask [n, m] of each caption's own tokens, [n] whether it was cut).
+    tokens, width: M and E.
     """
 
+    tokens: int
+    width: int
     at_read = False
     empty = False  # whether the empty caption has states
+
+    def places(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray, Sequence[bool]]:
+        """Encodes a few captions.
+
+        Returns (states [n, m, E] float32, mask [n, m] of each caption's own tokens, [n] whether it
+        was cut).
+        """
+        raise NotImplementedError
 
     def encode(self, captions: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """As `text.Encoder.encode`."""

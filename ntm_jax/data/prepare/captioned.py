@@ -1,8 +1,8 @@
 """Captioned images as input: a folder with a list of captions, a tfds data set, or tar files.
 
 inputs.open_input lists the items; `load`, in any process, turns one item into a square image, a
-caption and a label. Only regular files are read, images of at most 256 MiB and captions of at most 16 MiB.
-S image side. No jax is imported: worker processes run this.
+caption and a label. Only regular files are read, images of at most 256 MiB and captions of at most
+16 MiB. S image side. No jax is imported: worker processes run this.
 """
 
 import json
@@ -26,7 +26,7 @@ class Item(NamedTuple):
     key: names the record, and decides its split.
     image: the place of its bytes, in the form that `Input.read` understands.
     caption: with surrogates if it is not UTF-8.
-    label: None without one.
+    label: None without one; a name only until `make_input` numbers the names.
 
     Items of tfds have their caption and label only once they are read.
     """
@@ -34,7 +34,7 @@ class Item(NamedTuple):
     key: str
     image: Any
     caption: str = ""
-    label: int | None = None
+    label: int | str | None = None
 
 
 class Input(NamedTuple):
@@ -139,7 +139,8 @@ def _check_numbers(name: str, items: Sequence[Item]) -> None:
     """Raises UserError for an integer label that is out of range."""
     limit = max(_CLASSES, len(items))
     for item in items:
-        if len(str(item.label)) > 18 or int(item.label) >= limit:
+        label = str(item.label)
+        if len(label) > 18 or int(label) >= limit:
             raise UserError(
                 f"{name} has the label {shown(item.label, str)} for {shown(item.key, str)}: "
                 f"expected numbers below {limit}, the number of images or {_CLASSES}; write other "

@@ -6,7 +6,7 @@ S image side, C channels, M, E text tokens and width.
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -66,15 +66,15 @@ class Encoder:
             for item in good:
                 if item.null:
                     tally.null_captions[item.null] += 1
-            images = np.stack([item.image for item in good])
+            images = np.stack([cast(np.ndarray, item.image) for item in good])
             views = [images, images[:, :, ::-1]] if flip else [images]
             views = [self._encode_images(view) for view in views]
             states = self._encode_captions([item.caption for item in good], tally)
             for i, item in enumerate(good):
-                example = {"caption": item.caption}
+                example: dict[str, Any] = {"caption": item.caption}
                 if self.layout.num_classes:
                     example["label"] = item.label
-                if self._text:
+                if states is not None:
                     example["text"] = states[i]
                 for view in views:
                     tally.records += 1

@@ -111,9 +111,13 @@ def _rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
     Bytes that are not UTF-8 become surrogates, which still name the same file.
     """
     number = 0
-    options = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     try:
-        with file.open("rb") as raw, io.TextIOWrapper(raw, **options) as text:
+        with (
+            file.open("rb") as raw,
+            io.TextIOWrapper(
+                raw, encoding="utf-8-sig", errors="surrogateescape", newline=""
+            ) as text,
+        ):
             if file.suffix == ".csv":
                 reader = csv.DictReader(_lines(text))
                 for row in reader:

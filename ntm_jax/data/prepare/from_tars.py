@@ -50,18 +50,19 @@ def open_tars(pattern: str) -> Input:
 class _Member(tarfile.TarInfo):
     """A member of a tar, which refuses damaged headers.
 
-    Some would make the reader go backwards, in an endless loop, or read a name of any length.
+    Some would make the reader go backwards, in an endless loop, or read a name of any length. It
+    overrides private methods, which tarfile's type stubs leave out.
     """
 
     def _block(self, count):
         if count < 0:
             raise tarfile.ReadError("a member has a negative size")
-        return super()._block(count)
+        return super()._block(count)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _proc_member(self, tar):
         if self.type in _EXTENDED:
             regular.check_size(self.size, TEXT_LIMIT)
-        return super()._proc_member(tar)
+        return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _items(path: str) -> list[Item]:
@@ -105,8 +106,10 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str, part: dict, p
 
 def _check_end(tar: tarfile.TarFile) -> None:
     """Raises tarfile.ReadError if the reader stopped at a damaged header, not at zeros."""
-    tar.fileobj.seek(tar.offset)
-    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+    file = tar.fileobj
+    assert file is not None  # it is open
+    file.seek(tar.offset)
+    if any(file.read(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
 
 
@@ -116,7 +119,9 @@ def _member_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
         regular.check_size(member.size, TEXT_LIMIT)
     except ValueError as error:
         raise ValueError(f"{shown(member.name, str)}: {error}") from None
-    return tar.extractfile(member).read().decode(errors="surrogateescape")
+    file = tar.extractfile(member)
+    assert file is not None  # the member is a file
+    return file.read().decode(errors="surrogateescape")
 
 
 def _read_member(item: Item):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from ntm_jax.data.prepare.captioned import Input, Item, caption_of
 from ntm_jax.data.sources import tfds as source
@@ -41,7 +42,11 @@ def _read_example(
 ) -> tuple[bytes, str, int | None]:
     example = caption = _examples(where, split)[item.image]
     for part in feature:
-        caption = caption[part]
-        caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
+        caption = _first(caption[part])
     label = int(example["label"]) if labelled else None
     return example["image"], caption_of(caption), label
+
+
+def _first(value: Any) -> Any:
+    """The first element of a list that has any; other values as they are."""
+    return value[0] if isinstance(value, (list, tuple)) and value else value

@@ -38,9 +38,11 @@ def make_pool(workers: int) -> Iterator[concurrent.futures.Executor | None]:
 def _follow_parent() -> None:
     """Makes a worker ignore Ctrl-C, which is for the parent, and end when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
 
     def watch():
-        connection.wait([multiprocessing.parent_process().sentinel])
+        connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

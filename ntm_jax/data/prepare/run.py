@@ -88,7 +88,7 @@ def prepare(
             flush=True,
         )
         return
-    _finish(job, everything, list(tallies.values()))
+    _finish(job, everything, [tally for tally in tallies.values() if tally])
     if job.before:
         print(
             f"the {len(mine)} shards of this process agree with the earlier {MANIFEST}; made "

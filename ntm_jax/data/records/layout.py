@@ -96,7 +96,7 @@ class Layout:
     def _expected(self, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple, tuple]]:
         """{key: (shape, names of dtypes)}; text and captions have any length that is permitted."""
         images = ("U8",) if self.pixel_levels else ("F16", "BF16", "F32")
-        expected = {"image": (self.image_shape, images)}
+        expected: dict[str, tuple[tuple, tuple]] = {"image": (self.image_shape, images)}
         if self.num_classes:
             expected["label"] = ((), ("I32",))
         if self.text_width:

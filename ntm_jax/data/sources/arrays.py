@@ -98,7 +98,7 @@ def from_arrays(
     digest = hashlib.sha256(json.dumps(about).encode())
     for array in (images, labels):
         if array is not None:
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return Arrays(images, labels, captions, pixel_levels, splits, digest.hexdigest()[:16])
 
 

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from etils import epath
@@ -91,7 +91,7 @@ def open_folder(where: str, split: str) -> Source:
     content = json.dumps([(file, scanned[file][0] if file in scanned else None) for file in files])
     return Source(
         _Files(root, chosen, labels, channels),
-        (*size, channels),
+        cast(tuple[int, int, int], (*size, channels)),  # H and W may be None, see Source
         pixel_levels=256,
         num_classes=len(classes),
         version=hashlib.sha256(content.encode()).hexdigest()[:16],
@@ -99,7 +99,7 @@ def open_folder(where: str, split: str) -> Source:
     )
 
 
-def _text(size: Sequence[int]) -> str:
+def _text(size: Sequence) -> str:
     return "x".join(map(str, size))
 
 
@@ -216,15 +216,16 @@ def _scan(root: epath.Path, files: Sequence[str]) -> dict[str, list[int]]:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         entries = dict(zip(files, pool.map(stamp, files), strict=True))
         new = [file for file in files if cached.get(file, [])[:2] != entries[file]]
-        found, title = pool.map(inspect, new), f"checking the images of {root}"
-        shapes = list(tqdm(found, title, len(new), disable=None if new else True))
+        results, title = pool.map(inspect, new), f"checking the images of {root}"
+        shapes = list(tqdm(results, title, len(new), disable=None if new else True))
     bad = [file for file, shape in zip(new, shapes, strict=True) if shape is None]
     if bad:
         raise UserError(
             f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({_first(bad)}): "
             "remove them"
         )
-    cached.update((file, entries[file] + shape) for file, shape in zip(new, shapes, strict=True))
+    found = zip(new, shapes, strict=True)
+    cached.update((file, entries[file] + shape) for file, shape in found if shape)
     scanned = {file: cached[file] for file in files}
     if new:
         _write_manifest(root, scanned)

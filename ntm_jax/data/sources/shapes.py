@@ -21,7 +21,7 @@ import functools
 import itertools
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy import ndimage
@@ -178,6 +178,7 @@ class _Scenes:
         caption, things, draw = _scene(self.split, range(len(self))[index])
         image = np.zeros((SIDE, SIDE, 3), np.uint8)
         for thing in things:
+            assert thing.colour is not None  # a scene's things have all properties
             size = draw.choice(_SIZES)
             x, y = (_QUADRANT * place + (_QUADRANT - size) // 2 for place in (thing.x, thing.y))
             square = image[y : y + size, x : x + size]
@@ -282,7 +283,7 @@ def find(images) -> list[list[Thing]]:
     bright = np.max(images, -1) > _FOREGROUND
     # Pixels touch within an image, corners included, and never across images.
     neighbours = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])
-    regions, count = ndimage.label(bright, neighbours)
+    regions, count = cast(tuple[np.ndarray, int], ndimage.label(bright, neighbours))
     number, y, x = np.nonzero(regions)
     region = regions[number, y, x] - 1
     masks, votes = np.zeros((count, SIDE * SIDE), np.float32), np.zeros((count, len(COLOURS)))

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -172,14 +172,15 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
         shape = (image_size, image_size, shape[-1])
     elif None in shape:
         shape = source.records[rows[0]]["image"].shape
-    records = _Rows(source.records, rows, tuple(shape), image_size, source.pixel_levels)
+    shape = cast(tuple[int, int, int], tuple(shape))
+    records = _Rows(source.records, rows, shape, image_size, source.pixel_levels)
     captions = None if source.captions is None else _CaptionRows(source.captions, rows)
     source = dataclasses.replace(
         source,
         name=name,
         split=split,
         records=records,
-        image_shape=tuple(shape),
+        image_shape=shape,
         captions=captions,
         mixed_sizes="",
     )
@@ -287,7 +288,8 @@ def _parse_split(split: str) -> tuple[str, str | None, str | None]:
             f"data.split {split!r} is not understood: expected a name and at most one slice, like "
             "train or train[:90%]"
         )
-    return match.groups()
+    name, first, last = match.groups()
+    return name, first, last
 
 
 def _slice(split: str, first: str | None, last: str | None, count: int) -> range:

@@ -70,7 +70,9 @@ def open_mock(where: str, split: str) -> Source:
             f"data.source {name} has levels={pixel_levels}: expected 2 to 256, or none for latents"
         )
     stream = _SPLITS.index(split)
-    shape, text = given["shape"], given["text"]
+    height, width, channels = given["shape"]
+    tokens, text_width = given["text"]
+    shape, text = (height, width, channels), (tokens, text_width)
     count = 1000 if split == "test" else count
     return Source(
         _RandomRecords(stream, count, shape, pixel_levels, classes, text),
@@ -78,8 +80,8 @@ def open_mock(where: str, split: str) -> Source:
         pixel_levels=pixel_levels,
         num_classes=classes,
         version="1",
-        text_tokens=text[0],
-        text_width=text[1],
+        text_tokens=tokens,
+        text_width=text_width,
     )
 
 

@@ -69,8 +69,10 @@ def num_classes(features) -> int:
     return (getattr(features["label"], "num_classes", None) or 0) if "label" in features else 0
 
 
-def builder_of(where: str):
-    """The builder of a prepared data set.
+def builder_of(where: str) -> Any:
+    """The builder of a prepared data set, a tfds.core.DatasetBuilder.
+
+    Its type is Any, since tfds annotates attributes with types that lack their methods.
 
     Args:
       where: a folder with a dataset_info.json, or NAME or NAME/CONFIG, with or without :VERSION.
