@@ -6,6 +6,7 @@ python -m tests.campaigns.exports 1000 0 prints how often the reader gave the un
 """
 
 import contextlib
+import dataclasses
 import gc
 import io
 import os
@@ -56,21 +57,26 @@ def run_script(folder: Path, *arguments: str) -> tuple[int, str, str, np.ndarray
 
 
 class Readers:
-    """The three ways to read an export, each of which returns what can be compared or raises UserError."""
+    """The three ways to read an export: each returns comparable values or raises UserError."""
 
     def __init__(self, exported: Path):
-        self._settings = ntm_jax.load(str(exported)).config
-        source, self._model, self._mesh = setup(self._settings)
-        self._state = state.initialize(as_run(self._settings, self._model, self._mesh))
+        settings = ntm_jax.load(str(exported)).config
+        source, model, mesh = setup(settings)
+        self._run = as_run(settings, model, mesh)
+        self._state = state.initialize(self._run)
         records = [source.records[i] for i in range(2)]
-        self._images, self._labels = (np.stack([record[name] for record in records]) for name in ("image", "label"))
+        self._images, self._labels = (
+            np.stack([record[name] for record in records]) for name in ("image", "label"))
 
     def load(self, folder: Path):
         run = ntm_jax.load(str(folder))
-        return run.config, run.spec, run.step, run.raw, run.log_prob(self._images, self._labels, trajectories=1).tobytes()
+        nats = run.log_prob(self._images, self._labels, trajectories=1)
+        return run.config, run.spec, run.step, run.raw, nats.tobytes()
 
     def init_from(self, folder: Path):
-        return bits(finetune.start_from(self._run, self._state))
+        settings = dataclasses.replace(self._run.config, init_from=str(folder))
+        run = dataclasses.replace(self._run, config=settings)
+        return bits(finetune.start_from(run, self._state))
 
     def sample(self, folder: Path):
         status, out, err, images = run_script(folder, "2", "3")

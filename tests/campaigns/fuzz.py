@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 from ntm_jax.data import pipeline
-from ntm_jax.runtime import build, config, sharding
-from ntm_jax.training import state
+from ntm_jax.runtime import config, sharding
+from ntm_jax.runtime.run import untrained
+from ntm_jax.training import objectives, state
 from ntm_jax.training.step import check_batch
 from tests.campaigns import damage
-from tests.common import ROOT, TINY, as_run, environment, experiment
+from tests.common import ROOT, TINY, environment, experiment
 
 SECONDS = 120  # within which a program has ended or is training
 NUMBERS = (0, 1, -1, 2, 3, 7, 16, 31, 64, 1000, 10**6, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, -(2**63), 10**30, 10**400)
@@ -43,18 +44,22 @@ def overrides(draw: random.Random) -> dict:
 
 
 def build(values: dict) -> str:
-    """A configuration from the digits experiment, shrunk, with settings replaced, up to the shapes of its state; nothing is computed."""
+    """Builds the shrunk digits experiment with settings replaced, up to the shapes of its state.
+
+    Nothing is computed. Returns an empty string.
+    """
     raw = experiment().to_dict()
     for key, value in {**TINY, **values}.items():
         section, _, name = key.rpartition(".")
         (raw[section] if section else raw)[name] = value
     settings = config.read(raw)
     mesh = sharding.make_mesh(settings.mesh)
+    objectives.checked(settings)
     check_batch(settings, mesh)
     source = settings.data.open(settings.data.split)
     settings.data.open(settings.evaluate.split)
-    model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
-    state.check_memory(state.abstract(as_run(settings, model, mesh)), mesh)
+    spec = pipeline.spec(source, settings.data.patch_size)
+    state.check_memory(untrained(settings, spec, mesh))
     return ""
 
 

@@ -1,18 +1,20 @@
-"""The campaigns with few trials. From the command line they take more: see docs/safety.md."""
+"""The campaigns with few trials; from the command line they take more (docs/safety.md)."""
 
 import re
 
 import pytest
 
 from tests.campaigns import damage, fuzz, kills, workdirs
-from tests.common import python, rehearsal
+from tests.common import python
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the reads that orbax abandons
-def test_a_damaged_workdir_gives_the_same_run_or_one_line():
-    tally = workdirs.run(36, 0, every=41)
+# Orbax abandons reads, which then warn.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("trials", [12, pytest.param(36, marks=pytest.mark.slow)])
+def test_a_damaged_workdir_gives_the_same_run_or_one_line(trials):
+    tally = workdirs.run(trials, 0, every=41)
     assert tally.wrong() == []
     assert tally.counts["config.json, one bit", "refused"] > 300
     assert all(sum(tally.counts[kind, found] for kind in damage.KINDS) for found in ("ok", "refused"))
@@ -25,13 +27,14 @@ def test_random_settings_are_a_configuration_or_one_line():
     assert min(tally.counts["in process", found] for found in ("ok", "refused")) > 5
 
 
-@rehearsal
+@pytest.mark.slow
 def test_a_failed_write_loses_nothing():
-    done = python("-m", "tests.campaigns.writes", "1", check=False)  # a process of its own, since it forks
+    done = python("-m", "tests.campaigns.writes", "1", check=False)  # in its own process: it forks
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"^(\w+), limit +0 +1 +0 +0$", done.stdout, re.MULTILINE) == ["train", "evaluate", "sample", "export", "prepare"]
+    refused = re.findall(r"^(\w+), limit +0 +1 +0 +0$", done.stdout, re.MULTILINE)
+    assert refused == ["train", "evaluate", "sample", "export", "prepare"]
 
 
-@rehearsal
+@pytest.mark.slow
 def test_killed_runs_lose_nothing(tmp_path):
     assert kills.run(3, 0, folder=tmp_path)[1] == 0

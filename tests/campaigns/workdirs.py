@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ntm_jax.export.read import load_run
+import ntm_jax
 from ntm_jax.runtime import config_file
 from tests.campaigns import damage
 from tests.common import setup, tiny_config, write_run
@@ -38,7 +38,7 @@ def damage_folder(workdir: Path, trials: int, seed: int, tally: damage.Tally) ->
     images, labels = (np.stack([source.records[i][name] for i in range(2)]) for name in ("image", "label"))
 
     def read(step=None):
-        run = load_run(str(workdir), step)
+        run = ntm_jax.load(str(workdir), step)
         return run.step, run.log_prob(images, labels, trajectories=1).tobytes()
 
     draw, expected = random.Random(seed), {step: read(step) for step in (2, 4)}

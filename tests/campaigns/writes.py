@@ -95,8 +95,8 @@ def trial(folder: Path, name: str, limit: int | None, mend: Callable[[], None] =
 def prepare(folder: Path) -> None:
     """A run stopped after two of four steps, and a folder of photos."""
     write_photos(folder / "photos", 8, 24)
-    program = "import sys; from ntm_jax.runtime import train; from tests.common import tiny_config\n" \
-              f"train.train(tiny_config(**{STEPS}), sys.argv[1], progress=False, until=2)"
+    program = "import sys; from ntm_jax.training import loop; from tests.common import tiny_config\n" \
+              f"loop.train(tiny_config(**{STEPS}), sys.argv[1], progress=False, until=2)"
     python("-c", program, str(folder / "run"))
 
 
@@ -126,8 +126,7 @@ def full_disk(name: str, kib: int, base: Path, mount: Path) -> tuple[str, str]:
 
 def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
     """Every program under every limit, and on a disk with so many KiB left."""
-    import ntm_jax.runtime.train  # noqa: F401, imported once for all forks
-
+    import ntm_jax.api  # noqa: F401, imported once for all forks
 
     tally = damage.Tally()
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
