@@ -1,0 +1,91 @@
+"""Starts jobs of several processes, as a user does."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+from tests.common import ROOT, TINY, environment
+
+SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "inverse",
+                   "evaluate.split": "test[:16]"}
+GONE = (r"error: process \d stopped: another process of this job is gone; "
+        r"the last checkpoint is intact: start all again with the same command \(.*\)")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def start(program, port, count, number, *flags, devices=1) -> subprocess.Popen:
+    """Starts one process of a job, with simulated devices."""
+    together = [f"--coordinator_address=localhost:{port}", f"--num_processes={count}",
+                f"--process_id={number}"] if count > 1 else []
+    variables = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    return subprocess.Popen([sys.executable, "-m", program, *together, *flags], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables)
+
+
+class Job:
+    """The processes of one training run, or of another program that reads its workdir.
+
+    settings: overrides of SETTINGS for a training run, in turn over the processes.
+    """
+
+    def __init__(self, workdir, count, devices=2, settings=({},), program="train", flags=()):
+        port, self.processes = free_port(), []
+        for number in range(count):
+            config = []
+            if program == "train":
+                overrides = SETTINGS | settings[number % len(settings)]
+                config = ["--config=experiments/digits.py",
+                          *(f"--config.{key}={value}" for key, value in overrides.items())]
+            self.processes.append(start(
+                f"launch.{program}", port, count, number, f"--workdir={workdir}",
+                "--heartbeat_timeout=10", *flags, *config, devices=devices))
+
+    def read_until(self, pattern) -> str:
+        """The next line of process 0 that has the pattern."""
+        for line in self.processes[0].stdout:
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"no line like {pattern}: {self.processes[0].stderr.read()}")
+
+    def end(self, timeout=240) -> list[tuple[int, str, str]]:
+        """(status, last line of stdout, last line of stderr) of every process."""
+        results = []
+        for process in self.processes:
+            texts = process.communicate(timeout=timeout)
+            lines = ((text.strip().splitlines() or [""])[-1] for text in texts)
+            results.append((process.returncode, *lines))
+        return results
+
+
+def ends(processes, timeout=60) -> list[tuple[int, str]]:
+    """(status, standard error) of every process."""
+    try:
+        errors = [process.communicate(timeout=timeout)[1].strip() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def assert_ended_by_another(found) -> None:
+    """Checks that the death of another process ended each of these, with one line.
+
+    A process meets a broken connection itself, or jax's runtime aborts it.
+    """
+    for status, error in found:
+        assert status in (1, -signal.SIGABRT), (status, error)
+        assert re.fullmatch(GONE, error), error
+
+
+def losses(workdir) -> dict[int, float]:
+    """{step: loss} of a run."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}

@@ -1,0 +1,180 @@
+"""Training, evaluation and sampling by several processes: the same numbers as by one."""
+
+import json
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.training import loop, state
+from tests.common import as_run, setup, tiny_config
+from tests.runtime.processes.common import GONE, SETTINGS, Job, losses
+
+SUM = dict(rtol=1e-5, atol=1e-6)  # float32 sums in another order
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The workdir of a finished run of one process with 4 devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    (status, *said), = Job(workdir, 1, devices=4).end()
+    assert status == 0, said
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """(workdir, ends) of two processes, of which the second receives SIGTERM at step 5."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    job = Job(workdir, 2)
+    job.read_until(r"step 5/")
+    job.processes[1].send_signal(signal.SIGTERM)
+    return workdir, job.end()
+
+
+def test_sigterm_to_one_process_stops_all_at_one_step_saved(stopped):
+    workdir, ends = stopped
+    assert [status for status, *_ in ends] == [0, 0], ends
+    said = re.fullmatch(r"stopped at step (\d+), saved; the same command resumes", ends[0][1])
+    assert said, ends
+    assert int(said[1]) < SETTINGS["train.steps"]
+    assert (workdir / "checkpoints" / said[1]).exists()
+
+
+def test_two_processes_take_the_steps_of_one(stopped, tmp_path, quick_compilation):
+    loop.train(tiny_config(**SETTINGS), str(tmp_path / "run"), progress=False, until=5)
+    one, two = losses(tmp_path / "run"), losses(stopped[0])
+    assert list(one) == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose([two[step] for step in one], list(one.values()), **SUM)
+
+
+@pytest.mark.slow
+def test_two_processes_interrupted_and_resumed_train_as_one_does(stopped, alone, tmp_path):
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    ends = Job(workdir, 2).end()
+    assert [status for status, *_ in ends] == [0, 0], ends
+    one, two = losses(alone), losses(workdir)
+    assert list(one) == list(two) == list(range(1, 13))
+    np.testing.assert_allclose(list(two.values()), list(one.values()), **SUM)
+    one, two = (json.loads((folder / "evaluation.json").read_text())["nats_per_dim"]["bound"]["mean"]
+                for folder in (alone, workdir))
+    assert one == pytest.approx(two, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def evaluated(alone):
+    """{(processes, devices of each): (evaluation.json, the scores of all 297 held-out digits)}."""
+    found = {}
+    for count, devices in ((1, 1), (1, 8), (2, 2)):
+        job = Job(alone, count, devices, program="evaluate", flags=(
+            "--split=test", "--trajectories=2", "--per_example", "--step=12"))
+        ends = job.end()
+        assert [status for status, *_ in ends] == [0] * count, ends
+        scores = pyarrow.parquet.read_table(alone / "evaluation-12.parquet").to_pydict()
+        found[count, devices] = json.loads((alone / "evaluation-12.json").read_text()), scores
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [(1, 8), (2, 2)])
+def test_evaluation_is_the_same_on_any_devices_and_processes(evaluated, where):
+    (one, scores), (other, other_scores) = evaluated[1, 1], evaluated[where]
+    assert one["count"] == other["count"] == 297
+    assert scores["index"] == other_scores["index"] == list(range(297))
+    for name, values in scores.items():
+        # nats, sums of hundreds
+        np.testing.assert_allclose(other_scores[name], values, rtol=1e-5, atol=1e-3, err_msg=name)
+    for unit in ("bits_per_dim", "nats_per_dim"):
+        for bound in ("bound", "importance_weighted"):
+            expected = pytest.approx(one[unit][bound]["mean"], rel=1e-5)
+            assert other[unit][bound]["mean"] == expected
+    by_level = pytest.approx(one["trajectory_nll"]["by_level"], rel=1e-5)
+    assert other["trajectory_nll"]["by_level"] == by_level
+    assert other["provenance"]["checksum"] == one["provenance"]["checksum"]
+
+
+@pytest.mark.slow
+def test_two_processes_sample_as_one_does(alone, tmp_path):
+    images = []
+    for count, devices in ((1, 1), (2, 2)):
+        flags = [f"--out={tmp_path}/{count}", "--num=6"]
+        ends = Job(alone, count, devices, program="sample", flags=flags).end()
+        assert [status for status, *_ in ends] == [0] * count, ends
+        images.append(np.load(tmp_path / str(count) / "samples.npz")["arr_0"].astype(int))
+    assert images[0].shape == (6, 8, 8, 3)
+    # One of 17 grey levels: rounding may fall on the other side.
+    assert np.abs(images[0] - images[1]).max() <= 16
+    assert (images[0] != images[1]).mean() < 0.02
+
+
+@pytest.mark.slow
+def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path):
+    images, workdir, rng = tmp_path / "images", tmp_path / "run", np.random.default_rng(0)
+    for i in range(80):  # 10 classes, so that the model is that of the digits
+        (images / str(i % 10)).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(images / str(i % 10) / f"{i}.png")
+    bad = images / "7" / "7.png"
+    changed = {"data.source": f"folder:{images}", "data.split": "all", "evaluate.split": "all",
+               "data.image_size": 8, "train.steps": 100000, "train.save_every": 100000}
+    job = Job(workdir, 2, settings=(changed,))
+    job.read_until(r"step 3/")
+    good = bad.read_bytes()
+    bad.write_text("<html>")  # an epoch has 5 steps, so a process reads it soon
+    ends = job.end()
+    assert [status for status, *_ in ends] == [2, 2], ends
+    errors = [error for *_, error in ends]
+    reader, other = sorted(errors, key=lambda error: "another process" in error)
+    assert reader == f"error: image {bad} cannot be decoded (not an image): remove it"
+    said = re.match(r"error: another process of this job could not read a record \(see its line\); "
+                    r"step (\d+) is saved", other)
+    assert said, other
+    bad.write_bytes(good)
+    settings = tiny_config(**changed)
+    _, model, mesh = setup(settings)
+    with Checkpoints(workdir) as checkpoints:
+        step, current, position = checkpoints.restore(state.abstract(as_run(settings, model, mesh)))
+    assert step == int(current.step) == int(said[1]) >= 3
+    assert position == {"global_next_index": 16 * step}
+    assert max(losses(workdir)) == step  # the step that lacked a part was not logged
+
+
+@pytest.mark.slow
+def test_a_dead_process_stops_the_others_soon_with_one_line(tmp_path):
+    job = Job(tmp_path / "run", 2, settings=({"train.steps": 100000},))
+    job.read_until(r"step 6/")
+    job.processes[1].kill()
+    begin = time.monotonic()
+    (status, _, error), _ = job.end(timeout=60)
+    assert time.monotonic() - begin < 45
+    assert status != 0
+    assert re.match(GONE, error), error
+
+
+def test_processes_started_differently_all_stop_and_name_the_key(tmp_path):
+    ends = Job(tmp_path / "run", 2, settings=({}, {"optimizer.clip": 0.5})).end()
+    expected = ("error: the processes of this job differ: optimizer.clip is 1.0 in process 0 and "
+                "0.5 in process 1: start all with the same command")
+    assert [(status, error) for status, _, error in ends] == [(2, expected)] * 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_moves_over_processes_and_devices(alone, tmp_path):
+    """4 processes with 8 devices, then one with 2, then one with 8, train as one with 4 does."""
+    for count, devices, stop in ((4, 2, 3), (1, 2, 7), (1, 8, None)):
+        job = Job(tmp_path / "moved", count, devices)
+        if stop:  # the processes agree to stop some steps later
+            job.read_until(rf"step ({'|'.join(map(str, range(stop, 13)))})/")
+            job.processes[-1].send_signal(signal.SIGTERM)
+        ends = job.end()
+        assert [status for status, *_ in ends] == [0] * count, ends
+    whole, moved = losses(alone), losses(tmp_path / "moved")
+    assert list(whole) == list(moved)
+    np.testing.assert_allclose(list(moved.values()), list(whole.values()), **SUM)
