@@ -1,8 +1,10 @@
-"""Names where the time of traced steps goes: reads jax.profiler's trace, and the compiled program's text for what each operation is.
+"""Reports which operations the traced steps spend their time on.
 
-Shares are of the devices' time from the first operation of the traced steps to the last: a device's time is the wall's, a CPU's that of
-XLA's worker threads, one a core. What the devices spend on no operation is "idle". Only traces of CPUs were seen. Of an accelerator,
-operations are found by the stat hlo_op, as streams of GPUs have it, or by the event's name, as on a TPU's line "XLA Ops".
+Reads jax.profiler's trace, and the compiled programs' text for what each operation is. Shares are
+of the devices' time from the first operation of the traced steps to the last; time on no operation
+is "idle". On a CPU, the devices are XLA's worker threads, one per core. Accelerators' operations
+are found by the stat hlo_op, which streams of GPUs have, or by the event's name on a TPU's line
+"XLA Ops"; this was tested only on traces of CPUs.
 """
 
 import collections
@@ -13,71 +15,97 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.analysis import hlo
+from ntm_jax.analysis.hlo_text import Instruction, called, parse
+from ntm_jax.errors import first_line
 
 KINDS = ("products", "attention", "elementwise", "reductions", "copies", "collectives", "other")
 MODULES = ("transporter", "predictor", "optimizer", "rest", "other programs")
-MOVES = {"copy", "transpose", "concatenate", "slice", "pad", "reshape", "broadcast", "reverse", "dynamic-slice", "dynamic-update-slice",
-         "gather", "copy-start", "copy-done"}
+MOVES = {"copy", "transpose", "concatenate", "slice", "pad", "reshape", "broadcast", "reverse",
+         "dynamic-slice", "dynamic-update-slice", "gather", "copy-start", "copy-done"}
 MODULE = re.compile(r"[/(](transporter|predictor|optimizer)\b", re.IGNORECASE)
-SOFTMAX = re.compile(r"/attention/(?!query|key|value|out)")  # what is in the layer beside its projections and norms
+SOFTMAX = re.compile(r"/attention/(?!query|key|value|out)")  # not projections and their norms
 
 
 def report(folder, texts: list[str]) -> str:
-    """Reads the newest trace under folder, of programs of these compiled texts; writes folder/summary.json, returns the table of it."""
-    traces = sorted(epath.Path(folder).glob("plugins/profile/*/*.xplane.pb"), key=lambda path: path.stat().mtime)
+    """The table of the newest trace under a folder; also writes folder/summary.json.
+
+    texts: of the compiled programs that the trace recorded. Raises FileNotFoundError without a
+    trace, ValueError if it holds no operation of the programs.
+    """
+    traces = sorted(epath.Path(folder).glob("plugins/profile/*/*.xplane.pb"),
+                    key=lambda path: path.stat().mtime)
     if not traces:
-        raise FileNotFoundError("there is none")
-    found = summarize(jax.profiler.ProfileData.from_serialized_xspace(traces[-1].read_bytes()), texts)
+        raise FileNotFoundError("the folder holds no trace")
+    trace = jax.profiler.ProfileData.from_serialized_xspace(traces[-1].read_bytes())
+    found = summarize(trace, texts)
     files.write_json(epath.Path(folder) / "summary.json", found)
     return table(found)
 
 
 def summarize(trace, texts: list[str]) -> dict:
-    """Of a jax.profiler.ProfileData: seconds, devices, and shares, which sum to 1 with `idle`: `by_module` {"transporter forward":
-    {kind: share}}, `by_kind`, and the ten dearest `operations`."""
+    """The shares of the devices' time in a jax.profiler.ProfileData, as JSON values.
+
+    Returns seconds, devices, and shares, which sum to 1: `idle`, `by_kind`, `by_module`
+    {"transporter forward": {kind: share}}, and the ten most expensive `operations`. Raises
+    ValueError if the trace holds no operation of the programs.
+    """
     programs = [operations(text) for text in texts]
     names = {re.match(r"HloModule ([\w.\-]+)", text)[1] for text in texts}
-    known = set().union(*programs)
+    times, span, devices = _measure(trace, set().union(*programs), names)
+    if not times:
+        raise ValueError("it holds no operation of the training step")
+    meanings = _meanings(programs, times)
+    # Threads besides the workers start programs, and run a few small operations themselves.
+    total = max(devices * span, sum(times.values()))
+    by_module = collections.defaultdict(collections.Counter)
+    for operation, time in times.items():
+        _, module, kind, _ = meanings(operation)
+        by_module[module][kind] += time / total
+    by_kind = {kind: sum(kinds[kind] for kinds in by_module.values()) for kind in KINDS}
+    keys = "name", "module", "kind", "op_name"
+    expensive = [dict(zip(keys, meanings(operation), strict=True), share=time / total)
+                 for operation, time in times.most_common(10)]
+    return {"seconds": span / 1e9, "devices": devices, "idle": 1 - sum(by_kind.values()),
+            "by_kind": by_kind,
+            "by_module": {name: dict(by_module[name]) for name in sorted(by_module, key=_order)},
+            "operations": expensive}
+
+
+def _measure(trace, known: set, names: set) -> tuple[collections.Counter, float, int]:
+    """({operation: nanoseconds}, nanoseconds from first to last, devices) of the programs' planes.
+
+    known: the programs' operations. names: the programs' names.
+    """
     times, begin, end = collections.Counter(), float("inf"), 0.0
     workers = planes = 0
     for plane in trace.planes:
         # A line's name ends in its thread's number.
-        lines = [(line.name, frames) for line in plane.lines if (frames := _frames(line, known, names))]
-        spans = [f for _, frames in lines for f in frames if isinstance(f[2], tuple) and f[2][0] in names]
+        lines = [(line.name, frames) for line in plane.lines
+                 if (frames := _frames(line, known, names))]
+        spans = [frame for _, frames in lines for frame in frames
+                 if isinstance(frame[2], tuple) and frame[2][0] in names]
         if not spans:
             continue
-        begin, end = min(begin, *(f[0] for f in spans)), max(end, *(f[1] for f in spans))
+        begin = min(begin, *(frame[0] for frame in spans))
+        end = max(end, *(frame[1] for frame in spans))
         workers, planes = workers + sum("XLAEigen" in name for name, _ in lines), planes + 1
         times.update(_own_times(frames for _, frames in lines))
-    if not times:
-        raise ValueError("it holds no operation of the training step")
-    meanings = _meanings(programs, times)
-    # Threads other than the workers start programs, and run a few small operations themselves.
-    devices = workers or planes
-    whole = max(devices * (end - begin), sum(times.values()))
-    by_module = collections.defaultdict(collections.Counter)
-    for operation, time in times.items():
-        _, module, kind, _ = meanings(operation)
-        by_module[module][kind] += time / whole
-    by_kind = {kind: sum(kinds[kind] for kinds in by_module.values()) for kind in KINDS}
-    dearest = [dict(zip(("name", "module", "kind", "op_name"), meanings(operation), strict=True), share=time / whole)
-               for operation, time in times.most_common(10)]
-    return {"seconds": (end - begin) / 1e9, "devices": devices, "idle": 1 - sum(by_kind.values()), "by_kind": by_kind,
-            "by_module": {name: dict(by_module[name]) for name in sorted(by_module, key=_order)}, "operations": dearest}
+    return times, end - begin, workers or planes
 
 
 def _order(module: str):
-    """Modules in the order that a step runs them."""
-    return next(i for i, name in enumerate(MODULES) if module.startswith(name)), "backward" in module
+    """The sort key of a module: the order in which a step runs them."""
+    place = next(i for i, name in enumerate(MODULES) if module.startswith(name))
+    return place, "backward" in module
 
 
 def _frames(line, known: set, names: set) -> list:
-    """What a thread or stream did, [(start, end, what)], and None unless it ran XLA's operations.
+    """[(start, end, content)] of a thread or stream, in ns; [] if it ran no operations of XLA.
 
-    what: (module, program, name) of an operation; int, a task of the thread pool's number, or ("start", number) where one was handed to
-    it; None for the executor's own time.
+    content: (module, program, name) of an operation; an int, the number of a thread pool's task;
+    ("start", number) at the moment when a task was started; None for the executor's own time.
     """
-    frames, begun, device = [], [], False
+    frames, begun, ran_operations = [], [], False
     for event in line.events:
         name = event.name
         if name.startswith("$"):  # Python's
@@ -86,8 +114,9 @@ def _frames(line, known: set, names: set) -> list:
         if "hlo_op" in stats or line.name == "XLA Ops":
             operation = stats.get("hlo_op") or re.match(r"%?([\w.\-]*)", name)[1]
             module = stats.get("hlo_module") or (min(names) if operation in known else "")
-            frames.append((event.start_ns, event.end_ns, (module, stats.get("program_id"), operation)))
-            device = True
+            content = (module, stats.get("program_id"), operation)
+            frames.append((event.start_ns, event.end_ns, content))
+            ran_operations = True
         elif name == "ThreadpoolListener::StartRegion":
             begun.append((event.start_ns, stats.get("_c")))
         elif name == "ThreadpoolListener::StopRegion" and begun:
@@ -97,36 +126,42 @@ def _frames(line, known: set, names: set) -> list:
             frames.append((event.start_ns, event.start_ns, ("start", stats.get("_p"))))
         elif name.startswith("ThunkExecutor"):
             frames.append((event.start_ns, event.end_ns, None))
-    return frames if device else []
+    return frames if ran_operations else []
 
 
 def _own_times(lines) -> collections.Counter:
-    """Nanoseconds of each operation: its own on its line, without those nested in it, and those of the tasks that it gave to others."""
-    times, tasks, givers = collections.Counter(), collections.Counter(), {}
+    """{operation: nanoseconds}: its own time and that of the tasks it started on other threads.
+
+    An operation's own time excludes those nested in it on its line.
+    """
+    times, tasks, starters = collections.Counter(), collections.Counter(), {}
     for frames in lines:
         stack = []
-        for start, end, what in sorted(frames, key=lambda f: (f[0], -f[1])):
+        for start, end, content in sorted(frames, key=lambda frame: (frame[0], -frame[1])):
             while stack and stack[-1][0] <= start:
                 stack.pop()
-            giver = stack[-1][1] if stack else None
-            if isinstance(what, tuple) and what[0] == "start":
-                givers[what[1]] = giver
+            enclosing = stack[-1][1] if stack else None
+            if isinstance(content, tuple) and content[0] == "start":
+                starters[content[1]] = enclosing
                 continue
-            for place, sign in ((what, 1), (giver, -1)):
+            for place, sign in ((content, 1), (enclosing, -1)):
                 (tasks if isinstance(place, int) else times)[place] += sign * (end - start)
-            stack.append((end, what))
+            stack.append((end, content))
     for number, time in tasks.items():
-        giver = number
-        while isinstance(giver, int):  # a task may give tasks
-            giver = givers.pop(giver, None) if giver not in givers else givers[giver]
-        times[giver] += time
-    del times[None]  # the executor's, and what was given outside the trace
+        starter = number
+        while isinstance(starter, int):  # a task may start tasks
+            starter = starters.pop(starter, None) if starter not in starters else starters[starter]
+        times[starter] += time
+    del times[None]  # the executor's own time, and tasks started before the trace
     return times
 
 
 def _meanings(programs: list[dict], times):
-    """A function from (module, program, name) to (name, module, kind, op_name). Programs of a name: each is taken for the text that
-    knows most of its operations."""
+    """A function from (module, program, name) to (name, module, kind, op_name).
+
+    Several programs may share a name: each is matched with the text that has most of its
+    operations.
+    """
     ran = collections.defaultdict(set)
     for module, program, name in times:
         ran[module, program].add(name)
@@ -141,20 +176,21 @@ def _meanings(programs: list[dict], times):
 
 def operations(text: str) -> dict[str, tuple[str, str, str]]:
     """{name: (module, kind, op_name)} of every instruction of a compiled program's text."""
-    module, _ = hlo.parse(text)
-    return {i.name: (_module(module, i), _kind(module, i), _source(module, i)) for c in module.values() for i in c.values()}
+    module, _ = parse(text)
+    return {i.name: (_module(module, i), _kind(module, i), _source(module, i))
+            for computation in module.values() for i in computation.values()}
 
 
-def _source(module, i: hlo.Instruction) -> str:
-    """Where in the program an instruction comes from: its own op_name, or one of what is fused in it."""
+def _source(module, i: Instruction) -> str:
+    """The op_name of an instruction, its place in the program, or of one fused in it."""
     found = re.search(r'op_name="([^"]*)"', i.attributes)
     if found:
         return found[1]
-    inner = module.get(hlo._called(i, "calls"), {})
+    inner = module.get(called(i, "calls"), {})
     return next(filter(None, (_source(module, j) for j in reversed(inner.values()))), "")
 
 
-def _module(module, i: hlo.Instruction) -> str:
+def _module(module, i: Instruction) -> str:
     source = _source(module, i)
     found = MODULE.search(source)
     name = found[1].lower() if found else "rest"
@@ -163,11 +199,12 @@ def _module(module, i: hlo.Instruction) -> str:
     return f"{name} {'backward' if 'transpose(' in source or 'remat' in source else 'forward'}"
 
 
-def _kind(module, i: hlo.Instruction) -> str:
+def _kind(module, i: Instruction) -> str:
     ops = _ops(module, i)
     if any(op.removesuffix("-start").removesuffix("-done") in hlo.COLLECTIVES for op in ops):
         return "collectives"
-    if ops & {"dot", "convolution"} or (i.op == "custom-call" and re.search(r"gemm|matmul|dot|conv", i.attributes)):
+    library = i.op == "custom-call" and re.search(r"gemm|matmul|dot|conv", i.attributes)
+    if ops & {"dot", "convolution"} or library:
         return "products"
     if i.op in ("while", "conditional", "call"):
         return "other"
@@ -178,21 +215,24 @@ def _kind(module, i: hlo.Instruction) -> str:
     return "reductions" if ops & {"reduce", "reduce-window"} else "elementwise"
 
 
-def _ops(module, i: hlo.Instruction) -> set[str]:
-    """The operations in an instruction, those fused in it included, without what costs nothing."""
-    inner = module.get(hlo._called(i, "calls"), {}) if i.op == "fusion" or i.op.endswith("-start") else {}
+def _ops(module, i: Instruction) -> set[str]:
+    """The operations in an instruction and in what it fuses, without those that cost nothing."""
+    calls = i.op == "fusion" or i.op.endswith("-start")
+    inner = module.get(called(i, "calls"), {}) if calls else {}
     own = set() if i.op == "fusion" or i.op in hlo.FREE else {i.op}
     return own.union(*(_ops(module, j) for j in inner.values()))
 
 
 def table(found: dict) -> str:
-    """A summary for people: modules down, kinds across, in percent of the devices' time, and the dearest operations."""
+    """The text of a summary: shares in percent by module and kind, and expensive operations."""
     kinds = [kind for kind in KINDS if found["by_kind"][kind]]
     lines = [f"{found['seconds']:.2f} s of {found['devices']} cores or devices, % of their time",
              f"{'':<20}" + "".join(f"{kind:>12}" for kind in [*kinds, "all"])]
-    for name, row in {**found["by_module"], "all": found["by_kind"], "idle": {"idle": found["idle"]}}.items():
+    rows = {**found["by_module"], "all": found["by_kind"], "idle": {"idle": found["idle"]}}
+    for name, row in rows.items():
         shares = [row.get(kind, 0) for kind in kinds] + [sum(row.values())]
-        lines.append(f"{name:<20}" + "".join(f"{100 * share:>12.1f}" if share else " " * 12 for share in shares))
+        lines.append(f"{name:<20}" + "".join(
+            f"{100 * share:>12.1f}" if share else " " * 12 for share in shares))
     lines.append("the dearest operations")
     for o in found["operations"]:
         source = re.sub(r"jit\(step\)/|closed_call/|while/body/", "", o["op_name"])
@@ -201,16 +241,17 @@ def table(found: dict) -> str:
 
 
 class Trace:
-    """Traces the steps from span[0] to span[1] into a folder, and reports where their time went."""
+    """Traces the steps span[0] to span[1] into a folder, and reports where their time went."""
 
     def __init__(self, folder, span: tuple[int, int]):
         self._folder, self._span, self._on = folder, span, False
 
-    def at(self, step: int, pending, ending: bool, texts, say) -> None:
-        """Called before each step; starts or stops the trace where it is due.
+    def at(self, step: int, pending, ending: bool, texts, message) -> None:
+        """Starts or stops the trace if it is due; to be called before each step.
 
-        pending: what the last step returned, which is waited for first. texts(first, step): the
-        compiled texts of the steps from first to step. say(line) prints a line.
+        pending: arrays of the last step, which this waits for first. ending: whether the run ends
+        here. texts(first, step): the compiled texts of the steps from first to step. message(line):
+        prints a line.
         """
         inside = self._span[0] <= step < self._span[1] and not ending
         if inside == self._on:
@@ -221,16 +262,15 @@ class Trace:
             self._first = step
         else:
             jax.profiler.stop_trace()
-            self._report(step, texts, say)
+            self._report(step, texts, message)
         self._on = inside
 
-    def _report(self, step, texts, say):
+    def _report(self, step, texts, message):
         if jax.process_index():
             return
         try:
             found = report(self._folder, texts(self._first, step))
-            say(f"steps {self._first}:{step}, traced in {self._folder}: {found}")
-        except Exception as error:  # whatever the trace holds, the run goes on
-            reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-            say(f"the trace in {self._folder} could not be read, and there is no summary of it: "
-                f"{reason}")
+            message(f"steps {self._first}:{step}, traced in {self._folder}: {found}")
+        except Exception as error:  # an unreadable trace must not end the run
+            message(f"the trace in {self._folder} could not be read, so it has no summary: "
+                    f"{first_line(error)}")

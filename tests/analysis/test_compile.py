@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ntm_jax.analysis import chips, compile, hlo
+from ntm_jax.analysis import chips, compile, hlo, hlo_text
 from ntm_jax.analysis.memory import advice, check_fits, out_of_memory, saved
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline
@@ -178,7 +178,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_are_read(text):
-    assert hlo._groups(text, 4).tolist() == GROUPS[text]
+    assert hlo_text.replica_groups(text, 4).tolist() == GROUPS[text]
 
 
 ALL_REDUCE_SCATTER = """

@@ -182,5 +182,5 @@ def test_a_trace_of_the_chosen_steps_is_written(tmp_path, monkeypatch):
         seen.append(len(calls))
     assert calls == [str(folder), "stop"]
     assert seen == [0, 0, 1, 1, 2, 2]
-    assert messages == [f"the trace in {folder} could not be read, and there is no summary of it: "
-                        "there is none"]
+    assert messages == [f"the trace in {folder} could not be read, so it has no summary: the "
+                        "folder holds no trace"]
