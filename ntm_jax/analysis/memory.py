@@ -1,4 +1,4 @@
-"""Memory of a training step: what the compiler says, and what to change where it does not fit."""
+"""Memory of a training step: what the compiler reports, and what to change if it does not fit."""
 
 import math
 import re
@@ -11,38 +11,49 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 
+UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_TEMPORARIES = re.compile(
+    r"temporaries \(([\d.]+)([BKMGT])\) exceeds available HBM \(([\d.]+)([BKMGT])\)")
+_TOTAL = re.compile(r"Used ([\d.]+)([BKMGT]) of ([\d.]+)([BKMGT]) hbm")
+
 
 def bytes_per_chip(a) -> int:
-    """Bytes of an abstract array's part on one chip; a key is two words."""
+    """Bytes of an abstract array's shard on one chip; a random key takes two words."""
     shape = a.sharding.shard_shape(a.shape) if a.sharding else a.shape
-    return math.prod(shape) * (8 if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a.dtype.itemsize)
-
-
-UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    is_key = jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key)
+    return math.prod(shape) * (8 if is_key else a.dtype.itemsize)
 
 
 def out_of_memory(error, arguments: float) -> dict:
-    """What the compiler says it needed beside the arguments, or in all, from its message; any other failure is raised again."""
-    beside = re.search(r"temporaries \(([\d.]+)([BKMGT])\) exceeds available HBM \(([\d.]+)([BKMGT])\)", str(error))
-    said = beside or re.search(r"Used ([\d.]+)([BKMGT]) of ([\d.]+)([BKMGT]) hbm", str(error))
-    if not said:
+    """{"temporaries", "peak", "hbm"}: bytes that the compiler needed and has, from its error.
+
+    arguments: bytes of the program's arguments. Raises the error again if it is of another kind.
+    """
+    beside = _TEMPORARIES.search(str(error))
+    found = beside or _TOTAL.search(str(error))
+    if not found:
         raise error
-    used, hbm = (float(said[i]) * UNITS[said[i + 1]] for i in (1, 3))
-    return {"temporaries": used, "peak": used + arguments, "hbm": hbm} if beside else {
-        "temporaries": used - arguments, "peak": used, "hbm": hbm}
+    used, hbm = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
+    if beside:
+        return {"temporaries": used, "peak": used + arguments, "hbm": hbm}
+    return {"temporaries": used - arguments, "peak": used, "hbm": hbm}
 
 
 def saved_per_token(config: Config, width: int, remat: str) -> int:
-    """Numbers that a layer of a width keeps for the backward pass, a token: see core.layers.REMAT; none is an estimate."""
+    """Numbers per token that a layer of a width keeps for the backward pass.
+
+    See core.layers.REMAT. The figure for remat "none" is an estimate.
+    """
     m = config.model
     keys, wide = 2 * m.kv_heads * m.head_size, m.mlp_ratio * width
-    return {"full": width, "narrow": 5 * width + keys, "dots": 4 * width + keys + wide, "none": 8 * width + 2 * keys + 3 * wide}[remat]
+    return {"full": width, "narrow": 5 * width + keys, "dots": 4 * width + keys + wide,
+            "none": 8 * width + 2 * keys + 3 * wide}[remat]
 
 
 def saved(run: Run, levels: int, remat: str) -> float:
     """Bytes of activations that a chip keeps for the backward pass of one part of a batch.
 
-    levels: how many levels of an example a step holds at once.
+    levels: the number of levels of an example that a step holds at once.
     """
     config, mesh, spec, m = run.config, run.mesh, run.spec, run.config.model
     shards = sharding.batch_shards(mesh)
@@ -56,14 +67,15 @@ def saved(run: Run, levels: int, remat: str) -> float:
 
 
 def advice(run: Run, levels: int, memory: dict) -> str:
-    """The smallest change that should make a training step fit.
+    """The smallest change that should make a training step fit, in words.
 
-    It tries the remat policy, then accumulation, then more chips. A layer's working set is what the
-    compiler needed beyond the state and saved activations; it grows by what a layer recomputes and
-    its gradient, and shrinks with the part of a batch that is worked on at a time. The state is 16
-    bytes a parameter over fsdp and tensor, gradients 4 more. A quarter stays free: the compiler has
-    been seen to take a third more than this says.
+    It tries the remat policy, then accumulation, then more chips. levels: as in `saved`. memory:
+    bytes of a compiled step, "arguments", "peak" and "hbm".
     """
+    # A layer's working set is what the compiler needed beyond the state and saved activations. It
+    # grows by what a layer recomputes and its gradient, and shrinks with the batch's parts. The
+    # state is 16 bytes per parameter over fsdp and tensor, gradients 4 more. A quarter of the
+    # memory stays free: the compiler can take a third more than this estimate.
     config, mesh = run.config, run.mesh
     order = ["none", "dots", "narrow", "full"]
     policies = order[order.index(config.model.remat):]
@@ -98,12 +110,15 @@ def _change(config: Config, policy: str, parts: int, need: float, hbm: float) ->
 
 
 def check_fits(report: dict) -> None:
-    """UserError where a report says that the program does not fit, with what would make it."""
+    """Raises UserError, with advice, if a report's program does not fit."""
     if not report["fits"]:
         memory = report["bytes_per_chip"]
-        raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a chip of {report['topology']}, which has "
-                        f"{gib(memory['hbm'])}: " + report.get("advice", "make config.sample.num smaller, or config.mesh.fsdp larger"))
+        advice = report.get("advice",
+                            "make config.sample.num smaller, or config.mesh.fsdp larger")
+        raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a chip of "
+                        f"{report['topology']}, which has {gib(memory['hbm'])}: {advice}")
 
 
 def gib(value) -> str:
+    """Bytes in GiB, as "1.50 GiB"; "unknown" for None."""
     return "unknown" if value is None else f"{value / 2**30:.2f} GiB"
