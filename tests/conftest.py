@@ -8,6 +8,8 @@ import pathlib
 if importlib.util.find_spec("libtpu") and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU compiler is here and no TPU: jax would look for one and complain
 
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # also in the programs that tests start
+
 import jax
 import pytest
 

@@ -94,7 +94,7 @@ def norm(dtype, name: str, learned: bool = False):
 def sinusoidal(t, width: int):
     """Features [..., width] of t [...]: cosines and sines of t times `width`/2 frequencies falling geometrically from 1 to 1/10,000."""
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(width // 2) / (width // 2))
-    angles = t[..., None] * frequencies
+    angles = jnp.multiply.outer(t, frequencies)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
@@ -102,7 +102,7 @@ def rotary_2d(grid: tuple[int, int], head_size: int):
     """Rotation angles [N, head_size/2] of a row-major grid of tokens: the first half turns with the row, the second with the column."""
     frequencies = 1 / 100 ** (jnp.arange(head_size // 4) / (head_size // 4))
     row, column = jnp.divmod(jnp.arange(grid[0] * grid[1]), grid[1])
-    return jnp.concatenate([row[:, None] * frequencies, column[:, None] * frequencies], -1)
+    return jnp.concatenate([jnp.outer(row, frequencies), jnp.outer(column, frequencies)], -1)
 
 
 def rotate(x, angles):

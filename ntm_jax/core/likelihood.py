@@ -133,7 +133,7 @@ def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:
         parts = contributions(found, xs, x, t, pixel_levels)
         sums = jax.tree.map(jnp.add, sums, {"nll": found.nll} | parts)
         importance = importance.add(log_weight(parts))
-        return (importance, sums, jnp.where(at == importance.count, importance.importance_weighted[:, None], weighted)), None
+        return (importance, sums, jnp.where(at[None] == importance.count, importance.importance_weighted[:, None], weighted)), None
 
     zeros = {name: jnp.zeros((n, count - 1)) for name in ("nll", "predictor", "log_det")}
     zeros |= {"forward": jnp.zeros((n, count)), "prior": jnp.zeros(n)} | ({"reconstruction": jnp.zeros(n)} if pixel_levels else {})

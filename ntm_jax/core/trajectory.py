@@ -49,7 +49,7 @@ def default_shift(tokens: int) -> float:
 
 def levels(steps: int, t_min, schedule: str, shift: float):
     """All levels of a trajectory: t_min [B] -> [B, T+1], ascending."""
-    return level(jnp.arange(steps + 1), steps, jnp.asarray(t_min)[:, None], schedule, shift)
+    return level(jnp.arange(steps + 1)[None], steps, jnp.asarray(t_min)[:, None], schedule, shift)
 
 
 @dataclasses.dataclass(frozen=True)
