@@ -1,4 +1,7 @@
-"""Folders from others run no code of theirs: what evaluates, samples, exports, loads and prepares imports no module that they name."""
+"""Folders from others run no code: evaluating, sampling, exporting, loading and preparing them.
+
+None of these imports a module that such a folder names.
+"""
 
 import dataclasses
 import json
@@ -16,7 +19,7 @@ from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
 from ntm_jax.runtime import config
 from ntm_jax.sampling.write import SampleRequest, write_samples
-from ntm_jax.training import loop
+from ntm_jax.training import loop, objectives
 from tests.common import tiny_config, write_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -25,26 +28,33 @@ MODULE = "foreign_module_of_a_folder"
 
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
-    """A folder in tfds' layout that names a module, which could be imported here and leaves a mark when it is; fails if it was."""
+    """A folder in tfds' layout that names a module; fails if that module was imported.
+
+    The module can be imported here, and writes a file when it is.
+    """
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / f"{MODULE}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
     folder = tmp_path / "hostile" / "1.0.0"
     folder.mkdir(parents=True)
-    info = {"name": "hostile", "version": "1.0.0", "fileFormat": "array_record", "moduleName": MODULE, "splits": [
-        {"name": "train", "shardLengths": ["1"], "numBytes": "1"}]}
+    splits = [{"name": "train", "shardLengths": ["1"], "numBytes": "1"}]
+    info = {"name": "hostile", "version": "1.0.0", "fileFormat": "array_record",
+            "moduleName": MODULE, "splits": splits}
+    features = {"pythonClassName": f"{MODULE}.Feature", "jsonFeature": {"json": "{}"}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    (folder / "features.json").write_text(json.dumps({"pythonClassName": f"{MODULE}.Feature", "jsonFeature": {"json": "{}"}}))
+    (folder / "features.json").write_text(json.dumps(features))
     yield f"tfds:{folder}"
     assert not (tmp_path / "imported").exists()
     assert MODULE not in sys.modules
 
 
 def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path):
-    settings = tiny_config()
+    settings = tiny_config(**{
+        "model.transporter_blocks": 0, "trajectory.steps": (1,), "sample.steps": 1})
     workdir = write_run(tmp_path / "run", settings)
-    for step in (2, 4):  # as another's, which was saved without settings
+    for step in (2, 4):  # like a run from elsewhere, saved without settings
         sums = workdir / "checkpoints" / str(step) / "checksums" / "data.json"
-        kept = {name: value for name, value in json.loads(sums.read_text()).items() if name != "<run>"}
+        kept = json.loads(sums.read_text())
+        kept.pop("<run>")
         sums.write_text(json.dumps(kept))
         (workdir / "checkpoints" / str(step) / "run" / "data.json").unlink()
         (workdir / "checkpoints" / str(step) / "run").rename(tmp_path / f"run{step}")
@@ -56,8 +66,10 @@ def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path):
     with pytest.raises(UserError, match=refused):
         evaluate.evaluate(run)
     with pytest.raises(UserError, match=refused):
-        loop.train(dataclasses.replace(settings, data=run.config.data), str(workdir), progress=False)
-    write_samples(run, str(tmp_path / "samples"), SampleRequest(2, 2, decoder="inverse"))  # opens no data
+        loop.train(dataclasses.replace(settings, data=run.config.data), str(workdir),
+                   progress=False)
+    # Sampling opens no data.
+    write_samples(run, str(tmp_path / "samples"), SampleRequest(2, 2, decoder="inverse"))
     write_export(run, str(tmp_path / "export"))
     exported = ntm_jax.load(str(tmp_path / "export"))
     assert np.isfinite(exported.log_prob(exported.sample(2, label=1), 1, trajectories=1)).all()
@@ -70,12 +82,24 @@ def test_an_input_of_prepare_that_names_a_module_imports_nothing(hostile):
         inputs.open_input(hostile)
 
 
-@pytest.mark.parametrize("key", ["data.source", "data.text", "teacher", "init_from", "model.backbone", "train.objective",
-                                 "evaluate.features", "sample.decoder"])
+@pytest.mark.parametrize("key", [
+    "data.source", "data.text", "teacher", "init_from", "model.backbone", "train.objective",
+    "evaluate.features", "sample.decoder"])
 def test_a_module_as_a_setting_is_not_imported(hostile, key):
-    for value in (MODULE, f"{MODULE}:Feature", f"{MODULE}.Feature", f"transformers:{MODULE}", f"tfds:{MODULE}"):
-        section, _, name = key.rpartition(".")
-        values = tiny_config().raw
-        (values[section] if section else values)[name] = value
+    for value in (MODULE, f"{MODULE}:Feature", f"{MODULE}.Feature", f"transformers:{MODULE}",
+                  f"tfds:{MODULE}"):
         with pytest.raises(UserError):
-            load_run(value if key in ("teacher", "init_from") else config.read(values).data.open("train").name)
+            use(key, value)
+
+
+def use(key: str, value: str) -> None:
+    """Opens what a setting names, as the programs do."""
+    if key in ("teacher", "init_from"):
+        load_run(value)
+        return
+    section, _, name = key.rpartition(".")
+    values = tiny_config().raw
+    values[section][name] = value
+    settings = config.read(values)
+    objectives.checked(settings)
+    settings.data.open("train")

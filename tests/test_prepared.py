@@ -1,4 +1,7 @@
-"""From captioned photographs to generated ones: launch/prepare.py, then the text-to-image experiment's runlocal on what it wrote."""
+"""From captioned photographs to generated ones.
+
+launch/prepare.py writes records, on which the text-to-image experiment's variant runlocal trains.
+"""
 
 import json
 import re
@@ -10,48 +13,57 @@ from ntm_jax.data import latents
 from ntm_jax.data.prepare import captioned, inputs
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
-from tests.common import python, rehearsal, write_photos
+from tests.common import python, write_photos
 
-pytestmark = pytest.mark.filterwarnings("default")  # diffusers' deprecations
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # diffusers' deprecations
 WORDS = "words:8:a red blue circle"
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A folder with photos/, autoencoder/ (random, of 32 channels at a sixteenth of the size) and their latents in records/."""
+    """A folder with photos/, autoencoder/ and the photos' latents in records/.
+
+    The autoencoder is random, with 32 channels at a sixteenth of the size.
+    """
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("prepared")
     torch.manual_seed(0)
-    model = diffusers.AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=8, norm_num_groups=2)
+    model = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=8, norm_num_groups=2)
     model.bn.running_mean += torch.randn(32)
     model.bn.running_var *= 0.01 + torch.rand(32)
     model.save_pretrained(folder / "autoencoder")
     write_photos(folder / "photos", 40, 300)
-    python("-m", "launch.prepare", f"--input=folder:{folder}/photos", f"--out={folder}/records", "--image_size=256", "--test=16",
-           f"--latents=flux2:{folder}/autoencoder", f"--text={WORDS}", "--shard_size=9", "--flip", "--workers=1")
+    python("-m", "launch.prepare", f"--input=folder:{folder}/photos", f"--out={folder}/records",
+           "--image_size=256", "--test=16", f"--latents=flux2:{folder}/autoencoder",
+           f"--text={WORDS}", "--shard_size=9", "--flip", "--workers=1")
     return folder
 
 
 def train(folder, *arguments, **options):
-    return python("-m", "launch.train", "--config=experiments/t2i256.py:runlocal", f"--config.data.source=records:{folder}/records",
-                  f"--workdir={folder}/run", "--config.model.width=32", "--config.model.transporter_width=32", "--config.train.steps=2",
-                  "--config.evaluate.trajectories=1", "--config.sample.decoder=inverse", *arguments, **options)
+    return python(
+        "-m", "launch.train", "--config=experiments/t2i256.py:runlocal",
+        f"--config.data.source=records:{folder}/records", f"--workdir={folder}/run",
+        "--config.model.width=32", "--config.model.transporter_width=32", "--config.train.steps=2",
+        "--config.evaluate.trajectories=1", "--config.sample.decoder=inverse", *arguments,
+        **options)
 
 
-@rehearsal
 def test_latents_have_mean_0_and_variance_1_over_the_training_records(prepared):
     layout, splits, _ = read_manifest(f"{prepared}/records")
     assert splits["train"]["counts"] == [18, 18, 12]
-    assert (layout.image_shape, layout.text, layout.choices["latent_scale"]) == ((16, 16, 32), WORDS, "measured")
-    train, test = (open_source(f"records:{prepared}/records", split) for split in ("train", "test"))
+    assert layout.image_shape == (16, 16, 32)
+    assert (layout.text, layout.choices["latent_scale"]) == (WORDS, "measured")
+    train, test = (
+        open_source(f"records:{prepared}/records", split) for split in ("train", "test"))
     assert (len(train.records), len(test.records)) == (48, 16)
-    values = np.stack([train.records[i]["image"] for i in range(48)]).reshape(-1, 32).astype(np.float64)
+    values = np.stack([train.records[i]["image"] for i in range(48)]).reshape(-1, 32)
+    values = values.astype(np.float64)
     np.testing.assert_allclose(values.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(values.std(0), 1, atol=1e-4)
     assert np.std(layout.mean) > 0.1
 
 
-@rehearsal
 def test_records_are_the_autoencoders_latents(prepared):
     source = open_source(f"records:{prepared}/records", "all")
     record = source.records[0]
@@ -60,32 +72,35 @@ def test_records_are_the_autoencoders_latents(prepared):
     photos = [captioned.load(given.read, 256, item).image for item in given.items]
     found = latents.Autoencoder(str(prepared / "autoencoder")).encode(np.stack(photos))
     errors = np.abs(found - stored).max((1, 2, 3))
-    assert errors.min() < 0.01 < np.sort(errors)[1]  # float16 of one photograph's, and of no other's
+    assert errors.min() < 0.01 < np.sort(errors)[1]  # one photograph's in float16, and no other's
     colour = ("red", "blue")[int(errors.argmin()) % 2]
     assert record["caption"] == f"a {colour} circle"
     assert record["text"].argmax(1)[1] == ["a", "red", "blue"].index(colour)
 
 
-@rehearsal
 def test_text_to_image_from_photographs_to_photographs(prepared):
     train(prepared, f"--config.data.text={WORDS}")
     spec = json.loads((prepared / "run" / "config.json").read_text())["spec"]
     layout = read_manifest(f"{prepared}/records")[0]
     assert (spec["text"], spec["text_tokens"], spec["text_width"]) == (WORDS, 8, 16)
     assert (tuple(spec["mean"]), tuple(spec["std"])) == (layout.mean, layout.std)
-    python("-m", "launch.sample", f"--workdir={prepared}/run", "--num=3", f"--autoencoder={prepared}/autoencoder")
-    python("-m", "launch.sample", f"--workdir={prepared}/run", "--num=3", f"--out={prepared}/raw")
-    images, raw = (np.load(file / "samples.npz")["arr_0"] for file in (prepared / "run" / "samples", prepared / "raw"))
-    assert (images.shape, images.dtype, raw.shape) == ((3, 256, 256, 3), np.uint8, (3, 16, 16, 32))
+    sample = ["-m", "launch.sample", f"--workdir={prepared}/run", "--num=3"]
+    python(*sample, f"--autoencoder={prepared}/autoencoder")
+    python(*sample, f"--out={prepared}/raw")
+    images, raw = (np.load(folder / "samples.npz")["arr_0"]
+                   for folder in (prepared / "run" / "samples", prepared / "raw"))
+    assert (images.shape, images.dtype) == ((3, 256, 256, 3), np.uint8)
+    assert raw.shape == (3, 16, 16, 32)
     scaled = raw * np.float32(layout.std) + np.float32(layout.mean)
     expected = latents.Autoencoder(str(prepared / "autoencoder")).decode(scaled)
     assert np.abs(images.astype(int) - expected).max() <= 1  # rounding to a level
 
 
-@rehearsal
 def test_another_encoder_than_the_records_is_refused_by_the_program(prepared):
-    done = train(prepared, "--config.data.text=words:8:a circle", "--workdir=" + str(prepared / "other"), check=False)
+    done = train(prepared, "--config.data.text=words:8:a circle",
+                 f"--workdir={prepared / 'other'}", check=False)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: config\.data\.text is 'words:8:a circle', and records:.* holds the states of 'words:8:a red blue circle': "
-                        r"[^\n]+\n", done.stderr), done.stderr
+    assert re.fullmatch(
+        r"error: config\.data\.text is 'words:8:a circle', and records:.* holds the states of "
+        r"'words:8:a red blue circle': [^\n]+\n", done.stderr), done.stderr
     assert not (prepared / "other").exists()

@@ -1,6 +1,7 @@
-"""The likelihood in float32 against tests/reference.py, of small models and of a checkpoint; and the reference against closed forms.
+"""The likelihood in float32 against tests/reference.py, and the reference against closed forms.
 
-WORKDIR=runs/digits pytest tests/test_reference.py compares a run of your own; without it a few steps are trained here.
+The models are small ones and a checkpoint, of a few steps that are trained here, or of your own run:
+WORKDIR=runs/digits pytest tests/test_reference.py.
 """
 
 import dataclasses
@@ -126,7 +127,7 @@ def test_a_checkpoint(run):
     model = run.model.clone(config=dataclasses.replace(run.model.config, dtype=jnp.float32, transporter_dtype=jnp.float32))
     batch, steps = batch_of(source, config, 4), config.sample.steps
     t = np.asarray(config.schedule(model.config.tokens).levels(steps, jnp.full(1, config.trajectory.t_min)))[0]
-    compare(model, jax.device_get(run.params)["params"], batch["x"], t, steps, batch["label"], source.levels)
+    compare(model, jax.device_get(run.params)["params"], batch["x"], t, steps, batch["label"], source.pixel_levels)
 
 
 def gaussian(steps: int, **changes):
