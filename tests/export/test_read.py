@@ -1,91 +1,188 @@
-"""A run read back as one object."""
+"""Exports read back as runs, and the damaged or foreign ones that are refused."""
 
-import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 import ntm_jax
-from ntm_jax.data import pipeline
+from ntm_jax import files
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import scoring
-from ntm_jax.runtime import config, config_file
-from ntm_jax.training import state
-from tests.common import as_run, bits, randomised, setup, tiny_config, write_run
+from ntm_jax.export import read as export_read
+from tests.campaigns import damage, exports
+from tests.common import bits
+from tests.export.common import (
+    SETTINGS,
+    copy_of,
+    refused_by_load,
+    refused_by_script,
+    refused_by_training,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-SETTINGS = tiny_config(**{"sample.decoder": "inverse"})
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run's folder with two checkpoints."""
-    return write_run(tmp_path_factory.mktemp("run"), SETTINGS)
+def assert_same_numbers(found, run, label) -> None:
+    """Asserts that two runs have the same parameters, samples and likelihoods, bit for bit."""
+    assert bits(found.params) == bits(run.params)
+    index = np.arange(len(label))
+    images = found.sample_at(index, label)
+    np.testing.assert_array_equal(images, run.sample_at(index, label))
+    np.testing.assert_array_equal(found.log_prob(images, label, 3), run.log_prob(images, label, 3))
 
 
-@pytest.fixture(scope="module")
-def run(workdir):
-    return ntm_jax.load(str(workdir))
+def test_the_export_of_a_run_is_that_run(run, exported):
+    found = ntm_jax.load(str(exported))
+    assert (found.config, found.spec, found.step) == (run.config, run.spec, 4)
+    assert (found.raw, found.workdir) == (False, str(exported))
+    assert_same_numbers(found, run, np.arange(5))
+    assert ntm_jax.load(str(exported), step=4).step == 4
+    with pytest.raises(UserError, match="tiny is an export of step 4, and --step asks for step 2: "
+                                        "leave --step out, or give the workdir"):
+        ntm_jax.load(str(exported), step=2)
+    with pytest.raises(UserError, match="tiny is an export of the moving average of the parameters"
+                                        ", and --raw asks for the raw ones: leave --raw out"):
+        ntm_jax.load(str(exported), raw=True)
 
 
-def test_the_average_of_the_latest_step_is_loaded(workdir, run):
-    assert (run.step, run.config, run.spec.image_shape) == (4, SETTINGS, (8, 8, 1))
-    new = state.initialize(as_run(SETTINGS, run.model, run.mesh)).params
-    assert bits(run.params) == bits(randomised(new, 4))
-    assert bits(ntm_jax.load(str(workdir), step=2).params) == bits(randomised(new, 2))
-    folder = ntm_jax.load(f"{workdir}/checkpoints/2")
-    assert (folder.step, folder.workdir, bits(folder.params)) == (2, str(workdir), bits(randomised(new, 2)))
-    assert bits(ntm_jax.load(str(workdir), raw=True).params) == bits(new)
+def test_the_export_of_a_denoisers_run_is_that_run(denoised, tmp_path):
+    run, folder = denoised
+    found = ntm_jax.load(str(folder))
+    assert (found.config, found.spec, found.step) == (run.config, run.spec, 6)
+    own, expected = found.denoiser, run.denoiser
+    assert (own.teacher_step, own.config) == (4, expected.config)
+    assert own.module.config == expected.module.config
+    assert bits(own.params) == bits(expected.params)
+    assert_same_numbers(found, run, np.arange(5) % 3)
+    old = copy_of(folder, tmp_path, "files", "denoiser_config")
+    message = (r"config\.json cannot be used \(it lacks denoiser_config, .*\): .* export the run "
+               "anew$")
+    with pytest.raises(UserError, match=message):
+        ntm_jax.load(str(old))
 
 
-def test_log_prob_is_the_importance_weighted_bound(run):
-    source, _, _ = setup(SETTINGS)
-    records = [source.records[i] for i in range(20)]
-    images, labels = np.stack([r["image"] for r in records]), np.array([r["label"] for r in records])
-    expected = scoring.score_records(as_run(run.config, run.model, run.mesh, run.params), source, 3)["importance_weighted"]
-    found = run.log_prob(images, labels, trajectories=3)
-    assert found.shape == (20,)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(run.log_prob(images[:3], labels[:3], trajectories=3), expected[:3], rtol=1e-5)
-    assert np.abs(run.log_prob(images, labels, trajectories=3, seed=1) - expected).min() > 0
-    np.testing.assert_allclose(run.bits_per_dim(images, labels, trajectories=3), -expected / 64 / np.log(2), rtol=1e-5)
+CONFIGS = {
+    "a list": b"[]", "null": b"null", "empty": b"", "not UTF-8": b"\xff",
+    "too deep": b"[" * 100_000, "a long number": b'{"format": ' + b"9" * 5000 + b"}",
+    "an object": b"{}", "a true format": b'{"format": true}',
+    "a word as format": b'{"format": "1"}', "another's": b'{"model_type": "llama"}',
+    "missing sections": b'{"format": 1, "step": 4}'}
 
 
-def test_what_log_prob_cannot_score_is_refused(run):
-    with pytest.raises(UserError, match=r"images have shape \(2, 8, 8\): expected \[n, 8, 8, 1\]"):
-        run.log_prob(np.zeros((2, 8, 8)))
-    with pytest.raises(UserError, match="labels run from 3 to 10: expected 0 to 9"):
-        run.log_prob(np.zeros((2, 8, 8, 1)), [3, 10])
-    with pytest.raises(UserError, match=r"label"):
-        run.log_prob(np.zeros((2, 8, 8, 1)), [1, 2, 3])
-    with pytest.raises(UserError, match=r"label"):
-        run.log_prob(np.zeros((2, 8, 8, 1)))  # the model is conditional: whose likelihood is not said
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_another_config_is_refused(exported, tmp_path, kind):
+    copy = copy_of(exported, tmp_path)
+    (copy / "config.json").write_bytes(CONFIGS[kind])
+    refused_by_load(copy, f"{copy}/config.json")
+    refused_by_script(copy, "config.json was damaged or edited: its content does not match its "
+                            "checksum; copy the folder again")
 
 
-def test_sample(run):
-    images = run.sample(3)
-    assert (images.shape, images.dtype) == ((3, 8, 8, 1), np.uint8)
-    assert images.max() <= 16
-    np.testing.assert_array_equal(images, run.sample(3, [0, 1, 2]))
-    assert (images != run.sample(3, 5)).any()
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "sampler.bin"])
+def test_a_damaged_or_missing_file_is_refused(exported, tmp_path, name):
+    """ntm_jax itself does not open sampler.bin."""
+    copy = copy_of(exported, tmp_path)
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    damaged = f"{copy}/{name} was damaged or edited: "
+    missing = f"{copy}/{name} cannot be read (No such file or directory): "
+    refused_by_script(copy, damaged)
+    if name != "sampler.bin":
+        unusable = f"{copy}/{name} cannot be used (it "
+        refused_by_load(copy, damaged if name == "model.safetensors" else unusable)
+    (copy / name).unlink()
+    refused_by_script(copy, missing)
+    if name != "sampler.bin":
+        refused_by_load(copy, missing)
+        refused_by_training(SETTINGS, copy, tmp_path, missing)
 
 
-def test_what_is_not_there_is_refused(workdir, tmp_path):
-    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: it has 2, 4"):
-        ntm_jax.load(str(workdir), step=3)
-    with pytest.raises(UserError, match="holds no run"):
-        ntm_jax.load(str(tmp_path))
-    source, _, _ = setup(SETTINGS)
-    config_file.write(str(tmp_path), SETTINGS, pipeline.spec(source, 2))
-    with pytest.raises(UserError, match="there is no checkpoint in"):
-        ntm_jax.load(str(tmp_path))
+def test_an_edited_config_is_refused(exported, tmp_path):
+    copy = copy_of(exported, tmp_path)
+    text = (copy / "config.json").read_text()
+    for old, new, message in (
+            ('"levels": 17', '"levels": 16', "its content does not match its checksum"),
+            (files.SEAL, "content_sha257", "its checksum content_sha256 is missing"),
+            ('"files"', '"filet"', "its content does not match its checksum")):
+        edited = text.replace(old, new)
+        assert edited != text
+        (copy / "config.json").write_text(edited)
+        refused_by_load(copy, message)
+        refused_by_script(copy, "its content does not match its checksum")
 
 
-def test_a_run_of_more_devices_is_loaded_on_those_there_are(workdir, tmp_path):
-    source, _, _ = setup(SETTINGS)
-    more = dataclasses.replace(SETTINGS, mesh=config.Mesh(1, 8, 1, 1, 1))
-    config_file.write(str(tmp_path), more, pipeline.spec(source, 2))
-    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
-    assert ntm_jax.load(str(tmp_path)).step == 4
-    config_file.write(str(tmp_path), dataclasses.replace(SETTINGS, mesh=config.Mesh(1, -1, 4, 2, 1)), pipeline.spec(source, 2))
-    assert ntm_jax.load(str(tmp_path)).step == 4
+def test_an_export_of_another_format_is_refused(exported, tmp_path):
+    copy = copy_of(exported, tmp_path, "files")
+    about = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(about | {"format": 2}))
+    message = "of format 2, and this version of ntm_jax reads 1"
+    refused_by_load(copy, message)
+    refused_by_training(SETTINGS, copy, tmp_path, message)
+    (copy / "config.json").write_text(json.dumps(about | {"from_a_later_version": 2}))
+    assert ntm_jax.load(str(copy)).step == 4
+
+
+def test_an_export_without_digests_is_read(run, exported, tmp_path):
+    """Earlier versions wrote no digests of files; the checksums of arrays still find damage."""
+    old = copy_of(exported, tmp_path, "files")
+    assert bits(ntm_jax.load(str(old)).params) == bits(run.params)
+    content = (old / "model.safetensors").read_bytes()
+    flipped = content[:-6] + bytes([content[-6] ^ 4]) + content[-5:]
+    unreadable = "model.safetensors is damaged (SafetensorError"
+    for changed, message in (
+            (content[:-8], unreadable), (flipped, "is damaged: params/"), (b"", unreadable)):
+        (old / "model.safetensors").write_bytes(changed)
+        refused_by_load(old, message)
+        refused_by_training(SETTINGS, old, tmp_path, message)
+
+
+WRONG = (None, [], {}, "x", -1, 0, 1.5, True, 10**12, float("nan"))
+SHAPES = ([8, 8], [8, 8, 0], [7, 8, 1], [10**12] * 3, [2**30, 2**30, 1])
+
+
+def test_a_value_of_another_type_is_refused_or_does_no_harm(run, exported, tmp_path, monkeypatch):
+    """Each value of config.json, as earlier versions wrote it without a checksum, is exchanged.
+
+    Only a wrong step goes unnoticed. What depends on the arrays alone is left out.
+    """
+    copy = copy_of(exported, tmp_path, "files")
+    text = (copy / "config.json").read_text()
+    monkeypatch.setattr(export_read, "read_parameters", lambda folder, about, abstract: run.params)
+    changes = [(("spec", "image_shape"), shape) for shape in SHAPES]
+    for number, path in enumerate(paths(json.loads(text))):
+        every = path in (("step",), ("spec",), ("format",))
+        values = WRONG if every else WRONG[number % len(WRONG) :: len(WRONG)]
+        changes += [(path, value) for value in values]
+    outcomes = {}
+    for path, value in changes:
+        about = json.loads(text)
+        *sections, last = path
+        inner = about
+        for key in sections:
+            inner = inner[key]
+        inner[last] = value
+        (copy / "config.json").write_text(json.dumps(about))
+        outcomes[path, str(value)] = damage.outcome(
+            lambda: ntm_jax.load(str(copy)).step, lambda step: step == 4)
+    assert not [found for found in outcomes.items() if found[1][0] == "traceback"]
+    silent = {key for key, (found, _) in outcomes.items() if found == "silent"}
+    assert silent == {(("step",), str(step)) for step in (-1, 0, 10**12)}
+    assert sum(found == "refused" for found, _ in outcomes.values()) > 80
+    assert all(outcomes[("spec", "image_shape"), str(shape)][0] == "refused" for shape in SHAPES)
+
+
+def paths(value, path=()):
+    """The keys that lead to each value of a JSON object, and to each of its sections."""
+    found = [path] if path else []
+    if isinstance(value, dict) and path[:1] != ("checksums",):
+        for key, inner in value.items():
+            found += paths(inner, (*path, key))
+    return found
+
+
+def test_damaged_exports_give_the_undamaged_result_or_one_line(exported, tmp_path):
+    tally = exports.run(12, seed=0, exported=copy_of(exported, tmp_path))
+    assert tally.wrong() == []
+    for reader in ("load", "init_from", "sample.py"):
+        assert tally.counts[reader, "refused"] >= 2

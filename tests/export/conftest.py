@@ -1,0 +1,116 @@
+"""Runs and their exports, made once for all test modules of this folder, which only read them."""
+
+import contextlib
+import dataclasses
+
+import jax
+import pytest
+
+import ntm_jax
+from ntm_jax.core import denoising
+from ntm_jax.export.write import write_export
+from ntm_jax.runtime import config
+from ntm_jax.runtime.run import with_denoiser
+from ntm_jax.training import loop, state
+from tests.common import as_run, python, randomised, setup, tiny_config, write_run
+from tests.export.common import SETTINGS
+
+
+@contextlib.contextmanager
+def few_optimisations():
+    """As the fixture quick_compilation, for fixtures that last for the session."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """The folder of a run of digits, never trained, with checkpoints of steps 2 and 4."""
+    with few_optimisations():
+        return write_run(tmp_path_factory.mktemp("run"), SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def run(workdir):
+    """The run at step 4, guided as its export is."""
+    found = ntm_jax.load(str(workdir))
+    return dataclasses.replace(found, config=found.config.with_sampling(guidance=0.5))
+
+
+@pytest.fixture(scope="session")
+def exported(workdir, tmp_path_factory):
+    """The folder that launch/export.py wrote of the run."""
+    folder = tmp_path_factory.mktemp("exports") / "new" / "parents" / "tiny"
+    done = python("-m", "launch.export", f"--workdir={workdir}", f"--out={folder}",
+                  "--guidance=0.5")
+    assert done.stdout.startswith(f"6 files in {folder}, ")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def on_texts(tmp_path_factory):
+    """A run of latents conditioned on text, and its export."""
+    settings = tiny_config(**{
+        "data.source": "mock:4x4x2,text=3x8", "model.condition": "text", "data.patch_size": 1,
+        "evaluate.split": "test", "sample.decoder": "inverse"})
+    folder = tmp_path_factory.mktemp("texts")
+    with few_optimisations():
+        run = _random(settings, setup(settings)[1], seed=0, step=4, workdir=str(folder))
+        write_export(run, str(folder / "out"))
+    return run, folder / "out"
+
+
+@pytest.fixture(scope="session")
+def denoised(tmp_path_factory):
+    """A run of normalised latents with a learned denoiser, and its export.
+
+    It is guided at the first step alone.
+    """
+    settings = tiny_config(**{
+        "data.source": "mock:4x4x2,classes=3", "data.patch_size": 1, "evaluate.split": "test",
+        "sample.guidance": (0.5, 0.0)})
+    values = settings.raw
+    own = config.read(values | {
+        "teacher": "runs/teacher", "model": values["model"] | {"width": 32},
+        "train": values["train"] | {"objective": "denoiser", "condition_dropout": 0.0},
+        "sample": values["sample"] | {"decoder": "denoiser"}})
+    _, model, _ = setup(settings)
+    wider = model.clone(config=dataclasses.replace(model.config, width=32))
+    folder = tmp_path_factory.mktemp("exports") / "denoiser"
+    normalised = {"mean": (1.0, -2.0), "std": (0.5, 4.0)}
+    with few_optimisations():
+        teacher = _random(settings, model, seed=0, step=4, workdir="runs/teacher", **normalised)
+        module = denoising.make_denoiser(wider)
+        student = _random(own, module, seed=1, step=6, workdir="runs/none", **normalised)
+        run = with_denoiser(teacher, student)
+        write_export(run, str(folder))
+    return run, folder
+
+
+def _random(settings, model, seed: int, step: int, workdir: str, **spec):
+    """A run with random parameters, and other fields of its DataSpec where they are given."""
+    run = as_run(settings, model, setup(settings)[2])
+    params = randomised(state.initialize(run).params, seed)
+    return dataclasses.replace(run, spec=dataclasses.replace(run.spec, **spec), params=params,
+                               step=step, workdir=workdir)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A function (settings, workdir) -> the state that training begins with, and its step."""
+    seen = []
+
+    def record(self):
+        seen.append((self.current, self.start))
+        return False
+
+    def start(settings, workdir):
+        assert loop.train(settings, str(workdir), progress=False) is None
+        return seen.pop()
+
+    monkeypatch.setattr(loop._Loop, "train", record)
+    return start

@@ -1,0 +1,78 @@
+"""The model card: what it says of the model, and the figures of a matching evaluation."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from ntm_jax.export import card
+from ntm_jax.export.write import PLATFORMS
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+FIGURE = {"mean": 2.0, "stderr": 0.5}
+EVALUATION = {
+    "step": 4, "split": "test", "count": 297, "trajectory_nll": FIGURE,
+    "class_accuracy": {"mean": 0.9, "stderr": 0.01, "images": 20},
+    "bits_per_dim": {"bound": FIGURE, "importance_weighted": FIGURE | {"trajectories": 32}},
+    "nats_per_dim": {},
+    "provenance": {"parameters": "ema", "config": {"sample": {"steps": 2}}}}
+
+
+def test_the_card_of_a_model_of_pixels(run):
+    text = card.markdown(run, 1234, PLATFORMS)
+    assert "| data | digits, split train: 20 records of 8 x 8 x 1 pixels of 17 levels |" in text
+    assert "| condition | one of 10 classes |" in text
+    assert "| parameters | 1,234, their moving average (decay 0.999) |" in text
+    assert "| sampling | 2 steps, guidance 0.5, decoder score |" in text
+    assert "label = index % 10  # each of the 10 classes in turn\n" in text
+    assert "index, label))  # [n, H, W, C], integers 0..16\n" in text
+    assert "run on cpu, cuda, tpu, on one device" in text
+    assert "log probability of the pixels in nats, of 3 trajectories, [n]" in text
+
+
+def test_the_card_of_a_model_of_texts_and_latents(on_texts):
+    text = (on_texts[1] / "README.md").read_text()
+    assert "| condition | the states of a text encoder |" in text
+    assert "text = np.zeros((number, 3, 8), np.float16)" in text
+    assert "index, text, text_mask))  # [n, H, W, C], latents" in text
+    assert "log density of the latents noised to 0.03 in nats" in text
+
+
+def test_the_card_of_a_run_with_a_learned_denoiser(denoised):
+    run, folder = denoised
+    text = (folder / "README.md").read_text()
+    size = sum(a.size for a in jax.tree.leaves(run.denoiser.params))
+    assert ("| training | 4 steps of 16 examples, end_to_end; then 6 steps of a denoiser, "
+            f"{size:,} of the parameters |") in text
+    assert "guidance (0.5, 0.0), decoder denoiser" in text
+    assert "density of the latents, of mean 0 and variance 1 by channel, noised to" in text
+
+
+def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path):
+    run = dataclasses.replace(run, workdir=str(tmp_path))
+    assert "bits/dim" not in card.markdown(run, 1234, PLATFORMS)
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION))
+    text = card.markdown(run, 1234, PLATFORMS)
+    assert "| 297 records of split test, 2 steps | |" in text
+    assert "| importance-weighted bound (32 trajectories), bits/dim | 2.0000 ± 0.5000 |" in text
+    assert "| class accuracy of 20 samples, % | 90.0000 ± 1.0000 |" in text
+    for other in (dataclasses.replace(run, step=6), dataclasses.replace(run, raw=True)):
+        assert "bits/dim" not in card.markdown(other, 1234, PLATFORMS)
+
+
+DAMAGED = {
+    "a list": b"[]", "null": b"null", "empty": b"", "not UTF-8": b"\xff",
+    "too deep": b"[" * 100_000, "a long number": b'{"step": ' + b"9" * 5000 + b"}",
+    "no figures": b'{"step": 4, "provenance": {"parameters": "ema"}}',
+    "no section": b'{"step": 4, "provenance": 4}',
+    "a word": b'{"step": 4, "provenance": {"parameters": "ema"}, "bits_per_dim": "x"}'}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_evaluation_is_left_out_of_the_card(run, tmp_path, kind):
+    (tmp_path / "evaluation.json").write_bytes(DAMAGED[kind])
+    message = (r"evaluation\.json is left out of the model card, since it cannot be used \(.*\): "
+               "evaluate the run again")
+    with pytest.warns(UserWarning, match=message):
+        assert card.figures(dataclasses.replace(run, workdir=str(tmp_path))) == ""

@@ -1,0 +1,100 @@
+"""New runs that start from the parameters of an export or of another run."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from ntm_jax import files
+from ntm_jax.data import pipeline, sources
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import config_file
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.training import loop, state
+from tests.common import as_run, bits, randomised, setup, tiny_config
+from tests.export.common import SETTINGS, copy_of, refused_by_training
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def new():
+    """The state of a run that starts from nothing."""
+    _, model, mesh = setup(SETTINGS)
+    return state.initialize(as_run(SETTINGS, model, mesh))
+
+
+@pytest.mark.parametrize("kind", ["export", "export without digests", "workdir", "checkpoint"])
+def test_a_new_run_starts_from_an_export_or_a_run(workdir, exported, new, tmp_path, started, kind):
+    source = {"export": exported, "workdir": workdir, "checkpoint": workdir / "checkpoints/2"}.get(
+        kind) or copy_of(exported, tmp_path, "files")
+    settings = dataclasses.replace(SETTINGS, init_from=str(source))
+    current, start = started(settings, tmp_path / "new")
+    expected = bits(randomised(new.params, 2 if kind == "checkpoint" else 4))
+    assert (start, bits(current.params), bits(current.ema)) == (0, expected, expected)
+    assert bits((current.step, current.opt_state)) == bits((new.step, new.opt_state))
+    pointers = [{a.unsafe_buffer_pointer() for a in jax.tree.leaves(tree)}
+                for tree in (current.params, current.ema)]
+    assert not pointers[0] & pointers[1]  # a step donates both
+    assert config_file.load(str(tmp_path / "new"))[0].init_from == str(source)
+
+
+def test_a_new_run_starts_from_the_teacher_in_a_denoisers_export(denoised, tmp_path, started):
+    run, folder = denoised
+    settings = run.config.with_sampling(decoder="inverse")
+    settings = dataclasses.replace(settings, init_from=str(folder))
+    current, start = started(settings, tmp_path / "new")
+    assert (start, bits(current.params)) == (0, bits(run.params))
+
+
+def test_a_resumed_run_goes_on_from_its_own_checkpoint(new, tmp_path, started):
+    settings = dataclasses.replace(SETTINGS, init_from="exports/gone")
+    source = sources.open_source("digits", "train")
+    config_file.write(str(tmp_path), settings, pipeline.spec(source, 2))
+    with Checkpoints(tmp_path) as checkpoints:
+        position = pipeline.train_iterator(source, 2, 16, 0, 0).get_state()
+        checkpoints.save(2, new, position)
+    current, start = started(settings, tmp_path)
+    assert (start, bits(current.params)) == (2, bits(new.params))
+    with pytest.raises(UserError, match="holds a run with init_from = 'exports/gone', and this one "
+                                        "has ''"):
+        loop.train(SETTINGS, str(tmp_path), progress=False)
+
+
+def test_a_run_from_before_init_from_is_resumed(tmp_path):
+    spec = pipeline.spec(sources.open_source("digits", "test[:20]"), 2)
+    config_file.write(str(tmp_path), SETTINGS, spec)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["init_from"], values[files.SEAL]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert config_file.load(str(tmp_path))[0] == SETTINGS
+    assert config_file.claim(str(tmp_path), SETTINGS, spec) == []
+
+
+REFUSED = {
+    "another shape": (
+        {"model.width": 32},
+        "array params/predictor/condition/class/embedding is float32[11,16] in the export"),
+    "a part that the export lacks": (
+        {"model.transporter_blocks": 2},
+        "array params/transporter/blocks_1/embed/bias is absent in the export"),
+    "a part that the model lacks": (
+        {"model.transporter_blocks": 0},
+        "blocks_0/embed/bias is float32[16] in the export, absent in this model"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_export_of_another_model_is_refused(exported, tmp_path, name):
+    changes, message = REFUSED[name]
+    refused_by_training(tiny_config(**changes), exported, tmp_path, message)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("", "there is no such export or run"),
+    ("checkpoints/3", "no checkpoint of step 3"),
+    ("checkpoints/2", "is of another model: array ema/")])
+def test_a_missing_run_or_another_model_is_refused(workdir, tmp_path, name, message):
+    source = workdir / name if name else tmp_path
+    refused_by_training(tiny_config(**{"model.width": 32}), source, tmp_path, message)

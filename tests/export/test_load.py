@@ -1,0 +1,92 @@
+"""Runs loaded from workdirs, and what they compute."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import ntm_jax
+from ntm_jax.data import pipeline, sources
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import scoring
+from ntm_jax.runtime import config, config_file
+from ntm_jax.training import state
+from tests.common import bits, randomised
+from tests.export.common import SETTINGS
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    run = ntm_jax.load(str(workdir))
+    return dataclasses.replace(run, config=run.config.with_sampling(decoder="inverse"))
+
+
+@pytest.fixture(scope="module")
+def source():
+    return sources.open_source("digits", "test[:20]")
+
+
+def test_the_average_of_the_latest_step_is_loaded(workdir):
+    run = ntm_jax.load(str(workdir))
+    assert (run.step, run.config, run.spec.image_shape) == (4, SETTINGS, (8, 8, 1))
+    new = state.initialize(run).params
+    assert bits(run.params) == bits(randomised(new, 4))
+    assert bits(ntm_jax.load(str(workdir), step=2).params) == bits(randomised(new, 2))
+    named = ntm_jax.load(f"{workdir}/checkpoints/2")
+    assert (named.step, named.workdir) == (2, str(workdir))
+    assert bits(named.params) == bits(randomised(new, 2))
+    assert bits(ntm_jax.load(str(workdir), raw=True).params) == bits(new)
+
+
+def test_log_prob_is_the_importance_weighted_bound(loaded, source):
+    records = [source.records[i] for i in range(20)]
+    images, labels = (np.stack([r[name] for r in records]) for name in ("image", "label"))
+    expected = scoring.score_records(loaded, source, 3)["importance_weighted"]
+    found = loaded.log_prob(images, labels, trajectories=3)
+    assert found.shape == (20,)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    three = loaded.log_prob(images[:3], labels[:3], trajectories=3)
+    np.testing.assert_allclose(three, expected[:3], rtol=1e-5)
+    other = loaded.log_prob(images, labels, trajectories=3, seed=1)
+    assert np.abs(other - expected).min() > 0
+    bits_per_dim = loaded.bits_per_dim(images, labels, trajectories=3)
+    np.testing.assert_allclose(bits_per_dim, -expected / 64 / np.log(2), rtol=1e-5)
+
+
+def test_images_and_labels_that_do_not_fit_are_refused(loaded):
+    with pytest.raises(UserError, match=r"images have shape \(2, 8, 8\): expected \[n, 8, 8, 1\]"):
+        loaded.log_prob(np.zeros((2, 8, 8)), 3)
+    for label, message in (
+            ([3, 10], "labels run from 3 to 10: expected 0 to 9"),
+            ([1, 2, 3], r"label has shape \(3,\): expected one label, or one for each of the 2"),
+            (None, "no label is given, and the model has 10 classes: give one label, or one for")):
+        with pytest.raises(UserError, match=message):
+            loaded.log_prob(np.zeros((2, 8, 8, 1)), label)
+
+
+def test_sample(loaded):
+    images = loaded.sample(3)
+    assert (images.shape, images.dtype) == ((3, 8, 8, 1), np.uint8)
+    assert images.max() <= 16
+    np.testing.assert_array_equal(images, loaded.sample(3, [0, 1, 2]))
+    assert (images != loaded.sample(3, 5)).any()
+
+
+def test_missing_runs_and_steps_are_refused(workdir, source, tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*: it has 2, 4"):
+        ntm_jax.load(str(workdir), step=3)
+    with pytest.raises(UserError, match="holds no run"):
+        ntm_jax.load(str(tmp_path))
+    config_file.write(str(tmp_path), SETTINGS, pipeline.spec(source, 2))
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        ntm_jax.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("mesh", [config.Mesh(1, 8, 1, 1, 1), config.Mesh(1, -1, 4, 2, 1)])
+def test_a_run_of_more_devices_is_loaded_on_the_present_ones(workdir, source, tmp_path, mesh):
+    more = dataclasses.replace(SETTINGS, mesh=mesh)
+    config_file.write(str(tmp_path), more, pipeline.spec(source, 2))
+    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    assert ntm_jax.load(str(tmp_path)).step == 4

@@ -1,0 +1,119 @@
+"""sample.py and the model card's example make the run's images without this package."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ntm_jax.core.layers import Text
+from tests.campaigns import exports
+from tests.common import alike, environment
+from tests.export.common import assert_close, refused_by_script
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+BLOCKED = """
+import runpy, sys
+blocked = ("ntm_jax", "flax", "optax", "orbax", "grain", "ml_collections", "absl")
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+try:
+    import ntm_jax
+except ImportError:
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_alone(folder, cwd, *arguments: str) -> str:
+    """Runs an export's sample.py in a process that cannot import this package: its output."""
+    command = [sys.executable, "-I", "-c", BLOCKED, str(folder / "sample.py"), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_script_runs_without_the_package(run, exported, tmp_path):
+    printed = run_alone(exported, tmp_path, "5", "3")
+    assert printed == "5 images uint8[8, 8, 1] in samples.npz\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+    with np.load(tmp_path / "samples.npz") as archive:
+        images = archive["images"]
+    expected = run.sample_at(np.arange(5), seed=3)
+    assert images.shape == expected.shape
+    assert alike(images, expected)
+
+
+def test_the_script_with_a_learned_denoiser(denoised, tmp_path):
+    """Latents are printed as the autoencoder made them, before they were normalised."""
+    run, folder = denoised
+    printed = run_alone(folder, tmp_path, "5", "3")
+    assert printed == "5 images float32[4, 4, 2] in samples.npz\n"
+    index = np.arange(5)
+    expected = run.sample_at(index, index % 3, seed=3)
+    with np.load(tmp_path / "samples.npz") as archive:
+        tolerance = 4e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(archive["images"], expected * (0.5, 4) + (1, -2), atol=tolerance)
+
+
+def test_the_script_of_a_model_of_texts(on_texts):
+    """Its condition is the null caption."""
+    run, folder = on_texts
+    _, _, _, images = exports.run_script(folder, "3")
+    null = Text(np.zeros((3, 3, 8), np.float16), np.zeros((3, 3), bool))
+    assert_close(images, run.sample_at(np.arange(3), null))
+
+
+def test_the_example_of_the_card_makes_the_images_of_the_script(exported, monkeypatch):
+    card = (exported / "README.md").read_text()
+    example, likelihood = re.findall(r"```python\n(.*?)```", card, re.S)
+    monkeypatch.chdir(exported)
+    found, asked = {}, "number, seed = 16, 0\n"
+    assert asked in example
+    exec(example.replace(asked, "number, seed = 2, 3\n") + likelihood, found)
+    status, out, _, images = exports.run_script(exported, "2", "3")
+    assert (status, out) == (0, "2 images uint8[8, 8, 1] in samples.npz\n")
+    np.testing.assert_array_equal(images, found["images"])
+    assert found["nats"].shape == (2,)
+
+
+def test_the_script_makes_many_images_in_parts(run, exported):
+    _, out, _, images = exports.run_script(exported, "205", "3")
+    assert out == "205 images uint8[8, 8, 1] in samples.npz\n"
+    assert images.shape == (205, 8, 8, 1)
+    assert alike(images[:5], run.sample_at(np.arange(5), seed=3))
+    assert (images[100:200] != images[:100]).any()
+
+
+ARGUMENTS = {
+    "abc": "NUMBER is 'abc': expected a whole number from 1 to 1000000",
+    "-1": "NUMBER is '-1'",
+    "1.5": "NUMBER is '1.5'",
+    "0": "NUMBER is '0'",
+    "9" * 5000: f"NUMBER is '{'9' * 37}...'",
+    "1000001": "NUMBER is '1000001'",
+    "": "NUMBER is ''",
+    "1\n": r"NUMBER is '1\n'",
+    "1 -1": "SEED is '-1': expected a whole number from 0 to 4294967295",
+    "1 4294967296": "SEED is '4294967296'",
+    "1 2 3": "3 arguments are given: expected at most two, python sample.py [NUMBER [SEED]]"}
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda text: repr(text[:12]))
+def test_the_script_refuses_other_arguments(exported, arguments):
+    refused_by_script(exported, ARGUMENTS[arguments], *arguments.split(" "))
+
+
+def test_the_script_on_a_full_disk(exported, monkeypatch):
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    message = ("samples.npz cannot be written here (No space left on device): run this in a folder "
+               "that you may write to, on a disk with space left")
+    refused_by_script(exported, message, "2", "3")

@@ -1,0 +1,181 @@
+"""The folder of an export: its files, and programs that give the run's own numbers."""
+
+import hashlib
+import json
+import os
+import resource
+import struct
+
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import load_file
+
+from ntm_jax import files
+from ntm_jax.core.layers import Text
+from ntm_jax.data import sources
+from ntm_jax.data.pipeline import spec_to_json
+from ntm_jax.errors import UserError
+from ntm_jax.export.read import unflatten
+from ntm_jax.export.write import _write, write_export
+from ntm_jax.runtime import config
+from tests.common import ROOT, alike, bits
+from tests.export.common import FILES, assert_close, program
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_the_folder(run, exported):
+    assert sorted(path.name for path in exported.iterdir()) == FILES
+    assert list(exported.parent.iterdir()) == [exported]  # no temporary folder is left
+    about = files.read_json(exported / "config.json", "")
+    assert files.SEAL in (exported / "config.json").read_text()
+    assert about["files"] == {
+        name: hashlib.sha256((exported / name).read_bytes()).hexdigest()
+        for name in FILES if name != "config.json"}
+    assert (about["format"], about["step"], about["parameters"]) == (1, 4, "ema")
+    assert config.read(about["config"]) == run.config
+    assert about["spec"] == spec_to_json(run.spec)
+    assert about["spec"]["levels"] == 17  # the key by which sample.py and older readers know it
+    assert about["programs"]["log_likelihood"] == {
+        "seed": "uint32[]", "index": "int32[b]", "images": "uint8[b,8,8,1]", "label": "int32[b]"}
+
+
+def test_the_parameters(run, exported):
+    """model.safetensors holds a JSON header and the arrays' bytes, nothing that could run."""
+    found = load_file(exported / "model.safetensors")
+    assert bits(unflatten(found)) == bits(run.params)
+    content = (exported / "model.safetensors").read_bytes()
+    size, = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    assert header.pop("__metadata__") == {"format": "ntm_jax"}
+    end = max(entry["data_offsets"][1] for entry in header.values())
+    assert len(content) - 8 - size == sum(a.nbytes for a in found.values()) == end
+
+
+@pytest.mark.parametrize("name", ["sampler", "log_likelihood"])
+def test_the_programs_are_for_every_platform_and_hold_no_parameters(exported, name):
+    found, parameters = program(exported, name)
+    assert found.platforms == ("cpu", "cuda", "tpu")
+    content = (exported / f"{name}.bin").read_bytes()
+    assert not [array for array in parameters.values() if array.tobytes() in content]
+    assert b"write.py" in content  # lines name their file, without this machine's folders
+    assert str(ROOT).encode() not in content
+    assert b"site-packages" not in content
+
+
+def test_the_sampler_gives_the_images_of_the_run(run, exported):
+    sampler, parameters = program(exported, "sampler")
+    index = np.array([7, 3, 0, 12, 4], np.int32)
+    label = (index + 1) % 10
+    expected = run.sample_at(index, label, seed=3)
+    for rows in (slice(5), slice(2)):
+        images = sampler.call(parameters, np.uint32(3), index[rows], label[rows])
+        assert (images.shape, images.dtype) == (expected[rows].shape, np.uint8)
+        assert alike(images, expected[rows])
+    assert (expected != run.sample_at(index, label, seed=4)).mean() > 0.1
+
+
+def test_the_likelihood_is_that_of_the_run(run, exported):
+    log_likelihood, parameters = program(exported, "log_likelihood")
+    records = sources.open_source("digits", "test[:5]").records
+    images, index = np.stack([records[i]["image"] for i in range(5)]), np.arange(5, dtype=np.int32)
+    expected = run.log_prob(images, index, trajectories=3)
+    for rows in (slice(5), slice(2)):
+        found = log_likelihood.call(
+            parameters, np.uint32(0), index[rows], images[rows], index[rows])
+        assert found.dtype == np.float32
+        # A few float32 roundings of sums.
+        np.testing.assert_allclose(found, expected[rows], rtol=1e-6)
+    assert np.abs(expected - run.log_prob(images, index, trajectories=3, seed=1)).min() > 0.01
+
+
+def test_programs_of_texts_and_latents(on_texts):
+    run, folder = on_texts
+    source = run.config.data.open("test")
+    records, index = [source.records[i] for i in range(4)], np.arange(4, dtype=np.int32)
+    text, mask, latents = (np.stack([record[name] for record in records])
+                           for name in ("text", "text_mask", "image"))
+    sampler, parameters = program(folder, "sampler")
+    found = sampler.call(parameters, np.uint32(0), index, text, mask)
+    expected = run.sample_at(index, Text(text, mask))
+    assert found.dtype == expected.dtype == np.float32
+    assert_close(found, expected)
+    log_likelihood, _ = program(folder, "log_likelihood")
+    found = log_likelihood.call(parameters, np.uint32(0), index, latents, text, mask)
+    expected = run.log_prob(latents, Text(text, mask), trajectories=2)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_programs_with_a_learned_denoiser(denoised):
+    run, folder = denoised
+    sampler, parameters = program(folder, "sampler")
+    denoiser = {"denoiser": run.denoiser.params["params"]}
+    assert bits(unflatten(parameters)) == bits(run.params | denoiser)
+    index = np.arange(5, dtype=np.int32)
+    expected = run.sample_at(index, index % 3, seed=3)
+    images = sampler.call(parameters, np.uint32(3), index, index % 3)
+    assert_close(images, expected)
+    # The transporter's parameters do not matter: only predictor and denoiser make the images.
+    without = {name: np.full_like(a, np.nan) if name.startswith("params/transporter/") else a
+               for name, a in parameters.items()}
+    again = sampler.call(without, np.uint32(3), index, index % 3)
+    np.testing.assert_array_equal(again, images)
+    unguided = run.sample_at(index, index % 3, seed=3, guidance=0.0)
+    assert np.abs(expected - unguided).max() > 1e-3
+    log_likelihood, _ = program(folder, "log_likelihood")
+    found = log_likelihood.call(parameters, np.uint32(0), index, expected, index % 3)
+    nats = run.log_prob(expected, index % 3, trajectories=2)
+    np.testing.assert_allclose(found, nats, rtol=1e-6)
+    about = json.loads((folder / "config.json").read_text())
+    assert (about["step"], about["teacher_step"]) == (6, 4)
+    assert about["config"]["sample"]["guidance"] == [0.5, 0.0]
+
+
+def test_exports_that_cannot_be_written_are_refused(run, exported, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in exported.iterdir()}
+    with pytest.raises(UserError, match="tiny is there: give a new folder as --out, nothing was "
+                                        "overwritten"):
+        write_export(run, str(exported))
+    assert {path: path.stat().st_mtime_ns for path in exported.iterdir()} == before
+    with pytest.raises(UserError, match="decoder=denoiser needs a denoiser, and this run has none"):
+        write_export(run, str(tmp_path / "out"), decoder="denoiser")
+    with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
+        write_export(run, str(tmp_path / "out"), guidance=(1.0, 0.0, 0.0))
+    (tmp_path / "file").write_text("")
+    for out in ("file/out", "file/new/out"):
+        assert_unwritable(tmp_path / out)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A longer file cannot be written, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        assert_unwritable(tmp_path / "new/folder/out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_unwritable(folder) -> None:
+    message = (rf"{folder.name} cannot be written \([A-Z][a-z ]*\): give a new folder as --out, "
+               "where you may")
+    with pytest.raises(UserError, match=message):
+        _write(epath.Path(folder), {"a": b"a", "b": bytes(2000)}, {})
+
+
+def test_an_export_is_flushed_to_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+
+    def record(descriptor):
+        fsync(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        flushed.append((path, (tmp_path / "out").exists()))
+
+    monkeypatch.setattr("os.fsync", record)
+    _write(epath.Path(tmp_path / "out"), {"a": b"a"}, {})
+    # The file a, config.json, the new folder, and the folder that then names it.
+    assert [named for _, named in flushed] == [False, False, False, True]
+    assert flushed[-1][0] == str(tmp_path)
