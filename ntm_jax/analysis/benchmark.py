@@ -1,7 +1,7 @@
-"""Rates of what a run does, each beside the limit of the machine that it runs on.
+"""Measures the speed of a run's parts, each beside the limit of this machine.
 
-The training step, the input pipeline, the held-out likelihood, the sampler and its parts; rows.py
-has one function for each.
+The parts are the training step, the input pipeline, the held-out likelihood, and the sampler with
+its parts; rows.py has one function for each.
 """
 
 import math
@@ -20,24 +20,25 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.training import objectives
 
-SECONDS = 0.5  # a timed run lasts at least this long
-COPIED = 1 << 27  # bytes: more than a cache holds
+SECONDS = 0.5  # the shortest timed run
+COPIED = 1 << 27  # bytes, more than a cache holds
 
 
 def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "") -> list[dict]:
-    """All rows of a configuration, in the order of TRAINING and SAMPLING.
+    """The rows of a configuration, in the order of TRAINING and SAMPLING.
 
     A row has name, items_per_second (the median of the runs), flops_per_second (the model's FLOPs,
-    without recomputation; None where the limit is the copying of memory), limit (FLOP/s or byte/s),
+    without recomputation; None if memory bandwidth is the limit), limit (FLOP/s or bytes/s),
     share_of_limit, and runs (each run's items/s). An inverse's row also has tokens and
-    round_trip_error, the parallel one's sweeps, {tolerance: by level, clean to noisy}.
+    round_trip_error, and the parallel one's sweeps, {tolerance: mean by level, clean to noisy}.
 
-    only: the rows whose name contains this. Raises UserError where there is none.
+    runs: how often each row is timed. batch: images sampled at a time, config.sample.num by
+    default. only: selects the rows whose name contains this. Raises UserError if there is none.
     """
     if objectives.checked(config).needs_teacher:
         raise UserError(f"config.train.objective={config.train.objective} needs its teacher: give "
                         "--workdir of the run in place of --config")
-    source, held_out = (config.data.open(split) for split in (config.data.split, config.evaluate.split))
+    source, held_out = map(config.data.open, (config.data.split, config.evaluate.split))
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, sharding.make_mesh(config.mesh))
     setting = Setting(run, batch or config.sample.num, source, held_out)
@@ -51,77 +52,98 @@ def benchmark_run(run: Run, runs: int, batch: int | None = None, only: str = "")
 
 def _rows(makers: dict[str, Callable], setting: Setting, runs: int, only: str) -> list[dict]:
     chosen = {name: make for name, make in makers.items() if only in name}
-    rows = [{"name": name} | measure(case, runs, setting) for name, make in chosen.items() if (case := make(setting))]
+    rows = [{"name": name} | measure(case, runs, setting)
+            for name, make in chosen.items() if (case := make(setting))]
     if not rows:
         raise UserError(f"--rows={only} is in no row's name: leave it out to see them all")
     return rows
 
 
 def measure(case: Case, runs: int, setting: Setting) -> dict:
-    """A case's row, but for its name. Its limit is measured before and after every run, and is the median: what disturbs the one disturbs
-    the other."""
-    limit = copying() if case.flops is None else flops.products(setting.run.config.model.dtype, setting.run.mesh, SECONDS)
+    """Times a case: its row without the name; see benchmark.
+
+    The limit is the median of measurements before and after every run, so that other work on the
+    machine affects both alike.
+    """
+    copies = case.flops is None
+    limit = copying() if copies else flops.products(
+        setting.run.config.model.dtype, setting.run.mesh, SECONDS)
     try:
-        jax.block_until_ready(case.once())  # compiled
+        jax.block_until_ready(case.once())  # compiles
         count, limits = case.least, [limit()]
         while (seconds := flops.seconds(case.once, count)) < SECONDS:
             count = min(10 * count, math.ceil(1.2 * count * SECONDS / seconds))
         limits.append(limit())
-        rates = [] if case.flops is None else [count * case.items / seconds]  # the last was a run, but of a queue, filled meanwhile
+        # The last of these is the first run, except for a queue, which has filled meanwhile.
+        rates = [] if copies else [count * case.items / seconds]
         while len(rates) < runs:
-            if case.flops is None:
-                flops.seconds(case.once, case.least)  # it is empty again
+            if copies:
+                flops.seconds(case.once, case.least)  # empties the queue
             rates.append(count * case.items / flops.seconds(case.once, count))
             limits.append(limit())
     finally:
         case.close()
     items, limit = statistics.median(rates), statistics.median(limits)
-    reached = items / case.items * (case.bytes if case.flops is None else case.flops)
-    return {"items_per_second": items, "flops_per_second": None if case.flops is None else reached, "limit": limit,
-            "share_of_limit": reached / limit, "runs": rates} | case.facts
+    reached = items / case.items * (case.bytes if copies else case.flops)
+    return {"items_per_second": items, "flops_per_second": None if copies else reached,
+            "limit": limit, "share_of_limit": reached / limit, "runs": rates} | case.facts
 
 
 def copying() -> Callable[[], float]:
-    """A measurement of the bytes of memory that one thread of this host copies in a second."""
+    """A function that measures the bytes/s that one thread of this host copies in memory."""
     source = np.ones(COPIED, np.uint8)
     target = np.empty_like(source)
-    return lambda: COPIED / min(flops.seconds(lambda: np.copyto(target, source), 1) for _ in range(5))
+    return lambda: COPIED / min(
+        flops.seconds(lambda: np.copyto(target, source), 1) for _ in range(5))
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a person reads them, and what they say of each other."""
+    """The text of the rows, followed by ratios between them."""
     heads = ("", "items/s", "lowest", "highest", "GFLOP/s", "limit", "share")
-    cells = [(row["name"], *(f"{v:,.{1 if v >= 10 else 3}f}" for v in (row["items_per_second"], min(row["runs"]), max(row["runs"]))),
-              "" if row["flops_per_second"] is None else f"{row['flops_per_second'] / 1e9:,.1f}",
-              f"{row['limit'] / 1e9:,.1f} {'GB/s' if row['flops_per_second'] is None else 'GFLOP/s'}", f"{row['share_of_limit']:.1%}")
-             for row in rows]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line)) for line in (heads, *cells)]
+    cells = [heads, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line))
+             for line in cells]
     rates = {row["name"]: row["items_per_second"] for row in rows}
     if {"train step", "input pipeline"} <= rates.keys():
         appetite = rates["input pipeline"] / rates["train step"]
-        lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a train step takes")
+        lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a "
+                     "train step takes")
     if {"forward pass", "likelihood evaluation"} <= rates.keys():
         slower = rates["forward pass"] / rates["likelihood evaluation"]
-        lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train step's forward pass in batches of that size")
-    return "\n".join([*lines, *_of_sampling(rows, rates)])
+        lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train "
+                     "step's forward pass in batches of that size")
+    return "\n".join([*lines, *_sampling_lines(rows, rates)])
 
 
-def _of_sampling(rows: list[dict], rates: dict) -> list[str]:
-    """Where the score decoder's time goes, and what the inverses cost, as far as the rows tell."""
+def _cells(row: dict) -> tuple[str, ...]:
+    rates = row["items_per_second"], min(row["runs"]), max(row["runs"])
+    copies = row["flops_per_second"] is None
+    return (row["name"], *(f"{v:,.{1 if v >= 10 else 3}f}" for v in rates),
+            "" if copies else f"{row['flops_per_second'] / 1e9:,.1f}",
+            f"{row['limit'] / 1e9:,.1f} {'GB/s' if copies else 'GFLOP/s'}",
+            f"{row['share_of_limit']:.1%}")
+
+
+def _sampling_lines(rows: list[dict], rates: dict) -> list[str]:
+    """Lines on the score decoder's parts and on the inverses, as far as the rows include them."""
     inverses = {row["name"].split()[-1]: row for row in rows if row["name"].startswith("inverse")}
     parts, lines = ["predictor's steps", "score denoising"], []
     if len(inverses) == 2:
-        tokens, best = inverses["parallel"]["tokens"], max(row["items_per_second"] for row in inverses.values())
+        tokens = inverses["parallel"]["tokens"]
+        best = max(row["items_per_second"] for row in inverses.values())
         parts.append(f"inverse, {fastest(tokens, jax.default_backend() == 'cpu')}")
-        lines.append(f"--inverse=auto takes {parts[-1]}, {best / rates[parts[-1]]:.2f} times as long as the faster one")
+        lines.append(f"--inverse=auto takes {parts[-1]}, {best / rates[parts[-1]]:.2f} times as "
+                     "long as the faster one")
         for tolerance, sweeps in inverses["parallel"]["sweeps"].items():
-            lines.append(f"mean sweeps of the parallel inverse over {tokens} tokens to {tolerance}, clean to noisy: "
-                         + ", ".join(f"{v:.1f}" for v in sweeps))
+            lines.append(
+                f"mean sweeps of the parallel inverse over {tokens} tokens to {tolerance}, clean "
+                "to noisy: " + ", ".join(f"{v:.1f}" for v in sweeps))
         errors = ", ".join(f"{how} {row['round_trip_error']:.1e}" for how, row in inverses.items())
         lines.append(f"largest round-trip error |x - inverse(forward(x))|: {errors}")
     if set(parts) <= rates.keys():
         times = {name: 1 / rates[name] for name in parts}
-        shares = ", ".join(f"{name} {seconds / sum(times.values()):.0%}" for name, seconds in times.items())
+        total = sum(times.values())
+        shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in times.items())
         lines.insert(0, f"score decoder, each part timed by itself: {shares}")
     return lines

@@ -105,7 +105,7 @@ def _change(config: Config, policy: str, parts: int, need: float, hbm: float) ->
     change = [f"config.model.remat={policy}"] if policy != config.model.remat else []
     change += [f"config.train.accumulate={config.train.accumulate * parts}"] if parts > 1 else []
     if not change:
-        return f"very near: try config.train.accumulate={config.train.accumulate * 2}"
+        return f"it nearly fits: try config.train.accumulate={config.train.accumulate * 2}"
     return f"set {' and '.join(change)}: about {need / 2**30:.1f} GiB of {hbm / 2**30:.1f}"
 
 
@@ -113,10 +113,10 @@ def check_fits(report: dict) -> None:
     """Raises UserError, with advice, if a report's program does not fit."""
     if not report["fits"]:
         memory = report["bytes_per_chip"]
-        advice = report.get("advice",
+        remedy = report.get("advice",
                             "make config.sample.num smaller, or config.mesh.fsdp larger")
         raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a chip of "
-                        f"{report['topology']}, which has {gib(memory['hbm'])}: {advice}")
+                        f"{report['topology']}, which has {gib(memory['hbm'])}: {remedy}")
 
 
 def gib(value) -> str:
