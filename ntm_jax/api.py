@@ -6,7 +6,8 @@
     images = run.sample(16, label=7)
     nats = run.log_prob(images, label=7)
 
-Symbols: n images; H, W, C image height, width, channels; V pixel levels; M text tokens, E their width.
+Symbols: n images; H, W, C image height, width, channels; V pixel levels; M text tokens, E their
+width.
 """
 
 import dataclasses
@@ -45,10 +46,10 @@ class Run(base.Run):
                with_levels: bool = False, **options):
         """n images [n, H, W, C], integers 0..V-1, or float32 latents.
 
-        label: see Run; without it classes, or held-out texts, in turn. prompts: texts, repeated over
-        the images in turn. seed: image i of a seed is the same image in any n. with_levels: also
-        returns the levels from pure noise down, [n, K, H, W, C]. options: steps, guidance, decoder,
-        inverse, percentile; the configuration's by default.
+        label: see Run; without it classes, or held-out texts, in turn. prompts: texts, repeated
+        over the images in turn. seed: image i of a seed is the same image in any n. with_levels:
+        also returns the levels from pure noise down, [n, K, H, W, C]. options: steps, guidance,
+        decoder, inverse, percentile; the configuration's by default.
         """
         if prompts is not None:
             label = self.text([prompts[i % len(prompts)] for i in range(n)])
@@ -118,7 +119,7 @@ class Run(base.Run):
 
     def export(self, out: str, steps: int | None = None, guidance=None,
                decoder: str | None = None) -> None:
-        """Writes the run as a folder that samples and scores without this package; see export.write."""
+        """Writes the run as a folder that works without this package; see export.write."""
         if decoder:
             objectives.check_decoder(self.config, decoder)
         write_export(self, out, steps, guidance, decoder)
@@ -140,8 +141,8 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
 def experiment(name: str, variant: str = "", **overrides) -> Config:
     """The configuration of a shipped experiment: experiment("digits", **{"train.steps": 200}).
 
-    variant: as in --config=digits:gaussian. overrides: settings by "section.key". Raises UserError for
-    an unknown experiment, variant or setting, or a value that does not fit.
+    variant: as in --config=digits:gaussian. overrides: settings by "section.key". Raises UserError
+    for an unknown experiment, variant or setting, or a value that does not fit.
     """
     try:
         module = importlib.import_module(f"ntm_jax.experiments.{name}")

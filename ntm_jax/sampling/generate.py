@@ -99,19 +99,20 @@ def check_condition(run: Run, n: int, label):
     if width:
         fits = isinstance(label, Text) and np.shape(label.states)[::2] == (n, width)
         if not fits or np.shape(label.mask) != label.states.shape[:2]:
-            raise UserError(f"the model is conditioned on text: give label=Text(states [{n}, M, {width}], "
-                            f"mask [{n}, M]) of ntm_jax.core.layers")
+            raise UserError("the model is conditioned on text: give label=Text(states "
+                            f"[{n}, M, {width}], mask [{n}, M]) of ntm_jax.core.layers")
         return Text(np.asarray(label.states, np.float16), np.asarray(label.mask, bool))
     if label is None and classes:
-        raise UserError(f"no label is given, and the model has {classes} classes: give one label, or "
-                        f"one for each of the {n} images")
+        raise UserError(f"no label is given, and the model has {classes} classes: give one label, "
+                        f"or one for each of the {n} images")
     label = np.asarray(0 if label is None else label, np.int32)
     if label.shape not in ((), (1,), (n,)):
-        raise UserError(f"label has shape {label.shape}: expected one label, or one for each of the "
-                        f"{n} images")
+        raise UserError(f"label has shape {label.shape}: expected one label, or one for each of "
+                        f"the {n} images")
     label = np.broadcast_to(label, n)
     if classes and not ((0 <= label) & (label < classes)).all():
-        raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to {classes - 1}")
+        raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to "
+                        f"{classes - 1}")
     return label
 
 
@@ -166,8 +167,8 @@ def check(config: Config, options: SampleOptions) -> None:
                         "dropout: sample with guidance 0")
     trained = config.trajectory.steps
     if steps != own.steps and steps not in trained and options.decoder not in SOLVERS:
-        warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: expect "
-                      "worse images", stacklevel=2)
+        warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: "
+                      "expect worse images", stacklevel=2)
 
 
 def check_decoder(run: Run, decoder: str) -> None:
@@ -175,12 +176,12 @@ def check_decoder(run: Run, decoder: str) -> None:
     velocity = run.config.sample.decoder in SOLVERS or (
         run.model.backbone is not None and not run.model.config.transporter_blocks)
     if decoder in SOLVERS and not velocity:
-        raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run is "
-                        "not one: take inverse or score")
+        raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run "
+                        "is not one: take inverse or score")
     if decoder == "denoiser" and not run.denoiser:
-        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as --workdir "
-                        "the run of one, trained with config.train.objective=denoiser and "
-                        "--config.teacher")
+        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as "
+                        "--workdir the run of one, trained with config.train.objective=denoiser "
+                        "and --config.teacher")
 
 
 def in_batches(n: int, batch: int) -> list[np.ndarray]:

@@ -125,7 +125,9 @@ def states(encoder, prompts: Sequence[str]) -> Text:
 def check_layout(layout: str | None, prompts: Sequence[Prompt] | None, per_prompt: int,
                  image_shape) -> None:
     """Raises UserError where prompts or images do not fit the benchmark `layout`."""
-    if layout and not prompts:
+    if not layout:
+        return
+    if not prompts:
         raise UserError(f"--layout={layout} writes a benchmark's folder: give its prompts as "
                         "--prompts")
     if layout == "geneval":

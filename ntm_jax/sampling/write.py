@@ -97,7 +97,9 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     if not (folder / "samples.npz").exists():
         work.gather(folder, len(batches))
     seconds = time.perf_counter() - begin
-    rate = f", {(made - first) / seconds:.1f} images/s after the first batch" if made > first else ""
+    rate = ""
+    if made > first:
+        rate = f", {(made - first) / seconds:.1f} images/s after the first batch"
     print(f"{request.num} images in {out}, {request.num - made} of them found there{rate}, step "
           f"{run.step}", flush=True)
 
@@ -114,14 +116,15 @@ class _Work:
                             "text: give --prompts")
         self.labels = parse_labels(request.labels, run.model.config.num_classes)
         if request.autoencoder and run.spec.pixel_levels:
-            raise UserError(f"{run.workdir} is a model of pixels, and an autoencoder decodes latents: "
-                            "leave --autoencoder out")
+            raise UserError(f"{run.workdir} is a model of pixels, and an autoencoder decodes "
+                            "latents: leave --autoencoder out")
         self.encoder = prompts.open_encoder(run, request.encoder) if request.prompts else None
         self.autoencoder = None
         if request.autoencoder and jax.process_index() == 0:
             self.autoencoder = latents.Autoencoder(request.autoencoder)
         self.pixel_levels = latents.PIXEL_LEVELS if request.autoencoder else run.spec.pixel_levels
-        prompts.check_layout(request.layout, request.prompts, request.per_prompt, run.spec.image_shape)
+        prompts.check_layout(request.layout, request.prompts, request.per_prompt,
+                             run.spec.image_shape)
 
     def description(self) -> dict:
         """What the folder's samples.json records, so that only the same call resumes it."""
@@ -143,19 +146,20 @@ class _Work:
         if request.prompts:
             texts = [request.prompts[i // request.per_prompt].text for i in index]
             y = prompts.states(self.encoder, texts)
-        found = generate.sample_at(run, index, y, self.options, request.seed, request.save_trajectories)
+        found = generate.sample_at(run, index, y, self.options, request.seed,
+                                   request.save_trajectories)
         if jax.process_index():
             return
-        images, *levels = found if request.save_trajectories else (found,)
+        images, *levels = found if isinstance(found, tuple) else (found,)
         if self.autoencoder:
-            spec = run.spec
-            images = images * np.float32(spec.std or 1) + np.float32(spec.mean or 0)
+            mean, std = np.asarray(run.spec.mean or 0), np.asarray(run.spec.std or 1)
+            images = images * std.astype(np.float32) + mean.astype(np.float32)
             images = self.autoencoder.decode(images)
         paths = [prompts.image_path(folder, request.layout, i, request.per_prompt, request.num)
                   for i in index]
         for path, image in zip(paths, plots.displayable(images, self.pixel_levels), strict=True):
             plots.save_png(path, image)
-        # Written last, whole or not at all: its presence marks the batch as complete.
+        # Written last and atomically: its presence marks the batch as complete.
         with files.aside(_part(folder, number)) as file:
             np.savez(file, images, *levels)
 
@@ -164,7 +168,8 @@ class _Work:
         run, request = self.run, self.request
         arrays = []
         for number in range(batches):
-            with _part(folder, number).open("rb") as file, np.load(file, allow_pickle=False) as part:
+            path = _part(folder, number)
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
                 arrays.append([part[name] for name in part.files])
         images, *levels = (np.concatenate(a) for a in zip(*arrays, strict=True))
         shown = plots.displayable(images, self.pixel_levels)
@@ -208,9 +213,9 @@ def _claim(folder, asked: dict, batches: int) -> np.ndarray:
         before = files.read_json(path, "give another --out")
         for key in sorted(before | asked):
             if before.get(key) != files.plain(asked.get(key)):
-                raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and this call "
-                                f"has {asked.get(key)!r}: give another --out, or the same settings to "
-                                "go on; nothing was overwritten")
+                raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and this "
+                                f"call has {asked.get(key)!r}: give another --out, or the same "
+                                "settings to go on; nothing was overwritten")
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is there and not empty: give a new folder as --out, nothing was "
                         "overwritten")
