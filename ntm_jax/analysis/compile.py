@@ -1,16 +1,19 @@
-"""Compiles a run's program for machines that are not there: does it fit, and what bounds it.
+"""Compiles a run's program for absent machines, and reports whether it fits and what limits it.
 
-The functions are those of training and sampling, lowered on abstract arrays. Of one chip and one
-step:
-- flops: matrix products of the compiled program with loops multiplied out (hlo.py), recomputation
-  and replicated work included, and those inside Pallas kernels, which the compiled text does not
-  show (flops.py, divided by the chips). `flops_traced` counts all from the traced program, divided
-  by the chips: where the compiled figure is larger, chips repeat each other's work.
-- model_flops: the same step with plain attention and no recomputation, divided by the chips.
-- bytes: what the compiler reserves; peak = arguments + outputs that are not donated arguments +
-  temporaries + code.
-- collective bytes: what a chip sends. Roofline seconds: each resource at its peak, as if the others
-  were free.
+The functions are those of training and sampling, lowered on abstract arrays. The report has, for
+one chip and one step:
+
+- flops: matrix products of the compiled program with every iteration of its loops (hlo.py),
+  including recomputation and replicated work, plus those inside Pallas kernels, which the compiled
+  text does not show (flops.py, divided by the chips).
+- flops_traced: all products of the traced program, divided by the chips. Where flops is larger,
+  chips repeat each other's work.
+- model_flops: products of the same step with plain attention and no recomputation, divided by the
+  chips.
+- bytes: memory that the compiler reserves; peak = arguments + outputs that are not donated
+  arguments + temporaries + code.
+- collective bytes: bytes that a chip sends.
+- roofline seconds: the time that each resource takes at its peak rate, as if the others were free.
 """
 
 import dataclasses
@@ -40,7 +43,7 @@ from ntm_jax.training.step import check_batch, make_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of a run and the abstract arguments that the run would call it with."""
+    """A jitted function and the abstract arguments that a run would call it with."""
 
     function: Any
     arguments: tuple
@@ -51,18 +54,25 @@ class Program:
 
 
 def open_data(config: Config) -> Source:
-    """The source that gives the records' shape: config.data.mock if set, as the data may be absent."""
+    """The source that gives the records' shape: config.data.mock if set, else the data.
+
+    Raises UserError if it cannot be opened.
+    """
     if config.data.mock:
         return sources.open_source(config.data.mock, config.data.split, config.data.image_size)
     return config.data.open(config.data.split)
 
 
 def train_program(run: Run, source: Source) -> Program:
-    """The training step and what the loop calls it with."""
+    """The training step with the loop's arguments.
+
+    Raises UserError for an objective that needs a teacher, or a batch that does not divide over the
+    mesh.
+    """
     config, mesh = run.config, run.mesh
     if objectives.checked(config).needs_teacher:
-        raise UserError(f"config.train.objective={config.train.objective} needs its teacher's model, "
-                        "which compilation does not load: compile another objective")
+        raise UserError(f"config.train.objective={config.train.objective} needs its teacher's "
+                        "model, which compilation does not load: compile another objective")
     check_batch(config, mesh)
     one = next(pipeline.evaluation_batches(source, config.data.patch_size, 1, 0, 1))
     size = config.data.batch_size
@@ -78,7 +88,7 @@ def train_program(run: Run, source: Source) -> Program:
 
 
 def sample_program(run: Run, source: Source) -> Program:
-    """The sampler and a batch of config.sample.num images, rounded up to equal shares of the mesh."""
+    """The sampler with a batch of config.sample.num images, rounded up to equal shards."""
     shards, mesh, model = sharding.batch_shards(run.mesh), run.mesh, run.model
     size = -(-run.config.sample.num // shards) * shards
     y = _abstract((size,), jnp.int32, mesh)
@@ -101,7 +111,7 @@ def _abstract(shape, dtype, mesh):
 
 @dataclasses.dataclass
 class _Compiled:
-    """What compiling a program found; memory in bytes a chip, times in seconds."""
+    """Figures of a compiled program: memory in bytes per chip, times in seconds."""
 
     work: hlo.Work
     memory: dict
@@ -113,9 +123,13 @@ class _Compiled:
 
 
 def compile_for(config: Config, topology: str, program: str = "train") -> dict:
-    """Compiles a program for a topology -> the report, JSON values; see the module's docstring."""
-    found, chip = chips.devices(topology, config.mesh.slices)
-    mesh, source = _mesh(config, found), open_data(config)
+    """The report of a program compiled for a topology, as JSON values; see the module's docstring.
+
+    program: a key of PROGRAMS. topology: see chips.devices. Raises UserError if the configuration
+    does not fit the topology or its data.
+    """
+    devices, chip = chips.devices(topology, config.mesh.slices)
+    mesh, source = _mesh(config, devices), open_data(config)
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, mesh)
     compiled = _compile(PROGRAMS[program](run, source), run, chip)
@@ -153,7 +167,7 @@ def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
         return _Compiled(work, {"arguments": arguments} | memory, False, total, seconds, cpu, False)
     work = hlo.count(compiled.as_text(), mesh.size, run.config.mesh.slices)
     work.flops += kernels
-    if work.unknown:  # loops whose trips are unknown were counted once
+    if work.unknown:  # loops of unknown length counted as one iteration
         work.flops = max(work.flops, total)
     m = compiled.memory_analysis()
     peak = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
@@ -164,7 +178,7 @@ def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
 
 
 def _figures(compiled: _Compiled, run: Run, chip: chips.Chip) -> dict:
-    """The report's figures of a compiled program."""
+    """The report's entries on a compiled program."""
     work, config = compiled.work, run.config
     sent = {network: sum(v for (_, on), v in work.sent.items() if on == network)
             for network in ("ici", "dcn")}
@@ -173,11 +187,13 @@ def _figures(compiled: _Compiled, run: Run, chip: chips.Chip) -> dict:
     roofline = {"compute": computed / chip.flops, "memory": work.memory / chip.memory,
                 "network": network}
     finite = {name: value for name, value in roofline.items() if math.isfinite(value)}
-    kibibytes = sys.platform != "darwin"  # ru_maxrss is in bytes there
+    parameters = jax.tree.leaves(build.abstract_params(run.model, run.mesh))
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host_peak *= 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return {
         "attention": getattr(run.model.attention, "kind", "plain"), "remat": config.model.remat,
         "batch_size": config.data.batch_size,
-        "parameters": sum(a.size for a in jax.tree.leaves(build.abstract_params(run.model, run.mesh))),
+        "parameters": sum(a.size for a in parameters),
         "fits": compiled.fits, "bytes_per_chip": compiled.memory,
         "flops_per_chip": computed, "flops_traced_per_chip": compiled.traced_flops,
         "collective_bytes_per_chip": {
@@ -186,55 +202,59 @@ def _figures(compiled: _Compiled, run: Run, chip: chips.Chip) -> dict:
         "memory_bytes_per_chip": work.memory, "roofline_seconds": roofline,
         "bound_by": max(finite, key=lambda name: finite[name]) if finite else None,
         "unknown_loops": work.unknown, "compile_seconds": compiled.seconds,
-        "compile_cpu_seconds": compiled.cpu_seconds,
-        "host_peak_bytes":
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if kibibytes else 1)}
+        "compile_cpu_seconds": compiled.cpu_seconds, "host_peak_bytes": host_peak}
 
 
-def _mesh(config: Config, found):
+def _mesh(config: Config, devices):
     try:
-        return sharding.make_mesh(config.mesh, found)
+        return sharding.make_mesh(config.mesh, devices)
     except NotImplementedError:
-        raise UserError("config.mesh does not lie on the topology's torus: make each axis a product "
+        raise UserError("config.mesh does not fit the topology's torus: make each axis a product "
                         "of the torus's sides") from None
 
 
 def _finite(value):
-    """NaN and infinity as None: JSON has neither."""
+    """The value with NaN and infinity replaced by None, since JSON has neither."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(report: dict) -> str:
-    """The report for people."""
+    """The text of a report."""
     memory, seconds = report["bytes_per_chip"], report["roofline_seconds"]
-    sent = ", ".join(f"{kind} {_amount(v, 'B')}" for kind, v in report["collective_bytes_per_chip"].items() if v) or "nothing"
+    sent = ", ".join(f"{kind} {_amount(v, 'B')}"
+                     for kind, v in report["collective_bytes_per_chip"].items() if v) or "nothing"
     if report["data_centre_bytes_per_chip"]:
         sent += f"; of these {_amount(report['data_centre_bytes_per_chip'], 'B')} between slices"
     slices = f" in {report['slices']} slices" if report["slices"] > 1 else ""
+    counted, traced, model = (
+        _amount(report[key], "")
+        for key in ("flops_per_chip", "flops_traced_per_chip", "model_flops_per_chip"))
+    advice = f": {report['advice']}" if "advice" in report else ""
     rows = {
         "topology": f"{report['topology']}, {report['chips']} chips{slices}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()),
-        "program": f"{report['program']}, {report['attention']} attention, remat {report['remat']}, global batch {report['batch_size']}",
+        "program": f"{report['program']}, {report['attention']} attention, remat "
+                   f"{report['remat']}, global batch {report['batch_size']}",
         "parameters": f"{report['parameters']:,}",
-        "memory a chip": f"{gib(memory['peak'])} of {gib(memory['hbm'])}: arguments {gib(memory['arguments'])}, temporaries "
-                         f"{gib(memory['temporaries'])}",
-        "FLOPs a chip": f"{_amount(report['flops_per_chip'], '')}; as traced {_amount(report['flops_traced_per_chip'], '')}, of the model "
-                        f"{_amount(report['model_flops_per_chip'], '')}",
+        "memory a chip": f"{gib(memory['peak'])} of {gib(memory['hbm'])}: arguments "
+                         f"{gib(memory['arguments'])}, temporaries {gib(memory['temporaries'])}",
+        "FLOPs a chip": f"{counted}; as traced {traced}, of the model {model}",
         "sent a chip": sent,
         "at its peak": ", ".join(f"{name} {_amount(v, 's')}" for name, v in seconds.items())
                        + (f": bound by {report['bound_by']}" if report["bound_by"] else ""),
-        "note": f"{report['unknown_loops']} loops tell no trips: memory and network are of one" if report["unknown_loops"] else "",
-        "compiled in": f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s of CPU, "
-                       f"{gib(report['host_peak_bytes'])} of this host's memory",
-        "fits": "yes" if report["fits"] else "no" + (f": {report['advice']}" if "advice" in report else ""),
+        "note": f"{report['unknown_loops']} loops tell no trips: memory and network are of one"
+                if report["unknown_loops"] else "",
+        "compiled in": f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s "
+                       f"of CPU, {gib(report['host_peak_bytes'])} of this host's memory",
+        "fits": "yes" if report["fits"] else f"no{advice}",
     }
     return "\n".join(f"{name:<14} {value}" for name, value in rows.items() if value)
 
 
 def _amount(value, unit: str) -> str:
-    """A number with its power of a thousand: 1.39e14 -> 139 T."""
+    """A number with an SI prefix: 1.39e14 -> 139 T; "unknown" for None."""
     if not value:
         return "unknown" if value is None else f"0 {unit}".strip()
     power = math.floor(math.log10(value) / 3)

@@ -1,7 +1,8 @@
-"""The rows of a benchmark: what a run does, as functions to time, with their FLOPs.
+"""The rows of a benchmark: parts of a run as functions to time, with their FLOPs.
 
-A row is a function Setting -> Case, listed in TRAINING or SAMPLING; a new one is one more function
-there. Symbols: B batch, T steps, K levels, N tokens, D token channels.
+A row is a function Setting -> Case, listed in TRAINING or SAMPLING.
+
+Symbols: B batch, T steps, K levels, N tokens, D token channels.
 """
 
 import contextlib
@@ -28,27 +29,27 @@ from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.step import check_batch, flops_of_step, make_step
 
-TOLERANCES = (1e-3, 1e-5)  # to which the parallel inverse's sweeps are counted
-TOKENS = 2048  # sweeps and round-trip errors are those of the first images with so many tokens
+TOLERANCES = (1e-3, 1e-5)  # at which the parallel inverse's sweeps are counted
+TOKENS = 2048  # sweeps and round-trip errors use the first images with this many tokens in all
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the rows are made from: a run with its parameters, or an untrained one with its data."""
+    """The input of the rows: a run with its parameters, or an untrained run with its data."""
 
     run: Run
-    batch: int  # images that are sampled at a time
-    source: Source | None = None  # of the training rows
+    batch: int  # images sampled at a time
+    source: Source | None = None  # training data
     held_out: Source | None = None
 
     @property
     def solves_ode(self) -> bool:
-        """Whether the model is a flow-matching model, whose samples solve an ODE."""
+        """Whether the run is a flow-matching model, whose sampler solves an ODE."""
         return objectives.find(self.run.config.train.objective).trains_velocity
 
     @functools.cached_property
     def params(self):
-        """The run's parameters, or new ones: rates, except for sweeps, do not depend on them."""
+        """The run's parameters, or new ones, which change no rate except the sweeps."""
         return self.run.params or state.initialize(self.run).ema
 
     @functools.cached_property
@@ -63,7 +64,7 @@ class Setting:
     @functools.cached_property
     def drawn(self) -> tuple:
         """Inputs of the sampler's parts: indices, condition, t [B, K] and u_0..u_T [B, K, N, D]."""
-        run, params = self.run, self.params  # new ones are initialised outside the mesh's context
+        run, params = self.run, self.params  # initialises new ones outside the mesh's context
         index = np.arange(self.batch, dtype=np.int32)
         index, y = sharding.place((index, generate.conditions(run, index)), run.mesh)
         with sharding.use(run.mesh):
@@ -84,15 +85,15 @@ class Case:
 
     once: Callable
     items: int  # of all processes
-    flops: int | None = None  # of all devices; None where the limit is the copying of memory
-    bytes: int = 0  # of this process
-    least: int = 1  # repetitions in a run, so that a filled queue is not mistaken for speed
+    flops: int | None = None  # of all devices; None if memory bandwidth is the limit
+    bytes: int = 0  # of this process, if memory bandwidth is the limit
+    least: int = 1  # calls in a run, at least: more than a full queue could answer at once
     close: Callable = lambda: None
     facts: dict = dataclasses.field(default_factory=dict)  # further entries of the row
 
 
 def _train_step(setting: Setting) -> Case:
-    """Steps at the largest number of levels, on one batch that goes to the devices each time."""
+    """Training steps with the most levels, on one batch that is copied to the devices each time."""
     run = setting.run
     check_batch(run.config, run.mesh)
     with contextlib.closing(setting.batches()) as batches:
@@ -107,12 +108,13 @@ def _train_step(setting: Setting) -> Case:
             current, metrics = step(current, placed, steps, reference, None)
         return metrics
 
-    counted = flops_of_step(run, step, current, sharding.to_global(batch, run.mesh), None, reference)
+    placed = sharding.to_global(batch, run.mesh)
+    counted = flops_of_step(run, step, current, placed, None, reference)
     return Case(once, run.config.data.batch_size, flops=counted)
 
 
 def _reference(run: Run, params):
-    """Reference parameters, where training holds the means near them; a step donates its own."""
+    """A copy of the reference parameters, since a step donates its own; None if unused."""
     if not run.config.train.align_weight:
         return None
     backbone = flow_matching.backbone_params(params)
@@ -120,7 +122,7 @@ def _reference(run: Run, params):
 
 
 def _held_out(setting: Setting) -> tuple[dict, int]:
-    """This process's share of an evaluation batch, and the size of the whole batch."""
+    """(this process's share of an evaluation batch, the batch's global size)."""
     config, mesh, source = setting.run.config, setting.run.mesh, setting.held_out
     shards = sharding.batch_shards(mesh)
     size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
@@ -130,7 +132,7 @@ def _held_out(setting: Setting) -> tuple[dict, int]:
 
 
 def _forward(setting: Setting) -> Case:
-    """The forward pass of the training loss, on the batch that the likelihood is evaluated on."""
+    """The forward pass of the training loss, on a batch of the held-out likelihood."""
     run, (batch, size) = setting.run, _held_out(setting)
     params, mesh = state.initialize(run).params, run.mesh
     objective = objectives.find(run.config.train.objective)
@@ -154,7 +156,7 @@ def _forward(setting: Setting) -> Case:
 
 
 def _input_pipeline(setting: Setting) -> Case:
-    """Training batches on the host, this process's share."""
+    """This process's share of training batches, on the host."""
     batches = setting.batches()
     size = sum(a.nbytes for a in next(batches).values())
     return Case(lambda: next(batches), setting.run.config.data.batch_size, bytes=size, least=4,
@@ -162,7 +164,7 @@ def _input_pipeline(setting: Setting) -> Case:
 
 
 def _likelihood(setting: Setting) -> Case:
-    """Held-out likelihood with one trajectory a record, as during training."""
+    """The held-out likelihood with one trajectory per record, as during training."""
     batch, size = _held_out(setting)
     run = dataclasses.replace(setting.run, params=state.initialize(setting.run).ema)
     examples = {name: value for name, value in batch.items() if name != "mask"}
@@ -184,12 +186,13 @@ def _latents(params, root, index, y, *, schedule, model, options):
 
 
 def _sampling(setting: Setting, function, *arguments) -> Case:
-    """The row of function(model, inverse, parameters, *arguments) on a batch of images, jitted.
+    """The case of function(model, inverse, parameters, *arguments) on a batch of images, jitted.
 
-    Its FLOPs are the model's own, with every token inverted once: sweeps of the parallel inverse that
-    repeat a token do not count.
+    Its FLOPs are the model's own, with every token inverted once: they exclude sweeps of the
+    parallel inverse that repeat a token.
     """
-    run, mesh, model = jax.jit(function, static_argnums=(0, 1)), setting.run.mesh, exact(setting.run.model)
+    run, mesh = jax.jit(function, static_argnums=(0, 1)), setting.run.mesh
+    model = exact(setting.run.model)
     inverse = setting.run.config.sample.inverse
 
     def once():
@@ -203,7 +206,7 @@ def _sampling(setting: Setting, function, *arguments) -> Case:
 
 
 def _sampler(decoder: str, setting: Setting) -> Case | None:
-    """Images as launch/sample.py makes them with a decoder; None for a decoder of other models."""
+    """Images sampled with a decoder; None if the model does not support it."""
     if (decoder in SOLVERS) != setting.solves_ode:
         return None
     index, y, *_ = setting.drawn
@@ -211,8 +214,9 @@ def _sampler(decoder: str, setting: Setting) -> Case | None:
     own = dataclasses.replace(setting.run.config.sample.options, decoder=decoder)
 
     def images(model, inverse, params, root, index, y, denoiser_params):
-        options = dataclasses.replace(own, inverse=inverse)
-        sampler = generate.Sampler(model, setting.run.schedule, options, denoiser and denoiser.module)
+        sampler = generate.Sampler(
+            model, setting.run.schedule, dataclasses.replace(own, inverse=inverse),
+            denoiser and denoiser.module)
         return generate.generate_tokens(params, root, index, y, denoiser_params, sampler=sampler)
 
     return _sampling(setting, images, jax.random.key(0), index, y, denoiser and denoiser.params)
@@ -232,14 +236,14 @@ def _predictor(setting: Setting) -> Case | None:
 
 
 def _inverse(how: str, setting: Setting) -> Case | None:
-    """All levels of a trajectory inverted one way, for the score decoder; None without transporter."""
+    """The inverse of all levels of a trajectory, by a method; None without a transporter."""
     model, mesh = exact(setting.run.model), setting.run.mesh
     if not model.config.transporter_blocks:
         return None
     _, y, t, us = setting.drawn
     invert = functools.partial(_inverted, model=model, how=how)
-    case = _sampling(setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how),
-                     us, t, y)
+    case = _sampling(
+        setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
     first = max(TOKENS // model.config.tokens, mesh.size)
     us, t, y = jax.tree.map(lambda a: a[:first], (us, t, y))
     with sharding.use(mesh):
@@ -262,7 +266,7 @@ def _inverted(params, us, t, y, *, model, how):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _transported(params, xs, t, y, *, model):
-    """Latents u_0..u_T of levels x_0..x_T [B, K, N, D]."""
+    """The latents u_0..u_T of levels x_0..x_T, both [B, K, N, D]."""
     steps = jnp.full(len(xs), xs.shape[1] - 1)
     below = [model.apply(params, xs[:, k], t[:, k], steps, y, method=NTM.transport)[0]
              for k in range(xs.shape[1] - 1)]
@@ -271,7 +275,7 @@ def _transported(params, xs, t, y, *, model):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _sweeps(params, us, t, y, tolerance, *, model):
-    """Mean sweeps of a block by level [T], clean to noisy, until all changes are below tolerance."""
+    """Mean sweeps of a block by level [T], clean to noisy, until changes are below tolerance."""
     return jnp.mean(sampling.inverse_sweeps(model, params, us, t, y, tolerance), (0, 2))
 
 

@@ -296,7 +296,7 @@ def test_a_mesh_off_the_torus_is_named(monkeypatch):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
 
     monkeypatch.setattr(sharding, "make_mesh", refuse)
-    with pytest.raises(UserError, match=r"config\.mesh does not lie on the topology's torus"):
+    with pytest.raises(UserError, match=r"config\.mesh does not fit the topology's torus"):
         compile.compile_for(small(), "cpu:1")
 
 
