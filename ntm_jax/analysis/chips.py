@@ -39,7 +39,7 @@ CHIPS = {
 }
 HERE = Chip(math.inf, math.nan, math.nan, math.nan, math.nan)  # cpu and local: unknown limits
 EXAMPLES = "v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, cpu:8 or local"
-# Without these, libtpu looks for a TPU, takes its lock, and logs what it does not find.
+# Without these, libtpu looks for a TPU, takes its lock, and logs warnings.
 QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
          "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
          "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}

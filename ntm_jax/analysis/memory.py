@@ -29,12 +29,12 @@ def out_of_memory(error, arguments: float) -> dict:
 
     arguments: bytes of the program's arguments. Raises the error again if it is of another kind.
     """
-    beside = _TEMPORARIES.search(str(error))
-    found = beside or _TOTAL.search(str(error))
+    temporaries = _TEMPORARIES.search(str(error))
+    found = temporaries or _TOTAL.search(str(error))
     if not found:
         raise error
     used, hbm = (float(found[i]) * UNITS[found[i + 1]] for i in (1, 3))
-    if beside:
+    if temporaries:
         return {"temporaries": used, "peak": used + arguments, "hbm": hbm}
     return {"temporaries": used - arguments, "peak": used, "hbm": hbm}
 
@@ -87,8 +87,8 @@ def advice(run: Run, levels: int, memory: dict) -> str:
 
     def need(policy, parts):
         kept = saved(run, levels, policy)
-        beside = memory["arguments"] / 4 if parts > 1 else 0
-        return fixed + (working + 2 * (now - kept) / layers + kept) / parts + beside
+        accumulated = memory["arguments"] / 4 if parts > 1 else 0  # gradients
+        return fixed + (working + 2 * (now - kept) / layers + kept) / parts + accumulated
 
     for parts in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if share % n == 0):
         for policy in policies:

@@ -71,17 +71,17 @@ def summarize(trace, texts: list[str]) -> dict:
             "operations": expensive}
 
 
-def _measure(trace, known: set, names: set) -> tuple[collections.Counter, float, int]:
+def _measure(trace, program_operations: set, names: set) -> tuple[collections.Counter, float, int]:
     """({operation: nanoseconds}, nanoseconds from first to last, devices) of the programs' planes.
 
-    known: the programs' operations. names: the programs' names.
+    program_operations: the programs' operations. names: the programs' names.
     """
     times, begin, end = collections.Counter(), float("inf"), 0.0
     workers = planes = 0
     for plane in trace.planes:
         # A line's name ends in its thread's number.
         lines = [(line.name, frames) for line in plane.lines
-                 if (frames := _frames(line, known, names))]
+                 if (frames := _frames(line, program_operations, names))]
         spans = [frame for _, frames in lines for frame in frames
                  if isinstance(frame[2], tuple) and frame[2][0] in names]
         if not spans:
@@ -99,7 +99,7 @@ def _order(module: str):
     return place, "backward" in module
 
 
-def _frames(line, known: set, names: set) -> list:
+def _frames(line, program_operations: set, names: set) -> list:
     """[(start, end, content)] of a thread or stream, in ns; [] if it ran no operations of XLA.
 
     content: (module, program, name) of an operation; an int, the number of a thread pool's task;
@@ -113,7 +113,8 @@ def _frames(line, known: set, names: set) -> list:
         stats = dict(event.stats)
         if "hlo_op" in stats or line.name == "XLA Ops":
             operation = stats.get("hlo_op") or re.match(r"%?([\w.\-]*)", name)[1]
-            module = stats.get("hlo_module") or (min(names) if operation in known else "")
+            own = min(names) if operation in program_operations else ""
+            module = stats.get("hlo_module") or own
             content = (module, stats.get("program_id"), operation)
             frames.append((event.start_ns, event.end_ns, content))
             ran_operations = True

@@ -211,11 +211,11 @@ def _sampler(decoder: str, setting: Setting) -> Case | None:
         return None
     index, y, *_ = setting.drawn
     denoiser = setting.denoiser if decoder == "denoiser" else None
-    own = dataclasses.replace(setting.run.config.sample.options, decoder=decoder)
+    options = dataclasses.replace(setting.run.config.sample.options, decoder=decoder)
 
     def images(model, inverse, params, root, index, y, denoiser_params):
         sampler = generate.Sampler(
-            model, setting.run.schedule, dataclasses.replace(own, inverse=inverse),
+            model, setting.run.schedule, dataclasses.replace(options, inverse=inverse),
             denoiser and denoiser.module)
         return generate.generate_tokens(params, root, index, y, denoiser_params, sampler=sampler)
 

@@ -55,7 +55,7 @@ class Attention:
         divides = batch % sharding.batch_shards(self.mesh) == 0 and heads % axes["tensor"] == 0
         if self.kind == "splash":
             supported = divides and tokens % (128 * axes["sequence"]) == 0
-        else:  # cuDNN's causal mask would start anew on every device that holds part of the tokens
+        else:  # cuDNN's causal mask would restart on every device of the sequence axis
             half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
             supported = divides and axes["sequence"] == 1 and half
         return self.kind if supported else "plain"

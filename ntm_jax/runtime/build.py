@@ -59,7 +59,7 @@ def plain(model):
 
 
 def condition(model: NTM | Predictor, batch: dict):
-    """The condition of a batch's examples: their text if the model is trained on text, else labels."""
+    """The condition of a batch's examples: text if the model is trained on text, else labels."""
     if model.config.text_width:
         return Text(batch["text"], batch["text_mask"])
     return batch["label"]
@@ -79,13 +79,13 @@ def initial_params(model: NTM | Predictor, key) -> dict:
 
 
 def abstract(initial, model: NTM | Predictor, mesh):
-    """The shapes, with their shardings, of what initial() returns; nothing is computed.
+    """The shapes, with their shardings, of the arrays that initial() returns; computes nothing.
 
-    Not to be called within sharding.use(mesh). Raises UserError where the model does not divide over
+    Must be called outside sharding.use(mesh). Raises UserError if the model does not divide over
     the mesh.
     """
     heads, parts = model.config.kv_heads, mesh.shape["tensor"]
-    if heads % parts:  # keys and values are not parameters, and their widths may divide all the same
+    if heads % parts:  # parameters may divide even where the heads of keys and values do not
         raise UserError(f"config.model.kv_heads is {heads}: expected a multiple of {parts}, the "
                         "mesh's tensor axis, which splits heads; lower config.mesh.tensor or raise "
                         "kv_heads")

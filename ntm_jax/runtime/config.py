@@ -209,7 +209,8 @@ CHOICES = {
 NON_NEGATIVE = (
     "train.keep", "train.condition_dropout", "train.align_weight", "train.level_power",
     "train.evaluate_every", "optimizer.floor", "optimizer.warmup_steps", "optimizer.weight_decay",
-    "evaluate.images", "sample.guidance", "sample.num", "trajectory.t_min", "trajectory.t_min_range")
+    "evaluate.images", "sample.guidance", "sample.num", "trajectory.t_min",
+    "trajectory.t_min_range")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 LARGEST_FLOAT = 3e38  # numbers are float32
@@ -275,8 +276,8 @@ def _check_training(config: Config) -> None:
                         "where config.model.condition is none")
     if optimizer.floor > optimizer.learning_rate:
         raise UserError(f"config.optimizer.floor is {optimizer.floor}: expected at most "
-                        f"config.optimizer.learning_rate, {optimizer.learning_rate}, from which the "
-                        "rate falls to it")
+                        f"config.optimizer.learning_rate, {optimizer.learning_rate}, from which "
+                        "the rate falls to it")
     if config.model.transporter_text and condition != "text":
         raise UserError("config.model.transporter_text conditions the transporter on text, and "
                         f"config.model.condition is {condition}: set that to text, or "
@@ -312,8 +313,8 @@ def _check_levels(config: Config) -> None:
     if not c.steps:
         raise UserError("config.trajectory.steps is empty: give the numbers of steps, such as (4,)")
     if not 0 <= low <= high < 1 or not 0 < c.t_min < 1:
-        raise UserError(f"config.trajectory.t_min_range is {low, high} and t_min {c.t_min}: expected "
-                        "0 <= lo <= hi < 1 and 0 < t_min < 1")
+        raise UserError(f"config.trajectory.t_min_range is {low, high} and t_min {c.t_min}: "
+                        "expected 0 <= lo <= hi < 1 and 0 < t_min < 1")
     if config.model.head != "direct" and low < 1e-3:
         raise UserError(f"config.trajectory.t_min_range starts at {low}: the {config.model.head} "
                         "head's scale vanishes with t_min, so lo must be at least 0.001 (or take "
@@ -323,9 +324,9 @@ def _check_levels(config: Config) -> None:
         shift = default_shift(1) if c.shift is None else c.shift
         first = float(trajectory.level(1, max(c.steps), low, c.schedule, shift))
         if high >= first or c.t_min >= first:
-            raise UserError(f"config.trajectory.t_min_range ends at {high}, t_min is {c.t_min}: both "
-                            f"must lie below the first level {first:.4f} of {max(c.steps)} steps; "
-                            "lower them or raise config.trajectory.shift")
+            raise UserError(f"config.trajectory.t_min_range ends at {high}, t_min is {c.t_min}: "
+                            f"both must lie below the first level {first:.4f} of {max(c.steps)} "
+                            "steps; lower them or raise config.trajectory.shift")
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

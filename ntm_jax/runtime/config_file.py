@@ -42,7 +42,7 @@ def _content(config: Config, spec: DataSpec) -> dict:
 
 
 def fixed(config: Config, spec: DataSpec) -> dict:
-    """{"section.key": JSON value} of the settings that a resume may not change, and the data's shape.
+    """{"section.key": JSON value} of the data's shape and the settings fixed when a run resumes.
 
     Settings at their defaults are left out, so that a later version may add one.
     """
@@ -83,8 +83,8 @@ def _before(path, workdir: str, config: Config, spec: DataSpec) -> tuple[dict | 
 def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     """Checks that a workdir holds no run or one of this configuration; writes nothing.
 
-    Returns a line for each setting that changed since the run began. Where config.json is missing or
-    damaged, the copy of the settings in the last checkpoint counts.
+    Returns a line for each setting that changed since the run began. If config.json is missing or
+    damaged, this uses the copy of the settings in the last checkpoint.
 
     Raises UserError where the run there differs in more than a resume may change.
     """
@@ -93,8 +93,9 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
         return lines
     for key, one, other in differences(before, flatten(_content(config, spec))):
         if not key.startswith(RESUMABLE):
-            raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has {other!r}: "
-                            "give another --workdir to start anew, or that value to resume")
+            raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "
+                            f"{other!r}: give another --workdir to start anew, or that "
+                            "value to resume")
         lines.append(f"changed since the run began: {key}: {one!r} -> {other!r}")
     return lines
 

@@ -72,7 +72,7 @@ def products(dtype: str, mesh, budget: float) -> Callable[[], float]:
     It multiplies the fastest of several sizes, in float32 or dtype, on one device, and scales by
     the number of devices. The devices of a CPU share its cores: they count once per process.
 
-    budget: seconds per measurement; sizes of which one product would take longer are left out.
+    budget: seconds per measurement; skips sizes whose product takes longer.
     """
     device = mesh.local_devices[0]
     devices = jax.process_count() if device.platform == "cpu" else mesh.size

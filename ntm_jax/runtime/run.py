@@ -22,7 +22,7 @@ from ntm_jax.runtime.config import SOLVERS, Config, Mesh
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """The learned denoiser of a run that trained one; the run's model and params are its teacher's."""
+    """The learned denoiser of a run that trained one, whose model and params are its teacher's."""
 
     module: Predictor
     params: dict
@@ -71,7 +71,8 @@ def untrained(config: Config, spec: DataSpec, mesh, workdir: str = "") -> Run:
     Raises UserError where the model does not fit the data.
     """
     model = build.make_model(config, spec, attention.choose(mesh))
-    return Run(config, spec, make_denoiser(model) if config.teacher else model, None, 0, mesh, workdir)
+    model = make_denoiser(model) if config.teacher else model
+    return Run(config, spec, model, None, 0, mesh, workdir)
 
 
 def run_mesh(config: Mesh):
