@@ -1,4 +1,4 @@
-"""The pod launchers: their syntax, and the command lines that they end in, run here as local processes of a tiny run."""
+"""The pod launchers: their syntax, and their command lines as local processes of a tiny run."""
 
 import itertools
 import os
@@ -12,13 +12,14 @@ import sys
 import pytest
 import yaml
 
-from tests.common import ROOT, TINY, environment, rehearsal
+from tests.common import ROOT, TINY, environment
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("tpu_vm.sh", "slurm.sbatch")
 STEPS = 2
 SMALLER = {"train.steps": STEPS, "model.transporter_blocks": 0, "evaluate.trajectories": 1}
-FLAGS = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in (TINY | SMALLER).items())]
+FLAGS = ["--config=experiments/digits.py",
+         *(f"--config.{key}={value}" for key, value in (TINY | SMALLER).items())]
 
 
 @pytest.fixture
@@ -38,13 +39,15 @@ def tools(tmp_path):
 def launch(command, folder, check=True, cwd=ROOT, **variables):
     """Runs a launcher with the programs of `folder` first on its PATH."""
     variables = environment(PATH=f"{folder}:{os.environ['PATH']}") | variables
-    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    printed = f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert not check or done.returncode == 0, printed
     return done
 
 
 def assert_trained(workdir, printed: str):
-    """One run was written, by one writer, to its end."""
+    """Asserts that one run was written, by one writer, to its end."""
     assert (workdir / "checkpoints" / str(STEPS)).is_dir()
     assert (workdir / "evaluation.json").exists()
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == STEPS
@@ -57,7 +60,7 @@ def test_scripts_parse(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_shellcheck_has_nothing_to_say(name):
+def test_shellcheck_finds_no_fault(name):
     beside = os.path.join(os.path.dirname(sys.executable), "shellcheck")
     program = shutil.which("shellcheck") or (beside if os.path.exists(beside) else None)
     if not program:
@@ -67,23 +70,26 @@ def test_shellcheck_has_nothing_to_say(name):
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "gke_jobset.yaml"])
-def test_the_header_says_the_command(name):
+def test_the_header_gives_the_command(name):
     lines = (LAUNCH / name).read_text().splitlines()
     header = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert any(f"launch/{name}" in line for line in header)
 
 
-VALUES = {"NAME": "run", "IMAGE": "registry/ntm_jax:1", "HOSTS": "16", "CHIPS": "4", "ACCELERATOR": "tpu-v5p-slice", "TOPOLOGY": "4x4x4"}
+VALUES = {"NAME": "run", "IMAGE": "registry/ntm_jax:1", "HOSTS": "16", "CHIPS": "4",
+          "ACCELERATOR": "tpu-v5p-slice", "TOPOLOGY": "4x4x4"}
 
 
 def jobset(flags: list[str]) -> dict:
     """The JobSet with its placeholders filled in as envsubst does."""
-    return yaml.safe_load(string.Template((LAUNCH / "gke_jobset.yaml").read_text()).substitute(VALUES, FLAGS=shlex.join(flags)))
+    template = string.Template((LAUNCH / "gke_jobset.yaml").read_text())
+    return yaml.safe_load(template.substitute(VALUES, FLAGS=shlex.join(flags)))
 
 
 def test_the_jobset_is_one_slice():
     job = jobset(["--config=x.py", "--workdir=gs://bucket/run"])
-    assert (job["apiVersion"], job["kind"], job["metadata"]["name"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet", "run")
+    assert (job["apiVersion"], job["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert job["metadata"]["name"] == "run"
     assert job["spec"]["failurePolicy"]["maxRestarts"] > 0
     (replicated,) = job["spec"]["replicatedJobs"]
     spec = replicated["template"]["spec"]
@@ -94,14 +100,18 @@ def test_the_jobset_is_one_slice():
     assert pod["terminationGracePeriodSeconds"] >= 120
     assert set(pod["nodeSelector"].values()) == {"tpu-v5p-slice", "4x4x4"}
     (container,) = pod["containers"]
-    assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": 4}
-    assert container["command"] == ["bash", "-c", "exec python -m launch.train --stop_status=75 --config=x.py --workdir=gs://bucket/run"]
+    resources = container["resources"]
+    assert resources["limits"] == resources["requests"] == {"google.com/tpu": 4}
+    assert container["command"] == [
+        "bash", "-c", "exec python -m launch.train --stop_status=75 --config=x.py "
+        "--workdir=gs://bucket/run"]
 
 
-@rehearsal
+@pytest.mark.slow
 def test_the_jobsets_command_trains(tmp_path, tools):
-    command = jobset([*FLAGS, f"--workdir={tmp_path / 'run'}"])["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    done = launch(command["containers"][0]["command"], tools[0])
+    job = jobset([*FLAGS, f"--workdir={tmp_path / 'run'}"])["spec"]["replicatedJobs"][0]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    done = launch(container["command"], tools[0])
     assert_trained(tmp_path / "run", done.stdout)
 
 
@@ -113,27 +123,30 @@ def free_port(low: int, count: int) -> int:
     raise AssertionError("no port is free")
 
 
-@rehearsal
+@pytest.mark.slow
 def test_slurm_trains_with_two_tasks(tmp_path, tools):
     folder, write = tools
-    write("scontrol", '[[ $* == "show hostnames here,there" ]] && printf "localhost\\nthere\\n" || echo "$*" >> "$REQUEUED"')
+    write("scontrol", '[[ $* == "show hostnames here,there" ]] && '
+          'printf "localhost\\nthere\\n" || echo "$*" >> "$REQUEUED"')
     write("srun", 'while [[ $1 == -* ]]; do shift; done\n'
-          'for i in 0 1; do SLURM_PROCID=$i "$@" & tasks[i]=$!; done\nwait "${tasks[0]}" && wait "${tasks[1]}"')
+          'for i in 0 1; do SLURM_PROCID=$i "$@" & tasks[i]=$!; done\n'
+          'wait "${tasks[0]}" && wait "${tasks[1]}"')
     variables = {
-        "SLURM_JOB_ID": str(free_port(20000, 10000) - 20000), "SLURM_JOB_NODELIST": "here,there", "SLURM_NTASKS": "2",
-        "REQUEUED": str(tmp_path / "requeued")}
+        "SLURM_JOB_ID": str(free_port(20000, 10000) - 20000), "SLURM_JOB_NODELIST": "here,there",
+        "SLURM_NTASKS": "2", "REQUEUED": str(tmp_path / "requeued")}
     arguments = ["bash", LAUNCH / "slurm.sbatch", *FLAGS, f"--workdir={tmp_path / 'run'}"]
     assert_trained(tmp_path / "run", launch(arguments, folder, **variables).stdout)
     assert not (tmp_path / "requeued").exists()
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(75, True), (0, False), (2, False)])
-def test_slurm_requeues_what_a_signal_stopped_and_nothing_else(tmp_path, tools, status, requeued):
+def test_slurm_requeues_a_job_that_a_signal_stopped_and_no_other(tmp_path, tools, status, requeued):
     folder, write = tools
     write("scontrol", '[[ $1 == show ]] && echo localhost || echo "$*" >> "$REQUEUED"')
     write("srun", f"exit {status}")
-    done = launch(["bash", LAUNCH / "slurm.sbatch", "--config=x.py", "--workdir=y"], folder, check=False, SLURM_JOB_ID="7",
-                  SLURM_JOB_NODELIST="localhost", SLURM_NTASKS="1", REQUEUED=str(tmp_path / "requeued"))
+    command = ["bash", LAUNCH / "slurm.sbatch", "--config=x.py", "--workdir=y"]
+    done = launch(command, folder, check=False, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost",
+                  SLURM_NTASKS="1", REQUEUED=str(tmp_path / "requeued"))
     assert done.returncode == status
     assert (tmp_path / "requeued").exists() == requeued
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 7\n"
@@ -141,13 +154,14 @@ def test_slurm_requeues_what_a_signal_stopped_and_nothing_else(tmp_path, tools, 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A repository of its own with the working tree's files, committed."""
+    """A separate repository with the working tree's files, committed."""
     folder = tmp_path / "checkout"
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("ntm_jax", "launch", "experiments"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     shutil.copy(ROOT / "setup.py", folder)
-    for command in (["init"], ["add", "--all"], ["-c", "user.name=x", "-c", "user.email=x@localhost", "commit", "--message=all"]):
+    author = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
+    for command in (["init"], ["add", "--all"], [*author, "commit", "--message=all"]):
         subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True)
     return folder
 
@@ -163,7 +177,7 @@ done
 """
 
 
-@rehearsal
+@pytest.mark.slow
 def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout):
     folder, write = tools
     write("gcloud", GCLOUD)
@@ -173,12 +187,16 @@ def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout):
     worker.mkdir()
     (checkout / "setup.py").write_text("uncommitted")
     workdir = tmp_path / "a run"  # a space, which must survive two shells
-    done = launch([checkout / "launch" / "tpu_vm.sh", "queued-resources", "slice", "us-east5-a", *FLAGS, f"--workdir={workdir}"], folder,
-                  cwd=tmp_path, CALLS=str(tmp_path / "calls"), WORKER=str(worker), PYTHONPATH="", PROJECT="mine")
+    command = [checkout / "launch" / "tpu_vm.sh", "queued-resources", "slice", "us-east5-a",
+               *FLAGS, f"--workdir={workdir}"]
+    done = launch(command, folder, cwd=tmp_path, CALLS=str(tmp_path / "calls"), WORKER=str(worker),
+                  PYTHONPATH="", PROJECT="mine")
     assert_trained(workdir, done.stdout)
     assert "without the uncommitted changes" in done.stderr
-    revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
-    assert (worker / f"ntm_jax-{revision}" / "setup.py").read_text() == (ROOT / "setup.py").read_text()
+    revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=checkout,
+                              capture_output=True, text=True).stdout.strip()
+    sent = worker / f"ntm_jax-{revision}" / "setup.py"
+    assert sent.read_text() == (ROOT / "setup.py").read_text()
     calls = (tmp_path / "calls").read_text()
     assert calls.count("--zone=us-east5-a --worker=all --node=all --project=mine") == 2
     assert "pip install --quiet -e .[tpu]" in calls
@@ -186,15 +204,22 @@ def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout):
 
 MISTAKES = {
     "too few": ([], "found 0 arguments"),
-    "kind": (["tpu", "slice", "us-east5-a", "--config=x", "--workdir=y"], "the first argument is 'tpu': expected tpu-vm or queued"),
-    "no name": (["tpu-vm", "--config=x", "us-east5-a", "--workdir=y"], "NAME ZONE are '--config=x' 'us-east5-a'"),
-    "no workdir": (["tpu-vm", "slice", "us-east5-a", "--config=x"], "--workdir=FOLDER are needed"),
-    "revision": (["tpu-vm", "slice", "us-east5-a", "--config=x", "--workdir=y"], "REVISION is 'nowhere': expected a commit"),
+    "kind": (
+        ["tpu", "slice", "us-east5-a", "--config=x", "--workdir=y"],
+        "the first argument is 'tpu': expected tpu-vm or queued"),
+    "no name": (
+        ["tpu-vm", "--config=x", "us-east5-a", "--workdir=y"],
+        "NAME ZONE are '--config=x' 'us-east5-a'"),
+    "no workdir": (
+        ["tpu-vm", "slice", "us-east5-a", "--config=x"], "--workdir=FOLDER are needed"),
+    "revision": (
+        ["tpu-vm", "slice", "us-east5-a", "--config=x", "--workdir=y"],
+        "REVISION is 'nowhere': expected a commit"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_with_tpu_vm_is_told_before_anything_is_sent(tools, name):
+def test_a_mistake_with_tpu_vm_ends_it_before_anything_is_sent(tools, name):
     folder, write = tools
     write("gcloud", "echo called")
     arguments, message = MISTAKES[name]

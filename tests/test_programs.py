@@ -1,4 +1,4 @@
-"""The programs as a user runs them: one small run from a first SIGTERM to samples, and what each mistake is told."""
+"""The programs as a user runs them: one small run, from a SIGTERM to samples, and each mistake."""
 
 import json
 import os
@@ -11,11 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from tests.common import ROOT, TINY, environment, python, rehearsal
+from tests.common import ROOT, TINY, environment, python
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
-CONFIG = ["--config=experiments/digits.py", *(f"--config.{key}={value}" for key, value in TINY.items())]
 STEPS = 100
+SETTINGS = TINY | {"train.save_every": 30}
+CONFIG = ["--config=experiments/digits.py",
+          *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
 
 
 def program(name, *arguments, **options):
@@ -24,9 +26,10 @@ def program(name, *arguments, **options):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(workdir, what the first start printed, what the second did): stopped by SIGTERM on its way, and then finished."""
+    """(workdir, lines of a start that SIGTERM stops, output of another, which finishes)."""
     workdir = tmp_path_factory.mktemp("programs") / "run"
-    arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.evaluate.images=20"]
+    arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}",
+                 "--config.evaluate.images=20"]
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.train", *arguments, "--stop_status=75"], cwd=ROOT,
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -43,7 +46,7 @@ def run(tmp_path_factory):
     return workdir, lines, second.stdout
 
 
-def test_sigterm_saves_and_says_so(run):
+def test_sigterm_saves_and_reports_it(run):
     _, first, second = run
     stopped = re.fullmatch(r"stopped at step (\d+), saved; the same command resumes\n", first[-1])
     assert stopped, first[-3:]
@@ -55,19 +58,23 @@ def test_sigterm_saves_and_says_so(run):
 def test_a_run_leaves_all_its_files(run):
     workdir, _, printed = run
     names = {path.name for path in workdir.iterdir()}
-    assert {"config.json", "checkpoints", "metrics.jsonl", "samples.png", "trajectories.png", "loss.png", "evaluation.json"} <= names
+    assert {"config.json", "checkpoints", "metrics.jsonl", "samples.png", "trajectories.png",
+            "loss.png", "evaluation.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == sorted(set(steps))
     assert steps[:3] == [1, 2, 3]
     assert steps[-1] == STEPS
-    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()) == STEPS
+    saved = [path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert max(map(int, saved)) == STEPS
     for name in ("samples.png", "trajectories.png", "loss.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((workdir / "evaluation.json").read_text())
     assert f"test[:20] split, 20 records, step {STEPS}" in printed
     bound = result["bits_per_dim"]["importance_weighted"]
-    assert re.search(rf"importance-weighted bound \(2 trajectories\), bits/dim +{bound['mean']:.4f} ± {bound['stderr']:.4f}", printed)
+    assert re.search(r"importance-weighted bound \(2 trajectories\), bits/dim +"
+                     rf"{bound['mean']:.4f} ± {bound['stderr']:.4f}", printed)
     assert re.search(r"class accuracy of 20 samples, % +\d", printed)
 
 
@@ -76,12 +83,13 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     ended = (workdir / "evaluation.json").read_bytes()
     done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}")
     assert "bound, bits/dim" in done.stdout
-    assert (workdir / f"evaluation-{STEPS}.json").read_bytes() == ended == (workdir / "evaluation.json").read_bytes()
+    assert (workdir / f"evaluation-{STEPS}.json").read_bytes() == ended
+    assert (workdir / "evaluation.json").read_bytes() == ended
 
 
 def test_sample_writes_images(run, tmp_path):
-    done = program("sample", f"--workdir={run[0]}", "--num=5", "--batch=3", "--labels=1,2", "--decoder=inverse", "--guidance=0.5",
-                   f"--out={tmp_path / 'out'}")
+    done = program("sample", f"--workdir={run[0]}", "--num=5", "--batch=3", "--labels=1,2",
+                   "--decoder=inverse", "--guidance=0.5", f"--out={tmp_path / 'out'}")
     assert f"5 images in {tmp_path / 'out'}" in done.stdout
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [*(f"{i}.png" for i in range(5)), "grid.png", "samples.json", "samples.npz"]
@@ -95,7 +103,8 @@ def damaged(run, tmp_path_factory):
     """A copy of the run with one bit of its last checkpoint's largest file flipped."""
     workdir = tmp_path_factory.mktemp("damaged") / "run"
     shutil.copytree(run[0], workdir)
-    file = max((workdir / "checkpoints" / str(STEPS) / "state").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    state = workdir / "checkpoints" / str(STEPS) / "state"
+    file = max(state.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
@@ -104,11 +113,11 @@ def damaged(run, tmp_path_factory):
 
 def test_a_damaged_checkpoint_is_refused(damaged):
     arguments = [*CONFIG, f"--workdir={damaged}", f"--config.train.steps={STEPS}"]
-    told(program("train", *arguments, check=False), f"checkpoint step {STEPS} is damaged")
+    assert_refused(program("train", *arguments, check=False), f"checkpoint step {STEPS} is damaged")
 
 
-def told(done, message):
-    """Asserts that a program ended by a user's mistake says `message` in one line, with status 2, and nothing else."""
+def assert_refused(done, message):
+    """Asserts that a program ended with status 2 and one line, which holds `message`."""
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
     assert message in done.stderr
@@ -116,39 +125,60 @@ def told(done, message):
 
 
 MISTAKES = {
-    "unknown key": (["--config.model.widht=3"], "--config.model.widht=3 is not a setting of the experiment: there is no widht, did"),
+    "unknown key": (
+        ["--config.model.widht=3"],
+        "--config.model.widht=3 is not a setting of the experiment: there is no widht, did"),
     "unknown section": (["--config.modle.width=3"], "there is no modle, did you mean model?"),
-    "not an integer": (["--config.train.steps=1e3"], "--config.train.steps=1e3: expected a whole number"),
+    "not an integer": (
+        ["--config.train.steps=1e3"], "--config.train.steps=1e3: expected a whole number"),
     "a word": (["--config.train.steps=abc"], "--config.train.steps=abc: expected a whole number"),
     "stray argument": (["--config.model.scan", "0"], "stray argument '0'"),
     "unknown flag": (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
-    "no such experiment": (["--config=experiments/digis.py"], "--config=experiments/digis.py cannot be read"),
+    "no such experiment": (
+        ["--config=experiments/digis.py"], "--config=experiments/digis.py cannot be read"),
     "not an experiment": (["--config=README.md"], "--config=README.md is not a Python file"),
-    "no such variant": (["--config=experiments/digits.py:cats"], "digits.py:cats is not a variant: expected ntm or gaussian"),
-    "tuple's element": (["--config.trajectory.steps=(4,'a')"], "config.trajectory.steps is 'a', of type str: expected int"),
+    "no such variant": (
+        ["--config=experiments/digits.py:cats"],
+        "digits.py:cats is not a variant: expected ntm or gaussian"),
+    "tuple's element": (
+        ["--config.trajectory.steps=(4,'a')"],
+        "config.trajectory.steps is 'a', of type str: expected int"),
     "negative": (["--config.train.steps=-1"], "config.train.steps is -1: expected more than 0"),
-    "no data": (["--config.data.source=folder:/nowhere"], "data.source folder:/nowhere is not there"),
-    "indivisible batch": (["--config.data.batch_size=12", "8"], "config.data.batch_size is 12: expected a multiple of 8"),
-    "indivisible heads": (["--config.mesh.tensor=8", "8"], "config.model.kv_heads is 2: expected a multiple of 8, the mesh's tensor axis"),
-    "another run": (["--config.model.width=32", "run"], "holds a run with model.width = 16, and this one has 32"),
-    "too few steps": (["--config.train.steps=4", "run"], f"holds step {STEPS}, beyond config.train.steps = 4"),
+    "no data": (
+        ["--config.data.source=folder:/nowhere"], "data.source folder:/nowhere is not there"),
+    "indivisible batch": (
+        ["--config.data.batch_size=12", "8"],
+        "config.data.batch_size is 12: expected a multiple of 8"),
+    "indivisible heads": (
+        ["--config.mesh.tensor=8", "8"],
+        "config.model.kv_heads is 2: expected a multiple of 8, the mesh's tensor axis"),
+    "another run": (
+        ["--config.model.width=32", "run"],
+        "holds a run with model.width = 16, and this one has 32"),
+    "too few steps": (
+        ["--config.train.steps=4", "run"],
+        f"holds step {STEPS}, beyond config.train.steps = 4"),
 }
 
 
 @pytest.fixture(scope="module")
-def told_of_mistakes(run, tmp_path_factory):
-    """All mistakes in one process that forks for each when the packages are imported, since a start takes seconds."""
+def refusals(run, tmp_path_factory):
+    """How training ends with each mistake: {name: CompletedProcess}.
+
+    One process imports the packages, which takes seconds, and forks for each mistake.
+    """
     folder = tmp_path_factory.mktemp("mistakes")
     cases = {}
     for name, (arguments, _) in MISTAKES.items():
-        kinds, arguments = [a for a in arguments if a in ("8", "run")], [a for a in arguments if a not in ("8", "run")]
+        kinds = [a for a in arguments if a in ("8", "run")]
+        arguments = [a for a in arguments if a not in kinds]
         config = [] if arguments[0].startswith("--config=") else CONFIG
         workdir = run[0] if "run" in kinds else folder / "new"
         cases[name] = [[f"--workdir={workdir}", *config, *arguments], "8" in kinds]
     program = f"""
 import json, os, runpy, sys, warnings
 warnings.simplefilter("ignore")
-import ntm_jax.runtime.train
+import ntm_jax.api
 for number, (arguments, eight) in enumerate(json.loads({json.dumps(cases)!r}).values()):
     pid = os.fork()
     if not pid:
@@ -165,32 +195,39 @@ for number, (arguments, eight) in enumerate(json.loads({json.dumps(cases)!r}).va
     codes = python("-c", program).stdout.split()
     assert {path: path.stat().st_mtime_ns for path in run[0].rglob("*")} == before
     assert not (folder / "new").exists()
-    return {name: subprocess.CompletedProcess(name, int(code), *((folder / f"{i}.{kind}").read_text() for kind in ("out", "err")))
-            for i, (name, code) in enumerate(zip(MISTAKES, codes, strict=True))}
+    ended = {}
+    for i, (name, code) in enumerate(zip(MISTAKES, codes, strict=True)):
+        printed = ((folder / f"{i}.{kind}").read_text() for kind in ("out", "err"))
+        ended[name] = subprocess.CompletedProcess(name, int(code), *printed)
+    return ended
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_with_status_2(told_of_mistakes, name):
-    told(told_of_mistakes[name], MISTAKES[name][1])
+def test_a_mistake_is_one_line_with_status_2(refusals, name):
+    assert_refused(refusals[name], MISTAKES[name][1])
 
 
 def test_a_missing_flag_is_named():
-    told(program("evaluate", check=False), "--workdir must have a value")
+    assert_refused(program("evaluate", check=False), "--workdir must have a value")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    told(program("sample", f"--workdir={tmp_path}", check=False), "holds no run (no config.json there)")
+    done = program("sample", f"--workdir={tmp_path}", check=False)
+    assert_refused(done, "holds no run (no config.json there)")
     assert not os.listdir(tmp_path)
 
 
-@rehearsal
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["imagenet256.py:runlocal", "toy2d.py"])
 def test_an_experiment_runs_from_start_to_end(experiment, tmp_path):
-    few = ["--config.train.steps=2", "--config.evaluate.trajectories=2", "--config.evaluate.split=test[:16]", "--config.sample.num=4",
-           "--config.trajectory.steps=(2,)", "--config.sample.steps=2", "--config.train.log_every=1"]
+    few = ["--config.train.steps=2", "--config.evaluate.trajectories=2",
+           "--config.evaluate.split=test[:16]", "--config.sample.num=4",
+           "--config.trajectory.steps=(2,)", "--config.sample.steps=2",
+           "--config.train.log_every=1"]
     program("train", f"--config=experiments/{experiment}", f"--workdir={tmp_path}/run", *few)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"samples.png", "trajectories.png", "loss.png", "evaluation.json", "evaluation.png"} <= names
+    assert {"samples.png", "trajectories.png", "loss.png", "evaluation.json",
+            "evaluation.png"} <= names
     assert ("densities.png" in names) == (experiment == "toy2d.py")
     assert "bits_per_dim" not in json.loads((tmp_path / "run/evaluation.json").read_text())
     refused = program("evaluate", f"--workdir={tmp_path}/run", "--unit=bits", check=False)
