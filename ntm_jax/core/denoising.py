@@ -1,4 +1,8 @@
-"""Trajectory score denoising: the clean image from the model's own score, by Tweedie's formula across levels (3.5, algorithm 3)."""
+"""Score denoising across levels by Tweedie's formula (3.5, algorithm 3), and its learned version.
+
+Symbols: B batch, T steps, K levels, N tokens, D token channels; L an example's trajectory NLL in
+nats.
+"""
 
 import dataclasses
 
@@ -12,7 +16,7 @@ from ntm_jax.core.trajectory import Schedule, covariance, per_example
 
 
 def _gradient(model: NTM, params, xs, t, y, percentile: float):
-    """dL/dx_j of every level j [B, K, N, D], L an example's whole NLL in nats, clipped as of score_denoise."""
+    """dL/dx_j of every level j, [B, K, N, D], clipped; see score_denoise."""
     steps = jnp.full(len(xs), xs.shape[1] - 1)
 
     def nll(xs):  # examples do not interact, so the gradient of the sum is each example's own
@@ -26,28 +30,33 @@ def _gradient(model: NTM, params, xs, t, y, percentile: float):
 
 
 def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0):
-    """E[x | trajectory] under the model: xs [B, K, N, D] at levels t [B, K], condition y -> x [B, N, D].
+    """E[x | trajectory] under the model: xs [B, K, N, D] at levels t [B, K], condition y -> [B, N,
+    D].
 
-    x = (x_0 - sum_j S_0j dL/dx_j) / (1 - t_0), L an example's whole NLL in nats; the prior on x_T drops out as S_0T = 0. Of one level it
-    is Tweedie's formula. percentile: the gradient's entries are clipped at that percentile of an example's absolute ones; 100: none is.
+    x = (x_0 - sum_j S_0j dL/dx_j) / (1 - t_0). The prior on x_T drops out since S_0T = 0. With one
+    level it is Tweedie's formula. percentile: clips each example's gradient at this percentile of
+    its absolute entries; 100 clips nothing.
     """
     gradient = _gradient(model, params, xs, t, y, percentile)
-    correction = jnp.einsum("bk,bknd->bnd", covariance(t)[:, 0], gradient, precision=model.config.precision)
+    correction = jnp.einsum("bk,bknd->bnd", covariance(t)[:, 0], gradient,
+                            precision=model.config.precision)
     return (xs[:, 0] - correction) / (1 - per_example(t[:, 0], xs[:, 0]))
 
 
 def denoise_levels(model: NTM, params, xs, t, y, percentile: float = 100.0) -> dict:
-    """Clean images from every level k < T of trajectories, by three formulas: dict of [B, T, N, D], arguments as of score_denoise.
+    """Clean images from every level k < T by three formulas, dict of [B, T, N, D].
 
-    as_it_is: x_k / (1 - t_k). own_score: (x_k - t_k^2 dL/dx_k) / (1 - t_k), Tweedie's formula with what the other levels say left out.
-    trajectory_score: (x_k - sum_j S_kj dL/dx_j) / (1 - t_k), of which score_denoise is the level 0; with true conditionals the same for
-    every k.
+    as_it_is: x_k / (1 - t_k). own_score: (x_k - t_k^2 dL/dx_k) / (1 - t_k), Tweedie's formula for
+    one level. trajectory_score: (x_k - sum_j S_kj dL/dx_j) / (1 - t_k), which at level 0 is
+    score_denoise and with true conditionals is the same for every k. Arguments as in score_denoise.
     """
     s, gradient = covariance(t)[:, :-1], _gradient(model, params, xs, t, y, percentile)
     xs, t = xs[:, :-1], t[:, :-1]
+    by_trajectory = jnp.einsum("bkj,bjnd->bknd", s, gradient, precision=model.config.precision)
     corrections = {"as_it_is": 0.0, "own_score": per_example(t**2, xs) * gradient[:, :-1],
-                   "trajectory_score": jnp.einsum("bkj,bjnd->bknd", s, gradient, precision=model.config.precision)}
-    return {name: (xs - correction) / (1 - per_example(t, xs)) for name, correction in corrections.items()}
+                   "trajectory_score": by_trajectory}
+    return {name: (xs - correction) / (1 - per_example(t, xs))
+            for name, correction in corrections.items()}
 
 
 def make_denoiser(model: NTM) -> Predictor:
@@ -65,7 +74,8 @@ def denoise(denoiser: Predictor, params, u_0, t_0, steps: int, y):
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """What a denoiser learns from: a model with its schedule, in trajectories of `steps` steps. Static."""
+    """What a denoiser learns from: a model with its schedule, in trajectories of `steps` steps.
+    Static."""
 
     model: NTM
     schedule: Schedule
@@ -73,7 +83,8 @@ class Teacher:
 
 
 def denoiser_errors(denoiser: Predictor, params, teacher: Teacher, teacher_params, keys, x, y):
-    """Mean squared errors per dimension of examples x [B, N, D], each with one trajectory: dict of [B].
+    """Mean squared errors per dimension of examples x [B, N, D], each with one trajectory: dict of
+    [B].
 
     to_target: the denoiser against the teacher's score denoising of the trajectory, its loss;
     to_data: the denoiser against x; target_to_data: the score denoising against x.
@@ -82,7 +93,8 @@ def denoiser_errors(denoiser: Predictor, params, teacher: Teacher, teacher_param
     t = teacher.schedule.fixed_levels(steps, len(x))
     xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (steps + 1, *x.shape[1:])))
     target = jax.lax.stop_gradient(score_denoise(model, teacher_params, xs, t, y))
-    u_0, _ = model.apply(teacher_params, xs[:, 0], t[:, 0], jnp.full(len(x), steps), y, method=NTM.transport)
+    inputs = xs[:, 0], t[:, 0], jnp.full(len(x), steps), y
+    u_0, _ = model.apply(teacher_params, *inputs, method=NTM.transport)
     found = denoise(denoiser, params, u_0, t[:, 0], steps, y)
     pairs = {"to_target": (found, target), "to_data": (found, x), "target_to_data": (target, x)}
     return {name: jnp.mean(jnp.square(a - b), (1, 2)) for name, (a, b) in pairs.items()}

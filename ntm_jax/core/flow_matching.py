@@ -1,72 +1,88 @@
-"""Flow matching: the velocity network and its loss, the ODE's samplers, and the posterior head that makes any such network the predictor
-of an NTM (method, section 7).
+"""Flow matching: the velocity network and its loss, ODE solvers, and the posterior head.
 
-Symbols: B batch, K levels ascending, N tokens, D token channels, W width; x_t = (1-t) x + t eps, of which the velocity is v = eps - x.
+The posterior head makes any flow-matching network the predictor of an NTM (method, section 7).
 
-A backbone is a module from (x_t [B, N, D], t [B], condition y) to (velocity [B, N, D] float32, last hidden states [B, N, W]), and nothing
-more: Velocity is ours, backbones/ holds others. One that is told nothing of y ignores it.
+Symbols: B batch, K levels ascending, N tokens, D token channels, W width; x_t = (1-t) x + t eps,
+with velocity v = eps - x.
+
+A backbone is a module from (x_t [B, N, D], t [B], condition y) to (velocity [B, N, D] in float32,
+last hidden states [B, N, W]). Velocity is one; backbones/ holds others. An unconditional one
+ignores y.
 """
 
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import layers, trajectory
+from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.predictor import Trunk, bounded
 from ntm_jax.core.trajectory import per_example
 
 
 class Velocity(Trunk):
-    """The predictor's transformer as a flow-matching network; a new one is right for independent Gaussian data of deviation data_std."""
+    """The predictor's transformer as a flow-matching network.
+
+    A new one is exact for independent Gaussian data of mean 0 and deviation data_std.
+    """
 
     @nn.compact
     def __call__(self, x, t, y):
-        """A backbone: see above."""
+        """A backbone; see the module's docstring."""
         c, t_ = self.config, per_example(t, x)
         variance, _ = self.spread(t_)
         hidden = self.hidden(x / jnp.sqrt(variance), (t,), False, None, y)
-        value = layers.dense(c.dim, ("embed", None), c.dtype, "project", scale=0)(hidden).astype(jnp.float32)
+        project = layers.dense(c.dim, ("embed", None), c.dtype, "project", scale=0)
+        value = project(hidden).astype(jnp.float32)
         linear = (t_ - (1 - t_) * c.data_std**2) / variance
         return linear * x - c.data_std / jnp.sqrt(variance) * value, hidden
 
 
 class Posterior(nn.Module):
-    """The head `posterior`: mean A u + B (u - t v), scale C exp(delta), delta a projection, zero at first, of the last hidden states.
+    """The head `posterior`: mean A u + B (u - t v) and scale C exp(delta).
 
-    The backbone knows t alone, so s comes in with a modulation of what is projected.
+    delta is a projection of the backbone's last hidden states, zero at first. The backbone depends
+    on t alone; s enters as a modulation of the projected states.
     """
 
-    config: Any  # core.model.ModelConfig
+    config: ModelConfig
     backbone: nn.Module
 
     @nn.compact
     @layers.at_config_precision
     def __call__(self, u, t, s, steps, y):
-        """As of Predictor: u [B, N, D] at level t [B] -> mean and log-scale [B, N, D] at level s [B] < t."""
+        """u [B, N, D] at level t [B] -> mean and log-scale [B, N, D] at level s [B] < t."""
         velocity, hidden = self.backbone(u, t, y)
-        told = layers.Condition(hidden.shape[-1], 0, len(self.config.steps) > 1, rows=2, name="condition")((t, s), steps, None)
-        shift, scale = jnp.moveaxis(told[:, :, None], 1, 0)
-        delta = layers.dense(self.config.dim, ("embed", None), jnp.float32, "project", scale=0)(hidden * (1 + scale) + shift)
+        condition = layers.Condition(
+            hidden.shape[-1], 0, len(self.config.steps) > 1, rows=2, name="condition")
+        shift, scale = jnp.moveaxis(condition((t, s), steps, None)[:, :, None], 1, 0)
+        project = layers.dense(self.config.dim, ("embed", None), jnp.float32, "project", scale=0)
+        delta = project(hidden * (1 + scale) + shift)
         deviation = trajectory.posterior(*(per_example(level, u) for level in (s, t)))[2]
         return posterior_mean(u, velocity, s, t), jnp.log(deviation) + bounded(delta)
 
 
 def posterior_mean(x, velocity, s, t):
-    """Mean A x + B (x - t v) of q(x_s | x_t = x) at the clean image that a velocity [B, N, D] tells: x [B, N, D], s, t [B]."""
+    """Mean A x + B (x - t v) of q(x_s | x_t = x) at the clean image implied by the velocity.
+
+    x and velocity: [B, N, D]; s and t: [B].
+    """
     s, t = per_example(s, x), per_example(t, x)
     a, b, _ = trajectory.posterior(s, t)
     return a * x + b * (x - t * velocity)
 
 
 def backbone_params(params):
-    """Of the parameters of a model with the posterior head those of its backbone, as that takes them."""
+    """The backbone's parameters, as it takes them, of a model with the posterior head."""
     return {"params": params["params"]["backbone"]}
 
 
 def velocity_errors(backbone, params, x, noise, t, y):
-    """Mean squared error of the velocity a dimension, [B]: the loss (Lipman et al., arXiv 2210.02747). x, noise [B, N, D], t [B]."""
+    """Mean squared error of the velocity per dimension, [B]: the flow-matching loss.
+
+    x and noise: [B, N, D]; t: [B]. Source: Lipman et al., arXiv 2210.02747.
+    """
     velocity, _ = backbone.apply(params, trajectory.start(x, t, noise), t, y)
     return jnp.mean(jnp.square(velocity - (noise - x)), (1, 2))
 
@@ -80,9 +96,10 @@ def solve(backbone, noise, t, y, nothing=None, guidance: float | tuple[float, ..
           heun: bool = False):
     """Solves dx/dt = v from noise [B, N, D] down the levels t [B, K], t_0 = 0 for clean images.
 
-    backbone(x, t, y) -> (v, hidden states). Takes Euler's steps, of one pass each, or Heun's second-order steps, of two. With
-    guidance w > 0, v = v_c + w (v_c - v_u), where v_u has `nothing`, the null condition; both run in
-    one batch. w is one number, or one for each step, from pure noise down. Returns [B, K, N, D].
+    backbone(x, t, y) -> (v, hidden states). It takes Euler's steps, of one pass each, or Heun's
+    second-order steps, of two. With guidance w > 0, v = v_c + w (v_c - v_u), where v_u has
+    `nothing`, the null condition; both run in one batch. w is one number, or one for each step,
+    from pure noise down. Returns [B, K, N, D].
     """
     batch, count = len(noise), t.shape[1] - 1
     scales = guidance_by_step(guidance, count)

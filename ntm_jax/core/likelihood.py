@@ -1,6 +1,7 @@
-"""From a trajectory's terms to likelihoods: reconstruction, importance weights, bounds, bits per dimension (method, section 9).
+"""Likelihoods from a trajectory's terms: reconstruction, importance weights, bounds.
 
-Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels, V levels of a pixel. Sums are nats of a whole example.
+See method, section 9. Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token
+channels, V pixel levels. Sums are in nats per example.
 """
 
 import math
@@ -15,14 +16,15 @@ from ntm_jax.core.model import Terms, log_prior
 
 
 def bits_per_dim(nats, dimensions: int):
-    """Nats of a whole example -> bits per dimension."""
+    """Nats per example -> bits per dimension."""
     return nats / (dimensions * math.log(2))
 
 
 def log_discretized_normal(x, mean, scale, pixel_levels: int):
-    """Elementwise log of the probability that N(mean, scale^2) gives to the bin of x, one of V values evenly spaced on [-1, 1].
+    """Elementwise log-probability of the bin of x under N(mean, scale^2), in nats.
 
-    Bins are 2/(V-1) wide and the outermost are open to infinity, so the V probabilities sum to 1.
+    x is one of V values evenly spaced on [-1, 1]. Bins are 2/(V-1) wide and the outermost ones are
+    open to infinity, so the V probabilities sum to 1.
     """
     half = 1 / (pixel_levels - 1)
     low = jnp.where(x < half - 1, -jnp.inf, (x - half - mean) / scale)
@@ -34,28 +36,37 @@ def log_discretized_normal(x, mean, scale, pixel_levels: int):
 
 
 def log_reconstruction(x, x_0, t_0, pixel_levels: int):
-    """log p(x | x_0) [B], the discretised Gaussian N(x_0/(1-t_0), (t_0/(1-t_0))^2): x, x_0 [B, N, D], t_0 [B]."""
+    """log p(x | x_0) in nats, [B]: the discretised Gaussian N(x_0/(1-t_0), (t_0/(1-t_0))^2).
+
+    x and x_0: [B, N, D]; t_0: [B].
+    """
     t_0 = trajectory.per_example(t_0, x)
-    return jnp.sum(log_discretized_normal(x, x_0 / (1 - t_0), t_0 / (1 - t_0), pixel_levels), (1, 2))
+    clean, scale = x_0 / (1 - t_0), t_0 / (1 - t_0)
+    return jnp.sum(log_discretized_normal(x, clean, scale, pixel_levels), (1, 2))
 
 
 def contributions(terms: Terms, xs, x, t, pixel_levels: int) -> dict:
-    """What each term adds, level by level, to the log-weight of trajectories xs [B, K, N, D] of clean x [B, N, D] at levels t [B, K], nats.
+    """The contributions to the log-weight of trajectories by level, in nats.
 
-    pixel_levels > 0: log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the probability of discrete pixels.
-    pixel_levels = 0, continuous x: without p(x | x_0) and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. Of a
-    trajectory's upper part x_k..x_T it is one on the density at t_k.
+    xs: trajectories [B, K, N, D] of clean x [B, N, D] at levels t [B, K].
+    pixel_levels > 0: log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the
+    probability of discrete pixels. pixel_levels = 0, for continuous x: without p(x | x_0) and with
+    q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. The upper part x_k..x_T of a
+    trajectory gives a bound on the density at t_k.
 
-    Returns prior [B], predictor and log_det [B, T], forward [B, K], and for pixels reconstruction [B]; log_weight sums them. forward is
-    -log q(x_k | x_{k+1}, x) or, continuous, -log q(x_k | x_{k+1}, x_0), 0 at level 0; its last level is -log q(x_T), which cancels prior.
+    Returns prior [B], predictor and log_det [B, T], forward [B, K], and for pixels reconstruction
+    [B]; log_weight sums them. forward is -log q(x_k | x_{k+1}, x) or, continuous, -log q(x_k |
+    x_{k+1}, x_0), 0 at level 0; its last level is -log q(x_T), which cancels prior.
     """
     prior = log_prior(xs[:, -1])
-    parts = {"prior": prior, "predictor": -(terms.quadratic + terms.log_scale + terms.constant), "log_det": terms.log_det}
+    predictor = -(terms.quadratic + terms.log_scale + terms.constant)
+    parts = {"prior": prior, "predictor": predictor, "log_det": terms.log_det}
     if pixel_levels:
         reverse = trajectory.log_reverse(xs, t, x)
         parts["reconstruction"] = log_reconstruction(x, xs[:, 0], t[:, 0], pixel_levels)
     else:
-        reverse = jnp.pad(trajectory.log_reverse(xs[:, 1:], t[:, 1:], xs[:, 0], t[:, :1]), ((0, 0), (1, 0)))
+        reverse = trajectory.log_reverse(xs[:, 1:], t[:, 1:], xs[:, 0], t[:, :1])
+        reverse = jnp.pad(reverse, ((0, 0), (1, 0)))
     return parts | {"forward": -jnp.concatenate([reverse, prior[:, None]], 1)}
 
 
@@ -66,7 +77,8 @@ def log_weight(parts: dict):
 
 @flax.struct.dataclass
 class Importance:
-    """Running sums over the trajectories of each example, so that memory does not grow with their number K."""
+    """Running sums over the trajectories of each example, so that memory does not grow with their
+    number K."""
 
     count: jax.Array  # [] trajectories so far
     log_sum: jax.Array  # [B] log sum w
@@ -76,16 +88,18 @@ class Importance:
 
     @classmethod
     def empty(cls, batch: int):
-        """Before the first trajectory."""
+        """The sums before the first trajectory."""
         none, zero = jnp.full(batch, -jnp.inf), jnp.zeros(batch)
         return cls(jnp.zeros(()), none, none, zero, zero)
 
     def add(self, log_weight):
-        """With one more trajectory an example, of log-weights [B]."""
+        """The sums with one more trajectory for each example, of log-weights [B]."""
         change = log_weight - self.bound
         bound = self.bound + change / (self.count + 1)
-        return Importance(self.count + 1, jnp.logaddexp(self.log_sum, log_weight), jnp.logaddexp(self.log_sum_squares, 2 * log_weight),
-                          bound, self.deviations + change * (log_weight - bound))
+        return Importance(
+            self.count + 1, jnp.logaddexp(self.log_sum, log_weight),
+            jnp.logaddexp(self.log_sum_squares, 2 * log_weight),
+            bound, self.deviations + change * (log_weight - bound))
 
     @property
     def importance_weighted(self):
@@ -99,30 +113,36 @@ class Importance:
 
     @property
     def bound_variance(self):
-        """Variance of `bound` over the noise, [B] nats^2, 0 of one trajectory, which tells nothing of it."""
+        """Variance of `bound` over the noise, [B] nats^2; 0 with one trajectory."""
         return self.deviations / (self.count * jnp.maximum(self.count - 1, 1))
 
     @property
     def weighted_variance(self):
-        """Variance of `importance_weighted` over the noise by the delta method, [B] nats^2: too small where few weights count."""
-        return jnp.maximum(self.count / self.effective_sample_size - 1, 0) / jnp.maximum(self.count - 1, 1)
+        """Variance of `importance_weighted` over the noise, [B] nats^2, by the delta method.
+
+        It is too small where few weights count.
+        """
+        spread = jnp.maximum(self.count / self.effective_sample_size - 1, 0)
+        return spread / jnp.maximum(self.count - 1, 1)
 
 
 def marks(trajectories: int) -> list[int]:
-    """The numbers of trajectories at which importance-weighted bounds are reported: 1, 4, 16, ... and all."""
+    """The numbers of trajectories for which bounds are reported: 1, 4, 16, ... and all."""
     return [4**i for i in range(trajectories) if 4**i < trajectories] + [trajectories]
 
 
 def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:
-    """Scores in nats of examples x [B, N, D] by trajectories draw(0), draw(1), ...: [B, K, N, D] at levels t [B, K].
+    """Scores in nats of examples x [B, N, D] by trajectories draw(0), draw(1), ...: [B, K, N, D] at
+    levels t [B, K].
 
     terms(xs): the model's Terms [B, T] of trajectories xs. Trajectories are drawn and weighed one
     after the other, so that memory does not grow with their number. As in contributions, a
     trajectory may be the upper part of a longer one.
 
-    Returns bound, importance_weighted, effective_sample_size, and the bounds' variances over noise, bound_variance and
-    weighted_variance: [B]; weighted, the importance-weighted bound of the first marks(trajectories): [B, marks]; means over
-    trajectories: nll [B, T] by level, clean to noisy, and contributions.
+    Returns bound, importance_weighted, effective_sample_size, and the bounds' variances over noise,
+    bound_variance and weighted_variance: [B]; weighted, the importance-weighted bound of the first
+    marks(trajectories): [B, marks]; means over trajectories: nll [B, T] by level, clean to noisy,
+    and contributions.
     """
     at, (n, count) = jnp.array(marks(trajectories)), t.shape
 
@@ -133,11 +153,17 @@ def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:
         parts = contributions(found, xs, x, t, pixel_levels)
         sums = jax.tree.map(jnp.add, sums, {"nll": found.nll} | parts)
         importance = importance.add(log_weight(parts))
-        return (importance, sums, jnp.where(at[None] == importance.count, importance.importance_weighted[:, None], weighted)), None
+        so_far = importance.importance_weighted[:, None]
+        weighted = jnp.where(at[None] == importance.count, so_far, weighted)
+        return (importance, sums, weighted), None
 
     zeros = {name: jnp.zeros((n, count - 1)) for name in ("nll", "predictor", "log_det")}
-    zeros |= {"forward": jnp.zeros((n, count)), "prior": jnp.zeros(n)} | ({"reconstruction": jnp.zeros(n)} if pixel_levels else {})
+    zeros |= {"forward": jnp.zeros((n, count)), "prior": jnp.zeros(n)}
+    if pixel_levels:
+        zeros["reconstruction"] = jnp.zeros(n)
     carry = Importance.empty(n), zeros, jnp.zeros((n, len(at)))
     (importance, sums, weighted), _ = jax.lax.scan(add, carry, jnp.arange(trajectories))
-    names = ("bound", "importance_weighted", "effective_sample_size", "bound_variance", "weighted_variance")
-    return {name: getattr(importance, name) for name in names} | {"weighted": weighted} | jax.tree.map(lambda s: s / trajectories, sums)
+    names = ("bound", "importance_weighted", "effective_sample_size", "bound_variance",
+             "weighted_variance")
+    means = jax.tree.map(lambda s: s / trajectories, sums)
+    return {name: getattr(importance, name) for name in names} | {"weighted": weighted} | means

@@ -1,6 +1,7 @@
-"""NTM: the transporter and the predictor wired into a trajectory's log-likelihood terms, and the model's configuration.
+"""NTM: transporter and predictor, wired into the log-likelihood terms of a trajectory.
 
-Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition: labels [B], or layers.Text.
+Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition:
+labels [B], or layers.Text.
 """
 
 from typing import Any
@@ -20,17 +21,20 @@ from ntm_jax.core.transporter import TOLERANCE, Transporter
 
 @flax.struct.dataclass
 class Terms:
-    """A factor's negative log-likelihood in nats by its terms (eq. 3.4), float32, [B] for one factor or [B, T] for a trajectory.
+    """The terms of a factor's negative log-likelihood in nats (eq. 3.4), float32.
 
-    nll = quadratic + log_scale - log_det + constant, log p(x_k | x_{k+1}) = -nll.
+    [B] for one factor, or [B, T] for a trajectory. nll = quadratic + log_scale - log_det +
+    constant, and log p(x_k | x_{k+1}) = -nll.
     """
 
     quadratic: jax.Array  # |z|^2 / 2
     log_scale: jax.Array  # sum of log sigma
     log_det: jax.Array  # log |det du_k/dx_k|
     constant: float  # N D / 2 log 2 pi
-    misalignment: Any = 0.0  # |mu_k - reference|^2 a dimension (method, section 7), where a reference is given: no term of the likelihood
-    level: Any = 0.0  # t_k, the target's: no term either
+    # Not terms of the likelihood:
+    # |mu_k - reference|^2 per dimension, with a reference (method, section 7)
+    misalignment: Any = 0.0
+    level: Any = 0.0  # t_k, the target's level
 
     @property
     def nll(self):
@@ -42,13 +46,14 @@ class NTM(nn.Module):
 
     config: ModelConfig
     attention: Any = layers.plain_attention
-    backbone: Any = None  # of the posterior head: see core.flow_matching
+    backbone: Any = None  # of the posterior head; see core.flow_matching
 
     def setup(self):
         if self.config.transporter_blocks:
             self.transporter = Transporter(self.config, self.attention)
         posterior = self.config.head == "posterior"
-        self.predictor = Posterior(self.config, self.backbone) if posterior else Predictor(self.config, self.attention)
+        self.predictor = (Posterior(self.config, self.backbone) if posterior
+                          else Predictor(self.config, self.attention))
 
     def transport(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] < 1 -> (u [B, N, D], log|det du/dx| [B])."""
@@ -57,9 +62,10 @@ class NTM(nn.Module):
         return self.transporter(x, t, steps, y)
 
     def invert(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
-        """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], exact to float32 rounding with config.exact(); sweeps [B, blocks]).
+        """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], sweeps [B, blocks]).
 
-        how: auto, parallel, sequential; see core.transporter.
+        x is exact to float32 rounding with config.exact(). how: auto, parallel, sequential; see
+        core.transporter.
         """
         if not self.config.transporter_blocks:
             return u, jnp.zeros((u.shape[0], 0), jnp.int32)
@@ -70,20 +76,23 @@ class NTM(nn.Module):
         return self.predictor(u, t, s, steps, y)
 
     def pair(self, x_s, x_t, s, t, top, steps, y, reference=None):
-        """Terms [B] of log p(x_s | x_t) for consecutive levels, [B, N, D] each; where `top` [B] holds, x_t is x_T and its own latent.
+        """Terms [B] of log p(x_s | x_t) for consecutive levels, [B, N, D] each.
 
-        reference [B, N, D]: what the means are compared with, if anything.
+        Where top [B] is True, x_t is x_T, which is its own latent. reference: [B, N, D], compared
+        with the means if given.
         """
         double = (x_s, s, steps, y), (x_t, jnp.where(top, s, t), steps, y)
         u, log_det = self.transport(*jax.tree.map(lambda *pair: jnp.concatenate(pair), *double))
         u_s, u_t = jnp.split(u, 2)
         u_t = jnp.where(top[:, None, None], x_t, u_t)
-        return self._terms(u_s, log_det[: len(x_s)], *self.predict(u_t, t, s, steps, y), s, reference)
+        predicted = self.predict(u_t, t, s, steps, y)
+        return self._terms(u_s, log_det[: len(x_s)], *predicted, s, reference)
 
     def trajectory(self, xs, t, steps, y, reference=None):
-        """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K]; steps [B]; y, labels [B] or Text.
+        """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K].
 
-        reference [B, T, N, D]: what the means are compared with, if anything.
+        steps: [B]; y: labels [B] or Text; reference: [B, T, N, D], compared with the means if
+        given.
         """
         batch, count = xs.shape[0], xs.shape[1] - 1
 
@@ -93,21 +102,26 @@ class NTM(nn.Module):
         steps, y = jax.tree.map(lambda a: jnp.repeat(a, count, 0), (steps, y))
         low = fold(t[:, :-1])
         u, log_det = self.transport(fold(xs[:, :-1]), low, steps, y)
-        above = jnp.concatenate([u.reshape(batch, count, *u.shape[1:])[:, 1:], xs[:, -1:]], 1)  # u_T = x_T, by its index
+        above = u.reshape(batch, count, *u.shape[1:])[:, 1:]
+        above = jnp.concatenate([above, xs[:, -1:]], 1)  # u_T = x_T
         predicted = self.predict(fold(above), fold(t[:, 1:]), low, steps, y)
-        terms = self._terms(u, log_det, *predicted, low, None if reference is None else fold(reference))
+        reference = None if reference is None else fold(reference)
+        terms = self._terms(u, log_det, *predicted, low, reference)
         return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
 
     __call__ = trajectory
 
     def _terms(self, u, log_det, mean, log_scale, level, reference):
         z = (u - mean) * jnp.exp(-log_scale)
-        return Terms(jnp.sum(0.5 * z * z, (1, 2)), jnp.sum(log_scale, (1, 2)), log_det, u.shape[1] * u.shape[2] / 2 * LOG_2PI,
-                     0.0 if reference is None else jnp.mean(jnp.square(mean - reference), (1, 2)), level)
+        misalignment = 0.0 if reference is None else jnp.mean(jnp.square(mean - reference), (1, 2))
+        constant = u.shape[1] * u.shape[2] / 2 * LOG_2PI
+        return Terms(jnp.sum(0.5 * z * z, (1, 2)), jnp.sum(log_scale, (1, 2)), log_det, constant,
+                     misalignment, level)
 
 
 def exact(model):
-    """The same NTM or denoiser with float32 at full precision, for reported likelihoods and exact inverses."""
+    """The same NTM or denoiser with float32 at full precision, for reported likelihoods and exact
+    inverses."""
     return model.clone(config=model.config.exact())
 
 

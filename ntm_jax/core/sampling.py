@@ -1,4 +1,5 @@
-"""Sampling: guidance, the predictor's loop from pure noise down, and the transporter's inverse (method, section 6).
+"""Sampling: guidance, the predictor's loop from pure noise down, and the transporter's inverse
+(method, section 6).
 
 Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
 """
@@ -14,20 +15,24 @@ from ntm_jax.core.transporter import TOLERANCE
 
 
 def guide(mean_c, log_scale_c, mean_u, log_scale_u, w):
-    """The Gaussian proportional to p_c^(1+w) p_u^(-w), elementwise, w >= 0 (C.5), with the variance ratio clipped at 1.
+    """The Gaussian proportional to p_c^(1+w) p_u^(-w), elementwise, w >= 0 (C.5).
 
-    Exact where the conditional scale is the smaller one; elsewhere mean (1+w) mu_c - w mu_u and scale sigma_c. w = 0 changes nothing.
+    It is exact where the conditional scale is the smaller one. Elsewhere the variance ratio is
+    clipped at 1, which gives the mean (1+w) mu_c - w mu_u and the scale sigma_c. w = 0 changes
+    nothing.
     """
     log_r = jnp.minimum(0, 2 * (log_scale_c - log_scale_u))
     precision = 1 - w * jnp.expm1(log_r)  # 1 + w - w r, which rounding cannot bring to 0
-    return mean_c + w * jnp.exp(log_r) / precision * (mean_c - mean_u), log_scale_c - 0.5 * jnp.log(precision)
+    mean = mean_c + w * jnp.exp(log_r) / precision * (mean_c - mean_u)
+    return mean, log_scale_c - 0.5 * jnp.log(precision)
 
 
 def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0):
     """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], condition y.
 
-    guidance: a scale w >= 0 of every transition, or T of them, from pure noise down: the first is u_{T-1}'s, the last u_0's. It needs a
-    model trained with condition dropout; a transition with w = 0 is predicted once, the others twice, as one batch.
+    guidance: one scale w >= 0, or one for each transition, from u_{T-1} down to u_0. It needs a
+    model trained with condition dropout. A transition with w = 0 is predicted once; the others
+    twice, as one batch.
     """
     c = model.config
     batch, count = t.shape[0], t.shape[1] - 1
@@ -39,7 +44,8 @@ def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float
         inputs = u, t[:, k + 1], t[:, k], steps, y
         if not w:
             return model.apply(params, *inputs, method=NTM.predict)
-        both = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs, (*inputs[:-1], null(y, c.num_classes)))
+        unconditional = *inputs[:-1], null(y, c.num_classes)
+        both = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs, unconditional)
         mean, log_scale = model.apply(params, *both, method=NTM.predict)
         return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)
 
@@ -51,32 +57,44 @@ def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float
 
 
 def _invert(model: NTM, params, us, t, y, **options):
-    """Levels x_0..x_{T-1} [B, T, N, D] of us [B, K, N, D], all levels as one batch, and the sweeps [B, T, blocks] that they took."""
+    """Levels x_0..x_{T-1} [B, T, N, D] of us [B, K, N, D], as one batch, and sweeps [B, T,
+    blocks]."""
     batch, count = us.shape[0], us.shape[1] - 1
     fold = us[:, :-1].reshape(batch * count, *us.shape[2:])
     steps, y = jnp.full(batch * count, count), jax.tree.map(lambda a: jnp.repeat(a, count, 0), y)
-    found = model.apply(params, fold, t[:, :-1].reshape(-1), steps, y, method=NTM.invert, **options)
+    levels = t[:, :-1].reshape(-1)
+    found = model.apply(params, fold, levels, steps, y, method=NTM.invert, **options)
     return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), found)
 
 
 def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "auto"):
-    """x_0..x_T of latents us [B, K, N, D] at levels t [B, K]; x_T = u_T. inverse: auto, parallel, sequential."""
+    """x_0..x_T [B, K, N, D] of latents us [B, K, N, D] at levels t [B, K]; x_T = u_T.
+
+    inverse: auto, parallel, sequential; see core.transporter.
+    """
     xs, _ = _invert(model, params, us, t, y, how=inverse)
     return jnp.concatenate([xs, us[:, -1:]], 1)
 
 
 def invert_level(model: NTM, params, us, t, y, k: int, inverse: str = "auto"):
-    """x_k [B, N, D] alone, k < T, of latents us [B, K, N, D] at levels t [B, K]."""
+    """Only x_k [B, N, D], k < T, of latents us [B, K, N, D] at levels t [B, K]."""
     steps = jnp.full(len(us), us.shape[1] - 1)
     return model.apply(params, us[:, k], t[:, k], steps, y, how=inverse, method=NTM.invert)[0]
 
 
 def inverse_sweeps(model: NTM, params, us, t, y, tolerance: float = TOLERANCE):
-    """Sweeps over the tokens, int32 [B, T, blocks], after which the parallel inverse of us [B, K, N, D] changes nothing by more than
-    tolerance: by example, level and block, the last block being the first inverted."""
+    """The sweeps that the parallel inverse of us [B, K, N, D] takes, int32 [B, T, blocks].
+
+    They end when nothing changes by more than tolerance. The last block is inverted first.
+    """
     return _invert(model, params, us, t, y, how="parallel", tolerance=tolerance)[1]
 
 
-def sample(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0, inverse: str = "auto"):
-    """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], condition y. An image without denoising is x_0 / (1 - t_0)."""
-    return invert_trajectory(model, params, sample_latents(model, params, keys, t, y, guidance), t, y, inverse)
+def sample(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0,
+           inverse: str = "auto"):
+    """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], condition y.
+
+    An image without denoising is x_0 / (1 - t_0).
+    """
+    us = sample_latents(model, params, keys, t, y, guidance)
+    return invert_trajectory(model, params, us, t, y, inverse)

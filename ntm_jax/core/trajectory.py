@@ -1,7 +1,7 @@
-"""The fixed forward process: noise levels, transitions, posteriors, trajectories and their densities. No parameters.
+"""The fixed forward process: noise levels, transitions, posteriors, trajectories, densities.
 
-Symbols: B batch, T steps, K = T+1 levels ascending from t_0 (nearly clean) to t_T = 1 (pure noise), N tokens, D token channels.
-Equation numbers are those of arXiv 2605.08078.
+Symbols: B batch, T steps, K = T+1 levels ascending from t_0 (nearly clean) to t_T = 1 (pure noise),
+N tokens, D token channels. Equation numbers are those of arXiv 2605.08078.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ def per_example(t, like):
 
 
 def level(k, steps, t_min, schedule: str, shift: float):
-    """Noise level t_k of a trajectory of `steps` steps (C.1, C.2); arguments broadcast, 0 <= k <= steps, also between whole numbers.
+    """Noise level t_k of a trajectory of T = `steps` steps (C.1, C.2).
 
     t_0 = t_min and t_T = 1 exactly.
-
-    schedule: `linear`, t_k = t_min + (1 - t_min) k/T, or `shifted`, t_k = e^m / (e^m + T/k - 1) with m = shift.
+    0 <= k <= steps need not be an integer; arguments broadcast. schedule: `linear`,
+    t_k = t_min + (1 - t_min) k/T, or `shifted`, t_k = e^m / (e^m + T/k - 1) with m = shift.
     """
     k, steps = jnp.asarray(k, jnp.float32), jnp.asarray(steps, jnp.float32)
     if schedule == "linear":
@@ -54,7 +54,7 @@ def levels(steps: int, t_min, schedule: str, shift: float):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The noise levels of a model's trajectories. Hashable, so that jitted functions take it as a static argument."""
+    """The noise levels of a model's trajectories; a static argument of jitted functions."""
 
     name: str  # linear, shifted; see level
     shift: float  # m of the shifted schedule
@@ -75,24 +75,27 @@ class Schedule:
         return self.levels(steps, jnp.full(batch, self.t_min))
 
     def at(self, share):
-        """Levels t [B] at a share [B] of the way from clean to pure noise: the schedule with infinitely many steps."""
+        """Levels t [B] at a share [B] of the way to pure noise, in infinitely many steps."""
         return self.level(share, 1, 0.0)
 
 
 def _between(s, t):
-    """(t-s)(t+s-2ts) = (1-s)^2 times the transition's variance, without the cancellation of t^2 - a^2 s^2."""
+    """(t-s)(t+s-2ts), which is (1-s)^2 times the variance of the transition.
+
+    It avoids the cancellation of t^2 - a^2 s^2.
+    """
     return (t - s) * (t + s - 2 * t * s)
 
 
 def transition(s, t):
-    """Markov step from level s up to t > s: x_t = a x_s + sig eps (eqs. 2.2, A.4). Returns (a, sig)."""
+    """(a, sig) of the Markov step x_t = a x_s + sig eps from level s up to t > s (2.2, A.4)."""
     return (1 - t) / (1 - s), jnp.sqrt(_between(s, t)) / (1 - s)
 
 
 def posterior(s, t, r=0.0):
-    """Reverse posterior q(x_s | x_t, x_r) = N(A x_t + B x_r, C^2 I), 0 <= r < s < t <= 1; x_0 is the clean x (eqs. 2.3, A.6).
+    """(A, B, C) of the reverse posterior q(x_s | x_t, x_r) = N(A x_t + B x_r, C^2 I) (2.3, A.6).
 
-    Returns (A, B, C).
+    0 <= r < s < t <= 1; r = 0 is the clean x.
     """
     below, above, across = _between(r, s), _between(s, t), _between(r, t)
     a = below / across * (1 - t) / (1 - s)
@@ -102,13 +105,21 @@ def posterior(s, t, r=0.0):
 
 
 def covariance(t):
-    """Covariance across levels of a trajectory given x: t [..., K] ascending -> S [..., K, K]; S_kk = t_k^2, S_kT = 0 for k < T."""
-    low, high = jnp.minimum(t[..., :, None], t[..., None, :]), jnp.maximum(t[..., :, None], t[..., None, :])
-    return jnp.where(low == high, low * low, low * low * (1 - high) / jnp.where(low == 1, 1, 1 - low))
+    """Covariance across levels of a trajectory given x: t [..., K] ascending -> S [..., K, K].
+
+    S_kk = t_k^2, and S_kT = 0 for k < T.
+    """
+    rows, columns = t[..., :, None], t[..., None, :]
+    low, high = jnp.minimum(rows, columns), jnp.maximum(rows, columns)
+    across = low * low * (1 - high) / jnp.where(low == 1, 1, 1 - low)
+    return jnp.where(low == high, low * low, across)
 
 
 def extend(x_0, t, noise):
-    """Runs the forward process up from x_0 [B, N, D] with noise [B, T, N, D] at levels t [B, T+1] -> x_0..x_T, [B, T+1, N, D]."""
+    """Runs the forward process up from x_0 [B, N, D] -> x_0..x_T, [B, T+1, N, D].
+
+    noise: [B, T, N, D]; t: levels [B, T+1].
+    """
     xs = [x_0]
     for k in range(t.shape[1] - 1):
         a, sig = transition(t[:, k], t[:, k + 1])
@@ -122,21 +133,25 @@ def start(x, t_0, noise):
 
 
 def simulate(x, t, noise):
-    """A trajectory of clean tokens x [B, N, D] at levels t [B, K] from standard normal noise [B, K, N, D] -> [B, K, N, D]."""
+    """Trajectories [B, K, N, D] of clean tokens x [B, N, D] at levels t [B, K].
+
+    noise: standard normal, [B, K, N, D].
+    """
     return extend(start(x, t[:, 0], noise[:, 0]), t, noise[:, 1:])
 
 
 def log_reverse(xs, t, x_r, r=0.0):
-    """log q(x_k | x_{k+1}, x_r) in nats for k = 0..K-2: xs [B, K, N, D] at levels t [B, K], x_r [B, N, D] at a level r below, [B, 1] or 0.
+    """log q(x_k | x_{k+1}, x_r) in nats for k = 0..K-2, [B, K-1].
 
-    Their sum with log q(x_T) = log N(x_T; 0, I) is log q(x_0..x_T | x_r).
+    xs: [B, K, N, D] at levels t [B, K]; x_r: [B, N, D] at a lower level r, [B, 1] or 0. Their sum
+    with log q(x_T) = log N(x_T; 0, I) is log q(x_0..x_T | x_r).
     """
     a, b, c = (per_example(v, xs) for v in posterior(t[:, :-1], t[:, 1:], r))
     return jnp.sum(log_normal(xs[:, :-1], a * xs[:, 1:] + b * x_r[:, None], c), (2, 3))
 
 
 def example_noise(keys, shape):
-    """Standard normal noise keyed per example: keys [B] and the shape of one example's draw -> [B, *shape]."""
+    """Standard normal noise [B, *shape] from keys [B], one draw of `shape` for each example."""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
