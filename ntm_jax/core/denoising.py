@@ -30,9 +30,9 @@ def _gradient(model: NTM, params, xs, t, y, percentile: float):
 
 
 def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0):
-    """E[x | trajectory] under the model: xs [B, K, N, D] at levels t [B, K], condition y -> [B, N,
-    D].
+    """E[x | trajectory] under the model, [B, N, D].
 
+    xs: trajectories [B, K, N, D] at levels t [B, K]; y: their condition.
     x = (x_0 - sum_j S_0j dL/dx_j) / (1 - t_0). The prior on x_T drops out since S_0T = 0. With one
     level it is Tweedie's formula. percentile: clips each example's gradient at this percentile of
     its absolute entries; 100 clips nothing.
@@ -74,8 +74,7 @@ def denoise(denoiser: Predictor, params, u_0, t_0, steps: int, y):
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """What a denoiser learns from: a model with its schedule, in trajectories of `steps` steps.
-    Static."""
+    """A model that a denoiser learns from, in trajectories of `steps` steps. Static."""
 
     model: NTM
     schedule: Schedule
@@ -83,11 +82,11 @@ class Teacher:
 
 
 def denoiser_errors(denoiser: Predictor, params, teacher: Teacher, teacher_params, keys, x, y):
-    """Mean squared errors per dimension of examples x [B, N, D], each with one trajectory: dict of
-    [B].
+    """Mean squared errors per dimension of examples x [B, N, D], dict of [B].
 
-    to_target: the denoiser against the teacher's score denoising of the trajectory, its loss;
-    to_data: the denoiser against x; target_to_data: the score denoising against x.
+    Each example has one trajectory. to_target: the denoiser against the teacher's score denoising
+    of the trajectory, its loss; to_data: the denoiser against x; target_to_data: the score
+    denoising against x.
     """
     model, steps = exact(teacher.model), teacher.steps
     t = teacher.schedule.fixed_levels(steps, len(x))

@@ -29,8 +29,7 @@ class Text(NamedTuple):
 
 
 def null(y, num_classes: int):
-    """The null condition in the shape of y, labels [B] or Text, for guidance and condition
-    dropout."""
+    """The null condition for guidance and dropout, in the shape of y, labels [B] or Text."""
     if isinstance(y, Text):
         return y._replace(mask=jnp.zeros_like(y.mask))
     return jnp.full_like(y, num_classes)
@@ -46,8 +45,7 @@ def precision(name: str | None):
 
 
 def at_config_precision(method):
-    """Decorates a module's method: its float32 products have the precision
-    `self.config.precision`."""
+    """Decorates a module's method to use self.config.precision for float32 products."""
     @functools.wraps(method)
     def precise(self, *args, **options):
         with precision(self.config.precision):
@@ -76,8 +74,7 @@ def plain_attention(q, k, v, *, causal: bool, keys=None):
 
 
 def _rows_dot_general(x, kernel, dimensions, **options):
-    """x [B, N, W] times kernel as one matrix of B N rows: on a CPU the gradient is twice as
-    fast."""
+    """x [B, N, W] times kernel, as a matrix of B N rows: twice as fast a gradient on a CPU."""
     flat, dimensions = x.reshape(-1, x.shape[-1]), (((1,), (0,)), ((), ()))
     rows = jax.lax.dot_general(flat, kernel, dimensions, **options)
     return rows.reshape(*x.shape[:-1], -1)
@@ -85,10 +82,9 @@ def _rows_dot_general(x, kernel, dimensions, **options):
 
 def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
           scale: float = 1.0, bias: bool = True, rows: bool = False):
-    """A Dense layer whose kernel has logical axes `axes` and initial variance scale/fan_in; scale 0
-    starts at zero.
+    """A Dense layer with logical axes `axes` and initial variance scale/fan_in of its kernel.
 
-    rows: merges all leading axes into one.
+    scale=0 starts at zero. rows: merges all leading axes into one.
     """
     init = nn.initializers.zeros
     if scale:

@@ -48,11 +48,11 @@ def log_reconstruction(x, x_0, t_0, pixel_levels: int):
 def contributions(terms: Terms, xs, x, t, pixel_levels: int) -> dict:
     """The contributions to the log-weight of trajectories by level, in nats.
 
-    xs: trajectories [B, K, N, D] of clean x [B, N, D] at levels t [B, K].
-    pixel_levels > 0: log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the
-    probability of discrete pixels. pixel_levels = 0, for continuous x: without p(x | x_0) and with
-    q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. The upper part x_k..x_T of a
-    trajectory gives a bound on the density at t_k.
+    xs: trajectories [B, K, N, D] of clean x [B, N, D] at levels t [B, K]. pixel_levels > 0: log w =
+    log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the probability of discrete
+    pixels. pixel_levels = 0, for continuous x: without p(x | x_0) and with q(x_1..x_T | x_0), a
+    bound on the density of the data noised to t_0. The upper part x_k..x_T of a trajectory gives a
+    bound on the density at t_k.
 
     Returns prior [B], predictor and log_det [B, T], forward [B, K], and for pixels reconstruction
     [B]; log_weight sums them. forward is -log q(x_k | x_{k+1}, x) or, continuous, -log q(x_k |
@@ -77,8 +77,7 @@ def log_weight(parts: dict):
 
 @flax.struct.dataclass
 class Importance:
-    """Running sums over the trajectories of each example, so that memory does not grow with their
-    number K."""
+    """Running sums over the trajectories of each example, in constant memory."""
 
     count: jax.Array  # [] trajectories so far
     log_sum: jax.Array  # [B] log sum w
@@ -132,12 +131,11 @@ def marks(trajectories: int) -> list[int]:
 
 
 def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:
-    """Scores in nats of examples x [B, N, D] by trajectories draw(0), draw(1), ...: [B, K, N, D] at
-    levels t [B, K].
+    """Scores of examples x [B, N, D] in nats, from several trajectories each.
 
-    terms(xs): the model's Terms [B, T] of trajectories xs. Trajectories are drawn and weighed one
-    after the other, so that memory does not grow with their number. As in contributions, a
-    trajectory may be the upper part of a longer one.
+    draw(i): the i-th trajectories [B, K, N, D] at levels t [B, K]. terms(xs): the model's Terms [B,
+    T]. Trajectories are drawn and weighed one after the other, so that memory does not grow with
+    their number. As in contributions, a trajectory may be the upper part of a longer one.
 
     Returns bound, importance_weighted, effective_sample_size, and the bounds' variances over noise,
     bound_variance and weighted_variance: [B]; weighted, the importance-weighted bound of the first

@@ -120,8 +120,7 @@ class NTM(nn.Module):
 
 
 def exact(model):
-    """The same NTM or denoiser with float32 at full precision, for reported likelihoods and exact
-    inverses."""
+    """The NTM or denoiser for reported likelihoods and exact inverses; see ModelConfig.exact."""
     return model.clone(config=model.config.exact())
 
 

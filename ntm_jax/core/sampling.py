@@ -1,5 +1,4 @@
-"""Sampling: guidance, the predictor's loop from pure noise down, and the transporter's inverse
-(method, section 6).
+"""Sampling: guidance, the predictor's steps from pure noise down, and the inverse (method, 6).
 
 Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
 """
@@ -57,8 +56,7 @@ def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float
 
 
 def _invert(model: NTM, params, us, t, y, **options):
-    """Levels x_0..x_{T-1} [B, T, N, D] of us [B, K, N, D], as one batch, and sweeps [B, T,
-    blocks]."""
+    """(x_0..x_{T-1} [B, T, N, D], sweeps [B, T, blocks]) of us [B, K, N, D], as one batch."""
     batch, count = us.shape[0], us.shape[1] - 1
     fold = us[:, :-1].reshape(batch * count, *us.shape[2:])
     steps, y = jnp.full(batch * count, count), jax.tree.map(lambda a: jnp.repeat(a, count, 0), y)

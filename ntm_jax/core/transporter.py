@@ -1,8 +1,7 @@
-"""The transporter f_T: a shallow autoregressive flow from a noise level x_k to its latent u_k, and
-back (method, section 4).
+"""The transporter f_T: a shallow autoregressive flow between levels x_k and latents u_k.
 
-The only file that knows the log-determinant's sign. Symbols: B batch (levels folded in), N tokens,
-D token channels, W width.
+See method, section 4. No other file depends on the log-determinant's sign. Symbols: B batch (levels
+folded in), N tokens, D token channels, W width.
 """
 
 import functools
@@ -72,8 +71,7 @@ class Block(nn.Module):
         return m, bound * jnp.tanh(g / bound)
 
     def conditioner(self, x, modulation):
-        """x [B, N, D] in the block's own order -> (m, g) [B, N, D]; entry n depends on tokens <
-        n."""
+        """x [B, N, D] in the block's order -> (m, g) [B, N, D]; entry n depends on tokens < n."""
         table, angles = self._positions()
         hidden = self.embed(x)
         begin = jnp.broadcast_to(self.start.astype(hidden.dtype), (x.shape[0], 1, hidden.shape[-1]))
@@ -88,8 +86,10 @@ class Block(nn.Module):
         return self._order((x - m) * jnp.exp(-g)), -jnp.sum(g, (1, 2))
 
     def decode(self, x_previous, modulation, cache, n):
-        """One step of the inverse: x_{n-1} [B, D] (ignored at n = 0) and the KV cache -> (m_n, g_n,
-        cache)."""
+        """One step of the inverse, from x_{n-1} [B, D] and the KV cache -> (m_n, g_n, cache).
+
+        x_{n-1} is ignored at n = 0.
+        """
         table, angles = self._positions()
         start = self.start.astype(self.config.transporter_dtype)[None]
         hidden = jnp.where(n == 0, start, self.embed(x_previous))[:, None]
@@ -191,8 +191,7 @@ class Transporter(nn.Module):
 
     @layers.at_config_precision
     def inverse(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
-        """u [B, N, D] -> (x [B, N, D] with forward(x) = u, sweeps over the tokens [B, blocks],
-        int32).
+        """u [B, N, D] -> (x [B, N, D] with forward(x) = u, sweeps [B, blocks], int32).
 
         how: see INVERSES. tolerance: of the parallel inverse; see Block._all_at_once.
         """
