@@ -1,6 +1,7 @@
-"""The same numbers on every mesh: one process with 8 simulated devices runs the shipped step, scores and sampler on four meshes."""
+"""The same numbers on every mesh of 8 simulated devices: the shipped step, scores and sampler."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import sys
@@ -9,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
@@ -18,152 +19,219 @@ from ntm_jax.runtime import build, config, sharding
 from ntm_jax.sampling import generate
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step
-from tests.common import TINY, as_run, batch_of, bits, experiment, python, randomised, rehearsal, setup, tiny_config
+from tests.common import (
+    TINY,
+    as_run,
+    batch_of,
+    bits,
+    experiment,
+    python,
+    randomised,
+    setup,
+    tiny_config,
+)
 
-pytestmark = pytest.mark.xdist_group("sharding")  # one worker: they share a run
-SHAPES = ((1, 1, 1, 1), (8, 1, 1, 1), (4, 2, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2))
 RELATIVE = 1e-5  # float32 sums in another order
 
 
-def main(out):
-    """Writes what the shipped functions make of one configuration on each mesh: arrays as OUT.npz, the rest as OUT.json."""
-    arrays, facts, first = {}, {}, None
-    for shape in SHAPES:
-        name = "x".join(map(str, shape))
+def sizes(name: str) -> tuple[int, ...]:
+    """The sizes of a mesh's axes: "4x2x1x1" -> (4, 2, 1, 1)."""
+    return tuple(map(int, name.split("x")))
+
+
+def main(what, out, *names):
+    """Writes what the shipped functions compute on each of these meshes.
+
+    what: "steps", or "all" with scores and images. Arrays as OUT.npz, {mesh/number of the
+    step/metric: value} and others; the rest as OUT.json.
+    """
+    arrays, facts = {}, {}
+    for name in names:
+        shape = sizes(name)
         axes = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, shape, strict=True)}
-        many = 2 if shape == (4, 2, 1, 1) else 1  # one mesh spans two slices and takes its batch in two parts: the same numbers
-        settings = tiny_config(**axes, **{"sample.decoder": "inverse", "mesh.slices": many, "train.accumulate": many})
-        source, model, _ = setup(dataclasses.replace(settings, mesh=config.Mesh(1, -1, 1, 1, 1)))
+        # One mesh spans two slices and takes its batch in two parts: the same numbers.
+        many = 2 if name == "4x2x1x1" else 1
+        settings = tiny_config(**axes, **{
+            "sample.decoder": "inverse", "mesh.slices": many, "train.accumulate": many})
+        source, model, _ = setup(
+            dataclasses.replace(settings, mesh=config.Mesh(1, -1, 1, 1, 1)))
         mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
-        current = state.initialize(as_run(settings, model, mesh))
-        begun = bits(current)
-        first = first or begun
-        homes = jax.tree.map(lambda a: a.sharding, state.abstract(as_run(settings, model, mesh)).params)
+        run = as_run(settings, model, mesh)
+        current = state.initialize(run)
+        begun = hashlib.sha256(repr(bits(current)).encode()).hexdigest()
+        homes = jax.tree.map(lambda a: a.sharding, state.abstract(run).params)
         params = jax.device_put(randomised(current.params), homes)
-        current = current.replace(params=params, ema=jax.tree.map(lambda a: a + 0, params))
-        evaluated = current.ema
+        ema = jax.device_put(randomised(current.params), homes)
+        current = current.replace(params=params, ema=ema)
         batch = sharding.to_global(batch_of(source, settings, 16), mesh)
-        step = make_step(as_run(settings, model, mesh))
+        step = make_step(run)
         with sharding.use(mesh):
             lowered = step.lower(current, batch, 2)
             text, compiled = lowered.as_text(), lowered.compile()
-            for number in range(3):  # the rate is 0 in the first; compiled once: the new state is sharded as the old
-                evaluated = jax.tree.map(np.asarray, current.ema) if number == 0 else evaluated
+            for number in range(3):  # compiled once: the new state is sharded as the old
+                # The learning rate is 0 in the first step.
+                if number == 0:
+                    evaluated = jax.device_get(current.ema)
                 current, metrics = compiled(current, batch)
-                arrays |= {f"{name}/{number}/{key}": np.asarray(value) for key, value in metrics.items()}
-        where = {jax.tree_util.keystr(path, simple=True, separator="/"): [list(a.shape), list(a.addressable_shards[0].data.shape)]
+                arrays |= {f"{name}/{number}/{key}": np.asarray(value)
+                           for key, value in metrics.items()}
+        where = {jax.tree_util.keystr(path, simple=True, separator="/"):
+                 [list(a.shape), list(a.addressable_shards[0].data.shape)]
                  for path, a in jax.tree_util.tree_leaves_with_path(current)}
-        facts[name] = {"same_start": begun == first, "constraints": re.findall(r"sharding_constraint .*?<@mesh, (.*?)>", text),
-                       "where": where}
-        evaluated = jax.device_put(evaluated, homes)
-        if shape in ((1, 1, 1, 1), (8, 1, 1, 1)):
-            table = scoring.score_records(as_run(settings, model, mesh, evaluated), source, 2)
+        constraints = re.findall(r"sharding_constraint .*?<@mesh, (.*?)>", text)
+        facts[name] = {"begun": begun, "constraints": constraints, "where": where}
+        run = dataclasses.replace(run, params=jax.device_put(evaluated, homes))
+        if what == "all" and name in SCORED:
+            table = scoring.score_records(run, source, 2)
             arrays |= {f"{name}/scores/{key}": value for key, value in table.items()}
-        if shape in ((1, 1, 1, 1), (2, 2, 2, 1)):
-            spec = pipeline.spec(source, settings.data.patch_size)
-            arrays[f"{name}/images"] = generate.sample_at(as_run(settings, model, mesh, evaluated), np.arange(5))
+        if what == "all" and name in SAMPLED:
+            arrays[f"{name}/images"] = generate.sample_at(run, np.arange(5))
     np.savez(out + ".npz", **arrays)
     with open(out + ".json", "w") as file:
         json.dump(facts, file)
 
 
-SMALL = {key: TINY[key] for key in TINY if key.startswith(("model.", "train.")) and key != "model.transporter_blocks"}
-OTHERS = {  # of the other networks: the experiment, and what makes it tiny
+ONE = "1x1x1x1"
+SCORED, SAMPLED = (ONE, "8x1x1x1"), (ONE, "2x2x2x1")
+SMALL = {key: TINY[key] for key in TINY
+         if key.startswith(("model.", "train.")) and key != "model.transporter_blocks"}
+OTHERS = {  # the other networks: the experiment, and what makes it tiny
     "finetune": (("digits_finetune",), {"init_from": "frozen"}),
     "text": (("t2i256", "runlocal"), {"data.source": "mock:4x4x4,text=4x8"}),
-    "flux2": (("flux2_klein", "runlocal"), {"data.source": "mock:4x4x4,text=8x8", "init_from": "frozen", "train.align_weight": 2.5}),
+    "flux2": (("flux2_klein", "runlocal"), {
+        "data.source": "mock:4x4x4,text=8x8", "init_from": "frozen", "train.align_weight": 2.5}),
 }
 
 
 def others(out):
-    """Writes {network/mesh/metric: value} of a step of every one of OTHERS on one device and on 8, random parameters, as OUT.npz."""
+    """Writes a step's metrics of every one of OTHERS, on one device and on 8, as OUT.npz.
+
+    {network/mesh/metric: value}, with random parameters.
+    """
     arrays = {}
-    for name, (where, changes) in OTHERS.items():
-        for shape in ((1, 1, 1, 1), (1, 2, 2, 2)):
+    for network, (where, changes) in OTHERS.items():
+        for name in (ONE, "1x2x2x2"):
             values = experiment(*where)
             values.update_from_flattened_dict(SMALL | {"data.batch_size": 16} | changes)
-            values.mesh.update(dict(zip(sharding.AXES, shape, strict=True)))
+            values.mesh.update(dict(zip(sharding.AXES, sizes(name), strict=True)))
             settings = config.read(values)
             source = sources.open_source(settings.data.source, "train")
             model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
-            mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
-            current = state.initialize(as_run(settings, model, mesh))
-            homes = jax.tree.map(lambda a: a.sharding, state.abstract(as_run(settings, model, mesh)).params)
-            current = current.replace(params=jax.device_put(randomised(current.params), homes))
+            mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(sizes(name))])
+            run = as_run(settings, model, mesh)
+            current = state.initialize(run)
+            homes = jax.tree.map(lambda a: a.sharding, state.abstract(run).params)
+            params = jax.device_put(randomised(current.params), homes)
+            current = current.replace(params=params)
             batch = next(pipeline.evaluation_batches(source, settings.data.patch_size, 16))
-            batch = sharding.to_global({key: value for key, value in batch.items() if key != "mask"}, mesh)
-            frozen = None
+            batch = sharding.to_global(
+                {key: value for key, value in batch.items() if key != "mask"}, mesh)
+            reference = None
             if settings.train.align_weight:
-                backbone = jax.tree.map(lambda a: np.asarray(a) + 0.05, current.params["params"]["backbone"])
-                frozen = {"params": jax.device_put(backbone, homes["params"]["backbone"])}
-            step = make_step(as_run(settings, model, mesh))
+                own, home = (tree["params"]["backbone"] for tree in (params, homes))
+                moved = jax.tree.map(lambda a: np.asarray(a) + 0.05, own)
+                reference = {"params": jax.device_put(moved, home)}
+            step = make_step(run)
             with sharding.use(mesh):
-                _, metrics = step(current, batch, max(settings.trajectory.steps), frozen)
-            arrays |= {f"{name}/{'x'.join(map(str, shape))}/{key}": np.asarray(value) for key, value in metrics.items()}
+                _, metrics = step(current, batch, max(settings.trajectory.steps), reference)
+            arrays |= {f"{network}/{name}/{key}": np.asarray(value)
+                       for key, value in metrics.items()}
     np.savez(out + ".npz", **arrays)
 
 
-@rehearsal
+def on_8_devices(*arguments):
+    python(__file__, *arguments, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+
+
+@pytest.mark.slow
 def test_a_step_of_the_other_networks_is_the_same_on_any_mesh(tmp_path):
     out = str(tmp_path / "out")
-    python(__file__, out, "others", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    on_8_devices("others", out)
     arrays = np.load(out + ".npz")
-    assert len([key for key in arrays if "/1x1x1x1/" in key]) == 7 + 6 + 7
+    assert len([key for key in arrays if f"/{ONE}/" in key]) == 7 + 6 + 7
     for key in arrays:
-        name, _, metric = key.split("/")
-        np.testing.assert_allclose(arrays[key], arrays[f"{name}/1x1x1x1/{metric}"], rtol=3 * RELATIVE, atol=1e-6, err_msg=key)
+        network, _, metric = key.split("/")
+        expected = arrays[f"{network}/{ONE}/{metric}"]
+        np.testing.assert_allclose(
+            arrays[key], expected, rtol=3 * RELATIVE, atol=1e-6, err_msg=key)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    out = str(tmp_path_factory.mktemp("meshes") / "out")
-    python(__file__, out, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+def computed(folder, what, *names):
+    """(arrays, facts) that main writes."""
+    out = str(folder / "out")
+    on_8_devices(what, out, *names)
     with open(out + ".json") as file:
         return np.load(out + ".npz"), json.load(file)
 
 
-MANY = ["8x1x1x1", "4x2x1x1", "2x2x2x1", "2x1x2x2"]
+@pytest.fixture(scope="module")
+def two_meshes(tmp_path_factory):
+    return computed(tmp_path_factory.mktemp("two"), "steps", ONE, "2x2x2x1")
 
 
-@pytest.mark.parametrize("mesh", MANY)
+@pytest.fixture(scope="module")
+def all_meshes(tmp_path_factory):
+    return computed(tmp_path_factory.mktemp("all"), "all", ONE, "2x2x2x1", *MANY)
+
+
+@pytest.fixture
+def runs(request):
+    """(arrays, facts) of one device and others; a slow test gets all meshes, with more computed."""
+    slow = request.node.get_closest_marker("slow")
+    return request.getfixturevalue("all_meshes" if slow else "two_meshes")
+
+
+MANY = "8x1x1x1", "4x2x1x1", "2x1x2x2"
+MESHES = ["2x2x2x1", *(pytest.param(name, marks=pytest.mark.slow) for name in MANY)]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_a_run_starts_from_the_same_bits_on_any_mesh(runs, mesh):
-    assert runs[1][mesh]["same_start"]
+    _, facts = runs
+    assert facts[mesh]["begun"] == facts[ONE]["begun"]
 
 
-@pytest.mark.parametrize("mesh", MANY)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_steps_are_the_same_on_any_mesh(runs, mesh):
     arrays, _ = runs
     keys = [key.removeprefix(f"{mesh}/") for key in arrays if re.match(rf"{mesh}/\d/", key)]
     assert len(keys) == 3 * 6
     for key in keys:
-        np.testing.assert_allclose(arrays[f"{mesh}/{key}"], arrays[f"1x1x1x1/{key}"], rtol=RELATIVE, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(
+            arrays[f"{mesh}/{key}"], arrays[f"{ONE}/{key}"], rtol=RELATIVE, atol=1e-6, err_msg=key)
     assert np.abs(arrays[f"{mesh}/0/log_det"]).min() > 1e-3
     assert arrays[f"{mesh}/1/loss"] != arrays[f"{mesh}/2/loss"]
 
 
+@pytest.mark.slow
 def test_scores_are_the_same_on_8_devices(runs):
     arrays, _ = runs
-    keys = [key.removeprefix("8x1x1x1/") for key in arrays if key.startswith("8x1x1x1/scores/")]
-    assert {"scores/index", "scores/bound", "scores/importance_weighted", "scores/nll"} <= set(keys)
-    for key in keys:
-        np.testing.assert_allclose(arrays[f"8x1x1x1/{key}"], arrays[f"1x1x1x1/{key}"], rtol=3e-5, atol=1e-3, err_msg=key)
-    np.testing.assert_array_equal(arrays["8x1x1x1/scores/index"], np.arange(20))
+    prefix = "8x1x1x1/scores/"
+    names = [key.removeprefix(prefix) for key in arrays if key.startswith(prefix)]
+    assert {"index", "bound", "importance_weighted", "nll"} <= set(names)
+    for name in names:
+        np.testing.assert_allclose(arrays[prefix + name], arrays[f"{ONE}/scores/{name}"],
+                                   rtol=3e-5, atol=1e-3, err_msg=name)
+    np.testing.assert_array_equal(arrays[prefix + "index"], np.arange(20))
 
 
+@pytest.mark.slow
 def test_images_are_the_same_on_8_devices(runs):
     arrays, _ = runs
-    one, many = (arrays[f"{mesh}/images"].astype(int) for mesh in ("1x1x1x1", "2x2x2x1"))
+    one, many = (arrays[f"{mesh}/images"].astype(int) for mesh in (ONE, "2x2x2x1"))
     assert one.shape == (5, 8, 8, 1)
     assert np.abs(one - many).max() <= 1  # rounding may fall on the other side
     assert (one != many).mean() < 0.02
 
 
 @pytest.mark.parametrize(("mesh", "kernel", "parts"), [
-    ("8x1x1x1", "predictor/stack/layers/up/kernel", (1, 1, 1)), ("4x2x1x1", "predictor/stack/layers/up/kernel", (1, 2, 1)),
-    ("2x2x2x1", "predictor/stack/layers/up/kernel", (1, 2, 2)), ("2x2x2x1", "predictor/stack/layers/down/kernel", (1, 2, 2)),
+    pytest.param("8x1x1x1", "predictor/stack/layers/up/kernel", (1, 1, 1), marks=pytest.mark.slow),
+    pytest.param("4x2x1x1", "predictor/stack/layers/up/kernel", (1, 2, 1), marks=pytest.mark.slow),
+    ("2x2x2x1", "predictor/stack/layers/up/kernel", (1, 2, 2)),
+    ("2x2x2x1", "predictor/stack/layers/down/kernel", (1, 2, 2)),
     ("2x2x2x1", "transporter/blocks_0/stack/layers/attention/query/kernel", (1, 2, 2)),
 ])
-def test_parameters_moments_and_average_are_sharded_before_and_after_steps(runs, mesh, kernel, parts):
+def test_parameters_moments_and_ema_stay_sharded(runs, mesh, kernel, parts):
     where = runs[1][mesh]["where"]
     copies = {name: shapes for name, shapes in where.items() if name.endswith(kernel)}
     assert len(copies) == 4, list(copies)  # params, ema and Adam's two moments
@@ -177,14 +245,13 @@ def test_the_constraints_in_core_take_effect(runs):
     assert any('"tensor"' in c for c in constraints), constraints
 
 
-
-
-@pytest.mark.parametrize(("sizes", "devices"), [((3, 1, 1, 1), 8), ((2, 2, 1, 1), 8), ((-1, 3, 1, 1), 8), ((-1, 1, 1, -1), 8),
-                                                ((0, 1, 1, 1), 1), ((-1, 16, 1, 1), 8), ((-2, 1, 1, 1), 2), ((-1, 0, 1, 1), 2)])
-def test_a_mesh_that_does_not_fit_is_refused(sizes, devices):
-    named_sizes = " x ".join(f"{axis} {size}" for axis, size in zip(sharding.AXES, sizes, strict=True))
-    with pytest.raises(UserError, match=f"{named_sizes}: expected a product of {devices}"):
-        sharding.make_mesh(config.Mesh(1, *sizes), devices=[None] * devices)
+@pytest.mark.parametrize(("shape", "devices"), [
+    ((3, 1, 1, 1), 8), ((2, 2, 1, 1), 8), ((-1, 3, 1, 1), 8), ((-1, 1, 1, -1), 8),
+    ((0, 1, 1, 1), 1), ((-1, 16, 1, 1), 8), ((-2, 1, 1, 1), 2), ((-1, 0, 1, 1), 2)])
+def test_a_mesh_that_does_not_fit_is_refused(shape, devices):
+    named = " x ".join(f"{axis} {size}" for axis, size in zip(sharding.AXES, shape, strict=True))
+    with pytest.raises(UserError, match=f"{named}: expected a product of {devices}"):
+        sharding.make_mesh(config.Mesh(1, *shape), devices=[None] * devices)
 
 
 class Chip:
@@ -205,12 +272,36 @@ def test_only_the_data_axis_crosses_slices():
 
 @pytest.mark.parametrize(("slices", "data", "fsdp"), [(2, 1, 8), (3, -1, 1), (4, 8, 1)])
 def test_slices_that_do_not_fit_are_refused(slices, data, fsdp):
-    with pytest.raises(UserError, match=f"config.mesh.slices is {slices}: expected a divisor of the data axis, .*belong to, 2"):
+    message = f"config.mesh.slices is {slices}: expected a divisor of the data axis, .*belong to, 2"
+    with pytest.raises(UserError, match=message):
         sharding.make_mesh(config.Mesh(slices, data, fsdp, 1, 1), [Chip(i) for i in range(8)])
 
 
-def test_a_mesh_takes_what_is_left():
-    assert sharding.make_mesh(config.Mesh(1, 1, 1, -1, 1)).shape == {"data": 1, "fsdp": 1, "tensor": jax.device_count(), "sequence": 1}
+def test_one_axis_is_inferred_from_the_device_count():
+    expected = {"data": 1, "fsdp": 1, "tensor": jax.device_count(), "sequence": 1}
+    assert sharding.make_mesh(config.Mesh(1, 1, 1, -1, 1)).shape == expected
+
+
+class Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+@pytest.mark.parametrize(("process", "shape", "expected"), [
+    ([0, 0, 1, 1], (4, 1, 1, 1), (0, 2)), ([0, 0, 1, 1], (2, 1, 2, 1), (0, 2)),
+    ([1, 1, 0, 0], (2, 1, 2, 1), (1, 2)), ([0, 0, 1, 1], (1, 1, 4, 1), (0, 1)),
+    ([0, 1, 2, 3], (1, 2, 2, 1), (0, 2)), ([2, 3, 0, 1], (1, 2, 1, 2), (1, 2)),
+])
+def test_processes_that_hold_the_same_examples_read_the_same_share(process, shape, expected):
+    mesh = Mesh(np.array([Device(i) for i in process]).reshape(shape), sharding.AXES)
+    assert sharding.share(mesh) == expected
+
+
+def test_shares_that_overlap_are_refused():
+    devices = np.array([Device(i) for i in (0, 0, 0, 1, 1, 1)])
+    mesh = Mesh(devices.reshape(3, 1, 2, 1), sharding.AXES)
+    with pytest.raises(UserError, match="splits the examples of one process"):
+        sharding.share(mesh)
 
 
 def abstract_mesh(*shape):
@@ -226,23 +317,26 @@ def test_a_parameter_that_does_not_divide_is_refused_by_name():
     _, model, _ = setup(settings)
     with pytest.raises(UserError) as error:
         state.abstract(as_run(settings, model, abstract_mesh(1, 3, 1)))
-    assert re.match(r"params/params/\S+ has a dimension of 16, which does not divide over the mesh axis fsdp of 3", str(error.value))
+    assert re.match(r"params/params/\S+ has a dimension of 16, which does not divide over the mesh "
+                    r"axis fsdp of 3", str(error.value))
 
 
 def test_heads_that_do_not_divide_are_refused_by_name():
     settings = tiny_config()
-    _, model, _ = setup(settings)  # 2 key-value heads of 8, and a width of 16: every parameter divides
+    _, model, _ = setup(settings)  # 2 key-value heads of 8, a width of 16: every parameter divides
     state.abstract(as_run(settings, model, abstract_mesh(1, 1, 2)))
-    with pytest.raises(UserError, match=r"config\.model\.kv_heads is 2: expected a multiple of 4, the mesh's tensor axis"):
+    message = r"config\.model\.kv_heads is 2: expected a multiple of 4, the mesh's tensor axis"
+    with pytest.raises(UserError, match=message):
         state.abstract(as_run(settings, model, abstract_mesh(1, 1, 4)))
 
 
 def test_two_dimensions_on_one_axis_are_refused_by_name():
-    with pytest.raises(UserError, match="two dimensions of here, heads, mlp, on one mesh axis"):
+    message = "two dimensions of here, heads, mlp, on one mesh axis"
+    with pytest.raises(UserError, match=message):
         sharding.shardings(named((4, 4), ("heads", "mlp")), abstract_mesh(1, 1, 2))
     tree = sharding.shardings(named((4, 4), ("embed", "mlp")), abstract_mesh(1, 2, 2))
     assert tree["here"].spec == PartitionSpec("fsdp", "tensor")
 
 
 if __name__ == "__main__":
-    (others if "others" in sys.argv else main)(sys.argv[1])
+    others(sys.argv[2]) if sys.argv[1] == "others" else main(*sys.argv[1:])
