@@ -18,10 +18,10 @@ from ntm_jax.errors import UserError
 class Backbone:
     """One kind of flow-matching network.
 
-    build(config, extra, attention) makes the module; `extra` holds the settings of config.model that
-    ModelConfig does not have, such as double_layers. It raises UserError where sizes do not fit.
-    read(path, parameters) reads a public checkpoint into the structure, shapes, dtypes and shardings
-    of the abstract `parameters`; None where there is no public checkpoint.
+    build(config, extra, attention) makes the module; `extra` holds the settings of config.model
+    that ModelConfig does not have, such as double_layers. It raises UserError where sizes do not
+    fit. read(path, parameters) reads a public checkpoint into the structure, shapes, dtypes and
+    shardings of the abstract `parameters`; None where there is no public checkpoint.
     """
 
     build: Callable[[ModelConfig, Mapping[str, Any], Callable], Any]
@@ -57,6 +57,6 @@ def register(name: str, backbone: Backbone) -> None:
 def find(name: str) -> Backbone:
     """The backbone of a name. Raises UserError if there is none."""
     if name not in BACKBONES:
-        raise UserError(f"config.model.backbone is {name!r}: expected one of {', '.join(BACKBONES)}, "
-                        "or --import the module that registers it")
+        raise UserError(f"config.model.backbone is {name!r}: expected one of "
+                        f"{', '.join(BACKBONES)}, or --import the module that registers it")
     return BACKBONES[name]

@@ -1,7 +1,8 @@
-"""FLUX.2's public checkpoints, original or diffusers, onto the parameters of flux2.Flux2, one shard at a time.
+"""Reads FLUX.2's public checkpoints into the parameters of flux2.Flux2, one shard at a time.
 
-A file's matrices are [out, in] and some hold several of ours; ours are [in, out], layers stacked in front. The names are those of
-black-forest-labs/flux2, src/flux2/model.py, and diffusers' scripts/convert_flux2_to_diffusers.py, which gives the one for the other.
+A file's matrices are [out, in], and some hold several of ours; ours are [in, out] with layers
+stacked in front. Names are those of black-forest-labs/flux2, src/flux2/model.py, and of diffusers,
+as in scripts/convert_flux2_to_diffusers.py.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 TYPES = ("F64", "F32", "F16", "BF16")
 SHOWN = 10
 
-# A file's name, * for the layer's number -> the parameters along its first axis (of ACROSS: its second), in their order there.
+# A tensor's name, with * for the layer's number -> the parameters along its first axis, in order.
+# Tensors in ACROSS hold them along the second axis.
 ORIGINAL = {
     "img_in.weight": "image_in",
     "txt_in.weight": "text_in",
@@ -44,7 +46,8 @@ ORIGINAL = {
     "double_blocks.*.txt_attn.proj.weight": "double/text_out",
     "double_blocks.*.txt_mlp.0.weight": "double/text_mlp_gate double/text_mlp_up",
     "double_blocks.*.txt_mlp.2.weight": "double/text_mlp_down",
-    "single_blocks.*.linear1.weight": "single/query single/key single/value single/mlp_gate single/mlp_up",
+    "single_blocks.*.linear1.weight":
+        "single/query single/key single/value single/mlp_gate single/mlp_up",
     "single_blocks.*.linear2.weight": "single/out single/mlp_down",
     "single_blocks.*.norm.query_norm.scale": "single/query_norm",
     "single_blocks.*.norm.key_norm.scale": "single/key_norm",
@@ -75,7 +78,8 @@ DIFFUSERS = {
     "transformer_blocks.*.attn.to_add_out.weight": "double/text_out",
     "transformer_blocks.*.ff_context.linear_in.weight": "double/text_mlp_gate double/text_mlp_up",
     "transformer_blocks.*.ff_context.linear_out.weight": "double/text_mlp_down",
-    "single_transformer_blocks.*.attn.to_qkv_mlp_proj.weight": "single/query single/key single/value single/mlp_gate single/mlp_up",
+    "single_transformer_blocks.*.attn.to_qkv_mlp_proj.weight":
+        "single/query single/key single/value single/mlp_gate single/mlp_up",
     "single_transformer_blocks.*.attn.to_out.weight": "single/out single/mlp_down",
     "single_transformer_blocks.*.attn.norm_q.weight": "single/query_norm",
     "single_transformer_blocks.*.attn.norm_k.weight": "single/key_norm",
@@ -84,12 +88,15 @@ ACROSS = ("single_blocks.*.linear2.weight", "single_transformer_blocks.*.attn.to
 
 
 def read(path: str, abstract: dict) -> dict:
-    """The parameters in a checkpoint, as arrays of the shapes, dtypes and shardings of `abstract`, Flux2's parameters.
+    """The parameters of a checkpoint, with the shapes, dtypes and shardings of `abstract`.
 
-    path: a .safetensors file of the original names or diffusers', a folder of diffusers' files, or one with such a folder transformer/.
-    Each process reads what its own devices hold, a shard at a time: the host never holds more than one beside what it keeps.
-    Raises UserError: not there, not safetensors (pickled files are never opened), cut short, or tensors missing, left over or of another
-    shape or type; nothing is read then.
+    path: a .safetensors file with original or diffusers' names, a folder of diffusers' files, or
+    one with such a folder transformer/. Each process reads what its own devices hold, a shard at a
+    time: the host holds at most one shard besides what it keeps.
+
+    Raises UserError, before anything is read, if there is no checkpoint, it is not safetensors
+    (pickled files are never opened) or truncated, or tensors are missing, surplus or of another
+    shape or type.
     """
     leaves = flax.traverse_util.flatten_dict(abstract, sep="/")
     with contextlib.ExitStack() as stack:
@@ -101,14 +108,17 @@ def read(path: str, abstract: dict) -> dict:
 
 
 def _places(table: dict, leaves: dict):
-    """({leaf: (file's name, axis, start)}, {name of every tensor that the file must have: its shape}); leaves by their paths."""
+    """({leaf's path: (tensor's template, axis, start)}, {required tensor: its shape})."""
     places, shapes = {}, {}
     for template, names in table.items():
-        names = [f"{name}/{'scale' if name.endswith('_norm') else 'kernel'}" for name in names.split()]
+        names = [f"{name}/{'scale' if name.endswith('_norm') else 'kernel'}"
+                 for name in names.split()]
         axis, stacked = int(template in ACROSS), "*" in template
         parts = [leaves[name].shape[stacked:][::-1] for name in names]
         sizes = [part[axis] for part in parts]
-        places |= {name: (template, axis, start) for name, start in zip(names, itertools.accumulate([0, *sizes]), strict=False)}
+        starts = itertools.accumulate([0, *sizes])
+        places |= {name: (template, axis, start)
+                   for name, start in zip(names, starts, strict=False)}
         shape = list(parts[0])
         shape[axis] = sum(sizes)
         for layer in range(leaves[names[0]].shape[0] if stacked else 1):
@@ -117,7 +127,7 @@ def _places(table: dict, leaves: dict):
 
 
 def _place(leaf, template: str, axis: int, start: int, tensors: dict) -> jax.Array:
-    """One parameter, each of its shards read on its own and sent to its device before the next."""
+    """One parameter; each shard is read and sent to its device before the next."""
     stacked = "*" in template
 
     def matrix(layer: int, index) -> np.ndarray:
@@ -137,19 +147,21 @@ def _place(leaf, template: str, axis: int, start: int, tensors: dict) -> jax.Arr
 
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     homes = sharding.addressable_devices_indices_map(leaf.shape)
-    shards = [jax.block_until_ready(jax.device_put(shard(index), device)) for device, index in homes.items()]
+    shards = [jax.block_until_ready(jax.device_put(shard(index), device))
+              for device, index in homes.items()]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
 def _open(path: str, stack: contextlib.ExitStack) -> dict:
-    """{name: tensor, of which slices can be read} of all files, open until the stack closes."""
+    """{name: tensor that can be sliced} of all files, open until the stack closes."""
     tensors = {}
     for file in _files(Path(path)):
         try:
             opened = stack.enter_context(safetensors.safe_open(file, "np"))
         except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{file} is no whole safetensors file ({error}): fetch it again") from None
-        for name in opened.keys():  # noqa: SIM118 (it is no dict)
+            raise UserError(f"{file} is not a complete safetensors file ({error}): fetch it "
+                            "again") from None
+        for name in opened.keys():  # noqa: SIM118, not a dict
             if name in tensors:
                 raise UserError(f"{path} has {name} in two files: leave one of them there")
             tensors[name] = opened.get_slice(name)
@@ -160,44 +172,58 @@ def _files(path: Path) -> list[Path]:
     """The files of a checkpoint; UserError where there are none."""
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise UserError(f"{path} is no safetensors file, and no other is read (a {'/'.join(PICKLES)} file can run code when it is "
-                            f"opened): give the checkpoint's .safetensors")
+            raise UserError(f"{path} is not a safetensors file, and no other is read (a "
+                            f"{'/'.join(PICKLES)} file can run code when it is opened): give the "
+                            "checkpoint's .safetensors")
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path} is not there: give a FLUX.2 checkpoint, a .safetensors file or a folder of diffusers'")
+        raise UserError(f"{path} does not exist: give a FLUX.2 checkpoint, a .safetensors file or "
+                        "a folder of diffusers'")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if (folder / INDEX).is_file():
         files = [folder / name for name in _indexed(folder / INDEX)]
         absent = [file.name for file in files if not file.is_file()]
         if absent:
-            raise UserError(f"{folder} lacks {_listed(absent)}, which its {INDEX} names: fetch it again")
+            raise UserError(f"{folder} lacks {_listed(absent)}, which its {INDEX} names: fetch it "
+                            "again")
     if not files:
         pickled = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
-        found = f"only {_listed(pickled)}, which are not read since a pickled file can run code" if pickled else "none"
-        raise UserError(f"{folder} should have diffusion_pytorch_model*.safetensors files and has {found}: give a FLUX.2 checkpoint")
+        unread = "which are not read since a pickled file can run code"
+        found = f"only {_listed(pickled)}, {unread}" if pickled else "none"
+        raise UserError(f"{folder} should have diffusion_pytorch_model*.safetensors files and has "
+                        f"{found}: give a FLUX.2 checkpoint")
     return files
 
 
 def _indexed(index: Path) -> list[str]:
     """The files that an index names."""
     try:
-        return sorted({Path(name).name for name in parse_json(index.read_bytes())["weight_map"].values()})
+        names = parse_json(index.read_bytes())["weight_map"].values()
+        return sorted({Path(name).name for name in names})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of safetensors files ({error}): fetch it again") from None
+        raise UserError(f"{index} is not an index of safetensors files ({error}): fetch it "
+                        "again") from None
 
 
 def _check(path: str, tensors: dict, shapes: dict) -> None:
-    """UserError unless the tensors are those of `shapes`, of floating-point numbers."""
-    wrong = [f"{name} is {tensors[name].get_shape()} {tensors[name].get_dtype()}, expected {list(shape)} {'/'.join(TYPES)}"
-             for name, shape in shapes.items() if name in tensors
-             and (tensors[name].get_shape() != list(shape) or tensors[name].get_dtype() not in TYPES)]
-    missing, surplus = [n for n in shapes if n not in tensors], [n for n in tensors if n not in shapes]
-    faults = [f"{what} {_listed(names)}" for what, names in (("missing", missing), ("left over", surplus), ("wrong", wrong)) if names]
+    """Raises UserError unless the tensors are those of `shapes`, of floating-point numbers."""
+    wrong = []
+    for name, shape in shapes.items():
+        if name in tensors:
+            found, dtype = tensors[name].get_shape(), tensors[name].get_dtype()
+            if found != list(shape) or dtype not in TYPES:
+                expected = f"{list(shape)} {'/'.join(TYPES)}"
+                wrong.append(f"{name} is {found} {dtype}, expected {expected}")
+    missing = [name for name in shapes if name not in tensors]
+    surplus = [name for name in tensors if name not in shapes]
+    faults = [f"{what} {_listed(names)}" for what, names in
+              (("missing", missing), ("left over", surplus), ("wrong", wrong)) if names]
     if faults:
-        raise UserError(f"{path} is not a FLUX.2 checkpoint of the configured sizes ({len(shapes)} tensors): {'; '.join(faults)}: change "
-                        f"the sizes or the checkpoint")
+        raise UserError(f"{path} is not a FLUX.2 checkpoint of the configured sizes ({len(shapes)} "
+                        f"tensors): {'; '.join(faults)}: change the sizes or the checkpoint")
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
