@@ -260,8 +260,8 @@ def build(c: ModelConfig, double_layers: int, attention) -> Flux2:
     """FLUX.2's transformer with a model's sizes. Raises UserError for sizes that it cannot have."""
     if not c.text_width or not double_layers or c.head_size % 8:
         raise UserError("config.model.backbone=flux2 needs config.model.condition=text, "
-                        "double_layers > 0 and a multiple of 8 as head_size: found text states of width "
-                        f"{c.text_width}, {double_layers} and {c.head_size}")
+                        "double_layers > 0 and a multiple of 8 as head_size: found text states of "
+                        f"width {c.text_width}, {double_layers} and {c.head_size}")
     return Flux2(Flux2Config(
         grid=c.grid, dim=c.dim, text_width=c.text_width, heads=c.width // c.head_size,
         head_size=c.head_size, double_layers=double_layers, single_layers=c.predictor_layers,
