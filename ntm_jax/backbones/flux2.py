@@ -84,8 +84,8 @@ def rotate(x, turn):
 
 
 # Without explicit layouts XLA's partitioner concatenates and splits tokens, and spreads
-# modulations,
-# over several mesh axes and gets them wrong: velocities are off by 0.02 to 1 on 2 x 2 x 2 devices.
+# modulations, over several mesh axes and gets them wrong: velocities are off by 0.02 to 1 on
+# 2 x 2 x 2 devices.
 
 
 def laid_out(x, *axes):

@@ -35,8 +35,7 @@ class ModelConfig:
     text_width: int = 0  # E of the text states; 0 without text
     transporter_text: bool = False  # conditions the transporter on the mean of the text states
     # Initial deviation of the transporter's table of positions: near 1, a token's position counts
-    # as
-    # much as its content.
+    # as much as its content.
     transporter_positions_std: float = 0.02
     flat: bool = False  # see layers.Stack
     precision: str | None = None  # of float32 products; see layers.precision and exact

@@ -10,7 +10,6 @@ last hidden states [B, N, W]). Velocity is one; backbones/ holds others. An unco
 ignores y.
 """
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -305,8 +305,7 @@ class Condition(nn.Module):
             mean = jnp.sum(h, 1, where=y.mask[..., None]) / count
             total += dense(inner, ("embed", "embed_out"), jnp.float32, "text_out")(mean)
         # Without this constraint XLA's partitioner splits the sum over two mesh axes and gets the
-        # loss
-        # wrong by 1e-4 and gradients by half.
+        # loss wrong by 1e-4 and gradients by half.
         total = nn.with_logical_constraint(total, ("batch", "embed_activation"))
         project = dense(self.rows * self.width, ("embed", "mlp"), jnp.float32, "modulation",
                         scale=0)

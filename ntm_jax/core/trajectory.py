@@ -28,9 +28,9 @@ def per_example(t, like):
 def level(k, steps, t_min, schedule: str, shift: float):
     """Noise level t_k of a trajectory of T = `steps` steps (C.1, C.2).
 
-    t_0 = t_min and t_T = 1 exactly.
-    0 <= k <= steps need not be an integer; arguments broadcast. schedule: `linear`,
-    t_k = t_min + (1 - t_min) k/T, or `shifted`, t_k = e^m / (e^m + T/k - 1) with m = shift.
+    t_0 = t_min and t_T = 1 exactly. 0 <= k <= steps need not be an integer; arguments broadcast.
+    schedule: `linear`, t_k = t_min + (1 - t_min) k/T, or `shifted`,
+    t_k = e^m / (e^m + T/k - 1) with m = shift.
     """
     k, steps = jnp.asarray(k, jnp.float32), jnp.asarray(steps, jnp.float32)
     if schedule == "linear":
