@@ -131,7 +131,7 @@ def two_versions(tmp_path):
     (empty, ["a.safetensors", "not a complete safetensors file"]),
     (not_there, ["nothing does not exist"]),
     (lacks_a_part, ["lacks diffusion_pytorch_model-00002-of-00002.safetensors"]),
-    (bad_index, [flux2_weights.INDEX, "no index"]),
+    (bad_index, [flux2_weights.INDEX, "is not an index of safetensors files"]),
     (two_versions, ["in two files"]),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_a_bad_checkpoint_is_one_line(tmp_path, make, words):
