@@ -32,8 +32,10 @@ def compare(table: dict, other: dict, dimensions: int, pixel_levels: int) -> dic
 
     Standard errors are paired.
     """
-    return {unit: {name: mean_and_stderr((other[name].astype(np.float64) - table[name]) / (dimensions * size))
-                   for name in scoring.BOUNDS} for unit, size in units(pixel_levels).items()}
+    differences = {name: other[name].astype(np.float64) - table[name] for name in scoring.BOUNDS}
+    return {unit: {name: mean_and_stderr(values / (dimensions * size))
+                   for name, values in differences.items()}
+            for unit, size in units(pixel_levels).items()}
 
 
 def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run | None = None,
@@ -49,24 +51,27 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     """
     config = run.config
     options = options or EvaluationOptions()
-    options = dataclasses.replace(options, split=options.split or config.evaluate.split,
-                                  trajectories=options.trajectories or config.evaluate.trajectories,
-                                  features=options.features or config.evaluate.features)
-    source = config.data.open(options.split)
+    split = options.split or config.evaluate.split
+    trajectories = options.trajectories or config.evaluate.trajectories
+    features = options.features or config.evaluate.features
+    options = dataclasses.replace(options, split=split, trajectories=trajectories,
+                                  features=features)
+    source = config.data.open(split)
     _check(run, source, options, against)
     train = config.data.open(config.data.split)
     scores_images = config.evaluate.images and train.pixel_levels
     extractor = None  # made first, since it may refuse
-    if scores_images and options.features != "none":
-        extractor = make_extractor(options.features, train, options.inception_weights)
-    table = scoring.score_records(run, source, options.trajectories, progress)
-    result = {"step": run.step, "split": options.split}
-    result |= summarize(table, run.spec, options.trajectories)
+    if scores_images and features != "none":
+        extractor = make_extractor(features, train, options.inception_weights)
+    table = scoring.score_records(run, source, trajectories, progress)
+    result = {"step": run.step, "split": split}
+    result |= summarize(table, run.spec, trajectories)
     result |= _errors(run, source, table, measure)
     if against:
-        result["against"] = _against(run, source, table, against, options.trajectories, progress)
+        result["against"] = _against(run, source, table, against, trajectories, progress)
     if scores_images and (extractor or run.model.config.num_classes):
-        result |= image_scores.image_scores(run, train, source, extractor, options.guidance, progress)
+        result |= image_scores.image_scores(run, train, source, extractor, options.guidance,
+                                            progress)
     if scores_images and image_scores.has_tasks(run, source):
         result["tasks"] = image_scores.task_scores(run, source, options.guidance, progress)
     result["provenance"] = provenance(run, source)
@@ -81,7 +86,8 @@ def _errors(run: Run, source: Source, table: dict, measure) -> dict:
     if run.denoiser:
         result["denoiser"] = measures.denoiser_errors(run, source)
     if measure:
-        result |= measure(run, source)
+        figures = measure(run, source)
+        result |= figures | {"measures": list(figures)}
     if source.log_density:
         result["truth"] = known_density.compare_with_true_density(run, source, table)
     return result
@@ -118,5 +124,6 @@ def _check_comparable(run: Run, other: Run) -> None:
     mine, theirs = settings(run.config), settings(other.config)
     for key in mine:
         if mine[key] != theirs[key]:
-            raise UserError(f"--against={other.workdir} has {key} = {theirs[key]}, and this run has "
-                            f"{mine[key]}: their figures do not compare; give a run with the same {key}")
+            raise UserError(f"--against={other.workdir} has {key} = {theirs[key]}, and this run "
+                            f"has {mine[key]}: their figures do not compare; give a run with the "
+                            f"same {key}")

@@ -35,7 +35,7 @@ def guided(run: Run, guidance, **evaluate) -> Run:
 
 
 def classifier(num_classes: int, pixel_levels: int, real: np.ndarray, labels: np.ndarray):
-    """A function of images [n, H, W, C] -> bool [n], from a support vector classifier of real images.
+    """Trains a support vector classifier -> a function of images [n, H, W, C] -> bool [n].
 
     It is True where the classifier predicts the requested class, index % num_classes.
     """
@@ -58,9 +58,9 @@ def check_guidance(run: Run, source: Source, guidance) -> None:
     classes = run.model.config.num_classes and run.spec.count <= MAX_RECORDS
     scored = has_tasks(run, source) or classes
     if guidance and not (scored and run.spec.pixel_levels and run.config.evaluate.images):
-        raise UserError("--guidance compares class accuracies of a model of classes and pixels with "
-                        f"at most {MAX_RECORDS} training images, or tasks of a model of captions "
-                        "whose source checks images: neither applies here, or "
+        raise UserError("--guidance compares class accuracies of a model of classes and pixels "
+                        f"with at most {MAX_RECORDS} training images, or tasks of a model of "
+                        "captions whose source checks images: neither applies here, or "
                         "config.evaluate.images is 0; leave --guidance out")
     for scale in guidance:
         generate.check(run.config, dataclasses.replace(run.config.sample.options, guidance=scale))
@@ -120,7 +120,8 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
 def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -> dict:
     """evaluation.json's `tasks`: the share of samples that show what their captions ask for.
 
-    For config.evaluate.images prompts of the split, and as many of the source's unseen combinations.
+    For config.evaluate.images prompts of the split, and as many of the source's unseen
+    combinations.
 
     Returns {task: mean, stderr and count; "overall": mean over tasks with its stderr; "shares":
     mean and stderr of further rates; "split"; "unseen": the same for that split}, and how the
@@ -163,7 +164,8 @@ def retrieval(config: Config, real, images, pixel_levels: int) -> dict:
         return {}
     held_out = np.stack([records[i]["image"] for i in range(len(records))])
     own = len(real) + np.arange(captions)
-    ranks = statistics.retrieved(np.concatenate([real, held_out]), images[:captions], own, pixel_levels)
+    pictures = np.concatenate([real, held_out])
+    ranks = statistics.retrieved(pictures, images[:captions], own, pixel_levels)
     return {"retrieval": {f"rank_{k}": mean_and_stderr(ranks <= k) for k in RANKS} | {
         "chance": {f"rank_{k}": k / count for k in RANKS}, "candidates": count,
         "captions": captions, "features": statistics.THUMBNAILS, "proxy": True}}

@@ -21,7 +21,11 @@ TRAJECTORIES = 16  # a point
 
 
 def compare_with_true_density(run: Run, source: Source, scored: dict) -> dict:
-    """The true mean log-density of the records' x_0, and how far each bound lies from it, in nats."""
+    """The true mean log-density of the records' x_0, and how far each bound lies from it, in nats.
+
+    source: one with log_density.
+    """
+    assert source.log_density is not None
     config = run.config
     batches = pipeline.evaluation_batches(source, config.data.patch_size, len(source.records), 0, 1)
     batch, t_min = next(batches), config.trajectory.t_min
@@ -67,11 +71,12 @@ def log_density(run: Run, points: np.ndarray, level: int, trajectories: int = TR
 
 def picture(run: Run, source: Source, path) -> None:
     """Draws the true and the learned density of the plane at every level below pure noise."""
+    assert source.log_density is not None
     t, extent = run.evaluated_levels()[:-1], source.planar_extent
     side = np.linspace(-extent, extent, SIDE)
     points = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
     learned = [np.exp(log_density(run, points, k)) for k in range(len(t))]
     true = [np.exp(source.log_density(points, level)) for level in t]
     if jax.process_index() == 0:
-        grids = (np.stack(a).reshape(-1, SIDE, SIDE) for a in (true, learned))
-        plots.density_picture(*grids, t, extent, path)
+        true, learned = (np.stack(a).reshape(-1, SIDE, SIDE) for a in (true, learned))
+        plots.density_picture(true, learned, t, extent, path)

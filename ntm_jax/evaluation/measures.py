@@ -32,7 +32,8 @@ def _denoising_errors(params, root, batch, *, schedule: Schedule, model, steps, 
 def denoising_errors(run: Run, source: Source) -> dict:
     """Squared errors to the data, per dimension, of score denoising records noised once each.
 
-    Returns {formula of denoising.denoise_levels: lists `mean` and `stderr` by level, clean to noisy}.
+    Returns {formula of denoising.denoise_levels: lists `mean` and `stderr` by level, clean to
+    noisy}.
     """
     config = run.config
     compute = functools.partial(
@@ -54,6 +55,7 @@ def _denoiser_errors(params, denoiser_params, root, batch, *, teacher: Teacher, 
 
 def denoiser_errors(run: Run, source: Source) -> dict:
     """Figures of denoising.denoiser_errors for a run with a denoiser, one trajectory a record."""
+    assert run.denoiser is not None
     compute = functools.partial(_denoiser_errors, run.params, run.denoiser.params,
                                 teacher=run.as_teacher, denoiser=run.denoiser.module)
     found = scoring.per_record(run, source, compute)

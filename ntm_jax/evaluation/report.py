@@ -1,4 +1,4 @@
-"""evaluation.json, its tables and its pictures: figures from scores, and how a person reads them."""
+"""evaluation.json: its figures, computed from scores, and the tables and plots that show them."""
 
 import importlib.metadata
 import math
@@ -35,7 +35,7 @@ def summarize(table: dict, spec: DataSpec, trajectories: int) -> dict:
     """
     dimensions = spec.tokens * spec.dim
     marks = likelihood.marks(trajectories)
-    result = {"count": len(table["index"])}
+    result: dict = {"count": len(table["index"])}
     for unit, size in units(spec.pixel_levels).items():
         scale = 1 / (dimensions * size)
         weighted = mean_and_stderr(-scale * table["importance_weighted"],
@@ -79,6 +79,7 @@ def provenance(run: Run, source: Source) -> dict:
 
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
 FEATURE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
+MEASURES = {"velocity_error": "mean squared error of the velocity"}
 DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)",
             "own_score": "squared error by level, its own score",
             "trajectory_score": "squared error by level, trajectory score"}
@@ -88,8 +89,8 @@ def check_unit(unit: str, run: Run) -> None:
     """Raises UserError for bits per dimension of continuous latents."""
     if unit == "bits_per_dim" and not run.spec.pixel_levels:
         raise UserError(f"bits/dim are of discrete pixels, and {run.config.data.source} is "
-                        "continuous: take nats/dim, a bound on the density of the data noised to t_0 "
-                        f"= {run.config.trajectory.t_min}, comparable at equal t_0 and scale")
+                        "continuous: take nats/dim, a bound on the density of the data noised to "
+                        f"t_0 = {run.config.trajectory.t_min}, comparable at equal t_0 and scale")
 
 
 def _likelihood_rows(result: dict, unit: str) -> list[tuple]:
@@ -106,7 +107,8 @@ def _likelihood_rows(result: dict, unit: str) -> list[tuple]:
                  for key, kind in BOUNDS.items()]
     rows += [(f"mean squared error, {key.replace('_', ' ')}", value)
              for key, value in result.get("denoiser", {}).items()]
-    rows += [(label, result[key]) for key, label in result.get("measures", {}).items()]
+    rows += [(MEASURES.get(key, key.replace("_", " ")), result[key])
+             for key in result.get("measures", ())]
     if "against" in result:
         other = f"{result['against']['workdir']} at step {result['against']['step']}"
         rows += [(f"{kind} less that of {other}, {name}", result["against"][unit][key])
@@ -158,18 +160,19 @@ def table(result: dict, unit: str) -> str:
         name = f"{label} by level, clean to noisy, nats/dim"
         lines.append(f"  {name:<{width}}  " + "  ".join(f"{v:.4f}" for v in values))
     for name, errors in result.get("denoising", {}).items():
-        cells = (f"{mean:.5f} ± {stderr:.5f}" for mean, stderr in zip(*errors.values(), strict=True))
+        by_level = zip(errors["mean"], errors["stderr"], strict=True)
+        cells = (f"{mean:.5f} ± {stderr:.5f}" for mean, stderr in by_level)
         lines.append(f"  {DENOISED[name]:<{width}}  " + "  ".join(cells))
     return "\n".join(lines)
 
 
-def write_report(run: Run, result: dict, scored: dict, path, per_example: bool = False,
+def write_report(run: Run, result: dict, scored: dict | None, path, per_example: bool = False,
                  unit: str | None = None) -> None:
     """Prints the figures, and writes, in the first process, `path` (JSON) and files beside it.
 
-    The files are a picture of what each level costs (.png); with per_example the scores of each
-    record in nats (.parquet); for planar data of known density densities.png; and in a comparison
-    with another run losses.png.
+    scored: the scores of every record, which only per_example needs. The files are a picture of
+    what each level costs (.png); with per_example the scores of each record in nats (.parquet); for
+    planar data of known density densities.png; and in a comparison with another run losses.png.
     """
     path = epath.Path(path)
     if "truth" in result:
@@ -185,6 +188,7 @@ def write_report(run: Run, result: dict, scored: dict, path, per_example: bool =
         metrics = {str(folder): epath.Path(folder) / "metrics.jsonl" for folder in runs}
         plots.losses_plot(metrics, path.with_name("losses.png"))
     if per_example:
+        assert scored is not None, "per_example writes the scores of every record: give them"
         write_scores(scored, path.with_suffix(".parquet"))
     print(table(result, unit or next(name for name in NAMES if name in result)), flush=True)
     if "tasks" in result:
@@ -192,7 +196,7 @@ def write_report(run: Run, result: dict, scored: dict, path, per_example: bool =
 
 
 def write_scores(scored: dict, path) -> None:
-    """Writes the scores as parquet: a row a record; scores by level have one column for each level."""
+    """Writes scores as parquet, a row for each record; scores by level have a column a level."""
     import pyarrow
     import pyarrow.parquet
 

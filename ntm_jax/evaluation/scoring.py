@@ -35,9 +35,10 @@ def noised(root, x, t_0, index):
     return trajectory.start(x, t_0, trajectory.example_noise(keys, x.shape[1:]))
 
 
-@functools.partial(jax.jit, static_argnames=("schedule", "model", "pixel_levels", "trajectories", "steps"))
-def weigh_batch(params, root, batch, *, schedule: Schedule, model, pixel_levels: int, trajectories: int,
-                steps: int) -> dict:
+@functools.partial(jax.jit, static_argnames=(
+    "schedule", "model", "pixel_levels", "trajectories", "steps"))
+def weigh_batch(params, root, batch, *, schedule: Schedule, model, pixel_levels: int,
+                trajectories: int, steps: int) -> dict:
     """likelihood.weigh of a batch's examples, in trajectories of `steps` steps."""
     x, y, index = batch["x"], build.condition(model, batch), batch["index"]
     t = schedule.fixed_levels(steps, len(x))
@@ -68,9 +69,9 @@ def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = Non
     kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
     with sharding.use(run.mesh):
         result = weigh_batch(
-            run.params, jax.random.key(seed), batch | {"index": kept["index"]}, schedule=run.schedule,
-            model=exact(run.model), pixel_levels=run.spec.pixel_levels, trajectories=trajectories,
-            steps=run.config.evaluation_steps)
+            run.params, jax.random.key(seed), batch | {"index": kept["index"]},
+            schedule=run.schedule, model=exact(run.model), pixel_levels=run.spec.pixel_levels,
+            trajectories=trajectories, steps=run.config.evaluation_steps)
     return result | kept
 
 
@@ -82,9 +83,9 @@ def score_records(run: Run, source: Source, trajectories: int, progress: bool = 
 def map_records(run: Run, source: Source, score, progress: bool = False) -> dict:
     """Applies score() to all records of a split -> {name: [records, ...]}, ordered by index.
 
-    score(part) takes this process's share of a batch and returns global arrays, index and mask among
-    them. A batch that does not fit in memory is taken in parts. Raises UserError where a single
-    record does not fit.
+    score(part) takes this process's share of a batch and returns global arrays, index and mask
+    among them. A batch that does not fit in memory is taken in parts. Raises UserError where a
+    single record does not fit.
     """
     config, mesh = run.config, run.mesh
     shards, (number, count) = sharding.batch_shards(mesh), sharding.share(mesh)
@@ -114,7 +115,10 @@ def map_records(run: Run, source: Source, score, progress: bool = False) -> dict
 
 
 def _ordered(parts: list[dict]) -> dict:
-    """The arrays of all parts by record index, without padding: processes' shares come in any order."""
+    """The arrays of all parts, sorted by record index, without padding.
+
+    The shares of processes come in any order.
+    """
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     real = table.pop("mask") > 0
     order = np.argsort(table["index"][real])
@@ -145,7 +149,8 @@ def log_prob(run: Run, images, condition, trajectories: int, seed: int | None = 
     if images.shape[1:] != spec.image_shape:
         raise UserError(f"images have shape {images.shape}: expected "
                         f"[n, {', '.join(map(str, spec.image_shape))}]")
-    x = transforms.scale(images, spec.pixel_levels) if spec.pixel_levels else images.astype(np.float32)
+    levels = spec.pixel_levels
+    x = transforms.scale(images, levels) if levels else images.astype(np.float32)
     x = transforms.patchify(x, spec.patch_size)
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)}
     if isinstance(condition, Text):

@@ -8,9 +8,9 @@ from ntm_jax.evaluation.statistics import mean_and_stderr
 
 
 def _over_tasks(task, values) -> dict:
-    """{task: mean, stderr and count} of values [n] by their task's name [n], and the mean over tasks.
+    """{task: mean, stderr and count} of values [n] by their task's name [n], and their mean.
 
-    The mean over tasks is GenEval's overall score.
+    The mean over tasks, "overall", is GenEval's overall score.
     """
     found = {name: mean_and_stderr(values[task == name]) | {"count": int(np.sum(task == name))}
              for name in dict.fromkeys(task.tolist())}
@@ -24,7 +24,8 @@ def figures(rows: dict, first: dict | None) -> dict:
     others = {name: values[~np.isnan(values)] for name, values in rows.items()
               if name not in ("task", "right")}
     result = _over_tasks(rows["task"], rows["right"])
-    result["shares"] = {name: mean_and_stderr(values) for name, values in others.items() if len(values)}
+    result["shares"] = {name: mean_and_stderr(values)
+                        for name, values in others.items() if len(values)}
     if first is None:
         return result
     change = rows["right"].astype(int) - first["right"]
@@ -32,7 +33,7 @@ def figures(rows: dict, first: dict | None) -> dict:
 
 
 def table(tasks: dict) -> str:
-    """evaluation.json's `tasks` in percent: a table for each split, tasks by rows, guidance by columns."""
+    """evaluation.json's `tasks` in percent: a table a split, tasks by rows, guidance by columns."""
     guided = tasks.get("by_guidance", [tasks])
     lines, head = [], [f"guidance {at['guidance']}" for at in guided]
     for parts in (guided, [at["unseen"] for at in guided if "unseen" in at]):
@@ -55,7 +56,8 @@ def _lines(parts: list[dict], head: list[str]) -> list[str]:
     columns = zip(*([name, *cells] for name, cells in rows), strict=True)
     first, *widths = [max(map(len, column)) for column in columns]
     return [f"  {name:<{first}}  " + "  ".join(
-        f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)) for name, cells in rows]
+        f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for name, cells in rows]
 
 
 def _percent(figure: dict | None) -> str:

@@ -29,7 +29,7 @@ REMEDY = "copy the export again from where it came, or export the run anew"
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What reading an export needs of its config.json. Other keys are ignored; versions may add some."""
+    """The keys of an export's config.json that reading it needs; others are ignored."""
 
     format: int
     step: int
@@ -71,16 +71,19 @@ def read_about(folder) -> About:
     text = _content(path)
     values = files.read_json(path, REMEDY)
     if "files" in values and files.SEAL.encode() not in text:
-        raise UserError(f"{path} was damaged or edited: its checksum {files.SEAL} is missing; {REMEDY}")
+        raise UserError(f"{path} was damaged or edited: its checksum {files.SEAL} is missing; "
+                        f"{REMEDY}")
     version = values.get("format")
     if version is None:
-        raise UserError(f"{path} is not an export's: expected the folder that launch/export.py wrote")
+        raise UserError(f"{path} is not an export's: expected the folder that launch/export.py "
+                        "wrote")
     if isinstance(version, int) and version != FORMAT:
-        raise UserError(f"{folder} is of format {version}, and this version of ntm_jax reads {FORMAT}: "
-                        "export the run anew")
+        raise UserError(f"{folder} is of format {version}, and this version of ntm_jax reads "
+                        f"{FORMAT}: export the run anew")
     names = {field.name for field in dataclasses.fields(About)}
+    known = {key: value for key, value in values.items() if key in names}
     try:
-        return typed.read(About, {key: value for key, value in values.items() if key in names}, CONFIG)
+        return typed.read(About, known, CONFIG)
     except UserError as error:
         raise UserError(f"{path} cannot be used ({error}): {REMEDY}") from None
 
@@ -88,16 +91,18 @@ def read_about(folder) -> About:
 def read_parameters(folder, about: About, abstract, skip: str | None = None) -> dict:
     """The parameters of an export, verified, on the devices of their abstract counterparts.
 
-    Arrays whose name begins with `skip` are left out. Raises UserError if the file is damaged, or its
-    arrays are not those of `abstract`.
+    Arrays whose name begins with `skip` are left out. Raises UserError if the file is damaged, or
+    its arrays are not those of `abstract`.
     """
     path = epath.Path(folder) / WEIGHTS
     content = _content(path)
     if about.files and hashlib.sha256(content).hexdigest() != about.files.get(WEIGHTS):
-        raise UserError(f"{path} was damaged or edited: its SHA-256 is not the one in {CONFIG}; {REMEDY}")
+        raise UserError(f"{path} was damaged or edited: its SHA-256 is not the one in {CONFIG}; "
+                        f"{REMEDY}")
     try:
         flat = safetensors.numpy.load(content)
-    except (safetensors.SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError,
+            AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): "
                         f"{REMEDY}") from None
     flat = {name: array for name, array in flat.items() if not (skip and name.startswith(skip))}
@@ -128,8 +133,8 @@ def load_run(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, in one of its WORKDIR/checkpoints/STEP, or in an export.
 
     step: the latest by default. raw: with the raw parameters in place of their EMA. An export has
-    the one step, the parameters and the sampling settings that it was written with. Raises UserError
-    if there is no run, or its files are damaged.
+    the one step, the parameters and the sampling settings that it was written with. Raises
+    UserError if there is no run, or its files are damaged.
     """
     if is_export(workdir):
         return _load_export(str(workdir), step, raw)
@@ -139,8 +144,8 @@ def load_run(workdir: str, step: int | None = None, raw: bool = False) -> Run:
 def _load_export(folder: str, step: int | None, raw: bool) -> Run:
     about = read_about(folder)
     if step not in (None, about.step):
-        raise UserError(f"{folder} is an export of step {about.step}, and --step asks for step {step}: "
-                        "leave --step out, or give the workdir of the run")
+        raise UserError(f"{folder} is an export of step {about.step}, and --step asks for step "
+                        f"{step}: leave --step out, or give the workdir of the run")
     if raw and about.parameters != "raw":
         raise UserError(f"{folder} is an export of the moving average of the parameters, and --raw "
                         "asks for the raw ones: leave --raw out, or give the workdir of the run")
@@ -167,8 +172,8 @@ def _exported_configs(about: About) -> tuple[Config, Config | None]:
     if about.teacher_step is None:
         return configuration.read(about.config), None
     if about.denoiser_config is None:
-        raise UserError("it lacks denoiser_config, the sizes of the learned denoiser, since an earlier "
-                        "version of ntm_jax exported it")
+        raise UserError("it lacks denoiser_config, the sizes of the learned denoiser, since an "
+                        "earlier version of ntm_jax exported it")
     # A teacher's configuration by itself may not choose the denoiser as its decoder, nor have the
     # guidance of the denoiser's run.
     own = configuration.read(about.denoiser_config)
@@ -184,8 +189,8 @@ def _exported_spec(values: dict) -> DataSpec:
     height, width, channels = spec.image_shape
     smallest = min(height, width, channels, spec.patch_size)
     if smallest < 1 or height % spec.patch_size or width % spec.patch_size:
-        raise UserError(f"spec.image_shape is {spec.image_shape}, spec.patch_size {spec.patch_size}: "
-                        "expected a patch that divides the image")
+        raise UserError(f"spec.image_shape is {spec.image_shape}, spec.patch_size "
+                        f"{spec.patch_size}: expected a patch that divides the image")
     numbers = (math.prod(spec.image_shape), spec.pixel_levels, spec.num_classes, spec.count,
                spec.text_tokens, spec.text_width)
     largest = configuration.LARGEST_SIZE

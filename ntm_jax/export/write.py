@@ -4,7 +4,8 @@ The folder holds the parameters as safetensors, compiled programs (StableHLO) th
 argument, the configuration, a model card and an example script. config.json holds the SHA-256 of
 every other file and is sealed itself. export.read reads such a folder.
 
-Symbols: b batch; H, W, C image height, width, channels; V pixel levels; M text tokens, E their width.
+Symbols: b batch; H, W, C image height, width, channels; V pixel levels; M text tokens, E their
+width.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 def parameters(run: Run) -> dict:
     """What an export holds: the run's parameters, and its denoiser's where it has one."""
+    assert run.params is not None  # the run was trained
     return run.params | ({DENOISER: run.denoiser.params["params"]} if run.denoiser else {})
 
 
@@ -76,7 +78,10 @@ def _one(run: Run, condition: tuple):
 
 def _sampler(run: Run):
     spec, options, model = run.spec, run.config.sample.options, exact(build.plain(run.model))
-    denoiser = build.plain(run.denoiser.module) if options.decoder == "denoiser" else None
+    denoiser = None
+    if options.decoder == "denoiser":
+        assert run.denoiser is not None  # see generate.check_decoder
+        denoiser = build.plain(run.denoiser.module)
     static = generate.Sampler(model, run.schedule, options, denoiser)
 
     def images(tokens):
@@ -104,17 +109,20 @@ def _log_likelihood(run: Run):
 
     def log_likelihood(parameters, seed, index, pixels, *condition):
         (params, _), root = _split_parameters(parameters), jax.random.key(seed)
-        x = pixels
-        if spec.pixel_levels:  # a table, since XLA's division by a constant is not NumPy's to the last bit
-            x = jnp.asarray(transforms.scale(np.arange(spec.pixel_levels), spec.pixel_levels))[pixels]
+        x, levels = pixels, spec.pixel_levels
+        if levels:  # a table, since XLA's division by a constant may differ from NumPy's by a bit
+            x = jnp.asarray(transforms.scale(np.arange(levels), levels))[pixels]
         x = transforms.patchify(x, spec.patch_size)
 
         def example(x, index, *condition):
             y = _one(run, condition)
             batch = {"x": x[None], "index": index[None]}
-            batch |= {"text": y.states, "text_mask": y.mask} if isinstance(y, Text) else {"label": y}
+            if isinstance(y, Text):
+                batch |= {"text": y.states, "text_mask": y.mask}
+            else:
+                batch |= {"label": y}
             return scoring.weigh_batch(
-                params, root, batch, schedule=run.schedule, model=model, pixel_levels=spec.pixel_levels,
+                params, root, batch, schedule=run.schedule, model=model, pixel_levels=levels,
                 trajectories=run.config.evaluate.trajectories,
                 steps=run.config.evaluation_steps)["importance_weighted"][0]
 
@@ -127,7 +135,8 @@ def _arguments(run: Run, images: bool) -> dict:
     """{argument: abstract array} of a program, with a symbolic batch."""
     spec, (batch,) = run.spec, jax.export.symbolic_shape("b")
     named = named_leaves(parameters(run))
-    found = {"parameters": {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in named.items()},
+    abstract = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in named.items()}
+    found = {"parameters": abstract,
              "seed": jax.ShapeDtypeStruct((), jnp.uint32),
              "index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     if images:
@@ -158,7 +167,7 @@ def compiled(function, arguments: dict) -> bytes:
 
 def configure(run: Run, steps: int | None = None, guidance: float | tuple[float, ...] | None = None,
               decoder: str | None = None) -> Run:
-    """The run with these settings of sampling where they are given. Raises UserError; see generate."""
+    """The run with the given settings of sampling. Raises UserError; see generate.check."""
     options = generate.override(run.config, steps=steps, guidance=guidance, decoder=decoder)
     generate.check_decoder(run, options.decoder)
     return dataclasses.replace(run, config=run.config.with_sampling(**dataclasses.asdict(options)))
@@ -190,13 +199,14 @@ def write_export(run: Run, out: str, steps: int | None = None,
     contents["README.md"] = card.markdown(run, size, PLATFORMS).encode()
     described = {name: _described(arguments) for name, (_, arguments) in exported.items()}
     _write(folder, contents, _about(run) | {"programs": described, "checksums": checksums})
-    print(f"{len(contents) + 1} files in {out}, {sum(map(len, contents.values())) / 1e6:.1f} MB, of "
-          f"step {run.step}", flush=True)
+    print(f"{len(contents) + 1} files in {out}, {sum(map(len, contents.values())) / 1e6:.1f} MB, "
+          f"of step {run.step}", flush=True)
 
 
 def _about(run: Run) -> dict:
     """config.json without what is computed from the arrays and the programs."""
-    about = {"format": FORMAT, "step": run.step, "parameters": "raw" if run.raw else "ema", "platforms": PLATFORMS,
+    about = {"format": FORMAT, "step": run.step, "parameters": "raw" if run.raw else "ema",
+             "platforms": PLATFORMS,
              "packages": {name: importlib.metadata.version(name) for name in ("ntm_jax", "jax")},
              "spec": spec_to_json(run.spec), "config": run.config.raw}
     if run.denoiser:
@@ -229,8 +239,9 @@ def _write(folder, contents: dict, about: dict) -> None:
                 os.rmdir(path)
         if not isinstance(error, OSError):
             raise
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): give a new folder as --out, where you may write and the "
-                        "disk has space left") from None
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): give a new "
+                        "folder as --out, where you may write and the disk has space "
+                        "left") from None
 
 
 def _flush(folder) -> None:
@@ -244,4 +255,5 @@ def _flush(folder) -> None:
 
 def _described(arguments: dict) -> dict:
     """A program's arguments but the parameters, {name: "dtype[shape]"}."""
-    return {name: f"{a.dtype}[{','.join(map(str, a.shape))}]" for name, a in arguments.items() if name != "parameters"}
+    return {name: f"{a.dtype}[{','.join(map(str, a.shape))}]"
+            for name, a in arguments.items() if name != "parameters"}

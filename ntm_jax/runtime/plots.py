@@ -7,6 +7,7 @@ import io
 import math
 import textwrap
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -157,7 +158,8 @@ def smoothed(values: list) -> list[float]:
     return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
-def figure(width: float, height: float, rows: int | None = None, columns: int | None = None):
+def figure(width: float, height: float, rows: int | None = None,
+           columns: int = 1) -> tuple[Any, Any]:
     """(figure, axes) of a size in inches: one axes, or an array of axes [rows, columns]."""
     from matplotlib.figure import Figure
 

@@ -1,9 +1,11 @@
-"""Where a new run's parameters come from, and the reference that holds its means (method, section 7).
+"""Fine-tuning: where a new run's parameters come from, and the reference that holds its means.
 
-A run or an export of the same model gives all parameters. A flow-matching model, ours or a public
-checkpoint, gives the backbone of the posterior head. The copy of that backbone that the means are
-held near is kept once, in WORKDIR/frozen, in the dtype that it computes in.
+Method, section 7. A run or an export of the same model gives all parameters. A flow-matching model,
+ours or a public checkpoint, gives the backbone of the posterior head. The copy of that backbone
+that the means are held near is kept once, in WORKDIR/frozen, in the dtype that it computes in.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -37,13 +39,13 @@ def start_from(run: Run, current: State) -> State:
     except UserError as error:
         raise UserError(f"config.init_from is {run.config.init_from}: {error}") from None
     if params is not None:
-        return current.replace(params=params, ema=_copy(params))
+        return dataclasses.replace(current, params=params, ema=_copy(params))
 
     def put(tree, backbone):
         return {"params": tree["params"] | {"backbone": backbone}}
 
-    return current.replace(params=put(current.params, backbone),
-                           ema=put(current.ema, _copy(backbone)))
+    return dataclasses.replace(current, params=put(current.params, backbone),
+                               ema=put(current.ema, _copy(backbone)))
 
 
 def _read_all(run: Run) -> dict:
@@ -79,13 +81,14 @@ def _read_backbone(run: Run):
         return None
     other = load_run(config.init_from)
     _check_data(run, other)
+    assert other.params is not None  # it was loaded
     found = other.params["params"]["backbone"]
     different = checksums.first_difference(*map(checksums.named_leaves, (found, expected)))
     if different:
         name, there, here = different
-        raise UserError(f"the flow-matching model there is another network: array {name} is {there} "
-                        f"there and {here} here; give its sizes, config.model.width, predictor_layers "
-                        "and the rest")
+        raise UserError(f"the flow-matching model there is another network: array {name} is "
+                        f"{there} there and {here} here; give its sizes, config.model.width, "
+                        "predictor_layers and the rest")
     return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), found, expected)
 
 
@@ -105,7 +108,10 @@ def _check_data(run: Run, other: Run) -> None:
 
 
 def _copy(tree, dtype=None):
-    """A copy, in another dtype if given. A step donates its arguments, so no two may share arrays."""
+    """A copy, in another dtype if given.
+
+    A step donates its arguments, so no two of them may share arrays.
+    """
     copy = jax.jit(lambda tree: jax.tree.map(lambda a: jnp.copy(a).astype(dtype or a.dtype), tree),
                    out_shardings=jax.tree.map(lambda a: a.sharding, tree))
     return copy(tree)

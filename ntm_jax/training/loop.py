@@ -48,8 +48,8 @@ def check(metrics: dict, step: int) -> dict:
         bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(metrics[term])
                if not np.isfinite(value)]
         first = bad[0] if bad else "the gradient or the update, every term being finite,"
-        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the last "
-                        f"checkpoint is untouched. {DIVERGED}")
+        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the "
+                        f"last checkpoint is untouched. {DIVERGED}")
     if "quadratic" not in terms:
         return scalars
     nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
@@ -114,8 +114,8 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source, prog
     else:
         start, current, data_state = checkpoints.restore(state.abstract(run))
     if start > total:
-        raise UserError(f"{folder} holds step {start}, beyond config.train.steps = {total}: raise it "
-                        "to go on, or evaluate that run")
+        raise UserError(f"{folder} holds step {start}, beyond config.train.steps = {total}: raise "
+                        "it to go on, or evaluate that run")
     batches = pipeline.train_iterator(
         source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers,
         *sharding.share(run.mesh))
@@ -142,7 +142,8 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source, prog
     stop = StopRequest()
     if not job.several():  # in a job of several processes, jax catches SIGTERM and tells the others
         stack.enter_context(stop)
-    return _Loop(run, current, start, batches, held_out, checkpoints, writer, stop, teacher, reference)
+    return _Loop(run, current, start, batches, held_out, checkpoints, writer, stop, teacher,
+                 reference)
 
 
 @dataclasses.dataclass
@@ -274,7 +275,7 @@ class _Loop:
             return {}
         now, (before, first) = time.perf_counter(), self.clock
         speed, self.clock = (step - first) / (now - before), (now, step)
-        scalars |= {"learning_rate": float(self.rate(step - 1)),
+        scalars |= {"learning_rate": float(np.asarray(self.rate(step - 1))),
                     "examples_per_second": speed * config.data.batch_size}
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if memory:
@@ -285,9 +286,10 @@ class _Loop:
         return scalars
 
     def _texts(self, first: int, end: int) -> list[str]:
-        """The compiled texts of the steps first to end, which were run: nothing is compiled again."""
+        """The compiled texts of steps first to end, which have run, so nothing is compiled."""
         choices = sorted({steps_of(self.run.config, step) for step in range(first, end)})
         with sharding.use(self.run.mesh):
-            return [self.step_function.lower(
-                self.current, self.batch, steps, self.reference, self.complete).compile().as_text()
+            compiled = [self.step_function.lower(
+                self.current, self.batch, steps, self.reference, self.complete).compile()
                 for steps in choices]
+        return [program.as_text() or "" for program in compiled]

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from typing import Any, cast
 
 import jax
 from etils import epath
@@ -145,13 +146,14 @@ class _Board:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
-        self._events, self._folder = event_pb2, workdir
+        events = cast(Any, event_pb2)  # which makes its classes when it is imported
+        self._events, self._folder = events, workdir
         with files.naming(workdir):
             self._file = EventsWriter(f"{workdir}/events")
             if start_step:  # makes TensorBoard drop events logged after the restored checkpoint
-                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                start = events.SessionLog(status=events.SessionLog.START)
                 for content in ({"file_version": "brain.Event:2"}, {"session_log": start}):
-                    self._file.write_event(event_pb2.Event(step=start_step + 1, **content))
+                    self._file.write_event(events.Event(step=start_step + 1, **content))
 
     def scalars(self, step, now, scalars):
         from tensorboardX import summary

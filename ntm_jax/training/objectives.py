@@ -1,8 +1,8 @@
 """What training minimises: the table that config.train.objective chooses from.
 
-An objective owns its loss, its held-out measure, the label of its loss, the decoders that its models
-allow and what it requires of a configuration. No other file compares an objective's name. A new one
-is one entry here, or a call of `register` in a module that --import names.
+An objective owns its loss, its held-out measure, the label of its loss, the decoders that its
+models allow and what it requires of a configuration. No other file compares an objective's name. A
+new one is one entry here, or a call of `register` in a module that --import names.
 
 Symbols: B batch, T steps, N tokens, D token channels.
 """
@@ -68,7 +68,7 @@ class Draws:
             self.keys("t_min"))
 
     def condition(self, model, dropout: float):
-        """The condition of the examples, replaced by the null condition with probability `dropout`."""
+        """The examples' condition, replaced by the null condition with probability `dropout`."""
         y = build.condition(model, self.batch)
         if not dropout:
             return y
@@ -105,7 +105,7 @@ def trajectory_terms(setup: Setup, params, draws: Draws, reference=None) -> Term
 
 
 def pair_terms(setup: Setup, params, draws: Draws, reference=None) -> Terms:
-    """Terms [B, 1] of one random consecutive pair an example, with a random number of steps each."""
+    """Terms [B, 1] of one random consecutive pair an example, of a random number of steps each."""
     x, schedule = draws.batch["x"], setup.schedule
     t_min, y = draws.t_min(schedule), draws.condition(setup.model, setup.train.condition_dropout)
 
@@ -147,7 +147,7 @@ def _likelihood_loss(terms_of: Callable) -> Callable:
 
 
 def velocity_loss(setup: Setup, params, draws: Draws, reference=None):
-    """The squared error of the velocity at one level an example, uniform in the schedule's steps."""
+    """The squared error of the velocity at one level an example, uniform along the schedule."""
     x, model = draws.batch["x"], setup.model
     y = draws.condition(model, setup.train.condition_dropout)
     t = setup.schedule.at(jax.vmap(jax.random.uniform)(draws.keys("level")))
@@ -163,6 +163,7 @@ def denoiser_loss(setup: Setup, params, draws: Draws, reference=None):
 
     reference: the teacher's parameters.
     """
+    assert setup.teacher is not None
     y = build.condition(setup.model, draws.batch)
     errors = denoising.denoiser_errors(setup.model, params, setup.teacher, reference,
                                        draws.keys("noise"), draws.batch["x"], y)
@@ -222,8 +223,8 @@ class Objective:
 
     loss(setup, params, draws, reference) -> (the value that is minimised, metrics). metrics has
     "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
-    [T] each by level. reference: the parameters of the teacher or of the flow-matching model that the
-    means are held near; None without either.
+    [T] each by level. reference: the parameters of the teacher or of the flow-matching model that
+    the means are held near; None without either.
     held_out(run, source) -> Held, during training.
     measure(run, source) -> {name: mean and stderr}, added to evaluation.json; None adds nothing.
     check(config) raises UserError for a configuration that the objective cannot train.
@@ -242,7 +243,8 @@ class Objective:
 
 
 def _measure_velocity(run: Run, source: Source) -> dict:
-    return {"velocity_error": measures.velocity_error(run, source, run.config.evaluate.trajectories)}
+    trajectories = run.config.evaluate.trajectories
+    return {"velocity_error": measures.velocity_error(run, source, trajectories)}
 
 
 SQUARED = "training loss (mean squared error)"
@@ -278,11 +280,11 @@ def checked(config: Config) -> Objective:
     objective = find(name)
     if objective.needs_teacher != bool(config.teacher):
         raise UserError(f"config.teacher is {config.teacher!r}, config.train.objective {name}: a "
-                        "denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR of "
-                        "the run to distil")
+                        "denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR "
+                        "of the run to distil")
     if train.level_power and not objective.has_levels:
-        raise UserError(f"config.train.level_power is {train.level_power}: it weights the levels of a "
-                        f"trajectory, and config.train.objective={name} has none; set it to 0")
+        raise UserError(f"config.train.level_power is {train.level_power}: it weights the levels "
+                        f"of a trajectory, and config.train.objective={name} has none; set it to 0")
     objective.check(config)
     check_decoder(config, config.sample.decoder)
     holds_means = config.model.head == "posterior" and not objective.trains_velocity

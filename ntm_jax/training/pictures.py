@@ -1,4 +1,4 @@
-"""The pictures that a run ends with: samples, trajectories from noise to clean, and the loss curve."""
+"""The pictures that a run ends with: samples, trajectories from noise to clean, the loss curve."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ COLUMNS = 17  # at most, of a picture of trajectories
 
 
 def draw(run: Run, source: Source, loss_label: str) -> None:
-    """Draws samples.png, trajectories.png and loss.png in the run's folder; process 0 writes them."""
+    """Draws samples.png, trajectories.png and loss.png in the run's folder, in process 0."""
     folder, spec, extent = epath.Path(run.workdir), run.spec, source.planar_extent
     # Points of a plane cost little, and many of them show a density.
     first, *rest = generate.in_batches(run.config.sample.num, 500 if extent else 100)

@@ -13,7 +13,7 @@ class StopRequest:
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(ValueError):  # outside the main thread the signals stay as they are
+            with contextlib.suppress(ValueError):  # raised outside the main thread
                 self._before[number] = signal.signal(number, self._ask)
         return self
 

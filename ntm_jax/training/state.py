@@ -46,8 +46,8 @@ def check_memory(run: Run) -> None:
     needed = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
                  for a in jax.tree.leaves(abstract(run)))
     if limit and needed > limit:
-        raise UserError(f"parameters and optimizer take {needed / 2**30:,.1f} GiB of a device, which "
-                        f"has {limit / 2**30:,.1f}: lower config.model.width or "
+        raise UserError(f"parameters and optimizer take {needed / 2**30:,.1f} GiB of a device, "
+                        f"which has {limit / 2**30:,.1f}: lower config.model.width or "
                         "config.model.predictor_layers, or raise config.mesh.fsdp on more devices")
 
 

@@ -5,6 +5,7 @@ Symbols: B batch, T steps, N tokens, D token channels.
 
 import dataclasses
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ def make_step(run: Run, teacher: Run | None = None):
     """The jitted step(state, batch, steps, reference, batch_complete) -> (state, metrics).
 
     steps, the T of the trajectories, is static; the state is donated. metrics: those of the
-    objective's loss, grad_norm, and finite, whether all new parameters are. reference: see Objective.
+    objective's loss, grad_norm, and finite, whether all new parameters are. reference: see
+    Objective.
 
     batch_complete: in a job of several processes, sharding.flag_by_process of whether a process has
     its share of the batch. Where one lacks its share, the state stays unchanged everywhere, and
@@ -32,10 +34,12 @@ def make_step(run: Run, teacher: Run | None = None):
     """
     config = run.config
     transform = optimizer.make(config.optimizer, config.train.steps)
+    decay = config.optimizer.ema_decay
     gradients = _gradients(run, teacher)
     # XLA would choose shardings for the new state other than the old one's: the second step would
     # compile again, and donation would save nothing.
-    shardings = jax.tree.map(lambda a: a.sharding, state.abstract(run)), sharding.replicated(run.mesh)
+    of_state = jax.tree.map(lambda a: a.sharding, state.abstract(run))
+    shardings = of_state, sharding.replicated(run.mesh)
 
     @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=shardings)
     def step(current: State, batch, steps: int, reference=None, batch_complete=None):
@@ -43,8 +47,8 @@ def make_step(run: Run, teacher: Run | None = None):
         metrics, gradient = gradients(current, Draws(root, batch, steps, current.step), reference)
         with jax.named_scope("optimizer"):
             updates, opt_state = transform.update(gradient, current.opt_state, current.params)
-            params = optax.apply_updates(current.params, updates)
-            ema = optimizer.update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
+            params = cast(dict, optax.apply_updates(current.params, updates))
+            ema = optimizer.update_ema(current.ema, params, current.step, decay)
             finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
             metrics = {"grad_norm": optax.tree.norm(gradient), "finite": finite} | metrics
             new = State(current.step + 1, params, opt_state, ema)
@@ -75,7 +79,8 @@ def _gradients(run: Run, teacher: Run | None):
     def accumulated(current: State, draws: Draws, reference):
         # A part is every parts-th example, so that each device keeps the examples that it holds.
         split = jax.tree.map(
-            lambda a: jnp.moveaxis(a.reshape(len(a) // parts, parts, *a.shape[1:]), 1, 0), draws.batch)
+            lambda a: jnp.moveaxis(a.reshape(len(a) // parts, parts, *a.shape[1:]), 1, 0),
+            draws.batch)
 
         def part(batch):
             return evaluate(current, dataclasses.replace(draws, batch=batch), reference)
@@ -106,7 +111,7 @@ def flops_of_step(run: Run, step, current: State, batch, teacher: Run | None = N
 
 
 def steps_of(config: Config, step: int) -> int:
-    """T of a training step, drawn on the host from the seed and the step, since shapes are static."""
+    """T of a training step, drawn from the seed on the host, since shapes are static."""
     choices = config.trajectory.steps
     if len(choices) == 1:
         return choices[0]
@@ -118,5 +123,6 @@ def check_batch(config: Config, mesh) -> None:
     size, parts = config.data.batch_size, config.train.accumulate
     shards = sharding.batch_shards(mesh)
     if size % (shards * parts):
-        raise UserError(f"config.data.batch_size is {size}: expected a multiple of {shards * parts}, "
-                        f"data x fsdp = {shards} times config.train.accumulate = {parts}")
+        raise UserError(f"config.data.batch_size is {size}: expected a multiple of "
+                        f"{shards * parts}, data x fsdp = {shards} times config.train.accumulate = "
+                        f"{parts}")
