@@ -1,4 +1,4 @@
-"""Checkpoints on real files: bit-equal round trips, retention, damage, kills, other shardings, and the refusals."""
+"""Checkpoints on real files: bit-equal round trips, retention, damage, kills, other shardings."""
 
 import gc
 import json
@@ -8,9 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.runtime.checksums import _sums, array_checksums
-
-ROOT = Path(__file__).parents[2]
+from ntm_jax.runtime.checksums import array_checksums
+from tests.common import bits, environment
 
 
 @struct.dataclass
@@ -47,11 +44,8 @@ def make_state(seed=0, width=32):
 
 
 def abstract(tree, sharding=None):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree)
-
-
-def bits(tree):
-    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree)
 
 
 def one_line(error):
@@ -60,11 +54,11 @@ def one_line(error):
     return text
 
 
-def run(code, *arguments, **environment):
-    """A child process that runs `code`, with the checkout on its path."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment}
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+def run(code, *arguments, **variables):
+    """A process that runs `code`, with the checkout on its path."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
+                            env=environment(**variables))
 
 
 def finish(*children):
@@ -91,7 +85,8 @@ def test_round_trip_is_bit_equal_and_keeps_the_structure(tmp_path):
 
 
 def test_reading_changes_nothing_on_disk(tmp_path):
-    with Checkpoints(tmp_path / "none") as checkpoints, pytest.raises(UserError, match=r"there is no checkpoint in .*--workdir"):
+    refused = pytest.raises(UserError, match=r"there is no checkpoint in .*--workdir")
+    with Checkpoints(tmp_path / "none") as checkpoints, refused:
         checkpoints.restore({})
     assert list(tmp_path.iterdir()) == []
     with Checkpoints(tmp_path) as checkpoints:
@@ -99,10 +94,11 @@ def test_reading_changes_nothing_on_disk(tmp_path):
     unfinished = next((tmp_path / "checkpoints").iterdir()).with_name("2.orbax-checkpoint-tmp")
     unfinished.mkdir()  # as another process that is saving now has it
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore({"x": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=jnp.ones(3).sharding)})[0] == 1
+        assert checkpoints.restore(abstract({"x": jnp.ones(3)}))[0] == 1
         assert checkpoints.steps() == [1]
         assert unfinished.exists()
-        checkpoints.save(3, {"x": jnp.ones(3)}, {})  # the run itself, which has resumed: what is unfinished is a killed run's
+        # The run itself saves, which has resumed: the unfinished save was a killed run's.
+        checkpoints.save(3, {"x": jnp.ones(3)}, {})
         checkpoints.wait()
         assert not unfinished.exists()
 
@@ -122,25 +118,26 @@ def test_retention_keeps_the_last_the_best_and_every_nth(tmp_path):
     bounds = {1: float("nan"), 2: 1.0, 3: float("-inf"), 4: 3.0, 5: None, 6: 2.0, 7: None, 8: 4.0}
     with Checkpoints(tmp_path, keep_last=2, keep_every=4) as checkpoints:
         for step, bound in bounds.items():
-            checkpoints.save(step, {"x": jnp.ones(3)}, {}, None if bound is None else {"bound": bound, "other": 0.0})
+            metrics = None if bound is None else {"bound": bound, "other": 0.0}
+            checkpoints.save(step, {"x": jnp.ones(3)}, {}, metrics)
         checkpoints.save(9, {"x": jnp.ones(3)}, {}, {"other": -9.0})
         checkpoints.save(10, {"x": jnp.ones(3)}, {})
         checkpoints.wait()
         assert checkpoints.steps() == [2, 4, 8, 9, 10]
-    with Checkpoints(tmp_path, keep_last=1) as checkpoints:  # the bounds are read again from the files
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:  # reads the bounds from the files
         assert (checkpoints.best(), checkpoints.latest()) == (2, 10)
         checkpoints.save(11, {"x": jnp.ones(3)}, {}, {"bound": 0.5})
         checkpoints.wait()
         assert checkpoints.steps() == [11]
 
 
-# Orbax leaves the other reads of a failed load to the garbage collector, and its event loop closed under them.
+# Orbax leaves other reads of a failed load to the garbage collector, and closes their event loop.
 abandoned_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture
 def settled():
-    """What a failed load left behind is gone before the next test, whose warnings are errors."""
+    """Collects what a failed load left behind before the next test, whose warnings are errors."""
     yield
     time.sleep(0.1)
     gc.collect()
@@ -149,15 +146,17 @@ def settled():
 @abandoned_reads
 @pytest.mark.usefixtures("settled")
 def test_no_flipped_byte_is_ever_loaded_silently(tmp_path):
-    state = {"noise": jax.random.normal(jax.random.key(0), (64, 64)), "half": jnp.ones((32, 33), jnp.bfloat16), "zeros": jnp.zeros(999)}
+    state = {"noise": jax.random.normal(jax.random.key(0), (64, 64)),
+             "half": jnp.ones((32, 33), jnp.bfloat16), "zeros": jnp.zeros(999)}
     data, expected, template = {"n": 12345}, bits(state), abstract(state)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, data)
         checkpoints.save(2, state, data, {"bound": 1.0})
-    files = sorted(f for f in (tmp_path / "checkpoints" / "2").rglob("*") if f.is_file() and f.stat().st_size)
+    files = sorted(f for f in (tmp_path / "checkpoints" / "2").rglob("*")
+                   if f.is_file() and f.stat().st_size)
     draw, caught_by_checksum, refused = random.Random(0), 0, 0
     for trial in range(40):
-        # Two in three in the file that holds the arrays; the rest anywhere: manifests, metadata, JSON.
+        # Two in three in the file with the arrays; the rest in any: manifests, metadata, JSON.
         file = max(files, key=lambda f: f.stat().st_size) if trial % 3 else draw.choice(files)
         whole = file.read_bytes()
         damaged = bytearray(whole)
@@ -217,7 +216,8 @@ def test_a_damaged_checkpoint_is_refused_with_the_way_out(tmp_path):
     assert "is damaged: it cannot be read (ValueError: its metadata are damaged)" in refusal()
     shardings.write_text(whole)
 
-    arrays = max((f for f in (folder / "20" / "state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    found = [f for f in (folder / "20" / "state").rglob("*") if f.is_file()]
+    arrays = max(found, key=lambda f: f.stat().st_size)
     arrays.write_bytes(arrays.read_bytes()[:-1000])
     assert "cannot be read" in refusal()
     arrays.unlink()
@@ -240,16 +240,21 @@ def test_another_model_is_refused_by_its_first_differing_array(tmp_path):
             assert text.startswith("checkpoint step 5 in ")
             return text
 
-        assert "params/dense/bias is float32[32] in the checkpoint, float32[48] in this model" in refusal(abstract(make_state(width=48)))
+        assert ("params/dense/bias is float32[32] in the checkpoint, float32[48] in this model"
+                in refusal(abstract(make_state(width=48))))
         template = abstract(state)
-        sharding = state.step.sharding
-        double = {**template.params, "half": jax.ShapeDtypeStruct((5, 32), jnp.float32, sharding=sharding)}
-        assert "params/half is bfloat16[5,32] in the checkpoint, float32[5,32]" in refusal(template.replace(params=double))
+        single = jax.ShapeDtypeStruct((5, 32), jnp.float32, sharding=state.step.sharding)
+        other = {**template.params, "half": single}
+        assert ("params/half is bfloat16[5,32] in the checkpoint, float32[5,32]"
+                in refusal(template.replace(params=other)))
         more = {**template.params, "new": template.step}
-        assert "params/new is absent in the checkpoint, int32[] in this model" in refusal(template.replace(params=more))
+        assert ("params/new is absent in the checkpoint, int32[] in this model"
+                in refusal(template.replace(params=more)))
         fewer = {name: leaf for name, leaf in template.params.items() if name != "half"}
-        assert "params/half is bfloat16[5,32] in the checkpoint, absent in this model" in refusal(template.replace(params=fewer))
-        assert "ema/half is" in refusal({"ema": fewer}, lambda subtree: checkpoints.restore_subtree(5, subtree))
+        assert ("params/half is bfloat16[5,32] in the checkpoint, absent in this model"
+                in refusal(template.replace(params=fewer)))
+        assert "ema/half is" in refusal(
+            {"ema": fewer}, lambda subtree: checkpoints.restore_subtree(5, subtree))
         with pytest.raises(UserError, match=r"no checkpoint of step 6 in .*: it has 5$"):
             checkpoints.restore(template, 6)
 
@@ -261,11 +266,13 @@ def test_a_step_under_another_number_is_refused(tmp_path):
     for step in (None, 9):
         with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
             checkpoints.restore(abstract({"x": jnp.ones(3)}), step)
-        assert one_line(error) == f"{tmp_path}/checkpoints/9 holds the checkpoint of step 4: give the folder that number again"
+        assert one_line(error) == (f"{tmp_path}/checkpoints/9 holds the checkpoint of step 4: give "
+                                   "the folder that number again")
 
 
 @pytest.mark.parametrize(("mine", "message"), [
-    ({"a": 1}, None), (None, None), ({"a": 2}, "a = 1, and config.json has a = 2"), ({}, "a = 1, and config.json has a at its default"),
+    ({"a": 1}, None), (None, None), ({"a": 2}, "a = 1, and config.json has a = 2"),
+    ({}, "a = 1, and config.json has a at its default"),
     ({"a": 1, "b": 3}, "b at its default, and config.json has b = 3")])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, mine, message):
     with Checkpoints(tmp_path, settings={"a": 1}) as checkpoints:
@@ -285,9 +292,11 @@ def test_a_checkpoint_of_an_earlier_version_has_no_settings_and_loads(tmp_path):
     folder = tmp_path / "checkpoints" / "4"
     shutil.rmtree(folder / "run")
     sums = folder / "checksums" / "data.json"
-    with Checkpoints(tmp_path, settings={"a": 2}) as checkpoints, pytest.raises(UserError, match="<run> has checksum"):
+    refused = pytest.raises(UserError, match="<run> has checksum")
+    with Checkpoints(tmp_path, settings={"a": 2}) as checkpoints, refused:
         checkpoints.restore(abstract({"x": jnp.ones(3)}))
-    sums.write_text(json.dumps({name: value for name, value in json.loads(sums.read_text()).items() if name != "<run>"}))
+    kept = {name: value for name, value in json.loads(sums.read_text()).items() if name != "<run>"}
+    sums.write_text(json.dumps(kept))
     with Checkpoints(tmp_path, settings={"a": 2}) as checkpoints:
         assert checkpoints.saved_settings() == {}
         assert checkpoints.restore(abstract({"x": jnp.ones(3)}))[0] == 4
@@ -296,7 +305,7 @@ def test_a_checkpoint_of_an_earlier_version_has_no_settings_and_loads(tmp_path):
 @abandoned_reads
 @pytest.mark.usefixtures("settled")
 def test_a_reader_beside_a_run_that_saves_and_removes_steps(tmp_path):
-    child = run(KILLED, tmp_path, 2)  # keeps the last two: with one, a busy machine never reads it in time
+    child = run(KILLED, tmp_path, 2)  # keeps two: with one, a busy machine never reads it in time
     for line in child.stdout:
         if line == "committed 2\n":
             break
@@ -313,66 +322,6 @@ def test_a_reader_beside_a_run_that_saves_and_removes_steps(tmp_path):
     assert seen[-1] > seen[0] + 5
 
 
-SHARDED = """
-import sys, jax, jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from ntm_jax.runtime.checksums import array_checksums
-
-sums = []
-for shape in ((1, 1), (4, 2), (2, 4)):
-    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: shape[0] * shape[1]])
-    shardings = [NamedSharding(mesh, spec) for spec in (P("fsdp"), P(None, "fsdp"), P(("data", "fsdp")), P())]
-    tree = {str(i): jax.device_put(jnp.arange(64.0 * 8).reshape(64, 8) + i, shardings[i % 4]) for i in range(200)}
-    sums += [array_checksums(tree) for _ in range(10)]
-assert sums == sums[:1] * 30
-"""
-
-
-def test_checksums_of_many_sharded_arrays_need_no_collective():
-    """200 arrays on 8 devices of a machine with fewer cores, over and over: their collectives would wait for each other for ever."""
-    finish(run(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool"])
-def test_checksum_sees_every_bit_and_every_exchange(dtype):
-    values = jax.random.normal(jax.random.key(1), (4, 3, 5)) * 9
-    x = np.array(jnp.abs(values).astype(dtype) if dtype.startswith("u") else values > 0 if dtype == "bool" else values.astype(dtype))
-    whole, seen = array_checksums({"x": x})["x"], set()
-    raw = x.reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
-    for bit in range(1 if dtype == "bool" else 8 * x.dtype.itemsize):
-        raw[37] ^= raw.dtype.type(1 << bit)
-        seen.add(array_checksums({"x": x})["x"])
-        raw[37] ^= raw.dtype.type(1 << bit)
-    for i in range(0, 60, 7):
-        for j in range(i):
-            if raw[i] != raw[j]:
-                raw[[i, j]] = raw[[j, i]]
-                seen.add(array_checksums({"x": x})["x"])
-                raw[[i, j]] = raw[[j, i]]
-    assert whole not in seen
-    assert array_checksums({"x": x})["x"] == whole
-
-
-def test_checksum_sees_two_signs_exchanged():
-    # The flips of the top bit that a sum of bits * odd number misses whichever odd numbers it takes.
-    x = np.ones((6, 6), np.float32)
-    seen = set()
-    for i in range(36):
-        for j in range(i):
-            x.reshape(-1)[[i, j]] = -1
-            seen.add(array_checksums({"x": x})["x"])
-            x[:] = 1
-    assert len(seen) == 36 * 35 // 2
-    assert array_checksums({"x": x})["x"] not in seen
-
-
-def test_checksum_of_scalars_empty_and_huge_arrays():
-    assert array_checksums({"a": jnp.int32(3)}) != array_checksums({"a": jnp.int32(4)})
-    assert array_checksums({"a": jnp.zeros((0, 4))}) == {"a": "0" * 16}
-    huge = jax.eval_shape(_sums, jax.ShapeDtypeStruct((2**20, 2**14), jnp.uint8))  # 2^34 elements: its index overflows uint32
-    assert (huge.shape, huge.dtype) == ((1, 2), jnp.uint32)
-
-
 EIGHT = """
 import json, sys
 import jax, jax.numpy as jnp
@@ -381,11 +330,13 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.checksums import array_checksums
 
 mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-specs = {"both": P("fsdp", "tensor"), "second": P(None, "fsdp"), "joint": P(("fsdp", "tensor")), "half": P("tensor"), "step": P()}
+specs = {"both": P("fsdp", "tensor"), "second": P(None, "fsdp"), "joint": P(("fsdp", "tensor")),
+         "half": P("tensor"), "step": P()}
 shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 with Checkpoints(sys.argv[1]) as checkpoints:
     _, state, data = checkpoints.restore({
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name]) for name, (shape, dtype) in json.loads(sys.argv[2]).items()
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
+        for name, (shape, dtype) in json.loads(sys.argv[2]).items()
     })
     assert all(state[name].sharding == shardings[name] for name in state)
     checkpoints.save(2, state, data)
@@ -395,26 +346,30 @@ print(json.dumps(array_checksums(state)))
 
 def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
     keys = jax.random.split(jax.random.key(3), 4)
-    state = {name: jax.random.normal(key, (16, 8)) for name, key in zip(("both", "second", "joint"), keys, strict=False)}
+    state = {name: jax.random.normal(key, (16, 8))
+             for name, key in zip(("both", "second", "joint"), keys, strict=False)}
     state |= {"half": jax.random.normal(keys[3], (6, 5), jnp.bfloat16), "step": jnp.int32(7)}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {"n": 4})
     shapes = json.dumps({name: (x.shape, str(x.dtype)) for name, x in state.items()})
-    [output] = finish(run(EIGHT, tmp_path, shapes, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+    flags = "--xla_force_host_platform_device_count=8"
+    [output] = finish(run(EIGHT, tmp_path, shapes, XLA_FLAGS=flags))
     assert json.loads(output.splitlines()[-1]) == array_checksums(state)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    replicated = NamedSharding(mesh, PartitionSpec())
     with Checkpoints(tmp_path) as checkpoints:  # written from eight devices, read on one
-        step, restored, data = checkpoints.restore(abstract(state, NamedSharding(mesh, PartitionSpec())))
+        step, restored, data = checkpoints.restore(abstract(state, replicated))
     assert (step, data, bits(restored)) == (2, {"n": 4}, bits(state))
 
 
-# Whole numbers in what follows: the same bits in every process, however it compiles.
+# The states below are integers, so that each process has the same bits, however it compiles.
 KILLED = """
 import sys, jax, jax.numpy as jnp
 from ntm_jax.runtime.checkpoint import Checkpoints
 
 state = {str(i): jnp.arange(256.0 * 256).reshape(256, 256) + i for i in range(8)}
-template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+template = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 checkpoints = Checkpoints(sys.argv[1], *map(int, sys.argv[2:]))
 step = 0
 if checkpoints.latest() is not None:
@@ -445,7 +400,8 @@ def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
                 break
         child.send_signal(signal.SIGKILL)
         rest = child.communicate()[0].split()
-        committed = max([committed, *(int(step) for word, step in zip(rest[::2], rest[1::2], strict=False) if word == "committed")])
+        words = zip(rest[::2], rest[1::2], strict=False)
+        committed = max([committed, *(int(step) for word, step in words if word == "committed")])
     expected = {str(i): jnp.arange(256.0 * 256).reshape(256, 256) + i for i in range(8)}
     with Checkpoints(tmp_path) as checkpoints:
         step, state, data = checkpoints.restore(abstract(expected))
@@ -456,7 +412,8 @@ def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
         assert bits(state) == bits(expected)
         checkpoints.save(step + 1, state, {"n": step + 1})
         checkpoints.wait()
-        assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == sorted(map(str, checkpoints.steps()))
+        folders = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
+        assert folders == sorted(map(str, checkpoints.steps()))
 
 
 PROCESSES = """
@@ -468,8 +425,10 @@ from ntm_jax.runtime.checksums import array_checksums
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 shardings = {"w": NamedSharding(mesh, P("data")), "step": NamedSharding(mesh, P())}
-make = jax.jit(lambda: {"w": jnp.arange(128.0).reshape(8, 16), "step": jnp.int32(1)}, out_shardings=shardings)
-template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(make), shardings)
+make = jax.jit(lambda: {"w": jnp.arange(128.0).reshape(8, 16), "step": jnp.int32(1)},
+               out_shardings=shardings)
+template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                        jax.eval_shape(make), shardings)
 with Checkpoints(sys.argv[1]) as checkpoints:
     assert checkpoints.latest() is None
     for step in (1, 2):

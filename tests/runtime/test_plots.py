@@ -1,4 +1,4 @@
-"""The pictures: pixels of grids, and what the plots show, read back from the files and from matplotlib."""
+"""The pictures: pixels of grids, and plots read back from their files and from matplotlib."""
 
 import json
 
@@ -20,7 +20,8 @@ def test_grid_places_and_enlarges_every_image():
     assert grid.dtype == np.uint8
     for i, image in enumerate(images):
         top, left = 2 + (i // 2) * 11, 2 + (i % 2) * 14
-        np.testing.assert_array_equal(grid[top : top + 9, left : left + 12], np.kron(image, np.ones((3, 3, 1), np.uint8)))
+        enlarged = np.kron(image, np.ones((3, 3, 1), np.uint8))
+        np.testing.assert_array_equal(grid[top : top + 9, left : left + 12], enlarged)
         grid[top : top + 9, left : left + 12] = 255
     assert (grid == 255).all()  # nothing else: white padding, white empty place
 
@@ -40,7 +41,8 @@ def drawn(monkeypatch):
 
 
 def write_metrics(path, key="evaluate/bits_per_dim"):
-    lines = [{"step": s, "wall_time": 0.0, "loss": None if s == 30 else 10.0 / s} for s in range(1, 301)]
+    lines = [{"step": s, "wall_time": 0.0, "loss": None if s == 30 else 10.0 / s}
+             for s in range(1, 301)]
     lines[99][key], lines[199][key] = 3.5, 3.25
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -55,7 +57,8 @@ def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     losses, held_out = figures[0].axes
     raw, smooth = losses.lines
     assert (len(raw.get_xdata()), 30 in raw.get_xdata()) == (299, False)
-    np.testing.assert_allclose(smooth.get_ydata()[100], np.mean(raw.get_ydata()[98:103]), rtol=1e-12)
+    mean = np.mean(raw.get_ydata()[98:103])
+    np.testing.assert_allclose(smooth.get_ydata()[100], mean, rtol=1e-12)
     assert (losses.get_xlabel(), losses.get_ylabel()) == ("step", "training loss (squared error)")
     assert held_out.lines[0].get_xydata().tolist() == [[100, 3.5], [200, 3.25]]
     assert held_out.get_ylabel() == "held-out bound (bits per dimension)"
@@ -81,4 +84,5 @@ def test_trajectories_run_from_noise_on_the_left_to_clean(tmp_path, monkeypatch)
     assert [a.get_title() for a in axes[0]] == ["t=1", "t=0.5", "t=0.05"]
     for row in range(2):
         for column in range(3):
-            np.testing.assert_array_equal(axes[row, column].images[0].get_array(), images[row, 2 - column, ..., 0])
+            shown = axes[row, column].images[0].get_array()
+            np.testing.assert_array_equal(shown, images[row, 2 - column, ..., 0])

@@ -79,7 +79,8 @@ def test_figures_and_pictures_of_a_flow_matching_run(flow):
     assert len(result["trajectory_nll"]["by_level"]) == 2
     logged = metrics(workdir)[-1]["evaluate/velocity_error"]
     assert logged == pytest.approx(result["velocity_error"]["mean"], rel=1e-5)
-    assert {"samples.png", "trajectories.png", "loss.png"} <= {path.name for path in workdir.iterdir()}
+    pictures = {"samples.png", "trajectories.png", "loss.png"}
+    assert pictures <= {path.name for path in workdir.iterdir()}
 
 
 def test_the_held_out_velocity_error_is_a_mean_over_levels_spread_evenly(flow):
@@ -112,7 +113,7 @@ def test_samples_solve_the_ode(flow):
 
 
 def test_a_new_run_is_the_flow_matching_model(flow):
-    """Parameters and EMA are the EMA of the flow-matching run, and the means are the reference's."""
+    """Parameters and EMA are the EMA of the flow-matching run; the means are the reference's."""
     run = tuned_run(flow[0])
     current = finetune.start_from(run, state.initialize(run))
     expected = ntm_jax.load(str(flow[0])).params["params"]["backbone"]
@@ -179,13 +180,12 @@ def test_the_alignments_weight_falls_by_a_cosine(name, terms_of):
 
 
 def test_the_references_memory_is_counted():
-    weights = {name: {"train.align_weight": weight} for name, weight in
-               (("free", 0.0), ("aligned", 2.5))}
-    arguments = {name: compile.compile_for(tuned("x", **weight), "cpu:1")["bytes_per_chip"]["arguments"]
-                 for name, weight in weights.items()}
+    free, aligned = (
+        compile.compile_for(tuned("x", **{"train.align_weight": weight}), "cpu:1")["bytes_per_chip"]
+        for weight in (0.0, 2.5))
     reference = finetune.abstract_reference(tuned_run("x"))
     size = sum(4 * a.size for a in jax.tree.leaves(reference))
-    assert arguments["aligned"] - arguments["free"] == size
+    assert aligned["arguments"] - free["arguments"] == size
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -203,7 +203,7 @@ def test_another_flow_matching_model_is_refused(flow, tmp_path, changes, message
 
 
 def test_an_ntms_samples_do_not_solve_the_ode(run):
-    message = r"decoder=euler solves the ODE of a flow-matching model: expected a decoder of inverse"
+    message = "decoder=euler solves the ODE of a flow-matching model: expected a decoder of inverse"
     with pytest.raises(UserError, match=message):
         ntm_jax.load(str(run)).sample(1, label=0, decoder="euler")
 

@@ -120,7 +120,8 @@ def test_a_step_is_traced_once_for_its_flops_and_its_program(tmp_path, monkeypat
 
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "batch_shards", lambda _: 3)
-    with pytest.raises(UserError, match=r"config\.data\.batch_size is 16: expected a multiple of 3"):
+    message = r"config\.data\.batch_size is 16: expected a multiple of 3"
+    with pytest.raises(UserError, match=message):
         loop.train(tiny_config(), tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists()
 

@@ -1,4 +1,4 @@
-"""The metrics writer: the lines of the file, resuming, TensorBoard events read back, and what the terminal gets."""
+"""The metrics writer: the file's lines, resuming, TensorBoard events read back, the terminal."""
 
 import io
 import json
@@ -20,7 +20,8 @@ def lines(workdir):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
 def steps(workdir):
@@ -28,7 +29,10 @@ def steps(workdir):
 
 
 def events(workdir):
-    """All values in the TensorBoard files: {tag: [(step, value)]}. A record is a length, its checksum, the event and its checksum."""
+    """All values in the TensorBoard files: {tag: [(step, value)]}.
+
+    A record is a length, its checksum, the event and its checksum.
+    """
     found = {}
     for file in sorted(workdir.glob("events*")):
         data = io.BytesIO(file.read_bytes())
@@ -41,12 +45,14 @@ def events(workdir):
 
 
 def test_lines_are_valid_json_and_flushed_as_they_come(tmp_path):
-    scalars = {"loss": np.float32(0.5), "bad": float("nan"), "worse": float("-inf"), "evaluate/bits_per_dim": jax.numpy.float32(2)}
+    scalars = {"loss": np.float32(0.5), "bad": float("nan"), "worse": float("-inf"),
+               "evaluate/bits_per_dim": jax.numpy.float32(2)}
     with Writer(tmp_path / "new" / "run", 10, quiet=True) as writer:
         writer.write(1, scalars)
         [line] = lines(tmp_path / "new" / "run")
     assert line.pop("wall_time") > 1e9
-    assert line == {"step": 1, "loss": 0.5, "bad": None, "worse": None, "evaluate/bits_per_dim": 2.0}
+    assert line == {
+        "step": 1, "loss": 0.5, "bad": None, "worse": None, "evaluate/bits_per_dim": 2.0}
 
 
 def test_resuming_drops_what_will_be_logged_again(tmp_path):
@@ -58,31 +64,34 @@ def test_resuming_drops_what_will_be_logged_again(tmp_path):
     with Writer(tmp_path, 10, start_step=4, quiet=True) as writer:
         assert steps(tmp_path) == [2, 4]
         writer.write(6, {"loss": 0.0})
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(2, 2.0), (4, 4.0), (6, 0.0)]
+    found = [(line["step"], line["loss"]) for line in lines(tmp_path)]
+    assert found == [(2, 2.0), (4, 4.0), (6, 0.0)]
     assert not list(tmp_path.glob("*.new"))
     Writer(tmp_path, 10, quiet=True).close()  # a run that starts over
     assert lines(tmp_path) == []
 
 
-DAMAGED = [b"\xff\n", b"[]\n", b"null\n", b"\n", b"[" * 100_000 + b"\n", b'{"step": "a"}\n', b'{"step": [1]}\n',
-           b'{"step": ' + b"1" * 5000 + b"}\n",
+DAMAGED = [b"\xff\n", b"[]\n", b"null\n", b"\n", b"[" * 100_000 + b"\n", b'{"step": "a"}\n',
+           b'{"step": [1]}\n', b'{"step": ' + b"1" * 5000 + b"}\n",
            b'{"step": ' + b"1" * 4000 + b"}\n", b'{"loss": 1.0}\n', b'{"step": 3, "lo']
 
 
 def test_damaged_lines_are_dropped_when_a_run_resumes(tmp_path):
-    path, good = tmp_path / "metrics.jsonl", [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "loss": 2.0}\n']
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "loss": 2.0}\n']
     path.write_bytes(good[0] + b"".join(DAMAGED[:-1]) + good[1] + DAMAGED[-1])
     Writer(tmp_path, 10, start_step=2, quiet=True).close()
     assert path.read_bytes() == b"".join(good)
 
 
-def test_a_disk_that_takes_nothing_ends_the_run_with_the_files_name(tmp_path):
+def test_a_full_disk_ends_the_run_with_the_files_name(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Writer(tmp_path, 10, quiet=True) as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
             with pytest.raises(OSError, match="File too large") as error:
-                [writer.write(step, {"loss": 1.0}) for step in range(1000)]  # tensorboardX's own thread would die, and its queue block
+                # tensorboardX's own thread would die, and its queue block.
+                [writer.write(step, {"loss": 1.0}) for step in range(1000)]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.filename.startswith(str(tmp_path))
@@ -98,7 +107,8 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     assert [(step, value.simple_value) for step, value in found["loss"]] == [(3, 0.25)]
     [(step, value)] = found["samples"]
     assert step == 3
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string))), image)
+    encoded = io.BytesIO(value.image.encoded_image_string)
+    np.testing.assert_array_equal(np.asarray(Image.open(encoded)), image)
     assert [step for step, _ in found["gray"]] == [4]
 
 
@@ -108,12 +118,14 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     with Writer(tmp_path, 2000) as writer:
         writer.advance(1)
         writer.advance(2)
-        writer.write(401, {"loss": 0.61234, "bits_per_dim": 3.0} | {f"more_{i}": 1.0 for i in range(9)})
+        more = {f"more_{i}": 1.0 for i in range(9)}
+        writer.write(401, {"loss": 0.61234, "bits_per_dim": 3.0} | more)
         writer.message("saved")
         writer.write(411, {"loss": 0.5})
     captured = capsys.readouterr()
     first, said, second = captured.out.splitlines()
-    assert re.fullmatch(r"step 401/2000 loss 0.6123 bits_per_dim 3( more_\d 1){4} 40 steps/s ETA 0:40", first)
+    assert re.fullmatch(
+        r"step 401/2000 loss 0.6123 bits_per_dim 3( more_\d 1){4} 40 steps/s ETA 0:40", first)
     assert said == "saved"
     assert second == "step 411/2000 loss 0.5 1 steps/s ETA 26:29"
     assert captured.err == ""

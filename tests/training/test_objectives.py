@@ -141,8 +141,9 @@ def test_pairs_estimate_the_trajectory_without_bias(examples):
     pair, whole = (compiled(terms_of, setup) for terms_of in (
         objectives.pair_terms, objectives.trajectory_terms))
     roots = [jax.random.key(i) for i in range(12)]
+    functions = {"pairs": (pair, 0), "two": (whole, 2), "four": (whole, 4)}
     found = {key: [jax.device_get(function(params, root, batch, steps)) for root in roots]
-             for key, function, steps in (("pairs", pair, 0), ("two", whole, 2), ("four", whole, 4))}
+             for key, (function, steps) in functions.items()}
     for name in TERMS:
         pairs, two, four = (
             np.concatenate([np.mean(getattr(terms, name), 1) / 64 for terms in found[key]])

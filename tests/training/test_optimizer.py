@@ -1,4 +1,4 @@
-"""The learning rate's end points, the moving average's warm-up, and the clipping that comes before AdamW."""
+"""The learning rate's end points, the warm-up of the EMA, and the clipping before AdamW."""
 
 import dataclasses
 
@@ -10,7 +10,8 @@ import pytest
 from ntm_jax.training import optimizer
 from tests.common import tiny_config
 
-SETTINGS = dataclasses.replace(tiny_config().optimizer, learning_rate=1e-3, floor=1e-5, warmup_steps=10, clip=1.0, weight_decay=0.1)
+SETTINGS = dataclasses.replace(tiny_config().optimizer, learning_rate=1e-3, floor=1e-5,
+                               warmup_steps=10, clip=1.0, weight_decay=0.1)
 
 
 def test_the_rate_rises_from_0_to_the_peak_and_falls_to_the_floor():
@@ -23,9 +24,10 @@ def test_a_run_shorter_than_its_warm_up_has_a_schedule():
     assert float(optimizer.schedule(SETTINGS, 5)(5)) == pytest.approx(5e-4)
 
 
-def test_the_average_warms_up():
+def test_the_ema_warms_up():
     ema, params = {"a": jnp.zeros(3)}, {"a": jnp.ones(3)}
-    for step, decay in ((0, 0.1), (1, 2 / 11), (90, 0.91), (10_000, 0.99)):  # min(d, (1 + n) / (10 + n))
+    # min(d, (1 + n) / (10 + n))
+    for step, decay in ((0, 0.1), (1, 2 / 11), (90, 0.91), (10_000, 0.99)):
         average = optimizer.update_ema(ema, params, jnp.int32(step), 0.99)
         np.testing.assert_allclose(average["a"], np.full(3, 1 - decay), rtol=1e-5)
     np.testing.assert_array_equal(optimizer.update_ema(params, params, jnp.int32(3), 0.99)["a"], 1)
@@ -35,11 +37,14 @@ def test_a_step_is_adamw_of_the_clipped_gradient():
     params, gradient = {"a": jnp.full(4, 2.0)}, {"a": jnp.array([30.0, -40.0, 0.0, 0.0])}
     update = optimizer.make(SETTINGS, 100)
     state = update.init(params)
-    first = (0.1 * gradient["a"] / 50, 0.05 * (gradient["a"] / 50) ** 2)  # b1 = 0.9, b2 = 0.95, norm 50 clipped to 1
+    # b1 = 0.9, b2 = 0.95, and the norm 50 is clipped to 1.
+    first = (0.1 * gradient["a"] / 50, 0.05 * (gradient["a"] / 50) ** 2)
     updates, state = update.update(gradient, state, params)
     np.testing.assert_array_equal(updates["a"], 0)  # the rate starts at 0
     adam = next(s for s in state[1] if isinstance(s, optax.ScaleByAdamState))
     np.testing.assert_allclose(adam.mu["a"], first[0], rtol=1e-5)
     np.testing.assert_allclose(adam.nu["a"], first[1], rtol=1e-5)
     updates, _ = update.update(gradient, state, params)
-    np.testing.assert_allclose(updates["a"], -1e-4 * (np.sign(gradient["a"]) + 0.1 * 2), rtol=1e-4)  # the same gradient twice: its sign
+    # The same gradient twice: Adam's update is its sign.
+    expected = -1e-4 * (np.sign(gradient["a"]) + 0.1 * 2)
+    np.testing.assert_allclose(updates["a"], expected, rtol=1e-4)

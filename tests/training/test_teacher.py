@@ -1,4 +1,4 @@
-"""The learned denoiser: its target is the teacher's, and the workdir keeps the teacher as it was."""
+"""The learned denoiser: its target is the teacher's, and its workdir keeps the teacher."""
 
 import dataclasses
 import json
@@ -174,14 +174,15 @@ def test_what_does_not_go_together_is_refused(run, teacher, tmp_path):
     with pytest.raises(UserError, match=message):
         loop.train(denoiser_config(teacher, **{"trajectory.t_min": 0.02}), new, progress=False)
     assert not (tmp_path / "new").exists()
+    other = dataclasses.replace(denoiser_config(teacher), teacher="elsewhere")
     with pytest.raises(UserError, match="holds a run with teacher = "):
-        other = dataclasses.replace(denoiser_config(teacher), teacher="elsewhere")
         loop.train(other, str(run[0]), progress=False)
     with pytest.raises(UserError, match="a denoiser, and nothing else, has a teacher"):
         denoiser_config("", **{"sample.decoder": "score"})
-    with pytest.raises(UserError, match=r"config\.sample\.decoder=denoiser needs a learned denoiser"):
+    message = r"config\.sample\.decoder=denoiser needs a learned denoiser"
+    with pytest.raises(UserError, match=message):
         denoiser_config("")
-    with pytest.raises(UserError, match=r"config\.sample\.decoder=denoiser needs a learned denoiser"):
+    with pytest.raises(UserError, match=message):
         tiny_config(**{"sample.decoder": "denoiser"})
     with pytest.raises(UserError, match="holds no run"):
         loop.train(denoiser_config(tmp_path / "nothing"), new, progress=False)

@@ -94,8 +94,8 @@ def test_the_death_of_process_0_ends_the_others():
     begin = time.monotonic()
     (_, own), *others = ends(processes)
     assert time.monotonic() - begin < 4 + 10
-    assert own == ("error: process 0 died: it was killed, or crashed; the last checkpoint is intact: "
-                   "start all again with the same command")
+    assert own == ("error: process 0 died: it was killed, or crashed; the last checkpoint is "
+                   "intact: start all again with the same command")
     assert_ended_by_another(others)
 
 

@@ -4,7 +4,7 @@ from ntm_jax.runtime.processes import watchdog
 
 
 def test_records_of_the_coordination_service_are_dropped():
-    """All else that C++ writes passes; the pages are those of jax 0.10.2, cut as a pipe cuts them."""
+    """All else that C++ writes passes. The pages are of jax 0.10.2, cut as a pipe may cut them."""
     page = (
         b"W1127 02:30:08.450651    9862 xla.cc:1] kept\n and its second line\n"
         b"E1127 02:30:08.450651    9862 coordination_service_agent.cc:289] "

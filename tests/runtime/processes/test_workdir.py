@@ -1,4 +1,7 @@
-"""One owner a workdir: by a lock that dies with its process, and on object storage by a record that must be renewed."""
+"""A workdir has one owner.
+
+It holds a lock that dies with its process, or on object storage a record that it must renew.
+"""
 
 import os
 import signal
@@ -25,7 +28,8 @@ with workdir.owned(sys.argv[1]):
 @pytest.fixture
 def owner(tmp_path):
     """A process that owns tmp_path/run."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT, env=environment(), stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT,
+                               env=environment(), stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"owned\n"
     yield process
     process.kill()
@@ -36,10 +40,12 @@ def test_a_second_owner_is_refused_until_the_first_is_killed(tmp_path, owner):
     folder = str(tmp_path / "run")
     with pytest.raises(UserError) as error, workdir.owned(folder):
         pass
-    assert str(error.value) == (f"another run trains in {folder} (process {owner.pid}): wait for it or stop it, or give another --workdir")
+    assert str(error.value) == (f"another run trains in {folder} (process {owner.pid}): wait for "
+                                "it or stop it, or give another --workdir")
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    with workdir.owned(folder), pytest.raises(UserError, match="in this process"), workdir.owned(f"{folder}/."):
+    refused = pytest.raises(UserError, match="in this process")
+    with workdir.owned(folder), refused, workdir.owned(f"{folder}/."):
         pass
     with workdir.owned(folder):
         pass
@@ -60,7 +66,8 @@ def test_names_that_are_no_folder_are_refused(tmp_path):
         workdir.check("")
     with pytest.raises(UserError, match="file is a file"):
         workdir.check(str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot be written to \(Not a directory\)"), workdir.owned(str(tmp_path / "file" / "run")):
+    refused = pytest.raises(UserError, match=r"cannot be written to \(Not a directory\)")
+    with refused, workdir.owned(str(tmp_path / "file" / "run")):
         pass
 
 
@@ -70,7 +77,8 @@ def lease(path, seconds=0.2):
 
 def test_a_record_that_is_renewed_keeps_others_away_and_is_removed_at_the_end(tmp_path):
     path = tmp_path / ".lock"
-    refused = pytest.raises(UserError, match=rf"another run trains in {tmp_path} \(process {os.getpid()} on .*\)")
+    message = rf"another run trains in {tmp_path} \(process {os.getpid()} on .*\)"
+    refused = pytest.raises(UserError, match=message)
     with lease(path), refused, lease(path, seconds=30):  # which a busy machine does not reach
         pass
     assert not path.exists()

@@ -1,0 +1,87 @@
+"""Checksums of arrays: any sharding gives the same, and every flip and exchange changes them."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.runtime.checksums import _sums, array_checksums
+from tests.common import environment
+
+SHARDED = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from ntm_jax.runtime.checksums import array_checksums
+
+sums = []
+for shape in ((1, 1), (4, 2), (2, 4)):
+    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
+                         devices=jax.devices()[: shape[0] * shape[1]])
+    shardings = [NamedSharding(mesh, spec)
+                 for spec in (P("fsdp"), P(None, "fsdp"), P(("data", "fsdp")), P())]
+    tree = {str(i): jax.device_put(jnp.arange(64.0 * 8).reshape(64, 8) + i, shardings[i % 4])
+            for i in range(200)}
+    sums += [array_checksums(tree) for _ in range(10)]
+assert sums == sums[:1] * 30
+"""
+
+
+def test_checksums_of_many_sharded_arrays_need_no_collective():
+    """200 arrays, repeatedly, on 8 devices of a machine with fewer cores.
+
+    Their collectives would wait for each other for ever.
+    """
+    variables = environment(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    subprocess.run([sys.executable, "-c", SHARDED], env=variables, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("dtype", [
+    "float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool"])
+def test_a_checksum_sees_every_bit_and_every_exchange(dtype):
+    values = jax.random.normal(jax.random.key(1), (4, 3, 5)) * 9
+    if dtype == "bool":
+        x = np.array(values > 0)
+    else:
+        x = np.array((jnp.abs(values) if dtype.startswith("u") else values).astype(dtype))
+
+    def checksum():
+        return array_checksums({"x": x})["x"]
+
+    original, seen = checksum(), set()
+    raw = x.reshape(-1).view({1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+    for bit in range(1 if dtype == "bool" else 8 * x.dtype.itemsize):
+        raw[37] ^= raw.dtype.type(1 << bit)
+        seen.add(checksum())
+        raw[37] ^= raw.dtype.type(1 << bit)
+    for i in range(0, 60, 7):
+        for j in range(i):
+            if raw[i] != raw[j]:
+                raw[[i, j]] = raw[[j, i]]
+                seen.add(checksum())
+                raw[[i, j]] = raw[[j, i]]
+    assert original not in seen
+    assert checksum() == original
+
+
+def test_a_checksum_sees_two_signs_exchanged():
+    # A sum of bits * odd number misses these flips of the top bit, whichever odd numbers it takes.
+    x = np.ones((6, 6), np.float32)
+    seen = set()
+    for i in range(36):
+        for j in range(i):
+            x.reshape(-1)[[i, j]] = -1
+            seen.add(array_checksums({"x": x})["x"])
+            x[:] = 1
+    assert len(seen) == 36 * 35 // 2
+    assert array_checksums({"x": x})["x"] not in seen
+
+
+def test_checksums_of_scalars_empty_and_huge_arrays():
+    assert array_checksums({"a": jnp.int32(3)}) != array_checksums({"a": jnp.int32(4)})
+    assert array_checksums({"a": jnp.zeros((0, 4))}) == {"a": "0" * 16}
+    # 2^34 elements: their index overflows uint32.
+    huge = jax.eval_shape(_sums, jax.ShapeDtypeStruct((2**20, 2**14), jnp.uint8))
+    assert (huge.shape, huge.dtype) == ((1, 2), jnp.uint32)
