@@ -12,8 +12,19 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ntm_jax"
 FLOORS = (  # from the ground up; a file imports from its own room and from lower floors
-    {"errors"}, {"files"}, {"typed"}, {"core"}, {"backbones", "data"}, {"runtime"}, {"sampling"},
-    {"evaluation"}, {"export"}, {"training"}, {"analysis"}, {"api"})
+    {"errors"},
+    {"files"},
+    {"typed"},
+    {"core"},
+    {"backbones", "data"},
+    {"runtime"},
+    {"sampling"},
+    {"evaluation"},
+    {"export"},
+    {"training"},
+    {"analysis"},
+    {"api"},
+)
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 OBJECTIVES = {"end_to_end", "pairwise", "flow_matching", "denoiser"}
 MAY_COMPARE_OBJECTIVES = {"training/objectives.py", "runtime/config.py"}
@@ -49,19 +60,26 @@ def room(name: str) -> str:
 
 
 def test_nothing_imports_upward():
-    offenders = [f"{module(path)} imports {other}" for path in FILES for other in imported_modules(path)
-                 if FLOOR[room(other)] > FLOOR[room(module(path))]
-                 or FLOOR[room(other)] == FLOOR[room(module(path))] and room(other) != room(module(path))]
+    offenders = [
+        f"{module(path)} imports {other}"
+        for path in FILES
+        for other in imported_modules(path)
+        if FLOOR[room(other)] > FLOOR[room(module(path))]
+        or FLOOR[room(other)] == FLOOR[room(module(path))]
+        and room(other) != room(module(path))
+    ]
     assert offenders == []
 
 
 def test_no_import_circle():
-    graph = {module(path): imported_modules(path) for path in FILES if path != PACKAGE / "__init__.py"}
+    graph = {
+        module(path): imported_modules(path) for path in FILES if path != PACKAGE / "__init__.py"
+    }
     done, circles = set(), []
 
     def visit(name, trail):
         if name in trail:
-            circles.append(" -> ".join([*trail[trail.index(name):], name]))
+            circles.append(" -> ".join([*trail[trail.index(name) :], name]))
         elif name not in done:
             for other in sorted(graph.get(name, ())):
                 visit(other, [*trail, name])
@@ -123,5 +141,9 @@ def test_lines_are_at_most_100_columns(path):
 
 
 def test_every_module_says_what_it_is_for():
-    missing = [str(path) for path, tree in TREES.items() if path.stat().st_size and not ast.get_docstring(tree)]
+    missing = [
+        str(path)
+        for path, tree in TREES.items()
+        if path.stat().st_size and not ast.get_docstring(tree)
+    ]
     assert missing == []
