@@ -84,7 +84,7 @@ def measure(case: Case, runs: int, setting: Setting) -> dict:
     finally:
         case.close()
     items, limit = statistics.median(rates), statistics.median(limits)
-    reached = items / case.items * (case.bytes if copies else case.flops)
+    reached = items / case.items * (case.bytes if case.flops is None else case.flops)
     return {"items_per_second": items, "flops_per_second": None if copies else reached,
             "limit": limit, "share_of_limit": reached / limit, "runs": rates} | case.facts
 

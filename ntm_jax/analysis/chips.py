@@ -72,7 +72,7 @@ def _tpu_devices(topology: str, slices: int) -> list:
                         "installed: pip install -e '.[tpu]'")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict = {"num_slices": slices} if slices > 1 else {}
     if topology.startswith("v4"):
         options["chip_config_name"] = "megacore"  # two cores as one device, as on a real v4
     try:

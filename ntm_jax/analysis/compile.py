@@ -144,7 +144,7 @@ def compile_for(config: Config, topology: str, program: str = "train") -> dict:
         together = objectives.find(config.train.objective).whole_trajectories
         levels = max(config.trajectory.steps) if together else 1
         report["advice"] = advice(run, levels, report["bytes_per_chip"])
-    return _finite(report)
+    return {key: _finite(value) for key, value in report.items()}
 
 
 def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
@@ -158,7 +158,7 @@ def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
         lowered = traced.lower()
         begin, cpu = time.perf_counter(), time.process_time()
         try:
-            compiled, memory = lowered.compile(), None
+            compiled, memory = lowered.compile(), {}
         except jax.errors.JaxRuntimeError as error:
             compiled, memory = None, out_of_memory(error, arguments)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu

@@ -22,6 +22,7 @@ from ntm_jax.analysis.hlo_text import (
     parse,
     replica_groups,
     root,
+    search,
     trip_count,
 )
 
@@ -41,7 +42,8 @@ class Work:
 
     flops: float = 0
     memory: float = 0
-    sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    sent: dict[tuple[str, str], float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float))
     unknown: int = 0
 
     def add(self, other: "Work", times: float = 1) -> None:
@@ -50,7 +52,7 @@ class Work:
         self.memory += times * other.memory
         self.unknown += other.unknown
         for key, value in other.sent.items():
-            self.sent[key] += times * value
+            self.sent[key] = self.sent.get(key, 0) + times * value
 
 
 def count(text: str, chips: int, slices: int = 1) -> Work:
@@ -106,7 +108,7 @@ def _own(module, computation, i: Instruction, chips: int, slices: int) -> Work:
     """The work of an instruction without that of the computations it calls."""
     work = Work(memory=_memory(module, computation, i), sent=_sent(computation, i, chips, slices))
     if i.op == "dot":
-        dims = numbers(re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)[1])
+        dims = numbers(search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)[1])
         left = computation[i.operands[0]].arrays[0].dims
         work.flops = 2 * math.prod(i.arrays[0].dims) * math.prod(left[axis] for axis in dims)
     elif i.op == "convolution":
@@ -114,9 +116,9 @@ def _own(module, computation, i: Instruction, chips: int, slices: int) -> Work:
     return work
 
 
-def _sent(computation, i: Instruction, chips: int, slices: int) -> collections.Counter:
+def _sent(computation, i: Instruction, chips: int, slices: int) -> dict[tuple[str, str], float]:
     """{(kind, network): bytes} that an instruction sends from one device."""
-    sent = collections.Counter()
+    sent = {}
     across_slices = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
     if i.op == "send" and across_slices:  # a TPU's share of such a collective, through the hosts
         kind = across_slices[1].lower().replace("_", "-")
@@ -151,7 +153,7 @@ def _scatters(computation) -> bool:
 
 def _convolution(computation, i: Instruction) -> float:
     """FLOPs of a convolution, without the kernel's elements that fall on padding."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+    labels = search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     left, right = (computation[name].arrays[0].dims for name in i.operands[:2])
     output, window = i.arrays[0].dims, re.search(r"window=\{([^}]*)\}", i.attributes)
     fields = dict(part.split("=") for part in window[1].split()) if window else {}

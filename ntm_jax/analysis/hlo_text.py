@@ -41,15 +41,16 @@ class Instruction:
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """(computations {name: {name: instruction}}, the entry computation's name) of a module."""
-    module, entry, current = {}, None, None
+    module: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
             current = module[header[2]] = {}
             entry = header[2] if header[1] else entry
             continue
-        found = _LINE.match(line) if current is not None else None
-        if found:
+        found = _LINE.match(line)
+        if found and current is not None:
             root, name, rest = found.groups()
             current[name] = _instruction(name, rest, bool(root))
     return module, entry
@@ -93,7 +94,8 @@ def branches(i: Instruction) -> list[str]:
     listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
     if listed:
         return re.findall(r"%?([\w.\-]+)", listed[1])
-    return [called(i, "true_computation"), called(i, "false_computation")]
+    either = called(i, "true_computation"), called(i, "false_computation")
+    return [name for name in either if name]
 
 
 def trip_count(module, loop: Instruction) -> int | None:
@@ -127,7 +129,7 @@ def _step(condition, body) -> int | None:
     counter = next((i for i in compared if "index=" in i.attributes), None)
     if counter is None:  # a fused condition: the compiler unrolls none of these loops
         return 1
-    index = int(re.search(r"index=(\d+)", counter.attributes)[1])
+    index = int(search(r"index=(\d+)", counter.attributes)[1])
     update = body.get(root(body).operands[index])
     if not update or update.op != "add":
         return None
@@ -157,9 +159,16 @@ def replica_groups(attributes: str, chips: int) -> np.ndarray:
 
 def _iota(text: str, chips: int) -> np.ndarray:
     """[8,4]T(1,0) -> the numbers 0.. in that shape, transposed."""
-    shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    shape, order = search(r"^\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     grid = np.arange(chips).reshape(numbers(shape))
     return grid.transpose(numbers(order)) if order else grid
+
+
+def search(pattern: str, text: str) -> re.Match[str]:
+    """The first match of a pattern in a text that has one."""
+    found = re.search(pattern, text)
+    assert found, f"{pattern} is not in {text[:200]}"
+    return found
 
 
 def numbers(text: str) -> list[int]:

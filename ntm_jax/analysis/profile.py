@@ -15,7 +15,7 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.analysis import hlo
-from ntm_jax.analysis.hlo_text import Instruction, called, parse
+from ntm_jax.analysis.hlo_text import Instruction, called, parse, search
 from ntm_jax.errors import first_line
 
 KINDS = ("products", "attention", "elementwise", "reductions", "copies", "collectives", "other")
@@ -50,18 +50,18 @@ def summarize(trace, texts: list[str]) -> dict:
     ValueError if the trace holds no operation of the programs.
     """
     programs = [operations(text) for text in texts]
-    names = {re.match(r"HloModule ([\w.\-]+)", text)[1] for text in texts}
+    names = {search(r"^HloModule ([\w.\-]+)", text)[1] for text in texts}
     times, span, devices = _measure(trace, set().union(*programs), names)
     if not times:
         raise ValueError("it holds no operation of the training step")
     meanings = _meanings(programs, times)
     # Threads besides the workers start programs, and run a few small operations themselves.
     total = max(devices * span, sum(times.values()))
-    by_module = collections.defaultdict(collections.Counter)
+    by_module = collections.defaultdict(lambda: collections.defaultdict(float))
     for operation, time in times.items():
         _, module, kind, _ = meanings(operation)
         by_module[module][kind] += time / total
-    by_kind = {kind: sum(kinds[kind] for kinds in by_module.values()) for kind in KINDS}
+    by_kind = {kind: sum(kinds.get(kind, 0) for kinds in by_module.values()) for kind in KINDS}
     keys = "name", "module", "kind", "op_name"
     expensive = [dict(zip(keys, meanings(operation), strict=True), share=time / total)
                  for operation, time in times.most_common(10)]
@@ -112,7 +112,7 @@ def _frames(line, program_operations: set, names: set) -> list:
             continue
         stats = dict(event.stats)
         if "hlo_op" in stats or line.name == "XLA Ops":
-            operation = stats.get("hlo_op") or re.match(r"%?([\w.\-]*)", name)[1]
+            operation = stats.get("hlo_op") or search(r"^%?([\w.\-]*)", name)[1]
             own = min(names) if operation in program_operations else ""
             module = stats.get("hlo_module") or own
             content = (module, stats.get("program_id"), operation)

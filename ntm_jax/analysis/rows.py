@@ -74,6 +74,7 @@ class Setting:
 
     def batches(self) -> pipeline.TrainIterator:
         config = self.run.config
+        assert self.source is not None  # of training rows
         return pipeline.train_iterator(
             self.source, config.data.patch_size, config.data.batch_size, config.seed,
             config.data.workers, *sharding.share(self.run.mesh))
@@ -124,6 +125,7 @@ def _reference(run: Run, params):
 def _held_out(setting: Setting) -> tuple[dict, int]:
     """(this process's share of an evaluation batch, the batch's global size)."""
     config, mesh, source = setting.run.config, setting.run.mesh, setting.held_out
+    assert source is not None  # of training rows
     shards = sharding.batch_shards(mesh)
     size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
     with contextlib.closing(pipeline.evaluation_batches(

@@ -9,7 +9,7 @@ processes import this file.
 import dataclasses
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 
 import grain
@@ -248,7 +248,7 @@ def evaluation_batches(
     process_index: int | None = None,
     process_count: int | None = None,
     start: int = 0,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """This process's share of every record, exactly once and in order.
 
     Items have the training batches' keys and "mask": [b] float32. Global batch k holds the records
@@ -273,7 +273,7 @@ def evaluation_batches(
     return _closing(iter(dataset.batch(share).to_iter_dataset(_READ_OPTIONS)))
 
 
-def _closing(iterator: grain.DatasetIterator) -> Iterator:
+def _closing(iterator: grain.DatasetIterator) -> Generator[Any, None, None]:
     try:
         yield from iterator
     finally:

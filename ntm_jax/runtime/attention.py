@@ -72,9 +72,11 @@ def _keep_precision(attend, q, *others):
 
     Pallas traces a kernel's gradient later, outside the context that set the precision.
     """
-    if jax.config.jax_default_matmul_precision is None:
+    # An attribute that jax.config gets at run time.
+    setting = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if setting is None:
         return attend(q, *others)
-    current = own_precision(q.dtype) or jax.config.jax_default_matmul_precision
+    current = own_precision(q.dtype) or setting
 
     @jax.custom_vjp
     def call(*arrays):

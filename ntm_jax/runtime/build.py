@@ -4,6 +4,7 @@ Symbols: B batch, K levels, N tokens, D token channels.
 """
 
 import dataclasses
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -74,8 +75,8 @@ def initial_params(model: NTM | Predictor, key) -> dict:
     else:  # a denoiser
         inputs = jnp.zeros((1, c.tokens, c.dim)), t[:, 0], jnp.zeros(1)
     text = Text(jnp.zeros((1, 1, c.text_width)), jnp.zeros((1, 1), bool))
-    return model.init(key, *inputs, jnp.full(1, steps),
-                      text if c.text_width else jnp.zeros(1, jnp.int32))
+    y = text if c.text_width else jnp.zeros(1, jnp.int32)
+    return cast(dict, model.init(key, *inputs, jnp.full(1, steps), y))
 
 
 def abstract(initial, model: NTM | Predictor, mesh):

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 import warnings
+from typing import Any
 
 import jax
 from etils import epath
@@ -51,7 +52,7 @@ def _best_step(checkpoints) -> int | None:
     """The step with the lowest finite metrics["bound"]; None if there is none."""
     bounds = {c.step: (c.metrics or {}).get("bound", math.nan) for c in checkpoints}
     finite = {step: bound for step, bound in bounds.items() if math.isfinite(bound)}
-    return min(finite, key=finite.get) if finite else None
+    return min(finite, key=lambda step: finite[step]) if finite else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +139,11 @@ class Checkpoints:
         sums = {DATA_NAME: json_checksum(data_state), RUN_NAME: json_checksum(run)}
         sums = {**array_checksums(state), **sums}
         unit = {"state": state, "data": data_state, "run": run, "checksums": sums}
-        metrics = {name: float(value) for name, value in metrics.items()} if metrics else None
+        values: dict[str, Any] = {name: float(value) for name, value in (metrics or {}).items()}
+        assert self._manager is not None  # opened above
         with self._write_errors():
-            self._manager.save_checkpointables_async(step, unit, force=True, metrics=metrics)
+            self._manager.save_checkpointables_async(step, unit, force=True,
+                                                     metrics=values or None)
         return True
 
     def steps(self) -> list[int]:

@@ -91,6 +91,7 @@ def with_denoiser(teacher: Run, run: Run) -> Run:
     """
     config = dataclasses.replace(teacher.config, sample=run.config.sample,
                                  evaluate=run.config.evaluate, seed=run.config.seed)
+    assert run.params is not None  # the denoiser was trained
     denoiser = Denoiser(run.model, run.params, run.config, teacher.step)
     return dataclasses.replace(teacher, config=config, step=run.step, workdir=run.workdir,
                                raw=run.raw, denoiser=denoiser)

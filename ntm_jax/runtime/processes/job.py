@@ -41,7 +41,7 @@ CONNECT = 30  # seconds for jax to connect the processes once all are present
 GRACE = 1  # seconds that process 0 waits for the others to find the same mistake
 _AGAIN = "the last checkpoint is intact: start all again with the same command"
 _GONE = f"another process of this job is gone; {_AGAIN}"
-_watchdog = None  # the process of watchdog.py
+_watchdog: subprocess.Popen | None = None  # the process of watchdog.py
 _previous_handler = None  # of SIGINT, replaced while this process trains
 _name = "this process"  # "process 3" once it has joined
 
@@ -62,16 +62,19 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     if 0 < len(missing) < 3:
         raise UserError(f"--{missing[0]} is missing: give --coordinator_address, --num_processes "
                         "and --process_id together, or none")
-    if missing and not _on_tpu():
-        return
-    if not missing:
+    if coordinator_address is None or num_processes is None or process_id is None:  # all are
+        if not _on_tpu():
+            return
+        _connect(given, timeout, heartbeat)
+        process_id = jax.process_index()
+    else:
         rendezvous.split(coordinator_address)
         if not 0 <= process_id < num_processes:
             raise UserError(f"--process_id={process_id} --num_processes={num_processes}: expected "
                             "a number from 0 to num_processes - 1")
         rendezvous.meet(coordinator_address, num_processes, process_id, timeout)
-    _connect(given, timeout if missing else CONNECT, heartbeat)
-    _start_watchdog(jax.process_index() if missing else process_id, heartbeat)
+        _connect(given, CONNECT, heartbeat)
+    _start_watchdog(process_id, heartbeat)
 
 
 def _on_tpu() -> bool:
@@ -134,6 +137,7 @@ def _disconnect() -> None:
 
 def _end_watchdog(line: str) -> None:
     """Makes watchdog.py print `line`, or nothing for QUIET, and waits for it to exit."""
+    assert _watchdog is not None
     with contextlib.suppress(OSError, ValueError):
         _watchdog.communicate(line.encode(errors="backslashreplace"))
 

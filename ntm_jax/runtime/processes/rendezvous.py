@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import cast
 
 from ntm_jax.errors import UserError
 
@@ -160,13 +161,14 @@ class _Server(threading.Thread):
     def _hellos(self) -> Iterator[tuple[socket.socket, dict]]:
         """Serves for 0.1 s: greets new connections, drops closed ones, yields messages."""
         for key, _ in self._selector.select(0.1):
-            if key.fileobj is self._listener:
+            connection = cast(socket.socket, key.fileobj)
+            if connection is self._listener:
                 with contextlib.suppress(OSError):
                     self._greet()
-            elif hello := _read(key.fileobj, {"num_processes": int, "process_id": int}):
-                yield key.fileobj, hello
+            elif hello := _read(connection, {"num_processes": int, "process_id": int}):
+                yield connection, hello
             else:
-                self._drop(key.fileobj)
+                self._drop(connection)
 
     def _greet(self):
         connection, _ = self._listener.accept()

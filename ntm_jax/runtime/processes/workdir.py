@@ -194,7 +194,7 @@ def _read(path) -> bytes | None:
 def _owner(record: bytes | None) -> str:
     """The process that wrote a record, as "process PID on HOST"; "" if the record is damaged."""
     with contextlib.suppress(ValueError, TypeError):
-        owner = files.parse_json(record)
+        owner = files.parse_json(record or b"")
         return f"process {owner.get('pid')} on {owner.get('host')}"
     return ""
 
@@ -202,5 +202,5 @@ def _owner(record: bytes | None) -> str:
 def _token(record: bytes | None) -> str | None:
     """The token in a record; None without a record or if it is damaged."""
     with contextlib.suppress(ValueError, TypeError):
-        return files.parse_json(record).get("token")
+        return files.parse_json(record or b"").get("token")
     return None
