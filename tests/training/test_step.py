@@ -72,7 +72,7 @@ def test_levels_are_weighted_by_a_power_of_their_noise():
 
     def loss(params, weight):
         terms = objectives.trajectory_terms(of_run, params, draws)
-        return jnp.mean(weight * (terms.nll - terms.constant)) / 64
+        return jnp.mean(weight[None] * (terms.nll - terms.constant)) / 64
 
     gradient = jax.jit(jax.value_and_grad(loss))
     _, weighted = jax.device_get(gradient(current.params, weight))
