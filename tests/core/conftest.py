@@ -1,4 +1,7 @@
-"""Tiny models with random weights for the tests of core/. Symbols as there: B batch, K levels, N tokens, D token channels."""
+"""Tiny models with random weights for the tests of core/.
+
+Symbols: B batch, K levels, N tokens, D token channels.
+"""
 
 import functools
 import math
@@ -16,31 +19,40 @@ from ntm_jax.core.model import NTM
 from ntm_jax.core.transporter import Block, Transporter
 
 TINY = {
-    "grid": (2, 3), "dim": 2, "num_classes": 0, "steps": (2,), "width": 16, "head_size": 8, "kv_heads": 2, "mlp_ratio": 2,
-    "positions": "rotary", "transporter_width": 16, "transporter_blocks": 2, "transporter_layers": 1, "predictor_layers": 1,
-    "head": "preconditioned", "log_scale_bound": 1.0, "data_std": 0.7, "dtype": jnp.float32, "transporter_dtype": jnp.float32,
-    "remat": "none", "scan": False,
+    "grid": (2, 3), "dim": 2, "num_classes": 0, "steps": (2,), "width": 16, "head_size": 8,
+    "kv_heads": 2, "mlp_ratio": 2, "positions": "rotary", "transporter_width": 16,
+    "transporter_blocks": 2, "transporter_layers": 1, "predictor_layers": 1,
+    "head": "preconditioned", "log_scale_bound": 1.0, "data_std": 0.7, "dtype": jnp.float32,
+    "transporter_dtype": jnp.float32, "remat": "none", "scan": False,
 }
 
 Inputs = namedtuple("Inputs", "xs t steps label")
 
 
 def _inputs(config: ModelConfig, batch: int, steps: int | None = None, seed: int = 1) -> Inputs:
-    """Random trajectories [B, K, N, D] with levels that differ between examples, the number of steps, and labels that differ too."""
+    """Random trajectories [B, K, N, D], their levels, the number of steps, and labels or text.
+
+    Levels and labels differ between examples.
+    """
     rng = np.random.default_rng(seed)
     steps = steps or config.steps[0]
-    t = np.linspace([0.03] * batch, 1, steps + 1, axis=1) + 0.01 * np.linspace(np.arange(batch), 0, steps + 1, axis=1)
+    t = np.linspace([0.03] * batch, 1, steps + 1,
+                    axis=1) + 0.01 * np.linspace(np.arange(batch), 0, steps + 1, axis=1)
     xs = rng.normal(size=(batch, steps + 1, config.tokens, config.dim))
     y = np.arange(batch) % (config.num_classes + 1)
     if config.text_width:
-        y = Text(rng.normal(size=(batch, 4, config.text_width)).astype(np.float32), np.ones((batch, 4), bool))
+        y = Text(rng.normal(size=(batch, 4, config.text_width)).astype(np.float32),
+                 np.ones((batch, 4), bool))
     return Inputs(xs.astype(np.float32), t.astype(np.float32), np.full(batch, steps), y)
 
 
 @functools.cache
 def _random_weights(model: NTM, seed: int):
-    """Every weight random, those that start at zero or one included. A matrix keeps the size of its input; the last projections shrink it,
-    so that log-scales stay within about 1 and a shift changes less than the tokens it depends on: else the inverse is a chaotic recursion.
+    """Random weights, also where new ones are zero or one.
+
+    A matrix keeps the size of its input. The last projections shrink it, so that log-scales stay
+    within about 1 and a shift changes less than the tokens that it depends on; otherwise the
+    inverse is a chaotic recursion.
     """
     rng = np.random.default_rng(seed)
 
@@ -51,13 +63,14 @@ def _random_weights(model: NTM, seed: int):
             size = (0.3 if path[-2].key == "project" else 1) / math.sqrt(leaf.shape[-2])
         return ((name == "scale") + size * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *_inputs(model.config, 1)))["params"]
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *_inputs(model.config, 1)))[
+        "params"]
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick_compilation():
-    """Compilation is most of these tests' time, and needs no optimising here."""
+    """Few XLA optimisations, since compilation takes most of these tests' time."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -66,17 +79,19 @@ def _quick_compilation():
 
 @functools.cache
 def compiled(module, method="__call__"):
-    """module.apply of a method, compiled once a module: eager, these tests take ten times as long."""
-    return jax.jit(module.init if method == "init" else functools.partial(module.apply, method=method))
+    """module.apply of a method, compiled once for each module: ten times as fast as eager calls."""
+    return jax.jit(
+        module.init if method == "init" else functools.partial(module.apply, method=method))
 
 
 @functools.cache
 def _new_weights(model: NTM, seed: int):
-    return jax.device_get(nn.unbox(compiled(model, "init")(jax.random.key(seed), *_inputs(model.config, 1)))["params"])
+    return jax.device_get(nn.unbox(compiled(model, "init")(jax.random.key(seed),
+                                                           *_inputs(model.config, 1)))["params"])
 
 
 class Bound:
-    """A module and its weights: `bound(x)` and `bound.method(x)` are the module's own, compiled."""
+    """A module with weights: `bound(x)` and `bound.method(x)` call the compiled module."""
 
     def __init__(self, module, weights):
         self.module, self.weights = module, weights
@@ -89,12 +104,13 @@ class Bound:
 
     def _run(self, method, *args):
         out = compiled(self.module, method)({"params": self.weights}, *args)
-        # numpy where nothing is traced: eager jax operations compile one by one, and most of a test's time would go there
+        # NumPy arrays where nothing is traced: eager jax operations compile one by one, which would
+        # take most of a test's time.
         return jax.tree.map(lambda a: a if isinstance(a, jax.core.Tracer) else np.asarray(a), out)
 
 
 class Tiny(Bound):
-    """A tiny NTM, its inputs, its transporter and the blocks of that."""
+    """A tiny NTM with its inputs, its transporter and the transporter's blocks."""
 
     @property
     def config(self) -> ModelConfig:
@@ -118,7 +134,7 @@ class Tiny(Bound):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """tiny(**changes to TINY) -> a Tiny with random weights; new=True: as initialised."""
+    """tiny(**changes to TINY) -> a Tiny with random weights, or with initial ones for new=True."""
 
     def build(new: bool = False, seed: int = 2, **changes) -> Tiny:
         model = NTM(ModelConfig(**(TINY | changes)))

@@ -1,4 +1,4 @@
-"""Score denoising: Tweedie's formula where the answer is known, and the derivative it takes."""
+"""Score denoising: Tweedie's formula in closed-form cases, and the derivative that it uses."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ from ntm_jax.core import trajectory
 from ntm_jax.core.denoising import denoise_levels, score_denoise
 
 
-def test_for_gaussian_data_it_is_the_posterior_mean(tiny):
+def test_gaussian_data_give_the_posterior_mean(tiny):
     new = tiny(new=True, transporter_blocks=0)
     r = new.config.data_std
-    xs, _, _, label = new.inputs(4, steps=4)  # any numbers will do: the equality holds on every trajectory
+    # any numbers will do: the equality holds on every trajectory
+    xs, _, _, label = new.inputs(4, steps=4)
     t = trajectory.levels(4, jnp.array([0.02, 0.05, 0.1, 0.3]), "linear", 0.0)
     found = jax.jit(lambda xs: score_denoise(new.module, new.params, xs, t, label))(xs)
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
@@ -21,8 +22,8 @@ def test_for_gaussian_data_it_is_the_posterior_mean(tiny):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_of_gaussian_data_every_level_gives_the_posterior_mean_and_its_own_score_does_not(tiny):
-    """With covariance J_ij = (1-t_i)(1-t_j) r^2 + S_ij of the levels below pure noise, dL/dx = J^-1 x."""
+def test_every_level_of_gaussian_data_gives_the_posterior_mean_and_its_own_score_does_not(tiny):
+    """dL/dx = J^-1 x, with J_ij = (1-t_i)(1-t_j) r^2 + S_ij for levels below pure noise."""
     new = tiny(new=True, transporter_blocks=0)
     r, rng = new.config.data_std, np.random.default_rng(0)
     t = np.asarray(trajectory.levels(4, jnp.array([0.05, 0.1, 0.2]), "linear", 0.0))
@@ -31,7 +32,8 @@ def test_of_gaussian_data_every_level_gives_the_posterior_mean_and_its_own_score
     xs = trajectory.simulate(x, t, noise)
     found = jax.jit(lambda xs: denoise_levels(new.module, new.params, xs, t, np.zeros(3, int)))(xs)
     below, levels = np.asarray(xs, np.float64)[:, :-1], np.asarray(t, np.float64)[:, :-1]
-    joint = (1 - levels[:, :, None]) * (1 - levels[:, None]) * r**2 + np.asarray(trajectory.covariance(t), np.float64)[:, :-1, :-1]
+    noise_covariance = np.asarray(trajectory.covariance(t), np.float64)[:, :-1, :-1]
+    joint = (1 - levels[:, :, None]) * (1 - levels[:, None]) * r**2 + noise_covariance
     gradient = np.einsum("bkj,bjnd->bknd", np.linalg.inv(joint), below)
     t_k, t_0 = levels[..., None, None], levels[:, :1, None, None]
     mean = (1 - t_0) * r**2 / ((1 - t_0) ** 2 * r**2 + t_0**2) * below[:, :1]
@@ -41,38 +43,45 @@ def test_of_gaussian_data_every_level_gives_the_posterior_mean_and_its_own_score
     for name, values in expected.items():
         # float32 gradients of up to 1 / t_0, less what they nearly cancel, divided by 1 - t_k
         np.testing.assert_allclose(found[name], values, atol=2e-4, err_msg=name)
-    whole, own = (np.square(found[name] - x[:, None]).mean((2, 3)) for name in ("trajectory_score", "own_score"))
-    assert (own[:, 1:] > 2 * whole[:, 1:]).all()
+    across, own = (np.square(found[name] - x[:, None]).mean((2, 3))
+                  for name in ("trajectory_score", "own_score"))
+    assert (own[:, 1:] > 2 * across[:, 1:]).all()
 
 
-def test_the_lowest_level_is_what_score_denoising_gives(tiny):
+def test_the_lowest_level_is_that_of_score_denoising(tiny):
     random = tiny(num_classes=2, steps=(2, 3))
     xs, t, _, label = random.inputs(2, steps=3)
-    found = jax.jit(lambda xs: denoise_levels(random.module, random.params, xs, t, label, percentile=75.0))(xs)
-    alone = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label, percentile=75.0))(xs)
-    np.testing.assert_allclose(found["trajectory_score"][:, 0], alone, atol=1e-6)  # a sum in another order
+    found = jax.jit(lambda xs: denoise_levels(random.module, random.params, xs, t, label,
+                                              percentile=75.0))(xs)
+    alone = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label,
+                                             percentile=75.0))(xs)
+    # a sum in another order
+    np.testing.assert_allclose(found["trajectory_score"][:, 0], alone, atol=1e-6)
 
 
 def test_it_moves_all_levels_by_their_covariance(tiny):
-    """v . (x_0 - (1 - t_0) x) is the derivative of an example's whole NLL when every x_j moves by S_0j v."""
+    """v . (x_0 - (1 - t_0) x) is the derivative of the NLL when every x_j moves by S_0j v."""
     random = tiny(num_classes=2, steps=(2, 3))
     xs, t, steps, label = random.inputs(2, steps=3)
     found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
     v = np.random.default_rng(0).normal(size=found.shape)
     s = t[:, :1] ** 2 * (1 - t) / (1 - t[:, :1])  # S_0j, j = 0 included
     direction = (s[:, :, None, None] * v[:, None]).astype(np.float32)
-    _, slope = jax.jit(lambda *args: jax.jvp(lambda xs: random(xs, t, steps, label).nll.sum(1), *args))((xs,), (direction,))
+    _, slope = jax.jit(lambda *args: jax.jvp(lambda xs: random(xs, t, steps, label).nll.sum(1),
+                                             *args))((xs,), (direction,))
     moved = np.sum(v * (xs[:, 0] - (1 - t[:, 0, None, None]) * found), (1, 2))
     assert (np.abs(slope) > 1e-3).all()
-    np.testing.assert_allclose(moved, slope, rtol=1e-3, atol=1e-5)  # differences of float32 numbers of size 1, times .03
+    # differences of float32 numbers of size 1, times .03
+    np.testing.assert_allclose(moved, slope, rtol=1e-3, atol=1e-5)
 
 
-def test_of_one_step_it_is_tweedies_formula(tiny):
-    """x = (x_0 + t_0^2 score(x_0)) / (1 - t_0), whatever x_1 = x_T does: the score of p(x_0 | x_1)."""
+def test_one_step_is_tweedies_formula(tiny):
+    """x = (x_0 + t_0^2 score(x_0)) / (1 - t_0) with the score of p(x_0 | x_1), x_1 = x_T."""
     random = tiny(num_classes=2, steps=(1,))
     xs, t, steps, label = random.inputs(2, steps=1)
     found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
-    score = jax.jit(jax.grad(lambda x_0: -random(jnp.asarray(xs).at[:, 0].set(x_0), t, steps, label).nll.sum()))(xs[:, 0])
+    score = jax.jit(jax.grad(lambda x_0: -random(jnp.asarray(xs).at[:, 0].set(x_0), t, steps,
+                                                 label).nll.sum()))(xs[:, 0])
     t_0 = t[:, 0, None, None]
     np.testing.assert_allclose(found, (xs[:, 0] + t_0**2 * score) / (1 - t_0), atol=1e-5)
     assert np.abs(score).max() > 0.1
@@ -82,9 +91,11 @@ def test_the_gradient_is_clipped_at_a_percentile_of_each_example(tiny):
     random = tiny(num_classes=2, steps=(2, 3))
     xs, t, steps, label = random.inputs(2, steps=3)
     gradient = np.asarray(jax.jit(jax.grad(lambda xs: random(xs, t, steps, label).nll.sum()))(xs))
-    found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label, percentile=75.0))(xs)
+    found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label,
+                                             percentile=75.0))(xs)
     most = np.percentile(np.abs(gradient).reshape(2, -1), 75, axis=1)[:, None, None, None]
     clipped = np.clip(gradient, -most, most)
     assert (clipped != gradient).mean() == pytest.approx(0.25, abs=0.03)
     correction = np.einsum("bk,bknd->bnd", trajectory.covariance(t)[:, 0], clipped)
-    np.testing.assert_allclose(found, (xs[:, 0] - correction) / (1 - t[:, 0, None, None]), atol=1e-5)
+    np.testing.assert_allclose(found, (xs[:, 0] - correction) / (1 - t[:, 0, None, None]),
+                               atol=1e-5)

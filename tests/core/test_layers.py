@@ -1,4 +1,4 @@
-"""Layers: attention against a plain formula, its cache, positions and embeddings, and one set of numbers for scan and every remat."""
+"""Layers: attention against a plain formula, its cache, positions, embeddings, scan and remat."""
 
 import functools
 import math
@@ -16,7 +16,10 @@ def normal(seed, *shape):
 
 
 def attend(q, k, v, allowed):
-    """Attention of one example by its formula in float64: q [N, H, C], k and v [M, G, C], allowed [N, M]."""
+    """Attention of one example by its formula in float64.
+
+    q: [N, H, C]; k and v: [M, G, C]; allowed: [N, M].
+    """
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     group = q.shape[1] // k.shape[1]
     out = np.zeros_like(q)
@@ -30,24 +33,28 @@ def attend(q, k, v, allowed):
 @pytest.mark.parametrize("kind", ["full", "causal", "masked"])
 def test_attention_by_its_formula(kv_heads, kind):
     q, k, v = normal(0, 2, 5, 4, 8), normal(1, 2, 5, kv_heads, 8), normal(2, 2, 5, kv_heads, 8)
-    allowed = {"full": np.ones((5, 5)), "causal": np.tri(5), "masked": np.tile(np.arange(5) < 3, (5, 1))}[kind]
+    allowed = {"full": np.ones((5, 5)), "causal": np.tri(5),
+               "masked": np.tile(np.arange(5) < 3, (5, 1))}[kind]
     keys = jnp.asarray(allowed[:1], bool) if kind == "masked" else None
     out = layers.plain_attention(q, k, v, causal=kind == "causal", keys=keys)
     for i in range(2):
-        np.testing.assert_allclose(out[i], attend(q[i], k[i], v[i], allowed), atol=2e-6)  # float32 sums of 5 to 8 terms of size 1
+        # float32 sums of 5 to 8 terms of size 1
+        np.testing.assert_allclose(out[i], attend(q[i], k[i], v[i], allowed), atol=2e-6)
 
 
-def test_rotation_keeps_lengths_and_sees_only_relative_places():
+def test_rotation_keeps_lengths_and_depends_only_on_relative_positions():
     grid, size = (4, 5), 8
     angles = layers.rotary_2d(grid, size)
     assert angles.shape == (20, size // 2)
     q, k = (jnp.broadcast_to(normal(seed, 1, 1, 1, size), (1, 20, 1, size)) for seed in (0, 1))
     q, k = layers.rotate(q, angles)[0, :, 0], layers.rotate(k, angles)[0, :, 0]
     # float32 cosines of angles up to 5 and sums of eight products of size 1
-    np.testing.assert_allclose(jnp.linalg.norm(q, axis=-1), jnp.full(20, jnp.linalg.norm(q[0])), rtol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(q, axis=-1), jnp.full(20, jnp.linalg.norm(q[0])),
+                               rtol=1e-6)
     scores = (q @ k.T).reshape(*grid, *grid)
     np.testing.assert_allclose(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], atol=2e-6)
-    offsets = np.stack([scores[1, 2, 1, 2], scores[1, 2, 1, 3], scores[1, 2, 2, 2], scores[1, 2, 2, 3], scores[1, 2, 0, 2]])
+    offsets = np.stack([scores[1, 2, 1, 2], scores[1, 2, 1, 3], scores[1, 2, 2, 2],
+                        scores[1, 2, 2, 3], scores[1, 2, 0, 2]])
     assert (np.abs(offsets[:, None] - offsets)[~np.eye(5, dtype=bool)] > 1e-3).all()
 
 
@@ -56,7 +63,8 @@ def test_sinusoidal_by_its_formula():
     features = np.asarray(layers.sinusoidal(jnp.asarray(t, jnp.float32), 8))
     angles = t[:, None] * 10_000.0 ** (-np.arange(4) / 4)
     # the float32 product of 700 and a frequency is off by up to 6e-5
-    np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], 1), atol=1e-4)
+    np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], 1),
+                               atol=1e-4)
 
 
 @functools.cache
@@ -65,22 +73,25 @@ def compiled(module):
 
 
 def stack(causal=True, **changes):
-    options = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal, "dtype": jnp.float32,
-               "attention": layers.plain_attention, "remat": "none", "scan": False, "flat": False}
+    options = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal,
+               "dtype": jnp.float32, "attention": layers.plain_attention, "remat": "none",
+               "scan": False, "flat": False}
     return layers.Stack(**(options | changes))
 
 
 def stack_parameters(module, *args):
-    """Random, so that modulation and tables, which start at zero, do something."""
+    """Random parameters, so that modulation and tables, which start at zero, have an effect."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
     leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(tree, [np.float32(0.3) * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(
+        tree, [np.float32(0.3) * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
 
 
 @pytest.fixture(scope="module")
 def stacked():
     """(parameters, input [B, N, W], modulation [B, 6, W], angles) of a causal stack."""
-    x, modulation, angles = normal(0, 2, 6, 16), 0.3 * normal(1, 2, 6, 16), layers.rotary_2d((2, 3), 4)
+    x, modulation, angles = normal(0, 2, 6, 16), 0.3 * normal(1, 2, 6, 16), layers.rotary_2d(
+        (2, 3), 4)
     return stack_parameters(stack(), x, modulation, angles), x, modulation, angles
 
 
@@ -90,54 +101,62 @@ def loss(module, params, x, *args):
     return jnp.sum(jnp.sin(module.apply(params, x, *args)[0]))
 
 
-@pytest.mark.parametrize(
-    ("scan", "remat"), [(True, "none"), *((scan, remat) for scan in (False, True) for remat in ("full", "narrow", "dots"))])
+@pytest.mark.parametrize(("scan", "remat"), [
+    (True, "none"),
+    *((scan, remat) for scan in (False, True) for remat in ("full", "narrow", "dots"))])
 def test_scan_and_remat_change_no_number(stacked, scan, remat):
     assert set(layers.REMAT) == {"none", "full", "narrow", "dots"}
-    expected, found = (jax.device_get(loss(module, *stacked)) for module in (stack(), stack(scan=scan, remat=remat)))
+    expected, found = (jax.device_get(loss(module, *stacked))
+                       for module in (stack(), stack(scan=scan, remat=remat)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # float32 sums in another order: of the largest entry, as single entries cancel
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1, np.abs(b).max()))
 
 
-def test_cached_steps_equal_the_whole_sequence(stacked):
+def test_cached_steps_equal_the_full_sequence(stacked):
     params, x, modulation, angles = stacked
     expected, _ = compiled(stack())(params, x, modulation, angles)
     cache = (np.zeros((3, 2, 6, 2, 4), np.float32),) * 2
     for n in range(6):
-        y, cache = compiled(stack())(params, x[:, n : n + 1], modulation, angles[n : n + 1], None, cache, n)
-        np.testing.assert_allclose(y[:, 0], expected[:, n], atol=1e-5)  # float32 sums in another order, through three layers
+        y, cache = compiled(stack())(params, x[:, n : n + 1], modulation, angles[n : n + 1], None,
+                                     cache, n)
+        # float32 sums in another order, through three layers
+        np.testing.assert_allclose(y[:, 0], expected[:, n], atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
     params, x, modulation, angles = stacked
-    jacobian = jax.jit(jax.jacfwd(lambda x: compiled(stack(causal))(params, x, modulation, angles)[0]))(x)
+    run = compiled(stack(causal))
+    jacobian = jax.jit(jax.jacfwd(lambda x: run(params, x, modulation, angles)[0]))(x)
     seen = np.abs(np.asarray(jacobian)).max((2, 5))  # [B, N, B, N]
     for i in range(2):
         assert not seen[i, :, 1 - i].any()
-        assert (seen[i, :, i] > 1e-4).tolist() == (np.tri(6) if causal else np.ones((6, 6))).astype(bool).tolist()
+        assert (seen[i, :, i] > 1e-4).tolist() == (np.tri(6) if causal
+                                                   else np.ones((6, 6))).astype(bool).tolist()
         assert not causal or not np.triu(seen[i, :, i], 1).any()
 
 
 def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
-    """Moving a constant from the shared modulation into every layer's table changes nothing; into one layer's table, it does."""
+    """A constant can move from the shared modulation into all layers' tables, but not into one."""
     params, x, modulation, angles = stacked
     expected, _ = compiled(stack())(params, x, modulation, angles)
     shift = 0.3 * normal(9, 6, 16)
 
     def run(table_shift):
         table = params["params"]["layers"]["table"]
-        moved = params["params"]["layers"] | {"table": table.replace_boxed(table.value + table_shift)}
+        moved = params["params"]["layers"] | {
+            "table": table.replace_boxed(table.value + table_shift)}
         return compiled(stack())({"params": {"layers": moved}}, x, modulation - shift, angles)[0]
 
-    np.testing.assert_allclose(run(jnp.broadcast_to(shift, (3, 6, 16))), expected, atol=2e-5)  # float32, three layers
+    # float32, three layers
+    np.testing.assert_allclose(run(jnp.broadcast_to(shift, (3, 6, 16))), expected, atol=2e-5)
     one = jnp.zeros((3, 6, 16)).at[1].set(shift)
     assert jnp.abs(run(one) - expected).max() > 1e-2
 
 
 def test_a_new_condition_modulates_nothing():
-    module = layers.Condition(16, num_classes=3, tell_steps=True)
+    module = layers.Condition(16, num_classes=3, embed_steps=True)
     args = (np.array([0.1, 0.2], np.float32),), np.array([4, 4]), np.array([1, 3])
     modulation = module.apply(jax.jit(module.init)(jax.random.key(0), *args), *args)
     assert modulation.shape == (2, 6, 16)
@@ -145,23 +164,27 @@ def test_a_new_condition_modulates_nothing():
 
 
 @pytest.mark.parametrize("change", ["level", "steps", "label"])
-def test_a_condition_tells_levels_steps_and_class_apart(change):
-    module = layers.Condition(16, num_classes=3, tell_steps=True)
-    inputs = {"level": jnp.array([0.1, 0.1]), "steps": jnp.array([4, 4]), "label": jnp.array([3, 3])}
+def test_a_condition_distinguishes_levels_steps_and_classes(change):
+    module = layers.Condition(16, num_classes=3, embed_steps=True)
+    inputs = {"level": jnp.array([0.1, 0.1]), "steps": jnp.array([4, 4]),
+              "label": jnp.array([3, 3])}
     params = stack_parameters(module, (inputs["level"],), inputs["steps"], inputs["label"])
-    inputs[change] = {"level": jnp.array([0.1, 0.11]), "steps": jnp.array([4, 5]), "label": jnp.array([3, 2])}[change]
+    inputs[change] = {"level": jnp.array([0.1, 0.11]), "steps": jnp.array([4, 5]),
+                      "label": jnp.array([3, 2])}[change]
     first, second = compiled(module)(params, (inputs["level"],), inputs["steps"], inputs["label"])
     assert jnp.abs(first - second).max() > 1e-3
 
 
 def test_rows_change_no_number():
     x = normal(0, 2, 3, 8)
-    modules = [layers.dense(5, ("embed", "mlp"), jnp.float32, "a", rows=rows) for rows in (False, True)]
+    modules = [layers.dense(5, ("embed", "mlp"), jnp.float32, "a", rows=rows)
+               for rows in (False, True)]
     params = modules[0].init(jax.random.key(0), x)
-    np.testing.assert_allclose(modules[1].apply(params, x), modules[0].apply(params, x), atol=1e-6)  # float32 sums of eight terms
+    # float32 sums of eight terms
+    np.testing.assert_allclose(modules[1].apply(params, x), modules[0].apply(params, x), atol=1e-6)
 
 
-def test_learned_positions_are_a_row_a_token_and_rotary_ones_have_no_weights():
+def test_learned_positions_have_a_row_for_each_token_and_rotary_ones_no_weights():
     learned = layers.Positions("learned", (2, 3), 16, 8)
     params = learned.init(jax.random.key(0))
     table, angles = learned.apply(params)

@@ -82,7 +82,8 @@ def test_the_reconstruction_is_a_gaussian_about_the_scaled_noisy_image():
 
 def log_gaussian(x, mean, variance):
     x = np.asarray(x, np.float64)
-    return (-0.5 * ((x - mean) ** 2 / variance + np.log(2 * math.pi * variance))).reshape(len(x), -1).sum(1)
+    return (-0.5 * ((x - mean) ** 2 / variance
+                    + np.log(2 * math.pi * variance))).reshape(len(x), -1).sum(1)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,9 @@ def gaussian_terms(xs, t, mean, variance):
     s, t, gain, scale = (a[:, :, None, None] for a in (s, t, gain, deviation))
     z = (xs[:, :-1] - (1 - s) * mean - gain * (xs[:, 1:] - (1 - t) * mean)) / scale
     dimensions = z[0, 0].size
-    return Terms(*(jnp.asarray(a, jnp.float32) for a in (
-        0.5 * (z**2).sum((2, 3)), dimensions * np.log(deviation), np.zeros_like(deviation))), dimensions / 2 * math.log(2 * math.pi))
+    terms = 0.5 * (z**2).sum((2, 3)), dimensions * np.log(deviation), np.zeros_like(deviation)
+    constant = dimensions / 2 * math.log(2 * math.pi)
+    return Terms(*(jnp.asarray(a, jnp.float32) for a in terms), constant)
 
 
 def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_data(drawn):
@@ -203,7 +205,8 @@ def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true
         scores = likelihood.weigh(terms, draw, x, t, 0, trajectories)
         assert scores["weighted"].shape == (16, len(likelihood.marks(trajectories)))
         for bound in (scores["bound"], scores["importance_weighted"], *scores["weighted"].T):
-            np.testing.assert_allclose(bound / 24, expected, atol=1e-4)  # float32: some 4e-6 a dimension
+            # float32: some 4e-6 a dimension
+            np.testing.assert_allclose(bound / 24, expected, atol=1e-4)
         np.testing.assert_allclose(scores["effective_sample_size"], trajectories, rtol=1e-3)
         assert (scores["bound_variance"] < 1e-6).all()
 
@@ -258,33 +261,44 @@ def test_a_new_model_weighs_gaussian_data_exactly(tiny, schedule):
     new = tiny(new=True, transporter_blocks=0)
     r, config = new.config.data_std, new.config
     rng = np.random.default_rng(3)
-    x, noise = (jnp.asarray(rng.normal(size=(8, *shape, config.tokens, config.dim)), jnp.float32) for shape in ((), (5,)))
-    t = trajectory.levels(4, jnp.linspace(1e-3, 0.1, 8), schedule, trajectory.default_shift(config.tokens))
+    x, noise = (jnp.asarray(rng.normal(size=(8, *shape, config.tokens, config.dim)), jnp.float32)
+                for shape in ((), (5,)))
+    t = trajectory.levels(4, jnp.linspace(1e-3, 0.1, 8), schedule,
+                          trajectory.default_shift(config.tokens))
     xs = trajectory.simulate(r * x, t, noise)
-    log_w = likelihood.log_weight(likelihood.contributions(new(xs, t, jnp.full(8, 4), jnp.zeros(8, int)), xs, r * x, t, 0))
+    log_w = likelihood.log_weight(
+        likelihood.contributions(new(xs, t, jnp.full(8, 4), jnp.zeros(8, int)), xs, r * x, t, 0))
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = log_gaussian(xs[:, 0], 0, (1 - t_0) ** 2 * r**2 + t_0**2)
-    # exact but for float32: 4e-6 nats a dimension by method, section 9, and more at t_0 = .001, where z = 1e-7 / .001
-    np.testing.assert_allclose(log_w / (config.tokens * config.dim), expected / (config.tokens * config.dim), atol=1e-4)
+    # Exact except for float32 rounding: 4e-6 nats a dimension by method, section 9, and more at
+    # t_0 = .001, where z = 1e-7 / .001.
+    np.testing.assert_allclose(log_w / (config.tokens * config.dim),
+                               expected / (config.tokens * config.dim), atol=1e-4)
 
 
 def test_importance_sums_equal_the_direct_ones():
-    log_w = np.random.default_rng(4).normal(size=(6, 3)) * np.array([0.5, 3.0, 30.0]) - np.array([100.0, 5000.0, 0.0])
+    log_w = np.random.default_rng(4).normal(size=(6, 3)) * np.array([0.5, 3.0, 30.0]) - np.array(
+        [100.0, 5000.0, 0.0])
     log_w = log_w.astype(np.float32)
     sums = likelihood.Importance.empty(3)
     for row in log_w:
         sums = sums.add(jnp.asarray(row))
     log_w = log_w.astype(np.float64)
     assert sums.count == 6
-    rtol = 1e-6  # float32 sums of six terms; a logarithm of 10,000 is off by 5e-4, and its exponential by as much
+    # float32 sums of six terms; a logarithm of 10,000 is off by 5e-4, and its exponential by as
+    # much
+    rtol = 1e-6
     np.testing.assert_allclose(sums.bound, log_w.mean(0), rtol=rtol)
-    np.testing.assert_allclose(sums.importance_weighted, logsumexp(log_w, 0) - math.log(6), rtol=rtol)
+    np.testing.assert_allclose(sums.importance_weighted, logsumexp(log_w, 0) - math.log(6),
+                               rtol=rtol)
     effective = np.exp(2 * logsumexp(log_w, 0) - logsumexp(2 * log_w, 0))
     np.testing.assert_allclose(sums.effective_sample_size, effective, rtol=3e-3)
     assert (sums.importance_weighted >= sums.bound).all()
-    np.testing.assert_allclose(sums.bound_variance, log_w.var(0, ddof=1) / 6, rtol=1e-4)  # of numbers rounded by 5e-4
+    # of numbers rounded by 5e-4
+    np.testing.assert_allclose(sums.bound_variance, log_w.var(0, ddof=1) / 6, rtol=1e-4)
     w = np.exp(log_w - log_w.max(0))
-    np.testing.assert_allclose(sums.weighted_variance, w.var(0, ddof=1) / 6 / w.mean(0) ** 2, rtol=3e-3, atol=3e-3)
+    np.testing.assert_allclose(sums.weighted_variance, w.var(0, ddof=1) / 6 / w.mean(0) ** 2,
+                               rtol=3e-3, atol=3e-3)
 
 
 @pytest.mark.parametrize("weights", [[0.0], [-7.0, -7.0, -7.0, -7.0]])
@@ -293,7 +307,8 @@ def test_equal_weights_count_in_full(weights):
     for weight in weights:
         sums = sums.add(jnp.array([weight]))
     found = (sums.bound[0], sums.importance_weighted[0], sums.effective_sample_size[0])
-    assert found == pytest.approx((weights[0], weights[0], len(weights)), rel=1e-5, abs=1e-6)  # float32 logarithms of the sums
+    # float32 logarithms of the sums
+    assert found == pytest.approx((weights[0], weights[0], len(weights)), rel=1e-5, abs=1e-6)
 
 
 def test_bits_per_dim():

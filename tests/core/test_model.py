@@ -1,4 +1,4 @@
-"""The model: its factors are normalised densities, see only their own two levels, and are the same numbers by every way of asking."""
+"""The model's factors: normalised densities, each of two levels, the same in pairs and batches."""
 
 import functools
 import math
@@ -34,16 +34,19 @@ def terms(random, asked):
 def pair_inputs(asked, k):
     """Arguments of NTM.pair for the factor k of every example."""
     xs, t, steps, label = asked
-    return xs[:, k], xs[:, k + 1], t[:, k], t[:, k + 1], np.full(len(xs), k == xs.shape[1] - 2), steps, label
+    top = np.full(len(xs), k == xs.shape[1] - 2)
+    return xs[:, k], xs[:, k + 1], t[:, k], t[:, k + 1], top, steps, label
 
 
 def assert_terms(found, expected, rtol=2e-5):
     for name in TERMS:
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=rtol, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=rtol,
+                                   atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("changes", [
-    {"num_classes": 2, "steps": (2, 3), "transporter_blocks": 3, "positions": "learned", "head": "direct", "scan": True},
+    {"num_classes": 2, "steps": (2, 3), "transporter_blocks": 3, "positions": "learned",
+     "head": "direct", "scan": True},
     {"steps": (1,), "transporter_blocks": 1, "kv_heads": 1},
 ])
 def test_a_factor_is_a_gaussian_of_the_latent_times_the_jacobian(tiny, changes):
@@ -63,13 +66,15 @@ def test_a_factor_is_a_gaussian_of_the_latent_times_the_jacobian(tiny, changes):
             jacobian, u_s = jax.device_get(latent(xs[:, k], t[:, k]))
             u_t = xs[:, k + 1] if k == xs.shape[1] - 2 else latent(xs[:, k + 1], t[:, k + 1])[1]
             mean, log_scale = model.predict(u_t, t[:, k + 1], t[:, k], steps, label)
-            density = -0.5 * ((u_s - mean) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * math.log(2 * math.pi)
-            log_p = [
-                density[i].sum() + np.linalg.slogdet(jacobian[i, :, :, i].reshape(density[i].size, -1)).logabsdet
-                for i in range(len(xs))
-            ]
-            # log-scales are rounded to float32 and multiply |z|^2, of some tens, by twice their error
-            np.testing.assert_allclose(-model.pair(*pair_inputs((xs, t, steps, label), k)).nll, log_p, rtol=1e-5)
+            density = -0.5 * ((u_s - mean) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * math.log(
+                2 * math.pi)
+            matrices = (jacobian[i, :, :, i].reshape(density[i].size, -1) for i in range(len(xs)))
+            log_det = [np.linalg.slogdet(matrix).logabsdet for matrix in matrices]
+            log_p = density.sum((1, 2)) + log_det
+            # Log-scales are rounded to float32 and multiply |z|^2, of some tens, by twice their
+            # error.
+            np.testing.assert_allclose(-model.pair(*pair_inputs((xs, t, steps, label), k)).nll,
+                                       log_p, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("grid", "dim"), [((1, 2), 1), ((1, 1), 2)])
@@ -81,16 +86,20 @@ def test_a_factor_integrates_to_one(tiny, grid, dim):
     points = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, *xs.shape[2:]).astype(np.float32)
     for k in (1, 2):
         given = (a[:1] for a in pair_inputs((xs, t, steps, label), k)[1:])
-        density = np.exp(-np.asarray(random.pair(points, *(np.repeat(a, len(points), 0) for a in given)).nll, np.float64))
+        density = np.exp(-np.asarray(random.pair(points, *(np.repeat(a, len(points), 0)
+                                                           for a in given)).nll, np.float64))
         assert density.reshape(count, count)[[0, -1]].max() < 1e-6  # the grid holds it all
-        # a sum over a grid is exact for a smooth density, spacing .1 against deviations of .2 and more; the rest is float32
+        # A sum over a grid is exact for a smooth density, with a spacing of .1 and deviations of at
+        # least .2; what differs is float32 rounding.
         assert density.sum() * width**2 == pytest.approx(1, abs=1e-3)
 
 
-def test_no_factor_sees_another_level_or_example(random, asked):
+def test_no_factor_depends_on_another_level_or_example(random, asked):
     xs, *rest = asked
-    jacobian = jax.jit(jax.jacrev(lambda xs: {name: getattr(random(xs, *rest), name) for name in TERMS}))(xs)
-    # which of the levels k and k+1 a term of factor k depends on: log sigma on the input's alone, log-det on the target's alone
+    jacobian = jax.jit(jax.jacrev(lambda xs: {name: getattr(random(xs, *rest), name)
+                                              for name in TERMS}))(xs)
+    # The levels k and k+1 that a term of factor k depends on: log sigma only on the input's, the
+    # log-det only on the target's.
     for name, own in (("quadratic", (0, 1)), ("log_scale", (1,)), ("log_det", (0,))):
         seen = np.abs(jacobian[name]).max((-2, -1))  # [B, T, B, K]
         for i, k, other, j in np.ndindex(seen.shape):
@@ -113,30 +122,34 @@ def test_pairs_of_a_batch_may_be_at_different_levels(random, asked, terms):
     mixed = random.pair(*(np.stack([low[0], up[1]]) for low, up in zip(lower, upper, strict=True)))
     for name in TERMS:
         column = getattr(terms, name)
-        np.testing.assert_allclose(getattr(mixed, name), [column[0, 0], column[1, 2]], rtol=2e-5)  # float32 sums in another order
+        # float32 sums in another order
+        np.testing.assert_allclose(getattr(mixed, name), [column[0, 0], column[1, 2]], rtol=2e-5)
 
 
 def test_the_top_level_is_its_own_latent_by_its_index(random, asked):
-    """Also where t_T is not 1: what counts is the level's place, not its value."""
+    """Also where t_T is not 1: the level's index counts, not its value."""
     xs, t, steps, label = asked
     t = np.concatenate([t[:, :-1], np.full_like(t[:, -1:], 0.97)], 1)
     mean, log_scale = random.predict(xs[:, -1], t[:, -1], t[:, -2], steps, label)
     u, _ = random.transport(xs[:, -2], t[:, -2], steps, label)
     expected = 0.5 * np.sum(((u - mean) / np.exp(log_scale)) ** 2, (1, 2))
     moved = xs, t, steps, label
-    np.testing.assert_allclose(random(*moved).quadratic[:, -1], expected, rtol=2e-5)  # float32 sums in another order
+    # float32 sums in another order
+    np.testing.assert_allclose(random(*moved).quadratic[:, -1], expected, rtol=2e-5)
     np.testing.assert_allclose(random.pair(*pair_inputs(moved, 2)).quadratic, expected, rtol=2e-5)
 
 
 def test_a_batch_is_its_examples(random, asked, terms):
     for i in range(2):
         single = random(*(a[i : i + 1] for a in asked))
-        assert_terms(single, jax.tree.map(lambda a, i=i: a[i : i + 1] if np.ndim(a) else a, terms))  # float32 sums in another order
+        # float32 sums in another order
+        assert_terms(single, jax.tree.map(lambda a, i=i: a[i : i + 1] if np.ndim(a) else a, terms))
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_scan_and_remat_change_no_number(tiny, asked, terms, remat):
-    assert_terms(tiny(**RICH, scan=True, remat=remat)(*asked), terms)  # float32 sums in another order; test_layers has gradients
+    # float32 sums in another order; test_layers has gradients
+    assert_terms(tiny(**RICH, scan=True, remat=remat)(*asked), terms)
 
 
 @pytest.mark.parametrize("change", ["level", "target", "steps", "label", "null"])
@@ -145,7 +158,8 @@ def test_the_condition_reaches_the_predictor(random, asked, change):
     inputs = {"level": t[:, 2], "target": t[:, 1], "steps": steps, "label": np.array([0, 0])}
     before = random.predict(xs[:, 2], *inputs.values())
     inputs |= {
-        "level": {"level": t[:, 2] + 0.05}, "target": {"target": t[:, 1] + 0.05}, "steps": {"steps": steps - 1},
+        "level": {"level": t[:, 2] + 0.05}, "target": {"target": t[:, 1] + 0.05},
+        "steps": {"steps": steps - 1},
         "label": {"label": np.array([1, 1])}, "null": {"label": np.array([2, 2])},
     }[change]
     for a, b in zip(before, random.predict(xs[:, 2], *inputs.values()), strict=True):
@@ -159,9 +173,11 @@ def test_classes_and_the_null_class_are_three_different_models(random, asked):
 
 
 def test_terms_by_hand(random, asked, terms):
-    assert all(getattr(terms, name).shape == (2, 3) and getattr(terms, name).dtype == jnp.float32 for name in TERMS)
+    assert all(getattr(terms, name).shape == (2, 3) and getattr(terms, name).dtype == jnp.float32
+               for name in TERMS)
     assert terms.constant == pytest.approx(6 * 2 / 2 * math.log(2 * math.pi), rel=1e-12)
-    np.testing.assert_array_equal(terms.nll, terms.quadratic + terms.log_scale - terms.log_det + terms.constant)
+    np.testing.assert_array_equal(
+        terms.nll, terms.quadratic + terms.log_scale - terms.log_det + terms.constant)
 
 
 def test_the_prior_is_standard_normal():
@@ -194,7 +210,8 @@ def test_the_attention_is_an_argument(random, asked):
         return q
 
     jax.eval_shape(NTM(random.config, attention).apply, random.params, *asked)
-    assert set(calls) == {True, False}  # the transporter's layers and the predictor's; a layer may be traced more than once
+    # the transporter's layers and the predictor's; a layer may be traced more than once
+    assert set(calls) == {True, False}
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -1,4 +1,4 @@
-"""The predictor: what a new one predicts, what the heads make of the network's output, and what it may see."""
+"""The predictor: new ones in closed form, the heads, and the dependence on tokens and text."""
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,15 @@ LEVELS = [(1.0, 0.75), (1.0, 0.02), (0.5, 0.265), (0.265, 0.02), (0.05, 0.001)] 
 def ask(model, t, s):
     """A prediction of the latent at s from random latents at t: (u, mean, log-scale)."""
     xs, _, steps, label = model.inputs()
-    return xs[:, 1], *model.predict(xs[:, 1], np.full(2, t, np.float32), np.full(2, s, np.float32), steps, label)
+    return xs[:, 1], *model.predict(xs[:, 1], np.full(2, t, np.float32), np.full(2, s, np.float32),
+                                    steps, label)
 
 
 def gaussian_posterior(t, s, r):
-    """Coefficient and deviation of p(x_s | x_t) for data N(0, r^2): conditioning in the joint Gaussian, float64."""
+    """Coefficient and deviation of p(x_s | x_t) for data N(0, r^2), in float64.
+
+    It conditions the joint Gaussian of both levels.
+    """
     variance = {v: (1 - v) ** 2 * r**2 + v**2 for v in (s, t)}
     covariance = (1 - s) * (1 - t) * r**2 + s**2 * (1 - t) / (1 - s)
     gain = covariance / variance[t]
@@ -44,7 +48,10 @@ def test_a_new_direct_predictor_is_standard_normal(tiny):
 
 @pytest.mark.parametrize(("t", "s"), LEVELS)
 def test_the_preconditioned_head_predicts_the_clean_image(tiny, t, s):
-    """The heads read the same two numbers a channel: for one they are mean and log-scale, for the other xhat and the scale in units."""
+    """The heads project the same two numbers for each channel.
+
+    They are mean and log-scale of the direct head, clean image and relative scale of the other.
+    """
     u, value, delta = ask(tiny(transporter_blocks=0, head="direct"), t, s)
     _, mean, log_scale = ask(tiny(transporter_blocks=0), t, s)
     assert np.median(np.abs(value)) > 0.1
@@ -61,17 +68,21 @@ def test_the_preconditioned_head_predicts_the_clean_image(tiny, t, s):
 def test_log_scales_are_softly_bounded_beyond_what_a_clean_level_needs(tiny):
     direct = tiny(transporter_blocks=0, head="direct")
     weights = direct.weights["predictor"]
-    for raw, expected in ((100.0, LOG_SCALE_BOUND), (-100.0, -LOG_SCALE_BOUND), (6.0, LOG_SCALE_BOUND * np.tanh(6 / LOG_SCALE_BOUND))):
-        project = {"kernel": np.zeros((16, 4), np.float32), "bias": np.array([0, 0, raw, raw], np.float32)}
+    for raw, expected in ((100.0, LOG_SCALE_BOUND), (-100.0, -LOG_SCALE_BOUND),
+                          (6.0, LOG_SCALE_BOUND * np.tanh(6 / LOG_SCALE_BOUND))):
+        project = {"kernel": np.zeros((16, 4), np.float32),
+                   "bias": np.array([0, 0, raw, raw], np.float32)}
         moved = type(direct)(direct.module, {"predictor": weights | {"project": project}})
-        np.testing.assert_allclose(ask(moved, 0.5, 0.25)[2], expected, rtol=1e-6)  # one float32 tanh
+        # one float32 tanh
+        np.testing.assert_allclose(ask(moved, 0.5, 0.25)[2], expected, rtol=1e-6)
     assert LOG_SCALE_BOUND * np.tanh(1) > 6
 
 
-def test_every_token_is_seen_and_no_other_example(tiny):
+def test_predictions_depend_on_every_token_and_on_no_other_example(tiny):
     direct = tiny(transporter_blocks=0, head="direct")
     xs, t, steps, label = direct.inputs()
-    jacobian = jax.jit(jax.jacfwd(lambda u: direct.predict(u, t[:, 1], t[:, 0], steps, label)))(xs[:, 1])
+    jacobian = jax.jit(jax.jacfwd(lambda u: direct.predict(u, t[:, 1], t[:, 0], steps, label)))(
+        xs[:, 1])
     for part in jacobian:
         seen = np.abs(part).max((2, 5))  # [B, N, B, N]
         assert not seen[0, :, 1].any()
@@ -87,17 +98,20 @@ def test_the_network_reads_latents_of_unit_variance(tiny):
 
     @jax.jit
     def embedded(u, t):
-        _, state = direct.module.apply(direct.params, u, t, jnp.full(2, 0.1), steps, label, method="predict",
-                                       capture_intermediates=lambda module, _: module.name == "embed")
+        _, state = direct.module.apply(
+            direct.params, u, t, jnp.full(2, 0.1), steps, label, method="predict",
+            capture_intermediates=lambda module, _: module.name == "embed")
         return state["intermediates"]["predictor"]["embed"]["__call__"][0]
 
-    first, second = (embedded(xs[:, 1] * np.float32(np.hypot((1 - t) * 0.7, t)), jnp.full(2, t)) for t in (1.0, 0.3))
-    np.testing.assert_allclose(first, second, atol=2e-6)  # a float32 division and a product of two terms
+    first, second = (embedded(xs[:, 1] * np.float32(np.hypot((1 - t) * 0.7, t)), jnp.full(2, t))
+                     for t in (1.0, 0.3))
+    # a float32 division and a product of two terms
+    np.testing.assert_allclose(first, second, atol=2e-6)
 
 
 @pytest.fixture(scope="module")
-def told(tiny):
-    """A predictor that is told text of width 5, its inputs, and texts of 4 places of which 3 and 2 are tokens."""
+def with_text(tiny):
+    """A predictor with text of width 5, its inputs, and two texts, of 3 and 2 tokens of 4."""
     random = tiny(text_width=5)
     xs, t, steps, _ = random.inputs()
     rng = np.random.default_rng(0)
@@ -105,31 +119,39 @@ def told(tiny):
     return random, (xs[:, -1], t[:, -1], t[:, -2], steps), text
 
 
-def test_text_is_heard_and_its_padding_is_not(told):
-    random, inputs, text = told
+def test_predictions_depend_on_text_and_not_on_its_padding(with_text):
+    random, inputs, text = with_text
     mean, _ = random.predict(*inputs, text)
     padding, token = text.states.copy(), text.states.copy()
-    other = np.random.default_rng(1).normal(size=5)  # not a constant, which the layer norm takes away
+    # not a constant, which the layer norm takes away
+    other = np.random.default_rng(1).normal(size=5)
     padding[0, 3] += other
     padding[1, 2:] += other
     token[:, 1] += other
     np.testing.assert_array_equal(random.predict(*inputs, text._replace(states=padding))[0], mean)
-    assert (np.abs(random.predict(*inputs, text._replace(states=token))[0] - mean).max((1, 2)) > 1e-3).all()
+    assert (np.abs(random.predict(*inputs, text._replace(states=token))[0] - mean).max((1, 2))
+            > 1e-3).all()
     assert mean.shape == inputs[0].shape
 
 
-def test_a_text_of_another_length_is_the_same_text(told):
-    random, inputs, text = told
-    longer = Text(np.pad(text.states, ((0, 0), (0, 3), (0, 0))), np.pad(text.mask, ((0, 0), (0, 3))))
-    np.testing.assert_allclose(random.predict(*inputs, longer)[0], random.predict(*inputs, text)[0], atol=1e-5)  # float32 sums, other order
+def test_more_padding_does_not_change_a_text(with_text):
+    random, inputs, text = with_text
+    longer = Text(np.pad(text.states, ((0, 0), (0, 3), (0, 0))),
+                  np.pad(text.mask, ((0, 0), (0, 3))))
+    # float32 sums, other order
+    np.testing.assert_allclose(random.predict(*inputs, longer)[0], random.predict(*inputs, text)[0],
+                               atol=1e-5)
 
 
-def test_the_null_caption_is_one_learned_token(told):
-    random, inputs, text = told
+def test_the_null_caption_is_one_learned_token(with_text):
+    random, inputs, text = with_text
     empty = null(text, 0)
     mean, _ = random.predict(*inputs, empty)
     assert np.isfinite(mean).all()
-    np.testing.assert_array_equal(random.predict(*inputs, empty._replace(states=text.states + 1))[0], mean)
-    moved = random.weights["predictor"] | {"null_text": random.weights["predictor"]["null_text"] + np.arange(16) % 3}
-    other = type(random)(random.module, random.weights | {"predictor": moved}).predict(*inputs, empty)[0]
+    np.testing.assert_array_equal(
+        random.predict(*inputs, empty._replace(states=text.states + 1))[0], mean)
+    moved = random.weights["predictor"] | {
+        "null_text": random.weights["predictor"]["null_text"] + np.arange(16) % 3}
+    other = type(random)(random.module,
+                         random.weights | {"predictor": moved}).predict(*inputs, empty)[0]
     assert (np.abs(other - mean).max((1, 2)) > 1e-4).all()

@@ -1,4 +1,4 @@
-"""Sampling: guidance against products of Gaussians, samples against the likelihood's own arithmetic, and independence of the batch."""
+"""Sampling: guidance against products of Gaussians, samples against the likelihood, batches."""
 
 import flax.linen as nn
 import jax
@@ -23,9 +23,11 @@ def levels(batch, steps):
 def drawn(model, method, batch=3, steps=3, **options):
     """(noise, levels, label, what `method` returns) for `batch` examples."""
     t, label = levels(batch, steps), np.arange(batch) % (model.config.num_classes + 1)
-    noise = trajectory.example_noise(keys(batch), (steps + 1, model.config.tokens, model.config.dim))
+    noise = trajectory.example_noise(keys(batch),
+                                     (steps + 1, model.config.tokens, model.config.dim))
     run = jax.jit(lambda params, *args: method(model.module, params, *args, **options))
-    return np.asarray(noise), np.asarray(t), label, jax.device_get(run(model.params, keys(batch), t, label))
+    return np.asarray(noise), np.asarray(t), label, jax.device_get(
+        run(model.params, keys(batch), t, label))
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,10 @@ def sampled(random):
 def test_guidance_is_the_product_of_gaussians(w):
     rng = np.random.default_rng(0)
     mean_c, mean_u, log_u = rng.normal(size=(3, 50))
-    log_c = log_u - np.abs(rng.normal(size=50)) * (np.arange(50) > 0)  # the first two scales are equal
-    mean, log_scale = sampling.guide(*(jnp.asarray(a, jnp.float32) for a in (mean_c, log_c, mean_u, log_u)), w)
+    # the first two scales are equal
+    log_c = log_u - np.abs(rng.normal(size=50)) * (np.arange(50) > 0)
+    mean, log_scale = sampling.guide(
+        *(jnp.asarray(a, jnp.float32) for a in (mean_c, log_c, mean_u, log_u)), w)
     # of the powers, exponents add: precisions, and precisions times means
     precision = (1 + w) * np.exp(-2 * log_c) - w * np.exp(-2 * log_u)
     expected = ((1 + w) * mean_c * np.exp(-2 * log_c) - w * mean_u * np.exp(-2 * log_u)) / precision
@@ -54,11 +58,12 @@ def test_guidance_is_the_product_of_gaussians(w):
 
 @pytest.mark.parametrize("w", [0.0, 1e-3, 1.0, 1e3, 1e8])
 def test_guidance_of_any_size_stays_finite(w):
-    """Means as large as float16's numbers and log-scales of +-10, wider, equal, narrower: no NaN, a scale above 0, at most sigma_c."""
+    """No NaN and scales in (0, sigma_c], for means as large as float16's and log-scales of +-10."""
     mean_c, mean_u = np.meshgrid([-6e4, 0, 6e4], [-6e4, 0, 6e4])
     for log_c in (-10.0, 0.0, 10.0):
         for log_u in (-10.0, 0.0, 10.0):
-            arguments = (jnp.asarray(a, jnp.float32) for a in (mean_c, np.full((3, 3), log_c), mean_u, np.full((3, 3), log_u)))
+            arguments = (jnp.asarray(a, jnp.float32)
+                         for a in (mean_c, np.full((3, 3), log_c), mean_u, np.full((3, 3), log_u)))
             mean, log_scale = sampling.guide(*arguments, w)
             assert np.isfinite(mean).all()
             assert np.isfinite(log_scale).all()
@@ -67,7 +72,8 @@ def test_guidance_of_any_size_stays_finite(w):
 
 
 def test_guidance_clips_a_wider_conditional_and_zero_changes_nothing():
-    mean_c, log_c, mean_u, log_u = jnp.array([0.5, -1.0]), jnp.array([0.3, 0.0]), jnp.array([1.0, 2.0]), jnp.array([-0.2, -3.0])
+    mean_c, log_c = jnp.array([0.5, -1.0]), jnp.array([0.3, 0.0])
+    mean_u, log_u = jnp.array([1.0, 2.0]), jnp.array([-0.2, -3.0])
     mean, log_scale = sampling.guide(mean_c, log_c, mean_u, log_u, 1.5)
     np.testing.assert_allclose(mean, 2.5 * mean_c - 1.5 * mean_u, rtol=1e-6)  # one rounding
     np.testing.assert_allclose(log_scale, log_c, atol=1e-7)
@@ -78,23 +84,26 @@ def test_guidance_clips_a_wider_conditional_and_zero_changes_nothing():
 
 
 def test_samples_are_scored_by_the_noise_they_came_from(random, sampled):
-    """Sampling and likelihood are one model: the z of every factor is the noise drawn for it, and x_T is its noise."""
+    """The z of every factor of the likelihood is the noise drawn for it, and x_T is its noise."""
     noise, t, label, xs = sampled
     terms = random(xs, t, np.full(3, 3), label)
     # float32 inversion, 1e-6, divided by scales of .1 and more
-    np.testing.assert_allclose(terms.quadratic, 0.5 * np.square(noise[:, :-1]).sum((2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(terms.quadratic, 0.5 * np.square(noise[:, :-1]).sum((2, 3)),
+                               rtol=1e-4)
     np.testing.assert_array_equal(xs[:, -1], noise[:, -1])
 
 
 def test_an_image_does_not_depend_on_its_batch(random, sampled):
     _, t, label, xs = sampled
     order = np.array([2, 0])
-    part = jax.jit(lambda *args: sampling.sample(random.module, random.params, *args))(keys(3)[order], t[order], label[order])
-    np.testing.assert_allclose(part, xs[order], atol=2e-5)  # float32 sums in another order, through three steps
+    part = jax.jit(lambda *args: sampling.sample(random.module, random.params, *args))(
+        keys(3)[order], t[order], label[order])
+    # float32 sums in another order, through three steps
+    np.testing.assert_allclose(part, xs[order], atol=2e-5)
 
 
 def latents(random):
-    """(trajectories [3, 4, N, D], their latents, what they are told)."""
+    """(trajectories [3, 4, N, D], their latents, (their levels, their labels))."""
     xs, t, steps, label = random.inputs(3, steps=3)
     us = [random.transport(xs[:, k], t[:, k], steps, label)[0] for k in range(3)] + [xs[:, 3]]
     return xs, np.stack(us, 1), (t, label)
@@ -102,50 +111,63 @@ def latents(random):
 
 @pytest.mark.parametrize("inverse", ["auto", "parallel", "sequential"])
 def test_inversion_undoes_the_transporter_at_every_level(random, inverse):
-    xs, us, told = latents(random)
-    found = jax.jit(lambda us: sampling.invert_trajectory(random.module, random.params, us, *told, inverse))(us)
+    xs, us, (t, label) = latents(random)
+    found = jax.jit(lambda us: sampling.invert_trajectory(
+        random.module, random.params, us, t, label, inverse))(us)
     np.testing.assert_allclose(found, xs, atol=1e-5)  # float32 rounding of two blocks
     np.testing.assert_array_equal(found[:, -1], xs[:, -1])
     for k in (0, 2):
-        alone = jax.jit(lambda us, k=k: sampling.invert_level(random.module, random.params, us, *told, k, inverse))(us)
+        alone = jax.jit(lambda us, k=k: sampling.invert_level(
+            random.module, random.params, us, t, label, k, inverse))(us)
         np.testing.assert_allclose(alone, xs[:, k], atol=1e-5)
 
 
-def test_sweeps_are_told_by_example_level_and_block(random):
+def test_sweeps_are_given_by_example_level_and_block(random):
     _, us, (t, label) = latents(random)
-    rough, fine, exact = (
-        jax.jit(lambda us, tolerance=tolerance: sampling.inverse_sweeps(random.module, random.params, us, t, label, tolerance))(us)
-        for tolerance in (1e-1, 1e-5, 0.0))
+
+    @jax.jit
+    def sweeps(us, tolerance):
+        return sampling.inverse_sweeps(random.module, random.params, us, t, label, tolerance)
+
+    rough, fine, exact = (sweeps(us, tolerance) for tolerance in (1e-1, 1e-5, 0.0))
     assert rough.shape == (3, 3, 2)
     assert (rough <= fine).all()
     assert (rough < fine).any()
     assert (exact <= 6).all()
-    single = random.module.apply(random.params, us[1:2, 2], t[1:2, 2], np.full(1, 3), label[1:2], "parallel", 1e-5, method=NTM.invert)[1]
+    single = random.module.apply(random.params, us[1:2, 2], t[1:2, 2], np.full(1, 3), label[1:2],
+                                 "parallel", 1e-5, method=NTM.invert)[1]
     np.testing.assert_array_equal(fine[1, 2], single[0])
 
 
 @pytest.mark.parametrize("inverse", ["parallel", "sequential"])
 def test_sampling_by_either_inverse_is_the_same(random, sampled, inverse):
-    np.testing.assert_allclose(drawn(random, sampling.sample, inverse=inverse)[-1], sampled[-1], atol=1e-5)  # float32 rounding
+    # float32 rounding
+    np.testing.assert_allclose(drawn(random, sampling.sample, inverse=inverse)[-1], sampled[-1],
+                               atol=1e-5)
 
 
 def test_guided_latents_take_every_step_by_the_guided_gaussian(random):
     noise, t, label, us = drawn(random, sampling.sample_latents, guidance=1.5)
     assert us.shape == (3, 4, 6, 2)
     for k in range(3):
-        told = t[:, k + 1], t[:, k], np.full(3, 3)
-        conditional, null = (random.predict(us[:, k + 1], *told, y) for y in (label, np.full(3, 2)))
+        inputs = us[:, k + 1], t[:, k + 1], t[:, k], np.full(3, 3)
+        conditional, null = (random.predict(*inputs, y) for y in (label, np.full(3, 2)))
         mean, log_scale = sampling.guide(*conditional, *null, 1.5)
-        np.testing.assert_allclose(us[:, k], mean + np.exp(log_scale) * noise[:, k], atol=1e-5)  # float32 sums in another order
+        # float32 sums in another order
+        np.testing.assert_allclose(us[:, k], mean + np.exp(log_scale) * noise[:, k], atol=1e-5)
     assert label[2] == 2  # the null class is guided by itself: unchanged
     plain = drawn(random, sampling.sample_latents)[-1]
     np.testing.assert_allclose(us[2], plain[2], atol=1e-5)
     assert (np.abs(us[:2] - plain[:2]).max((1, 2, 3)) > 1e-2).all()
 
 
-@pytest.mark.parametrize("guidance", [1.5, (1.5, 1.5, 1.5), (0.0, 0.0, 1.5), (1.5, 0.0, 0.0), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("guidance",
+                         [1.5, (1.5, 1.5, 1.5), (0.0, 0.0, 1.5), (1.5, 0.0, 0.0), (0.0, 0.0, 0.0)])
 def test_a_schedule_guides_its_own_steps_alone(random, guidance):
-    """From pure noise down: the first scale makes u_2 of u_3. A step that is not guided is predicted once, the others as one batch."""
+    """The first scale is that of the step from u_3 to u_2.
+
+    A step without guidance is predicted once, the others as one batch.
+    """
     sizes = []
 
     def count(call, arguments, options, context):
@@ -160,10 +182,11 @@ def test_a_schedule_guides_its_own_steps_alone(random, guidance):
     if guidance == (1.5, 1.5, 1.5):
         np.testing.assert_array_equal(us, drawn(random, sampling.sample_latents, guidance=1.5)[-1])
     for k, w in zip((2, 1, 0), scales, strict=True):
-        told = t[:, k + 1], t[:, k], np.full(3, 3)
-        conditional, null = (random.predict(us[:, k + 1], *told, y) for y in (label, np.full(3, 2)))
+        inputs = us[:, k + 1], t[:, k + 1], t[:, k], np.full(3, 3)
+        conditional, null = (random.predict(*inputs, y) for y in (label, np.full(3, 2)))
         mean, log_scale = sampling.guide(*conditional, *null, w)
-        np.testing.assert_allclose(us[:, k], mean + np.exp(log_scale) * noise[:, k], atol=1e-5)  # float32 sums in another order
+        # float32 sums in another order
+        np.testing.assert_allclose(us[:, k], mean + np.exp(log_scale) * noise[:, k], atol=1e-5)
     plain = drawn(random, sampling.sample_latents)[-1]
     same = [(us[:, k] == plain[:, k]).all() for k in (2, 1, 0)]
     first = next((i for i, w in enumerate(scales) if w), 3)
@@ -173,13 +196,15 @@ def test_a_schedule_guides_its_own_steps_alone(random, guidance):
 
 
 def test_a_gaussian_model_samples_its_gaussian(tiny):
-    """A new model without a transporter is exact for N(0, r^2) data: variances within and covariances between levels are known."""
+    """A new model without transporter is exact for N(0, r^2) data, with known covariances."""
     new = tiny(new=True, transporter_blocks=0)
     _, t, _, xs = drawn(new, sampling.sample, batch=2000)
-    deviations = xs / jnp.sqrt((0.7 * (1 - t)) ** 2 + t**2)[:, :, None, None]  # levels differ between examples
+    # levels differ between examples
+    deviations = xs / jnp.sqrt((0.7 * (1 - t)) ** 2 + t**2)[:, :, None, None]
     values = np.moveaxis(np.asarray(deviations), 1, 0).reshape(4, -1)
     count = values.shape[1]  # 24,000
-    assert (np.abs(values.mean(1)) < 5 / np.sqrt(count)).all()  # five standard errors, here and below
+    # five standard errors, here and below
+    assert (np.abs(values.mean(1)) < 5 / np.sqrt(count)).all()
     assert (np.abs(values.var(1) - 1) < 5 * np.sqrt(2 / count)).all()
     middle = np.asarray(t[1000], np.float64)
     joint = np.outer(1 - middle, 1 - middle) * 0.49 + np.asarray(trajectory.covariance(t[1000]))

@@ -30,13 +30,17 @@ def gaussian(x, mean, variance):
 
 
 def forward_step(s, t):
-    """Coefficient and variance of x_t given x_s, from the marginals alone: x_t = a x_s + noise with variances s^2 and t^2 given x."""
+    """Coefficient and variance of x_t given x_s, from the marginals alone.
+
+    x_t = a x_s + noise, with variances s^2 and t^2 given x.
+    """
     a = (1 - t) / (1 - s)
     return a, t**2 - a**2 * s**2
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 16, 31, 100])
-@pytest.mark.parametrize(("schedule", "tokens"), [("linear", 256), ("shifted", 1), ("shifted", 16), ("shifted", 256), ("shifted", 4096)])
+@pytest.mark.parametrize(("schedule", "tokens"), [("linear", 256), ("shifted", 1), ("shifted", 16),
+                                                  ("shifted", 256), ("shifted", 4096)])
 def test_levels_ascend_from_t_min_to_one_exactly(steps, schedule, tokens):
     t_min = jnp.array([1e-3, 0.01], jnp.float32)
     t = np.asarray(trajectory.levels(steps, t_min, schedule, trajectory.default_shift(tokens)))
@@ -54,10 +58,12 @@ def test_levels_by_hand():
     np.testing.assert_allclose(trajectory.levels(4, t_min, "linear", 0.0), expected, atol=3e-7)
     # m = log 3: s_k = 3/(3 + 4/k - 1), that is 3/6, 3/4, 3/(3 + 1/3), 1
     expected = [[0.02, 0.5, 0.75, 0.9, 1.0], [0.1, 0.5, 0.75, 0.9, 1.0]]
-    np.testing.assert_allclose(trajectory.levels(4, t_min, "shifted", math.log(3)), expected, atol=3e-7)
+    np.testing.assert_allclose(trajectory.levels(4, t_min, "shifted", math.log(3)), expected,
+                               atol=3e-7)
 
 
-@pytest.mark.parametrize(("tokens", "shift"), [(256, 0.5), (4096, 1.15), (2176, 0.825), (16, 0.459375)])
+@pytest.mark.parametrize(("tokens", "shift"),
+                         [(256, 0.5), (4096, 1.15), (2176, 0.825), (16, 0.459375)])
 def test_default_shift(tokens, shift):
     assert trajectory.default_shift(tokens) == pytest.approx(shift, abs=1e-12)
 
@@ -66,7 +72,8 @@ def test_level_of_each_example_matches_levels():
     k, steps = jnp.array([0, 1, 3, 4, 8]), jnp.array([4, 4, 4, 4, 8])
     for schedule in ("linear", "shifted"):
         single = trajectory.level(k, steps, 0.02, schedule, 0.5)
-        expected = [trajectory.levels(int(n), jnp.array([0.02]), schedule, 0.5)[0, int(i)] for i, n in zip(k, steps, strict=True)]
+        expected = [trajectory.levels(int(n), jnp.array([0.02]), schedule, 0.5)[0, int(i)]
+                    for i, n in zip(k, steps, strict=True)]
         np.testing.assert_array_equal(single, jnp.stack(expected))
 
 
@@ -142,7 +149,8 @@ def test_simulated_mean_and_covariance():
     rng = np.random.default_rng(0)
     for row in t:
         noise = jnp.asarray(rng.normal(size=(draws, t.shape[1], 1, 1)), jnp.float32)
-        xs = trajectory.simulate(jnp.full((draws, 1, 1), x), jnp.tile(row, (draws, 1)), noise)[..., 0, 0]
+        xs = trajectory.simulate(jnp.full((draws, 1, 1), x), jnp.tile(row, (draws, 1)),
+                                 noise)[..., 0, 0]
         covariance = np.asarray(trajectory.covariance(row), np.float64)
         # five standard errors of a sample mean and of a sample covariance
         assert (np.abs(xs.mean(0) - (1 - row) * x) < 5 * row / math.sqrt(draws)).all()
@@ -171,7 +179,8 @@ def test_covariance_by_formula():
     t = np.asarray(uneven_levels()[0], np.float64)
     low, high = np.minimum(t[:, None], t), np.maximum(t[:, None], t)
     with np.errstate(invalid="ignore"):
-        expected = np.where(low == 1, 1.0, np.where(low == high, low**2, low**2 * (1 - high) / (1 - low)))
+        expected = np.where(low == 1, 1.0,
+                            np.where(low == high, low**2, low**2 * (1 - high) / (1 - low)))
     s = trajectory.covariance(uneven_levels()[0])
     np.testing.assert_allclose(s, expected, rtol=1e-6)  # a few float32 roundings, relative
     assert s[-1, -1] == 1
@@ -180,7 +189,9 @@ def test_covariance_by_formula():
 
 @pytest.mark.parametrize(("t", "s", "a", "b", "c"), PAPER)
 def test_posterior_by_the_paper(t, s, a, b, c):
-    np.testing.assert_allclose(trajectory.posterior(jnp.float32(s), jnp.float32(t)), (a, b, c), atol=5.1e-5)  # four decimals printed
+    # four decimals printed
+    np.testing.assert_allclose(trajectory.posterior(jnp.float32(s), jnp.float32(t)), (a, b, c),
+                               atol=5.1e-5)
 
 
 @pytest.mark.parametrize(("t", "s"), PAIRS)
@@ -192,8 +203,8 @@ def test_posterior_by_bayes_rule_on_a_grid(t, s):
     density = gaussian(grid, (1 - s) * x, s**2) * gaussian(x_t, step * grid, variance)
     density /= density.sum()
     mean = (density * grid).sum()
-    # the grid's sums are exact to 1e-12; A, B and C are a few float32 operations on factors below 1, and t - s loses an
-    # ulp of t, 6e-8, of .001 where the levels are closest
+    # The grid's sums are exact to 1e-12. A, B and C are a few float32 operations on factors below
+    # 1, and t - s loses an ulp of t, 6e-8, of .001 where the levels are closest.
     rtol = 1e-6 + 1.2e-7 / (t - s)
     assert mean == pytest.approx(a * x_t + b * x, abs=rtol)
     assert math.sqrt((density * (grid - mean) ** 2).sum()) == pytest.approx(c, rel=rtol)
@@ -205,15 +216,16 @@ def test_posterior_by_joint_conditioning(t, s):
     a = covariance / t**2
     expected = a, (1 - s) - a * (1 - t), math.sqrt(s * s - a * covariance)
     # as above; 1e-7 absolute where A is zero
-    np.testing.assert_allclose(
-        trajectory.posterior(jnp.float32(s), jnp.float32(t)), expected, rtol=1e-6 + 1.2e-7 / (t - s), atol=1e-7)
+    np.testing.assert_allclose(trajectory.posterior(jnp.float32(s), jnp.float32(t)), expected,
+                               rtol=1e-6 + 1.2e-7 / (t - s), atol=1e-7)
 
 
 def test_transitions_compose():
     s, t, r = 0.2, 0.5, 0.8
     (a, sig), (a_next, sig_next) = trajectory.transition(s, t), trajectory.transition(t, r)
     composed = a * a_next, math.hypot(a_next * sig, sig_next)
-    np.testing.assert_allclose(composed, trajectory.transition(s, r), rtol=5e-7)  # a few float32 roundings
+    # a few float32 roundings
+    np.testing.assert_allclose(composed, trajectory.transition(s, r), rtol=5e-7)
 
 
 @pytest.mark.parametrize(("t", "s"), PAIRS)
@@ -225,7 +237,8 @@ def test_transition_keeps_the_marginals(t, s):
 
 
 def test_the_top_transition_is_pure_noise():
-    assert tuple(float(v) for v in trajectory.transition(jnp.float32(0.7), jnp.float32(1.0))) == pytest.approx((0, 1), abs=1.2e-7)
+    found = trajectory.transition(jnp.float32(0.7), jnp.float32(1.0))
+    assert tuple(map(float, found)) == pytest.approx((0, 1), abs=1.2e-7)
 
 
 def log_gaussian(x, mean, variance):
@@ -234,7 +247,7 @@ def log_gaussian(x, mean, variance):
 
 @pytest.mark.parametrize("r", [0.0, 0.015])
 def test_log_reverse_sums_to_the_joint_density_given_x_r(r):
-    """The joint Gaussian of x_0..x_T given x_r, coordinate by coordinate, from the forward steps alone."""
+    """The joint Gaussian of x_0..x_T given x_r, by coordinate, from the forward steps alone."""
     rng = np.random.default_rng(2)
     x_r, xs = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 2), (2, 5, 3, 2)))
     t = uneven_levels()
@@ -247,22 +260,26 @@ def test_log_reverse_sums_to_the_joint_density_given_x_r(r):
             a, variance = forward_step(below, s[k]) if k < 4 else (0.0, 1.0)
             total_forward += log_gaussian(xs[i, k].astype(float), a * x_below, variance)
             below, x_below = s[k], xs[i, k].astype(float)
-        # float32 sums of tens of terms; between the levels .1 and .11 rounding takes 1e-5 of the variance
+        # Float32 sums of tens of terms; between the levels .1 and .11 rounding changes the variance
+        # by 1e-5.
         assert total + reverse[i].sum() == pytest.approx(total_forward, rel=2e-5)
         for k in range(4):  # and each by conditioning in the joint Gaussian of x_k and x_{k+1}
             (a, low), (b, high) = forward_step(r, s[k]), forward_step(r, s[k + 1])
             gain = (b / a) * low / high
             mean = a * x_r[i] + gain * (xs[i, k + 1].astype(float) - b * x_r[i])
-            assert reverse[i, k] == pytest.approx(log_gaussian(xs[i, k].astype(float), mean, low - gain * (b / a) * low), rel=2e-5)
+            assert reverse[i, k] == pytest.approx(
+                log_gaussian(xs[i, k].astype(float), mean, low - gain * (b / a) * low), rel=2e-5)
 
 
 def test_extend_starts_at_its_argument_and_simulate_from_the_marginal():
     t = uneven_levels()
     rng = np.random.default_rng(3)
-    x, noise = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 2), (2, 5, 3, 2)))
+    x, noise = (jnp.asarray(rng.normal(size=shape), jnp.float32)
+                for shape in ((2, 3, 2), (2, 5, 3, 2)))
     x_0 = trajectory.start(x, t[:, 0], noise[:, 0])
     t_0 = np.asarray(t[:, 0])[:, None, None]
-    np.testing.assert_allclose(x_0, (1 - t_0) * x + t_0 * noise[:, 0], atol=1e-6)  # two float32 products of numbers below 4
+    # two float32 products of numbers below 4
+    np.testing.assert_allclose(x_0, (1 - t_0) * x + t_0 * noise[:, 0], atol=1e-6)
     xs = trajectory.extend(x_0, t, noise[:, 1:])
     np.testing.assert_array_equal(xs[:, 0], x_0)
     np.testing.assert_array_equal(xs, trajectory.simulate(x, t, noise))

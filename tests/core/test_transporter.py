@@ -1,4 +1,4 @@
-"""The transporter: its log-determinant, its inverse, and what each output may see."""
+"""The transporter: its log-determinant, its inverse, and the dependence of each output."""
 
 import functools
 
@@ -14,36 +14,40 @@ CONFIGS = [
     {},
     {"transporter_blocks": 1, "positions": "learned", "scan": True, "transporter_layers": 2},
     {"transporter_blocks": 3, "num_classes": 3, "kv_heads": 1, "steps": (2, 4)},
-    {"positions": "learned", "num_classes": 2, "steps": (1,), "kv_heads": 1, "grid": (1, 5), "dim": 3},
+    {"positions": "learned", "num_classes": 2, "steps": (1,), "kv_heads": 1, "grid": (1, 5),
+     "dim": 3},
     {"text_width": 5, "transporter_text": True},
 ]
 
 
 def condition(config):
-    """What blocks are told, a modulation [B, 6, W]."""
-    return (0.3 * np.random.default_rng(0).normal(size=(2, 6, config.transporter_width))).astype(np.float32)
+    """A random modulation [B, 6, W] for blocks."""
+    return (0.3 * np.random.default_rng(0).normal(size=(2, 6, config.transporter_width))).astype(
+        np.float32)
 
 
 def clean(tiny):
-    """(x [B, N, D], t [B], steps [B], label [B]): what a transporter is called with."""
+    """The arguments of a transporter: (x [B, N, D], t [B], steps [B], label [B])."""
     xs, t, steps, label = tiny.inputs()
     return xs[:, 0], t[:, 0], steps, label
 
 
 @functools.cache
 def _compiled_inverse(module, how, tolerance):
-    return jax.jit(functools.partial(module.apply, how=how, tolerance=tolerance, method=type(module).inverse))
+    return jax.jit(
+        functools.partial(module.apply, how=how, tolerance=tolerance, method=type(module).inverse))
 
 
 def inverse(bound, *args, how="parallel", tolerance=TOLERANCE):
     """(x, sweeps) of a transporter's or a block's inverse, as numpy arrays."""
-    return jax.device_get(_compiled_inverse(bound.module, how, tolerance)({"params": bound.weights}, *args))
+    return jax.device_get(
+        _compiled_inverse(bound.module, how, tolerance)({"params": bound.weights}, *args))
 
 
-def residual(block, x, u, told):
-    """max |x - (m(x) + exp(g(x)) u)| / max(1, |x|) of each example, all in the image's order: [B]."""
+def residual(block, x, u, modulation):
+    """max |x - (m(x) + exp(g(x)) u)| / max(1, |x|) of each example, in the image's order: [B]."""
     flip = (slice(None), slice(None, None, -1 if block.module.reverse else None))
-    m, g = block.conditioner(x[flip], told)
+    m, g = block.conditioner(x[flip], modulation)
     new = m + np.exp(g) * u[flip]
     return (np.abs(new - x[flip]) / np.maximum(1, np.abs(new))).max((1, 2))
 
@@ -54,13 +58,15 @@ def test_log_det_is_that_of_the_jacobian(tiny, changes):
     single = tiny(**changes).transporter(x, *rest)[1]
     with jax.enable_x64(True):
         transporter = tiny(**changes, dtype=jnp.float64, transporter_dtype=jnp.float64).transporter
-        jacobian, log_det = jax.device_get(jax.jit(jax.jacfwd(lambda x: transporter(x, *rest), has_aux=True))(x.astype(np.float64)))
+        run = jax.jit(jax.jacfwd(lambda x: transporter(x, *rest), has_aux=True))
+        jacobian, log_det = jax.device_get(run(x.astype(np.float64)))
         assert jacobian.dtype == np.float64
         for i in range(len(x)):
             sign, expected = np.linalg.slogdet(jacobian[i, :, :, i].reshape(x[i].size, x[i].size))
             assert sign == 1
             assert abs(expected) > 0.3
-            # log-scales are rounded to float32, 6e-8, and summed, partly cancelling; the second is all float32
+            # Log-scales are rounded to float32, 6e-8, and summed, partly cancelling; `single` is
+            # float32 throughout.
             assert log_det[i] == pytest.approx(expected, rel=1e-5)
             assert single[i] == pytest.approx(expected, rel=1e-5)
 
@@ -80,18 +86,20 @@ def test_a_new_transporter_is_the_identity(tiny):
 @pytest.mark.parametrize("std", [0.02, 1.0])
 def test_a_new_table_of_positions_is_of_the_size_asked_for(tiny, std):
     new = tiny(new=True, positions="learned", transporter_positions_std=std, grid=(16, 16), dim=1)
-    tables = [block["positions"]["table"] for name, block in sorted(new.transporter.weights.items()) if name.startswith("blocks")]
+    tables = [block["positions"]["table"] for name, block in sorted(new.transporter.weights.items())
+              if name.startswith("blocks")]
     assert [table.shape[0] for table in tables] == [256, 256]
     np.testing.assert_allclose([np.std(table) for table in tables], std, rtol=0.05)
     assert np.std(new.weights["predictor"]["positions"]["table"]) < 0.025
 
 
-def test_a_text_is_told_by_its_tokens_and_not_by_its_padding(tiny):
+def test_a_text_counts_by_its_tokens_and_not_by_its_padding(tiny):
     random = tiny(text_width=5, transporter_text=True)
     x, t, steps, text = clean(random)
     text = text._replace(mask=np.arange(4) < np.array([[3], [0]]))  # the second is the null caption
     u, _ = random.transporter(x, t, steps, text)
-    other = np.random.default_rng(1).normal(size=5).astype(np.float32)  # not a constant, which the layer norm takes away
+    # not a constant, which the layer norm takes away
+    other = np.random.default_rng(1).normal(size=5).astype(np.float32)
 
     def moved(text):
         return np.abs(random.transporter(x, t, steps, text)[0] - u).max((1, 2))
@@ -100,14 +108,16 @@ def test_a_text_is_told_by_its_tokens_and_not_by_its_padding(tiny):
     padding[0, 3:], padding[1] = other, other
     token[:, 1] += other
     np.testing.assert_array_equal(moved(text._replace(states=padding)), 0)
-    longer = Text(np.pad(text.states, ((0, 0), (0, 3), (0, 0))), np.pad(text.mask, ((0, 0), (0, 3))))
+    longer = Text(np.pad(text.states, ((0, 0), (0, 3), (0, 0))),
+                  np.pad(text.mask, ((0, 0), (0, 3))))
     np.testing.assert_array_less(moved(longer), 1e-5)  # float32 sums, other order
-    heard = moved(text._replace(states=token))
-    assert heard[0] > 1e-3
-    assert heard[1] == 0
+    by_token = moved(text._replace(states=token))
+    assert by_token[0] > 1e-3
+    assert by_token[1] == 0
     assert moved(text._replace(mask=np.ones((2, 4), bool))).min() > 1e-3
-    untold = tiny(text_width=5)
-    np.testing.assert_array_equal(untold.transport(x, t, steps, text)[0], untold.transport(x, t, steps, text._replace(states=token))[0])
+    without = tiny(text_width=5)
+    np.testing.assert_array_equal(without.transport(x, t, steps, text)[0],
+                                  without.transport(x, t, steps, text._replace(states=token))[0])
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (8, 8), (16, 16)])
@@ -117,7 +127,8 @@ def test_both_inverses_undo_the_transporter(tiny, changes, grid):
     x, *rest = clean(random)
     u, _ = random.transport(x, *rest)
     assert np.abs(u - x).max() > 0.5
-    found = {how: inverse(random.transporter, u, *rest, how=how) for how in ("sequential", "parallel")}
+    found = {how: inverse(random.transporter, u, *rest, how=how)
+             for how in ("sequential", "parallel")}
     for back, sweeps in found.values():
         assert sweeps.shape == (2, random.config.transporter_blocks)
         assert sweeps.dtype == np.int32
@@ -131,74 +142,84 @@ def test_both_inverses_undo_the_transporter(tiny, changes, grid):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_parallel_inverse_keeps_its_tolerance(tiny, index):
-    """The residual measured from outside; a smaller tolerance takes more sweeps."""
-    block, told = tiny(grid=(8, 8)).block(index), condition(tiny().config)
+    """Its residual is within the tolerance, and a smaller tolerance takes more sweeps."""
+    block, modulation = tiny(grid=(8, 8)).block(index), condition(tiny().config)
     u, before = clean(tiny(grid=(8, 8)))[0], 0
     for tolerance in (1e-2, 1e-4, TOLERANCE):
-        x, sweeps = inverse(block, u, told, tolerance=tolerance)
-        assert (residual(block, x, u, told) <= tolerance).all()
+        x, sweeps = inverse(block, u, modulation, tolerance=tolerance)
+        assert (residual(block, x, u, modulation) <= tolerance).all()
         assert (before < sweeps).all()
         assert (sweeps < 64).all()
         before = sweeps
-    rough, _ = inverse(block, u, told, tolerance=1e-2)
-    assert (residual(block, rough, u, told) > 1e-6).all()  # the tolerance is what ends it
+    rough, _ = inverse(block, u, modulation, tolerance=1e-2)
+    assert (residual(block, rough, u, modulation) > 1e-6).all()  # the tolerance ends it
 
 
 def wild(tiny, index, **changes):
-    """A block whose shifts outdo the tokens that they depend on: no sweep gets a token right before all those that it depends on are."""
+    """A block with shifts larger than the tokens that they depend on.
+
+    No sweep makes a token right before all tokens that it depends on are.
+    """
     block = tiny(**changes).block(index)
-    kernel = block.weights["project"]["kernel"] * np.where(np.arange(2 * tiny(**changes).config.dim) < tiny(**changes).config.dim, 20, 1)
-    block.weights = block.weights | {"project": block.weights["project"] | {"kernel": kernel.astype(np.float32)}}
+    kernel = block.weights["project"]["kernel"] * np.where(
+        np.arange(2 * tiny(**changes).config.dim) < tiny(**changes).config.dim, 20, 1)
+    block.weights = block.weights | {
+        "project": block.weights["project"] | {"kernel": kernel.astype(np.float32)}}
     return block
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_as_many_sweeps_as_tokens_are_exact(tiny, index):
-    block, u, told = wild(tiny, index), clean(tiny())[0], condition(tiny().config)
-    x, sweeps = inverse(block, u, told, tolerance=0.0)
+    block, u, modulation = wild(tiny, index), clean(tiny())[0], condition(tiny().config)
+    x, sweeps = inverse(block, u, modulation, tolerance=0.0)
     np.testing.assert_array_equal(sweeps, 6)
-    assert (residual(block, x, u, told) < 2e-6).all()  # float32 rounding of another program
-    expected, _ = inverse(block, u, told, how="sequential")
-    np.testing.assert_allclose(x, expected, rtol=1e-3, atol=1e-3)  # rounding, 1e-7, grows tenfold with every token
+    assert (residual(block, x, u, modulation) < 2e-6).all()  # float32 rounding of another program
+    expected, _ = inverse(block, u, modulation, how="sequential")
+    # rounding, 1e-7, grows tenfold with every token
+    np.testing.assert_allclose(x, expected, rtol=1e-3, atol=1e-3)
     assert np.abs(x).max() > 5
 
 
 def test_an_example_neither_waits_for_another_nor_depends_on_it(tiny):
     block, c = tiny(grid=(8, 8)).block(0), tiny(grid=(8, 8)).config
-    u, told = tiny(grid=(8, 8)).inputs(4).xs[:, 0], np.repeat(condition(c)[:1], 4, 0)
-    u[0] *= 0.01  # what hardly moves its tokens' shifts
-    x, sweeps = inverse(block, u, told, tolerance=1e-3)
+    u, modulation = tiny(grid=(8, 8)).inputs(4).xs[:, 0], np.repeat(condition(c)[:1], 4, 0)
+    u[0] *= 0.01  # too small to move its tokens' shifts much
+    x, sweeps = inverse(block, u, modulation, tolerance=1e-3)
     quick, slow = np.argmin(sweeps), np.argmax(sweeps)
     assert sweeps[quick] < sweeps[slow]
     for others in (quick, slow):
         order = np.array([quick, others, others, others])
-        found, taken = inverse(block, u[order], told, tolerance=1e-3)
+        found, taken = inverse(block, u[order], modulation, tolerance=1e-3)
         np.testing.assert_array_equal(found[0], x[quick])
         assert taken[0] == sweeps[quick]
-    alone, taken = inverse(block, u[[quick]], told[:1], tolerance=1e-3)
-    np.testing.assert_allclose(alone[0], x[quick], atol=1e-6)  # a batch of another size may be rounded otherwise
+    alone, taken = inverse(block, u[[quick]], modulation[:1], tolerance=1e-3)
+    # a batch of another size may round differently
+    np.testing.assert_allclose(alone[0], x[quick], atol=1e-6)
     assert taken[0] == sweeps[quick]
 
 
-def test_sweeps_are_told_in_the_order_of_the_blocks(tiny):
+def test_sweeps_are_in_the_order_of_the_blocks(tiny):
     transporter, (u, *rest) = tiny(grid=(4, 4)).transporter, clean(tiny(grid=(4, 4)))
     _, sweeps = inverse(transporter, u, *rest)
-    told = transporter.module.apply({"params": transporter.weights}, rest[:1], *rest[1:], method=lambda module, *a: module.condition(*a))
-    _, last = inverse(tiny(grid=(4, 4)).block(1), u, told)
+    modulation = transporter.module.apply({"params": transporter.weights}, rest[:1], *rest[1:],
+                                    method=lambda module, *a: module.condition(*a))
+    _, last = inverse(tiny(grid=(4, 4)).block(1), u, modulation)
     np.testing.assert_array_equal(sweeps[:, 1], last)
     assert (sweeps[:, 0] != last).all()
 
 
 def test_sweeps_survive_numbers_that_overflow(tiny):
-    """u is so large, and exp(g) so small, that the network cannot be asked about x = u, where the sweeps start."""
-    block, c, told = tiny(log_scale_bound=100.0).block(0), tiny().config, condition(tiny().config)
-    bias = block.weights["project"]["bias"] - np.where(np.arange(2 * c.dim) < c.dim, 0, 65).astype(np.float32)
+    """u is so large, and exp(g) so small, that the network overflows at x = u, the first sweep."""
+    c = tiny().config
+    block, modulation = tiny(log_scale_bound=100.0).block(0), condition(c)
+    bias = block.weights["project"]["bias"] - np.where(np.arange(2 * c.dim) < c.dim, 0,
+                                                       65).astype(np.float32)
     block.weights = block.weights | {"project": block.weights["project"] | {"bias": bias}}
     x = clean(tiny())[0]
-    u, _ = block(x, told)
+    u, _ = block(x, modulation)
     assert np.isfinite(u).all()
-    assert np.isnan(block.conditioner(u, told)[0]).all()  # the first token's too
-    found, sweeps = inverse(block, u, told)
+    assert np.isnan(block.conditioner(u, modulation)[0]).all()  # the first token's too
+    found, sweeps = inverse(block, u, modulation)
     np.testing.assert_allclose(found, x, atol=1e-4)  # a float32 log-scale of -57 is known to 4e-6
     assert (sweeps <= 6).all()
 
@@ -219,17 +240,21 @@ def test_the_parallel_inverse_maps_over_further_axes(tiny):
     xs, t, steps, label = random.inputs(4)
     u, t = xs[:, 0], t[:, 0]
     transporter = random.transporter
-    run = functools.partial(transporter.module.apply, {"params": transporter.weights}, method=Transporter.inverse, how="parallel")
+    run = functools.partial(transporter.module.apply, {"params": transporter.weights},
+                            method=Transporter.inverse, how="parallel")
     pairs = [a.reshape(2, 2, *a.shape[1:]) for a in (u, t, steps, label)]
-    for found, expected in zip(jax.jit(jax.vmap(run))(*pairs), jax.jit(run)(u, t, steps, label), strict=True):
-        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-6)  # float32 sums in another order
+    for found, expected in zip(jax.jit(jax.vmap(run))(*pairs), jax.jit(run)(u, t, steps, label),
+                               strict=True):
+        # float32 sums in another order
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
-def test_auto_takes_what_is_faster_on_the_platform_that_runs_it(tiny, platform):
+def test_auto_chooses_by_the_platform_that_runs_it(tiny, platform):
     random = tiny(grid=(8, 8))
-    lowered = jax.jit(functools.partial(random.transporter.module.apply, method=Transporter.inverse)).trace(
-        {"params": random.transporter.weights}, *clean(random)).lower(lowering_platforms=(platform,))
+    run = jax.jit(functools.partial(random.transporter.module.apply, method=Transporter.inverse))
+    traced = run.trace({"params": random.transporter.weights}, *clean(random))
+    lowered = traced.lower(lowering_platforms=(platform,))
     assert ("dynamic_update_slice" in lowered.as_text()) == (platform == "cpu")
     _, sweeps = inverse(random.transporter, *clean(random), how="auto")
     np.testing.assert_array_equal(sweeps, 64)  # here: token by token
@@ -242,7 +267,8 @@ def test_cached_decoding_equals_the_conditioner(tiny, index, changes):
     c, x = block.module.config, clean(tiny(**changes))[0]
     expected = block.conditioner(x, condition(c))
     assert np.abs(np.stack(expected)).max() < 1.5
-    cache = (np.zeros((c.transporter_layers, len(x), c.tokens, c.kv_heads, c.head_size), np.float32),) * 2
+    cache = (np.zeros((c.transporter_layers, len(x), c.tokens, c.kv_heads, c.head_size),
+                      np.float32),) * 2
     previous = np.full_like(x[:, 0], 7.0)  # ignored at the first token
     for n in range(c.tokens):
         *found, cache = block.decode(previous, condition(c), cache, n)
@@ -253,12 +279,13 @@ def test_cached_decoding_equals_the_conditioner(tiny, index, changes):
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_block_sees_only_earlier_tokens_of_its_own_order(tiny, index, positions):
+def test_a_block_depends_only_on_earlier_tokens_of_its_own_order(tiny, index, positions):
     random = tiny(positions=positions, transporter_layers=2)
-    block, x, told = random.block(index), clean(random)[0], condition(random.config)
+    block, x, modulation = random.block(index), clean(random)[0], condition(random.config)
     tokens = random.config.tokens
 
-    def seen(function):  # [N, N]: how strongly output n depends on token j; examples must not interact
+    # [N, N]: how strongly output n depends on token j; examples must not interact
+    def seen(function):
         jacobian = np.abs(jax.jit(jax.jacfwd(function))(x))
         assert not jacobian[0, :, :, 1].any()
         assert not jacobian[1, :, :, 0].any()
@@ -266,38 +293,41 @@ def test_a_block_sees_only_earlier_tokens_of_its_own_order(tiny, index, position
 
     earlier = np.tri(tokens, k=-1, dtype=bool)
     for part in (0, 1):  # shift, log-scale: in the block's own order
-        dependence = seen(lambda x, part=part: block.conditioner(x, told)[part])
+        dependence = seen(lambda x, part=part: block.conditioner(x, modulation)[part])
         assert not dependence[~earlier].any()
         assert (dependence[earlier] > 1e-5).all()
-    outputs = seen(lambda x: block(x, told)[0])
+    outputs = seen(lambda x: block(x, modulation)[0])
     own = np.tri(tokens, dtype=bool)
-    own = own[::-1, ::-1] if index == 1 else own  # in the image's order the second block runs backwards
+    # in the image's order the second block runs backwards
+    own = own[::-1, ::-1] if index == 1 else own
     assert not outputs[~own].any()
     assert (outputs[own] > 1e-5).all()
 
 
-def test_channels_of_a_token_do_not_see_each_other(tiny):
+def test_channels_of_a_token_do_not_depend_on_each_other(tiny):
     """Given the earlier tokens the map of a token is elementwise, by exp(-g)."""
-    block, x, told = tiny().block(0), clean(tiny())[0], condition(tiny().config)
-    jacobian = np.asarray(jax.jit(jax.jacfwd(lambda x: block(x, told)[0]))(x))
-    _, g = block.conditioner(x, told)
+    block, x, modulation = tiny().block(0), clean(tiny())[0], condition(tiny().config)
+    jacobian = np.asarray(jax.jit(jax.jacfwd(lambda x: block(x, modulation)[0]))(x))
+    _, g = block.conditioner(x, modulation)
     for i, n in np.ndindex(g.shape[:2]):
-        np.testing.assert_allclose(jacobian[i, n, :, i, n], np.diag(np.exp(-g[i, n])), rtol=1e-6)  # one float32 exponential
+        # one float32 exponential
+        np.testing.assert_allclose(jacobian[i, n, :, i, n], np.diag(np.exp(-g[i, n])), rtol=1e-6)
 
 
-def test_two_blocks_let_every_token_see_every_other(tiny):
+def test_in_two_blocks_every_token_depends_on_every_other(tiny):
     x, *rest = clean(tiny())
     jacobian = np.abs(jax.jit(jax.jacfwd(lambda x: tiny().transporter(x, *rest)[0]))(x))
     assert (jacobian[0, :, :, 0].max((1, 3)) > 1e-5).all()
 
 
 def test_log_scales_are_softly_bounded(tiny):
-    x, told = clean(tiny())[0], condition(tiny().config)
-    m, g = tiny(log_scale_bound=0.25).block(1).conditioner(x, told)
-    wide_m, raw = tiny(log_scale_bound=1e4).block(1).conditioner(x, told)
+    x, modulation = clean(tiny())[0], condition(tiny().config)
+    m, g = tiny(log_scale_bound=0.25).block(1).conditioner(x, modulation)
+    wide_m, raw = tiny(log_scale_bound=1e4).block(1).conditioner(x, modulation)
     np.testing.assert_array_equal(m, wide_m)
     assert np.abs(raw).max() > 0.3
-    np.testing.assert_allclose(g, 0.25 * np.tanh(np.asarray(raw) / 0.25), atol=1e-6)  # float32 tanh; the wide one bends by raw^3 / 3e8
+    # float32 tanh; the wide one bends by raw^3 / 3e8
+    np.testing.assert_allclose(g, 0.25 * np.tanh(np.asarray(raw) / 0.25), atol=1e-6)
 
 
 @pytest.mark.parametrize("change", ["level", "steps", "label"])
@@ -306,11 +336,13 @@ def test_the_condition_reaches_the_output_and_the_inverse(tiny, change):
     x, t, steps, label = clean(random)
     inputs = {"level": t, "steps": steps, "label": label}
     before = random.transport(x, *inputs.values())
-    inputs[change] = {"level": t + 0.1, "steps": steps * 2, "label": (label + 1) % 3}[change]  # 2 is the null class
+    # 2 is the null class
+    inputs[change] = {"level": t + 0.1, "steps": steps * 2, "label": (label + 1) % 3}[change]
     after = random.transport(x, *inputs.values())
     for a, b in zip(before, after, strict=True):
         assert (np.abs(a - b).reshape(2, -1).max(1) > 1e-3).all()
-    np.testing.assert_allclose(random.invert(after[0], *inputs.values())[0], x, atol=1e-5)  # float32 rounding, two blocks
+    # float32 rounding, two blocks
+    np.testing.assert_allclose(random.invert(after[0], *inputs.values())[0], x, atol=1e-5)
 
 
 def test_a_bfloat16_network_keeps_float32_arithmetic(tiny):
