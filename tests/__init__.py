@@ -1,1 +1,1 @@
-"""A package, since others bring a package of this name along (torch-fidelity does) that would be found first."""
+"""A package, since other projects install one of this name, which would be found first."""

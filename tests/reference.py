@@ -1,10 +1,12 @@
-"""The likelihood of one example in float64 NumPy and plain loops, written from the mathematics (method, sections 3, 4 and 9).
+"""The likelihood of one example in float64 NumPy and plain loops (method, sections 3, 4 and 9).
 
-It shares no code with ntm_jax, so that the two agree only where both are right.
+It is written from the mathematics and shares no code with ntm_jax, so that the two agree only where
+both are right.
 
-Symbols: T steps, K = T+1 levels ascending, N tokens, D token channels, W width, H heads, G key-value heads, C head size, V levels of a
-pixel. `params` is a checkpoint's nested dict, in which a network's layers lie stacked along a first axis; `config` has the attributes of
-core.model.ModelConfig. Nats everywhere. Conditions are a class or nothing: text is not covered.
+Symbols: T steps, K = T+1 levels ascending, N tokens, D token channels, W width, H heads,
+G key-value heads, C head size, V pixel levels. `params` is a checkpoint's nested dict, with a
+network's layers stacked along a first axis; `config` has the attributes of core.config.ModelConfig.
+Units are nats. Models are conditioned on a class or nothing, not on text.
 """
 
 import math
@@ -24,18 +26,22 @@ def log_normal(x, mean, scale):
 
 
 def transition(s, t):
-    """a and sig of the step from level s up to t: x_t = a x_s + sig eps. Variance t^2 = a^2 s^2 + sig^2."""
+    """(a, sig) of the step x_t = a x_s + sig eps from level s up to t; t^2 = a^2 s^2 + sig^2."""
     return (1 - t) / (1 - s), math.sqrt((t - s) * (t + s - 2 * t * s)) / (1 - s)
 
 
 def posterior(s, t):
     """A, B, C of q(x_s | x_t, x) = N(A x_t + B x, C^2)."""
     a, sig = transition(s, t)
-    return a * s**2 / t**2, (1 - s) * sig**2 / t**2, s * sig / t  # Bayes: the prior N((1-s) x, s^2) times N(x_t; a x_s, sig^2)
+    # Bayes: the prior N((1-s) x, s^2) times N(x_t; a x_s, sig^2)
+    return a * s**2 / t**2, (1 - s) * sig**2 / t**2, s * sig / t
 
 
 def forward_log_density(xs, x, t, pixels):
-    """log q(x_1..x_T | x_0), and with `pixels` log q(x_0..x_T | x): xs [K, N, D], x [N, D], t [K] -> a number."""
+    """log q(x_1..x_T | x_0), or with `pixels` log q(x_0..x_T | x), a number.
+
+    xs: [K, N, D]; x: [N, D]; t: [K].
+    """
     xs, x, t = np.float64(xs), np.float64(x), np.float64(t)
     total = 0.0
     for n in range(x.shape[0]):
@@ -49,14 +55,19 @@ def forward_log_density(xs, x, t, pixels):
 
 
 def log_bin(x, mean, scale, pixel_levels):
-    """log of the probability that N(mean, scale^2) gives to the bin of x, one of V values from -1 to 1; the outermost bins are open."""
+    """Log-probability of the bin of x, one of V values from -1 to 1, under N(mean, scale^2).
+
+    The outermost bins are open.
+    """
     v = round((x + 1) / 2 * (pixel_levels - 1))
     low, high = -math.inf, math.inf
     if v > 0:
         low = ((2 * v - 1) / (pixel_levels - 1) - 1 - mean) / scale
     if v < pixel_levels - 1:
         high = ((2 * v + 1) / (pixel_levels - 1) - 1 - mean) / scale
-    if low > 0:  # the same probability in the lower tail, where it is a difference of small numbers and not of ones
+    # the same probability in the lower tail, where it is a difference of small numbers and not of
+    # ones
+    if low > 0:
         low, high = -high, -low
     return log_ndtr(high) + math.log1p(-math.exp(log_ndtr(low) - log_ndtr(high)))
 
@@ -95,7 +106,10 @@ def soft_bound(g, bound):
 
 
 def rotate(x, row, column):
-    """Rotary position of a head's query or key [C]: pairs (i, i + C/2) turn, half of them by the row, half by the column."""
+    """Rotary position of a head's query or key [C].
+
+    Pairs (i, i + C/2) are rotated, half of them by the row, half by the column.
+    """
     half, quarter = len(x) // 2, len(x) // 4
     y = np.zeros(len(x))
     for i in range(half):
@@ -107,7 +121,10 @@ def rotate(x, row, column):
 
 
 def attention(p, config, tokens, causal, order):
-    """Tokens, N vectors [W], -> N vectors [W]. order: each token's place in the image, row-major, for rotary positions."""
+    """Tokens, N vectors [W], -> N vectors [W].
+
+    order: each token's row-major place in the image, for rotary positions.
+    """
     size, heads, kv_heads = config.head_size, len(tokens[0]) // config.head_size, config.kv_heads
     queries, keys, values = [], [], []  # [N][H or G], vectors [C]
     for x, place in zip(tokens, order, strict=True):
@@ -116,7 +133,8 @@ def attention(p, config, tokens, causal, order):
         k = [rms_norm(head, p["key_norm"]["scale"]) for head in split["key"]]
         if config.positions == "rotary":
             row, column = divmod(place, config.grid[1])
-            q, k = [rotate(head, row, column) for head in q], [rotate(head, row, column) for head in k]
+            q, k = [rotate(head, row, column)
+                    for head in q], [rotate(head, row, column) for head in k]
         queries.append(q)
         keys.append(k)
         values.append(split["value"])
@@ -129,14 +147,16 @@ def attention(p, config, tokens, causal, order):
             scores = np.array([queries[n][head] @ keys[m][group] / math.sqrt(size) for m in seen])
             weights = np.exp(scores - scores.max())
             weights = weights / weights.sum()
-            results.append(sum(weight * values[m][group] for weight, m in zip(weights, seen, strict=True)))
+            results.append(
+                sum(weight * values[m][group] for weight, m in zip(weights, seen, strict=True)))
         out.append(dense(p["out"], np.concatenate(results)))
     return out
 
 
 def pick(p, index):
     """One layer's parameters of a stack."""
-    return {name: pick(child, index) for name, child in p.items()} if isinstance(p, dict) else p[index]
+    return {name: pick(child, index) for name, child in p.items()} if isinstance(p, dict) else p[
+        index]
 
 
 def transformer(p, config, depth, tokens, modulation, causal, order):
@@ -144,7 +164,8 @@ def transformer(p, config, depth, tokens, modulation, causal, order):
     for index in range(depth):
         layer = pick(p["layers"], index)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation + layer["table"]
-        attended = attention(layer["attention"], config, [layer_norm(x) * (1 + scale_1) + shift_1 for x in tokens], causal, order)
+        attended = attention(layer["attention"], config, [layer_norm(x) * (1 + scale_1) + shift_1
+                                                          for x in tokens], causal, order)
         tokens = [x + (1 + gate_1) * h for x, h in zip(tokens, attended, strict=True)]
         for n, x in enumerate(tokens):
             h = layer_norm(x) * (1 + scale_2) + shift_2
@@ -159,14 +180,18 @@ def sinusoidal(value, width):
 
 
 def condition(p, config, width, times, steps, label):
-    """What a network is told, as its layers' modulation [6, W]: levels, T where several are trained together, the class."""
-    told = {f"level_{i}": 1000 * t for i, t in enumerate(times)}
+    """The modulation [6, W] of a network's layers.
+
+    It depends on levels, on T where several are trained together, and on the class.
+    """
+    scalars = {f"level_{i}": 1000 * t for i, t in enumerate(times)}
     if len(config.steps) > 1:
-        told["steps"] = 10 * steps
+        scalars["steps"] = 10 * steps
     inner = min(width, 512)
     total = np.zeros(inner)
-    for name, value in told.items():
-        total = total + dense(p[f"{name}_out"], silu(dense(p[f"{name}_in"], sinusoidal(value, min(inner, 256)))))
+    for name, value in scalars.items():
+        total = total + dense(p[f"{name}_out"],
+                              silu(dense(p[f"{name}_in"], sinusoidal(value, min(inner, 256)))))
     if config.num_classes:
         total = total + p["class"]["embedding"][label]
     return dense(p["modulation"], silu(total)).reshape(6, width)
@@ -176,13 +201,19 @@ def condition(p, config, width, times, steps, label):
 
 
 def block(p, config, x, modulation, flipped):
-    """One autoregressive block: x [N, D] -> (u [N, D], log|det du/dx|); token n's shift and scale come of the tokens before it."""
+    """One autoregressive block: x [N, D] -> (u [N, D], log|det du/dx|).
+
+    A token's shift and scale depend on the tokens before it.
+    """
     count = len(x)
-    order = list(range(count - 1, -1, -1) if flipped else range(count))  # the image's places in the block's order
+    # the image's places in the block's order
+    order = list(range(count - 1, -1, -1) if flipped else range(count))
     inputs = [p["start"]] + [dense(p["embed"], x[place]) for place in order[:-1]]
     if config.positions == "learned":
-        inputs = [h + p["positions"]["table"][place] for h, place in zip(inputs, order, strict=True)]
-    hidden = transformer(p["stack"], config, config.transporter_layers, inputs, modulation, True, order)
+        inputs = [h + p["positions"]["table"][place]
+                  for h, place in zip(inputs, order, strict=True)]
+    hidden = transformer(p["stack"], config, config.transporter_layers, inputs, modulation, True,
+                         order)
     u, log_det = np.zeros(x.shape), 0.0
     for h, place in zip(hidden, order, strict=True):
         output = dense(p["project"], layer_norm(h, p["norm"]["scale"]))
@@ -206,7 +237,10 @@ def transport(params, config, x, t, steps, label):
 
 
 def predict(params, config, u, t, s, steps, label):
-    """The predictor f_P: mean and log-scale, [N, D] each, of the latent at level s given u [N, D] at level t > s."""
+    """The predictor f_P: mean and log-scale of the latent at level s given u at level t > s.
+
+    All are [N, D].
+    """
     p, r = params["predictor"], config.data_std
     places = list(range(len(u)))
     variance = (1 - t) ** 2 * r**2 + t**2  # of x_t, for Gaussian data
@@ -214,7 +248,8 @@ def predict(params, config, u, t, s, steps, label):
     if config.positions == "learned":
         inputs = [h + p["positions"]["table"][n] for h, n in zip(inputs, places, strict=True)]
     modulation = condition(p["condition"], config, config.width, [t, s], steps, label)
-    hidden = transformer(p["stack"], config, config.predictor_layers, inputs, modulation, False, places)
+    hidden = transformer(p["stack"], config, config.predictor_layers, inputs, modulation, False,
+                         places)
     mean, log_sigma = np.zeros(u.shape), np.zeros(u.shape)
     for n in places:
         output = dense(p["project"], layer_norm(hidden[n], p["norm"]["scale"]))
@@ -224,8 +259,10 @@ def predict(params, config, u, t, s, steps, label):
                 mean[n, d], log_sigma[n, d] = value, delta
             else:
                 a, b, c = posterior(s, t)
-                spread = r * t / math.sqrt(variance)  # r_t, the deviation of x given x_t for Gaussian data
-                clean = (1 - t) * r**2 / variance * u[n, d] + spread * value  # its mean, and what the network adds
+                # r_t, the deviation of x given x_t for Gaussian data
+                spread = r * t / math.sqrt(variance)
+                # its mean, and what the network adds
+                clean = (1 - t) * r**2 / variance * u[n, d] + spread * value
                 mean[n, d] = a * u[n, d] + b * clean
                 log_sigma[n, d] = math.log(math.sqrt(c**2 + b**2 * spread**2)) + delta
     return mean, log_sigma
@@ -233,13 +270,14 @@ def predict(params, config, u, t, s, steps, label):
 
 def float64(params):
     """The nested dict of parameters in float64."""
-    return {name: float64(child) for name, child in params.items()} if isinstance(params, dict) else np.float64(params)
+    return {name: float64(child)
+            for name, child in params.items()} if isinstance(params, dict) else np.float64(params)
 
 
 def trajectory_nll(params, config, xs, t, steps, label):
-    """-log p(x_k | x_{k+1}), k = 0..T-1, of one trajectory xs [K, N, D] at levels t [K], as T dicts of its terms:
+    """The terms of -log p(x_k | x_{k+1}), k = 0..T-1, of one trajectory, T dicts.
 
-    -log p = quadratic + log_scale - log_det + constant.
+    xs: [K, N, D] at levels t [K]. -log p = quadratic + log_scale - log_det + constant.
     """
     if getattr(config, "text_width", 0):
         raise ValueError("a model of text is not covered")
@@ -257,10 +295,12 @@ def trajectory_nll(params, config, xs, t, steps, label):
         quadratic = log_scale = constant = 0.0
         for n in range(xs.shape[1]):
             for d in range(xs.shape[2]):
-                quadratic += 0.5 * ((latents[k][n, d] - mean[n, d]) / math.exp(log_sigma[n, d])) ** 2
+                quadratic += 0.5 * ((latents[k][n, d] - mean[n, d])
+                                    / math.exp(log_sigma[n, d])) ** 2
                 log_scale += log_sigma[n, d]
                 constant += 0.5 * LOG_2PI
-        factors.append({"quadratic": quadratic, "log_scale": log_scale, "log_det": log_dets[k], "constant": constant})
+        factors.append({"quadratic": quadratic, "log_scale": log_scale, "log_det": log_dets[k],
+                        "constant": constant})
     return factors
 
 
@@ -272,7 +312,8 @@ def nll(factor):
 def log_weight(params, config, xs, x, t, steps, label, pixel_levels):
     """log w of one trajectory xs [K, N, D] of clean x [N, D] at levels t [K].
 
-    Pixels, V > 0: log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x). Latents, V = 0: log p(x_0..x_T) - log q(x_1..x_T | x_0).
+    Pixels, V > 0: log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x).
+    Latents, V = 0: log p(x_0..x_T) - log q(x_1..x_T | x_0).
     """
     xs, x, t = np.float64(xs), np.float64(x), np.float64(t)
     total = -sum(nll(factor) for factor in trajectory_nll(params, config, xs, t, steps, label))

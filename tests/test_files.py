@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and JSON of any kind is an object or one line."""
+"""Files are written completely or not at all, and unusable JSON is refused with one line."""
 
 import errno
 import json
@@ -11,13 +11,14 @@ from ntm_jax import files
 from ntm_jax.errors import UserError
 
 HOSTILE = {
-    "empty": b"", "a list": b"[]", "null": b"null", "a number": b"3", "a string": b'"a"', "not UTF-8": b"\xff", "cut short": b'{"a": 1',
-    "deep lists": b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "empty": b"", "a list": b"[]", "null": b"null", "a number": b"3", "a string": b'"a"',
+    "not UTF-8": b"\xff", "truncated": b'{"a": 1', "deep lists": b"[" * 100_000,
+    "deep objects": b'{"a":' * 100_000, "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_no_object_is_one_line_that_names_the_file(tmp_path, name):
+def test_json_without_an_object_is_refused_in_one_line_that_names_the_file(tmp_path, name):
     path = tmp_path / "side.json"
     path.write_bytes(HOSTILE[name])
     with pytest.raises(UserError) as error:
@@ -33,15 +34,15 @@ def test_a_sealed_file_shows_every_change_of_its_content(tmp_path):
     files.write_json(path, content, sealed=True)
     assert files.read_json(path, "") == content
     assert list(json.loads(path.read_text())) == ["b", "a", files.SEAL]
-    whole = path.read_bytes()
-    for place in range(8 * len(whole)):
-        changed = bytearray(whole)
+    sealed = path.read_bytes()
+    for place in range(8 * len(sealed)):
+        changed = bytearray(sealed)
         changed[place // 8] ^= 1 << place % 8
         try:
             found = files.parse_json(bytes(changed))
         except ValueError:
             continue
-        # A flip within the seal's name leaves a file without a seal, and with a key that no reader knows.
+        # A flip within the seal's name leaves a file without a seal and a key that readers refuse.
         assert found == content or len(found) == 3, bytes(changed)
 
 
@@ -50,7 +51,7 @@ def test_a_file_without_a_seal_is_read(tmp_path):
     assert files.read_json(tmp_path / "side.json", "") == {"a": 1}
 
 
-def test_what_is_written_aside_gets_its_name_at_the_end_or_never(tmp_path):
+def test_a_file_written_aside_gets_its_name_at_the_end_or_never(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(KeyError), files.aside(path) as file:
@@ -87,8 +88,9 @@ def test_a_failed_write_names_its_file_and_keeps_the_old_one(tmp_path):
     assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["file"])
 
 
-def test_lines_that_are_damaged_are_left_out(tmp_path):
+def test_damaged_lines_are_left_out(tmp_path):
     path = tmp_path / "lines.jsonl"
     assert files.read_lines(path) == []
-    path.write_bytes(b'{"step": 1}\n\xff\n[]\nnull\n\n' + b"[" * 100_000 + b'\n{"step": ' + b"1" * 5000 + b'}\n{"step": 2}\n{"step": 3')
+    path.write_bytes(b'{"step": 1}\n\xff\n[]\nnull\n\n' + b"[" * 100_000 + b'\n{"step": ' + b"1"
+                     * 5000 + b'}\n{"step": 2}\n{"step": 3')
     assert files.read_lines(path) == [{"step": 1}, {"step": 2}]

@@ -1,6 +1,6 @@
 """The likelihood in float32 against tests/reference.py, and the reference against closed forms.
 
-The models are small ones and a checkpoint, of a few steps that are trained here, or of your own run:
+The models are small ones, and a checkpoint of a few steps that are trained here or of your own run:
 WORKDIR=runs/digits pytest tests/test_reference.py.
 """
 
@@ -28,40 +28,56 @@ from tests.common import batch_of, tiny_config
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BASE = {
-    "grid": (2, 3), "dim": 3, "num_classes": 0, "steps": (3,), "width": 16, "head_size": 8, "kv_heads": 2, "mlp_ratio": 2,
-    "positions": "rotary", "transporter_width": 16, "transporter_blocks": 2, "transporter_layers": 1, "predictor_layers": 1,
-    "head": "preconditioned", "log_scale_bound": 1.0, "data_std": 0.7, "dtype": jnp.float32, "transporter_dtype": jnp.float32,
-    "remat": "none", "scan": False,
+    "grid": (2, 3), "dim": 3, "num_classes": 0, "steps": (3,), "width": 16, "head_size": 8,
+    "kv_heads": 2, "mlp_ratio": 2, "positions": "rotary", "transporter_width": 16,
+    "transporter_blocks": 2, "transporter_layers": 1, "predictor_layers": 1,
+    "head": "preconditioned", "log_scale_bound": 1.0, "data_std": 0.7, "dtype": jnp.float32,
+    "transporter_dtype": jnp.float32, "remat": "none", "scan": False,
 }
 MODELS = {
     "rotary": {},
     "classes_learned_grouped_scanned": {
-        "num_classes": 3, "positions": "learned", "kv_heads": 2, "head_size": 4, "width": 24, "transporter_layers": 2,
-        "predictor_layers": 2, "scan": True, "flat": True},
-    "direct_several_steps": {"head": "direct", "steps": (2, 4), "kv_heads": 1, "predictor_layers": 2, "transporter_blocks": 3},
-    "no_transporter": {"transporter_blocks": 0, "num_classes": 2, "positions": "learned", "steps": (1, 2)},
-    "direct_learned": {"head": "direct", "positions": "learned", "transporter_width": 32, "grid": (3, 1), "scan": True},
-    "wide": {"width": 544, "head_size": 136, "transporter_width": 272, "grid": (1, 2), "mlp_ratio": 1, "num_classes": 1},
+        "num_classes": 3, "positions": "learned", "kv_heads": 2, "head_size": 4, "width": 24,
+        "transporter_layers": 2, "predictor_layers": 2, "scan": True, "flat": True},
+    "direct_several_steps": {
+        "head": "direct", "steps": (2, 4), "kv_heads": 1, "predictor_layers": 2,
+        "transporter_blocks": 3},
+    "no_transporter": {
+        "transporter_blocks": 0, "num_classes": 2, "positions": "learned", "steps": (1, 2)},
+    "direct_learned": {
+        "head": "direct", "positions": "learned", "transporter_width": 32, "grid": (3, 1),
+        "scan": True},
+    "wide": {
+        "width": 544, "head_size": 136, "transporter_width": 272, "grid": (1, 2), "mlp_ratio": 1,
+        "num_classes": 1},
 }
-# Of the total, or of a tenth of its terms' sizes where these cancel to less: float32 rounds each number to 6e-8, and some tens to
-# hundreds of such roundings, those of the angles 1000 t among them, lie between the inputs and a total.
+# Relative to the total, or to a tenth of its terms' sizes where these cancel to less. Float32
+# rounds each number to 6e-8, and some tens to hundreds of such roundings, also of the angles
+# 1000 t, lie between the inputs and a total.
 RELATIVE = 1e-5
 
 
 def difference(found, expected, sizes):
-    """The largest difference relative to the expected totals; sizes: the sums of their terms' absolute values."""
+    """The largest difference relative to the expected totals; see RELATIVE.
+
+    sizes: the sums of their terms' absolute values.
+    """
     return np.max(np.abs(np.float64(found) - expected) / np.maximum(np.abs(expected), 0.1 * sizes))
 
 
 @functools.cache
 def weights(config: ModelConfig, new: bool = False) -> dict:
-    """Random parameters with no term trivial, kernels that keep the size of their input; new: without projections, as a new model's."""
+    """Random parameters that make no term trivial, with kernels that keep the size of their input.
+
+    new: without projections, as in a new model.
+    """
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
         name, size = path[-1].key, 0.1
         if name == "kernel":
-            small = {"project": 0 if new else 0.5, "modulation": 0.1}  # else log-scales saturate and roundings grow past all bounds
+            # Otherwise log-scales saturate and roundings grow without bound.
+            small = {"project": 0 if new else 0.5, "modulation": 0.1}
             size = small.get(path[-2].key, 1) / math.sqrt(leaf.shape[-2])
         elif new and path[-2].key == "project":
             size = 0
@@ -69,34 +85,49 @@ def weights(config: ModelConfig, new: bool = False) -> dict:
 
     shape = (1, config.steps[0] + 1, config.tokens, config.dim)
     arguments = jnp.zeros(shape), jnp.zeros(shape[:2]), jnp.zeros(1), jnp.zeros(1, int)
-    return jax.tree_util.tree_map_with_path(fill, nn.unbox(jax.eval_shape(NTM(config).init, jax.random.key(0), *arguments))["params"])
+    return jax.tree_util.tree_map_with_path(
+        fill, nn.unbox(jax.eval_shape(NTM(config).init, jax.random.key(0), *arguments))["params"])
 
 
 def compare(model, params, x, t, steps, label, pixel_levels):
-    """Asserts that jax and the reference agree on the terms, the NLL by level and log w of trajectories of x [B, N, D], levels t [K]."""
-    t = np.tile(np.float32(t), (len(x), 1)) + np.linspace(np.arange(len(x)) * 0.003, 0, len(t), axis=1, dtype=np.float32)  # all differ
-    noise = np.random.default_rng(1).normal(size=(len(x), t.shape[1], *x.shape[1:])).astype(np.float32)
+    """Asserts that jax and the reference agree on trajectories of x [B, N, D] at levels t [K].
+
+    They are compared in the terms, the NLL by level and log w.
+    """
+    shifts = np.linspace(np.arange(len(x)) * 0.003, 0, len(t), axis=1, dtype=np.float32)
+    t = np.tile(np.float32(t), (len(x), 1)) + shifts  # other levels for each example
+    shape = len(x), t.shape[1], *x.shape[1:]
+    noise = np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
     @jax.jit
     def run(params, x):
         xs = trajectory.simulate(x, t, noise)
         terms = model.apply({"params": params}, xs, t, jnp.full(len(x), steps), label)
-        return xs, terms, terms.nll, {levels: likelihood.contributions(terms, xs, x, t, levels) for levels in {0, pixel_levels}}
+        contributions = {v: likelihood.contributions(terms, xs, x, t, v)
+                         for v in {0, pixel_levels}}
+        return xs, terms, terms.nll, contributions
 
     xs, terms, nll, contributions = jax.device_get(run(params, x))
     config = model.config
-    factors = [reference.trajectory_nll(params, config, xs[b], t[b], steps, label[b]) for b in range(len(x))]
-    sizes = np.array([[sum(abs(term) for term in factor.values()) for factor in example] for example in factors])  # [B, T]
+    factors = [reference.trajectory_nll(params, config, xs[b], t[b], steps, label[b])
+               for b in range(len(x))]
+    sizes = np.array([[sum(map(abs, factor.values())) for factor in example]
+                      for example in factors])  # [B, T]
     for name in ("quadratic", "log_scale", "log_det"):
         expected = np.array([[factor[name] for factor in example] for example in factors])
-        np.testing.assert_array_less(np.abs(getattr(terms, name) - expected), RELATIVE * sizes, err_msg=name)
-    differences = {"nll": difference(nll, np.array([[reference.nll(factor) for factor in example] for example in factors]), sizes)}
-    for levels, parts in contributions.items():
+        np.testing.assert_array_less(np.abs(getattr(terms, name) - expected), RELATIVE * sizes,
+                                     err_msg=name)
+    expected = np.array([[reference.nll(factor) for factor in example] for example in factors])
+    differences = {"nll": difference(nll, expected, sizes)}
+    for v, parts in contributions.items():
         parts = [np.float64(v).reshape(len(x), -1) for v in parts.values()]
         found, size = sum(v.sum(1) for v in parts), sum(np.abs(v).sum(1) for v in parts)
-        expected = [reference.log_weight(params, config, xs[b], x[b], t[b], steps, label[b], levels) for b in range(len(x))]
-        differences[f"log_weight_{'pixels' if levels else 'latents'}"] = difference(found, np.array(expected), size)
-    print("largest relative differences:", {name: f"{value:.1e}" for name, value in differences.items()})
+        expected = [reference.log_weight(params, config, xs[b], x[b], t[b], steps, label[b], v)
+                    for b in range(len(x))]
+        name = f"log_weight_{'pixels' if v else 'latents'}"
+        differences[name] = difference(found, np.array(expected), size)
+    print("largest relative differences:",
+          {name: f"{value:.1e}" for name, value in differences.items()})
     assert max(differences.values()) < RELATIVE, differences
 
 
@@ -107,7 +138,8 @@ def test_small_models(name):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 6, (3, config.tokens, config.dim))  # 0 and 5 are the open bins
     label = np.arange(3) % (classes + 1)  # the last is the null class
-    compare(NTM(config), weights(config), np.float32(2 * pixels / 5 - 1), np.linspace(0.05, 1, steps + 1), steps, label, 6)
+    compare(NTM(config), weights(config), np.float32(2 * pixels / 5 - 1),
+            np.linspace(0.05, 1, steps + 1), steps, label, 6)
 
 
 @pytest.fixture(scope="module")
@@ -123,16 +155,20 @@ def run(tmp_path_factory):
 def test_a_checkpoint(run):
     config = run.config
     source = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)
-    # in float32 throughout: a network that runs in bfloat16 has that rounding, 4e-3, in its likelihood
-    model = run.model.clone(config=dataclasses.replace(run.model.config, dtype=jnp.float32, transporter_dtype=jnp.float32))
+    # A network in bfloat16 has that rounding, 4e-3, in its likelihood.
+    exact = dataclasses.replace(
+        run.model.config, dtype=jnp.float32, transporter_dtype=jnp.float32)
+    model = run.model.clone(config=exact)
     batch, steps = batch_of(source, config, 4), config.sample.steps
-    t = np.asarray(config.schedule(model.config.tokens).levels(steps, jnp.full(1, config.trajectory.t_min)))[0]
-    compare(model, jax.device_get(run.params)["params"], batch["x"], t, steps, batch["label"], source.pixel_levels)
+    t = np.asarray(run.schedule.fixed_levels(steps, 1))[0]
+    compare(model, jax.device_get(run.params)["params"], batch["x"], t, steps, batch["label"],
+            source.pixel_levels)
 
 
 def gaussian(steps: int, **changes):
     """A new model, exact for N(0, data_std^2) data: its configuration and parameters."""
-    config = ModelConfig(**BASE | {"transporter_blocks": 0, "steps": (steps,), "grid": (1, 2)} | changes)
+    config = ModelConfig(
+        **BASE | {"transporter_blocks": 0, "steps": (steps,), "grid": (1, 2)} | changes)
     return config, weights(config, new=True)
 
 
@@ -147,25 +183,28 @@ def test_the_weight_of_gaussian_data_is_their_noised_density(steps):
         x = rng.normal(size=xs.shape[1:])
         exact = norm.logpdf(xs[0], 0, math.sqrt(variance)).sum()
         found = reference.log_weight(params, config, xs, x, t, steps, 0, 0)
-        assert found == pytest.approx(exact, abs=1e-9)  # nats, of float64 sums of some thousand nats: 1e-12 each
+        # nats, of float64 sums of some thousand nats: 1e-12 each
+        assert found == pytest.approx(exact, abs=1e-9)
 
 
 def test_the_mean_weight_of_gaussian_pixels_is_their_probability():
-    """x_0 / (1 - t_0) under the model, plus the decoder's noise, is Gaussian: each bin's probability is known, the open ones' too."""
+    """x_0 / (1 - t_0) plus the decoder's noise is Gaussian: the bins' probabilities are known."""
     config, params = gaussian(2, grid=(1, 1), dim=1)
     t = np.array([0.3, 0.6, 1.0])
     deviation = math.sqrt((1 - t[0]) ** 2 * config.data_std**2 + 2 * t[0] ** 2) / (1 - t[0])
-    grid, step = np.linspace(-4.5, 4.5, 61, retstep=True)  # eight deviations of x_0: the trapezoidal rule is exact to 1e-12
+    # eight deviations of x_0: the trapezoidal rule is exact to 1e-12
+    grid, step = np.linspace(-4.5, 4.5, 61, retstep=True)
     found = []
     for x in np.linspace(-1, 1, 5):
-        mean = 0.0  # of w over q(x_0 | x); x_1 and x_2 do not matter, the model being exact
+        mean = 0.0  # of w over q(x_0 | x); x_1 and x_2 do not matter, as the model is exact
         for x_0 in grid:
             xs = np.array([x_0, 0.4, -0.9])[:, None, None]
             log_w = reference.log_weight(params, config, xs, np.full((1, 1), x), t, 2, 0, 5)
             mean += step * math.exp(log_w + norm.logpdf(x_0, (1 - t[0]) * x, t[0]))
         found.append(mean)
     edges = np.array([-np.inf, -0.75, -0.25, 0.25, 0.75, np.inf])
-    np.testing.assert_allclose(found, np.diff(norm.cdf(edges / deviation)), rtol=1e-9)  # float64, and the rule above
+    # float64, and the rule above
+    np.testing.assert_allclose(found, np.diff(norm.cdf(edges / deviation)), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["rotary", "classes_learned_grouped_scanned"])
@@ -175,12 +214,15 @@ def test_the_log_det_is_that_of_the_numerical_jacobian(name):
     x = np.random.default_rng(3).normal(size=(config.tokens, config.dim))
 
     def move(x):
-        return reference.transport(params, config, x.reshape(config.tokens, config.dim), 0.4, 3, 1)[0].ravel()
+        x = x.reshape(config.tokens, config.dim)
+        return reference.transport(params, config, x, 0.4, 3, 1)[0].ravel()
 
     h = 1e-5
-    jacobian = [(move(x.ravel() + h * e) - move(x.ravel() - h * e)) / (2 * h) for e in np.eye(x.size)]
+    jacobian = [(move(x.ravel() + h * e) - move(x.ravel() - h * e)) / (2 * h)
+                for e in np.eye(x.size)]
     sign, expected = np.linalg.slogdet(jacobian)
     assert sign == 1
     assert abs(expected) > 0.1
     found = reference.transport(params, config, x, 0.4, 3, 1)[1]
-    assert found == pytest.approx(expected, abs=1e-7)  # central differences: h^2, and rounding of 1e-16/h
+    # central differences: h^2, and rounding of 1e-16/h
+    assert found == pytest.approx(expected, abs=1e-7)

@@ -1,4 +1,4 @@
-"""FLUX.2's network by itself: what scan, remat and a mesh leave unchanged, what a mask hides, what its outputs are."""
+"""FLUX.2's network by itself: scan, remat and meshes change no number; masks; outputs."""
 
 import dataclasses
 import functools
@@ -16,12 +16,14 @@ from ntm_jax.backbones import flux2, flux2_weights
 from ntm_jax.core import layers
 from ntm_jax.runtime import config, sharding
 from tests.backbones.common import TINY, abstract, inputs, original, random_diffusers, weights
-from tests.common import python, rehearsal
+from tests.common import python
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-ATOL = 2e-5  # float32 sums in another order, through four layers, of values and gradients up to about 10
+# float32 sums in another order, through four layers, of values and gradients up to about 10
+ATOL = 2e-5
 NARROW = dataclasses.replace(TINY, scan=True, remat="narrow")
-SHARDED = dataclasses.replace(TINY, grid=(3, 4))  # 12 image and 4 text tokens: they divide over two devices
+# 12 image and 4 text tokens: they divide over two devices
+SHARDED = dataclasses.replace(TINY, grid=(3, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -36,37 +38,48 @@ def loss(settings, params, x, t, text):
     return jnp.sum(jnp.sin(velocity)), (velocity, hidden)
 
 
-def test_outputs_are_a_velocity_and_what_its_projection_sees():
+def test_outputs_are_a_velocity_and_the_states_that_it_projects():
     settings, params = dataclasses.replace(TINY, dtype=jnp.bfloat16), weights()
     velocity, hidden = forward(settings, params, *inputs())
     assert velocity.shape == (2, 15, 6)
     assert velocity.dtype == jnp.float32
     assert hidden.shape == (2, 15, 32)
     assert hidden.dtype == jnp.bfloat16
-    product = hidden.astype(jnp.float32) @ params["project"]["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_allclose(velocity, product, atol=0.03)  # bfloat16 keeps 8 bits, values up to 4
+    product = hidden.astype(jnp.float32) @ params["project"]["kernel"].astype(jnp.bfloat16).astype(
+        jnp.float32)
+    # bfloat16 keeps 8 bits, values up to 4
+    np.testing.assert_allclose(velocity, product, atol=0.03)
     assert velocity.std() > 0.3
 
 
 def test_scan_and_remat_change_no_number_and_no_parameter():
     unrolled = dataclasses.replace(TINY, scan=False)
-    whole = jax.device_get(loss(unrolled, weights(), *inputs()))
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract(unrolled)) == jax.tree.map(lambda a: (a.shape, a.dtype), weights())
+    expected = jax.device_get(loss(unrolled, weights(), *inputs()))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype),
+                        abstract(unrolled)) == jax.tree.map(lambda a: (a.shape, a.dtype), weights())
     found = jax.device_get(loss(NARROW, weights(), *inputs()))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=ATOL, rtol=1e-5), found, whole)
+    close = functools.partial(np.testing.assert_allclose, atol=ATOL, rtol=1e-5)
+    jax.tree.map(close, found, expected)
 
 
 def test_narrow_saves_products_of_the_width_and_not_the_wide_ones():
-    """The backward pass makes again the MLP's two wide products of each of three streams, and nothing of a layer's other products."""
+    """The backward pass recomputes the MLP's two wide products in each of three streams.
+
+    It recomputes no other product of a layer with a parameter.
+    """
     def products(remat):
         settings = dataclasses.replace(TINY, remat=remat)
-        gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(forward.__wrapped__(settings, params, *inputs())[0])))(weights())
-        return str(gradient).count("dot_general[")
 
-    assert products("narrow") - products("none") == 6 + 2  # and the attention's scores in the two kinds of layer
+        def total(params):
+            return jnp.sum(forward.__wrapped__(settings, params, *inputs())[0])
+
+        return str(jax.make_jaxpr(jax.grad(total))(weights())).count("dot_general[")
+
+    # and the attention's scores in the two kinds of layer
+    assert products("narrow") - products("none") == 6 + 2
 
 
-def test_a_mask_of_nothing_is_no_text_at_all():
+def test_an_empty_mask_is_no_text_at_all():
     x, t, text = inputs()
     nothing = layers.null(text, 0)
     (_, (velocity, hidden)), gradients = loss(NARROW, weights(), x, t, nothing)
@@ -76,8 +89,9 @@ def test_a_mask_of_nothing_is_no_text_at_all():
     assert np.abs(velocity - loss(NARROW, weights(), x, t, text)[0][1][0]).max() > 0.1
 
 
-@pytest.mark.parametrize(("change", "words"), [({"remat": "some"}, "none, full"), ({"axes": (4, 4, 4, 8)}, "sum to head_size = 16"),
-                                               ({"axes": (5, 3, 4, 4)}, "must be even")])
+@pytest.mark.parametrize(("change", "words"), [
+    ({"remat": "some"}, "none, full"), ({"axes": (4, 4, 4, 8)}, "sum to head_size = 16"),
+    ({"axes": (5, 3, 4, 4)}, "must be even")])
 def test_contradictions_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(TINY, **change)
@@ -87,20 +101,26 @@ SHAPES = ((1, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
 
 
 def main(path, out):
-    """Reads a checkpoint onto each mesh and writes values and gradients there as OUT.npz, the parameters' shards as OUT.json."""
+    """Reads a checkpoint onto each mesh and computes values and gradients there.
+
+    Writes them to OUT.npz, and the shapes of the parameters' shards to OUT.json.
+    """
     arrays, shards = {}, {}
     for shape in SHAPES:
         mesh = sharding.make_mesh(config.Mesh(1, *shape), jax.devices()[: np.prod(shape)])
-        boxed = jax.eval_shape(flux2.Flux2(SHARDED).init, jax.random.key(0), *inputs(SHARDED, 1))["params"]
-        homes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), nn.unbox(boxed),
-                             sharding.shardings(boxed, mesh))
+        boxed = jax.eval_shape(flux2.Flux2(SHARDED).init, jax.random.key(0),
+                               *inputs(SHARDED, 1))["params"]
+        homes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                             nn.unbox(boxed), sharding.shardings(boxed, mesh))
         params = flux2_weights.read(path, homes)
         x, t, text = inputs(SHARDED, 4)
-        batch = sharding.place((x, t, text._replace(mask=np.arange(4) < np.array([[4], [2], [3], [0]]))), mesh)
+        batch = sharding.place(
+            (x, t, text._replace(mask=np.arange(4) < np.array([[4], [2], [3], [0]]))), mesh)
         with sharding.use(mesh):
             found = loss(SHARDED, params, *batch)
         for at, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "found": found}):
-            name = f"{'x'.join(map(str, shape))}/{jax.tree_util.keystr(at, simple=True, separator='/')}"
+            path_of_leaf = jax.tree_util.keystr(at, simple=True, separator="/")
+            name = f"{'x'.join(map(str, shape))}/{path_of_leaf}"
             arrays[name] = np.asarray(leaf)
             shards[name] = [leaf.shape, leaf.addressable_shards[0].data.shape]
     np.savez(f"{out}.npz", **arrays)
@@ -108,22 +128,24 @@ def main(path, out):
         json.dump(shards, file)
 
 
-@rehearsal
+@pytest.mark.slow
 def test_a_mesh_changes_no_number(tmp_path):
-    """Read onto 8 simulated devices and run there, as on one."""
+    """Parameters read onto 8 simulated devices give the same numbers there as on one."""
     path, out = str(tmp_path / "tiny.safetensors"), str(tmp_path / "out")
     safetensors.numpy.save_file(original(random_diffusers(SHARDED)), path)
     python(__file__, path, out, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     arrays = np.load(f"{out}.npz")
     with open(f"{out}.json") as file:
         shards = json.load(file)
-    one = {name.removeprefix("1x1x1x1/"): arrays[name] for name in arrays if name.startswith("1x1x1x1/")}
+    one = {name.removeprefix("1x1x1x1/"): arrays[name]
+           for name in arrays if name.startswith("1x1x1x1/")}
     assert np.abs(one["found/0/1/0"]).max() > 0.3
     for shape in SHAPES[1:]:
         name = "x".join(map(str, shape))
         for key, value in one.items():
             exact = key.startswith("params")
-            np.testing.assert_allclose(arrays[f"{name}/{key}"], value, atol=0 if exact else ATOL, rtol=0 if exact else 1e-5, err_msg=key)
+            np.testing.assert_allclose(arrays[f"{name}/{key}"], value, atol=0 if exact else ATOL,
+                                       rtol=0 if exact else 1e-5, err_msg=key)
         assert shards[f"{name}/params/double/text_query/kernel"] == [[2, 32, 32], [2, 16, 16]]
         assert shards[f"{name}/params/single/mlp_down/kernel"] == [[2, 96, 32], [2, 48, 16]]
 

@@ -24,14 +24,17 @@ def test_both_namings_are_the_same_parameters(tmp_path):
     tensors = random_diffusers()
     write_folder(tmp_path / "klein" / "transformer", tensors)
     safetensors.numpy.save_file(original(tensors), tmp_path / "klein" / "tiny.safetensors")
-    found = [flux2_weights.read(str(tmp_path / path), abstract()) for path in ("klein", "klein/transformer", "klein/tiny.safetensors")]
+    found = [flux2_weights.read(str(tmp_path / path), abstract())
+             for path in ("klein", "klein/transformer", "klein/tiny.safetensors")]
     flat = [flatten_dict(jax.device_get(params), sep="/") for params in found]
     for other in flat[1:]:
         assert all(np.array_equal(other[name], a) for name, a in flat[0].items())
-    np.testing.assert_array_equal(flat[0]["single/mlp_up/kernel"][1],
-                                  tensors["single_transformer_blocks.1.attn.to_qkv_mlp_proj.weight"][-96:].T)
-    np.testing.assert_array_equal(flat[0]["final_scale_modulation/kernel"], tensors["norm_out.linear.weight"][:32].T)
-    assert len({a.tobytes() for a in flat[0].values()}) == len(flat[0])  # no tensor serves two parameters
+    last = tensors["single_transformer_blocks.1.attn.to_qkv_mlp_proj.weight"][-96:]
+    np.testing.assert_array_equal(flat[0]["single/mlp_up/kernel"][1], last.T)
+    np.testing.assert_array_equal(flat[0]["final_scale_modulation/kernel"],
+                                  tensors["norm_out.linear.weight"][:32].T)
+    # no tensor serves two parameters
+    assert len({a.tobytes() for a in flat[0].values()}) == len(flat[0])
 
 
 def test_dtypes_are_the_ones_asked_for(tmp_path):
@@ -40,8 +43,10 @@ def test_dtypes_are_the_ones_asked_for(tmp_path):
     half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), abstract())
     for wanted in (abstract(), half):
         params = flux2_weights.read(str(tmp_path), wanted)
-        assert {a.dtype for a in jax.tree.leaves(params)} == {a.dtype for a in jax.tree.leaves(wanted)}
-        np.testing.assert_array_equal(params["image_in"]["kernel"], tensors["x_embedder.weight"].T.astype(np.float32))
+        assert {a.dtype
+                for a in jax.tree.leaves(params)} == {a.dtype for a in jax.tree.leaves(wanted)}
+        np.testing.assert_array_equal(params["image_in"]["kernel"],
+                                      tensors["x_embedder.weight"].T.astype(np.float32))
 
 
 def _edited(tmp_path, edit):
@@ -56,7 +61,8 @@ def missing(tmp_path):
 
 
 def surplus(tmp_path):
-    return _edited(tmp_path, lambda t: t.update({f"guidance.{i:02d}": np.zeros(1, np.float32) for i in range(12)}))
+    return _edited(tmp_path, lambda t: t.update({f"guidance.{i:02d}": np.zeros(1, np.float32)
+                                                 for i in range(12)}))
 
 
 def misshapen(tmp_path):
@@ -70,7 +76,8 @@ def integer(tmp_path):
 def another_layer(tmp_path):
     """A layer more than the model's is left over, not silently cut."""
     def edit(tensors):
-        tensors |= {name.replace("_blocks.1.", "_blocks.2."): a for name, a in tensors.items() if name.startswith("transformer_blocks.1.")}
+        tensors |= {name.replace("_blocks.1.", "_blocks.2."): a
+                    for name, a in tensors.items() if name.startswith("transformer_blocks.1.")}
 
     return _edited(tmp_path, edit)
 
@@ -115,7 +122,8 @@ def bad_index(tmp_path):
 
 def two_versions(tmp_path):
     for name in ("", ".fp16"):
-        safetensors.numpy.save_file(random_diffusers(), tmp_path / f"diffusion_pytorch_model{name}.safetensors")
+        safetensors.numpy.save_file(random_diffusers(),
+                                    tmp_path / f"diffusion_pytorch_model{name}.safetensors")
     return tmp_path
 
 
@@ -145,23 +153,26 @@ def test_a_bad_checkpoint_is_one_line(tmp_path, make, words):
 
 
 def sized(megabytes: int) -> flux2.Flux2Config:
-    """A network of about that many MB in bfloat16, in klein's proportions."""
+    """A network of about so many megabytes in bfloat16, in klein's proportions."""
     heads = 8 if megabytes < 800 else 16
     square = 2 * (heads * 128) ** 2 / 1e6
-    return flux2.Flux2Config((16, 16), text_width=512, heads=heads, double_layers=(n := max(1, round((megabytes / square - 17) / 78))),
-                             single_layers=4 * n)
+    layers = max(1, round((megabytes / square - 17) / 78))
+    return flux2.Flux2Config(
+        (16, 16), text_width=512, heads=heads, double_layers=layers, single_layers=4 * layers)
 
 
 def write_random(folder, settings: flux2.Flux2Config) -> float:
-    """A checkpoint of random bfloat16 numbers, a tensor at a time a file; -> the sum of them all."""
-    shapes = flux2_weights._places(flux2_weights.DIFFUSERS, flatten_dict(abstract(settings), sep="/"))[1]
+    """Writes a checkpoint of random bfloat16 numbers, a file for each tensor; returns their sum."""
+    shapes = flux2_weights._places(flux2_weights.DIFFUSERS,
+                                   flatten_dict(abstract(settings), sep="/"))[1]
     block = np.random.default_rng(0).normal(size=1 << 20).astype(ml_dtypes.bfloat16)
     folder.mkdir()
     total = 0.0
     for number, (name, shape) in enumerate(shapes.items()):
         values = np.resize(np.roll(block, number)[: min(block.size, math.prod(shape))], shape)
         total += values.astype(np.float64).sum()
-        safetensors.numpy.save_file({name: values}, folder / f"diffusion_pytorch_model-{number:05d}.safetensors")
+        safetensors.numpy.save_file({name: values},
+                                    folder / f"diffusion_pytorch_model-{number:05d}.safetensors")
     return total
 
 
@@ -172,12 +183,14 @@ def anonymous() -> int:
 
 
 def main(folder, megabytes):
-    """Reads onto 8 devices and prints what that took of memory, as JSON."""
+    """Reads a checkpoint onto 8 devices and prints the memory that this took, as JSON."""
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def home(a):
-        axes = (None,) * (len(a.shape) - 2) + ("fsdp", "tensor") if len(a.shape) > 1 and min(a.shape[-2:]) > 200 else ()
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+        split = len(a.shape) > 1 and min(a.shape[-2:]) > 200
+        axes = (None,) * (len(a.shape) - 2) + ("fsdp", "tensor") if split else ()
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
     wanted = jax.tree.map(home, abstract(sized(int(megabytes))))
     sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(wanted)]
@@ -194,17 +207,21 @@ def main(folder, megabytes):
     params = flux2_weights.read(folder, wanted)
     done.set()
     thread.join()
-    shards = (s.data for a in jax.tree.leaves(params) for s in a.addressable_shards if s.replica_id == 0)
+    shards = (s.data for a in jax.tree.leaves(params)
+              for s in a.addressable_shards if s.replica_id == 0)
     total = sum(np.asarray(data, np.float64).sum() for data in shards)
-    print(json.dumps({"peak": peak - start, "model": sum(sizes), "largest": max(sizes), "sum": float(total)}))
+    print(json.dumps({"peak": peak - start, "model": sum(sizes), "largest": max(sizes),
+                      "sum": float(total)}))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="asks Linux what memory a process has")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"),
+                    reason="asks Linux what memory a process has")
 def test_the_host_never_holds_the_model(tmp_path):
     """FLUX2_MEGABYTES=2000 reads 2 GB of bfloat16 as 4 GB of float32."""
     megabytes = os.environ.get("FLUX2_MEGABYTES", "200")
     total = write_random(tmp_path / "model", sized(int(megabytes)))
-    done = python(__file__, str(tmp_path / "model"), megabytes, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    done = python(__file__, str(tmp_path / "model"), megabytes,
+                  XLA_FLAGS="--xla_force_host_platform_device_count=8")
     found = json.loads(done.stdout)
     print({name: f"{value / 1e6:.0f} MB" for name, value in found.items() if name != "sum"})
     assert found["model"] < found["peak"] <= found["model"] + 1.5 * found["largest"]

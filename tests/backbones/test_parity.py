@@ -1,4 +1,7 @@
-"""The network and its reader against diffusers' Flux2Transformer2DModel, random weights through files on disk."""
+"""The network and its reader against diffusers' Flux2Transformer2DModel.
+
+Both have the same random weights, by files on disk.
+"""
 
 import dataclasses
 import functools
@@ -14,34 +17,43 @@ from ntm_jax.backbones import flux2, flux2_weights
 from ntm_jax.core.layers import Text
 from tests.backbones.common import TINY, abstract, inputs, original
 
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("quick_compilation")]  # others' deprecations warn
+# others' deprecations warn
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("quick_compilation")]
 ATOL = 1e-4  # float32 through four layers; the largest value is about 3
 
 
 @pytest.fixture(scope="module")
 def build():
-    """build(double, single) -> diffusers' model at TINY's sizes, random weights that keep the size of their input."""
+    """build(double, single) -> diffusers' model at TINY's sizes.
+
+    Its random weights keep the size of their input.
+    """
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
 
     @functools.cache
     def model(double: int, single: int):
         c = TINY
         module = diffusers.Flux2Transformer2DModel(
-            in_channels=c.dim, num_layers=double, num_single_layers=single, attention_head_dim=c.head_size, num_attention_heads=c.heads,
-            joint_attention_dim=c.text_width, mlp_ratio=float(c.mlp_ratio), axes_dims_rope=c.axes, rope_theta=c.theta,
-            guidance_embeds=False)
+            in_channels=c.dim, num_layers=double, num_single_layers=single,
+            attention_head_dim=c.head_size, num_attention_heads=c.heads,
+            joint_attention_dim=c.text_width, mlp_ratio=float(c.mlp_ratio), axes_dims_rope=c.axes,
+            rope_theta=c.theta, guidance_embeds=False)
         generator = torch.Generator().manual_seed(double)
         with torch.no_grad():
             for parameter in module.parameters():
                 values = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.3 * values if values.ndim == 1 else values / values.shape[1] ** 0.5)
+                parameter.copy_(
+                    1 + 0.3 * values if values.ndim == 1 else values / values.shape[1] ** 0.5)
         return module.eval()
 
     return model
 
 
 def theirs(module, grid, x, t, text, mask=None):
-    """diffusers' velocity and the gradients of its sum of sines to x, t and text: the pipeline's own positions."""
+    """diffusers' velocity and the gradients of its sum of sines to x, t and text.
+
+    Positions are those of diffusers' pipeline.
+    """
     import torch
     from diffusers import Flux2KleinPipeline as Pipeline
 
@@ -70,7 +82,7 @@ def ours(config, params, x, t, text):
 def same(found, expected):
     for name, a, b in zip(("velocity", "x", "t", "text"), found, expected, strict=True):
         assert np.abs(b).max() > 0.1, name
-        scale = 1000 if name == "t" else 1  # the network is told 1000 t
+        scale = 1000 if name == "t" else 1  # the network embeds 1000 t
         np.testing.assert_allclose(a / scale, b / scale, atol=ATOL, rtol=0, err_msg=name)
 
 
@@ -81,21 +93,23 @@ def saved(module, naming, folder):
         return folder
     path = folder / "flux-2-tiny.safetensors"
     tensors = original({name: a.detach().numpy() for name, a in module.state_dict().items()})
-    safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, path)
+    safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()},
+                                path)
     return path
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "original"])
 @pytest.mark.parametrize(("double", "single", "grid"), [(2, 2, (3, 5)), (1, 3, (7, 1))])
 def test_the_same_network(build, tmp_path, double, single, grid, naming):
-    module, config = build(double, single), dataclasses.replace(TINY, double_layers=double, single_layers=single, grid=grid)
+    module, config = build(double, single), dataclasses.replace(
+        TINY, double_layers=double, single_layers=single, grid=grid)
     params = flux2_weights.read(str(saved(module, naming, tmp_path)), abstract(config))
     x, t, text = inputs(config)
     same(ours(config, params, x, t, text), theirs(module, grid, x, t, text.states))
 
 
-def test_padded_text_is_not_seen(build, tmp_path):
-    """Against diffusers given an attention mask, and given each example's own tokens alone."""
+def test_padded_text_has_no_effect(build, tmp_path):
+    """Against diffusers with an attention mask, and with each example's own tokens alone."""
     module = build(2, 2)
     params = flux2_weights.read(str(saved(module, "original", tmp_path)), abstract())
     x, t, text = inputs(text_tokens=6)
@@ -108,20 +122,25 @@ def test_padded_text_is_not_seen(build, tmp_path):
     same([*(a[1:] for a in found[:3]), found[3][1:, :4]], short)
 
 
-def test_every_parameter_of_the_whole_klein_once():
-    """The full sizes, shapes only: 3.88 billion parameters, in both namings."""
+def test_every_parameter_of_klein_occurs_once():
+    """The shapes of its 3.88 billion parameters, in both namings."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     config = flux2.Flux2Config((4, 4))
     with torch.device("meta"):
         module = diffusers.Flux2Transformer2DModel(
-            num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False)
+            num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
+            guidance_embeds=False)
     theirs = {name: list(a.shape) for name, a in module.state_dict().items()}
     leaves = flatten_dict(abstract(config), sep="/")
     for table in (flux2_weights.DIFFUSERS, flux2_weights.ORIGINAL):
-        assert sorted(" ".join(table.values()).split()) == sorted(name.rsplit("/", 1)[0] for name in leaves)
+        assert sorted(" ".join(table.values()).split()) == sorted(
+            name.rsplit("/", 1)[0] for name in leaves)
     _, shapes = flux2_weights._places(flux2_weights.DIFFUSERS, leaves)
     assert {name: list(shape) for name, shape in shapes.items()} == theirs
     _, shapes = flux2_weights._places(flux2_weights.ORIGINAL, leaves)
-    named = jax.eval_shape(functools.partial(original, xp=jnp), {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in theirs.items()})
-    assert {name: list(shape) for name, shape in shapes.items()} == {name: list(a.shape) for name, a in named.items()}
-    assert sum(np.prod(leaf.shape) for leaf in leaves.values()) == sum(a.numel() for a in module.parameters())
+    named = jax.eval_shape(functools.partial(original, xp=jnp),
+                           {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in theirs.items()})
+    assert {name: list(shape)
+            for name, shape in shapes.items()} == {name: list(a.shape) for name, a in named.items()}
+    assert sum(np.prod(leaf.shape)
+               for leaf in leaves.values()) == sum(a.numel() for a in module.parameters())
