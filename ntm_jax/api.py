@@ -11,6 +11,7 @@ width.
 """
 
 import dataclasses
+import difflib
 import importlib
 import math
 import pkgutil
@@ -20,7 +21,7 @@ from etils import epath
 
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
 from ntm_jax.evaluation.scoring import log_prob
@@ -152,9 +153,14 @@ def experiment(name: str, variant: str = "", **overrides) -> Config:
         raise UserError(f"there is no experiment {name!r}: expected one of {names}") from None
     try:
         values = module.get_config(variant) if variant else module.get_config()
+        names = configuration.flatten(values.to_dict())
+        for key in overrides:
+            if key not in names:
+                close = ", ".join(difflib.get_close_matches(key, names, 3)) or "section.key"
+                raise ValueError(f"{key} is not a setting, did you mean {close}?")
         values.update_from_flattened_dict(overrides)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"experiment {name!r}: {error.args[0] if error.args else error}") from None
+        raise UserError(f"experiment {name!r}: {first_line(error)}") from None
     config = configuration.read(values)
     objectives.checked(config)
     return config

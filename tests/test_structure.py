@@ -65,8 +65,8 @@ def test_nothing_imports_upward():
         for path in FILES
         for other in imported_modules(path)
         if FLOOR[room(other)] > FLOOR[room(module(path))]
-        or FLOOR[room(other)] == FLOOR[room(module(path))]
-        and room(other) != room(module(path))
+        or (FLOOR[room(other)] == FLOOR[room(module(path))]
+        and room(other) != room(module(path)))
     ]
     assert offenders == []
 

@@ -1,0 +1,60 @@
+"""The Python interface: the README's lines, and what they refuse."""
+
+import re
+
+import numpy as np
+import pytest
+
+import ntm_jax
+from ntm_jax import api
+from tests.common import ROOT, TINY
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+LINES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[0]
+SHRUNK = TINY | {"train.steps": 2, "evaluate.split": "test"}
+
+
+def images_and_labels(n: int = 60):
+    """Images of a square in one of ten places, [n, 8, 8, 1], and the place, [n]."""
+    labels = np.arange(n) % 10
+    images = np.zeros((n, 8, 8, 1), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[label % 5 : label % 5 + 3, label // 5 * 3 : label // 5 * 3 + 3] = 200
+    return images, labels
+
+
+def test_the_readmes_lines_train_on_arrays_and_give_samples_and_likelihoods(tmp_path, monkeypatch):
+    shrink = api.experiment
+    monkeypatch.setattr(api, "experiment", lambda name, **own: shrink(name, **own | SHRUNK))
+    monkeypatch.chdir(tmp_path)
+    images, labels = images_and_labels()
+    names = {"images": images, "labels": labels}
+    assert len([line for line in LINES.splitlines() if line.strip()]) == 5
+    exec(LINES, names)
+    assert names["samples"].shape == (16, 8, 8, 1)
+    assert names["nats"].shape == (16,)
+    assert np.isfinite(names["nats"]).all()
+
+    run = names["run"]
+    assert run.config.data.source.startswith("arrays:")
+    again = ntm_jax.load("runs/notebook")
+    np.testing.assert_array_equal(again.sample(16, label=7), names["samples"])
+    bits = run.bits_per_dim(names["samples"], label=7)
+    np.testing.assert_allclose(bits, -names["nats"] / np.log(2) / 64, rtol=1e-5)
+    assert run.evaluate()["count"] == 6
+
+    with pytest.raises(ntm_jax.UserError, match="holds a run with data.source"):
+        ntm_jax.train(names["config"], "runs/notebook", data=255 - images, labels=labels)
+
+
+@pytest.mark.parametrize(("name", "variant", "overrides", "words"), [
+    ("digit", "", {}, "there is no experiment 'digit': expected one of .*digits"),
+    ("digits", "huge", {}, "huge is not a variant: expected ntm or gaussian"),
+    ("digits", "", {"train.step": 3}, "train.step is not a setting, did you mean train.steps"),
+    ("digits", "", {"train.steps": "many"}, "many"),
+    ("digits", "", {"train.objective": "denoiser"}, "a denoiser, and nothing else, has a teacher"),
+])
+def test_a_wrong_experiment_is_one_line(name, variant, overrides, words):
+    with pytest.raises(ntm_jax.UserError, match=words) as error:
+        ntm_jax.experiment(name, variant, **overrides)
+    assert "\n" not in str(error.value)
