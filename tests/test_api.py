@@ -48,7 +48,7 @@ def test_the_readmes_lines_train_on_arrays_and_give_samples_and_likelihoods(tmp_
 
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [
-    ("digit", "", {}, "there is no experiment 'digit': expected one of .*digits"),
+    ("digit", "", {}, r"there is no experiment 'digit': expected one of .*digits"),
     ("digits", "huge", {}, "huge is not a variant: expected ntm or gaussian"),
     ("digits", "", {"train.step": 3}, "train.step is not a setting, did you mean train.steps"),
     ("digits", "", {"train.steps": "many"}, "many"),
