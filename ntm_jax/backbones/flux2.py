@@ -11,7 +11,7 @@ W = H C width, H heads, C head size.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ class _Layer(nn.Module):
             return y.reshape(*x.shape[:-1], c.heads, c.head_size)
 
         q, k, v = heads("query"), heads("key"), heads("value")
-        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        ones = layers.partitioned(nn.initializers.ones, (None,))
         q = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name=f"{stream}query_norm")(q)
         k = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name=f"{stream}key_norm")(k)
         return q, k, v
@@ -252,7 +252,7 @@ class Flux2(nn.Module):
         layer = layer if policy is None else nn.remat(layer, prevent_cse=False, policy=policy)
         return nn.scan(
             layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth,
-            unroll=1 if c.scan else depth, in_axes=(nn.broadcast,) * 3,
+            unroll=1 if c.scan else depth, in_axes=cast(Any, (nn.broadcast,) * 3),
             metadata_params={nn.PARTITION_NAME: "layers"})(c, self.attention, name=name)
 
 
@@ -262,8 +262,9 @@ def build(c: ModelConfig, double_layers: int, attention) -> Flux2:
         raise UserError("config.model.backbone=flux2 needs config.model.condition=text, "
                         "double_layers > 0 and a multiple of 8 as head_size: found text states of "
                         f"width {c.text_width}, {double_layers} and {c.head_size}")
+    quarter = c.head_size // 4
     return Flux2(Flux2Config(
         grid=c.grid, dim=c.dim, text_width=c.text_width, heads=c.width // c.head_size,
         head_size=c.head_size, double_layers=double_layers, single_layers=c.predictor_layers,
-        mlp_ratio=c.mlp_ratio, axes=(c.head_size // 4,) * 4, dtype=c.dtype, remat=c.remat,
-        scan=c.scan), attention)
+        mlp_ratio=c.mlp_ratio, axes=(quarter, quarter, quarter, quarter), dtype=c.dtype,
+        remat=c.remat, scan=c.scan), attention)

@@ -107,7 +107,7 @@ def read(path: str, abstract: dict) -> dict:
             {name: _place(leaf, *places[name], tensors) for name, leaf in leaves.items()}, sep="/")
 
 
-def _places(table: dict, leaves: dict):
+def _places(table: dict, leaves: dict) -> tuple[dict[str, tuple[str, int, int]], dict]:
     """({leaf's path: (tensor's template, axis, start)}, {required tensor: its shape})."""
     places, shapes = {}, {}
     for template, names in table.items():

@@ -5,12 +5,13 @@ nats.
 """
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.model import NTM, Terms, exact
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, covariance, per_example
 
@@ -20,7 +21,7 @@ def _gradient(model: NTM, params, xs, t, y, percentile: float):
     steps = jnp.full(len(xs), xs.shape[1] - 1)
 
     def nll(xs):  # examples do not interact, so the gradient of the sum is each example's own
-        return jnp.sum(model.apply(params, xs, t, steps, y).nll)
+        return jnp.sum(cast(Terms, model.apply(params, xs, t, steps, y)).nll)
 
     gradient = jax.grad(nll)(xs)
     if percentile < 100:

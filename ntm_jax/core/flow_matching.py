@@ -58,7 +58,7 @@ class Posterior(nn.Module):
         shift, scale = jnp.moveaxis(condition((t, s), steps, None)[:, :, None], 1, 0)
         project = layers.dense(self.config.dim, ("embed", None), jnp.float32, "project", scale=0)
         delta = project(hidden * (1 + scale) + shift)
-        deviation = trajectory.posterior(*(per_example(level, u) for level in (s, t)))[2]
+        deviation = trajectory.posterior(per_example(s, u), per_example(t, u))[2]
         return posterior_mean(u, velocity, s, t), jnp.log(deviation) + bounded(delta)
 
 

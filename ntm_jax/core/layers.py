@@ -8,7 +8,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,8 @@ class Text(NamedTuple):
     An empty mask is the null caption.
     """
 
-    states: Array
-    mask: Array
+    states: Any  # a jax or NumPy array, or a ShapeDtypeStruct
+    mask: Any
 
 
 def null(y, num_classes: int):
@@ -80,6 +80,11 @@ def _rows_dot_general(x, kernel, dimensions, **options):
     return rows.reshape(*x.shape[:-1], -1)
 
 
+def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable[..., Array]:
+    """An initialiser of parameters whose axes have logical names."""
+    return cast(Any, nn.with_logical_partitioning(init, axes))  # flax boxes and unboxes the arrays
+
+
 def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
           scale: float = 1.0, bias: bool = True, rows: bool = False):
     """A Dense layer with logical axes `axes` and initial variance scale/fan_in of its kernel.
@@ -92,14 +97,14 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
     return nn.Dense(
         features, use_bias=bias, dtype=dtype, precision=own_precision(dtype), name=name,
         dot_general=_rows_dot_general if rows else None,
-        kernel_init=nn.with_logical_partitioning(init, axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        kernel_init=partitioned(init, axes),
+        bias_init=partitioned(nn.initializers.zeros, axes[1:]),
     )
 
 
 def norm(dtype, name: str, learned: bool = False):
     """Layer norm in float32, cast to dtype; `learned` adds a scale."""
-    scale_init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+    scale_init = partitioned(nn.initializers.ones, ("embed",))
     return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=learned, dtype=dtype,
                         scale_init=scale_init, name=name)
 
@@ -162,7 +167,7 @@ class Attention(nn.Module):
 
         q = heads("query", width // self.head_size)
         k, v = heads("key", self.kv_heads), heads("value", self.kv_heads)
-        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        ones = partitioned(nn.initializers.ones, (None,))
         q = nn.RMSNorm(dtype=self.dtype, scale_init=ones, name="query_norm")(q)
         k = nn.RMSNorm(dtype=self.dtype, scale_init=ones, name="key_norm")(k)
         if angles is not None:
@@ -173,6 +178,7 @@ class Attention(nn.Module):
             k, v = (nn.with_logical_constraint(a, axes) for a in (k, v))
             y = self.attention(q, k, v, causal=self.causal, keys=keys)
         else:
+            assert index is not None  # the place of x in the cache
             k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, index, 1)
                                  for old, new in zip(cache, (k, v), strict=True))
             y = plain_attention(q, k, v, causal=False, keys=(jnp.arange(k.shape[1]) <= index)[None])
@@ -201,7 +207,7 @@ class Layer(nn.Module):
     def __call__(self, x, cache, modulation, angles, keys, index):
         """x [B, N, W], modulation [B, 6, W] -> (x, cache), as nn.scan requires."""
         width = x.shape[-1]
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed"))
+        zeros = partitioned(nn.initializers.zeros, (None, "embed"))
         table = self.param("table", zeros, (6, width))
         own = (modulation + table[None])[:, :, None].astype(self.dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.moveaxis(own, 1, 0)
@@ -259,7 +265,8 @@ class Stack(nn.Module):
         layer = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
         layers = nn.scan(
             layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
-            unroll=1 if self.scan else self.depth, in_axes=(0, *(nn.broadcast,) * 4), out_axes=0,
+            unroll=1 if self.scan else self.depth,
+            in_axes=cast(Any, (0, *(nn.broadcast,) * 4)), out_axes=0,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.head_size, self.kv_heads, self.mlp_ratio, self.causal, self.depth, self.dtype,
           self.attention, self.flat, name="layers")
@@ -296,7 +303,7 @@ class Condition(nn.Module):
             total += dense(inner, ("embed", "embed_out"), jnp.float32, f"{name}_out")(nn.silu(h))
         if self.num_classes:
             normal = nn.initializers.normal(0.02 * math.sqrt(inner))
-            init = nn.with_logical_partitioning(normal, (None, "embed"))
+            init = partitioned(normal, (None, "embed"))
             total += nn.Embed(self.num_classes + 1, inner, embedding_init=init, name="class")(y)
         if self.embed_text:
             states = norm(jnp.float32, "text_norm")(y.states)
@@ -327,5 +334,5 @@ class Positions(nn.Module):
         """Returns (table [1, N, W] or 0, angles [N, C/2] or None)."""
         if self.kind == "rotary":
             return 0.0, rotary_2d(self.grid, self.head_size)
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.std), (None, "embed"))
+        init = partitioned(nn.initializers.normal(self.std), (None, "embed"))
         return self.param("table", init, (math.prod(self.grid), self.width))[None], None

@@ -3,6 +3,8 @@
 Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
 """
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 
@@ -39,13 +41,16 @@ def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float
     noise = example_noise(keys, (count + 1, c.tokens, c.dim))
     steps = jnp.full(batch, count)
 
+    def gaussian(*inputs) -> tuple[jax.Array, jax.Array]:
+        return cast(Any, model.apply(params, *inputs, method=NTM.predict))
+
     def predict(u, k, w):
         inputs = u, t[:, k + 1], t[:, k], steps, y
         if not w:
-            return model.apply(params, *inputs, method=NTM.predict)
+            return gaussian(*inputs)
         unconditional = *inputs[:-1], null(y, c.num_classes)
         both = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs, unconditional)
-        mean, log_scale = model.apply(params, *both, method=NTM.predict)
+        mean, log_scale = gaussian(*both)
         return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)
 
     us = [noise[:, count]]

@@ -5,7 +5,7 @@ folded in), N tokens, D token channels, W width.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -45,7 +45,7 @@ class Block(nn.Module):
         c, width = self.config, self.config.transporter_width
         dtype = c.transporter_dtype
         self.embed = layers.dense(width, (None, "embed"), dtype, "embed")
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",))
+        init = layers.partitioned(nn.initializers.normal(0.02), ("embed",))
         self.start = self.param("start", init, (width,))
         self.positions = layers.Positions(
             c.positions, c.grid, width, c.head_size, c.transporter_positions_std)
@@ -93,7 +93,8 @@ class Block(nn.Module):
         table, angles = self._positions()
         start = self.start.astype(self.config.transporter_dtype)[None]
         hidden = jnp.where(n == 0, start, self.embed(x_previous))[:, None]
-        table = 0.0 if isinstance(table, float) else jax.lax.dynamic_slice_in_dim(table, n, 1, 1)
+        if not isinstance(table, (int, float)):
+            table = jax.lax.dynamic_slice_in_dim(table, n, 1, 1)
         angles = None if angles is None else jax.lax.dynamic_slice_in_dim(angles, n, 1)
         hidden = (hidden + table).astype(hidden.dtype)
         hidden, cache = self.stack(hidden, modulation, angles, None, cache, n)
@@ -123,6 +124,9 @@ class Block(nn.Module):
         u, tokens = self._order(u), u.shape[1]
         block, variables = self.unbind()
 
+        def conditioner(x) -> tuple[jax.Array, jax.Array]:
+            return cast(Any, block.apply(variables, x, modulation, method=Block.conditioner))
+
         def more(state):
             _, going, sweeps = state
             return jnp.any(going) & (jnp.max(sweeps) < tokens)
@@ -132,7 +136,7 @@ class Block(nn.Module):
             # A NaN in a masked token would spoil earlier ones (0 NaN = NaN), and so would a square
             # that overflows.
             finite = jnp.where(jnp.abs(x) < HUGE, x, 0.0)
-            m, g = block.apply(variables, finite, modulation, method=Block.conditioner)
+            m, g = conditioner(finite)
             new = m + jnp.exp(g) * u
             limit = tolerance * jnp.maximum(1, jnp.abs(new))
             settled = jnp.all(jnp.abs(new - x) <= limit, (1, 2))
@@ -149,11 +153,14 @@ class Block(nn.Module):
         shape = (c.transporter_layers, batch, tokens, c.kv_heads, c.head_size)
         empty = jnp.zeros(shape, c.transporter_dtype)
 
+        def decode(x_previous, cache, n) -> tuple[jax.Array, jax.Array, Any]:
+            return cast(Any, block.apply(
+                variables, x_previous, modulation, cache, n, method=Block.decode))
+
         def step(carry, inputs):
             x_previous, cache = carry
             n, u_n = inputs
-            m, g, cache = block.apply(
-                variables, x_previous, modulation, cache, n, method=Block.decode)
+            m, g, cache = decode(x_previous, cache, n)
             x_n = m + jnp.exp(g) * u_n
             return (x_n, cache), x_n
 
