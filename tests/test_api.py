@@ -43,7 +43,7 @@ def test_the_readmes_lines_train_on_arrays_and_give_samples_and_likelihoods(tmp_
     np.testing.assert_allclose(bits, -names["nats"] / np.log(2) / 64, rtol=1e-5)
     assert run.evaluate()["count"] == 6
 
-    with pytest.raises(ntm_jax.UserError, match="holds a run with data.source"):
+    with pytest.raises(ntm_jax.UserError, match=r"holds a run with data\.source"):
         ntm_jax.train(names["config"], "runs/notebook", data=255 - images, labels=labels)
 
 
