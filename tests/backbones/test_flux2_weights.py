@@ -43,8 +43,8 @@ def test_dtypes_are_the_ones_asked_for(tmp_path):
     half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), abstract())
     for wanted in (abstract(), half):
         params = flux2_weights.read(str(tmp_path), wanted)
-        assert {a.dtype
-                for a in jax.tree.leaves(params)} == {a.dtype for a in jax.tree.leaves(wanted)}
+        found, expected = ({a.dtype for a in jax.tree.leaves(tree)} for tree in (params, wanted))
+        assert found == expected
         np.testing.assert_array_equal(params["image_in"]["kernel"],
                                       tensors["x_embedder.weight"].T.astype(np.float32))
 

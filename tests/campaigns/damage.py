@@ -1,8 +1,9 @@
-"""Ways to damage a folder, drawn from a seed: a flipped bit, a file cut short, two files exchanged, a file removed.
+"""Ways to damage a folder, drawn from a seed: a bit flipped, a file truncated, swapped or removed.
 
-The campaigns of this folder damage what the project writes, one place at a time, and read it again: what comes out must be the undamaged
-result or one line of an error, never another result and never a traceback. The gate runs each with a small number of trials; from the
-command line a campaign takes the number and a seed: python -m tests.campaigns.NAME 1000 0.
+The campaigns of this folder damage files that the project wrote, one place at a time, and read them
+again. The result must be the undamaged one or one line of an error, never another result or a
+traceback. The tests run each campaign with few trials; from the command line it takes the number of
+trials and a seed: python -m tests.campaigns.NAME 1000 0.
 """
 
 import collections
@@ -18,16 +19,23 @@ KINDS = ("flip", "truncate", "swap", "delete")
 
 
 def files(folder: Path, skip=()) -> list[Path]:
-    """The files below a folder that hold anything, in order, without those whose name begins with one of `skip`."""
+    """The files below a folder that are not empty, in order.
+
+    skip: beginnings of the names of files that are left out.
+    """
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
     return [path for path in found if not path.name.startswith(tuple(skip))]
 
 
 @contextlib.contextmanager
 def damaged(folder: Path, draw: random.Random, kind: str, skip=()) -> Iterator[str]:
-    """Damages one file of a folder, or exchanges two, for the time of the block -> what was done, in words."""
+    """Damages one file of a folder, or exchanges two, until the block ends.
+
+    Yields what was done, in words.
+    """
     every = files(folder, skip)
-    by_size = draw.random() < 0.5  # there are many small files, and most of what counts is in a few large ones
+    # there are many small files, and most of what counts is in a few large ones
+    by_size = draw.random() < 0.5
     chosen = draw.choices(every, [path.stat().st_size for path in every] if by_size else None)[0]
     content = chosen.read_bytes()
     other = None
@@ -42,7 +50,8 @@ def damaged(folder: Path, draw: random.Random, kind: str, skip=()) -> Iterator[s
     elif kind == "swap":
         # Mostly files of one name, which fit each other's place.
         alike = [path for path in every if path.name == chosen.name and path != chosen]
-        other = draw.choice(alike if alike and draw.random() < 0.7 else [path for path in every if path != chosen])
+        other = draw.choice(
+            alike if alike and draw.random() < 0.7 else [path for path in every if path != chosen])
         changed, replaced = other.read_bytes(), other.read_bytes()
         what = f"{chosen.relative_to(folder)} exchanged with {other.relative_to(folder)}"
     else:
@@ -68,7 +77,10 @@ OUTCOMES = ("ok", "refused", "silent", "traceback")
 
 
 def outcome(read: Callable, same: Callable) -> tuple[str, str]:
-    """(one of OUTCOMES, what was said) of reading what was damaged: `same` says whether what `read` returns is an undamaged result."""
+    """(one of OUTCOMES, the message) of reading a damaged folder.
+
+    same(result): whether the result of read() is the undamaged one.
+    """
     try:
         found = read()
     except UserError as error:
@@ -79,7 +91,7 @@ def outcome(read: Callable, same: Callable) -> tuple[str, str]:
 
 
 class Tally:
-    """How often each outcome came, by rows such as the kind of damage, with the first example of each."""
+    """Counts of outcomes by rows, such as kinds of damage, with the first example of each."""
 
     def __init__(self):
         self.counts, self.examples, self._wrong = collections.Counter(), {}, []
@@ -98,5 +110,7 @@ class Tally:
         rows = list(dict.fromkeys(row for row, _ in self.counts))
         width = max(map(len, rows), default=0)
         lines = [f"{'':{width}}" + "".join(f"{name:>11}" for name in OUTCOMES)]
-        lines += [f"{row:{width}}" + "".join(f"{self.counts[row, name]:11}" for name in OUTCOMES) for row in rows]
-        return "\n".join([*lines, *(f"{row}, {name}: {text}" for (row, name), text in sorted(self.examples.items()))])
+        lines += [f"{row:{width}}" + "".join(f"{self.counts[row, name]:11}" for name in OUTCOMES)
+                  for row in rows]
+        return "\n".join([*lines, *(f"{row}, {name}: {text}"
+                                    for (row, name), text in sorted(self.examples.items()))])

@@ -1,8 +1,9 @@
-"""Damages an export, one place at a time, and reads it in the three ways there are: ntm_jax.load with log_prob, config.init_from, and the
-export's own sample.py, which runs in this process.
+"""Damages an export, one place at a time, and reads it in all three ways.
 
-python -m tests.campaigns.exports 1000 0 prints how often the reader gave the undamaged result (ok), one line that says what is wrong
-(refused), another result (silent) or an exception with its traceback.
+They are ntm_jax.load with log_prob, config.init_from, and the export's own sample.py, which runs in
+this process. python -m tests.campaigns.exports 1000 0 prints how often a reader gave the undamaged
+result (ok), one line that names the damage (refused), another result (silent) or an exception with
+its traceback.
 """
 
 import contextlib
@@ -40,10 +41,14 @@ def make(folder: Path) -> Path:
 
 
 def run_script(folder: Path, *arguments: str) -> tuple[int, str, str, np.ndarray | None]:
-    """Runs an export's sample.py in this process and an empty folder: exit status, stdout, stderr and the images, if it wrote any."""
+    """Runs an export's sample.py in this process, in an empty folder.
+
+    Returns its exit status, stdout, stderr and the images, if it wrote any.
+    """
     out, err, status, images = io.StringIO(), io.StringIO(), 0, None
     script = str((folder / "sample.py").resolve())
-    with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty), mock.patch.object(sys, "argv", [script, *arguments]):
+    with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty), mock.patch.object(
+        sys, "argv", [script, *arguments]):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 runpy.run_path(script, run_name="__main__")
@@ -52,7 +57,8 @@ def run_script(folder: Path, *arguments: str) -> tuple[int, str, str, np.ndarray
         if os.path.exists("samples.npz"):
             with np.load("samples.npz") as archive:
                 images = archive["images"]
-        assert os.listdir() == (["samples.npz"] if images is not None else [])  # nothing is left of what was written aside
+        # nothing is left of what was written aside
+        assert os.listdir() == (["samples.npz"] if images is not None else [])
     return status, out.getvalue(), err.getvalue(), images
 
 
@@ -90,7 +96,10 @@ class Readers:
 
 
 def run(trials: int, seed: int, exported: Path | None = None) -> damage.Tally:
-    """So many damages, of each kind in turn, to an export of digits, made here unless given; a row of the tally is a reader."""
+    """Damages an export of digits `trials` times, by each kind in turn; the rows are readers.
+
+    exported: the export, made here by default.
+    """
     draw, tally = random.Random(seed), damage.Tally()
     with tempfile.TemporaryDirectory() as folder:
         exported = exported or make(Path(folder))
@@ -101,8 +110,10 @@ def run(trials: int, seed: int, exported: Path | None = None) -> damage.Tally:
                 for name, read in readers.items():
                     if name == "sample.py" and "sample.py" in what:
                         continue  # a program that was changed may do anything
-                    found, said = damage.outcome(lambda read=read: read(exported), lambda found, name=name: found == expected[name])
-                    tally.add(name, found, f"{what}: {said}".replace(f"{exported}/", "").replace(str(exported), "EXPORT"))
+                    found, said = damage.outcome(lambda read=read: read(exported),
+                                                 lambda found, name=name: found == expected[name])
+                    example = f"{what}: {said}".replace(f"{exported}/", "")
+                    tally.add(name, found, example.replace(str(exported), "EXPORT"))
             if trial % 20 == 19:
                 gc.collect()  # of the programs that sample.py loaded
     return tally

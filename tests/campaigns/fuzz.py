@@ -1,6 +1,10 @@
-"""Random values at random settings of an experiment: each gives a configuration that a model and its state can be built from, or one line.
+"""Random values of random settings of an experiment.
 
-    python -m tests.campaigns.fuzz 700 50 0      # 700 in this process, 50 by the command line, each of which starts to train
+Each gives a configuration that a model and its state can be built from, or is refused in one line.
+
+    python -m tests.campaigns.fuzz 700 50 0   # 700 in this process, 50 by the command line
+
+Those by the command line start to train.
 """
 
 import ast
@@ -20,26 +24,33 @@ from tests.campaigns import damage
 from tests.common import ROOT, TINY, environment, experiment
 
 SECONDS = 120  # within which a program has ended or is training
-NUMBERS = (0, 1, -1, 2, 3, 7, 16, 31, 64, 1000, 10**6, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63, -(2**63), 10**30, 10**400)
-REALS = (0.0, -0.0, 0.5, 1.0, -1.5, 1e-300, 1e-12, 1e-3, 0.999999, 100.0, 1e9, 1e300, -1e300, float("inf"), float("nan"))
-TEXTS = ("", "a", "none", "train", "train[:1]", "train[5:2]", "test[:0]", "train[-3:]", "\n", "\x00", "é" * 300, "../..", "toy:moons",
-         "mock:4x4x1", "mock:1000000x1000000x3", "folder:/dev", "tfds:os", "records:/", "words:3:a b", "minilm:0", "transformers:/")
-OTHERS = (True, False, None, (), (0,), (1,), (2, 4), (4, "a"), (1.5,), (0.02, 0.04), (0.5, 0.1), (1e-300, 1e-300), (0.0,) * 4, [], [1, [2]],
-          {}, {"a": 1}, {"steps": 3})
+NUMBERS = (0, 1, -1, 2, 3, 7, 16, 31, 64, 1000, 10**6, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63,
+           -(2**63), 10**30, 10**400)
+REALS = (0.0, -0.0, 0.5, 1.0, -1.5, 1e-300, 1e-12, 1e-3, 0.999999, 100.0, 1e9, 1e300, -1e300,
+         float("inf"), float("nan"))
+TEXTS = ("", "a", "none", "train", "train[:1]", "train[5:2]", "test[:0]", "train[-3:]", "\n",
+         "\x00", "é" * 300, "../..", "toy:moons", "mock:4x4x1", "mock:1000000x1000000x3",
+         "folder:/dev", "tfds:os", "records:/", "words:3:a b", "minilm:0", "transformers:/")
+OTHERS = (True, False, None, (), (0,), (1,), (2, 4), (4, "a"), (1.5,), (0.02, 0.04), (0.5, 0.1),
+          (1e-300, 1e-300), (0.0,) * 4, [], [1, [2]], {}, {"a": 1}, {"steps": 3})
 
 
 def overrides(draw: random.Random) -> dict:
-    """One to three settings, mostly with values of their type, else with any."""
+    """One to three settings with new values, mostly of their type."""
     flat = config.flatten(experiment().to_dict() | {"teacher": "", "init_from": ""})
     chosen = {}
     for key in draw.sample(sorted(flat), draw.choice((1, 1, 2, 3))):
         now = flat[key]
         alike = {int: NUMBERS, float: REALS, str: TEXTS}.get(type(now), OTHERS)
         if isinstance(now, (int, float)) and not isinstance(now, bool):
-            alike = (*alike, *(now + 1, now * 2, now * 1000, now / 3 if isinstance(now, float) else now // 2) * 5)
-        choices = next((list(values) for name, values in config.CHOICES.items() if name == key), [])
-        chosen[key] = draw.choice(choices if choices and draw.random() < 0.7 else
-                                  alike if draw.random() < 0.8 else (*NUMBERS, *REALS, *TEXTS, *OTHERS))
+            part = now / 3 if isinstance(now, float) else now // 2
+            alike = (*alike, *(now + 1, now * 2, now * 1000, part) * 5)
+        choices = list(config.CHOICES.get(key, ()))
+        if choices and draw.random() < 0.7:
+            candidates = choices
+        else:
+            candidates = alike if draw.random() < 0.8 else (*NUMBERS, *REALS, *TEXTS, *OTHERS)
+        chosen[key] = draw.choice(candidates)
     return chosen
 
 
@@ -71,25 +82,30 @@ def in_process(count: int, seed: int, tally: damage.Tally) -> None:
         slow = time.monotonic() - begin > SECONDS
         if time.monotonic() - begin > 5:
             print(f"{time.monotonic() - begin:.0f} s: {values}", flush=True)
-        tally.add("in process", "traceback" if slow else found, f"{values} -> {'too slow' if slow else said}"[:400])
+        tally.add("in process", "traceback" if slow else found,
+                  f"{values} -> {'too slow' if slow else said}"[:400])
 
 
 def by_command_line(count: int, seed: int, tally: damage.Tally) -> None:
-    """Each override as a flag of launch.train: it must end with one line, or train, which is stopped after the first step."""
+    """Starts launch.train with overrides as flags: it must end with one line, or train."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         for trial in range(count):
             values = overrides(draw)
-            flags = [f"--config.{key}={value}" for key, value in (TINY | {"train.steps": 3} | values).items()]
-            program = [sys.executable, "-m", "launch.train", f"--config={ROOT}/experiments/digits.py", f"--workdir={folder}/{trial}"]
+            flags = [f"--config.{key}={value}"
+                     for key, value in (TINY | {"train.steps": 3} | values).items()]
+            program = [sys.executable, "-m", "launch.train",
+                       f"--config={ROOT}/experiments/digits.py", f"--workdir={folder}/{trial}"]
             found, said = _end_of([*program, *flags], Path(folder))
             tally.add("command line", found, f"{values} -> {said}"[:400])
 
 
 def _end_of(command, folder: Path) -> tuple[str, str]:
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, env=environment(
-            JAX_COMPILATION_CACHE_DIR=str(folder / "cache"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1"))
+        variables = environment(JAX_COMPILATION_CACHE_DIR=str(folder / "cache"),
+                                JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS,
+                              env=variables)
     except subprocess.TimeoutExpired as error:
         trained = b"step 1/" in (error.stdout or b"")
         return ("ok", "trains") if trained else ("traceback", f"nothing within {SECONDS} s")
@@ -97,8 +113,9 @@ def _end_of(command, folder: Path) -> tuple[str, str]:
         return "ok", str(error)
     if done.returncode == 0:
         return "ok", ""
-    one_line = done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-    return ("refused" if one_line else "traceback"), done.stderr[-300:]
+    error = done.stderr
+    one_line = done.returncode == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return ("refused" if one_line else "traceback"), error[-300:]
 
 
 def run(inside: int, outside: int, seed: int) -> damage.Tally:

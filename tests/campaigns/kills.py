@@ -1,8 +1,10 @@
-"""Kills a training run with SIGKILL at random moments and resumes it with the same command: no committed step may be lost, and the losses
-must be those of an uninterrupted run, to the bit, or within 1e-5 where every start has another number of devices.
+"""Kills a training run with SIGKILL at random moments and resumes it with the same command.
 
-    python -m tests.campaigns.kills 100 0            # on one device
-    python -m tests.campaigns.kills 3 0 4 2 8        # on 4, 2 and 8 simulated devices in turn, fsdp=2 and 4
+No committed step may be lost, and the losses must be those of an uninterrupted run: bit for bit, or
+within 1e-5 where every start has another number of devices.
+
+    python -m tests.campaigns.kills 100 0       # on one device
+    python -m tests.campaigns.kills 3 0 4 2 8   # on 4, 2 and 8 simulated devices in turn
 """
 
 import json
@@ -18,28 +20,36 @@ from pathlib import Path
 
 from tests.common import ROOT, TINY, environment
 
-CONFIG = TINY | {"train.save_every": 1, "train.steps": 100_000, "optimizer.warmup_steps": 20, "data.batch_size": 16}
+CONFIG = TINY | {"train.save_every": 1, "train.steps": 100_000, "optimizer.warmup_steps": 20,
+                 "data.batch_size": 16}
 FARTHEST = 6  # steps that a start takes before it is killed
 
 
 def start(workdir: Path, devices: int, cache: Path) -> subprocess.Popen:
-    """Starts training on simulated devices, in a folder that is new or holds the run."""
+    """Starts training on simulated devices, in a new folder or that of the run."""
     settings = CONFIG | {"mesh.fsdp": {1: 1, 2: 2}.get(devices, devices // 2)}
-    arguments = [f"--config={ROOT}/experiments/digits.py", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in settings.items())]
+    arguments = [f"--config={ROOT}/experiments/digits.py", f"--workdir={workdir}",
+                 *(f"--config.{k}={v}" for k, v in settings.items())]
     command = [sys.executable, "-m", "launch.train", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}", JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1"))
+    variables = environment(
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=variables)
 
 
 def committed(workdir: Path) -> int:
     """The last step whose checkpoint is complete."""
     folder = workdir / "checkpoints"
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0) if folder.exists() else 0
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()),
+               default=0) if folder.exists() else 0
 
 
 def stop_at(process: subprocess.Popen, step: int, how: int, delay: float = 0.0) -> int | None:
-    """Sends a signal a moment after the run has told of `step` -> the step that it resumed at; fails on anything on stderr."""
+    """Sends a signal a moment after the run printed `step`; returns the step that it resumed at.
+
+    Asserts that nothing is on stderr.
+    """
     resumed = None
     for line in process.stdout:
         found = re.search(r"resuming .* at step (\d+)", line)
@@ -50,29 +60,39 @@ def stop_at(process: subprocess.Popen, step: int, how: int, delay: float = 0.0) 
             break
     _, error = process.communicate(timeout=120)
     assert process.returncode == (0 if how == signal.SIGTERM else -how), error
-    assert not re.sub(r"^W\d{4} .*\n", "", error, flags=re.MULTILINE), error  # XLA's warnings of a mesh are no matter here
+    # XLA's warnings of a mesh are no matter here
+    assert not re.sub(r"^W\d{4} .*\n", "", error, flags=re.MULTILINE), error
     return resumed
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())}
+    return {line["step"]: line["loss"]
+            for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())}
 
 
-def run(kills: int, seed: int, devices: tuple[int, ...] = (1,), folder: Path | None = None) -> tuple[int, float]:
-    """(the steps that were taken, the largest difference of a loss to the uninterrupted run's, which ran on one device)."""
+def run(kills: int, seed: int, devices: tuple[int, ...] = (1,),
+        folder: Path | None = None) -> tuple[int, float]:
+    """(the steps taken, the largest difference of a loss to the uninterrupted run's).
+
+    The uninterrupted run has one device.
+    """
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        workdir, whole, cache = Path(root) / "killed", Path(root) / "whole", Path(root) / "cache"
+        workdir, uninterrupted, cache = (
+            Path(root) / name for name in ("killed", "uninterrupted", "cache"))
         for kill in range(kills):
             before = committed(workdir)
             process = start(workdir, devices[kill % len(devices)], cache)
-            resumed = stop_at(process, before + draw.randint(1, FARTHEST), signal.SIGKILL, draw.uniform(0, 0.1))
-            assert (resumed or 0) == before, f"kill {kill}: step {before} was committed, and the run resumed at {resumed}"
-            print(f"kill {kill + 1}: resumed at step {before}, killed after step {committed(workdir)} was saved", flush=True)
+            resumed = stop_at(process, before + draw.randint(1, FARTHEST), signal.SIGKILL,
+                              draw.uniform(0, 0.1))
+            assert (resumed or 0) == before, (
+                f"kill {kill}: step {before} was committed, and the run resumed at {resumed}")
+            print(f"kill {kill + 1}: resumed at step {before}, killed after step "
+                  f"{committed(workdir)} was saved", flush=True)
         last = committed(workdir) + 2
         stop_at(start(workdir, devices[kills % len(devices)], cache), last, signal.SIGTERM)
-        stop_at(start(whole, 1, cache), last, signal.SIGTERM)
-        found, expected = losses(workdir), losses(whole)
+        stop_at(start(uninterrupted, 1, cache), last, signal.SIGTERM)
+        found, expected = losses(workdir), losses(uninterrupted)
         steps = sorted(found.keys() & expected.keys())
         assert steps == list(range(1, steps[-1] + 1))
         assert steps[-1] >= last
@@ -81,6 +101,8 @@ def run(kills: int, seed: int, devices: tuple[int, ...] = (1,), folder: Path | N
 
 if __name__ == "__main__":
     begin = time.time()
-    count, difference = run(int(sys.argv[1]), int(sys.argv[2]), tuple(map(int, sys.argv[3:])) or (1,))
-    print(f"{sys.argv[1]} kills in {time.time() - begin:.0f} s on {os.cpu_count()} cores: {count} steps, nothing lost, largest "
-          f"difference of a loss to the uninterrupted run's {difference:g}")
+    count, difference = run(int(sys.argv[1]), int(sys.argv[2]),
+                            tuple(map(int, sys.argv[3:])) or (1,))
+    print(f"{sys.argv[1]} kills in {time.time() - begin:.0f} s on {os.cpu_count()} cores: {count} "
+          f"steps, nothing lost, largest difference of a loss to the uninterrupted run's "
+          f"{difference:g}")

@@ -17,7 +17,8 @@ def test_a_damaged_workdir_gives_the_same_run_or_one_line(trials):
     tally = workdirs.run(trials, 0, every=41)
     assert tally.wrong() == []
     assert tally.counts["config.json, one bit", "refused"] > 300
-    assert all(sum(tally.counts[kind, found] for kind in damage.KINDS) for found in ("ok", "refused"))
+    assert all(sum(tally.counts[kind, found] for kind in damage.KINDS)
+               for found in ("ok", "refused"))
 
 
 def test_random_settings_are_a_configuration_or_one_line():

@@ -1,6 +1,6 @@
-"""Damages a run's folder and reads it: every single bit of config.json flipped, and any file flipped, cut short, exchanged or removed.
+"""Damages a run's folder and reads it: every bit of config.json, and any file in any way.
 
-    python -m tests.campaigns.workdirs 1000 0      # 1,000 damages of the folder, and every bit of config.json
+    python -m tests.campaigns.workdirs 1000 0   # every bit of config.json, and 1,000 damages
 """
 
 import random
@@ -27,15 +27,17 @@ def flip_config(workdir: Path, every: int, tally: damage.Tally) -> None:
         changed = bytearray(content)
         changed[place // 8] ^= 1 << place % 8
         path.write_bytes(changed)
-        found, said = damage.outcome(lambda: config_file.load(str(workdir)), lambda loaded: loaded == expected)
+        found, said = damage.outcome(lambda: config_file.load(str(workdir)),
+                                     lambda loaded: loaded == expected)
         tally.add("config.json, one bit", found, f"bit {place % 8} of byte {place // 8}: {said}")
     path.write_bytes(content)
 
 
 def damage_folder(workdir: Path, trials: int, seed: int, tally: damage.Tally) -> None:
-    """Damages the folder in one place, `trials` times, loads the run as evaluation does and takes the likelihood of two images."""
+    """Damages the folder in one place, `trials` times, and compares two images' likelihood."""
     source, _, _ = setup(SETTINGS)
-    images, labels = (np.stack([source.records[i][name] for i in range(2)]) for name in ("image", "label"))
+    images, labels = (np.stack([source.records[i][name] for i in range(2)])
+                      for name in ("image", "label"))
 
     def read(step=None):
         run = ntm_jax.load(str(workdir), step)
@@ -46,14 +48,19 @@ def damage_folder(workdir: Path, trials: int, seed: int, tally: damage.Tally) ->
     for trial in range(trials):
         kind, step = damage.KINDS[trial % len(damage.KINDS)], (None, 2, 4)[trial % 3]
         with damage.damaged(workdir, draw, kind) as what:
-            # A checkpoint that lost its mark counts as not committed, and the one before it, which the run then names, is the latest.
-            found, said = damage.outcome(
-                lambda step=step: read(step), lambda found, step=step: found in (expected.values() if step is None else [expected[step]]))
+            # A checkpoint without its mark counts as not committed: then the one before is the
+            # latest, and the run names its step.
+            allowed = list(expected.values()) if step is None else [expected[step]]
+            found, said = damage.outcome(lambda step=step: read(step),
+                                         lambda found, allowed=allowed: found in allowed)
         tally.add(kind, found, f"{what}: {said}".replace(str(workdir), "WORKDIR"))
 
 
 def run(trials: int, seed: int, every: int) -> damage.Tally:
-    """A never-trained run's folder, damaged `trials` times, and every `every`-th bit of its config.json flipped."""
+    """Damages an untrained run's folder `trials` times, and its config.json.
+
+    Every `every`-th bit of config.json is flipped.
+    """
     tally = damage.Tally()
     with tempfile.TemporaryDirectory() as folder:
         workdir = write_run(Path(folder) / "run", SETTINGS)

@@ -1,8 +1,10 @@
-"""Runs each program where it cannot write all that it wants, on a full disk or under a limit on the size of files: it must end with one
-line and status 2, leave every earlier file as it was, and succeed when the same command is given again without the hindrance.
+"""Runs each program on a full disk or under a limit on the size of files.
 
-    python -m tests.campaigns.writes      # limits of 1 to 50 KiB, and a full disk where this user may mount one
-    python -m tests.campaigns.writes 2 20 # these limits alone
+It must end with one line and status 2, keep every earlier file as it was, and succeed when the same
+command is given again without the limit.
+
+    python -m tests.campaigns.writes        # limits of 1 to 50 KiB, and full disks if root
+    python -m tests.campaigns.writes 2 20   # only these limits
 """
 
 import os
@@ -23,26 +25,33 @@ from tests.campaigns import damage
 from tests.common import ROOT, TINY, python, write_photos
 
 STEPS = {"train.steps": 4, "evaluate.split": "test[:4]"}
-CONFIG = [f"--config={ROOT}/experiments/digits.py", *(f"--config.{key}={value}" for key, value in (TINY | STEPS).items())]
+CONFIG = [f"--config={ROOT}/experiments/digits.py",
+          *(f"--config.{key}={value}" for key, value in (TINY | STEPS).items())]
 LIMITS = (1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 40, 50)  # KiB
 
 
 def programs(folder: Path) -> dict[str, list[str]]:
-    """{name of launch's program: its arguments}; all write below `folder`, which holds a run and photos."""
+    """{name of launch's program: its arguments}; all write below `folder`.
+
+    The folder holds a run and photos.
+    """
     run = folder / "run"
     return {
         "train": [*CONFIG, f"--workdir={run}"],
         "evaluate": [f"--workdir={run}", "--per_example"],
-        "sample": [f"--workdir={run}", f"--out={folder}/samples", "--num=4", "--batch=2", "--decoder=inverse"],
+        "sample": [f"--workdir={run}", f"--out={folder}/samples", "--num=4", "--batch=2",
+                   "--decoder=inverse"],
         "export": [f"--workdir={run}", f"--out={folder}/export"],
-        "prepare": [f"--input=folder:{folder}/photos", f"--out={folder}/records", "--image_size=16", "--shard_size=4"],
+        "prepare": [f"--input=folder:{folder}/photos", f"--out={folder}/records",
+                    "--image_size=16", "--shard_size=4"],
     }
 
 
 def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int, str]:
-    """(exit status, stderr) of a program in a fork of this process, which has imported the packages but not started jax.
+    """(exit status, stderr) of a program in a fork of this process.
 
-    limit: bytes of the largest file that it may write.
+    This process has imported the packages but not started jax. limit: bytes of the largest file
+    that the program may write.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -52,7 +61,8 @@ def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int
         os.dup2(writing, 2)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            jax.config.update("jax_enable_compilation_cache", False)  # it would warn that it cannot be written, rightly
+            # The cache would warn, rightly, that it cannot be written.
+            jax.config.update("jax_enable_compilation_cache", False)
         sys.argv = [f"launch.{name}", *arguments]
         status = 1
         try:
@@ -62,7 +72,7 @@ def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int
             status = end.code or 0
         except BaseException:
             traceback.print_exc()
-        finally:  # nothing of the parent's is cleared away here
+        finally:  # without the parent's clean-up
             os._exit(status)
     os.close(writing)
     with os.fdopen(reading) as file:
@@ -71,37 +81,45 @@ def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """The files that nothing may change: all but reports of a run, which grow, and the lock."""
+    """All files that must not change: all but a run's reports, which grow, and its lock."""
     reports = ("metrics.jsonl", ".lock", "events.")
     return {path: path.read_bytes() for path in damage.files(folder, reports)}
 
 
-def trial(folder: Path, name: str, limit: int | None, mend: Callable[[], None] = lambda: None) -> tuple[str, str]:
-    """(one of damage.OUTCOMES, what was said) of a program that is hindered, and then started again without."""
+def trial(folder: Path, name: str, limit: int | None,
+          mend: Callable[[], None] = lambda: None) -> tuple[str, str]:
+    """(one of damage.OUTCOMES, the message) of a program that cannot write and is started again.
+
+    mend() removes what hindered it before the second start.
+    """
     arguments, before = programs(folder)[name], contents(folder)
     status, error = call(name, arguments, limit)
     if status == 0:
         return "ok", "all was written"
     if status != 2 or error.count("\n") != 1 or not error.startswith("error: "):
         return "traceback", f"status {status}: {error[-300:]}"
-    changed = [path for path, content in before.items() if not path.exists() or path.read_bytes() != content]
+    changed = [path for path, content in before.items() if not path.exists() or path.read_bytes()
+               != content]
     if changed:
         return "silent", f"changed {changed[0].relative_to(folder)}"
     mend()
     status, again = call(name, arguments)
-    return ("refused", error.strip()) if status == 0 else ("traceback", f"given again: status {status}: {again[-300:]}")
+    return ("refused", error.strip()) if status == 0 else (
+        "traceback", f"given again: status {status}: {again[-300:]}")
 
 
 def prepare(folder: Path) -> None:
     """A run stopped after two of four steps, and a folder of photos."""
     write_photos(folder / "photos", 8, 24)
-    program = "import sys; from ntm_jax.training import loop; from tests.common import tiny_config\n" \
-              f"loop.train(tiny_config(**{STEPS}), sys.argv[1], progress=False, until=2)"
+    program = ("import sys\n"
+               "from ntm_jax.training import loop\n"
+               "from tests.common import tiny_config\n"
+               f"loop.train(tiny_config(**{STEPS}), sys.argv[1], progress=False, until=2)")
     python("-c", program, str(folder / "run"))
 
 
 def limited(base: Path, root: Path, name: str, kib: int) -> tuple[str, str]:
-    """The outcome of a program, in a copy of `base` below `root`, under a limit of so many KiB on the size of files."""
+    """The outcome of a program under a limit of so many KiB, in a copy of `base` below `root`."""
     work = root / "work"
     shutil.copytree(base, work)
     try:
@@ -111,7 +129,7 @@ def limited(base: Path, root: Path, name: str, kib: int) -> tuple[str, str]:
 
 
 def full_disk(name: str, kib: int, base: Path, mount: Path) -> tuple[str, str]:
-    """The outcome of a program on a disk with so much space left, which is enlarged before it is started again."""
+    """The outcome of a program on a disk with so many KiB left, until its second start."""
     size = sum(path.stat().st_size for path in damage.files(base)) // 1024
     options = f"size={size + 8000}k"  # room for what the program writes when it is given again
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount], check=True)
@@ -133,9 +151,11 @@ def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         base, cache = Path(root) / "base", Path(root) / "cache"
         base.mkdir()
-        for setting, value in (("platforms", "cpu"), ("disable_most_optimizations", True), ("compilation_cache_dir", str(cache)),
-                               ("persistent_cache_min_compile_time_secs", 0.1)):
-            jax.config.update(f"jax_{setting}", value)  # every fork has them
+        for setting, value in (  # forks inherit them
+                ("platforms", "cpu"), ("disable_most_optimizations", True),
+                ("compilation_cache_dir", str(cache)),
+                ("persistent_cache_min_compile_time_secs", 0.1)):
+            jax.config.update(f"jax_{setting}", value)
         prepare(base)
         for name in names or programs(base):
             for limit in limits:
@@ -151,7 +171,8 @@ def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
 
 if __name__ == "__main__":
     given = tuple(map(int, sys.argv[1:]))
-    result = run(given or LIMITS, disks=(4, 16, 64, 128, 256) if os.geteuid() == 0 and not given else ())
+    result = run(given or LIMITS,
+                 disks=(4, 16, 64, 128, 256) if os.geteuid() == 0 and not given else ())
     print(result)
     print("\n".join(result.wrong()))
     sys.exit(bool(result.wrong()))
