@@ -9,7 +9,6 @@ import sys
 
 import jax
 import numpy as np
-import pytest
 from PIL import Image
 
 from ntm_jax.api import Run
@@ -20,24 +19,43 @@ from ntm_jax.training import objectives, state
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
-    "model.width": 16, "model.head_size": 8, "model.kv_heads": 2, "model.transporter_width": 16, "model.transporter_blocks": 1,
-    "model.transporter_layers": 1, "model.predictor_layers": 1, "data.batch_size": 16, "trajectory.steps": (2,), "sample.steps": 2,
-    "trajectory.schedule": "linear", "trajectory.t_min": 0.03, "trajectory.t_min_range": (0.02, 0.04),
-    "sample.num": 4, "train.steps": 6, "train.save_every": 2, "train.evaluate_every": 0, "train.log_every": 1,
-    "optimizer.warmup_steps": 2, "evaluate.split": "test[:20]", "evaluate.images": 0, "evaluate.trajectories": 2,
+    "model.width": 16,
+    "model.head_size": 8,
+    "model.kv_heads": 2,
+    "model.transporter_width": 16,
+    "model.transporter_blocks": 1,
+    "model.transporter_layers": 1,
+    "model.predictor_layers": 1,
+    "data.batch_size": 16,
+    "trajectory.steps": (2,),
+    "sample.steps": 2,
+    "trajectory.schedule": "linear",
+    "trajectory.t_min": 0.03,
+    "trajectory.t_min_range": (0.02, 0.04),
+    "sample.num": 4,
+    "train.steps": 6,
+    "train.save_every": 2,
+    "train.evaluate_every": 0,
+    "train.log_every": 1,
+    "optimizer.warmup_steps": 2,
+    "evaluate.split": "test[:20]",
+    "evaluate.images": 0,
+    "evaluate.trajectories": 2,
 }
 
 
 def experiment(name: str = "digits", *variant: str):
     """The ConfigDict of an experiment file."""
-    spec = importlib.util.spec_from_file_location(f"experiment_{name}", ROOT / "experiments" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"experiment_{name}", ROOT / "experiments" / f"{name}.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*variant)
 
 
 def tiny_config(**overrides) -> config.Config:
-    """experiments/digits.py shrunk by TINY and then by `overrides`: tiny_config(**{"train.steps": 4})."""
+    """experiments/digits.py shrunk by TINY, then with `overrides`: {"train.steps": 4}."""
     values = experiment()
     values.update_from_flattened_dict(TINY | overrides)
     settings = config.read(values)
@@ -48,7 +66,11 @@ def tiny_config(**overrides) -> config.Config:
 def setup(settings: config.Config):
     """(the evaluation split, the model, a mesh of the devices there are) of a configuration."""
     source = sources.open_source(settings.data.source, settings.evaluate.split)
-    return source, build.make_model(settings, pipeline.spec(source, settings.data.patch_size)), sharding.make_mesh(settings.mesh)
+    return (
+        source,
+        build.make_model(settings, pipeline.spec(source, settings.data.patch_size)),
+        sharding.make_mesh(settings.mesh),
+    )
 
 
 def as_run(settings: config.Config, model, mesh, params=None) -> Run:
@@ -58,13 +80,15 @@ def as_run(settings: config.Config, model, mesh, params=None) -> Run:
 
 
 def randomised(params, seed: int = 0):
-    """Parameters with random numbers in place of the zeros that layers start with, so that no term is trivial: NumPy arrays."""
+    """Parameters plus random numbers, NumPy arrays, so that zero-initialised layers act."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), params)
+    return jax.tree.map(
+        lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), params
+    )
 
 
 def write_run(folder, settings: config.Config):
-    """Makes a run's folder of `folder`, never trained, with checkpoints of steps 2 and 4, whose EMA is random by the step: `folder`."""
+    """Makes `folder` an untrained run's, with checkpoints of steps 2 and 4 and random EMAs."""
     source, model, mesh = setup(settings)
     spec = pipeline.spec(source, settings.data.patch_size)
     config_file.write(str(folder), settings, spec)
@@ -87,23 +111,45 @@ def write_photos(folder, count: int, side: int) -> None:
     folder.mkdir()
     with (folder / "metadata.jsonl").open("w") as file:
         for i in range(count):
-            inside = np.hypot(rows - side * (0.3 + i % 5 / 10), column - side / 2)[..., None] < side / 4
-            image = np.where(inside, ((220, 30, 30), (30, 30, 220))[i % 2], 200 + i % 50).astype(np.uint8)
+            inside = (
+                np.hypot(rows - side * (0.3 + i % 5 / 10), column - side / 2)[..., None] < side / 4
+            )
+            image = np.where(inside, ((220, 30, 30), (30, 30, 220))[i % 2], 200 + i % 50).astype(
+                np.uint8
+            )
             Image.fromarray(image).save(folder / f"{i}.jpg")
-            file.write(json.dumps({"file_name": f"{i}.jpg", "caption": f"a {('red', 'blue')[i % 2]} circle"}) + "\n")
+            file.write(
+                json.dumps(
+                    {"file_name": f"{i}.jpg", "caption": f"a {('red', 'blue')[i % 2]} circle"}
+                )
+                + "\n"
+            )
 
 
 def environment(**variables) -> dict:
-    """Of a subprocess: few XLA optimisations, since these programs compile for seconds and run for milliseconds."""
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)} | variables
+    """The environment of a subprocess, with few XLA optimisations, which compiles quickly."""
+    return (
+        {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+        | variables
+    )
 
 
-def python(*arguments: str, check: bool = True, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
+def python(
+    *arguments: str, check: bool = True, cwd=ROOT, **variables
+) -> subprocess.CompletedProcess:
     """Runs python in the checkout or another folder; `variables` join its environment."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=600)
-    assert not check or done.returncode == 0, f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert not check or done.returncode == 0, (
+        f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 
@@ -121,7 +167,3 @@ def norm(tree) -> float:
 def bits(tree) -> list:
     """Every leaf's dtype, shape and bytes."""
     return [(a.dtype, a.shape, np.asarray(a).tobytes()) for a in jax.tree.leaves(tree)]
-
-
-rehearsal = pytest.mark.skipif(
-    importlib.util.find_spec("mlxtend") is None, reason="a rehearsal of minutes: runs where the extra [parity] is installed")

@@ -5,8 +5,13 @@ import importlib.util
 import os
 import pathlib
 
-if importlib.util.find_spec("libtpu") and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU compiler is here and no TPU: jax would look for one and complain
+if (
+    importlib.util.find_spec("libtpu")
+    and not os.path.exists("/dev/accel0")
+    and not os.path.exists("/dev/vfio/0")
+):
+    # The TPU compiler is here and no TPU: jax would look for one and complain.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # also in the programs that tests start
 
@@ -16,8 +21,10 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def freed_programs():
-    """Compiled programs are freed after a module where they near Linux's limit of 65,530 mapped regions a process, at which XLA aborts; a
-    module adds up to 10,000."""
+    """Frees compiled programs after a module that nears Linux's limit of 65,530 mapped regions.
+
+    XLA aborts at the limit, and a module adds up to 10,000.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > 30_000:
@@ -29,7 +36,9 @@ def freed_programs():
 def compilation_cache(tmp_path_factory):
     """Compiled programs are shared by this process and those that its tests start."""
     folder, seconds = str(tmp_path_factory.mktemp("compiled")), 0.2
-    os.environ.update(JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=str(seconds))
+    os.environ.update(
+        JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=str(seconds)
+    )
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 

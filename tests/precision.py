@@ -26,6 +26,7 @@ def precisions(traced) -> dict:
     for equation in products(traced.jaxpr.jaxpr):
         dtype = min((operand.aval.dtype for operand in equation.invars), key=lambda d: d.itemsize)
         precision = equation.params["precision"]
-        name = precision[0].name if isinstance(precision, tuple) else "DEFAULT"  # or None, or an algorithm of bfloat16's
+        # or None, or an algorithm of bfloat16's
+        name = precision[0].name if isinstance(precision, tuple) else "DEFAULT"
         found[dtype.name, name] = found.get((dtype.name, name), 0) + 1
     return found

@@ -65,7 +65,8 @@ def test_a_part_from_outside_the_package_trains(tmp_path, name):
 
 
 def test_loading_a_run_imports_nothing_that_was_not_named(tmp_path):
-    """A run of a user's objective is loaded and sampled without its module; training it needs it."""
+    """A run of a user's objective is loaded and sampled without its module; training it needs
+    it."""
     (tmp_path / "my_objective.py").write_text(EXAMPLES["my_objective"])
     run(
         tmp_path,

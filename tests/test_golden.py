@@ -1,8 +1,8 @@
 """Three training steps of a pinned configuration, against recorded numbers.
 
 A change of code that should change no number leaves these as they are. If this test fails and the
-change of numbers is intended (another initialisation, loss, optimiser or order of random draws), print
-the new ones with
+change of numbers is intended (another initialisation, loss, optimiser or order of random draws),
+print the new ones with
 
     JAX_DISABLE_MOST_OPTIMIZATIONS=1 python -m tests.test_golden
 
@@ -28,10 +28,12 @@ CONFIGURATIONS = {
     "weighted": {"train.level_power": 1.0},
     "pairwise": {"train.objective": "pairwise"},
     "flow_matching": {
-        "train.objective": "flow_matching", "model.head": "posterior", "model.transporter_blocks": 0,
+        "train.objective": "flow_matching", "model.head": "posterior",
+        "model.transporter_blocks": 0,
         "sample.decoder": "euler", "sample.steps": 5},
 }
-GOLDEN = {  # losses and gradient norms of three steps, and the norm of the parameters after them
+# Losses and gradient norms of three steps, and the norm of the parameters after them.
+GOLDEN = {
     "end_to_end": (
         [0.0668351948261261, 0.08962811529636383, 0.08391781151294708],
         [0.6140027046203613, 0.6561046838760376, 0.5950287580490112],
@@ -71,7 +73,8 @@ def three_steps(name: str) -> tuple[list[float], list[float], float]:
             current, metrics = step(current, batch, 2)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["grad_norm"]))
-    squares = (np.sum(np.square(np.asarray(a, np.float64))) for a in jax.tree.leaves(current.params))
+    squares = (np.sum(np.square(np.asarray(a, np.float64)))
+               for a in jax.tree.leaves(current.params))
     return losses, norms, math.sqrt(sum(squares))
 
 

