@@ -66,7 +66,7 @@ ENTRY %main (p: f32[2,2]) -> f32[2,2] {
   %m.2 = f32[2,2]{1,0} fusion(%f.1), kind=kLoop, calls=%moved
   %e.3 = f32[2,2]{1,0} exponential(%m.2), metadata={op_name="SOFTMAX"}
   %q.4 = f32[2,2]{1,0} multiply(%e.3, %e.3), metadata={op_name="NORM"}
-  ROOT %r.5 = f32[2,2] all-reduce(%q.4), replica_groups={{0}}, to_apply=%s, metadata={op_name="REST"}
+  ROOT %r.5 = f32[2,2] all-reduce(%q.4), replica_groups={{0}}, metadata={op_name="REST"}
 }
 """
 for _short, _name in OP_NAMES.items():
