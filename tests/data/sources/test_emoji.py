@@ -132,7 +132,7 @@ def test_the_experiment_runs_from_start_to_prompts(tmp_path):
     assert (
         done.returncode,
         done.stderr.count("\n"),
-        "is told texts: give --prompts" in done.stderr,
+        "is conditioned on text: give --prompts" in done.stderr,
     ) == (2, 1, True)
 
 
