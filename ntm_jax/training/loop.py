@@ -140,7 +140,7 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source, prog
     for change in changes:
         writer.message(change)
     stop = StopRequest()
-    if not job.several():  # in a job of several processes, jax catches SIGTERM and informs the others
+    if not job.several():  # in a job of several processes jax catches SIGTERM for all of them
         stack.enter_context(stop)
     return _Loop(run, current, start, batches, held_out, checkpoints, writer, stop, teacher,
                  reference)
