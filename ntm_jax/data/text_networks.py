@@ -103,11 +103,12 @@ class MiniLM(_Network):
         @jax.jit
         def network(p, ids, mask):
             def dense(x, name):
-                return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+                return x @ p[f"{name}.weight"].T + p[f"{name}.bias"][None, None]
 
             def norm(x, name):
                 standard = jax.nn.standardize(x, epsilon=1e-12)
-                return standard * p[f"{name}.weight"] + p[f"{name}.bias"]
+                scale, bias = (p[f"{name}.{part}"][None, None] for part in ("weight", "bias"))
+                return standard * scale + bias
 
             def split_heads(x):
                 return x.reshape(*ids.shape, 12, 32)
@@ -116,7 +117,7 @@ class MiniLM(_Network):
                 p[f"embeddings.{name}_embeddings.weight"]
                 for name in ("word", "position", "token_type")
             )
-            x = word[ids] + position[: ids.shape[1]] + kind[0]
+            x = word[ids] + position[None, : ids.shape[1]] + kind[None, :1]
             x = norm(x, "embeddings.LayerNorm")
             for layer in (f"encoder.layer.{i}." for i in range(6)):
                 q, k, v = (
