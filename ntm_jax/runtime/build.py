@@ -53,10 +53,14 @@ def plain(model):
 
     Counting its FLOPs counts the model's own, and its exported program holds no custom kernel.
     """
-    backbone = getattr(model, "backbone", None)
-    changes = {"backbone": plain(backbone)} if backbone else {}
-    config = dataclasses.replace(model.config, remat="none")
-    return model.clone(config=config, attention=plain_attention, **changes)
+    changes = {}
+    if hasattr(getattr(model, "config", None), "remat"):
+        changes["config"] = dataclasses.replace(model.config, remat="none")
+    if hasattr(model, "attention"):
+        changes["attention"] = plain_attention
+    if getattr(model, "backbone", None):
+        changes["backbone"] = plain(model.backbone)
+    return model.clone(**changes)
 
 
 def condition(model: NTM | Predictor, batch: dict):
