@@ -61,8 +61,7 @@ class Run(base.Run):
         """The images of these indices [n]; arguments as in sample."""
         condition = None if label is None else generate.check_condition(self, len(index), label)
         chosen = generate.override(self.config, **options)
-        if options.get("decoder"):
-            objectives.check_decoder(self.config, chosen.decoder)
+        self._check_decoder(options.get("decoder"))
         return generate.sample_at(self, index, condition, chosen, seed, with_levels)
 
     def text(self, captions):
@@ -114,16 +113,18 @@ class Run(base.Run):
 
     def write_samples(self, out: str, request: SampleRequest) -> None:
         """Writes images into a folder, resuming a stopped call; see sampling.write."""
-        if request.decoder:
-            objectives.check_decoder(self.config, request.decoder)
+        self._check_decoder(request.decoder)
         write_samples(self, out, request)
 
     def export(self, out: str, steps: int | None = None, guidance=None,
                decoder: str | None = None) -> None:
         """Writes the run as a folder that works without this package; see export.write."""
-        if decoder:
-            objectives.check_decoder(self.config, decoder)
+        self._check_decoder(decoder)
         write_export(self, out, steps, guidance, decoder)
+
+    def _check_decoder(self, decoder: str | None) -> None:
+        if decoder:
+            objectives.check_decoder(self.config, decoder, "decoder")
 
 
 def _run(run: base.Run) -> Run:
@@ -179,7 +180,7 @@ def train(config: Config, workdir: str, *, data=None, labels=None, progress: boo
     if data is not None:
         config = with_arrays(config, data, labels)
     finished = loop.train(config, workdir, progress=progress, until=until, tracer=tracer)
-    return None if finished is None else load(workdir)
+    return None if finished is None else _run(finished[0])
 
 
 def with_arrays(config: Config, images, labels=None) -> Config:

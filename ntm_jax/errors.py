@@ -5,7 +5,7 @@ The programs print its single line and exit with status 2.
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave.
+    """A mistake of the user: a flag, a setting, an argument, a file.
 
     The message is one line: the thing, what was found, what was expected, and how to mend it.
     """

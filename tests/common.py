@@ -1,5 +1,6 @@
 """The shipped digits experiment, shrunk, for the tests of runtime/ and of the programs."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -85,6 +86,12 @@ def randomised(params, seed: int = 0):
     return jax.tree.map(
         lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), params
     )
+
+
+def random_run(run: Run, seed: int = 0, **changes) -> Run:
+    """The run with random parameters, and other fields of it."""
+    params = randomised(state.initialize(run).params, seed)
+    return dataclasses.replace(run, params=params, **changes)
 
 
 def write_run(folder, settings: config.Config):

@@ -54,4 +54,4 @@ def test_loading_a_run_imports_nothing_that_was_not_named(tmp_path):
     program(tmp_path, "sample", f"--workdir={tmp_path}/run", "--num=2")
     again = program(tmp_path, "train", f"--workdir={tmp_path}/run", *flags, check=False)
     assert again.returncode == 2
-    assert "--import the module that registers it" in again.stderr
+    assert "needs --import=MODULE, the module that registers it" in again.stderr

@@ -1,4 +1,4 @@
-"""Memory of a training step: what the compiler reports, and what to change if it does not fit."""
+"""The memory of a training step: the compiler's report, and advice where it does not fit."""
 
 import math
 import re

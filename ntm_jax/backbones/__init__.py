@@ -11,7 +11,7 @@ from typing import Any
 
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.flow_matching import Velocity
-from ntm_jax.errors import UserError
+from ntm_jax.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +44,15 @@ def _read_flux2(path: str, parameters):
     return flux2_weights.read(path, parameters)
 
 
-BACKBONES = {"transformer": Backbone(_transformer), "flux2": Backbone(_flux2, _read_flux2)}
+BACKBONES = Registry("config.model.backbone", {
+    "transformer": Backbone(_transformer), "flux2": Backbone(_flux2, _read_flux2)})
 
 
 def register(name: str, backbone: Backbone) -> None:
     """Adds a backbone for config.model.backbone=name. Raises UserError if the name is taken."""
-    if name in BACKBONES:
-        raise UserError(f"the backbone {name!r} is registered already: choose another name")
-    BACKBONES[name] = backbone
+    BACKBONES.register(name, backbone)
 
 
 def find(name: str) -> Backbone:
     """The backbone of a name. Raises UserError if there is none."""
-    if name not in BACKBONES:
-        raise UserError(f"config.model.backbone is {name!r}: expected one of "
-                        f"{', '.join(BACKBONES)}, or --import the module that registers it")
-    return BACKBONES[name]
+    return BACKBONES.find(name)[0]

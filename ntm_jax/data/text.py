@@ -22,8 +22,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ntm_jax.data.registry import Registry
 from ntm_jax.errors import UserError
+from ntm_jax.registry import Registry
 
 
 class Encoder(Protocol):
@@ -75,7 +75,7 @@ def register(name: str, open_function: Callable[[str], Encoder]) -> None:
     Raises:
       UserError: the name is registered already or not valid.
     """
-    ENCODERS.register(name, open_function)
+    ENCODERS.register(name, open_function, "[:ARGUMENT]")
 
 
 @functools.cache

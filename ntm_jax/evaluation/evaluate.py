@@ -39,12 +39,12 @@ def compare(table: dict, other: dict, dimensions: int, pixel_levels: int) -> dic
 
 
 def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run | None = None,
-             measure: Callable[[Run, Source], dict] | None = None,
+             measure: Callable[[Run, Source, int], dict] | None = None,
              progress: bool = False) -> tuple[dict, dict]:
     """Evaluates a run -> (the content of evaluation.json, the scores of every record).
 
-    against: another run, scored on the same records. measure: the objective's own held-out figures,
-    (run, source) -> {name: mean and stderr}.
+    against: another run, scored on the same records. measure: the objective's own held-out figures;
+    see training.objectives.Objective.
 
     Raises UserError where the split has another shape than the training split, or the figures of
     the two runs do not compare.
@@ -66,7 +66,10 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     table = scoring.score_records(run, source, trajectories, progress)
     result = {"step": run.step, "split": split}
     result |= summarize(table, run.spec, trajectories)
-    result |= _errors(run, source, table, measure)
+    result |= _errors(run, source, table)
+    if measure:
+        figures = measure(run, source, trajectories)
+        result |= figures | {"measures": list(figures)}
     if against:
         result["against"] = _against(run, source, table, against, trajectories, progress)
     if scores_images and (extractor or run.model.config.num_classes):
@@ -78,16 +81,13 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     return result, table
 
 
-def _errors(run: Run, source: Source, table: dict, measure) -> dict:
+def _errors(run: Run, source: Source, table: dict) -> dict:
     """The figures of a run beside its likelihood and its samples."""
     result = {}
     if run.config.sample.decoder == "score":
         result["denoising"] = measures.denoising_errors(run, source)
     if run.denoiser:
         result["denoiser"] = measures.denoiser_errors(run, source)
-    if measure:
-        figures = measure(run, source)
-        result |= figures | {"measures": list(figures)}
     if source.log_density:
         result["truth"] = known_density.compare_with_true_density(run, source, table)
     return result

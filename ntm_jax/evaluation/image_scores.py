@@ -49,7 +49,7 @@ def classifier(num_classes: int, pixel_levels: int, real: np.ndarray, labels: np
 
 
 def has_tasks(run: Run, source: Source) -> bool:
-    """Whether samples can be checked against what the source's captions ask for."""
+    """Whether the source can check samples against its captions."""
     return bool(run.model.config.text_width and source.tasks)
 
 

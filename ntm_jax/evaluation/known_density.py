@@ -1,4 +1,4 @@
-"""What was learned beside what is true, for data whose density is known at every noise level."""
+"""The learned density compared with the true one, where it is known at every noise level."""
 
 import functools
 

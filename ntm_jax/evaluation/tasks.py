@@ -1,4 +1,4 @@
-"""Figures and table of what captions ask for and images show, task by task."""
+"""Figures and table of how often images show what their captions describe, by task."""
 
 import math
 

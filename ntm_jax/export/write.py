@@ -204,7 +204,7 @@ def write_export(run: Run, out: str, steps: int | None = None,
 
 
 def _about(run: Run) -> dict:
-    """config.json without what is computed from the arrays and the programs."""
+    """config.json without the entries computed from the arrays and the programs."""
     about = {"format": FORMAT, "step": run.step, "parameters": "raw" if run.raw else "ema",
              "platforms": PLATFORMS,
              "packages": {name: importlib.metadata.version(name) for name in ("ntm_jax", "jax")},

@@ -27,7 +27,7 @@ from ntm_jax.runtime.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The static part of sampling: what the jitted function is compiled for."""
+    """The static arguments of sampling, for which the jitted function compiles once."""
 
     model: NTM  # exact; see core.model.exact
     schedule: Schedule

@@ -28,7 +28,7 @@ from ntm_jax.runtime.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what the file that it was read from says besides."""
+    """A prompt with the metadata of the file that it was read from."""
 
     text: str
     line: str = ""  # its line of a .jsonl file

@@ -59,13 +59,13 @@ def check(metrics: dict, step: int) -> dict:
 
 
 def train(config: Config, folder: str, *, progress: bool = True, until: int | None = None,
-          tracer=None) -> dict | None:
+          tracer=None) -> tuple[Run, dict] | None:
     """Trains in a workdir, resuming what it holds; ends with the held-out evaluation and pictures.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps.
     tracer: analysis.profile.Trace, or nothing.
 
-    Returns the evaluation, or None when stopped early.
+    Returns the trained run and its evaluation, or None when stopped early.
     """
     workdir.check(folder)
     mesh = sharding.make_mesh(config.mesh)
@@ -95,7 +95,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         result, scored = evaluate(run, EvaluationOptions(features=features),
                                   measure=objective.measure, progress=progress)
         write_report(run, result, scored, epath.Path(folder) / "evaluation.json")
-    return result
+    return run, result
 
 
 def _start(run: Run, teacher: Run | None, source: Source, held_out: Source, progress: bool,

@@ -25,6 +25,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures, scoring
 from ntm_jax.evaluation.report import NAMES, summarize
+from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
 from ntm_jax.runtime.config import SOLVERS, Config, Train
 from ntm_jax.runtime.run import Run
@@ -219,14 +220,15 @@ def _check_flow(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a run minimises, and what follows from it.
+    """A loss, with the measures, labels, decoders and checks that belong to it.
 
     loss(setup, params, draws, reference) -> (the value that is minimised, metrics). metrics has
     "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
     [T] each by level. reference: the parameters of the teacher or of the flow-matching model that
     the means are held near; None without either.
     held_out(run, source) -> Held, during training.
-    measure(run, source) -> {name: mean and stderr}, added to evaluation.json; None adds nothing.
+    measure(run, source, trajectories) -> {name: mean and stderr}, added to evaluation.json, where
+    trajectories is their number for each record; None adds nothing.
     check(config) raises UserError for a configuration that the objective cannot train.
     """
 
@@ -235,20 +237,19 @@ class Objective:
     loss_label: str = "training loss (nats per dimension)"
     decoders: tuple[str, ...] = ("inverse", "score", "denoiser")
     check: Callable[[Config], None] = _no_check
-    measure: Callable[[Run, Source], dict] | None = None
+    measure: Callable[[Run, Source, int], dict] | None = None
     whole_trajectories: bool = False  # a step holds all T levels of an example at once
     has_levels: bool = True  # factors that train.level_power can weight
     trains_velocity: bool = False  # a model that an NTM can start from
     needs_teacher: bool = False
 
 
-def _measure_velocity(run: Run, source: Source) -> dict:
-    trajectories = run.config.evaluate.trajectories
+def _measure_velocity(run: Run, source: Source, trajectories: int) -> dict:
     return {"velocity_error": measures.velocity_error(run, source, trajectories)}
 
 
 SQUARED = "training loss (mean squared error)"
-OBJECTIVES = {
+OBJECTIVES = Registry("config.train.objective", {
     "end_to_end": Objective(_likelihood_loss(trajectory_terms), whole_trajectories=True),
     "pairwise": Objective(_likelihood_loss(pair_terms)),
     "flow_matching": Objective(
@@ -256,22 +257,17 @@ OBJECTIVES = {
         _check_flow, _measure_velocity, has_levels=False, trains_velocity=True),
     "denoiser": Objective(
         denoiser_loss, held_out_denoiser, SQUARED, has_levels=False, needs_teacher=True),
-}
+})
 
 
 def register(name: str, objective: Objective) -> None:
     """Adds an objective for config.train.objective=name. Raises UserError if the name is taken."""
-    if name in OBJECTIVES:
-        raise UserError(f"the objective {name!r} is registered already: choose another name")
-    OBJECTIVES[name] = objective
+    OBJECTIVES.register(name, objective)
 
 
 def find(name: str) -> Objective:
     """The objective of a name. Raises UserError if there is none."""
-    if name not in OBJECTIVES:
-        raise UserError(f"config.train.objective is {name!r}: expected one of "
-                        f"{', '.join(OBJECTIVES)}, or --import the module that registers it")
-    return OBJECTIVES[name]
+    return OBJECTIVES.find(name)[0]
 
 
 def checked(config: Config) -> Objective:
@@ -295,10 +291,13 @@ def checked(config: Config) -> Objective:
     return objective
 
 
-def check_decoder(config: Config, decoder: str) -> None:
-    """Raises UserError for a decoder that models of the configuration's objective do not allow."""
+def check_decoder(config: Config, decoder: str, name: str = "config.sample.decoder") -> None:
+    """Raises UserError for a decoder that models of the configuration's objective do not allow.
+
+    name: what the error calls the decoder.
+    """
     allowed = find(config.train.objective).decoders
     if decoder not in allowed:
         needs = " solves the ODE of a flow-matching model" if decoder in SOLVERS else ""
-        raise UserError(f"config.sample.decoder={decoder}{needs}: expected a decoder of "
+        raise UserError(f"{name}={decoder}{needs}: expected a decoder of "
                         f"{', '.join(allowed)}, or another config.train.objective")

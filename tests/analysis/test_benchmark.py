@@ -1,6 +1,5 @@
 """The benchmark: its rows, the FLOPs that they count, and the program."""
 
-import dataclasses
 import json
 import re
 import time
@@ -14,8 +13,7 @@ from ntm_jax.core import sampling
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops
 from ntm_jax.runtime.config import SOLVERS
-from ntm_jax.training import state
-from tests.common import TINY, as_run, python, randomised, setup, tiny_config
+from tests.common import TINY, as_run, python, random_run, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
@@ -65,9 +63,7 @@ def run(quick_compilation):
     """A run of random weights, whose inverse takes sweeps."""
     config = tiny_config()
     _, model, mesh = setup(config)
-    run = as_run(config, model, mesh)
-    params = randomised(state.initialize(run).params)
-    return dataclasses.replace(run, params=params, step=4, workdir="runs/tiny")
+    return random_run(as_run(config, model, mesh), step=4, workdir="runs/tiny")
 
 
 @pytest.mark.slow

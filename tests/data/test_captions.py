@@ -10,22 +10,9 @@ from ntm_jax.data.pipeline import spec
 from ntm_jax.data.records import Layout, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
+from tests.data.common import captioned, latents
 
 TEXT = Layout((2, 2, 4), pixel_levels=0, text_tokens=6, text_width=8)
-
-
-def latents(count, dtype=np.float16, shape=(2, 2, 4)):
-    random = np.random.default_rng(1)
-    return [{"image": random.normal(size=shape).astype(dtype)} for _ in range(count)]
-
-
-def captioned(count):
-    """Record i has i % 7 tokens."""
-    random = np.random.default_rng(2)
-    return [
-        {**example, "text": random.normal(size=(i % 7, 8)).astype(np.float16)}
-        for i, example in enumerate(latents(count))
-    ]
 
 
 def test_captions_are_encoded_as_they_are_read(tmp_path):

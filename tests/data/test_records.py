@@ -21,6 +21,7 @@ from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 from tests.campaigns import damage
 from tests.campaigns import records as campaign
+from tests.data.common import NOT_AN_OBJECT, captioned, latents
 
 PIXELS = Layout((4, 4, 3), pixel_levels=256, num_classes=5)
 LATENTS = Layout((2, 2, 4), pixel_levels=0, mean=(0.0, 1.0, 2.0, 3.0), std=(1.0, 2.0, 4.0, 8.0))
@@ -32,20 +33,6 @@ def pixels(count, seed=0):
     return [
         {"image": random.integers(256, size=(4, 4, 3), dtype=np.uint8), "label": i % 5}
         for i in range(count)
-    ]
-
-
-def latents(count, dtype=np.float16, shape=(2, 2, 4)):
-    random = np.random.default_rng(1)
-    return [{"image": random.normal(size=shape).astype(dtype)} for _ in range(count)]
-
-
-def captioned(count):
-    """Record i has i % 7 tokens."""
-    random = np.random.default_rng(2)
-    return [
-        {**example, "text": random.normal(size=(i % 7, 8)).astype(np.float16)}
-        for i, example in enumerate(latents(count))
     ]
 
 
@@ -470,12 +457,7 @@ def test_a_shard_that_is_no_regular_file_is_named(folder, make):
 @pytest.mark.parametrize(
     "content",
     [
-        b"[]",
-        b"null",
-        b"",
-        b"\xff",
-        b"[" * 100_000,
-        b'{"hash": ' + b"9" * 5000 + b"}",
+        *NOT_AN_OBJECT,
         b"7",
         b'{"hash": []}',
     ],

@@ -1,13 +1,11 @@
 """A run of digits that was never trained, and its scores, for the tests of evaluation."""
 
-import dataclasses
 
 import pytest
 
 from ntm_jax.data import sources
 from ntm_jax.evaluation import scoring
-from ntm_jax.training import state
-from tests.common import as_run, randomised, setup, tiny_config
+from tests.common import as_run, random_run, setup, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +19,7 @@ def run(quick_compilation):
     """A run with random parameters, so that no term is trivial, in no folder."""
     settings = tiny_config()
     _, model, mesh = setup(settings)
-    new = as_run(settings, model, mesh)
-    params = randomised(state.initialize(new).params)
-    return dataclasses.replace(new, params=params, step=3, workdir="runs/tiny")
+    return random_run(as_run(settings, model, mesh), step=3, workdir="runs/tiny")
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from ntm_jax.evaluation.features import pixels
 from ntm_jax.evaluation.report import summarize, table
 from ntm_jax.runtime import build
 from ntm_jax.runtime import config as configuration
-from ntm_jax.training import state
-from tests.common import as_run, randomised, tiny_config
+from tests.common import as_run, random_run, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -112,7 +111,7 @@ def captioned(run, pictures, tmp_path_factory):
     settings = configuration.read(values)
     spec = pipeline.spec(settings.data.open("test"), 2)
     new = as_run(settings, build.make_model(settings, spec), run.mesh)
-    return dataclasses.replace(new, params=randomised(state.initialize(new).params), step=3)
+    return random_run(new, step=3)
 
 
 def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):

@@ -17,8 +17,7 @@ from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime import config as configuration
-from ntm_jax.training import state
-from tests.common import as_run, experiment, randomised
+from tests.common import as_run, experiment, random_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -35,8 +34,7 @@ def run(quick_compilation):
     source = settings.data.open(settings.evaluate.split)
     model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
     new = as_run(settings, model, sharding.make_mesh(settings.mesh))
-    return dataclasses.replace(new, params=randomised(state.initialize(new).params), step=3,
-                               workdir="runs/shapes")
+    return random_run(new, step=3, workdir="runs/shapes")
 
 
 def guided(run, scale):

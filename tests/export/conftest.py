@@ -11,8 +11,8 @@ from ntm_jax.core import denoising
 from ntm_jax.export.write import write_export
 from ntm_jax.runtime import config
 from ntm_jax.runtime.run import with_denoiser
-from ntm_jax.training import loop, state
-from tests.common import as_run, python, randomised, setup, tiny_config, write_run
+from ntm_jax.training import loop
+from tests.common import as_run, python, random_run, setup, tiny_config, write_run
 from tests.export.common import SETTINGS
 
 
@@ -94,9 +94,8 @@ def denoised(tmp_path_factory):
 def _random(settings, model, seed: int, step: int, workdir: str, **spec):
     """A run with random parameters, and other fields of its DataSpec where they are given."""
     run = as_run(settings, model, setup(settings)[2])
-    params = randomised(state.initialize(run).params, seed)
-    return dataclasses.replace(run, spec=dataclasses.replace(run.spec, **spec), params=params,
-                               step=step, workdir=workdir)
+    spec = dataclasses.replace(run.spec, **spec)
+    return random_run(run, seed, spec=spec, step=step, workdir=workdir)
 
 
 @pytest.fixture

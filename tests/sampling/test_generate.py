@@ -10,8 +10,7 @@ from ntm_jax.core.layers import Text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.sampling import generate
-from ntm_jax.training import state
-from tests.common import alike, as_run, randomised, setup, tiny_config
+from tests.common import alike, as_run, random_run, setup, tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -115,8 +114,7 @@ def test_latents_on_texts():
         "data.source": "mock:4x4x3,text=3x8", "data.patch_size": 1, "model.condition": "text",
         "sample.guidance": 1.0})
     source, model, mesh = setup(settings)
-    run = as_run(settings, model, mesh)
-    run = dataclasses.replace(run, params=randomised(state.initialize(run).params))
+    run = random_run(as_run(settings, model, mesh))
     images = run.sample(3)
     assert (images.shape, images.dtype) == ((3, 4, 4, 3), np.float32)
     records = [source.records[i] for i in range(3)]

@@ -16,8 +16,15 @@ from ntm_jax.runtime import plots
 from ntm_jax.sampling import prompts
 from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
-from ntm_jax.training import state
-from tests.common import alike, as_run, python, randomised, setup, tiny_config, write_run
+from tests.common import (
+    alike,
+    as_run,
+    python,
+    random_run,
+    setup,
+    tiny_config,
+    write_run,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 WORDS = "words:4:a red blue circle square"  # states of width 14
@@ -31,9 +38,8 @@ def run(quick_compilation):
     """A run with random parameters, conditioned on text, in no folder."""
     _, model, mesh = setup(SETTINGS)
     new = as_run(SETTINGS, model, mesh)
-    return dataclasses.replace(
-        new, spec=dataclasses.replace(new.spec, text=WORDS), step=4, workdir="runs/tiny",
-        params=randomised(state.initialize(new).params))
+    spec = dataclasses.replace(new.spec, text=WORDS)
+    return random_run(new, spec=spec, step=4, workdir="runs/tiny")
 
 
 def pixels(path):

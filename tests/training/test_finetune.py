@@ -14,6 +14,7 @@ from ntm_jax.analysis import compile, rows
 from ntm_jax.core import flow_matching
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
+from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.runtime import checkpoint, config, sharding
 from ntm_jax.training import finetune, loop, objectives, state
 from ntm_jax.training.objectives import Draws
@@ -52,7 +53,8 @@ def tuned_run(source, workdir="", **changes):
 def flow(tmp_path_factory):
     """The workdir of a flow-matching run and its evaluation."""
     workdir = tmp_path_factory.mktemp("flow") / "run"
-    return workdir, loop.train(FLOW, str(workdir), progress=False)
+    _, result = loop.train(FLOW, str(workdir), progress=False)
+    return workdir, result
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,7 @@ def test_figures_and_pictures_of_a_flow_matching_run(flow):
     assert len(result["trajectory_nll"]["by_level"]) == 2
     logged = metrics(workdir)[-1]["evaluate/velocity_error"]
     assert logged == pytest.approx(result["velocity_error"]["mean"], rel=1e-5)
+    assert result["measures"] == ["velocity_error"]
     pictures = {"samples.png", "trajectories.png", "loss.png"}
     assert pictures <= {path.name for path in workdir.iterdir()}
 
@@ -87,6 +90,8 @@ def test_the_held_out_velocity_error_is_a_mean_over_levels_spread_evenly(flow):
     run = ntm_jax.load(str(flow[0]))
     source = FLOW.data.open(FLOW.evaluate.split)
     found = measures.velocity_error(run, source, 400)
+    one = run.evaluate(EvaluationOptions(trajectories=1))["velocity_error"]
+    assert one == measures.velocity_error(run, source, 1) != found
     batch = batch_of(source, FLOW, 6)
     rng, errors = np.random.default_rng(0), []
     params = flow_matching.backbone_params(run.params)

@@ -90,11 +90,11 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, overrides, worke
 def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw", lambda *_: None)  # tests/test_programs.py draws them
     settings = tiny_config(**{"train.steps": 2})
-    result = loop.train(settings, tmp_path, progress=False)
+    _, result = loop.train(settings, tmp_path, progress=False)
     assert result["step"] == 2
     before = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "evaluation.json").unlink()
-    again = loop.train(settings, tmp_path, progress=False)
+    _, again = loop.train(settings, tmp_path, progress=False)
     assert again == result == files.read_json(tmp_path / "evaluation.json", "")
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert loop.train(tiny_config(**{"train.steps": 4}), tmp_path, progress=False, until=3) is None
@@ -105,14 +105,14 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp
 
 
 def test_a_step_is_traced_once_for_its_flops_and_its_program(tmp_path, monkeypatch):
-    traced, objective = [], objectives.OBJECTIVES["end_to_end"]
+    traced, objective = [], objectives.find("end_to_end")
 
     def loss(*arguments):
         traced.append(1)
         return objective.loss(*arguments)
 
     counted = dataclasses.replace(objective, loss=loss)
-    monkeypatch.setitem(objectives.OBJECTIVES, "end_to_end", counted)
+    monkeypatch.setattr(objectives, "find", lambda name: counted)
     loop.train(tiny_config(**{"train.save_every": 9}), tmp_path, until=2)
     assert len(traced) == 1
     assert all(line["flops_per_second"] > 0 for line in losses(tmp_path).values())

@@ -16,7 +16,16 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import config
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import loop, objectives, state
-from tests.common import as_run, batch_of, bits, randomised, setup, tiny_config, write_run
+from tests.common import (
+    as_run,
+    batch_of,
+    bits,
+    random_run,
+    randomised,
+    setup,
+    tiny_config,
+    write_run,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEACHER = tiny_config(**{
@@ -54,7 +63,7 @@ def run(teacher, tmp_path_factory):
     assert loop.train(denoiser_config(teacher), str(workdir), progress=False, until=2) is None
     shutil.move(teacher, moved)
     try:
-        result = loop.train(denoiser_config(teacher), str(workdir), progress=False)
+        _, result = loop.train(denoiser_config(teacher), str(workdir), progress=False)
     finally:
         shutil.move(moved, teacher)
     return workdir, result
@@ -64,8 +73,7 @@ def run(teacher, tmp_path_factory):
 def untrained():
     """(the source, the teacher's run with random parameters, a denoiser, its new parameters)."""
     source, model, mesh = setup(TEACHER)
-    run = as_run(TEACHER, model, mesh)
-    run = dataclasses.replace(run, params=randomised(state.initialize(run).params))
+    run = random_run(as_run(TEACHER, model, mesh))
     denoiser = denoising.make_denoiser(model)
     params = state.initialize(as_run(TEACHER, denoiser, mesh)).params
     return source, run, denoiser, params
@@ -131,7 +139,7 @@ def test_the_teacher_is_kept_once_and_not_trained(run, teacher):
 
 def test_a_resumed_run_is_the_uninterrupted_one(run, teacher, tmp_path):
     workdir, result = run
-    whole = loop.train(denoiser_config(teacher), str(tmp_path / "whole"), progress=False)
+    _, whole = loop.train(denoiser_config(teacher), str(tmp_path / "whole"), progress=False)
     for raw in (True, False):
         folders = workdir, tmp_path / "whole"
         one, other = (ntm_jax.load(str(folder), raw=raw).denoiser.params for folder in folders)

@@ -135,7 +135,7 @@ def _draw(draw: random.Random, task: str) -> tuple[str, list[Thing], str | None]
 
 
 def _scene(split: str, index: int) -> tuple[str, list[Thing], random.Random]:
-    """A record's caption and things, and the generator of what is left to draw.
+    """The caption and things of a record, and the random generator for its remaining draws.
 
     All three are functions of the split and the index alone. Every caption of the held-out split
     describes a held-out combination, so that split has no single objects.

@@ -16,8 +16,8 @@ import numpy as np
 
 from ntm_jax.data import images
 from ntm_jax.data.captions import encode_captions
-from ntm_jax.data.registry import Registry
 from ntm_jax.errors import UserError
+from ntm_jax.registry import Registry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def register(name: str, open_function: Callable[[str, str], Source]) -> None:
     Raises:
       UserError: the name is registered already or not valid.
     """
-    SOURCES.register(name, open_function)
+    SOURCES.register(name, open_function, "[:ARGUMENT]")
 
 
 def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> Source:

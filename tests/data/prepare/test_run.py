@@ -16,6 +16,7 @@ from ntm_jax.data.prepare import captioned
 from ntm_jax.data.prepare.loading import make_pool
 from ntm_jax.errors import UserError
 from tests.common import ROOT, environment, python
+from tests.data.common import NOT_AN_OBJECT
 from tests.data.prepare.common import WORDS, encoded, files, picture, pictures, records, run
 
 # Several and killed processes
@@ -127,12 +128,7 @@ def test_the_same_command_repairs_the_records(tmp_path, capsys, damage, again):
 @pytest.mark.parametrize(
     "content",
     [
-        b"[]",
-        b"null",
-        b"",
-        b"\xff",
-        b"[" * 100_000,
-        b'{"input": ' + b"9" * 5000 + b"}",
+        *NOT_AN_OBJECT,
         b'{"input": 1}',
     ],
 )

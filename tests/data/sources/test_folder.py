@@ -12,6 +12,7 @@ from PIL import Image
 from ntm_jax.data import regular
 from ntm_jax.data.sources import folder, open_source
 from ntm_jax.errors import UserError
+from tests.data.common import NOT_AN_OBJECT
 from tests.data.sources.common import labels, save, values
 
 
@@ -192,12 +193,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"[]",
-        b"null",
-        b"",
-        b"\xff",
-        b"[" * 100_000,
-        b'{"0.png": ' + b"9" * 5000 + b"}",
+        *NOT_AN_OBJECT,
         b'{"0.png": 1}',
         b'{"0.png": [SIZE, TIME, 8]}',
         b'{"0.png": [SIZE, TIME, "8", null, []]}',

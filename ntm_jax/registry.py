@@ -1,0 +1,66 @@
+"""Tables of parts that a configuration names, open to a user's own code.
+
+No jax is imported: grain's worker processes run this.
+"""
+
+import re
+from typing import Generic, TypeVar
+
+from ntm_jax.errors import UserError, shown
+
+Part = TypeVar("Part")
+
+
+class Registry(Generic[Part]):
+    """A table from names to parts.
+
+    Args:
+      what: what errors call a part, such as "data.source".
+      entries: {usage: part}. A usage is how errors list the part: `digits` takes no argument,
+        `folder:PATH` requires one, and `minilm[:M]` accepts one.
+    """
+
+    def __init__(self, what: str, entries: dict[str, Part]):
+        self._what = what
+        self._entries = {_name(usage): (usage, part) for usage, part in entries.items()}
+
+    def register(self, name: str, part: Part, argument: str = "") -> None:
+        """Adds a part; argument: the end of its usage, such as "[:ARGUMENT]", if it accepts one.
+
+        Raises UserError if the name is taken or not valid.
+        """
+        if not isinstance(name, str) or not name or _name(name) != name:
+            raise UserError(
+                f"{self._what} cannot be registered as {shown(name)}: expected letters, digits, _, "
+                "- and ."
+            )
+        if name in self._entries:
+            raise UserError(
+                f"{self._what} {name!r} is registered already: register yours under another name"
+            )
+        self._entries[name] = (name + argument, part)
+
+    def find(self, given: str) -> tuple[Part, str]:
+        """The part that `given` names, and the text after its colon, '' if there is none.
+
+        Raises UserError, listing all parts, if there is none of this name.
+        """
+        name, colon, argument = given.partition(":")
+        found = self._entries.get(name)
+        if found:
+            usage, part = found
+            required, optional = ":" in usage, "[:" in usage
+            if optional or (bool(argument) if required else not colon):
+                return part, argument
+        known = ", ".join(usage for usage, _ in self._entries.values())
+        raise UserError(
+            f"{self._what} {shown(given)} is not known: expected one of {known}; one of your own "
+            "needs --import=MODULE, the module that registers it"
+        )
+
+
+def _name(usage: str) -> str:
+    """The name that a usage begins with: `folder` in `folder:PATH`, `minilm` in `minilm[:M]`."""
+    match = re.match(r"[\w.-]*", usage)
+    assert match  # of no characters at least
+    return match[0]
