@@ -82,6 +82,7 @@ def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
         np.testing.assert_array_equal(log_det, 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     path, new = write_checkpoint(tmp_path / "original", original), str(tmp_path / "new")
     refused = (r"config\.init_from is .*klein\.safetensors is not a FLUX\.2 checkpoint of the "

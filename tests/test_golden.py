@@ -78,7 +78,7 @@ def three_steps(name: str) -> tuple[list[float], list[float], float]:
     return losses, norms, math.sqrt(sum(squares))
 
 
-QUICK = ("end_to_end", "pairwise")
+QUICK = ("end_to_end",)
 
 
 @pytest.mark.parametrize("name", [

@@ -46,6 +46,7 @@ def run(tmp_path_factory):
     return workdir, lines, second.stdout
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_reports_it(run):
     _, first, second = run
     stopped = re.fullmatch(r"stopped at step (\d+), saved; the same command resumes\n", first[-1])
@@ -55,6 +56,7 @@ def test_sigterm_saves_and_reports_it(run):
     assert "changed since the run began: train.log_every: 1 -> 50" in second
 
 
+@pytest.mark.slow
 def test_a_run_leaves_all_its_files(run):
     workdir, _, printed = run
     names = {path.name for path in workdir.iterdir()}
@@ -78,6 +80,7 @@ def test_a_run_leaves_all_its_files(run):
     assert re.search(r"class accuracy of 20 samples, % +\d", printed)
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_same_figures_as_the_run(run):
     workdir, _, _ = run
     ended = (workdir / "evaluation.json").read_bytes()
@@ -87,6 +90,7 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     assert (workdir / "evaluation.json").read_bytes() == ended
 
 
+@pytest.mark.slow
 def test_sample_writes_images(run, tmp_path):
     done = program("sample", f"--workdir={run[0]}", "--num=5", "--batch=3", "--labels=1,2",
                    "--decoder=inverse", "--guidance=0.5", f"--out={tmp_path / 'out'}")
@@ -111,6 +115,7 @@ def damaged(run, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused(damaged):
     arguments = [*CONFIG, f"--workdir={damaged}", f"--config.train.steps={STEPS}"]
     assert_refused(program("train", *arguments, check=False), f"checkpoint step {STEPS} is damaged")
@@ -202,6 +207,7 @@ for number, (arguments, eight) in enumerate(json.loads({json.dumps(cases)!r}).va
     return ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_with_status_2(refusals, name):
     assert_refused(refusals[name], MISTAKES[name][1])

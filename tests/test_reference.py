@@ -152,6 +152,7 @@ def run(tmp_path_factory):
     return ntm_jax.load(workdir)
 
 
+@pytest.mark.slow
 def test_a_checkpoint(run):
     config = run.config
     source = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)

@@ -34,6 +34,7 @@ def setting(**overrides) -> rows.Setting:
     return rows.Setting(run, config.sample.num, config.data.open(config.data.split), held_out)
 
 
+@pytest.mark.slow
 def test_rows_agree_with_themselves():
     timed = benchmark._rows(rows.TRAINING, setting(), 3, "")
     assert [row["name"] for row in timed] == [
@@ -144,12 +145,14 @@ def test_rows_without_a_transporter():
     assert benchmark.table(timed).splitlines()[3:] == [shares]
 
 
+@pytest.mark.slow
 def test_recomputation_is_not_counted():
     none, full = (rows._train_step(setting(**{"model.remat": remat})).flops
                   for remat in ("none", "full"))
     assert none == full
 
 
+@pytest.mark.slow
 def test_a_step_is_three_evaluations():
     """The gradient of a product is two products, which the first layers' inputs do not need."""
     tiny = setting(**{"data.batch_size": 20, "evaluate.batch_size": 20})

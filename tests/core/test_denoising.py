@@ -87,6 +87,7 @@ def test_one_step_is_tweedies_formula(tiny):
     assert np.abs(score).max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_gradient_is_clipped_at_a_percentile_of_each_example(tiny):
     random = tiny(num_classes=2, steps=(2, 3))
     xs, t, steps, label = random.inputs(2, steps=3)

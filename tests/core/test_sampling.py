@@ -122,6 +122,7 @@ def test_inversion_undoes_the_transporter_at_every_level(random, inverse):
         np.testing.assert_allclose(alone, xs[:, k], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sweeps_are_given_by_example_level_and_block(random):
     _, us, (t, label) = latents(random)
 
@@ -146,6 +147,7 @@ def test_sampling_by_either_inverse_is_the_same(random, sampled, inverse):
                                atol=1e-5)
 
 
+@pytest.mark.slow
 def test_guided_latents_take_every_step_by_the_guided_gaussian(random):
     noise, t, label, us = drawn(random, sampling.sample_latents, guidance=1.5)
     assert us.shape == (3, 4, 6, 2)

@@ -69,6 +69,7 @@ def test_the_classifier_separates_digits_from_other_images(train, cnn, monkeypat
     assert (cnn(images).argmax(-1) == labels).mean() >= 0.95  # logits in place of features
 
 
+@pytest.mark.slow
 def test_the_classifier_is_the_same_every_time_and_in_a_job_of_many_devices(cnn):
     devices, digest, found = json.loads(python(
         "-c", PROGRAM, XLA_FLAGS="--xla_force_host_platform_device_count=8",
@@ -90,6 +91,7 @@ def test_the_digest_is_of_parameters_and_data(train, monkeypatch):
     assert digest == features.cnn(train).digest
 
 
+@pytest.mark.slow
 def test_large_images_are_shrunk_and_long_splits_read_in_part(monkeypatch):
     source = sources.open_source("mock:40x64x3,levels=256,classes=5,count=1000", "train")
     monkeypatch.setattr(features, "_RECORDS", 30)

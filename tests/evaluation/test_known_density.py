@@ -53,6 +53,7 @@ def test_bounds_beside_the_true_density(run):
     assert found["bound"]["mean"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_planar_data_draws_its_densities(run, tmp_path, capsys):
     result, scores = evaluate.evaluate(run)
     truth = result["truth"]

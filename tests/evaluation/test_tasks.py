@@ -76,6 +76,7 @@ def pretended(run, progress=False):
     return images
 
 
+@pytest.mark.slow
 def test_tasks_by_guidance_and_split(run, tmp_path, monkeypatch, capsys):
     calls = []
 

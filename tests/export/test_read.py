@@ -45,6 +45,7 @@ def test_the_export_of_a_run_is_that_run(run, exported):
         ntm_jax.load(str(exported), raw=True)
 
 
+@pytest.mark.slow
 def test_the_export_of_a_denoisers_run_is_that_run(denoised, tmp_path):
     run, folder = denoised
     found = ntm_jax.load(str(folder))
@@ -181,6 +182,7 @@ def paths(value, path=()):
     return found
 
 
+@pytest.mark.slow
 def test_damaged_exports_give_the_undamaged_result_or_one_line(exported, tmp_path):
     tally = exports.run(12, seed=0, exported=copy_of(exported, tmp_path))
     assert tally.wrong() == []

@@ -49,6 +49,7 @@ def test_the_script_runs_without_the_package(run, exported, tmp_path):
     assert alike(images, expected)
 
 
+@pytest.mark.slow
 def test_the_script_with_a_learned_denoiser(denoised, tmp_path):
     """Latents are printed as the autoencoder made them, before they were normalised."""
     run, folder = denoised

@@ -107,6 +107,7 @@ def test_programs_of_texts_and_latents(on_texts):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_programs_with_a_learned_denoiser(denoised):
     run, folder = denoised
     sampler, parameters = program(folder, "sampler")

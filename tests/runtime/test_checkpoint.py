@@ -143,6 +143,7 @@ def settled():
     gc.collect()
 
 
+@pytest.mark.slow
 @abandoned_reads
 @pytest.mark.usefixtures("settled")
 def test_no_flipped_byte_is_ever_loaded_silently(tmp_path):

@@ -132,6 +132,7 @@ def test_a_new_run_is_the_flow_matching_model(flow):
     np.testing.assert_array_equal(terms.log_det, 0)
 
 
+@pytest.mark.slow
 def test_the_reference_is_kept_once_and_not_trained(run, flow):
     own = tuned_run(flow[0], run)
     current = state.initialize(own).replace(step=np.int32(4))
@@ -144,6 +145,7 @@ def test_the_reference_is_kept_once_and_not_trained(run, flow):
         checkpoints.restore(state.abstract(own))  # holds the state alone, or it would refuse
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(run, flow, tmp_path):
     loop.train(tuned(flow[0]), str(tmp_path / "whole"), progress=False)
     for raw in (True, False):
@@ -153,7 +155,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, flow, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "terms_of"), [
-    ("end_to_end", objectives.trajectory_terms), ("pairwise", objectives.pair_terms)])
+    ("end_to_end", objectives.trajectory_terms),
+    pytest.param("pairwise", objectives.pair_terms, marks=pytest.mark.slow)])
 def test_the_alignments_weight_falls_by_a_cosine(name, terms_of):
     """The step's gradient is that of NLL + weight x misalignment; in this test both count.
 
@@ -184,6 +187,7 @@ def test_the_alignments_weight_falls_by_a_cosine(name, terms_of):
     np.testing.assert_allclose(found["grad_norm"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_references_memory_is_counted():
     free, aligned = (
         compile.compile_for(tuned("x", **{"train.align_weight": weight}), "cpu:1")["bytes_per_chip"]
@@ -207,6 +211,7 @@ def test_another_flow_matching_model_is_refused(flow, tmp_path, changes, message
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_an_ntms_samples_do_not_solve_the_ode(run):
     message = "decoder=euler solves the ODE of a flow-matching model: expected a decoder of inverse"
     with pytest.raises(UserError, match=message):
@@ -219,6 +224,7 @@ def test_a_t_min_at_which_the_posteriors_scale_vanishes_is_refused():
         tuned("x", **{"trajectory.t_min_range": (0.0, 0.04)})
 
 
+@pytest.mark.slow
 def test_a_run_without_its_reference_is_refused(flow, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "frozen")
@@ -226,6 +232,7 @@ def test_a_run_without_its_reference_is_refused(flow, run, tmp_path):
         loop.train(tuned(flow[0], **{"train.steps": 5}), str(tmp_path / "run"), progress=False)
 
 
+@pytest.mark.slow
 def test_the_benchmarks_rows_of_both(flow):
     setting = rows.Setting(ntm_jax.load(str(flow[0])), batch=3)
     cases = {name: make(setting) for name, make in rows.SAMPLING.items()}

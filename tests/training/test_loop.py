@@ -126,6 +126,7 @@ def test_a_batch_that_does_not_divide_is_refused_and_nothing_written(tmp_path, m
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_and_leaves_its_last_checkpoint(tmp_path):
     settings = tiny_config(**{
         "optimizer.learning_rate": 1e30, "optimizer.clip": 1e30, "train.save_every": 1})

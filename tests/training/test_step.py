@@ -24,6 +24,7 @@ def begin(settings):
     return source, run, current.replace(params=params, step=np.int32(1))
 
 
+@pytest.mark.slow
 def test_a_batch_taken_in_parts_makes_the_same_step():
     found = []
     for parts in (1, 4):

@@ -127,6 +127,7 @@ def test_a_new_denoiser_starts_from_the_best_linear_guess(untrained):
     np.testing.assert_allclose(found, factor * u, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_kept_once_and_not_trained(run, teacher):
     workdir, _ = run
     kept = ntm_jax.load(str(workdir / "frozen"))
@@ -137,6 +138,7 @@ def test_the_teacher_is_kept_once_and_not_trained(run, teacher):
     assert names["teacher"] == str(teacher)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(run, teacher, tmp_path):
     workdir, result = run
     _, whole = loop.train(denoiser_config(teacher), str(tmp_path / "whole"), progress=False)
@@ -147,6 +149,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, teacher, tmp_path):
     assert result["denoiser"] == whole["denoiser"]
 
 
+@pytest.mark.slow
 def test_the_evaluation_of_a_denoiser(run, teacher):
     workdir, result = run
     assert set(result["denoiser"]) == {"to_target", "to_data", "target_to_data"}
@@ -160,6 +163,7 @@ def test_the_evaluation_of_a_denoiser(run, teacher):
     assert {"samples.png", "trajectories.png"} <= {path.name for path in workdir.iterdir()}
 
 
+@pytest.mark.slow
 def test_sampling(run, teacher):
     loaded, plain = ntm_jax.load(str(run[0])), ntm_jax.load(str(teacher))
     images = loaded.sample(3)
@@ -176,6 +180,7 @@ def test_sampling(run, teacher):
     assert loaded.denoiser.teacher_step == plain.step == 4
 
 
+@pytest.mark.slow
 def test_what_does_not_go_together_is_refused(run, teacher, tmp_path):
     new = str(tmp_path / "new")
     message = r"config\.trajectory\.t_min is 0\.02, and 0\.03 in the teacher"

@@ -34,6 +34,7 @@ def test_a_step_transfers_nothing_implicitly(tmp_path, monkeypatch):
     assert taken == [2] * 6
 
 
+@pytest.mark.slow
 def test_the_guard_sees_a_transfer(tmp_path, monkeypatch):
     def from_host(arguments):
         state, batch, *rest = arguments

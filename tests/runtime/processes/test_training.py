@@ -38,6 +38,7 @@ def stopped(tmp_path_factory):
     return workdir, job.end()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_at_one_step_saved(stopped):
     workdir, ends = stopped
     assert [status for status, *_ in ends] == [0, 0], ends
@@ -47,6 +48,7 @@ def test_sigterm_to_one_process_stops_all_at_one_step_saved(stopped):
     assert (workdir / "checkpoints" / said[1]).exists()
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(stopped, tmp_path, quick_compilation):
     loop.train(tiny_config(**SETTINGS), str(tmp_path / "run"), progress=False, until=5)
     one, two = losses(tmp_path / "run"), losses(stopped[0])
