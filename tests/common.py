@@ -134,11 +134,16 @@ def write_photos(folder, count: int, side: int) -> None:
 
 
 def environment(**variables) -> dict:
-    """The environment of a subprocess, with few XLA optimisations, which compiles quickly."""
+    """The environment of a subprocess, with few XLA optimisations, which compiles quickly.
+
+    XLA_FLAGS in `variables` are added to those of this process.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {variables.get('XLA_FLAGS', '')}"
     return (
-        {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        os.environ
         | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
         | variables
+        | {"XLA_FLAGS": flags}
     )
 
 

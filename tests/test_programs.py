@@ -190,7 +190,7 @@ for number, (arguments, eight) in enumerate(json.loads({json.dumps(cases)!r}).va
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{folder}/{{number}}.{{name}}", os.O_WRONLY | os.O_CREAT), descriptor)
         if eight:
-            os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+            os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
         sys.argv = ["launch.train", *arguments]
         runpy.run_module("launch.train", run_name="__main__")
         os._exit(0)
