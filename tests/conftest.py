@@ -14,7 +14,9 @@ if (
     # The TPU compiler is here and no TPU: jax would look for one and complain.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # also in the programs that tests start
+# These hold in the programs that tests start, too.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most tests compile longer than they run
 
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # XLA's older code generator compiles small programs in half the time. A version without these
@@ -51,11 +53,3 @@ def compilation_cache(tmp_path_factory):
     )
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Few XLA optimisations while a module's tests run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

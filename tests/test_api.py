@@ -9,7 +9,6 @@ import ntm_jax
 from ntm_jax import api
 from tests.common import ROOT, TINY
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LINES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[0]
 SHRUNK = TINY | {"train.steps": 2, "evaluate.split": "test"}
 

@@ -25,7 +25,6 @@ from ntm_jax.training import finetune, loop, state
 from tests.backbones.common import original, random_diffusers
 from tests.common import ROOT, bits, experiment, python, write_photos
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MOCK = "mock:4x4x16,text=8x16"
 
 

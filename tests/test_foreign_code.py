@@ -22,7 +22,6 @@ from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
 from tests.common import tiny_config, write_run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODULE = "foreign_module_of_a_folder"
 
 

@@ -59,9 +59,6 @@ ROUNDING = 1e-5  # sums of thousands of float32 numbers, in another order on ano
 HINT = "a training step gives other numbers; the docstring of tests/test_golden.py says what to do"
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def three_steps(name: str) -> tuple[list[float], list[float], float]:
     settings = tiny_config(**CONFIGURATIONS[name])
     source, model, mesh = setup(settings)

@@ -25,8 +25,6 @@ from ntm_jax.training import loop
 from tests import reference
 from tests.common import batch_of, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BASE = {
     "grid": (2, 3), "dim": 3, "num_classes": 0, "steps": (3,), "width": 16, "head_size": 8,
     "kv_heads": 2, "mlp_ratio": 2, "positions": "rotary", "transporter_width": 16,

@@ -15,7 +15,7 @@ from tests.common import as_run, tiny_config
 
 
 @pytest.mark.slow
-def test_inverse_of_trained_weights(quick_compilation):
+def test_inverse_of_trained_weights():
     config = tiny_config(**{
         "data.image_size": 16, "data.patch_size": 1, "data.batch_size": 8,
         "model.positions": "rotary", "model.transporter_blocks": 2, "train.steps": 40,

@@ -15,7 +15,6 @@ from ntm_jax.runtime import flops
 from ntm_jax.runtime.config import SOLVERS
 from tests.common import TINY, as_run, python, random_run, setup, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
 
 
@@ -60,7 +59,7 @@ def test_rows_agree_with_themselves():
 
 
 @pytest.fixture(scope="module")
-def run(quick_compilation):
+def run():
     """A run of random weights, whose inverse takes sweeps."""
     config = tiny_config()
     _, model, mesh = setup(config)

@@ -23,7 +23,7 @@ from ntm_jax.training import optimizer, state
 from ntm_jax.training.step import make_step, steps_of
 from tests.common import as_run, batch_of, experiment, python, setup, tiny_config
 
-pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.xdist_group("compile")]
+pytestmark = pytest.mark.xdist_group("compile")
 
 MESH = config.Mesh(slices=1, data=1, fsdp=1, tensor=1, sequence=1)
 
@@ -78,7 +78,7 @@ SCANNED = small(**{"model.remat": "full", "model.scan": True, "model.predictor_l
 
 
 @pytest.fixture(scope="module")
-def report(quick_compilation):
+def report():
     """The report of a step with three scanned layers, each recomputed in the backward pass."""
     return compile.compile_for(SCANNED, "cpu:1")
 

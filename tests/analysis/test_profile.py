@@ -11,7 +11,7 @@ from tests.common import tiny_config
 
 
 @pytest.mark.slow
-def test_the_summary_of_a_trace_names_where_a_runs_time_goes(tmp_path, capsys, quick_compilation):
+def test_the_summary_of_a_trace_names_where_a_runs_time_goes(tmp_path, capsys):
     tracer = profile.Trace(tmp_path / "profile", (1, 4))
     loop.train(tiny_config(), tmp_path, until=4, tracer=tracer)
     found = json.loads((tmp_path / "profile" / "summary.json").read_text())

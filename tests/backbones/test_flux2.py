@@ -18,7 +18,6 @@ from ntm_jax.runtime import config, sharding
 from tests.backbones.common import TINY, abstract, inputs, original, random_diffusers, weights
 from tests.common import python
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # float32 sums in another order, through four layers, of values and gradients up to about 10
 ATOL = 2e-5
 NARROW = dataclasses.replace(TINY, scan=True, remat="narrow")

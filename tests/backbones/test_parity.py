@@ -18,7 +18,7 @@ from ntm_jax.core.layers import Text
 from tests.backbones.common import TINY, abstract, inputs, original
 
 # others' deprecations warn
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.filterwarnings("default")
 ATOL = 1e-4  # float32 through four layers; the largest value is about 3
 
 

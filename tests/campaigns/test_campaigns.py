@@ -7,8 +7,6 @@ import pytest
 from tests.campaigns import damage, fuzz, kills, workdirs
 from tests.common import python
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 # Orbax abandons reads, which then warn.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -68,15 +68,6 @@ def _random_weights(model: NTM, seed: int):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _quick_compilation():
-    """Few XLA optimisations, since compilation takes most of these tests' time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def compiled(module, method="__call__"):
     """module.apply of a method, compiled once for each module: ten times as fast as eager calls."""

@@ -15,7 +15,7 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def run(quick_compilation):
+def run():
     """A run with random parameters, so that no term is trivial, in no folder."""
     settings = tiny_config()
     _, model, mesh = setup(settings)

@@ -14,8 +14,6 @@ from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.evaluation.report import table, write_report
 from tests.common import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def configured(run, **overrides):
     """The run with settings of the shrunk experiment overridden."""

@@ -19,8 +19,6 @@ from ntm_jax.runtime import build
 from ntm_jax.runtime import config as configuration
 from tests.common import as_run, random_run, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def sampled(run, **overrides):
     """The run with samples decoded by the inverse, and other settings overridden."""

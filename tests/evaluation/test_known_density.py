@@ -12,8 +12,6 @@ from ntm_jax.evaluation.report import write_report
 from ntm_jax.training import state
 from tests.common import as_run, setup, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def log_normal(points, t):
     """log N(0, ((1-t)^2 + t^2) I) at points [n, 2]: standard normal data noised to t."""
@@ -22,7 +20,7 @@ def log_normal(points, t):
 
 
 @pytest.fixture(scope="module")
-def run(quick_compilation):
+def run():
     """A new model without transporter, which is exact for standard normal data.
 
     Its bound is the true log-density on every trajectory, up to float32.

@@ -4,14 +4,11 @@ import dataclasses
 
 import jax
 import numpy as np
-import pytest
 
 from ntm_jax.core import denoising, trajectory
 from ntm_jax.evaluation import measures
 from ntm_jax.evaluation.report import DENOISED
 from tests.common import batch_of
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_denoising_by_level(run, source):

@@ -13,8 +13,6 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation.report import check_unit, provenance, summarize, table, write_report
 from ntm_jax.evaluation.scoring import BOUNDS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_bounds_in_both_units(run, scores):
     result = summarize(scores, run.spec, 3)

@@ -13,8 +13,6 @@ from ntm_jax.evaluation import scoring
 from ntm_jax.evaluation.report import CONTRIBUTIONS, summarize
 from tests.common import batch_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def in_batches(run, size):
     """The run with another batch size of evaluation."""

@@ -19,11 +19,9 @@ from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime import config as configuration
 from tests.common import as_run, experiment, random_run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
-def run(quick_compilation):
+def run():
     """A run of experiments/shapes.py, never trained, that scores 16 samples of two steps."""
     values = experiment("shapes", "runlocal")
     values.update_from_flattened_dict({

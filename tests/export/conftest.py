@@ -1,9 +1,7 @@
 """Runs and their exports, made once for all test modules of this folder, which only read them."""
 
-import contextlib
 import dataclasses
 
-import jax
 import pytest
 
 import ntm_jax
@@ -16,22 +14,10 @@ from tests.common import as_run, python, random_run, setup, tiny_config, write_r
 from tests.export.common import SETTINGS
 
 
-@contextlib.contextmanager
-def few_optimisations():
-    """As the fixture quick_compilation, for fixtures that last for the session."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     """The folder of a run of digits, never trained, with checkpoints of steps 2 and 4."""
-    with few_optimisations():
-        return write_run(tmp_path_factory.mktemp("run"), SETTINGS)
+    return write_run(tmp_path_factory.mktemp("run"), SETTINGS)
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +44,8 @@ def on_texts(tmp_path_factory):
         "data.source": "mock:4x4x2,text=3x8", "model.condition": "text", "data.patch_size": 1,
         "evaluate.split": "test", "sample.decoder": "inverse"})
     folder = tmp_path_factory.mktemp("texts")
-    with few_optimisations():
-        run = _random(settings, setup(settings)[1], seed=0, step=4, workdir=str(folder))
-        write_export(run, str(folder / "out"))
+    run = _random(settings, setup(settings)[1], seed=0, step=4, workdir=str(folder))
+    write_export(run, str(folder / "out"))
     return run, folder / "out"
 
 
@@ -82,12 +67,11 @@ def denoised(tmp_path_factory):
     wider = model.clone(config=dataclasses.replace(model.config, width=32))
     folder = tmp_path_factory.mktemp("exports") / "denoiser"
     normalised = {"mean": (1.0, -2.0), "std": (0.5, 4.0)}
-    with few_optimisations():
-        teacher = _random(settings, model, seed=0, step=4, workdir="runs/teacher", **normalised)
-        module = denoising.make_denoiser(wider)
-        student = _random(own, module, seed=1, step=6, workdir="runs/none", **normalised)
-        run = with_denoiser(teacher, student)
-        write_export(run, str(folder))
+    teacher = _random(settings, model, seed=0, step=4, workdir="runs/teacher", **normalised)
+    module = denoising.make_denoiser(wider)
+    student = _random(own, module, seed=1, step=6, workdir="runs/none", **normalised)
+    run = with_denoiser(teacher, student)
+    write_export(run, str(folder))
     return run, folder
 
 

@@ -9,7 +9,6 @@ import pytest
 from ntm_jax.export import card
 from ntm_jax.export.write import PLATFORMS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FIGURE = {"mean": 2.0, "stderr": 0.5}
 EVALUATION = {
     "step": 4, "split": "test", "count": 297, "trajectory_nll": FIGURE,

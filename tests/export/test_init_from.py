@@ -15,8 +15,6 @@ from ntm_jax.training import loop, state
 from tests.common import as_run, bits, randomised, setup, tiny_config
 from tests.export.common import SETTINGS, copy_of, refused_by_training
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def new():

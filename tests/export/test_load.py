@@ -14,8 +14,6 @@ from ntm_jax.training import state
 from tests.common import bits, randomised
 from tests.export.common import SETTINGS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def loaded(workdir):

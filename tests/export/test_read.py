@@ -19,8 +19,6 @@ from tests.export.common import (
     refused_by_training,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def assert_same_numbers(found, run, label) -> None:
     """Asserts that two runs have the same parameters, samples and likelihoods, bit for bit."""

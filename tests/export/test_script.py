@@ -12,7 +12,6 @@ from tests.campaigns import exports
 from tests.common import alike, environment
 from tests.export.common import assert_close, refused_by_script
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BLOCKED = """
 import runpy, sys
 blocked = ("ntm_jax", "flax", "optax", "orbax", "grain", "ml_collections", "absl")

@@ -22,8 +22,6 @@ from ntm_jax.runtime import config
 from tests.common import ROOT, alike, bits
 from tests.export.common import FILES, assert_close, program
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_the_folder(run, exported):
     assert sorted(path.name for path in exported.iterdir()) == FILES

@@ -1,12 +1,9 @@
 """Runs: parameters read back from a workdir."""
 
-import pytest
 
 from ntm_jax.runtime.run import restore_params
 from ntm_jax.training import state
 from tests.common import as_run, bits, randomised, setup, tiny_config, write_run
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_the_ema_or_the_raw_parameters_are_read_back(tmp_path):

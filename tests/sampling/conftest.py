@@ -7,7 +7,7 @@ from tests.common import as_run, random_run, setup, tiny_config
 
 
 @pytest.fixture(scope="module")
-def run(quick_compilation):
+def run():
     """A run with random parameters, in no folder; t_min is high enough for denoising to show."""
     settings = tiny_config(**{"sample.decoder": "inverse", "trajectory.t_min": 0.2})
     _, model, mesh = setup(settings)

@@ -12,8 +12,6 @@ from ntm_jax.runtime import plots
 from ntm_jax.sampling import generate
 from tests.common import alike, as_run, random_run, setup, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def sampled_by(run, **settings):
     """The run with other settings of sampling in its configuration."""

@@ -26,7 +26,6 @@ from tests.common import (
     write_run,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 WORDS = "words:4:a red blue circle square"  # states of width 14
 SETTINGS = tiny_config(**{
     "data.source": "mock:8x8x3,levels=17,text=4x14", "data.patch_size": 4,
@@ -34,7 +33,7 @@ SETTINGS = tiny_config(**{
 
 
 @pytest.fixture(scope="module")
-def run(quick_compilation):
+def run():
     """A run with random parameters, conditioned on text, in no folder."""
     _, model, mesh = setup(SETTINGS)
     new = as_run(SETTINGS, model, mesh)

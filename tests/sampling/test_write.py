@@ -11,8 +11,6 @@ from ntm_jax.sampling import generate
 from ntm_jax.sampling.write import SampleRequest, parse_labels, write_samples
 from tests.common import randomised
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_labels_of_the_flag():
     assert parse_labels(None, 10) is None

@@ -21,7 +21,6 @@ from ntm_jax.training.objectives import Draws
 from ntm_jax.training.step import make_step
 from tests.common import TINY, as_run, batch_of, bits, experiment, norm, randomised, setup
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = TINY | {"trajectory.schedule": "shifted", "evaluate.split": "test[:6]"}
 
 

@@ -17,7 +17,6 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, state
 from tests.common import as_run, bits, setup, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TERMS = ("quadratic", "log_scale", "log_det")
 
 

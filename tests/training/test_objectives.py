@@ -14,7 +14,6 @@ from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Draws
 from tests.common import as_run, batch_of, experiment, randomised, setup, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TERMS = ("quadratic", "log_scale", "log_det")
 
 

@@ -5,12 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from ntm_jax.training import state
 from tests.common import as_run, bits, setup, tiny_config
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_a_new_state():

@@ -11,8 +11,6 @@ from ntm_jax.training.objectives import Draws
 from ntm_jax.training.step import make_step, steps_of
 from tests.common import as_run, batch_of, bits, norm, randomised, setup, tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def begin(settings):
     """(the source, a run, its state after a step, with random numbers as parameters)."""

@@ -27,7 +27,6 @@ from tests.common import (
     write_run,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEACHER = tiny_config(**{
     "train.log_every": 10, "evaluate.split": "test[:6]", "evaluate.trajectories": 1})
 

@@ -6,8 +6,6 @@ import pytest
 from ntm_jax.training import loop
 from tests.common import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def guarded(monkeypatch, change=lambda arguments: arguments):
     """Trains with a guard against implicit transfers around each step; `change` its arguments."""

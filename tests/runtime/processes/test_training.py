@@ -49,7 +49,7 @@ def test_sigterm_to_one_process_stops_all_at_one_step_saved(stopped):
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(stopped, tmp_path, quick_compilation):
+def test_two_processes_take_the_steps_of_one(stopped, tmp_path):
     loop.train(tiny_config(**SETTINGS), str(tmp_path / "run"), progress=False, until=5)
     one, two = losses(tmp_path / "run"), losses(stopped[0])
     assert list(one) == [1, 2, 3, 4, 5]
