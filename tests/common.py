@@ -133,17 +133,19 @@ def write_photos(folder, count: int, side: int) -> None:
             )
 
 
-def environment(**variables) -> dict:
+def environment(devices: int = 0, **variables) -> dict:
     """The environment of a subprocess, with few XLA optimisations, which compiles quickly.
 
-    XLA_FLAGS in `variables` are added to those of this process.
+    devices: simulated devices; 0 does not set their number.
     """
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {variables.get('XLA_FLAGS', '')}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if devices:
+        flags = f"{flags} --xla_force_host_platform_device_count={devices}"
     return (
         os.environ
         | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
-        | variables
         | {"XLA_FLAGS": flags}
+        | variables
     )
 
 

@@ -19,8 +19,8 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most tests compile longer than they run
 
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # XLA's older code generator compiles small programs in half the time. A version without these
-    # flags would refuse them, so they are for the versions that are known to have them.
+    # XLA's older code generator compiles small programs in half the time. Versions without these
+    # flags refuse them, and so does libtpu: programs that load it are started without them.
     os.environ["XLA_FLAGS"] = " ".join([
         os.environ.get("XLA_FLAGS", ""),
         "--xla_cpu_use_fusion_emitters=false",

@@ -330,7 +330,7 @@ def write_products(out: str) -> None:
 def test_products_compiled_for_a_tpu(tmp_path):
     pytest.importorskip("libtpu")
     out = tmp_path / "out.json"
-    python(__file__, "products", str(out), JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    python(__file__, "products", str(out), JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
     found = json.loads(out.read_text())
     for name in ("sample", "score"):
         assert set(found[f"float32 {name}"]) == {"transporter highest", "other highest"}

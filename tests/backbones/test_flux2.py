@@ -132,7 +132,7 @@ def test_a_mesh_changes_no_number(tmp_path):
     """Parameters read onto 8 simulated devices give the same numbers there as on one."""
     path, out = str(tmp_path / "tiny.safetensors"), str(tmp_path / "out")
     safetensors.numpy.save_file(original(random_diffusers(SHARDED)), path)
-    python(__file__, path, out, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    python(__file__, path, out, devices=8)
     arrays = np.load(f"{out}.npz")
     with open(f"{out}.json") as file:
         shards = json.load(file)

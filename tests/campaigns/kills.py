@@ -32,7 +32,7 @@ def start(workdir: Path, devices: int, cache: Path) -> subprocess.Popen:
                  *(f"--config.{k}={v}" for k, v in settings.items())]
     command = [sys.executable, "-m", "launch.train", *arguments]
     variables = environment(
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        devices=devices,
         JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=variables)

@@ -72,8 +72,7 @@ def test_the_classifier_separates_digits_from_other_images(train, cnn, monkeypat
 @pytest.mark.slow
 def test_the_classifier_is_the_same_every_time_and_in_a_job_of_many_devices(cnn):
     devices, digest, found = json.loads(python(
-        "-c", PROGRAM, XLA_FLAGS="--xla_force_host_platform_device_count=8",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="0").stdout)
+        "-c", PROGRAM, devices=8, JAX_DISABLE_MOST_OPTIMIZATIONS="0").stdout)
     assert (devices, digest) == (8, cnn.digest)
     images = np.arange(16 * 64).reshape(16, 8, 8, 1).astype(np.uint8) % 17
     np.testing.assert_allclose(found, cnn(images), rtol=1e-3, atol=1e-3)

@@ -77,7 +77,7 @@ def check_precision_changes_nothing(splash, expected):
 @pytest.mark.parametrize("which", ["quick", pytest.param("all", marks=pytest.mark.slow)])
 def test_splash_is_plain_attention_and_so_are_its_gradients(tmp_path, which):
     out = tmp_path / "out.json"
-    python(__file__, str(out), which, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    python(__file__, str(out), which, devices=4)
     found = json.loads(out.read_text())
     assert len(found) == (1 if which == "quick" else 12)
     for case, differences in found.items():

@@ -353,8 +353,7 @@ def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {"n": 4})
     shapes = json.dumps({name: (x.shape, str(x.dtype)) for name, x in state.items()})
-    flags = "--xla_force_host_platform_device_count=8"
-    [output] = finish(run(EIGHT, tmp_path, shapes, XLA_FLAGS=flags))
+    [output] = finish(run(EIGHT, tmp_path, shapes, devices=8))
     assert json.loads(output.splitlines()[-1]) == array_checksums(state)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -441,8 +440,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 
 def test_two_processes_save_what_one_reads(tmp_path):
     port = 20000 + os.getpid() % 20000
-    flags = "--xla_force_host_platform_device_count=2"
-    finish(*(run(PROCESSES, tmp_path, port, process, XLA_FLAGS=flags) for process in range(2)))
+    finish(*(run(PROCESSES, tmp_path, port, process, devices=2) for process in range(2)))
     state = {"w": jnp.arange(128.0).reshape(8, 16), "step": jnp.int32(1)}
     with Checkpoints(tmp_path) as checkpoints:
         step, restored, data = checkpoints.restore(abstract(state))

@@ -34,7 +34,7 @@ def test_checksums_of_many_sharded_arrays_need_no_collective():
 
     Their collectives would wait for each other for ever.
     """
-    variables = environment(XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    variables = environment(devices=8)
     subprocess.run([sys.executable, "-c", SHARDED], env=variables, check=True, timeout=60)
 
 

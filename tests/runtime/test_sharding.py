@@ -140,7 +140,7 @@ def others(out):
 
 
 def on_8_devices(*arguments):
-    python(__file__, *arguments, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    python(__file__, *arguments, devices=8)
 
 
 @pytest.mark.slow

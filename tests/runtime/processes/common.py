@@ -25,7 +25,7 @@ def start(program, port, count, number, *flags, devices=1) -> subprocess.Popen:
     """Starts one process of a job, with simulated devices."""
     together = [f"--coordinator_address=localhost:{port}", f"--num_processes={count}",
                 f"--process_id={number}"] if count > 1 else []
-    variables = environment(XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    variables = environment(devices=devices)
     return subprocess.Popen([sys.executable, "-m", program, *together, *flags], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables)
 
