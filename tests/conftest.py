@@ -46,8 +46,9 @@ def freed_programs():
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Compiled programs are shared by this process and those that its tests start."""
-    folder, seconds = str(tmp_path_factory.mktemp("compiled")), 0.2
+    """Compiled programs are shared by pytest's workers and the processes that tests start."""
+    folder, seconds = tmp_path_factory.getbasetemp(), 0.2
+    folder = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled")
     os.environ.update(
         JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=str(seconds)
     )

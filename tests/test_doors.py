@@ -30,8 +30,8 @@ def test_the_page_has_every_part():
     assert set(EXAMPLES) == set(SETTINGS)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name == "my_source" else pytest.mark.slow) for name in SETTINGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_part_from_outside_the_package_trains(tmp_path, name):
     (tmp_path / f"{name}.py").write_text(EXAMPLES[name])
     program(tmp_path, "train", f"--import={name}", f"--workdir={tmp_path}/run", *SETTINGS[name])

@@ -116,6 +116,7 @@ def test_only_the_rows_that_are_asked_for_are_timed(run, monkeypatch):
         benchmark.benchmark_run(run, 1, only="invert")
 
 
+@pytest.mark.slow
 def test_a_samplers_flops_are_those_of_its_parts(run):
     """The inverse decoder inverts one of the two levels, the score decoder both.
 

@@ -19,6 +19,7 @@ def test_a_damaged_workdir_gives_the_same_run_or_one_line():
                for found in ("ok", "refused"))
 
 
+@pytest.mark.slow
 def test_random_settings_are_a_configuration_or_one_line():
     tally = damage.Tally()
     fuzz.in_process(60, 1, tally)

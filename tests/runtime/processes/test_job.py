@@ -99,6 +99,7 @@ def test_the_death_of_process_0_ends_the_others():
     assert_ended_by_another(others)
 
 
+@pytest.mark.slow
 def test_a_hang_of_one_process_ends_the_others_and_itself_when_it_wakes():
     processes = start_small(3)
     processes[2].send_signal(signal.SIGSTOP)
