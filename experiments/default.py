@@ -7,8 +7,10 @@ of made-up data.
 
 import copy
 import pathlib
+from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 SETTINGS = dict(
     seed=0,  # of parameters, data order, noise and samples; from 0 to 2^32 - 1
@@ -57,6 +59,7 @@ SETTINGS = dict(
         objective="end_to_end",  # end_to_end, pairwise, flow_matching, denoiser
         steps=2000,  # optimizer steps
         save_every=500,  # steps between checkpoints
+        save_minutes=10.0,  # longest time between checkpoints; 0 saves by steps alone
         evaluate_every=500,  # steps between held-out evaluations; 0 evaluates at the end only
         log_every=50,  # steps between lines of metrics
         keep=0,  # also keeps every Nth step's checkpoint; 0 keeps the last three and the best
@@ -106,6 +109,15 @@ def get_config() -> ml_collections.ConfigDict:
         value = settings[section][key]
         settings[section][key] = ml_collections.FieldReference(value, object)
     return ml_collections.ConfigDict(settings).lock()
+
+
+def leave_open(c: ml_collections.ConfigDict, *keys: str):
+    """Sets settings, given as section.key, to None: data/choices.py chooses them for the data."""
+    for key in keys:
+        section, name = key.split(".")
+        values: Any = c[section]
+        kind = object if (section, name) in ANY_TYPE else type(values[name])
+        values[name] = config_dict.placeholder(kind)
 
 
 def check_variant(file: str, variant: str, *variants: str):

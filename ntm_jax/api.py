@@ -28,6 +28,7 @@ from ntm_jax.evaluation.scoring import log_prob
 from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
 from ntm_jax.runtime import config as configuration
+from ntm_jax.runtime import config_file
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts
@@ -38,9 +39,9 @@ from ntm_jax.training import loop, objectives
 class Run(base.Run):
     """A trained run: its parameters at a step, and what can be asked of them.
 
-    Conditions: label is one class, classes [n], or for a model of texts layers.Text with states
-    [n, M, E] and mask [n, M]. All methods raise UserError for a condition that the model does not
-    have, and for images or options that do not fit.
+    Conditions: label is one class, by its name or number, classes [n], or for a model of texts
+    layers.Text with states [n, M, E] and mask [n, M]. All methods raise UserError for a condition
+    that the model does not have, and for images or options that do not fit.
     """
 
     def sample(self, n: int, label=None, prompts=None, seed: int | None = None,
@@ -143,8 +144,9 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
 def experiment(name: str, variant: str = "", **overrides) -> Config:
     """The configuration of a shipped experiment: experiment("digits", **{"train.steps": 200}).
 
-    variant: as in --config=digits:gaussian. overrides: settings by "section.key". Raises UserError
-    for an unknown experiment, variant or setting, or a value that does not fit.
+    variant: as in --config=digits:gaussian. overrides: settings by "section.key". Settings that the
+    experiment leaves open, such as the image size of `folder`, are chosen for its data. Raises
+    UserError for an unknown experiment, variant or setting, or a value that does not fit.
     """
     try:
         module = importlib.import_module(f"ntm_jax.experiments.{name}")
@@ -162,7 +164,7 @@ def experiment(name: str, variant: str = "", **overrides) -> Config:
         values.update_from_flattened_dict(overrides)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"experiment {name!r}: {first_line(error)}") from None
-    config = configuration.read(values)
+    config, _ = config_file.complete(values)
     objectives.checked(config)
     return config
 

@@ -10,6 +10,7 @@ from absl import flags
 
 from launch import program
 from ntm_jax import typed
+from ntm_jax.data import choices
 from ntm_jax.experiments import default
 from ntm_jax.runtime import config
 from tests.common import ROOT, experiment, python
@@ -76,7 +77,7 @@ def other(key: str, value) -> tuple[str, typing.Any]:
 def test_the_variants_are_found():
     assert ("toy2d", "moons,no-transporter") in CASES
     assert ("flux2_klein", "runlocal-denoiser") in CASES
-    assert len(NAMES) == 15
+    assert len(NAMES) == 17
 
 
 def test_the_settings_are_those_of_the_dataclasses():
@@ -106,6 +107,8 @@ def test_every_setting_is_a_flag(case, monkeypatch):
     name, *variant = case
     before = config.flatten(experiment(*case).to_dict())
     assert list(before) == list(DEFAULTS)
+    # A setting that is left open has the type of its default.
+    before |= {key: DEFAULTS[key] for key in choices.CHOICES if before[key] is None}
     changed = {key: other(key, value) for key, value in before.items()}
     overrides = [f"--config.{key}={text}" for key, (text, _) in changed.items()]
     path = ":".join([f"{ROOT}/experiments/{name}.py", *variant])
@@ -164,7 +167,7 @@ def refusal(*arguments: str, cwd=ROOT) -> str:
 
 def test_an_unknown_name_lists_the_experiments():
     message = refusal("--config=digis")
-    assert message.startswith("error: --config=digis: expected one of default, digits, digits_den")
+    assert message.startswith("error: --config=digis: expected one of captions, default, digits, ")
     assert all(f" {name}," in message for name in NAMES)
 
 

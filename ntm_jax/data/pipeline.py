@@ -22,6 +22,7 @@ from ntm_jax.data.transforms import patchify, scale
 from ntm_jax.errors import UserError
 
 # Grain's default keeps 500 elements ready, and here an element is a complete batch.
+_NAMES_SHOWN = 20  # classes that an error lists
 _THREADS = min(8, os.cpu_count() or 1)
 _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
 
@@ -38,6 +39,7 @@ class DataSpec:
     text_tokens, text_width: M and E of the text states; 0 without text.
     text: the encoder that made the text states.
     mean, std: by channel, what latents were normalised by; empty if they were not.
+    class_names: the name of every class, in the order of the labels; empty if they have none.
     """
 
     image_shape: tuple[int, int, int]
@@ -50,6 +52,7 @@ class DataSpec:
     text: str = ""
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -60,6 +63,21 @@ class DataSpec:
     def dim(self) -> int:
         """D, the channels of one token."""
         return self.patch_size**2 * self.image_shape[2]
+
+    def label_of(self, name: str) -> int:
+        """The label of the class of this name, or of this number where no class has the name.
+
+        Raises UserError, which lists the classes, for any other name.
+        """
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if name.isdecimal() and int(name) < self.num_classes:
+            return int(name)
+        expected = f"0 to {self.num_classes - 1}" if self.num_classes else "none"
+        if self.class_names:
+            more = ", ..." if len(self.class_names) > _NAMES_SHOWN else ""
+            expected = f"{', '.join(self.class_names[:_NAMES_SHOWN])}{more}, or {expected}"
+        raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
 
 
 def spec(source: Source, patch_size: int) -> DataSpec:
@@ -81,6 +99,7 @@ def spec(source: Source, patch_size: int) -> DataSpec:
         source.text,
         source.mean,
         source.std,
+        source.class_names,
     )
 
 

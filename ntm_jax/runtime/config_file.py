@@ -4,12 +4,16 @@ The file is sealed with a checksum. Every checkpoint holds a copy of the setting
 what it is, from which a lost or damaged config.json is written again.
 """
 
+import copy
 import dataclasses
+import shlex
 import typing
 
+import jax
 from etils import epath
 
 from ntm_jax import files
+from ntm_jax.data import choices
 from ntm_jax.data.pipeline import DataSpec, spec_from_json, spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checkpoint
@@ -20,7 +24,8 @@ DAMAGED = ("give launch/train.py the run's own command, which writes it anew fro
            "checkpoint's copy of the settings")
 RESUMABLE = (  # what a resumed run may change
     "mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every",
-    "train.evaluate_every", "train.log_every", "train.keep", "optimizer.", "evaluate.", "sample.")
+    "train.save_minutes", "train.evaluate_every", "train.log_every", "train.keep", "optimizer.",
+    "evaluate.", "sample.", "spec.class_names")
 
 
 def _defaults(cls, prefix: str = "") -> dict:
@@ -61,16 +66,14 @@ def differences(before: dict, now: dict) -> list[tuple]:
 
 def _before(path, workdir: str, config: Config, spec: DataSpec) -> tuple[dict | None, list[str]]:
     """(the flat settings of the run in a workdir, None without one; lines on what was damaged)."""
-    damage = None
+    damage, saved = None, checkpoint.saved_settings(workdir)
+    if saved is None:
+        return None, []
     if path.exists():
         try:
             return flatten(files.read_json(path, DAMAGED)), []
         except UserError as error:
             damage = error
-    saved = checkpoint.saved_settings(workdir)
-    if saved is None:
-        lost = f"{CONFIG} was damaged, and there is no checkpoint: the run starts anew"
-        return None, [lost] if damage else []
     if not saved:
         raise damage or UserError(f"{workdir} holds checkpoints but no {CONFIG}: expected a run's "
                                   "folder or a new one; give another --workdir")
@@ -83,8 +86,9 @@ def _before(path, workdir: str, config: Config, spec: DataSpec) -> tuple[dict | 
 def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     """Checks that a workdir holds no run or one of this configuration; writes nothing.
 
-    Returns a line for each setting that changed since the run began. If config.json is missing or
-    damaged, this uses the copy of the settings in the last checkpoint.
+    A run without a checkpoint does not count. Returns a line for each setting that changed since
+    the run began. If config.json is missing or damaged, this uses the copy of the settings in the
+    last checkpoint.
 
     Raises UserError where the run there differs in more than a resume may change.
     """
@@ -92,12 +96,42 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     if before is None:
         return lines
     for key, one, other in differences(before, flatten(_content(config, spec))):
-        if not key.startswith(RESUMABLE):
+        if key == "spec.class_names" and not one:
+            continue  # written before runs kept the names
+        if not key.startswith(RESUMABLE) or key == "spec.class_names":
             raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "
                             f"{other!r}: give another --workdir to start anew, or that "
                             "value to resume")
         lines.append(f"changed since the run began: {key}: {one!r} -> {other!r}")
     return lines
+
+
+def complete(values, workdir: str = "") -> tuple[Config, str]:
+    """Reads an experiment whose settings may be left open (None), to be chosen for its data.
+
+    values: a ConfigDict or a plain dict. workdir: its run's settings take the place of new choices.
+
+    Returns the configuration, and a line on what was chosen, '' for nothing. Raises UserError; see
+    config.read and choices.choose.
+    """
+    values = values.to_dict() if hasattr(values, "to_dict") else copy.deepcopy(values)
+    flat = flatten(values)
+    left_open = [key for key in choices.CHOICES if key in flat and flat[key] is None]
+    if not left_open:
+        return read(values), ""
+    path = epath.Path(workdir or ".") / CONFIG
+    resumes = workdir and path.exists() and checkpoint.saved_settings(workdir) is not None
+    before = flatten(files.read_json(path, DAMAGED)) if resumes else {}
+    if all(before.get(key) is not None for key in left_open):
+        chosen, whence = {key: before[key] for key in left_open}, "as the run there has them"
+    else:
+        chosen = choices.choose(flat, accelerator=jax.default_backend() != "cpu")
+        whence = "chosen for the data"
+    for key, value in chosen.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    flags = " ".join(f"--config.{key}={shlex.quote(str(value))}" for key, value in chosen.items())
+    return read(values), f"{whence}: {flags}"
 
 
 def write(workdir: str, config: Config, spec: DataSpec) -> None:

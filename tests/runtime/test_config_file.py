@@ -1,5 +1,6 @@
 """A run's config.json: written and read back, what a resume may change, and damage."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -15,7 +16,18 @@ from tests.common import tiny_config
 SPEC = DataSpec((8, 8, 1), 2, 17, 10, 1500)
 
 
-def test_a_new_folder_and_an_unchanged_run_are_claimed(tmp_path):
+@pytest.fixture
+def with_checkpoint(monkeypatch):
+    """Every workdir holds a checkpoint, without settings."""
+    monkeypatch.setattr(config_file.checkpoint, "saved_settings", lambda workdir: {})
+
+
+def test_an_unchanged_run_is_claimed(with_checkpoint, tmp_path):
+    config_file.write(str(tmp_path), tiny_config(), SPEC)
+    assert config_file.claim(str(tmp_path), tiny_config(), SPEC) == []
+
+
+def test_a_new_folder_is_claimed(tmp_path):
     settings = tiny_config()
     assert config_file.claim(str(tmp_path / "new"), settings, SPEC) == []
     assert not (tmp_path / "new").exists()
@@ -30,7 +42,7 @@ def test_a_new_folder_and_an_unchanged_run_are_claimed(tmp_path):
     ("evaluate.split", "train"), ("sample.num", 7), ("sample.decoder", "inverse"),
     ("optimizer.ema_decay", 0.5), ("optimizer.learning_rate", 1e-4),
 ])
-def test_what_a_resumed_run_may_change_is_reported(tmp_path, key, value):
+def test_what_a_resumed_run_may_change_is_reported(with_checkpoint, tmp_path, key, value):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
     before = config.flatten(tiny_config().raw)[key]
     assert config_file.claim(str(tmp_path), tiny_config(**{key: value}), SPEC) == [
@@ -41,6 +53,7 @@ def test_what_a_resumed_run_may_change_is_reported(tmp_path, key, value):
     ("seed", 7), ("model.width", 32), ("data.batch_size", 32), ("data.split", "train[:1000]"),
     ("trajectory.steps", (2, 4)), ("train.objective", "pairwise"), ("train.condition_dropout", 0.2),
 ])
+@pytest.mark.usefixtures("with_checkpoint")
 def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, value):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -53,7 +66,7 @@ def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, val
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_other_data_under_the_same_name_are_refused(tmp_path):
+def test_other_data_under_the_same_name_are_refused(with_checkpoint, tmp_path):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
     with pytest.raises(UserError, match=r"spec\.count = 1500, and this one has 1501"):
         config_file.claim(str(tmp_path), tiny_config(), DataSpec((8, 8, 1), 2, 17, 10, 1501))
@@ -94,10 +107,22 @@ def test_the_last_checkpoint_mends_config_json(tmp_path, damage):
         f"config.json was {damage} and is written anew: the last checkpoint has the same settings"]
 
 
-def test_a_damaged_config_without_a_checkpoint_starts_anew(tmp_path):
+def test_a_run_without_a_checkpoint_leaves_its_folder_to_any_other(tmp_path):
+    config_file.write(str(tmp_path), tiny_config(), SPEC)
+    assert config_file.claim(str(tmp_path), tiny_config(seed=7), SPEC) == []
     (tmp_path / "config.json").write_text("[]")
-    assert config_file.claim(str(tmp_path), tiny_config(), SPEC) == [
-        "config.json was damaged, and there is no checkpoint: the run starts anew"]
+    assert config_file.claim(str(tmp_path), tiny_config(), SPEC) == []
+
+
+def test_class_names_may_come_and_not_change(with_checkpoint, tmp_path):
+    one, other = (dataclasses.replace(SPEC, class_names=names) for names in (("a",), ("b",)))
+    config_file.write(str(tmp_path), tiny_config(), SPEC)
+    assert config_file.claim(str(tmp_path), tiny_config(), one) == []
+    config_file.write(str(tmp_path), tiny_config(), one)
+    assert config_file.load(str(tmp_path))[1] == one
+    with pytest.raises(UserError, match=r"spec\.class_names = \['a'\], and this one has \['b'\]"):
+        config_file.claim(str(tmp_path), tiny_config(), other)
+    assert "spec.class_names" not in config_file.fixed(tiny_config(), one)
 
 
 def test_settings_at_their_defaults_are_left_out_of_a_checkpoint():
@@ -124,7 +149,7 @@ def test_an_unreadable_config_is_refused_in_one_line(tmp_path, name):
     assert len(str(error.value)) < 600
 
 
-def test_a_run_from_before_a_setting_goes_on_with_its_default(tmp_path):
+def test_a_run_from_before_a_setting_goes_on_with_its_default(with_checkpoint, tmp_path):
     settings = tiny_config()
     config_file.write(str(tmp_path), settings, SPEC)
     stored = json.loads((tmp_path / "config.json").read_text())

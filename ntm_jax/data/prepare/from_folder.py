@@ -19,7 +19,7 @@ from ntm_jax.data.prepare.captioned import (
 )
 from ntm_jax.errors import UserError, first_line, shown
 
-_LISTS = ("metadata.jsonl", "metadata.csv")
+LISTS = ("metadata.jsonl", "metadata.csv")
 
 
 def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
@@ -41,12 +41,24 @@ def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
     return make_input(str(file), items, functools.partial(_read_file, os.fspath(root)))
 
 
+def captions_of(root: epath.Path) -> dict[str, str] | None:
+    """{file name relative to the folder: caption} of the list in it; None without a list.
+
+    Raises UserError for a list that is not understood.
+    """
+    if not any((root / name).exists() for name in LISTS):
+        return None
+    file = _find_list(root, "")
+    named = (_name_and_caption(row, f"{file} line {number}") for number, row in _rows(file))
+    return {os.path.normpath(name): caption_of(caption) for name, caption in named}
+
+
 def _find_list(root: epath.Path, captions: str) -> epath.Path:
     """The list of captions. UserError if there is none."""
-    given = [epath.Path(captions).expanduser()] if captions else [root / name for name in _LISTS]
+    given = [epath.Path(captions).expanduser()] if captions else [root / name for name in LISTS]
     file = next((path for path in given if path.exists()), None)
     if file is None or file.suffix not in (".jsonl", ".csv"):
-        found = f"{root} has no {' or '.join(_LISTS)}"
+        found = f"{root} has no {' or '.join(LISTS)}"
         if captions:
             found = f"{captions} is no .jsonl or .csv that is there"
         raise UserError(

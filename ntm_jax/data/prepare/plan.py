@@ -104,8 +104,10 @@ def make_plan(choices: Choices, given: Input, autoencoder_sha256: str) -> dict[s
     }
 
 
-def claim(root: epath.Path, plan: dict) -> str:
+def claim(root: epath.Path, plan: dict, alone: bool) -> str:
     """Makes `plan` the folder's plan and returns its hash.
+
+    A folder in which a call of one process (`alone`) wrote no shard is free for another plan.
 
     Raises:
       UserError: the folder has another plan, or records that another program wrote.
@@ -119,6 +121,8 @@ def claim(root: epath.Path, plan: dict) -> str:
                 "it"
             )
         root.mkdir(parents=True, exist_ok=True)
+    elif alone and {path.name for path in root.iterdir()} == {_PLAN}:
+        files.write_json(root / _PLAN, plan, sealed=True)
     else:
         missing = object()
         for key in sorted(plan | existing):

@@ -75,7 +75,7 @@ def prepare(
     )
     encoder, everything = Encoder(choices, given.classes), make_shards(choices, given.items)
     plan = make_plan(choices, given, encoder.digest)
-    name, limit = claim(root, plan), BadLimit(max_bad * len(given.items), root)
+    name, limit = claim(root, plan, num_processes == 1), BadLimit(max_bad * len(given.items), root)
     job = _Job(root, choices, given, encoder, plan, name, shards.read_before(root), limit)
     mine = everything[process_id::num_processes]
     again = _make(job, mine, batch, workers)

@@ -42,6 +42,7 @@ def open_emoji(argument: str, split: str) -> Source:
         images.shape[1:],
         pixel_levels=256,
         num_classes=len(CATEGORIES),
+        class_names=CATEGORIES,
         version=version,
         captions=captions,
     )

@@ -1,11 +1,13 @@
-"""The source `folder:PATH`: a folder of image files.
+"""The source `folder:PATH`: a folder of image files, with captions if a list of them is there.
 
 Splits: train and test are the sub-folders of these names, if both exist; otherwise a fixed
 permutation of the sorted files is cut after 90%. Classes: the sub-folders (of train/ and test/
 taken together), sorted by name, if every image lies in one. Links to folders and files are
 followed, and every folder is walked once. Only regular files are read, of at most 256 MiB. Images
-have one size unless data.image_size sets it, and are grey if all are grey. No jax is imported:
-grain's worker processes run this.
+have one size unless data.image_size sets it, and are grey if all are grey. Up to 1% of the images,
+or one, may be damaged: these are left out, before the splits are cut. Captions: those of
+metadata.jsonl or metadata.csv in the folder, if it has one for every image; see launch/prepare.py
+for its columns. No jax is imported: grain's worker processes run this.
 """
 
 import collections
@@ -25,6 +27,7 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ntm_jax.data import images, regular
+from ntm_jax.data.prepare import from_folder
 from ntm_jax.data.sources.source import Source, check_split, permuted_splits
 from ntm_jax.errors import UserError
 from ntm_jax.files import parse_json, write_json
@@ -33,6 +36,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MANIFEST = ".ntm_manifest.json"
 _CACHE = Path.home() / ".cache" / "ntm_jax"
 _SCAN_LIMIT = 50_000  # of a folder with more files, only a sample is decoded when it is opened
+_MAX_BAD = 0.01  # the largest share of damaged images
 _SAMPLE = 256  # files in that sample, evenly spread, which determines grey or colour and the size
 
 
@@ -44,6 +48,7 @@ class _Files:
     files: Sequence[str]
     labels: Sequence[int]
     channels: int
+    captions: Sequence[str] | None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -62,21 +67,27 @@ class _Files:
             )
         if image.shape[-1] < self.channels:
             image = np.repeat(image, self.channels, axis=-1)
-        return {"image": image, "label": self.labels[index], "name": self.files[index]}
+        record = {"image": image, "label": self.labels[index], "name": self.files[index]}
+        return record if self.captions is None else record | {"caption": self.captions[index]}
 
 
 def open_folder(where: str, split: str) -> Source:
-    """Opens a split of the images in the folder `where`. UserError if any cannot be decoded."""
+    """Opens a split of the images in the folder `where`.
+
+    UserError if too many cannot be decoded.
+    """
     root = epath.Path(where).expanduser()
     if not root.is_dir():
         raise UserError(f"data.source folder:{where} is not there: expected a folder of images")
     presplit = all((root / part).is_dir() for part in ("train", "test"))
     files = _image_files(root, where, presplit)
+    few = len(files) <= _SCAN_LIMIT
+    scanned, bad = _scan(root, files if few else files[:: len(files) // _SAMPLE])
+    files = [file for file in files if file not in bad]
     splits = _splits(files, presplit)
     check_split(f"folder:{where}", split, splits)
+    captions, no_captions = _captions(root, files)
 
-    few = len(files) <= _SCAN_LIMIT
-    scanned = _scan(root, files if few else files[:: len(files) // _SAMPLE])
     channels = max(entry[-1] for entry in scanned.values())
     chosen = [files[row] for row in splits[split]]
     sizes = {file: tuple(scanned[file][2:4]) for file in chosen if file in scanned}
@@ -88,15 +99,36 @@ def open_folder(where: str, split: str) -> Source:
     names = sorted({folder[0] for folder in folders}) if all(folders) else []
     classes = {name: label for label, name in enumerate(names)}
     labels = [classes[folders[row][0]] if classes else -1 for row in splits[split]]
-    content = json.dumps([(file, scanned[file][0] if file in scanned else None) for file in files])
+    content: list = [(file, scanned[file][0] if file in scanned else None) for file in files]
+    if captions:
+        content.append(captions)
+    own = [captions[row] for row in splits[split]] if captions else None
+    sides = [min(shape[2:4]) for shape in scanned.values()]
     return Source(
-        _Files(root, chosen, labels, channels),
+        _Files(root, chosen, labels, channels, own),
         cast(tuple[int, int, int], (*size, channels)),  # H and W may be None, see Source
         pixel_levels=256,
         num_classes=len(classes),
-        version=hashlib.sha256(content.encode()).hexdigest()[:16],
+        class_names=tuple(names),
+        version=hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+        captions=own,
+        no_captions=no_captions,
         mixed_sizes=mixed,
+        typical_side=int(np.median(sides)) if mixed else 0,
+        skipped=f"{len(bad)} of {len(files) + len(bad)} images cannot be decoded and are left out: "
+        f"{_first(sorted(bad))}" if bad else "",
     )
+
+
+def _captions(root: epath.Path, files: Sequence[str]) -> tuple[list[str] | None, str]:
+    """(the captions of the files, None without one for each; why there are none)."""
+    found = from_folder.captions_of(root)
+    if found is None:
+        return None, f"there is no {' or '.join(from_folder.LISTS)} in it"
+    missing = [file for file in files if file not in found]
+    if missing:
+        return None, f"the list in it has no row for {len(missing)} images: {_first(missing)}"
+    return [found[file] for file in files], ""
 
 
 def _text(size: Sequence) -> str:
@@ -195,11 +227,13 @@ def _decode(path: epath.Path) -> np.ndarray:
 # Scanning: every file is decoded once, and a manifest keeps what was found.
 
 
-def _scan(root: epath.Path, files: Sequence[str]) -> dict[str, list[int]]:
-    """{file: [bytes, mtime, H, W, C]}. Decodes only files that the folder's manifest lacks.
+def _scan(root: epath.Path, files: Sequence[str]) -> tuple[dict[str, list[int]], set[str]]:
+    """({file: [bytes, mtime, H, W, C]}, the files that cannot be decoded).
+
+    Decodes only files that the folder's manifest lacks.
 
     Raises:
-      UserError: some files cannot be decoded; it names the first few. No manifest is written then.
+      UserError: too many files cannot be decoded; it names the first few.
     """
 
     def inspect(file: str) -> list[int] | None:
@@ -219,17 +253,18 @@ def _scan(root: epath.Path, files: Sequence[str]) -> dict[str, list[int]]:
         results, title = pool.map(inspect, new), f"checking the images of {root}"
         shapes = list(tqdm(results, title, len(new), disable=None if new else True))
     bad = [file for file, shape in zip(new, shapes, strict=True) if shape is None]
-    if bad:
+    allowed = max(1, int(_MAX_BAD * len(files)))
+    if len(bad) > allowed or len(bad) == len(files):
         raise UserError(
             f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({_first(bad)}): "
-            "remove them"
+            f"remove them; at most {allowed} are left out"
         )
     found = zip(new, shapes, strict=True)
     cached.update((file, entries[file] + shape) for file, shape in found if shape)
-    scanned = {file: cached[file] for file in files}
-    if new:
+    scanned = {file: cached[file] for file in files if file not in set(bad)}
+    if len(new) > len(bad):
         _write_manifest(root, scanned)
-    return scanned
+    return scanned, set(bad)
 
 
 def _manifests(root: epath.Path) -> list[epath.Path]:

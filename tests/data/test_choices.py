@@ -1,0 +1,111 @@
+"""Settings that are chosen for a data set."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ntm_jax.data import choices
+from ntm_jax.errors import UserError
+from ntm_jax.experiments import captions, default, folder
+from ntm_jax.runtime import config, config_file
+from tests.common import tiny_config, write_run
+
+
+def write_images(root, count, size=(50, 40), classes=("cats", "dogs"), mode="RGB"):
+    """A folder of `count` images a class; the heights of images differ by one pixel."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (size[1] + i % 2, size[0], 3), np.uint8)
+            Image.fromarray(pixels).convert(mode).save(root / name / f"{i}.png")
+    return f"folder:{root}"
+
+
+def chosen(experiment, source: str, accelerator: bool = False, **given) -> dict:
+    """The settings chosen for a source, where `given` are set on the command line."""
+    c = experiment.get_config()
+    c.data.source = source
+    c.update_from_flattened_dict(given)
+    return choices.choose(config.flatten(c.to_dict()), accelerator)
+
+
+def test_settings_suit_a_folder_of_images_with_classes(tmp_path):
+    found = chosen(folder, write_images(tmp_path, 30))
+    assert found == {
+        "data.image_size": 32, "data.patch_size": 8, "data.batch_size": 32,
+        "model.data_std": found["model.data_std"], "model.condition": "class",
+        "train.condition_dropout": 0.1, "evaluate.images": 200, "evaluate.batch_size": 6,
+        "sample.num": 20, "sample.guidance": 1.0}
+    assert 0.1 < found["model.data_std"] < 0.7  # uniform pixels have 0.58, and resizing blurs
+
+
+def test_an_accelerator_takes_larger_images_and_batches(tmp_path):
+    source = write_images(tmp_path, 100, (80, 70), ("cats",), "L")
+    found = chosen(folder, source, accelerator=True)
+    assert (found["data.image_size"], found["data.patch_size"]) == (64, 8)
+    assert found["data.batch_size"] == 90  # the training images
+    assert (found["model.condition"], found["train.condition_dropout"]) == ("none", 0.0)
+    assert found["evaluate.images"] == 0
+
+
+def test_small_images_keep_their_size_and_given_settings_stay(tmp_path):
+    source = write_images(tmp_path, 10, (21, 22))
+    found = chosen(folder, source)
+    assert (found["data.image_size"], found["data.patch_size"]) == (20, 5)
+    found = chosen(folder, source, **{"data.image_size": 8, "model.condition": "none"})
+    assert "data.image_size" not in found
+    assert (found["data.patch_size"], found["train.condition_dropout"]) == (2, 0.0)
+
+
+def captioned(tmp_path, text):
+    source = write_images(tmp_path, 20, classes=("all",))
+    lines = [{"file_name": f"all/{i}.png", "caption": text(i)} for i in range(20)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return source
+
+
+def test_few_words_become_a_vocabulary(tmp_path):
+    source = captioned(tmp_path, lambda i: f"A {'red' if i % 2 else 'blue, old'} house.")
+    assert chosen(captions, source)["data.text"] == "words:4:a blue house old red"
+
+
+def test_many_words_need_a_language_model(tmp_path):
+    source = captioned(tmp_path, lambda i: " ".join(f"w{20 * i + j}" for j in range(20)))
+    assert chosen(captions, source)["data.text"] == "minilm"
+
+
+def test_mistakes_say_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"give your images, --config\.data\.source=folder:PATH"):
+        chosen(folder, "")
+    source = write_images(tmp_path, 5)
+    with pytest.raises(UserError, match=r"no captions \(there is no metadata\.jsonl or .* in it\)"):
+        chosen(captions, source)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cats/0.png", "caption": "a cat"}\n')
+    with pytest.raises(UserError, match=r"no row for 9 images: cats/1\.png, "):
+        chosen(captions, source)
+
+
+def test_nothing_is_chosen_where_nothing_is_open():
+    assert choices.choose(config.flatten(default.get_config().to_dict()), False) == {}
+
+
+def test_a_configuration_is_completed_and_printed_as_flags(tmp_path):
+    c = folder.get_config()
+    c.data.source = write_images(tmp_path, 30)
+    completed, line = config_file.complete(c)
+    assert completed.data.image_size == 32
+    assert line.startswith("chosen for the data: --config.data.image_size=32 --config.data.patch_")
+    assert c.data.image_size is None
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_own_choices(tmp_path):
+    workdir = write_run(tmp_path / "run", tiny_config(**{"evaluate.batch_size": 7}))
+    c = folder.get_config()
+    c.data.source = "digits"
+    completed, line = config_file.complete(c, str(workdir))
+    assert (completed.data.batch_size, completed.evaluate.batch_size) == (16, 7)
+    assert line.startswith("as the run there has them: ")

@@ -1,0 +1,74 @@
+"""A folder of one's own pictures, as a new user trains on it: with classes, and with captions."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import ntm_jax
+from tests.common import python
+
+QUICK = [f"--config.{setting}" for setting in (
+    "train.steps=20", "train.evaluate_every=10", "train.save_every=10", "model.width=32",
+    "model.kv_heads=1", "model.transporter_width=32", "model.predictor_layers=1",
+    "model.transporter_layers=1", "data.image_size=16", "evaluate.trajectories=1",
+    "evaluate.images=20", "sample.num=8")]
+DRAWN = {"rings": "ellipse", "cards": "rectangle"}
+COLOURS = ("red", "blue")
+
+
+def draw(root, count: int) -> list[dict]:
+    """Draws pictures of mixed sizes and modes, a folder a shape; returns lines of captions."""
+    rng, lines = np.random.default_rng(0), []
+    for i in range(count):
+        kind, colour = list(DRAWN)[i % 2], COLOURS[i // 2 % 2]
+        size = tuple(int(side) for side in rng.integers(24, 60, 2))
+        image = Image.new("RGB", size, "white")
+        getattr(ImageDraw.Draw(image), DRAWN[kind])((4, 4, size[0] - 5, size[1] - 5), colour)
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        image.convert(("RGB", "RGBA", "P")[i % 3]).save(root / kind / f"{i:03}.png")
+        lines.append({"file_name": f"{kind}/{i:03}.png", "caption": f"a {colour} {kind[:-1]}"})
+    return lines
+
+
+def train(workdir, *arguments: str) -> str:
+    return python("-m", "launch.train", f"--workdir={workdir}", *arguments, *QUICK).stdout
+
+
+@pytest.mark.slow
+def test_own_images_are_one_command(tmp_path):
+    draw(tmp_path / "in", 120)
+    (tmp_path / "in/rings/000.png").write_text("no image")
+    printed = train(tmp_path / "run", "--config=folder",
+                    f"--config.data.source=folder:{tmp_path}/in")
+    assert printed.startswith("chosen for the data: --config.data.patch_size=4 ")
+    assert "1 of 120 images cannot be decoded and are left out: rings/000.png\n" in printed
+    assert "class accuracy of 20 samples" in printed
+    assert f"pictures: {tmp_path}/run/samples.png, " in printed
+    run = ntm_jax.load(str(tmp_path / "run"))
+    assert run.spec.class_names == ("cards", "rings")
+    by_name, by_number = run.sample(3, label="rings"), run.sample(3, label=1)
+    np.testing.assert_array_equal(by_name, by_number)
+    run.export(str(tmp_path / "export"))
+    python("sample.py", "2", "0", "cards", cwd=tmp_path / "export")
+    assert len(list((tmp_path / "export/samples").iterdir())) == 2
+    assert "one of 2 classes: cards, rings" in (tmp_path / "export/README.md").read_text()
+    # The same command goes on with the same choices.
+    again = train(tmp_path / "run", "--config=folder", "--config.train.steps=24",
+                  f"--config.data.source=folder:{tmp_path}/in")
+    assert again.startswith("as the run there has them: --config.data.patch_size=4 ")
+    assert f"resuming {tmp_path}/run at step 20" in again
+
+
+@pytest.mark.slow
+def test_own_captions_are_one_command(tmp_path):
+    lines = draw(tmp_path / "in", 60)
+    (tmp_path / "in/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    printed = train(tmp_path / "run", "--config=captions",
+                    f"--config.data.source=folder:{tmp_path}/in")
+    assert " --config.data.text='words:3:a blue card red ring' " in printed
+    python("-m", "launch.sample", f"--workdir={tmp_path}/run", "--prompts=a red ring",
+           "--prompts=a blue card", "--per_prompt=3", f"--out={tmp_path}/out")
+    with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
+        assert sheet.height == 2 * 67  # a row a prompt
