@@ -3,6 +3,7 @@
 Symbols: n images, K levels, H height, W width, C channels (1 or 3). Images are uint8.
 """
 
+import dataclasses
 import io
 import math
 import textwrap
@@ -17,7 +18,7 @@ HELD_OUT = {
     "evaluate/bits_per_dim": "bits per dimension", "evaluate/nats_per_dim": "nats per dimension",
     "evaluate/mse": "mean squared error", "evaluate/velocity_error": "mean squared error"}
 SMOOTHING_POINTS = 50  # the smoothed loss averages over 1/50 of the points
-CELL_INCHES = 0.9
+DPI = 120  # of all figures
 
 
 def displayable(images, pixel_levels: int) -> np.ndarray:
@@ -58,21 +59,61 @@ def image_grid(images, columns: int, scale: int = 1, padding: int = 2) -> np.nda
     return grid
 
 
-def contact_sheet(images, captions, out_png, columns: int = 8) -> None:
-    """Draws images [n, H, W, C], each above its caption, wrapped and cut to four lines."""
-    images, columns = np.asarray(images), min(columns, len(images))
-    rows = math.ceil(len(images) / columns)
-    sheet, axes = figure(1.4 * columns, 1.95 * rows, rows, columns)
-    for panel in axes.flat:
-        panel.set_axis_off()
-    for panel, image, caption in zip(axes.flat, images, captions, strict=False):
-        _show(panel, image)
-        text = "\n".join(textwrap.wrap(caption, 26, max_lines=4, placeholder=" ..."))
-        panel.text(0.5, -0.04, text, transform=panel.transAxes, ha="center", va="top", fontsize=6,
-                   parse_math=False)
+@dataclasses.dataclass(frozen=True)
+class SheetRow:
+    """A row of a contact sheet: samples [n, H, W, C], real images [m, H, W, C] beside, a name."""
+
+    name: str
+    samples: np.ndarray
+    real: np.ndarray | tuple = ()
+
+
+def contact_sheet(rows: list[SheetRow], out_png) -> None:
+    """Draws rows of uint8 images, each beside its name, which is wrapped and cut to four lines.
+
+    Real images stand to the right of all samples, under a title of their own.
+    """
+    made, real = (max(len(images) for images in kind) for kind in
+                  zip(*((row.samples, row.real) for row in rows), strict=True))
+    cells = [{first + i: image for first, images in ((0, row.samples), (made + 0.25, row.real))
+              for i, image in enumerate(images)} for row in rows]
+    titles = {0: "samples", made + 0.25: "real images"} if real else {}
+    _save_sheet(cells, [row.name for row in rows], titles, out_png)
+
+
+def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> None:
+    """Draws images {column: uint8 [H, W, C]} of each row, beside names and under titles {column:}.
+
+    One picture holds all images, since a matplotlib axes for each would take a minute.
+    """
+    shape = np.shape(next(iter(cells[0].values())))
+    scale, gap = max(1, round(64 / max(shape[:2]))), 3
+    height, width = shape[0] * scale + gap, shape[1] * scale + gap
+    columns = max(column for row in cells for column in row) + 1
+    sheet = np.full((height * len(cells), round(width * columns), shape[-1]), 255, np.uint8)
+    for r, row in enumerate(cells):
+        for column, image in row.items():
+            image, left = np.asarray(image).repeat(scale, 0).repeat(scale, 1), round(column * width)
+            sheet[r * height : r * height + image.shape[0], left : left + image.shape[1]] = image
+    longest = max(map(len, names), default=0)
+    margin, top = (150 if longest > 16 else 100) if longest else 0, 22 if titles else 0
+    size = sheet.shape[1] + margin + gap, sheet.shape[0] + top
+    plot = figure(size[0] / DPI, size[1] / DPI, 0)[0]
+    plot.set_layout_engine("none")
+    axes = plot.add_axes((margin / size[0], 0, sheet.shape[1] / size[0], sheet.shape[0] / size[1]))
+    axes.set_axis_off()
+    axes.imshow(_without_gray_axis(sheet), cmap="gray", vmin=0, vmax=255, interpolation="nearest",
+                aspect="auto")
+    style = {"fontsize": 7, "va": "center", "parse_math": False}
+    for r, name in enumerate(names):
+        lines = textwrap.wrap(name, margin // 6 or 1, max_lines=4, placeholder=" ...")
+        y = 1 - (top + (r + 0.5) * height) / size[1]
+        plot.text((margin - 6) / size[0], y, "\n".join(lines), ha="right", **style)
+    for column, title in titles.items():
+        plot.text((margin + column * width) / size[0], 1 - top / 2 / size[1], title, **style)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font draws unsupported scripts as boxes
-        save_figure(sheet, out_png)
+        save_figure(plot, out_png)
 
 
 def save_png(path, image) -> None:
@@ -88,42 +129,37 @@ def loss_plot(metrics_path, out_png,
               loss_label: str = "training loss (nats per dimension)") -> bool:
     """Draws a metrics.jsonl's loss over the steps, raw and smoothed; returns whether it has one.
 
-    Draws the held-out bound on a second axis if it is logged. Writes no file without a finite loss.
+    Draws the held-out bound in a panel below if it is logged. Writes no file without a finite loss.
     """
     lines = files.read_lines(metrics_path)
     steps, losses = metric_points(lines, "loss")
     if not steps:
         return False
-    plot, axes = figure(7, 4)
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    curves = axes.plot(steps, smoothed(losses), color="tab:blue", label=loss_label)
-    axes.set(xlabel="step", ylabel=loss_label)
     key = next((key for key in HELD_OUT if metric_points(lines, key)[0]), None)
+    plot, panels = figure(7, 6 if key else 3.5, 2 if key else 1)
+    top, bottom = panels[0, 0], panels[-1, 0]
+    top.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step logged")
+    top.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
+    top.set_ylabel(loss_label)
+    top.legend()
     if key:
-        held_out = axes.twinx()
-        label = f"held-out bound ({HELD_OUT[key]})"
-        curves += held_out.plot(*metric_points(lines, key), color="tab:orange", marker="o",
-                                markersize=4, label=label)
-        held_out.set_ylabel(label)
-    axes.legend(curves, [curve.get_label() for curve in curves])
+        bottom.plot(*metric_points(lines, key), color="tab:orange", marker="o", markersize=4)
+        bottom.set_ylabel(f"held-out bound ({HELD_OUT[key]})")
+        bottom.sharex(top)
+    bottom.set_xlabel("step")
     save_figure(plot, out_png)
     return True
 
 
-def trajectory_picture(images, levels, out_png) -> None:
+def trajectory_picture(images, levels, out_png, names=()) -> None:
     """Draws trajectories, one per row, from pure noise (left) to clean.
 
-    images: [n, K, H, W, C] at noise levels [K] in any order.
+    images: [n, K, H, W, C] at noise levels [K] in any order. names: of the rows, up to n.
     """
-    images, levels = np.asarray(images), np.asarray(levels)
-    n, k = images.shape[:2]
-    plot, axes = figure(CELL_INCHES * k, CELL_INCHES * n + 0.3, n, k)
-    for column, level in enumerate(np.argsort(-levels)):
-        axes[0, column].set_title(f"t={levels[level]:.2g}", fontsize=8)
-        for row in range(n):
-            _show(axes[row, column], images[row, level])
-            axes[row, column].set_axis_off()
-    save_figure(plot, out_png)
+    order = np.argsort(-np.asarray(levels))
+    cells = [{column: row[level] for column, level in enumerate(order)} for row in images]
+    titles = {column: f"t={levels[level]:.2g}" for column, level in enumerate(order)}
+    _save_sheet(cells, list(names), titles, out_png)
 
 
 def points_picture(points, levels, extent: float, out_png) -> None:
@@ -160,13 +196,15 @@ def smoothed(values: list) -> list[float]:
 
 def figure(width: float, height: float, rows: int | None = None,
            columns: int = 1) -> tuple[Any, Any]:
-    """(figure, axes) of a size in inches: one axes, or an array of axes [rows, columns]."""
+    """(figure, axes) of a size in inches: one axes, an array [rows, columns], None for 0 rows."""
     from matplotlib.figure import Figure
 
     # Not pyplot's, which opens a window system and keeps a global list of figures.
-    made = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     if rows is None:
         return made, made.subplots()
+    if not rows:
+        return made, None
     return made, made.subplots(rows, columns, squeeze=False)
 
 
@@ -175,10 +213,6 @@ def save_figure(figure, path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     files.write(path, buffer.getvalue())
-
-
-def _show(panel, image) -> None:
-    panel.imshow(_without_gray_axis(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
 def _without_gray_axis(image):

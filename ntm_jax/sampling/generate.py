@@ -92,8 +92,8 @@ def conditions(run: Run, index):
 def check_condition(run: Run, n: int, label):
     """The condition of n images as arrays: labels [n], or Text for a model of texts.
 
-    label: one label, labels [n], or Text with states [n, M, E] and mask [n, M]. Raises UserError
-    where it does not fit the model.
+    label: one label, labels [n], integers or names of classes, or Text with states [n, M, E] and
+    mask [n, M]. Raises UserError where it does not fit the model.
     """
     classes, width = run.model.config.num_classes, run.model.config.text_width
     if width:
@@ -105,7 +105,13 @@ def check_condition(run: Run, n: int, label):
     if label is None and classes:
         raise UserError(f"no label is given, and the model has {classes} classes: give one label, "
                         f"or one for each of the {n} images")
-    label = np.asarray(0 if label is None else label, np.int32)
+    label = np.asarray(0 if label is None else label)
+    if label.dtype.kind == "U":
+        if not classes:
+            raise UserError(f"label {str(label.ravel()[0])!r} is given, and the model has no "
+                            "classes: leave it out")
+        label = np.vectorize(lambda name: run.spec.label_of(str(name)))(label)
+    label = label.astype(np.int32)
     if label.shape not in ((), (1,), (n,)):
         raise UserError(f"label has shape {label.shape}: expected one label, or one for each of "
                         f"the {n} images")

@@ -167,8 +167,9 @@ def write_pictures(folder, layout: str | None, prompts: Sequence[Prompt],
     """Writes the files that describe the images of prompts, beside the images themselves.
 
     shown: the images [P n, H, W, C] uint8, n of each prompt in turn. The files are
-    contact_sheet.png, prompts.jsonl with a line for each image, and what the benchmark `layout`
-    needs for each prompt: GenEval metadata.jsonl and grid.png, DPG-Bench FOLDER/dpg/NAME.png.
+    contact_sheet.png with a row for each prompt, prompts.jsonl with a line for each image, and what
+    the benchmark `layout` needs for each prompt: GenEval metadata.jsonl and grid.png, DPG-Bench
+    FOLDER/dpg/NAME.png.
     """
     groups = np.split(shown, len(prompts))
     per_prompt = len(groups[0])
@@ -187,5 +188,6 @@ def write_pictures(folder, layout: str | None, prompts: Sequence[Prompt],
         lines.append({"file_name": str(path.relative_to(folder)),
                       "prompt": prompts[i // per_prompt].text})
     files.write(folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    captions = [line["prompt"] for line in lines[:200]]
-    plots.contact_sheet(shown[:200], captions, folder / "contact_sheet.png")
+    rows = [plots.SheetRow(prompt.text, images[:10])
+            for prompt, images in zip(prompts[:50], groups, strict=False)]
+    plots.contact_sheet(rows, folder / "contact_sheet.png")

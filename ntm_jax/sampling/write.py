@@ -10,13 +10,13 @@ import time
 
 import jax
 import numpy as np
-import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
 from ntm_jax import files
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError
+from ntm_jax.progress import shown
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
 from ntm_jax.runtime.processes import job
@@ -31,7 +31,7 @@ class SampleRequest:
 
     num: int
     batch: int = 500  # images at a time
-    labels: list[str] | None = None  # classes, repeated over the images in turn
+    labels: list[str] | None = None  # classes by name or number, in turn over the images
     prompts: list[Prompt] | None = None  # each has num / len(prompts) images
     layout: str | None = None  # geneval, dpg: the folders of a benchmark
     encoder: str | None = None  # of the prompts; see prompts.open_encoder
@@ -54,17 +54,6 @@ class SampleRequest:
                                  decoder=self.decoder, inverse=self.inverse)
 
 
-def parse_labels(names, num_classes: int) -> np.ndarray | None:
-    """Names of classes -> integers; None without names. Raises UserError for an unknown class."""
-    if not names:
-        return None
-    for name in names:
-        if not (name.isdecimal() and int(name) < num_classes):
-            expected = f"0 to {num_classes - 1}" if num_classes else "none, since it has no classes"
-            raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
-    return np.array([int(name) for name in names], np.int32)
-
-
 def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     """Writes images of a run into a folder, and prints how many and how fast.
 
@@ -85,7 +74,7 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     batches = generate.in_batches(request.num, request.batch)
     done = _claim(folder, asked, len(batches))
     begin, made, first = time.perf_counter(), 0, 0
-    for number, index in enumerate(tqdm.tqdm(batches, "sample", unit="batch", disable=None)):
+    for number, index in enumerate(shown(batches, "sample", "batches")):
         if done[number]:
             continue
         work.write_batch(folder, number, index)
@@ -114,7 +103,10 @@ class _Work:
         if request.labels and run.model.config.text_width:
             raise UserError(f"--labels are given, and the model of {run.workdir} is conditioned on "
                             "text: give --prompts")
-        self.labels = parse_labels(request.labels, run.model.config.num_classes)
+        self.labels = None
+        if request.labels:
+            labels = generate.check_condition(run, len(request.labels), request.labels)
+            self.labels = np.asarray(labels)
         if request.autoencoder and run.spec.pixel_levels:
             raise UserError(f"{run.workdir} is a model of pixels, and an autoencoder decodes "
                             "latents: leave --autoencoder out")

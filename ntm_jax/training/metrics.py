@@ -7,11 +7,14 @@ import time
 from typing import Any, cast
 
 import jax
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from ntm_jax import files
 
+BAR = "{n_fmt}/{total_fmt}{postfix}, {remaining} left |{bar}|"  # narrow terminals have no bar
+ON_BAR = (("loss", "loss {:.4g}"), ("examples_per_second", "{:.0f} images/s"))
 SHOWN = 6  # scalars on the terminal: the first ones in the caller's order
 REMOTE_LINES = 200  # object storage cannot append: lines between rewrites of the file
 
@@ -40,8 +43,8 @@ class Writer:
         self._last = None  # (step, seconds) of the last report, for the rate
         self._bar = None
         if sys.stderr.isatty() and not quiet:
-            self._bar = tqdm(total=total_steps, initial=start_step, unit=" steps",
-                             dynamic_ncols=True)
+            self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True,
+                             bar_format=BAR)
         workdir.mkdir(parents=True, exist_ok=True)
         self._lines = _Lines(workdir / "metrics.jsonl", start_step, remote=_is_remote(workdir))
         self._board = None
@@ -77,8 +80,9 @@ class Writer:
             self._board.scalars(step, now, scalars)
         shown = [(name, f"{value:.4g}") for name, value in list(scalars.items())[:SHOWN]]
         if self._bar is not None:
-            text = ", ".join(f"{name} {value}" for name, value in shown)
-            self._bar.set_postfix_str(text, refresh=False)
+            text = ", ".join(form.format(scalars[name]) for name, form in ON_BAR if name in scalars)
+            if text:
+                self._bar.set_postfix_str(text, refresh=False)
             self.advance(step)
             self._bar.refresh()
         elif not self._quiet:
@@ -97,10 +101,10 @@ class Writer:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def image(self, step: int, name: str, image) -> None:
-        """Sends a uint8 image [H, W, C], with C 1 or 3, to TensorBoard."""
+    def picture(self, step: int, path) -> None:
+        """Sends a PNG file to TensorBoard, under the file's name without its ending."""
         if self._active and self._board:
-            self._board.image(step, name, image)
+            self._board.picture(step, epath.Path(path))
 
     def message(self, text: str) -> None:
         """Prints a line on the terminal, above the progress bar if there is one."""
@@ -160,10 +164,13 @@ class _Board:
 
         self._write(step, now, [summary.scalar(name, value) for name, value in scalars.items()])
 
-    def image(self, step, name, image):
+    def picture(self, step, path):
+        from PIL import Image
         from tensorboardX import summary
 
-        self._write(step, time.time(), [summary.image(name, image, dataformats="HWC")])
+        with path.open("rb") as file, Image.open(file) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._write(step, time.time(), [summary.image(path.stem, pixels, dataformats="HWC")])
 
     def _write(self, step, now, summaries):
         with files.naming(self._folder):

@@ -1,39 +1,147 @@
-"""The pictures that a run ends with: samples, trajectories from noise to clean, the loss curve."""
+"""Pictures of a run as it learns: samples beside real images, trajectories, the loss curve."""
+
+import dataclasses
 
 import jax
 import numpy as np
 from etils import epath
 
+from ntm_jax.core.layers import Text
 from ntm_jax.data.sources import Source
 from ntm_jax.runtime import plots
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
 
 COLUMNS = 17  # at most, of a picture of trajectories
+ROWS = 10  # at most, of a picture of samples by class or caption
+REAL = 4  # real images beside the samples of a class
+SEARCHED = 1000  # training records that are read to find them
+NOISE = 0.1  # (1 - t) / t below which levels but the first look alike and are not drawn
 
 
-def draw(run: Run, source: Source, loss_label: str) -> None:
-    """Draws samples.png, trajectories.png and loss.png in the run's folder, in process 0."""
-    folder, spec, extent = epath.Path(run.workdir), run.spec, source.planar_extent
-    # Points of a plane cost little, and many of them show a density.
-    first, *rest = generate.in_batches(run.config.sample.num, 500 if extent else 100)
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A row of samples: its name, the indices and the condition of its images, and real images."""
+
+    name: str
+    index: np.ndarray
+    condition: np.ndarray | Text | None
+    real: list
+
+
+def draw(run: Run, source: Source, held_out: Source, loss_label: str) -> list[str]:
+    """Draws samples.png, trajectories.png and loss.png in the run's folder, in process 0.
+
+    samples.png has a row for each class, beside training images, or for each of the first held-out
+    captions, beside its own image. Returns the paths.
+    """
+    folder = epath.Path(run.workdir)
+    paths = [folder / f"{name}.png" for name in ("samples", "trajectories")]
+    if jax.process_index() == 0 and plots.loss_plot(
+            folder / "metrics.jsonl", folder / "loss.png", loss_label):
+        paths.append(folder / "loss.png")
+    (_points if source.planar_extent else _images)(run, source, held_out, *paths[:2])
+    return [str(path) for path in paths]
+
+
+def _images(run: Run, source: Source, held_out: Source, samples, trajectories) -> None:
+    """Draws rows of samples, and a trajectory of each row."""
+    pixel_levels, rows = run.spec.pixel_levels, _rows(run, source, held_out)
+    clean, levels = _sampled(run, rows)
+    ends = np.cumsum([len(row.index) for row in rows])[:-1]
+    sheet = [plots.SheetRow(row.name, plots.displayable(images, pixel_levels),
+                            plots.displayable(np.stack(row.real), pixel_levels) if row.real else ())
+             for row, images in zip(rows, np.split(clean, ends), strict=True)]
+    # A trajectory of each row, or several where there are few rows.
+    each = max(1, ROWS // len(rows))
+    chosen = [(row.name, begin + i) for row, begin in zip(rows, [0, *ends], strict=True)
+              for i in range(min(each, len(row.index)))][:ROWS]
+    names, numbers = zip(*chosen, strict=True)
+    t, levels = _shown_levels(run, clean[list(numbers)], levels[list(numbers)])
+    if jax.process_index() == 0:
+        plots.contact_sheet(sheet, samples)
+        shown = plots.displayable(levels, pixel_levels)
+        plots.trajectory_picture(shown, t, trajectories, names)
+
+
+def _sampled(run: Run, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
+    """The images of all rows [n, H, W, C], and their levels from noise down [n, K, H, W, C]."""
+    index, condition = np.concatenate([row.index for row in rows]), None
+    if rows[0].condition is not None:
+        condition = jax.tree.map(lambda *parts: np.concatenate(parts),
+                                 *(row.condition for row in rows))
+    parts = [generate.sample_at(
+        run, index[some], jax.tree.map(lambda a, some=some: a[some], condition), with_levels=True)
+        for some in generate.in_batches(len(index), 100)]
+    clean, levels = zip(*parts, strict=True)
+    return np.concatenate(clean), np.concatenate(levels)
+
+
+def _points(run: Run, source: Source, held_out: Source, samples, trajectories) -> None:
+    """Draws points of the plane; they cost little, and many of them show a density."""
+    first, *rest = generate.in_batches(run.config.sample.num, 500)
     clean, levels = generate.sample_at(run, first, with_levels=True)
-    images = np.concatenate([clean, *(generate.sample_at(run, index) for index in rest)])
-    clean, levels = (a[: 500 if extent else 10] for a in (clean, levels))
+    points = np.concatenate([clean, *(generate.sample_at(run, index) for index in rest)])
+    t, levels = _shown_levels(run, clean, levels)
+    if jax.process_index() == 0:
+        extent = source.planar_extent
+        plots.points_picture(points.reshape(-1, 1, 2), [0.0], extent, samples)
+        levels = levels.reshape(*levels.shape[:2], 2)
+        plots.points_picture(levels, t, extent, trajectories)
+
+
+def _shown_levels(run: Run, clean, levels) -> tuple[np.ndarray, np.ndarray]:
+    """The noise levels that are drawn, from noise down, and the images [n, K, ...] there.
+
+    The clean image is the last of them.
+    """
     t = run.sampled_levels()[::-1]
     shown = np.unique(np.linspace(0, len(t) - 1, COLUMNS).round().astype(int))
+    shown = np.array([k for k in shown if not k or (1 - t[k]) / max(t[k], 1e-9) >= NOISE])
     t, levels = t[shown], levels[:, shown]
     if t[-1]:  # an ODE's last level is the clean image
         t, levels = np.append(t, 0.0), np.concatenate([levels, clean[:, None]], 1)
-    if jax.process_index():
-        return
-    plots.loss_plot(folder / "metrics.jsonl", folder / "loss.png", loss_label)
-    if extent:
-        points = images.reshape(-1, 1, 2)
-        plots.points_picture(points, [0.0], extent, folder / "samples.png")
-        levels = levels.reshape(*levels.shape[:2], 2)
-        plots.points_picture(levels, t, extent, folder / "trajectories.png")
-    else:
-        plots.save_png(folder / "samples.png", plots.picture(images, spec.pixel_levels))
-        shown = plots.displayable(levels, spec.pixel_levels)
-        plots.trajectory_picture(shown, t, folder / "trajectories.png")
+    return t, levels
+
+
+def _rows(run: Run, source: Source, held_out: Source) -> list[_Row]:
+    """The rows of samples.png, config.sample.num images in all, at most ten a row."""
+    num, classes = max(1, run.config.sample.num), run.model.config.num_classes
+    if run.model.config.text_width:
+        return _caption_rows(run, held_out, num)
+    if not classes:
+        index = np.arange(num)
+        return [_Row("", part, None, []) for part in np.split(index, range(10, num, 10))]
+    drawn, real = min(classes, ROWS, num), _real_images(source, min(classes, ROWS))
+    names = run.spec.class_names or [f"class {label}" for label in range(classes)]
+    rows = []
+    for label in range(drawn):
+        # Image i is of class i % classes, as in sampling without labels.
+        index = label + classes * np.arange(max(1, min(10, num // drawn)))
+        rows.append(_Row(names[label], index, np.full(len(index), label), real[label]))
+    return rows
+
+
+def _caption_rows(run: Run, held_out: Source, num: int) -> list[_Row]:
+    """A row for each of the first held-out captions, with its own image."""
+    drawn = min(ROWS, num, len(held_out.records))
+    columns, rows = min(10, num // drawn), []
+    for r in range(drawn):
+        record = held_out.records[r]
+        name = "" if held_out.captions is None else held_out.captions[r]
+        text = Text(*(np.stack([record[key]] * columns) for key in ("text", "text_mask")))
+        rows.append(_Row(name or f"record {r}", r * columns + np.arange(columns), text,
+                         [record["image"]]))
+    return rows
+
+
+def _real_images(source: Source, classes: int) -> list[list]:
+    """Training images of the first classes, up to REAL of each among the first records."""
+    found: list[list] = [[] for _ in range(classes)]
+    for i in range(min(SEARCHED, len(source.records))):
+        record = source.records[i]
+        if record["label"] < classes and len(found[record["label"]]) < REAL:
+            found[record["label"]].append(record["image"])
+        if all(len(images) == REAL for images in found):
+            break
+    return found

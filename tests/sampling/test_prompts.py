@@ -158,7 +158,9 @@ def test_written_prompts(run, tmp_path):
     for i, line in enumerate((out / "prompts.jsonl").read_text().splitlines()):
         assert json.loads(line) == {"file_name": f"{i}.png", "prompt": repeated[i]}
         np.testing.assert_array_equal(pixels(out / f"{i}.png"), images[i])
-    assert pixels(out / "contact_sheet.png").shape[1] > 600
+    height, width = pixels(out / "contact_sheet.png").shape[:2]
+    assert 3 * 64 <= height < 3 * 70  # a row a prompt, of two images beside its text
+    assert 2 * 64 + 80 < width < 2 * 70 + 200
     with pytest.raises(UserError, match=r"holds samples of --prompts '3 of digest \w+', and this "
                                         "call has '2 of digest"):
         write_samples(unnamed, str(out), dataclasses.replace(request, prompts=given[:2]))

@@ -99,10 +99,12 @@ def test_a_full_disk_ends_the_run_with_the_files_name(tmp_path):
 
 def test_tensorboard_gets_scalars_and_images(tmp_path):
     image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+    Image.fromarray(image).save(tmp_path / "samples.png")
+    Image.fromarray(image[..., 0]).save(tmp_path / "gray.png")
     with Writer(tmp_path, 10, quiet=True) as writer:
         writer.write(3, {"loss": 0.25})
-        writer.image(3, "samples", image)
-        writer.image(4, "gray", image[..., :1])
+        writer.picture(3, tmp_path / "samples.png")
+        writer.picture(4, str(tmp_path / "gray.png"))
     found = events(tmp_path)
     assert [(step, value.simple_value) for step, value in found["loss"]] == [(3, 0.25)]
     [(step, value)] = found["samples"]
@@ -135,11 +137,11 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with Writer(tmp_path, 20, start_step=10) as writer:
         writer.advance(12)
-        writer.write(15, {"loss": 0.61234})
+        writer.write(15, {"grad_norm": 2.0, "loss": 0.61234, "examples_per_second": 123.4})
         writer.message("saved")
     captured = capsys.readouterr()
-    assert "15/20" in captured.err
-    assert "loss 0.6123" in captured.err
+    assert "15/20, loss 0.6123, 123 images/s, " in captured.err
+    assert " left" in captured.err
     assert captured.out == "saved\n"
     assert steps(tmp_path) == [15]
 
@@ -149,7 +151,7 @@ def test_other_processes_write_nothing(tmp_path, capsys, monkeypatch):
     with Writer(tmp_path / "run", 10) as writer:
         writer.write(1, {"loss": 1.0})
         writer.advance(2)
-        writer.image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+        writer.picture(1, tmp_path / "samples.png")
         writer.message("saved")
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
@@ -167,7 +169,7 @@ def test_object_storage_is_written_every_so_many_lines_and_at_the_end(tmp_path, 
         assert "no TensorBoard events" in capsys.readouterr().out
         for step in (1, 2, 3, 4):
             writer.write(step, {"loss": 1.0})
-        writer.image(4, "samples", np.zeros((2, 2, 3), np.uint8))
+        writer.picture(4, tmp_path / "samples.png")
         assert steps(tmp_path) == [1, 2, 3]
     assert steps(tmp_path) == [1, 2, 3, 4]
     with Writer(tmp_path, 10, start_step=2) as writer:

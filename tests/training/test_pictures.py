@@ -1,0 +1,108 @@
+"""The pictures of a run: their rows, their names, and the levels that they show."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ntm_jax.data import pipeline
+from ntm_jax.runtime import plots, sharding
+from ntm_jax.runtime.run import untrained
+from ntm_jax.sampling import generate
+from ntm_jax.training import pictures
+from tests.common import random_run, tiny_config
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is drawn: the arguments of contact_sheet and of trajectory_picture."""
+    seen = {}
+    for name in ("contact_sheet", "trajectory_picture"):
+        monkeypatch.setattr(plots, name, lambda *arguments, name=name: seen.update(
+            {name: arguments}))
+    return seen
+
+
+def run_of(source: str, tmp_path, **overrides):
+    """(a random run in a folder, its training split, its held-out split)."""
+    settings = tiny_config(**{"data.source": source, "data.patch_size": 2} | overrides)
+    train, held_out = (settings.data.open(split) for split in ("train", "test"))
+    mesh, spec = sharding.make_mesh(settings.mesh), pipeline.spec(train, settings.data.patch_size)
+    run = random_run(untrained(settings, spec, mesh, str(tmp_path)), 0)
+    return run, train, held_out
+
+
+def test_each_class_has_a_row_of_samples_beside_its_own_images(tmp_path, drawn):
+    run, train, held_out = run_of("digits", tmp_path, **{"sample.num": 20})
+    names = tuple("abcdefghij")
+    run = dataclasses.replace(run, spec=dataclasses.replace(run.spec, class_names=names))
+    pictures.draw(run, train, held_out, "loss")
+    rows, _ = drawn["contact_sheet"]
+    assert [row.name for row in rows] == list(names)
+    expected = plots.displayable(generate.sample_at(run, np.arange(20), with_levels=True)[0], 17)
+    for label, row in enumerate(rows):
+        np.testing.assert_array_equal(row.samples, expected[label::10])
+        assert len(row.real) == pictures.REAL
+    images = {record["image"].tobytes(): record["label"] for record in map(
+        train.records.__getitem__, range(1000))}
+    shown = {plots.displayable(np.frombuffer(image, np.uint8), 17).tobytes(): label
+             for image, label in images.items()}
+    for label, row in enumerate(rows):
+        assert all(shown[image.tobytes()] == label for image in np.asarray(row.real))
+    levels, t, _, names = drawn["trajectory_picture"]
+    assert (len(levels), names) == (10, tuple("abcdefghij"))
+    assert (t[0], t[1] < 1, t[-1]) == (1, True, 0)
+    np.testing.assert_array_equal(levels[:, -1].shape, (10, 8, 8, 1))
+
+
+@pytest.mark.slow
+def test_a_model_without_classes_has_rows_of_ten(tmp_path, drawn):
+    run, train, held_out = run_of(
+        "digits", tmp_path,
+        **{"sample.num": 24, "model.condition": "none", "train.condition_dropout": 0.0})
+    pictures.draw(run, train, held_out, "loss")
+    rows, _ = drawn["contact_sheet"]
+    assert [len(row.samples) for row in rows] == [10, 10, 4]
+    assert not any(row.name or len(row.real) for row in rows)
+    assert len(drawn["trajectory_picture"][0]) == 9
+
+
+@pytest.mark.slow
+def test_captions_have_a_row_beside_their_own_image(tmp_path, drawn):
+    run, train, held_out = run_of("shapes", tmp_path, **{
+        "sample.num": 12, "model.condition": "text", "data.patch_size": 6,
+        "data.text": "words:7:a and of left right above below two three four red green blue yellow "
+        "purple white circle square triangle cross circles squares triangles crosses"})
+    pictures.draw(run, train, held_out, "loss")
+    rows, _ = drawn["contact_sheet"]
+    assert [row.name for row in rows] == [held_out.captions[i] for i in range(10)]
+    for i, row in enumerate(rows):
+        assert len(row.samples) == 1
+        np.testing.assert_array_equal(row.real[0], plots.displayable(
+            held_out.records[i]["image"], held_out.pixel_levels))
+
+
+def test_levels_that_are_all_noise_are_shown_once():
+    clean, levels = np.zeros((2, 8, 8, 1)), np.zeros((2, 5, 8, 8, 1))
+
+    class Levels:
+        def sampled_levels(self):
+            return np.array([0.0, 0.5, 0.92, 0.97, 1.0])
+
+    t, shown = pictures._shown_levels(Levels(), clean, levels)
+    assert t.tolist() == [1.0, 0.5, 0.0]
+    assert shown.shape == (2, 3, 8, 8, 1)
+
+
+def test_a_sheet_has_names_and_real_images(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [plots.SheetRow(name, rng.integers(0, 200, (3, 8, 8, 3), np.uint8),
+                           rng.integers(0, 200, (2, 8, 8, 3), np.uint8)) for name in ("one", "two")]
+    plots.contact_sheet(rows, tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    # Each pixel of an image is a square of 8 x 8 pixels of the sheet.
+    for image in (image for row in rows for image in (*row.samples, *row.real)):
+        places = zip(*np.nonzero((sheet == image[0, 0]).all(-1)), strict=True)
+        assert any(np.array_equal(sheet[y : y + 64 : 8, x : x + 64 : 8], image) for y, x in places)
+    assert (sheet[:, :90] < 128).any()  # names
