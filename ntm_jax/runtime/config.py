@@ -89,6 +89,7 @@ class Train:
     condition_dropout: float
     align_weight: float = 0.0
     level_power: float = 0.0
+    save_minutes: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +208,10 @@ CHOICES = {
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }
 NON_NEGATIVE = (
-    "train.keep", "train.condition_dropout", "train.align_weight", "train.level_power",
-    "train.evaluate_every", "optimizer.floor", "optimizer.warmup_steps", "optimizer.weight_decay",
-    "evaluate.images", "sample.guidance", "sample.num", "trajectory.t_min",
-    "trajectory.t_min_range")
+    "train.keep", "train.save_minutes", "train.condition_dropout", "train.align_weight",
+    "train.level_power", "train.evaluate_every", "optimizer.floor", "optimizer.warmup_steps",
+    "optimizer.weight_decay", "evaluate.images", "sample.guidance", "sample.num",
+    "trajectory.t_min", "trajectory.t_min_range")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 LARGEST_FLOAT = 3e38  # numbers are float32

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ntm_jax.core import trajectory
 from ntm_jax.data import pipeline
@@ -26,9 +27,16 @@ from ntm_jax.training import finetune, objectives, optimizer, pictures, state
 from ntm_jax.training.metrics import Writer
 from ntm_jax.training.signals import StopRequest
 from ntm_jax.training.state import State
-from ntm_jax.training.step import check_batch, flops_of_step, make_step, steps_of
+from ntm_jax.training.step import (
+    check_batch,
+    check_memory,
+    flops_of_step,
+    make_step,
+    steps_of,
+)
 from ntm_jax.training.teacher import load_teacher, save_teacher
 
+LONG_HOURS = 8  # from which a run on a CPU is pointed out
 TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
 DIVERGED = (
     "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
@@ -74,6 +82,10 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     source = config.data.open(config.data.split)
     held_out = config.data.open(config.evaluate.split)
     spec = pipeline.spec(source, config.data.patch_size)
+    count, batch = len(source.records), config.data.batch_size
+    if batch > count:
+        raise UserError(f"config.data.batch_size is {batch}, and {source.name} has {count} records "
+                        "to train on: expected at most that many")
     run = untrained(config, spec, mesh, folder)
     teacher = load_teacher(run) if objective.needs_teacher else None
     job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
@@ -87,14 +99,16 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
             job.restore_interrupts()
             if not done:
                 return None
+            drawn = loop.draw(config.train.steps)
             loop.writer.message(f"trained to step {config.train.steps}; evaluating")
         run = loop.evaluated(config.train.steps)
-        pictures.draw(run, source, objective.loss_label)
         # Inception's weights are a flag of launch/evaluate.py alone.
         features = "none" if config.evaluate.features == "inception" else None
         result, scored = evaluate(run, EvaluationOptions(features=features),
                                   measure=objective.measure, progress=progress)
         write_report(run, result, scored, epath.Path(folder) / "evaluation.json")
+        if jax.process_index() == 0:
+            print(f"pictures: {', '.join(drawn)}", flush=True)
     return run, result
 
 
@@ -137,12 +151,13 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source, prog
     new = f"in {folder}" + (f", starting from {config.init_from}" if config.init_from else "")
     writer.message(f"{size:,} parameters, {len(source.records):,} training records, mesh {mesh}, "
                    + (new if latest is None else f"resuming {folder} at step {start}"))
-    for change in changes:
-        writer.message(change)
+    for line in (source.skipped, *changes):
+        if line:
+            writer.message(line)
     stop = StopRequest()
     if not job.several():  # in a job of several processes jax catches SIGTERM for all of them
         stack.enter_context(stop)
-    return _Loop(run, current, start, batches, held_out, checkpoints, writer, stop, teacher,
+    return _Loop(run, current, start, batches, source, held_out, checkpoints, writer, stop, teacher,
                  reference)
 
 
@@ -154,6 +169,7 @@ class _Loop:
     current: State
     start: int
     batches: pipeline.TrainIterator
+    source: Source
     held_out: Source
     checkpoints: Checkpoints
     writer: Writer
@@ -170,10 +186,13 @@ class _Loop:
         self.rate = optimizer.schedule(config.optimizer, config.train.steps)
         self.pending = None  # metrics of the last step, which are read after the next is dispatched
         self.clock = time.perf_counter(), self.start
+        self.warned = False  # that the run takes long
+        self.saved = time.perf_counter()  # when the run was last saved
         self.positions = {}  # the data's position before each of the last two steps
         self.unread = None  # in a job of several processes: why this one has no batch
         self.complete = None  # and sharding.flag_by_process of the last batch
         self.work = self.limit = 0  # FLOPs of a step, and this machine's FLOP/s
+        self.drawn = None, []  # the step of the pictures, and their paths
 
     def train(self) -> bool:
         """Takes the steps from `start`, in the order evaluate, save, next batch, step.
@@ -200,11 +219,21 @@ class _Loop:
         run = dataclasses.replace(self.run, params=self.current.ema, step=step)
         return with_denoiser(self.teacher, run) if self.teacher else run
 
+    def draw(self, step: int) -> list[str]:
+        """Draws the pictures of a step, once, into the workdir and TensorBoard; their paths."""
+        if self.drawn[0] != step:
+            paths = pictures.draw(self.evaluated(step), self.source, self.held_out,
+                                  self.objective.loss_label)
+            self.drawn = step, paths
+            for path in paths:
+                self.writer.picture(step, path)
+        return self.drawn[1]
+
     def _evaluate_and_save(self, step: int, ending: bool) -> None:
         train = self.run.config.train
         every = train.evaluate_every
         evaluating = bool(every) and (step % every == 0 or step == train.steps)
-        saving = ending or step % train.save_every == 0
+        saving = ending or step % train.save_every == 0 or self._save_is_due(step)
         if not (evaluating or saving):
             return
         scalars, best_by = self._read(step), None  # what is saved is known to be finite
@@ -217,6 +246,20 @@ class _Loop:
             self.writer.write(step, scalars)
         if saving:
             self.checkpoints.save(step, self.current, self.batches.get_state(), best_by)
+            self.saved = time.perf_counter()
+        if evaluating:
+            self.draw(step)
+
+    def _save_is_due(self, step: int) -> bool:
+        """Whether config.train.save_minutes have passed since the last save; process 0 decides."""
+        train = self.run.config.train
+        if not train.save_minutes:
+            return False
+        due = time.perf_counter() - self.saved >= 60 * train.save_minutes
+        if not job.several():
+            return due
+        # The processes wait for each other here, so they ask rarely.
+        return step % train.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
 
     def _next_batch(self, step: int) -> dict:
         """The global batch of a step.
@@ -247,10 +290,15 @@ class _Loop:
             self.work = flops_of_step(self.run, self.step_function, self.current, batch,
                                       self.teacher, self.reference)
             self.limit = flops.products(config.model.dtype, mesh, 0.1)()
+        if step == self.start:
+            self.writer.message("compiling the first step; a model of the default size takes about "
+                                "half a minute on a CPU")
         self.batch = batch
+        arguments = (self.current, batch, steps_of(config, step), self.reference, self.complete)
+        if step == self.start:
+            check_memory(self.run, self.step_function, *arguments)
         with sharding.use(mesh):
-            self.current, metrics = self.step_function(
-                self.current, batch, steps_of(config, step), self.reference, self.complete)
+            self.current, metrics = self.step_function(*arguments)
         if self.pending:
             scalars = self._read(step)
             if scalars:
@@ -275,6 +323,7 @@ class _Loop:
             return {}
         now, (before, first) = time.perf_counter(), self.clock
         speed, self.clock = (step - first) / (now - before), (now, step)
+        self._warn_of_a_long_run(step, speed)
         scalars |= {"learning_rate": float(np.asarray(self.rate(step - 1))),
                     "examples_per_second": speed * config.data.batch_size}
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -284,6 +333,17 @@ class _Loop:
             scalars |= {"flops_per_second": speed * self.work,
                         "flop_share": speed * self.work / self.limit}
         return scalars
+
+    def _warn_of_a_long_run(self, step: int, speed: float) -> None:
+        """Says once, on a CPU, that the run takes a day or so."""
+        hours = (self.run.config.train.steps - step) / speed / 3600
+        if hours < LONG_HOURS or self.warned or jax.default_backend() != "cpu":
+            return
+        self.warned = True
+        self.writer.message(
+            f"a step takes {1 / speed:.2g} s, and the steps that are left about {hours:.0f} hours: "
+            "lower config.train.steps, config.data.batch_size or config.model.width, or raise "
+            "config.data.patch_size, in a new --workdir")
 
     def _texts(self, first: int, end: int) -> list[str]:
         """The compiled texts of steps first to end, which have run, so nothing is compiled."""

@@ -283,6 +283,10 @@ def checked(config: Config) -> Objective:
                         f"of a trajectory, and config.train.objective={name} has none; set it to 0")
     objective.check(config)
     check_decoder(config, config.sample.decoder)
+    if objective.has_levels and config.sample.steps not in config.trajectory.steps:
+        expected = " or ".join(map(str, config.trajectory.steps))
+        raise UserError(f"config.sample.steps is {config.sample.steps}, and the run trains "
+                        f"trajectories of {expected} steps: set config.sample.steps={expected}")
     holds_means = config.model.head == "posterior" and not objective.trains_velocity
     if train.align_weight and not (holds_means and config.init_from):
         raise UserError(f"config.train.align_weight is {train.align_weight}: it holds a model with "

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pathlib
 
 import flax.linen as nn
 import flax.struct
@@ -13,6 +14,8 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import optimizer
+
+MEMINFO = pathlib.Path("/proc/meminfo")  # of Linux
 
 
 @flax.struct.dataclass
@@ -49,6 +52,20 @@ def check_memory(run: Run) -> None:
         raise UserError(f"parameters and optimizer take {needed / 2**30:,.1f} GiB of a device, "
                         f"which has {limit / 2**30:,.1f}: lower config.model.width or "
                         "config.model.predictor_layers, or raise config.mesh.fsdp on more devices")
+
+
+def free_bytes(device) -> int:
+    """The memory that a device has left, or for a CPU the machine; 0 if that is not known."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if device.platform != "cpu":
+        return 0
+    try:
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError, IndexError):
+        return 0  # not Linux
 
 
 def initialize(run: Run) -> State:

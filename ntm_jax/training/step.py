@@ -110,6 +110,29 @@ def flops_of_step(run: Run, step, current: State, batch, teacher: Run | None = N
         return flops.of_jaxpr(traced.jaxpr.jaxpr)
 
 
+def check_memory(run: Run, step, *arguments) -> None:
+    """Compiles a step, which its first call then finds, and estimates its memory.
+
+    Raises UserError where that exceeds what a device, or for CPUs the machine, has left: the kernel
+    would end the run without a word.
+    """
+    with sharding.use(run.mesh):
+        memory = step.lower(*arguments).compile().memory_analysis()
+    if memory is None:
+        return
+    needed = (memory.temp_size_in_bytes + memory.output_size_in_bytes
+              - memory.alias_size_in_bytes)
+    local = run.mesh.local_devices
+    free = state.free_bytes(local[0])
+    if local[0].platform == "cpu":
+        needed *= len(local)  # they share the machine's memory
+    if free and needed > free:
+        raise UserError(
+            f"a step needs about {needed / 2**30:,.1f} GiB more, and {free / 2**30:,.1f} GiB are "
+            "free: lower config.data.batch_size, raise config.train.accumulate, or set "
+            "config.model.remat=full")
+
+
 def steps_of(config: Config, step: int) -> int:
     """T of a training step, drawn from the seed on the host, since shapes are static."""
     choices = config.trajectory.steps

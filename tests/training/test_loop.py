@@ -87,7 +87,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, overrides, worke
 
 @pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "draw", lambda *_: None)  # tests/test_programs.py draws them
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])  # tests/test_programs.py draws them
     settings = tiny_config(**{"train.steps": 2})
     _, result = loop.train(settings, tmp_path, progress=False)
     assert result["step"] == 2
@@ -123,6 +123,37 @@ def test_a_batch_that_does_not_divide_is_refused_and_nothing_written(tmp_path, m
     with pytest.raises(UserError, match=message):
         loop.train(tiny_config(), tmp_path / "new", progress=False)
     assert not (tmp_path / "new").exists()
+
+
+REFUSED = {
+    "more examples than records": (
+        {"data.split": "train[:8]"},
+        r"batch_size is 16, and digits has 8 records to train on: expected at most that many"),
+    "other steps than those that are trained": (
+        {"sample.steps": 4}, r"sample\.steps is 4, and .* of 2 steps: set config\.sample\.steps=2"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_cannot_work_are_refused_and_nothing_written(name, tmp_path):
+    overrides, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        loop.train(tiny_config(**overrides), str(tmp_path / "new"), progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_step_without_enough_memory_is_refused_and_leaves_the_folder_free(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "free_bytes", lambda device: 1000)
+        with pytest.raises(UserError, match=r"a step needs about .* and 0\.0 GiB are free"):
+            loop.train(tiny_config(), str(tmp_path), progress=False)
+    assert state.free_bytes(jax.devices()[0]) > 2**20
+    # Another command may take the folder, and saves by time.
+    settings = {"seed": 1, "train.save_every": 100, "train.save_minutes": 1e-9}
+    assert loop.train(tiny_config(**settings), str(tmp_path), progress=False, until=3) is None
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
 
 
 @pytest.mark.slow

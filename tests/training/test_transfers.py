@@ -19,10 +19,11 @@ def guarded(monkeypatch, change=lambda arguments: arguments):
                 taken.append(arguments[2])
                 return step(*change(arguments))
 
+        call.lower = step.lower
         return call
 
     monkeypatch.setattr(loop, "make_step", make_guarded)
-    monkeypatch.setattr(loop.pictures, "draw", lambda *_: None)
+    monkeypatch.setattr(loop.pictures, "draw", lambda *_: [])
     return taken
 
 
