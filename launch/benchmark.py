@@ -38,12 +38,11 @@ def main():
     from ntm_jax import files
     from ntm_jax.analysis import benchmark
     from ntm_jax.export.read import load_run
-    from ntm_jax.runtime import config
 
     if f.workdir:
         rows = benchmark.benchmark_run(load_run(f.workdir), f.runs, f.batch, f.rows)
     else:
-        rows = benchmark.benchmark(config.read(f.config), f.runs, f.batch, f.rows)
+        rows = benchmark.benchmark(program.read_config(), f.runs, f.batch, f.rows)
     if jax.process_index() == 0:
         kind = jax.devices()[0].device_kind
         print(f"{jax.device_count()} x {kind}, jax {jax.__version__}, medians of {f.runs} runs")

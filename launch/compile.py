@@ -37,9 +37,8 @@ def main():
     from ntm_jax import files
     from ntm_jax.analysis import compile
     from ntm_jax.analysis.memory import check_fits
-    from ntm_jax.runtime import config
 
-    report = compile.compile_for(config.read(program.FLAGS.config), topology, program.FLAGS.program)
+    report = compile.compile_for(program.read_config(), topology, program.FLAGS.program)
     print(compile.table(report), flush=True)
     if program.FLAGS.json:
         files.write(program.FLAGS.json, json.dumps(report, indent=2) + "\n")

@@ -9,8 +9,8 @@ from . import program
 
 flags.DEFINE_integer("step", None, "The checkpoint's step, written to evaluation-STEP.json; the "
                      "latest by default.")
-flags.DEFINE_string("split", None, "The split, such as test or train[1350:]; the configuration's "
-                    "by default.")
+flags.DEFINE_string("split", None, "The split, such as test or train[1350:], written to "
+                    "evaluation-SPLIT.json; the configuration's by default.")
 flags.DEFINE_integer("trajectories", None, "Trajectories a record for the importance-weighted "
                      "bound.", lower_bound=1)
 flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
@@ -20,7 +20,7 @@ flags.DEFINE_bool("per_example", False, "Also writes the scores of every record,
 flags.DEFINE_integer("steps", None, "Number of steps T, or of the ODE for samples; the "
                      "configuration's by default.", lower_bound=1)
 flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.images by default.",
-                     lower_bound=1)
+                     lower_bound=0)
 flags.DEFINE_multi_string("guidance", None, "Also scores samples at this guidance. Repeat it to "
                           "compare several with the first.")
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
@@ -33,6 +33,7 @@ flags.DEFINE_enum("features", None, ["none", "pixels", "cnn", "inception"], "Wha
 
 def main():
     import dataclasses
+    import re
 
     from ntm_jax import api
     from ntm_jax.evaluation.evaluate import EvaluationOptions
@@ -43,7 +44,7 @@ def main():
     run = api.load(f.workdir, f.step, f.raw)
     sample = generate.override(run.config, steps=f.steps)
     config = run.config.with_sampling(steps=sample.steps).with_evaluation(
-        images=f.images or run.config.evaluate.images)
+        images=run.config.evaluate.images if f.images is None else f.images)
     run = dataclasses.replace(run, config=config)
     unit = f"{f.unit}_per_dim" if f.unit else None
     if unit:
@@ -53,7 +54,10 @@ def main():
     against = api.load(f.against, raw=f.raw) if f.against else None
     result, scores = run.scores(options, against, progress=True)
     latest = f.step is None and run.workdir == f.workdir
-    name = "evaluation.json" if latest else f"evaluation-{run.step}.json"
+    parts = ["evaluation"] + ([] if latest else [str(run.step)])
+    if f.split not in (None, run.config.evaluate.split):
+        parts.append(re.sub(r"[^\w.]+", "-", f.split).strip("-"))
+    name = "-".join(parts) + ".json"
     run.report(name, result, scores, f.per_example, unit)
 
 

@@ -33,18 +33,41 @@ class ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
                 known = ", ".join(sorted(file.stem for file in EXPERIMENTS.glob("[!_]*.py")))
                 raise ValueError(f"expected one of {known}, or a file such as my_experiment.py")
             path = f"{file}{colon}{variant}"
+        elif _is_other_file(name):
+            raise ValueError("it is no experiment: expected a Python file with a function "
+                             "get_config, such as experiments/digits.py")
         return super().parse(path)
+
+
+def _is_other_file(name: str) -> bool:
+    """Whether a file is there that cannot be an experiment."""
+    path = pathlib.Path(name)
+    return path.is_file() and b"get_config" not in path.read_bytes()
 
 
 def define_config(required: bool = True, flag_values: flags.FlagValues = FLAGS):
     """Defines --config, an experiment, and --config.section.key=value for each of its settings."""
     config_flags.DEFINE_config_file(
         "config", None, "An experiment: a name such as digits, or a file, each with an optional "
-        ":variant. --config.section.key=value overrides a setting.",
+        ":variant. --config.section.key=value overrides a setting, such as "
+        "--config.data.source=folder:PATH, --config.train.steps=4000, --config.data.batch_size=16, "
+        "--config.model.width=64, --config.seed=1; experiments/default.py lists all.",
         flag_values=flag_values, lock_config=True)
     flag_values["config"].parser = ExperimentParser("config")
     if required:
         flags.mark_flag_as_required("config", flag_values)
+
+
+def read_config(workdir: str = ""):
+    """Returns the Config of --config; prints what it leaves open and is chosen for the data."""
+    import jax
+
+    from ntm_jax.runtime import config_file
+
+    config, chosen = config_file.complete(FLAGS.config, workdir)
+    if chosen and not jax.process_index():
+        print(chosen, flush=True)
+    return config
 
 
 def define_workdir(help_text: str):
@@ -111,6 +134,11 @@ def _mistake(error) -> str:
     if "does not support indexing" in text:
         return (f"config.{text.split()[-1]} is not a setting of the experiment: what comes before "
                 "its last dot is a value, not a section")
+    missing = re.findall(r"--(\w+)=None: Flag", text)
+    if missing:
+        usage = (sys.modules["__main__"].__doc__ or "").partition("python -m ")[2].split("\n")[0]
+        flags_missing = " and ".join(f"--{name}" for name in missing)
+        return f"{flags_missing} must be given, such as python -m {usage.rstrip('.')}"
     text = re.sub(r"^(FATAL Flags parsing error:|flag)\s*", "", text)
     for said, expected in (
             ("invalid literal for int", "expected a whole number, such as 1000"),

@@ -15,7 +15,8 @@ flags.DEFINE_integer("batch", 500, "Images at a time.", lower_bound=1)
 flags.DEFINE_integer("steps", None, "Number of steps T.", lower_bound=1)
 flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down: "
                   "1,0.5,0,0.")
-flags.DEFINE_list("labels", None, "Classes, repeated over the images in turn; all by default.")
+flags.DEFINE_list("labels", None, "Classes, by name or number, repeated over the images in "
+                  "turn; all by default.")
 flags.DEFINE_multi_string("prompts", None, "A prompt, a file with one a line or .jsonl with "
                           "\"prompt\", or a folder of .txt files with one each. Repeat it for "
                           "more. Held-out captions by default.")

@@ -20,11 +20,10 @@ def main():
 
     from ntm_jax import api
     from ntm_jax.analysis.profile import Trace
-    from ntm_jax.runtime import config
 
     f, span = program.FLAGS, program.span("profile")
     tracer = Trace(epath.Path(f.workdir) / "profile", span) if span else None
-    if not api.train(config.read(f.config), f.workdir, tracer=tracer):
+    if not api.train(program.read_config(f.workdir), f.workdir, tracer=tracer):
         sys.exit(f.stop_status)
 
 

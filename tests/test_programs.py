@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from ntm_jax import files
 from tests.common import ROOT, TINY, environment, python
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
@@ -84,9 +85,18 @@ def test_a_run_leaves_all_its_files(run):
 def test_evaluate_gives_the_same_figures_as_the_run(run):
     workdir, _, _ = run
     ended = (workdir / "evaluation.json").read_bytes()
+
+    def figures(name):
+        content = json.loads((workdir / name).read_text())
+        del content[files.SEAL], content["provenance"]["date"]
+        return content
+
     done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}")
     assert "bound, bits/dim" in done.stdout
-    assert (workdir / f"evaluation-{STEPS}.json").read_bytes() == ended
+    assert figures(f"evaluation-{STEPS}.json") == figures("evaluation.json")
+    program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=0")
+    assert figures("evaluation-train-20.json")["split"] == "train[:20]"
+    assert "class_accuracy" not in figures("evaluation-train-20.json")
     assert (workdir / "evaluation.json").read_bytes() == ended
 
 
@@ -141,7 +151,7 @@ MISTAKES = {
     "unknown flag": (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
     "no such experiment": (
         ["--config=experiments/digis.py"], "--config=experiments/digis.py cannot be read"),
-    "not an experiment": (["--config=README.md"], "--config=README.md is not a Python file"),
+    "not an experiment": (["--config=README.md"], "--config=README.md: it is no experiment: "),
     "no such variant": (
         ["--config=experiments/digits.py:cats"],
         "digits.py:cats is not a variant: expected ntm or gaussian"),
@@ -214,7 +224,8 @@ def test_a_mistake_is_one_line_with_status_2(refusals, name):
 
 
 def test_a_missing_flag_is_named():
-    assert_refused(program("evaluate", check=False), "--workdir must have a value")
+    message = "--workdir must be given, such as python -m launch.evaluate --workdir=runs/digits"
+    assert_refused(program("evaluate", check=False), message)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

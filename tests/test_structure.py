@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ntm_jax"
 FLOORS = (  # from the ground up; a file imports from its own room and from lower floors
     {"errors"},
     {"registry"},
-    {"files"},
+    {"files", "progress"},
     {"typed"},
     {"core"},
     {"backbones", "data"},

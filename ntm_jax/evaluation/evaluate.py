@@ -10,7 +10,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import image_scores, known_density, measures, scoring
 from ntm_jax.evaluation.features import make_extractor
-from ntm_jax.evaluation.report import provenance, summarize, units
+from ntm_jax.evaluation.report import directions, provenance, summarize, units
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run
@@ -77,6 +77,7 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
                                             progress)
     if scores_images and image_scores.has_tasks(run, source):
         result["tasks"] = image_scores.task_scores(run, source, options.guidance, progress)
+    result["directions"] = directions(result)
     result["provenance"] = provenance(run, source)
     return result, table
 

@@ -6,12 +6,12 @@ Symbols: n images; H, W, C image height, width, channels; V pixel levels.
 import dataclasses
 
 import numpy as np
-import tqdm
 
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import statistics, tasks
 from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.progress import shown
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
@@ -23,8 +23,8 @@ MAX_CANDIDATES = 10_000  # pictures that retrieval chooses from
 
 def generated(run: Run, progress: bool = False) -> np.ndarray:
     """The samples that are scored, config.evaluate.images of them: [n, H, W, C], 0..V-1."""
-    batches = tqdm.tqdm(generate.in_batches(run.config.evaluate.images, 500), "samples",
-                        unit="batch", leave=False, disable=None if progress else True)
+    batches = shown(generate.in_batches(run.config.evaluate.images, 500), "samples", "batches",
+                    show=progress)
     return np.concatenate([generate.sample_at(run, index) for index in batches])
 
 

@@ -1,7 +1,10 @@
 """evaluation.json: its figures, computed from scores, and the tables and plots that show them."""
 
+import datetime
 import importlib.metadata
 import math
+import pathlib
+import subprocess
 
 import jax
 import numpy as np
@@ -74,10 +77,40 @@ def provenance(run: Run, source: Source) -> dict:
         "parameters": "raw" if run.raw else "ema", "checksum": checksums.digest(run.params),
         "config": config.raw,
         "packages": {name: importlib.metadata.version(name) for name in packages},
-        "devices": jax.device_count(), "processes": jax.process_count()}
+        "devices": jax.device_count(), "processes": jax.process_count(),
+        "commit": _commit(), "date": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
+
+
+def _commit() -> str:
+    """The git commit of this package's checkout, with "+" where files differ; "" without one."""
+    root = pathlib.Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    try:
+        commit, changed = (subprocess.run(
+            ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10,
+            check=True).stdout.strip() for command in commands)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return commit + ("+" if changed else "")
+
+
+LOWER = (  # figures of evaluation.json that are better the lower they are, and the higher
+    "bits_per_dim", "nats_per_dim", "trajectory_nll", "velocity_error", "mse", "frechet",
+    "denoising", "denoiser")
+HIGHER = ("effective_sample_size", "class_accuracy", "precision", "recall", "retrieval", "tasks")
+
+
+def directions(result: dict) -> dict:
+    """{figure of evaluation.json: "lower is better" or "higher is better"}."""
+    return {name: f"{word} is better" for word, names in (("lower", LOWER), ("higher", HIGHER))
+            for name in names if name in result}
 
 
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
+MUCH_RECONSTRUCTION = 0.5  # share of the bound from which a line points it out
+FEW_SAMPLES = 1000  # for a Fréchet distance
 FEATURE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
 MEASURES = {"velocity_error": "mean squared error of the velocity"}
 DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)",
@@ -163,7 +196,26 @@ def table(result: dict, unit: str) -> str:
         by_level = zip(errors["mean"], errors["stderr"], strict=True)
         cells = (f"{mean:.5f} ± {stderr:.5f}" for mean, stderr in by_level)
         lines.append(f"  {DENOISED[name]:<{width}}  " + "  ".join(cells))
+    lines.append("  better if lower: bounds, NLL, errors, distances; if higher: effective sample "
+                 "size, accuracy, precision, recall")
     return "\n".join(lines)
+
+
+def advice(result: dict) -> list[str]:
+    """Lines on figures that mislead, with what to change; see also contributions in result."""
+    lines = []
+    nats, t_min = result["nats_per_dim"]["bound"]["mean"], result["provenance"]["t_min"]
+    share = -result["contributions"].get("reconstruction", 0.0) / max(nats, 1e-9)
+    if share > MUCH_RECONSTRUCTION:
+        lines.append(
+            f"{100 * share:.0f}% of the bound is reconstruction, the cost of pixel values that the "
+            f"noise of t_min = {t_min} hides, whatever the model learns: a lower "
+            "config.trajectory.t_min and t_min_range, in a new run, gives it more to say")
+    if "frechet" in result and result["features"]["images"] < FEW_SAMPLES:
+        lines.append(
+            f"the Fréchet distance is of {result['features']['images']} samples, and few make it "
+            f"large: give --images={FEW_SAMPLES} or more, or compare with frechet_held_out only")
+    return lines
 
 
 def write_report(run: Run, result: dict, scored: dict | None, path, per_example: bool = False,
@@ -191,6 +243,8 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
         assert scored is not None, "per_example writes the scores of every record: give them"
         write_scores(scored, path.with_suffix(".parquet"))
     print(table(result, unit or next(name for name in NAMES if name in result)), flush=True)
+    for line in advice(result):
+        print(f"note: {line}", flush=True)
     if "tasks" in result:
         print(tasks.table(result["tasks"]), flush=True)
 

@@ -1,7 +1,9 @@
 """evaluation.json's likelihood figures, its table and its files."""
 
 import dataclasses
+import datetime
 import math
+import re
 
 import numpy as np
 import pyarrow.parquet
@@ -10,7 +12,15 @@ import pytest
 from ntm_jax import files
 from ntm_jax.core import likelihood
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation.report import check_unit, provenance, summarize, table, write_report
+from ntm_jax.evaluation.report import (
+    advice,
+    check_unit,
+    directions,
+    provenance,
+    summarize,
+    table,
+    write_report,
+)
 from ntm_jax.evaluation.scoring import BOUNDS
 
 
@@ -51,6 +61,31 @@ def test_figures_by_level(run, scores):
     assert found["stderr_by_level"] == pytest.approx(by_level, rel=1e-4)
     paid = np.sum(result["rate_by_level"]) - result["contributions"]["reconstruction"]
     assert paid == pytest.approx(result["nats_per_dim"]["bound"]["mean"], rel=1e-5)
+
+
+def test_figures_that_mislead_are_pointed_out(run, source, scores):
+    result = summarize(scores, run.spec, 3) | {"provenance": provenance(run, source)}
+    nats = result["nats_per_dim"]["bound"]["mean"]
+    result["contributions"]["reconstruction"] = -0.4 * nats
+    assert advice(result) == []
+    result["contributions"]["reconstruction"] = -0.76 * nats
+    result |= {"frechet": 3.0, "features": {"images": 60}}
+    first, second = advice(result)
+    assert first.startswith("76% of the bound is reconstruction, ")
+    assert "t_min = 0.03" in first
+    assert second.startswith("the Fréchet distance is of 60 samples")
+    result["features"]["images"] = 1000
+    assert len(advice(result)) == 1
+
+
+def test_the_direction_of_every_figure_is_stated(run, source, scores):
+    result = summarize(scores, run.spec, 3) | {"precision": 0.5}
+    found = directions(result)
+    assert found["nats_per_dim"] == found["trajectory_nll"] == "lower is better"
+    assert found["precision"] == found["effective_sample_size"] == "higher is better"
+    stated = provenance(run, source)
+    assert datetime.datetime.fromisoformat(stated["date"]).tzinfo
+    assert re.fullmatch(r"([0-9a-f]{40}\+?)?", stated["commit"])
 
 
 def test_written_report(run, source, scores, tmp_path, capsys):
