@@ -32,13 +32,13 @@ with open("sampler.bin", "rb") as file:
     sampler = jax.export.deserialize(bytearray(file.read()))
 images = np.asarray(sampler.call(parameters, np.uint32(seed), index, {names}))  # {meaning}
 {unscale}"""
+NAMES_SHOWN = 100  # classes that the card lists
 MEANING = {True: "[n, H, W, C], integers 0..{top}", False: "[n, H, W, C], latents"}
 UNSCALE = """with open("config.json", "rb") as file:
     spec = json.load(file)["spec"]  # the model's latents have mean 0 and variance 1 by channel
 images = images * np.float32(spec["std"]) + np.float32(spec["mean"])  # as the autoencoder made them
 """
 CARD = """---
-license: apache-2.0
 library_name: jax
 tags: [normalizing-flow, image-generation, jax]
 ---
@@ -57,7 +57,8 @@ trajectories (Gu et al., [arXiv 2605.08078](https://arxiv.org/abs/2605.08078)), 
 | sampling | {steps} steps, guidance {guidance}, decoder {decoder} |
 {figures}
 ## Use
-`python sample.py 16 0` writes 16 images of seed 0 to `samples.npz`. It needs neither ntm_jax nor
+`python sample.py 16 0` writes 16 images of seed 0 to `samples.npz` and, where they are pixels, as
+PNG files to `samples/`. It needs neither ntm_jax nor
 flax: `pip install jax numpy safetensors flatbuffers`. It first compares the files with their
 SHA-256 digests in `config.json`. The same without this check, in this folder:
 
@@ -81,8 +82,8 @@ nats = log_likelihood.call(parameters, np.uint32(seed), index, images, {names})
 `--config.init_from=THIS_FOLDER` starts a new run of the same model from its parameters.
 
 ## Licence
-The programs and the script are under Apache 2.0, as is ntm_jax. The parameters were learned from
-the data named above, whose terms may restrict their use.
+Choose a licence for the parameters and name it here: they were learned from the data named above,
+whose terms may restrict their use. `sample.py` is part of ntm_jax, under Apache 2.0.
 """
 
 
@@ -103,7 +104,11 @@ def markdown(run: Run, parameters: int, platforms) -> str:
     config, spec, sample = run.config, run.spec, run.config.sample
     size, levels = " x ".join(map(str, spec.image_shape)), spec.pixel_levels
     average = f"their moving average (decay {config.optimizer.ema_decay})"
-    conditions = {"class": f"one of {run.model.config.num_classes} classes", "none": "none",
+    classes = f"one of {run.model.config.num_classes} classes"
+    if spec.class_names:
+        more = ", ..." if len(spec.class_names) > NAMES_SHOWN else ""
+        classes += f": {', '.join(spec.class_names[:NAMES_SHOWN])}{more}"
+    conditions = {"class": classes, "none": "none",
                   "text": "the states of a text encoder"}
     return CARD.format(
         source=config.data.source, split=config.data.split, count=spec.count,

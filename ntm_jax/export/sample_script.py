@@ -1,7 +1,9 @@
-"""Samples this model: python sample.py [NUMBER [SEED]] writes samples.npz.
+"""Samples this model: python sample.py [NUMBER [SEED [CLASSES]]] writes samples.npz and PNG files.
 
-Needs jax, numpy, safetensors and flatbuffers. The files are first compared with their SHA-256
-digests in config.json. README.md shows the same in a few lines, without this check.
+CLASSES, by name or number and separated by commas, are shown in turn: python sample.py 8 0 cat,dog.
+Images of 1 or 3 channels are also written to the folder samples/. Needs jax, numpy, safetensors and
+flatbuffers. The files are first compared with their SHA-256 digests in config.json. README.md shows
+the same in a few lines, without this check.
 """
 
 import contextlib
@@ -11,7 +13,9 @@ import json
 import os
 import pathlib
 import re
+import struct
 import sys
+import zlib
 
 import jax.export
 import numpy as np
@@ -19,6 +23,7 @@ import safetensors.numpy
 
 FOLDER = pathlib.Path(__file__).parent
 OUT = "samples.npz"
+PNGS = pathlib.Path("samples")
 BATCH = 100  # the number of images made at a time
 ARGUMENTS = (  # name, least and largest value
     ("NUMBER", 1, 1_000_000),
@@ -31,27 +36,30 @@ class Mistake(Exception):
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) > 2:
-        raise Mistake(f"{len(arguments)} arguments are given: expected at most two, "
-                      "python sample.py [NUMBER [SEED]]")
+    if len(arguments) > 3:
+        raise Mistake(f"{len(arguments)} arguments are given: expected at most three, "
+                      "python sample.py [NUMBER [SEED [CLASSES]]]")
     given = [integer(text, *bounds) for text, bounds in zip(arguments, ARGUMENTS, strict=False)]
     about = read_config()
+    labels = parse_classes(arguments[2], about) if arguments[2:] else None
     number, seed = given + [16, about["config"]["seed"] % 2**32][len(given):]
     weights = safetensors.numpy.load(read_verified("model.safetensors", about["files"]))
     parameters = jax.device_put(weights)
     sampler = jax.export.deserialize(bytearray(read_verified("sampler.bin", about["files"])))
-    images = sample(sampler, parameters, about, number, seed)
+    images = sample(sampler, parameters, about, number, seed, labels)
     write(images)
-    print(f"{number} images {images.dtype}{list(images.shape[1:])} in {OUT}")
+    pngs = write_pngs(images, about["spec"]["levels"])
+    print(f"{number} images {images.dtype}{list(images.shape[1:])} in {OUT}{pngs}")
 
 
-def sample(sampler, parameters: dict, about: dict, number: int, seed: int) -> np.ndarray:
+def sample(sampler, parameters: dict, about: dict, number: int, seed: int,
+           labels=None) -> np.ndarray:
     """Images [number, H, W, C]: integers 0..spec.levels-1, or float32 latents if that is 0."""
     batch, run, parts = min(number, BATCH), jax.jit(sampler.call), []
     for start in range(0, number, batch):
         # Image i of a seed is the same image in any batch.
         index = np.arange(start, start + batch, dtype=np.int32)
-        arguments = (np.uint32(seed), index, *condition(about, index))
+        arguments = (np.uint32(seed), index, *condition(about, index, labels))
         parts.append(np.asarray(run(parameters, *arguments)))
     images = np.concatenate(parts)[:number]
     spec = about["spec"]
@@ -61,7 +69,24 @@ def sample(sampler, parameters: dict, about: dict, number: int, seed: int) -> np
     return images
 
 
-def condition(about: dict, index: np.ndarray) -> tuple[np.ndarray, ...]:
+def parse_classes(text: str, about: dict) -> np.ndarray:
+    """The labels of classes given by name or number, separated by commas."""
+    names, classes = about["spec"].get("class_names", []), about["spec"]["num_classes"]
+    if about["config"]["model"]["condition"] != "class":
+        raise Mistake(f"CLASSES is {text!r}, and this model has no classes: leave it out")
+    labels = []
+    for name in text.split(","):
+        if name in names:
+            labels.append(names.index(name))
+        elif re.fullmatch("[0-9]{1,9}", name) and int(name) < classes:
+            labels.append(int(name))
+        else:
+            expected = ", ".join([*names[:20], f"0 to {classes - 1}"])
+            raise Mistake(f"CLASSES has {ascii(name)[:40]}: expected of {expected}")
+    return np.array(labels, np.int32)
+
+
+def condition(about: dict, index: np.ndarray, labels=None) -> tuple[np.ndarray, ...]:
     """The condition of the images `index` [n]: change it to choose what they show."""
     kind, spec, number = about["config"]["model"]["condition"], about["spec"], len(index)
     if kind == "text":
@@ -70,7 +95,8 @@ def condition(about: dict, index: np.ndarray) -> tuple[np.ndarray, ...]:
         tokens, width = spec["text_tokens"], spec["text_width"]
         return np.zeros((number, tokens, width), np.float16), np.zeros((number, tokens), bool)
     if kind == "class":
-        return (index % spec["num_classes"],)  # each class in turn
+        labels = np.arange(spec["num_classes"], dtype=np.int32) if labels is None else labels
+        return (labels[index % len(labels)],)  # each class in turn
     return (np.zeros(number, np.int32),)  # ignored: the model has no condition
 
 
@@ -131,6 +157,35 @@ def write(images: np.ndarray) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(part)
+
+
+def write_pngs(images: np.ndarray, levels: int) -> str:
+    """Writes PNG files of pixels of 1 or 3 channels; says where, for the last line."""
+    if not levels or images.shape[-1] not in (1, 3):
+        return ""
+    shown = np.rint(images * (255 / (levels - 1))).astype(np.uint8)
+    try:
+        PNGS.mkdir(exist_ok=True)
+        for i, image in enumerate(shown):
+            (PNGS / f"{i:06d}.png").write_bytes(png(image))
+    except OSError as error:
+        raise Mistake(f"{PNGS} cannot be written here ({error.strerror}): {OUT} is complete; run "
+                      "this in another folder for the PNG files") from None
+    return f" and {PNGS}/"
+
+
+def png(image: np.ndarray) -> bytes:
+    """The PNG file of an image [H, W, C] uint8."""
+    height, width, channels = image.shape
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(
+            ">I", zlib.crc32(kind + data))
+
+    rows = np.pad(image.reshape(height, -1), ((0, 0), (1, 0)))  # each row begins with filter 0
+    header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(
+        b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ntm_jax.core.layers import Text
+from ntm_jax.runtime import plots
 from tests.campaigns import exports
 from tests.common import alike, environment
 from tests.export.common import assert_close, refused_by_script
@@ -39,10 +41,15 @@ def run_alone(folder, cwd, *arguments: str) -> str:
 
 def test_the_script_runs_without_the_package(run, exported, tmp_path):
     printed = run_alone(exported, tmp_path, "5", "3")
-    assert printed == "5 images uint8[8, 8, 1] in samples.npz\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+    assert printed == "5 images uint8[8, 8, 1] in samples.npz and samples/\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "samples.npz"]
     with np.load(tmp_path / "samples.npz") as archive:
         images = archive["images"]
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in files] == [f"{i:06d}.png" for i in range(5)]
+    for path, image in zip(files, images, strict=True):
+        shown = plots.displayable(image, run.spec.pixel_levels)[..., 0]
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), shown)
     expected = run.sample_at(np.arange(5), seed=3)
     assert images.shape == expected.shape
     assert alike(images, expected)
@@ -77,17 +84,23 @@ def test_the_example_of_the_card_makes_the_images_of_the_script(exported, monkey
     assert asked in example
     exec(example.replace(asked, "number, seed = 2, 3\n") + likelihood, found)
     status, out, _, images = exports.run_script(exported, "2", "3")
-    assert (status, out) == (0, "2 images uint8[8, 8, 1] in samples.npz\n")
+    assert (status, out) == (0, "2 images uint8[8, 8, 1] in samples.npz and samples/\n")
     np.testing.assert_array_equal(images, found["images"])
     assert found["nats"].shape == (2,)
 
 
 def test_the_script_makes_many_images_in_parts(run, exported):
     _, out, _, images = exports.run_script(exported, "205", "3")
-    assert out == "205 images uint8[8, 8, 1] in samples.npz\n"
+    assert out == "205 images uint8[8, 8, 1] in samples.npz and samples/\n"
     assert images.shape == (205, 8, 8, 1)
     assert alike(images[:5], run.sample_at(np.arange(5), seed=3))
     assert (images[100:200] != images[:100]).any()
+
+
+def test_the_script_shows_the_classes_that_it_is_given(run, exported):
+    *_, images = exports.run_script(exported, "5", "3", "7,2")
+    expected = run.sample_at(np.arange(5), [7, 2, 7, 2, 7], seed=3)
+    assert alike(images, expected)
 
 
 ARGUMENTS = {
@@ -101,7 +114,8 @@ ARGUMENTS = {
     "1\n": r"NUMBER is '1\n'",
     "1 -1": "SEED is '-1': expected a whole number from 0 to 4294967295",
     "1 4294967296": "SEED is '4294967296'",
-    "1 2 3": "3 arguments are given: expected at most two, python sample.py [NUMBER [SEED]]"}
+    "1 2 cat": "CLASSES has 'cat': expected of 0 to 9",
+    "1 2 3 4": "4 arguments are given: expected at most three, python sample.py [NUMBER [SEED "}
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda text: repr(text[:12]))
