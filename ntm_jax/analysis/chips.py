@@ -43,7 +43,7 @@ EXAMPLES = "v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, cpu:8 or loc
 QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
          "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
          "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-TPU = re.compile(r"(v4|v5e|v5p|v6e|tpu7x):\d+(x\d+){1,2}")
+TPU = re.compile(r"(v4|v5p|tpu7x):\d+x\d+x\d+|(v5e|v6e):\d+x\d+")  # 3D and 2D meshes of chips
 
 
 def devices(topology: str, slices: int = 1) -> tuple[list, Chip]:

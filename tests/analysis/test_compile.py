@@ -266,6 +266,8 @@ def test_collectives_are_found_on_eight_devices():
 MISTAKES = {
     "unknown family": (
         "v9:4x4", {}, r"--topology=v9:4x4 is not known: expected v5p:8x8x8, v5e:16x16"),
+    "two dimensions of a chip with three": (
+        "v5p:3x3", {}, "--topology=v5p:3x3 is not known: expected v5p:8x8x8, v5e:16x16"),
     "no shape": ("v5p", {}, "--topology=v5p is not known"),
     "too few CPU devices": ("cpu:64", {}, "there are . CPU devices; set XLA_FLAGS"),
     "mesh": ("cpu:1", {"mesh.fsdp": 3}, "expected a product of 1, the number of devices"),
