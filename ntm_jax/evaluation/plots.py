@@ -16,27 +16,33 @@ def losses_plot(runs: dict, out_png) -> None:
     """Draws the smoothed training losses of runs, {name: path of its metrics.jsonl}.
 
     Below them it draws the squared distance of the means to those of the frozen flow-matching
-    model, averaged over levels, where a run logs it. Runs without the file are left out.
+    model, averaged over levels, if a run logs it. Runs without the file are left out.
     """
-    plot, axes = figure(7, 6, 2, 1)
-    for name, path in runs.items():
-        if not epath.Path(path).exists():
-            continue
-        lines = files.read_lines(path)
-        for line in lines:
-            distances = [value for key, value in line.items()
-                         if key.startswith("misalignment/") and is_number(value)]
-            line["distance"] = sum(distances) / len(distances) if distances else None
-        for (axis,), key in zip(axes, ("loss", "distance"), strict=True):
-            steps, values = metric_points(lines, key)
-            axis.plot(steps, smoothed(values), label=name)
-    (losses,), (distances,) = axes
+    curves = {name: _loss_and_distance(path) for name, path in runs.items()
+              if epath.Path(path).exists()}
+    panels = 2 if any(distance[0] for _, distance in curves.values()) else 1
+    plot, axes = figure(7, 3 * panels + 0.5, panels, 1)
+    for name, both in curves.items():
+        for (axis,), (steps, values) in zip(axes, both, strict=False):
+            axis.plot(steps, smoothed(values), label=name if axis is axes[0, 0] else None)
+    losses, last = axes[0, 0], axes[-1, 0]
     wide = np.abs(losses.dataLim.intervaly).max() > 10
     losses.set(ylabel="training loss", yscale="symlog" if wide else "linear")
-    losses.legend()
-    distances.set(xlabel="step", ylabel="distance of the means, squared",
-                  yscale="log" if distances.lines else "linear")
+    if panels == 2:
+        last.set(ylabel="distance of the means, squared", yscale="log")
+    last.set_xlabel("step")
+    plot.legend(loc="outside upper left")
     save_figure(plot, out_png)
+
+
+def _loss_and_distance(path) -> tuple[tuple[list, list], tuple[list, list]]:
+    """(steps, values) of the loss in a metrics.jsonl, and of the means' distance over levels."""
+    lines = files.read_lines(path)
+    for line in lines:
+        distances = [value for key, value in line.items()
+                     if key.startswith("misalignment/") and is_number(value)]
+        line["distance"] = sum(distances) / len(distances) if distances else None
+    return metric_points(lines, "loss"), metric_points(lines, "distance")
 
 
 def levels_plot(result: dict, out_png) -> None:
@@ -61,9 +67,9 @@ def levels_plot(result: dict, out_png) -> None:
         right.axhline(-terms["reconstruction"], color="tab:red", linestyle="--",
                       label="reconstruction")
     right.set_xticks(np.arange(len(rate)), names)
-    right.set(title="what makes up the bound", ylabel="nats per dimension")
+    right.set(title="contributions to the bound", ylabel="nats per dimension")
     right.axhline(0, color="black", linewidth=0.5)
-    right.legend()
+    plot.legend(loc="outside lower right", ncols=5)
     save_figure(plot, out_png)
 
 

@@ -110,6 +110,7 @@ def directions(result: dict) -> dict:
 
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
 MUCH_RECONSTRUCTION = 0.5  # share of the bound from which a line points it out
+CLASSES_SHOWN = 10  # in the table; evaluation.json has all
 FEW_SAMPLES = 1000  # for a Fréchet distance
 FEATURE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
 MEASURES = {"velocity_error": "mean squared error of the velocity"}
@@ -158,6 +159,9 @@ def _sample_rows(result: dict) -> list[tuple]:
     if "class_accuracy" in result:
         accuracy = result["class_accuracy"]
         rows.append((f"class accuracy of {accuracy['images']} samples, %", _percent(accuracy)))
+        by_class = list(accuracy.get("by_class", {}).items())
+        rows += [(f"class accuracy of {name}, %", 100 * share)
+                 for name, share in by_class[:CLASSES_SHOWN]]
     guided = result.get("guidance", ())
     for number, score in enumerate(guided):
         rows.append((f"class accuracy of guidance {score['guidance']}, %", _percent(score)))

@@ -141,7 +141,7 @@ def loss_plot(metrics_path, out_png,
     top.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step logged")
     top.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
     top.set_ylabel(loss_label)
-    top.legend()
+    plot.legend(loc="outside upper right", ncols=2)
     if key:
         bottom.plot(*metric_points(lines, key), color="tab:orange", marker="o", markersize=4)
         bottom.set_ylabel(f"held-out bound ({HELD_OUT[key]})")

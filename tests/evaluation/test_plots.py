@@ -34,6 +34,7 @@ def test_losses_of_runs_share_their_axes(tmp_path, monkeypatch):
     assert len(distances.lines[0].get_xydata()) == 0
     write_metrics(other, [{"step": 1, "loss": -1.0}, {"step": 2, "loss": 1000.0}])
     plots.losses_plot({"wide": other}, "unused")
+    assert len(figures[1].axes) == 1  # no panel of distances, which it does not log
     assert (losses.get_yscale(), figures[1].axes[0].get_yscale()) == ("linear", "symlog")
 
 
