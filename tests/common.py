@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from ntm_jax import files
 from ntm_jax.api import Run
 from ntm_jax.data import pipeline, sources
 from ntm_jax.runtime import build, config, config_file, sharding
@@ -165,6 +166,13 @@ def python(
         f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
     )
     return done
+
+
+def figures(path) -> dict:
+    """The content of an evaluation's JSON file, without what tells when it was made."""
+    content = files.read_json(path, "")
+    del content["provenance"]["date"]
+    return content
 
 
 def alike(one, other) -> bool:

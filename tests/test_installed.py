@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tests.common import ROOT, TINY, python
+from tests.common import ROOT, TINY, figures, python
 
 SOURCES = ("ntm_jax", "launch", "experiments")
 
@@ -84,9 +84,9 @@ def test_train_leaves_a_run(run):
 
 
 def test_evaluate_gives_the_figures_of_the_run_again(run, program):
-    before = (run / "evaluation.json").read_bytes()
+    before = figures(run / "evaluation.json")
     program("evaluate", "--workdir=run", f"--step={TINY['train.steps']}")
-    assert (run / f"evaluation-{TINY['train.steps']}.json").read_bytes() == before
+    assert figures(run / f"evaluation-{TINY['train.steps']}.json") == before
 
 
 def test_sample_writes_images(run, program):
@@ -103,7 +103,8 @@ def test_an_export_samples(run, program):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("prepare", "--input must have a value"), ("compile", "--topology must have a value"),
+    ("prepare", "--input and --out must be given, such as python -m "),
+    ("compile", "--topology and --config must be given, such as python -m "),
     ("benchmark", "give either --config"),
 ])
 def test_the_other_programs_start(name, message, program):

@@ -11,8 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from ntm_jax import files
-from tests.common import ROOT, TINY, environment, python
+from tests.common import ROOT, TINY, environment, figures, python
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
 STEPS = 100
@@ -85,18 +84,13 @@ def test_a_run_leaves_all_its_files(run):
 def test_evaluate_gives_the_same_figures_as_the_run(run):
     workdir, _, _ = run
     ended = (workdir / "evaluation.json").read_bytes()
-
-    def figures(name):
-        content = json.loads((workdir / name).read_text())
-        del content[files.SEAL], content["provenance"]["date"]
-        return content
-
     done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}")
     assert "bound, bits/dim" in done.stdout
-    assert figures(f"evaluation-{STEPS}.json") == figures("evaluation.json")
+    assert figures(workdir / f"evaluation-{STEPS}.json") == figures(workdir / "evaluation.json")
     program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=0")
-    assert figures("evaluation-train-20.json")["split"] == "train[:20]"
-    assert "class_accuracy" not in figures("evaluation-train-20.json")
+    other = figures(workdir / "evaluation-train-20.json")
+    assert other["split"] == "train[:20]"
+    assert "class_accuracy" not in other
     assert (workdir / "evaluation.json").read_bytes() == ended
 
 

@@ -78,8 +78,9 @@ def evaluated(alone):
             "--split=test", "--trajectories=2", "--per_example", "--step=12"))
         ends = job.end()
         assert [status for status, *_ in ends] == [0] * count, ends
-        scores = pyarrow.parquet.read_table(alone / "evaluation-12.parquet").to_pydict()
-        found[count, devices] = json.loads((alone / "evaluation-12.json").read_text()), scores
+        scores = pyarrow.parquet.read_table(alone / "evaluation-12-test.parquet").to_pydict()
+        result = json.loads((alone / "evaluation-12-test.json").read_text())
+        found[count, devices] = result, scores
     return found
 
 
