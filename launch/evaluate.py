@@ -33,7 +33,6 @@ flags.DEFINE_enum("features", None, ["none", "pixels", "cnn", "inception"], "Wha
 
 def main():
     import dataclasses
-    import re
 
     from ntm_jax import api
     from ntm_jax.evaluation.evaluate import EvaluationOptions
@@ -56,7 +55,7 @@ def main():
     latest = f.step is None and run.workdir == f.workdir
     parts = ["evaluation"] + ([] if latest else [str(run.step)])
     if f.split not in (None, run.config.evaluate.split):
-        parts.append(re.sub(r"[^\w.]+", "-", f.split).strip("-"))
+        parts.append(f.split.replace("[", "-").replace(":", "to").replace("]", ""))
     name = "-".join(parts) + ".json"
     run.report(name, result, scores, f.per_example, unit)
 

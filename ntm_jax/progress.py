@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 LINE_SECONDS = 20.0  # between lines where there is no terminal
 
 
-def shown(items: Iterable[Item], title: str, unit: str, total: int | None = None,
+def track(items: Iterable[Item], title: str, unit: str, total: int | None = None,
           show: bool = True) -> Iterator[Item]:
     """Yields the items, and shows on stderr how many are done, of `total` or len(items).
 
@@ -27,9 +27,10 @@ def shown(items: Iterable[Item], title: str, unit: str, total: int | None = None
         return
     begin = last = time.monotonic()
     for done, item in enumerate(items):
-        if done and time.monotonic() - last >= LINE_SECONDS:
-            last = time.monotonic()
-            left = f", {(last - begin) / done * (total - done):.0f} s left" if total else ""
+        now = time.monotonic()
+        if done and now - last >= LINE_SECONDS:
+            last = now
+            left = f", {(now - begin) / done * (total - done):.0f} s left" if total else ""
             number = f"{done}/{total}" if total else str(done)
             print(f"{title}: {number} {unit}{left}", file=sys.stderr, flush=True)
         yield item

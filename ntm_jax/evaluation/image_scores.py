@@ -11,7 +11,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import statistics, tasks
 from ntm_jax.evaluation.statistics import mean_and_stderr
-from ntm_jax.progress import shown
+from ntm_jax.progress import track
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
@@ -23,7 +23,7 @@ MAX_CANDIDATES = 10_000  # pictures that retrieval chooses from
 
 def generated(run: Run, progress: bool = False) -> np.ndarray:
     """The samples that are scored, config.evaluate.images of them: [n, H, W, C], 0..V-1."""
-    batches = shown(generate.in_batches(run.config.evaluate.images, 500), "samples", "batches",
+    batches = track(generate.in_batches(run.config.evaluate.images, 500), "samples", "batches",
                     show=progress)
     return np.concatenate([generate.sample_at(run, index) for index in batches])
 

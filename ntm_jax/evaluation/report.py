@@ -97,7 +97,7 @@ def _commit() -> str:
 
 
 LOWER = (  # figures of evaluation.json that are better the lower they are, and the higher
-    "bits_per_dim", "nats_per_dim", "trajectory_nll", "velocity_error", "mse", "frechet",
+    "bits_per_dim", "nats_per_dim", "trajectory_nll", "velocity_error", "frechet",
     "denoising", "denoiser")
 HIGHER = ("effective_sample_size", "class_accuracy", "precision", "recall", "retrieval", "tasks")
 

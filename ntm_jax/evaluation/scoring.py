@@ -19,7 +19,7 @@ from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import pipeline, transforms
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.progress import shown
+from ntm_jax.progress import track
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.run import Run
 
@@ -94,7 +94,7 @@ def map_records(run: Run, source: Source, score, progress: bool = False) -> dict
     # This process's share of a batch, and the smallest share: one record for each of its shards.
     least, share = shards // count, batch_size // count
     kept, total = [], -(-len(source.records) // batch_size)
-    for batch in shown(batches, "evaluate", "batches", total, progress):
+    for batch in track(batches, "evaluate", "batches", total, progress):
         done = 0
         while done < len(batch["x"]):
             part = {name: values[done : done + share] for name, values in batch.items()}

@@ -98,9 +98,9 @@ def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> N
     longest = max(map(len, names), default=0)
     margin, top = (150 if longest > 16 else 100) if longest else 0, 22 if titles else 0
     size = sheet.shape[1] + margin + gap, sheet.shape[0] + top
-    plot = figure(size[0] / DPI, size[1] / DPI, 0)[0]
+    plot, axes = figure(size[0] / DPI, size[1] / DPI)
     plot.set_layout_engine("none")
-    axes = plot.add_axes((margin / size[0], 0, sheet.shape[1] / size[0], sheet.shape[0] / size[1]))
+    axes.set_position((margin / size[0], 0, sheet.shape[1] / size[0], sheet.shape[0] / size[1]))
     axes.set_axis_off()
     axes.imshow(_without_gray_axis(sheet), cmap="gray", vmin=0, vmax=255, interpolation="nearest",
                 aspect="auto")
@@ -196,15 +196,13 @@ def smoothed(values: list) -> list[float]:
 
 def figure(width: float, height: float, rows: int | None = None,
            columns: int = 1) -> tuple[Any, Any]:
-    """(figure, axes) of a size in inches: one axes, an array [rows, columns], None for 0 rows."""
+    """(figure, axes) of a size in inches: one axes, or an array of axes [rows, columns]."""
     from matplotlib.figure import Figure
 
     # Not pyplot's, which opens a window system and keeps a global list of figures.
     made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     if rows is None:
         return made, made.subplots()
-    if not rows:
-        return made, None
     return made, made.subplots(rows, columns, squeeze=False)
 
 

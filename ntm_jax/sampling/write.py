@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from ntm_jax import files
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError
-from ntm_jax.progress import shown
+from ntm_jax.progress import track
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
 from ntm_jax.runtime.processes import job
@@ -74,7 +74,7 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     batches = generate.in_batches(request.num, request.batch)
     done = _claim(folder, asked, len(batches))
     begin, made, first = time.perf_counter(), 0, 0
-    for number, index in enumerate(shown(batches, "sample", "batches")):
+    for number, index in enumerate(track(batches, "sample", "batches")):
         if done[number]:
             continue
         work.write_batch(folder, number, index)

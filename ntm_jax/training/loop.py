@@ -286,17 +286,10 @@ class _Loop:
 
     def _take_step(self, step: int, batch: dict) -> None:
         config, mesh = self.run.config, self.run.mesh
-        if step == self.start and self.writer.shows:
-            self.work = flops_of_step(self.run, self.step_function, self.current, batch,
-                                      self.teacher, self.reference)
-            self.limit = flops.products(config.model.dtype, mesh, 0.1)()
-        if step == self.start:
-            self.writer.message("compiling the first step; a model of the default size takes about "
-                                "half a minute on a CPU")
         self.batch = batch
         arguments = (self.current, batch, steps_of(config, step), self.reference, self.complete)
         if step == self.start:
-            check_memory(self.run, self.step_function, *arguments)
+            self._compile(*arguments)
         with sharding.use(mesh):
             self.current, metrics = self.step_function(*arguments)
         if self.pending:
@@ -305,6 +298,17 @@ class _Loop:
                 self.writer.write(step, scalars)
         self.pending = metrics
         self.writer.advance(step + 1)
+
+    def _compile(self, *arguments) -> None:
+        """Compiles the first step, counts its FLOPs, and checks that its memory is there."""
+        self.writer.message("compiling the first step; a model of the default size takes about "
+                            "half a minute on a CPU")
+        if self.writer.shows:
+            self.work = flops_of_step(self.run, self.step_function, self.current, self.batch,
+                                      self.teacher, self.reference)
+            dtype = self.run.config.model.dtype
+            self.limit = flops.products(dtype, self.run.mesh, 0.1)()
+        check_memory(self.run, self.step_function, *arguments)
 
     def _read(self, step: int) -> dict:
         """The checked metrics of the step that ended at `step`; {} where they are not logged.

@@ -1,6 +1,7 @@
 """Pictures of a run as it learns: samples beside real images, trajectories, the loss curve."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from etils import epath
 from ntm_jax.core.layers import Text
 from ntm_jax.data.sources import Source
 from ntm_jax.runtime import plots
+from ntm_jax.runtime.config import Data
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
 
@@ -40,13 +42,16 @@ def draw(run: Run, source: Source, held_out: Source, loss_label: str) -> list[st
     if jax.process_index() == 0 and plots.loss_plot(
             folder / "metrics.jsonl", folder / "loss.png", loss_label):
         paths.append(folder / "loss.png")
-    (_points if source.planar_extent else _images)(run, source, held_out, *paths[:2])
+    if source.planar_extent:
+        _draw_points(run, source.planar_extent, *paths[:2])
+    else:
+        _draw_images(run, held_out, *paths[:2])
     return [str(path) for path in paths]
 
 
-def _images(run: Run, source: Source, held_out: Source, samples, trajectories) -> None:
+def _draw_images(run: Run, held_out: Source, samples, trajectories) -> None:
     """Draws rows of samples, and a trajectory of each row."""
-    pixel_levels, rows = run.spec.pixel_levels, _rows(run, source, held_out)
+    pixel_levels, rows = run.spec.pixel_levels, _rows(run, held_out)
     clean, levels = _sampled(run, rows)
     ends = np.cumsum([len(row.index) for row in rows])[:-1]
     sheet = [plots.SheetRow(row.name, plots.displayable(images, pixel_levels),
@@ -77,14 +82,13 @@ def _sampled(run: Run, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(clean), np.concatenate(levels)
 
 
-def _points(run: Run, source: Source, held_out: Source, samples, trajectories) -> None:
+def _draw_points(run: Run, extent: float, samples, trajectories) -> None:
     """Draws points of the plane; they cost little, and many of them show a density."""
     first, *rest = generate.in_batches(run.config.sample.num, 500)
     clean, levels = generate.sample_at(run, first, with_levels=True)
     points = np.concatenate([clean, *(generate.sample_at(run, index) for index in rest)])
     t, levels = _shown_levels(run, clean, levels)
     if jax.process_index() == 0:
-        extent = source.planar_extent
         plots.points_picture(points.reshape(-1, 1, 2), [0.0], extent, samples)
         levels = levels.reshape(*levels.shape[:2], 2)
         plots.points_picture(levels, t, extent, trajectories)
@@ -104,7 +108,7 @@ def _shown_levels(run: Run, clean, levels) -> tuple[np.ndarray, np.ndarray]:
     return t, levels
 
 
-def _rows(run: Run, source: Source, held_out: Source) -> list[_Row]:
+def _rows(run: Run, held_out: Source) -> list[_Row]:
     """The rows of samples.png, config.sample.num images in all, at most ten a row."""
     num, classes = max(1, run.config.sample.num), run.model.config.num_classes
     if run.model.config.text_width:
@@ -112,7 +116,7 @@ def _rows(run: Run, source: Source, held_out: Source) -> list[_Row]:
     if not classes:
         index = np.arange(num)
         return [_Row("", part, None, []) for part in np.split(index, range(10, num, 10))]
-    drawn, real = min(classes, ROWS, num), _real_images(source, min(classes, ROWS))
+    drawn, real = min(classes, ROWS, num), _real_images(run.config.data, min(classes, ROWS))
     names = run.spec.class_names or [f"class {label}" for label in range(classes)]
     rows = []
     for label in range(drawn):
@@ -135,11 +139,15 @@ def _caption_rows(run: Run, held_out: Source, num: int) -> list[_Row]:
     return rows
 
 
-def _real_images(source: Source, classes: int) -> list[list]:
-    """Training images of the first classes, up to REAL of each among the first records."""
-    found: list[list] = [[] for _ in range(classes)]
-    for i in range(min(SEARCHED, len(source.records))):
-        record = source.records[i]
+@functools.lru_cache(maxsize=1)
+def _real_images(data: Data, classes: int) -> list[list]:
+    """Training images of the first classes, up to REAL of each among the first records.
+
+    They are read once for all pictures of a run.
+    """
+    records, found = data.open(data.split).records, [[] for _ in range(classes)]
+    for i in range(min(SEARCHED, len(records))):
+        record = records[i]
         if record["label"] < classes and len(found[record["label"]]) < REAL:
             found[record["label"]].append(record["image"])
         if all(len(images) == REAL for images in found):

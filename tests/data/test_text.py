@@ -201,6 +201,14 @@ def test_unknown_and_invalid_encoders_are_refused(name, line):
         text.open_encoder(name)
 
 
+def test_a_vocabulary_may_have_commas():
+    one, other = (
+        text.open_encoder(f"words:3:{words}").encode(["a red fox"])[0]
+        for words in ("a red fox", "a,red, fox")
+    )
+    np.testing.assert_array_equal(one, other)
+
+
 def test_an_unknown_word_is_named():
     with pytest.raises(
         UserError, match="has the word 'green', which the model does not know: expected a, red"
