@@ -222,6 +222,25 @@ def test_a_missing_flag_is_named():
     assert_refused(program("evaluate", check=False), message)
 
 
+EXHAUSTED = """
+import jax.numpy as jnp
+from launch import program
+program.run(lambda: jnp.zeros(2**50, jnp.uint8).block_until_ready())
+"""
+
+
+def test_too_little_memory_is_one_line_that_names_the_settings():
+    done = python("-c", EXHAUSTED, check=False)
+    assert_refused(done, "a device's memory is full (RESOURCE_EXHAUSTED: ")
+    assert "): lower config.data.batch_size, config.evaluate.batch_size or --batch, " in done.stderr
+
+
+def test_a_file_in_a_folders_place_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = program("train", *CONFIG, f"--workdir={tmp_path}/file", check=False)
+    assert_refused(done, f"{tmp_path}/file is a file: ")
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     done = program("sample", f"--workdir={tmp_path}", check=False)
     assert_refused(done, "holds no run (no config.json there)")

@@ -33,9 +33,15 @@ class Data:
     mock: str
     text: str = ""
 
-    def open(self, split: str) -> Source:
-        """A split of the source. Raises UserError like sources.open_source."""
-        return sources.open_source(self.source, split, self.image_size, self.text)
+    def open(self, split: str, setting: str = "") -> Source:
+        """A split of the source. Raises UserError like sources.open_source.
+
+        setting: the setting that names the split, which an error about it then names.
+        """
+        try:
+            return sources.open_source(self.source, split, self.image_size, self.text)
+        except sources.SplitError as error:
+            raise UserError(f"{setting}: {error}" if setting else str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)
