@@ -141,12 +141,13 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     return _run(load_run(workdir, step, raw))
 
 
-def experiment(name: str, variant: str = "", **overrides) -> Config:
+def experiment(name: str, variant: str = "", *, data=None, labels=None, **overrides) -> Config:
     """The configuration of a shipped experiment: experiment("digits", **{"train.steps": 200}).
 
-    variant: as in --config=digits:gaussian. overrides: settings by "section.key". Settings that the
-    experiment leaves open, such as the image size of `folder`, are chosen for its data. Raises
-    UserError for an unknown experiment, variant or setting, or a value that does not fit.
+    variant: as in --config=digits:gaussian. data, labels: arrays in memory as its data source, see
+    train. overrides: settings by "section.key". Settings that the experiment leaves open, such as
+    the image size of `folder`, are chosen for its data. Raises UserError for an unknown experiment,
+    variant or setting, or a value that does not fit.
     """
     try:
         module = importlib.import_module(f"ntm_jax.experiments.{name}")
@@ -162,6 +163,8 @@ def experiment(name: str, variant: str = "", **overrides) -> Config:
                 close = ", ".join(difflib.get_close_matches(key, names, 3)) or "section.key"
                 raise ValueError(f"{key} is not a setting, did you mean {close}?")
         values.update_from_flattened_dict(overrides)
+        if data is not None:
+            values.data.source = _provide(data, labels)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"experiment {name!r}: {first_line(error)}") from None
     config, _ = config_file.complete(values)
@@ -187,7 +190,12 @@ def train(config: Config, workdir: str, *, data=None, labels=None, progress: boo
 
 def with_arrays(config: Config, images, labels=None) -> Config:
     """The configuration with arrays in memory as its source, which this process can then open."""
+    data = dataclasses.replace(config.data, source=_provide(images, labels), image_size=0)
+    return dataclasses.replace(config, data=data)
+
+
+def _provide(images, labels) -> str:
+    """Makes arrays a data source that this process can open; its name."""
     arrays = sources.from_arrays(images, labels)
     sources.provide(arrays)
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, source=arrays.name, image_size=0))
+    return arrays.name
