@@ -44,7 +44,7 @@ def test_own_images_are_one_command(tmp_path):
                     f"--config.data.source=folder:{tmp_path}/in")
     assert printed.startswith("chosen for the data: --config.data.patch_size=4 ")
     assert "1 of 120 images cannot be decoded and are left out: rings/000.png\n" in printed
-    assert "class accuracy of 20 samples" in printed
+    assert "samples recognised as their class, %, of 20 " in printed
     assert f"pictures: {tmp_path}/run/samples.png, " in printed
     run = ntm_jax.load(str(tmp_path / "run"))
     assert run.spec.class_names == ("cards", "rings")

@@ -73,11 +73,16 @@ def test_a_run_leaves_all_its_files(run):
     for name in ("samples.png", "trajectories.png", "loss.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((workdir / "evaluation.json").read_text())
-    assert f"test[:20] split, 20 records, step {STEPS}" in printed
+    assert f"step {STEPS}, 20 held-out records (test[:20]):\n" in printed
     bound = result["bits_per_dim"]["importance_weighted"]
-    assert re.search(r"importance-weighted bound \(2 trajectories\), bits/dim +"
-                     rf"{bound['mean']:.4f} ± {bound['stderr']:.4f}", printed)
-    assert re.search(r"class accuracy of 20 samples, % +\d", printed)
+    assert re.search("bits/dim, importance-weighted over 2 trajectories +"
+                     rf"{bound['mean']:.3f} ± {bound['stderr']:.3f}\n", printed)
+    assert re.search(r"samples recognised as their class, %, of 20 +\d", printed)
+    ending = printed.partition("evaluating\n")[2].splitlines()
+    ending = [line for line in ending if "%|" not in line]
+    assert len(ending) <= 10
+    assert ending[-1].startswith(f"pictures: {workdir}/samples.png, ")
+    assert f"all figures: {workdir}/evaluation.json" in ending
 
 
 @pytest.mark.slow

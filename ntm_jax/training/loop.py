@@ -106,7 +106,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         features = "none" if config.evaluate.features == "inception" else None
         result, scored = evaluate(run, EvaluationOptions(features=features),
                                   measure=objective.measure, progress=progress)
-        write_report(run, result, scored, epath.Path(folder) / "evaluation.json")
+        write_report(run, result, scored, epath.Path(folder) / "evaluation.json", brief=True)
         if jax.process_index() == 0:
             print(f"pictures: {', '.join(drawn)}", flush=True)
     return run, result
