@@ -17,6 +17,7 @@ from tests.common import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^[ ]*```(?:sh|bash)\n(.*?)^[ ]*```", re.M | re.S)
 ASSIGNMENT = re.compile(r"(?<!\S)([A-Z_]\w*)=(\"[^\"]*\"|'[^']*'|[^\s;&|]*)")
+LOOP = re.compile(r"\bfor (\w+) in (\w+)")  # its first pass
 # A shipped experiment, not a user's own file.
 NAMED = re.compile(r"--config=(?:\w*|(?:\./)?experiments/\w+\.py)(?::\S*)?")
 PARSER = """
@@ -67,6 +68,7 @@ def simple_commands(block: str):
     for line in block.replace("\\\n", " ").splitlines():
         text = expanded(line, variables)
         variables |= {name: value.strip("\"'") for name, value in ASSIGNMENT.findall(line)}
+        variables |= dict(LOOP.findall(line))
         lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|<>")
         lexer.whitespace_split = True
         words: list[str] = []
@@ -132,6 +134,9 @@ pip install x && python -m launch.train --config=digits --workdir=$FIRST \\
 taskset -c 0 python -m ntm_jax.launch.benchmark --config=my.py; python other.py
 NAME=x FLAGS='--config=digits --workdir=gs://b/r' envsubst < launch/gke_jobset.yaml | kubectl apply
 launch/tpu_vm.sh tpu-vm n z --config=digits --workdir=r --import=mine
+for i in 0 1; do
+  python -m launch.export --workdir=r$i --out=e${i} &
+done
 ```
 ```python
 python -m launch.train
@@ -142,7 +147,8 @@ python -m launch.train
          "--config.train.steps=2", "--config.data.split=train[:9]"],
         ["benchmark", "--config=default"],
         ["train", "--config=digits", "--workdir=gs://b/r"],
-        ["train", "--config=digits", "--workdir=r"]]
+        ["train", "--config=digits", "--workdir=r"],
+        ["export", "--workdir=r0", "--out=e0"]]
 
 
 WRONG = {
