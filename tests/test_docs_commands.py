@@ -1,10 +1,14 @@
 """Every command of the documentation parses: its program, flags, settings and experiment exist.
 
 The commands are those of the sh and bash blocks of README.md and of the pages in docs/. Each is
-parsed by the program that it names, with the program's own flags; nothing else of it runs.
+parsed by the program that it names, with the program's own flags; nothing else of it runs. The
+lines that docs/faq.md explains are looked up in the code.
 """
 
+import ast
+import errno
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -174,3 +178,22 @@ def refused():
 @pytest.mark.parametrize("call", WRONG)
 def test_a_wrong_command_is_refused(refused, call):
     assert WRONG[call] in refused[call]
+
+
+def literals() -> str:
+    """Returns the text of every string of the code, f-strings without their values."""
+    files = [path for room in ("ntm_jax", "launch", "experiments")
+             for path in sorted((ROOT / room).rglob("*.py"))]
+    return "\n".join(node.value for path in files for node in ast.walk(ast.parse(path.read_text()))
+                     if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_the_lines_that_the_faq_explains_exist():
+    page = (ROOT / "docs/faq.md").read_text()
+    lines = re.findall(r"^`([^`\n]+)`\n: ", page, re.M)
+    assert len(lines) > 25
+    code = literals() + os.strerror(errno.ENOSPC)
+    missing = [f"{part!r} of {line}" for line in lines
+               for part in re.split(r"\.\.\.|[(:;]", re.sub("^(error|note): ", "", line))
+               if part.strip(" )") not in code]
+    assert not missing, "\n".join(missing)
