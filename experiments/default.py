@@ -17,7 +17,7 @@ SETTINGS = dict(
     init_from="",  # initial parameters: run folder, WORKDIR/checkpoints/STEP, export, weights
     teacher="",  # run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP
     data=dict(
-        source="mock:8x8x1,levels=17,classes=10",  # digits, folder:PATH, ...: see the README's list
+        source="mock:8x8x1,levels=17,classes=10",  # folder:PATH, ...: docs/howto/own-images.md
         split="train",  # training split, with an optional slice such as train[:1350]
         batch_size=32,  # examples per step, over all devices and processes
         patch_size=1,  # side of the square of pixels or latents that forms one token
