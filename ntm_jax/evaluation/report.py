@@ -239,9 +239,9 @@ def advice(result: dict) -> list[str]:
     if share > MUCH_RECONSTRUCTION:
         lines.append(
             f"{100 * share:.0f}% of the bound is reconstruction, the cost of pixel values that the "
-            f"noise of t_min = {t_min} hides, whatever the model learns: compare runs of equal "
-            "t_min, or lower config.trajectory.t_min and t_min_range in a new run; the bound then "
-            "says more, and samples as good need more steps")
+            f"noise of t_min = {t_min} hides, whatever the model learns: lower "
+            "config.trajectory.t_min and t_min_range in a new run for a better bound; samples as "
+            "good then need more steps")
     if "frechet" in result and result["features"]["images"] < FEW_SAMPLES:
         lines.append(
             f"the Fréchet distance is of {result['features']['images']} samples, and few make it "
