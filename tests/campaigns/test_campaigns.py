@@ -1,4 +1,4 @@
-"""The campaigns with few trials; from the command line they take more (docs/reference/safety.md)."""
+"""The campaigns with few trials; docs/reference/safety.md has the commands that take more."""
 
 import re
 
