@@ -136,11 +136,12 @@ def flags_page() -> str:
 
 def flag_row(flag: ElementTree.Element) -> tuple[str, str, str]:
     """A row (name, default, meaning) of Markdown."""
-    default = flag.findtext("default")
+    default = flag.findtext("default") or ""
     meaning = prose(" ".join(flag.findtext("meaning").split()).rstrip(".") + ".")
     choices = ", ".join(f"`{choice.text}`" for choice in flag.iter("enum_value"))
     meaning += f" One of {choices}." if choices else ""
-    return f"`--{flag.findtext('name')}`", shown(default) if default else "", meaning
+    shown_default = "" if default in ("", "[]") else shown(default)
+    return f"`--{flag.findtext('name')}`", shown_default, meaning
 
 
 def stems(folder: str) -> list[str]:
