@@ -91,7 +91,7 @@ class Run(base.Run):
                  progress: bool = False) -> dict:
         """The figures of evaluation.json: likelihood with standard errors, samples' scores.
 
-        against: another run, scored on the same records.
+        against: another run, scored on the same records. progress: shows a progress bar.
         """
         return self.scores(options, against, progress)[0]
 
@@ -178,9 +178,11 @@ def train(config: Config, workdir: str, *, data=None, labels=None, progress: boo
 
     data: images [n, H, W, C] in memory, uint8 pixels or float32 latents, in place of
     config.data.source, with labels [n] where there are classes; see sources.from_arrays.
+    progress: shows a progress bar on a terminal, lines elsewhere.
     until: stops at this step as a preemption would, saving. tracer: an analysis.profile.Trace.
 
-    Returns None when stopped early.
+    Returns None when stopped early. Raises UserError where configuration, data and workdir do not
+    fit together, and for a loss that is not finite.
     """
     if data is not None:
         config = with_arrays(config, data, labels)
@@ -189,7 +191,10 @@ def train(config: Config, workdir: str, *, data=None, labels=None, progress: boo
 
 
 def with_arrays(config: Config, images, labels=None) -> Config:
-    """The configuration with arrays in memory as its source, which this process can then open."""
+    """The configuration with arrays in memory as its source, which this process can then open.
+
+    images, labels: as in train. Raises UserError like sources.from_arrays.
+    """
     data = dataclasses.replace(config.data, source=_provide(images, labels), image_size=0)
     return dataclasses.replace(config, data=data)
 

@@ -162,7 +162,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """All settings of one experiment by section; see experiments/default.py."""
 
     seed: int
     data: Data
@@ -183,7 +183,7 @@ class Config:
 
     @property
     def evaluation_steps(self) -> int:
-        """The number of steps T of evaluated trajectories: sampling's, unless an ODE is sampled."""
+        """The steps T of evaluated trajectories, those of sampling unless an ODE is sampled."""
         solves_ode = self.sample.decoder in SOLVERS
         return max(self.trajectory.steps) if solves_ode else self.sample.steps
 
