@@ -177,8 +177,8 @@ def train(config: Config, workdir: str, *, data=None, labels=None, progress: boo
     """Trains in a workdir, resuming what it holds, evaluates, and returns the run.
 
     data: images [n, H, W, C] in memory, uint8 pixels or float32 latents, in place of
-    config.data.source, with labels [n] where there are classes; see sources.from_arrays.
-    progress: shows a progress bar on a terminal, lines elsewhere.
+    config.data.source. labels: [n] where there are classes, numbers or names of classes; see
+    sources.from_arrays. progress: shows a progress bar on a terminal, lines elsewhere.
     until: stops at this step as a preemption would, saving. tracer: an analysis.profile.Trace.
 
     Returns None when stopped early. Raises UserError where configuration, data and workdir do not
