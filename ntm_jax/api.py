@@ -25,6 +25,7 @@ from ntm_jax.errors import UserError, first_line
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
 from ntm_jax.evaluation.scoring import log_prob
+from ntm_jax.export import publish
 from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
 from ntm_jax.runtime import config as configuration
@@ -109,6 +110,7 @@ class Run(base.Run):
         """
         if result is None:
             result, scores = self.scores(progress=True)
+        epath.Path(self.workdir).mkdir(parents=True, exist_ok=True)  # new for a run on the Hub
         write_report(self, result, scores, epath.Path(self.workdir) / name, per_example, unit)
         return result
 
@@ -135,10 +137,20 @@ def _run(run: base.Run) -> Run:
 def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, in one of its WORKDIR/checkpoints/STEP, or in an export.
 
-    step: the latest by default. raw: with the raw parameters in place of their moving average.
-    Raises UserError if there is no run, or its files are damaged.
+    workdir: a folder, or hf://OWNER/NAME[@REVISION] for an export on the Hugging Face Hub. step:
+    the latest by default. raw: with the raw parameters in place of their moving average. Raises
+    UserError if there is no run, or its files are damaged.
     """
     return _run(load_run(workdir, step, raw))
+
+
+def push(export: str, repository: str, private: bool = False) -> str:
+    """Uploads an export's folder to the Hugging Face Hub as OWNER/NAME.
+
+    private: creates a private repository. Returns the address to load, hf://OWNER/NAME@COMMIT.
+    Raises UserError if the export is damaged, or the Hub refuses it.
+    """
+    return publish.push(export, repository, private)
 
 
 def experiment(name: str, variant: str = "", **overrides) -> Config:
