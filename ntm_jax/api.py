@@ -15,6 +15,7 @@ import difflib
 import importlib
 import math
 import pkgutil
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -182,18 +183,20 @@ def experiment(name: str, variant: str = "", **overrides) -> Config:
 
 
 def train(config: Config, workdir: str, *, data=None, labels=None, progress: bool = True,
-          until: int | None = None, tracer=None) -> Run | None:
+          until: int | None = None, tracer=None, writers: Sequence[str] = ()) -> Run | None:
     """Trains in a workdir, resuming what it holds, evaluates, and returns the run.
 
     data: images [n, H, W, C] in memory, uint8 pixels or float32 latents, in place of
     config.data.source, with labels [n] where there are classes; see sources.from_arrays.
     until: stops at this step as a preemption would, saving. tracer: an analysis.profile.Trace.
+    writers: where metrics go besides metrics.jsonl and TensorBoard, such as ["wandb:PROJECT"].
 
     Returns None when stopped early.
     """
     if data is not None:
         config = with_arrays(config, data, labels)
-    finished = loop.train(config, workdir, progress=progress, until=until, tracer=tracer)
+    finished = loop.train(config, workdir, progress=progress, until=until, tracer=tracer,
+                          writers=writers)
     return None if finished is None else _run(finished[0])
 
 
