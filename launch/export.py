@@ -34,18 +34,18 @@ def main():
     from ntm_jax.sampling import generate
 
     f = program.FLAGS
-    pushes = f.push is not None and jax.process_index() == 0
+    repository = f.push if jax.process_index() == 0 else None
     if f.private and f.push is None:
         raise UserError("--private is of an upload, and there is none: give --push=OWNER/NAME")
-    if pushes:
-        publish.check(f.push)  # before the work
+    if repository is not None:
+        publish.check(repository)  # before the work
     run = api.load(f.workdir, f.step, f.raw)
     run.export(f.out, f.steps, generate.parse_guidance(f.guidance), f.decoder)
-    if pushes:
+    if repository is not None:
         try:
-            print(f"pushed: {api.push(f.out, f.push, f.private)}", flush=True)
+            print(f"pushed: {api.push(f.out, repository, f.private)}", flush=True)
         except UserError as error:
-            raise UserError(f"{error}; {f.out} is complete: ntm_jax.push({f.out!r}, {f.push!r}) "
+            raise UserError(f"{error}; {f.out} is complete: ntm_jax.push({f.out!r}, {repository!r}) "
                             "uploads it") from None
 
 
