@@ -45,8 +45,8 @@ def main():
         try:
             print(f"pushed: {api.push(f.out, repository, f.private)}", flush=True)
         except UserError as error:
-            raise UserError(f"{error}; {f.out} is complete: ntm_jax.push({f.out!r}, {repository!r}) "
-                            "uploads it") from None
+            again = f"ntm_jax.push({f.out!r}, {repository!r}{', private=True' * f.private})"
+            raise UserError(f"{error}; {f.out} is complete: {again} uploads it") from None
 
 
 if __name__ == "__main__":
