@@ -5,19 +5,23 @@ programs, written --config.section.key=value. By itself this file is a small cla
 of made-up data.
 """
 
+import ast
 import copy
+import io
 import pathlib
+import tokenize
+import typing
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 SETTINGS = dict(
-    seed=0,  # of parameters, data order, noise and samples; from 0 to 2^32 - 1
+    seed=0,  # seed of parameters, data order, noise and samples; from 0 to 2^32 - 1
     init_from="",  # starting point: run, WORKDIR/checkpoints/STEP, export, hf://OWNER/NAME, weights
     teacher="",  # run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP
     data=dict(
-        source="mock:8x8x1,levels=17,classes=10",  # digits, folder:PATH, ...: see the README's list
+        source="mock:8x8x1,levels=17,classes=10",  # digits, folder:PATH, tfds:NAME, toy:NAME, ...
         split="train",  # training split, with an optional slice such as train[:1350]
         batch_size=32,  # examples per step, over all devices and processes
         patch_size=1,  # side of the square of pixels or latents that forms one token
@@ -28,30 +32,30 @@ SETTINGS = dict(
     ),
     trajectory=dict(
         schedule="shifted",  # spacing of noise levels: linear, shifted
-        shift=None,  # of schedule=shifted, a number; None derives it from the tokens
+        shift=None,  # shift of schedule=shifted; None derives it from the number of tokens
         steps=(4,),  # tuple of step counts T, trained together
         t_min=0.04,  # noise level of x_0 in evaluation and sampling, in (0, 1)
         t_min_range=(0.03, 0.05),  # range of the noise level of x_0 in training, uniform
     ),
     model=dict(
-        width=128,  # of the predictor, a multiple of head_size
+        width=128,  # width of the predictor, a multiple of head_size
         head_size=32,  # width of one attention head
         kv_heads=4,  # key and value heads; divides the number of heads, width / head_size
         mlp_ratio=4,  # hidden width of an MLP, in multiples of the layer's width
         positions="learned",  # position encoding: learned, rotary
-        transporter_width=128,  # of the transporter, a multiple of head_size
+        transporter_width=128,  # width of the transporter, a multiple of head_size
         transporter_blocks=2,  # invertible blocks; 0 is Gaussian denoising without transporter
         transporter_layers=2,  # transformer layers in each block
         transporter_text=False,  # with condition=text, conditions the transporter on the mean token
-        transporter_positions_std=0.02,  # initial deviation of its position table (learned)
+        transporter_positions_std=0.02,  # initial deviation of the transporter's position table
         predictor_layers=4,  # transformer layers of the predictor
         head="preconditioned",  # parametrisation of the Gaussian: direct, preconditioned, posterior
         log_scale_bound=3.0,  # largest absolute log-scale of a transporter block
         data_std=1.0,  # deviation of the data, for preconditioning
         condition="class",  # what the model is conditioned on: none, class, text
         backbone="transformer",  # network of head=posterior: transformer, flux2
-        double_layers=0,  # of backbone=flux2: two-stream layers before the predictor_layers
-        dtype="float32",  # of activations in training: float32, bfloat16
+        double_layers=0,  # two-stream layers of backbone=flux2, before the predictor_layers
+        dtype="float32",  # type of activations in training: float32, bfloat16
         remat="none",  # what the backward pass recomputes: none, full, narrow, dots
         scan=False,  # scans stacked layers: compiles faster; small models on CPUs run slower
     ),
@@ -69,12 +73,12 @@ SETTINGS = dict(
         level_power=0.0,  # p: weights each level's loss by t_k^p; 0 weights all levels equally
     ),
     optimizer=dict(
-        learning_rate=2e-3,  # peak, after the warmup
+        learning_rate=2e-3,  # peak learning rate, after the warmup
         floor=1e-6,  # learning rate at the end, at most the peak
         warmup_steps=100,  # steps from 0 to the peak
-        weight_decay=0.1,  # AdamW's, decoupled
+        weight_decay=0.1,  # decoupled weight decay of AdamW
         clip=1.0,  # largest global norm of the gradient
-        ema_decay=0.999,  # of the parameters' moving average, in [0, 1)
+        ema_decay=0.999,  # decay of the parameters' moving average, in [0, 1)
     ),
     mesh=dict(
         slices=1,  # TPU slices; each holds 1/slices of the data axis
@@ -85,7 +89,7 @@ SETTINGS = dict(
     ),
     evaluate=dict(
         split="test",  # held-out split, with an optional slice
-        trajectories=8,  # per example, for the importance-weighted bound
+        trajectories=8,  # trajectories per example, for the importance-weighted bound
         batch_size=100,  # examples per evaluation step, over all devices and processes
         images=0,  # samples to score against the training images; 0 scores none
         features="none",  # what scores compare: none, pixels, cnn, inception
@@ -96,7 +100,7 @@ SETTINGS = dict(
         guidance=0.0,  # scale w, or one per step from noise down: (1.0, 0.5, 0.0, 0.0)
         decoder="score",  # last step: inverse, score, denoiser; ODE of flow matching: euler, heun
         inverse="auto",  # inverts the transporter: auto, parallel, sequential
-        percentile=100.0,  # of decoder=score, in [0, 100]: clips its gradient there; 100 does not
+        percentile=100.0,  # clips the gradient of decoder=score at this percentile; 100 clips none
     ),
 )
 ANY_TYPE = (("trajectory", "shift"), ("sample", "guidance"))  # several types: see config.read
@@ -109,6 +113,24 @@ def get_config() -> ml_collections.ConfigDict:
         value = settings[section][key]
         settings[section][key] = ml_collections.FieldReference(value, object)
     return ml_collections.ConfigDict(settings).lock()
+
+
+def documented() -> list[tuple[str, str, str]]:
+    """Returns (section.key, default, meaning) of every setting, as this file has them."""
+    source = pathlib.Path(__file__).read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens
+                if token.type == tokenize.COMMENT}
+    assigned = {ast.unparse(node.targets[0]): node.value for node in ast.parse(source).body
+                if isinstance(node, ast.Assign)}
+    rows, every = [], typing.cast(ast.Call, assigned["SETTINGS"])
+    for entry in every.keywords:
+        section = entry.value.keywords if isinstance(entry.value, ast.Call) else None
+        for setting in section or [entry]:
+            name = f"{entry.arg}.{setting.arg}" if section else setting.arg
+            default = ast.get_source_segment(source, setting.value)
+            rows.append((name, default, comments[setting.value.end_lineno or 0]))
+    return rows
 
 
 def leave_open(c: ml_collections.ConfigDict, *keys: str):

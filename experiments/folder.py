@@ -11,7 +11,7 @@ from ntm_jax.experiments import default
 def get_config():
     c = default.get_config()
     c.data.source = ""
-    c.trajectory.update(shift=1.5, t_min=0.07, t_min_range=(0.05, 0.09))
+    c.trajectory.update(shift=1.5, t_min=0.04, t_min_range=(0.03, 0.05))
     c.model.update(positions="rotary", log_scale_bound=5.0, predictor_layers=3)
     c.train.update(save_every=250, evaluate_every=250)
     c.optimizer.update(learning_rate=1.5e-3, ema_decay=0.998)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 import typing
 
@@ -170,12 +171,28 @@ def _import_modules(argv):
                   f"expected a module in {os.getcwd()} or of an installed package")
 
 
+def _settings() -> str:
+    """Every setting with its default and its meaning, as --helpfull prints flags."""
+    from ntm_jax.experiments import default
+
+    lines = ["", "settings of --config:"]
+    for name, value, meaning in default.documented():
+        lines += textwrap.wrap(f"--config.{name}: {meaning}", 80, initial_indent="  ",
+                               subsequent_indent="    ")
+        lines.append(f"    (default: {value})")
+    return "\n".join(lines)
+
+
 def _parse(argv):
     try:
         _import_modules(argv)
         rest = FLAGS(argv)
         if "config" in FLAGS and FLAGS.config:
             FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use
+    except SystemExit:  # of --help and its kind
+        if "config" in FLAGS and {"--helpfull", "-helpfull"} & {*argv}:
+            print(_settings())
+        raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
             SyntaxError) as error:
         _fail(_mistake(error))
@@ -277,7 +294,8 @@ def run(main):
     """Parses the flags, runs main() and exits.
 
     The status is 0 when done, 2 with one line on stderr for a user's mistake, a file system that
-    cannot be written to, or too little memory, and 130 when interrupted.
+    cannot be written to, or too little memory, 130 when interrupted, and 141 when nobody reads its
+    output any more.
     """
     logging.set_verbosity(logging.WARNING)
     flags.DEFINE_multi_string(
@@ -294,6 +312,10 @@ def run(main):
             _leave_job(130, "interrupted")
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
+        except BrokenPipeError:  # such as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+            _leave_job(141, "the reader of this program's output has gone")
+            sys.exit(141)  # what a shell reports of a program that SIGPIPE ends
         except Exception as error:
             is_os_error = isinstance(error, OSError)
             line = _of_the_file_system(error) if is_os_error else _of_memory(error)

@@ -93,7 +93,7 @@ class Run(base.Run):
                  progress: bool = False) -> dict:
         """The figures of evaluation.json: likelihood with standard errors, samples' scores.
 
-        against: another run, scored on the same records.
+        against: another run, scored on the same records. progress: shows a progress bar.
         """
         return self.scores(options, against, progress)[0]
 
@@ -154,12 +154,13 @@ def push(export: str, repository: str, private: bool = False) -> str:
     return publish.push(export, repository, private)
 
 
-def experiment(name: str, variant: str = "", **overrides) -> Config:
+def experiment(name: str, variant: str = "", *, data=None, labels=None, **overrides) -> Config:
     """The configuration of a shipped experiment: experiment("digits", **{"train.steps": 200}).
 
-    variant: as in --config=digits:gaussian. overrides: settings by "section.key". Settings that the
-    experiment leaves open, such as the image size of `folder`, are chosen for its data. Raises
-    UserError for an unknown experiment, variant or setting, or a value that does not fit.
+    variant: as in --config=digits:gaussian. data, labels: arrays in memory as its data source, see
+    train. overrides: settings by "section.key". Settings that the experiment leaves open, such as
+    the image size of `folder`, are chosen for its data. Raises UserError for an unknown experiment,
+    variant or setting, or a value that does not fit.
     """
     try:
         module = importlib.import_module(f"ntm_jax.experiments.{name}")
@@ -175,6 +176,8 @@ def experiment(name: str, variant: str = "", **overrides) -> Config:
                 close = ", ".join(difflib.get_close_matches(key, names, 3)) or "section.key"
                 raise ValueError(f"{key} is not a setting, did you mean {close}?")
         values.update_from_flattened_dict(overrides)
+        if data is not None:
+            values.data.source = _provide(data, labels)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"experiment {name!r}: {first_line(error)}") from None
     config, _ = config_file.complete(values)
@@ -188,10 +191,12 @@ def train(config: Config, workdir: str, *, data=None, labels=None, progress: boo
 
     data: images [n, H, W, C] in memory, uint8 pixels or float32 latents, in place of
     config.data.source, with labels [n] where there are classes; see sources.from_arrays.
+    progress: shows a progress bar on a terminal, lines elsewhere.
     until: stops at this step as a preemption would, saving. tracer: an analysis.profile.Trace.
     writers: where metrics go besides metrics.jsonl and TensorBoard, such as ["wandb:PROJECT"].
 
-    Returns None when stopped early.
+    Returns None when stopped early. Raises UserError where configuration, data and workdir do not
+    fit together, and for a loss that is not finite.
     """
     if data is not None:
         config = with_arrays(config, data, labels)
@@ -201,8 +206,16 @@ def train(config: Config, workdir: str, *, data=None, labels=None, progress: boo
 
 
 def with_arrays(config: Config, images, labels=None) -> Config:
-    """The configuration with arrays in memory as its source, which this process can then open."""
+    """The configuration with arrays in memory as its source, which this process can then open.
+
+    images, labels: as in train. Raises UserError like sources.from_arrays.
+    """
+    data = dataclasses.replace(config.data, source=_provide(images, labels), image_size=0)
+    return dataclasses.replace(config, data=data)
+
+
+def _provide(images, labels) -> str:
+    """Makes arrays a data source that this process can open; its name."""
     arrays = sources.from_arrays(images, labels)
     sources.provide(arrays)
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, source=arrays.name, image_size=0))
+    return arrays.name

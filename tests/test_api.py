@@ -46,6 +46,15 @@ def test_the_readmes_lines_train_on_arrays_and_give_samples_and_likelihoods(tmp_
         ntm_jax.train(names["config"], "runs/notebook", data=255 - images, labels=labels)
 
 
+def test_an_experiment_suits_arrays_in_memory():
+    images, labels = images_and_labels()
+    config = ntm_jax.experiment("folder", data=images, labels=labels, **{"train.steps": 3})
+    assert (config.data.image_size, config.data.patch_size) == (8, 2)
+    assert (config.model.condition, config.evaluate.images) == ("class", 1000)
+    source = config.data.open("all")
+    np.testing.assert_array_equal(sorted(r["label"] for r in source.records), sorted(labels))
+
+
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [
     ("digit", "", {}, r"there is no experiment 'digit': expected one of .*digits"),
     ("digits", "huge", {}, "huge is not a variant: expected ntm or gaussian"),

@@ -1,4 +1,4 @@
-"""A user's own parts, from outside the package: the examples of docs/extending.md, trained."""
+"""A user's own parts, from outside the package: the examples of docs/howto/extend.md, trained."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.common import ROOT, TINY, environment, python
 
-PAGE = (ROOT / "docs/extending.md").read_text()
+PAGE = (ROOT / "docs/howto/extend.md").read_text()
 EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.S))
 DIGITS = ["--config=digits", *(f"--config.{key}={value}" for key, value in TINY.items())]
 SETTINGS = {

@@ -1,4 +1,4 @@
-"""The README's commands that fine-tune FLUX.2-klein, from a checkpoint on disk to an export.
+"""The commands of docs/howto/flux2.md, from a checkpoint on disk to an export.
 
 They run on a tiny network with random weights.
 """
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """(folder, outputs) after every command of the README's block on FLUX.2 has run in turn."""
+    """(folder, outputs) after every command of the page's first block has run in turn."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("klein")
     c = new_run(settings()).model.backbone.config
@@ -121,7 +121,7 @@ def rehearsed(tmp_path_factory):
         block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2)
     autoencoder.save_pretrained(folder / "FLUX.2-klein" / "vae")
     write_photos(folder / "photos", 48, 80)
-    block = re.search(r"```sh\n(FLUX2=.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    block = re.search(r"```sh\n(FLUX2=.*?)```", (ROOT / "docs/howto/flux2.md").read_text(), re.S)[1]
     places = {"$FLUX2": f"{folder}/FLUX.2-klein", "$RECORDS": f"{folder}/records",
               "/data/photos": f"{folder}/photos", "runs/": f"{folder}/runs/",
               "exports/": f"{folder}/exports/"}
@@ -138,7 +138,7 @@ def rehearsed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_go_from_a_checkpoint_to_an_export(rehearsed):
+def test_the_pages_commands_go_from_a_checkpoint_to_an_export(rehearsed):
     folder, printed = rehearsed
     assert len(printed) == 6
     metrics = (folder / "runs/klein/metrics.jsonl").read_text()

@@ -73,11 +73,16 @@ def test_a_run_leaves_all_its_files(run):
     for name in ("samples.png", "trajectories.png", "loss.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((workdir / "evaluation.json").read_text())
-    assert f"test[:20] split, 20 records, step {STEPS}" in printed
+    assert f"step {STEPS}, 20 held-out records (test[:20]):\n" in printed
     bound = result["bits_per_dim"]["importance_weighted"]
-    assert re.search(r"importance-weighted bound \(2 trajectories\), bits/dim +"
-                     rf"{bound['mean']:.4f} ± {bound['stderr']:.4f}", printed)
-    assert re.search(r"class accuracy of 20 samples, % +\d", printed)
+    assert re.search("bits/dim, importance-weighted over 2 trajectories +"
+                     rf"{bound['mean']:.3f} ± {bound['stderr']:.3f}\n", printed)
+    assert re.search(r"samples recognised as their class, %, of 20 +\d", printed)
+    ending = printed.partition("evaluating\n")[2].splitlines()
+    ending = [line for line in ending if "%|" not in line]
+    assert len(ending) <= 10
+    assert ending[-1].startswith(f"pictures: {workdir}/samples.png, ")
+    assert f"all figures: {workdir}/evaluation.json" in ending
 
 
 @pytest.mark.slow
@@ -220,6 +225,36 @@ def test_a_mistake_is_one_line_with_status_2(refusals, name):
 def test_a_missing_flag_is_named():
     message = "--workdir must be given, such as python -m launch.evaluate --workdir=runs/digits"
     assert_refused(program("evaluate", check=False), message)
+
+
+EXHAUSTED = """
+import jax.numpy as jnp
+from launch import program
+program.run(lambda: jnp.zeros(2**50, jnp.uint8).block_until_ready())
+"""
+
+
+def test_too_little_memory_is_one_line_that_names_the_settings():
+    done = python("-c", EXHAUSTED, check=False)
+    assert_refused(done, "a device's memory is full (RESOURCE_EXHAUSTED: ")
+    assert "): lower config.data.batch_size, config.evaluate.batch_size or --batch, " in done.stderr
+
+
+def test_a_reader_that_goes_away_ends_a_program_quietly():
+    printing = "from launch import program; program.run(lambda: [print(n) for n in range(10**6)])"
+    process = subprocess.Popen([sys.executable, "-c", printing], cwd=ROOT, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+def test_a_file_in_a_folders_place_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = program("train", *CONFIG, f"--workdir={tmp_path}/file", check=False)
+    assert_refused(done, f"{tmp_path}/file is a file: ")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -58,6 +58,7 @@ class ModelConfig:
 
     @property
     def tokens(self) -> int:
+        """N, the number of tokens."""
         return self.grid[0] * self.grid[1]
 
     def exact(self) -> "ModelConfig":

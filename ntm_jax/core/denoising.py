@@ -33,10 +33,11 @@ def _gradient(model: NTM, params, xs, t, y, percentile: float):
 def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0):
     """E[x | trajectory] under the model, [B, N, D].
 
-    xs: trajectories [B, K, N, D] at levels t [B, K]; y: their condition.
     x = (x_0 - sum_j S_0j dL/dx_j) / (1 - t_0). The prior on x_T drops out since S_0T = 0. With one
-    level it is Tweedie's formula. percentile: clips each example's gradient at this percentile of
-    its absolute entries; 100 clips nothing.
+    level it is Tweedie's formula.
+
+    xs: trajectories [B, K, N, D] at levels t [B, K]; y: their condition. percentile: clips each
+    example's gradient at this percentile of its absolute entries; 100 clips nothing.
     """
     gradient = _gradient(model, params, xs, t, y, percentile)
     correction = jnp.einsum("bk,bknd->bnd", covariance(t)[:, 0], gradient,

@@ -80,7 +80,9 @@ def backbone_params(params):
 def velocity_errors(backbone, params, x, noise, t, y):
     """Mean squared error of the velocity per dimension, [B]: the flow-matching loss.
 
-    x and noise: [B, N, D]; t: [B]. Source: Lipman et al., arXiv 2210.02747.
+    Source: Lipman et al., arXiv 2210.02747.
+
+    x and noise: [B, N, D]; t: [B].
     """
     velocity, _ = backbone.apply(params, trajectory.start(x, t, noise), t, y)
     return jnp.mean(jnp.square(velocity - (noise - x)), (1, 2))
@@ -95,10 +97,11 @@ def solve(backbone, noise, t, y, nothing=None, guidance: float | tuple[float, ..
           heun: bool = False):
     """Solves dx/dt = v from noise [B, N, D] down the levels t [B, K], t_0 = 0 for clean images.
 
-    backbone(x, t, y) -> (v, hidden states). It takes Euler's steps, of one pass each, or Heun's
-    second-order steps, of two. With guidance w > 0, v = v_c + w (v_c - v_u), where v_u has
-    `nothing`, the null condition; both run in one batch. w is one number, or one for each step,
-    from pure noise down. Returns [B, K, N, D].
+    It takes Euler's steps, of one pass each, or Heun's second-order steps, of two. With guidance
+    w > 0, v = v_c + w (v_c - v_u), where v_u has `nothing`, the null condition; both run in one
+    batch. w is one number, or one for each step, from pure noise down.
+
+    backbone(x, t, y) -> (v, hidden states). Returns [B, K, N, D].
     """
     batch, count = len(noise), t.shape[1] - 1
     scales = guidance_by_step(guidance, count)

@@ -48,11 +48,12 @@ def log_reconstruction(x, x_0, t_0, pixel_levels: int):
 def contributions(terms: Terms, xs, x, t, pixel_levels: int) -> dict:
     """The contributions to the log-weight of trajectories by level, in nats.
 
-    xs: trajectories [B, K, N, D] of clean x [B, N, D] at levels t [B, K]. pixel_levels > 0: log w =
-    log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the probability of discrete
-    pixels. pixel_levels = 0, for continuous x: without p(x | x_0) and with q(x_1..x_T | x_0), a
-    bound on the density of the data noised to t_0. The upper part x_k..x_T of a trajectory gives a
-    bound on the density at t_k.
+    xs: trajectories [B, K, N, D] of clean x [B, N, D] at levels t [B, K].
+
+    With pixel_levels > 0, log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound
+    on the probability of discrete pixels. With pixel_levels = 0, for continuous x, it is without
+    p(x | x_0) and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. The
+    upper part x_k..x_T of a trajectory gives a bound on the density at t_k.
 
     Returns prior [B], predictor and log_det [B, T], forward [B, K], and for pixels reconstruction
     [B]; log_weight sums them. forward is -log q(x_k | x_{k+1}, x) or, continuous, -log q(x_k |
@@ -102,12 +103,12 @@ class Importance:
 
     @property
     def importance_weighted(self):
-        """log of the mean w, [B] nats: the tighter bound (Burda et al., arXiv 1509.00519)."""
+        """The tighter bound log of the mean w, [B] nats (Burda et al., arXiv 1509.00519)."""
         return self.log_sum - jnp.log(self.count)
 
     @property
     def effective_sample_size(self):
-        """(sum w)^2 / sum w^2, [B]: between 1 and the number of trajectories."""
+        """(sum w)^2 / sum w^2, [B], between 1 and the number of trajectories."""
         return jnp.exp(2 * self.log_sum - self.log_sum_squares)
 
     @property
@@ -134,8 +135,10 @@ def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:
     """Scores of examples x [B, N, D] in nats, from several trajectories each.
 
     draw(i): the i-th trajectories [B, K, N, D] at levels t [B, K]. terms(xs): the model's Terms [B,
-    T]. Trajectories are drawn and weighed one after the other, so that memory does not grow with
-    their number. As in contributions, a trajectory may be the upper part of a longer one.
+    T].
+
+    Trajectories are drawn and weighed one after the other, so that memory does not grow with their
+    number. As in contributions, a trajectory may be the upper part of a longer one.
 
     Returns bound, importance_weighted, effective_sample_size, and the bounds' variances over noise,
     bound_variance and weighted_variance: [B]; weighted, the importance-weighted bound of the first

@@ -24,20 +24,20 @@ class Terms:
     """The terms of a factor's negative log-likelihood in nats (eq. 3.4), float32.
 
     [B] for one factor, or [B, T] for a trajectory. nll = quadratic + log_scale - log_det +
-    constant, and log p(x_k | x_{k+1}) = -nll.
+    constant, and log p(x_k | x_{k+1}) = -nll. misalignment and level are no terms of it.
     """
 
     quadratic: jax.Array  # |z|^2 / 2
     log_scale: jax.Array  # sum of log sigma
     log_det: jax.Array  # log |det du_k/dx_k|
     constant: float  # N D / 2 log 2 pi
-    # Not terms of the likelihood:
     # |mu_k - reference|^2 per dimension, with a reference (method, section 7)
     misalignment: Any = 0.0
     level: Any = 0.0  # t_k, the target's level
 
     @property
     def nll(self):
+        """Negative log-likelihood in nats with its constant, [B] or [B, T]."""
         return self.quadratic + self.log_scale - self.log_det + self.constant
 
 

@@ -143,8 +143,9 @@ def simulate(x, t, noise):
 def log_reverse(xs, t, x_r, r=0.0):
     """log q(x_k | x_{k+1}, x_r) in nats for k = 0..K-2, [B, K-1].
 
-    xs: [B, K, N, D] at levels t [B, K]; x_r: [B, N, D] at a lower level r, [B, 1] or 0. Their sum
-    with log q(x_T) = log N(x_T; 0, I) is log q(x_0..x_T | x_r).
+    xs: [B, K, N, D] at levels t [B, K]; x_r: [B, N, D] at a lower level r, [B, 1] or 0.
+
+    Their sum with log q(x_T) = log N(x_T; 0, I) is log q(x_0..x_T | x_r).
     """
     a, b, c = (per_example(v, xs) for v in posterior(t[:, :-1], t[:, 1:], r))
     return jnp.sum(log_normal(xs[:, :-1], a * xs[:, 1:] + b * x_r[:, None], c), (2, 3))

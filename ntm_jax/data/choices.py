@@ -142,11 +142,17 @@ def choose(settings: dict[str, Any], accelerator: bool) -> dict[str, Any]:
         raise UserError(
             "config.data.source is empty: give your images, --config.data.source=folder:PATH"
         )
-    train, held_out = (
-        dataclasses.replace(sources.open_as_stored(name, split.partition("[")[0]), name=name)
-        for split in (settings["data.split"], settings["evaluate.split"])
-    )
+    train, held_out = (_open(name, key, settings[key]) for key in ("data.split", "evaluate.split"))
     data = _Data(train, held_out, accelerator, dict(settings))
     for key in left_open:
         data.settings[key] = CHOICES[key](data)
     return {key: data.settings[key] for key in left_open}
+
+
+def _open(name: str, key: str, split: str) -> Source:
+    """The source's split that the setting `key` names, without its slice, as it is stored."""
+    try:
+        return dataclasses.replace(
+            sources.open_as_stored(name, split.partition("[")[0]), name=name)
+    except sources.SplitError as error:
+        raise UserError(f"config.{key}: {error}") from None

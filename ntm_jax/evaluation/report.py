@@ -205,6 +205,32 @@ def table(result: dict, unit: str) -> str:
     return "\n".join(lines)
 
 
+def summary(result: dict, path) -> str:
+    """The main figures of an evaluation in a few lines, and the path of its file, for a run's end.
+    """
+    unit = next(name for name in NAMES if name in result)
+    figures = result[unit]
+    rows: list[tuple] = [(f"{NAMES[unit]}, an upper bound (lower is better)", figures["bound"])]
+    trajectories = figures["importance_weighted"]["trajectories"]
+    if trajectories > 1:
+        rows.append((f"{NAMES[unit]}, importance-weighted over {trajectories} trajectories",
+                     figures["importance_weighted"]))
+    rows += [(MEASURES.get(key, key.replace("_", " ")), result[key])
+             for key in result.get("measures", ())]
+    if "class_accuracy" in result:
+        accuracy = result["class_accuracy"]
+        rows.append((f"samples recognised as their class, %, of {accuracy['images']:,}",
+                     _percent(accuracy)))
+    if "tasks" in result:
+        tasks_shown = result["tasks"].get("by_guidance", [result["tasks"]])[0]
+        rows.append(("samples that show what was asked, %", _percent(tasks_shown["overall"])))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"step {result['step']}, {result['count']:,} held-out records ({result['split']}):"]
+    lines += [f"  {name:<{width}}  {figure['mean']:8.3f} ± {figure['stderr']:.3f}"
+              for name, figure in rows]
+    return "\n".join([*lines, f"all figures: {path}"])
+
+
 def advice(result: dict) -> list[str]:
     """Lines on figures that mislead, with what to change; see also contributions in result."""
     lines = []
@@ -213,8 +239,9 @@ def advice(result: dict) -> list[str]:
     if share > MUCH_RECONSTRUCTION:
         lines.append(
             f"{100 * share:.0f}% of the bound is reconstruction, the cost of pixel values that the "
-            f"noise of t_min = {t_min} hides, whatever the model learns: a lower "
-            "config.trajectory.t_min and t_min_range, in a new run, gives it more to say")
+            f"noise of t_min = {t_min} hides, whatever the model learns: lower "
+            "config.trajectory.t_min and t_min_range in a new run for a better bound; samples as "
+            "good then need more steps")
     if "frechet" in result and result["features"]["images"] < FEW_SAMPLES:
         lines.append(
             f"the Fréchet distance is of {result['features']['images']} samples, and few make it "
@@ -223,12 +250,13 @@ def advice(result: dict) -> list[str]:
 
 
 def write_report(run: Run, result: dict, scored: dict | None, path, per_example: bool = False,
-                 unit: str | None = None) -> None:
+                 unit: str | None = None, brief: bool = False) -> None:
     """Prints the figures, and writes, in the first process, `path` (JSON) and files beside it.
 
-    scored: the scores of every record, which only per_example needs. The files are a picture of
-    what each level costs (.png); with per_example the scores of each record in nats (.parquet); for
-    planar data of known density densities.png; and in a comparison with another run losses.png.
+    brief: prints the summary instead of the table. scored: the scores of every record, which only
+    per_example needs. The files are a picture of what each level costs (.png); with per_example the
+    scores of each record in nats (.parquet); for planar data of known density densities.png; and in
+    a comparison with another run losses.png.
     """
     path = epath.Path(path)
     if "truth" in result:
@@ -246,10 +274,11 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
     if per_example:
         assert scored is not None, "per_example writes the scores of every record: give them"
         write_scores(scored, path.with_suffix(".parquet"))
-    print(table(result, unit or next(name for name in NAMES if name in result)), flush=True)
+    shown = unit or next(name for name in NAMES if name in result)
+    print(summary(result, path) if brief else table(result, shown), flush=True)
     for line in advice(result):
         print(f"note: {line}", flush=True)
-    if "tasks" in result:
+    if "tasks" in result and not brief:
         print(tasks.table(result["tasks"]), flush=True)
 
 

@@ -33,9 +33,15 @@ class Data:
     mock: str
     text: str = ""
 
-    def open(self, split: str) -> Source:
-        """A split of the source. Raises UserError like sources.open_source."""
-        return sources.open_source(self.source, split, self.image_size, self.text)
+    def open(self, split: str, setting: str = "") -> Source:
+        """A split of the source. Raises UserError like sources.open_source.
+
+        setting: the setting that names the split, which an error about it then names.
+        """
+        try:
+            return sources.open_source(self.source, split, self.image_size, self.text)
+        except sources.SplitError as error:
+            raise UserError(f"{setting}: {error}" if setting else str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +162,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """All settings of one experiment by section; see experiments/default.py."""
 
     seed: int
     data: Data
@@ -177,7 +183,7 @@ class Config:
 
     @property
     def evaluation_steps(self) -> int:
-        """The number of steps T of evaluated trajectories: sampling's, unless an ODE is sampled."""
+        """The steps T of evaluated trajectories, those of sampling unless an ODE is sampled."""
         solves_ode = self.sample.decoder in SOLVERS
         return max(self.trajectory.steps) if solves_ode else self.sample.steps
 

@@ -20,7 +20,7 @@ from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, flops, sharding
-from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
@@ -84,11 +84,11 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     mesh = sharding.make_mesh(config.mesh)
     objective = objectives.checked(config)
     check_batch(config, mesh)
-    source = config.data.open(config.data.split)
-    held_out = config.data.open(config.evaluate.split)
+    source = config.data.open(config.data.split, "config.data.split")
+    held_out = config.data.open(config.evaluate.split, "config.evaluate.split")
     spec = pipeline.spec(source, config.data.patch_size)
     count, batch = len(source.records), config.data.batch_size
-    if batch > count:
+    if batch > count and saved_settings(folder) is None:
         raise UserError(f"config.data.batch_size is {batch}, and {source.name} has {count} records "
                         "to train on: expected at most that many")
     run = untrained(config, spec, mesh, folder)
@@ -111,7 +111,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         features = "none" if config.evaluate.features == "inception" else None
         result, scored = evaluate(run, EvaluationOptions(features=features),
                                   measure=objective.measure, progress=progress)
-        write_report(run, result, scored, epath.Path(folder) / "evaluation.json")
+        write_report(run, result, scored, epath.Path(folder) / "evaluation.json", brief=True)
         if jax.process_index() == 0:
             print(f"pictures: {', '.join(drawn)}", flush=True)
     return run, result

@@ -241,7 +241,7 @@ class Objective:
     whole_trajectories: bool = False  # a step holds all T levels of an example at once
     has_levels: bool = True  # factors that train.level_power can weight
     trains_velocity: bool = False  # a model that an NTM can start from
-    needs_teacher: bool = False
+    needs_teacher: bool = False  # config.teacher, the run to distil
 
 
 def _measure_velocity(run: Run, source: Source, trajectories: int) -> dict:

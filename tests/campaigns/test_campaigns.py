@@ -1,4 +1,7 @@
-"""The campaigns with few trials; from the command line they take more (docs/safety.md)."""
+"""The campaigns with few trials; from the command line they take more.
+
+See docs/reference/safety.md.
+"""
 
 import re
 

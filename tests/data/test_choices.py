@@ -88,6 +88,14 @@ def test_mistakes_say_what_is_missing(tmp_path):
         chosen(captions, source)
 
 
+def test_too_few_images_and_a_wrong_split_name_the_setting(tmp_path):
+    source = write_images(tmp_path, 1, classes=("cats",))
+    with pytest.raises(UserError, match=r"^config\.data\.split: split 'train' .* no records: it "):
+        chosen(folder, source)
+    with pytest.raises(UserError, match=r"^config\.evaluate\.split: .* it has train, test, all"):
+        chosen(folder, "digits", **{"evaluate.split": "tset"})
+
+
 def test_nothing_is_chosen_where_nothing_is_open():
     assert choices.choose(config.flatten(default.get_config().to_dict()), False) == {}
 

@@ -18,6 +18,7 @@ from ntm_jax.evaluation.report import (
     directions,
     provenance,
     summarize,
+    summary,
     table,
     write_report,
 )
@@ -105,6 +106,24 @@ def test_written_report(run, source, scores, tmp_path, capsys):
     np.testing.assert_array_equal(np.float32(rows["nll_1"]), scores["nll"][:, 1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "evaluation.json", "evaluation.parquet", "evaluation.png"]
+
+
+def test_the_summary_of_a_runs_end_is_short(run, scores):
+    result = {"split": "test[:20]", "step": 3} | summarize(scores, run.spec, 3)
+    accuracy = {"mean": 0.981, "stderr": 0.0021, "images": 4500}
+    tasks = {"overall": {"mean": 0.5, "stderr": 0.01}}
+    result |= {"class_accuracy": accuracy, "tasks": tasks, "measures": ["velocity_error"],
+               "velocity_error": {"mean": 0.25, "stderr": 0.01}}
+    lines = summary(result, "runs/digits/evaluation.json").splitlines()
+    assert lines[0] == "step 3, 20 held-out records (test[:20]):"
+    bounds = [result["bits_per_dim"][name] for name in ("bound", "importance_weighted")]
+    shown = [f"{figure['mean']:.3f} ± {figure['stderr']:.3f}" for figure in bounds]
+    shown += ["0.250 ± 0.010", "98.100 ± 0.210", "50.000 ± 1.000"]
+    assert [line.rpartition("  ")[2].strip() for line in lines[1:-1]] == shown
+    assert lines[-1] == "all figures: runs/digits/evaluation.json"
+    latents = dataclasses.replace(run.spec, pixel_levels=0)
+    result = {"split": "test", "step": 3} | summarize(scores, latents, 3)
+    assert summary(result, "").splitlines()[1].startswith("  nats/dim, an upper bound")
 
 
 def test_bits_of_latents_are_refused(run):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -129,6 +130,12 @@ REFUSED = {
     "more examples than records": (
         {"data.split": "train[:8]"},
         r"batch_size is 16, and digits has 8 records to train on: expected at most that many"),
+    "no such split": (
+        {"evaluate.split": "tset"},
+        r"^config\.evaluate\.split: digits has no split 'tset': it has train, test, all$"),
+    "a slice beyond the records": (
+        {"data.split": "train[:1501]"},
+        r"^config\.data\.split: the split .* takes records 0 to 1501, but there are 1500"),
     "other steps than those that are trained": (
         {"sample.steps": 4}, r"sample\.steps is 4, and .* of 2 steps: set config\.sample\.steps=2"),
 }
@@ -140,6 +147,30 @@ def test_settings_that_cannot_work_are_refused_and_nothing_written(name, tmp_pat
     with pytest.raises(UserError, match=message):
         loop.train(tiny_config(**overrides), str(tmp_path / "new"), progress=False)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_many_hours_is_pointed_out_once():
+    lines = []
+    config = tiny_config(**{"train.steps": 36_001})
+    looping = types.SimpleNamespace(
+        run=types.SimpleNamespace(config=config), warned=False,
+        writer=types.SimpleNamespace(message=lines.append))
+    warn = loop._Loop._warn_of_a_long_run
+    warn(looping, 1, 2.0)
+    assert not lines
+    warn(looping, 1, 0.5)
+    warn(looping, 2, 0.5)
+    assert len(lines) == 1
+    assert lines[0].startswith("a step takes 2 s, and the steps that are left about 20 hours: "
+                               "lower config.train.steps, ")
+
+
+def test_the_free_memory_of_an_accelerator_is_its_own():
+    stats = {"bytes_limit": 1000, "bytes_in_use": 300}
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+    assert state.free_bytes(gpu) == 700
+    unknown = types.SimpleNamespace(platform="tpu", memory_stats=lambda: None)
+    assert state.free_bytes(unknown) == 0
 
 
 @pytest.mark.slow

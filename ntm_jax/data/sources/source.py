@@ -20,6 +20,10 @@ from ntm_jax.errors import UserError
 from ntm_jax.registry import Registry
 
 
+class SplitError(UserError):
+    """A split that a source does not have, or a slice that is empty or out of range."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One split of a data set. Everything in it must be picklable: worker processes get a copy.
@@ -163,8 +167,6 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
     source = open_as_stored(name, base)
     if source.mixed_sizes and not image_size:
         raise UserError(f"images have different sizes ({source.mixed_sizes}): set data.image_size")
-    if not len(source.records):
-        raise UserError(f"split {split!r} of {name} holds no records: it needs more images")
     rows = _slice(split, first, last, len(source.records))
     shape = source.image_shape
     if image_size:
@@ -204,6 +206,8 @@ def open_as_stored(name: str, split: str) -> Source:
             f"data.source {name} opens as a {type(source).__name__}: expected its open function to "
             "return a ntm_jax.data.sources.Source"
         )
+    if not len(source.records):
+        raise SplitError(f"split {split!r} of {name} holds no records: it needs more images")
     return source
 
 
@@ -248,9 +252,9 @@ def permuted_splits(count: int, train: int, seed: int = 0) -> dict[str, np.ndarr
 
 
 def check_split(name: str, split: str, existing: Iterable[str]) -> None:
-    """Raises UserError, listing the splits of source `name`, if `split` is not one of them."""
+    """Raises SplitError, listing the splits of source `name`, if `split` is not one of them."""
     if split not in existing:
-        raise UserError(f"{name} has no split {split!r}: it has {', '.join(existing)}")
+        raise SplitError(f"{name} has no split {split!r}: it has {', '.join(existing)}")
 
 
 # Slices and sizes.
@@ -304,7 +308,7 @@ def _parse_split(split: str) -> tuple[str, str | None, str | None]:
     """'train[:90%]' -> ('train', None, '90%')."""
     match = re.fullmatch(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
-        raise UserError(
+        raise SplitError(
             f"the split {split!r} is not understood: expected a name and at most one slice, like "
             "train or train[:90%]"
         )
@@ -320,7 +324,7 @@ def _slice(split: str, first: str | None, last: str | None, count: int) -> range
 
     start, stop = row(first or "0"), row(last or "100%")
     if not 0 <= start < stop <= count:
-        raise UserError(
+        raise SplitError(
             f"the split {split!r} takes records {start} to {stop}, but there are {count}: choose "
             "a slice within them"
         )

@@ -19,7 +19,7 @@ from etils import epath
 from PIL import EpsImagePlugin
 
 from ntm_jax.data import regular
-from ntm_jax.data.sources.source import Source, check_split
+from ntm_jax.data.sources.source import Source, SplitError, check_split
 from ntm_jax.errors import UserError, first_line
 
 # tfds decodes every format that PIL knows, and PIL would start the program Ghostscript for an EPS
@@ -125,7 +125,7 @@ def data_source(where: str, split: str, **options):
         ) from None
     except (ValueError, KeyError):
         existing = ", ".join([*builder.info.splits, "all"])
-        raise UserError(f"tfds:{where} has no split {split!r}: it has {existing}") from None
+        raise SplitError(f"tfds:{where} has no split {split!r}: it has {existing}") from None
 
 
 def _open(where: str):

@@ -1,0 +1,52 @@
+"""The configuration of the documentation site.
+
+    pip install -e '.[docs]' && sphinx-build -W --keep-going docs docs/_build
+
+The build needs no network. Notebooks keep their stored outputs unless NTM_JAX_NOTEBOOKS=cache, with
+which those that changed since the last build are executed.
+"""
+
+import os
+import pathlib
+import sys
+import tomllib
+
+DOCS = pathlib.Path(__file__).parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS / "_ext")]  # this checkout, whatever is installed
+
+project = "ntm_jax"
+author = "The ntm_jax authors"
+copyright = f"2026, {author}"
+metadata = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+release = version = metadata["version"]
+
+extensions = [
+    "docstrings",  # docs/_ext; before napoleon, which then sees valid reStructuredText
+    "generated",
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build", "_ext", "_figures", "jupyter_execute"]
+
+myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = os.environ.get("NTM_JAX_NOTEBOOKS", "off")  # off, cache
+nb_execution_cache_path = str(DOCS / "_build" / ".jupyter_cache")
+nb_execution_timeout = 900  # seconds for a cell
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_inherit_docstrings = False  # a module's setup() has none of its own
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+
+html_theme = "furo"  # light and dark
+html_title = f"ntm_jax {version}"
+html_show_sphinx = False
+html_copy_source = html_show_sourcelink = False
+copybutton_exclude = ".linenos, .gp, .go"
