@@ -18,7 +18,7 @@ from ml_collections import config_dict
 
 SETTINGS = dict(
     seed=0,  # seed of parameters, data order, noise and samples; from 0 to 2^32 - 1
-    init_from="",  # initial parameters: run folder, WORKDIR/checkpoints/STEP, export, weights
+    init_from="",  # starting point: run, WORKDIR/checkpoints/STEP, export, hf://OWNER/NAME, weights
     teacher="",  # run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP
     data=dict(
         source="mock:8x8x1,levels=17,classes=10",  # digits, folder:PATH, tfds:NAME, toy:NAME, ...
