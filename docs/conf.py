@@ -2,8 +2,8 @@
 
     pip install -e '.[docs]' && sphinx-build -W --keep-going docs docs/_build
 
-The build needs no network. Notebooks keep their stored outputs unless NTM_JAX_NOTEBOOKS=cache, with
-which those that changed since the last build are executed.
+The build needs no network. It executes the notebooks that changed since the last build, which takes
+minutes; with NTM_JAX_NOTEBOOKS=off it executes none, and their pages lack outputs.
 """
 
 import os
@@ -33,7 +33,8 @@ exclude_patterns = ["_build", "_ext", "_figures", "jupyter_execute"]
 
 myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = os.environ.get("NTM_JAX_NOTEBOOKS", "off")  # off, cache
+nb_execution_mode = os.environ.get("NTM_JAX_NOTEBOOKS", "cache")
+nb_execution_in_temp = True  # a folder for each, so that no earlier run is in the way
 nb_execution_cache_path = str(DOCS / "_build" / ".jupyter_cache")
 nb_execution_timeout = 900  # seconds for a cell
 nb_execution_raise_on_error = True
