@@ -277,7 +277,8 @@ def run(main):
     """Parses the flags, runs main() and exits.
 
     The status is 0 when done, 2 with one line on stderr for a user's mistake, a file system that
-    cannot be written to, or too little memory, and 130 when interrupted.
+    cannot be written to, or too little memory, 130 when interrupted, and 141 when nobody reads its
+    output any more.
     """
     logging.set_verbosity(logging.WARNING)
     flags.DEFINE_multi_string(
@@ -294,6 +295,10 @@ def run(main):
             _leave_job(130, "interrupted")
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
+        except BrokenPipeError:  # such as `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+            _leave_job(141, "the reader of this program's output has gone")
+            sys.exit(141)  # what a shell reports of a program that SIGPIPE ends
         except Exception as error:
             is_os_error = isinstance(error, OSError)
             line = _of_the_file_system(error) if is_os_error else _of_memory(error)

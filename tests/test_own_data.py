@@ -1,19 +1,22 @@
 """A folder of one's own pictures, as a new user trains on it: with classes, and with captions."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 import ntm_jax
-from tests.common import python
+from tests.common import ROOT, python
 
 QUICK = [f"--config.{setting}" for setting in (
     "train.steps=20", "train.evaluate_every=10", "train.save_every=10", "model.width=32",
     "model.kv_heads=1", "model.transporter_width=32", "model.predictor_layers=1",
     "model.transporter_layers=1", "data.image_size=16", "evaluate.trajectories=1",
     "evaluate.images=20", "sample.num=8")]
+README = (ROOT / "README.md").read_text()
 DRAWN = {"rings": "ellipse", "cards": "rectangle"}
 COLOURS = ("red", "blue")
 
@@ -36,27 +39,39 @@ def train(workdir, *arguments: str) -> str:
     return python("-m", "launch.train", f"--workdir={workdir}", *arguments, *QUICK).stdout
 
 
+def readme_command(first: str, places: dict, *more: str) -> str:
+    """Runs the README's command that starts with `first`, its folders replaced; what it prints."""
+    block = re.search(r"```sh\n(python -m launch.train --config=folder .*?)```", README, re.S)[1]
+    line = next(line for line in block.splitlines() if line.startswith(f"python {first}"))
+    for folder, place in places.items():
+        line = line.replace(folder, str(place))
+    return python(*shlex.split(line)[1:], *more, cwd=places["cwd"]).stdout
+
+
 @pytest.mark.slow
-def test_own_images_are_one_command(tmp_path):
+def test_own_images_are_one_command_and_the_readme_shows_what_follows(tmp_path):
     draw(tmp_path / "in", 120)
     (tmp_path / "in/rings/000.png").write_text("no image")
-    printed = train(tmp_path / "run", "--config=folder",
-                    f"--config.data.source=folder:{tmp_path}/in")
+    places = {"runs/mine": tmp_path / "run", "exports/mine": tmp_path / "export",
+              "folder:pictures": f"folder:{tmp_path}/in", "cwd": ROOT}
+    printed = readme_command("-m launch.train", places, *QUICK)
     assert printed.startswith("chosen for the data: --config.data.patch_size=4 ")
     assert "1 of 120 images cannot be decoded and are left out: rings/000.png\n" in printed
     assert "samples recognised as their class, %, of 20 " in printed
     assert f"pictures: {tmp_path}/run/samples.png, " in printed
+    readme_command("-m launch.sample", places)
+    assert len(list((tmp_path / "run/samples").glob("[0-9]*.png"))) == 100
+    assert "  class accuracy of rings, % " in readme_command("-m launch.evaluate", places)
+    readme_command("-m launch.export", places)
+    assert "one of 2 classes: cards, rings" in (tmp_path / "export/README.md").read_text()
+    readme_command("exports/mine/sample.py", places | {"cwd": tmp_path}, "0", "cards")
+    assert len(list((tmp_path / "samples").iterdir())) == 16
     run = ntm_jax.load(str(tmp_path / "run"))
     assert run.spec.class_names == ("cards", "rings")
     by_name, by_number = run.sample(3, label="rings"), run.sample(3, label=1)
     np.testing.assert_array_equal(by_name, by_number)
-    run.export(str(tmp_path / "export"))
-    python("sample.py", "2", "0", "cards", cwd=tmp_path / "export")
-    assert len(list((tmp_path / "export/samples").iterdir())) == 2
-    assert "one of 2 classes: cards, rings" in (tmp_path / "export/README.md").read_text()
     # The same command goes on with the same choices.
-    again = train(tmp_path / "run", "--config=folder", "--config.train.steps=24",
-                  f"--config.data.source=folder:{tmp_path}/in")
+    again = readme_command("-m launch.train", places, *QUICK, "--config.train.steps=24")
     assert again.startswith("as the run there has them: --config.data.patch_size=4 ")
     assert f"resuming {tmp_path}/run at step 20" in again
 

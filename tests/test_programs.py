@@ -240,6 +240,17 @@ def test_too_little_memory_is_one_line_that_names_the_settings():
     assert "): lower config.data.batch_size, config.evaluate.batch_size or --batch, " in done.stderr
 
 
+def test_a_reader_that_goes_away_ends_a_program_quietly():
+    printing = "from launch import program; program.run(lambda: [print(n) for n in range(10**6)])"
+    process = subprocess.Popen([sys.executable, "-c", printing], cwd=ROOT, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
 def test_a_file_in_a_folders_place_is_named(tmp_path):
     (tmp_path / "file").touch()
     done = program("train", *CONFIG, f"--workdir={tmp_path}/file", check=False)
