@@ -11,8 +11,9 @@ import itertools
 import pathlib
 import re
 
+import style
 from matplotlib.ticker import NullLocator, ScalarFormatter
-from style import BAND, BLUE, GREEN, GREY, IMAGES, INK, ORANGE, PURPLE, RED, SKY, chart, look, save
+from style import BAND, BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SKY, chart
 
 PAGES = pathlib.Path(__file__).parents[1] / "results"
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
@@ -235,9 +236,9 @@ CHARTS = {"digits-trajectories-k": digits_trajectories_k, "digits-guidance": dig
 
 def main():
     """Draws every chart."""
-    with look():
+    with style.look():
         for name, draw in CHARTS.items():
-            save(draw(), IMAGES / f"{name}.png")
+            style.save(draw(), style.IMAGES / f"{name}.png")
 
 
 if __name__ == "__main__":
