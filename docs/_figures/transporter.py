@@ -19,7 +19,7 @@ CLASSES, COLUMNS, SCALE, GAP = 6, 8, 10, 4
 def sheet(run):
     """COLUMNS samples of each of the first CLASSES classes, [H, W], white between them."""
     labels = np.repeat(np.arange(CLASSES), COLUMNS)
-    images = run.sample(len(labels), label=labels, seed=0)[..., 0] / (run.spec.levels - 1)
+    images = run.sample(len(labels), label=labels, seed=0)[..., 0] / (run.spec.pixel_levels - 1)
     images = images.repeat(SCALE, 1).repeat(SCALE, 2)
     images = np.pad(images, ((0, 0), (GAP, GAP), (GAP, GAP)), constant_values=1)
     _, height, width = images.shape
@@ -30,7 +30,7 @@ def sheet(run):
 def main(with_transporter: str, without: str, out: str):
     """Samples both runs and writes the picture."""
     with look():
-        figure, (both,) = chart(3.0, 1, 2)
+        figure, (both,) = chart(2.88, 1, 2)
         for axes, folder, title in zip(both, (with_transporter, without),
                                        ("with transporter", "without transporter"), strict=True):
             picture = sheet(ntm_jax.load(folder))
