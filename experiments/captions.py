@@ -12,7 +12,7 @@ from ntm_jax.experiments import default, folder
 def get_config():
     c = folder.get_config()
     c.model.condition = "text"
-    c.train.condition_dropout = 0.1
+    c.train.update(condition_dropout=0.1, steps=1000)
     c.sample.guidance = 1.0
     default.leave_open(c, "data.text")
     return c

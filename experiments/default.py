@@ -5,8 +5,12 @@ programs, written --config.section.key=value. By itself this file is a small cla
 of made-up data.
 """
 
+import ast
 import copy
+import io
 import pathlib
+import tokenize
+import typing
 from typing import Any
 
 import ml_collections
@@ -14,7 +18,7 @@ from ml_collections import config_dict
 
 SETTINGS = dict(
     seed=0,  # seed of parameters, data order, noise and samples; from 0 to 2^32 - 1
-    init_from="",  # initial parameters: run folder, WORKDIR/checkpoints/STEP, export, weights
+    init_from="",  # starting point: run, WORKDIR/checkpoints/STEP, export, hf://OWNER/NAME, weights
     teacher="",  # run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP
     data=dict(
         source="mock:8x8x1,levels=17,classes=10",  # digits, folder:PATH, tfds:NAME, toy:NAME, ...
@@ -109,6 +113,24 @@ def get_config() -> ml_collections.ConfigDict:
         value = settings[section][key]
         settings[section][key] = ml_collections.FieldReference(value, object)
     return ml_collections.ConfigDict(settings).lock()
+
+
+def documented() -> list[tuple[str, str, str]]:
+    """Returns (section.key, default, meaning) of every setting, as this file has them."""
+    source = pathlib.Path(__file__).read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens
+                if token.type == tokenize.COMMENT}
+    assigned = {ast.unparse(node.targets[0]): node.value for node in ast.parse(source).body
+                if isinstance(node, ast.Assign)}
+    rows, every = [], typing.cast(ast.Call, assigned["SETTINGS"])
+    for entry in every.keywords:
+        section = entry.value.keywords if isinstance(entry.value, ast.Call) else None
+        for setting in section or [entry]:
+            name = f"{entry.arg}.{setting.arg}" if section else setting.arg
+            default = ast.get_source_segment(source, setting.value)
+            rows.append((name, default, comments[setting.value.end_lineno or 0]))
+    return rows
 
 
 def leave_open(c: ml_collections.ConfigDict, *keys: str):

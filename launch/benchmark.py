@@ -21,7 +21,8 @@ flags.DEFINE_integer(
     "runs", 5, "Timed runs of each row; their median is printed.", lower_bound=1)
 flags.DEFINE_integer(
     "batch", None, "Images sampled at a time; config.sample.num by default.", lower_bound=1)
-flags.DEFINE_string("workdir", None, "A run's folder; times only its sampler.")
+flags.DEFINE_string("workdir", None, "A run's folder, an export, or hf://OWNER/NAME; times only "
+                    "its sampler.")
 flags.DEFINE_string("rows", "", "Only rows whose name contains this, such as train or inverse.")
 flags.DEFINE_string("json", None, "A file to write the rows to, as JSON.")
 

@@ -37,6 +37,7 @@ def main():
     from ntm_jax import api
     from ntm_jax.evaluation.evaluate import EvaluationOptions
     from ntm_jax.evaluation.report import check_unit
+    from ntm_jax.export import hub
     from ntm_jax.sampling import generate
 
     f = program.FLAGS
@@ -52,7 +53,7 @@ def main():
     options = EvaluationOptions(f.split, f.trajectories, f.features, f.inception_weights, guidance)
     against = api.load(f.against, raw=f.raw) if f.against else None
     result, scores = run.scores(options, against, progress=True)
-    latest = f.step is None and run.workdir == f.workdir
+    latest = f.step is None and run.workdir == hub.results_folder(f.workdir)
     parts = ["evaluation"] + ([] if latest else [str(run.step)])
     if f.split not in (None, run.config.evaluate.split):
         parts.append(f.split.replace("[", "-").replace(":", "to").replace("]", ""))
@@ -61,6 +62,6 @@ def main():
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder, or an export.")
+    program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
     program.define_processes()
     program.run(main)

@@ -2,7 +2,8 @@
 
 The folder runs without this package: parameters as safetensors, a compiled sampler and likelihood
 for CPU, CUDA and TPU, the configuration, a model card and a script that samples. ntm_jax.load and
-the programs' --workdir accept it like a run's folder.
+the programs' --workdir accept it like a run's folder. --push=OWNER/NAME also uploads it to the
+Hugging Face Hub, where they accept it as hf://OWNER/NAME.
 """
 
 from absl import flags
@@ -18,19 +19,38 @@ flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, fro
                   "1,0.5,0,0.")
 flags.DEFINE_enum("decoder", None, ["inverse", "score", "denoiser", "euler", "heun"],
                   "How the last level becomes an image.")
+flags.DEFINE_string("push", None, "OWNER/NAME, a repository on the Hugging Face Hub to upload the "
+                    "folder to; created if needed. Needs the extra [hub] and `hf auth login`.")
+flags.DEFINE_bool("private", False, "With --push: creates a private repository.")
 flags.mark_flag_as_required("out")
 
 
 def main():
+    import jax
+
     from ntm_jax import api
+    from ntm_jax.errors import UserError
+    from ntm_jax.export import publish
     from ntm_jax.sampling import generate
 
     f = program.FLAGS
+    repository = f.push if jax.process_index() == 0 else None
+    if f.private and f.push is None:
+        raise UserError("--private is of an upload, and there is none: give --push=OWNER/NAME")
+    if repository is not None:
+        publish.check(repository)  # before the work
     run = api.load(f.workdir, f.step, f.raw)
     run.export(f.out, f.steps, generate.parse_guidance(f.guidance), f.decoder)
+    if repository is not None:
+        try:
+            print(f"pushed: {api.push(f.out, repository, f.private)}", flush=True)
+        except UserError as error:
+            again = f"ntm_jax.push({f.out!r}, {repository!r}{', private=True' * f.private})"
+            raise UserError(f"{error}; {f.out} is complete: {again} uploads it") from None
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder, or an export, for other settings of sampling.")
+    program.define_workdir("A run's folder, or an export or hf://OWNER/NAME, for other settings "
+                           "of sampling.")
     program.define_processes()
     program.run(main)

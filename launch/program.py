@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import traceback
 import typing
 
@@ -170,12 +171,28 @@ def _import_modules(argv):
                   f"expected a module in {os.getcwd()} or of an installed package")
 
 
+def _settings() -> str:
+    """Every setting with its default and its meaning, as --helpfull prints flags."""
+    from ntm_jax.experiments import default
+
+    lines = ["", "settings of --config:"]
+    for name, value, meaning in default.documented():
+        lines += textwrap.wrap(f"--config.{name}: {meaning}", 80, initial_indent="  ",
+                               subsequent_indent="    ")
+        lines.append(f"    (default: {value})")
+    return "\n".join(lines)
+
+
 def _parse(argv):
     try:
         _import_modules(argv)
         rest = FLAGS(argv)
         if "config" in FLAGS and FLAGS.config:
             FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use
+    except SystemExit:  # of --help and its kind
+        if "config" in FLAGS and {"--helpfull", "-helpfull"} & {*argv}:
+            print(_settings())
+        raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
             SyntaxError) as error:
         _fail(_mistake(error))

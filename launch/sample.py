@@ -44,6 +44,7 @@ flags.DEFINE_bool("save_trajectories", False, "Also writes every image's levels 
 def main():
     from ntm_jax import api
     from ntm_jax.errors import UserError
+    from ntm_jax.export import hub
     from ntm_jax.sampling import generate, prompts
     from ntm_jax.sampling.write import SampleRequest
 
@@ -57,13 +58,13 @@ def main():
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
                         "it out, or change --per_prompt")
     run = api.load(f.workdir, f.step)
-    run.write_samples(f.out or f"{f.workdir}/samples", SampleRequest(
+    run.write_samples(f.out or f"{hub.results_folder(f.workdir)}/samples", SampleRequest(
         number or f.num or run.config.sample.num, f.batch, f.labels, texts, f.layout, f.encoder,
         f.autoencoder, f.save_trajectories, f.steps, generate.parse_guidance(f.guidance), f.decoder,
         f.inverse, f.seed))
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder, or an export.")
+    program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
     program.define_processes()
     program.run(main)

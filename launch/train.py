@@ -13,6 +13,9 @@ flags.DEFINE_string("profile", None, "START:STOP, steps that are traced; the tra
                     "of where their time went, are written in WORKDIR/profile.")
 flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM stopped early, for "
                      "schedulers that restart a failed job.")
+flags.DEFINE_multi_string("writer", [], "Also sends the metrics and pictures there: wandb:PROJECT "
+                          "for Weights & Biases (needs the extra [wandb] and `wandb login`), or a "
+                          "writer that --import registers. Repeat it for more.")
 
 
 def main():
@@ -23,7 +26,7 @@ def main():
 
     f, span = program.FLAGS, program.span("profile")
     tracer = Trace(epath.Path(f.workdir) / "profile", span) if span else None
-    if not api.train(program.read_config(f.workdir), f.workdir, tracer=tracer):
+    if not api.train(program.read_config(f.workdir), f.workdir, tracer=tracer, writers=f.writer):
         sys.exit(f.stop_status)
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from ntm_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from ntm_jax.api import Run, experiment, load, train
+    from ntm_jax.api import Run, experiment, load, push, train
 
-__all__ = ["Run", "UserError", "experiment", "load", "train"]
+__all__ = ["Run", "UserError", "experiment", "load", "push", "train"]
 
 # setup.py installs launch/ and experiments/ as ntm_jax.launch and ntm_jax.experiments. A checkout
 # has them beside this package, where the same names find them.

@@ -15,6 +15,7 @@ import difflib
 import importlib
 import math
 import pkgutil
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -25,6 +26,7 @@ from ntm_jax.errors import UserError, first_line
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
 from ntm_jax.evaluation.scoring import log_prob
+from ntm_jax.export import publish
 from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
 from ntm_jax.runtime import config as configuration
@@ -109,6 +111,7 @@ class Run(base.Run):
         """
         if result is None:
             result, scores = self.scores(progress=True)
+        epath.Path(self.workdir).mkdir(parents=True, exist_ok=True)  # new for a run on the Hub
         write_report(self, result, scores, epath.Path(self.workdir) / name, per_example, unit)
         return result
 
@@ -135,10 +138,20 @@ def _run(run: base.Run) -> Run:
 def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, in one of its WORKDIR/checkpoints/STEP, or in an export.
 
-    step: the latest by default. raw: with the raw parameters in place of their moving average.
-    Raises UserError if there is no run, or its files are damaged.
+    workdir: a folder, or hf://OWNER/NAME[@REVISION] for an export on the Hugging Face Hub. step:
+    the latest by default. raw: with the raw parameters in place of their moving average. Raises
+    UserError if there is no run, or its files are damaged.
     """
     return _run(load_run(workdir, step, raw))
+
+
+def push(export: str, repository: str, private: bool = False) -> str:
+    """Uploads an export's folder to the Hugging Face Hub as OWNER/NAME.
+
+    private: creates a private repository. Returns the address to load, hf://OWNER/NAME@COMMIT.
+    Raises UserError if the export is damaged, or the Hub refuses it.
+    """
+    return publish.push(export, repository, private)
 
 
 def experiment(name: str, variant: str = "", *, data=None, labels=None, **overrides) -> Config:
@@ -173,20 +186,22 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, **overri
 
 
 def train(config: Config, workdir: str, *, data=None, labels=None, progress: bool = True,
-          until: int | None = None, tracer=None) -> Run | None:
+          until: int | None = None, tracer=None, writers: Sequence[str] = ()) -> Run | None:
     """Trains in a workdir, resuming what it holds, evaluates, and returns the run.
 
     data: images [n, H, W, C] in memory, uint8 pixels or float32 latents, in place of
-    config.data.source, with labels [n] where there are classes; see sources.from_arrays.
-    progress: shows a progress bar on a terminal, lines elsewhere.
+    config.data.source. labels: [n] where there are classes, numbers or names of classes; see
+    sources.from_arrays. progress: shows a progress bar on a terminal, lines elsewhere.
     until: stops at this step as a preemption would, saving. tracer: an analysis.profile.Trace.
+    writers: where metrics go besides metrics.jsonl and TensorBoard, such as ["wandb:PROJECT"].
 
     Returns None when stopped early. Raises UserError where configuration, data and workdir do not
     fit together, and for a loss that is not finite.
     """
     if data is not None:
         config = with_arrays(config, data, labels)
-    finished = loop.train(config, workdir, progress=progress, until=until, tracer=tracer)
+    finished = loop.train(config, workdir, progress=progress, until=until, tracer=tracer,
+                          writers=writers)
     return None if finished is None else _run(finished[0])
 
 

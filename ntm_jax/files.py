@@ -21,6 +21,11 @@ PART = ".part-"  # the prefix of a file's name while it is being written
 SEAL = "content_sha256"  # in a sealed JSON file, the key of the digest of all other keys
 
 
+def is_remote(path) -> bool:
+    """Whether a path is on object storage, such as gs://BUCKET/run, rather than on a disk."""
+    return "://" in os.fspath(path)
+
+
 @contextlib.contextmanager
 def naming(path) -> Iterator[None]:
     """Adds the name `path` to an OSError of the block, as a failed write or flush lacks it."""
@@ -38,7 +43,7 @@ def aside(path) -> Iterator[BinaryIO]:
     uploaded in one piece. Raises OSError, naming `path`.
     """
     path = epath.Path(path)
-    if "://" in os.fspath(path):
+    if is_remote(path):
         buffer = io.BytesIO()
         yield buffer
         path.write_bytes(buffer.getvalue())

@@ -1,5 +1,6 @@
 """Every setting of every experiment is documented, typed and a flag."""
 
+import ast
 import dataclasses
 import re
 import sys
@@ -92,14 +93,14 @@ def test_the_defaults_are_an_experiment():
     config.read(default.get_config())
 
 
-def test_every_setting_has_a_comment_on_its_line():
-    lines = (ROOT / "experiments" / "default.py").read_text().splitlines()
-    for key in DEFAULTS:
-        section, _, name = key.rpartition(".")
-        start = lines.index(f"    {section}=dict(" if section else "SETTINGS = dict(")
-        indent = " " * (8 if section else 4)
-        line = next(line for line in lines[start:] if line.startswith(f"{indent}{name}="))
-        assert re.search(r"  # \w.{5}", line), line
+def test_every_setting_is_documented_and_listed_by_helpfull():
+    rows = default.documented()
+    assert sorted(name for name, _, _ in rows) == sorted(DEFAULTS)
+    assert all(ast.literal_eval(value) == DEFAULTS[name] for name, value, _ in rows)
+    assert all(re.match(r"[\w0-9].{5}", meaning) for _, _, meaning in rows)
+    printed = python("-m", "launch.train", "--helpfull", check=False).stdout
+    assert sorted(re.findall(r"^  --config\.([\w.]+): ", printed, re.M)) == sorted(DEFAULTS)
+    assert "  --config.train.save_minutes: " in printed
 
 
 @pytest.mark.parametrize("case", CASES, ids=":".join)

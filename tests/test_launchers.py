@@ -100,6 +100,7 @@ def test_the_jobset_is_one_slice():
     assert pod["terminationGracePeriodSeconds"] >= 120
     assert set(pod["nodeSelector"].values()) == {"tpu-v5p-slice", "4x4x4"}
     (container,) = pod["containers"]
+    assert container["securityContext"] == {"runAsUser": 0}
     resources = container["resources"]
     assert resources["limits"] == resources["requests"] == {"google.com/tpu": 4}
     assert container["command"] == [

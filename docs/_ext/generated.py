@@ -3,7 +3,6 @@
 Sphinx calls `write` before it reads the pages. One function makes one page, as Markdown.
 """
 
-import ast
 import importlib
 import pathlib
 import re
@@ -13,8 +12,6 @@ import typing
 from collections.abc import Iterable
 from unittest import mock
 from xml.etree import ElementTree
-
-import source_comments
 
 DOCS = pathlib.Path(__file__).parents[1]
 ROOT = DOCS.parent
@@ -68,21 +65,13 @@ def settings_page() -> str:
 
 def settings() -> dict[str, list[tuple[str, str, str]]]:
     """Rows (name, default, meaning) of Markdown by section; '' is the top level."""
-    source = (ROOT / "experiments" / "default.py").read_text()
-    comments = source_comments.by_line(source)
-    every = next(node.value for node in ast.parse(source).body
-                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SETTINGS")
+    from ntm_jax.experiments import default
 
-    def row(prefix, keyword):
-        default = ast.get_source_segment(source, keyword.value)
-        meaning = comments[keyword.value.end_lineno]
-        return f"`{prefix}{keyword.arg}`", f"`{default}`", prose(meaning)
-
-    is_section = {keyword.arg: isinstance(keyword.value, ast.Call) for keyword in every.keywords}
-    rows = {"": [row("", keyword) for keyword in every.keywords if not is_section[keyword.arg]]}
-    return rows | {
-        section.arg: [row(f"{section.arg}.", keyword) for keyword in section.value.keywords]
-        for section in every.keywords if is_section[section.arg]}
+    rows = {}
+    for name, value, meaning in default.documented():
+        section = name.rpartition(".")[0]
+        rows.setdefault(section, []).append((f"`{name}`", f"`{value}`", prose(meaning)))
+    return rows
 
 
 def experiments_page() -> str:

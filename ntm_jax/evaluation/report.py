@@ -210,7 +210,7 @@ def summary(result: dict, path) -> str:
     """
     unit = next(name for name in NAMES if name in result)
     figures = result[unit]
-    rows = [(f"{NAMES[unit]}, an upper bound (lower is better)", figures["bound"])]
+    rows: list[tuple] = [(f"{NAMES[unit]}, an upper bound (lower is better)", figures["bound"])]
     trajectories = figures["importance_weighted"]["trajectories"]
     if trajectories > 1:
         rows.append((f"{NAMES[unit]}, importance-weighted over {trajectories} trajectories",

@@ -38,10 +38,21 @@ UNSCALE = """with open("config.json", "rb") as file:
     spec = json.load(file)["spec"]  # the model's latents have mean 0 and variance 1 by channel
 images = images * np.float32(spec["std"]) + np.float32(spec["mean"])  # as the autoencoder made them
 """
+# The Hub's names of tasks, and of data sets that sources read.
+TASKS = {"class": "unconditional-image-generation", "none": "unconditional-image-generation",
+         "text": "text-to-image"}
+DATASETS = {"mnist_5k": "ylecun/mnist"}
+# The front matter is what the Hugging Face Hub reads.
 CARD = """---
-library_name: jax
-tags: [normalizing-flow, image-generation, jax]
----
+# license: name one here, such as apache-2.0; see "Licence" below
+library_name: ntm_jax
+pipeline_tag: {task}
+tags:
+- normalizing-flow
+- normalizing-trajectory-model
+- image-generation
+- jax
+{datasets}---
 # A Normalizing Trajectory Model of {source}
 
 A generative model that makes an image in {steps} steps and has an exact likelihood of its
@@ -79,7 +90,8 @@ nats = log_likelihood.call(parameters, np.uint32(seed), index, images, {names})
 `sample.py` and the two `.bin` files are programs: run them only if you trust their origin.
 `model.safetensors` and `config.json` are data. ntm_jax reads these two alone:
 `ntm_jax.load("THIS_FOLDER")` gives the model back, with its samples and likelihoods, and
-`--config.init_from=THIS_FOLDER` starts a new run of the same model from its parameters.
+`--config.init_from=THIS_FOLDER` starts a new run of the same model from its parameters. Both take
+`hf://OWNER/NAME` for a repository of the Hugging Face Hub that holds these files.
 
 ## Licence
 Choose a licence for the parameters and name it here: they were learned from the data named above,
@@ -110,7 +122,10 @@ def markdown(run: Run, parameters: int, platforms) -> str:
         classes += f": {', '.join(spec.class_names[:NAMES_SHOWN])}{more}"
     conditions = {"class": classes, "none": "none",
                   "text": "the states of a text encoder"}
+    dataset = DATASETS.get(config.data.source)
     return CARD.format(
+        task=TASKS[config.model.condition],
+        datasets=f"datasets:\n- {dataset}\n" if dataset else "",
         source=config.data.source, split=config.data.split, count=spec.count,
         shape=f"{size} pixels of {levels} levels" if levels else f"{size} latents",
         condition=conditions[config.model.condition], parameters=parameters,

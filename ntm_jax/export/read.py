@@ -1,7 +1,7 @@
 """Reads runs: from a workdir, or from an export, which holds one run's parameters and settings.
 
-Reading an export runs none of its code: only config.json and the safetensors are opened, and both
-are verified.
+An export lies in a folder or, at hf://OWNER/NAME, on the Hugging Face Hub. Reading one runs none of
+its code: only config.json and the safetensors are opened, and both are verified.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from etils import epath
 from ntm_jax import files, typed
 from ntm_jax.data.pipeline import DataSpec, spec_from_json
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.export import hub
 from ntm_jax.runtime import build, checksums
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
@@ -129,13 +130,22 @@ def _content(path) -> bytes:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): {REMEDY}") from None
 
 
+def local_folder(where: str) -> str:
+    """The folder of a run or an export: `where` itself, or what it names on the Hub, downloaded."""
+    return hub.fetch(where, (CONFIG, WEIGHTS)) if hub.is_address(where) else where
+
+
 def load_run(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, in one of its WORKDIR/checkpoints/STEP, or in an export.
 
-    step: the latest by default. raw: with the raw parameters in place of their EMA. An export has
-    the one step, the parameters and the sampling settings that it was written with. Raises
-    UserError if there is no run, or its files are damaged.
+    workdir: a folder, or hf://OWNER/NAME[@REVISION] for an export on the Hub. step: the latest by
+    default. raw: with the raw parameters in place of their EMA. An export has the one step, the
+    parameters and the sampling settings that it was written with. Raises UserError if there is no
+    run, or its files are damaged.
     """
+    if hub.is_address(workdir):
+        run = _load_export(local_folder(workdir), step, raw)
+        return dataclasses.replace(run, workdir=hub.results_folder(workdir))
     if is_export(workdir):
         return _load_export(str(workdir), step, raw)
     return load_workdir(workdir, step, raw)

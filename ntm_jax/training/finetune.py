@@ -18,6 +18,7 @@ from ntm_jax.export.read import (
     WEIGHTS,
     is_export,
     load_run,
+    local_folder,
     read_about,
     read_parameters,
 )
@@ -34,8 +35,9 @@ def start_from(run: Run, current: State) -> State:
     Raises UserError where they are another model's.
     """
     try:
-        backbone = _read_backbone(run)
-        params = _read_all(run) if backbone is None else None
+        where = local_folder(run.config.init_from)
+        backbone = _read_backbone(run, where)
+        params = _read_all(run, where) if backbone is None else None
     except UserError as error:
         raise UserError(f"config.init_from is {run.config.init_from}: {error}") from None
     if params is not None:
@@ -48,9 +50,9 @@ def start_from(run: Run, current: State) -> State:
                                ema=put(current.ema, _copy(backbone)))
 
 
-def _read_all(run: Run) -> dict:
+def _read_all(run: Run, where: str) -> dict:
     """All parameters of an export, or the EMA of a run: a workdir or WORKDIR/checkpoints/STEP."""
-    folder = epath.Path(run.config.init_from)
+    folder = epath.Path(where)
     if is_export(folder):
         expected = build.abstract_params(run.model, run.mesh)
         return read_parameters(folder, read_about(folder), expected, skip=f"{DENOISER}/")
@@ -61,10 +63,10 @@ def _read_all(run: Run) -> dict:
     return restore_params(run, step, folder=str(workdir))[1]
 
 
-def _read_backbone(run: Run):
-    """The backbone's parameters from a flow-matching model; None where init_from is not one."""
+def _read_backbone(run: Run, where: str):
+    """The backbone's parameters from a flow-matching model; None where `where` is not one."""
     config = run.config
-    folder, _ = checkpoint.locate(config.init_from)
+    folder, _ = checkpoint.locate(where)
     if config.model.head != "posterior" or (folder / WEIGHTS).exists():
         return None
     expected = build.abstract_params(run.model, run.mesh)["params"]["backbone"]
@@ -74,12 +76,12 @@ def _read_backbone(run: Run):
                             "their own mean and std, and the network there learned the encoder's: "
                             "prepare them with --latent_scale=encoder")
         read = backbones.find(config.model.backbone).read
-        return read(config.init_from, expected) if read else None
+        return read(where, expected) if read else None
     theirs = config_file.load(str(folder))[0].train.objective
     velocity = [objectives.find(name).trains_velocity for name in (config.train.objective, theirs)]
     if velocity != [False, True]:
         return None
-    other = load_run(config.init_from)
+    other = load_run(where)
     _check_data(run, other)
     assert other.params is not None  # it was loaded
     found = other.params["params"]["backbone"]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,8 @@ from ntm_jax.training.step import (
     steps_of,
 )
 from ntm_jax.training.teacher import load_teacher, save_teacher
+from ntm_jax.training.writers import MetricsWriter
+from ntm_jax.training.writers import find as find_writers
 
 LONG_HOURS = 8  # from which a run on a CPU is pointed out
 TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
@@ -67,15 +70,17 @@ def check(metrics: dict, step: int) -> dict:
 
 
 def train(config: Config, folder: str, *, progress: bool = True, until: int | None = None,
-          tracer=None) -> tuple[Run, dict] | None:
+          tracer=None, writers: Sequence[str] = ()) -> tuple[Run, dict] | None:
     """Trains in a workdir, resuming what it holds; ends with the held-out evaluation and pictures.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps.
-    tracer: analysis.profile.Trace, or nothing.
+    tracer: analysis.profile.Trace, or nothing. writers: further writers of metrics, by name; see
+    training/writers.
 
     Returns the trained run and its evaluation, or None when stopped early.
     """
     workdir.check(folder)
+    more = find_writers(writers)
     mesh = sharding.make_mesh(config.mesh)
     objective = objectives.checked(config)
     check_batch(config, mesh)
@@ -93,7 +98,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     config_file.claim(folder, config, spec)  # refuses before the folder is touched
     with workdir.owned(folder):
         with contextlib.ExitStack() as stack:
-            loop = _start(run, teacher, source, held_out, progress, stack)
+            loop = _start(run, teacher, (source, held_out), progress, more, stack)
             loop.until, loop.tracer = until, tracer
             done = loop.train()
             job.restore_interrupts()
@@ -112,9 +117,10 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     return run, result
 
 
-def _start(run: Run, teacher: Run | None, source: Source, held_out: Source, progress: bool,
-           stack: contextlib.ExitStack) -> "_Loop":
+def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source], progress: bool,
+           more: Sequence[MetricsWriter], stack: contextlib.ExitStack) -> "_Loop":
     """The loop of a new or a resumed run; `stack` closes what it holds open."""
+    source, held_out = sources
     config, folder, total = run.config, run.workdir, run.config.train.steps
     changes = config_file.claim(folder, config, run.spec)  # what another owner has left
     checkpoints = stack.enter_context(Checkpoints(
@@ -145,7 +151,8 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source, prog
     if config.train.align_weight:
         reference = finetune.reference_params(run, current)
     quiet = jax.process_index() > 0 or not progress
-    writer = stack.enter_context(Writer(folder, total, start, quiet=quiet))
+    writer = stack.enter_context(Writer(folder, total, start, quiet, more,
+                                        configuration.flatten(config.raw)))
     size = sum(a.size for a in jax.tree.leaves(current.params))
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     new = f"in {folder}" + (f", starting from {config.init_from}" if config.init_from else "")

@@ -1,40 +1,43 @@
-"""Reports a run's metrics to metrics.jsonl, TensorBoard and the terminal."""
+"""Reports a run's metrics to the terminal and to its writers; see writers/__init__.py."""
 
-import json
+import contextlib
 import math
+import os
 import sys
 import time
-from typing import Any, cast
+from collections.abc import Sequence
 
 import jax
-import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from ntm_jax import files
+from ntm_jax.training.writers import MetricsWriter
+from ntm_jax.training.writers.lines import Lines
+from ntm_jax.training.writers.tensorboard import TensorBoard
 
 BAR = "{n_fmt}/{total_fmt}{postfix}, {remaining} left |{bar}|"  # narrow terminals have no bar
 ON_BAR = (("loss", "loss {:.4g}"), ("examples_per_second", "{:.0f} images/s"))
 SHOWN = 6  # scalars on the terminal: the first ones in the caller's order
-REMOTE_LINES = 200  # object storage cannot append: lines between rewrites of the file
 
 
 class Writer:
-    """Writes a run's metrics to its workdir. Processes other than 0 write nothing.
+    """Prints a run's metrics, and writes them to metrics.jsonl, to TensorBoard and wherever else.
 
-    Each line of metrics.jsonl is an object: step, wall_time (seconds since 1970) and the scalars by
-    name; a non-finite number is null. A resumed run drops the lines of the steps that it repeats,
-    so each step has one line.
+    Processes other than 0 write nothing.
 
     Args:
       workdir: a local folder, created if needed, or an object-storage address, which receives no
         TensorBoard events.
       total_steps: the last step of the run.
-      start_step: steps taken before this run; 0 starts a new file.
+      start_step: steps taken before this run; 0 starts new files.
       quiet: prints nothing on the terminal.
+      more: further writers, which this one opens and closes.
+      settings: the run's settings, {"section.key": value}, for the writers.
     """
 
-    def __init__(self, workdir, total_steps: int, start_step: int = 0, quiet: bool = False):
+    def __init__(self, workdir, total_steps: int, start_step: int = 0, quiet: bool = False,
+                 more: Sequence[MetricsWriter] = (), settings: dict | None = None):
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -46,13 +49,16 @@ class Writer:
             self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True,
                              bar_format=BAR)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lines = _Lines(workdir / "metrics.jsonl", start_step, remote=_is_remote(workdir))
-        self._board = None
-        if _is_remote(workdir):
+        remote = files.is_remote(workdir)
+        if remote:
             self.message(f"no TensorBoard events: {workdir} is not a local folder; metrics.jsonl "
                          "has the same figures")
-        else:
-            self._board = _Board(workdir, start_step)
+        self._writers = [Lines(), *([] if remote else [TensorBoard()]), *more]
+        with contextlib.ExitStack() as opened:
+            for one in self._writers:
+                one.open(os.fspath(workdir), start_step, settings or {})
+                opened.callback(one.close)
+            self._opened = opened.pop_all()
 
     @property
     def shows(self) -> bool:
@@ -73,11 +79,8 @@ class Writer:
         if not self._active:
             return
         scalars = {name: float(value) for name, value in scalars.items()}
-        now = time.time()
-        self._lines.append({"step": int(step), "wall_time": now} | {
-            name: value if math.isfinite(value) else None for name, value in scalars.items()})
-        if self._board:
-            self._board.scalars(step, now, scalars)
+        for one in self._writers:
+            one.scalars(int(step), scalars)
         shown = [(name, f"{value:.4g}") for name, value in list(scalars.items())[:SHOWN]]
         if self._bar is not None:
             text = ", ".join(form.format(scalars[name]) for name, form in ON_BAR if name in scalars)
@@ -102,9 +105,9 @@ class Writer:
             self._bar.update(step - self._bar.n)
 
     def picture(self, step: int, path) -> None:
-        """Sends a PNG file to TensorBoard, under the file's name without its ending."""
-        if self._active and self._board:
-            self._board.picture(step, epath.Path(path))
+        """Sends a PNG file to the writers that take pictures, under its name without its ending."""
+        for one in self._writers if self._active else ():
+            one.picture(int(step), epath.Path(path))
 
     def message(self, text: str) -> None:
         """Prints a line on the terminal, above the progress bar if there is one."""
@@ -120,9 +123,7 @@ class Writer:
         if not self._active:
             return
         self._active = False
-        self._lines.close()
-        if self._board:
-            self._board.close()
+        self._opened.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -136,103 +137,3 @@ class Writer:
         hours, minutes = divmod(minutes, 60)
         left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
         return [f"{rate:.3g} steps/s", f"ETA {left}"]
-
-
-class _Board:
-    """TensorBoard's event file, flushed with every step's scalars. OSErrors name the file.
-
-    It writes in the caller's thread: tensorboardX's own thread dies on a full disk, and its queue
-    then blocks the run.
-    """
-
-    def __init__(self, workdir, start_step):
-        # Imported here, because tensorboardX imports torch if installed, which takes seconds.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        events = cast(Any, event_pb2)  # which makes its classes when it is imported
-        self._events, self._folder = events, workdir
-        with files.naming(workdir):
-            self._file = EventsWriter(f"{workdir}/events")
-            if start_step:  # makes TensorBoard drop events logged after the restored checkpoint
-                start = events.SessionLog(status=events.SessionLog.START)
-                for content in ({"file_version": "brain.Event:2"}, {"session_log": start}):
-                    self._file.write_event(events.Event(step=start_step + 1, **content))
-
-    def scalars(self, step, now, scalars):
-        from tensorboardX import summary
-
-        self._write(step, now, [summary.scalar(name, value) for name, value in scalars.items()])
-
-    def picture(self, step, path):
-        from PIL import Image
-        from tensorboardX import summary
-
-        with path.open("rb") as file, Image.open(file) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        self._write(step, time.time(), [summary.image(path.stem, pixels, dataformats="HWC")])
-
-    def _write(self, step, now, summaries):
-        with files.naming(self._folder):
-            for one in summaries:
-                self._file.write_event(self._events.Event(step=step, wall_time=now, summary=one))
-            self._file.flush()
-
-    def close(self):
-        with files.naming(self._folder):
-            self._file.close()
-
-
-class _Lines:
-    """A file of one JSON object per line.
-
-    Locally it appends and flushes each line. On object storage it rewrites the file every
-    REMOTE_LINES lines.
-    """
-
-    def __init__(self, path, start_step, remote):
-        self._path = path
-        found = []
-        if path.exists():
-            found = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
-        self._kept = [line for line in found if line.endswith("\n") and _step(line) <= start_step]
-        if len(self._kept) < len(found):
-            self._replace()
-        self._unwritten, self._file = 0, None
-        if not remote:
-            self._kept, self._file = [], open(path, "a")  # noqa: SIM115, open for the entire run
-
-    def append(self, record):
-        line = json.dumps(record, allow_nan=False) + "\n"
-        if self._file:
-            with files.naming(self._path):
-                self._file.write(line)
-                self._file.flush()
-            return
-        self._kept.append(line)
-        self._unwritten += 1
-        if self._unwritten >= REMOTE_LINES:
-            self._replace()
-            self._unwritten = 0
-
-    def close(self):
-        if self._file:
-            with files.naming(self._path):
-                self._file.close()
-        elif self._unwritten:
-            self._replace()
-
-    def _replace(self):
-        files.write(self._path, "".join(self._kept))
-
-
-def _step(line) -> float:
-    """The step of a line; infinity, so that it is dropped, for a truncated or damaged line."""
-    try:
-        return float(files.parse_json(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return math.inf
-
-
-def _is_remote(path) -> bool:
-    return "://" in str(path)

@@ -127,15 +127,18 @@ def _rows(run: Run, held_out: Source) -> list[_Row]:
 
 
 def _caption_rows(run: Run, held_out: Source, num: int) -> list[_Row]:
-    """A row for each of the first held-out captions, with its own image."""
-    drawn = min(ROWS, num, len(held_out.records))
-    columns, rows = min(10, num // drawn), []
-    for r in range(drawn):
+    """A row for each of the first distinct held-out captions, with its own image."""
+    first = {}  # {caption: its first record}
+    for r in range(min(SEARCHED, len(held_out.records))):
+        first.setdefault(held_out.captions[r] if held_out.captions else f"record {r}", r)
+        if len(first) == min(ROWS, num):
+            break
+    columns, rows = min(10, num // len(first)), []
+    for caption, r in first.items():
         record = held_out.records[r]
-        name = "" if held_out.captions is None else held_out.captions[r]
         text = Text(*(np.stack([record[key]] * columns) for key in ("text", "text_mask")))
-        rows.append(_Row(name or f"record {r}", r * columns + np.arange(columns), text,
-                         [record["image"]]))
+        index = len(rows) * columns + np.arange(columns)
+        rows.append(_Row(caption or f"record {r}", index, text, [record["image"]]))
     return rows
 
 

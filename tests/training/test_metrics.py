@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from ntm_jax import files
 from ntm_jax.training import metrics
 from ntm_jax.training.metrics import Writer
+from ntm_jax.training.writers import lines as lines_file
 
 
 def lines(workdir):
@@ -159,8 +161,8 @@ def test_other_processes_write_nothing(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def as_if_remote(monkeypatch):
-    monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
-    monkeypatch.setattr(metrics, "REMOTE_LINES", 3)
+    monkeypatch.setattr(files, "is_remote", lambda path: True)
+    monkeypatch.setattr(lines_file, "REMOTE_LINES", 3)
 
 
 @pytest.mark.usefixtures("as_if_remote")

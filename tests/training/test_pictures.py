@@ -83,6 +83,18 @@ def test_captions_have_a_row_beside_their_own_image(tmp_path, drawn):
             held_out.records[i]["image"], held_out.pixel_levels))
 
 
+def test_a_caption_of_several_images_has_one_row(tmp_path):
+    run, _, held_out = run_of("digits", tmp_path)
+    text = {"text": np.zeros((2, 3), np.float16), "text_mask": np.ones(2, bool)}
+    records = [held_out.records[i] | text for i in range(4)]
+    source = dataclasses.replace(held_out, records=records, captions=["a", "b", "a", ""])
+    rows = pictures._caption_rows(run, source, 12)
+    assert [row.name for row in rows] == ["a", "b", "record 3"]
+    assert np.concatenate([row.index for row in rows]).tolist() == list(range(12))
+    for row, i in zip(rows, (0, 1, 3), strict=True):
+        np.testing.assert_array_equal(row.real[0], records[i]["image"])
+
+
 def test_levels_that_are_all_noise_are_shown_once():
     clean, levels = np.zeros((2, 8, 8, 1)), np.zeros((2, 5, 8, 8, 1))
 

@@ -30,6 +30,7 @@ class Arrays:
     pixel_levels: the number of values that a pixel can take; 0 for latents.
     splits: the rows of train, test and all.
     version: a hash of the content and its splits.
+    class_names: the name of every class; empty if labels were given as numbers.
     """
 
     images: np.ndarray
@@ -38,6 +39,7 @@ class Arrays:
     pixel_levels: int
     splits: dict[str, np.ndarray]
     version: str
+    class_names: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,6 +55,7 @@ class Arrays:
             self.images.shape[1:],
             pixel_levels=self.pixel_levels,
             num_classes=0 if self.labels is None else int(self.labels.max()) + 1,
+            class_names=self.class_names,
             version=self.version,
             captions=None if captions is None else [captions[row] for row in rows],
         )
@@ -75,7 +78,8 @@ def from_arrays(
     Args:
       images: [n, H, W, C] or [n, H, W] (C = 1): uint8 pixels, or float32 latents, ideally of mean
         0 and variance 1.
-      labels: [n] integers from 0, or None; there are max(labels) + 1 classes.
+      labels: [n] integers from 0, names of classes, or None. There are max(labels) + 1 classes;
+        named ones are numbered from 0 in sorted order.
       captions: n strings, or None.
       pixel_levels: the number of values that a pixel can take, 2 to 256 and greater than every
         pixel; by default 256. Leave it out for latents.
@@ -87,6 +91,7 @@ def from_arrays(
     """
     images, pixel_levels = _check_images(images, pixel_levels)
     count = len(images)
+    labels, names = _numbered(labels)
     labels = _check_labels(labels, count)
     captions = _check_captions(captions, count)
     if not 0 <= held_out < 1:
@@ -95,11 +100,12 @@ def from_arrays(
         )
     splits = permuted_splits(count, count - round(held_out * count), seed)
     about = [images.shape, images.dtype.name, captions, pixel_levels, held_out, seed]
+    about += [names] if names else []
     digest = hashlib.sha256(json.dumps(about).encode())
     for array in (images, labels):
         if array is not None:
             digest.update(np.ascontiguousarray(array).data)
-    return Arrays(images, labels, captions, pixel_levels, splits, digest.hexdigest()[:16])
+    return Arrays(images, labels, captions, pixel_levels, splits, digest.hexdigest()[:16], names)
 
 
 def provide(arrays: Arrays) -> None:
@@ -151,6 +157,14 @@ def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:
             "256, more than every pixel"
         )
     return images, levels
+
+
+def _numbered(labels):
+    """(labels as numbers, the names of the classes); labels that are not names are unchanged."""
+    if labels is None or np.asarray(labels).dtype.kind != "U":
+        return labels, ()
+    names, numbers = np.unique(np.asarray(labels), return_inverse=True)
+    return numbers, tuple(map(str, names))
 
 
 def _check_labels(labels, count: int) -> np.ndarray | None:

@@ -43,6 +43,21 @@ def test_splits_cut_the_permutation_of_their_seed():
         open_source("arrays", "dev")
 
 
+def test_names_of_classes_are_numbered_in_sorted_order():
+    names = np.array(["ring", "cross", "bar", "ring"] * 5)
+    arrays = from_arrays(IMAGES, names)
+    provide(arrays)
+    source = open_source("arrays", "all")
+    assert (source.class_names, source.num_classes) == (("bar", "cross", "ring"), 3)
+    assert pipeline.spec(source, 1).label_of("ring") == 2
+    order = np.random.RandomState(0).permutation(20)
+    assert [source.class_names[label] for label in contents(source)[1]] == list(names[order])
+    renamed = from_arrays(IMAGES, np.char.upper(names))
+    assert renamed.version != arrays.version
+    with pytest.raises(UserError, match=r"labels are int64 \[19\]: expected one"):
+        from_arrays(IMAGES, names[1:])
+
+
 def test_slices_sizes_and_captions_apply():
     provide(from_arrays(IMAGES, captions=CAPTIONS, held_out=0.0))
     source = open_source(

@@ -1,0 +1,95 @@
+"""Models on the Hugging Face Hub: addresses such as hf://OWNER/NAME, downloads, its errors.
+
+huggingface_hub, the extra [hub], is imported at first use. A download takes the named files only,
+and executes nothing.
+"""
+
+import contextlib
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+from ntm_jax.data import pretrained
+from ntm_jax.errors import UserError, first_line, shown
+
+PREFIX = "hf://"
+NAME = r"\w[\w.-]*/\w[\w.-]*"  # OWNER/NAME
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+REMEDIES = {  # huggingface_hub's exceptions, the more specific before their bases
+    "GatedRepoError": f"its owner grants access to it: ask for it on its page, and {LOGIN}",
+    "RepositoryNotFoundError": "there is no such repository, or it is private: check the name, and "
+                               f"if it is private {LOGIN}",
+    "RevisionNotFoundError": "it has no such branch, tag or commit: check what follows @",
+    "LocalTokenNotFoundError": f"there is no token: {LOGIN}",
+    "LocalEntryNotFoundError": "the Hub cannot be reached, and no earlier download is in the "
+                               "cache: check the network, HF_ENDPOINT and HF_HUB_OFFLINE",
+    "OfflineModeIsEnabled": "the Hub is switched off: unset HF_HUB_OFFLINE",
+    "HfHubHTTPError": "the Hub refused it: check the name and that your token may read, or to push "
+                      "write, there",
+}
+UNREACHABLE = "check the network and HF_ENDPOINT, and try again"
+
+
+def is_address(where) -> bool:
+    """Whether a run is named by its address on the Hub rather than by its folder."""
+    return str(where).startswith(PREFIX)
+
+
+def parse(address: str) -> tuple[str, str | None]:
+    """hf://OWNER/NAME or hf://OWNER/NAME@REVISION -> (OWNER/NAME, REVISION or None).
+
+    Raises UserError for anything else.
+    """
+    match = re.fullmatch(rf"{PREFIX}({NAME})(?:@(\S+))?", str(address), re.ASCII)
+    if not match:
+        raise UserError(f"{shown(str(address), str)} is no address on the Hub: expected "
+                        f"{PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME@REVISION with a branch, tag or "
+                        "commit")
+    return match[1], match[2]
+
+
+def results_folder(where: str) -> str:
+    """The local folder of what programs write about a run: its own, or hub/OWNER/NAME."""
+    if not is_address(where):
+        return where
+    name, revision = parse(where)
+    return f"hub/{name}" + (f"@{re.sub(r'[^A-Za-z0-9_.-]', '-', revision)}" if revision else "")
+
+
+def fetch(address: str, names: Sequence[str]) -> str:
+    """The local folder, in huggingface_hub's cache, with the named files of a repository.
+
+    Asks the Hub for the revision's present commit; without a network takes an earlier download.
+    Raises UserError if the repository or a file is not there or cannot be read.
+    """
+    name, revision = parse(address)
+    hub = library()
+    with mistakes(address):
+        folder = hub.snapshot_download(name, revision=revision, allow_patterns=list(names))
+    for file in names:
+        if not (pathlib.Path(folder) / file).is_file():
+            raise UserError(f"{address} holds no export of ntm_jax, since it has no {file}: push "
+                            "one with launch.export --push=OWNER/NAME")
+    return folder
+
+
+def library():
+    """The package huggingface_hub. Raises UserError where it is not installed."""
+    return pretrained.module("huggingface_hub", "huggingface_hub (the extra [hub])")
+
+
+@contextlib.contextmanager
+def mistakes(what: str) -> Iterator[None]:
+    """Turns huggingface_hub's errors in the block, and the network's, into UserError.
+
+    Errors of the local file system pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+            raise
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        remedy = next((text for name, text in REMEDIES.items() if name in kinds), UNREACHABLE)
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}: "
+                        f"{remedy}") from error

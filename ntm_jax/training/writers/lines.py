@@ -1,0 +1,71 @@
+"""The file metrics.jsonl in the workdir."""
+
+import json
+import math
+import time
+
+from etils import epath
+
+from ntm_jax import files
+
+NAME = "metrics.jsonl"
+REMOTE_LINES = 200  # object storage cannot append: lines between rewrites of the file
+
+
+class Lines:
+    """WORKDIR/metrics.jsonl, which has one line for each step.
+
+    A line is an object: step, wall_time (seconds since 1970) and the scalars by name; a non-finite
+    number is null. Locally each line is appended and flushed. On object storage the file is
+    rewritten every REMOTE_LINES lines.
+    """
+
+    def open(self, workdir: str, start_step: int, settings: dict) -> None:
+        """Opens the file; drops the lines of the steps that a resumed run repeats."""
+        self._path = path = epath.Path(workdir) / NAME
+        found = []
+        if path.exists():
+            found = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+        self._kept = [line for line in found if line.endswith("\n") and _step(line) <= start_step]
+        if len(self._kept) < len(found):
+            self._replace()
+        self._unwritten, self._file = 0, None
+        if not files.is_remote(workdir):
+            self._kept, self._file = [], open(path, "a")  # noqa: SIM115, open for the entire run
+
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Appends a step's line."""
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        line = json.dumps({"step": step, "wall_time": time.time()} | finite, allow_nan=False) + "\n"
+        if self._file:
+            with files.naming(self._path):
+                self._file.write(line)
+                self._file.flush()
+            return
+        self._kept.append(line)
+        self._unwritten += 1
+        if self._unwritten >= REMOTE_LINES:
+            self._replace()
+            self._unwritten = 0
+
+    def picture(self, step: int, path) -> None:
+        """Pictures have files of their own."""
+
+    def close(self) -> None:
+        """Writes the remaining lines and closes the file."""
+        if self._file:
+            with files.naming(self._path):
+                self._file.close()
+        elif self._unwritten:
+            self._replace()
+
+    def _replace(self):
+        files.write(self._path, "".join(self._kept))
+
+
+def _step(line) -> float:
+    """The step of a line; infinity, so that it is dropped, for a truncated or damaged line."""
+    try:
+        return float(files.parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return math.inf
