@@ -11,6 +11,8 @@ from etils import epath
 from ntm_jax import files
 from ntm_jax.runtime.plots import figure, is_number, metric_points, save_figure, smoothed
 
+COLUMNS = 8  # noise levels side by side in a picture of densities
+
 
 def losses_plot(runs: dict, out_png) -> None:
     """Draws the smoothed training losses of runs, {name: path of its metrics.jsonl}.
@@ -77,17 +79,25 @@ def density_picture(true, learned, levels, extent: float, out_png) -> None:
     """Draws densities of the plane, true above learned, from noisy (left) to clean.
 
     true, learned: [K, m, m] by row y and column x on [-extent, extent]^2, at noise levels [K] in
-    any order. Both densities of a level share their colours; white is 0.
+    any order. More levels than COLUMNS continue below. Both densities of a level share their
+    colours; white is 0.
     """
     levels = np.asarray(levels)
-    plot, axes = figure(1.6 * len(levels) + 0.3, 3.5, 2, len(levels))
-    for column, level in enumerate(np.argsort(-levels)):
-        axes[0, column].set_title(f"t={levels[level]:.2g}", fontsize=8)
+    bands = -(-len(levels) // COLUMNS)
+    columns = -(-len(levels) // bands)
+    plot, axes = figure(1.3 * columns + 0.4, 3 * bands, 2 * bands, columns)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.set_frame_on(False)
+    for place, level in enumerate(np.argsort(-levels)):
+        band, column = divmod(place, columns)
+        pair = axes[2 * band : 2 * band + 2, column]
+        pair[0].set_title(f"t={levels[level]:.2g}")
         brightest = max(np.max(true[level]), np.max(learned[level]))
-        for row, density in enumerate((true[level], learned[level])):
-            axes[row, column].imshow(density, cmap="Blues", vmin=0, vmax=brightest, origin="lower",
-                                     extent=(-extent, extent) * 2)
-            axes[row, column].set(xticks=[], yticks=[])
-    axes[0, 0].set_ylabel("true")
-    axes[1, 0].set_ylabel("learned")
+        for axis, density in zip(pair, (true[level], learned[level]), strict=True):
+            axis.set_frame_on(True)
+            axis.imshow(density, cmap="Blues", vmin=0, vmax=brightest, origin="lower",
+                        extent=(-extent, extent) * 2)
+    for row, axis in enumerate(axes[:, 0]):
+        axis.set_ylabel(("true", "learned")[row % 2])
     save_figure(plot, out_png)
