@@ -8,10 +8,12 @@ minutes; with NTM_JAX_NOTEBOOKS=off it executes none, and their pages lack outpu
 
 import os
 import pathlib
+import shutil
 import sys
 import tomllib
 
 DOCS = pathlib.Path(__file__).parent
+shutil.rmtree(DOCS / "notebooks" / "runs", ignore_errors=True)  # what an earlier build trained
 sys.path[:0] = [str(DOCS.parent), str(DOCS / "_ext")]  # this checkout, whatever is installed
 
 project = "ntm_jax"
@@ -29,12 +31,11 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "_ext", "_figures", "jupyter_execute"]
+exclude_patterns = ["_build", "_ext", "_figures", "jupyter_execute", "notebooks/runs"]
 
 myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = os.environ.get("NTM_JAX_NOTEBOOKS", "cache")
-nb_execution_in_temp = True  # a folder for each, so that no earlier run is in the way
 nb_execution_cache_path = str(DOCS / "_build" / ".jupyter_cache")
 nb_execution_timeout = 900  # seconds for a cell
 nb_execution_raise_on_error = True

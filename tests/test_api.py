@@ -22,6 +22,7 @@ def images_and_labels(n: int = 60):
     return images, labels
 
 
+@pytest.mark.slow
 def test_the_readmes_lines_train_on_arrays_and_give_samples_and_likelihoods(tmp_path, monkeypatch):
     shrink = api.experiment
     monkeypatch.setattr(api, "experiment", lambda name, **own: shrink(name, **own | SHRUNK))

@@ -11,7 +11,9 @@ EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.S))
 DIGITS = ["--config=digits", *(f"--config.{key}={value}" for key, value in TINY.items())]
 SETTINGS = {
     "my_source": [*DIGITS, "--config.data.source=stripes:3", "--config.evaluate.split=test"],
-    "my_encoder": ["--config=shapes:runlocal", "--config.data.text=letters:6"],
+    "my_encoder": ["--config=shapes:runlocal", "--config.data.text=letters:6",
+                   "--config.sample.decoder=inverse", "--config.model.transporter_blocks=1",
+                   "--config.evaluate.images=0"],
     "my_objective": [*DIGITS, "--config.train.objective=robust"],
     "my_backbone": [
         *DIGITS, "--config.model.backbone=mixer", "--config.model.head=posterior",

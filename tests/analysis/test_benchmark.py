@@ -197,12 +197,21 @@ def test_a_configuration_or_a_run_is_asked_for(tmp_path):
             2, "error: give either --config, an experiment, or --workdir, a run's folder\n")
 
 
+QUICK = """
+import runpy
+from ntm_jax.analysis import benchmark
+from ntm_jax.runtime import flops
+benchmark.SECONDS, benchmark.COPIED, flops.MATRICES = 0.02, 1 << 20, (64, 128)
+runpy.run_module("launch.benchmark", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_the_program_writes_rows(tmp_path):
     settings = TINY | {"model.transporter_blocks": 0}
     arguments = ["--config=experiments/digits.py", "--runs=1",
                  *(f"--config.{key}={value}" for key, value in settings.items())]
-    done = python("-m", "launch.benchmark", *arguments, f"--json={tmp_path / 'rows.json'}")
+    done = python("-c", QUICK, *arguments, f"--json={tmp_path / 'rows.json'}")
     timed = json.loads((tmp_path / "rows.json").read_text())
     assert [list(row)[:6] for row in timed] == [KEYS] * 9
     assert re.match(r"1 x \S.*, jax [\d.]+, medians of 1 runs\n", done.stdout)

@@ -15,9 +15,9 @@ from tests.common import python
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 def test_a_damaged_workdir_gives_the_same_run_or_one_line():
-    tally = workdirs.run(36, 0, every=41)
+    tally = workdirs.run(20, 0, every=41)
     assert tally.wrong() == []
-    assert tally.counts["config.json, one bit", "refused"] > 300
+    assert tally.counts["config.json, one bit", "refused"] > 150
     assert all(sum(tally.counts[kind, found] for kind in damage.KINDS)
                for found in ("ok", "refused"))
 
@@ -32,12 +32,13 @@ def test_random_settings_are_a_configuration_or_one_line():
 
 @pytest.mark.slow
 def test_a_failed_write_loses_nothing():
-    done = python("-m", "tests.campaigns.writes", "1", check=False)  # in its own process: it forks
-    assert done.returncode == 0, done.stdout + done.stderr
+    names = ["train", "sample", "prepare"]
+    program = f"from tests.campaigns import writes; print(writes.run((1,), {names}))"
+    done = python("-c", program)  # in its own process: it forks
     refused = re.findall(r"^(\w+), limit +0 +1 +0 +0$", done.stdout, re.MULTILINE)
-    assert refused == ["train", "evaluate", "sample", "export", "prepare"]
+    assert refused == names
 
 
 @pytest.mark.slow
 def test_killed_runs_lose_nothing(tmp_path):
-    assert kills.run(3, 0, folder=tmp_path)[1] == 0
+    assert kills.run(2, 0, folder=tmp_path)[1] == 0

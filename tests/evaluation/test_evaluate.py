@@ -22,7 +22,7 @@ def configured(run, **overrides):
 
 def test_the_figures_and_the_table_of_an_evaluation(run, tmp_path, capsys):
     run = configured(run, **{"evaluate.images": 20, "evaluate.split": "test[:12]",
-                             "evaluate.features": "pixels"})
+                             "evaluate.features": "pixels", "sample.decoder": "score"})
     result, scores = evaluate.evaluate(run)
     assert {"step", "split", "count", "bits_per_dim", "nats_per_dim", "trajectory_nll",
             "class_accuracy", "effective_sample_size", "frechet", "precision", "recall", "features",

@@ -23,7 +23,7 @@ def test_the_card_of_a_model_of_pixels(run):
     assert "| data | digits, split train: 20 records of 8 x 8 x 1 pixels of 17 levels |" in text
     assert "| condition | one of 10 classes |" in text
     assert "| parameters | 1,234, their moving average (decay 0.999) |" in text
-    assert "| sampling | 2 steps, guidance 0.5, decoder score |" in text
+    assert "| sampling | 2 steps, guidance 0.5, decoder inverse |" in text
     assert "label = index % 10  # each of the 10 classes in turn\n" in text
     assert "index, label))  # [n, H, W, C], integers 0..16\n" in text
     assert "run on cpu, cuda, tpu, on one device" in text

@@ -39,7 +39,7 @@ def test_a_new_folder_is_claimed(tmp_path):
 @pytest.mark.parametrize(("key", "value"), [
     ("mesh.fsdp", 2), ("data.workers", 3), ("train.steps", 9), ("train.save_every", 7),
     ("train.evaluate_every", 7), ("train.log_every", 7), ("train.keep", 7), ("evaluate.images", 7),
-    ("evaluate.split", "train"), ("sample.num", 7), ("sample.decoder", "inverse"),
+    ("evaluate.split", "train"), ("sample.num", 7), ("sample.decoder", "score"),
     ("optimizer.ema_decay", 0.5), ("optimizer.learning_rate", 1e-4),
 ])
 def test_what_a_resumed_run_may_change_is_reported(with_checkpoint, tmp_path, key, value):

