@@ -1,0 +1,85 @@
+"""What programs say of a mistake: the line for an error of flags, files or memory."""
+
+import errno
+import re
+import sys
+
+FOLDER = "a file stands where a folder is needed: give another folder"
+REMEDIES = {
+    errno.ENOSPC: "free disk space there",
+    errno.EDQUOT: "free disk space there",
+    errno.EFBIG: "raise the limit on a file's size, ulimit -f",
+    errno.EROFS: "make it writable, or give another folder",
+    errno.EACCES: "make it readable and writable, or give another folder",
+    errno.EPERM: "make it readable and writable, or give another folder",
+    errno.ENOTDIR: FOLDER,
+    errno.EEXIST: FOLDER,
+    errno.EISDIR: "a folder stands where a file is needed: give another name",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EIO: "the disk fails: give another folder",
+    errno.ENOENT: "it is not there: expected a file or folder of that name",
+    errno.ESTALE: "the network disk is gone: mount it again",
+}
+LESS_MEMORY = (
+    "lower config.data.batch_size, config.evaluate.batch_size or --batch, raise "
+    "config.train.accumulate, or set config.model.remat=full")
+
+
+def of_flags(error) -> str:
+    """Returns what flags and config_flags say of a mistake as one line."""
+    while isinstance(error.args[0] if error.args else None, Exception):
+        error = error.args[0]  # absl's AttributeError(KeyError(...))
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "Failed loading config file" in text:
+        return (f"{_config_flag()} cannot be read: expected an experiment file, such as "
+                "--config=experiments/digits.py")
+    if isinstance(error, SyntaxError):
+        return f"{_config_flag()} is not a Python file: {text}"
+    if "Traceback" in text:  # an exception that get_config() raised
+        return f"{_config_flag()}: {text.strip().splitlines()[-1].partition(': ')[2]}"
+    unknown = re.match(r"""'(\w+)'\s*(?:Did you mean "(\w+)")?""", text)
+    if unknown:
+        meant = f", did you mean {unknown[2]}?" if unknown[2] else ""
+        wrong = rf"--?(no)?config\..*\b{unknown[1]}\b"
+        full = next((a for a in sys.argv if re.match(wrong, a)), unknown[1])
+        return f"{full} is not a setting of the experiment: there is no {unknown[1]}{meant}"
+    added = re.match(r'Key "(\w+)" does not exist .*?(Did you mean "\w+"|$)', text, re.S)
+    if added:  # by get_config() itself
+        return f"{_config_flag()} sets {added[1]}, which is not a setting. {added[2]}"
+    if "does not support indexing" in text:
+        return (f"config.{text.split()[-1]} is not a setting of the experiment: what comes before "
+                "its last dot is a value, not a section")
+    missing = re.findall(r"--(\w+)=None: Flag", text)
+    if missing:
+        usage = (sys.modules["__main__"].__doc__ or "").partition("python -m ")[2].split("\n")[0]
+        flags_missing = " and ".join(f"--{name}" for name in missing)
+        return f"{flags_missing} must be given, such as python -m {usage.rstrip('.')}"
+    text = re.sub(r"^(FATAL Flags parsing error:|flag)\s*", "", text)
+    for said, expected in (
+            ("invalid literal for int", "expected a whole number, such as 1000"),
+            ("could not convert string to float", "expected a number"),
+            ("('Non-boolean", "expected true or false")):
+        text = f"{text.partition(said)[0]}{expected}" if said in text else text
+    return text
+
+
+def _config_flag() -> str:
+    return next((a for a in sys.argv if re.match(r"--?config=", a)), "--config")
+
+
+def of_the_file_system(error: OSError) -> str | None:
+    """Returns the line for an error of the file system, None for another error."""
+    if error.errno not in REMEDIES or isinstance(error, ConnectionError):
+        return None
+    return (
+        f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno]}; what was "
+        "written before is intact, and the same command goes on once that is mended")
+
+
+def of_memory(error: Exception) -> str | None:
+    """Returns the line for too little memory, None for another error."""
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        return f"a device's memory is full ({str(error).splitlines()[0][:200]}): {LESS_MEMORY}"
+    return None
