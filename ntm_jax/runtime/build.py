@@ -4,6 +4,7 @@ Symbols: B batch, K levels, N tokens, D token channels.
 """
 
 import dataclasses
+import functools
 from typing import cast
 
 import flax.linen as nn
@@ -100,6 +101,7 @@ def abstract(initial, model: NTM | Predictor, mesh):
                         nn.unbox(boxed), tree)
 
 
+@functools.lru_cache(maxsize=4)
 def abstract_params(model: NTM | Predictor, mesh) -> dict:
     """The shapes of a model's parameters with their shardings; see abstract."""
     return abstract(lambda: initial_params(model, jax.random.key(0)), model, mesh)

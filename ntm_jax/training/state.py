@@ -1,5 +1,6 @@
 """The training state: new, on the devices that hold it, or as shapes with their shardings."""
 
+import functools
 import math
 import os
 import pathlib
@@ -12,6 +13,7 @@ import optax
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime.config import Optimizer
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import optimizer
 
@@ -28,15 +30,20 @@ class State:
     ema: dict
 
 
-def _initial(run: Run, key) -> State:
-    params = build.initial_params(run.model, key)
-    opt_state = optimizer.make(run.config.optimizer, run.config.train.steps).init(params)
+def _initial(model, settings: Optimizer, steps: int, key) -> State:
+    params = build.initial_params(model, key)
+    opt_state = optimizer.make(settings, steps).init(params)
     return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes a while, and several parts of a run ask for it
+def _abstract(model, settings: Optimizer, steps: int, mesh) -> State:
+    return build.abstract(lambda: _initial(model, settings, steps, jax.random.key(0)), model, mesh)
 
 
 def abstract(run: Run) -> State:
     """The shapes of a run's training state with their shardings; see build.abstract."""
-    return build.abstract(lambda: _initial(run, jax.random.key(0)), run.model, run.mesh)
+    return _abstract(run.model, run.config.optimizer, run.config.train.steps, run.mesh)
 
 
 def check_memory(run: Run) -> None:
@@ -71,6 +78,10 @@ def free_bytes(device) -> int:
 def initialize(run: Run) -> State:
     """A new state, each array made on the devices that hold it; the same numbers on any mesh."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract(run))
+    config = run.config
+
+    def make(key):
+        return nn.unbox(_initial(run.model, config.optimizer, config.train.steps, key))
+
     with sharding.use(run.mesh):
-        make = jax.jit(lambda key: nn.unbox(_initial(run, key)), out_shardings=shardings)
-        return make(jax.random.key(run.config.seed))
+        return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))

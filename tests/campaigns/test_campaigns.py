@@ -41,4 +41,4 @@ def test_a_failed_write_loses_nothing():
 
 @pytest.mark.slow
 def test_killed_runs_lose_nothing(tmp_path):
-    assert kills.run(2, 0, folder=tmp_path)[1] == 0
+    assert kills.run(1, 0, folder=tmp_path)[1] == 0

@@ -28,6 +28,7 @@ from tests.common import (
 )
 
 TEACHER = tiny_config(**{
+    "sample.decoder": "score",
     "train.log_every": 10, "evaluate.split": "test[:6]", "evaluate.trajectories": 1})
 
 
