@@ -60,7 +60,7 @@ SETTINGS = dict(
         scan=False,  # scans stacked layers: compiles faster; small models on CPUs run slower
     ),
     train=dict(
-        objective="end_to_end",  # end_to_end, pairwise, flow_matching, denoiser
+        objective="end_to_end",  # or pairwise, flow_matching, denoiser, policy_gradient
         steps=2000,  # optimizer steps
         save_every=500,  # steps between checkpoints
         save_minutes=10.0,  # longest time between checkpoints; 0 saves by steps alone
@@ -71,6 +71,14 @@ SETTINGS = dict(
         condition_dropout=0.1,  # probability of the null condition, needed for guidance; [0, 1)
         align_weight=0.0,  # lambda, annealed to 0: keeps means near those of the init_from model
         level_power=0.0,  # p: weights each level's loss by t_k^p; 0 weights all levels equally
+    ),
+    reward=dict(
+        name="",  # what objective=policy_gradient maximises: shapes, or a registered reward
+        samples=8,  # samples of each condition of a batch, whose rewards are compared
+        updates=1,  # optimizer steps on the same samples
+        clip=0.2,  # bounds the ratio of new to old density of a factor to 1 - clip, 1 + clip
+        anchor=0.5,  # weight of the NLL on the batch's data, which keeps the model near them
+        trains="predictor",  # what learns: predictor, transporter, both
     ),
     optimizer=dict(
         learning_rate=2e-3,  # peak learning rate, after the warmup

@@ -83,7 +83,7 @@ KEYS = {
         | {f"rank_{k}" for k in image_scores.RANKS}),
     "## metrics.jsonl": lambda: (
         written(metrics.Writer.write, loop.check, loop._Loop._read, *HELD) - {f"evaluate/{LEVEL}"}
-        | {f"evaluate/{unit}" for unit in report.NAMES} | {"loss", "grad_norm"}),
+        | {f"evaluate/{unit}" for unit in report.NAMES} | {*loop.SCALARS}),
     "### config.json": lambda: file_keys(pipeline.DataSpec),
     "### manifest.json": lambda: (
         file_keys(layout.Layout) | fields(layout._Split, plan.Choices)

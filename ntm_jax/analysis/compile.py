@@ -38,6 +38,7 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import finetune, objectives, state
+from ntm_jax.training.reward import rollouts
 from ntm_jax.training.step import check_batch, make_step
 
 
@@ -78,6 +79,8 @@ def train_program(run: Run, source: Source) -> Program:
     size = config.data.batch_size
     batch = {key: _abstract((size, *value.shape[1:]), value.dtype, mesh)
              for key, value in one.items() if key != "mask"}
+    if objectives.find(config.train.objective).needs_rollouts:
+        batch |= rollouts.abstract(run)
     options: dict = {"steps": max(config.trajectory.steps)}
     if config.train.align_weight:
         options["reference"] = finetune.abstract_reference(run)

@@ -20,6 +20,7 @@ from ntm_jax.core.model import NTM, exact
 from ntm_jax.core.trajectory import example_keys
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import SOLVERS
@@ -97,6 +98,9 @@ def _train_step(setting: Setting) -> Case:
     """Training steps with the most levels, on one batch that is copied to the devices each time."""
     run = setting.run
     check_batch(run.config, run.mesh)
+    if objectives.find(run.config.train.objective).needs_rollouts:
+        raise UserError("a step on samples of the model itself is not timed yet: give the "
+                        "experiment of the run that it starts from")
     with contextlib.closing(setting.batches()) as batches:
         batch = next(batches)
     step, current = make_step(run), state.initialize(run)

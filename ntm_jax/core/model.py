@@ -95,21 +95,29 @@ class NTM(nn.Module):
         given.
         """
         batch, count = xs.shape[0], xs.shape[1] - 1
-
-        def fold(a):  # [B, T, ...] -> [B T, ...]
-            return a.reshape(batch * count, *a.shape[2:])
-
-        steps, y = jax.tree.map(lambda a: jnp.repeat(a, count, 0), (steps, y))
-        low = fold(t[:, :-1])
-        u, log_det = self.transport(fold(xs[:, :-1]), low, steps, y)
-        above = u.reshape(batch, count, *u.shape[1:])[:, 1:]
-        above = jnp.concatenate([above, xs[:, -1:]], 1)  # u_T = x_T
-        predicted = self.predict(fold(above), fold(t[:, 1:]), low, steps, y)
-        reference = None if reference is None else fold(reference)
-        terms = self._terms(u, log_det, *predicted, low, reference)
-        return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
+        low, repeated = _fold(t[:, :-1]), _repeat((steps, y), count)
+        u, log_det = self.transport(_fold(xs[:, :-1]), low, *repeated)
+        us = jnp.concatenate([u.reshape(batch, count, *u.shape[1:]), xs[:, -1:]], 1)  # u_T = x_T
+        return self._factors(us, log_det, t, steps, y, reference)
 
     __call__ = trajectory
+
+    def latents(self, us, t, steps, y):
+        """Terms [B, T] of the Gaussians of latents us [B, K, N, D] at levels t [B, K].
+
+        They are those of `trajectory` for the trajectories that the transporter maps to us, without
+        log_det, which is 0.
+        """
+        return self._factors(us, jnp.zeros(us.shape[0] * (us.shape[1] - 1)), t, steps, y, None)
+
+    def _factors(self, us, log_det, t, steps, y, reference):
+        """Terms [B, T] of latents us [B, K, N, D] and their log-determinants [B T]."""
+        batch, count = us.shape[0], us.shape[1] - 1
+        low, repeated = _fold(t[:, :-1]), _repeat((steps, y), count)
+        predicted = self.predict(_fold(us[:, 1:]), _fold(t[:, 1:]), low, *repeated)
+        reference = None if reference is None else _fold(reference)
+        terms = self._terms(_fold(us[:, :-1]), log_det, *predicted, low, reference)
+        return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
 
     def _terms(self, u, log_det, mean, log_scale, level, reference):
         z = (u - mean) * jnp.exp(-log_scale)
@@ -117,6 +125,16 @@ class NTM(nn.Module):
         constant = u.shape[1] * u.shape[2] / 2 * LOG_2PI
         return Terms(jnp.sum(0.5 * z * z, (1, 2)), jnp.sum(log_scale, (1, 2)), log_det, constant,
                      misalignment, level)
+
+
+def _fold(a):
+    """[B, T, ...] -> [B T, ...]."""
+    return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
+
+
+def _repeat(tree, count: int):
+    """[B, ...] -> [B count, ...], each example `count` times in turn."""
+    return jax.tree.map(lambda a: jnp.repeat(a, count, 0), tree)
 
 
 def exact(model):

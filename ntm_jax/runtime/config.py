@@ -161,6 +161,18 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reward:
+    """Post-training on a reward; see training/reward."""
+
+    name: str = ""
+    samples: int = 8
+    updates: int = 1
+    clip: float = 0.2
+    anchor: float = 0.5
+    trains: str = "predictor"
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of one experiment by section; see experiments/default.py."""
 
@@ -173,6 +185,7 @@ class Config:
     mesh: Mesh
     evaluate: Evaluate
     sample: Sample
+    reward: Reward = Reward()
     teacher: str = ""
     init_from: str = ""
 
@@ -211,13 +224,14 @@ CHOICES = {
     "model.remat": tuple(REMAT),
     "sample.decoder": ("inverse", "score", "denoiser", *SOLVERS),
     "sample.inverse": INVERSES,
+    "reward.trains": ("predictor", "transporter", "both"),
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }
 NON_NEGATIVE = (
     "train.keep", "train.save_minutes", "train.condition_dropout", "train.align_weight",
     "train.level_power", "train.evaluate_every", "optimizer.floor", "optimizer.warmup_steps",
     "optimizer.weight_decay", "evaluate.images", "sample.guidance", "sample.num",
-    "trajectory.t_min", "trajectory.t_min_range")
+    "trajectory.t_min", "trajectory.t_min_range", "reward.anchor")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 LARGEST_FLOAT = 3e38  # numbers are float32
@@ -230,6 +244,8 @@ RANGES = {  # the least and the largest value of settings with bounds of their o
     "trajectory.steps": (1, 10_000),
     "sample.steps": (1, 100_000),
     "sample.percentile": (0, 100),
+    "reward.samples": (2, 65_536),
+    "reward.clip": (1e-6, 1),
     "model.predictor_layers": (1, 1000),
     "model.double_layers": (0, 1000),
     "model.transporter_layers": (1, 1000),

@@ -35,7 +35,8 @@ def _defaults(cls, prefix: str = "") -> dict:
         if dataclasses.is_dataclass(kind):
             found |= _defaults(kind, f"{prefix}{key}.")
     fields = {f"{prefix}{field.name}": field.default for field in dataclasses.fields(cls)}
-    return found | {key: value for key, value in fields.items() if value is not dataclasses.MISSING}
+    return found | {key: value for key, value in fields.items()  # of a section's, its keys'
+                    if value is not dataclasses.MISSING and not dataclasses.is_dataclass(value)}
 
 
 def _flat_defaults() -> dict:

@@ -26,6 +26,7 @@ from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
 from ntm_jax.training import finetune, objectives, optimizer, pictures, state
 from ntm_jax.training.metrics import Writer
+from ntm_jax.training.reward.rollouts import Rollouts
 from ntm_jax.training.signals import StopRequest
 from ntm_jax.training.state import State
 from ntm_jax.training.step import (
@@ -40,6 +41,7 @@ from ntm_jax.training.writers import MetricsWriter
 from ntm_jax.training.writers import find as find_writers
 
 LONG_HOURS = 8  # from which a run on a CPU is pointed out
+SCALARS = ("loss", "grad_norm", "reward", "clipped")  # metrics
 TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
 DIVERGED = (
     "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
@@ -53,7 +55,7 @@ def check(metrics: dict, step: int) -> dict:
 
     Raises UserError if one is not finite, naming the step, the level and the term.
     """
-    scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+    scalars = {name: float(metrics[name]) for name in SCALARS if name in metrics}
     terms = [name for name in TERMS if name in metrics]
     if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
         bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(metrics[term])
@@ -190,6 +192,9 @@ class _Loop:
         config = self.run.config
         self.objective = objectives.find(config.train.objective)
         self.step_function = make_step(self.run, self.teacher)
+        needs_rollouts = self.objective.needs_rollouts
+        self.rollouts = Rollouts(self.run, self.source) if needs_rollouts else None
+        self.cycle = config.reward.updates if needs_rollouts else 1  # steps on the same batch
         self.rate = optimizer.schedule(config.optimizer, config.train.steps)
         self.pending = None  # metrics of the last step, which are read after the next is dispatched
         self.clock = time.perf_counter(), self.start
@@ -208,15 +213,20 @@ class _Loop:
         """
         total = self.run.config.train.steps
         for step in range(self.start, total + 1):
-            ending = (step in (total, self.until) or self.stop.asked or job.stop_agreed(step))
+            ending = step % self.cycle == 0 and (
+                step in (total, self.until) or self.stop.asked or job.stop_agreed(step))
             if step > self.start:
                 self._evaluate_and_save(step, ending)
             if self.tracer:
                 self.tracer.at(step, self.pending, ending, self._texts, self.writer.message)
             if ending:
                 break
-            batch = self._next_batch(step)
-            self._take_step(step, batch)
+            if step % self.cycle == 0:
+                batch = self._next_batch(step)
+                if self.rollouts:
+                    batch = self.rollouts(self.current.params, batch, step)
+                self.batch = batch
+            self._take_step(step)
         if step < total:
             self.writer.message(f"stopped at step {step}, saved; the same command resumes")
         return step == total
@@ -260,7 +270,7 @@ class _Loop:
     def _save_is_due(self, step: int) -> bool:
         """Whether config.train.save_minutes have passed since the last save; process 0 decides."""
         train = self.run.config.train
-        if not train.save_minutes:
+        if not train.save_minutes or step % self.cycle:
             return False
         due = time.perf_counter() - self.saved >= 60 * train.save_minutes
         if not job.several():
@@ -291,10 +301,10 @@ class _Loop:
             self.complete = sharding.flag_by_process(self.unread is None, self.run.mesh)
         return sharding.to_global(self.local, self.run.mesh)
 
-    def _take_step(self, step: int, batch: dict) -> None:
+    def _take_step(self, step: int) -> None:
         config, mesh = self.run.config, self.run.mesh
-        self.batch = batch
-        arguments = (self.current, batch, steps_of(config, step), self.reference, self.complete)
+        arguments = (self.current, self.batch, steps_of(config, step), self.reference,
+                     self.complete)
         if step == self.start:
             self._compile(*arguments)
         with sharding.use(mesh):

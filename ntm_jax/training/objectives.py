@@ -29,6 +29,7 @@ from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
 from ntm_jax.runtime.config import SOLVERS, Config, Train
 from ntm_jax.runtime.run import Run
+from ntm_jax.training.reward import policy_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,15 @@ class Setup:
     train: Train  # the section config.train
     mean_level_power: Any = 1.0  # the mean of t_k^level_power over the evaluated levels
     teacher: Teacher | None = None
+    reward: Any = None  # the section config.reward
 
 
 def setup(run: Run, teacher: Run | None = None) -> Setup:
     """The setup of a run's loss; teacher: the run that a denoiser learns from."""
     power = run.config.train.level_power
     mean = np.mean(run.evaluated_levels()[:-1] ** power) if power else 1.0
-    return Setup(run.model, run.schedule, run.config.train, mean, teacher and teacher.as_teacher)
+    return Setup(run.model, run.schedule, run.config.train, mean, teacher and teacher.as_teacher,
+                 run.config.reward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +245,7 @@ class Objective:
     has_levels: bool = True  # factors that train.level_power can weight
     trains_velocity: bool = False  # a model that an NTM can start from
     needs_teacher: bool = False  # config.teacher, the run to distil
+    needs_rollouts: bool = False  # batches with scored samples of the model itself
 
 
 def _measure_velocity(run: Run, source: Source, trajectories: int) -> dict:
@@ -255,6 +259,9 @@ OBJECTIVES = Registry("config.train.objective", {
     "flow_matching": Objective(
         velocity_loss, held_out_velocity, SQUARED, ("inverse", "score", "denoiser", *SOLVERS),
         _check_flow, _measure_velocity, has_levels=False, trains_velocity=True),
+    "policy_gradient": Objective(
+        policy_gradient.loss_with(_likelihood_loss(trajectory_terms)), whole_trajectories=True,
+        check=policy_gradient.check, needs_rollouts=True),
     "denoiser": Objective(
         denoiser_loss, held_out_denoiser, SQUARED, has_levels=False, needs_teacher=True),
 })

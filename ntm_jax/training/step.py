@@ -18,6 +18,7 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import objectives, optimizer, state
 from ntm_jax.training.objectives import Draws
+from ntm_jax.training.reward import policy_gradient
 from ntm_jax.training.state import State
 
 
@@ -36,6 +37,8 @@ def make_step(run: Run, teacher: Run | None = None):
     transform = optimizer.make(config.optimizer, config.train.steps)
     decay = config.optimizer.ema_decay
     gradients = _gradients(run, teacher)
+    needs_rollouts = objectives.find(config.train.objective).needs_rollouts
+    frozen = policy_gradient.frozen(config) if needs_rollouts else ()
     # XLA would choose shardings for the new state other than the old one's: the second step would
     # compile again, and donation would save nothing.
     of_state = jax.tree.map(lambda a: a.sharding, state.abstract(run))
@@ -47,6 +50,7 @@ def make_step(run: Run, teacher: Run | None = None):
         metrics, gradient = gradients(current, Draws(root, batch, steps, current.step), reference)
         with jax.named_scope("optimizer"):
             updates, opt_state = transform.update(gradient, current.opt_state, current.params)
+            updates = _without(updates, frozen)
             params = cast(dict, optax.apply_updates(current.params, updates))
             ema = optimizer.update_ema(current.ema, params, current.step, decay)
             finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
@@ -58,6 +62,16 @@ def make_step(run: Run, teacher: Run | None = None):
         return new, metrics
 
     return step
+
+
+def _without(updates, frozen: tuple[str, ...]):
+    """The updates, of which those of the named parts of the model are 0.
+
+    Weight decay moves parameters that have no gradient.
+    """
+    kept = {name: jax.tree.map(jnp.zeros_like, tree) if name in frozen else tree
+            for name, tree in updates["params"].items()}
+    return updates | {"params": kept}
 
 
 def _gradients(run: Run, teacher: Run | None):

@@ -1,0 +1,22 @@
+"""Post-trains experiments/shapes.py on the exact check of its captions, with a policy gradient.
+
+`--config.init_from=WORKDIR` names the run to improve; see docs/howto/reward.md. The transporter
+stays as it is. Samples are drawn without guidance, whose density is not the model's.
+"""
+
+from ntm_jax.experiments import default, shapes
+
+
+def get_config(variant: str = ""):
+    default.check_variant(__file__, variant, "runlocal", "")
+    c = shapes.get_config(variant)
+    c.data.batch_size = 16
+    c.train.update(
+        objective="policy_gradient", steps=800, save_every=100, evaluate_every=200, log_every=10)
+    c.reward.update(name="shapes", samples=8)
+    c.optimizer.update(
+        learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.98)
+    c.sample.guidance = 0.0
+    if variant == "runlocal":
+        default.shrink(c)
+    return c
