@@ -46,9 +46,13 @@ def freed_programs():
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Compiled programs are shared by pytest's workers and the processes that tests start."""
-    folder, seconds = tmp_path_factory.getbasetemp(), 0.2
-    folder = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled")
+    """Compiled programs are shared by pytest's workers and the processes that tests start.
+
+    NTM_JAX_TEST_CACHE is a folder that shares them among several calls of pytest, as the gate does.
+    """
+    folder, seconds = tmp_path_factory.getbasetemp(), 0.1
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+    folder = os.environ.get("NTM_JAX_TEST_CACHE") or str(folder)
     os.environ.update(
         JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=str(seconds)
     )

@@ -155,8 +155,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, flow, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "terms_of"), [
-    ("end_to_end", objectives.trajectory_terms), ("pairwise", objectives.pair_terms)])
+@pytest.mark.parametrize(("name", "terms_of"), [("pairwise", objectives.pair_terms)])
 def test_the_alignments_weight_falls_by_a_cosine(name, terms_of):
     """The step's gradient is that of NLL + weight x misalignment; in this test both count.
 
