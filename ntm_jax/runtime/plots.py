@@ -96,7 +96,7 @@ def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> N
             image, left = np.asarray(image).repeat(scale, 0).repeat(scale, 1), round(column * width)
             sheet[r * height : r * height + image.shape[0], left : left + image.shape[1]] = image
     longest = max(map(len, names), default=0)
-    margin, top = (150 if longest > 16 else 100) if longest else 0, 22 if titles else 0
+    margin, top = (150 if longest > 14 else 100) if longest else 0, 22 if titles else 0
     size = sheet.shape[1] + margin + gap, sheet.shape[0] + top
     plot, axes = figure(size[0] / DPI, size[1] / DPI)
     plot.set_layout_engine("none")
