@@ -95,7 +95,7 @@ class NTM(nn.Module):
         given.
         """
         batch, count = xs.shape[0], xs.shape[1] - 1
-        low, repeated = _fold(t[:, :-1]), _repeat((steps, y), count)
+        low, repeated = _fold(t[:, :-1]), repeat((steps, y), count)
         u, log_det = self.transport(_fold(xs[:, :-1]), low, *repeated)
         us = jnp.concatenate([u.reshape(batch, count, *u.shape[1:]), xs[:, -1:]], 1)  # u_T = x_T
         return self._factors(us, log_det, t, steps, y, reference)
@@ -113,7 +113,7 @@ class NTM(nn.Module):
     def _factors(self, us, log_det, t, steps, y, reference):
         """Terms [B, T] of latents us [B, K, N, D] and their log-determinants [B T]."""
         batch, count = us.shape[0], us.shape[1] - 1
-        low, repeated = _fold(t[:, :-1]), _repeat((steps, y), count)
+        low, repeated = _fold(t[:, :-1]), repeat((steps, y), count)
         predicted = self.predict(_fold(us[:, 1:]), _fold(t[:, 1:]), low, *repeated)
         reference = None if reference is None else _fold(reference)
         terms = self._terms(_fold(us[:, :-1]), log_det, *predicted, low, reference)
@@ -132,8 +132,8 @@ def _fold(a):
     return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
 
 
-def _repeat(tree, count: int):
-    """[B, ...] -> [B count, ...], each example `count` times in turn."""
+def repeat(tree, count: int):
+    """Arrays [B, ...] -> [B count, ...], each example `count` times in turn."""
     return jax.tree.map(lambda a: jnp.repeat(a, count, 0), tree)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ntm_jax.core.flow_matching import guidance_by_step
 from ntm_jax.core.layers import null
-from ntm_jax.core.model import NTM
+from ntm_jax.core.model import NTM, repeat
 from ntm_jax.core.trajectory import example_noise
 from ntm_jax.core.transporter import TOLERANCE
 
@@ -64,7 +64,7 @@ def _invert(model: NTM, params, us, t, y, **options):
     """(x_0..x_{T-1} [B, T, N, D], sweeps [B, T, blocks]) of us [B, K, N, D], as one batch."""
     batch, count = us.shape[0], us.shape[1] - 1
     fold = us[:, :-1].reshape(batch * count, *us.shape[2:])
-    steps, y = jnp.full(batch * count, count), jax.tree.map(lambda a: jnp.repeat(a, count, 0), y)
+    steps, y = jnp.full(batch * count, count), repeat(y, count)
     levels = t[:, :-1].reshape(-1)
     found = model.apply(params, fold, levels, steps, y, method=NTM.invert, **options)
     return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), found)

@@ -49,7 +49,7 @@ def parse(address: str) -> tuple[str, str | None]:
 
 
 def results_folder(where: str) -> str:
-    """The local folder of what programs write about a run: its own, or hub/OWNER/NAME."""
+    """The folder that programs write a run's results to: its own, or hub/OWNER/NAME."""
     if not is_address(where):
         return where
     name, revision = parse(where)

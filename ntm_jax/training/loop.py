@@ -198,6 +198,7 @@ class _Loop:
         self.rate = optimizer.schedule(config.optimizer, config.train.steps)
         self.pending = None  # metrics of the last step, which are read after the next is dispatched
         self.clock = time.perf_counter(), self.start
+        self.stopping = False  # at the next step that ends a cycle
         self.warned = False  # that the run takes long
         self.saved = time.perf_counter()  # when the run was last saved
         self.positions = {}  # the data's position before each of the last two steps
@@ -213,8 +214,10 @@ class _Loop:
         """
         total = self.run.config.train.steps
         for step in range(self.start, total + 1):
-            ending = step % self.cycle == 0 and (
-                step in (total, self.until) or self.stop.asked or job.stop_agreed(step))
+            # The processes agree on one step, at which they must ask; the cycle may end later.
+            self.stopping = (self.stopping or step in (total, self.until) or self.stop.asked
+                             or job.stop_agreed(step))
+            ending = self.stopping and step % self.cycle == 0
             if step > self.start:
                 self._evaluate_and_save(step, ending)
             if self.tracer:

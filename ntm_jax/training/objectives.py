@@ -19,7 +19,7 @@ import optax
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.denoising import Teacher
 from ntm_jax.core.layers import null
-from ntm_jax.core.model import NTM, Terms
+from ntm_jax.core.model import NTM, Terms, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -102,7 +102,7 @@ def trajectory_terms(setup: Setup, params, draws: Draws, reference=None) -> Term
     noise = trajectory.example_noise(draws.keys("noise"), (steps + 1, *x.shape[1:]))
     xs = trajectory.simulate(x, t, noise)
     upper, high, low = (a.reshape(-1, *a.shape[2:]) for a in (xs[:, 1:], t[:, 1:], t[:, :-1]))
-    repeated = jax.tree.map(lambda a: jnp.repeat(a, steps, 0), y)
+    repeated = repeat(y, steps)
     means = _reference_mean(setup, reference, upper, low, high, repeated)
     means = None if means is None else means.reshape(len(x), steps, *x.shape[1:])
     return model.apply(params, xs, t, jnp.full(len(x), steps), y, means)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from ntm_jax.core.model import repeat
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build
 from ntm_jax.runtime.config import Config
@@ -30,7 +31,7 @@ def loss_with(anchor: Callable) -> Callable:
         def flat(a):  # [P, G, ...] -> [B, ...]
             return a.reshape(-1, *a.shape[2:])
 
-        y = rollouts.repeated(build.condition(setup.model, batch), samples)
+        y = repeat(build.condition(setup.model, batch), samples)
         t = setup.schedule.fixed_levels(count, len(batch["index"]) * samples)
         found = rollouts.terms(setup.model, params, flat(batch["rollout"]), t, y,
                                settings.trains != "predictor")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core import sampling
-from ntm_jax.core.model import NTM, Terms, exact
+from ntm_jax.core.model import NTM, Terms, exact, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys, per_example
 from ntm_jax.data import transforms
 from ntm_jax.data.sources import Source
@@ -38,16 +38,16 @@ class Sampler:
 
 @functools.partial(jax.jit, static_argnames=("sampler", "part"))
 def sample(params, root, batch, *, sampler: Sampler, part: int):
-    """Samples `part` of PARTS of a batch: (tokens [P, g, N, D], what the loss needs of them).
+    """Draws one of the PARTS of a batch's samples; returns (clean tokens [P, g, N, D], a dict).
 
-    The second is a dict of rollout [P, g, K, N, D], and old_nll [P, g, T], the negative
+    The dict holds what the loss needs: rollout [P, g, K, N, D], and old_nll [P, g, T], the negative
     log-likelihood of every factor under the parameters that drew it, in nats.
     """
     count = -(-sampler.samples // PARTS)
     count = min(count, sampler.samples - part * count)
     keys = example_keys(root, f"rollout {part}", batch["index"])
     keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
-    y = repeated(build.condition(sampler.model, batch), count)
+    y = repeat(build.condition(sampler.model, batch), count)
     t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
     model = exact(sampler.model)
     us = sampling.sample_latents(model, params, keys, t, y)
@@ -62,11 +62,6 @@ def sample(params, root, batch, *, sampler: Sampler, part: int):
     return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]), (tokens, grouped))
 
 
-def repeated(tree, count: int):
-    """[P, ...] -> [P count, ...], each example `count` times in turn."""
-    return jax.tree.map(lambda a: jnp.repeat(a, count, 0), tree)
-
-
 def terms(model: NTM, params, rollout, t, y, whole: bool):
     """Terms [B, T] of rollouts [B, K, N, D], trajectories if `whole` and latents otherwise."""
     method = NTM.trajectory if whole else NTM.latents
@@ -75,7 +70,7 @@ def terms(model: NTM, params, rollout, t, y, whole: bool):
 
 
 def abstract(run: Run) -> dict:
-    """The shapes, with their shardings, of what Rollouts adds to a run's batch."""
+    """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
     config, c = run.config, run.model.config
     group = config.data.batch_size, config.reward.samples
     shapes = {"rollout": (*group, config.sample.steps + 1, c.tokens, c.dim),
