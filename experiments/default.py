@@ -60,7 +60,7 @@ SETTINGS = dict(
         scan=False,  # scans stacked layers: compiles faster; small models on CPUs run slower
     ),
     train=dict(
-        objective="end_to_end",  # or pairwise, flow_matching, denoiser, policy_gradient
+        objective="end_to_end",  # pairwise, flow_matching, denoiser, policy_gradient, preference
         steps=2000,  # optimizer steps
         save_every=500,  # steps between checkpoints
         save_minutes=10.0,  # longest time between checkpoints; 0 saves by steps alone
@@ -73,12 +73,15 @@ SETTINGS = dict(
         level_power=0.0,  # p: weights each level's loss by t_k^p; 0 weights all levels equally
     ),
     reward=dict(
-        name="",  # what objective=policy_gradient maximises: shapes, or a registered reward
+        name="",  # what scores samples: shapes, classifier[:FILE], or a registered reward
         samples=8,  # samples of each condition of a batch, whose rewards are compared
         updates=1,  # optimizer steps on the same samples
         clip=0.2,  # bounds the ratio of new to old density of a factor to 1 - clip, 1 + clip
+        kl=0.0,  # weight of the divergence from the first model, in rewards per nat; DPO's beta
+        normalise=True,  # divides advantages by the deviation of a condition's rewards
         anchor=0.5,  # weight of the NLL on the batch's data, which keeps the model near them
         trains="predictor",  # what learns: predictor, transporter, both
+        workers=0,  # processes that score samples; 0 scores them in the training process
     ),
     optimizer=dict(
         learning_rate=2e-3,  # peak learning rate, after the warmup

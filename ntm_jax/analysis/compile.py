@@ -37,7 +37,7 @@ from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
-from ntm_jax.training import finetune, objectives, state
+from ntm_jax.training import frozen, objectives, state
 from ntm_jax.training.reward import rollouts
 from ntm_jax.training.step import check_batch, make_step
 
@@ -79,11 +79,12 @@ def train_program(run: Run, source: Source) -> Program:
     size = config.data.batch_size
     batch = {key: _abstract((size, *value.shape[1:]), value.dtype, mesh)
              for key, value in one.items() if key != "mask"}
-    if objectives.find(config.train.objective).needs_rollouts:
-        batch |= rollouts.abstract(run)
+    use = objectives.find(config.train.objective).rollout_use
+    if use:
+        batch |= rollouts.abstract(run, use)
     options: dict = {"steps": max(config.trajectory.steps)}
     if config.train.align_weight:
-        options["reference"] = finetune.abstract_reference(run)
+        options["reference"] = frozen.abstract_reference(run)
     if len({device.process_index for device in mesh.devices.flat}) > 1:
         options["batch_complete"] = jax.ShapeDtypeStruct(
             (mesh.size,), jnp.bool_, sharding=sharding.by_device(mesh))

@@ -98,7 +98,7 @@ def _train_step(setting: Setting) -> Case:
     """Training steps with the most levels, on one batch that is copied to the devices each time."""
     run = setting.run
     check_batch(run.config, run.mesh)
-    if objectives.find(run.config.train.objective).needs_rollouts:
+    if objectives.find(run.config.train.objective).rollout_use:
         raise UserError("a step on samples of the model itself is not timed yet: give the "
                         "experiment of the run that it starts from")
     with contextlib.closing(setting.batches()) as batches:

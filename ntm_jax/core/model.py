@@ -98,26 +98,19 @@ class NTM(nn.Module):
         low, repeated = _fold(t[:, :-1]), repeat((steps, y), count)
         u, log_det = self.transport(_fold(xs[:, :-1]), low, *repeated)
         us = jnp.concatenate([u.reshape(batch, count, *u.shape[1:]), xs[:, -1:]], 1)  # u_T = x_T
-        return self._factors(us, log_det, t, steps, y, reference)
+        mean, log_scale = map(_fold, self.gaussians(us, t, steps, y))
+        reference = None if reference is None else _fold(reference)
+        terms = self._terms(u, log_det, mean, log_scale, low, reference)
+        return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
 
     __call__ = trajectory
 
-    def latents(self, us, t, steps, y):
-        """Terms [B, T] of the Gaussians of latents us [B, K, N, D] at levels t [B, K].
-
-        They are those of `trajectory` for the trajectories that the transporter maps to us, without
-        log_det, which is 0.
-        """
-        return self._factors(us, jnp.zeros(us.shape[0] * (us.shape[1] - 1)), t, steps, y, None)
-
-    def _factors(self, us, log_det, t, steps, y, reference):
-        """Terms [B, T] of latents us [B, K, N, D] and their log-determinants [B T]."""
+    def gaussians(self, us, t, steps, y):
+        """Means and log-scales [B, T, N, D] of u_0..u_{T-1} given the latents us [B, K, N, D]."""
         batch, count = us.shape[0], us.shape[1] - 1
-        low, repeated = _fold(t[:, :-1]), repeat((steps, y), count)
-        predicted = self.predict(_fold(us[:, 1:]), _fold(t[:, 1:]), low, *repeated)
-        reference = None if reference is None else _fold(reference)
-        terms = self._terms(_fold(us[:, :-1]), log_det, *predicted, low, reference)
-        return jax.tree.map(lambda a: a.reshape(batch, count) if jnp.ndim(a) else a, terms)
+        repeated = repeat((steps, y), count)
+        predicted = self.predict(_fold(us[:, 1:]), _fold(t[:, 1:]), _fold(t[:, :-1]), *repeated)
+        return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), predicted)
 
     def _terms(self, u, log_det, mean, log_scale, level, reference):
         z = (u - mean) * jnp.exp(-log_scale)

@@ -86,7 +86,7 @@ _RECORDS = 20_000  # at most so many records of the training split train the cla
 _STEPS, _TRAIN_BATCH, _RATE = 1_000, 64, 3e-3
 
 
-class _Classifier(nn.Module):
+class Classifier(nn.Module):
     """Images [n, h, w, C] -> (features [n, 64], logits [n, classes]).
 
     Two convolutions of stride 2, a dense layer and the logits.
@@ -149,31 +149,65 @@ def _classify(model, pixel_levels, params, images):
     return model.apply(params, _prepare(images, pixel_levels))
 
 
+def classify(source: Source, params, images) -> tuple[np.ndarray, np.ndarray]:
+    """(features [n, 64], logits [n, classes]) of images [n, H, W, C], 0..V-1.
+
+    params: of the classifier that fit_classifier trained for the source.
+    """
+    model, batches = Classifier(source.num_classes), range(0, len(images), _BATCH)
+    # The last batch is repeated to the size of all others, so that one program serves all.
+    parts = [_classify(model, source.pixel_levels, params,
+                       np.resize(images[i : i + _BATCH], (_BATCH, *images.shape[1:])))
+             for i in batches]
+    features, logits = (np.concatenate(values)[: len(images)]
+                        for values in zip(*jax.device_get(parts), strict=True))
+    return features, logits
+
+
+def check_classes(source: Source) -> None:
+    """Raises UserError for a source that no classifier can learn."""
+    if not (source.num_classes and source.pixel_levels):
+        missing = "classes" if source.pixel_levels else "pixels"
+        raise UserError(f"a classifier learns classes from pixels, and {source.name} has no "
+                        f"{missing}")
+
+
+def abstract_classifier(source: Source) -> dict:
+    """The shapes of the parameters of fit_classifier's classifier."""
+    image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
+    x = jax.eval_shape(lambda image: _prepare(image, source.pixel_levels), image)
+    return jax.eval_shape(Classifier(source.num_classes).init, jax.random.key(0), x)
+
+
+def fit_classifier(source: Source, seed: int) -> dict:
+    """The parameters of a small classifier of the source's classes, trained here.
+
+    At most 20,000 records, evenly spread, are learned from. Every process trains the same
+    classifier on one of its own devices. Raises UserError for a source without classes or pixels.
+    """
+    check_classes(source)
+    x, label = _training_images(source)
+    rows = np.random.RandomState(seed).randint(len(label), size=(_STEPS, _TRAIN_BATCH))
+    data = jax.device_put((x, label, rows.astype(np.int32)), jax.local_devices()[0])
+    return _fit(Classifier(source.num_classes), seed, *data)
+
+
 def cnn(source: Source, seed: int = 0) -> Extractor:
     """The extractor of the 64 penultimate activations of a small classifier, which it trains here.
 
-    source: the training split, of which at most 20,000 records, evenly spread, are learned from.
-    Every process trains the same classifier on one of its own devices. On one machine with one
-    number of threads its digest is always the same. Raises UserError for a source without classes.
+    source: the training split; see fit_classifier. On one machine with one number of threads its
+    digest is always the same. Raises UserError for a source without classes.
     """
     if not source.num_classes:
         raise UserError(f"config.evaluate.features=cnn learns classes, and {source.name} has none: "
                         "set config.evaluate.features=pixels")
-    x, label = _training_images(source)
-    rows = np.random.RandomState(seed).randint(len(label), size=(_STEPS, _TRAIN_BATCH))
-    data = jax.device_put((x, label, rows.astype(np.int32)), jax.local_devices()[0])
-    model, pixel_levels = _Classifier(source.num_classes), source.pixel_levels
-    params = _fit(model, seed, *data)
+    params = fit_classifier(source, seed)
     # Rounded, since another compilation or number of threads changes last bits, which so seldom
     # change the digest. Adding 0 turns -0 into 0.
     leaves = [np.round(leaf, 2) + 0.0 for leaf in jax.tree.leaves(jax.device_get(params))]
-    name = f"cnn {source.name} {source.version} {pixel_levels}".encode()
+    name = f"cnn {source.name} {source.version} {source.pixel_levels}".encode()
     digest = _digest(b"".join([name, *(leaf.tobytes() for leaf in leaves)]))
-
-    def compute(images):
-        return np.asarray(_classify(model, pixel_levels, params, images)[0])
-
-    return Extractor("cnn", digest, True, compute)
+    return Extractor("cnn", digest, True, lambda images: classify(source, params, images)[0])
 
 
 def _training_images(source: Source) -> tuple[np.ndarray, np.ndarray]:

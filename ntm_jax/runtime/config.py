@@ -168,8 +168,11 @@ class Reward:
     samples: int = 8
     updates: int = 1
     clip: float = 0.2
+    kl: float = 0.0
+    normalise: bool = True
     anchor: float = 0.5
     trains: str = "predictor"
+    workers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +234,7 @@ NON_NEGATIVE = (
     "train.keep", "train.save_minutes", "train.condition_dropout", "train.align_weight",
     "train.level_power", "train.evaluate_every", "optimizer.floor", "optimizer.warmup_steps",
     "optimizer.weight_decay", "evaluate.images", "sample.guidance", "sample.num",
-    "trajectory.t_min", "trajectory.t_min_range", "reward.anchor")
+    "trajectory.t_min", "trajectory.t_min_range", "reward.anchor", "reward.kl")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 LARGEST_FLOAT = 3e38  # numbers are float32
@@ -245,6 +248,7 @@ RANGES = {  # the least and the largest value of settings with bounds of their o
     "sample.steps": (1, 100_000),
     "sample.percentile": (0, 100),
     "reward.samples": (2, 65_536),
+    "reward.workers": (0, 1024),
     "reward.clip": (1e-6, 1),
     "model.predictor_layers": (1, 1000),
     "model.double_layers": (0, 1000),

@@ -147,6 +147,12 @@ def to_global(batch: dict, mesh) -> dict:
             for key, value in batch.items()}
 
 
+def to_local(array) -> np.ndarray:
+    """This process's share of an array that is split over examples; the inverse of to_global."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
 def by_device(mesh) -> NamedSharding:
     """The sharding of an array [devices] with one entry on each device."""
     return NamedSharding(mesh, PartitionSpec(AXES))

@@ -1,14 +1,12 @@
-"""Fine-tuning: where a new run's parameters come from, and the reference that holds its means.
+"""Fine-tuning and post-training: where a new run's parameters come from (method, section 7).
 
-Method, section 7. A run or an export of the same model gives all parameters. A flow-matching model,
-ours or a public checkpoint, gives the backbone of the posterior head. The copy of that backbone
-that the means are held near is kept once, in WORKDIR/frozen, in the dtype that it computes in.
+A run or an export of the same model gives all parameters. A flow-matching model, ours or a public
+checkpoint, gives the backbone of the posterior head.
 """
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from ntm_jax import backbones
@@ -23,9 +21,8 @@ from ntm_jax.export.read import (
     read_parameters,
 )
 from ntm_jax.runtime import build, checkpoint, checksums, config_file
-from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.run import Run, restore_params
-from ntm_jax.training import objectives
+from ntm_jax.training import frozen, objectives
 from ntm_jax.training.state import State
 
 
@@ -41,13 +38,13 @@ def start_from(run: Run, current: State) -> State:
     except UserError as error:
         raise UserError(f"config.init_from is {run.config.init_from}: {error}") from None
     if params is not None:
-        return dataclasses.replace(current, params=params, ema=_copy(params))
+        return dataclasses.replace(current, params=params, ema=frozen.copy(params))
 
     def put(tree, backbone):
         return {"params": tree["params"] | {"backbone": backbone}}
 
     return dataclasses.replace(current, params=put(current.params, backbone),
-                               ema=put(current.ema, _copy(backbone)))
+                               ema=put(current.ema, frozen.copy(backbone)))
 
 
 def _read_all(run: Run, where: str) -> dict:
@@ -107,30 +104,3 @@ def _check_data(run: Run, other: Run) -> None:
         if mine[key] != theirs[key]:
             raise UserError("the flow-matching model there learned data of another kind: "
                             f"{key} is {theirs[key]} there and {mine[key]} here")
-
-
-def _copy(tree, dtype=None):
-    """A copy, in another dtype if given.
-
-    A step donates its arguments, so no two of them may share arrays.
-    """
-    copy = jax.jit(lambda tree: jax.tree.map(lambda a: jnp.copy(a).astype(dtype or a.dtype), tree),
-                   out_shardings=jax.tree.map(lambda a: a.sharding, tree))
-    return copy(tree)
-
-
-def abstract_reference(run: Run) -> dict:
-    """The shapes of the reference parameters with their shardings."""
-    dtype = jnp.dtype(run.config.model.dtype)
-    backbone = build.abstract_params(run.model, run.mesh)["params"]["backbone"]
-    return {"params": jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding), backbone)}
-
-
-def reference_params(run: Run, current: State) -> dict:
-    """The reference parameters, from WORKDIR/frozen; a run at step 0 writes them there first."""
-    with Checkpoints(f"{run.workdir}/frozen") as checkpoints:
-        if int(current.step) == 0 and checkpoints.latest() is None:
-            backbone = _copy(current.params["params"]["backbone"], run.config.model.dtype)
-            checkpoints.save(0, {"params": backbone}, {})
-        return checkpoints.restore_subtree(0, abstract_reference(run))[1]

@@ -24,7 +24,7 @@ from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
-from ntm_jax.training import finetune, objectives, optimizer, pictures, state
+from ntm_jax.training import finetune, frozen, objectives, optimizer, pictures, state
 from ntm_jax.training.metrics import Writer
 from ntm_jax.training.reward.rollouts import Rollouts
 from ntm_jax.training.signals import StopRequest
@@ -36,12 +36,12 @@ from ntm_jax.training.step import (
     make_step,
     steps_of,
 )
-from ntm_jax.training.teacher import load_teacher, save_teacher
 from ntm_jax.training.writers import MetricsWriter
 from ntm_jax.training.writers import find as find_writers
 
 LONG_HOURS = 8  # from which a run on a CPU is pointed out
-SCALARS = ("loss", "grad_norm", "reward", "clipped")  # metrics
+SCALARS = (  # metrics
+    "loss", "grad_norm", "clipped", "preference_loss", "preference_accuracy")
 TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
 DIVERGED = (
     "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
@@ -94,7 +94,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         raise UserError(f"config.data.batch_size is {batch}, and {source.name} has {count} records "
                         "to train on: expected at most that many")
     run = untrained(config, spec, mesh, folder)
-    teacher = load_teacher(run) if objective.needs_teacher else None
+    teacher = frozen.load_teacher(run) if objective.needs_teacher else None
     job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
     state.check_memory(run)
     config_file.claim(folder, config, spec)  # refuses before the folder is touched
@@ -102,6 +102,8 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         with contextlib.ExitStack() as stack:
             loop = _start(run, teacher, (source, held_out), progress, more, stack)
             loop.until, loop.tracer = until, tracer
+            if loop.rollouts:
+                stack.callback(loop.rollouts.close)
             done = loop.train()
             job.restore_interrupts()
             if not done:
@@ -148,10 +150,10 @@ def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source], progre
         config_file.write(folder, config, run.spec)
     reference = None
     if teacher:
-        save_teacher(teacher, folder)
+        frozen.save_teacher(teacher, folder)
         reference = teacher.params
-    if config.train.align_weight:
-        reference = finetune.reference_params(run, current)
+    if config.train.align_weight or objectives.find(config.train.objective).rollout_use:
+        reference = frozen.reference_params(run, current)
     quiet = jax.process_index() > 0 or not progress
     writer = stack.enter_context(Writer(folder, total, start, quiet, more,
                                         configuration.flatten(config.raw)))
@@ -192,9 +194,13 @@ class _Loop:
         config = self.run.config
         self.objective = objectives.find(config.train.objective)
         self.step_function = make_step(self.run, self.teacher)
-        needs_rollouts = self.objective.needs_rollouts
-        self.rollouts = Rollouts(self.run, self.source) if needs_rollouts else None
-        self.cycle = config.reward.updates if needs_rollouts else 1  # steps on the same batch
+        self.rollouts, self.cycle = None, 1  # steps on the same batch
+        if self.objective.rollout_use:
+            assert self.reference is not None
+            self.rollouts = Rollouts(self.run, self.source, self.reference,
+                                     self.objective.rollout_use)
+            self.reference, self.cycle = None, config.reward.updates  # no argument of a step
+        self.scalars = {}  # of the last samples
         self.rate = optimizer.schedule(config.optimizer, config.train.steps)
         self.pending = None  # metrics of the last step, which are read after the next is dispatched
         self.clock = time.perf_counter(), self.start
@@ -227,7 +233,9 @@ class _Loop:
             if step % self.cycle == 0:
                 batch = self._next_batch(step)
                 if self.rollouts:
-                    batch = self.rollouts(self.current.params, batch, step)
+                    every = self.run.config.train.log_every
+                    logged = (step + self.cycle) // every > step // every
+                    batch, self.scalars = self.rollouts(self.current.params, batch, step, logged)
                 self.batch = batch
             self._take_step(step)
         if step < total:
@@ -316,7 +324,7 @@ class _Loop:
             scalars = self._read(step)
             if scalars:
                 self.writer.write(step, scalars)
-        self.pending = metrics
+        self.pending = metrics, self.scalars
         self.writer.advance(step + 1)
 
     def _compile(self, *arguments) -> None:
@@ -335,7 +343,8 @@ class _Loop:
 
         They are waited for, so the next step should be under way.
         """
-        values, self.pending = jax.device_get(self.pending), None
+        (metrics, of_samples), self.pending = self.pending, None
+        values = jax.device_get(metrics)
         if not values.pop("batch_complete", True):
             # All processes see it here, at the same step, and the state is still that of step - 1.
             self.checkpoints.save(step - 1, self.current, self.positions[step - 1])
@@ -343,6 +352,8 @@ class _Loop:
                 "another process of this job could not read a record (see its line); step "
                 f"{step - 1} is saved, and the same command resumes there when the data are mended")
         scalars, config = check(values, step), self.run.config
+        means = {name: value for name, value in of_samples.items() if "/" not in name}
+        scalars = means | scalars | of_samples  # the terminal shows the first ones
         if step % config.train.log_every:
             return {}
         now, (before, first) = time.perf_counter(), self.clock

@@ -29,7 +29,8 @@ from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
 from ntm_jax.runtime.config import SOLVERS, Config, Train
 from ntm_jax.runtime.run import Run
-from ntm_jax.training.reward import policy_gradient
+from ntm_jax.training.frozen import kept_reference
+from ntm_jax.training.reward import held_out, policy_gradient, preference, rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +43,27 @@ class Setup:
     mean_level_power: Any = 1.0  # the mean of t_k^level_power over the evaluated levels
     teacher: Teacher | None = None
     reward: Any = None  # the section config.reward
+    sampler: rollouts.Sampler | None = None  # of post-training
+    frozen: tuple[str, ...] = ()  # the first names of parameters that do not learn
 
 
 def setup(run: Run, teacher: Run | None = None) -> Setup:
     """The setup of a run's loss; teacher: the run that a denoiser learns from."""
     power = run.config.train.level_power
     mean = np.mean(run.evaluated_levels()[:-1] ** power) if power else 1.0
-    return Setup(run.model, run.schedule, run.config.train, mean, teacher and teacher.as_teacher,
-                 run.config.reward)
+    made = Setup(run.model, run.schedule, run.config.train, mean, teacher and teacher.as_teacher)
+    if not find(run.config.train.objective).rollout_use:
+        return made
+    return dataclasses.replace(made, reward=run.config.reward, sampler=rollouts.sampler_of(run),
+                               frozen=frozen(run))
+
+
+def frozen(run: Run) -> tuple[str, ...]:
+    """The first names of the parameters that do not learn; () unless a run is post-trained."""
+    if not find(run.config.train.objective).rollout_use:
+        return ()
+    names = build.abstract_params(run.model, run.mesh)["params"]
+    return rollouts.frozen(run.config, names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +209,17 @@ def held_out_bound(run: Run, source: Source) -> Held:
                 f"held-out bound {bound['mean']:.4f} ± {bound['stderr']:.4f} {NAMES[unit]}")
 
 
+def held_out_reward(run: Run, source: Source) -> Held:
+    """The bound, and the mean reward of held-out conditions, by which the best is chosen."""
+    bound = held_out_bound(run, source)
+    means = {name: float(np.mean(values)) for name, values in held_out.scores(run, source).items()}
+    if not means:
+        return bound
+    scalars = bound.scalars | {f"evaluate/{name}": value for name, value in means.items()}
+    return Held(-means["reward"], scalars,
+                f"{bound.message}, reward {means['reward']:.4f}")
+
+
 def held_out_velocity(run: Run, source: Source) -> Held:
     """The error of the velocity, over config.evaluate.trajectories levels a record."""
     error = measures.velocity_error(run, source, run.config.evaluate.trajectories)
@@ -245,7 +270,11 @@ class Objective:
     has_levels: bool = True  # factors that train.level_power can weight
     trains_velocity: bool = False  # a model that an NTM can start from
     needs_teacher: bool = False  # config.teacher, the run to distil
-    needs_rollouts: bool = False  # batches with scored samples of the model itself
+    rollout_use: rollouts.Use | None = None  # of scored samples of the model, added to batches
+
+
+def _measure_reward(run: Run, source: Source, trajectories: int) -> dict:
+    return held_out.measure(run, source, kept_reference(run))
 
 
 def _measure_velocity(run: Run, source: Source, trajectories: int) -> dict:
@@ -260,8 +289,13 @@ OBJECTIVES = Registry("config.train.objective", {
         velocity_loss, held_out_velocity, SQUARED, ("inverse", "score", "denoiser", *SOLVERS),
         _check_flow, _measure_velocity, has_levels=False, trains_velocity=True),
     "policy_gradient": Objective(
-        policy_gradient.loss_with(_likelihood_loss(trajectory_terms)), whole_trajectories=True,
-        check=policy_gradient.check, needs_rollouts=True),
+        policy_gradient.loss_with(_likelihood_loss(trajectory_terms)), held_out_reward,
+        whole_trajectories=True, check=policy_gradient.check, measure=_measure_reward,
+        rollout_use=policy_gradient.USE),
+    "preference": Objective(
+        preference.loss_with(_likelihood_loss(trajectory_terms)), held_out_reward,
+        whole_trajectories=True, check=preference.check, measure=_measure_reward,
+        rollout_use=preference.USE),
     "denoiser": Objective(
         denoiser_loss, held_out_denoiser, SQUARED, has_levels=False, needs_teacher=True),
 })

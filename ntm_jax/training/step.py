@@ -18,7 +18,6 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import objectives, optimizer, state
 from ntm_jax.training.objectives import Draws
-from ntm_jax.training.reward import policy_gradient
 from ntm_jax.training.state import State
 
 
@@ -37,8 +36,7 @@ def make_step(run: Run, teacher: Run | None = None):
     transform = optimizer.make(config.optimizer, config.train.steps)
     decay = config.optimizer.ema_decay
     gradients = _gradients(run, teacher)
-    needs_rollouts = objectives.find(config.train.objective).needs_rollouts
-    frozen = policy_gradient.frozen(config) if needs_rollouts else ()
+    frozen = objectives.frozen(run)
     # XLA would choose shardings for the new state other than the old one's: the second step would
     # compile again, and donation would save nothing.
     of_state = jax.tree.map(lambda a: a.sharding, state.abstract(run))

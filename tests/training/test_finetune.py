@@ -16,7 +16,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
 from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.runtime import checkpoint, config, sharding
-from ntm_jax.training import finetune, loop, objectives, state
+from ntm_jax.training import finetune, frozen, loop, objectives, state
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.step import make_step
 from tests.common import TINY, as_run, batch_of, bits, experiment, norm, randomised, setup
@@ -136,7 +136,7 @@ def test_a_new_run_is_the_flow_matching_model(flow):
 def test_the_reference_is_kept_once_and_not_trained(run, flow):
     own = tuned_run(flow[0], run)
     current = state.initialize(own).replace(step=np.int32(4))
-    kept = finetune.reference_params(own, current)
+    kept = frozen.reference_params(own, current)
     expected = ntm_jax.load(str(flow[0])).params["params"]["backbone"]
     assert bits(kept["params"]) == bits(expected)
     first, *_, last = metrics(run)
@@ -191,7 +191,7 @@ def test_the_references_memory_is_counted():
     free, aligned = (
         compile.compile_for(tuned("x", **{"train.align_weight": weight}), "cpu:1")["bytes_per_chip"]
         for weight in (0.0, 2.5))
-    reference = finetune.abstract_reference(tuned_run("x"))
+    reference = frozen.abstract_reference(tuned_run("x"))
     size = sum(4 * a.size for a in jax.tree.leaves(reference))
     assert aligned["arguments"] - free["arguments"] == size
 

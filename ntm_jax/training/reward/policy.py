@@ -1,25 +1,36 @@
-"""The policy gradient of a model whose steps are a stochastic policy with exact densities.
+"""The mathematics of post-training: a model whose steps are a stochastic policy of exact densities.
 
 An NTM's T steps are T actions: x_k is drawn from p(x_k | x_{k+1}), whose density is exact, the
 transporter included. So the importance ratio of two sets of parameters is exact, and no other
 policy stands in for the model.
 
-Symbols: P conditions, G samples of each; B = P G; T steps.
+Symbols: P conditions, G samples of each; B = P G; T steps; N tokens, D token channels.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+LOG_2PI = math.log(2 * math.pi)
 EPSILON = 1e-6  # beside the deviation of a group's rewards
 
 
-def advantages(rewards):
-    """Rewards [P, G] less their group's mean, over its deviation; 0 where all are equal.
+def advantages(rewards: np.ndarray, later: np.ndarray, normalise: bool) -> np.ndarray:
+    """The advantages of every factor, [P, G, T], of rewards [P, G].
 
-    Source: GRPO, arXiv 2402.03300.
+    later: [P, G, T], what is taken from a sample's reward in a factor: the weighted divergence of
+    the factors that follow it. A group's mean is taken from both. Where rewards are normalised,
+    they are divided by their group's deviation (GRPO, arXiv 2402.03300). Otherwise the mean is that
+    of a group's other samples, so that the gradient is unbiased (arXiv 2402.14740).
     """
-    centred = rewards - jnp.mean(rewards, 1, keepdims=True)
-    return centred / (jnp.std(rewards, 1, keepdims=True) + EPSILON)
+    count = rewards.shape[1]
+    centred = rewards - np.mean(rewards, 1, keepdims=True)
+    if normalise:
+        centred = centred / (np.std(rewards, 1, keepdims=True) + EPSILON)
+    found = centred[..., None] - (later - np.mean(later, 1, keepdims=True))
+    return (found if normalise else found * count / (count - 1)).astype(np.float32)
 
 
 def log_ratio(nll, old_nll):
@@ -30,16 +41,54 @@ def log_ratio(nll, old_nll):
 def clipped_surrogate(log_ratio, advantage, clip: float):
     """PPO's clipped objective of every factor, [B, T], to be maximised.
 
-    log_ratio: [B, T] nats; advantage: [B]. Where the ratio is 1, its gradient is that of
+    log_ratio: [B, T] nats; advantage: [B, T]. Where the ratio is 1, its gradient is that of
     advantage * log p(x_k | x_{k+1}). Source: arXiv 1707.06347, eq. 7.
     """
-    ratio, advantage = jnp.exp(log_ratio), advantage[:, None]
+    ratio = jnp.exp(log_ratio)
     return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
 
 
 def clipped_share(log_ratio, clip: float):
     """The share of factors whose ratio lies outside [1 - clip, 1 + clip]."""
     return jnp.mean(jnp.abs(jnp.expm1(log_ratio)) > clip)
+
+
+def gaussian_nll(us, mean, log_scale):
+    """-log p(u_k | u_{k+1}), [B, T] nats, of latents [B, T+1, N, D].
+
+    mean, log_scale: of the Gaussians, [B, T, N, D].
+    """
+    z = (us[:, :-1] - mean) * jnp.exp(-log_scale)
+    return jnp.sum(0.5 * (z * z + LOG_2PI) + log_scale, (2, 3))
+
+
+def gaussian_divergence(mean, log_scale, other_mean, other_log_scale):
+    """KL(p || other), [B, T] nats, of Gaussians [B, T, N, D]."""
+    variance = jnp.exp(2 * (log_scale - other_log_scale))
+    shift = jnp.square((mean - other_mean) * jnp.exp(-other_log_scale))
+    return jnp.sum(0.5 * (variance + shift - 1) + other_log_scale - log_scale, (2, 3))
+
+
+def pair_weights(rewards: np.ndarray) -> np.ndarray:
+    """The weight [P, G, G] of every pair in which sample i has a higher reward than sample j.
+
+    All pairs weigh the same, and the mean over P of their sum is 1; all are 0 without any pair.
+    """
+    better = (rewards[:, :, None] > rewards[:, None, :]).astype(np.float32)
+    return better * (len(rewards) / max(better.sum(), 1))
+
+
+def preference_loss(gain, weights, beta: float):
+    """(the loss of direct preference optimisation, the share of pairs in their right order).
+
+    gain: [P, G], log p(trajectory) - log p_reference(trajectory) in nats; weights: [P, G, G], see
+    pair_weights; beta: the weight of the divergence from the reference in the objective whose
+    optimum the loss has. It is log 2 where the model is the reference. Source: arXiv 2305.18290,
+    eq. 7.
+    """
+    margin = beta * (gain[:, :, None] - gain[:, None, :])
+    return (jnp.sum(weights * jax.nn.softplus(-margin)) / len(gain),
+            jnp.sum(weights * (margin > 0)) / len(gain))
 
 
 def freeze(params, names):

@@ -8,6 +8,7 @@ A reward of your own is registered in a module that --import names:
     ntm_jax.training.reward.rewards.register("brightness", brightness)  # reward.name=brightness
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,9 +16,19 @@ import numpy as np
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.registry import Registry
+from ntm_jax.training.reward import classifier
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Rewards [n], higher is better, and the names [n] by which the log lists their means too."""
+
+    rewards: np.ndarray
+    groups: Sequence[str] = ()
+
 
 # (images [n, H, W, C] uint8 or float32 latents, captions or labels [n]) -> [n], higher is better
-Reward = Callable[[np.ndarray, Sequence], np.ndarray]
+Reward = Callable[[np.ndarray, Sequence], np.ndarray | Scores]
 
 
 def _shapes(argument: str, source: Source) -> Reward:
@@ -26,11 +37,33 @@ def _shapes(argument: str, source: Source) -> Reward:
     if checked is None:
         raise UserError(f"config.reward.name=shapes needs a source that checks images against "
                         f"captions, and {source.name} does not: take config.data.source=shapes")
-    return lambda images, captions: np.asarray(checked(images, list(captions))["right"], float)
+
+    def score(images, captions):
+        found = checked(images, list(captions))
+        return Scores(np.asarray(found["right"], float), found["task"])
+
+    return score
+
+
+def _classifier(argument: str, source: Source) -> Reward:
+    """The log-probability of an image's class under a classifier, in nats; see classifier.py."""
+    try:
+        log_probabilities = classifier.saved(argument, source)
+    except UserError as error:
+        raise UserError(f"config.reward.name=classifier: {error}") from None
+    names = source.class_names or [f"class_{label}" for label in range(source.num_classes)]
+
+    def score(images, labels):
+        labels = np.asarray(labels)
+        found = log_probabilities(images)[np.arange(len(labels)), labels]
+        return Scores(found, [names[label] for label in labels])
+
+    return score
 
 
 REWARDS: Registry[Callable[[str, Source], Reward]] = Registry("config.reward.name", {
     "shapes": _shapes,
+    "classifier[:FILE]": _classifier,
 })
 register = REWARDS.register
 

@@ -1,47 +1,58 @@
-"""Samples of the model that is trained, scored: what a policy gradient learns from.
+"""Samples of the model that is trained, scored: what post-training learns from.
 
-Symbols: P records of a batch, G samples of each; B = P G; K = T+1 levels, N tokens, D token
-channels; H, W, C image height, width, channels.
+Symbols: P records of a batch, G samples of each; B = P G; T steps, K = T+1 levels, N tokens, D
+token channels.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core import sampling
+from ntm_jax.core import sampling, trajectory
 from ntm_jax.core.model import NTM, Terms, exact, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys, per_example
-from ntm_jax.data import transforms
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.config import Reward as Settings
 from ntm_jax.runtime.run import Run
-from ntm_jax.training.reward import policy, rewards
+from ntm_jax.training.reward import policy
+from ntm_jax.training.reward.scorer import Scorer
 
 PARTS = 2  # into which the samples are split: one is scored while the next is made
+REJECTED = "rejected"  # the key of a batch's images that lost a comparison with its images x
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The static arguments of a rollout."""
+    """The static arguments of rollouts."""
 
     model: NTM
     schedule: Schedule
     steps: int
     samples: int
-    whole: bool  # trajectories x_k, through the transporter; otherwise its latents u_k
+    whole: bool  # rollouts are trajectories x_k, through the transporter; otherwise latents u_k
+
+
+def sampler_of(run: Run) -> Sampler:
+    """The sampler of a run's settings."""
+    config = run.config
+    return Sampler(run.model, run.schedule, config.sample.steps, config.reward.samples,
+                   config.reward.trains != "predictor")
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "part"))
 def sample(params, root, batch, *, sampler: Sampler, part: int):
-    """Draws one of the PARTS of a batch's samples; returns (clean tokens [P, g, N, D], a dict).
+    """Draws one of the PARTS of a batch's samples: (clean tokens, rollouts).
 
-    The dict holds what the loss needs: rollout [P, g, K, N, D], and old_nll [P, g, T], the negative
-    log-likelihood of every factor under the parameters that drew it, in nats.
+    Their shapes are [P, g, N, D] and [P, g, K, N, D]. Clean tokens are x_0 / (1 - t_0).
     """
     count = -(-sampler.samples // PARTS)
     count = min(count, sampler.samples - part * count)
@@ -49,88 +60,215 @@ def sample(params, root, batch, *, sampler: Sampler, part: int):
     keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
     y = repeat(build.condition(sampler.model, batch), count)
     t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
+    us = sampling.sample_latents(sampler.model, params, keys, t, y)
     model = exact(sampler.model)
-    us = sampling.sample_latents(model, params, keys, t, y)
     if sampler.whole:
         rollout = sampling.invert_trajectory(model, params, us, t, y)
         x_0 = rollout[:, 0]
     else:
         rollout, x_0 = us, sampling.invert_level(model, params, us, t, y, 0)
-    old = terms(sampler.model, params, rollout, t, y, sampler.whole)
     tokens = x_0 / (1 - per_example(t[:, 0], x_0))
-    grouped = {"rollout": rollout, "old_nll": old.nll}
-    return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]), (tokens, grouped))
+    return jax.tree.map(lambda a: _split(a.reshape(-1, count, *a.shape[1:])), (tokens, rollout))
 
 
-def terms(model: NTM, params, rollout, t, y, whole: bool):
-    """Terms [B, T] of rollouts [B, K, N, D], trajectories if `whole` and latents otherwise."""
-    method = NTM.trajectory if whole else NTM.latents
-    steps = jnp.full(len(rollout), rollout.shape[1] - 1)
-    return cast(Terms, model.apply(params, rollout, t, steps, y, method=method))
+@functools.partial(jax.jit, static_argnames="sampler")
+def recorded(params, root, batch, *, sampler: Sampler):
+    """Rollouts [P, 2, K, N, D] of a batch's images, the preferred ones and then the rejected.
+
+    They are trajectories of the forward process with the same noise for both.
+    """
+    c, count = sampler.model.config, sampler.steps + 1
+    noise = trajectory.example_noise(example_keys(root, "pair", batch["index"]),
+                                     (count, c.tokens, c.dim))
+    x = jnp.stack([batch["x"], batch[REJECTED]], 1).reshape(-1, c.tokens, c.dim)
+    t = sampler.schedule.fixed_levels(sampler.steps, len(x))
+    found = trajectory.simulate(x, t, repeat(noise, 2))
+    if not sampler.whole:
+        y = repeat(build.condition(sampler.model, batch), 2)
+        steps = jnp.full(len(x), sampler.steps)
+        below = [cast(Any, exact(sampler.model).apply(
+            params, found[:, k], t[:, k], steps, y, method=NTM.transport))[0]
+            for k in range(sampler.steps)]
+        found = jnp.stack([*below, found[:, -1]], 1)
+    return _split(found.reshape(-1, 2, *found.shape[1:]))
 
 
-def abstract(run: Run) -> dict:
-    """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
-    config, c = run.config, run.model.config
-    group = config.data.batch_size, config.reward.samples
-    shapes = {"rollout": (*group, config.sample.steps + 1, c.tokens, c.dim),
-              "old_nll": (*group, config.sample.steps), "reward": group, "advantage": group}
-    sharding_ = sharding.batch_sharding(run.mesh)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding_)
-            for name, shape in shapes.items()}
+def _split(a):
+    """An array [P, ...] in equal parts on the devices that split a batch."""
+    return nn.with_logical_constraint(a, ("batch", *(None for _ in a.shape[1:])))
+
+
+def flat(a):
+    """[P, G, ...] -> [B, ...]."""
+    return a.reshape(-1, *a.shape[2:])
+
+
+def densities(sampler: Sampler, params, batch: dict, rollout) -> dict[str, Any]:
+    """`nll` [B, T], of every factor of rollouts [P, G, K, N, D], in nats.
+
+    Of latents also `mean` and `log_scale` [B, T, N, D] of their Gaussians.
+    """
+    samples, us = rollout.shape[1], flat(rollout)
+    y = repeat(build.condition(sampler.model, batch), samples)
+    t = sampler.schedule.fixed_levels(sampler.steps, len(us))
+    arguments = us, t, jnp.full(len(us), sampler.steps), y
+    if sampler.whole:
+        return {"nll": cast(Terms, sampler.model.apply(params, *arguments)).nll}
+    mean, log_scale = cast(Any, sampler.model.apply(params, *arguments, method=NTM.gaussians))
+    return {"nll": policy.gaussian_nll(us, mean, log_scale), "mean": mean, "log_scale": log_scale}
+
+
+def divergence(found: dict, reference: dict):
+    """The divergence of every factor from the reference's, [B, T] nats, of densities of rollouts.
+
+    Of latents it is that of the Gaussians, exactly. Of trajectories it is the log-ratio, whose mean
+    over the model's samples is the divergence.
+    """
+    if "mean" not in found:
+        return policy.log_ratio(found["nll"], reference["nll"])
+    return policy.gaussian_divergence(found["mean"], found["log_scale"], reference["mean"],
+                                      reference["log_scale"])
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "names"))
+def compare(params, reference, batch, rollout, *, sampler: Sampler, names: tuple[str, ...]):
+    """The arrays of these names, [P, G, T, ...], of rollouts under two sets of parameters.
+
+    old_nll, reference_nll; divergence; of latents reference_mean and reference_log_scale. What is
+    not named is not computed.
+    """
+    old, first = (densities(sampler, p, batch, rollout) for p in (params, reference))
+    found = {"old_nll": old["nll"], "divergence": divergence(old, first)}
+    found |= {f"reference_{name}": value for name, value in first.items()}
+    shape = rollout.shape[:2]
+    return {name: _split(found[name].reshape(*shape, *found[name].shape[1:])) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What an objective learns from rollouts.
+
+    names(settings) -> the arrays of `compare` that its loss reads from a batch.
+    weigh(settings, rewards [P, G], later [P, G, T]) -> further arrays of a batch, [P, G, ...],
+    where `later` is the weighted divergence of the factors that follow each one.
+    """
+
+    names: Callable[[Settings], tuple[str, ...]]
+    weigh: Callable[[Settings, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
 class Rollouts:
     """Adds scored samples of the present parameters to a batch.
 
     Sample g of a record is keyed by the step and the record's index, so it is the same on any mesh.
+    Without a reward, the samples are a batch's images and the rejected ones.
+
     Raises UserError where the reward does not go with the source.
     """
 
-    def __init__(self, run: Run, source: Source):
-        config = run.config
-        self._run, self._source = run, source
-        self._reward = rewards.find(config.reward.name, source)
-        self._sampler = Sampler(run.model, run.schedule, config.sample.steps, config.reward.samples,
-                                config.reward.trains != "predictor")
+    def __init__(self, run: Run, source: Source, reference: dict, use: Use):
+        self.run, self.reference, self.use = run, reference, use
+        self.sampler = sampler_of(run)
+        settings = run.config.reward
+        self.scorer = Scorer(run, source, settings.workers) if settings.name else None
+        self.names = use.names(settings)
 
-    def __call__(self, params, batch: dict, step: int) -> dict[str, Any]:
-        """The batch with rollout, old_nll, reward and advantage, [P, G, ...] each.
+    def close(self) -> None:
+        """Ends the processes that score."""
+        if self.scorer:
+            self.scorer.close()
 
-        All parts are dispatched before the first is scored, so that devices work while the host
-        scores.
+    def __call__(self, params, batch: dict, step: int, logged: bool = True) -> tuple[dict, dict]:
+        """(the batch with what the loss reads, scalars to log) of a step.
+
+        logged: whether the scalars are wanted; otherwise they are {}. All parts are dispatched
+        before the first is scored, so that the devices work while the host scores.
         """
-        run = self._run
+        run, settings = self.run, self.run.config.reward
         root = jax.random.fold_in(jax.random.key(run.config.seed), step)
+        names = tuple(dict.fromkeys((*self.names, "divergence"))) if (
+            logged or settings.kl) else self.names
         with sharding.use(run.mesh):
-            parts = [sample(params, root, batch, sampler=self._sampler, part=part)
-                     for part in range(PARTS)]
-        given = self._conditions(batch)
-        scores = np.concatenate([self._score(tokens, given) for tokens, _ in parts], 1)
-        advantages = np.asarray(policy.advantages(scores))
-        scored = sharding.place({"reward": scores, "advantage": advantages}, run.mesh)
-        with sharding.use(run.mesh):
-            joined = jax.tree.map(lambda *a: jnp.concatenate(a, 1), *(found for _, found in parts))
-        return batch | joined | scored
+            if self.scorer:
+                tokens, parts = zip(*(sample(params, root, batch, sampler=self.sampler, part=part)
+                                      for part in range(PARTS)), strict=True)
+                rollout = jnp.concatenate(parts, 1)
+            else:
+                tokens, rollout = (), recorded(params, root, batch, sampler=self.sampler)
+            found = compare(params, self.reference, batch, rollout, sampler=self.sampler,
+                            names=names)
+        scored = self._scored(tokens, batch, logged)
+        rewards = scored["rewards"]
+        apart = sharding.to_host(found["divergence"]) if "divergence" in names else np.zeros(
+            (*rewards.shape, self.sampler.steps), np.float32)
+        later = settings.kl * (np.cumsum(apart, -1) - apart)
+        scalars = _scalars(scored, apart) if logged else {}
+        weights = sharding.place(self.use.weigh(settings, rewards, later), run.mesh)
+        kept = {name: found[name] for name in self.names}
+        return batch | {"rollout": rollout} | kept | weights, scalars
 
-    def _conditions(self, batch: dict) -> list:
-        """The captions, or the labels, of a batch's records, [P]."""
-        if self._source.captions is not None and self._run.model.config.text_width:
-            return [self._source.captions[int(i)] for i in sharding.to_host(batch["index"])]
-        return sharding.to_host(batch["label"]).tolist()
+    def _scored(self, tokens, batch: dict, logged: bool) -> dict:
+        """The scores of the samples, as Scorer gives them; of pairs only rewards, 1 and 0."""
+        if self.scorer:
+            return self.scorer(tokens, batch, logged)
+        if REJECTED not in batch:
+            raise UserError(f"config.reward.name is empty, and the records of "
+                            f"{self.run.config.data.source} have no image `{REJECTED}`: name a "
+                            "reward, or give pairs of images")
+        return {"rewards": np.tile(np.array([1.0, 0.0]), (batch["index"].shape[0], 1))}
 
-    def _score(self, tokens, given: list) -> np.ndarray:
-        """Rewards [P, g] of tokens [P, g, N, D]. Raises UserError where they are not numbers."""
-        spec, name = self._run.spec, self._run.config.reward.name
-        values = sharding.to_host(tokens)
-        count = values.shape[1]
-        images = transforms.unpatchify(values.reshape(-1, *values.shape[2:]), spec.image_shape,
-                                       spec.patch_size)
-        if spec.pixel_levels:
-            images = transforms.unscale(images, spec.pixel_levels)
-        found = np.asarray(self._reward(images, [one for one in given for _ in range(count)]),
-                           np.float32)
-        if found.shape != (len(images),) or not np.isfinite(found).all():
-            raise UserError(f"config.reward.name={name} gave an array of shape {found.shape}: "
-                            f"expected {len(images)} finite numbers, one for each image")
-        return found.reshape(-1, count)
+
+def _scalars(scored: dict, apart: np.ndarray) -> dict[str, float]:
+    """What is logged of scored samples; apart: their divergence from the reference [P, G, T]."""
+    found, rewards = {"kl": float(apart.sum(-1).mean())}, scored["rewards"]
+    if "distance" not in scored:
+        return found
+    found = {"reward": float(rewards.mean())} | found
+    found["diversity"] = float(scored["distance"].mean())
+    names = scored.get("groups", np.empty(0))
+    return found | {f"reward/{name}": float(rewards[names == name].mean())
+                    for name in np.unique(names)}
+
+
+def abstract(run: Run, use: Use) -> dict:
+    """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
+    config, c, settings = run.config, run.model.config, run.config.reward
+    samples = settings.samples if settings.name else 2
+    group = config.data.batch_size, samples
+    count = config.sample.steps
+    latents = (*group, count, c.tokens, c.dim)
+    shapes = {"rollout": (*group, count + 1, c.tokens, c.dim)}
+    shapes |= {name: latents if name in ("reference_mean", "reference_log_scale")
+               else (*group, count) for name in use.names(settings)}
+    weights = use.weigh(settings, np.zeros(group), np.zeros((*group, count)))
+    shapes |= {name: value.shape for name, value in weights.items()}
+    split = sharding.batch_sharding(run.mesh)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
+            for name, shape in shapes.items()}
+
+
+def check(config: Config) -> None:
+    """Raises UserError for a configuration that cannot be post-trained."""
+    reward, train, model = config.reward, config.train, config.model
+    if not config.init_from:
+        raise UserError(f"config.init_from is empty: config.train.objective={train.objective} "
+                        "improves a trained model; give its run, --config.init_from=WORKDIR")
+    if reward.trains != "predictor" and not model.transporter_blocks:
+        raise UserError(f"config.reward.trains={reward.trains} needs a transporter, and "
+                        "config.model.transporter_blocks is 0: set it to predictor")
+    if train.align_weight:
+        raise UserError(f"config.train.align_weight is {train.align_weight}: with "
+                        f"config.train.objective={train.objective} config.reward.kl holds the "
+                        "model near the first one; set align_weight to 0")
+    for name in ("steps", "save_every", "evaluate_every"):
+        if getattr(train, name) % reward.updates:
+            raise UserError(f"config.train.{name} is {getattr(train, name)}: expected a multiple "
+                            f"of config.reward.updates, {reward.updates}, since a run is saved "
+                            "between samples")
+
+
+def frozen(config: Config, names) -> tuple[str, ...]:
+    """Those of the parameters' first `names` that config.reward.trains leaves as they are."""
+    parts = {"predictor": {"transporter"}, "transporter": set(names) - {"transporter"},
+             "both": set()}
+    return tuple(name for name in names if name in parts[config.reward.trains])

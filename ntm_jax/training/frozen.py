@@ -1,0 +1,107 @@
+"""The models that a run is held to, kept once in WORKDIR/frozen: a teacher, or a reference.
+
+The learned denoiser distils its teacher's score denoising into one pass over its latent u_0
+(method, section 8). The teacher is kept in the form of a run's folder, which a resume, sampling and
+evaluation read.
+
+A fine-tuned model's means are held near those of its flow-matching network (method, section 7),
+which is kept in the dtype that it computes in. A post-trained model is compared with the model that
+it starts from.
+"""
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from ntm_jax.errors import UserError
+from ntm_jax.export.read import load_run
+from ntm_jax.runtime import build, config_file
+from ntm_jax.runtime import config as configuration
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.run import Run
+from ntm_jax.training.state import State
+
+SHARED = (  # settings that a denoiser shares with its teacher
+    "data.source", "data.patch_size", "data.image_size", "trajectory.t_min", "trajectory.schedule",
+    "trajectory.shift", "trajectory.steps", "sample.steps", "model.condition", "model.data_std")
+
+
+def load_teacher(run: Run) -> Run:
+    """The teacher of a denoiser's run, from its workdir, or from config.teacher before it is saved.
+
+    Raises UserError where it does not fit the run's settings and data.
+    """
+    kept = has_teacher(run.workdir)
+    teacher = load_run(f"{run.workdir}/frozen" if kept else run.config.teacher)
+    check_teacher(run, teacher)
+    return teacher
+
+
+def save_teacher(teacher: Run, workdir: str) -> None:
+    """Saves the teacher in WORKDIR/frozen, unless it is there."""
+    if has_teacher(workdir):
+        return
+    folder = f"{workdir}/frozen"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(teacher.step, {"ema": teacher.params}, {})
+    if jax.process_index() == 0:
+        # Written last; its presence marks the copy as complete.
+        config_file.write(folder, teacher.config, teacher.spec)
+
+
+def has_teacher(workdir: str) -> bool:
+    """Whether a workdir holds a complete teacher."""
+    return (epath.Path(workdir) / "frozen" / "config.json").exists()
+
+
+def check_teacher(run: Run, teacher: Run) -> None:
+    """Raises UserError where the settings or data of a denoiser are not its teacher's."""
+    config, spec = run.config, run.spec
+    mine, theirs = (configuration.flatten(c.raw) for c in (config, teacher.config))
+    for key in SHARED:
+        if mine[key] != theirs[key]:
+            raise UserError(f"config.{key} is {mine[key]}, and {theirs[key]} in the teacher "
+                            f"{config.teacher}: they must be the same")
+    if spec.image_shape != teacher.spec.image_shape:
+        raise UserError(f"{config.data.source} has images of shape {spec.image_shape}, and the "
+                        f"teacher {config.teacher} learned others, {teacher.spec.image_shape}")
+
+
+def copy(tree, dtype=None):
+    """A copy, in another dtype if given.
+
+    A step donates its arguments, so no two of them may share arrays.
+    """
+    copied = jax.jit(lambda tree: jax.tree.map(lambda a: jnp.copy(a).astype(dtype or a.dtype),
+                                               tree),
+                     out_shardings=jax.tree.map(lambda a: a.sharding, tree))
+    return copied(tree)
+
+
+def abstract_reference(run: Run) -> dict:
+    """The shapes of the reference parameters with their shardings."""
+    params = build.abstract_params(run.model, run.mesh)
+    if not run.config.train.align_weight:
+        return params
+    dtype = jnp.dtype(run.config.model.dtype)
+    return {"params": jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding),
+        params["params"]["backbone"])}
+
+
+def reference_params(run: Run, current: State) -> dict:
+    """The reference parameters, from WORKDIR/frozen; a run at step 0 writes them there first."""
+    with Checkpoints(f"{run.workdir}/frozen") as checkpoints:
+        if int(current.step) == 0 and checkpoints.latest() is None:
+            found = current.params
+            if run.config.train.align_weight:
+                found = {"params": copy(found["params"]["backbone"], run.config.model.dtype)}
+            checkpoints.save(0, found, {})
+        return checkpoints.restore_subtree(0, abstract_reference(run))[1]
+
+
+def kept_reference(run: Run) -> dict | None:
+    """The reference parameters in a run's folder; None where there are none."""
+    with Checkpoints(f"{run.workdir}/frozen") as checkpoints:
+        return None if checkpoints.latest() is None else checkpoints.restore_subtree(
+            0, abstract_reference(run))[1]

@@ -1,0 +1,60 @@
+"""The classifier of the reward `classifier`: trained on a source's classes, and kept in a file.
+
+Its architecture is that of the features `cnn`. Its seed is another, so that scores by these
+features do not come from the network that the samples are made to please.
+"""
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+from flax import traverse_util
+
+from ntm_jax import files
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import features
+
+SEED = 1
+
+
+def saved(file: str, source: Source):
+    """A function of images [n, H, W, C] -> log-probabilities [n, classes], in nats.
+
+    The classifier is read from a safetensors file. Where there is no such file, or its name is
+    empty, it is trained on the source, and then written there. Raises UserError for a source
+    without classes, and for another file.
+    """
+    features.check_classes(source)
+    if file and epath.Path(file).exists():
+        params = _read(file, source)
+    else:
+        params = jax.device_get(features.fit_classifier(source, SEED))
+        if file and jax.process_index() == 0:
+            files.write(file, safetensors.numpy.save(_flat(params), {"classes_of": source.name}))
+
+    def log_probabilities(images):
+        logits = features.classify(source, params, images)[1].astype(np.float64)
+        return logits - np.logaddexp.reduce(logits, 1, keepdims=True)
+
+    return log_probabilities
+
+
+def _flat(params) -> dict:
+    """{"layer/name": array}."""
+    return dict(traverse_util.flatten_dict(params, sep="/"))
+
+
+def _read(file: str, source: Source) -> dict:
+    shapes = {name: a.shape for name, a in _flat(features.abstract_classifier(source)).items()}
+    try:
+        flat = safetensors.numpy.load(epath.Path(file).read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} cannot be read ({error}): expected a classifier's safetensors; "
+                        "without the file one is trained and written there") from None
+    if {name: a.shape for name, a in flat.items()} != shapes:
+        raise UserError(f"{file} holds another network than a classifier of the "
+                        f"{source.num_classes} classes of {source.name}: name another file, into "
+                        "which one is trained and written")
+    return traverse_util.unflatten_dict(flat, sep="/")

@@ -1,0 +1,66 @@
+"""The rewards of samples of held-out conditions, before and after post-training."""
+
+import contextlib
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntm_jax.data import pipeline
+from ntm_jax.data.sources import Source
+from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.run import Run
+from ntm_jax.training.reward import rollouts
+from ntm_jax.training.reward.scorer import Scorer
+
+
+def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str, np.ndarray]:
+    """{name: [conditions]} of config.reward.samples samples each of held-out conditions.
+
+    reward, diversity; with reference parameters also kl, in nats a trajectory. There are
+    config.evaluate.images samples, up to a batch; {} where these are 0 or there is no reward.
+    """
+    config, mesh = run.config, run.mesh
+    wanted = config.evaluate.images // config.reward.samples
+    if not (config.reward.name and wanted):
+        return {}
+    sampler, scorer = rollouts.sampler_of(run), Scorer(run, source)
+    root = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # of no training step
+    batches = pipeline.evaluation_batches(source, config.data.patch_size, config.data.batch_size,
+                                          *sharding.share(mesh))
+    found = []
+    with contextlib.closing(batches):
+        for local in itertools.islice(batches, -(-wanted // config.data.batch_size)):
+            batch = sharding.to_global(local, mesh)
+            real = sharding.to_host(batch.pop("mask")) > 0
+            with sharding.use(mesh):
+                tokens, parts = zip(*(rollouts.sample(run.params, root, batch, sampler=sampler,
+                                                      part=part) for part in range(rollouts.PARTS)),
+                                    strict=True)
+            scored = scorer(tokens, batch)
+            figures = {"reward": scored["rewards"].mean(1), "diversity": scored["distance"]}
+            if reference is not None:
+                with sharding.use(mesh):
+                    rollout = jnp.concatenate(parts, 1)
+                    apart = rollouts.compare(run.params, reference, batch, rollout, sampler=sampler,
+                                             names=("divergence",))["divergence"]
+                figures["kl"] = sharding.to_host(apart).sum(-1).mean(1)
+            found.append({name: values[real] for name, values in figures.items()})
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+
+
+def measure(run: Run, source: Source, reference: dict | None) -> dict:
+    """Means and standard errors over held-out conditions of `scores`.
+
+    With reference parameters, those of the model before post-training, also reward_before and
+    diversity_before, of the same noise.
+    """
+    result = {name: mean_and_stderr(values)
+              for name, values in scores(run, source, reference).items()}
+    if reference is not None:
+        before = scores(dataclasses.replace(run, params=reference), source)
+        result |= {f"{name}_before": mean_and_stderr(values) for name, values in before.items()}
+    return result

@@ -1,0 +1,143 @@
+"""Scores samples on the host: their rewards, and how much samples of one condition differ.
+
+Symbols: P records of a batch, p of them this process's share; G samples of each; N tokens, D token
+channels; H, W, C image height, width, channels.
+"""
+
+import concurrent.futures
+import itertools
+import multiprocessing
+from collections.abc import Sequence
+
+import cloudpickle
+import jax
+import numpy as np
+
+from ntm_jax.data import transforms
+from ntm_jax.data.sources import Source
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.run import Run
+from ntm_jax.training.reward import rewards
+from ntm_jax.training.reward.rewards import Scores
+
+NAME_BYTES = 48  # of a group's name, by which processes exchange it
+
+_reward = None  # of a worker process
+
+
+def _open(pickled: bytes) -> None:
+    global _reward
+    jax.config.update("jax_platforms", "cpu")  # accelerators belong to the program
+    _reward = cloudpickle.loads(pickled)  # made by this program, as grain's workers get a source
+
+
+def _in_worker(images, given):
+    return _reward(images, given)  # type: ignore[misc]
+
+
+class Scorer:
+    """Scores samples of a run by its reward, in a number of worker processes or in this one.
+
+    Raises UserError where the reward does not go with the source.
+    """
+
+    def __init__(self, run: Run, source: Source, workers: int = 0):
+        self._run, self._source, self._workers = run, source, workers
+        self._reward, self._pool = rewards.find(run.config.reward.name, source), None
+        if workers:
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                workers, multiprocessing.get_context("spawn"), _open,
+                (cloudpickle.dumps(self._reward),))
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, parts: Sequence, batch: dict, detailed: bool = True) -> dict:
+        """The scores of clean tokens [P, g, N, D], part by part, on every process.
+
+        rewards [P, G]; if detailed also distance [P], see mean_distances, and groups [P, G], names,
+        where the reward has them. Every process scores its share of the records. Raises UserError
+        where a reward is not a number.
+        """
+        mesh, given = self._run.mesh, self.conditions(batch)
+        images, pending = [], []
+        for tokens in parts:  # waits for the devices
+            images.append(self._images(sharding.to_local(tokens)))
+            pending.append(self._submit(images[-1], given))
+        scored = [self._checked(wait(), part.shape[:2])
+                  for wait, part in zip(pending, images, strict=True)]
+        local = {"rewards": np.concatenate([one.rewards for one in scored], 1)}
+        if detailed:
+            levels = self._run.spec.pixel_levels
+            local["distance"] = mean_distances(np.concatenate(images, 1), levels)
+            if len(scored[0].groups):
+                local["groups"] = np.concatenate(
+                    [_bytes(one.groups, part.shape[:2])
+                     for one, part in zip(scored, images, strict=True)], 1)
+        found = sharding.to_host(sharding.to_global(local, mesh))
+        if "groups" in found:
+            names = np.ascontiguousarray(found["groups"]).view(f"S{NAME_BYTES}")[..., 0]
+            found["groups"] = np.char.decode(names)
+        return found
+
+    def conditions(self, batch: dict) -> list:
+        """The captions, or the labels, of this process's share of a batch, [p]."""
+        if self._source.captions is not None and self._run.model.config.text_width:
+            return [self._source.captions[int(i)] for i in sharding.to_local(batch["index"])]
+        return sharding.to_local(batch["label"]).tolist()
+
+    def _images(self, values: np.ndarray) -> np.ndarray:
+        """Images [p, g, H, W, C], uint8 or float32 latents, of tokens [p, g, N, D]."""
+        spec = self._run.spec
+        images = transforms.unpatchify(values.reshape(-1, *values.shape[2:]), spec.image_shape,
+                                       spec.patch_size)
+        if spec.pixel_levels:
+            images = transforms.unscale(images, spec.pixel_levels)
+        return images.reshape(*values.shape[:2], *images.shape[1:])
+
+    def _submit(self, images: np.ndarray, given: list):
+        """A function that waits for the scores of images [p, g, H, W, C]."""
+        flat = images.reshape(-1, *images.shape[2:])
+        repeated = [one for one in given for _ in range(images.shape[1])]
+        if not self._pool:
+            found = self._reward(flat, repeated)
+            return lambda: [found]
+        bounds = np.linspace(0, len(flat), self._workers + 1).astype(int)
+        futures = [self._pool.submit(_in_worker, flat[a:b], repeated[a:b])
+                   for a, b in itertools.pairwise(bounds) if a < b]
+        return lambda: [future.result() for future in futures]
+
+    def _checked(self, found: list, shape: tuple[int, ...]) -> Scores:
+        """The scores of a part of this shape [p, g], rewards in that shape."""
+        found = [one if isinstance(one, Scores) else Scores(np.asarray(one)) for one in found]
+        values = np.concatenate([np.atleast_1d(one.rewards) for one in found]).astype(np.float32)
+        if values.shape != (int(np.prod(shape)),) or not np.isfinite(values).all():
+            raise UserError(f"config.reward.name={self._run.config.reward.name} gave an array of "
+                            f"shape {values.shape}: expected {int(np.prod(shape))} finite numbers, "
+                            "one for each image")
+        return Scores(values.reshape(shape), [name for one in found for name in one.groups])
+
+
+def _bytes(names: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
+    """Names as bytes, [*shape, NAME_BYTES] uint8."""
+    encoded = [str(name).encode()[:NAME_BYTES] for name in names]
+    return np.array(encoded, f"S{NAME_BYTES}").reshape(*shape, 1).view(np.uint8)
+
+
+def mean_distances(images: np.ndarray, pixel_levels: int) -> np.ndarray:
+    """The mean distance [p] between two of a record's samples, images [p, G, H, W, C].
+
+    A distance is the root of the mean squared difference of pixels in [0, 1], or of latents. It
+    falls where a reward makes all samples of a caption alike.
+    """
+    values = images.reshape(*images.shape[:2], -1).astype(np.float64)
+    values /= max(pixel_levels - 1, 1)
+    squares = np.square(values).sum(-1)
+    products = values @ values.transpose(0, 2, 1)
+    squared = squares[:, :, None] + squares[:, None, :] - 2 * products
+    distances = np.sqrt(np.maximum(squared, 0) / values.shape[-1])
+    count = images.shape[1]
+    return (distances.sum((1, 2)) / (count * (count - 1))).astype(np.float32)

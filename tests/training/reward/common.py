@@ -1,0 +1,49 @@
+"""Rollouts of a tiny run, for the tests of post-training."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from ntm_jax.runtime import sharding
+from ntm_jax.training import objectives
+from ntm_jax.training.reward.rollouts import Rollouts
+from tests.common import batch_of
+
+
+def with_reward(run, **settings):
+    """The run with other settings of its section `reward`."""
+    reward = dataclasses.replace(run.config.reward, **settings)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, reward=reward))
+
+
+def with_objective(run, objective: str, **settings):
+    """The run with another objective, and other settings of its section `reward`."""
+    train = dataclasses.replace(run.config.train, objective=objective)
+    config = dataclasses.replace(run.config, train=train)
+    return with_reward(dataclasses.replace(run, config=config), **settings)
+
+
+def made(run, reference=None):
+    """The Rollouts of a run; its reference is the run's own parameters by default."""
+    use = objectives.find(run.config.train.objective).rollout_use
+    return Rollouts(run, run.config.data.open("train"), reference or run.params, use)
+
+
+def rolled(run, reference=None, step: int = 0, records: int = 4, **more) -> tuple[dict, dict]:
+    """(a batch of the first records with rollouts, the scalars to log); more: of the batch."""
+    batch = batch_of(run.config.data.open("train"), run.config, records) | more
+    return made(run, reference)(run.params, sharding.to_global(batch, run.mesh), step)
+
+
+def moved(params, size: float, seed: int = 7):
+    """Parameters plus normal noise of a size."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [a + size * jax.random.normal(k, a.shape)
+                                     for a, k in zip(leaves, keys, strict=True)])
+
+
+def flat(a):
+    """[P, G, ...] -> [B, ...], on the host."""
+    return np.asarray(a).reshape(-1, *a.shape[2:])

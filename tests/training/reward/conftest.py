@@ -1,0 +1,27 @@
+"""The reward of the documentation's example, and a tiny run with random parameters."""
+
+import re
+
+import pytest
+
+from ntm_jax.training.reward import rewards
+from tests.common import ROOT, as_run, random_run, setup, tiny_config
+
+PAGE = (ROOT / "docs/howto/reward.md").read_text()
+EXAMPLE = re.search(r"```python\n# my_reward\.py\n(.*?)```", PAGE, re.S)[1]
+
+
+@pytest.fixture(autouse=True)
+def brightness(monkeypatch):
+    """The reward of the page's example: the mean pixel, over 255."""
+    monkeypatch.setattr(rewards.REWARDS, "_entries", dict(rewards.REWARDS._entries))
+    exec(EXAMPLE, {})
+
+
+@pytest.fixture(scope="module")
+def run():
+    settings = tiny_config(**{"reward.name": "brightness", "reward.samples": 3,
+                              "reward.updates": 2, "train.objective": "policy_gradient",
+                              "init_from": "x", "data.batch_size": 4})
+    _, model, mesh = setup(settings)
+    return random_run(as_run(settings, model, mesh), 0)

@@ -1,0 +1,49 @@
+"""Direct preference optimisation: exact likelihoods of pairs, from a reward or from records."""
+
+import jax
+import numpy as np
+import pytest
+
+from ntm_jax.core import sampling
+from ntm_jax.errors import UserError
+from ntm_jax.training import objectives
+from ntm_jax.training.objectives import Draws
+from tests.common import tiny_config
+from tests.training.reward.common import flat, moved, rolled, with_objective
+
+SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_from": "x",
+            "reward.kl": 0.1, "data.batch_size": 4}
+
+
+@pytest.mark.parametrize("trains", ["predictor", "both"])
+def test_the_loss_is_that_of_exact_likelihoods(run, trains):
+    run = with_objective(run, "preference", kl=0.05, trains=trains, anchor=0.0)
+    batch, _ = rolled(run)
+    loss, setup = objectives.find("preference").loss, objectives.setup(run)
+    draws = Draws(jax.random.key(0), batch, 2, 0)
+    first, metrics = loss(setup, run.params, draws)
+    assert metrics["preference_loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert first == pytest.approx(np.log(2) / (0.05 * 64), rel=1e-4)
+    params = moved(run.params, 0.01)
+    if trains == "predictor":
+        params["params"]["transporter"] = run.params["params"]["transporter"]
+    _, metrics = loss(setup, params, draws)
+    xs, t = flat(batch["rollout"]), run.schedule.fixed_levels(2, 12)
+    y, steps = np.repeat(batch["label"], 3), np.full(12, 2)
+    if trains == "predictor":
+        xs = sampling.invert_trajectory(run.model, run.params, xs, t, y)
+    nll = [run.model.apply(p, xs, t, steps, y).nll.sum(1) for p in (run.params, params)]
+    gain = np.asarray(nll[0] - nll[1]).reshape(4, 3)
+    margin = 0.05 * (gain[:, :, None] - gain[:, None])
+    weight = np.asarray(batch["pair_weight"])
+    wanted = (weight * np.log1p(np.exp(-margin))).sum() / 4
+    assert metrics["preference_loss"] == pytest.approx(wanted, rel=1e-3)
+    assert abs(wanted - np.log(2)) > 1e-3
+    gradient = jax.grad(lambda params: loss(setup, params, draws)[0])(run.params)
+    frozen = max(np.abs(a).max() for a in jax.tree.leaves(gradient["params"]["transporter"]))
+    assert (frozen == 0) == (trains == "predictor")
+
+
+def test_mistakes_are_one_line():
+    with pytest.raises(UserError, match=r"reward\.kl is 0: config\.train\.objective=preference needs"):
+        tiny_config(**SETTINGS | {"reward.kl": 0.0})

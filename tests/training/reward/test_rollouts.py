@@ -1,0 +1,155 @@
+"""Rollouts: the same on any mesh, scored in this process or in others, and what is logged."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ntm_jax.analysis import compile
+from ntm_jax.core.trajectory import simulate
+from ntm_jax.data import sources
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
+from ntm_jax.training import objectives
+from ntm_jax.training.reward import rewards, rollouts, scorer
+from ntm_jax.training.reward.scorer import Scorer
+from tests.common import batch_of
+from tests.training.reward.common import made, moved, rolled, with_objective, with_reward
+
+
+def test_rollouts_are_the_same_twice_and_differ_by_step(run):
+    (one, _), (two, _), (later, _) = rolled(run), rolled(run), rolled(run, step=1)
+    np.testing.assert_array_equal(one["rollout"], two["rollout"])
+    assert one["rollout"].shape == (4, 3, 3, 16, 4)
+    assert one["advantage"].shape == one["old_nll"].shape == (4, 3, 2)
+    flat = np.concatenate([one["rollout"], later["rollout"]]).reshape(24, -1)
+    assert len(np.unique(flat, axis=0)) == 24
+
+
+@pytest.mark.parametrize("objective", ["policy_gradient", "preference"])
+@pytest.mark.parametrize("trains", ["predictor", "both"])
+def test_rollouts_have_the_shapes_that_compilation_takes(run, objective, trains):
+    run = with_objective(run, objective, trains=trains, kl=0.1)
+    use = objectives.find(objective).rollout_use
+    shapes = rollouts.abstract(run, use)
+    batch, _ = rolled(run)
+    assert {name: a.shape for name, a in shapes.items()} == {
+        name: batch[name].shape for name in shapes}
+    assert set(batch) - set(shapes) == {"x", "label", "index"}
+    program = compile.train_program(run, run.config.data.open("train"))
+    assert set(shapes) < set(program.arguments[1])
+
+
+def test_what_is_logged(run):
+    _, scalars = rolled(run, moved(run.params, 0.05))
+    assert list(scalars) == ["reward", "kl", "diversity"]
+    assert 0 < scalars["reward"] < 0.1
+    assert scalars["kl"] > 0.1
+    assert scalars["diversity"] > 0.01
+    assert rolled(run)[1]["kl"] == pytest.approx(0, abs=1e-3)
+    batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
+    assert made(run)(run.params, batch, 0, logged=False)[1] == {}
+
+
+def test_a_rewards_groups_are_logged(run, monkeypatch):
+    first = run.config.data.open("train").records[0]["label"]
+
+    def scores(images, labels):
+        values = images.mean((1, 2, 3)) / 255
+        return rewards.Scores(values, ["first" if label == first else "other" for label in labels])
+
+    monkeypatch.setattr(rewards, "find", lambda name, source: scores)
+    batch, scalars = rolled(run)
+    share = np.mean(np.asarray(batch["label"]) == first)
+    assert share < 1
+    together = share * scalars["reward/first"] + (1 - share) * scalars["reward/other"]
+    assert scalars["reward"] == pytest.approx(together)
+
+
+def test_the_mean_distance_of_samples():
+    images = np.zeros((2, 3, 4, 4, 1), np.uint8)
+    images[0, 0] = 16
+    np.testing.assert_allclose(scorer.mean_distances(images, 17), [2 / 3, 0])
+    np.testing.assert_allclose(scorer.mean_distances(images / 16.0, 0), [2 / 3, 0])
+
+
+def test_a_reward_that_gives_no_numbers_is_refused(run):
+    rolling = made(run)
+    batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
+    for wrong in (np.full(12, np.nan), np.zeros(3)):
+        rolling.scorer._reward = lambda images, given, wrong=wrong: wrong
+        with pytest.raises(UserError, match=r"gave an array of shape .*: expected 8 finite"):
+            rolling(run.params, batch, 0)
+
+
+def test_worker_processes_score_the_same(run):
+    batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
+    source = run.config.data.open("train")
+    tokens = np.random.default_rng(0).normal(size=(4, 3, 16, 4))
+    parts = [jax.numpy.asarray(tokens), jax.numpy.asarray(tokens[:, :2])]
+    here, there = Scorer(run, source), Scorer(run, source, 2)
+    try:
+        np.testing.assert_array_equal(here(parts, batch)["rewards"], there(parts, batch)["rewards"])
+    finally:
+        there.close()
+
+
+@pytest.mark.parametrize("trains", ["predictor", "both"])
+def test_recorded_pairs_are_trajectories_of_the_same_noise(run, trains):
+    run = with_objective(run, "preference", trains=trains, kl=0.1, name="")
+    rejected = np.zeros((4, 16, 4), np.float32)
+    batch, scalars = rolled(run, rejected=rejected)
+    assert batch["rollout"].shape == (4, 2, 3, 16, 4)
+    assert scalars == {"kl": pytest.approx(0, abs=1e-3)}
+    np.testing.assert_array_equal(batch["pair_weight"], np.tile([[0, 1], [0, 0]], (4, 1, 1)))
+    if trains == "both":
+        found, t = np.asarray(batch["rollout"]), run.schedule.fixed_levels(2, 4)
+        clean = np.zeros((4, 3, 16, 4))
+        images = [simulate(x, t, clean) for x in (np.asarray(batch["x"]), rejected)]
+        np.testing.assert_allclose(found[:, 0] - images[0], found[:, 1] - images[1], atol=1e-5)
+    with pytest.raises(UserError, match="have no image `rejected`: name a reward, or give pairs"):
+        rolled(run)
+
+
+def test_rewards_are_found_by_name(run):
+    source = run.config.data.open("train")
+    with pytest.raises(UserError, match="shapes needs a source that checks images against"):
+        rewards.find("shapes", source)
+    with pytest.raises(UserError, match=r"'best' is not known: expected one of shapes, classif"):
+        rewards.find("best", source)
+
+
+def test_the_scores_of_shapes_have_tasks(run):
+    source = sources.open_source("shapes", "test[:8]")
+    images = np.stack([source.records[i]["image"] for i in range(8)])
+    found = rewards.find("shapes", source)(images, list(source.captions))
+    np.testing.assert_array_equal(found.rewards, 1)
+    assert set(found.groups) == {"single_object", "two_object", "counting", "colors", "position",
+                                 "color_attr"}
+
+
+def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
+    source, file = run.config.data.open("train"), str(tmp_path / "digits.safetensors")
+    images = np.stack([source.records[i]["image"] for i in range(70)])
+    labels = [source.records[i]["label"] for i in range(70)]
+    first = rewards.find(f"classifier:{file}", source)(images, labels)
+    assert (np.exp(first.rewards) > 0.5).mean() > 0.95
+    monkeypatch.setattr("ntm_jax.evaluation.features.fit_classifier", None)
+    again = rewards.find(f"classifier:{file}", source)(images, labels)
+    np.testing.assert_array_equal(first.rewards, again.rewards)
+    assert first.groups[0] == f"class_{labels[0]}"
+    (tmp_path / "other").write_bytes(b"no classifier")
+    with pytest.raises(UserError, match=r"reward.name=classifier: .*other cannot be read"):
+        rewards.find(f"classifier:{tmp_path}/other", source)
+    with pytest.raises(UserError, match="holds another network"):
+        rewards.find(f"classifier:{file}", dataclasses.replace(source, num_classes=9))
+    with pytest.raises(UserError, match="digits has no classes"):
+        rewards.find("classifier", dataclasses.replace(source, num_classes=0))
+
+
+def test_more_settings_of_a_run_keep_its_rollouts(run):
+    """The penalty's weight and further updates change no sample."""
+    one, two = (rolled(with_reward(run, **changes))[0] for changes in ({}, {"kl": 0.5}))
+    np.testing.assert_array_equal(one["rollout"], two["rollout"])
+    assert set(two) - set(one) == {"reference_mean", "reference_log_scale"}
