@@ -141,10 +141,19 @@ class _ReadTokens:
 
     def __call__(self, index: int) -> dict[str, np.ndarray | np.generic]:
         record = self.source.records[int(index)]
-        x = patchify(record["image"], self.patch_size)
-        x = scale(x, self.source.pixel_levels) if self.source.pixel_levels else x
-        text = {key: record[key] for key in ("text", "text_mask") if key in record}
-        return {"x": x, "label": np.int32(record["label"]), "index": np.int32(index), **text}
+        more = {key: record[key] for key in ("text", "text_mask") if key in record}
+        if "rejected" in record:
+            more["rejected"] = self._tokens(record["rejected"])
+        return {
+            "x": self._tokens(record["image"]),
+            "label": np.int32(record["label"]),
+            "index": np.int32(index),
+            **more,
+        }
+
+    def _tokens(self, image: np.ndarray) -> np.ndarray:
+        x = patchify(image, self.patch_size)
+        return scale(x, self.source.pixel_levels) if self.source.pixel_levels else x
 
 
 @dataclasses.dataclass(frozen=True)

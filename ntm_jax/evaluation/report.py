@@ -99,7 +99,8 @@ def _commit() -> str:
 LOWER = (  # figures of evaluation.json that are better the lower they are, and the higher
     "bits_per_dim", "nats_per_dim", "trajectory_nll", "velocity_error", "frechet",
     "denoising", "denoiser")
-HIGHER = ("effective_sample_size", "class_accuracy", "precision", "recall", "retrieval", "tasks")
+HIGHER = ("effective_sample_size", "class_accuracy", "precision", "recall", "retrieval", "tasks",
+          "reward", "reward_before")
 
 
 def directions(result: dict) -> dict:
@@ -113,7 +114,13 @@ MUCH_RECONSTRUCTION = 0.5  # share of the bound from which a line points it out
 CLASSES_SHOWN = 10  # in the table; evaluation.json has all
 FEW_SAMPLES = 1000  # for a Fréchet distance
 FEATURE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
-MEASURES = {"velocity_error": "mean squared error of the velocity"}
+MEASURES = {  # figures of objectives
+    "velocity_error": "mean squared error of the velocity",
+    "reward": "reward of samples of held-out conditions",
+    "reward_before": "reward before post-training",
+    "diversity": "mean distance of samples of one condition",
+    "diversity_before": "the same before post-training",
+    "kl": "divergence from the model before, nats a trajectory"}
 DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)",
             "own_score": "squared error by level, its own score",
             "trajectory_score": "squared error by level, trajectory score"}

@@ -61,23 +61,23 @@ def image_grid(images, columns: int, scale: int = 1, padding: int = 2) -> np.nda
 
 @dataclasses.dataclass(frozen=True)
 class SheetRow:
-    """A row of a contact sheet: samples [n, H, W, C], real images [m, H, W, C] beside, a name."""
+    """A row of a contact sheet: samples [n, H, W, C], other images [m, H, W, C] beside, a name."""
 
     name: str
     samples: np.ndarray
-    real: np.ndarray | tuple = ()
+    beside: np.ndarray | tuple = ()
 
 
-def contact_sheet(rows: list[SheetRow], out_png) -> None:
+def contact_sheet(rows: list[SheetRow], out_png, titles=("samples", "real images")) -> None:
     """Draws rows of uint8 images, each beside its name, which is wrapped and cut to four lines.
 
-    Real images stand to the right of all samples, under a title of their own.
+    titles: of the samples, and of the other images, which stand to the right of all samples.
     """
-    made, real = (max(len(images) for images in kind) for kind in
-                  zip(*((row.samples, row.real) for row in rows), strict=True))
-    cells = [{first + i: image for first, images in ((0, row.samples), (made + 0.25, row.real))
+    made, others = (max(len(images) for images in kind) for kind in
+                    zip(*((row.samples, row.beside) for row in rows), strict=True))
+    cells = [{first + i: image for first, images in ((0, row.samples), (made + 0.25, row.beside))
               for i, image in enumerate(images)} for row in rows]
-    titles = {0: "samples", made + 0.25: "real images"} if real else {}
+    titles = dict(zip((0, made + 0.25), titles, strict=True)) if others else {}
     _save_sheet(cells, [row.name for row in rows], titles, out_png)
 
 
@@ -106,7 +106,7 @@ def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> N
                 aspect="auto")
     style = {"fontsize": 7, "va": "center", "parse_math": False}
     for r, name in enumerate(names):
-        lines = textwrap.wrap(name, margin // 6 or 1, max_lines=4, placeholder=" ...")
+        lines = textwrap.wrap(name, max(margin // 6, 10), max_lines=4, placeholder=" ...")
         y = 1 - (top + (r + 0.5) * height) / size[1]
         plot.text((margin - 6) / size[0], y, "\n".join(lines), ha="right", **style)
     for column, title in titles.items():

@@ -108,7 +108,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
             job.restore_interrupts()
             if not done:
                 return None
-            drawn = loop.draw(config.train.steps)
+            drawn = [*loop.draw(config.train.steps), *loop.drawn_change()]
             loop.writer.message(f"trained to step {config.train.steps}; evaluating")
         run = loop.evaluated(config.train.steps)
         # Inception's weights are a flag of launch/evaluate.py alone.
@@ -256,6 +256,15 @@ class _Loop:
             for path in paths:
                 self.writer.picture(step, path)
         return self.drawn[1]
+
+    def drawn_change(self) -> list[str]:
+        """Draws samples before and after post-training; the picture's path, [] for others."""
+        if not self.rollouts:
+            return []
+        step = self.run.config.train.steps
+        path = pictures.draw_change(self.evaluated(step), self.rollouts.reference, self.held_out)
+        self.writer.picture(step, path)
+        return [path]
 
     def _evaluate_and_save(self, step: int, ending: bool) -> None:
         train = self.run.config.train

@@ -18,6 +18,7 @@ COLUMNS = 17  # at most, of a picture of trajectories
 ROWS = 10  # at most, of a picture of samples by class or caption
 REAL = 4  # real images beside the samples of a class
 SEARCHED = 1000  # training records that are read to find them
+CHANGED = 6  # samples of a row before, and after
 NOISE = 0.1  # (1 - t) / t below which levels but the first look alike and are not drawn
 
 
@@ -47,6 +48,30 @@ def draw(run: Run, source: Source, held_out: Source, loss_label: str) -> list[st
     else:
         _draw_images(run, held_out, *paths[:2])
     return [str(path) for path in paths]
+
+
+def draw_change(run: Run, before: dict, held_out: Source) -> str:
+    """Draws before_after.png: samples of the parameters `before` beside the run's, on one noise.
+
+    Returns its path.
+    """
+    path = str(epath.Path(run.workdir) / "before_after.png")
+    if held_out.planar_extent:
+        clean = [generate.sample_at(r, np.arange(min(run.config.sample.num, 500)))
+                 for r in (dataclasses.replace(run, params=before), run)]
+        if jax.process_index() == 0:
+            points = np.stack([a.reshape(-1, 2) for a in clean], 1)
+            plots.points_picture(points, [0.0, 0.0], held_out.planar_extent, path)
+        return path
+    rows = [dataclasses.replace(row, index=row.index[:CHANGED], condition=jax.tree.map(
+        lambda a: a[:CHANGED], row.condition)) for row in _rows(run, held_out)]
+    ends = np.cumsum([len(row.index) for row in rows])[:-1]
+    first, last = (np.split(plots.displayable(_sampled(r, rows)[0], run.spec.pixel_levels), ends)
+                   for r in (dataclasses.replace(run, params=before), run))
+    if jax.process_index() == 0:
+        plots.contact_sheet([plots.SheetRow(row.name, *images) for row, *images in
+                             zip(rows, first, last, strict=True)], path, ("before", "after"))
+    return path
 
 
 def _draw_images(run: Run, held_out: Source, samples, trajectories) -> None:

@@ -43,13 +43,13 @@ def test_each_class_has_a_row_of_samples_beside_its_own_images(tmp_path, drawn):
     expected = plots.displayable(generate.sample_at(run, np.arange(20), with_levels=True)[0], 17)
     for label, row in enumerate(rows):
         np.testing.assert_array_equal(row.samples, expected[label::10])
-        assert len(row.real) == pictures.REAL
+        assert len(row.beside) == pictures.REAL
     images = {record["image"].tobytes(): record["label"] for record in map(
         train.records.__getitem__, range(1000))}
     shown = {plots.displayable(np.frombuffer(image, np.uint8), 17).tobytes(): label
              for image, label in images.items()}
     for label, row in enumerate(rows):
-        assert all(shown[image.tobytes()] == label for image in np.asarray(row.real))
+        assert all(shown[image.tobytes()] == label for image in np.asarray(row.beside))
     levels, t, _, names = drawn["trajectory_picture"]
     assert (len(levels), names) == (10, tuple("abcdefghij"))
     assert (t[0], t[1] < 1, t[-1]) == (1, True, 0)
@@ -64,7 +64,7 @@ def test_a_model_without_classes_has_rows_of_ten(tmp_path, drawn):
     pictures.draw(run, train, held_out, "loss")
     rows, _ = drawn["contact_sheet"]
     assert [len(row.samples) for row in rows] == [10, 10, 4]
-    assert not any(row.name or len(row.real) for row in rows)
+    assert not any(row.name or len(row.beside) for row in rows)
     assert len(drawn["trajectory_picture"][0]) == 9
 
 
@@ -79,7 +79,7 @@ def test_captions_have_a_row_beside_their_own_image(tmp_path, drawn):
     assert [row.name for row in rows] == [held_out.captions[i] for i in range(10)]
     for i, row in enumerate(rows):
         assert len(row.samples) == 1
-        np.testing.assert_array_equal(row.real[0], plots.displayable(
+        np.testing.assert_array_equal(row.beside[0], plots.displayable(
             held_out.records[i]["image"], held_out.pixel_levels))
 
 
@@ -92,7 +92,7 @@ def test_a_caption_of_several_images_has_one_row(tmp_path):
     assert [row.name for row in rows] == ["a", "b", "record 3"]
     assert np.concatenate([row.index for row in rows]).tolist() == list(range(12))
     for row, i in zip(rows, (0, 1, 3), strict=True):
-        np.testing.assert_array_equal(row.real[0], records[i]["image"])
+        np.testing.assert_array_equal(row.beside[0], records[i]["image"])
 
 
 def test_levels_that_are_all_noise_are_shown_once():
@@ -114,7 +114,7 @@ def test_a_sheet_has_names_and_real_images(tmp_path):
     plots.contact_sheet(rows, tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
     # Each pixel of an image is a square of 8 x 8 pixels of the sheet.
-    for image in (image for row in rows for image in (*row.samples, *row.real)):
+    for image in (image for row in rows for image in (*row.samples, *row.beside)):
         places = zip(*np.nonzero((sheet == image[0, 0]).all(-1)), strict=True)
         assert any(np.array_equal(sheet[y : y + 64 : 8, x : x + 64 : 8], image) for y, x in places)
     assert (sheet[:, :90] < 128).any()  # names

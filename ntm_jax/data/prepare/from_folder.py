@@ -53,6 +53,25 @@ def captions_of(root: epath.Path) -> dict[str, str] | None:
     return {os.path.normpath(name): caption_of(caption) for name, caption in named}
 
 
+def rejected_of(root: epath.Path) -> dict[str, str]:
+    """{file name: the file named by its row's `rejected`} of the list in a folder, if any has one.
+
+    Raises UserError as captions_of, and for a name that is not one.
+    """
+    if not any((root / name).exists() for name in LISTS):
+        return {}
+    file, found = _find_list(root, ""), {}
+    for number, row in _rows(file):
+        line, rejected = f"{file} line {number}", row.get("rejected")
+        if rejected in (None, ""):
+            continue
+        if not isinstance(rejected, str) or not _is_name(rejected):
+            raise UserError(f"{line} has rejected {ascii(rejected)[:80]}: expected a file name")
+        name, _ = _name_and_caption(row, line)
+        found[os.path.normpath(name)] = os.path.normpath(rejected)
+    return found
+
+
 def _find_list(root: epath.Path, captions: str) -> epath.Path:
     """The list of captions. UserError if there is none."""
     given = [epath.Path(captions).expanduser()] if captions else [root / name for name in LISTS]

@@ -7,7 +7,9 @@ followed, and every folder is walked once. Only regular files are read, of at mo
 have one size unless data.image_size sets it, and are grey if all are grey. Up to 1% of the images,
 or one, may be damaged: these are left out, before the splits are cut. Captions: those of
 metadata.jsonl or metadata.csv in the folder, if it has one for every image; see launch/prepare.py
-for its columns. No jax is imported: grain's worker processes run this.
+for its columns. Its column `rejected` names an image that was judged worse with the same caption;
+then the images that have one are the records. No jax is imported: grain's worker processes run
+this.
 """
 
 import collections
@@ -49,12 +51,22 @@ class _Files:
     labels: Sequence[int]
     channels: int
     captions: Sequence[str] | None
+    rejected: Sequence[str] | None = None  # files that were judged worse, one for each file
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self.root / self.files[index]
+        record = {"image": self._image(self.files[index]), "label": self.labels[index]}
+        record["name"] = self.files[index]
+        if self.captions is not None:
+            record["caption"] = self.captions[index]
+        if self.rejected is not None:
+            record["rejected"] = self._image(self.rejected[index])
+        return record
+
+    def _image(self, file: str) -> np.ndarray:
+        path = self.root / file
         try:
             image = _decode(path)
         except Exception as error:  # PIL raises a dozen kinds on a damaged file
@@ -67,8 +79,7 @@ class _Files:
             )
         if image.shape[-1] < self.channels:
             image = np.repeat(image, self.channels, axis=-1)
-        record = {"image": image, "label": self.labels[index], "name": self.files[index]}
-        return record if self.captions is None else record | {"caption": self.captions[index]}
+        return image
 
 
 def open_folder(where: str, split: str) -> Source:
@@ -83,7 +94,8 @@ def open_folder(where: str, split: str) -> Source:
     files = _image_files(root, where, presplit)
     few = len(files) <= _SCAN_LIMIT
     scanned, bad = _scan(root, files if few else files[:: len(files) // _SAMPLE])
-    files = [file for file in files if file not in bad]
+    rejected = from_folder.rejected_of(root)
+    files = _without_rejected([file for file in files if file not in bad], rejected, where)
     splits = _splits(files, presplit)
     check_split(f"folder:{where}", split, splits)
     captions, no_captions = _captions(root, files)
@@ -102,10 +114,13 @@ def open_folder(where: str, split: str) -> Source:
     content: list = [(file, scanned[file][0] if file in scanned else None) for file in files]
     if captions:
         content.append(captions)
+    if rejected:
+        content.append([rejected[file] for file in files])
     own = [captions[row] for row in splits[split]] if captions else None
     sides = [min(shape[2:4]) for shape in scanned.values()]
     return Source(
-        _Files(root, chosen, labels, channels, own),
+        _Files(root, chosen, labels, channels, own,
+               [rejected[file] for file in chosen] if rejected else None),
         cast(tuple[int, int, int], (*size, channels)),  # H and W may be None, see Source
         pixel_levels=256,
         num_classes=len(classes),
@@ -129,6 +144,24 @@ def _captions(root: epath.Path, files: Sequence[str]) -> tuple[list[str] | None,
     if missing:
         return None, f"the list in it has no row for {len(missing)} images: {_first(missing)}"
     return [found[file] for file in files], ""
+
+
+def _without_rejected(files: list[str], rejected: dict[str, str], where: str) -> list[str]:
+    """The files that are records: without pairs all, otherwise those with a rejected image.
+
+    Raises UserError for a pair whose rejected image is not there.
+    """
+    if not rejected:
+        return files
+    known = set(files)
+    kept = [file for file in files if file in rejected]
+    missing = [rejected[file] for file in kept if rejected[file] not in known]
+    if missing or not kept:
+        raise UserError(
+            f"data.source folder:{where} has a list of rejected images, and {_first(missing)} of "
+            "it cannot be decoded or is not there: mend the list"
+        )
+    return kept
 
 
 def _text(size: Sequence) -> str:

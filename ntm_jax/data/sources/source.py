@@ -32,6 +32,8 @@ class Source:
       "image": [H, W, C], uint8 pixels in 0..V-1 or float32 latents;
       "label": int, -1 or absent without labels;
       "caption": str, if `captions` is given;
+      "rejected": as "image", optional: an image that was judged worse than it, see
+        train.objective=preference;
       "text": [M, E] float16, zeros after the record's own tokens, and "text_mask": [M] bool, true
         on the record's own tokens, if text_width is positive;
       "name": str, optional, what errors call the record.
@@ -275,7 +277,13 @@ class _Rows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = dict(self.records[self.rows[index]])
-        image, name = record["image"], record.pop("name", f"record {self.rows[index]}")
+        name = record.pop("name", f"record {self.rows[index]}")
+        found = {"image": self._image(record["image"], name)}
+        if "rejected" in record:
+            found["rejected"] = self._image(record["rejected"], f"the image rejected for {name}")
+        return {**record, **found, "label": int(record.get("label", -1))}
+
+    def _image(self, image: np.ndarray, name: str) -> np.ndarray:
         expected = np.uint8 if self.pixel_levels else np.float32
         if image.dtype != expected:
             raise UserError(f"{name} has an image of {image.dtype}: expected {expected.__name__}")
@@ -287,7 +295,7 @@ class _Rows:
                 f"images have different sizes ({name} is {found}, others {others}): set "
                 "data.image_size"
             )
-        return {**record, "image": image, "label": int(record.get("label", -1))}
+        return image
 
 
 @dataclasses.dataclass(frozen=True)

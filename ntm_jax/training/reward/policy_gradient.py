@@ -40,7 +40,7 @@ def loss_with(anchor: Callable) -> Callable:
         old = flat(batch["old_nll"]) if "old_nll" in batch else jax.lax.stop_gradient(nll)
         ratio = policy.log_ratio(nll, old)
         gain = policy.clipped_surrogate(ratio, flat(batch["advantage"]), settings.clip)
-        objective = jnp.mean(gain)
+        objective = jnp.mean(_level_weights(setup) * gain)
         if settings.kl:
             objective -= settings.kl * jnp.mean(_penalty(found, batch))
         value, metrics = anchor(setup, params, draws, reference)
@@ -48,6 +48,13 @@ def loss_with(anchor: Callable) -> Callable:
         return total, metrics | {"clipped": policy.clipped_share(ratio, settings.clip)}
 
     return loss
+
+
+def _level_weights(setup):
+    """t_k^p of every factor [T], with mean 1, for p = config.train.level_power."""
+    t = setup.schedule.fixed_levels(setup.sampler.steps, 1)[:, :-1]
+    weights = t**setup.train.level_power
+    return weights / jnp.mean(weights)
 
 
 def _penalty(found: dict, batch: dict):

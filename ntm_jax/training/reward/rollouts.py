@@ -169,6 +169,9 @@ class Rollouts:
     def __init__(self, run: Run, source: Source, reference: dict, use: Use):
         self.run, self.reference, self.use = run, reference, use
         self.sampler = sampler_of(run)
+        if not run.config.reward.name and REJECTED not in source.records[0]:
+            raise UserError(f"config.reward.name is empty, and the records of {source.name} have "
+                            f"no image `{REJECTED}`: name a reward, or give pairs of images")
         settings = run.config.reward
         self.scorer = Scorer(run, source, settings.workers) if settings.name else None
         self.names = use.names(settings)
@@ -211,10 +214,6 @@ class Rollouts:
         """The scores of the samples, as Scorer gives them; of pairs only rewards, 1 and 0."""
         if self.scorer:
             return self.scorer(tokens, batch, logged)
-        if REJECTED not in batch:
-            raise UserError(f"config.reward.name is empty, and the records of "
-                            f"{self.run.config.data.source} have no image `{REJECTED}`: name a "
-                            "reward, or give pairs of images")
         return {"rewards": np.tile(np.array([1.0, 0.0]), (batch["index"].shape[0], 1))}
 
 

@@ -27,7 +27,24 @@ def with_objective(run, objective: str, **settings):
 def made(run, reference=None):
     """The Rollouts of a run; its reference is the run's own parameters by default."""
     use = objectives.find(run.config.train.objective).rollout_use
-    return Rollouts(run, run.config.data.open("train"), reference or run.params, use)
+    source = run.config.data.open("train")
+    if not run.config.reward.name:
+        source = dataclasses.replace(source, records=Pairs(source.records))
+    return Rollouts(run, source, reference or run.params, use)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Records, each with a rejected image, which is black."""
+
+    records: object
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        record = self.records[index]
+        return record | {"rejected": 0 * record["image"]}
 
 
 def rolled(run, reference=None, step: int = 0, records: int = 4, **more) -> tuple[dict, dict]:

@@ -130,7 +130,7 @@ def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
                            "optimizer.learning_rate": 2e-3, "optimizer.weight_decay": 0.5,
                            "train.save_every": 20}
     config = tiny_config(**settings)
-    run, result = loop.train(config, str(tmp_path / "whole"), progress=False)
+    _, result = loop.train(config, str(tmp_path / "whole"), progress=False)
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text()
              .splitlines()]
     rewarded = [line["reward"] for line in lines if "reward" in line]

@@ -1,12 +1,15 @@
 """Direct preference optimisation: exact likelihoods of pairs, from a reward or from records."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from ntm_jax.core import sampling
 from ntm_jax.errors import UserError
-from ntm_jax.training import objectives
+from ntm_jax.training import loop, objectives
 from ntm_jax.training.objectives import Draws
 from tests.common import tiny_config
 from tests.training.reward.common import flat, moved, rolled, with_objective
@@ -45,5 +48,34 @@ def test_the_loss_is_that_of_exact_likelihoods(run, trains):
 
 
 def test_mistakes_are_one_line():
-    with pytest.raises(UserError, match=r"reward\.kl is 0: config\.train\.objective=preference needs"):
+    with pytest.raises(UserError, match=r"reward\.kl is 0: .*objective=preference needs"):
         tiny_config(**SETTINGS | {"reward.kl": 0.0})
+
+
+@pytest.mark.slow
+def test_a_folder_of_pairs_is_learned_from(tmp_path):
+    """The images that lost a comparison become less likely than those that won."""
+    (tmp_path / "pairs").mkdir()
+    rows = []
+    for i in range(40):
+        for name, value in (("won", 200), ("lost", 60)):
+            pixels = np.random.default_rng(i).integers(value - 30, value + 30, (8, 8))
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "pairs" / f"{name}{i}.png")
+        rows.append({"file_name": f"won{i}.png", "caption": "grey", "rejected": f"lost{i}.png"})
+    (tmp_path / "pairs/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shared = {"data.source": f"folder:{tmp_path}/pairs", "model.condition": "none",
+              "train.condition_dropout": 0.0, "data.batch_size": 8, "evaluate.split": "test"}
+    base = tiny_config(**shared)
+    loop.train(base, str(tmp_path / "base"), progress=False)
+    config = tiny_config(**shared | {
+        "train.objective": "preference", "init_from": str(tmp_path / "base"), "reward.kl": 0.1,
+        "train.steps": 20, "reward.trains": "both"})
+    assert config.data.open("train").records[0]["rejected"].mean() < 100
+    run, _ = loop.train(config, str(tmp_path / "tuned"), progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text()
+             .splitlines()]
+    lines = [line for line in lines if "preference_loss" in line]
+    assert lines[0]["preference_loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert lines[-1]["preference_loss"] < 0.5
+    assert lines[-1]["preference_accuracy"] == 1
+    assert run.step == 20

@@ -12,7 +12,8 @@ from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives
-from ntm_jax.training.reward import rewards, rollouts, scorer
+from ntm_jax.training.reward import preference, rewards, rollouts, scorer
+from ntm_jax.training.reward.rollouts import Rollouts
 from ntm_jax.training.reward.scorer import Scorer
 from tests.common import batch_of
 from tests.training.reward.common import made, moved, rolled, with_objective, with_reward
@@ -109,7 +110,7 @@ def test_recorded_pairs_are_trajectories_of_the_same_noise(run, trains):
         images = [simulate(x, t, clean) for x in (np.asarray(batch["x"]), rejected)]
         np.testing.assert_allclose(found[:, 0] - images[0], found[:, 1] - images[1], atol=1e-5)
     with pytest.raises(UserError, match="have no image `rejected`: name a reward, or give pairs"):
-        rolled(run)
+        Rollouts(run, run.config.data.open("train"), run.params, preference.USE)
 
 
 def test_rewards_are_found_by_name(run):

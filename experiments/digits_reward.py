@@ -1,0 +1,19 @@
+"""Post-trains experiments/digits.py on the log-probability of the asked class.
+
+`--config.init_from=WORKDIR` names the run to improve; see docs/howto/reward.md. The reward is that
+of a classifier which the run trains at its start.
+"""
+
+from ntm_jax.experiments import default, digits
+
+
+def get_config(variant: str = ""):
+    default.check_variant(__file__, variant, "")
+    c = digits.get_config()
+    c.data.batch_size = 32
+    c.train.update(
+        objective="policy_gradient", steps=300, save_every=100, evaluate_every=100, log_every=10)
+    c.reward.update(name="classifier", samples=8)
+    c.optimizer.update(
+        learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.98)
+    return c
