@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from ntm_jax.data import regular
+from ntm_jax.data import pipeline, regular
 from ntm_jax.data.sources import folder, open_source
 from ntm_jax.errors import UserError
 from tests.data.common import NOT_AN_OBJECT
@@ -149,6 +149,31 @@ def test_captions_of_a_list_and_class_names(tmp_path):
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows[:-1]]))
     with pytest.raises(UserError, match=r"has no captions \(.*no row for 1 images: cats/19\.png"):
         open_source(f"folder:{tmp_path}", "train", text="words:2:animal")
+
+
+def test_pairs_of_a_list_are_records_with_a_rejected_image(tmp_path):
+    rows = []
+    for i in range(4):
+        save(tmp_path / f"good{i}.png", 100 + i, mode="L")
+        save(tmp_path / f"bad{i}.png", i, mode="L")
+        rows.append({"file_name": f"good{i}.png", "caption": f"number {i}"}
+                    | ({"rejected": f"bad{i}.png"} if i else {}))
+    listed = tmp_path / "metadata.jsonl"
+    listed.write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(f"folder:{tmp_path}", "all", 4)
+    assert len(source.records) == 3  # one image has no rejected one
+    for record, caption in zip(source.records, source.captions, strict=True):
+        assert record["image"].shape == record["rejected"].shape == (4, 4, 1)
+        number = int(record["rejected"].max())
+        assert record["image"].max() == 100 + number
+        assert caption == record["caption"] == f"number {number}"
+    batch = next(pipeline.evaluation_batches(source, 2, 3, 0, 1))
+    assert batch["rejected"].shape == batch["x"].shape == (3, 4, 4)
+    for wrong, message in (("none.png", "none.png of it cannot be decoded or is not there"),
+                           (3, "line 4 has rejected 3: expected a file name")):
+        listed.write_text("\n".join(map(json.dumps, [*rows[:3], rows[3] | {"rejected": wrong}])))
+        with pytest.raises(UserError, match=message):
+            open_source(f"folder:{tmp_path}", "all")
 
 
 def test_one_image_cannot_be_split(tmp_path):
