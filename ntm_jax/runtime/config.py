@@ -172,6 +172,7 @@ class Reward:
     normalise: bool = True
     anchor: float = 0.5
     trains: str = "predictor"
+    levels: int = 0
     workers: int = 0
 
 
@@ -249,6 +250,7 @@ RANGES = {  # the least and the largest value of settings with bounds of their o
     "sample.percentile": (0, 100),
     "reward.samples": (2, 65_536),
     "reward.workers": (0, 1024),
+    "reward.levels": (0, 100_000),
     "reward.clip": (1e-6, 1),
     "model.predictor_layers": (1, 1000),
     "model.double_layers": (0, 1000),

@@ -1,6 +1,6 @@
 """The loss of config.train.objective=policy_gradient: a clipped policy gradient and an anchor.
 
-Symbols: P records of a batch, G samples of each; B = P G; T steps.
+Symbols: P records of a batch, G samples of each; B = P G; S factors that learn.
 """
 
 from collections.abc import Callable
@@ -51,14 +51,14 @@ def loss_with(anchor: Callable) -> Callable:
 
 
 def _level_weights(setup):
-    """t_k^p of every factor [T], with mean 1, for p = config.train.level_power."""
-    t = setup.schedule.fixed_levels(setup.sampler.steps, 1)[:, :-1]
+    """t_k^p of every factor [S], with mean 1, for p = config.train.level_power."""
+    t = setup.sampler.levels(1)[:, :-1]
     weights = t**setup.train.level_power
     return weights / jnp.mean(weights)
 
 
 def _penalty(found: dict, batch: dict):
-    """The divergence from the reference, [B, T] nats, or what has its gradient.
+    """The divergence from the reference, [B, S] nats, or what has its gradient.
 
     Of latents it is exact. Of trajectories it is half the squared log-ratio, whose gradient is the
     divergence's in the mean over samples of the present parameters; its value is not, and in

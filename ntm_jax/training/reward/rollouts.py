@@ -1,7 +1,7 @@
 """Samples of the model that is trained, scored: what post-training learns from.
 
-Symbols: P records of a batch, G samples of each; B = P G; T steps, K = T+1 levels, N tokens, D
-token channels.
+Symbols: P records of a batch, G samples of each; B = P G; T steps, of which the S noisiest learn;
+N tokens, D token channels.
 """
 
 import dataclasses
@@ -39,20 +39,26 @@ class Sampler:
     steps: int
     samples: int
     whole: bool  # rollouts are trajectories x_k, through the transporter; otherwise latents u_k
+    learned: int  # the factors that learn, S of T: the noisiest ones
+
+    def levels(self, count: int):
+        """The noise levels of rollouts, [count, S+1]."""
+        return self.schedule.fixed_levels(self.steps, count)[:, -self.learned - 1 :]
 
 
 def sampler_of(run: Run) -> Sampler:
     """The sampler of a run's settings."""
     config = run.config
     return Sampler(run.model, run.schedule, config.sample.steps, config.reward.samples,
-                   config.reward.trains != "predictor")
+                   config.reward.trains != "predictor",
+                   config.reward.levels or config.sample.steps)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "part"))
 def sample(params, root, batch, *, sampler: Sampler, part: int):
     """Draws one of the PARTS of a batch's samples: (clean tokens, rollouts).
 
-    Their shapes are [P, g, N, D] and [P, g, K, N, D]. Clean tokens are x_0 / (1 - t_0).
+    Their shapes are [P, g, N, D] and [P, g, S+1, N, D]. Clean tokens are x_0 / (1 - t_0).
     """
     count = -(-sampler.samples // PARTS)
     count = min(count, sampler.samples - part * count)
@@ -68,12 +74,13 @@ def sample(params, root, batch, *, sampler: Sampler, part: int):
     else:
         rollout, x_0 = us, sampling.invert_level(model, params, us, t, y, 0)
     tokens = x_0 / (1 - per_example(t[:, 0], x_0))
+    rollout = rollout[:, -sampler.learned - 1 :]
     return jax.tree.map(lambda a: _split(a.reshape(-1, count, *a.shape[1:])), (tokens, rollout))
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
 def recorded(params, root, batch, *, sampler: Sampler):
-    """Rollouts [P, 2, K, N, D] of a batch's images, the preferred ones and then the rejected.
+    """Rollouts [P, 2, S+1, N, D] of a batch's images, the preferred ones and then the rejected.
 
     They are trajectories of the forward process with the same noise for both.
     """
@@ -90,6 +97,7 @@ def recorded(params, root, batch, *, sampler: Sampler):
             params, found[:, k], t[:, k], steps, y, method=NTM.transport))[0]
             for k in range(sampler.steps)]
         found = jnp.stack([*below, found[:, -1]], 1)
+    found = found[:, -sampler.learned - 1 :]
     return _split(found.reshape(-1, 2, *found.shape[1:]))
 
 
@@ -104,14 +112,13 @@ def flat(a):
 
 
 def densities(sampler: Sampler, params, batch: dict, rollout) -> dict[str, Any]:
-    """`nll` [B, T], of every factor of rollouts [P, G, K, N, D], in nats.
+    """`nll` [B, S], of every factor of rollouts [P, G, S+1, N, D], in nats.
 
-    Of latents also `mean` and `log_scale` [B, T, N, D] of their Gaussians.
+    Of latents also `mean` and `log_scale` [B, S, N, D] of their Gaussians.
     """
     samples, us = rollout.shape[1], flat(rollout)
     y = repeat(build.condition(sampler.model, batch), samples)
-    t = sampler.schedule.fixed_levels(sampler.steps, len(us))
-    arguments = us, t, jnp.full(len(us), sampler.steps), y
+    arguments = us, sampler.levels(len(us)), jnp.full(len(us), sampler.steps), y
     if sampler.whole:
         return {"nll": cast(Terms, sampler.model.apply(params, *arguments)).nll}
     mean, log_scale = cast(Any, sampler.model.apply(params, *arguments, method=NTM.gaussians))
@@ -119,7 +126,7 @@ def densities(sampler: Sampler, params, batch: dict, rollout) -> dict[str, Any]:
 
 
 def divergence(found: dict, reference: dict):
-    """The divergence of every factor from the reference's, [B, T] nats, of densities of rollouts.
+    """The divergence of every factor from the reference's, [B, S] nats, of densities of rollouts.
 
     Of latents it is that of the Gaussians, exactly. Of trajectories it is the log-ratio, whose mean
     over the model's samples is the divergence.
@@ -132,7 +139,7 @@ def divergence(found: dict, reference: dict):
 
 @functools.partial(jax.jit, static_argnames=("sampler", "names"))
 def compare(params, reference, batch, rollout, *, sampler: Sampler, names: tuple[str, ...]):
-    """The arrays of these names, [P, G, T, ...], of rollouts under two sets of parameters.
+    """The arrays of these names, [P, G, S, ...], of rollouts under two sets of parameters.
 
     old_nll, reference_nll; divergence; of latents reference_mean and reference_log_scale. What is
     not named is not computed.
@@ -149,7 +156,7 @@ class Use:
     """What an objective learns from rollouts.
 
     names(settings) -> the arrays of `compare` that its loss reads from a batch.
-    weigh(settings, rewards [P, G], later [P, G, T]) -> further arrays of a batch, [P, G, ...],
+    weigh(settings, rewards [P, G], later [P, G, S]) -> further arrays of a batch, [P, G, ...],
     where `later` is the weighted divergence of the factors that follow each one.
     """
 
@@ -203,7 +210,7 @@ class Rollouts:
         scored = self._scored(tokens, batch, logged)
         rewards = scored["rewards"]
         apart = sharding.to_host(found["divergence"]) if "divergence" in names else np.zeros(
-            (*rewards.shape, self.sampler.steps), np.float32)
+            (*rewards.shape, self.sampler.learned), np.float32)
         later = settings.kl * (np.cumsum(apart, -1) - apart)
         scalars = _scalars(scored, apart) if logged else {}
         weights = sharding.place(self.use.weigh(settings, rewards, later), run.mesh)
@@ -218,7 +225,7 @@ class Rollouts:
 
 
 def _scalars(scored: dict, apart: np.ndarray) -> dict[str, float]:
-    """What is logged of scored samples; apart: their divergence from the reference [P, G, T]."""
+    """What is logged of scored samples; apart: their divergence from the reference [P, G, S]."""
     found, rewards = {"kl": float(apart.sum(-1).mean())}, scored["rewards"]
     if "distance" not in scored:
         return found
@@ -234,7 +241,7 @@ def abstract(run: Run, use: Use) -> dict:
     config, c, settings = run.config, run.model.config, run.config.reward
     samples = settings.samples if settings.name else 2
     group = config.data.batch_size, samples
-    count = config.sample.steps
+    count = settings.levels or config.sample.steps
     latents = (*group, count, c.tokens, c.dim)
     shapes = {"rollout": (*group, count + 1, c.tokens, c.dim)}
     shapes |= {name: latents if name in ("reference_mean", "reference_log_scale")
@@ -252,6 +259,9 @@ def check(config: Config) -> None:
     if not config.init_from:
         raise UserError(f"config.init_from is empty: config.train.objective={train.objective} "
                         "improves a trained model; give its run, --config.init_from=WORKDIR")
+    if reward.levels > config.sample.steps:
+        raise UserError(f"config.reward.levels is {reward.levels}: expected at most "
+                        f"config.sample.steps, {config.sample.steps}; 0 takes all")
     if reward.trains != "predictor" and not model.transporter_blocks:
         raise UserError(f"config.reward.trains={reward.trains} needs a transporter, and "
                         "config.model.transporter_blocks is 0: set it to predictor")
