@@ -26,7 +26,6 @@ SETTINGS = dict(
         batch_size=32,  # examples per step, over all devices and processes
         patch_size=1,  # side of the square of pixels or latents that forms one token
         image_size=0,  # resizes images to this side, in pixels; 0 keeps the stored size
-        levels=0,  # the steps that learn from rewards, the noisiest ones; 0 takes all
         workers=0,  # processes that read data; 0 reads in the training process
         mock="",  # made-up data of the same shape, for compiling where the source is absent
         text="",  # text encoder: words:M:VOCABULARY, minilm[:M], transformers:FOLDER, flux2:FOLDER
