@@ -216,9 +216,10 @@ def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
     if work.unknown:  # loops of unknown length counted as one iteration
         work.flops = max(work.flops, total)
     m = compiled.memory_analysis()
-    peak = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-            + m.temp_size_in_bytes + m.generated_code_size_in_bytes + resident)
-    memory = dict(arguments=m.argument_size_in_bytes + resident, temporaries=m.temp_size_in_bytes, peak=peak,
+    arguments = m.argument_size_in_bytes + resident
+    peak = (arguments + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+            + m.generated_code_size_in_bytes)
+    memory = dict(arguments=arguments, temporaries=m.temp_size_in_bytes, peak=peak,
                   hbm=chip.hbm * 2**30)
     return _Compiled(work, memory, peak <= memory["hbm"], total, seconds, cpu, True)
 
