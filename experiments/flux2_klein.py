@@ -49,6 +49,7 @@ def get_config(variant: str = ""):
         c.reward.update(name="my_reward", samples=8, kl=1e-3)
         c.optimizer.update(learning_rate=1e-5, warmup_steps=20, weight_decay=0.0, ema_decay=0.99)
         c.mesh.tensor = 8
+        c.evaluate.images = 512
     if variant.startswith("runlocal"):
         default.shrink(c)
         c.init_from = ""
@@ -58,6 +59,7 @@ def get_config(variant: str = ""):
             predictor_layers=2, double_layers=1)
         c.train.align_weight = 0.0
         c.mesh.tensor = 1
+        c.evaluate.images = min(c.evaluate.images, 16)
     if variant.endswith("denoiser"):
         c.init_from = ""
         c.model.update(

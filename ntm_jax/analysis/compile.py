@@ -111,7 +111,9 @@ def rollout_program(run: Run, source: Source) -> Program:
     return Program(_draw, arguments, options, (current.opt_state, current.ema))
 
 
-_draw = jax.jit(rollouts.draw, static_argnames=("sampler", "names", "recorded_pairs"))
+# The devices hold what the program does not read, such as the reference's transporter.
+_draw = jax.jit(rollouts.draw, static_argnames=("sampler", "names", "recorded_pairs"),
+                keep_unused=True)
 
 
 def _batch(run: Run, source: Source) -> dict:
