@@ -14,6 +14,7 @@ from ntm_jax.analysis.cases import Case, Setting
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.training.reward import rollouts
 from ntm_jax.training.reward.rollouts import Rollouts
+from ntm_jax.training.step import check_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ def _rolling(setting: Setting) -> _Rolling | None:
     if not setting.rollout_use:
         return None
     assert setting.source is not None  # of training rows
+    check_batch(setting.run.config, setting.run.mesh)
     params = setting.params  # initialises new ones before worker processes start
     batch = sharding.to_global(setting.batch_of_training(), setting.run.mesh)
     made = Rollouts(setting.run, setting.source, params, setting.rollout_use)
