@@ -1,5 +1,6 @@
 """The benchmark: its rows, the FLOPs that they count, and the program."""
 
+import dataclasses
 import json
 import re
 import time
@@ -15,6 +16,7 @@ from ntm_jax.runtime import flops
 from ntm_jax.runtime.config import SOLVERS
 from ntm_jax.training.reward import rewards
 from tests.common import TINY, as_run, python, random_run, setup, tiny_config
+from tests.training.reward.common import Pairs
 
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
 
@@ -98,12 +100,12 @@ def test_an_update_is_timed_on_a_batch_with_rollouts(own_reward):
     assert step.flops > 2 * without.flops  # three samples of each record beside its data
 
 
-def test_rollouts_without_scores_have_one_row(monkeypatch):
+def test_rollouts_without_scores_have_one_row():
     pairs = {"train.objective": "preference", "reward.name": "", "reward.kl": 0.1}
     made = setting(**REWARDED | pairs)
-    first = made.batch_of_training()
-    monkeypatch.setattr(rows.Setting, "batch_of_training", lambda _: first | {
-        "rejected": first["x"]})
+    assert made.source
+    pairs_of = dataclasses.replace(made.source, records=Pairs(made.source.records))
+    made = dataclasses.replace(made, source=pairs_of)
     found = {name: rows.TRAINING[name](made) for name in reward_rows.REWARD}
     assert [name for name, case in found.items() if case] == ["rollouts"]
     assert found["rollouts"].items == 4 * 2
