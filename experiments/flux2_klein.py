@@ -5,16 +5,23 @@ launch/prepare.py writes them. `--config.init_from` names the public weights: di
 the original .safetensors file. Expected: fits v5p:8x8x8 and v6e:16x16 with this mesh
 (launch/compile.py), the frozen copy included. Not trained by us.
 
-Variants: `denoiser` is the learned denoiser of such a run, `--config.teacher=WORKDIR`; `runlocal`
-and `runlocal-denoiser` are a few steps of tiny networks on made-up data, in seconds on a CPU; they
-start from random weights, without alignment, unless `--config.init_from` is given.
+Variants: `denoiser` is the learned denoiser of such a run, `--config.teacher=WORKDIR`. `reward`
+post-trains such a run, `--config.init_from=WORKDIR`, with a policy gradient on 8 samples of each of
+64 captions; it maximises a reward of your own, registered as `my_reward` in a module that
+`--import` names (docs/howto/reward.md).
+
+`runlocal`, `runlocal-denoiser` and `runlocal-reward` are a few steps of tiny networks on made-up
+data, in seconds on a CPU. The first two start from random weights, without alignment, unless
+`--config.init_from` is given.
 """
 
 from ntm_jax.experiments import default
 
 
 def get_config(variant: str = ""):
-    default.check_variant(__file__, variant, "denoiser", "runlocal", "runlocal-denoiser", "")
+    default.check_variant(
+        __file__, variant, "denoiser", "reward", "runlocal", "runlocal-denoiser",
+        "runlocal-reward", "")
     c = default.get_config()
     c.init_from = "/data/FLUX.2-klein-base-4B"
     c.data.update(
@@ -33,6 +40,16 @@ def get_config(variant: str = ""):
     c.mesh.fsdp = 32
     c.evaluate.batch_size = 512
     c.sample.num = 64
+    if variant.endswith("reward"):
+        c.init_from = "runs/klein"
+        c.data.batch_size = 64
+        c.train.update(
+            objective="policy_gradient", steps=2000, save_every=100, evaluate_every=500, keep=500,
+            log_every=10, align_weight=0.0)
+        c.reward.update(name="my_reward", samples=8, kl=1e-3)
+        c.optimizer.update(learning_rate=1e-5, warmup_steps=20, weight_decay=0.0, ema_decay=0.99)
+        c.mesh.tensor = 8
+        c.evaluate.images = 512
     if variant.startswith("runlocal"):
         default.shrink(c)
         c.init_from = ""
@@ -41,6 +58,8 @@ def get_config(variant: str = ""):
             width=64, head_size=32, kv_heads=2, transporter_width=64, transporter_layers=1,
             predictor_layers=2, double_layers=1)
         c.train.align_weight = 0.0
+        c.mesh.tensor = 1
+        c.evaluate.images = min(c.evaluate.images, 16)
     if variant.endswith("denoiser"):
         c.init_from = ""
         c.model.update(

@@ -17,7 +17,8 @@ flags.DEFINE_string(
     "topology", None, "TPU version and grid, such as v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 or "
     "tpu7x:4x4x4; cpu:8 for 8 simulated devices, local for this machine's.")
 flags.DEFINE_enum(
-    "program", "train", ["train", "sample"], "Compiles the training step, or the sampler.")
+    "program", "train", ["train", "sample", "rollout"], "Compiles the training step; the sampler; "
+    "or, of post-training, the samples of a batch and their comparison with the reference.")
 flags.DEFINE_string("json", None, "A file to write the report to, as JSON.")
 flags.mark_flag_as_required("topology")
 

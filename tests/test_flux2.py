@@ -162,3 +162,34 @@ def test_the_reference_parameters_are_the_checkpoints(rehearsed):
     fresh = finetune.start_from(run, current).params["params"]["backbone"]
     kept = frozen.reference_params(run, dataclasses.replace(current, step=np.int32(4)))
     assert bits(kept["params"]) == bits(fresh)
+
+
+REWARD = """
+from ntm_jax.training.reward import rewards
+
+
+def small(argument, source):
+    return lambda latents, captions: -(latents**2).mean((1, 2, 3))
+
+
+rewards.register("my_reward", small)
+"""
+
+
+@pytest.mark.slow
+def test_post_training_is_rehearsed(tmp_path):
+    (tmp_path / "own.py").write_text(REWARD)
+    for variant, *flags in (
+            ("runlocal", "--config.train.steps=2"),
+            ("runlocal-reward", f"--config.init_from={tmp_path}/runlocal", "--import=own")):
+        python("-m", "launch.train", f"--config=flux2_klein:{variant}", *flags,
+               f"--workdir={tmp_path}/{variant}", cwd=tmp_path)
+    folder = tmp_path / "runlocal-reward"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "kl" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-3)  # of the model that it starts from
+    assert all(line["reward"] < 0 < line["diversity"] for line in steps)
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["reward"]["mean"] < 0 < found["kl"]["mean"]
+    assert {"reward_before", "diversity_before"} <= set(found["measures"])

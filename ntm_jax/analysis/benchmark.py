@@ -1,7 +1,8 @@
 """Measures the speed of a run's parts, each beside the limit of this machine.
 
 The parts are the training step, the input pipeline, the held-out likelihood, and the sampler with
-its parts; rows.py has one function for each.
+its parts; rows.py has one function for each. Post-training also has rollouts and their scores
+(reward_rows.py).
 """
 
 import math
@@ -11,7 +12,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from ntm_jax.analysis.rows import SAMPLING, TRAINING, Case, Setting
+from ntm_jax.analysis.cases import Case, Setting
+from ntm_jax.analysis.rows import SAMPLING, TRAINING
 from ntm_jax.core.transporter import fastest
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
@@ -109,6 +111,12 @@ def table(rows: list[dict]) -> str:
         appetite = rates["input pipeline"] / rates["train step"]
         lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a "
                      "train step takes")
+    if {"rollouts", "scoring", "rollouts and scoring"} <= rates.keys():
+        apart, scoring, both = (
+            1 / rates[name] for name in ("rollouts", "scoring", "rollouts and scoring"))
+        hidden = min(max((apart + scoring - both) / scoring, 0), 1)
+        lines.append(f"scoring takes {scoring / apart:.0%} of the time of rollouts; {hidden:.0%} "
+                     "of it is hidden, since one part is scored while the next is drawn")
     if {"forward pass", "likelihood evaluation"} <= rates.keys():
         slower = rates["forward pass"] / rates["likelihood evaluation"]
         lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train "

@@ -1,7 +1,8 @@
 """Compiles a run's program for absent machines, and reports whether it fits and what limits it.
 
-The functions are those of training and sampling, lowered on abstract arrays. The report has, for
-one chip and one step:
+The functions are those of training and sampling, lowered on abstract arrays. Post-training has two:
+`rollout` draws and compares the samples of a batch, and `train` is one update on them. The report
+has, for one chip and one step:
 
 - flops: matrix products of the compiled program with every iteration of its loops (hlo.py),
   including recomputation and replicated work, plus those inside Pallas kernels, which the compiled
@@ -11,7 +12,8 @@ one chip and one step:
 - model_flops: products of the same step with plain attention and no recomputation, divided by the
   chips.
 - bytes: memory that the compiler reserves; peak = arguments + outputs that are not donated
-  arguments + temporaries + code.
+  arguments + temporaries + code. Arguments include what post-training keeps on the devices besides:
+  the reference during an update; the optimizer's state and the EMA during rollouts.
 - collective bytes: bytes that a chip sends.
 - roofline seconds: the time that each resource takes at its peak rate, as if the others were free.
 """
@@ -49,6 +51,7 @@ class Program:
     function: Any
     arguments: tuple
     options: dict
+    resident: Any = ()  # abstract arrays that the devices hold besides the arguments
 
     def trace(self):
         return self.function.trace(*self.arguments, **self.options)
@@ -74,21 +77,54 @@ def train_program(run: Run, source: Source) -> Program:
     if objectives.checked(config).needs_teacher:
         raise UserError(f"config.train.objective={config.train.objective} needs its teacher's "
                         "model, which compilation does not load: compile another objective")
-    check_batch(config, mesh)
-    one = next(pipeline.evaluation_batches(source, config.data.patch_size, 1, 0, 1))
-    size = config.data.batch_size
-    batch = {key: _abstract((size, *value.shape[1:]), value.dtype, mesh)
-             for key, value in one.items() if key != "mask"}
+    batch, resident = _batch(run, source), ()
     use = objectives.find(config.train.objective).rollout_use
     if use:
         batch |= rollouts.abstract(run, use)
+        resident = frozen.abstract_reference(run)
     options: dict = {"steps": max(config.trajectory.steps)}
     if config.train.align_weight:
         options["reference"] = frozen.abstract_reference(run)
     if len({device.process_index for device in mesh.devices.flat}) > 1:
         options["batch_complete"] = jax.ShapeDtypeStruct(
             (mesh.size,), jnp.bool_, sharding=sharding.by_device(mesh))
-    return Program(make_step(run), (state.abstract(run), batch), options)
+    return Program(make_step(run), (state.abstract(run), batch), options, resident)
+
+
+def rollout_program(run: Run, source: Source) -> Program:
+    """The samples of a batch and their comparison with the reference, in a cycle that is logged.
+
+    Raises UserError for an objective that does not learn from rollouts, or a batch that does not
+    divide over the mesh.
+    """
+    config = run.config
+    use = objectives.checked(config).rollout_use
+    if not use:
+        raise UserError(f"--program=rollout: config.train.objective={config.train.objective} does "
+                        "not learn from samples of the model; compile train, or post-train, such "
+                        "as with --config.train.objective=policy_gradient")
+    current, settings = state.abstract(run), config.reward
+    arguments = current.params, frozen.abstract_reference(run), _abstract_key(), _batch(run, source)
+    options = {"sampler": rollouts.sampler_of(run),
+               "names": rollouts.compared(use, settings, logged=True),
+               "recorded_pairs": not settings.name}
+    return Program(_draw, arguments, options, (current.opt_state, current.ema))
+
+
+# The devices hold what the program does not read, such as the reference's transporter.
+_draw = jax.jit(rollouts.draw, static_argnames=("sampler", "names", "recorded_pairs"),
+                keep_unused=True)
+
+
+def _batch(run: Run, source: Source) -> dict:
+    """The abstract arrays of a training batch. Raises UserError if it does not divide."""
+    check_batch(run.config, run.mesh)
+    one = next(pipeline.evaluation_batches(source, run.config.data.patch_size, 1, 0, 1))
+    batch = {key: _abstract((run.config.data.batch_size, *value.shape[1:]), value.dtype, run.mesh)
+             for key, value in one.items() if key != "mask"}
+    if objectives.find(run.config.train.objective).rollout_use and not run.config.reward.name:
+        batch[rollouts.REJECTED] = batch["x"]  # made-up data have no pairs
+    return batch
 
 
 def sample_program(run: Run, source: Source) -> Program:
@@ -100,13 +136,17 @@ def sample_program(run: Run, source: Source) -> Program:
         text = (size, source.text_tokens)
         y = Text(_abstract((*text, source.text_width), jnp.float16, mesh),
                  _abstract(text, jnp.bool_, mesh))
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = _abstract_key()
     params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
     sampler = generate.Sampler(exact(model), run.schedule, run.config.sample.options)
     return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler})
 
 
-PROGRAMS = {"train": train_program, "sample": sample_program}
+PROGRAMS = {"train": train_program, "sample": sample_program, "rollout": rollout_program}
+
+
+def _abstract_key():
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _abstract(shape, dtype, mesh):
@@ -145,8 +185,9 @@ def compile_for(config: Config, topology: str, program: str = "train") -> dict:
               "slices": config.mesh.slices, "program": program}
     report |= _figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
     if not compiled.fits and program == "train":
-        together = objectives.find(config.train.objective).whole_trajectories
-        levels = max(config.trajectory.steps) if together else 1
+        objective = objectives.find(config.train.objective)
+        levels = max(config.trajectory.steps) if objective.whole_trajectories else 1
+        levels *= 1 + rollouts.samples_of(config) if objective.rollout_use else 1
         report["advice"] = advice(run, levels, report["bytes_per_chip"])
     return {key: _finite(value) for key, value in report.items()}
 
@@ -154,7 +195,8 @@ def compile_for(config: Config, topology: str, program: str = "train") -> dict:
 def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
     mesh = run.mesh
     inputs = program.arguments, program.options.get("reference")
-    arguments = sum(bytes_per_chip(a) for a in jax.tree.leaves(inputs))
+    arguments, resident = (sum(bytes_per_chip(a) for a in jax.tree.leaves(tree))
+                           for tree in (inputs, program.resident))
     with sharding.use(mesh):
         traced = program.trace()
         jaxpr = traced.jaxpr.jaxpr
@@ -168,15 +210,18 @@ def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     if compiled is None:
         work = hlo.Work(flops=math.nan, memory=math.nan)
-        return _Compiled(work, {"arguments": arguments} | memory, False, total, seconds, cpu, False)
+        memory = {"arguments": arguments + resident} | memory
+        memory["peak"] += resident
+        return _Compiled(work, memory, False, total, seconds, cpu, False)
     work = hlo.count(compiled.as_text(), mesh.size, run.config.mesh.slices)
     work.flops += kernels
     if work.unknown:  # loops of unknown length counted as one iteration
         work.flops = max(work.flops, total)
     m = compiled.memory_analysis()
-    peak = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-            + m.temp_size_in_bytes + m.generated_code_size_in_bytes)
-    memory = dict(arguments=m.argument_size_in_bytes, temporaries=m.temp_size_in_bytes, peak=peak,
+    arguments = m.argument_size_in_bytes + resident
+    peak = (arguments + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+            + m.generated_code_size_in_bytes)
+    memory = dict(arguments=arguments, temporaries=m.temp_size_in_bytes, peak=peak,
                   hbm=chip.hbm * 2**30)
     return _Compiled(work, memory, peak <= memory["hbm"], total, seconds, cpu, True)
 

@@ -113,8 +113,9 @@ def check_fits(report: dict) -> None:
     """Raises UserError, with advice, if a report's program does not fit."""
     if not report["fits"]:
         memory = report["bytes_per_chip"]
-        remedy = report.get("advice",
-                            "make config.sample.num smaller, or config.mesh.fsdp larger")
+        several = {"rollout": "config.reward.samples or config.data.batch_size"}
+        remedy = report.get("advice", f"make {several.get(report['program'], 'config.sample.num')} "
+                            "smaller, or config.mesh.fsdp larger")
         raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a chip of "
                         f"{report['topology']}, which has {gib(memory['hbm'])}: {remedy}")
 

@@ -1,6 +1,7 @@
 """The rows of a benchmark: parts of a run as functions to time, with their FLOPs.
 
-A row is a function Setting -> Case, listed in TRAINING or SAMPLING.
+A row is a function Setting -> Case, listed in TRAINING or SAMPLING; None where a run has no such
+part.
 
 Symbols: B batch, T steps, K levels, N tokens, D token channels.
 """
@@ -8,23 +9,21 @@ Symbols: B batch, T steps, K levels, N tokens, D token channels.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntm_jax.analysis import reward_rows
+from ntm_jax.analysis.cases import Case, Setting, latents
 from ntm_jax.core import flow_matching, sampling
-from ntm_jax.core.denoising import make_denoiser, score_denoise
+from ntm_jax.core.denoising import score_denoise
 from ntm_jax.core.model import NTM, exact
-from ntm_jax.core.trajectory import example_keys
 from ntm_jax.data import pipeline
-from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import SOLVERS
-from ntm_jax.runtime.run import Denoiser, Run
+from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Draws
@@ -34,87 +33,29 @@ TOLERANCES = (1e-3, 1e-5)  # at which the parallel inverse's sweeps are counted
 TOKENS = 2048  # sweeps and round-trip errors use the first images with this many tokens in all
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The input of the rows: a run with its parameters, or an untrained run with its data."""
-
-    run: Run
-    batch: int  # images sampled at a time
-    source: Source | None = None  # training data
-    held_out: Source | None = None
-
-    @property
-    def solves_ode(self) -> bool:
-        """Whether the run is a flow-matching model, whose sampler solves an ODE."""
-        return objectives.find(self.run.config.train.objective).trains_velocity
-
-    @functools.cached_property
-    def params(self):
-        """The run's parameters, or new ones, which change no rate except the sweeps."""
-        return self.run.params or state.initialize(self.run).ema
-
-    @functools.cached_property
-    def denoiser(self) -> Denoiser:
-        """The run's denoiser, or a new one as large as the predictor."""
-        if self.run.denoiser:
-            return self.run.denoiser
-        module = make_denoiser(self.run.model)
-        params = state.initialize(dataclasses.replace(self.run, model=module)).ema
-        return Denoiser(module, params, None, None)
-
-    @functools.cached_property
-    def drawn(self) -> tuple:
-        """Inputs of the sampler's parts: indices, condition, t [B, K] and u_0..u_T [B, K, N, D]."""
-        run, params = self.run, self.params  # initialises new ones outside the mesh's context
-        index = np.arange(self.batch, dtype=np.int32)
-        index, y = sharding.place((index, generate.conditions(run, index)), run.mesh)
-        with sharding.use(run.mesh):
-            t, us = _latents(params, jax.random.key(0), index, y, schedule=run.schedule,
-                             model=exact(run.model), options=run.config.sample.options)
-        return index, y, t, us
-
-    def batches(self) -> pipeline.TrainIterator:
-        config = self.run.config
-        assert self.source is not None  # of training rows
-        return pipeline.train_iterator(
-            self.source, config.data.patch_size, config.data.batch_size, config.seed,
-            config.data.workers, *sharding.share(self.run.mesh))
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """The work of one row: once() does it and returns arrays to wait for."""
-
-    once: Callable
-    items: int  # of all processes
-    flops: int | None = None  # of all devices; None if memory bandwidth is the limit
-    bytes: int = 0  # of this process, if memory bandwidth is the limit
-    least: int = 1  # calls in a run, at least: more than a full queue could answer at once
-    close: Callable = lambda: None
-    facts: dict = dataclasses.field(default_factory=dict)  # further entries of the row
-
-
 def _train_step(setting: Setting) -> Case:
-    """Training steps with the most levels, on one batch that is copied to the devices each time."""
+    """Training steps with the most levels, on one batch that is copied to the devices each time.
+
+    Those of post-training are updates on a batch with rollouts, which is on the devices already.
+    """
     run = setting.run
     check_batch(run.config, run.mesh)
-    if objectives.find(run.config.train.objective).rollout_use:
-        raise UserError("a step on samples of the model itself is not timed yet: give the "
-                        "experiment of the run that it starts from")
-    with contextlib.closing(setting.batches()) as batches:
-        batch = next(batches)
+    if setting.rollout_use:
+        batch = reward_rows.rolled(setting)
+        place = dict  # they are on the devices
+    else:
+        batch = setting.batch_of_training()
+        place = functools.partial(sharding.to_global, mesh=run.mesh)
     step, current = make_step(run), state.initialize(run)
     reference, steps = _reference(run, current.ema), max(run.config.trajectory.steps)
 
     def once():
         nonlocal current
         with sharding.use(run.mesh):
-            placed = sharding.to_global(batch, run.mesh)
-            current, metrics = step(current, placed, steps, reference, None)
+            current, metrics = step(current, place(batch), steps, reference, None)
         return metrics
 
-    placed = sharding.to_global(batch, run.mesh)
-    counted = flops_of_step(run, step, current, placed, None, reference)
+    counted = flops_of_step(run, step, current, place(batch), None, reference)
     return Case(once, run.config.data.batch_size, flops=counted)
 
 
@@ -137,8 +78,13 @@ def _held_out(setting: Setting) -> tuple[dict, int]:
         return next(batches), size
 
 
-def _forward(setting: Setting) -> Case:
-    """The forward pass of the training loss, on a batch of the held-out likelihood."""
+def _forward(setting: Setting) -> Case | None:
+    """The forward pass of the training loss, on a batch of the held-out likelihood.
+
+    None for post-training, whose loss is not on the data alone.
+    """
+    if setting.rollout_use:
+        return None
     run, (batch, size) = setting.run, _held_out(setting)
     params, mesh = state.initialize(run).params, run.mesh
     objective = objectives.find(run.config.train.objective)
@@ -181,14 +127,6 @@ def _likelihood(setting: Setting) -> Case:
         counted = flops.count(score, run.params, jax.random.key(0),
                               sharding.to_global(examples, run.mesh))
     return Case(functools.partial(scoring.score_batch, run, batch, 1), size, flops=counted)
-
-
-@functools.partial(jax.jit, static_argnames=("schedule", "model", "options"))
-def _latents(params, root, index, y, *, schedule, model, options):
-    """The predictor's part of sampling: (t [B, K], u_0..u_T [B, K, N, D])."""
-    t = schedule.fixed_levels(options.steps, len(index))
-    keys = example_keys(root, "sample", index)
-    return t, sampling.sample_latents(model, params, keys, t, y, options.guidance)
 
 
 def _sampling(setting: Setting, function, *arguments) -> Case:
@@ -234,11 +172,11 @@ def _predictor(setting: Setting) -> Case | None:
         return None
     index, y, _, _ = setting.drawn
 
-    def latents(model, _, params, root, index, y):
-        return _latents(params, root, index, y, schedule=setting.run.schedule, model=model,
+    def predicted(model, _, params, root, index, y):
+        return latents(params, root, index, y, schedule=setting.run.schedule, model=model,
                         options=setting.run.config.sample.options)
 
-    return _sampling(setting, latents, jax.random.key(0), index, y)
+    return _sampling(setting, predicted, jax.random.key(0), index, y)
 
 
 def _inverse(how: str, setting: Setting) -> Case | None:
@@ -298,8 +236,8 @@ def _score(setting: Setting) -> Case | None:
     return _sampling(setting, denoised, us, t, y)
 
 
-TRAINING = {"train step": _train_step, "forward pass": _forward, "input pipeline": _input_pipeline,
-            "likelihood evaluation": _likelihood}
+TRAINING = {**reward_rows.REWARD, "train step": _train_step, "forward pass": _forward,
+            "input pipeline": _input_pipeline, "likelihood evaluation": _likelihood}
 SAMPLING = {
     **{f"images, decoder {decoder}": functools.partial(_sampler, decoder)
        for decoder in ("inverse", "score", "denoiser", *SOLVERS)},

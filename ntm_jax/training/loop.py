@@ -95,15 +95,17 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
                         "to train on: expected at most that many")
     run = untrained(config, spec, mesh, folder)
     teacher = frozen.load_teacher(run) if objective.needs_teacher else None
+    use = objective.rollout_use
+    rollouts = Rollouts(run, source, use) if use else None
     job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
     state.check_memory(run)
     config_file.claim(folder, config, spec)  # refuses before the folder is touched
     with workdir.owned(folder):
         with contextlib.ExitStack() as stack:
-            loop = _start(run, teacher, (source, held_out), progress, more, stack)
+            if rollouts:
+                stack.callback(rollouts.close)
+            loop = _start(run, teacher, (source, held_out), rollouts, (progress, more), stack)
             loop.until, loop.tracer = until, tracer
-            if loop.rollouts:
-                stack.callback(loop.rollouts.close)
             done = loop.train()
             job.restore_interrupts()
             if not done:
@@ -121,10 +123,14 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     return run, result
 
 
-def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source], progress: bool,
-           more: Sequence[MetricsWriter], stack: contextlib.ExitStack) -> "_Loop":
-    """The loop of a new or a resumed run; `stack` closes what it holds open."""
-    source, held_out = sources
+def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source],
+           rollouts: Rollouts | None, reports: tuple[bool, Sequence[MetricsWriter]],
+           stack: contextlib.ExitStack) -> "_Loop":
+    """The loop of a new or a resumed run; `stack` closes what it holds open.
+
+    reports: whether the run prints its progress, and its further writers of metrics.
+    """
+    (source, held_out), (progress, more) = sources, reports
     config, folder, total = run.config, run.workdir, run.config.train.steps
     changes = config_file.claim(folder, config, run.spec)  # what another owner has left
     checkpoints = stack.enter_context(Checkpoints(
@@ -152,8 +158,10 @@ def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source], progre
     if teacher:
         frozen.save_teacher(teacher, folder)
         reference = teacher.params
-    if config.train.align_weight or objectives.find(config.train.objective).rollout_use:
+    if config.train.align_weight or rollouts:
         reference = frozen.reference_params(run, current)
+    if rollouts:
+        rollouts.reference = reference
     quiet = jax.process_index() > 0 or not progress
     writer = stack.enter_context(Writer(folder, total, start, quiet, more,
                                         configuration.flatten(config.raw)))
@@ -169,7 +177,7 @@ def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source], progre
     if not job.several():  # in a job of several processes jax catches SIGTERM for all of them
         stack.enter_context(stop)
     return _Loop(run, current, start, batches, source, held_out, checkpoints, writer, stop, teacher,
-                 reference)
+                 reference, rollouts)
 
 
 @dataclasses.dataclass
@@ -187,6 +195,7 @@ class _Loop:
     stop: StopRequest
     teacher: Run | None
     reference: dict | None
+    rollouts: Rollouts | None = None
     until: int | None = None
     tracer: Any = None
 
@@ -194,15 +203,10 @@ class _Loop:
         config = self.run.config
         self.objective = objectives.find(config.train.objective)
         self.step_function = make_step(self.run, self.teacher)
-        self.rollouts, self.cycle = None, 1  # steps on the same batch
-        if self.objective.rollout_use:
-            assert self.reference is not None
-            self.rollouts = Rollouts(self.run, self.source, self.reference,
-                                     self.objective.rollout_use)
-            self.reference, self.cycle = None, config.reward.updates  # no argument of a step
+        self.cycle = config.reward.updates if self.rollouts else 1  # steps on the same batch
         self.scalars = {}  # of the last samples
         self.rate = optimizer.schedule(config.optimizer, config.train.steps)
-        self.pending = None  # metrics of the last step, which are read after the next is dispatched
+        self.pending: Any = None  # of the last step, read after the next is dispatched
         self.clock = time.perf_counter(), self.start
         self.stopping = False  # at the next step that ends a cycle
         self.warned = False  # that the run takes long
@@ -261,6 +265,7 @@ class _Loop:
         """Draws samples before and after post-training; the picture's path, [] for others."""
         if not self.rollouts:
             return []
+        assert self.rollouts.reference is not None
         step = self.run.config.train.steps
         path = pictures.draw_change(self.evaluated(step), self.rollouts.reference, self.held_out)
         self.writer.picture(step, path)

@@ -60,7 +60,7 @@ def draw_change(run: Run, before: dict, held_out: Source) -> str:
         clean = [generate.sample_at(r, np.arange(min(run.config.sample.num, 500)))
                  for r in (dataclasses.replace(run, params=before), run)]
         if jax.process_index() == 0:
-            points = np.stack([a.reshape(-1, 2) for a in clean], 1)
+            points = np.stack([np.asarray(a).reshape(-1, 2) for a in clean], 1)
             plots.points_picture(points, [0.0, 0.0], held_out.planar_extent, path)
         return path
     rows = [dataclasses.replace(row, index=row.index[:CHANGED], condition=jax.tree.map(

@@ -12,14 +12,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.analysis import chips, compile, hlo, hlo_text
-from ntm_jax.analysis.memory import advice, check_fits, out_of_memory, saved
+from ntm_jax.analysis.memory import advice, bytes_per_chip, check_fits, out_of_memory, saved
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build, config, flops, sharding
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
-from ntm_jax.training import optimizer, state
+from ntm_jax.training import objectives, optimizer, state
+from ntm_jax.training.reward import rewards, rollouts
 from ntm_jax.training.step import make_step, steps_of
 from tests.common import as_run, batch_of, experiment, python, setup, tiny_config
 
@@ -75,6 +76,64 @@ def test_the_compiled_sampler_is_the_one_that_sample_at_calls(monkeypatch):
 
 
 SCANNED = small(**{"model.remat": "full", "model.scan": True, "model.predictor_layers": 3})
+
+
+REWARDED = {"train.objective": "policy_gradient", "reward.name": "own", "reward.samples": 3,
+            "reward.kl": 0.1, "init_from": "x", "data.batch_size": 4}
+
+
+def test_the_compiled_rollouts_are_those_of_a_cycle(monkeypatch):
+    settings = tiny_config(**REWARDED | {"reward.kl": 0.0})  # only what is logged is compared
+    source, model, mesh = setup(settings)
+    run, called = as_run(settings, model, mesh), {}
+    planned = compile.rollout_program(run, source)
+    params = state.initialize(run).params
+
+    def record(*arguments, **options):
+        called["jaxpr"] = str(planned.function.trace(*arguments, **options).jaxpr)
+        raise StopIteration
+
+    monkeypatch.setattr(rewards, "find", lambda name, source: None)
+    monkeypatch.setattr(rollouts, "draw", record)
+    use = objectives.find(settings.train.objective).rollout_use
+    batch = sharding.to_global(batch_of(source, settings, 4), mesh)
+    with pytest.raises(StopIteration):
+        rollouts.Rollouts(run, source, use, params)(params, batch, 0)
+    with sharding.use(mesh):
+        assert str(planned.trace().jaxpr) == called["jaxpr"]
+
+
+@pytest.mark.parametrize("program", ["train", "rollout"])
+def test_memory_includes_the_reference_and_all_of_the_state(program):
+    settings = small(**REWARDED)
+    run = planned_run(settings)
+    made = compile.PROGRAMS[program](run, compile.open_data(settings))
+    report = compile.compile_for(settings, "cpu:1", program)
+    state_bytes = sum(map(bytes_per_chip, jax.tree.leaves(state.abstract(run))))
+    batch = sum(map(bytes_per_chip, made.arguments[-1].values()))
+    held = report["bytes_per_chip"]["arguments"] - state_bytes - 4 * parameters_of(run)
+    assert 0 < held <= batch + 8  # a key; the update does not read all of the batch
+    assert report["bytes_per_chip"]["peak"] > report["bytes_per_chip"]["arguments"]
+    assert f"program        {program}, plain attention" in compile.table(report)
+
+
+def test_the_rollouts_of_pairs_are_compiled_without_a_reward():
+    settings = small(**REWARDED | {"train.objective": "preference", "reward.name": ""})
+    run, source = planned_run(settings), compile.open_data(settings)
+    program = compile.rollout_program(run, source)
+    with sharding.use(run.mesh):
+        tokens, rollout, found = program.trace().out_info
+    assert tokens == ()
+    assert rollout.shape == (4, 2, 3, 16, 4)
+    assert set(found) == {"reference_nll", "divergence"}
+
+
+def test_the_advice_counts_the_samples_that_an_update_holds(monkeypatch):
+    found = compile._Compiled(hlo.Work(), {"arguments": 1, "peak": 2}, False, 1, 1, 1, False)
+    monkeypatch.setattr(compile, "_compile", lambda *_: found)
+    monkeypatch.setattr(compile, "advice", lambda run, levels, memory: levels)
+    assert compile.compile_for(small(), "cpu:1")["advice"] == 2
+    assert compile.compile_for(small(**REWARDED), "cpu:1")["advice"] == 2 * (1 + 3)
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +338,11 @@ MISTAKES = {
 }
 
 
+def test_an_objective_without_rollouts_has_no_such_program():
+    with pytest.raises(UserError, match=r"--program=rollout: config\.train\.objective=end_to_end"):
+        compile.compile_for(small(), "cpu:1", "rollout")
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line(name):
     topology, overrides, message = MISTAKES[name]
@@ -395,6 +459,9 @@ def test_what_does_not_fit_ends_in_one_line():
     assert str(error.value) == (
         "the train program needs 21.00 GiB a chip of v5e:4x4, which has 15.75 GiB: "
         "set config.model.remat=narrow: about 14.1 GiB of 15.8")
+    del report["advice"]
+    with pytest.raises(UserError, match=r"make config\.reward\.samples or config\.data\."):
+        check_fits(report | {"fits": False, "program": "rollout"})
 
 
 def sends(number: int, kind: str) -> str:

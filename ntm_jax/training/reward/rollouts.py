@@ -151,6 +151,28 @@ def compare(params, reference, batch, rollout, *, sampler: Sampler, names: tuple
     return {name: _split(found[name].reshape(*shape, *found[name].shape[1:])) for name in names}
 
 
+def draw(params, reference, root, batch, *, sampler: Sampler, names: tuple[str, ...],
+         recorded_pairs: bool = False):
+    """Rollouts of a batch and their comparison: (clean tokens of each part, rollouts, `compare`'s).
+
+    recorded_pairs: rollouts are those of a batch's images, and there are no tokens. Each part is a
+    program of its own, so that it can be read while the next is made; jitted, draw is one.
+    """
+    if recorded_pairs:
+        tokens, rollout = (), recorded(params, root, batch, sampler=sampler)
+    else:
+        tokens, parts = zip(*(sample(params, root, batch, sampler=sampler, part=part)
+                              for part in range(PARTS)), strict=True)
+        rollout = jnp.concatenate(parts, 1)
+    return tokens, rollout, compare(params, reference, batch, rollout, sampler=sampler, names=names)
+
+
+def compared(use: "Use", settings: Settings, logged: bool) -> tuple[str, ...]:
+    """The names of what a cycle computes with `compare`; logged: whether its scalars are wanted."""
+    names = use.names(settings)
+    return tuple(dict.fromkeys((*names, "divergence"))) if logged or settings.kl else names
+
+
 @dataclasses.dataclass(frozen=True)
 class Use:
     """What an objective learns from rollouts.
@@ -168,12 +190,13 @@ class Rollouts:
     """Adds scored samples of the present parameters to a batch.
 
     Sample g of a record is keyed by the step and the record's index, so it is the same on any mesh.
-    Without a reward, the samples are a batch's images and the rejected ones.
+    Without a reward, the samples are a batch's images and the rejected ones. `reference` is to be
+    set to the parameters that samples are compared with.
 
     Raises UserError where the reward does not go with the source.
     """
 
-    def __init__(self, run: Run, source: Source, reference: dict, use: Use):
+    def __init__(self, run: Run, source: Source, use: Use, reference: dict | None = None):
         self.run, self.reference, self.use = run, reference, use
         self.sampler = sampler_of(run)
         if not run.config.reward.name and REJECTED not in source.records[0]:
@@ -196,17 +219,11 @@ class Rollouts:
         """
         run, settings = self.run, self.run.config.reward
         root = jax.random.fold_in(jax.random.key(run.config.seed), step)
-        names = tuple(dict.fromkeys((*self.names, "divergence"))) if (
-            logged or settings.kl) else self.names
+        names = compared(self.use, settings, logged)
         with sharding.use(run.mesh):
-            if self.scorer:
-                tokens, parts = zip(*(sample(params, root, batch, sampler=self.sampler, part=part)
-                                      for part in range(PARTS)), strict=True)
-                rollout = jnp.concatenate(parts, 1)
-            else:
-                tokens, rollout = (), recorded(params, root, batch, sampler=self.sampler)
-            found = compare(params, self.reference, batch, rollout, sampler=self.sampler,
-                            names=names)
+            tokens, rollout, found = draw(
+                params, self.reference, root, batch, sampler=self.sampler, names=names,
+                recorded_pairs=not self.scorer)
         scored = self._scored(tokens, batch, logged)
         rewards = scored["rewards"]
         apart = sharding.to_host(found["divergence"]) if "divergence" in names else np.zeros(
@@ -236,11 +253,15 @@ def _scalars(scored: dict, apart: np.ndarray) -> dict[str, float]:
                     for name in np.unique(names)}
 
 
+def samples_of(config: Config) -> int:
+    """G, the samples of each record, or the 2 images of a pair."""
+    return config.reward.samples if config.reward.name else 2
+
+
 def abstract(run: Run, use: Use) -> dict:
     """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
     config, c, settings = run.config, run.model.config, run.config.reward
-    samples = settings.samples if settings.name else 2
-    group = config.data.batch_size, samples
+    group = config.data.batch_size, samples_of(config)
     count = settings.levels or config.sample.steps
     latents = (*group, count, c.tokens, c.dim)
     shapes = {"rollout": (*group, count + 1, c.tokens, c.dim)}

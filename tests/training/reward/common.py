@@ -30,7 +30,7 @@ def made(run, reference=None):
     source = run.config.data.open("train")
     if not run.config.reward.name:
         source = dataclasses.replace(source, records=Pairs(source.records))
-    return Rollouts(run, source, reference or run.params, use)
+    return Rollouts(run, source, use, reference or run.params)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_the_optimum_is_the_tilted_reference(monkeypatch):
     run = untrained(config, pipeline.spec(source, 1), sharding.make_mesh(config.mesh))
     current = state.initialize(run)
     reference = jax.tree.map(jnp.copy, current.params)
-    rollouts = Rollouts(run, source, reference, objectives.find("policy_gradient").rollout_use)
+    rollouts = Rollouts(run, source, objectives.find("policy_gradient").rollout_use, reference)
     step = make_step(run)
     batches = pipeline.train_iterator(source, 1, 32, 0, 0)
     for number in range(STEPS):

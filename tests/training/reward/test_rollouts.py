@@ -110,7 +110,7 @@ def test_recorded_pairs_are_trajectories_of_the_same_noise(run, trains):
         images = [simulate(x, t, clean) for x in (np.asarray(batch["x"]), rejected)]
         np.testing.assert_allclose(found[:, 0] - images[0], found[:, 1] - images[1], atol=1e-5)
     with pytest.raises(UserError, match="have no image `rejected`: name a reward, or give pairs"):
-        Rollouts(run, run.config.data.open("train"), run.params, preference.USE)
+        Rollouts(run, run.config.data.open("train"), preference.USE)
 
 
 def test_rewards_are_found_by_name(run):
