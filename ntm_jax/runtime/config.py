@@ -172,7 +172,7 @@ class Reward:
     normalise: bool = True
     anchor: float = 0.5
     trains: str = "predictor"
-    levels: int = 0
+    levels: tuple[int, ...] = ()
     workers: int = 0
 
 

@@ -1,6 +1,6 @@
 """Samples of the model that is trained, scored: what post-training learns from.
 
-Symbols: P records of a batch, G samples of each; B = P G; T steps, of which the S noisiest learn;
+Symbols: P records of a batch, G samples of each; B = P G; T steps, of which S learn;
 N tokens, D token channels.
 """
 
@@ -39,19 +39,29 @@ class Sampler:
     steps: int
     samples: int
     whole: bool  # rollouts are trajectories x_k, through the transporter; otherwise latents u_k
-    learned: int  # the factors that learn, S of T: the noisiest ones
+    first: int  # the levels that rollouts hold, first to last: those of S = last - first factors
+    last: int
+
+    @property
+    def factors(self) -> int:
+        """S, the factors that learn."""
+        return self.last - self.first
+
+    def held(self, levels):
+        """Of arrays [B, K, ...] by level those that rollouts hold, [B, S+1, ...]."""
+        return levels[:, self.first : self.last + 1]
 
     def levels(self, count: int):
         """The noise levels of rollouts, [count, S+1]."""
-        return self.schedule.fixed_levels(self.steps, count)[:, -self.learned - 1 :]
+        return self.held(self.schedule.fixed_levels(self.steps, count))
 
 
 def sampler_of(run: Run) -> Sampler:
     """The sampler of a run's settings."""
     config = run.config
+    first, last = config.reward.levels or (0, config.sample.steps)
     return Sampler(run.model, run.schedule, config.sample.steps, config.reward.samples,
-                   config.reward.trains != "predictor",
-                   config.reward.levels or config.sample.steps)
+                   config.reward.trains != "predictor", first, last)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "part"))
@@ -74,8 +84,8 @@ def sample(params, root, batch, *, sampler: Sampler, part: int):
     else:
         rollout, x_0 = us, sampling.invert_level(model, params, us, t, y, 0)
     tokens = x_0 / (1 - per_example(t[:, 0], x_0))
-    rollout = rollout[:, -sampler.learned - 1 :]
-    return jax.tree.map(lambda a: _split(a.reshape(-1, count, *a.shape[1:])), (tokens, rollout))
+    found = tokens, sampler.held(rollout)
+    return jax.tree.map(lambda a: _split(a.reshape(-1, count, *a.shape[1:])), found)
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
@@ -97,7 +107,7 @@ def recorded(params, root, batch, *, sampler: Sampler):
             params, found[:, k], t[:, k], steps, y, method=NTM.transport))[0]
             for k in range(sampler.steps)]
         found = jnp.stack([*below, found[:, -1]], 1)
-    found = found[:, -sampler.learned - 1 :]
+    found = sampler.held(found)
     return _split(found.reshape(-1, 2, *found.shape[1:]))
 
 
@@ -227,7 +237,7 @@ class Rollouts:
         scored = self._scored(tokens, batch, logged)
         rewards = scored["rewards"]
         apart = sharding.to_host(found["divergence"]) if "divergence" in names else np.zeros(
-            (*rewards.shape, self.sampler.learned), np.float32)
+            (*rewards.shape, self.sampler.factors), np.float32)
         later = settings.kl * (np.cumsum(apart, -1) - apart)
         scalars = _scalars(scored, apart) if logged else {}
         weights = sharding.place(self.use.weigh(settings, rewards, later), run.mesh)
@@ -262,7 +272,7 @@ def abstract(run: Run, use: Use) -> dict:
     """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
     config, c, settings = run.config, run.model.config, run.config.reward
     group = config.data.batch_size, samples_of(config)
-    count = settings.levels or config.sample.steps
+    count = sampler_of(run).factors
     latents = (*group, count, c.tokens, c.dim)
     shapes = {"rollout": (*group, count + 1, c.tokens, c.dim)}
     shapes |= {name: latents if name in ("reference_mean", "reference_log_scale")
@@ -280,9 +290,10 @@ def check(config: Config) -> None:
     if not config.init_from:
         raise UserError(f"config.init_from is empty: config.train.objective={train.objective} "
                         "improves a trained model; give its run, --config.init_from=WORKDIR")
-    if reward.levels > config.sample.steps:
-        raise UserError(f"config.reward.levels is {reward.levels}: expected at most "
-                        f"config.sample.steps, {config.sample.steps}; 0 takes all")
+    levels, steps = reward.levels, config.sample.steps
+    if levels and not (len(levels) == 2 and levels[0] < levels[1] <= steps):
+        raise UserError(f"config.reward.levels is {levels}: expected the first and the last level, "
+                        f"(0, {steps}) at most, or () for all")
     if reward.trains != "predictor" and not model.transporter_blocks:
         raise UserError(f"config.reward.trains={reward.trains} needs a transporter, and "
                         "config.model.transporter_blocks is 0: set it to predictor")
