@@ -294,6 +294,9 @@ def check(config: Config) -> None:
     if levels and not (len(levels) == 2 and levels[0] < levels[1] <= steps):
         raise UserError(f"config.reward.levels is {levels}: expected the first and the last level, "
                         f"(0, {steps}) at most, or () for all")
+    if levels and levels[1] < steps and reward.trains != "predictor":
+        raise UserError(f"config.reward.levels is {levels}: where the transporter learns, the last "
+                        f"level is pure noise, {steps}; or set config.reward.trains=predictor")
     if reward.trains != "predictor" and not model.transporter_blocks:
         raise UserError(f"config.reward.trains={reward.trains} needs a transporter, and "
                         "config.model.transporter_blocks is 0: set it to predictor")

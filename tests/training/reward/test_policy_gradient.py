@@ -153,6 +153,8 @@ def test_mistakes_are_one_line():
     for changes, words in (
             ({"reward.name": ""}, "reward.name is empty"),
             ({"init_from": ""}, "init_from is empty"),
+            ({"reward.levels": (1, 3)}, r"levels is \(1, 3\): expected the first and the last"),
+            ({"reward.levels": (0, 1), "reward.trains": "both"}, "the last level is pure noise, 2"),
             ({"reward.trains": "both", "model.transporter_blocks": 0}, "needs a transporter"),
             ({"reward.updates": 4, "train.steps": 6}, "train.steps is 6: expected a multiple of")):
         with pytest.raises(UserError, match=words):

@@ -149,6 +149,17 @@ def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
         rewards.find("classifier", dataclasses.replace(source, num_classes=0))
 
 
+@pytest.mark.parametrize(("trains", "levels"), [("predictor", (0, 1)), ("both", (1, 2))])
+def test_a_range_of_levels_has_the_densities_of_all(run, trains, levels):
+    whole = with_reward(run, trains=trains)
+    all_levels, one = rolled(whole)[0], rolled(with_reward(whole, levels=levels))[0]
+    first, last = levels
+    np.testing.assert_array_equal(one["rollout"], all_levels["rollout"][:, :, first : last + 1])
+    for name in ("old_nll", "advantage"):
+        assert one[name].shape == (4, 3, 1)
+        np.testing.assert_allclose(one[name], all_levels[name][..., first:last], rtol=1e-5)
+
+
 def test_more_settings_of_a_run_keep_its_rollouts(run):
     """The penalty's weight and further updates change no sample."""
     one, two = (rolled(with_reward(run, **changes))[0] for changes in ({}, {"kl": 0.5}))
