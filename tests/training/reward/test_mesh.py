@@ -4,34 +4,31 @@ import json
 
 import pytest
 
+from tests.common import tiny_config, write_run
 from tests.runtime.processes.common import SETTINGS, Job
 
 REWARD = {"train.objective": "policy_gradient", "reward.name": "brightness", "reward.samples": 3,
-          "reward.updates": 2, "reward.kl": 0.01, "train.steps": 8, "evaluate.images": 48,
+          "reward.updates": 2, "reward.kl": 0.01, "train.steps": 6, "evaluate.images": 48,
           "optimizer.learning_rate": 1e-3}
 WHERE = {  # processes, devices of each, further settings
     "one": (1, 1, {}),
     "eight": (1, 8, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
     "two processes": (2, 2, {"mesh.fsdp": 2, "train.accumulate": 2}),
-    "workers": (1, 1, {"reward.workers": 2}),
 }
-
-
-def trained(folder, count: int, devices: int, settings: dict, **options) -> None:
-    flags = ("--import=tests.training.reward.brightness",) if settings.get("reward.name") else ()
-    job = Job(folder, count, devices, (settings,), flags=flags, **options)
-    assert [status for status, *_ in job.end()] == [0] * count
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """{where: (the lines of metrics.jsonl, evaluation.json)}."""
     folder = tmp_path_factory.mktemp("runs")
-    trained(folder / "base", 1, 1, SETTINGS)
-    found = {}
+    values, found = {key: value for key, value in SETTINGS.items() if key != "train.steps"}, {}
+    write_run(folder / "base", tiny_config(**values))
     for name, (count, devices, changes) in WHERE.items():
         settings = REWARD | changes | {"init_from": folder / "base"}
-        trained(folder / name, count, devices, settings)
+        job = Job(folder / name, count, devices, (settings,),
+                  flags=("--import=tests.training.reward.brightness",))
+        ended = job.end()
+        assert [status for status, *_ in ended] == [0] * count, ended
         lines = (folder / name / "metrics.jsonl").read_text().splitlines()
         evaluation = json.loads((folder / name / "evaluation.json").read_text())
         found[name] = list(map(json.loads, lines)), evaluation
