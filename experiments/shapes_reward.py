@@ -1,7 +1,8 @@
 """Post-trains experiments/shapes.py on the exact check of its captions, with a policy gradient.
 
 `--config.init_from=WORKDIR` names the run to improve; see docs/howto/reward.md. The transporter
-stays as it is. Samples are drawn without guidance, whose density is not the model's.
+stays as it is. Samples are drawn without guidance, whose density is not the model's. Only the steps
+to levels 2 and 1 learn: they decide 9 tenths of whether a caption is shown.
 """
 
 from ntm_jax.experiments import default, shapes
@@ -10,13 +11,14 @@ from ntm_jax.experiments import default, shapes
 def get_config(variant: str = ""):
     default.check_variant(__file__, variant, "runlocal", "")
     c = shapes.get_config(variant)
-    c.data.batch_size = 16
+    c.data.batch_size = 24
     c.train.update(
-        objective="policy_gradient", steps=800, save_every=100, evaluate_every=200, log_every=10)
-    c.reward.update(name="shapes", samples=8)
+        objective="policy_gradient", steps=2000, save_every=400, evaluate_every=400, log_every=10)
+    c.reward.update(name="shapes", samples=8, levels=(1, 3), anchor=0.25)
     c.optimizer.update(
-        learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.98)
+        learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.99)
     c.sample.guidance = 0.0
     if variant == "runlocal":
         default.shrink(c)
+        c.reward.levels = ()
     return c

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ntm_jax.core import trajectory
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -33,6 +31,7 @@ from ntm_jax.training.step import (
     check_batch,
     check_memory,
     flops_of_step,
+    logged_scalars,
     make_step,
     steps_of,
 )
@@ -40,35 +39,6 @@ from ntm_jax.training.writers import MetricsWriter
 from ntm_jax.training.writers import find as find_writers
 
 LONG_HOURS = 8  # from which a run on a CPU is pointed out
-SCALARS = (  # metrics
-    "loss", "grad_norm", "clipped", "preference_loss", "preference_accuracy")
-TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
-DIVERGED = (
-    "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
-    "--config.optimizer.clip; if it stops again at once, first remove the latest folder in "
-    "WORKDIR/checkpoints, to go on from the one before; to change config.trajectory.t_min_range, "
-    "start a new run with another --workdir and --config.init_from=WORKDIR")
-
-
-def check(metrics: dict, step: int) -> dict:
-    """A step's metrics on the host -> scalars to log.
-
-    Raises UserError if one is not finite, naming the step, the level and the term.
-    """
-    scalars = {name: float(metrics[name]) for name in SCALARS if name in metrics}
-    terms = [name for name in TERMS if name in metrics]
-    if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
-        bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(metrics[term])
-               if not np.isfinite(value)]
-        first = bad[0] if bad else "the gradient or the update, every term being finite,"
-        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the "
-                        f"last checkpoint is untouched. {DIVERGED}")
-    if "quadratic" not in terms:
-        return scalars
-    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
-    scalars |= {f"nll/level_{k}": float(value) for k, value in enumerate(nll)}
-    misalignment = metrics.get("misalignment", ())
-    return scalars | {f"misalignment/level_{k}": float(v) for k, v in enumerate(misalignment)}
 
 
 def train(config: Config, folder: str, *, progress: bool = True, until: int | None = None,
@@ -365,7 +335,7 @@ class _Loop:
             raise self.unread or UserError(
                 "another process of this job could not read a record (see its line); step "
                 f"{step - 1} is saved, and the same command resumes there when the data are mended")
-        scalars, config = check(values, step), self.run.config
+        scalars, config = logged_scalars(values, step), self.run.config
         means = {name: value for name, value in of_samples.items() if "/" not in name}
         scalars = means | scalars | of_samples  # the terminal shows the first ones
         if step % config.train.log_every:

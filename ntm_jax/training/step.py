@@ -5,6 +5,7 @@ Symbols: B batch, T steps, N tokens, D token channels.
 
 import dataclasses
 import functools
+import math
 from typing import cast
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ntm_jax.core import trajectory
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import Config
@@ -19,6 +21,13 @@ from ntm_jax.runtime.run import Run
 from ntm_jax.training import objectives, optimizer, state
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.state import State
+
+TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
+DIVERGED = (
+    "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
+    "--config.optimizer.clip; if it stops again at once, first remove the latest folder in "
+    "WORKDIR/checkpoints, to go on from the one before; to change config.trajectory.t_min_range, "
+    "start a new run with another --workdir and --config.init_from=WORKDIR")
 
 
 def make_step(run: Run, teacher: Run | None = None):
@@ -161,3 +170,26 @@ def check_batch(config: Config, mesh) -> None:
         raise UserError(f"config.data.batch_size is {size}: expected a multiple of "
                         f"{shards * parts}, data x fsdp = {shards} times config.train.accumulate = "
                         f"{parts}")
+
+
+def logged_scalars(metrics: dict, step: int) -> dict[str, float]:
+    """A step's metrics on the host -> scalars to log, among them all single numbers of the loss.
+
+    Raises UserError if one is not finite, naming the step, the level and the term.
+    """
+    single = [name for name, value in metrics.items() if not np.ndim(value) and name != "finite"]
+    scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm", *single)
+               if name in metrics}
+    terms = [name for name in TERMS if name in metrics]
+    if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
+        bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(metrics[term])
+               if not np.isfinite(value)]
+        first = bad[0] if bad else "the gradient or the update, every term being finite,"
+        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the "
+                        f"last checkpoint is untouched. {DIVERGED}")
+    if "quadratic" not in terms:
+        return scalars
+    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
+    scalars |= {f"nll/level_{k}": float(value) for k, value in enumerate(nll)}
+    misalignment = metrics.get("misalignment", ())
+    return scalars | {f"misalignment/level_{k}": float(v) for k, v in enumerate(misalignment)}

@@ -15,6 +15,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, state
+from ntm_jax.training.step import logged_scalars
 from tests.common import as_run, bits, figures, setup, tiny_config
 
 TERMS = ("quadratic", "log_scale", "log_det")
@@ -215,19 +216,19 @@ def test_the_level_and_the_term_that_went_bad_are_named(term):
     metrics = {name: np.ones(3) for name in TERMS}
     metrics[term][1] = np.nan
     with pytest.raises(UserError, match=f"step 7: {term} at level 1 is not a finite number"):
-        loop.check(metrics | {"loss": np.nan, "grad_norm": 1.0, "finite": True}, 7)
+        logged_scalars(metrics | {"loss": np.nan, "grad_norm": 1.0, "finite": True}, 7)
     good = {name: np.ones(3) for name in TERMS} | {"loss": 1.0}
     message = "step 7: the gradient or the update, every term being finite"
     for last in ({"grad_norm": np.inf, "finite": True}, {"grad_norm": 1.0, "finite": False}):
         with pytest.raises(UserError, match=message):
-            loop.check(good | last, 7)
+            logged_scalars(good | last, 7)
 
 
 def test_logged_levels_are_likelihoods():
     metrics = {"quadratic": np.array([0.5, 0.25]), "log_scale": np.array([-1.0, 0.0]),
                "log_det": np.array([0.5, 0.0])}
     others = {"loss": np.float32(1), "grad_norm": np.float32(2), "finite": True}
-    scalars = loop.check(metrics | others, 1)
+    scalars = logged_scalars(metrics | others, 1)
     expected = [-1 + np.log(2 * np.pi) / 2, 0.25 + np.log(2 * np.pi) / 2]
     found = [scalars["nll/level_0"], scalars["nll/level_1"]]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
