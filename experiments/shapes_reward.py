@@ -20,5 +20,4 @@ def get_config(variant: str = ""):
     c.sample.guidance = 0.0
     if variant == "runlocal":
         default.shrink(c)
-        c.reward.levels = ()
     return c
