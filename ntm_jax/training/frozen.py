@@ -101,7 +101,9 @@ def reference_params(run: Run, current: State) -> dict:
 
 
 def kept_reference(run: Run) -> dict | None:
-    """The reference parameters in a run's folder; None where there are none."""
-    with Checkpoints(f"{run.workdir}/frozen") as checkpoints:
-        return None if checkpoints.latest() is None else checkpoints.restore_subtree(
-            0, abstract_reference(run))[1]
+    """The reference parameters in a run's folder; None where there are none, as in an export."""
+    folder = epath.Path(run.workdir) / "frozen"
+    if not run.workdir or not folder.exists():
+        return None
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore_subtree(0, abstract_reference(run))[1]
