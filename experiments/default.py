@@ -81,7 +81,7 @@ SETTINGS = dict(
         normalise=True,  # divides advantages by the deviation of a condition's rewards
         anchor=0.5,  # weight of the NLL on the batch's data, which keeps the model near them
         trains="predictor",  # what learns: predictor, transporter, both
-        levels=(),  # (first, last): only the steps between these levels learn from rewards
+        levels=(),  # first and last level, between which steps learn from rewards; () for all
         workers=0,  # processes that score samples; 0 scores them in the training process
     ),
     optimizer=dict(

@@ -71,14 +71,14 @@ def other(key: str, value) -> tuple[str, typing.Any]:
             return str(int(value) + 1), float(int(value) + 1)  # an integer for a float
         case str():
             return f"{value}x", f"{value}x"
-    changed = (*value[:-1], value[-1] + 1)
+    changed = (*value[:-1], value[-1] + 1) if value else (0, 1)
     return str(changed), changed
 
 
 def test_the_variants_are_found():
     assert ("toy2d", "moons,no-transporter") in CASES
     assert ("flux2_klein", "runlocal-denoiser") in CASES
-    assert len(NAMES) == 18
+    assert len(NAMES) == 19
 
 
 def test_the_settings_are_those_of_the_dataclasses():

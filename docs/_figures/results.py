@@ -228,9 +228,23 @@ def shapes_guidance():
     return figure
 
 
+def reward_updates():
+    """The reward of held-out captions, and the likelihood of held-out images, by updates."""
+    learned = table("reward", "Captioned shapes", "updates", "reward")
+    figure, ((left, right),) = chart(2.8, 1, 2)
+    left.plot(learned.keys(), learned.column("reward")[0], "o-", color=BLUE)
+    left.set(title="Samples that show their caption", xlabel="updates of 192 samples",
+             ylabel="share", ylim=(0.5, 1))
+    right.plot(learned.keys(), learned.column("trajectory NLL")[0], "o-", color=GREEN)
+    right.set(title="Held-out images", xlabel="updates of 192 samples",
+              ylabel="trajectory NLL, nats/dim", ylim=(0.56, 0.57))
+    return figure
+
+
 CHARTS = {"digits-trajectories-k": digits_trajectories_k, "digits-guidance": digits_guidance,
           "flow-matching-steps": flow_matching_steps,
           "flow-matching-guidance": flow_matching_guidance, "pods-chips": pods_chips,
+          "reward-updates": reward_updates,
           "shapes-guidance": shapes_guidance}  # by the name of the picture
 
 

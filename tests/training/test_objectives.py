@@ -20,7 +20,8 @@ TERMS = ("quadratic", "log_scale", "log_det")
 @pytest.mark.parametrize(("name", "changes", "message"), [
     ("digits", {"train.objective": "both"},
      "config.train.objective 'both' is not known: expected one of end_to_end, pairwise, "
-     "flow_matching, policy_gradient, denoiser; one of your own needs --import=MODULE, the "),
+     "flow_matching, policy_gradient, preference, denoiser; one of your own needs "
+     "--import=MODULE, the "),
     ("digits", {"train.objective": "denoiser", "train.condition_dropout": 0.0},
      "config.teacher is '', config.train.objective denoiser: a denoiser, and nothing else, has a "
      "teacher; give --config.teacher=WORKDIR of the run to distil"),

@@ -92,7 +92,7 @@ def test_a_caption_of_several_images_has_one_row(tmp_path):
     assert [row.name for row in rows] == ["a", "b", "record 3"]
     assert np.concatenate([row.index for row in rows]).tolist() == list(range(12))
     for row, i in zip(rows, (0, 1, 3), strict=True):
-        np.testing.assert_array_equal(row.beside[0], records[i]["image"])
+        np.testing.assert_array_equal(row.real[0], records[i]["image"])
 
 
 def test_levels_that_are_all_noise_are_shown_once():
