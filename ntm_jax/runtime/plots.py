@@ -106,7 +106,7 @@ def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> N
                 aspect="auto")
     style = {"fontsize": 7, "va": "center", "parse_math": False}
     for r, name in enumerate(names):
-        lines = textwrap.wrap(name, max(margin // 6, 10), max_lines=4, placeholder=" ...")
+        lines = textwrap.wrap(name, max(margin // 7, 10), max_lines=4, placeholder=" ...")
         y = 1 - (top + (r + 0.5) * height) / size[1]
         plot.text((margin - 6) / size[0], y, "\n".join(lines), ha="right", **style)
     for column, title in titles.items():
