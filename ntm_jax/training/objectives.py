@@ -252,8 +252,8 @@ class Objective:
 
     loss(setup, params, draws, reference) -> (the value that is minimised, metrics). metrics has
     "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
-    [T] each by level. reference: the parameters of the teacher or of the flow-matching model that
-    the means are held near; None without either.
+    [T] each by level; other single numbers are logged under their names. reference: the parameters
+    of the teacher, or of the flow-matching model that the means are held near; None without either.
     held_out(run, source) -> Held, during training.
     measure(run, source, trajectories) -> {name: mean and stderr}, added to evaluation.json, where
     trajectories is their number for each record; None adds nothing.

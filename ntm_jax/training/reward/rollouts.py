@@ -1,7 +1,7 @@
 """Samples of the model that is trained, scored: what post-training learns from.
 
-Symbols: P records of a batch, G samples of each; B = P G; T steps, of which S learn;
-N tokens, D token channels.
+Symbols: P records of a batch, G samples of each; B = P G; T steps, K = T+1 levels; S factors that
+learn; N tokens, D token channels.
 """
 
 import dataclasses
