@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.data import pipeline
@@ -31,23 +30,19 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
     root = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # of no training step
     batches = pipeline.evaluation_batches(source, config.data.patch_size, config.data.batch_size,
                                           *sharding.share(mesh))
+    first, names = (run.params, ()) if reference is None else (reference, ("divergence",))
     found = []
     with contextlib.closing(batches):
         for local in itertools.islice(batches, -(-wanted // config.data.batch_size)):
             batch = sharding.to_global(local, mesh)
             real = sharding.to_host(batch.pop("mask")) > 0
             with sharding.use(mesh):
-                tokens, parts = zip(*(rollouts.sample(run.params, root, batch, sampler=sampler,
-                                                      part=part) for part in range(rollouts.PARTS)),
-                                    strict=True)
+                tokens, _, compared = rollouts.draw(run.params, first, root, batch, sampler=sampler,
+                                                    names=names)
             scored = scorer(tokens, batch)
             figures = {"reward": scored["rewards"].mean(1), "diversity": scored["distance"]}
-            if reference is not None:
-                with sharding.use(mesh):
-                    rollout = jnp.concatenate(parts, 1)
-                    apart = rollouts.compare(run.params, reference, batch, rollout, sampler=sampler,
-                                             names=("divergence",))["divergence"]
-                figures["kl"] = sharding.to_host(apart).sum(-1).mean(1)
+            if names:
+                figures["kl"] = sharding.to_host(compared["divergence"]).sum(-1).mean(1)
             found.append({name: values[real] for name, values in figures.items()})
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
