@@ -14,7 +14,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.training import loop, objectives
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.reward import policy, rollouts
-from tests.common import bits, tiny_config
+from tests.common import bits, tiny_config, write_run
 from tests.training.reward.common import flat, moved, rolled, with_reward
 
 SETTINGS = {"train.objective": "policy_gradient", "reward.name": "brightness", "init_from": "x",
@@ -122,8 +122,7 @@ def test_the_divergence_is_penalised(run, trains):
 
 @pytest.mark.slow
 def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    base = tiny_config(**{"train.steps": 30})
-    loop.train(base, str(tmp_path / "base"), progress=False)
+    write_run(tmp_path / "base", tiny_config())
     settings = SETTINGS | {"init_from": str(tmp_path / "base"), "train.steps": 40,
                            "reward.updates": 2, "reward.samples": 8, "reward.anchor": 0.0,
                            "reward.kl": 0.001, "data.batch_size": 8, "evaluate.images": 80,

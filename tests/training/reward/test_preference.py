@@ -11,7 +11,7 @@ from ntm_jax.core import sampling
 from ntm_jax.errors import UserError
 from ntm_jax.training import loop, objectives
 from ntm_jax.training.objectives import Draws
-from tests.common import tiny_config
+from tests.common import tiny_config, write_run
 from tests.training.reward.common import flat, moved, rolled, with_objective
 
 SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_from": "x",
@@ -65,8 +65,7 @@ def test_a_folder_of_pairs_is_learned_from(tmp_path):
     (tmp_path / "pairs/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shared = {"data.source": f"folder:{tmp_path}/pairs", "model.condition": "none",
               "train.condition_dropout": 0.0, "data.batch_size": 8, "evaluate.split": "test"}
-    base = tiny_config(**shared)
-    loop.train(base, str(tmp_path / "base"), progress=False)
+    write_run(tmp_path / "base", tiny_config(**shared))
     config = tiny_config(**shared | {
         "train.objective": "preference", "init_from": str(tmp_path / "base"), "reward.kl": 0.1,
         "train.steps": 20, "reward.trains": "both"})
