@@ -86,7 +86,7 @@ _RECORDS = 20_000  # at most so many records of the training split train the cla
 _STEPS, _TRAIN_BATCH, _RATE = 1_000, 64, 3e-3
 
 
-class Classifier(nn.Module):
+class _Classifier(nn.Module):
     """Images [n, h, w, C] -> (features [n, 64], logits [n, classes]).
 
     Two convolutions of stride 2, a dense layer and the logits.
@@ -154,7 +154,7 @@ def classify(source: Source, params, images) -> tuple[np.ndarray, np.ndarray]:
 
     params: of the classifier that fit_classifier trained for the source.
     """
-    model, batches = Classifier(source.num_classes), range(0, len(images), _BATCH)
+    model, batches = _Classifier(source.num_classes), range(0, len(images), _BATCH)
     # The last batch is repeated to the size of all others, so that one program serves all.
     parts = [_classify(model, source.pixel_levels, params,
                        np.resize(images[i : i + _BATCH], (_BATCH, *images.shape[1:])))
@@ -176,7 +176,7 @@ def abstract_classifier(source: Source) -> dict:
     """The shapes of the parameters of fit_classifier's classifier."""
     image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
     x = jax.eval_shape(lambda image: _prepare(image, source.pixel_levels), image)
-    return jax.eval_shape(Classifier(source.num_classes).init, jax.random.key(0), x)
+    return jax.eval_shape(_Classifier(source.num_classes).init, jax.random.key(0), x)
 
 
 def fit_classifier(source: Source, seed: int) -> dict:
@@ -189,7 +189,7 @@ def fit_classifier(source: Source, seed: int) -> dict:
     x, label = _training_images(source)
     rows = np.random.RandomState(seed).randint(len(label), size=(_STEPS, _TRAIN_BATCH))
     data = jax.device_put((x, label, rows.astype(np.int32)), jax.local_devices()[0])
-    return _fit(Classifier(source.num_classes), seed, *data)
+    return _fit(_Classifier(source.num_classes), seed, *data)
 
 
 def cnn(source: Source, seed: int = 0) -> Extractor:

@@ -9,6 +9,7 @@ A reward of your own is registered in a module that --import names:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.registry import Registry
+from ntm_jax.runtime.config import Config, Data
 from ntm_jax.training.reward import classifier
 
 
@@ -66,6 +68,16 @@ REWARDS: Registry[Callable[[str, Source], Reward]] = Registry("config.reward.nam
     "classifier[:FILE]": _classifier,
 })
 register = REWARDS.register
+
+
+def of_run(config: Config) -> Reward:
+    """The reward of a configuration, made once from its training data. Raises as `find`."""
+    return _of_data(config.reward.name, config.data)
+
+
+@functools.lru_cache(maxsize=1)  # a classifier is trained, and evaluations ask again
+def _of_data(name: str, data: Data) -> Reward:
+    return find(name, data.open(data.split))
 
 
 def find(name: str, source: Source) -> Reward:

@@ -178,7 +178,7 @@ def draw(params, reference, root, batch, *, sampler: Sampler, names: tuple[str, 
 
 
 def compared(use: "Use", settings: Settings, logged: bool) -> tuple[str, ...]:
-    """The names of what a cycle computes with `compare`; logged: whether its scalars are wanted."""
+    """The arrays of `compare` that an objective and the log need for one set of samples."""
     names = use.names(settings)
     return tuple(dict.fromkeys((*names, "divergence"))) if logged or settings.kl else names
 
@@ -222,10 +222,11 @@ class Rollouts:
             self.scorer.close()
 
     def __call__(self, params, batch: dict, step: int, logged: bool = True) -> tuple[dict, dict]:
-        """(the batch with what the loss reads, scalars to log) of a step.
+        """Draws and scores samples for the records of a batch: (the extended batch, scalars).
 
-        logged: whether the scalars are wanted; otherwise they are {}. All parts are dispatched
-        before the first is scored, so that the devices work while the host scores.
+        The batch is extended by the arrays that the loss reads. logged: False gives no scalars.
+        All parts are dispatched before the first is scored, so that the devices work while the host
+        scores.
         """
         run, settings = self.run, self.run.config.reward
         root = jax.random.fold_in(jax.random.key(run.config.seed), step)

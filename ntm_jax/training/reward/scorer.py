@@ -39,12 +39,13 @@ def _in_worker(images, given):
 class Scorer:
     """Scores samples of a run by its reward, in a number of worker processes or in this one.
 
-    Raises UserError where the reward does not go with the source.
+    source: what the samples' conditions are of, such as the held-out split. Raises UserError where
+    the reward does not go with the training data.
     """
 
     def __init__(self, run: Run, source: Source, workers: int = 0):
         self._run, self._source, self._workers = run, source, workers
-        self._reward, self._pool = rewards.find(run.config.reward.name, source), None
+        self._reward, self._pool = rewards.of_run(run.config), None
         if workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 workers, multiprocessing.get_context("spawn"), _open,

@@ -15,6 +15,7 @@ EXAMPLE = re.search(r"```python\n# my_reward\.py\n(.*?)```", PAGE, re.S)[1]
 def brightness(monkeypatch):
     """The reward of the page's example: the mean pixel, over 255."""
     monkeypatch.setattr(rewards.REWARDS, "_entries", dict(rewards.REWARDS._entries))
+    rewards._of_data.cache_clear()
     exec(EXAMPLE, {})
 
 

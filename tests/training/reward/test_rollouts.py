@@ -12,7 +12,7 @@ from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives
-from ntm_jax.training.reward import preference, rewards, rollouts, scorer
+from ntm_jax.training.reward import held_out, preference, rewards, rollouts, scorer
 from ntm_jax.training.reward.rollouts import Rollouts
 from ntm_jax.training.reward.scorer import Scorer
 from tests.common import batch_of
@@ -165,3 +165,20 @@ def test_more_settings_of_a_run_keep_its_rollouts(run):
     one, two = (rolled(with_reward(run, **changes))[0] for changes in ({}, {"kl": 0.5}))
     np.testing.assert_array_equal(one["rollout"], two["rollout"])
     assert set(two) - set(one) == {"reference_mean", "reference_log_scale"}
+
+
+def test_held_out_samples_are_scored_by_the_reward_of_training(run, monkeypatch):
+    """A classifier is trained once, on the training split, for all evaluations."""
+    opened = []
+
+    def find(name, source):
+        opened.append((name, source.split))
+        return lambda images, labels: np.zeros(len(images))
+
+    monkeypatch.setattr(rewards, "find", find)
+    evaluate = dataclasses.replace(run.config.evaluate, images=12)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, evaluate=evaluate))
+    held = run.config.data.open(run.config.evaluate.split)
+    for _ in range(2):
+        assert held_out.scores(run, held)["reward"].tolist() == [0] * 4
+    assert opened == [("brightness", "train")]
