@@ -41,35 +41,26 @@ def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
     return make_input(str(file), items, functools.partial(_read_file, os.fspath(root)))
 
 
-def captions_of(root: epath.Path) -> dict[str, str] | None:
-    """{file name relative to the folder: caption} of the list in it; None without a list.
+def listed(root: epath.Path) -> tuple[dict[str, str] | None, dict[str, str]]:
+    """What the list in a folder says: (captions, rejected files), {file name: ...} each.
 
-    Raises UserError for a list that is not understood.
+    Names are relative to the folder. Rejected files are those of the rows that have `rejected`.
+    Captions are None without a list. Raises UserError for a list that is not understood.
     """
     if not any((root / name).exists() for name in LISTS):
-        return None
-    file = _find_list(root, "")
-    named = (_name_and_caption(row, f"{file} line {number}") for number, row in _rows(file))
-    return {os.path.normpath(name): caption_of(caption) for name, caption in named}
-
-
-def rejected_of(root: epath.Path) -> dict[str, str]:
-    """{file name: the file named by its row's `rejected`} of the list in a folder, if any has one.
-
-    Raises UserError as captions_of, and for a name that is not one.
-    """
-    if not any((root / name).exists() for name in LISTS):
-        return {}
-    file, found = _find_list(root, ""), {}
+        return None, {}
+    file, captions, rejected = _find_list(root, ""), {}, {}
     for number, row in _rows(file):
-        line, rejected = f"{file} line {number}", row.get("rejected")
-        if rejected in (None, ""):
+        line, worse = f"{file} line {number}", row.get("rejected")
+        name, caption = _name_and_caption(row, line)
+        name = os.path.normpath(name)
+        captions[name] = caption_of(caption)
+        if worse in (None, ""):
             continue
-        if not isinstance(rejected, str) or not _is_name(rejected):
-            raise UserError(f"{line} has rejected {ascii(rejected)[:80]}: expected a file name")
-        name, _ = _name_and_caption(row, line)
-        found[os.path.normpath(name)] = os.path.normpath(rejected)
-    return found
+        if not isinstance(worse, str) or not _is_name(worse):
+            raise UserError(f"{line} has rejected {ascii(worse)[:80]}: expected a file name")
+        rejected[name] = os.path.normpath(worse)
+    return captions, rejected
 
 
 def _find_list(root: epath.Path, captions: str) -> epath.Path:

@@ -94,11 +94,11 @@ def open_folder(where: str, split: str) -> Source:
     files = _image_files(root, where, presplit)
     few = len(files) <= _SCAN_LIMIT
     scanned, bad = _scan(root, files if few else files[:: len(files) // _SAMPLE])
-    rejected = from_folder.rejected_of(root)
+    listed, rejected = from_folder.listed(root)
     files = _without_rejected([file for file in files if file not in bad], rejected, where)
     splits = _splits(files, presplit)
     check_split(f"folder:{where}", split, splits)
-    captions, no_captions = _captions(root, files)
+    captions, no_captions = _captions(listed, files)
 
     channels = max(entry[-1] for entry in scanned.values())
     chosen = [files[row] for row in splits[split]]
@@ -135,9 +135,13 @@ def open_folder(where: str, split: str) -> Source:
     )
 
 
-def _captions(root: epath.Path, files: Sequence[str]) -> tuple[list[str] | None, str]:
-    """(the captions of the files, None without one for each; why there are none)."""
-    found = from_folder.captions_of(root)
+def _captions(
+    found: dict[str, str] | None, files: Sequence[str]
+) -> tuple[list[str] | None, str]:
+    """(the captions of the files, None without one for each; why there are none).
+
+    found: the captions of a list; None without a list.
+    """
     if found is None:
         return None, f"there is no {' or '.join(from_folder.LISTS)} in it"
     missing = [file for file in files if file not in found]
