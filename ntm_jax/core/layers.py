@@ -73,6 +73,21 @@ def plain_attention(q, k, v, *, causal: bool, keys=None):
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
 
 
+def attend_to_cache(q, cache, index):
+    """plain_attention of one query [B, 1, H, C] to the keys up to `index` of a cache.
+
+    cache: keys and values, [B, G, M, C] each, in the order in which the two products read them.
+    """
+    k, v = cache
+    batch, groups, keys, size = k.shape
+    q = q.reshape(batch, groups, -1, size) / math.sqrt(size)
+    with precision(own_precision(q.dtype)):
+        scores = jnp.einsum("bgrc,bgmc->bgrm", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(jnp.arange(keys) <= index, scores, -jnp.inf)
+        weights = jax.nn.softmax(scores).astype(v.dtype)
+        return jnp.einsum("bgrm,bgmc->bgrc", weights, v).reshape(batch, 1, -1, size)
+
+
 def _rows_dot_general(x, kernel, dimensions, **options):
     """x [B, N, W] times kernel, as a matrix of B N rows: twice as fast a gradient on a CPU."""
     flat, dimensions = x.reshape(-1, x.shape[-1]), (((1,), (0,)), ((), ()))
@@ -156,7 +171,7 @@ class Attention(nn.Module):
         """x [B, N, W] -> ([B, N, W], cache).
 
         keys: [B, N], the tokens that may be attended to; all by default. With a cache
-        (k, v: [B, M, G, C]) x is the one token at `index` and attends to tokens <= index.
+        (k, v: [B, G, M, C]) x is the one token at `index` and attends to tokens <= index.
         """
         width = x.shape[-1]
 
@@ -179,9 +194,10 @@ class Attention(nn.Module):
             y = self.attention(q, k, v, causal=self.causal, keys=keys)
         else:
             assert index is not None  # the place of x in the cache
-            k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new, index, 1)
-                                 for old, new in zip(cache, (k, v), strict=True))
-            y = plain_attention(q, k, v, causal=False, keys=(jnp.arange(k.shape[1]) <= index)[None])
+            cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), index, 2)
+                for old, new in zip(cache, (k, v), strict=True))
+            y = attend_to_cache(q, cache, index)
         y = checkpoint_name(y.reshape(*x.shape[:-1], -1), "narrow")
         y = dense(width, ("heads", "embed"), self.dtype, "out", scale=1 / self.depth, bias=False,
                   rows=self.rows)(y)
@@ -256,21 +272,39 @@ class Stack(nn.Module):
     flat: bool
 
     @nn.compact
-    def __call__(self, x, modulation, angles=None, keys=None, cache=None, index=None):
-        """x [B, N, W], modulation [B, 6, W], keys [B, N] -> (x, cache).
-
-        With a cache (k, v), each [depth, B, M, G, C], it is one decoding step.
-        """
+    def __call__(self, x, modulation, angles=None, keys=None):
+        """x [B, N, W], modulation [B, 6, W], keys [B, N] -> [B, N, W]."""
         policy = REMAT[self.remat]
         layer = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
         layers = nn.scan(
             layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
-            unroll=1 if self.scan else self.depth,
-            in_axes=cast(Any, (0, *(nn.broadcast,) * 4)), out_axes=0,
+            unroll=1 if self.scan else self.depth, in_axes=cast(Any, (nn.broadcast,) * 5),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.head_size, self.kv_heads, self.mlp_ratio, self.causal, self.depth, self.dtype,
-          self.attention, self.flat, name="layers")
-        return layers(x, cache, modulation, angles, keys, index)
+        )(*self._sizes(), name="layers")
+        return layers(x, None, modulation, angles, keys, None)[0]
+
+    def _sizes(self):
+        """The attributes of a Layer."""
+        return (self.head_size, self.kv_heads, self.mlp_ratio, self.causal, self.depth, self.dtype,
+                self.attention, self.flat)
+
+    def weights_by_layer(self) -> list:
+        """The parameters of every layer, for `decode`."""
+        stacked = nn.unbox(self.variables["params"]["layers"])
+        return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.depth)]
+
+    def decode(self, x, weights, modulation, angles, caches, index):
+        """One decoding step: x [B, 1, W] at `index` -> ([B, 1, W], caches).
+
+        weights: those of weights_by_layer. caches: (k, v), each [B, G, M, C], by layer. Weights and
+        caches stay apart: a scan over layers copies them at every token, four times the work.
+        """
+        layer, found = Layer(*self._sizes(), parent=None), []
+        for own, cache in zip(weights, caches, strict=True):
+            x, cache = cast(Any, layer.apply({"params": own}, x, cache, modulation, angles, None,
+                                             index))
+            found.append(cache)
+        return x, found
 
 
 class Condition(nn.Module):

@@ -46,7 +46,7 @@ class Trunk(nn.Module):
         stack = layers.Stack(
             c.predictor_layers, c.head_size, c.kv_heads, c.mlp_ratio, False, c.dtype,
             self.attention, c.remat, c.scan, c.flat, name="stack")
-        hidden, _ = stack(hidden.astype(c.dtype), modulation, angles, keys)
+        hidden = stack(hidden.astype(c.dtype), modulation, angles, keys)
         return layers.norm(c.dtype, "norm", learned=True)(hidden[:, -c.tokens :])
 
     def spread(self, t):

@@ -76,7 +76,7 @@ class Block(nn.Module):
         hidden = self.embed(x)
         begin = jnp.broadcast_to(self.start.astype(hidden.dtype), (x.shape[0], 1, hidden.shape[-1]))
         hidden = jnp.concatenate([begin, hidden[:, :-1]], 1)
-        hidden, _ = self.stack((hidden + table).astype(hidden.dtype), modulation, angles)
+        hidden = self.stack((hidden + table).astype(hidden.dtype), modulation, angles)
         return self._shift_and_log_scale(hidden)
 
     def __call__(self, x, modulation):
@@ -85,10 +85,10 @@ class Block(nn.Module):
         m, g = self.conditioner(x, modulation)
         return self._order((x - m) * jnp.exp(-g)), -jnp.sum(g, (1, 2))
 
-    def decode(self, x_previous, modulation, cache, n):
-        """One step of the inverse, from x_{n-1} [B, D] and the KV cache -> (m_n, g_n, cache).
+    def decode(self, x_previous, weights, modulation, caches, n):
+        """One step of the inverse, from x_{n-1} [B, D] and the KV caches -> (m_n, g_n, caches).
 
-        x_{n-1} is ignored at n = 0.
+        x_{n-1} is ignored at n = 0. weights, caches: by layer; see layers.Stack.decode.
         """
         table, angles = self._positions()
         start = self.start.astype(self.config.transporter_dtype)[None]
@@ -97,9 +97,9 @@ class Block(nn.Module):
             table = jax.lax.dynamic_slice_in_dim(table, n, 1, 1)
         angles = None if angles is None else jax.lax.dynamic_slice_in_dim(angles, n, 1)
         hidden = (hidden + table).astype(hidden.dtype)
-        hidden, cache = self.stack(hidden, modulation, angles, None, cache, n)
+        hidden, caches = self.stack.decode(hidden, weights, modulation, angles, caches, n)
         m, g = self._shift_and_log_scale(hidden)
-        return m[:, 0], g[:, 0], cache
+        return m[:, 0], g[:, 0], caches
 
     def inverse(self, u, modulation, how, tolerance):
         """u [B, N, D] -> (x [B, N, D], sweeps over the tokens [B], int32); how: see INVERSES."""
@@ -147,27 +147,41 @@ class Block(nn.Module):
         return self._order(x), sweeps
 
     def _one_by_one(self, u, modulation):
-        """Token by token with a KV cache: x_n = m_n + exp(g_n) u_n."""
+        """Token by token with KV caches: x_n = m_n + exp(g_n) u_n."""
         c, (batch, tokens, dim) = self.config, u.shape
+        weights = self.stack.weights_by_layer()
         block, variables = self.unbind()
-        shape = (c.transporter_layers, batch, tokens, c.kv_heads, c.head_size)
-        empty = jnp.zeros(shape, c.transporter_dtype)
-
-        def decode(x_previous, cache, n) -> tuple[jax.Array, jax.Array, Any]:
-            return cast(Any, block.apply(
-                variables, x_previous, modulation, cache, n, method=Block.decode))
 
         def step(carry, inputs):
-            x_previous, cache = carry
+            x_previous, caches = carry
             n, u_n = inputs
-            m, g, cache = decode(x_previous, cache, n)
+            m, g, caches = cast(Any, block.apply(
+                variables, x_previous, weights, modulation, caches, n, method=Block.decode))
             x_n = m + jnp.exp(g) * u_n
-            return (x_n, cache), x_n
+            return (x_n, caches), x_n
 
         u = jnp.moveaxis(self._order(u), 1, 0)
-        first = jnp.zeros((batch, dim)), (empty, empty)
-        _, x = jax.lax.scan(step, first, (jnp.arange(tokens), u))
-        return self._order(jnp.moveaxis(x, 0, 1)), jnp.full(batch, tokens, jnp.int32)
+        empty = jnp.zeros((batch, c.kv_heads, 0, c.head_size), c.transporter_dtype)
+        carry, found, begin = (jnp.zeros((batch, dim)), [(empty, empty)] * len(weights)), [], 0
+        for end in _cache_sizes(tokens):
+            grown = jax.tree.map(lambda a, more=end - begin: _grow(a, more), carry[1])
+            n = jnp.arange(begin, end)
+            carry, x = jax.lax.scan(step, (carry[0], grown), (n, u[begin:end]))
+            found.append(x)
+            begin = end
+        x = self._order(jnp.moveaxis(jnp.concatenate(found), 0, 1))
+        return x, jnp.full(batch, tokens, jnp.int32)
+
+
+def _cache_sizes(tokens: int) -> list[int]:
+    """The sizes of the KV cache in turn: attention reads all of it, so a long one grows in four."""
+    stages = 4 if tokens >= 256 else 1
+    return [-(-tokens * i // stages) for i in range(1, stages + 1)]
+
+
+def _grow(cache, more: int):
+    """A cache [B, G, M, C] with room for `more` tokens."""
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, more), (0, 0)))
 
 
 class Transporter(nn.Module):

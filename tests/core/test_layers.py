@@ -98,7 +98,7 @@ def stacked():
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.value_and_grad, argnums=(1, 2))
 def loss(module, params, x, *args):
-    return jnp.sum(jnp.sin(module.apply(params, x, *args)[0]))
+    return jnp.sum(jnp.sin(module.apply(params, x, *args)))
 
 
 @pytest.mark.parametrize(("scan", "remat"), [
@@ -115,11 +115,13 @@ def test_scan_and_remat_change_no_number(stacked, scan, remat):
 
 def test_cached_steps_equal_the_full_sequence(stacked):
     params, x, modulation, angles = stacked
-    expected, _ = compiled(stack())(params, x, modulation, angles)
-    cache = (np.zeros((3, 2, 6, 2, 4), np.float32),) * 2
+    expected = compiled(stack())(params, x, modulation, angles)
+    weights = stack().apply(params, method=layers.Stack.weights_by_layer)
+    decode = jax.jit(functools.partial(stack().apply, method=layers.Stack.decode))
+    caches = [(np.zeros((2, 2, 6, 4), np.float32),) * 2] * 3
     for n in range(6):
-        y, cache = compiled(stack())(params, x[:, n : n + 1], modulation, angles[n : n + 1], None,
-                                     cache, n)
+        y, caches = decode(params, x[:, n : n + 1], weights, modulation, angles[n : n + 1],
+                           caches, n)
         # float32 sums in another order, through three layers
         np.testing.assert_allclose(y[:, 0], expected[:, n], atol=1e-5)
 
@@ -128,7 +130,7 @@ def test_cached_steps_equal_the_full_sequence(stacked):
 def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
     params, x, modulation, angles = stacked
     run = compiled(stack(causal))
-    jacobian = jax.jit(jax.jacfwd(lambda x: run(params, x, modulation, angles)[0]))(x)
+    jacobian = jax.jit(jax.jacfwd(lambda x: run(params, x, modulation, angles)))(x)
     seen = np.abs(np.asarray(jacobian)).max((2, 5))  # [B, N, B, N]
     for i in range(2):
         assert not seen[i, :, 1 - i].any()
@@ -140,14 +142,14 @@ def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
 def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
     """A constant can move from the shared modulation into all layers' tables, but not into one."""
     params, x, modulation, angles = stacked
-    expected, _ = compiled(stack())(params, x, modulation, angles)
+    expected = compiled(stack())(params, x, modulation, angles)
     shift = 0.3 * normal(9, 6, 16)
 
     def run(table_shift):
         table = params["params"]["layers"]["table"]
         moved = params["params"]["layers"] | {
             "table": table.replace_boxed(table.value + table_shift)}
-        return compiled(stack())({"params": {"layers": moved}}, x, modulation - shift, angles)[0]
+        return compiled(stack())({"params": {"layers": moved}}, x, modulation - shift, angles)
 
     # float32, three layers
     np.testing.assert_allclose(run(jnp.broadcast_to(shift, (3, 6, 16))), expected, atol=2e-5)

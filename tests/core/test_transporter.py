@@ -267,11 +267,13 @@ def test_cached_decoding_equals_the_conditioner(tiny, index, changes):
     c, x = block.module.config, clean(tiny(**changes))[0]
     expected = block.conditioner(x, condition(c))
     assert np.abs(np.stack(expected)).max() < 1.5
-    cache = (np.zeros((c.transporter_layers, len(x), c.tokens, c.kv_heads, c.head_size),
-                      np.float32),) * 2
+    weights = [jax.tree.map(lambda a, i=i: a[i], block.weights["stack"]["layers"])
+               for i in range(c.transporter_layers)]
+    empty = np.zeros((len(x), c.kv_heads, c.tokens, c.head_size), np.float32)
+    caches = [(empty, empty)] * c.transporter_layers
     previous = np.full_like(x[:, 0], 7.0)  # ignored at the first token
     for n in range(c.tokens):
-        *found, cache = block.decode(previous, condition(c), cache, n)
+        *found, caches = block.decode(previous, weights, condition(c), caches, n)
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b[:, n], atol=1e-5)  # float32 sums in another order
         previous = x[:, n]
