@@ -14,6 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ntm_jax import host_memory
 from ntm_jax.errors import UserError
 
 from . import mistakes
@@ -93,7 +94,8 @@ def define_processes():
         "heartbeat_timeout", 60, "Seconds after which a silent process counts as dead. The others "
         "end within 10 s more, with status 1 or -6 (134 in a shell).", lower_bound=1)
     flags.DEFINE_string(
-        "compilation_cache", None, "Folder that keeps compiled programs for later runs.")
+        "compilation_cache", None, "Folder that keeps compiled programs for later runs, by default "
+        "that of JAX_COMPILATION_CACHE_DIR, or else ~/.cache/ntm_jax/programs. Empty keeps none.")
 
 
 def span(name: str) -> tuple[int, int] | None:
@@ -172,15 +174,29 @@ def _processes():
 
 
 def _start():
-    """Sets up the compilation cache and joins the other processes of the job, before main()."""
+    """Sets up memory, the compilation cache and the job of several processes, before main()."""
+    host_memory.keep_freed()
     if "coordinator_address" in FLAGS:
-        import jax
-
-        if FLAGS.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", FLAGS.compilation_cache)
+        _keep_programs(FLAGS.compilation_cache)
         _processes().join(
             FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.join_timeout,
             FLAGS.heartbeat_timeout)
+
+
+def _keep_programs(folder: str | None):
+    """Sets the folder that keeps compiled programs: --compilation_cache, or its default."""
+    import jax
+
+    if folder is None and jax.config.jax_compilation_cache_dir is None:
+        folder = os.path.join(os.path.expanduser("~"), ".cache", "ntm_jax", "programs")
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError:  # such as the home of a container's user
+            return
+        if not os.access(folder, os.W_OK):
+            return
+    if folder is not None:
+        jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def _mistaken(error: UserError):

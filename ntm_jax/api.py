@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from ntm_jax import host_memory
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError, first_line
@@ -36,6 +37,8 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
+
+host_memory.keep_freed()
 
 
 class Run(base.Run):

@@ -1,0 +1,47 @@
+"""Freed memory stays with the process, so that it is not mapped and cleared anew at every step."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ntm_jax import host_memory
+
+# Prints how many pages the kernel maps while 64 MiB are allocated, filled and freed eight times.
+PROGRAM = """
+import resource
+import numpy as np
+from ntm_jax import host_memory
+print(host_memory.keep_freed())
+np.ones(2**23)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    np.ones(2**23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def pages(keep: str) -> tuple[str, int]:
+    """(what keep_freed returned, the number of pages) with NTM_JAX_KEEP_MEMORY=keep."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "NTM_JAX_KEEP_MEMORY": keep}
+    printed = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True,
+                             capture_output=True, text=True).stdout.split()
+    return printed[0], int(printed[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "confstr_names")
+                    or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
+def test_freed_memory_is_kept():
+    kept, few = pages("1")
+    returned, many = pages("0")
+    assert (kept, returned) == ("True", "False")
+    # 64 MiB are 32 huge pages or 16,384 small ones.
+    assert few < 16
+    assert many >= 8 * 32
+
+
+def test_a_machine_with_an_accelerator_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(host_memory, "_ACCELERATORS", (str(tmp_path),))
+    assert not host_memory.keep_freed()
