@@ -27,7 +27,7 @@ def _weigh(settings: Reward, rewards, later) -> dict:
     return {"advantage": policy.advantages(rewards, later, settings.normalise)}
 
 
-USE = Use(_names, _weigh)
+USE = Use(_names, _weigh, charges_divergence=True)
 
 
 def loss_with(anchor: Callable) -> Callable:

@@ -24,7 +24,7 @@ def _weigh(settings: Reward, rewards, later) -> dict:
     return {"pair_weight": policy.pair_weights(rewards)}
 
 
-USE = Use(_names, _weigh)
+USE = Use(_names, _weigh, charges_divergence=False)
 
 
 def loss_with(anchor: Callable) -> Callable:

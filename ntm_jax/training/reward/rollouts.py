@@ -180,7 +180,8 @@ def draw(params, reference, root, batch, *, sampler: Sampler, names: tuple[str, 
 def compared(use: "Use", settings: Settings, logged: bool) -> tuple[str, ...]:
     """The arrays of `compare` that an objective and the log need for one set of samples."""
     names = use.names(settings)
-    return tuple(dict.fromkeys((*names, "divergence"))) if logged or settings.kl else names
+    charged = settings.kl and use.charges_divergence
+    return (*names, "divergence") if logged or charged else names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,10 +191,12 @@ class Use:
     names(settings) -> the arrays of `compare` that its loss reads from a batch.
     weigh(settings, rewards [P, G], later [P, G, S]) -> further arrays of a batch, [P, G, ...],
     where `later` is the weighted divergence of the factors that follow each one.
+    charges_divergence: whether the weights depend on `later`.
     """
 
     names: Callable[[Settings], tuple[str, ...]]
     weigh: Callable[[Settings, np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    charges_divergence: bool
 
 
 class Rollouts:
