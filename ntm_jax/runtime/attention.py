@@ -1,4 +1,4 @@
-"""Attention chosen by the mesh's devices: splash on TPU, cuDNN on NVIDIA, else plain XLA.
+"""Attention chosen by the mesh's devices: splash on TPU, cuDNN on NVIDIA, else XLA's products.
 
 An attention has the signature of core.layers.plain_attention, and is sharded over the mesh. Shapes
 and dtypes that a kernel does not support use plain attention.
@@ -15,7 +15,12 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ntm_jax.core.layers import own_precision, plain_attention, precision
+from ntm_jax.core.layers import (
+    blockwise_attention,
+    own_precision,
+    plain_attention,
+    precision,
+)
 from ntm_jax.runtime import sharding
 
 QUERIES = PartitionSpec(*sharding.BATCH, "sequence", "tensor")
@@ -64,7 +69,9 @@ class Attention:
 def choose(mesh):
     """The attention for a mesh, by the platform of its devices."""
     kind = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(mesh.devices.flat[0].platform)
-    return Attention(kind, mesh) if kind else plain_attention
+    if kind:
+        return Attention(kind, mesh)
+    return plain_attention if mesh.shape["sequence"] > 1 else blockwise_attention
 
 
 def _keep_precision(attend, q, *others):

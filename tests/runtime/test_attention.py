@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from ntm_jax.core.layers import plain_attention, precision
+from ntm_jax.core.layers import blockwise_attention, plain_attention, precision
 from ntm_jax.runtime import attention, config, sharding
 from tests.common import python
 from tests.precision import precisions
@@ -132,9 +132,9 @@ def test_the_kernel_is_chosen_by_the_devices(platform, expected):
     assert attention.choose(mesh).kind == expected
 
 
-def test_a_cpu_takes_plain_attention():
+def test_a_cpu_takes_blockwise_attention():
     mesh = sharding.make_mesh(config.Mesh(1, -1, 1, 1, 1))
-    assert attention.choose(mesh) is plain_attention
+    assert attention.choose(mesh) is blockwise_attention
 
 
 if __name__ == "__main__":
