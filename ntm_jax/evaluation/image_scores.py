@@ -23,8 +23,8 @@ MAX_CANDIDATES = 10_000  # pictures that retrieval chooses from
 
 def generated(run: Run, progress: bool = False) -> np.ndarray:
     """The samples that are scored, config.evaluate.images of them: [n, H, W, C], 0..V-1."""
-    batches = track(generate.in_batches(run.config.evaluate.images, 500), "samples", "batches",
-                    show=progress)
+    batches = track(generate.in_batches(run.config.evaluate.images, generate.BATCH), "samples",
+                    "batches", show=progress)
     return np.concatenate([generate.sample_at(run, index) for index in batches])
 
 

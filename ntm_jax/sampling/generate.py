@@ -25,6 +25,9 @@ from ntm_jax.runtime.config import SOLVERS, Config, SampleOptions, check_guidanc
 from ntm_jax.runtime.run import Run
 
 
+BATCH = 100  # images at a time, of pictures and of scores, so that one program serves both
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """The static arguments of sampling, for which the jitted function compiles once."""
@@ -137,10 +140,11 @@ def sample_at(run: Run, index, condition=None, options: SampleOptions | None = N
     y = conditions(run, index) if condition is None else condition
     y = y if isinstance(y, Text) else np.asarray(y, np.int32)
     placed, y = sharding.place((index, y), run.mesh)
-    with sharding.use(run.mesh):
+    with sharding.use(run.mesh):  # score denoising has the levels anyway: the same program
         x, xs = generate_tokens(
             run.params, jax.random.key(run.config.seed if seed is None else seed), placed, y,
-            denoiser and denoiser.params, sampler=sampler, with_levels=with_levels)
+            denoiser and denoiser.params, sampler=sampler,
+            with_levels=with_levels or options.decoder == "score")
 
     def images(tokens):
         values = sharding.to_host(tokens)[: len(index)]

@@ -102,7 +102,7 @@ def _sampled(run: Run, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
                                  *(row.condition for row in rows))
     parts = [generate.sample_at(
         run, index[some], jax.tree.map(lambda a, some=some: a[some], condition), with_levels=True)
-        for some in generate.in_batches(len(index), 100)]
+        for some in generate.in_batches(len(index), generate.BATCH)]
     clean, levels = zip(*parts, strict=True)
     return np.concatenate(clean), np.concatenate(levels)
 
