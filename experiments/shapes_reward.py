@@ -1,5 +1,6 @@
-"""Post-trains experiments/shapes.py on the exact check of its captions, with a policy gradient.
+"""Post-trains experiments/shapes.py on the exact check of its captions, by preferences.
 
+Of the samples of a caption, those that show it are preferred to those that do not.
 `--config.init_from=WORKDIR` names the run to improve; see docs/howto/reward.md. The transporter
 stays as it is. Samples are drawn without guidance, whose density is not the model's. Only the steps
 to levels 2 and 1 learn: they decide 9 tenths of whether a caption is shown.
@@ -13,8 +14,9 @@ def get_config(variant: str = ""):
     c = shapes.get_config(variant)
     c.data.batch_size = 24
     c.train.update(
-        objective="policy_gradient", steps=2000, save_every=400, evaluate_every=400, log_every=10)
-    c.reward.update(name="shapes", samples=8, levels=(1, 3), anchor=0.25)
+        objective="preference", steps=1700, save_every=425, evaluate_every=425, log_every=10)
+    # a larger anchor drowns the gradient of the pairs in that of 24 images
+    c.reward.update(name="shapes", samples=8, levels=(1, 3), kl=0.1, anchor=0.05)
     c.optimizer.update(
         learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.99)
     c.sample.guidance = 0.0

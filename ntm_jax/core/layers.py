@@ -82,7 +82,7 @@ def blockwise_attention(q, k, v, *, causal: bool, keys=None):
     The queries are taken in four blocks, each with the keys up to its end.
     """
     tokens, blocks = q.shape[1], 4
-    if not causal or tokens < 256 or tokens != k.shape[1]:
+    if not causal or tokens != k.shape[1]:
         return plain_attention(q, k, v, causal=causal, keys=keys)
     k, v, found = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), []
     for i in range(blocks):

@@ -25,6 +25,7 @@ from ntm_jax.runtime import sharding
 
 QUERIES = PartitionSpec(*sharding.BATCH, "sequence", "tensor")
 KEYS = PartitionSpec(*sharding.BATCH, None, "tensor")
+BLOCKWISE_TOKENS = 256  # from which a CPU leaves out what a causal mask hides
 SPLASH_BLOCKS = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
                  "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
 
@@ -66,12 +67,13 @@ class Attention:
         return self.kind if supported else "plain"
 
 
-def choose(mesh):
-    """The attention for a mesh, by the platform of its devices."""
+def choose(mesh, tokens: int):
+    """The attention for a mesh, by the platform of its devices and the number of tokens."""
     kind = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(mesh.devices.flat[0].platform)
     if kind:
         return Attention(kind, mesh)
-    return plain_attention if mesh.shape["sequence"] > 1 else blockwise_attention
+    many = tokens >= BLOCKWISE_TOKENS and mesh.shape["sequence"] == 1
+    return blockwise_attention if many else plain_attention
 
 
 def _keep_precision(attend, q, *others):

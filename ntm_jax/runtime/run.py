@@ -70,7 +70,7 @@ def untrained(config: Config, spec: DataSpec, mesh, workdir: str = "") -> Run:
 
     Raises UserError where the model does not fit the data.
     """
-    model = build.make_model(config, spec, attention.choose(mesh))
+    model = build.make_model(config, spec, attention.choose(mesh, spec.tokens))
     model = make_denoiser(model) if config.teacher else model
     return Run(config, spec, model, None, 0, mesh, workdir)
 

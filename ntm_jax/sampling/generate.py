@@ -24,7 +24,6 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS, Config, SampleOptions, check_guidance, guided
 from ntm_jax.runtime.run import Run
 
-
 BATCH = 100  # images at a time, of pictures and of scores, so that one program serves both
 
 

@@ -129,12 +129,13 @@ def test_plain_attention_serves_what_a_kernel_cannot(kind, mesh, shape, dtype, e
     ("tpu", "splash"), ("gpu", "cudnn"), ("cuda", "cudnn")])
 def test_the_kernel_is_chosen_by_the_devices(platform, expected):
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
-    assert attention.choose(mesh).kind == expected
+    assert attention.choose(mesh, 64).kind == expected
 
 
-def test_a_cpu_takes_blockwise_attention():
+def test_a_cpu_takes_blockwise_attention_for_many_tokens():
     mesh = sharding.make_mesh(config.Mesh(1, -1, 1, 1, 1))
-    assert attention.choose(mesh) is blockwise_attention
+    assert attention.choose(mesh, 256) is blockwise_attention
+    assert attention.choose(mesh, 255) is plain_attention
 
 
 if __name__ == "__main__":
