@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+import time
 import types
 
 import pytest
@@ -93,6 +94,8 @@ def records(file):
         if 32768 - position % 32768 < 7:  # the rest of a block
             position += 32768 - position % 32768
         size, kind = int.from_bytes(data[position + 4:position + 6], "little"), data[position + 6]
+        if position + 7 + size > len(data):  # it is being written
+            return
         part += data[position + 7:position + 7 + size]
         position += 7 + size
         if kind in (1, 4):  # a full record, or its last part
@@ -103,7 +106,10 @@ def records(file):
 def logged(folder):
     """(id, {step: {name: JSON}}, exit status) of the W&B run in a workdir, which is removed."""
     [file] = folder.glob("wandb/offline-run-*/run-*.wandb")
-    history, status = {}, None
+    history, status, end = {}, None, time.monotonic() + 30
+    # W&B's service writes the last record on its own time.
+    while not any(record.HasField("exit") for record in records(file)) and time.monotonic() < end:
+        time.sleep(0.2)
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "history":
