@@ -2,8 +2,8 @@
 
 XLA's own analysis counts a loop's body once, and no collectives. Here every loop counts with its
 iterations: matrix products (dots and convolutions, fused or not), bytes read from and written to
-device memory, and bytes sent by collectives. Custom calls (Pallas kernels) are opaque here; see
-runtime/flops.py.
+device memory, and bytes sent by collectives. Products of cuBLAS and of cuDNN's attention count; other
+custom calls (Pallas kernels) are opaque here: see runtime/flops.py.
 """
 
 import collections
@@ -20,6 +20,7 @@ from ntm_jax.analysis.hlo_text import (
     called,
     numbers,
     parse,
+    places,
     replica_groups,
     root,
     search,
@@ -37,14 +38,15 @@ class Work:
     """The work of one device in one run.
 
     flops: 2 per multiply-add. memory: bytes read and written. sent: {(kind, network): bytes}, with
-    network "ici" or "dcn". unknown: loops of unknown length, counted as one iteration.
+    network "ici" or "dcn". unknown: the places of loops of unknown length, which count as one
+    iteration.
     """
 
     flops: float = 0
     memory: float = 0
     sent: dict[tuple[str, str], float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float))
-    unknown: int = 0
+    unknown: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Work", times: float = 1) -> None:
         """Adds `times` times another's work."""
@@ -62,6 +64,7 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
     (n-1)/n of a gathered or scattered array, and twice that of a reduced one, as in a ring.
     """
     module, entry = parse(text)
+    place = places(text)
     _remove_repeated_collectives(module)
 
     @functools.cache
@@ -72,7 +75,7 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
             if i.op == "while":
                 trips = trip_count(module, i)
                 total.add(work(called(i, "body")), trips or 1)
-                total.unknown += trips is None
+                total.unknown += [place(i)] if trips is None else []
             elif i.op == "conditional":
                 total.add(max(map(work, branches(i)), key=lambda w: w.flops + w.memory))
             elif i.op in ("fusion", "call") or i.op.endswith("-start"):
@@ -113,7 +116,28 @@ def _own(module, computation, i: Instruction, chips: int, slices: int) -> Work:
         work.flops = 2 * math.prod(i.arrays[0].dims) * math.prod(left[axis] for axis in dims)
     elif i.op == "convolution":
         work.flops = _convolution(computation, i)
+    elif i.op == "custom-call":
+        work.flops = _library_call(computation, i)
     return work
+
+
+def _library_call(computation, i: Instruction) -> float:
+    """FLOPs of a product by cuBLAS or of attention by cuDNN; 0 for other custom calls."""
+    target = called(i, "custom_call_target") or ""
+    if target.startswith("__cublas$"):
+        left, output = computation[i.operands[0]].arrays[0].dims, math.prod(i.arrays[0].dims)
+        return 2 * output * math.prod(left[a] for a in _listed(i, "lhs_contracting_dimensions"))
+    if target.startswith("__cudnn$fmha"):
+        # Scores and values; the gradient recomputes the scores and has two products for each.
+        products = 5 if target.endswith("Backward") else 2
+        scores = math.prod(_listed(i, "dimensions"))  # [B, H, N, M], the intermediate tensor's
+        return products * 2 * scores * computation[i.operands[0]].arrays[0].dims[-1]
+    return 0
+
+
+def _listed(i: Instruction, key: str) -> list[int]:
+    """The integers that an instruction's backend_config lists under a key."""
+    return numbers(search(rf'"{key}": ?\[([^\]]*)\]', i.attributes)[1].replace('"', ""))
 
 
 def _sent(computation, i: Instruction, chips: int, slices: int) -> dict[tuple[str, str], float]:
