@@ -268,7 +268,8 @@ def _figures(compiled: _Compiled, run: Run, chip: chips.Chip) -> dict:
         "memory_bytes_per_chip": work.memory, "roofline_seconds": roofline,
         "bound_by": max(finite, key=lambda name: finite[name]) if finite else None,
         "unknown_loops": len(work.unknown), "unknown_loop_places": sorted(set(work.unknown)),
-        "compile_seconds": compiled.seconds, "compile_cpu_seconds": compiled.cpu_seconds, "host_peak_bytes": host_peak}
+        "compile_seconds": compiled.seconds, "compile_cpu_seconds": compiled.cpu_seconds,
+        "host_peak_bytes": host_peak}
 
 
 def _mesh(config: Config, devices):

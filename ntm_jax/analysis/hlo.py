@@ -2,8 +2,8 @@
 
 XLA's own analysis counts a loop's body once, and no collectives. Here every loop counts with its
 iterations: matrix products (dots and convolutions, fused or not), bytes read from and written to
-device memory, and bytes sent by collectives. Products of cuBLAS and of cuDNN's attention count; other
-custom calls (Pallas kernels) are opaque here: see runtime/flops.py.
+device memory, and bytes sent by collectives. Products of cuBLAS and of cuDNN's attention count.
+Other custom calls (Pallas kernels) are opaque here; see runtime/flops.py.
 """
 
 import collections

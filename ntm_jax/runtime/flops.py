@@ -54,7 +54,7 @@ def _of_equation(e, kernels: bool) -> int:
 
 
 def _attention_product(e) -> int:
-    """FLOPs of q k^T in an attention of cuDNN: q [B, N, H, C] and k [B, M, G, C], or heads first."""
+    """FLOPs of q k^T in cuDNN's attention: q [B, N, H, C] and k [B, M, G, C], or heads first."""
     q, k = (v.aval.shape for v in e.invars[:2])
     return 2 * math.prod(q) * k[2 if e.params["layout"] else 1]
 

@@ -1,22 +1,26 @@
 """Ahead-of-time compilation: the programs are those of a run, and their operations are counted."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
+import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.analysis import chips, compile, hlo, hlo_text
+from ntm_jax.analysis.chips import gpu
 from ntm_jax.analysis.memory import advice, bytes_per_chip, check_fits, out_of_memory, saved
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import build, config, flops, sharding
+from ntm_jax.runtime import attention, build, config, flops, sharding
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, optimizer, state
@@ -181,6 +185,27 @@ def test_a_scan_counts_as_often_as_its_body_runs():
     assert rolled.memory == pytest.approx(unrolled.memory, rel=1)
 
 
+FRAMES = """HloModule m
+
+FileNames
+1 "/a/b.py"
+2 "/a/c.py"
+
+FunctionNames
+1 "step"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=5 end_line=5 column=62 end_column=62}
+2 {file_name_id=2 function_name_id=1 line=12 end_line=13 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+
+"""
+
+
 @pytest.mark.parametrize(("bound", "step", "trips"), [(8, 2, 4), (9, 2, 5), (8, 1, 8)])
 def test_the_trips_of_a_loop_that_the_compiler_unrolled_are_read(bound, step, trips):
     text = f"""HloModule m
@@ -208,8 +233,60 @@ ENTRY %main (a: (f32[8,8], u32[])) -> (f32[8,8], u32[]) {{
 }}
 """
     work = hlo.count(text, 1)
-    assert (work.flops, work.unknown) == (trips * 2 * 8**3, 0)
-    assert hlo.count(text.replace("add(%i, %two)", "multiply(%i, %two)"), 1).unknown == 1
+    assert (work.flops, work.unknown) == (trips * 2 * 8**3, [])
+    unknown = text.replace("add(%i, %two)", "multiply(%i, %two)")
+    assert hlo.count(unknown, 1).unknown == ["w"]
+    named = unknown.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/while"')
+    source = ' source_file="/a/b.py" source_line=7}'
+    assert hlo.count(named + "}", 1).unknown == ["jit(f)/while"]
+    assert hlo.count(named.replace('while"', 'while"' + source), 1).unknown == [
+        "jit(f)/while in b.py:7"]
+    frames = named.replace("HloModule m\n", FRAMES).replace('while"', 'while" stack_frame_id=2}')
+    assert hlo.count(frames, 1).unknown == ["jit(f)/while in c.py:12"]
+
+
+def library_call(target: str, operands: str, result: str, backend_config: str) -> str:
+    return f"""
+ENTRY %main (q: bf16[2,256,4,64], k: bf16[2,128,2,64]) -> bf16[2,4,256,64] {{
+  %q = bf16[2,256,4,64]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,128,2,64]{{3,2,1,0}} parameter(1)
+  %m = f32[32,48]{{1,0}} parameter(2)
+  %n = f32[48,64]{{1,0}} parameter(3)
+  ROOT %c = ({result}, s8[64]{{0}}) custom-call({operands}), custom_call_target="{target}", backend_config={{{backend_config}}}
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("target", "products"), [
+    ("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaScaleBiasSoftmaxBackward", 5)])
+def test_attention_of_cudnn_counts(target, products):
+    shape = '"intermediate_tensor_shape":{"dimensions":["2","4","256","128"],"tuple_shapes":[]}'
+    text = library_call(target, "%q, %k, %k", "bf16[2,4,256,64]{3,1,2,0}", shape)
+    assert hlo.count(text, 1).flops == products * 2 * 2 * 4 * 256 * 128 * 64
+
+
+def test_products_of_cublas_count():
+    config = '"gemm_backend_config": {"dot_dimension_numbers": {"lhs_contracting_dimensions": ["1"]'
+    text = library_call("__cublas$lt$matmul", "%m, %n", "f32[32,64]{1,0}", config + "}}")
+    assert hlo.count(text, 1).flops == 2 * 32 * 48 * 64
+
+
+@pytest.mark.parametrize(("program", "kernels"), [
+    ("train", {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}),
+    ("sample", {"__cudnn$fmhaSoftmax"})])
+def test_programs_lower_for_nvidia_with_cudnns_attention(monkeypatch, program, kernels):
+    monkeypatch.setattr(attention, "choose", lambda mesh: attention.Attention("cudnn", mesh))
+    settings = small(**{"model.dtype": "bfloat16", "sample.inverse": "sequential"})
+    with gpu.cudnn_assumed():
+        run = planned_run(settings)
+        made = compile.PROGRAMS[program](run, compile.open_data(settings))
+        allowed = map(jax.export.DisabledSafetyCheck.custom_call, kernels)
+        with sharding.use(run.mesh):
+            exported = jax.export.export(
+                made.function, platforms=["cuda"], disabled_checks=list(allowed))(
+                    *made.arguments, **made.options)
+    found = re.findall(r"custom_call @(__cudnn\S+?)\(", exported.mlir_module())
+    assert set(found) == kernels
 
 
 def test_taps_on_padding_do_not_count():
@@ -352,9 +429,24 @@ def test_a_mistake_is_one_line(name):
 
 
 def test_a_missing_tpu_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"libtpu is not installed: pip install -e '\.\[tpu\]'"):
-        chips.devices("v5p:2x2x1")
+        chips.find("v5p:2x2x1")
+    with pytest.raises(UserError, match=r"xla_cuda13 is not installed: pip install -e '\.\[cuda13"):
+        chips.find("h100:1x1x2")
+
+
+def test_slices_are_the_nvlink_domains():
+    with pytest.raises(UserError, match=r"slices is 1: expected 8, the NVLink domains of --topol"):
+        chips.find("h100:8x1x8")
+
+
+@pytest.mark.parametrize("variable", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_a_gpu_gives_jax_a_share_of_its_memory(monkeypatch, variable):
+    card = gpu.CARDS["h100"]
+    assert card.chip.hbm == pytest.approx(0.75 * 79.11, rel=1e-4)
+    monkeypatch.setenv(variable, "0.9")
+    assert card.chip.hbm == pytest.approx(0.9 * 79.11, rel=1e-4)
 
 
 def test_a_mesh_off_the_torus_is_named(monkeypatch):
