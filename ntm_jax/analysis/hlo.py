@@ -29,7 +29,7 @@ from ntm_jax.analysis.hlo_text import (
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-        "call", "after-all", "partition-id", "iota", "opt-barrier")  # without memory traffic
+        "call", "call-start", "after-all", "partition-id", "iota", "opt-barrier")  # without memory traffic
 SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -78,11 +78,11 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
                 total.unknown += [place(i)] if trips is None else []
             elif i.op == "conditional":
                 total.add(max(map(work, branches(i)), key=lambda w: w.flops + w.memory))
-            elif i.op in ("fusion", "call") or i.op.endswith("-start"):
-                inner = called(i, "calls") or (called(i, "to_apply") if i.op == "call" else None)
-                if inner and i.op == "call":
-                    total.add(work(inner))
-                elif inner:  # a fusion's arrays stay on the chip: _own counts its memory traffic
+            elif i.op in ("call", "call-start"):  # the latter runs on a TPU's SparseCores
+                total.add(work(called(i, "to_apply") or called(i, "calls")))
+            elif i.op == "fusion" or i.op.endswith("-start"):
+                inner = called(i, "calls")
+                if inner:  # a fusion's arrays stay on the chip: _own counts its memory traffic
                     total.add(dataclasses.replace(work(inner), memory=0))
         return total
 
