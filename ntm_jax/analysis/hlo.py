@@ -28,8 +28,9 @@ from ntm_jax.analysis.hlo_text import (
 )
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-        "call", "call-start", "after-all", "partition-id", "iota", "opt-barrier")  # without memory traffic
+FREE = (  # without memory traffic of their own
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "call-start", "after-all", "partition-id", "iota", "opt-barrier")
 SLICES = ("dynamic-slice", "gather", "slice")
 
 

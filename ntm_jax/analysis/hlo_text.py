@@ -159,11 +159,20 @@ def _step(condition, body) -> int | None:
     if counter is None:  # a fused condition: the compiler unrolls none of these loops
         return 1
     index = int(search(r"index=(\d+)", counter.attributes)[1])
-    update = body.get(root(body).operands[index])
+    update = _behind_copies(body, root(body).operands[index])
     if not update or update.op != "add":
         return None
-    steps = [int(n) for name in update.operands if name in body for n in _integer(body[name])]
+    added = filter(None, (_behind_copies(body, name) for name in update.operands))
+    steps = [int(n) for i in added for n in _integer(i)]
     return steps[0] if len(steps) == 1 else None
+
+
+def _behind_copies(computation, name: str) -> Instruction | None:
+    """The instruction whose value an instruction has, through copies of it."""
+    found = computation.get(name)
+    while found and found.op in ("copy", "copy-start", "copy-done", "bitcast"):
+        found = computation.get(found.operands[0])
+    return found
 
 
 def replica_groups(attributes: str, chips: int) -> np.ndarray:

@@ -234,6 +234,9 @@ ENTRY %main (a: (f32[8,8], u32[])) -> (f32[8,8], u32[]) {{
 """
     work = hlo.count(text, 1)
     assert (work.flops, work.unknown) == (trips * 2 * 8**3, [])
+    copied = text.replace("%next = u32[] add", "%sum = u32[] add").replace(
+        "  %y =", "  %next = u32[] copy(%sum)\n  %y =")
+    assert hlo.count(copied, 1).flops == work.flops
     unknown = text.replace("add(%i, %two)", "multiply(%i, %two)")
     assert hlo.count(unknown, 1).unknown == ["w"]
     named = unknown.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/while"')
@@ -358,6 +361,26 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
 }
 """
     assert hlo.count(text, 4).sent == {("all-gather", "ici"): 16 * 8 * 4 * 3 / 4}
+
+
+ON_SPARSE_CORES = """
+%called (p: f32[4,8]) -> f32[16,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %all-gather = f32[16,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[4,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %gather.call-start = ((f32[4,8]{1,0}), f32[16,8]{1,0}, u32[]{:S(8)}) call-start(%x), async_execution_thread="sparsecore", to_apply=%called
+  ROOT %gather.call-done = f32[16,8]{1,0} call-done(%gather.call-start)
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_sparse_cores_count():
+    work = hlo.count(ON_SPARSE_CORES, 4)
+    assert work.sent == {("all-gather", "ici"): 16 * 8 * 4 * 3 / 4}
+    assert work.memory == (4 + 16) * 8 * 4  # read and written once
 
 
 def gathers(mesh):
