@@ -545,18 +545,30 @@ def test_the_experiments_shapes_are_those_of_the_method():
     assert pipeline.spec(compile.open_data(pixels), pixels.data.patch_size).dim == 16 * 16 * 3
 
 
-def test_compiles_for_a_tpu(tmp_path):
-    pytest.importorskip("libtpu")
+DEVICES = {  # package, devices, chips, unit, GiB, kind of attention
+    "v5e:2x2": ("libtpu", 4, 4, "chip", 15.75, "splash"),
+    "tpu7x:2x2x1": ("libtpu", 8, 4, "core", 94.74, "splash"),
+    "h100:1x1x2": ("jax_plugins.xla_cuda13", 2, 2, "GPU", 59.33, "cudnn"),
+}
+
+
+@pytest.mark.parametrize("topology", [
+    "v5e:2x2", pytest.param("tpu7x:2x2x1", marks=pytest.mark.slow),
+    pytest.param("h100:1x1x2", marks=pytest.mark.slow)])
+def test_compiles_for_absent_devices(tmp_path, topology):
+    package, devices, number, unit, memory, kernel = DEVICES[topology]
+    pytest.importorskip(package)
     out = tmp_path / "report.json"
     done = python(
         "-m", "launch.compile", "--config=experiments/imagenet256.py:runlocal",
-        "--topology=v5e:2x2", "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2",
+        f"--topology={topology}", "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2",
         "--config.model.scan", f"--json={out}", JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
     found = json.loads(out.read_text())
-    assert found["chips"] == 4
-    assert found["attention"] == "splash"
+    assert (found["devices"], found["chips"], found["unit"]) == (devices, number, unit)
+    assert found["attention"] == kernel
     assert found["fits"]
-    assert found["bytes_per_chip"]["hbm"] == 15.75 * 2**30
+    assert not found["unknown_loops"]
+    assert found["bytes_per_chip"]["hbm"] == pytest.approx(memory * 2**30, rel=1e-4)
     assert found["flops_per_chip"] == pytest.approx(found["flops_traced_per_chip"], rel=0.1)
     assert found["collective_bytes_per_chip"]["all-gather"] > 0
     assert found["bound_by"] in ("compute", "memory", "network")
