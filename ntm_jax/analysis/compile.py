@@ -298,13 +298,14 @@ def table(report: dict) -> str:
                  f"{_amount(report['data_centre_bytes_per_chip'], 'B')} {far}")
     chips = {"core": f"{report['chips']} chips, {report['devices']} cores",
              "GPU": f"{report['chips']} GPUs"}.get(unit, f"{report['chips']} chips")
-    slices = f" in {report['slices']} slices" if report["slices"] > 1 else ""
+    if report["slices"] > 1:
+        chips += f" in {report['slices']} {'NVLink domains' if unit == 'GPU' else 'slices'}"
     counted, traced, model = (
         _amount(report[key], "")
         for key in ("flops_per_chip", "flops_traced_per_chip", "model_flops_per_chip"))
     advice = f": {report['advice']}" if "advice" in report else ""
     rows = {
-        "topology": f"{report['topology']}, {chips}{slices}",
+        "topology": f"{report['topology']}, {chips}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()),
         "program": f"{report['program']}, {report['attention']} attention, remat "
                    f"{report['remat']}, global batch {report['batch_size']}",

@@ -4,6 +4,7 @@ Symbols: N tokens, W width, G the width of keys and values, T levels of a trajec
 """
 
 import dataclasses
+import json
 
 import jax
 import pytest
@@ -15,7 +16,7 @@ from ntm_jax.data import pipeline
 from ntm_jax.runtime import build, config, flops, sharding
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import state
-from tests.common import experiment
+from tests.common import experiment, python
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compile")]
 
@@ -71,3 +72,26 @@ def test_the_models_flops_are_those_of_its_layers(planned):
     with sharding.use(run.mesh):
         counted = flops.of_jaxpr(program.trace().jaxpr.jaxpr)
     assert counted == pytest.approx(step_flops(**sizes), rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("imagenet256", 8), ("t2i256", 16)])
+def test_what_h100s_compute_and_send_is_arithmetic(tmp_path, name, nodes):
+    """Nodes of 8 GPUs gather the weights twice and scatter their gradients, all in bfloat16.
+
+    Between nodes each GPU reduces its own eighth of the gradients.
+    """
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    out, sizes = tmp_path / "report.json", SIZES[name]
+    python("-m", "launch.compile", f"--config={name}", f"--topology=h100:{nodes}x1x8",
+           f"--config.mesh.slices={nodes}", "--config.mesh.fsdp=8", f"--json={out}",
+           JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
+    found, size = json.loads(out.read_text()), 2 * parameters(**sizes)
+    assert found["fits"]
+    assert not found["unknown_loops"]
+    state_bytes = 16 * parameters(**sizes) / 8
+    assert found["bytes_per_chip"]["arguments"] == pytest.approx(state_bytes, rel=0.02)
+    work = step_flops(**sizes) / found["devices"]
+    assert found["model_flops_per_chip"] == pytest.approx(work, rel=0.02)
+    assert found["slice_network_bytes_per_chip"] == pytest.approx(3 * size * 7 / 8, rel=0.02)
+    between = 2 * size / 8 * (nodes - 1) / nodes
+    assert found["data_centre_bytes_per_chip"] == pytest.approx(between, rel=0.02)
