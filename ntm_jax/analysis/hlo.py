@@ -24,6 +24,7 @@ from ntm_jax.analysis.hlo_text import (
     replica_groups,
     root,
     search,
+    source_target_pairs,
     trip_count,
 )
 
@@ -157,11 +158,18 @@ def _sent(computation, i: Instruction, chips: int, slices: int) -> dict[tuple[st
     if kind == "all-reduce" and _scatters(computation):
         kind = "reduce-scatter"
     if kind == "collective-permute":
-        sent[kind, "ici"] = size
-        return sent
+        ends = source_target_pairs(i.attributes) * slices // chips
+        crossing = float(np.mean(ends[:, 0] != ends[:, 1])) if len(ends) else 0
+        sent[kind, "ici"] = size * (1 - crossing)
+        return sent | ({(kind, "dcn"): size * crossing} if crossing else {})
     slice_of_member = replica_groups(i.attributes, chips)[0] * slices // chips
     across = len(np.unique(slice_of_member))
     within = len(slice_of_member) // across
+    if kind == "all-to-all":  # another part for every member, without stops on the way
+        sent[kind, "ici"] = size * (within - 1) / len(slice_of_member)
+        if across > 1:
+            sent[kind, "dcn"] = size * (across - 1) / across
+        return sent
     size *= {"all-gather": len(slice_of_member), "all-reduce": 2}.get(kind, 1)
     sent[kind, "ici"] = size * (within - 1) / within
     if across > 1:

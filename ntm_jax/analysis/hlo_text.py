@@ -195,6 +195,13 @@ def replica_groups(attributes: str, chips: int) -> np.ndarray:
     return np.arange(chips)[None]
 
 
+def source_target_pairs(attributes: str) -> np.ndarray:
+    """The devices of a collective-permute that send and receive, [pairs, 2]."""
+    listed = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    pairs = re.findall(r"\{(\d+),(\d+)\}", listed[1] if listed else "")
+    return np.array(pairs, int).reshape(-1, 2)
+
+
 def _iota(text: str, chips: int) -> np.ndarray:
     """[8,4]T(1,0) -> the numbers 0.. in that shape, transposed."""
     shape, order = search(r"^\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()

@@ -383,6 +383,23 @@ def test_collectives_of_sparse_cores_count():
     assert work.memory == (4 + 16) * 8 * 4  # read and written once
 
 
+@pytest.mark.parametrize(("attributes", "near", "far"), [
+    ("collective-permute(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", 1, 0),
+    ("collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", 1 / 2, 1 / 2),
+    ("all-to-all(%x), replica_groups={{0,1,2,3}}, dimensions={0}", 1 / 4, 1 / 2),
+    ("all-to-all(%x), replica_groups={{0,1},{2,3}}, dimensions={0}", 1 / 2, 0)])
+def test_what_crosses_between_domains_is_apart(attributes, near, far):
+    kind, text = attributes.split("(")[0], f"""
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  ROOT %moved = f32[4,8]{{1,0}} {attributes}
+}}
+"""
+    sent = hlo.count(text, 4, 2).sent
+    assert sent[kind, "ici"] == near * 4 * 8 * 4
+    assert sent.get((kind, "dcn"), 0) == far * 4 * 8 * 4
+
+
 def gathers(mesh):
     """The text of a compiled scan over 5 layers that each gather their split parameters."""
     rows = NamedSharding(mesh, PartitionSpec("f"))
