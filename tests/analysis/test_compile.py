@@ -199,8 +199,8 @@ FileLocations
 2 {file_name_id=2 function_name_id=1 line=12 end_line=13 column=1 end_column=2}
 
 StackFrames
-1 {file_location_id=1 parent_frame_id=1}
-2 {file_location_id=2 parent_frame_id=2}
+1 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=2}
 
 
 """
@@ -244,7 +244,7 @@ ENTRY %main (a: (f32[8,8], u32[])) -> (f32[8,8], u32[]) {{
     assert hlo.count(named + "}", 1).unknown == ["jit(f)/while"]
     assert hlo.count(named.replace('while"', 'while"' + source), 1).unknown == [
         "jit(f)/while in b.py:7"]
-    frames = named.replace("HloModule m\n", FRAMES).replace('while"', 'while" stack_frame_id=2}')
+    frames = named.replace("HloModule m\n", FRAMES).replace('while"', 'while" stack_frame_id=1}')
     assert hlo.count(frames, 1).unknown == ["jit(f)/while in c.py:12"]
 
 
