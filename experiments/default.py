@@ -93,7 +93,7 @@ SETTINGS = dict(
         ema_decay=0.999,  # decay of the parameters' moving average, in [0, 1)
     ),
     mesh=dict(
-        slices=1,  # TPU slices; each holds 1/slices of the data axis
+        slices=1,  # TPU slices or NVLink domains; each holds 1/slices of the data axis
         data=-1,  # devices that split the batch; -1 infers one axis from the device count
         fsdp=1,  # devices that split the batch, parameters and optimizer state
         tensor=1,  # devices that split heads and MLPs

@@ -1,9 +1,12 @@
-"""Compiles an experiment for TPUs, on a machine without any.
+"""Compiles an experiment for TPUs or NVIDIA GPUs, on a machine without any.
 
     python -m launch.compile --config=experiments/imagenet256.py --topology=v5p:8x8x8
+    python -m launch.compile --config=experiments/imagenet256.py --topology=h100:8x1x8 \\
+      --config.mesh.slices=8 --config.mesh.fsdp=8
 
 Reports whether the program fits in memory, what each chip computes, stores and sends, and which of
-these limits its speed. The exit status is 2 if it does not fit. Needs pip install -e '.[tpu]'.
+these limits its speed. The exit status is 2 if it does not fit. Needs pip install -e '.[tpu]', or
+'.[cuda13-compile]' for GPUs.
 """
 
 import os
@@ -15,7 +18,8 @@ from . import program
 
 flags.DEFINE_string(
     "topology", None, "TPU version and grid, such as v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 or "
-    "tpu7x:4x4x4; cpu:8 for 8 simulated devices, local for this machine's.")
+    "tpu7x:4x4x4; GPU and NVLink domains x hosts in a domain x GPUs in a host, such as h100:8x1x8, "
+    "h200:8x1x8 or b200:8x1x8; cpu:8 for 8 simulated devices, local for this machine's.")
 flags.DEFINE_enum(
     "program", "train", ["train", "sample", "rollout"], "Compiles the training step; the sampler; "
     "or, of post-training, the samples of a batch and their comparison with the reference.")

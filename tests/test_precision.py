@@ -301,7 +301,7 @@ def write_products(out: str) -> None:
     for dtype in ("float32", "bfloat16"):
         settings = tiny_config(**{
             "model.dtype": dtype, "sample.decoder": "score", "sample.inverse": "parallel"})
-        mesh = sharding.make_mesh(settings.mesh, chips.devices("v5e:2x2", 1)[0])
+        mesh = sharding.make_mesh(settings.mesh, chips.find("v5e:2x2").devices)
         source = settings.data.open(settings.evaluate.split)
         run = untrained(settings, pipeline.spec(source, settings.data.patch_size), mesh)
         sampler = compile.sample_program(run, source)

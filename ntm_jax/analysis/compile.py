@@ -2,7 +2,7 @@
 
 The functions are those of training and sampling, lowered on abstract arrays. Post-training has two:
 `rollout` draws and compares the samples of a batch, and `train` is one update on them. The report
-has, for one chip and one step:
+has, for one chip and one step (of a TPU with two cores a chip, for one core):
 
 - flops: matrix products of the compiled program with every iteration of its loops (hlo.py),
   including recomputation and replicated work, plus those inside Pallas kernels, which the compiled
@@ -34,7 +34,7 @@ from ntm_jax.core.layers import Text
 from ntm_jax.core.model import exact
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
@@ -169,19 +169,27 @@ class _Compiled:
 def compile_for(config: Config, topology: str, program: str = "train") -> dict:
     """The report of a program compiled for a topology, as JSON values; see the module's docstring.
 
-    program: a key of PROGRAMS. topology: see chips.devices. Raises UserError if the configuration
-    does not fit the topology or its data.
+    program: a key of PROGRAMS. topology: see chips.find. Raises UserError if the configuration does
+    not fit the topology or its data.
     """
-    devices, chip = chips.devices(topology, config.mesh.slices)
-    mesh, source = _mesh(config, devices), open_data(config)
+    found = chips.find(topology, config.mesh.slices)
+    with found.tracing():
+        report = {"topology": topology} | _report(config, found, program)
+    return {key: _finite(value) for key, value in report.items()}
+
+
+def _report(config: Config, topology: chips.Topology, program: str) -> dict:
+    mesh, source = _mesh(config, topology.devices), open_data(config)
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, mesh)
-    compiled = _compile(PROGRAMS[program](run, source), run, chip)
+    compiled = _compile(PROGRAMS[program](run, source), run, topology)
     plain = PROGRAMS[program](dataclasses.replace(run, model=build.plain(run.model)), source)
     with sharding.use(mesh):
         traced = plain.trace()
         model_flops = flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
-    report = {"topology": topology, "chips": mesh.size, "mesh": dict(mesh.shape),
+    chip = topology.chip
+    report = {"chips": mesh.size // chip.cores, "devices": mesh.size, "unit": chip.unit,
+              "networks": [chip.near, chip.far], "mesh": dict(mesh.shape),
               "slices": config.mesh.slices, "program": program}
     report |= _figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
     if not compiled.fits and program == "train":
@@ -189,11 +197,11 @@ def compile_for(config: Config, topology: str, program: str = "train") -> dict:
         levels = max(config.trajectory.steps) if objective.whole_trajectories else 1
         levels *= 1 + rollouts.samples_of(config) if objective.rollout_use else 1
         report["advice"] = advice(run, levels, report["bytes_per_chip"])
-    return {key: _finite(value) for key, value in report.items()}
+    return report
 
 
-def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
-    mesh = run.mesh
+def _compile(program: Program, run: Run, topology: chips.Topology) -> _Compiled:
+    mesh, chip = run.mesh, topology.chip
     inputs = program.arguments, program.options.get("reference")
     arguments, resident = (sum(bytes_per_chip(a) for a in jax.tree.leaves(tree))
                            for tree in (inputs, program.resident))
@@ -204,7 +212,7 @@ def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
         lowered = traced.lower()
         begin, cpu = time.perf_counter(), time.process_time()
         try:
-            compiled, memory = lowered.compile(), {}
+            compiled, memory = lowered.compile(topology.compiler_options), {}
         except jax.errors.JaxRuntimeError as error:
             compiled, memory = None, out_of_memory(error, arguments)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
@@ -213,7 +221,7 @@ def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
         memory = {"arguments": arguments + resident} | memory
         memory["peak"] += resident
         return _Compiled(work, memory, False, total, seconds, cpu, False)
-    work = hlo.count(compiled.as_text(), mesh.size, run.config.mesh.slices)
+    work = hlo.count(_text(compiled), mesh.size, topology.domains)
     work.flops += kernels
     if work.unknown:  # loops of unknown length counted as one iteration
         work.flops = max(work.flops, total)
@@ -224,6 +232,15 @@ def _compile(program: Program, run: Run, chip: chips.Chip) -> _Compiled:
     memory = dict(arguments=arguments, temporaries=m.temp_size_in_bytes, peak=peak,
                   hbm=chip.hbm * 2**30)
     return _Compiled(work, memory, peak <= memory["hbm"], total, seconds, cpu, True)
+
+
+def _text(compiled) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"jax {jax.__version__} cannot read the compiled program "
+                        f"({first_line(error)}): install the compiler of jax's version with pip "
+                        "install -e '.[tpu]'") from None
 
 
 def _figures(compiled: _Compiled, run: Run, chip: chips.Chip) -> dict:
@@ -250,8 +267,9 @@ def _figures(compiled: _Compiled, run: Run, chip: chips.Chip) -> dict:
         "slice_network_bytes_per_chip": sent["ici"], "data_centre_bytes_per_chip": sent["dcn"],
         "memory_bytes_per_chip": work.memory, "roofline_seconds": roofline,
         "bound_by": max(finite, key=lambda name: finite[name]) if finite else None,
-        "unknown_loops": work.unknown, "compile_seconds": compiled.seconds,
-        "compile_cpu_seconds": compiled.cpu_seconds, "host_peak_bytes": host_peak}
+        "unknown_loops": len(work.unknown), "unknown_loop_places": sorted(set(work.unknown)),
+        "compile_seconds": compiled.seconds, "compile_cpu_seconds": compiled.cpu_seconds,
+        "host_peak_bytes": host_peak}
 
 
 def _mesh(config: Config, devices):
@@ -274,26 +292,32 @@ def table(report: dict) -> str:
     memory, seconds = report["bytes_per_chip"], report["roofline_seconds"]
     sent = ", ".join(f"{kind} {_amount(v, 'B')}"
                      for kind, v in report["collective_bytes_per_chip"].items() if v) or "nothing"
+    unit, (near, far) = report["unit"], report["networks"]
     if report["data_centre_bytes_per_chip"]:
-        sent += f"; of these {_amount(report['data_centre_bytes_per_chip'], 'B')} between slices"
-    slices = f" in {report['slices']} slices" if report["slices"] > 1 else ""
+        sent += (f"; {_amount(report['slice_network_bytes_per_chip'], 'B')} {near}, "
+                 f"{_amount(report['data_centre_bytes_per_chip'], 'B')} {far}")
+    chips = {"core": f"{report['chips']} chips, {report['devices']} cores",
+             "GPU": f"{report['chips']} GPUs"}.get(unit, f"{report['chips']} chips")
+    if report["slices"] > 1:
+        chips += f" in {report['slices']} {'NVLink domains' if unit == 'GPU' else 'slices'}"
     counted, traced, model = (
         _amount(report[key], "")
         for key in ("flops_per_chip", "flops_traced_per_chip", "model_flops_per_chip"))
     advice = f": {report['advice']}" if "advice" in report else ""
     rows = {
-        "topology": f"{report['topology']}, {report['chips']} chips{slices}",
+        "topology": f"{report['topology']}, {chips}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()),
         "program": f"{report['program']}, {report['attention']} attention, remat "
                    f"{report['remat']}, global batch {report['batch_size']}",
         "parameters": f"{report['parameters']:,}",
-        "memory a chip": f"{gib(memory['peak'])} of {gib(memory['hbm'])}: arguments "
+        f"memory a {unit}": f"{gib(memory['peak'])} of {gib(memory['hbm'])}: arguments "
                          f"{gib(memory['arguments'])}, temporaries {gib(memory['temporaries'])}",
-        "FLOPs a chip": f"{counted}; as traced {traced}, of the model {model}",
-        "sent a chip": sent,
+        f"FLOPs a {unit}": f"{counted}; as traced {traced}, of the model {model}",
+        f"sent a {unit}": sent,
         "at its peak": ", ".join(f"{name} {_amount(v, 's')}" for name, v in seconds.items())
                        + (f": bound by {report['bound_by']}" if report["bound_by"] else ""),
-        "note": f"{report['unknown_loops']} loops tell no trips: memory and network are of one"
+        "note": f"the length of {report['unknown_loops']} loops is unknown, and memory and network "
+                f"count one iteration: {'; '.join(report['unknown_loop_places'])}"
                 if report["unknown_loops"] else "",
         "compiled in": f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s "
                        f"of CPU, {gib(report['host_peak_bytes'])} of this host's memory",

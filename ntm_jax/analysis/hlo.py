@@ -2,8 +2,8 @@
 
 XLA's own analysis counts a loop's body once, and no collectives. Here every loop counts with its
 iterations: matrix products (dots and convolutions, fused or not), bytes read from and written to
-device memory, and bytes sent by collectives. Custom calls (Pallas kernels) are opaque here; see
-runtime/flops.py.
+device memory, and bytes sent by collectives. Products of cuBLAS and of cuDNN's attention count.
+Other custom calls (Pallas kernels) are opaque here; see runtime/flops.py.
 """
 
 import collections
@@ -20,15 +20,18 @@ from ntm_jax.analysis.hlo_text import (
     called,
     numbers,
     parse,
+    places,
     replica_groups,
     root,
     search,
+    source_target_pairs,
     trip_count,
 )
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-        "call", "after-all", "partition-id", "iota", "opt-barrier")  # without memory traffic
+FREE = (  # without memory traffic of their own
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "call-start", "after-all", "partition-id", "iota", "opt-barrier")
 SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -37,14 +40,15 @@ class Work:
     """The work of one device in one run.
 
     flops: 2 per multiply-add. memory: bytes read and written. sent: {(kind, network): bytes}, with
-    network "ici" or "dcn". unknown: loops of unknown length, counted as one iteration.
+    network "ici" or "dcn". unknown: the places of loops of unknown length, which count as one
+    iteration.
     """
 
     flops: float = 0
     memory: float = 0
     sent: dict[tuple[str, str], float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float))
-    unknown: int = 0
+    unknown: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: "Work", times: float = 1) -> None:
         """Adds `times` times another's work."""
@@ -62,6 +66,7 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
     (n-1)/n of a gathered or scattered array, and twice that of a reduced one, as in a ring.
     """
     module, entry = parse(text)
+    place = places(text)
     _remove_repeated_collectives(module)
 
     @functools.cache
@@ -72,14 +77,14 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
             if i.op == "while":
                 trips = trip_count(module, i)
                 total.add(work(called(i, "body")), trips or 1)
-                total.unknown += trips is None
+                total.unknown += [place(i)] if trips is None else []
             elif i.op == "conditional":
                 total.add(max(map(work, branches(i)), key=lambda w: w.flops + w.memory))
-            elif i.op in ("fusion", "call") or i.op.endswith("-start"):
-                inner = called(i, "calls") or (called(i, "to_apply") if i.op == "call" else None)
-                if inner and i.op == "call":
-                    total.add(work(inner))
-                elif inner:  # a fusion's arrays stay on the chip: _own counts its memory traffic
+            elif i.op in ("call", "call-start"):  # the latter runs on a TPU's SparseCores
+                total.add(work(called(i, "to_apply") or called(i, "calls")))
+            elif i.op == "fusion" or i.op.endswith("-start"):
+                inner = called(i, "calls")
+                if inner:  # a fusion's arrays stay on the chip: _own counts its memory traffic
                     total.add(dataclasses.replace(work(inner), memory=0))
         return total
 
@@ -113,7 +118,28 @@ def _own(module, computation, i: Instruction, chips: int, slices: int) -> Work:
         work.flops = 2 * math.prod(i.arrays[0].dims) * math.prod(left[axis] for axis in dims)
     elif i.op == "convolution":
         work.flops = _convolution(computation, i)
+    elif i.op == "custom-call":
+        work.flops = _library_call(computation, i)
     return work
+
+
+def _library_call(computation, i: Instruction) -> float:
+    """FLOPs of a product by cuBLAS or of attention by cuDNN; 0 for other custom calls."""
+    target = called(i, "custom_call_target") or ""
+    if target.startswith("__cublas$"):
+        left, output = computation[i.operands[0]].arrays[0].dims, math.prod(i.arrays[0].dims)
+        return 2 * output * math.prod(left[a] for a in _listed(i, "lhs_contracting_dimensions"))
+    if target.startswith("__cudnn$fmha"):
+        # Scores and values; the gradient recomputes the scores and has two products for each.
+        products = 5 if target.endswith("Backward") else 2
+        scores = math.prod(_listed(i, "dimensions"))  # [B, H, N, M], the intermediate tensor's
+        return products * 2 * scores * computation[i.operands[0]].arrays[0].dims[-1]
+    return 0
+
+
+def _listed(i: Instruction, key: str) -> list[int]:
+    """The integers that an instruction's backend_config lists under a key."""
+    return numbers(search(rf'"{key}": ?\[([^\]]*)\]', i.attributes)[1].replace('"', ""))
 
 
 def _sent(computation, i: Instruction, chips: int, slices: int) -> dict[tuple[str, str], float]:
@@ -132,11 +158,18 @@ def _sent(computation, i: Instruction, chips: int, slices: int) -> dict[tuple[st
     if kind == "all-reduce" and _scatters(computation):
         kind = "reduce-scatter"
     if kind == "collective-permute":
-        sent[kind, "ici"] = size
-        return sent
+        ends = source_target_pairs(i.attributes) * slices // chips
+        crossing = float(np.mean(ends[:, 0] != ends[:, 1])) if len(ends) else 0
+        sent[kind, "ici"] = size * (1 - crossing)
+        return sent | ({(kind, "dcn"): size * crossing} if crossing else {})
     slice_of_member = replica_groups(i.attributes, chips)[0] * slices // chips
     across = len(np.unique(slice_of_member))
     within = len(slice_of_member) // across
+    if kind == "all-to-all":  # another part for every member, without stops on the way
+        sent[kind, "ici"] = size * (within - 1) / len(slice_of_member)
+        if across > 1:
+            sent[kind, "dcn"] = size * (across - 1) / across
+        return sent
     size *= {"all-gather": len(slice_of_member), "all-reduce": 2}.get(kind, 1)
     sent[kind, "ici"] = size * (within - 1) / within
     if across > 1:

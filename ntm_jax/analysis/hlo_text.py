@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}  # others: see Array
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_FRAMES = re.compile(r"^FileNames\n(.*?)\n\n.*?^FileLocations\n(.*?)\n\n.*?^StackFrames\n(.*?)\n\n",
+                     re.MULTILINE | re.DOTALL)
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 
@@ -56,6 +59,32 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return module, entry
 
 
+def places(text: str) -> Callable[[Instruction], str]:
+    """A function that names the place of an instruction of a module in the traced program.
+
+    As jit(step)/while in file.py:12, as far as the text has it; else the instruction's name.
+    """
+    tables = _FRAMES.search(text)
+    files, locations, frames = (
+        dict(re.findall(r"^(\d+) (.*)$", table, re.MULTILINE))
+        for table in (tables.groups() if tables else ("", "", "")))
+
+    def place(i: Instruction) -> str:
+        name = re.search(r'op_name="([^"]*)"', i.attributes)
+        found = re.search(r"stack_frame_id=(\d+)", i.attributes)
+        source = re.search(r'source_file="([^"]*)" source_line=(\d+)', i.attributes)
+        if found and found[1] in frames:
+            at = locations[search(r"file_location_id=(\d+)", frames[found[1]])[1]]
+            line, file = (search(rf"{key}=(\d+)", at)[1] for key in (" line", "file_name_id"))
+            file = files[file].strip('"')
+        else:
+            file, line = source.groups() if source else ("", "")
+        where = f" in {file.rpartition('/')[2]}:{line}" if file else ""
+        return (name[1] if name else i.name) + where
+
+    return place
+
+
 def _instruction(name: str, text: str, root: bool) -> Instruction:
     types, rest = _split(text) if text.startswith("(") else text.split(" ", 1)
     op, _, rest = rest.strip().partition("(")
@@ -85,7 +114,7 @@ def root(computation: dict[str, Instruction]) -> Instruction:
 
 def called(i: Instruction, role: str) -> str | None:
     """The computation that an instruction calls as `role`, such as body or calls; None if none."""
-    found = re.search(rf"\b{role}=%?([\w.\-]+)", i.attributes)
+    found = re.search(rf"\b{role}=[%\"]?([\w.\-$]+)", i.attributes)
     return found[1] if found else None
 
 
@@ -130,11 +159,20 @@ def _step(condition, body) -> int | None:
     if counter is None:  # a fused condition: the compiler unrolls none of these loops
         return 1
     index = int(search(r"index=(\d+)", counter.attributes)[1])
-    update = body.get(root(body).operands[index])
+    update = _behind_copies(body, root(body).operands[index])
     if not update or update.op != "add":
         return None
-    steps = [int(n) for name in update.operands if name in body for n in _integer(body[name])]
+    added = filter(None, (_behind_copies(body, name) for name in update.operands))
+    steps = [int(n) for i in added for n in _integer(i)]
     return steps[0] if len(steps) == 1 else None
+
+
+def _behind_copies(computation, name: str) -> Instruction | None:
+    """The instruction whose value an instruction has, through copies of it."""
+    found = computation.get(name)
+    while found and found.op in ("copy", "copy-start", "copy-done", "bitcast"):
+        found = computation.get(found.operands[0])
+    return found
 
 
 def replica_groups(attributes: str, chips: int) -> np.ndarray:
@@ -155,6 +193,13 @@ def replica_groups(attributes: str, chips: int) -> np.ndarray:
     if listed:
         return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     return np.arange(chips)[None]
+
+
+def source_target_pairs(attributes: str) -> np.ndarray:
+    """The devices of a collective-permute that send and receive, [pairs, 2]."""
+    listed = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes)
+    pairs = re.findall(r"\{(\d+),(\d+)\}", listed[1] if listed else "")
+    return np.array(pairs, int).reshape(-1, 2)
 
 
 def _iota(text: str, chips: int) -> np.ndarray:

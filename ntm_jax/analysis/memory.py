@@ -116,7 +116,8 @@ def check_fits(report: dict) -> None:
         several = {"rollout": "config.reward.samples or config.data.batch_size"}
         remedy = report.get("advice", f"make {several.get(report['program'], 'config.sample.num')} "
                             "smaller, or config.mesh.fsdp larger")
-        raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a chip of "
+        raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a "
+                        f"{report.get('unit', 'chip')} of "
                         f"{report['topology']}, which has {gib(memory['hbm'])}: {remedy}")
 
 

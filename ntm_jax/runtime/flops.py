@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Products as large as q k^T in cuDNN's attention; its gradient recomputes the scores.
+CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 MATRICES = (512, 1024, 2048, 4096)  # sizes tried for the highest rate
 
 
@@ -25,7 +27,7 @@ def count(function, *args) -> int:
 def of_jaxpr(jaxpr, kernels: bool = False) -> int:
     """FLOPs of a jaxpr, counted as in `count`.
 
-    kernels: counts only products inside Pallas kernels, which XLA does not see.
+    kernels: counts only products inside Pallas kernels, which a compiled program's text hides.
     """
     return sum(_of_equation(e, kernels) for e in jaxpr.eqns)
 
@@ -37,6 +39,8 @@ def _of_equation(e, kernels: bool) -> int:
         (contracted, _), _ = e.params["dimension_numbers"]
         left = e.invars[0].aval.shape
         return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    if e.primitive.name in CUDNN:
+        return 0 if kernels else CUDNN[e.primitive.name] * _attention_product(e)
     inner = [of_jaxpr(j, kernels and e.primitive.name != "pallas_call") for j in _jaxprs(e.params)]
     if e.primitive.name == "scan":
         return e.params["length"] * sum(inner)
@@ -47,6 +51,12 @@ def _of_equation(e, kernels: bool) -> int:
     if e.primitive.name == "shard_map":  # its jaxpr is that of one device
         return e.params["mesh"].size * sum(inner)
     return sum(inner)
+
+
+def _attention_product(e) -> int:
+    """FLOPs of q k^T in cuDNN's attention: q [B, N, H, C] and k [B, M, G, C], or heads first."""
+    q, k = (v.aval.shape for v in e.invars[:2])
+    return 2 * math.prod(q) * k[2 if e.params["layout"] else 1]
 
 
 def _jaxprs(params):

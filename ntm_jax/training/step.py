@@ -60,15 +60,25 @@ def make_step(run: Run, teacher: Run | None = None):
             updates = _without(updates, frozen)
             params = cast(dict, optax.apply_updates(current.params, updates))
             ema = optimizer.update_ema(current.ema, params, current.step, decay)
-            finite = jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]).all()
-            metrics = {"grad_norm": optax.tree.norm(gradient), "finite": finite} | metrics
+            metrics = {"grad_norm": optax.tree.norm(gradient), "finite": _finite(params)} | metrics
             new = State(current.step + 1, params, opt_state, ema)
             if batch_complete is not None:
-                complete = metrics["batch_complete"] = jnp.all(batch_complete)
+                # A sum, since XLA refuses to compile some reductions of booleans for GPUs.
+                complete = jnp.sum(batch_complete) == batch_complete.size
+                metrics["batch_complete"] = complete
                 new = jax.tree.map(lambda made, old: jnp.where(complete, made, old), new, current)
         return new, metrics
 
     return step
+
+
+def _finite(tree):
+    """Whether all numbers of a tree are finite.
+
+    Devices reduce integers, since XLA refuses to compile some reductions of booleans for GPUs.
+    """
+    broken = [jnp.max((~jnp.isfinite(a)).astype(jnp.int32)) for a in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(broken)) == 0
 
 
 def _without(updates, frozen: tuple[str, ...]):

@@ -1,22 +1,26 @@
 """Ahead-of-time compilation: the programs are those of a run, and their operations are counted."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
+import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.analysis import chips, compile, hlo, hlo_text
+from ntm_jax.analysis.chips import gpu
 from ntm_jax.analysis.memory import advice, bytes_per_chip, check_fits, out_of_memory, saved
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import build, config, flops, sharding
+from ntm_jax.runtime import attention, build, config, flops, sharding
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, optimizer, state
@@ -181,6 +185,27 @@ def test_a_scan_counts_as_often_as_its_body_runs():
     assert rolled.memory == pytest.approx(unrolled.memory, rel=1)
 
 
+FRAMES = """HloModule m
+
+FileNames
+1 "/a/b.py"
+2 "/a/c.py"
+
+FunctionNames
+1 "step"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=5 end_line=5 column=62 end_column=62}
+2 {file_name_id=2 function_name_id=1 line=12 end_line=13 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=2 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=2}
+
+
+"""
+
+
 @pytest.mark.parametrize(("bound", "step", "trips"), [(8, 2, 4), (9, 2, 5), (8, 1, 8)])
 def test_the_trips_of_a_loop_that_the_compiler_unrolled_are_read(bound, step, trips):
     text = f"""HloModule m
@@ -208,8 +233,63 @@ ENTRY %main (a: (f32[8,8], u32[])) -> (f32[8,8], u32[]) {{
 }}
 """
     work = hlo.count(text, 1)
-    assert (work.flops, work.unknown) == (trips * 2 * 8**3, 0)
-    assert hlo.count(text.replace("add(%i, %two)", "multiply(%i, %two)"), 1).unknown == 1
+    assert (work.flops, work.unknown) == (trips * 2 * 8**3, [])
+    copied = text.replace("%next = u32[] add", "%sum = u32[] add").replace(
+        "  %y =", "  %next = u32[] copy(%sum)\n  %y =")
+    assert hlo.count(copied, 1).flops == work.flops
+    unknown = text.replace("add(%i, %two)", "multiply(%i, %two)")
+    assert hlo.count(unknown, 1).unknown == ["w"]
+    named = unknown.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/while"')
+    source = ' source_file="/a/b.py" source_line=7}'
+    assert hlo.count(named + "}", 1).unknown == ["jit(f)/while"]
+    assert hlo.count(named.replace('while"', 'while"' + source), 1).unknown == [
+        "jit(f)/while in b.py:7"]
+    frames = named.replace("HloModule m\n", FRAMES).replace('while"', 'while" stack_frame_id=1}')
+    assert hlo.count(frames, 1).unknown == ["jit(f)/while in c.py:12"]
+
+
+def library_call(target: str, operands: str, result: str, backend_config: str) -> str:
+    return f"""
+ENTRY %main (q: bf16[2,256,4,64], k: bf16[2,128,2,64]) -> bf16[2,4,256,64] {{
+  %q = bf16[2,256,4,64]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,128,2,64]{{3,2,1,0}} parameter(1)
+  %m = f32[32,48]{{1,0}} parameter(2)
+  %n = f32[48,64]{{1,0}} parameter(3)
+  ROOT %c = ({result}, s8[64]{{0}}) custom-call({operands}), custom_call_target="{target}", backend_config={{{backend_config}}}
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("target", "products"), [
+    ("__cudnn$fmhaSoftmax", 2), ("__cudnn$fmhaScaleBiasSoftmaxBackward", 5)])
+def test_attention_of_cudnn_counts(target, products):
+    shape = '"intermediate_tensor_shape":{"dimensions":["2","4","256","128"],"tuple_shapes":[]}'
+    text = library_call(target, "%q, %k, %k", "bf16[2,4,256,64]{3,1,2,0}", shape)
+    assert hlo.count(text, 1).flops == products * 2 * 2 * 4 * 256 * 128 * 64
+
+
+def test_products_of_cublas_count():
+    config = '"gemm_backend_config": {"dot_dimension_numbers": {"lhs_contracting_dimensions": ["1"]'
+    text = library_call("__cublas$lt$matmul", "%m, %n", "f32[32,64]{1,0}", config + "}}")
+    assert hlo.count(text, 1).flops == 2 * 32 * 48 * 64
+
+
+@pytest.mark.parametrize(("program", "kernels"), [
+    ("train", {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}),
+    ("sample", {"__cudnn$fmhaSoftmax"})])
+def test_programs_lower_for_nvidia_with_cudnns_attention(monkeypatch, program, kernels):
+    monkeypatch.setattr(attention, "choose", lambda mesh: attention.Attention("cudnn", mesh))
+    settings = small(**{"model.dtype": "bfloat16", "sample.inverse": "sequential"})
+    with gpu.cudnn_assumed():
+        run = planned_run(settings)
+        made = compile.PROGRAMS[program](run, compile.open_data(settings))
+        allowed = map(jax.export.DisabledSafetyCheck.custom_call, kernels)
+        with sharding.use(run.mesh):
+            exported = jax.export.export(
+                made.function, platforms=["cuda"], disabled_checks=list(allowed))(
+                    *made.arguments, **made.options)
+    found = re.findall(r"custom_call @(__cudnn\S+?)\(", exported.mlir_module())
+    assert set(found) == kernels
 
 
 def test_taps_on_padding_do_not_count():
@@ -283,6 +363,43 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
     assert hlo.count(text, 4).sent == {("all-gather", "ici"): 16 * 8 * 4 * 3 / 4}
 
 
+ON_SPARSE_CORES = """
+%called (p: f32[4,8]) -> f32[16,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %all-gather = f32[16,8]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[4,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %gather.call-start = ((f32[4,8]{1,0}), f32[16,8]{1,0}, u32[]{:S(8)}) call-start(%x), async_execution_thread="sparsecore", to_apply=%called
+  ROOT %gather.call-done = f32[16,8]{1,0} call-done(%gather.call-start)
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_sparse_cores_count():
+    work = hlo.count(ON_SPARSE_CORES, 4)
+    assert work.sent == {("all-gather", "ici"): 16 * 8 * 4 * 3 / 4}
+    assert work.memory == (4 + 16) * 8 * 4  # read and written once
+
+
+@pytest.mark.parametrize(("attributes", "near", "far"), [
+    ("collective-permute(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", 1, 0),
+    ("collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", 1 / 2, 1 / 2),
+    ("all-to-all(%x), replica_groups={{0,1,2,3}}, dimensions={0}", 1 / 4, 1 / 2),
+    ("all-to-all(%x), replica_groups={{0,1},{2,3}}, dimensions={0}", 1 / 2, 0)])
+def test_what_crosses_between_domains_is_apart(attributes, near, far):
+    kind, text = attributes.split("(")[0], f"""
+ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
+  %x = f32[4,8]{{1,0}} parameter(0)
+  ROOT %moved = f32[4,8]{{1,0}} {attributes}
+}}
+"""
+    sent = hlo.count(text, 4, 2).sent
+    assert sent[kind, "ici"] == near * 4 * 8 * 4
+    assert sent.get((kind, "dcn"), 0) == far * 4 * 8 * 4
+
+
 def gathers(mesh):
     """The text of a compiled scan over 5 layers that each gather their split parameters."""
     rows = NamedSharding(mesh, PartitionSpec("f"))
@@ -352,9 +469,24 @@ def test_a_mistake_is_one_line(name):
 
 
 def test_a_missing_tpu_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"libtpu is not installed: pip install -e '\.\[tpu\]'"):
-        chips.devices("v5p:2x2x1")
+        chips.find("v5p:2x2x1")
+    with pytest.raises(UserError, match=r"xla_cuda13 is not installed: pip install -e '\.\[cuda13"):
+        chips.find("h100:1x1x2")
+
+
+def test_slices_are_the_nvlink_domains():
+    with pytest.raises(UserError, match=r"slices is 1: expected 8, the NVLink domains of --topol"):
+        chips.find("h100:8x1x8")
+
+
+@pytest.mark.parametrize("variable", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_a_gpu_gives_jax_a_share_of_its_memory(monkeypatch, variable):
+    card = gpu.CARDS["h100"]
+    assert card.chip.hbm == pytest.approx(0.75 * 79.11, rel=1e-4)
+    monkeypatch.setenv(variable, "0.9")
+    assert card.chip.hbm == pytest.approx(0.9 * 79.11, rel=1e-4)
 
 
 def test_a_mesh_off_the_torus_is_named(monkeypatch):
@@ -430,18 +562,30 @@ def test_the_experiments_shapes_are_those_of_the_method():
     assert pipeline.spec(compile.open_data(pixels), pixels.data.patch_size).dim == 16 * 16 * 3
 
 
-def test_compiles_for_a_tpu(tmp_path):
-    pytest.importorskip("libtpu")
+DEVICES = {  # package, devices, chips, unit, GiB, kind of attention
+    "v5e:2x2": ("libtpu", 4, 4, "chip", 15.75, "splash"),
+    "tpu7x:2x2x1": ("libtpu", 8, 4, "core", 94.74, "splash"),
+    "h100:1x1x2": ("jax_plugins.xla_cuda13", 2, 2, "GPU", 59.33, "cudnn"),
+}
+
+
+@pytest.mark.parametrize("topology", [
+    "v5e:2x2", pytest.param("tpu7x:2x2x1", marks=pytest.mark.slow),
+    pytest.param("h100:1x1x2", marks=pytest.mark.slow)])
+def test_compiles_for_absent_devices(tmp_path, topology):
+    package, devices, number, unit, memory, kernel = DEVICES[topology]
+    pytest.importorskip(package)
     out = tmp_path / "report.json"
     done = python(
         "-m", "launch.compile", "--config=experiments/imagenet256.py:runlocal",
-        "--topology=v5e:2x2", "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2",
+        f"--topology={topology}", "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2",
         "--config.model.scan", f"--json={out}", JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
     found = json.loads(out.read_text())
-    assert found["chips"] == 4
-    assert found["attention"] == "splash"
+    assert (found["devices"], found["chips"], found["unit"]) == (devices, number, unit)
+    assert found["attention"] == kernel
     assert found["fits"]
-    assert found["bytes_per_chip"]["hbm"] == 15.75 * 2**30
+    assert not found["unknown_loops"]
+    assert found["bytes_per_chip"]["hbm"] == pytest.approx(memory * 2**30, rel=1e-4)
     assert found["flops_per_chip"] == pytest.approx(found["flops_traced_per_chip"], rel=0.1)
     assert found["collective_bytes_per_chip"]["all-gather"] > 0
     assert found["bound_by"] in ("compute", "memory", "network")

@@ -1,0 +1,142 @@
+"""NVIDIA GPUs: their figures, and the devices of a cluster that need not exist.
+
+A topology is NVLink domains x hosts in a domain x GPUs in a host: h100:8x1x8 is eight HGX nodes.
+Peak rates are from NVIDIA's data sheets of the cards, without sparsity, and the network is one
+400 Gbit/s adapter for each GPU, as in DGX nodes. What the compiler asks of a card follows the
+specs of OpenXLA (xla/backends/gpu/target_config/specs).
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import math
+import os
+import re
+
+from jax.experimental import topologies
+
+from ntm_jax.analysis.chips.chip import Chip
+from ntm_jax.errors import UserError, first_line
+
+EXAMPLES = "h100:8x1x8, h200:8x1x8, b200:8x1x8"
+NAME = re.compile(r"(h100|h200|b200):([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
+CUDNN = (9, 10, 0)  # the version that tracing and the compiler assume
+MEMORY_FRACTION = 0.75  # of a card, which JAX takes at its start
+INSTALL = "pip install -e '.[cuda13-compile]'"
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}  # there is no GPU to time kernels on
+PACKAGES = ("jax_plugins.xla_cuda13", "nvidia.cu13")
+# What all cards have in common.
+SPEC = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64 ecc_enabled: true
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  device_interconnect_info {{ active_links: 18 }}
+  name: "{name}" core_count: {cores} clock_rate_ghz: {gigahertz}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory}
+  l2_cache_size: {cache} pcie_bandwidth: {pcie}
+  cuda_compute_capability {{ major: {capability} feature_extension: ACCELERATED_FEATURES }}
+  dnn_version: "{dnn[0]}.{dnn[1]}.{dnn[2]}"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {dnn[0]} minor: {dnn[1]} patch: {dnn[2]} }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """A GPU's figures: those of a report's Chip, and those that the compiler asks for."""
+
+    name: str
+    capability: int  # major compute capability
+    cores: int  # streaming multiprocessors
+    gigahertz: float
+    memory: int  # bytes
+    bandwidth: float  # bytes/s to and from memory
+    cache: int  # bytes of the L2 cache
+    pcie: int  # bytes/s
+    flops: float  # bfloat16 FLOP/s
+    nvlink: float  # bytes/s sent
+
+    @property
+    def spec(self) -> str:
+        """The compiler's description of the card, a GpuTargetConfigProto as text."""
+        values = dataclasses.asdict(self) | {"bandwidth": int(self.bandwidth), "dnn": CUDNN}
+        return SPEC.format(**values)
+
+    @property
+    def chip(self) -> Chip:
+        """What a report compares with; hbm is the share of memory that JAX takes."""
+        names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+        share = next(filter(None, map(os.environ.get, names)), MEMORY_FRACTION)
+        return Chip(float(share) * self.memory / 2**30, self.flops, self.bandwidth, self.nvlink,
+                    50e9, unit="GPU", near="over NVLink", far="over the network")
+
+
+CARDS = {
+    "h100": Card("NVIDIA H100 80GB HBM3", 9, 132, 1.98, 84942979072, 3.35232e12, 50 << 20,
+                 32 << 30, 989e12, 450e9),
+    "h200": Card("NVIDIA H200 141GB HBM3e", 9, 132, 1.98, 151397597184, 4.8e12, 50 << 20,
+                 32 << 30, 989e12, 450e9),
+    "b200": Card("NVIDIA B200", 10, 148, 1.965, 191514411008, 7.67232e12, 132644864, 64 << 30,
+                 2250e12, 900e9),
+}
+
+
+def domains(topology: str) -> int:
+    """The NVLink domains of a topology."""
+    return int(topology.split(":")[1].split("x")[0])
+
+
+def devices(topology: str) -> list:
+    """The devices of a topology. Raises UserError without the compiler, or if it refuses."""
+    card, grid = topology.split(":")
+    missing = [package for package in PACKAGES if not _installed(package)]
+    if missing:
+        raise UserError(f"--topology={topology} needs the CUDA compiler, and {missing[0]} is not "
+                        f"installed: {INSTALL}")
+    try:
+        found = list(topologies.get_topology_desc(
+            platform="cuda", topology=grid, target_config=CARDS[card].spec).devices)
+    except Exception as error:  # the plugin raises several kinds
+        raise UserError(f"--topology={topology} is refused by the CUDA compiler "
+                        f"({first_line(error)}): expected {EXAMPLES}, and jax-cuda13-plugin of "
+                        "jax's version") from None
+    if len(found) != math.prod(map(int, grid.split("x"))):
+        raise UserError(f"--topology={topology} gives {len(found)} devices: expected {EXAMPLES}")
+    return found
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # its parent
+        return False
+
+
+@contextlib.contextmanager
+def cudnn_assumed():
+    """Lets cuDNN's attention be traced on a machine without cuDNN or a GPU of its generation.
+
+    JAX chooses the kernel while it traces, and asks the installed library and device.
+    """
+    module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    major, minor, patch = CUDNN
+    answers = {"check_cudnn_version": lambda: 10_000 * major + 100 * minor + patch,
+               "check_compute_capability": lambda capability: float(capability) <= 9}
+    old = {name: getattr(module, name) for name in answers}
+    try:
+        for name, answer in answers.items():
+            setattr(module, name, answer)
+        yield
+    finally:
+        for name, answer in old.items():
+            setattr(module, name, answer)

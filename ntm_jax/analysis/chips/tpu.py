@@ -1,0 +1,52 @@
+"""TPUs: their peak rates, and the devices of a slice that need not exist.
+
+Figures are from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, whose ICI figures count both
+directions. DCN figures of v5p, v6e and tpu7x are from the tpu7x page's comparison (50 Gbit/s for a
+v5p chip, 100 for a v6e or tpu7x chip); those of v4 and v5e are from
+jax-ml.github.io/scaling-book/tpus. Memory is what the compiler lets a program use, as its error
+about a larger one states it.
+"""
+
+import importlib.util
+import os
+import re
+
+from jax.experimental import topologies
+
+from ntm_jax.analysis.chips.chip import Chip
+from ntm_jax.errors import UserError, first_line
+
+CHIPS = {
+    # Two cores as one device; 6 links of 50 GB/s.
+    "v4": Chip(30.75, 275e12, 1228e9, 300e9, 6.25e9),
+    "v5e": Chip(15.75, 197e12, 819e9, 200e9, 3.125e9),  # one core; 4 links
+    # Two cores as one device; 6 links of 100 GB/s.
+    "v5p": Chip(95.73, 459e12, 2765e9, 600e9, 6.25e9),
+    "v6e": Chip(31.25, 918e12, 1638e9, 400e9, 12.5e9),  # one core; 4 links
+    # A device is one of a chip's two cores, with half of the chip's figures.
+    "tpu7x": Chip(94.74, 1153e12, 3690e9, 300e9, 6.25e9, cores=2, unit="core"),
+}
+EXAMPLES = "v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4"
+# Without these, libtpu looks for a TPU, takes its lock, and logs warnings.
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+         "TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost",
+         "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+NAME = re.compile(r"(v4|v5p|tpu7x):\d+x\d+x\d+|(v5e|v6e):\d+x\d+")  # 3D and 2D meshes of chips
+
+
+def devices(topology: str, slices: int = 1) -> list:
+    """The devices of `slices` slices. Raises UserError without libtpu, or if it refuses."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--topology={topology} needs the TPU compiler, and libtpu is not "
+                        "installed: pip install -e '.[tpu]'")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    options: dict = {"num_slices": slices} if slices > 1 else {}
+    if topology.startswith("v4"):
+        options["chip_config_name"] = "megacore"  # two cores as one device, as on a real v4
+    try:
+        return list(topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **options).devices)
+    except Exception as error:  # libtpu raises several kinds
+        raise UserError(f"--topology={topology} is refused by the TPU compiler "
+                        f"({first_line(error)}): expected {EXAMPLES}") from None
