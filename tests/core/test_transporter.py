@@ -41,7 +41,7 @@ def _compiled_inverse(module, how, tolerance):
 def inverse(bound, *args, how="parallel", tolerance=TOLERANCE):
     """(x, sweeps) of a transporter's or a block's inverse, as numpy arrays."""
     return jax.device_get(
-        _compiled_inverse(bound.module, how, tolerance)({"params": bound.weights}, *args))
+        _compiled_inverse(bound.module, how, tolerance)({"params": bound.weights}, *args))[:2]
 
 
 def residual(block, x, u, modulation):
