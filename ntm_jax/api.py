@@ -34,6 +34,7 @@ from ntm_jax.runtime import config_file
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts
+from ntm_jax.sampling.reweight import Reweighted, reweight
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
 
@@ -102,6 +103,23 @@ class Run(base.Run):
         given = generate.check_condition(self, len(images), label)
         decoded = bool(self.spec.columns) if noised is None else not noised
         return log_prob(self, images, given, trajectories, seed, decoded)
+
+    def reweight(self, log_target, *, condition=None, label=None, n: int = 1000,
+                 seed: int | None = None, **options) -> Reweighted:
+        """n samples on one condition, with weights that correct them to a target density.
+
+        log_target: a function of the samples, rows [n, D] of an array in its own units, float64, or
+        latents [n, H, W, C], that returns the log of an unnormalised density, [n]: in inference
+        from simulations the prior times the likelihood. condition, label: of all samples; see Run.
+        options: steps, guidance, inverse, as in sample.
+
+        Returns the samples, their log-weights, draws from the weighted samples, the effective
+        sample size, and an unbiased estimate of the target's integral with its standard error.
+        Raises UserError for a model of pixels.
+        """
+        given = generate.check_condition(self, n, _one_condition(label, condition))
+        chosen = generate.override(self.config, **options)
+        return reweight(self, log_target, given, n, chosen, seed)
 
     def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None):
         """The upper bound on -log2 p(image | label) / (H W C) that log_prob gives, [n].

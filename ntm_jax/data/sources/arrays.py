@@ -128,23 +128,9 @@ def from_arrays(
         a column of an array that is constant; negative labels; a share out of range.
     """
     is_table = np.ndim(images) == 2
-    if is_table:
-        images = _check_numbers(images, "data", "[n, D]")
-        if pixel_levels:
-            raise UserError(
-                f"data is an array {list(images.shape)} and pixel_levels is {pixel_levels}: leave "
-                "it out"
-            )
-        pixel_levels = 0
-    else:
-        images, pixel_levels = _check_images(images, pixel_levels)
+    images, pixel_levels = (_check_rows if is_table else _check_images)(images, pixel_levels)
     count = len(images)
-    if condition is not None:
-        condition = _check_numbers(condition, "condition", f"[{count}, E]")
-        if len(condition) != count:
-            raise UserError(
-                f"condition has {len(condition)} rows: expected one for each of the {count} records"
-            )
+    condition = _check_condition(condition, count)
     labels, names = _numbered(labels)
     labels = _check_labels(labels, count)
     captions = _check_captions(captions, count)
@@ -156,15 +142,10 @@ def from_arrays(
     about = [images.shape, images.dtype.name, captions, pixel_levels, held_out, seed]
     about += [names] if names else []
     about += [] if condition is None else [condition.shape, condition.dtype.name]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for array in (images, labels, condition):
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).data)
+    version = _version(about, images, labels, condition)
     table = _table(images, splits["train"], "data") if is_table else None
-    if table is not None:
-        images = table.values.reshape(count, 1, -1, 1)
+    images = images if table is None else table.values.reshape(count, 1, -1, 1)
     given = None if condition is None else _table(condition, splits["train"])
-    version = digest.hexdigest()[:16]
     return Arrays(
         images, labels, captions, pixel_levels, splits, version, names, table, given
     )
@@ -236,6 +217,37 @@ def _read_npz(name: str, path: str, data: str, condition: str, *changed: int) ->
             return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
 
         return from_arrays(columns(data), condition=columns(condition) if condition else None)
+
+
+def _version(about: list, *arrays: np.ndarray | None) -> str:
+    """A hash of facts, of which json has plain values, and of arrays."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for array in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
+
+
+def _check_rows(values, pixel_levels: int | None) -> tuple[np.ndarray, int]:
+    """(an array [n, D], no pixel levels)."""
+    values = _check_numbers(values, "data", "[n, D]")
+    if pixel_levels:
+        raise UserError(
+            f"data is an array {list(values.shape)} and pixel_levels is {pixel_levels}: leave it "
+            "out"
+        )
+    return values, 0
+
+
+def _check_condition(condition, count: int) -> np.ndarray | None:
+    if condition is None:
+        return None
+    condition = _check_numbers(condition, "condition", f"[{count}, E]")
+    if len(condition) != count:
+        raise UserError(
+            f"condition has {len(condition)} rows: expected one for each of the {count} records"
+        )
+    return condition
 
 
 def _check_numbers(values, name: str, shape: str) -> np.ndarray:
