@@ -66,10 +66,11 @@ class Run(base.Run):
         """
         if prompts is not None:
             label = self.text([prompts[i % len(prompts)] for i in range(n)])
-        if np.ndim(condition) < 2:
+        if condition is None or np.ndim(condition) < 2:
             label = _one_condition(label, condition)
             return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)
-        given, many = np.asarray(condition), len(condition)
+        given = np.asarray(condition)
+        many = len(given)
         # Sample i of condition j has index i m + j: the same in any n, and no noise is shared.
         index = np.arange(n * many).reshape(n, many).T.ravel()
         found = self.sample_at(index, _one_condition(label, given.repeat(n, 0)), seed, with_levels,

@@ -229,7 +229,7 @@ class Transporter(nn.Module):
         modulation = self.condition((t,), steps, y)
         sweeps, log_det = [], jnp.zeros(u.shape[0])
         for block in reversed(self.blocks):
-            u, taken, block_log_det = block.inverse(u, modulation, how, tolerance)
+            u, taken, block_log_det = cast(Any, block.inverse(u, modulation, how, tolerance))
             sweeps.append(taken)
             log_det += block_log_det
         return u, jnp.stack(sweeps[::-1], 1), log_det

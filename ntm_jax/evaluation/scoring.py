@@ -84,7 +84,7 @@ def score_records(run: Run, source: Source, trajectories: int, progress: bool = 
                   decoded: bool = False) -> dict:
     """The scores of every record of a split, {name: [records, ...]}; see likelihood.weigh."""
     return map_records(
-        run, source, lambda part: score_batch(run, part, trajectories, decoded=decoded), progress)
+        run, source, lambda part: score_batch(run, part, trajectories, None, decoded), progress)
 
 
 def map_records(run: Run, source: Source, score, progress: bool = False) -> dict:

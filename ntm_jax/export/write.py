@@ -76,7 +76,7 @@ def _one(run: Run, condition: tuple):
     """One example's condition, from its arrays, as a batch of one."""
     condition = tuple(a[None] for a in condition)
     if run.model.config.condition_width:
-        return Vector(*condition, jnp.ones(1, bool))
+        return Vector(condition[0], jnp.ones(1, bool))
     return Text(*condition) if run.model.config.text_width else condition[0]
 
 
