@@ -7,10 +7,14 @@ deviation of the decoder p(x | x_0), v the variance of the target.
 
 import dataclasses
 import re
+import subprocess
+import sys
 
 import jax
+import jax.export
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from scipy import stats
 
 import ntm_jax
@@ -23,7 +27,7 @@ from ntm_jax.runtime import build, config, sharding
 from ntm_jax.sampling import reweight
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import objectives, state
-from tests.common import TINY, as_run, experiment, random_run
+from tests.common import TINY, as_run, environment, experiment, random_run
 
 MEAN, STD = np.array([5.0, -1e4]), np.array([0.01, 300.0])
 T_0 = TINY["trajectory.t_min"]
@@ -172,6 +176,29 @@ def test_written_samples_hold_their_density(random, tmp_path):
         factors = recomputed(random, levels["arr_0"], given)
         np.testing.assert_allclose(found["log_prob_by_factor"], factors, atol=2e-4)
         np.testing.assert_allclose(found["log_prob"], factors.sum(1), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_an_export_gives_standardised_samples_and_its_script_own_units(random, tmp_path):
+    random.export(str(tmp_path / "out"))
+    again = ntm_jax.load(str(tmp_path / "out"))
+    condition = random.spec.condition_mean  # the script's: standardised, 0
+    expected = random.sample(5, condition=condition, seed=0)
+    np.testing.assert_allclose(again.sample(5, condition=condition, seed=0), expected, rtol=1e-5)
+    done = subprocess.run([sys.executable, str(tmp_path / "out" / "sample.py"), "5", "0"],
+                          cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "samples.npz") as found:
+        np.testing.assert_allclose(found["images"], expected, rtol=1e-3)
+    with open(tmp_path / "out" / "log_likelihood.bin", "rb") as file:
+        log_likelihood = jax.export.deserialize(bytearray(file.read()))
+    parameters = load_file(tmp_path / "out" / "model.safetensors")
+    rows = ((expected - MEAN) / STD).astype(np.float32)
+    nats = log_likelihood.call(parameters, np.uint32(0), np.arange(5, dtype=np.int32), rows,
+                               np.zeros((5, 3), np.float32))
+    own = random.log_prob(expected, condition=condition, noised=True, seed=0,
+                          trajectories=random.config.evaluate.trajectories)
+    np.testing.assert_allclose(np.asarray(nats) - random.spec.log_unit, own, atol=1e-2)
 
 
 PRIOR, LIKELIHOOD = stats.norm(MEAN, 2 * STD), stats.norm(MEAN + 0.3 * STD, 0.7 * STD)

@@ -168,7 +168,8 @@ def refusal(*arguments: str, cwd=ROOT) -> str:
 
 def test_an_unknown_name_lists_the_experiments():
     message = refusal("--config=digis")
-    assert message.startswith("error: --config=digis: expected one of captions, default, digits, ")
+    assert message.startswith(
+        "error: --config=digis: expected one of arrays, captions, default, digits, ")
     assert all(f" {name}," in message for name in NAMES)
 
 
