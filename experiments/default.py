@@ -29,6 +29,7 @@ SETTINGS = dict(
         workers=0,  # processes that read data; 0 reads in the training process
         mock="",  # made-up data of the same shape, for compiling where the source is absent
         text="",  # text encoder: words:M:VOCABULARY, minilm[:M], transformers:FOLDER, flux2:FOLDER
+        token_size=1,  # columns of an array [n, D] that form one token; divides their number
     ),
     trajectory=dict(
         schedule="shifted",  # spacing of noise levels: linear, shifted
@@ -52,7 +53,7 @@ SETTINGS = dict(
         head="preconditioned",  # parametrisation of the Gaussian: direct, preconditioned, posterior
         log_scale_bound=3.0,  # largest absolute log-scale of a transporter block
         data_std=1.0,  # deviation of the data, for preconditioning
-        condition="class",  # what the model is conditioned on: none, class, text
+        condition="class",  # what the model is conditioned on: none, class, text, vector
         backbone="transformer",  # network of head=posterior: transformer, flux2
         double_layers=0,  # two-stream layers of backbone=flux2, before the predictor_layers
         dtype="float32",  # type of activations in training: float32, bfloat16

@@ -37,6 +37,11 @@ flags.DEFINE_string("out", None, "A new folder, or that of the same call, stoppe
                     "by default.")
 flags.DEFINE_string("autoencoder", None, "The folder of FLUX.2's autoencoder (diffusers' layout), "
                     "which decodes latents; needs the extra [flux2].")
+flags.DEFINE_bool("log_prob", False, "Also writes the log-density of every sample's trajectory, in "
+                  "nats, into samples.npz.")
+flags.DEFINE_multi_string("condition", None, "A vector that samples are conditioned on, such as "
+                          "0.5,-1.2. Repeat it for more, in turn over the samples. Held-out "
+                          "vectors by default.")
 flags.DEFINE_bool("save_trajectories", False, "Also writes every image's levels from pure noise "
                   "down, trajectories.npz.")
 
@@ -61,7 +66,7 @@ def main():
     run.write_samples(f.out or f"{hub.results_folder(f.workdir)}/samples", SampleRequest(
         number or f.num or run.config.sample.num, f.batch, f.labels, texts, f.layout, f.encoder,
         f.autoencoder, f.save_trajectories, f.steps, generate.parse_guidance(f.guidance), f.decoder,
-        f.inverse, f.seed))
+        f.inverse, f.seed, f.log_prob, generate.parse_vectors(f.condition)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
     nats = run.log_prob(images, label=7)
 
 Symbols: n images; H, W, C image height, width, channels; V pixel levels; M text tokens, E their
-width.
+width. Models of an array have rows of D numbers in place of images, and conditions of E numbers.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import difflib
 import importlib
 import math
 import pkgutil
-from collections.abc import Sequence
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -35,6 +35,7 @@ from ntm_jax.runtime import config_file
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts
+from ntm_jax.sampling.reweight import Reweighted, reweight
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
 
@@ -45,43 +46,84 @@ class Run(base.Run):
     """A trained run: its parameters at a step, and what can be asked of them.
 
     Conditions: label is one class, by its name or number, classes [n], or for a model of texts
-    layers.Text with states [n, M, E] and mask [n, M]. All methods raise UserError for a condition
-    that the model does not have, and for images or options that do not fit.
+    layers.Text with states [n, M, E] and mask [n, M]. condition is one vector [E] or vectors [n, E]
+    in their own units, for a model that is conditioned on vectors. All methods raise UserError for
+    a condition that the model does not have, and for images or options that do not fit.
     """
 
     def sample(self, n: int, label=None, prompts=None, seed: int | None = None,
-               with_levels: bool = False, **options):
-        """n images [n, H, W, C], integers 0..V-1, or float32 latents.
+               with_levels: bool = False, *, condition=None, with_log_prob: bool = False,
+               **options):
+        """n images [n, H, W, C], integers 0..V-1, float32 latents, or [n, D] of an array.
 
-        label: see Run; without it classes, or held-out texts, in turn. prompts: texts, repeated
-        over the images in turn. seed: image i of a seed is the same image in any n. with_levels:
-        also returns the levels from pure noise down, [n, K, H, W, C]. options: steps, guidance,
-        decoder, inverse, percentile; the configuration's by default.
+        label: see Run; without it classes, or held-out texts or vectors, in turn. prompts: texts,
+        repeated over the images in turn. condition: one vector [E], or several [m, E], of which
+        each has n samples: [m, n, D]. seed: image i of a seed is the same image in any n.
+        with_levels: also returns the levels from pure noise down, [n, K, H, W, C], of an array in
+        standardised units. options: steps, guidance, decoder, inverse, percentile; the
+        configuration's by default.
+
+        with_log_prob: returns a generate.Drawn, with samples, levels and the log-density of their
+        trajectories, log p(x_0..x_T | condition) in nats, in all and by factor. It needs no further
+        evaluation of the networks. With guidance it is the density of the guided model.
         """
         if prompts is not None:
             label = self.text([prompts[i % len(prompts)] for i in range(n)])
-        return self.sample_at(np.arange(n), label, seed, with_levels, **options)
+        if condition is None or np.ndim(condition) < 2:
+            label = _one_condition(label, condition)
+            return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)
+        given = np.asarray(condition)
+        many = len(given)
+        # Sample i of condition j has index i m + j: the same in any n, and no noise is shared.
+        index = np.arange(n * many).reshape(n, many).T.ravel()
+        found = self.sample_at(index, _one_condition(label, given.repeat(n, 0)), seed, with_levels,
+                               with_log_prob, **options)
+        return jax.tree.map(lambda a: a.reshape(many, n, *a.shape[1:]), found)
 
     def sample_at(self, index, label=None, seed: int | None = None, with_levels: bool = False,
-                  **options):
-        """The images of these indices [n]; arguments as in sample."""
+                  with_log_prob: bool = False, **options):
+        """The images of these indices [n]; arguments as in sample, label may be vectors [n, E]."""
         condition = None if label is None else generate.check_condition(self, len(index), label)
         chosen = generate.override(self.config, **options)
         self._check_decoder(options.get("decoder"))
+        if with_log_prob:
+            return generate.draw_at(self, index, condition, chosen, seed)
         return generate.sample_at(self, index, condition, chosen, seed, with_levels)
 
     def text(self, captions):
         """The states of captions, in the encoder of the run, as layers.Text for n of them."""
         return prompts.states(prompts.open_encoder(self), captions)
 
-    def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None):
+    def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
+                 condition=None, noised: bool | None = None):
         """The importance-weighted lower bound on log p(image | label) in nats, [n].
 
-        images: [n, H, W, C], integers 0..V-1. For continuous latents it bounds the density of the
-        image noised to t_0, with noise keyed by the seed.
+        images: [n, H, W, C], integers 0..V-1, or rows [n, D] of an array, whose density is in its
+        own units. noised: of continuous data, bounds the density of the data noised to t_0, with
+        noise keyed by the seed, not that of the data itself; by default for latents, not for
+        arrays.
         """
-        condition = generate.check_condition(self, len(images), label)
-        return log_prob(self, images, condition, trajectories, seed)
+        label = _one_condition(label, condition)
+        given = generate.check_condition(self, len(images), label)
+        decoded = bool(self.spec.columns) if noised is None else not noised
+        return log_prob(self, images, given, trajectories, seed, decoded)
+
+    def reweight(self, log_target, *, condition=None, label=None, n: int = 1000,
+                 seed: int | None = None, **options) -> Reweighted:
+        """n samples on one condition, with weights that correct them to a target density.
+
+        log_target: a function of the samples, rows [n, D] of an array in its own units, float64, or
+        latents [n, H, W, C], that returns the log of an unnormalised density, [n]: in inference
+        from simulations the prior times the likelihood. condition, label: of all samples; see Run.
+        options: steps, guidance, inverse, as in sample.
+
+        Returns the samples, their log-weights, draws from the weighted samples, the effective
+        sample size, and an unbiased estimate of the target's integral with its standard error.
+        Raises UserError for a model of pixels.
+        """
+        given = generate.check_condition(self, n, _one_condition(label, condition))
+        chosen = generate.override(self.config, **options)
+        return reweight(self, log_target, given, n, chosen, seed)
 
     def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None):
         """The upper bound on -log2 p(image | label) / (H W C) that log_prob gives, [n].
@@ -134,6 +176,13 @@ class Run(base.Run):
             objectives.check_decoder(self.config, decoder, "decoder")
 
 
+def _one_condition(label, condition):
+    """A label or a vector condition, whichever is given."""
+    if label is not None and condition is not None:
+        raise UserError("label and condition are both given: expected one of them")
+    return label if condition is None else condition
+
+
 def _run(run: base.Run) -> Run:
     return Run(**{field.name: getattr(run, field.name) for field in dataclasses.fields(base.Run)})
 
@@ -157,13 +206,14 @@ def push(export: str, repository: str, private: bool = False) -> str:
     return publish.push(export, repository, private)
 
 
-def experiment(name: str, variant: str = "", *, data=None, labels=None, **overrides) -> Config:
+def experiment(name: str, variant: str = "", *, data=None, labels=None, condition=None,
+               **overrides) -> Config:
     """The configuration of a shipped experiment: experiment("digits", **{"train.steps": 200}).
 
-    variant: as in --config=digits:gaussian. data, labels: arrays in memory as its data source, see
-    train. overrides: settings by "section.key". Settings that the experiment leaves open, such as
-    the image size of `folder`, are chosen for its data. Raises UserError for an unknown experiment,
-    variant or setting, or a value that does not fit.
+    variant: as in --config=digits:gaussian. data, labels, condition: arrays in memory as its data
+    source, see train. overrides: settings by "section.key". Settings that the experiment leaves
+    open, such as the image size of `folder`, are chosen for its data. Raises UserError for an
+    unknown experiment, variant or setting, or a value that does not fit.
     """
     try:
         module = importlib.import_module(f"ntm_jax.experiments.{name}")
@@ -180,7 +230,7 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, **overri
                 raise ValueError(f"{key} is not a setting, did you mean {close}?")
         values.update_from_flattened_dict(overrides)
         if data is not None:
-            values.data.source = _provide(data, labels)
+            values.data.source = _provide(data, labels, condition)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"experiment {name!r}: {first_line(error)}") from None
     config, _ = config_file.complete(values)
@@ -188,37 +238,42 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, **overri
     return config
 
 
-def train(config: Config, workdir: str, *, data=None, labels=None, progress: bool = True,
-          until: int | None = None, tracer=None, writers: Sequence[str] = ()) -> Run | None:
+def train(config: Config, workdir: str, *, data=None, labels=None, condition=None,
+          progress: bool = True, **options) -> Run | None:
     """Trains in a workdir, resuming what it holds, evaluates, and returns the run.
 
-    data: images [n, H, W, C] in memory, uint8 pixels or float32 latents, in place of
-    config.data.source. labels: [n] where there are classes, numbers or names of classes; see
-    sources.from_arrays. progress: shows a progress bar on a terminal, lines elsewhere.
-    until: stops at this step as a preemption would, saving. tracer: an analysis.profile.Trace.
-    writers: where metrics go besides metrics.jsonl and TensorBoard, such as ["wandb:PROJECT"].
+    data: in place of config.data.source, images [n, H, W, C] in memory, uint8 pixels or float32
+    latents, or an array [n, D] of numbers in any units. labels: [n] where there are classes,
+    numbers or names of classes. condition: [n, E] numbers in any units, for
+    config.model.condition=vector. See sources.from_arrays. progress: shows a progress bar on a
+    terminal, lines elsewhere.
+
+    Options:
+      until: stops at this step as a preemption would, saving.
+      tracer: an analysis.profile.Trace.
+      writers: where metrics go besides metrics.jsonl and TensorBoard, such as ["wandb:PROJECT"].
 
     Returns None when stopped early. Raises UserError where configuration, data and workdir do not
     fit together, and for a loss that is not finite.
     """
     if data is not None:
-        config = with_arrays(config, data, labels)
-    finished = loop.train(config, workdir, progress=progress, until=until, tracer=tracer,
-                          writers=writers)
+        config = with_arrays(config, data, labels, condition)
+    finished = loop.train(config, workdir, progress=progress, **options)
     return None if finished is None else _run(finished[0])
 
 
-def with_arrays(config: Config, images, labels=None) -> Config:
+def with_arrays(config: Config, images, labels=None, condition=None) -> Config:
     """The configuration with arrays in memory as its source, which this process can then open.
 
-    images, labels: as in train. Raises UserError like sources.from_arrays.
+    images: `data` of train; labels, condition: as there. Raises UserError like sources.from_arrays.
     """
-    data = dataclasses.replace(config.data, source=_provide(images, labels), image_size=0)
+    data = dataclasses.replace(config.data, source=_provide(images, labels, condition),
+                               image_size=0)
     return dataclasses.replace(config, data=data)
 
 
-def _provide(images, labels) -> str:
+def _provide(images, labels, condition) -> str:
     """Makes arrays a data source that this process can open; its name."""
-    arrays = sources.from_arrays(images, labels)
+    arrays = sources.from_arrays(images, labels, condition=condition)
     sources.provide(arrays)
     return arrays.name

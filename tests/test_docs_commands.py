@@ -161,7 +161,7 @@ WRONG = {
     "train --config=digits": "--workdir must be given",
     "train --config=digits --workdir=x --config.model.widht=3": "there is no widht",
     "train --config=digits --workdir=x --config.train.steps=1e3": "expected a whole number",
-    "train --config=digit --workdir=x": "expected one of captions, default, digits",
+    "train --config=digit --workdir=x": "expected one of arrays, captions, default, digits",
     "train --config=experiments/digit.py --workdir=x": "cannot be read",
     "train --config=digits:cats --workdir=x": "expected ntm or gaussian",
     "train --config=folder:cats --workdir=x": "takes 0 positional arguments",

@@ -78,7 +78,7 @@ def other(key: str, value) -> tuple[str, typing.Any]:
 def test_the_variants_are_found():
     assert ("toy2d", "moons,no-transporter") in CASES
     assert ("flux2_klein", "runlocal-denoiser") in CASES
-    assert len(NAMES) == 19
+    assert len(NAMES) == 20
 
 
 def test_the_settings_are_those_of_the_dataclasses():
@@ -168,7 +168,8 @@ def refusal(*arguments: str, cwd=ROOT) -> str:
 
 def test_an_unknown_name_lists_the_experiments():
     message = refusal("--config=digis")
-    assert message.startswith("error: --config=digis: expected one of captions, default, digits, ")
+    assert message.startswith(
+        "error: --config=digis: expected one of arrays, captions, default, digits, ")
     assert all(f" {name}," in message for name in NAMES)
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from ntm_jax.analysis import chips, hlo
 from ntm_jax.analysis.memory import advice, bytes_per_chip, gib, out_of_memory
-from ntm_jax.core.layers import Text
+from ntm_jax.core.layers import Text, Vector
 from ntm_jax.core.model import exact
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
@@ -136,6 +136,9 @@ def sample_program(run: Run, source: Source) -> Program:
         text = (size, source.text_tokens)
         y = Text(_abstract((*text, source.text_width), jnp.float16, mesh),
                  _abstract(text, jnp.bool_, mesh))
+    if model.config.condition_width:
+        y = Vector(_abstract((size, source.condition_width), jnp.float32, mesh),
+                   _abstract((size,), jnp.bool_, mesh))
     key = _abstract_key()
     params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
     sampler = generate.Sampler(exact(model), run.schedule, run.config.sample.options)

@@ -38,6 +38,7 @@ class ModelConfig:
     # as much as its content.
     transporter_positions_std: float = 0.02
     flat: bool = False  # see layers.Stack
+    condition_width: int = 0  # E of vector conditions; 0 without
     precision: str | None = None  # of float32 products; see layers.precision and exact
 
     def __post_init__(self):

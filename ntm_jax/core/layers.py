@@ -29,10 +29,22 @@ class Text(NamedTuple):
     mask: Any
 
 
+class Vector(NamedTuple):
+    """A condition of continuous numbers: values [B, E], standardised, and whether they are given.
+
+    given: bool [B]; False is the null condition.
+    """
+
+    values: Any  # a jax or NumPy array, or a ShapeDtypeStruct
+    given: Any
+
+
 def null(y, num_classes: int):
-    """The null condition for guidance and dropout, in the shape of y, labels [B] or Text."""
+    """The null condition for guidance and dropout, in the shape of y: labels [B], Text, Vector."""
     if isinstance(y, Text):
         return y._replace(mask=jnp.zeros_like(y.mask))
+    if isinstance(y, Vector):
+        return y._replace(given=jnp.zeros_like(y.given))
     return jnp.full_like(y, num_classes)
 
 
@@ -338,10 +350,11 @@ class Stack(nn.Module):
 
 
 class Condition(nn.Module):
-    """Embeds noise levels, step count, class and pooled text into the modulation of all layers.
+    """Embeds noise levels, step count, class, text and vector into the modulation of all layers.
 
     The modulation is [B, rows, W] (method, section 4). Embeddings are summed at a width of at most
-    512. The pooled text is the mean of a function of each token, zero for the null caption.
+    512. The pooled text is the mean of a function of each token, zero for the null caption. A
+    vector that is not given has a learned embedding.
     """
 
     width: int
@@ -349,12 +362,13 @@ class Condition(nn.Module):
     embed_steps: bool  # the step count, where it varies
     rows: int = 6
     embed_text: bool = False
+    vector_width: int = 0  # E of a Vector
 
     @nn.compact
     def __call__(self, times, steps, y):
         """-> [B, rows, W]. times: noise levels, a tuple of [B]; steps [B]; y: the condition.
 
-        y is labels [B] in 0..num_classes, or Text; a network without either ignores it.
+        y is labels [B] in 0..num_classes, Text or Vector; a network without any ignores it.
         """
         inner = min(self.width, 512)
         scalars = {f"level_{i}": 1000 * t for i, t in enumerate(times)}
@@ -375,6 +389,8 @@ class Condition(nn.Module):
             count = jnp.maximum(jnp.sum(y.mask, 1, keepdims=True), 1)
             mean = jnp.sum(h, 1, where=y.mask[..., None]) / count
             total += dense(inner, ("embed", "embed_out"), jnp.float32, "text_out")(mean)
+        if self.vector_width:
+            total += self._vector(y, inner)
         # Without this constraint XLA's partitioner splits the sum over two mesh axes and gets the
         # loss wrong by 1e-4 and gradients by half.
         total = nn.with_logical_constraint(total, ("batch", "embed_activation"))
@@ -382,6 +398,14 @@ class Condition(nn.Module):
                         scale=0)
         modulation = project(nn.silu(total))
         return modulation.reshape(-1, self.rows, self.width)
+
+    def _vector(self, y: Vector, inner: int):
+        """The embedding [B, inner] of a vector."""
+        h = nn.silu(dense(inner, (None, "embed"), jnp.float32, "vector_in")(y.values))
+        h = dense(inner, ("embed", "embed_out"), jnp.float32, "vector_out")(h)
+        init = partitioned(nn.initializers.normal(0.02 * math.sqrt(inner)), ("embed_out",))
+        nothing = self.param("null_vector", init, (inner,))
+        return jnp.where(y.given[:, None], h, nothing[None])
 
 
 class Positions(nn.Module):

@@ -14,6 +14,9 @@ from jax.scipy.special import log_ndtr
 from ntm_jax.core import trajectory
 from ntm_jax.core.model import Terms, log_prior
 
+# In place of V: continuous data, whose decoder p(x | x_0) is a density.
+UNBINNED = -1
+
 
 def bits_per_dim(nats, dimensions: int):
     """Nats per example -> bits per dimension."""
@@ -36,12 +39,15 @@ def log_discretized_normal(x, mean, scale, pixel_levels: int):
 
 
 def log_reconstruction(x, x_0, t_0, pixel_levels: int):
-    """log p(x | x_0) in nats, [B]: the discretised Gaussian N(x_0/(1-t_0), (t_0/(1-t_0))^2).
+    """log p(x | x_0) in nats, [B]: the Gaussian N(x_0/(1-t_0), (t_0/(1-t_0))^2).
 
-    x and x_0: [B, N, D]; t_0: [B].
+    It is discretised for pixels, and a density with pixel_levels = UNBINNED. x and x_0: [B, N, D];
+    t_0: [B].
     """
     t_0 = trajectory.per_example(t_0, x)
     clean, scale = x_0 / (1 - t_0), t_0 / (1 - t_0)
+    if pixel_levels == UNBINNED:
+        return jnp.sum(trajectory.log_normal(x, clean, scale), (1, 2))
     return jnp.sum(log_discretized_normal(x, clean, scale, pixel_levels), (1, 2))
 
 
@@ -53,11 +59,14 @@ def contributions(terms: Terms, xs, x, t, pixel_levels: int) -> dict:
     With pixel_levels > 0, log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound
     on the probability of discrete pixels. With pixel_levels = 0, for continuous x, it is without
     p(x | x_0) and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. The
-    upper part x_k..x_T of a trajectory gives a bound on the density at t_k.
+    upper part x_k..x_T of a trajectory gives a bound on the density at t_k. With pixel_levels =
+    UNBINNED the weight of continuous x has p(x | x_0) as that of pixels has: a bound on the density
+    of x itself.
 
-    Returns prior [B], predictor and log_det [B, T], forward [B, K], and for pixels reconstruction
-    [B]; log_weight sums them. forward is -log q(x_k | x_{k+1}, x) or, continuous, -log q(x_k |
-    x_{k+1}, x_0), 0 at level 0; its last level is -log q(x_T), which cancels prior.
+    Returns prior [B], predictor and log_det [B, T], forward [B, K], and with p(x | x_0)
+    reconstruction [B]; log_weight sums them. forward is -log q(x_k | x_{k+1}, x) or, without
+    p(x | x_0), -log q(x_k | x_{k+1}, x_0), 0 at level 0; its last level is -log q(x_T), which
+    cancels prior.
     """
     prior = log_prior(xs[:, -1])
     predictor = -(terms.quadratic + terms.log_scale + terms.constant)

@@ -1,7 +1,7 @@
 """NTM: transporter and predictor, wired into the log-likelihood terms of a trajectory.
 
 Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition:
-labels [B], or layers.Text.
+labels [B], layers.Text or layers.Vector.
 """
 
 from typing import Any
@@ -62,13 +62,13 @@ class NTM(nn.Module):
         return self.transporter(x, t, steps, y)
 
     def invert(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
-        """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], sweeps [B, blocks]).
+        """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], sweeps [B, blocks], log|det dx/du| [B]).
 
         x is exact to float32 rounding with config.exact(). how: auto, parallel, sequential; see
         core.transporter.
         """
         if not self.config.transporter_blocks:
-            return u, jnp.zeros((u.shape[0], 0), jnp.int32)
+            return u, jnp.zeros((u.shape[0], 0), jnp.int32), jnp.zeros(u.shape[0])
         return self.transporter.inverse(u, t, steps, y, how, tolerance)
 
     def predict(self, u, t, s, steps, y):
@@ -91,8 +91,7 @@ class NTM(nn.Module):
     def trajectory(self, xs, t, steps, y, reference=None):
         """Terms [B, T] of every factor of trajectories xs [B, K, N, D] at levels t [B, K].
 
-        steps: [B]; y: labels [B] or Text; reference: [B, T, N, D], compared with the means if
-        given.
+        steps: [B]; y: the condition; reference: [B, T, N, D], compared with the means if given.
         """
         batch, count = xs.shape[0], xs.shape[1] - 1
         low, repeated = _fold(t[:, :-1]), repeat((steps, y), count)

@@ -41,7 +41,8 @@ class Trunk(nn.Module):
         keys = None
         if c.text_width:
             hidden, angles, keys = self._after_text(y, hidden, angles)
-        condition = layers.Condition(c.width, c.num_classes, embed_steps, name="condition")
+        condition = layers.Condition(
+            c.width, c.num_classes, embed_steps, vector_width=c.condition_width, name="condition")
         modulation = condition(times, steps, y)
         stack = layers.Stack(
             c.predictor_layers, c.head_size, c.kv_heads, c.mlp_ratio, False, c.dtype,
@@ -90,7 +91,7 @@ class Predictor(Trunk):
     def __call__(self, u, t, s, steps, y):
         """u [B, N, D] at level t [B] -> mean and log-scale of the latent at level s [B] < t.
 
-        Both are [B, N, D], float32. y: labels [B], or Text.
+        Both are [B, N, D], float32. y: labels [B], Text or Vector.
         """
         c = self.config
         t_, s_ = per_example(t, u), per_example(s, u)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ntm_jax.core.flow_matching import guidance_by_step
 from ntm_jax.core.layers import null
-from ntm_jax.core.model import NTM, repeat
+from ntm_jax.core.model import NTM, log_prior, repeat
 from ntm_jax.core.trajectory import example_noise
 from ntm_jax.core.transporter import TOLERANCE
 
@@ -30,6 +30,17 @@ def guide(mean_c, log_scale_c, mean_u, log_scale_u, w):
 
 def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0):
     """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], condition y.
+
+    guidance: see draw_latents.
+    """
+    return draw_latents(model, params, keys, t, y, guidance)[0]
+
+
+def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0):
+    """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], and the log-density of each.
+
+    The log-densities are [B, K] in nats, of the Gaussian that u_k was drawn from; they add up to
+    that of the latents.
 
     guidance: one scale w >= 0, or one for each transition, from u_{T-1} down to u_0. It needs a
     model trained with condition dropout. A transition with w = 0 is predicted once; the others
@@ -53,15 +64,16 @@ def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float
         mean, log_scale = gaussian(*both)
         return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)
 
-    us = [noise[:, count]]
+    us, log_density = [noise[:, count]], [log_prior(noise[:, count])]
     for k, w in zip(reversed(range(count)), scales, strict=True):
         mean, log_scale = predict(us[-1], k, w)
         us.append(mean + jnp.exp(log_scale) * noise[:, k])
-    return jnp.stack(us[::-1], 1)
+        log_density.append(log_prior(noise[:, k]) - jnp.sum(log_scale, (1, 2)))
+    return jnp.stack(us[::-1], 1), jnp.stack(log_density[::-1], 1)
 
 
 def _invert(model: NTM, params, us, t, y, **options):
-    """(x_0..x_{T-1} [B, T, N, D], sweeps [B, T, blocks]) of us [B, K, N, D], as one batch."""
+    """(x_0..x_{T-1} [B, T, N, D], sweeps [B, T, blocks], log|det dx/du| [B, T]), as one batch."""
     batch, count = us.shape[0], us.shape[1] - 1
     fold = us[:, :-1].reshape(batch * count, *us.shape[2:])
     steps, y = jnp.full(batch * count, count), repeat(y, count)
@@ -75,8 +87,13 @@ def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "auto"):
 
     inverse: auto, parallel, sequential; see core.transporter.
     """
-    xs, _ = _invert(model, params, us, t, y, how=inverse)
-    return jnp.concatenate([xs, us[:, -1:]], 1)
+    return invert_with_log_det(model, params, us, t, y, inverse)[0]
+
+
+def invert_with_log_det(model: NTM, params, us, t, y, inverse: str = "auto"):
+    """invert_trajectory's x_0..x_T [B, K, N, D], and log|det dx_k/du_k| [B, K], 0 at level T."""
+    xs, _, log_det = _invert(model, params, us, t, y, how=inverse)
+    return jnp.concatenate([xs, us[:, -1:]], 1), jnp.pad(log_det, ((0, 0), (0, 1)))
 
 
 def invert_level(model: NTM, params, us, t, y, k: int, inverse: str = "auto"):
@@ -99,5 +116,17 @@ def sample(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] =
 
     An image without denoising is x_0 / (1 - t_0).
     """
-    us = sample_latents(model, params, keys, t, y, guidance)
-    return invert_trajectory(model, params, us, t, y, inverse)
+    return sample_with_log_prob(model, params, keys, t, y, guidance, inverse)[0]
+
+
+def sample_with_log_prob(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0,
+                         inverse: str = "auto"):
+    """Trajectories x_0..x_T [B, K, N, D] as of `sample`, and the log-density of every factor.
+
+    The log-densities are [B, K] in nats: of x_k given x_{k+1} and y, and of x_T. Their sum is
+    log p(x_0..x_T | y), or with guidance the log-density of the guided model. They come from the
+    noise and from the inverse itself: the networks are not evaluated again.
+    """
+    us, log_density = draw_latents(model, params, keys, t, y, guidance)
+    xs, log_det = invert_with_log_det(model, params, us, t, y, inverse)
+    return xs, log_density - log_det

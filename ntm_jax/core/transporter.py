@@ -102,7 +102,10 @@ class Block(nn.Module):
         return m[:, 0], g[:, 0], caches
 
     def inverse(self, u, modulation, how, tolerance):
-        """u [B, N, D] -> (x [B, N, D], sweeps over the tokens [B], int32); how: see INVERSES."""
+        """u [B, N, D] -> (x [B, N, D], sweeps over the tokens [B], int32, log|det dx/du| [B]).
+
+        how: see INVERSES.
+        """
         block, variables = self.unbind()  # bound modules cannot be used inside lax control flow
         found = {
             "parallel": functools.partial(
@@ -119,7 +122,8 @@ class Block(nn.Module):
 
         The k-th sweep makes the k-th token exact, whatever the later tokens are, so at most N
         sweeps are needed. An example stops when a sweep changes no number x by more than tolerance
-        max(1, |x|); examples do not depend on each other.
+        max(1, |x|); examples do not depend on each other. The log-determinant is that of the last
+        sweep.
         """
         u, tokens = self._order(u), u.shape[1]
         block, variables = self.unbind()
@@ -128,11 +132,11 @@ class Block(nn.Module):
             return cast(Any, block.apply(variables, x, modulation, method=Block.conditioner))
 
         def more(state):
-            _, going, sweeps = state
+            _, _, going, sweeps = state
             return jnp.any(going) & (jnp.max(sweeps) < tokens)
 
         def sweep(state):
-            x, going, sweeps = state
+            x, log_det, going, sweeps = state
             # A NaN in a masked token would spoil earlier ones (0 NaN = NaN), and so would a square
             # that overflows.
             finite = jnp.where(jnp.abs(x) < HUGE, x, 0.0)
@@ -140,11 +144,14 @@ class Block(nn.Module):
             new = m + jnp.exp(g) * u
             limit = tolerance * jnp.maximum(1, jnp.abs(new))
             settled = jnp.all(jnp.abs(new - x) <= limit, (1, 2))
-            return jnp.where(going[:, None, None], new, x), going & ~settled, sweeps + going
+            log_det = jnp.where(going, jnp.sum(g, (1, 2)), log_det)
+            x = jnp.where(going[:, None, None], new, x)
+            return x, log_det, going & ~settled, sweeps + going
 
         going = jnp.all(jnp.isfinite(u), (1, 2))  # examples with non-finite inputs are not iterated
-        x, _, sweeps = jax.lax.while_loop(more, sweep, (u, going, jnp.zeros(len(u), jnp.int32)))
-        return self._order(x), sweeps
+        state = u, jnp.zeros(len(u)), going, jnp.zeros(len(u), jnp.int32)
+        x, log_det, _, sweeps = jax.lax.while_loop(more, sweep, state)
+        return self._order(x), sweeps, log_det
 
     def _one_by_one(self, u, modulation):
         """Token by token with KV caches: x_n = m_n + exp(g_n) u_n."""
@@ -153,24 +160,25 @@ class Block(nn.Module):
         block, variables = self.unbind()
 
         def step(carry, inputs):
-            x_previous, caches = carry
+            x_previous, log_det, caches = carry
             n, u_n = inputs
             m, g, caches = cast(Any, block.apply(
                 variables, x_previous, weights, modulation, caches, n, method=Block.decode))
             x_n = m + jnp.exp(g) * u_n
-            return (x_n, caches), x_n
+            return (x_n, log_det + jnp.sum(g, 1), caches), x_n
 
         u = jnp.moveaxis(self._order(u), 1, 0)
         empty = jnp.zeros((batch, c.kv_heads, 0, c.head_size), c.transporter_dtype)
-        carry, found, begin = (jnp.zeros((batch, dim)), [(empty, empty)] * len(weights)), [], 0
+        caches, found, begin = [(empty, empty)] * len(weights), [], 0
+        carry = jnp.zeros((batch, dim)), jnp.zeros(batch), caches
         for end in _cache_sizes(tokens):
-            grown = jax.tree.map(lambda a, more=end - begin: _grow(a, more), carry[1])
+            grown = jax.tree.map(lambda a, more=end - begin: _grow(a, more), carry[2])
             n = jnp.arange(begin, end)
-            carry, x = jax.lax.scan(step, (carry[0], grown), (n, u[begin:end]))
+            carry, x = jax.lax.scan(step, (*carry[:2], grown), (n, u[begin:end]))
             found.append(x)
             begin = end
         x = self._order(jnp.moveaxis(jnp.concatenate(found), 0, 1))
-        return x, jnp.full(batch, tokens, jnp.int32)
+        return x, jnp.full(batch, tokens, jnp.int32), carry[1]
 
 
 def _cache_sizes(tokens: int) -> list[int]:
@@ -197,7 +205,8 @@ class Transporter(nn.Module):
     def setup(self):
         c = self.config
         self.condition = layers.Condition(
-            c.transporter_width, c.num_classes, len(c.steps) > 1, embed_text=c.transporter_text)
+            c.transporter_width, c.num_classes, len(c.steps) > 1, embed_text=c.transporter_text,
+            vector_width=c.condition_width)
         self.blocks = [Block(c, i % 2 == 1, self.attention) for i in range(c.transporter_blocks)]
 
     @layers.at_config_precision
@@ -212,13 +221,15 @@ class Transporter(nn.Module):
 
     @layers.at_config_precision
     def inverse(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
-        """u [B, N, D] -> (x [B, N, D] with forward(x) = u, sweeps [B, blocks], int32).
+        """u [B, N, D] -> (x [B, N, D], sweeps [B, blocks], int32, log|det dx/du| [B] in nats).
 
-        how: see INVERSES. tolerance: of the parallel inverse; see Block._all_at_once.
+        forward(x) = u, and forward's log-determinant at x is the negative of this one. how: see
+        INVERSES. tolerance: of the parallel inverse; see Block._all_at_once.
         """
         modulation = self.condition((t,), steps, y)
-        sweeps = []
+        sweeps, log_det = [], jnp.zeros(u.shape[0])
         for block in reversed(self.blocks):
-            u, taken = block.inverse(u, modulation, how, tolerance)
+            u, taken, block_log_det = cast(Any, block.inverse(u, modulation, how, tolerance))
             sweeps.append(taken)
-        return u, jnp.stack(sweeps[::-1], 1)
+            log_det += block_log_det
+        return u, jnp.stack(sweeps[::-1], 1), log_det

@@ -18,7 +18,7 @@ import numpy as np
 
 from ntm_jax import files, typed
 from ntm_jax.data.sources import Source
-from ntm_jax.data.transforms import patchify, scale
+from ntm_jax.data.transforms import patchify, scale, standardise, unpatchify, unscale
 from ntm_jax.errors import UserError
 
 # Grain's default keeps 500 elements ready, and here an element is a complete batch.
@@ -38,8 +38,12 @@ class DataSpec:
     count: the number of records.
     text_tokens, text_width: M and E of the text states; 0 without text.
     text: the encoder that made the text states.
-    mean, std: by channel, what latents were normalised by; empty if they were not.
+    mean, std: by channel, what latents were normalised by; empty if they were not. Of arrays, by
+      column.
     class_names: the name of every class, in the order of the labels; empty if they have none.
+    columns: the columns of an array, of which each record is a row; 0 for images.
+    condition_width: E of the vectors that records are conditioned on; 0 without.
+    condition_mean, condition_std: by number, what these vectors were normalised by.
     """
 
     image_shape: tuple[int, int, int]
@@ -53,6 +57,43 @@ class DataSpec:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     class_names: tuple[str, ...] = ()
+    columns: int = 0
+    condition_width: int = 0
+    condition_mean: tuple[float, ...] = ()
+    condition_std: tuple[float, ...] = ()
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """The shape of a record for users: (H, W, C), or (columns,) of an array."""
+        return (self.columns,) if self.columns else self.image_shape
+
+    @property
+    def log_unit(self) -> float:
+        """log|det| of the map from tokens to an array's own units, in nats; 0 for images."""
+        return float(np.sum(np.log(self.std))) if self.columns else 0.0
+
+    def to_tokens(self, values: np.ndarray) -> np.ndarray:
+        """Records as users have them, [n, *data_shape] -> tokens [n, N, D] float32."""
+        if self.columns:
+            values = standardise(values, self.mean, self.std).reshape(-1, *self.image_shape)
+        x = scale(values, self.pixel_levels) if self.pixel_levels else values.astype(np.float32)
+        return patchify(x, self.patch_size)
+
+    def from_tokens(self, tokens: np.ndarray, own_units: bool = True) -> np.ndarray:
+        """Tokens [..., N, D] -> records as users have them, [..., *data_shape].
+
+        Pixels are uint8, latents float32, arrays float64 in their own units, or as the model has
+        them, standardised in float32, with own_units=False.
+        """
+        values = unpatchify(tokens, self.image_shape, self.patch_size)
+        if self.pixel_levels:
+            return unscale(values, self.pixel_levels)
+        if not self.columns:
+            return values
+        values = values.reshape(*values.shape[:-3], self.columns)
+        if not own_units:
+            return values
+        return np.asarray(values, np.float64) * np.array(self.std) + np.array(self.mean)
 
     @property
     def tokens(self) -> int:
@@ -100,6 +141,10 @@ def spec(source: Source, patch_size: int) -> DataSpec:
         source.mean,
         source.std,
         source.class_names,
+        source.columns,
+        source.condition_width,
+        source.condition_mean,
+        source.condition_std,
     )
 
 
@@ -141,7 +186,7 @@ class _ReadTokens:
 
     def __call__(self, index: int) -> dict[str, np.ndarray | np.generic]:
         record = self.source.records[int(index)]
-        more = {key: record[key] for key in ("text", "text_mask") if key in record}
+        more = {key: record[key] for key in ("text", "text_mask", "condition") if key in record}
         if "rejected" in record:
             more["rejected"] = self._tokens(record["rejected"])
         return {
@@ -175,7 +220,8 @@ class TrainIterator:
 
     Each item is {"x": [b, N, D] float32, pixels in [-1, 1] or latents, "label": [b] int32 (-1
     without labels), "index": [b] int32} and, with text, "text": [b, M, E] float16, zeros after a
-    record's own tokens, and "text_mask": [b, M] bool, true on these. An error is final: the state
+    record's own tokens, and "text_mask": [b, M] bool, true on these; with vectors as conditions,
+    "condition": [b, E] float32. An error is final: the state
     stays that of the last good batch, and every later `next` raises the same error.
     """
 

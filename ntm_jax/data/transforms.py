@@ -28,6 +28,11 @@ def unscale(x, pixel_levels: int) -> np.ndarray:
     return np.rint((np.asarray(x, np.float32) + 1) * top / 2).clip(0, top).astype(np.uint8)
 
 
+def standardise(values, mean, std) -> np.ndarray:
+    """(values - mean) / std, float32, of numbers [..., D] by column."""
+    return ((np.asarray(values, np.float64) - np.array(mean)) / np.array(std)).astype(np.float32)
+
+
 def patchify(image, patch: int):
     """Image [..., H, W, C] -> tokens [..., N, D], NumPy or JAX, any leading axes.
 

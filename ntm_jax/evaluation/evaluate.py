@@ -10,7 +10,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import image_scores, known_density, measures, scoring
 from ntm_jax.evaluation.features import make_extractor
-from ntm_jax.evaluation.report import directions, provenance, summarize, units
+from ntm_jax.evaluation.report import clean_figures, directions, provenance, summarize, units
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run
@@ -66,6 +66,9 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     table = scoring.score_records(run, source, trajectories, progress)
     result = {"step": run.step, "split": split}
     result |= summarize(table, run.spec, trajectories)
+    if run.spec.columns:
+        decoded = scoring.score_records(run, source, trajectories, progress, decoded=True)
+        result |= clean_figures(decoded, run.spec, trajectories)
     result |= _errors(run, source, table)
     if measure:
         figures = measure(run, source, trajectories)

@@ -62,6 +62,13 @@ def summarize(table: dict, spec: DataSpec, trajectories: int) -> dict:
     return result
 
 
+def clean_figures(table: dict, spec: DataSpec, trajectories: int) -> dict:
+    """The bounds on the density of an array itself, from scores with `decoded`, and not at t_0."""
+    found = summarize(table, spec, trajectories)
+    return {"clean_nats_per_dim": found["nats_per_dim"],
+            "clean_effective_sample_size": found["effective_sample_size"]}
+
+
 def provenance(run: Run, source: Source) -> dict:
     """What the figures rest on: data and preparation, levels, checkpoint, settings, packages."""
     config, spec = run.config, run.spec
@@ -97,10 +104,10 @@ def _commit() -> str:
 
 
 LOWER = (  # figures of evaluation.json that are better the lower they are, and the higher
-    "bits_per_dim", "nats_per_dim", "trajectory_nll", "velocity_error", "frechet",
-    "denoising", "denoiser")
-HIGHER = ("effective_sample_size", "class_accuracy", "precision", "recall", "retrieval", "tasks",
-          "reward", "reward_before")
+    "bits_per_dim", "nats_per_dim", "clean_nats_per_dim", "trajectory_nll", "velocity_error",
+    "frechet", "denoising", "denoiser")
+HIGHER = ("effective_sample_size", "clean_effective_sample_size", "class_accuracy", "precision",
+          "recall", "retrieval", "tasks", "reward", "reward_before")
 
 
 def directions(result: dict) -> dict:
@@ -139,6 +146,11 @@ def _likelihood_rows(result: dict, unit: str) -> list[tuple]:
     rows = [(f"bound, {name}", bound)]
     rows += [(f"importance-weighted bound ({k} trajectories), {name}", value)
              for k, value in weighted["by_trajectories"].items()]
+    if "clean_nats_per_dim" in result:
+        clean = result["clean_nats_per_dim"]
+        rows.append(("bound on the data's own density, nats/dim", clean["bound"]))
+        rows.append((f"importance-weighted bound on it ({weighted['trajectories']} trajectories), "
+                     "nats/dim", clean["importance_weighted"]))
     rows.append(("effective sample size", result["effective_sample_size"]))
     rows.append(("trajectory NLL, nats/dim", result["trajectory_nll"]))
     if "truth" in result:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core import likelihood, trajectory
-from ntm_jax.core.layers import Text
 from ntm_jax.core.model import exact
 from ntm_jax.core.trajectory import Schedule
-from ntm_jax.data import pipeline, transforms
+from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.progress import track
@@ -58,26 +57,34 @@ def weigh_batch(params, root, batch, *, schedule: Schedule, model, pixel_levels:
     return likelihood.weigh(terms, draw, x, t, pixel_levels, trajectories)
 
 
-def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = None) -> dict:
+def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = None,
+                decoded: bool = False) -> dict:
     """likelihood.weigh of this process's share of a batch -> global arrays.
 
     batch: x, its condition, index and mask, of which the last two are kept. seed: the run's by
-    default.
+    default. decoded: of continuous data, bounds the density of the data itself, not of the data
+    noised to t_0. The bounds on the density of an array are in its own units.
     """
+    pixel_levels = run.spec.pixel_levels or (likelihood.UNBINNED if decoded else 0)
     seed = run.config.seed if seed is None else seed
     batch = sharding.to_global(batch, run.mesh)
     kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
     with sharding.use(run.mesh):
         result = weigh_batch(
             run.params, jax.random.key(seed), batch | {"index": kept["index"]},
-            schedule=run.schedule, model=exact(run.model), pixel_levels=run.spec.pixel_levels,
+            schedule=run.schedule, model=exact(run.model), pixel_levels=pixel_levels,
             trajectories=trajectories, steps=run.config.evaluation_steps)
+    if run.spec.columns:
+        result |= {name: result[name] - run.spec.log_unit
+                   for name in ("bound", "importance_weighted", "weighted")}
     return result | kept
 
 
-def score_records(run: Run, source: Source, trajectories: int, progress: bool = False) -> dict:
+def score_records(run: Run, source: Source, trajectories: int, progress: bool = False,
+                  decoded: bool = False) -> dict:
     """The scores of every record of a split, {name: [records, ...]}; see likelihood.weigh."""
-    return map_records(run, source, lambda part: score_batch(run, part, trajectories), progress)
+    return map_records(
+        run, source, lambda part: score_batch(run, part, trajectories, None, decoded), progress)
 
 
 def map_records(run: Run, source: Source, score, progress: bool = False) -> dict:
@@ -136,28 +143,25 @@ def per_record(run: Run, source: Source, compute) -> dict:
     return {name: values for name, values in found.items() if name != "index"}
 
 
-def log_prob(run: Run, images, condition, trajectories: int, seed: int | None = None) -> np.ndarray:
+def log_prob(run: Run, images, condition, trajectories: int, seed: int | None = None,
+             decoded: bool = False) -> np.ndarray:
     """The importance-weighted lower bound on log p(image | condition) in nats, [n].
 
-    images: [n, H, W, C], integers 0..V-1; condition: labels [n] or Text. For continuous latents it
-    bounds the density of the image noised to t_0, with noise keyed by the seed.
+    images: [n, H, W, C], integers 0..V-1, or rows [n, D] of an array in its units; condition:
+    labels [n], Text or Vector. Of continuous data it bounds the density of the data noised to t_0,
+    with noise keyed by the seed, or with `decoded` that of the data itself.
 
     Raises UserError for images of another shape.
     """
     images, spec = np.asarray(images), run.spec
-    if images.shape[1:] != spec.image_shape:
-        raise UserError(f"images have shape {images.shape}: expected "
-                        f"[n, {', '.join(map(str, spec.image_shape))}]")
-    levels = spec.pixel_levels
-    x = transforms.scale(images, levels) if levels else images.astype(np.float32)
-    x = transforms.patchify(x, spec.patch_size)
-    batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)}
-    if isinstance(condition, Text):
-        batch |= {"text": condition.states, "text_mask": condition.mask}
-    else:
-        batch |= {"label": condition}
+    if images.shape[1:] != spec.data_shape:
+        name = "data have" if spec.columns else "images have"
+        raise UserError(f"{name} shape {images.shape}: expected "
+                        f"[n, {', '.join(map(str, spec.data_shape))}]")
+    x = spec.to_tokens(images)
+    batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)} | build.condition_arrays(condition)
     shards = sharding.batch_shards(run.mesh)
     size = -(-len(x) // shards) * shards
     batch = {name: np.resize(values, (size, *values.shape[1:])) for name, values in batch.items()}
-    result = score_batch(run, batch, trajectories, seed)
+    result = score_batch(run, batch, trajectories, seed, decoded)
     return sharding.to_host(result["importance_weighted"])[: len(x)]

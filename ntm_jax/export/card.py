@@ -16,6 +16,9 @@ from ntm_jax.runtime.run import Run
 CONDITIONS = {
     "class": ("label", "label = index % {classes}  # each of the {classes} classes in turn"),
     "none": ("label", "label = np.zeros(number, np.int32)  # ignored: the model has no condition"),
+    "vector": ("condition", """\
+condition = np.zeros((number, {vector}), np.float32)  # the training conditions' mean, standardised
+"""),
     "text": ("text, text_mask", """\
 text = np.zeros((number, {tokens}, {width}), np.float16)  # a text encoder's states, then zeros
 text_mask = np.zeros((number, {tokens}), bool)  # true at its tokens; nowhere: the null caption"""),
@@ -40,7 +43,7 @@ images = images * np.float32(spec["std"]) + np.float32(spec["mean"])  # as the a
 """
 # The Hub's names of tasks, and of data sets that sources read.
 TASKS = {"class": "unconditional-image-generation", "none": "unconditional-image-generation",
-         "text": "text-to-image"}
+         "text": "text-to-image", "vector": "other"}
 DATASETS = {"mnist_5k": "ylecun/mnist"}
 # The front matter is what the Hugging Face Hub reads.
 CARD = """---
@@ -107,7 +110,7 @@ def example(run: Run) -> str:
         seed=run.config.seed, names=names,
         meaning=MEANING[spec.pixel_levels > 0].format(top=spec.pixel_levels - 1),
         condition=condition.format(classes=run.model.config.num_classes, tokens=spec.text_tokens,
-                                   width=spec.text_width),
+                                   width=spec.text_width, vector=spec.condition_width),
         unscale=UNSCALE if scaled else "", json="import json\n\n" if scaled else "")
 
 
@@ -121,7 +124,8 @@ def markdown(run: Run, parameters: int, platforms) -> str:
         more = ", ..." if len(spec.class_names) > NAMES_SHOWN else ""
         classes += f": {', '.join(spec.class_names[:NAMES_SHOWN])}{more}"
     conditions = {"class": classes, "none": "none",
-                  "text": "the states of a text encoder"}
+                  "text": "the states of a text encoder",
+                  "vector": f"vectors of {spec.condition_width} numbers"}
     dataset = DATASETS.get(config.data.source)
     return CARD.format(
         task=TASKS[config.model.condition],

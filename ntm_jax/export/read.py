@@ -202,9 +202,14 @@ def _exported_spec(values: dict) -> DataSpec:
         raise UserError(f"spec.image_shape is {spec.image_shape}, spec.patch_size "
                         f"{spec.patch_size}: expected a patch that divides the image")
     numbers = (math.prod(spec.image_shape), spec.pixel_levels, spec.num_classes, spec.count,
-               spec.text_tokens, spec.text_width)
+               spec.text_tokens, spec.text_width, spec.condition_width)
     largest = configuration.LARGEST_SIZE
     if min(numbers) < 0 or max(numbers) > largest or len(spec.mean) != len(spec.std):
         raise UserError(f"spec has a number below 0 or above {largest}, or not as many means as "
                         "standard deviations")
+    vectors = {len(spec.condition_mean), len(spec.condition_std), spec.condition_width}
+    if spec.columns not in (0, numbers[0]) or len(vectors) > 1 or (
+            spec.columns and len(spec.std) != spec.columns):
+        raise UserError("spec has other numbers of columns, or of a condition's numbers, than "
+                        "means and standard deviations")
     return spec

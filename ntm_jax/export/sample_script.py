@@ -94,6 +94,9 @@ def condition(about: dict, index: np.ndarray, labels=None) -> tuple[np.ndarray, 
         # A mask that is true nowhere is the null caption.
         tokens, width = spec["text_tokens"], spec["text_width"]
         return np.zeros((number, tokens, width), np.float16), np.zeros((number, tokens), bool)
+    if kind == "vector":
+        # Standardised by spec["condition_mean"] and spec["condition_std"]: their mean is 0.
+        return (np.zeros((number, spec["condition_width"]), np.float32),)
     if kind == "class":
         labels = np.arange(spec["num_classes"], dtype=np.int32) if labels is None else labels
         return (labels[index % len(labels)],)  # each class in turn

@@ -24,7 +24,7 @@ import safetensors.numpy
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.core.layers import Text
+from ntm_jax.core.layers import Text, Vector
 from ntm_jax.core.model import exact
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec, spec_to_json
@@ -61,7 +61,9 @@ def programs(run: Run) -> dict:
     latents: those of sampling.generate.sample_at.
     log_likelihood(parameters, seed, index, images, condition) -> evaluation.scoring.log_prob, nats
     [b], with noise keyed by index.
-    parameters are flattened; condition is label [b], or text [b, M, E] and text_mask [b, M].
+    parameters are flattened; condition is label [b], text [b, M, E] and text_mask [b, M], or
+    vectors [b, E]. Vectors, and an array's rows [b, D], which take the place of images, are
+    standardised.
 
     Each is a vmap of one example's program: core asks for the length of its batches, which the
     symbolic b does not have.
@@ -73,6 +75,8 @@ def programs(run: Run) -> dict:
 def _one(run: Run, condition: tuple):
     """One example's condition, from its arrays, as a batch of one."""
     condition = tuple(a[None] for a in condition)
+    if run.model.config.condition_width:
+        return Vector(condition[0], jnp.ones(1, bool))
     return Text(*condition) if run.model.config.text_width else condition[0]
 
 
@@ -86,6 +90,8 @@ def _sampler(run: Run):
 
     def images(tokens):
         values = transforms.unpatchify(tokens, spec.image_shape, spec.patch_size)
+        if spec.columns:
+            return values.reshape(-1, spec.columns)
         if not spec.pixel_levels:
             return values
         top = spec.pixel_levels - 1
@@ -112,15 +118,12 @@ def _log_likelihood(run: Run):
         x, levels = pixels, spec.pixel_levels
         if levels:  # a table, since XLA's division by a constant may differ from NumPy's by a bit
             x = jnp.asarray(transforms.scale(np.arange(levels), levels))[pixels]
+        x = x.reshape(-1, *spec.image_shape) if spec.columns else x
         x = transforms.patchify(x, spec.patch_size)
 
         def example(x, index, *condition):
             y = _one(run, condition)
-            batch = {"x": x[None], "index": index[None]}
-            if isinstance(y, Text):
-                batch |= {"text": y.states, "text_mask": y.mask}
-            else:
-                batch |= {"label": y}
+            batch = {"x": x[None], "index": index[None]} | build.condition_arrays(y)
             return scoring.weigh_batch(
                 params, root, batch, schedule=run.schedule, model=model, pixel_levels=levels,
                 trajectories=run.config.evaluate.trajectories,
@@ -141,11 +144,13 @@ def _arguments(run: Run, images: bool) -> dict:
              "index": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     if images:
         dtype = jnp.uint8 if spec.pixel_levels else jnp.float32
-        found["images"] = jax.ShapeDtypeStruct((batch, *spec.image_shape), dtype)
+        found["images"] = jax.ShapeDtypeStruct((batch, *spec.data_shape), dtype)
     return found | _condition_arguments(run, spec, batch)
 
 
 def _condition_arguments(run: Run, spec: DataSpec, batch) -> dict:
+    if run.model.config.condition_width:
+        return {"condition": jax.ShapeDtypeStruct((batch, spec.condition_width), jnp.float32)}
     if not run.model.config.text_width:
         return {"label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
     tokens = (batch, spec.text_tokens)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ntm_jax import backbones
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.layers import Text, plain_attention
+from ntm_jax.core.layers import Text, Vector, plain_attention
 from ntm_jax.core.model import NTM
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.data.pipeline import DataSpec
@@ -28,7 +28,8 @@ def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM
     condition, dtype = settings.pop("condition"), jnp.dtype(settings.pop("dtype"))
     backbone = backbones.find(settings.pop("backbone"))
     for kind, present, name in (("class", spec.num_classes, "labels"),
-                                ("text", spec.text_width, "text")):
+                                ("text", spec.text_width, "text"),
+                                ("vector", spec.condition_width, "vectors as conditions")):
         if condition == kind and not present:
             raise UserError(f"config.model.condition is {kind}, and {config.data.source} has no "
                             f"{name}: set it to none")
@@ -40,6 +41,7 @@ def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM
             grid=(rows, columns), dim=spec.dim, steps=config.trajectory.steps,
             num_classes=spec.num_classes if condition == "class" else 0,
             text_width=spec.text_width if condition == "text" else 0,
+            condition_width=spec.condition_width if condition == "vector" else 0,
             dtype=dtype, transporter_dtype=dtype,
             flat=not config.model.scan and config.mesh.sequence == 1)
     except ValueError as error:
@@ -65,10 +67,19 @@ def plain(model):
 
 
 def condition(model: NTM | Predictor, batch: dict):
-    """The condition of a batch's examples: text if the model is trained on text, else labels."""
+    """The condition of a batch's examples: text or vectors as the model is trained, else labels."""
     if model.config.text_width:
         return Text(batch["text"], batch["text_mask"])
+    if model.config.condition_width:
+        return Vector(batch["condition"], jnp.ones(batch["condition"].shape[:1], bool))
     return batch["label"]
+
+
+def condition_arrays(y) -> dict:
+    """The arrays of a batch that hold the condition y: the inverse of `condition`."""
+    if isinstance(y, Text):
+        return {"text": y.states, "text_mask": y.mask}
+    return {"condition": y.values} if isinstance(y, Vector) else {"label": y}
 
 
 def initial_params(model: NTM | Predictor, key) -> dict:
@@ -80,7 +91,8 @@ def initial_params(model: NTM | Predictor, key) -> dict:
     else:  # a denoiser
         inputs = jnp.zeros((1, c.tokens, c.dim)), t[:, 0], jnp.zeros(1)
     text = Text(jnp.zeros((1, 1, c.text_width)), jnp.zeros((1, 1), bool))
-    y = text if c.text_width else jnp.zeros(1, jnp.int32)
+    vector = Vector(jnp.zeros((1, c.condition_width)), jnp.ones(1, bool))
+    y = text if c.text_width else vector if c.condition_width else jnp.zeros(1, jnp.int32)
     return cast(dict, model.init(key, *inputs, jnp.full(1, steps), y))
 
 

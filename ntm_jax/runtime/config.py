@@ -32,6 +32,7 @@ class Data:
     workers: int
     mock: str
     text: str = ""
+    token_size: int = 1
 
     def open(self, split: str, setting: str = "") -> Source:
         """A split of the source. Raises UserError like sources.open_source.
@@ -39,7 +40,8 @@ class Data:
         setting: the setting that names the split, which an error about it then names.
         """
         try:
-            return sources.open_source(self.source, split, self.image_size, self.text)
+            return sources.open_source(
+                self.source, split, self.image_size, self.text, self.token_size)
         except sources.SplitError as error:
             raise UserError(f"{setting}: {error}" if setting else str(error)) from None
 
@@ -223,7 +225,7 @@ CHOICES = {
     "trajectory.schedule": ("linear", "shifted"),
     "model.positions": ("learned", "rotary"),
     "model.head": ("direct", "preconditioned", "posterior"),
-    "model.condition": ("none", "class", "text"),
+    "model.condition": ("none", "class", "text", "vector"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT),
     "sample.decoder": ("inverse", "score", "denoiser", *SOLVERS),

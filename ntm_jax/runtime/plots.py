@@ -176,6 +176,22 @@ def points_picture(points, levels, extent: float, out_png) -> None:
     save_figure(plot, out_png)
 
 
+def columns_picture(real, samples, out_png, most: int = 5) -> None:
+    """Draws the first columns of held-out rows [n, D] and of samples [m, D], and their pairs."""
+    count = min(np.shape(real)[1], most)
+    plot, axes = figure(2 * count + 1, 2 * count + 0.6, count, count)
+    for row, column in np.ndindex(count, count):
+        panel = axes[row, column]
+        for name, values in (("held out", real), ("samples", samples)):
+            if row == column:
+                panel.hist(values[:, row], 30, density=True, histtype="step", label=name)
+            elif row > column:
+                panel.scatter(values[:, column], values[:, row], s=2, linewidths=0, alpha=0.5)
+        panel.set_axis_on() if row >= column else panel.set_axis_off()
+    plot.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right")
+    save_figure(plot, out_png)
+
+
 def metric_points(lines: list[dict], key: str) -> tuple[list, list]:
     """(steps, values) of the metrics' lines that have a finite value under the key."""
     pairs = [(line["step"], line[key]) for line in lines

@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import math
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core import denoising, flow_matching, layers, sampling
-from ntm_jax.core.layers import Text, null
+from ntm_jax.core.layers import Text, Vector, null
 from ntm_jax.core.model import NTM, exact
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, per_example
@@ -37,12 +38,33 @@ class Sampler:
     denoiser: Predictor | None = None  # of the decoder `denoiser`
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "with_levels"))
+class Drawn(NamedTuple):
+    """Samples, their levels, and the log-density of their trajectories.
+
+    samples: [n, H, W, C], integers 0..V-1 or float32 latents, or [n, D] of arrays in their units.
+    levels: x_T..x_0 from pure noise down, [n, K, ...] float32, as the model has them: pixels in
+      [-1, 1], arrays standardised.
+    log_prob_by_factor: [n, K] float32, nats, from pure noise down: log p(x_T), then
+      log p(x_k | x_{k+1}, y). They are densities of the levels, of arrays in standardised units.
+    """
+
+    samples: np.ndarray
+    levels: np.ndarray
+    log_prob_by_factor: np.ndarray
+
+    @property
+    def log_prob(self) -> np.ndarray:
+        """log p(x_0..x_T | y) of every sample, [n] float64, nats."""
+        return self.log_prob_by_factor.sum(-1, dtype=np.float64)
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "with_levels", "with_log_prob"))
 def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sampler,
-                    with_levels: bool = False):
+                    with_levels: bool = False, with_log_prob: bool = False):
     """Clean tokens [B, N, D] of the image indices [B] on condition y.
 
-    with_levels: also returns x_0..x_T [B, K, N, D]; None otherwise.
+    with_levels: also returns x_0..x_T [B, K, N, D]; None otherwise. with_log_prob: returns a third
+    array, the log-densities [B, K] of core.sampling.sample_with_log_prob.
     """
     model, schedule, options = sampler.model, sampler.schedule, sampler.options
     keys = example_keys(root, "sample", index)
@@ -56,10 +78,11 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sa
                 noise, t, y, nothing, options.guidance, options.decoder == "heun")
         return xs[:, 0], xs if with_levels else None
     t = schedule.fixed_levels(options.steps, len(index))
-    us = sampling.sample_latents(model, params, keys, t, y, options.guidance)
+    us, log_density = sampling.draw_latents(model, params, keys, t, y, options.guidance)
     xs = None
-    if with_levels or options.decoder == "score":
-        xs = sampling.invert_trajectory(model, params, us, t, y, options.inverse)
+    if with_levels or with_log_prob or options.decoder == "score":
+        xs, log_det = sampling.invert_with_log_det(model, params, us, t, y, options.inverse)
+        log_density -= log_det
     if options.decoder == "denoiser":
         x = denoising.denoise(exact(sampler.denoiser), denoiser_params, us[:, 0], t[:, 0],
                               options.steps, y)
@@ -69,7 +92,8 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sa
         x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
             model, params, us, t, y, 0, options.inverse)
         x = x_0 / (1 - per_example(t[:, 0], x_0))
-    return x, xs if with_levels else None
+    found = x, xs if with_levels else None
+    return (*found, log_density) if with_log_prob else found
 
 
 @functools.lru_cache(maxsize=2)
@@ -81,23 +105,29 @@ def _records(data, split: str):
 def conditions(run: Run, index):
     """The default condition of these image indices.
 
-    The classes in turn, or the texts of the held-out records in turn.
+    The classes in turn, or the texts or vectors of the held-out records in turn.
     """
     model = run.model.config
-    if not model.text_width:
+    if not (model.text_width or model.condition_width):
         return index % max(model.num_classes, 1)
     records = _records(run.config.data, run.config.evaluate.split)
     chosen = [records[int(i) % len(records)] for i in index]
+    if model.condition_width:
+        values = np.stack([record["condition"] for record in chosen])
+        return Vector(values, np.ones(len(values), bool))
     return Text(*(np.stack([record[name] for record in chosen]) for name in ("text", "text_mask")))
 
 
 def check_condition(run: Run, n: int, label):
-    """The condition of n images as arrays: labels [n], or Text for a model of texts.
+    """The condition of n images as arrays: labels [n], or the Text or Vector of such a model.
 
-    label: one label, labels [n], integers or names of classes, or Text with states [n, M, E] and
-    mask [n, M]. Raises UserError where it does not fit the model.
+    label: one label, labels [n], integers or names of classes; Text with states [n, M, E] and mask
+    [n, M]; one vector [E] or vectors [n, E] in their own units. Raises UserError where it does not
+    fit the model.
     """
     classes, width = run.model.config.num_classes, run.model.config.text_width
+    if run.model.config.condition_width:
+        return _check_vector(run, n, label)
     if width:
         fits = isinstance(label, Text) and np.shape(label.states)[::2] == (n, width)
         if not fits or np.shape(label.mask) != label.states.shape[:2]:
@@ -124,33 +154,78 @@ def check_condition(run: Run, n: int, label):
     return label
 
 
+def _check_vector(run: Run, n: int, condition) -> Vector:
+    """Vectors [E] or [n, E] in their own units, standardised as the condition of n records."""
+    width, spec = run.model.config.condition_width, run.spec
+    expected = f"expected {width} numbers [{width}], or [{n}, {width}]"
+    if condition is None:
+        raise UserError("no condition is given, and the model is conditioned on vectors: "
+                        f"{expected}")
+    values = np.asarray(condition)
+    if values.dtype.kind not in "fiu" or values.shape not in ((width,), (1, width), (n, width)):
+        raise UserError(f"condition is {values.dtype} {list(values.shape)}: {expected}")
+    if not np.isfinite(values).all():
+        raise UserError("condition holds a number that is not finite")
+    values = transforms.standardise(values, spec.condition_mean, spec.condition_std)
+    return Vector(np.broadcast_to(values, (n, width)), np.ones(n, bool))
+
+
+def own_conditions(run: Run, y: Vector) -> np.ndarray:
+    """Standardised vectors in their own units, [n, E] float64."""
+    spec = run.spec
+    return np.asarray(y.values, np.float64) * np.array(spec.condition_std) + np.array(
+        spec.condition_mean)
+
+
 def sample_at(run: Run, index, condition=None, options: SampleOptions | None = None,
               seed: int | None = None, with_levels: bool = False):
-    """The images of these indices [n] on a condition, labels [n] or Text; see conditions.
+    """The images of these indices [n] on a condition, labels [n], Text or Vector; see conditions.
 
     options and seed: the configuration's by default. Returns images [n, H, W, C], uint8 0..V-1, or
-    float32 latents; with_levels also the levels from pure noise down, [n, K, H, W, C].
+    float32 latents, or rows [n, D] of an array in its units; with_levels also the levels from pure
+    noise down, [n, K, ...], of an array in standardised units.
+    """
+    spec = run.spec
+    x, xs = _tokens_at(run, index, condition, options, seed, with_levels=with_levels)
+    if not with_levels:
+        return spec.from_tokens(x)
+    return spec.from_tokens(x), spec.from_tokens(xs, own_units=False)[:, ::-1]
+
+
+def draw_at(run: Run, index, condition=None, options: SampleOptions | None = None,
+            seed: int | None = None) -> Drawn:
+    """The samples of sample_at, with their levels and the log-density of their trajectories.
+
+    Raises UserError for an ODE's solver, whose samples have no such density.
     """
     options, spec = options or run.config.sample.options, run.spec
+    if options.decoder in SOLVERS:
+        raise UserError(f"decoder={options.decoder} solves an ODE, whose samples have no "
+                        "trajectory density: sample without the log-density")
+    x, xs, log_density = _tokens_at(run, index, condition, options, seed, with_levels=True,
+                                    with_log_prob=True)
+    levels = transforms.unpatchify(xs, spec.image_shape, spec.patch_size)[:, ::-1]
+    return Drawn(spec.from_tokens(x), levels.reshape(*levels.shape[:2], *spec.data_shape),
+                 log_density[:, ::-1])
+
+
+def _tokens_at(run: Run, index, condition, options, seed: int | None, with_levels: bool,
+               **wanted) -> list:
+    """generate_tokens of these indices [n], on the host."""
+    options = options or run.config.sample.options
     check_decoder(run, options.decoder)
     denoiser = run.denoiser if options.decoder == "denoiser" else None
     sampler = Sampler(exact(run.model), run.schedule, options, denoiser and denoiser.module)
     index = np.asarray(index, np.int32)
     y = conditions(run, index) if condition is None else condition
-    y = y if isinstance(y, Text) else np.asarray(y, np.int32)
+    y = y if isinstance(y, (Text, Vector)) else np.asarray(y, np.int32)
     placed, y = sharding.place((index, y), run.mesh)
     with sharding.use(run.mesh):  # score denoising has the levels anyway: the same program
-        x, xs = generate_tokens(
+        found = generate_tokens(
             run.params, jax.random.key(run.config.seed if seed is None else seed), placed, y,
             denoiser and denoiser.params, sampler=sampler,
-            with_levels=with_levels or options.decoder == "score")
-
-    def images(tokens):
-        values = sharding.to_host(tokens)[: len(index)]
-        values = transforms.unpatchify(values, spec.image_shape, spec.patch_size)
-        return transforms.unscale(values, spec.pixel_levels) if spec.pixel_levels else values
-
-    return (images(x), images(xs)[:, ::-1]) if with_levels else images(x)
+            with_levels=with_levels or options.decoder == "score", **wanted)
+    return [part if part is None else sharding.to_host(part)[: len(index)] for part in found]
 
 
 def override(config: Config, **given) -> SampleOptions:
@@ -212,3 +287,19 @@ def parse_guidance(scales) -> float | tuple[float, ...] | None:
     if not all(map(math.isfinite, scales)):
         raise UserError("--guidance takes a number, or one for each step, such as 1,0.5,0,0")
     return scales[0] if len(scales) == 1 else scales
+
+
+def parse_vectors(texts) -> tuple[tuple[float, ...], ...] | None:
+    """Texts such as 0.5,-1.2 -> vectors; None without texts.
+
+    Raises UserError for a text that does not hold finite numbers.
+    """
+    if not texts:
+        return None
+    try:
+        vectors = tuple(tuple(map(float, text.split(","))) for text in texts)
+    except ValueError:
+        vectors = ((math.nan,),)
+    if not all(math.isfinite(number) for vector in vectors for number in vector):
+        raise UserError("--condition takes numbers separated by commas, such as 0.5,-1.2")
+    return vectors

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import time
+from typing import cast
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ntm_jax import files
+from ntm_jax.core.layers import Vector
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError
 from ntm_jax.progress import track
@@ -42,6 +44,8 @@ class SampleRequest:
     decoder: str | None = None
     inverse: str | None = None
     seed: int | None = None
+    log_prob: bool = False  # also writes the log-density of every trajectory
+    condition: tuple[tuple[float, ...], ...] | None = None  # vectors, in turn over the samples
 
     @property
     def per_prompt(self) -> int:
@@ -58,9 +62,11 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     """Writes images of a run into a folder, and prints how many and how fast.
 
     PNG files; grid.png; samples.npz, in ADM's layout: arr_0 uint8 [n, H, W, 3], or latents as they
-    are, arr_1 labels or prompts' numbers; with save_trajectories trajectories.npz: arr_0
-    [n, K, H, W, C] from pure noise down, which an autoencoder does not decode; for prompts
-    contact_sheet.png and prompts.jsonl.
+    are, arr_1 labels, prompts' numbers or vectors; with log_prob also log_prob [n] and
+    log_prob_by_factor [n, K] from pure noise down, in nats; with save_trajectories
+    trajectories.npz: arr_0 [n, K, H, W, C] from pure noise down, which an autoencoder does not
+    decode, and with log_prob as the model has them; for prompts contact_sheet.png and
+    prompts.jsonl. Of an array only samples.npz, with arr_0 [n, D] in its own units.
 
     What a stopped call has written is kept, and the rest is made, bit for bit as an uninterrupted
     call makes it. Raises UserError where the folder holds anything else, other samples among it;
@@ -103,6 +109,7 @@ class _Work:
         if request.labels and run.model.config.text_width:
             raise UserError(f"--labels are given, and the model of {run.workdir} is conditioned on "
                             "text: give --prompts")
+        self.vectors = self._vectors()
         self.labels = None
         if request.labels:
             labels = generate.check_condition(run, len(request.labels), request.labels)
@@ -129,7 +136,26 @@ class _Work:
             "--prompts": request.prompts and _described(request.prompts),
             "--encoder": self.encoder and self.encoder.name, "--steps": request.steps,
             "--guidance": request.guidance, "--decoder": request.decoder,
-            "--inverse": request.inverse, "--seed": request.seed}
+            "--inverse": request.inverse, "--seed": request.seed,
+            "--log_prob": request.log_prob or None,
+            "--condition": request.condition and [list(vector) for vector in request.condition]}
+
+    def _vectors(self) -> Vector | None:
+        """The vectors of all samples, or None."""
+        run, given = self.run, self.request.condition
+        if not run.model.config.condition_width:
+            if given:
+                raise UserError(f"--condition is given, and the model of {run.workdir} is not "
+                                "conditioned on vectors: leave it out")
+            return None
+        if not given:
+            return cast(Vector, generate.conditions(run, np.arange(self.request.num)))
+        if len({len(vector) for vector in given}) > 1:
+            raise UserError("--condition has vectors of different lengths: expected "
+                            f"{run.model.config.condition_width} numbers in each")
+        y = generate.check_condition(run, len(given), np.array(given))
+        return jax.tree.map(
+            lambda a: np.resize(a, (self.request.num, *np.shape(a)[1:])), y)
 
     def write_batch(self, folder, number: int, index) -> None:
         """Makes the images of these indices and writes their files."""
@@ -138,49 +164,70 @@ class _Work:
         if request.prompts:
             texts = [request.prompts[i // request.per_prompt].text for i in index]
             y = prompts.states(self.encoder, texts)
-        found = generate.sample_at(run, index, y, self.options, request.seed,
-                                   request.save_trajectories)
+        if self.vectors:
+            y = jax.tree.map(lambda a: a[index], self.vectors)
+        images, levels, density = self._draw(index, y)
         if jax.process_index():
             return
-        images, *levels = found if isinstance(found, tuple) else (found,)
         if self.autoencoder:
             mean, std = np.asarray(run.spec.mean or 0), np.asarray(run.spec.std or 1)
             images = images * std.astype(np.float32) + mean.astype(np.float32)
             images = self.autoencoder.decode(images)
         paths = [prompts.image_path(folder, request.layout, i, request.per_prompt, request.num)
                   for i in index]
-        for path, image in zip(paths, plots.displayable(images, self.pixel_levels), strict=True):
+        shown = () if run.spec.columns else plots.displayable(images, self.pixel_levels)
+        for path, image in zip(paths, shown, strict=False):
             plots.save_png(path, image)
         # Written last and atomically: its presence marks the batch as complete.
         with files.aside(_part(folder, number)) as file:
-            np.savez(file, images, *levels)
+            np.savez(file, images, *levels, **density)
+
+    def _draw(self, index, y) -> tuple[np.ndarray, list, dict]:
+        """(samples of these indices, their levels if asked for, their log-density if asked for)."""
+        run, request = self.run, self.request
+        if request.log_prob:
+            drawn = generate.draw_at(run, index, y, self.options, request.seed)
+            levels = [drawn.levels] if request.save_trajectories else []
+            return drawn.samples, levels, {"log_prob_by_factor": drawn.log_prob_by_factor}
+        found = generate.sample_at(run, index, y, self.options, request.seed,
+                                   request.save_trajectories)
+        images, *levels = found if isinstance(found, tuple) else (found,)
+        return images, levels, {}
 
     def gather(self, folder, batches: int) -> None:
         """Writes the files of all images from those of the batches, which it removes."""
         run, request = self.run, self.request
-        arrays = []
+        parts = []
         for number in range(batches):
             path = _part(folder, number)
             with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
-                arrays.append([part[name] for name in part.files])
-        images, *levels = (np.concatenate(a) for a in zip(*arrays, strict=True))
-        shown = plots.displayable(images, self.pixel_levels)
-        if levels:
+                parts.append(dict(part))
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        stored = images = arrays["arr_0"]
+        if "arr_1" in arrays:
+            levels, pixels = arrays["arr_1"], 0 if request.log_prob else run.spec.pixel_levels
             with files.aside(folder / "trajectories.npz") as file:
-                pixels = run.spec.pixel_levels
-                np.savez(file, plots.displayable(levels[0], pixels) if pixels else levels[0])
-        plots.save_png(folder / "grid.png", plots.picture(images[:100], self.pixel_levels))
-        if request.prompts:
-            prompts.write_pictures(folder, request.layout, request.prompts, shown)
-        stored = shown if self.pixel_levels else images
-        stored = np.repeat(stored, 3, -1) if stored.shape[-1] == 1 else stored
+                np.savez(file, plots.displayable(levels, pixels) if pixels else levels)
+        if not run.spec.columns:
+            shown = plots.displayable(images, self.pixel_levels)
+            plots.save_png(folder / "grid.png", plots.picture(images[:100], self.pixel_levels))
+            if request.prompts:
+                prompts.write_pictures(folder, request.layout, request.prompts, shown)
+            stored = shown if self.pixel_levels else images
+            stored = np.repeat(stored, 3, -1) if stored.shape[-1] == 1 else stored
+        density = {}
+        if request.log_prob:
+            factors = arrays["log_prob_by_factor"]
+            density = {"log_prob": factors.sum(1, dtype=np.float64), "log_prob_by_factor": factors}
         with files.aside(folder / "samples.npz") as file:
-            np.savez(file, stored, self._numbers())
+            np.savez(file, stored, self._numbers(), **density)
         for number in range(batches):
             _part(folder, number).unlink()
 
     def _numbers(self) -> np.ndarray:
-        """The label, or the prompt's number, of every image."""
+        """The label, the prompt's number, or the vector [E] in its own units, of every sample."""
+        if self.vectors:
+            return generate.own_conditions(self.run, self.vectors)
         if self.labels is not None:
             return np.resize(self.labels, self.request.num)
         index = np.arange(self.request.num)

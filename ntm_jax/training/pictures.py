@@ -19,6 +19,7 @@ ROWS = 10  # at most, of a picture of samples by class or caption
 REAL = 4  # real images beside the samples of a class
 SEARCHED = 1000  # training records that are read to find them
 CHANGED = 6  # samples of a row before, and after
+COLUMNS_DRAWN = 1000  # records of an array
 NOISE = 0.1  # (1 - t) / t below which levels but the first look alike and are not drawn
 
 
@@ -36,14 +37,18 @@ def draw(run: Run, source: Source, held_out: Source, loss_label: str) -> list[st
     """Draws samples.png, trajectories.png and loss.png in the run's folder, in process 0.
 
     samples.png has a row for each class, beside training images, or for each of the first held-out
-    captions, beside its own image. Returns the paths.
+    captions, beside its own image; of an array it shows pairs of columns, and there is no
+    trajectories.png. Returns the paths.
     """
     folder = epath.Path(run.workdir)
     paths = [folder / f"{name}.png" for name in ("samples", "trajectories")]
     if jax.process_index() == 0 and plots.loss_plot(
             folder / "metrics.jsonl", folder / "loss.png", loss_label):
         paths.append(folder / "loss.png")
-    if source.planar_extent:
+    if source.columns:
+        del paths[1]
+        _draw_columns(run, held_out, paths[0])
+    elif source.planar_extent:
         _draw_points(run, source.planar_extent, *paths[:2])
     else:
         _draw_images(run, held_out, *paths[:2])
@@ -117,6 +122,16 @@ def _draw_points(run: Run, extent: float, samples, trajectories) -> None:
         plots.points_picture(points.reshape(-1, 1, 2), [0.0], extent, samples)
         levels = levels.reshape(*levels.shape[:2], 2)
         plots.points_picture(levels, t, extent, trajectories)
+
+
+def _draw_columns(run: Run, held_out: Source, samples) -> None:
+    """Draws samples on the conditions of held-out records, over these records."""
+    count = min(len(held_out.records), COLUMNS_DRAWN)
+    drawn = generate.sample_at(run, np.arange(count))
+    if jax.process_index() == 0:
+        rows = np.stack([held_out.records[i]["image"].ravel() for i in range(count)])
+        real = rows.astype(np.float64) * np.array(held_out.std) + np.array(held_out.mean)
+        plots.columns_picture(real, drawn, samples)
 
 
 def _shown_levels(run: Run, clean, levels) -> tuple[np.ndarray, np.ndarray]:

@@ -199,6 +199,17 @@ def test_a_condition_distinguishes_levels_steps_and_classes(change):
     assert jnp.abs(first - second).max() > 1e-3
 
 
+def test_a_condition_distinguishes_vectors_and_their_absence():
+    module, times, steps = layers.Condition(16, 0, False, vector_width=2), (jnp.full(3, 0.1),), None
+    y = layers.Vector(jnp.array([[0.5, -1], [0.5, 2], [0.5, 2]]), jnp.array([True, True, False]))
+    params = stack_parameters(module, times, steps, y)
+    first, second, absent = compiled(module)(params, times, steps, y)
+    for one, other in ((first, second), (first, absent), (second, absent)):
+        assert jnp.abs(one - other).max() > 1e-3
+    nothing = compiled(module)(params, times, steps, layers.null(y, 0))
+    np.testing.assert_allclose(nothing, jnp.broadcast_to(absent, nothing.shape), atol=1e-6)
+
+
 def test_rows_change_no_number():
     x = normal(0, 2, 3, 8)
     modules = [layers.dense(5, ("embed", "mlp"), jnp.float32, "a", rows=rows)

@@ -242,6 +242,32 @@ def test_with_the_bayes_decoder_the_bound_on_the_clean_data_is_exact(monkeypatch
     assert gap == pytest.approx(0.5 * math.log(1 + t_0**2 / ((1 - t_0) ** 2 * variance)), rel=0.5)
 
 
+def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
+    """The model's x is N(mean, variance + 2 s^2), s the decoder's deviation: the limit of many."""
+    mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
+    x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(64, 1, 2)), jnp.float32)
+    t = trajectory.levels(4, jnp.full(64, t_0), "linear", 0.0)
+    s = t_0 / (1 - t_0)
+
+    def draw(number):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (64, 5, 1, 2))
+        return trajectory.simulate(x, t, noise)
+
+    scores = likelihood.weigh(true_conditionals(t, mean, variance), draw, x, t,
+                              likelihood.UNBINNED, 1000)
+    expected = np.asarray(log_gaussian(x, mean, variance + 2 * s**2))
+    error = scores["importance_weighted"] - expected
+    spread = np.sqrt(scores["weighted_variance"])
+    np.testing.assert_array_less(np.abs(error), 5 * spread + 1e-4)
+    assert (spread < 0.02).all()
+    # Given x, x_0 is normal: the mean of log w is -E[z^2] / 2, with z^2 of the data and one noise.
+    x, wide = np.asarray(x, np.float64), variance + s**2
+    bound = -0.5 * (((x - mean) ** 2 + s**2) / wide + np.log(2 * np.pi * wide)).sum((1, 2))
+    spread = np.sqrt(scores["bound_variance"])
+    np.testing.assert_array_less(np.abs(scores["bound"] - bound), 5 * spread + 1e-4)
+    assert scores["reconstruction"].shape == (64,)
+
+
 def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
     mean, variance, rng = 0.3, 0.4, np.random.default_rng(7)
     t = trajectory.levels(4, jnp.full(6, 0.02), "linear", 0.0)[:, 2:]

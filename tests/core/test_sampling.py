@@ -93,6 +93,28 @@ def test_samples_are_scored_by_the_noise_they_came_from(random, sampled):
     np.testing.assert_array_equal(xs[:, -1], noise[:, -1])
 
 
+@pytest.mark.parametrize("inverse", ["parallel", "sequential"])
+def test_a_sample_comes_with_the_density_of_its_trajectory(random, sampled, inverse):
+    _, t, label, (xs, log_density) = drawn(random, sampling.sample_with_log_prob, inverse=inverse)
+    np.testing.assert_allclose(xs, sampled[-1], atol=1e-5)
+    terms = random(xs, t, np.full(3, 3), label)
+    prior = -0.5 * np.sum(np.square(xs[:, -1]) + np.log(2 * np.pi), (1, 2))
+    # float32: 1e-4 nats a dimension, of 12
+    np.testing.assert_allclose(log_density[:, :-1], -terms.nll, atol=1.2e-3)
+    np.testing.assert_allclose(log_density[:, -1], prior, atol=1e-4)
+    assert np.abs(terms.log_det).min() > 0.01
+
+
+def test_a_guided_sample_has_the_density_of_the_guided_gaussians(random):
+    _, t, label, (us, log_density) = drawn(random, sampling.draw_latents, guidance=1.5)
+    for k in range(3):
+        inputs = us[:, k + 1], t[:, k + 1], t[:, k], np.full(3, 3)
+        conditional, null = (random.predict(*inputs, y) for y in (label, np.full(3, 2)))
+        mean, log_scale = sampling.guide(*conditional, *null, 1.5)
+        expected = trajectory.log_normal(us[:, k], mean, np.exp(log_scale)).sum((1, 2))
+        np.testing.assert_allclose(log_density[:, k], expected, atol=1.2e-3)
+
+
 def test_an_image_does_not_depend_on_its_batch(random, sampled):
     _, t, label, xs = sampled
     order = np.array([2, 0])

@@ -101,6 +101,10 @@ def test_a_spec_in_json_has_the_key_levels_and_loads_with_either_key():
         "mean": [0.5],
         "std": [2.0],
         "class_names": [],
+        "columns": 0,
+        "condition_width": 0,
+        "condition_mean": [],
+        "condition_std": [],
     }
     assert list(values)[2] == "levels"
     assert spec_from_json(json.loads(json.dumps(values))) == SPEC

@@ -1,36 +1,60 @@
-"""The source `arrays`: images and labels that a Python program holds in memory.
+"""The source `arrays`: what a Python program holds in memory, and `npz:PATH`: arrays of a file.
 
     arrays = sources.from_arrays(images, labels)
     sources.provide(arrays)  # data.source=arrays now opens them in this process
 
+`npz:PATH` reads the arrays `data` and, where it is there, `condition` of a file that numpy.savez
+wrote. `npz:PATH,data=mass+spin,condition=strain` names other keys; several are put side by side, a
+vector [n] as one column.
+
+An array [n, D] is a table of n records with D columns. Its numbers, and those of vectors [n, E]
+that records are conditioned on, are standardised by the mean and deviation of the training records.
+
 Splits: train, test and all, cut from a permutation of the records. No jax is imported: grain's
-worker processes run this.
+worker processes run this. Symbols: n records; H, W, C image height, width, channels; D columns of
+an array; E numbers of a condition.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import os
+import re
+import zipfile
 from collections.abc import Sequence
 
 import numpy as np
 
 from ntm_jax.data.sources.source import ArrayRecords, Source, check_split, permuted_splits
+from ntm_jax.data.transforms import standardise
 from ntm_jax.errors import UserError
 
 _provided: dict[str, "Arrays"] = {}  # by version; under '', those provided last
 
 
 @dataclasses.dataclass(frozen=True)
+class Table:
+    """Numbers by column: values [n, D] float32, standardised; what they were normalised by, [D]."""
+
+    values: np.ndarray
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Arrays:
     """A data set in memory, made by `from_arrays`.
 
-    images: [n, H, W, C], uint8 pixels or float32 latents.
+    images: [n, H, W, C], uint8 pixels or float32 latents, among them the columns of `table`.
     labels: [n] ints, or None.
     captions: n strings, or None.
     pixel_levels: the number of values that a pixel can take; 0 for latents.
     splits: the rows of train, test and all.
     version: a hash of the content and its splits.
     class_names: the name of every class; empty if labels were given as numbers.
+    table: an array's columns, or None for images.
+    condition: what records are conditioned on, or None.
     """
 
     images: np.ndarray
@@ -40,6 +64,8 @@ class Arrays:
     splits: dict[str, np.ndarray]
     version: str
     class_names: tuple[str, ...] = ()
+    table: Table | None = None
+    condition: Table | None = None
 
     @property
     def name(self) -> str:
@@ -50,14 +76,22 @@ class Arrays:
         """The Source of 'train', 'test' or 'all'. UserError for another split."""
         check_split("arrays", split, self.splits)
         rows, captions = self.splits[split], self.captions
+        table, given = self.table, self.condition
+        conditions = None if given is None else given.values
         return Source(
-            ArrayRecords(self.images, self.labels, captions, rows),
+            ArrayRecords(self.images, self.labels, captions, rows, conditions),
             self.images.shape[1:],
             pixel_levels=self.pixel_levels,
             num_classes=0 if self.labels is None else int(self.labels.max()) + 1,
             class_names=self.class_names,
             version=self.version,
             captions=None if captions is None else [captions[row] for row in rows],
+            mean=() if table is None else table.mean,
+            std=() if table is None else table.std,
+            columns=0 if table is None else len(table.mean),
+            condition_width=0 if given is None else len(given.mean),
+            condition_mean=() if given is None else given.mean,
+            condition_std=() if given is None else given.std,
         )
 
 
@@ -66,31 +100,37 @@ def from_arrays(
     labels=None,
     captions: Sequence[str] | None = None,
     *,
+    condition=None,
     pixel_levels: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
 ) -> Arrays:
     """Arrays in memory as a data set with the splits train, test and all.
 
-    The arrays are not copied: leave them unchanged. With data.workers > 0 every worker process
-    holds a copy.
+    Images are not copied: leave them unchanged. With data.workers > 0 every worker process holds a
+    copy.
 
     Args:
       images: [n, H, W, C] or [n, H, W] (C = 1): uint8 pixels, or float32 latents, ideally of mean
-        0 and variance 1.
+        0 and variance 1. Or an array [n, D] of floating-point numbers in any units, which are
+        standardised by column.
       labels: [n] integers from 0, names of classes, or None. There are max(labels) + 1 classes;
         named ones are numbered from 0 in sorted order.
       captions: n strings, or None.
+      condition: [n, E] floating-point numbers in any units that records are conditioned on, or
+        None.
       pixel_levels: the number of values that a pixel can take, 2 to 256 and greater than every
-        pixel; by default 256. Leave it out for latents.
+        pixel; by default 256. Leave it out for latents and arrays.
       held_out: the share of the records in the split test, 0 <= held_out < 1.
       seed: of the permutation that is cut into train and test.
     Raises:
-      UserError: another shape, dtype or length; pixels out of range; latents that are not finite;
-        negative labels; a share out of range.
+      UserError: another shape, dtype or length; pixels out of range; numbers that are not finite;
+        a column of an array that is constant; negative labels; a share out of range.
     """
-    images, pixel_levels = _check_images(images, pixel_levels)
+    is_table = np.ndim(images) == 2
+    images, pixel_levels = (_check_rows if is_table else _check_images)(images, pixel_levels)
     count = len(images)
+    condition = _check_condition(condition, count)
     labels, names = _numbered(labels)
     labels = _check_labels(labels, count)
     captions = _check_captions(captions, count)
@@ -101,11 +141,14 @@ def from_arrays(
     splits = permuted_splits(count, count - round(held_out * count), seed)
     about = [images.shape, images.dtype.name, captions, pixel_levels, held_out, seed]
     about += [names] if names else []
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for array in (images, labels):
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).data)
-    return Arrays(images, labels, captions, pixel_levels, splits, digest.hexdigest()[:16], names)
+    about += [] if condition is None else [condition.shape, condition.dtype.name]
+    version = _version(about, images, labels, condition)
+    table = _table(images, splits["train"], "data") if is_table else None
+    images = images if table is None else table.values.reshape(count, 1, -1, 1)
+    given = None if condition is None else _table(condition, splits["train"])
+    return Arrays(
+        images, labels, captions, pixel_levels, splits, version, names, table, given
+    )
 
 
 def provide(arrays: Arrays) -> None:
@@ -128,12 +171,123 @@ def open_provided(version: str, split: str) -> Source:
     return _provided[version].open(split)
 
 
+def open_npz(argument: str, split: str) -> Source:
+    """Opens a split of the arrays of a file; argument: PATH[,data=KEYS][,condition=KEYS]."""
+    path, keys = argument, {"data": "data", "condition": ""}
+    while match := re.fullmatch(r"(.*),(data|condition)=([^,=]+)", path):
+        path = match[1]
+        keys[match[2]] = match[3]
+    try:
+        found = os.stat(path)
+        return _read_npz(argument, path, *keys.values(), found.st_mtime_ns, found.st_size).open(
+            split
+        )
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"data.source npz:{path} cannot be read ({error}): expected a file of numpy.savez"
+        ) from None
+
+
+@functools.lru_cache(maxsize=4)
+def _read_npz(name: str, path: str, data: str, condition: str, *changed: int) -> Arrays:
+    """The arrays of a file under these keys, joined by +; '' takes `condition` where it is there.
+
+    changed: of the file, so that a new one is read anew.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        if not condition and "condition" in file.files:
+            condition = "condition"
+
+        def columns(keys: str) -> np.ndarray:
+            for key in keys.split("+"):
+                if key not in file.files:
+                    raise UserError(
+                        f"data.source npz:{name} names the array {key!r}: {path} has "
+                        f"{', '.join(file.files)}; choose with npz:PATH,data=KEYS,condition=KEYS"
+                    )
+            parts = [file[key] for key in keys.split("+")]
+            if len(parts) == 1 and parts[0].ndim > 1:
+                return parts[0]
+            if any(part.ndim not in (1, 2) or len(part) != len(parts[0]) for part in parts):
+                shapes = ", ".join(str(list(part.shape)) for part in parts)
+                raise UserError(
+                    f"data.source npz:{name} joins arrays of shapes {shapes}: expected columns "
+                    "[n] or [n, D] with one n"
+                )
+            return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+
+        return from_arrays(columns(data), condition=columns(condition) if condition else None)
+
+
+def _version(about: list, *arrays: np.ndarray | None) -> str:
+    """A hash of facts, of which json has plain values, and of arrays."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for array in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
+
+
+def _check_rows(values, pixel_levels: int | None) -> tuple[np.ndarray, int]:
+    """(an array [n, D], no pixel levels)."""
+    values = _check_numbers(values, "data", "[n, D]")
+    if pixel_levels:
+        raise UserError(
+            f"data is an array {list(values.shape)} and pixel_levels is {pixel_levels}: leave it "
+            "out"
+        )
+    return values, 0
+
+
+def _check_condition(condition, count: int) -> np.ndarray | None:
+    if condition is None:
+        return None
+    condition = _check_numbers(condition, "condition", f"[{count}, E]")
+    if len(condition) != count:
+        raise UserError(
+            f"condition has {len(condition)} rows: expected one for each of the {count} records"
+        )
+    return condition
+
+
+def _check_numbers(values, name: str, shape: str) -> np.ndarray:
+    """An array of two axes of finite floating-point numbers."""
+    values = np.asarray(values)
+    if values.ndim != 2 or not values.size or values.dtype.kind != "f":
+        raise UserError(
+            f"{name} is {values.dtype} {list(values.shape)}: expected floating-point numbers "
+            f"{shape}"
+        )
+    if not np.isfinite(values).all():
+        raise UserError(f"{name} holds a number that is not finite: remove these records")
+    return values
+
+
+def _table(values: np.ndarray, train: np.ndarray, name: str = "") -> Table:
+    """Standardises numbers [n, D] by the mean and deviation of the rows `train`.
+
+    name: of an array whose columns must vary, for its error; without it a constant column is left
+    at 0.
+    """
+    known = values[train].astype(np.float64)
+    mean, std = known.mean(0), known.std(0)
+    constant = std <= 1e-7 * np.abs(mean)
+    if name and constant.any():
+        raise UserError(
+            f"{name} has the constant column {int(np.argmax(constant))}, which has no density: "
+            "leave it out"
+        )
+    std = np.where(constant, 1.0, std)
+    return Table(standardise(values, mean, std), tuple(mean.tolist()), tuple(std.tolist()))
+
+
 def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:
     """(images [n, H, W, C], their pixel levels)."""
     images = np.asarray(images)
     if images.ndim not in (3, 4) or not images.size:
         raise UserError(
-            f"images have shape {list(images.shape)}: expected [n, H, W, C] or [n, H, W]"
+            f"images have shape {list(images.shape)}: expected [n, H, W, C] or [n, H, W], or an "
+            "array [n, D]"
         )
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype == np.float32:

@@ -36,6 +36,7 @@ class Source:
         train.objective=preference;
       "text": [M, E] float16, zeros after the record's own tokens, and "text_mask": [M] bool, true
         on the record's own tokens, if text_width is positive;
+      "condition": [E] float32, standardised, if condition_width is positive;
       "name": str, optional, what errors call the record.
     image_shape: (H, W, C). An open function may leave H and W None, if only reading a record or
       data.image_size determines them.
@@ -52,7 +53,11 @@ class Source:
       a noise level t, 0 < t <= 1, that returns the exact log-density in nats, [n] float64, of
       x_t = (1-t) x + t eps.
     mean, std: by channel, what latents were shifted and scaled by, (latent - mean) / std; empty if
-      they were not normalised.
+      they were not normalised. Of arrays, by column.
+    columns: 0 for images. Positive: each record is a row of an array [n, columns], and its image
+      holds the standardised numbers as latents of shape 1 x columns x 1.
+    condition_width: E, the numbers of a record's condition; 0 without one.
+    condition_mean, condition_std: by number, what conditions were shifted and scaled by.
     tasks: scores images by their captions, or None: a function of images [n, H, W, C] and n
       captions that returns arrays [n]: "task", names; "right", bool; and further rates by name, NaN
       where an image has none.
@@ -88,6 +93,10 @@ class Source:
     typical_side: int = 0
     skipped: str = ""
     planar_extent: float = 0.0
+    columns: int = 0
+    condition_width: int = 0
+    condition_mean: tuple[float, ...] = ()
+    condition_std: tuple[float, ...] = ()
 
 
 def _lazy(module: str, function: str) -> Callable[[str, str], Source]:
@@ -113,6 +122,7 @@ SOURCES = Registry(
         "mock:SHAPE": _lazy("synthetic", "open_mock"),
         "toy:NAME": _lazy("synthetic", "open_toy"),
         "arrays[:VERSION]": _lazy("arrays", "open_provided"),
+        "npz:PATH": _lazy("arrays", "open_npz"),
     },
 )
 
@@ -146,12 +156,15 @@ def register(name: str, open_function: Callable[[str, str], Source]) -> None:
     SOURCES.register(name, open_function, "[:ARGUMENT]")
 
 
-def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> Source:
+def open_source(
+    name: str, split: str, image_size: int = 0, text: str = "", token_size: int = 1
+) -> Source:
     """Opens a split of the data source `name`.
 
     `name` is digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH,
-    mock:SHAPE, toy:NAME, arrays, or a registered name; each kind's module documents it. A source
-    without splits of its own has train, test and all, cut from a fixed permutation of its records.
+    mock:SHAPE, toy:NAME, arrays, npz:PATH, or a registered name; each kind's module documents it.
+    A source without splits of its own has train, test and all, cut from a fixed permutation of its
+    records.
 
     Args:
       split: the name of a split, or a slice of it: 'train', 'train[:1350]', 'train[-100:]',
@@ -160,6 +173,7 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
         image's central square is resized to this side. Latents cannot be resized.
       text: the encoder of captions, see data.text; '' for none. Prepared records that hold text
         states accept only the encoder that made these.
+      token_size: the columns of an array that form one token.
     Raises:
       UserError: unknown source or split, a slice that is empty or out of range, missing or
         unprepared data, undecodable images, images of different sizes. Reading a record raises it
@@ -180,8 +194,12 @@ def open_source(name: str, split: str, image_size: int = 0, text: str = "") -> S
         shape = (image_size, image_size, shape[-1])
     elif None in shape:
         shape = source.records[rows[0]]["image"].shape
+    if token_size != 1:
+        shape = _grouped(source, name, token_size)
     shape = cast(tuple[int, int, int], tuple(shape))
-    records = _Rows(source.records, rows, shape, image_size, source.pixel_levels)
+    records = _Rows(
+        source.records, rows, shape, image_size, source.pixel_levels, source.columns
+    )
     captions = None if source.captions is None else _CaptionRows(source.captions, rows)
     source = dataclasses.replace(
         source,
@@ -224,12 +242,14 @@ class ArrayRecords:
     labels: [n] ints, or None.
     captions: n strings, or None.
     rows: the rows of the arrays that are records, in order; None for all.
+    conditions: [n, E] float32, standardised, or None.
     """
 
     images: np.ndarray
     labels: np.ndarray | None = None
     captions: Sequence[str] | None = None
     rows: np.ndarray | None = None
+    conditions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images if self.rows is None else self.rows)
@@ -241,6 +261,8 @@ class ArrayRecords:
             record["label"] = self.labels[row]
         if self.captions is not None:
             record["caption"] = self.captions[row]
+        if self.conditions is not None:
+            record["condition"] = self.conditions[row]
         return record
 
 
@@ -264,13 +286,17 @@ def check_split(name: str, split: str, existing: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """A slice of `records`, with every image at one size and every label an int."""
+    """A slice of `records`, with every image at one size and every label an int.
+
+    columns: those of an array, whose numbers take the shape; 0 for images.
+    """
 
     records: Any
     rows: range
     shape: tuple[int, int, int]
     image_size: int
     pixel_levels: int
+    columns: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -289,6 +315,8 @@ class _Rows:
             raise UserError(f"{name} has an image of {image.dtype}: expected {expected.__name__}")
         if self.image_size:
             image = images.resize(image, self.image_size, self.pixel_levels)
+        if self.columns:
+            image = image.reshape(self.shape)
         if image.shape != self.shape:
             found, others = ("x".join(map(str, shape)) for shape in (image.shape, self.shape))
             raise UserError(
@@ -296,6 +324,17 @@ class _Rows:
                 "data.image_size"
             )
         return image
+
+
+def _grouped(source: Source, name: str, token_size: int) -> tuple[int, int, int]:
+    """The image shape of the columns of an array, `token_size` of them a token."""
+    if not source.columns or source.columns % token_size:
+        found = f"an array of {source.columns} columns" if source.columns else "not an array"
+        raise UserError(
+            f"config.data.token_size is {token_size}, and {name} is {found}: set it to 1"
+            + (" or another divisor of their number" if source.columns else "")
+        )
+    return 1, source.columns // token_size, token_size
 
 
 @dataclasses.dataclass(frozen=True)

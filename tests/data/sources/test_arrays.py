@@ -156,7 +156,7 @@ def test_worker_processes_read_the_same_arrays():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"images": IMAGES[0, 0]}, "images have shape [6, 3]: expected [n, H, W, C] or [n, H, W]"),
+        ({"images": IMAGES[0, 0, 0]}, "images have shape [3]: expected [n, H, W, C] or [n, H, W]"),
         ({"images": IMAGES[:0]}, "images have shape [0, 4, 6, 3]"),
         (
             {"images": IMAGES.astype(np.int64)},

@@ -1,0 +1,153 @@
+"""Samples weighted to a target density, and its normalising constant.
+
+A sample x comes with its trajectory x_0..x_T from p(x_0..x_T | y) p(x | x_0), where p(x | x_0) is
+the Gaussian decoder of the likelihood's bound. With an unnormalised target f(x) the weight is
+
+    w = f(x) q(x_0..x_T | x) / (p(x_0..x_T | y) p(x | x_0)),
+
+where q is the forward process. q is normalised for every x, so the mean of w is an unbiased
+estimate of the integral of f, whatever the model. See docs/howto/reweight.md. Symbols: n samples,
+D dimensions.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntm_jax.core import likelihood, sampling, trajectory
+from ntm_jax.core.model import exact, log_prior
+from ntm_jax.core.trajectory import example_keys, example_noise, per_example
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.config import SOLVERS, SampleOptions
+from ntm_jax.runtime.run import Run
+from ntm_jax.sampling.generate import Sampler
+
+BATCH = 2000  # samples drawn at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Reweighted:
+    """Samples with the weights that correct them to a target.
+
+    samples: [n, D] of an array in its own units, or latents [n, H, W, C].
+    log_weights: [n] float64, nats; -inf where the target is 0.
+    resampled: samples drawn from these with probabilities proportional to their weights, [n, ...].
+    """
+
+    samples: np.ndarray
+    log_weights: np.ndarray
+    resampled: np.ndarray
+
+    @property
+    def weights(self) -> np.ndarray:
+        """The weights, normalised to sum 1, [n]."""
+        return _normalised(self.log_weights)
+
+    @property
+    def effective_sample_size(self) -> float:
+        """(sum w)^2 / sum w^2, between 1 and n."""
+        return float(1 / np.sum(self.weights**2))
+
+    @property
+    def log_evidence(self) -> float:
+        """log of the mean weight. Its exponential is unbiased; it is itself too low on average."""
+        top = self.log_weights.max()
+        return float(top + np.log(np.mean(np.exp(self.log_weights - top))))
+
+    @property
+    def relative_error(self) -> float:
+        """The standard error of the evidence as a share of it, about that of log_evidence."""
+        n = len(self.log_weights)
+        return math.sqrt(max(n / self.effective_sample_size - 1, 0) / max(n - 1, 1))
+
+    @property
+    def evidence(self) -> float:
+        """The mean weight: an unbiased estimate of the target's integral."""
+        return float(np.exp(self.log_evidence))
+
+    @property
+    def evidence_stderr(self) -> float:
+        """The standard error of `evidence`."""
+        return self.evidence * self.relative_error
+
+
+def _normalised(log_weights: np.ndarray) -> np.ndarray:
+    weights = np.exp(log_weights - log_weights.max())
+    return weights / weights.sum()
+
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def _draw(params, root, index, y, *, sampler: Sampler):
+    """Tokens x [B, N, D] of p(x | x_0), and log q(x_0..x_T | x) - log p(x_0..x_T, x | y), [B]."""
+    model, options = sampler.model, sampler.options
+    t = sampler.schedule.fixed_levels(options.steps, len(index))
+    xs, log_density = sampling.sample_with_log_prob(
+        model, params, example_keys(root, "sample", index), t, y, options.guidance,
+        options.inverse)
+    t_0 = per_example(t[:, 0], xs[:, 0])
+    noise = example_noise(example_keys(root, "reweight", index), xs.shape[2:])
+    x = (xs[:, 0] + t_0 * noise) / (1 - t_0)
+    forward = jnp.sum(trajectory.log_reverse(xs, t, x), 1) + log_prior(xs[:, -1])
+    decoded = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], likelihood.UNBINNED)
+    return x, forward - jnp.sum(log_density, 1) - decoded
+
+
+def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleOptions,
+             seed: int | None = None) -> Reweighted:
+    """n samples of a run on a condition, weighted to exp(log_target).
+
+    log_target: samples as users have them [n, ...], float64 of an array, -> [n], the log of an
+    unnormalised density of them, -inf where it is 0. condition: of all n samples; see
+    generate.check_condition.
+
+    Raises UserError for a model of pixels, an ODE's solver, and values of the target that are no
+    log-densities.
+    """
+    if run.spec.pixel_levels or options.decoder in SOLVERS:
+        found = "pixels" if run.spec.pixel_levels else f"decoder={options.decoder}"
+        raise UserError(f"the run has {found}: expected a model of continuous data that samples "
+                        "trajectories, whose weights have a density")
+    seed = run.config.seed if seed is None else seed
+    x, log_ratio = _draw_all(run, condition, n, options, seed)
+    samples = run.spec.from_tokens(x)
+    values = np.asarray(log_target(samples), np.float64)
+    if values.shape != (n,) or np.isnan(values).any() or np.isposinf(values).any():
+        raise UserError(f"log_target returned {list(values.shape)}, with {np.isnan(values).sum()} "
+                        f"NaN and {np.isposinf(values).sum()} inf: expected the log-density of "
+                        f"each of the {n} samples, [{n}]")
+    log_weights = values + log_ratio + run.spec.log_unit
+    if not np.isfinite(log_weights).any():
+        raise UserError("log_target is -inf at every sample: the model gives no mass to the "
+                        "target, or the condition is another one")
+    chosen = systematic(_normalised(log_weights), np.random.default_rng(seed))
+    return Reweighted(samples, log_weights, samples[chosen])
+
+
+def _draw_all(run: Run, condition, n: int, options: SampleOptions, seed: int):
+    """(tokens [n, N, D], log-ratios [n] float64), in batches of one size."""
+    sampler = Sampler(exact(run.model), run.schedule, options)
+    root, size = jax.random.key(seed), min(n, BATCH)
+    parts = []
+    for start in range(0, n, size):
+        # The last batch is made whole, so that it compiles nothing anew.
+        index = np.arange(start, start + size)
+        y = jax.tree.map(lambda a, index=index: np.asarray(a)[index % n], condition)
+        placed = sharding.place((index.astype(np.int32), y), run.mesh)
+        with sharding.use(run.mesh):
+            found = _draw(run.params, root, *placed, sampler=sampler)
+        parts.append([a[:size] for a in sharding.to_host(found)])
+    x, log_ratio = (np.concatenate(part)[:n] for part in zip(*parts, strict=True))
+    return x, log_ratio.astype(np.float64)
+
+
+def systematic(weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Indices [n] drawn with probabilities `weights` [n], each n w times, rounded up or down."""
+    n = len(weights)
+    places = (random.random() + np.arange(n)) / n
+    return np.minimum(np.searchsorted(np.cumsum(weights), places), n - 1)

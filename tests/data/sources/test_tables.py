@@ -1,0 +1,121 @@
+"""Arrays [n, D] and vectors as conditions: their units, their tokens, and the files of npz:."""
+
+import re
+
+import numpy as np
+import pytest
+
+from ntm_jax.data import pipeline
+from ntm_jax.data.sources import arrays as module
+from ntm_jax.data.sources import from_arrays, open_source, provide
+from ntm_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(40, 6)) * [1, 10, 1e-3, 1e5, 2, 3] + [0, 5, 1, -1e5, 100, 0]
+VECTORS = RNG.normal(size=(40, 3)).astype(np.float32) * 7 - 2
+
+
+@pytest.fixture(autouse=True)
+def _nothing_provided(monkeypatch):
+    monkeypatch.setattr(module, "_provided", {})
+
+
+def values(source, key):
+    return np.stack([source.records[i][key] for i in range(len(source.records))])
+
+
+def test_rows_are_standardised_by_the_training_records():
+    provide(from_arrays(ROWS, condition=VECTORS, held_out=0.25))
+    order = np.random.RandomState(0).permutation(40)
+    for split, rows in (("train", order[:30]), ("test", order[30:]), ("all", order)):
+        source = open_source("arrays", split)
+        for given, key, mean, std in (
+            (ROWS, "image", source.mean, source.std),
+            (VECTORS, "condition", source.condition_mean, source.condition_std),
+        ):
+            known = given[order[:30]].astype(np.float64)
+            np.testing.assert_allclose(mean, known.mean(0), rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(std, known.std(0), rtol=1e-12)
+            found = values(source, key)
+            assert found.dtype == np.float32
+            expected = (given[rows] - known.mean(0)) / known.std(0)
+            np.testing.assert_allclose(found.reshape(len(rows), -1), expected, atol=1e-5)
+    assert (source.image_shape, source.columns, source.condition_width) == ((1, 6, 1), 6, 3)
+    assert source.pixel_levels == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_tokens_group_columns_and_give_the_rows_back(size):
+    provide(from_arrays(ROWS, condition=VECTORS))
+    source = open_source("arrays", "all", token_size=size)
+    spec = pipeline.spec(source, 1)
+    assert (spec.tokens, spec.dim) == (6 // size, size)
+    batch = next(pipeline.evaluation_batches(source, 1, 40, 0, 1))
+    rows = ROWS[np.random.RandomState(0).permutation(40)]
+    np.testing.assert_allclose(spec.from_tokens(batch["x"]), rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(spec.to_tokens(rows), batch["x"])
+    assert batch["condition"].shape == (40, 3)
+    np.testing.assert_allclose(spec.log_unit, np.log(spec.std).sum())
+    assert pipeline.spec_from_json(pipeline.spec_to_json(spec)) == spec
+
+
+def test_a_spec_of_an_earlier_version_has_no_columns():
+    provide(from_arrays(RNG.integers(4, size=(9, 2, 2, 1), dtype=np.uint8)))
+    content = pipeline.spec_to_json(pipeline.spec(open_source("arrays", "all"), 1))
+    for key in ("columns", "condition_width", "condition_mean", "condition_std"):
+        del content[key]
+    spec = pipeline.spec_from_json(content)
+    assert (spec.columns, spec.condition_width, spec.log_unit) == (0, 0, 0.0)
+
+
+def test_the_version_follows_the_conditions():
+    versions = {from_arrays(ROWS, condition=c).version for c in (None, VECTORS, VECTORS + 1)}
+    assert len(versions) == 3
+
+
+def test_an_npz_file_holds_columns_under_keys(tmp_path):
+    path = tmp_path / "some,file.npz"
+    np.savez(path, data=ROWS, condition=VECTORS, mass=ROWS[:, 0], spin=ROWS[:, 1:3])
+    given = from_arrays(ROWS, condition=VECTORS)
+    source = open_source(f"npz:{path}", "all")
+    np.testing.assert_array_equal(values(source, "image").reshape(40, 6),
+                                  given.table.values[given.splits["all"]])
+    assert source.condition_width == 3
+    named = open_source(f"npz:{path},data=mass+spin,condition=mass", "train")
+    assert (named.columns, named.condition_width) == (3, 1)
+    np.testing.assert_allclose(named.mean, source.mean[:3], rtol=1e-12)
+    np.savez(path, data=ROWS[:30])
+    assert open_source(f"npz:{path}", "all").condition_width == 0
+    for name, message in (
+        (f"npz:{path},data=mass", "names the array 'mass': "),
+        (f"npz:{path}x", "cannot be read ("),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            open_source(name, "train")
+        assert "\n" not in str(error.value)
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_source(f"npz:{tmp_path}/text.npz", "train")
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"images": ROWS.astype(int)}, "data is int64 [40, 6]: expected floating-point numbers [n, D]"),
+    ({"images": ROWS[:, :0]}, "data is float64 [40, 0]: expected floating-point numbers"),
+    ({"images": np.where(ROWS > 100, np.nan, ROWS)}, "data holds a number that is not finite"),
+    ({"images": np.where(np.arange(6) == 4, 5.0, ROWS)}, "data has the constant column 4"),
+    ({"pixel_levels": 17}, "data is an array [40, 6] and pixel_levels is 17: leave it out"),
+    ({"condition": VECTORS[1:]}, "condition has 39 rows: expected one for each of the 40"),
+    ({"condition": VECTORS[:, 0]}, "condition is float32 [40]: expected floating-point numbers"),
+])
+def test_mistakes_are_refused_in_one_line(given, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        from_arrays(**{"images": ROWS} | given)
+    assert "\n" not in str(error.value)
+
+
+def test_a_token_size_fits_the_columns():
+    provide(from_arrays(ROWS))
+    with pytest.raises(UserError, match="token_size is 4, and arrays is an array of 6 columns"):
+        open_source("arrays", "all", token_size=4)
+    with pytest.raises(UserError, match="token_size is 2, and digits is not an array: set it to 1"):
+        open_source("digits", "test", token_size=2)

@@ -1,0 +1,273 @@
+"""Arrays in their own units, conditioned on vectors: densities, samples and their weights.
+
+A new model is exact for independent normal data, so that closed forms are known; with random
+parameters it is wrong, and identities must hold all the same. Symbols: n samples, D columns, s the
+deviation of the decoder p(x | x_0), v the variance of the target.
+"""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import jax
+import jax.export
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from scipy import stats
+
+import ntm_jax
+from ntm_jax.api import Run
+from ntm_jax.core.layers import Vector, null
+from ntm_jax.core.model import exact
+from ntm_jax.data import sources
+from ntm_jax.evaluation import scoring
+from ntm_jax.runtime import build, config, sharding
+from ntm_jax.sampling import reweight
+from ntm_jax.sampling.write import SampleRequest
+from ntm_jax.training import objectives, state
+from tests.common import TINY, as_run, environment, experiment, random_run
+
+MEAN, STD = np.array([5.0, -1e4]), np.array([0.01, 300.0])
+T_0 = TINY["trajectory.t_min"]
+S = T_0 / (1 - T_0)
+COUNT = reweight.BATCH
+SIZES = TINY | {"data.batch_size": 8, "train.steps": 2, "train.condition_dropout": 0.1}
+
+
+def data(n: int = 400):
+    """Independent normal columns [n, 2], whose sample moments are MEAN and STD, and vectors."""
+    rng = np.random.default_rng(0)
+    theta, x = rng.normal(size=(n, 2)), rng.normal(size=(n, 3)) * 4 + 1
+    theta = (theta - theta.mean(0)) / theta.std(0)
+    return MEAN + STD * theta, x
+
+
+def settings(**overrides) -> config.Config:
+    values = experiment("arrays")
+    theta, x = data()
+    arrays = sources.from_arrays(theta, condition=x, held_out=0.0)
+    sources.provide(arrays)
+    values.update_from_flattened_dict(
+        SIZES | {"data.source": arrays.name, "evaluate.split": "train"} | overrides)
+    found = config.read(values)
+    objectives.checked(found)
+    return found
+
+
+def new_run(**overrides) -> Run:
+    chosen = settings(**overrides)
+    run = as_run(chosen, None, sharding.make_mesh(chosen.mesh))
+    return dataclasses.replace(run, model=build.make_model(chosen, run.spec))
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    """A new run: exact for its data."""
+    run = new_run()
+    return dataclasses.replace(run, params=state.initialize(run).params)
+
+
+@pytest.fixture(scope="module")
+def random():
+    """A run with random parameters, which depend on the condition."""
+    return random_run(new_run(), workdir="runs/tiny")
+
+
+def test_the_density_at_t_0_is_in_the_datas_own_units(gaussian):
+    theta, x = data(5)
+    found = gaussian.log_prob(theta, condition=x, noised=True, trajectories=3)
+    root = jax.random.key(gaussian.config.seed)
+    x_0 = scoring.noised(root, gaussian.spec.to_tokens(theta), np.full(5, T_0, np.float32),
+                         np.arange(5))
+    deviation = np.hypot(1 - T_0, T_0)
+    expected = stats.norm(0, deviation).logpdf(np.asarray(x_0)).sum((1, 2)) - np.log(STD).sum()
+    np.testing.assert_allclose(found, expected, atol=2e-5)  # float32 sums of some ten nats
+
+
+def test_the_bound_on_the_density_itself_is_that_of_the_data_and_the_decoder(gaussian):
+    """The model's x is the data with two noises of the decoder's deviation S."""
+    theta, x = data(6)
+    found = gaussian.log_prob(theta, condition=x, trajectories=512)
+    expected = stats.norm(MEAN, STD * np.sqrt(1 + 2 * S**2)).logpdf(theta).sum(1)
+    # Given x, log w varies by S |x| only: 512 trajectories leave its square over 1,024.
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_samples_are_in_the_datas_own_units(gaussian):
+    one = gaussian.reweight(log_target, condition=[1.0, 2.0, 3.0], n=COUNT).samples
+    assert one.shape == (COUNT, 2)
+    # five standard errors
+    np.testing.assert_array_less(np.abs(one.mean(0) - MEAN), 5 * STD / np.sqrt(COUNT))
+    np.testing.assert_array_less(np.abs(one.std(0) / STD - 1), 5 / np.sqrt(2 * COUNT))
+
+
+def test_many_conditions_have_samples_of_their_own(random):
+    _, x = data(3)
+    found = random.sample(3, condition=x)
+    assert found.shape == (3, 3, 2)
+    # sample i of condition j has index 3 i + j, in this n and in any
+    turned = random.sample_at(np.arange(9), np.tile(x, (3, 1)))
+    np.testing.assert_allclose(found, turned.reshape(3, 3, 2).swapaxes(0, 1), rtol=1e-5)
+    assert len(np.unique(found)) == found.size
+    drawn = random.sample(3, condition=x, with_log_prob=True)
+    assert (drawn.samples.shape, drawn.log_prob.shape) == ((3, 3, 2), (3, 3))
+
+
+def test_the_condition_reaches_both_networks_and_may_be_absent(random):
+    y = Vector(np.ones((2, 3), np.float32), np.ones(2, bool))
+    other, nothing = y._replace(values=2 * y.values), null(y, 0)
+    assert not np.asarray(nothing.given).any()
+    u, steps = np.ones((2, 2, 1), np.float32), np.full(2, 2)
+    t, s = np.full(2, 0.6, np.float32), np.full(2, 0.3, np.float32)
+
+    @jax.jit
+    def outputs(params, y):
+        model = random.model
+        return (model.apply(params, u, t, s, steps, y, method=type(model).predict)[0],
+                model.apply(params, u, s, steps, y, method=type(model).transport)[0])
+
+    found = [outputs(random.params, condition) for condition in (y, other, nothing)]
+    for network in zip(*found, strict=True):
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert np.abs(network[i] - network[j]).max() > 1e-4
+    same = outputs(random.params, nothing._replace(values=5 * y.values))
+    np.testing.assert_array_equal(found[2][0], same[0])  # an absent vector's numbers do not count
+
+
+def recomputed(run, levels, condition):
+    """log p(x_0..x_T | y) by factor, from noise down, of such levels by the model's own terms."""
+    n = len(levels)
+    xs = levels[:, ::-1].reshape(n, -1, run.spec.tokens, run.spec.dim)
+    t = np.broadcast_to(run.sampled_levels(), xs.shape[:2]).astype(np.float32)
+    values = (condition - np.array(run.spec.condition_mean)) / run.spec.condition_std
+    y = Vector(np.broadcast_to(values, (n, 3)).astype(np.float32), np.ones(n, bool))
+    terms = jax.jit(exact(run.model).apply)(run.params, xs, t, np.full(n, xs.shape[1] - 1), y)
+    prior = stats.norm.logpdf(xs[:, -1]).sum((1, 2))
+    return np.concatenate([prior[:, None], -np.asarray(terms.nll)[:, ::-1]], 1)
+
+
+def test_samples_have_the_density_of_their_saved_trajectory(random):
+    condition = np.array([1.0, -3.0, 2.0])
+    drawn = random.sample(9, condition=condition, with_log_prob=True)
+    np.testing.assert_allclose(drawn.samples, random.sample(9, condition=condition), rtol=1e-5)
+    last = drawn.levels[:, -1] / (1 - T_0)
+    np.testing.assert_allclose((drawn.samples - MEAN) / STD, last, rtol=1e-3, atol=1e-4)
+    factors = recomputed(random, drawn.levels, condition)
+    dimensions = random.spec.tokens * random.spec.dim
+    np.testing.assert_allclose(drawn.log_prob_by_factor, factors, atol=1e-4 * dimensions)
+    np.testing.assert_allclose(drawn.log_prob, factors.sum(1), atol=1e-4 * dimensions)
+    assert drawn.log_prob.std() > 0.1
+
+
+@pytest.mark.slow
+def test_written_samples_hold_their_density(random, tmp_path):
+    vectors = ((1.0, -3.0, 2.0), (0.0, 0.5, 9.0))
+    random.write_samples(str(tmp_path / "out"), SampleRequest(
+        5, 3, save_trajectories=True, log_prob=True, condition=vectors))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "samples.json", "samples.npz", "trajectories.npz"]
+    with np.load(tmp_path / "out" / "samples.npz") as found, np.load(
+            tmp_path / "out" / "trajectories.npz") as levels:
+        given = np.resize(np.array(vectors), (5, 3))
+        np.testing.assert_allclose(found["arr_1"], given, atol=1e-5)
+        assert found["arr_0"].shape == (5, 2)
+        factors = recomputed(random, levels["arr_0"], given)
+        np.testing.assert_allclose(found["log_prob_by_factor"], factors, atol=2e-4)
+        np.testing.assert_allclose(found["log_prob"], factors.sum(1), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_an_export_gives_standardised_samples_and_its_script_own_units(random, tmp_path):
+    random.export(str(tmp_path / "out"))
+    again = ntm_jax.load(str(tmp_path / "out"))
+    condition = random.spec.condition_mean  # the script's: standardised, 0
+    expected = random.sample(5, condition=condition, seed=0)
+    np.testing.assert_allclose(again.sample(5, condition=condition, seed=0), expected, rtol=1e-5)
+    done = subprocess.run([sys.executable, str(tmp_path / "out" / "sample.py"), "5", "0"],
+                          cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "samples.npz") as found:
+        np.testing.assert_allclose(found["images"], expected, rtol=1e-3)
+    with open(tmp_path / "out" / "log_likelihood.bin", "rb") as file:
+        log_likelihood = jax.export.deserialize(bytearray(file.read()))
+    parameters = load_file(tmp_path / "out" / "model.safetensors")
+    rows = ((expected - MEAN) / STD).astype(np.float32)
+    nats = log_likelihood.call(parameters, np.uint32(0), np.arange(5, dtype=np.int32), rows,
+                               np.zeros((5, 3), np.float32))
+    own = random.log_prob(expected, condition=condition, noised=True, seed=0,
+                          trajectories=random.config.evaluate.trajectories)
+    np.testing.assert_allclose(np.asarray(nats) - random.spec.log_unit, own, atol=1e-2)
+
+
+PRIOR, LIKELIHOOD = stats.norm(MEAN, 2 * STD), stats.norm(MEAN + 0.3 * STD, 0.7 * STD)
+EVIDENCE = np.sum(stats.norm(MEAN, np.hypot(2, 0.7) * STD).logpdf(MEAN + 0.3 * STD))
+
+
+def log_target(theta):
+    """Prior times likelihood, [n, 2] -> [n]: normal, with a known integral."""
+    return PRIOR.logpdf(theta).sum(1) + LIKELIHOOD.logpdf(theta).sum(1)
+
+
+def test_the_evidence_of_a_linear_gaussian_model_is_unbiased(gaussian):
+    errors = []
+    for seed in range(20):
+        found = gaussian.reweight(log_target, condition=[1.0, 2.0, 3.0], n=COUNT, seed=seed)
+        errors.append((np.exp(found.log_evidence - EVIDENCE) - 1) / found.relative_error)
+    assert found.relative_error < 0.02
+    assert np.sum(np.abs(errors) < 2) >= 18
+    assert abs(np.mean(errors)) < 3.5 / np.sqrt(20)
+    assert found.evidence == pytest.approx(np.exp(EVIDENCE), rel=0.1)
+
+
+def test_weights_correct_a_wrong_model(random):
+    """The evidence and the posterior's moments, from a model with random parameters."""
+    found = random.reweight(log_target, condition=[1.0, 2.0, 3.0], n=COUNT)
+    error = np.exp(found.log_evidence - EVIDENCE) - 1
+    assert abs(error) < 4 * found.relative_error
+    assert found.relative_error < 0.1
+    precision = 1 / 4 + 1 / 0.49
+    size = np.sqrt(found.effective_sample_size)
+    mean = (found.weights @ found.samples - MEAN) / STD
+    np.testing.assert_allclose(mean, 0.3 / 0.49 / precision, atol=4 / size)
+    drawn = (found.resampled - MEAN) / STD
+    np.testing.assert_allclose(drawn.mean(0), mean, atol=1 / size)
+    np.testing.assert_allclose(drawn.std(0), np.sqrt(1 / precision), atol=4 / size)
+    raw = (found.samples - MEAN) / STD
+    assert np.abs(raw.std(0) - np.sqrt(1 / precision)).max() > 8 / size
+
+
+@pytest.mark.slow
+def test_batches_do_not_change_weights(gaussian, monkeypatch):
+    whole = gaussian.reweight(log_target, condition=[1.0, 2.0, 3.0], n=25)
+    monkeypatch.setattr(reweight, "BATCH", 10)
+    parts = gaussian.reweight(log_target, condition=[1.0, 2.0, 3.0], n=25)
+    np.testing.assert_allclose(parts.samples, whole.samples, rtol=1e-5)
+    np.testing.assert_allclose(parts.log_weights, whole.log_weights, atol=1e-4)
+
+
+def test_resampling_is_proportional():
+    weights = np.array([0.5, 0.25, 0.0, 0.25])
+    chosen = reweight.systematic(np.repeat(weights, 4) / 4, np.random.default_rng(0))
+    counts = np.bincount(chosen // 4, minlength=4)
+    np.testing.assert_array_equal(counts, [8, 4, 0, 4])
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda run: run.sample(3, label=[1.0, 2.0]), "condition is float64 [2]: expected 3 numbers"),
+    (lambda run: run.sample(3, condition=[1, 2, np.inf]), "condition holds a number that is not"),
+    (lambda run: run.log_prob(MEAN[None]), "no condition is given, and the model is"),
+    (lambda run: run.log_prob(MEAN, condition=[1, 2, 3]), "data have shape (2,): expected [n, 2]"),
+    (lambda run: run.sample(3, label=1, condition=[1, 2, 3]), "label and condition are both given"),
+    (lambda run: run.reweight(lambda x: x, condition=[1, 2, 3], n=COUNT),
+     f"log_target returned [{COUNT}, 2]"),
+    (lambda run: run.reweight(lambda x: x[:, 0] * np.nan, condition=[1, 2, 3], n=COUNT),
+     f"{COUNT} NaN"),
+    (lambda run: run.reweight(lambda x: np.full(COUNT, -np.inf), condition=[1, 2, 3], n=COUNT),
+     "log_target is -inf at every sample"),
+])
+def test_mistakes_are_one_line(random, call, message):
+    with pytest.raises(ntm_jax.UserError, match=re.escape(message)) as error:
+        call(random)
+    assert "\n" not in str(error.value)
