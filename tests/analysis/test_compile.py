@@ -82,7 +82,7 @@ def test_the_compiled_sampler_is_the_one_that_sample_at_calls(monkeypatch):
 SCANNED = small(**{"model.remat": "full", "model.scan": True, "model.predictor_layers": 3})
 
 
-REWARDED = {"train.objective": "policy_gradient", "reward.name": "own", "reward.samples": 3,
+REWARDED = {"train.objective": "policy_gradient", "reward.name": "nothing", "reward.samples": 3,
             "reward.kl": 0.1, "init_from": "x", "data.batch_size": 4}
 
 
@@ -278,7 +278,7 @@ def test_products_of_cublas_count():
     ("train", {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}),
     ("sample", {"__cudnn$fmhaSoftmax"})])
 def test_programs_lower_for_nvidia_with_cudnns_attention(monkeypatch, program, kernels):
-    monkeypatch.setattr(attention, "choose", lambda mesh: attention.Attention("cudnn", mesh))
+    monkeypatch.setattr(attention, "choose", lambda mesh, tokens: attention.Attention("cudnn", mesh))
     settings = small(**{"model.dtype": "bfloat16", "sample.inverse": "sequential"})
     with gpu.cudnn_assumed():
         run = planned_run(settings)
