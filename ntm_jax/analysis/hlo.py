@@ -224,6 +224,8 @@ def _memory(module, computation, i: Instruction) -> float:
         return 0
     if i.op in SLICES:
         return 2 * _in_memory(i.arrays)
+    if i.op == "slice-start":  # its type lists the whole array, then the slice
+        return i.arrays[1].bytes + _in_memory(i.arrays[1:2])
     if i.op == "dynamic-update-slice":
         return 2 * _in_memory(computation[i.operands[1]].arrays)
     inner = module.get(called(i, "calls")) if i.op == "fusion" else None
@@ -247,7 +249,7 @@ def _read(module, computation, number: int) -> float:
         for place, name in enumerate(i.operands):
             if name not in names or i.op == "parameter":
                 continue
-            if i.op == "bitcast":
+            if i.op == "bitcast" or _passes_on(module, i):
                 names.add(i.name)
             elif i.op in SLICES and place == 0:
                 total += i.arrays[0].bytes
@@ -256,6 +258,12 @@ def _read(module, computation, number: int) -> float:
             elif not (i.op == "dynamic-update-slice" and place == 0):
                 return math.inf
     return total
+
+
+def _passes_on(module, i: Instruction) -> bool:
+    """Whether an instruction is a fusion that only hands on its operand."""
+    inner = module.get(called(i, "calls"), {}) if i.op == "fusion" else {}
+    return bool(inner) and {j.op for j in inner.values()} <= {"parameter", "copy", "bitcast"}
 
 
 def _written(computation) -> float:

@@ -400,6 +400,35 @@ ENTRY %main (x: f32[4,8]) -> f32[4,8] {{
     assert sent.get((kind, "dcn"), 0) == far * 4 * 8 * 4
 
 
+IN_PLACE = """
+%hand_on (a: f32[24,8,8]) -> f32[24,8,8] {
+  %a = f32[24,8,8]{2,1,0} parameter(0)
+  ROOT %copy = f32[24,8,8]{2,1,0} copy(%a)
+}
+
+%update (b: f32[24,8,8], c: f32[1,8,8], i: s32[]) -> f32[24,8,8] {
+  %b = f32[24,8,8]{2,1,0} parameter(0)
+  %c = f32[1,8,8]{2,1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %same = f32[24,8,8]{2,1,0} fusion(%b), kind=kLoop, calls=%hand_on
+  ROOT %updated = f32[24,8,8]{2,1,0} dynamic-update-slice(%same, %c, %i, %i, %i)
+}
+
+ENTRY %main (x: f32[24,8,8], y: f32[1,8,8], n: s32[]) -> f32[24,8,8] {
+  %x = f32[24,8,8]{2,1,0} parameter(0)
+  %y = f32[1,8,8]{2,1,0} parameter(1)
+  %n = s32[]{:S(2)} parameter(2)
+  %slice-start = ((f32[24,8,8]{2,1,0}), f32[2,8,8]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:8], [0:8]}
+  %slice-done = f32[2,8,8]{2,1,0:S(1)} slice-done(%slice-start)
+  ROOT %new = f32[24,8,8]{2,1,0} fusion(%x, %y, %n), kind=kLoop, calls=%update
+}
+"""  # noqa: E501
+
+
+def test_what_is_sliced_or_updated_counts_by_the_slice():
+    assert hlo.count(IN_PLACE, 1).memory == (2 + 1 + 1) * 8 * 8 * 4  # two read; one read, written
+
+
 def gathers(mesh):
     """The text of a compiled scan over 5 layers that each gather their split parameters."""
     rows = NamedSharding(mesh, PartitionSpec("f"))
