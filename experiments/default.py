@@ -60,7 +60,7 @@ SETTINGS = dict(
         scan=False,  # scans stacked layers: compiles faster; small models on CPUs run slower
     ),
     train=dict(
-        objective="end_to_end",  # pairwise, flow_matching, denoiser, policy_gradient, preference
+        objective="end_to_end",  # pairwise, flow_matching, flow_map, denoiser, policy_gradient, ...
         steps=2000,  # optimizer steps
         save_every=500,  # steps between checkpoints
         save_minutes=10.0,  # longest time between checkpoints; 0 saves by steps alone

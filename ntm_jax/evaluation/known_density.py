@@ -31,8 +31,8 @@ from ntm_jax.runtime.run import Run
 
 SIDE = 64  # points a side of a picture of densities
 TRAJECTORIES = 16  # a point
-EVALUATIONS = (1, 2, 4, 8, 16, 32, 64)  # of a flow-matching network, for one log-density
-MASS_SIDE = 128  # points a side of the grid on which an estimate is integrated
+EVALUATIONS = (1, 2, 4, 8, 16, 64)  # of a flow-matching network, for one log-density
+MASS_SIDE = 64  # points a side of the grid on which an estimate is integrated
 
 
 def compare_with_true_density(run: Run, source: Source, scored: dict) -> dict:
