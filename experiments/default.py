@@ -54,14 +54,14 @@ SETTINGS = dict(
         log_scale_bound=3.0,  # largest absolute log-scale of a transporter block
         data_std=1.0,  # deviation of the data, for preconditioning
         condition="class",  # what the model is conditioned on: none, class, text, vector
-        backbone="transformer",  # network of head=posterior: transformer, flux2
+        backbone="transformer",  # network of head=posterior: transformer, flow_map, flux2
         double_layers=0,  # two-stream layers of backbone=flux2, before the predictor_layers
         dtype="float32",  # type of activations in training: float32, bfloat16
         remat="none",  # what the backward pass recomputes: none, full, narrow, dots
         scan=False,  # scans stacked layers: compiles faster; small models on CPUs run slower
     ),
     train=dict(
-        objective="end_to_end",  # pairwise, flow_matching, denoiser, policy_gradient, preference
+        objective="end_to_end",  # pairwise, flow_matching, flow_map, denoiser, policy_gradient, ...
         steps=2000,  # optimizer steps
         save_every=500,  # steps between checkpoints
         save_minutes=10.0,  # longest time between checkpoints; 0 saves by steps alone

@@ -1,8 +1,9 @@
 """NTM of points of the plane whose density is known: gaussians, checkerboard or moons.
 
 Expected of gaussians, eight on a circle: an importance-weighted bound (1,000 trajectories) 0.02
-nats below the true mean log-density at t_0, -0.99. `,no-transporter` after the density's name is
-the ablation with a deeper predictor.
+nats below the true mean log-density at t_0, -0.99. After the density's name, `,no-transporter` is
+the ablation with a deeper predictor, `,flow-matching` a velocity network of its size, and
+`,flow-map` that network with a predicted divergence (F2D2, arXiv 2512.02636), for launch.truth.
 """
 
 from ntm_jax.experiments import default
@@ -10,8 +11,10 @@ from ntm_jax.experiments import default
 
 def get_config(variant: str = "gaussians"):
     names = ("gaussians", "checkerboard", "moons")
-    default.check_variant(__file__, variant, *names, *(f"{name},no-transporter" for name in names))
-    name, _, ablation = variant.partition(",")
+    kinds = ("no-transporter", "flow-matching", "flow-map")
+    default.check_variant(__file__, variant, *names,
+                          *(f"{name},{kind}" for name in names for kind in kinds))
+    name, _, kind = variant.partition(",")
     c = default.get_config()
     c.data.update(source=f"toy:{name}", batch_size=64)
     # levels k/16: a few long steps are hardest between t = 0.1 and 0.4, where modes part
@@ -23,6 +26,13 @@ def get_config(variant: str = "gaussians"):
     c.optimizer.update(learning_rate=3e-3, weight_decay=1e-4)
     c.evaluate.update(trajectories=32, batch_size=2000)
     c.sample.update(num=1000, steps=16, decoder="inverse")
-    if ablation:
+    if kind:
         c.model.update(transporter_blocks=0, predictor_layers=6)
+    if kind in ("flow-matching", "flow-map"):
+        c.model.update(head="posterior",
+                       backbone="flow_map" if kind == "flow-map" else "transformer")
+        c.train.objective = kind.replace("-", "_")
+        c.data.batch_size = 256  # each example trains one level
+        c.trajectory.steps = (4,)  # of the bounds that a flow-matching run reports, too
+        c.sample.update(steps=50, decoder="euler")
     return c

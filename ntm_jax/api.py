@@ -15,6 +15,7 @@ import difflib
 import importlib
 import math
 import pkgutil
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from ntm_jax import host_memory
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.evaluation import known_density
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
 from ntm_jax.evaluation.scoring import log_prob
@@ -195,6 +197,22 @@ def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     UserError if there is no run, or its files are damaged.
     """
     return _run(load_run(workdir, step, raw))
+
+
+def compare_with_truth(workdirs: Sequence[str], out: str, split: str | None = None,
+                       trajectories: int = 32) -> dict:
+    """Compares runs of one known density with it, and writes truth.json and truth.png to `out`.
+
+    split: the first run's by default. trajectories: for each record, of an NTM's bounds. Returns
+    the content of truth.json. Raises UserError where the runs do not compare.
+    """
+    runs = [load(workdir) for workdir in workdirs]
+    estimators = [objectives.find(run.config.train.objective).estimators(run, trajectories)
+                  for run in runs]
+    result = known_density.benchmark(
+        list(zip(runs, estimators, strict=True)), split or runs[0].config.evaluate.split)
+    known_density.write_benchmark(result, out)
+    return result
 
 
 def push(export: str, repository: str, private: bool = False) -> str:

@@ -99,6 +99,7 @@ KEYS = {
     "## launch.compile --json": lambda: (
         written(compile.compile_for, compile._figures)),
     "## launch.benchmark --json": lambda: written(benchmark.measure),
+    "## launch.truth": lambda: written(known_density.benchmark, known_density.signed_errors),
 }
 
 

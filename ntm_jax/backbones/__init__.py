@@ -44,8 +44,15 @@ def _read_flux2(path: str, parameters):
     return flux2_weights.read(path, parameters)
 
 
+def _flow_map(config: ModelConfig, extra: Mapping[str, Any], attention: Callable):
+    from ntm_jax.backbones import flow_map
+
+    return flow_map.FlowMap(config, attention)
+
+
 BACKBONES = Registry("config.model.backbone", {
-    "transformer": Backbone(_transformer), "flux2": Backbone(_flux2, _read_flux2)})
+    "transformer": Backbone(_transformer), "flow_map": Backbone(_flow_map),
+    "flux2": Backbone(_flux2, _read_flux2)})
 
 
 def register(name: str, backbone: Backbone) -> None:

@@ -75,6 +75,32 @@ def levels_plot(result: dict, out_png) -> None:
     save_figure(plot, out_png)
 
 
+def truth_plot(result: dict, out_png) -> None:
+    """Draws the signed errors of a truth.json by evaluations; above the line an estimate flatters.
+
+    Errors of less than 0.1 nats have a linear scale, others a logarithmic one.
+    """
+    plot, axes = figure(8, 5, 1, 1)
+    axis = axes[0, 0]
+    for run in result["runs"]:
+        for method in dict.fromkeys(row["method"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["method"] == method]
+            error = [row["error"] for row in rows]
+            axis.errorbar([row["evaluations"] for row in rows], [e["mean"] for e in error],
+                          [e["stderr"] for e in error], fmt="o-", markersize=4, label=method)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("symlog", linthresh=0.1)
+    low, high = axis.get_ylim()
+    axis.axhspan(0, high, color="tab:red", alpha=0.07)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_ylim(low, high)
+    axis.set(xlabel="network evaluations for one log-density",
+             ylabel="estimate less true log-density, nats",
+             title=f"{result['source']}: above 0 an estimate flatters")
+    plot.legend(loc="outside lower center", ncols=2)
+    save_figure(plot, out_png)
+
+
 def density_picture(true, learned, levels, extent: float, out_png) -> None:
     """Draws densities of the plane, true above learned, from noisy (left) to clean.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ntm_jax.backbones import flow_map
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.denoising import Teacher
 from ntm_jax.core.layers import null
@@ -23,7 +24,7 @@ from ntm_jax.core.model import NTM, Terms, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import measures, scoring
+from ntm_jax.evaluation import known_density, measures, scoring
 from ntm_jax.evaluation.report import NAMES, summarize
 from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
@@ -176,6 +177,33 @@ def velocity_loss(setup: Setup, params, draws: Draws, reference=None):
     return value, {"loss": value}
 
 
+def flow_map_loss(setup: Setup, params, draws: Draws, reference=None):
+    """The joint self-distillation of velocity and divergence; see backbones.flow_map.errors.
+
+    Levels are uniform between t_min and 1. Intervals are those of 2^i equal steps, i = 0..FINEST.
+    """
+    x, model = draws.batch["x"], setup.model
+    y = draws.condition(model, setup.train.condition_dropout)
+    t_min = draws.t_min(setup.schedule)
+
+    def uniform(name):
+        return jax.vmap(jax.random.uniform)(draws.keys(name))
+
+    count = 2.0 ** jnp.floor(uniform("count") * (flow_map.FINEST + 1))
+    place = jnp.floor(uniform("place") * count)
+    times = [t_min + (1 - t_min) * share
+             for share in (uniform("level"), place / count, (place + 1) / count)]
+    noise = trajectory.example_noise(draws.keys("noise"), (2, *x.shape[1:]))
+    probes = flow_matching.rademacher(draws.keys("probes"), 1, x.shape[1:])
+    found = flow_map.errors(
+        model.backbone, flow_matching.backbone_params(params), x, jnp.moveaxis(noise, 1, 0), probes,
+        (times[0], times[1:]), y)
+    metrics = {name: jnp.mean(value) for name, value in found.items()}
+    value = sum(metrics[f"{name}velocity"] + flow_map.DIVERGENCE_WEIGHT
+                * metrics[f"{name}divergence"] for name in ("", "average_"))
+    return value, metrics | {"loss": value}
+
+
 def denoiser_loss(setup: Setup, params, draws: Draws, reference=None):
     """The squared error of the denoiser to the teacher's score denoising.
 
@@ -246,6 +274,13 @@ def _check_flow(config: Config) -> None:
                         f"config.model.transporter_blocks=0, found {model.transporter_blocks}")
 
 
+def _check_flow_map(config: Config) -> None:
+    _check_flow(config)
+    if config.model.backbone != "flow_map":
+        raise UserError("config.train.objective=flow_map trains config.model.backbone=flow_map, "
+                        f"found {config.model.backbone}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A loss, with the measures, labels, decoders and checks that belong to it.
@@ -257,6 +292,8 @@ class Objective:
     held_out(run, source) -> Held, during training.
     measure(run, source, trajectories) -> {name: mean and stderr}, added to evaluation.json, where
     trajectories is their number for each record; None adds nothing.
+    estimators(run, trajectories) -> estimators of the log-density, compared with a known one; see
+    evaluation.known_density.
     check(config) raises UserError for a configuration that the objective cannot train.
     """
 
@@ -266,6 +303,7 @@ class Objective:
     decoders: tuple[str, ...] = ("inverse", "score", "denoiser")
     check: Callable[[Config], None] = _no_check
     measure: Callable[[Run, Source, int], dict] | None = None
+    estimators: Callable = known_density.bounds
     whole_trajectories: bool = False  # a step holds all T levels of an example at once
     has_levels: bool = True  # factors that train.level_power can weight
     trains_velocity: bool = False  # a model that an NTM can start from
@@ -287,7 +325,12 @@ OBJECTIVES = Registry("config.train.objective", {
     "pairwise": Objective(_likelihood_loss(pair_terms)),
     "flow_matching": Objective(
         velocity_loss, held_out_velocity, SQUARED, ("inverse", "score", "denoiser", *SOLVERS),
-        _check_flow, _measure_velocity, has_levels=False, trains_velocity=True),
+        _check_flow, _measure_velocity, known_density.solutions, has_levels=False,
+        trains_velocity=True),
+    "flow_map": Objective(
+        flow_map_loss, held_out_velocity, SQUARED, ("inverse", "score", "denoiser", *SOLVERS),
+        _check_flow_map, _measure_velocity, known_density.flow_map_estimates, has_levels=False,
+        trains_velocity=True),
     "policy_gradient": Objective(
         policy_gradient.loss_with(_likelihood_loss(trajectory_terms)), held_out_reward,
         whole_trajectories=True, check=policy_gradient.check, measure=_measure_reward,

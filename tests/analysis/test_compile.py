@@ -278,7 +278,8 @@ def test_products_of_cublas_count():
     ("train", {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}),
     ("sample", {"__cudnn$fmhaSoftmax"})])
 def test_programs_lower_for_nvidia_with_cudnns_attention(monkeypatch, program, kernels):
-    monkeypatch.setattr(attention, "choose", lambda mesh, tokens: attention.Attention("cudnn", mesh))
+    monkeypatch.setattr(attention, "choose",
+                        lambda mesh, tokens: attention.Attention("cudnn", mesh))
     settings = small(**{"model.dtype": "bfloat16", "sample.inverse": "sequential"})
     with gpu.cudnn_assumed():
         run = planned_run(settings)

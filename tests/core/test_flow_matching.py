@@ -3,6 +3,7 @@
 Also the posterior head as fine-tuning begins: the rest new, over a backbone with random weights.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -162,3 +163,57 @@ def test_misalignment_is_the_means_distance_to_a_reference(started):
     np.testing.assert_allclose(moved.misalignment, np.tile([0.25, 4.0], (2, 1)), rtol=1e-4)
     np.testing.assert_allclose(moved.nll, plain.nll, rtol=1e-6)
     np.testing.assert_array_equal(plain.misalignment, 0.0)
+
+
+def _gaussian_density(x, t):
+    """log N(x; 0, (1-t)^2 R^2 + t^2) at x [B, N, D], [B]: independent Gaussian data noised to t."""
+    variance = (1 - t) ** 2 * R**2 + t**2
+    return np.sum(-0.5 * (np.asarray(x) ** 2 / variance + np.log(2 * np.pi * variance)), (1, 2))
+
+
+def _levels(low, steps):
+    return jnp.tile(jnp.linspace(low, 1, steps + 1), (2, 1))
+
+
+@pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
+def test_the_ode_log_density_converges_to_a_gaussians(heun, order):
+    """Half the step divides the error by 2^order."""
+    x = jnp.array([[[0.3, -0.9]], [[1.1, 0.2]]])
+    errors = []
+    for steps in (20, 40):
+        found = jax.jit(lambda x, t: flow_matching.ode_log_density(
+            exact_backbone, x, t, None, heun))(x, _levels(0.1, steps))
+        errors.append(np.abs(found - _gaussian_density(x, 0.1)))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(errors[0] / errors[1], 2**order, rtol=0.15)
+    assert np.max(errors[1]) < (0.005 if heun else 0.1)
+
+
+def _rotation(x):
+    """A velocity with a full Jacobian, of tokens and channels, and its divergence."""
+    first, second = x[:, 0, 0], x[:, 1, 1]
+    value = jnp.zeros_like(x).at[:, 0, 0].set(jnp.sin(first) * second).at[:, 1, 1].set(
+        first * second**2)
+    return value.at[:, 1, 0].set(first + second), jnp.cos(first) * second + 2 * first * second
+
+
+def test_the_divergence_is_exact_or_hutchinsons():
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(3, 2, 2)), jnp.float32)
+    expected = _rotation(x)
+    for found, wanted in zip(flow_matching.value_and_divergence(lambda x: _rotation(x)[0], x),
+                             expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    probes = flow_matching.rademacher(jax.random.split(jax.random.key(0), 3), 2000, (2, 2))
+    assert set(np.unique(probes)) == {-1.0, 1.0}
+    _, estimate = flow_matching.value_and_divergence(lambda x: _rotation(x)[0], x, probes)
+    np.testing.assert_allclose(estimate, expected[1], atol=0.15)
+    assert np.max(np.abs(estimate - expected[1])) > 1e-4
+
+
+def test_hutchinsons_estimate_is_exact_for_a_diagonal_jacobian():
+    """Signs square to 1, so that independent Gaussian data have no noise of the probes."""
+    x, t = jnp.array([[[0.3, -0.9]], [[1.1, 0.2]]]), _levels(0.1, 4)
+    probes = flow_matching.rademacher(jax.random.split(jax.random.key(1), 2), 1, (1, 2))
+    exact, estimate = (flow_matching.ode_log_density(exact_backbone, x, t, None, True, given)
+                       for given in (None, probes))
+    np.testing.assert_allclose(estimate, exact, rtol=1e-5)

@@ -20,7 +20,7 @@ TERMS = ("quadratic", "log_scale", "log_det")
 @pytest.mark.parametrize(("name", "changes", "message"), [
     ("digits", {"train.objective": "both"},
      "config.train.objective 'both' is not known: expected one of end_to_end, pairwise, "
-     "flow_matching, policy_gradient, preference, denoiser; one of your own needs "
+     "flow_matching, flow_map, policy_gradient, preference, denoiser; one of your own needs "
      "--import=MODULE, the "),
     ("digits", {"train.objective": "denoiser", "train.condition_dropout": 0.0},
      "config.teacher is '', config.train.objective denoiser: a denoiser, and nothing else, has a "
@@ -34,6 +34,8 @@ TERMS = ("quadratic", "log_scale", "log_det")
     ("digits_fm", {"model.head": "direct"},
      "config.train.objective=flow_matching trains the backbone of config.model.head=posterior, "
      "found direct, and of config.model.transporter_blocks=0, found 0"),
+    ("digits_fm", {"train.objective": "flow_map"},
+     "config.train.objective=flow_map trains config.model.backbone=flow_map, found transformer"),
     ("digits_fm", {"model.transporter_blocks": 1},
      "of config.model.head=posterior, found posterior, and of config.model.transporter_blocks=0, "
      "found 1"),

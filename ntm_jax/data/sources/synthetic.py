@@ -5,7 +5,9 @@ the shape: `,levels=256` for pixels, `,classes=1000`, `,count=10000` and `,text=
 
 `toy:moons`, `toy:checkerboard` and `toy:gaussians` are points of the plane as latents of shape 1 x
 2 x 1, 1,000,000 in train and 2,000 in test, of mean 0 and variance 1, whose density is known at
-every noise level.
+every noise level. So is that of two in more dimensions, with 100,000 in train: `toy:mixture`, a
+mixture of 32 Gaussians in 16 dimensions as latents of shape 4 x 4 x 1, and `toy:field`, images of
+correlated Gaussians, 8 x 8 x 1.
 
 H, W, C image height, width, channels; V pixel levels; M, E text tokens and width; n points.
 Densities are in nats, float64. No jax is imported: grain's worker processes run this.
@@ -16,6 +18,7 @@ import re
 from typing import Any
 
 import numpy as np
+from scipy.linalg import hadamard
 from scipy.special import log_ndtr, logsumexp
 
 from ntm_jax.data.records import pad_text
@@ -181,15 +184,16 @@ def checkerboard_log_density(points: np.ndarray, t: float) -> np.ndarray:
 
 
 def _log_mixture(points, t, means, weights, deviation) -> np.ndarray:
-    """log of sum_m weights_m N((1-t) means_m, ((1-t)^2 deviation^2 + t^2) I), [n, 2] -> [n]."""
+    """log of sum_m weights_m N((1-t) means_m, ((1-t)^2 deviation^2 + t^2) I), [n, d] -> [n]."""
     points, scale = np.asarray(points, np.float64), np.hypot((1 - t) * deviation, t)
     parts = []
     for some in np.split(points, range(4096, len(points), 4096)):  # 17 MB an array for 512 nodes
         squares = sum(
-            (some[:, None, axis] / scale - (1 - t) / scale * means[:, axis]) ** 2 for axis in (0, 1)
+            (some[:, None, axis] / scale - (1 - t) / scale * means[:, axis]) ** 2
+            for axis in range(means.shape[1])
         )
         parts.append(logsumexp(-0.5 * squares, 1, weights))
-    return np.concatenate(parts) - np.log(2 * np.pi * scale**2)
+    return np.concatenate(parts) - means.shape[1] / 2 * np.log(2 * np.pi * scale**2)
 
 
 def _log_interval_mean(z, low, width: float) -> np.ndarray:
@@ -203,29 +207,73 @@ def _log_interval_mean(z, low, width: float) -> np.ndarray:
     return log_upper + np.log(-np.expm1(log_lower - log_upper)) - np.log(width)
 
 
-_TOYS = {
-    "moons": (_draw_moons, moons_log_density),
-    "checkerboard": (_draw_checkerboard, checkerboard_log_density),
-    "gaussians": (_draw_gaussians, gaussians_log_density),
+# More dimensions, each of mean 0 and variance 1.
+
+# A mixture about the rows of a Hadamard matrix and their negatives, whose second moment is I.
+_SPREAD = 0.6  # deviation of a component
+_SIGNS = hadamard(16)
+_CORNER_MEANS = np.sqrt(1 - _SPREAD**2) * np.concatenate([_SIGNS, -_SIGNS])  # [32, 16]
+
+# Neighbours in a row or a column of a field correlate; the covariance of pixels is R x R.
+_FIELD_SIDE, _NEIGHBOURS = 8, 0.9
+_PLACES = np.arange(_FIELD_SIDE)
+_CORRELATION = _NEIGHBOURS ** np.abs(np.subtract.outer(_PLACES, _PLACES))  # R, [8, 8]
+
+
+def _draw_mixture(random: np.random.Generator, count: int) -> np.ndarray:
+    means = _CORNER_MEANS[random.integers(len(_CORNER_MEANS), size=count)]
+    return means + _SPREAD * random.standard_normal((count, 16))
+
+
+def _draw_field(random: np.random.Generator, count: int) -> np.ndarray:
+    root = np.linalg.cholesky(_CORRELATION)
+    white = random.standard_normal((count, _FIELD_SIDE, _FIELD_SIDE))
+    return (root @ white @ root.T).reshape(count, -1)
+
+
+def mixture_log_density(points: np.ndarray, t: float) -> np.ndarray:
+    """log q(x_t) of `toy:mixture` at points [n, 16] -> [n], in nats, 0 < t <= 1."""
+    count = len(_CORNER_MEANS)
+    return _log_mixture(points, t, _CORNER_MEANS, np.full(count, 1 / count), _SPREAD)
+
+
+def field_log_density(points: np.ndarray, t: float) -> np.ndarray:
+    """log q(x_t) of `toy:field` at points [n, 64] -> [n], in nats, 0 < t <= 1."""
+    values, vectors = np.linalg.eigh(_CORRELATION)
+    images = np.asarray(points, np.float64).reshape(-1, _FIELD_SIDE, _FIELD_SIDE)
+    variance = (1 - t) ** 2 * np.outer(values, values) + t**2
+    squares = (vectors.T @ images @ vectors) ** 2 / variance
+    return -0.5 * np.sum(squares + np.log(2 * np.pi * variance), (1, 2))
+
+
+_PLANE = (1, 2, 1)
+_TOYS = {  # how points are drawn, their density, and the shape of a record
+    "moons": (_draw_moons, moons_log_density, _PLANE),
+    "checkerboard": (_draw_checkerboard, checkerboard_log_density, _PLANE),
+    "gaussians": (_draw_gaussians, gaussians_log_density, _PLANE),
+    "mixture": (_draw_mixture, mixture_log_density, (4, 4, 1)),
+    "field": (_draw_field, field_log_density, (_FIELD_SIDE, _FIELD_SIDE, 1)),
 }
 
 
 def open_toy(name: str, split: str) -> Source:
-    """Opens a split of the points `name`, one of moons, checkerboard and gaussians."""
+    """Opens a split of the data `name` of known density."""
     check_split(f"toy:{name}", split, _SPLITS)
     if name not in _TOYS:
         raise UserError(
             f"data.source toy:{name} is not known: expected toy:NAME with one of {', '.join(_TOYS)}"
         )
-    draw, log_density = _TOYS[name]
+    draw, log_density, shape = _TOYS[name]
+    planar = shape == _PLANE
     random = np.random.default_rng(_SPLITS.index(split))
     # All points are drawn at once: one by one they would take longer than a small model's step.
-    points = draw(random, 2_000 if split == "test" else 1_000_000).astype(np.float32)
+    count = 1_000_000 if planar else 100_000
+    points = draw(random, 2_000 if split == "test" else count).astype(np.float32)
     return Source(
-        ArrayRecords(points.reshape(-1, 1, 2, 1)),
-        (1, 2, 1),
+        ArrayRecords(points.reshape(-1, *shape)),
+        shape,
         pixel_levels=0,
         version="1",
         log_density=log_density,
-        planar_extent=_EXTENT,
+        planar_extent=_EXTENT if planar else 0.0,
     )

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+from scipy import stats
+from scipy.special import logsumexp
 
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import open_source, synthetic
@@ -219,6 +221,30 @@ def test_a_record_is_cheap(sources):
     assert time.process_time() - start < 0.2  # 20 us a record; measured: 1
 
 
+@pytest.mark.parametrize("t", [0.04, 0.5, 1.0])
+@pytest.mark.parametrize(("name", "shape"), [("mixture", (4, 4, 1)), ("field", (8, 8, 1))])
+def test_data_of_more_dimensions_have_mean_0_and_variance_1_and_their_density(name, shape, t):
+    """The density against a sum of SciPy's normal densities, and its integral by weighting."""
+    test = open_source(f"toy:{name}", "test")
+    x = test.records.records.images.reshape(2_000, -1).astype(np.float64)
+    assert test.image_shape == shape
+    assert test.planar_extent == 0
+    assert abs(np.mean(x**2) - 1) < 0.05
+    assert np.abs(x.mean(0)).max() < 5 / math.sqrt(2_000)
+    points = (1 - t) * x[:20] + t * np.random.default_rng(0).normal(size=(20, x.shape[1]))
+    if name == "field":
+        means, covariance = np.zeros((1, 64)), np.kron(*[synthetic._CORRELATION] * 2)
+    else:
+        means, covariance = synthetic._CORNER_MEANS, synthetic._SPREAD**2 * np.eye(16)
+    noised = (1 - t) ** 2 * covariance + t**2 * np.eye(len(covariance))
+    parts = [stats.multivariate_normal((1 - t) * mean, noised).logpdf(points) for mean in means]
+    expected = logsumexp(parts, 0) - math.log(len(means))
+    np.testing.assert_allclose(test.log_density(points, t), expected, rtol=1e-9)
+    second = x.T @ x / len(x)  # of the samples, against the density's
+    wanted = covariance + means.T @ means / len(means)
+    assert np.abs(second - wanted).max() < 6 / math.sqrt(2_000)
+
+
 def test_mock_sources_have_no_density():
     assert open_source("mock:2x2x4", "test").log_density is None
 
@@ -230,7 +256,7 @@ def test_mock_sources_have_no_density():
             "toy:spiral",
             "train",
             "data.source toy:spiral is not known: expected toy:NAME with one of moons, "
-            "checkerboard, gaussians",
+            "checkerboard, gaussians, mixture, field",
         ),
         ("toy:", "train", "data.source 'toy:' is not known: expected one of digits"),
         ("toy:moons", "all", "toy:moons has no split 'all': it has train, test"),
