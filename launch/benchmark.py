@@ -5,6 +5,18 @@
 With --workdir=runs/digits in place of --config it times only the sampler and its parts, with that
 run's parameters, on which the sweeps of the parallel inverse depend, and its denoiser if any.
 
+With --vary=SETTING:VALUE,VALUE,... it times the training step at each value of a setting, and its
+compilation:
+
+    python -m launch.benchmark --config=digits --vary=model.predictor_layers:3,6,12
+
+With --peers=FOLDER it compares this package with other public normalizing flows on this CPU, at
+equal FLOPs, each in a process of its own: their training step and the inverse of their
+transformation. FOLDER holds their checkouts. The program names those that are missing, and how to
+get them:
+
+    OMP_NUM_THREADS=1 taskset -c 0 python -m launch.benchmark --peers=../peers
+
 Other work on the machine, and threads that move between cores, disturb the figures. On a CPU,
 reserve cores for it:
 
@@ -23,33 +35,66 @@ flags.DEFINE_integer(
     "batch", None, "Images sampled at a time; config.sample.num by default.", lower_bound=1)
 flags.DEFINE_string("workdir", None, "A run's folder, an export, or hf://OWNER/NAME; times only "
                     "its sampler.")
+flags.DEFINE_string(
+    "peers", None, "A folder with checkouts of other flows; compares this package with them, on "
+    "CPUs only.")
+flags.DEFINE_string(
+    "vary", None, "SETTING:VALUE,VALUE,...; times the train step of --config, and its compilation, "
+    "at each value. Several settings, with commas between them, take the same value.")
 flags.DEFINE_string("rows", "", "Only rows whose name contains this, such as train or inverse.")
 flags.DEFINE_string("json", None, "A file to write the rows to, as JSON.")
 
 
 def main():
     f = program.FLAGS
-    if bool(f.config) == bool(f.workdir):
-        raise UserError("give either --config, an experiment, or --workdir, a run's folder")
+    if sum(map(bool, (f.config, f.workdir, f.peers))) != 1:
+        raise UserError("give one of --config, an experiment, --workdir, a run's folder, and "
+                        "--peers, a folder of other flows")
+    if f.vary and not f.config:
+        raise UserError("--vary changes a setting of --config: give an experiment")
+    if f.peers:
+        _compare()
+    else:
+        _benchmark()
 
-    import json
 
+def _compare():
+    from ntm_jax.analysis.peers import compare
+
+    f = program.FLAGS
+    rows = compare.compare(f.peers, f.runs, f.rows)
+    print(f"{compare.machine()}, medians of {f.runs} runs in turn")
+    print("\n".join([compare.table(rows), *compare.missing(f.peers)]), flush=True)
+    _write(rows)
+
+
+def _benchmark():
     import jax
 
-    from ntm_jax import files
     from ntm_jax.analysis import benchmark
     from ntm_jax.export.read import load_run
 
-    if f.workdir:
+    f = program.FLAGS
+    if f.vary:
+        rows = benchmark.vary(f.config.to_dict(), f.vary, f.runs)
+    elif f.workdir:
         rows = benchmark.benchmark_run(load_run(f.workdir), f.runs, f.batch, f.rows)
     else:
         rows = benchmark.benchmark(program.read_config(), f.runs, f.batch, f.rows)
     if jax.process_index() == 0:
         kind = jax.devices()[0].device_kind
         print(f"{jax.device_count()} x {kind}, jax {jax.__version__}, medians of {f.runs} runs")
-        print(benchmark.table(rows), flush=True)
-        if f.json:
-            files.write(f.json, json.dumps(rows, indent=2) + "\n")
+        print((benchmark.growth if f.vary else benchmark.table)(rows), flush=True)
+        _write(rows)
+
+
+def _write(rows: list[dict]):
+    import json
+
+    from ntm_jax import files
+
+    if program.FLAGS.json:
+        files.write(program.FLAGS.json, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

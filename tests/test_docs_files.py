@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from ntm_jax.analysis import benchmark, compile, profile
+from ntm_jax.analysis.peers import compare
 from ntm_jax.core import denoising
 from ntm_jax.data import pipeline
 from ntm_jax.data.prepare import plan, shards
@@ -98,7 +99,8 @@ KEYS = {
     "## profile/summary.json": lambda: written(profile.summarize),
     "## launch.compile --json": lambda: (
         written(compile.compile_for, compile._figures)),
-    "## launch.benchmark --json": lambda: written(benchmark.measure),
+    "## launch.benchmark --json": lambda: written(benchmark.measure, benchmark.vary),
+    "## launch.benchmark --peers --json": lambda: written(compare._rows),
     "## launch.truth": lambda: written(known_density.benchmark, known_density.signed_errors),
 }
 

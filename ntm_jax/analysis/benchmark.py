@@ -5,6 +5,8 @@ its parts; rows.py has one function for each. Post-training also has rollouts an
 (reward_rows.py).
 """
 
+import ast
+import copy
 import math
 import statistics
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from ntm_jax.analysis.rows import SAMPLING, TRAINING
 from ntm_jax.core.transporter import fastest
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import flops, sharding
+from ntm_jax.runtime import config_file, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.training import objectives
@@ -37,14 +39,18 @@ def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "
     runs: how often each row is timed. batch: images sampled at a time, config.sample.num by
     default. only: selects the rows whose name contains this. Raises UserError if there is none.
     """
+    return _rows(TRAINING | SAMPLING, _untrained(config, batch), runs, only)
+
+
+def _untrained(config: Config, batch: int | None = None) -> Setting:
+    """An untrained run of a configuration, with its data."""
     if objectives.checked(config).needs_teacher:
         raise UserError(f"config.train.objective={config.train.objective} needs its teacher: give "
                         "--workdir of the run in place of --config")
     source, held_out = map(config.data.open, (config.data.split, config.evaluate.split))
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, sharding.make_mesh(config.mesh))
-    setting = Setting(run, batch or config.sample.num, source, held_out)
-    return _rows(TRAINING | SAMPLING, setting, runs, only)
+    return Setting(run, batch or config.sample.num, source, held_out)
 
 
 def benchmark_run(run: Run, runs: int, batch: int | None = None, only: str = "") -> list[dict]:
@@ -59,6 +65,70 @@ def _rows(makers: dict[str, Callable], setting: Setting, runs: int, only: str) -
     if not rows:
         raise UserError(f"--rows={only} is in no row's name: leave it out to see them all")
     return rows
+
+
+def vary(values: dict, choices: str, runs: int) -> list[dict]:
+    """The rows of the train step of an experiment at several values of its settings.
+
+    values: the settings by section. choices: "section.key:value,value,...", or several settings
+    with commas between them, which take the same value. A row has those of `benchmark`, and
+    milliseconds a step, compile_seconds, of tracing and compilation, and value.
+    """
+    names, _, texts = choices.partition(":")
+    rows = []
+    for text in filter(None, texts.split(",")):
+        changed = copy.deepcopy(values)
+        for name in names.split(","):
+            _change(changed, name, text)
+        config, _ = config_file.complete(changed)
+        setting = _untrained(config)
+        case = TRAINING["train step"](setting)
+        first = flops.seconds(case.once, 1)
+        row = {"name": f"{names}={text}"} | measure(case, runs, setting)
+        seconds = case.items / row["items_per_second"]
+        rows.append(row | {"milliseconds": 1e3 * seconds, "compile_seconds": first - seconds,
+                           "value": text})
+    if not rows:
+        raise UserError(f"--vary={choices} has no values: expected SETTING:VALUE,VALUE, such as "
+                        "model.predictor_layers:3,6,12")
+    return rows
+
+
+def _change(values: dict, name: str, text: str) -> None:
+    """Sets section.key to the value that a text means; a tuple's to a tuple of it alone."""
+    section, _, key = name.partition(".")
+    if key not in values.get(section, {}):
+        raise UserError(f"--vary names {name}, which is no setting: expected one such as "
+                        "model.predictor_layers")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    values[section][key] = (value,) if isinstance(values[section][key], tuple) else value
+
+
+def growth(rows: list[dict]) -> str:
+    """The text of the rows of `vary`.
+
+    The power is that of the setting's value by which a step's time has grown since the row before.
+    """
+    lines = [("", "ms/step", "power", "GFLOP/s", "limit", "share", "compile s")]
+    for before, row in zip([None, *rows], rows, strict=False):
+        rate, limit = (f"{row[key] / 1e9:,.1f}" for key in ("flops_per_second", "limit"))
+        lines.append((row["name"], f"{row['milliseconds']:,.1f}", _power(before, row), rate, limit,
+                      f"{row['share_of_limit']:.1%}", f"{row['compile_seconds']:.1f}"))
+    return _aligned(lines)
+
+
+def _power(before: dict | None, row: dict) -> str:
+    """log(ratio of times) / log(ratio of values); empty where values are not numbers that grow."""
+    try:
+        grown = float(row["value"]) / float(before["value"]) if before else 1
+    except (ValueError, ZeroDivisionError):
+        return ""
+    if not before or grown <= 0 or grown == 1:
+        return ""
+    return f"{math.log(row['milliseconds'] / before['milliseconds']) / math.log(grown):.2f}"
 
 
 def measure(case: Case, runs: int, setting: Setting) -> dict:
@@ -102,10 +172,7 @@ def copying() -> Callable[[], float]:
 def table(rows: list[dict]) -> str:
     """The text of the rows, followed by ratios between them."""
     heads = ("", "items/s", "lowest", "highest", "GFLOP/s", "limit", "share")
-    cells = [heads, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line))
-             for line in cells]
+    lines = [_aligned([heads, *map(_cells, rows)])]
     rates = {row["name"]: row["items_per_second"] for row in rows}
     if {"train step", "input pipeline"} <= rates.keys():
         appetite = rates["input pipeline"] / rates["train step"]
@@ -122,6 +189,14 @@ def table(rows: list[dict]) -> str:
         lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train "
                      "step's forward pass in batches of that size")
     return "\n".join([*lines, *_sampling_lines(rows, rates)])
+
+
+def _aligned(cells: list[tuple[str, ...]]) -> str:
+    """Lines of columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line))
+        for line in cells)
 
 
 def _cells(row: dict) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops
 from ntm_jax.runtime.config import SOLVERS
 from ntm_jax.training.reward import rewards
-from tests.common import TINY, as_run, python, random_run, setup, tiny_config
+from tests.common import TINY, as_run, experiment, python, random_run, setup, tiny_config
 from tests.training.reward.common import Pairs
 
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
@@ -257,7 +257,43 @@ def test_a_configuration_or_a_run_is_asked_for(tmp_path):
     for arguments in ([], ["--config=experiments/digits.py", f"--workdir={tmp_path}"]):
         refused = python("-m", "launch.benchmark", *arguments, check=False)
         assert (refused.returncode, refused.stderr) == (
-            2, "error: give either --config, an experiment, or --workdir, a run's folder\n")
+            2, "error: give one of --config, an experiment, --workdir, a run's folder, and "
+            "--peers, a folder of other flows\n")
+
+
+def test_a_setting_varies(monkeypatch):
+    made = []
+
+    def step(setting):
+        made.append(setting.run.config)
+        return rows.Case(lambda: None, setting.run.config.data.batch_size, flops=1)
+
+    monkeypatch.setitem(benchmark.TRAINING, "train step", step)
+    values = experiment()
+    values.update_from_flattened_dict(TINY)
+    timed = benchmark.vary(
+        values.to_dict(), "model.width,model.transporter_width:16,32", 1)
+    assert [(c.model.width, c.model.transporter_width) for c in made] == [(16, 16), (32, 32)]
+    assert [row["name"] for row in timed] == [
+        f"model.width,model.transporter_width={value}" for value in (16, 32)]
+    assert timed[0]["milliseconds"] == pytest.approx(16e3 / timed[0]["items_per_second"])
+    benchmark.vary(values.to_dict(), "trajectory.steps,sample.steps:3", 1)
+    assert (made[-1].trajectory.steps, made[-1].sample.steps) == ((3,), 3)
+    for wrong, said in (("model.breadth:1", "names model.breadth, which is no setting"),
+                        ("model.width", "has no values")):
+        with pytest.raises(UserError, match=said):
+            benchmark.vary(values.to_dict(), wrong, 1)
+
+
+def test_the_growth_of_a_step():
+    timed = [{"name": "model.width", "value": value, "milliseconds": ms, "flops_per_second": 1e9,
+              "limit": 2e9, "share_of_limit": 0.5, "compile_seconds": 3.0}
+             for value, ms in (("16", 10.0), ("32", 40.0), ("wide", 50.0))]
+    lines = benchmark.growth(timed).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["model.width", "10.0", "1.0", "2.0", "50.0%", "3.0"],
+        ["model.width", "40.0", "2.00", "1.0", "2.0", "50.0%", "3.0"],
+        ["model.width", "50.0", "1.0", "2.0", "50.0%", "3.0"]]
 
 
 QUICK = """

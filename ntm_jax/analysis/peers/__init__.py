@@ -1,0 +1,19 @@
+"""Other public normalizing flows, timed beside ours at equal FLOPs.
+
+Each peer has one file, whose functions `train_step` and `inverse` build its own model at given
+sizes. Nothing of a peer is part of this package: its checkout lies in a folder that the user names.
+"""
+
+from ntm_jax.analysis.peers.work import Peer
+
+OURS = Peer("ntm_jax", "ntm_jax.analysis.peers.ours")
+PEERS = (  # beside ours, in the order of the table
+    Peer("ml-tarflow", "ntm_jax.analysis.peers.tarflow", "https://github.com/apple/ml-tarflow",
+         packages=("torch",)),
+    Peer("ml-starflow", "ntm_jax.analysis.peers.starflow",
+         "https://github.com/apple/ml-starflow", packages=("torch", "einops", "tqdm")),
+    Peer("big_vision", "ntm_jax.analysis.peers.jet",
+         "https://github.com/google-research/big_vision", packages=("einops",)),
+    Peer("GenSBI", "ntm_jax.analysis.peers.gensbi", "https://github.com/aurelio-amerio/GenSBI",
+         packages=("einops",), source="src"),
+)

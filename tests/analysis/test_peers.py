@@ -1,0 +1,129 @@
+"""The comparison with other flows, on stand-ins for them."""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from ntm_jax.analysis import peers
+from ntm_jax.analysis.peers import compare
+from ntm_jax.analysis.peers.work import Peer, Sizes
+from ntm_jax.core import layers
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import flops
+from tests.common import python
+
+STAND_IN = """
+import pathlib, time
+from ntm_jax.analysis.peers.work import Work
+log = pathlib.Path(__file__).parents[1] / "log"
+
+def note(word):
+    with log.open("a") as file:
+        file.write(f"{{word}} ")
+
+def train_step(sizes):
+    return Work(lambda: time.sleep({seconds}), {flops})
+
+def inverse(sizes, how):
+    if {fails} and how == "parallel":
+        raise OSError("no such thing")
+    return Work(lambda: None, 7, lambda: 0.5, "quick") if how == "parallel" else None
+
+def products():
+    return lambda: note("{name}") or 4e3
+"""
+SIZES = Sizes(images=1, tokens=1, width=1, head=1, blocks=1, layers=1)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of two stand-ins, beside one for ours; the slower has half the FLOPs."""
+    made = []
+    for name, seconds, count, fails in (
+            ("ours", 0.02, 20, False), ("slow", 0.06, 10, False), ("broken", 0.02, 20, True)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}_flow.py").write_text(
+            STAND_IN.format(name=name, seconds=seconds, flops=count, fails=fails))
+        made.append(Peer(name, f"{name}_flow", "https://example.com/flow"))
+    monkeypatch.setattr(compare, "OURS", made[0])
+    monkeypatch.setattr(compare, "PEERS", (*made[1:], Peer("absent", "absent_flow", "https://x/y")))
+    monkeypatch.setattr(compare, "SECONDS", 0.001)
+    return tmp_path
+
+
+def test_peers_are_timed_in_turn(folder, capsys):
+    rows = compare.compare(str(folder), 3)
+    assert [(row["name"], row["peer"]) for row in rows] == [
+        ("train step", "ours"), ("train step", "slow"), ("train step", "broken"),
+        ("inverse, parallel", "ours"), ("inverse, parallel", "slow")]
+    # A run measures the products before and after; each is prepared with one run.
+    turn = "ours ours slow slow broken broken "
+    log = (folder / "log").read_text()
+    assert log.startswith(turn + 3 * turn)
+    assert log.removeprefix(4 * turn) == 4 * "ours ours slow slow "
+    assert "left out: broken fails in prepare: OSError: no such thing" in capsys.readouterr().out
+    ours, slow = rows[:2]
+    assert ours["times_ours"] == 1
+    assert slow["times_ours"] == pytest.approx(6, rel=0.5)  # 3 times as long for half the FLOPs
+    assert slow["seconds"] == np.median(slow["runs"])
+    assert slow["flops_per_second"] == 10 / slow["seconds"]
+    assert slow["share_of_limit"] == slow["flops_per_second"] / 4e3
+    assert (rows[4]["error"], rows[4]["note"]) == (0.5, "quick")
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_a_row_is_chosen(folder):
+    assert {row["name"] for row in compare.compare(str(folder), 1, "step")} == {"train step"}
+    with pytest.raises(UserError, match="--rows=bread is in no row's name: expected a part of"):
+        compare.compare(str(folder), 1, "bread")
+
+
+def test_a_table_has_a_line_a_peer_and_their_notes():
+    row = {"name": "train step", "peer": "flow", "seconds": 0.5, "flops_per_second": 3e10,
+           "limit": 6e10, "share_of_limit": 0.5, "times_ours": 1.25, "runs": [0.4, 0.5, 0.7],
+           "error": None, "note": ""}
+    lines = compare.table([row, row | {"name": "inverse", "error": 1e-6, "note": "one pass"}])
+    heads, first, second, note = lines.splitlines()
+    assert heads.split() == ["ms", "lowest", "highest", "GFLOP/s", "products", "share", "x", "ours",
+                             "error"]
+    assert first.split()[2:] == ["flow", "500", "400", "700", "30.0", "60.0", "50.0%", "1.25"]
+    assert second.split()[-1] == "1.0e-06"
+    assert note == "flow, inverse: one pass"
+
+
+def test_what_is_missing_is_named(folder):
+    line = f"absent is missing: git clone https://x/y {folder}/absent"
+    assert compare.missing(str(folder)) == [line]
+    peer = Peer("slow", "slow_flow", "https://x/y", ("no_such_package", "numpy"))
+    assert peer.missing(str(folder)) == "slow is missing: pip install no_such_package"
+
+
+def test_the_program_needs_a_peer(tmp_path):
+    refused = python("-m", "launch.benchmark", f"--peers={tmp_path}", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: --peers={tmp_path} has no flow to compare with: ml-")
+    for peer in peers.PEERS:
+        assert f"git clone {peer.url} {tmp_path / peer.name}" in refused.stderr
+
+
+def test_every_peer_has_an_adapter():
+    for peer in (peers.OURS, *peers.PEERS):
+        module = importlib.import_module(peer.module)
+        assert all(map(callable, (module.train_step, module.inverse, module.products)))
+    files = {path.stem for path in pathlib.Path(peers.__file__).parent.glob("*.py")}
+    assert {peer.module.rpartition(".")[2] for peer in peers.PEERS} < files
+
+
+def test_flops_of_a_layer():
+    sizes = Sizes(images=3, tokens=16, width=32, head=8, blocks=1, layers=1)
+    stack = layers.Stack(
+        depth=1, head_size=8, kv_heads=4, mlp_ratio=4, causal=True, dtype=np.float32,
+        attention=layers.plain_attention, remat="none", scan=False, flat=True)
+    x, modulation = np.zeros((3, 16, 32), np.float32), np.zeros((3, 6, 32), np.float32)
+    counted = flops.count(
+        lambda: stack.init_with_output(jax.random.key(0), x, modulation)[0])
+    assert sizes.forward_flops(ends=0) == counted
