@@ -111,8 +111,8 @@ def attend_to_cache(q, cache, index):
 
     cache: keys and values, [B, G, M, C] each, in the order in which the products read them.
     """
-    keys = jnp.arange(cache[0].shape[2])
-    return _attend(q, *cache, (keys <= index)[None, None, None])
+    k, v = cache
+    return _attend(q, k, v, (jnp.arange(k.shape[2]) <= index)[None, None, None])
 
 
 def _attend(q, k, v, mask):
