@@ -187,9 +187,7 @@ def _keep_programs(folder: str | None):
     """Sets the folder that keeps compiled programs: --compilation_cache, or its default."""
     import jax
 
-    # An attribute that jax.config gets at run time.
-    set_already = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    if folder is None and set_already is None:
+    if folder is None and jax.config.values["jax_compilation_cache_dir"] is None:
         folder = os.path.join(os.path.expanduser("~"), ".cache", "ntm_jax", "programs")
         try:
             os.makedirs(folder, exist_ok=True)
