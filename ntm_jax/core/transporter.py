@@ -23,10 +23,10 @@ HUGE = 1e15  # the network can square smaller numbers
 def fastest(tokens: int, cpu: bool) -> str:
     """The inverse that `auto` chooses.
 
-    On one CPU core the sequential inverse was the faster one at every size and batch measured: 3 to
-    7 times with 16 tokens, 2 times with 64, 9 to 14 times with 256. A CPU pays for the products of
-    every sweep. An accelerator waits on N small steps instead, so sweeps are chosen there from 64
-    tokens on, which is not measured.
+    On one CPU core the sequential inverse is the faster one at every size and batch measured, by 3
+    times or more with 16 tokens, 11 times with 256: a CPU pays for the products of every sweep. An
+    accelerator waits on N small steps instead, so sweeps are chosen there from 64 tokens on, which
+    is not measured.
     """
     return "parallel" if tokens >= 64 and not cpu else "sequential"
 
