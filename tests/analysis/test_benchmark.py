@@ -90,6 +90,7 @@ def test_the_rows_of_post_training(own_reward):
         case.close()
 
 
+@pytest.mark.slow
 def test_an_update_is_timed_on_a_batch_with_rollouts(own_reward):
     made = setting(**REWARDED | {"reward.updates": 2})
     assert {"old_nll", "advantage"} < set(reward_rows.rolled(made))

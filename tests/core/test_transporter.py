@@ -124,7 +124,8 @@ def test_a_text_counts_by_its_tokens_and_not_by_its_padding(tiny):
                                   without.transport(x, t, steps, text._replace(states=token))[0])
 
 
-@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (16, 16)])
+@pytest.mark.parametrize(
+    "grid", [(4, 4), (8, 8), pytest.param((16, 16), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changes", CONFIGS[:3])
 def test_both_inverses_undo_the_transporter(tiny, changes, grid):
     random = tiny(**changes, grid=grid)

@@ -67,6 +67,7 @@ def flow():
     return dataclasses.replace(new, params=state.initialize(new).params, workdir="runs/map")
 
 
+@pytest.mark.slow
 def test_signed_errors_of_a_flow_map_and_of_its_ode(flow, monkeypatch):
     """The map is exact in one step; one step of Euler is not."""
     source = dataclasses.replace(flow.config.data.open("test[:50]"), log_density=log_normal)

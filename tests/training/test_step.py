@@ -54,6 +54,7 @@ def test_a_step_that_lacks_a_part_of_its_batch_changes_nothing():
     assert after(True) != after(False) == bits(before)
 
 
+@pytest.mark.slow
 def test_levels_are_weighted_by_a_power_of_their_noise():
     """The step's gradient is that of sum_k w_k NLL_k; the reported loss is without the weights.
 

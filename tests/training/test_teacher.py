@@ -79,6 +79,7 @@ def untrained():
     return source, run, denoiser, params
 
 
+@pytest.mark.slow
 def test_the_target_is_the_teachers_score_denoising_of_the_same_trajectory(untrained):
     source, run, denoiser, params = untrained
     params = randomised(params, seed=1)

@@ -247,6 +247,7 @@ def test_a_file_whose_writer_was_killed_before_naming_it_leaves_nothing(
     assert files(run(tmp_path, folder, shard_size=5)) == expected
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_restarted_the_shards_are_bit_identical(tmp_path):
     folder = pictures(tmp_path / "in", 200)
     (folder / "017.png").write_bytes(b"<html>")

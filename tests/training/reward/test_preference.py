@@ -18,7 +18,7 @@ SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_
             "reward.kl": 0.1, "data.batch_size": 4}
 
 
-@pytest.mark.parametrize("trains", ["predictor", "both"])
+@pytest.mark.parametrize("trains", ["predictor", pytest.param("both", marks=pytest.mark.slow)])
 def test_the_loss_is_that_of_exact_likelihoods(run, trains):
     run = with_objective(run, "preference", kl=0.05, trains=trains, anchor=0.0)
     batch, _ = rolled(run)
