@@ -19,7 +19,8 @@ from tests.training.reward.common import flat, moved, rolled, with_reward
 
 SETTINGS = {"train.objective": "policy_gradient", "reward.name": "brightness", "init_from": "x",
             "reward.samples": 3, "data.batch_size": 4}
-TRAINS = pytest.mark.parametrize("trains", ["predictor", pytest.param("both", marks=pytest.mark.slow)])
+TRAINS = pytest.mark.parametrize(
+    "trains", ["predictor", pytest.param("both", marks=pytest.mark.slow)])
 
 
 def loss_of(run, batch):
