@@ -105,7 +105,7 @@ def test_an_export_samples(run, program):
 @pytest.mark.parametrize(("name", "message"), [
     ("prepare", "--input and --out must be given, such as python -m "),
     ("compile", "--topology and --config must be given, such as python -m "),
-    ("benchmark", "give either --config"),
+    ("benchmark", "give one of --config"),
 ])
 def test_the_other_programs_start(name, message, program):
     done = program(name, check=False)

@@ -42,7 +42,7 @@ def test_inverse_of_trained_weights():
     assert float(jnp.max(jnp.abs(us - xs))) > 0.1
     errors = {}
     for how in ("sequential", "parallel"):
-        back, sweeps = jax.jit(lambda u, how=how: model.apply(
+        back, sweeps, _ = jax.jit(lambda u, how=how: model.apply(
             current.params, u, *arguments, how=how, method=NTM.invert))(us)
         # float32 rounding of values of order 1 through 2 x 256 steps; how much weights amplify it
         # depends on the machine that trained them.
