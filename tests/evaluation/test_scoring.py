@@ -30,6 +30,7 @@ def test_every_record_counts_once_in_any_batch_size(run, source, scores, size):
         np.testing.assert_allclose(values, scores[name], rtol=1e-5, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_all_297_digits_count_in_any_batch_size(run):
     source, found = sources.open_source("digits", "test"), {}
     for size in (7, 64, 512):

@@ -38,6 +38,7 @@ def test_the_card_of_a_model_of_texts_and_latents(on_texts):
     assert "log density of the latents noised to 0.03 in nats" in text
 
 
+@pytest.mark.slow
 def test_the_card_of_a_run_with_a_learned_denoiser(denoised):
     run, folder = denoised
     text = (folder / "README.md").read_text()

@@ -74,6 +74,7 @@ def metrics(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_figures_and_pictures_of_a_flow_matching_run(flow):
     workdir, result = flow
     assert set(result["velocity_error"]) == {"mean", "stderr"}

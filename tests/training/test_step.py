@@ -37,6 +37,7 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
+@pytest.mark.slow
 def test_a_step_that_lacks_a_part_of_its_batch_changes_nothing():
     settings = tiny_config()
     source, run, current = begin(settings)
