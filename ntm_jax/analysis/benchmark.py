@@ -117,7 +117,7 @@ def growth(rows: list[dict]) -> str:
         rate, limit = (f"{row[key] / 1e9:,.1f}" for key in ("flops_per_second", "limit"))
         lines.append((row["name"], f"{row['milliseconds']:,.1f}", _power(before, row), rate, limit,
                       f"{row['share_of_limit']:.1%}", f"{row['compile_seconds']:.1f}"))
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _power(before: dict | None, row: dict) -> str:
@@ -172,7 +172,7 @@ def copying() -> Callable[[], float]:
 def table(rows: list[dict]) -> str:
     """The text of the rows, followed by ratios between them."""
     heads = ("", "items/s", "lowest", "highest", "GFLOP/s", "limit", "share")
-    lines = [_aligned([heads, *map(_cells, rows)])]
+    lines = [aligned([heads, *map(_cells, rows)])]
     rates = {row["name"]: row["items_per_second"] for row in rows}
     if {"train step", "input pipeline"} <= rates.keys():
         appetite = rates["input pipeline"] / rates["train step"]
@@ -191,11 +191,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join([*lines, *_sampling_lines(rows, rates)])
 
 
-def _aligned(cells: list[tuple[str, ...]]) -> str:
-    """Lines of columns, the first to the left, the others to the right."""
+def aligned(cells: list[tuple[str, ...]], names: int = 1) -> str:
+    """Lines of columns, the first ones, of names, to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join(f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line))
+        "  ".join(f"{cell:{'<' if i < names else '>'}{widths[i]}}"
+                  for i, cell in enumerate(line)).rstrip()
         for line in cells)
 
 

@@ -89,9 +89,9 @@ def plain_attention(q, k, v, *, causal: bool, keys=None):
 
 
 def blockwise_attention(q, k, v, *, causal: bool, keys=None):
-    """plain_attention that leaves out most of what a causal mask hides, for many tokens on a CPU.
+    """plain_attention in four blocks of queries, for causal attention to many tokens on a CPU.
 
-    The queries are taken in four blocks, each with the keys up to its end.
+    Each block attends to the keys up to its end only, so later ones are not computed and masked.
     """
     tokens, blocks = q.shape[1], 4
     if not causal or tokens != k.shape[1]:
@@ -159,51 +159,11 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
     )
 
 
-@jax.custom_jvp
-def normalise(x):
-    """x [..., C] less its mean over the last axis, divided by its standard deviation.
-
-    Its own derivative takes fewer passes over x in a backward pass than automatic differentiation.
-    """
-    return _normalised(x)[0]
-
-
-def _normalised(x):
-    """(normalised x, the factor [..., 1] that its distance from the mean was multiplied by)."""
-    mean, square = (jnp.mean(a, -1, keepdims=True) for a in (x, x * x))
-    scale = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + 1e-6)
-    return (x - mean) * scale, scale
-
-
-@normalise.defjvp
-def _(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    y, scale = _normalised(x)
-    along = y * jnp.mean(y * dx, -1, keepdims=True)
-    return y, scale * (dx - jnp.mean(dx, -1, keepdims=True) - along)
-
-
-class Norm(nn.Module):
-    """Layer norm in float32, cast to dtype; `learned` adds a scale."""
-
-    dtype: Any
-    learned: bool
-
-    @nn.compact
-    def __call__(self, x):
-        y = normalise(x.astype(jnp.float32))
-        if self.learned:
-            init = partitioned(nn.initializers.ones, ("embed",))
-            y *= jnp.expand_dims(self.param("scale", init, x.shape[-1:]), range(x.ndim - 1))
-        return y.astype(self.dtype)
-
-
 def norm(dtype, name: str, learned: bool = False):
     """Layer norm in float32, cast to dtype; `learned` adds a scale."""
-    return Norm(dtype, learned, name=name)
-
-
-gelu = jax.checkpoint(nn.gelu)  # saves its input alone: exact, and fewer passes over memory
+    scale_init = partitioned(nn.initializers.ones, ("embed",))
+    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=learned, dtype=dtype,
+                        scale_init=scale_init, name=name)
 
 
 def sinusoidal(t, width: int):
@@ -318,8 +278,7 @@ class Layer(nn.Module):
         x = x + (1 + gate_1) * h
         h = norm(self.dtype, "norm_2")(x) * (1 + scale_2) + shift_2
         h = dense(self.mlp_ratio * width, ("embed", "mlp"), self.dtype, "up", rows=self.rows)(h)
-        activation = gelu if self.rows else nn.gelu  # XLA for accelerators fuses the plain one
-        h = nn.with_logical_constraint(activation(h), ("batch", "tokens", "mlp"))
+        h = nn.with_logical_constraint(nn.gelu(h), ("batch", "tokens", "mlp"))
         h = dense(width, ("mlp", "embed"), self.dtype, "down", scale=1 / self.depth,
                   rows=self.rows)(h)
         return x + (1 + gate_2) * checkpoint_name(h, "narrow"), cache

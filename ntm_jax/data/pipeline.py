@@ -18,7 +18,14 @@ import numpy as np
 
 from ntm_jax import files, typed
 from ntm_jax.data.sources import Source
-from ntm_jax.data.transforms import patchify, scale, standardise, unpatchify, unscale
+from ntm_jax.data.transforms import (
+    patchify,
+    scale,
+    standardise,
+    unpatchify,
+    unscale,
+    unstandardise,
+)
 from ntm_jax.errors import UserError
 
 # Grain's default keeps 500 elements ready, and here an element is a complete batch.
@@ -93,7 +100,7 @@ class DataSpec:
         values = values.reshape(*values.shape[:-3], self.columns)
         if not own_units:
             return values
-        return np.asarray(values, np.float64) * np.array(self.std) + np.array(self.mean)
+        return unstandardise(values, self.mean, self.std)
 
     @property
     def tokens(self) -> int:

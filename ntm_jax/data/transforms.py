@@ -33,6 +33,11 @@ def standardise(values, mean, std) -> np.ndarray:
     return ((np.asarray(values, np.float64) - np.array(mean)) / np.array(std)).astype(np.float32)
 
 
+def unstandardise(values, mean, std) -> np.ndarray:
+    """The inverse of `standardise`: values * std + mean, float64, of numbers [..., D] by column."""
+    return np.asarray(values, np.float64) * np.array(std) + np.array(mean)
+
+
 def patchify(image, patch: int):
     """Image [..., H, W, C] -> tokens [..., N, D], NumPy or JAX, any leading axes.
 

@@ -134,8 +134,8 @@ def bounds(run: Run, trajectories: int) -> list[Estimator]:
 
 def _backbone(run: Run) -> Callable:
     """A flow-matching network as flow_matching.ode_log_density takes it."""
-    params = flow_matching.backbone_params(run.params)
-    return lambda x, t, y: run.model.backbone.apply(params, x, t, y)
+    return functools.partial(
+        run.model.backbone.apply, flow_matching.backbone_params(run.params))
 
 
 def _uniform_levels(run: Run, steps: int, batch: int):

@@ -172,9 +172,7 @@ def _check_vector(run: Run, n: int, condition) -> Vector:
 
 def own_conditions(run: Run, y: Vector) -> np.ndarray:
     """Standardised vectors in their own units, [n, E] float64."""
-    spec = run.spec
-    return np.asarray(y.values, np.float64) * np.array(spec.condition_std) + np.array(
-        spec.condition_mean)
+    return transforms.unstandardise(y.values, run.spec.condition_mean, run.spec.condition_std)
 
 
 def sample_at(run: Run, index, condition=None, options: SampleOptions | None = None,

@@ -135,7 +135,7 @@ def _draw_all(run: Run, condition, n: int, options: SampleOptions, seed: int):
     root, size = jax.random.key(seed), min(n, BATCH)
     parts = []
     for start in range(0, n, size):
-        # The last batch is made whole, so that it compiles nothing anew.
+        # The last batch is as large as the others, so that nothing is compiled for it.
         index = np.arange(start, start + size)
         y = jax.tree.map(lambda a, index=index: np.asarray(a)[index % n], condition)
         placed = sharding.place((index.astype(np.int32), y), run.mesh)

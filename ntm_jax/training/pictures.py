@@ -9,6 +9,7 @@ from etils import epath
 
 from ntm_jax.core.layers import Text
 from ntm_jax.data.sources import Source
+from ntm_jax.data.transforms import unstandardise
 from ntm_jax.runtime import plots
 from ntm_jax.runtime.config import Data
 from ntm_jax.runtime.run import Run
@@ -130,8 +131,7 @@ def _draw_columns(run: Run, held_out: Source, samples) -> None:
     drawn = generate.sample_at(run, np.arange(count))
     if jax.process_index() == 0:
         rows = np.stack([held_out.records[i]["image"].ravel() for i in range(count)])
-        real = rows.astype(np.float64) * np.array(held_out.std) + np.array(held_out.mean)
-        plots.columns_picture(real, drawn, samples)
+        plots.columns_picture(unstandardise(rows, held_out.mean, held_out.std), drawn, samples)
 
 
 def _shown_levels(run: Run, clean, levels) -> tuple[np.ndarray, np.ndarray]:

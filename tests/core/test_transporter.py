@@ -251,10 +251,11 @@ def test_the_parallel_inverse_maps_over_further_axes(tiny):
     run = functools.partial(transporter.module.apply, {"params": transporter.weights},
                             method=Transporter.inverse, how="parallel")
     pairs = [a.reshape(2, 2, *a.shape[1:]) for a in (u, t, steps, label)]
-    for found, expected in zip(jax.jit(jax.vmap(run))(*pairs), jax.jit(run)(u, t, steps, label),
-                               strict=True):
-        # float32 sums in another order, of 64 log-scales in the log-determinant
-        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=5e-6)
+    # float32 sums in another order, of 64 log-scales in the log-determinant, the last output
+    for found, expected, error in zip(
+            jax.jit(jax.vmap(run))(*pairs), jax.jit(run)(u, t, steps, label), (1e-6, 0, 5e-6),
+            strict=True):
+        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=error)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ntm_jax.analysis.benchmark import aligned
 from ntm_jax.analysis.peers import OURS, PEERS
 from ntm_jax.analysis.peers.child import serve
 from ntm_jax.analysis.peers.work import Peer, Sizes
@@ -130,12 +131,8 @@ def _prepared(child: Child, request: tuple) -> dict | None:
 def table(rows: list[dict]) -> str:
     """The text of the rows, and notes on them."""
     heads = ("", "", "ms", "lowest", "highest", "GFLOP/s", "products", "share", "x ours", "error")
-    cells = [heads, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}"
-                       for i, cell in enumerate(line)).rstrip() for line in cells]
     notes = [f"{row['peer']}, {row['name']}: {row['note']}" for row in rows if row["note"]]
-    return "\n".join([*lines, *notes])
+    return "\n".join([aligned([heads, *map(_cells, rows)], names=2), *notes])
 
 
 def _cells(row: dict) -> tuple[str, ...]:
