@@ -91,6 +91,7 @@ def truth_plot(result: dict, out_png) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("symlog", linthresh=0.1)
     low, high = axis.get_ylim()
+    high = max(high, 0.1)  # the line is always in the picture
     axis.axhspan(0, high, color="tab:red", alpha=0.07)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_ylim(low, high)
