@@ -68,7 +68,7 @@ class Reweighted:
 
     @property
     def evidence(self) -> float:
-        """The mean weight: an unbiased estimate of the target's integral."""
+        """The mean weight, an unbiased estimate of the target's integral."""
         return float(np.exp(self.log_evidence))
 
     @property
