@@ -18,6 +18,7 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.runtime import build, config, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import objectives, state
+from tests import forked
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
@@ -151,22 +152,28 @@ def environment(devices: int = 0, **variables) -> dict:
     )
 
 
+def start(arguments, cwd=ROOT, env: dict | None = None) -> subprocess.Popen | forked.Program:
+    """Starts `python ARGUMENTS`, of which stdout and stderr can be read."""
+    arguments, env = list(map(str, arguments)), environment() if env is None else env
+    if forked.possible(arguments, env, environment()):
+        return forked.Program(arguments[1], arguments[2:], cwd, env)
+    return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 def python(
     *arguments: str, check: bool = True, cwd=ROOT, **variables
 ) -> subprocess.CompletedProcess:
     """Runs python in the checkout or another folder; `variables` join its environment."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=600,
+    process = start(arguments, cwd, environment(**variables))
+    try:
+        output, errors = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert not check or process.returncode == 0, (
+        f"{arguments} exited with {process.returncode}\n{output}\n{errors}"
     )
-    assert not check or done.returncode == 0, (
-        f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    )
-    return done
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
 def figures(path) -> dict:

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.common import ROOT, TINY, environment, figures, python
+from tests.common import ROOT, TINY, environment, figures, python, start
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
 STEPS = 100
@@ -30,9 +30,7 @@ def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("programs") / "run"
     arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}",
                  "--config.evaluate.images=20"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launch.train", *arguments, "--stop_status=75"], cwd=ROOT,
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(["-m", "launch.train", *arguments, "--stop_status=75"])
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -269,7 +267,8 @@ def test_an_experiment_runs_from_start_to_end(experiment, tmp_path):
     few = ["--config.train.steps=2", "--config.evaluate.trajectories=2",
            "--config.evaluate.split=test[:16]", "--config.sample.num=4",
            "--config.trajectory.steps=(2,)", "--config.sample.steps=2",
-           "--config.train.log_every=1", "--config.sample.decoder=inverse"]
+           "--config.train.log_every=1", "--config.sample.decoder=inverse",
+           *(f"--config.{key}={TINY[key]}" for key in TINY if key.startswith("model."))]
     program("train", f"--config=experiments/{experiment}", f"--workdir={tmp_path}/run", *few)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"samples.png", "trajectories.png", "loss.png", "evaluation.json",

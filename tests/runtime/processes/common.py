@@ -4,10 +4,9 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 
-from tests.common import ROOT, TINY, environment
+from tests import common
+from tests.common import TINY, environment
 
 SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "inverse",
                    "evaluate.split": "test[:16]"}
@@ -21,13 +20,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(program, port, count, number, *flags, devices=1) -> subprocess.Popen:
+def start(program, port, count, number, *flags, devices=1):
     """Starts one process of a job, with simulated devices."""
     together = [f"--coordinator_address=localhost:{port}", f"--num_processes={count}",
                 f"--process_id={number}"] if count > 1 else []
-    variables = environment(devices=devices)
-    return subprocess.Popen([sys.executable, "-m", program, *together, *flags], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=variables)
+    return common.start(["-m", program, *together, *flags], env=environment(devices=devices))
 
 
 class Job:

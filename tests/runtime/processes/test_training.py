@@ -57,16 +57,19 @@ def test_two_processes_take_the_steps_of_one(stopped, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_interrupted_and_resumed_train_as_one_does(stopped, alone, tmp_path):
+@pytest.mark.parametrize("count, devices", [(2, 2), (1, 8)])
+def test_an_interrupted_run_goes_on_with_other_processes_and_devices(
+        stopped, alone, count, devices, tmp_path):
+    """Two processes with 4 devices, then these, train as one with 4 does."""
     workdir = shutil.copytree(stopped[0], tmp_path / "run")
-    ends = Job(workdir, 2).end()
-    assert [status for status, *_ in ends] == [0, 0], ends
-    one, two = losses(alone), losses(workdir)
-    assert list(one) == list(two) == list(range(1, 13))
-    np.testing.assert_allclose(list(two.values()), list(one.values()), **SUM)
-    one, two = (json.loads((folder / "evaluation.json").read_text())["nats_per_dim"]["bound"]
-                for folder in (alone, workdir))
-    assert one["mean"] == pytest.approx(two["mean"], rel=1e-5)
+    ends = Job(workdir, count, devices).end()
+    assert [status for status, *_ in ends] == [0] * count, ends
+    one, several = losses(alone), losses(workdir)
+    assert list(one) == list(several) == list(range(1, 13))
+    np.testing.assert_allclose(list(several.values()), list(one.values()), **SUM)
+    one, several = (json.loads((folder / "evaluation.json").read_text())["nats_per_dim"]["bound"]
+                    for folder in (alone, workdir))
+    assert one["mean"] == pytest.approx(several["mean"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -166,18 +169,3 @@ def test_processes_started_differently_all_stop_and_name_the_key(tmp_path):
                 "0.5 in process 1: start all with the same command")
     assert [(status, error) for status, _, error in ends] == [(2, expected)] * 2
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_run_moves_over_processes_and_devices(alone, tmp_path):
-    """4 processes with 8 devices, then one with 8, train as one with 4 does."""
-    for count, devices, stop in ((4, 2, 3), (1, 8, None)):
-        job = Job(tmp_path / "moved", count, devices)
-        if stop:  # the processes agree to stop some steps later
-            job.read_until(rf"step ({'|'.join(map(str, range(stop, 13)))})/")
-            job.processes[-1].send_signal(signal.SIGTERM)
-        ends = job.end()
-        assert [status for status, *_ in ends] == [0] * count, ends
-    whole, moved = losses(alone), losses(tmp_path / "moved")
-    assert list(whole) == list(moved)
-    np.testing.assert_allclose(list(moved.values()), list(whole.values()), **SUM)

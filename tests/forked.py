@@ -1,0 +1,115 @@
+"""Starts programs as forks of a process that has imported jax and the rest: 4 s of CPU less each.
+
+What a program imports is the only difference: it has its own arguments, folder, environment,
+streams and devices.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.imports"])
+
+
+def possible(arguments, env: dict, usual: dict) -> bool:
+    """Whether `python ARGUMENTS` is a program, in an environment where imports are as `usual`.
+
+    jax and Python read their variables as they start.
+    """
+    names = {name for name in env | usual if name.startswith(("JAX_", "PYTHON"))}
+    return (arguments[0] == "-m" and arguments[1].startswith(("launch.", "tests."))
+            and all(env.get(name) == usual.get(name) for name in names))
+
+
+class Program:
+    """A running `python -m MODULE ARGUMENTS`: the part of subprocess.Popen that tests need."""
+
+    def __init__(self, module: str, arguments, cwd, env: dict):
+        pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(2)]
+        self._process = _CONTEXT.Process(
+            target=_run, args=(module, list(map(str, arguments)), str(cwd), env,
+                               *(write for _, write in pipes)))
+        self._process.start()
+        self.stdout, self.stderr = (
+            os.fdopen(os.dup(read.fileno()), encoding="utf-8") for read, _ in pipes)
+        for pipe in pipes:
+            for end in pipe:
+                end.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What is left of stdout and stderr, once the program has ended."""
+        texts = ["", ""]
+
+        def read(i, stream):
+            with stream:
+                texts[i] = stream.read()
+
+        readers = [threading.Thread(target=read, args=pair, daemon=True)
+                   for pair in enumerate((self.stdout, self.stderr))]
+        for reader in readers:
+            reader.start()
+        self.wait(timeout)
+        for reader in readers:
+            reader.join()
+        return texts[0], texts[1]
+
+
+def _run(module, arguments, cwd, env, out, err) -> None:
+    """Turns this fork into the program."""
+    for stream, number in ((out, 1), (err, 2)):
+        os.dup2(stream.fileno(), number)
+        stream.close()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.path.insert(0, cwd)
+    sys.argv = [module, *arguments]
+    multiprocessing.set_start_method(None, force=True)
+    os._exit(_status_of(module))
+
+
+def _status_of(module: str) -> int:
+    """Runs a module as Python does, up to its exit handlers."""
+    status = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
