@@ -57,7 +57,7 @@ def test_two_processes_take_the_steps_of_one(stopped, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, devices", [(2, 2), (1, 8)])
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (1, 8)])
 def test_an_interrupted_run_goes_on_with_other_processes_and_devices(
         stopped, alone, count, devices, tmp_path):
     """Two processes with 4 devices, then these, train as one with 4 does."""
