@@ -29,6 +29,10 @@ def loss_of(run, batch):
     return lambda params: loss(setup, params, Draws(jax.random.key(0), batch, 2, 0))[0]
 
 
+def gradient(function, params):
+    return jax.jit(jax.grad(function))(params)
+
+
 @TRAINS
 def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
     """Exact, through the transporter where it trains; of latents where it is frozen."""
@@ -41,15 +45,17 @@ def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
         xs = sampling.invert_trajectory(run.model, run.params, xs, t, y)
         new_params = {"params": new_params["params"] | {
             "transporter": run.params["params"]["transporter"]}}
-    old, new = (run.model.apply(p, xs, t, steps, y).nll for p in (run.params, new_params))
+    likelihood = jax.jit(lambda params: run.model.apply(params, xs, t, steps, y).nll)
+    old, new = map(likelihood, (run.params, new_params))
     sampler = rollouts.sampler_of(run)
-    found = rollouts.densities(sampler, new_params, batch, batch["rollout"])["nll"]
+    density = jax.jit(
+        lambda params: rollouts.densities(sampler, params, batch, batch["rollout"])["nll"])
+    found = density(new_params)
     expected = np.asarray(old - new, np.float64)
     ratio = policy.log_ratio(found, flat(batch["old_nll"]))
     assert np.abs(expected).max() > 0.01
     np.testing.assert_allclose(ratio, expected, atol=1e-3, rtol=1e-5)  # nats, sums of hundreds
-    same = rollouts.densities(sampler, run.params, batch, batch["rollout"])["nll"]
-    np.testing.assert_allclose(policy.log_ratio(same, flat(batch["old_nll"])), 0, atol=1e-4)
+    np.testing.assert_allclose(policy.log_ratio(density(run.params), flat(batch["old_nll"])), 0, atol=1e-4)
 
 
 @TRAINS
@@ -59,7 +65,7 @@ def test_the_first_gradient_is_the_score_functions(run, trains, updates):
     run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
     batch, _ = rolled(run)
     assert ("old_nll" in batch) == (updates > 1)
-    found = jax.grad(loss_of(run, batch))(run.params)
+    found = gradient(loss_of(run, batch), run.params)
 
     def expected(params):
         t, xs = run.schedule.fixed_levels(2, 12), flat(batch["rollout"])
@@ -71,7 +77,7 @@ def test_the_first_gradient_is_the_score_functions(run, trains, updates):
                                                            method=NTM.gaussians))
         return jnp.mean(flat(batch["advantage"]) * nll) / 64
 
-    wanted = jax.grad(expected)(run.params)
+    wanted = gradient(expected, run.params)
     for name, tree in found["params"].items():
         for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted["params"][name]),
                         strict=True):
@@ -84,7 +90,7 @@ def test_what_is_frozen_has_no_gradient(run):
     """Not even from the data, since the gradient's norm is clipped."""
     for trains, still in (("predictor", "transporter"), ("transporter", "predictor")):
         changed = with_reward(run, trains=trains)
-        found = jax.grad(loss_of(changed, rolled(changed)[0]))(run.params)
+        found = gradient(loss_of(changed, rolled(changed)[0]), run.params)
         largest = {name: max(np.abs(a).max() for a in jax.tree.leaves(tree))
                    for name, tree in found["params"].items()}
         assert largest[still] == 0
@@ -101,7 +107,7 @@ def test_the_divergence_is_penalised(run, trains):
     batch, scalars = rolled(run, reference)
     assert scalars["kl"] > 0.1
     without = with_reward(run, kl=0.0)
-    found, plain = (jax.grad(loss_of(r, batch))(run.params) for r in (run, without))
+    found, plain = (gradient(loss_of(r, batch), run.params) for r in (run, without))
 
     def penalty(params):
         t, xs = run.schedule.fixed_levels(2, 12), flat(batch["rollout"])
@@ -112,7 +118,7 @@ def test_the_divergence_is_penalised(run, trains):
         both = [run.model.apply(p, *arguments, method=NTM.gaussians) for p in (params, reference)]
         return 0.3 * jnp.mean(policy.gaussian_divergence(*both[0], *both[1])) / 64
 
-    wanted = jax.grad(penalty)(run.params)
+    wanted = gradient(penalty, run.params)
     # Both surrogates are the same, since the batch's advantages are.
     difference = jax.tree.map(jnp.subtract, found, plain)
     for name in found["params"]:

@@ -1,5 +1,6 @@
 """Direct preference optimisation: exact likelihoods of pairs, from a reward or from records."""
 
+import functools
 import json
 
 import jax
@@ -22,27 +23,29 @@ SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_
 def test_the_loss_is_that_of_exact_likelihoods(run, trains):
     run = with_objective(run, "preference", kl=0.05, trains=trains, anchor=0.0)
     batch, _ = rolled(run)
-    loss, setup = objectives.find("preference").loss, objectives.setup(run)
+    setup = objectives.setup(run)
     draws = Draws(jax.random.key(0), batch, 2, 0)
-    first, metrics = loss(setup, run.params, draws)
+    loss = functools.partial(objectives.find("preference").loss, setup, draws=draws)
+    graded = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (first, metrics), gradient = graded(run.params)
     assert metrics["preference_loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert first == pytest.approx(np.log(2) / (0.05 * 64), rel=1e-4)
     params = moved(run.params, 0.01)
     if trains == "predictor":
         params["params"]["transporter"] = run.params["params"]["transporter"]
-    _, metrics = loss(setup, params, draws)
+    (_, metrics), _ = graded(params)
     xs, t = flat(batch["rollout"]), run.schedule.fixed_levels(2, 12)
     y, steps = np.repeat(batch["label"], 3), np.full(12, 2)
     if trains == "predictor":
         xs = sampling.invert_trajectory(run.model, run.params, xs, t, y)
-    nll = [run.model.apply(p, xs, t, steps, y).nll.sum(1) for p in (run.params, params)]
+    likelihood = jax.jit(lambda params: run.model.apply(params, xs, t, steps, y).nll.sum(1))
+    nll = [likelihood(p) for p in (run.params, params)]
     gain = np.asarray(nll[0] - nll[1]).reshape(4, 3)
     margin = 0.05 * (gain[:, :, None] - gain[:, None])
     weight = np.asarray(batch["pair_weight"])
     wanted = (weight * np.log1p(np.exp(-margin))).sum() / 4
     assert metrics["preference_loss"] == pytest.approx(wanted, rel=1e-3)
     assert abs(wanted - np.log(2)) > 1e-3
-    gradient = jax.grad(lambda params: loss(setup, params, draws)[0])(run.params)
     frozen = max(np.abs(a).max() for a in jax.tree.leaves(gradient["params"]["transporter"]))
     assert (frozen == 0) == (trains == "predictor")
 
