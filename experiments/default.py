@@ -79,6 +79,7 @@ SETTINGS = dict(
         updates=1,  # optimizer steps on the same samples
         clip=0.2,  # bounds the ratio of new to old density of a factor to 1 - clip, 1 + clip
         kl=0.0,  # weight of the divergence from the first model, in rewards per nat; DPO's beta
+        novelty=0.0,  # bonus for right samples of rare traits, in rewards times their number
         normalise=True,  # divides advantages by the deviation of a condition's rewards
         anchor=0.5,  # weight of the NLL on the batch's data, which keeps the model near them
         trains="predictor",  # what learns: predictor, transporter, both

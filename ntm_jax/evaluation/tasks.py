@@ -22,7 +22,7 @@ def _over_tasks(task, values) -> dict:
 def figures(rows: dict, first: dict | None) -> dict:
     """Figures of a source's tasks, arrays [n], and their paired difference to those of `first`."""
     others = {name: values[~np.isnan(values)] for name, values in rows.items()
-              if name not in ("task", "right")}
+              if name not in ("task", "right", "traits")}
     result = _over_tasks(rows["task"], rows["right"])
     result["shares"] = {name: mean_and_stderr(values)
                         for name, values in others.items() if len(values)}

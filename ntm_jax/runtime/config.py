@@ -171,6 +171,7 @@ class Reward:
     updates: int = 1
     clip: float = 0.2
     kl: float = 0.0
+    novelty: float = 0.0
     normalise: bool = True
     anchor: float = 0.5
     trains: str = "predictor"
@@ -237,7 +238,8 @@ NON_NEGATIVE = (
     "train.keep", "train.save_minutes", "train.condition_dropout", "train.align_weight",
     "train.level_power", "train.evaluate_every", "optimizer.floor", "optimizer.warmup_steps",
     "optimizer.weight_decay", "evaluate.images", "sample.guidance", "sample.num",
-    "trajectory.t_min", "trajectory.t_min_range", "reward.anchor", "reward.kl")
+    "trajectory.t_min", "trajectory.t_min_range", "reward.anchor", "reward.kl",
+    "reward.novelty")
 ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 LARGEST_FLOAT = 3e38  # numbers are float32

@@ -344,7 +344,8 @@ def score(images, captions: Sequence[str]) -> dict[str, np.ndarray]:
     Returns:
       Arrays [n]: "task", of TASKS; "right", bool; "empty", bool, true without any object; and
       "colour" and "shape", the share of the image's objects that have a colour, or a shape, of the
-      caption: NaN if there are no objects or the caption describes none.
+      caption: NaN if there are no objects or the caption describes none; and "traits" [n, 24],
+      which pairs of a colour and a shape a right image shows where the caption leaves colours open.
     """
     rows = []
     for caption, found in zip(captions, find(np.asarray(images)), strict=True):
@@ -355,5 +356,8 @@ def score(images, captions: Sequence[str]) -> dict[str, np.ndarray]:
             named = {getattr(thing, kind) for thing in described} - {None}
             hits = [getattr(thing, kind) in named for thing in found]
             row[kind] = np.mean(hits) if found and named else np.nan
+        shown = {(thing.colour, thing.shape) for thing in found if right}
+        is_open = not any(thing.colour for thing in described)
+        row["traits"] = [is_open and pair in shown for pair in itertools.product(COLOURS, SHAPES)]
         rows.append(row)
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}

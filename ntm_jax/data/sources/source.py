@@ -60,7 +60,8 @@ class Source:
     condition_mean, condition_std: by number, what conditions were shifted and scaled by.
     tasks: scores images by their captions, or None: a function of images [n, H, W, C] and n
       captions that returns arrays [n]: "task", names; "right", bool; and further rates by name, NaN
-      where an image has none.
+      where an image has none. "traits", if there, is bool [n, K]: which of K traits an image shows
+      of those that its caption leaves open.
     unseen: the split whose captions combine what no training caption combines; '' if there is none.
     mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.

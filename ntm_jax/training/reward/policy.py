@@ -69,13 +69,26 @@ def gaussian_divergence(mean, log_scale, other_mean, other_log_scale):
     return jnp.sum(0.5 * (variance + shift - 1) + other_log_scale - log_scale, (2, 3))
 
 
-def pair_weights(rewards: np.ndarray) -> np.ndarray:
-    """The weight [P, G, G] of every pair in which sample i has a higher reward than sample j.
+def rarity(traits: np.ndarray) -> np.ndarray:
+    """1 / n for a sample with a trait that n samples show, [P, G], of traits [P, G, K] bool.
 
-    All pairs weigh the same, and the mean over P of their sum is 1; all are 0 without any pair.
+    It is 0 for a sample without a rare trait: one that fewer samples show than half the mean over
+    the traits. The largest counts where a sample has several.
+    """
+    shown = np.sum(traits, (0, 1))
+    rare = np.where(shown < np.mean(shown) / 2, 1 / np.maximum(shown, 1), 0)
+    return np.max(traits * rare, -1).astype(np.float32)
+
+
+def pair_weights(rewards: np.ndarray, bonus: np.ndarray) -> np.ndarray:
+    """The weight [P, G, G] of every pair in which sample i is better than sample j.
+
+    Pairs with a higher reward weigh the same, and the mean over P of their sum is 1. A higher bonus
+    [P, G] adds the difference, in units of the weight of such a pair.
     """
     better = (rewards[:, :, None] > rewards[:, None, :]).astype(np.float32)
-    return better * (len(rewards) / max(better.sum(), 1))
+    rarer = np.maximum(bonus[:, :, None] - bonus[:, None, :], 0)
+    return (better + rarer) * (len(rewards) / max(better.sum(), 1))
 
 
 def preference_loss(gain, weights, beta: float):

@@ -23,8 +23,8 @@ def _names(settings: Reward) -> tuple[str, ...]:
     return (*old, *(latents if settings.trains == "predictor" else ("reference_nll",)))
 
 
-def _weigh(settings: Reward, rewards, later) -> dict:
-    return {"advantage": policy.advantages(rewards, later, settings.normalise)}
+def _weigh(settings: Reward, rewards, bonus, later) -> dict:
+    return {"advantage": policy.advantages(rewards + bonus, later, settings.normalise)}
 
 
 USE = Use(_names, _weigh, charges_divergence=True)

@@ -20,8 +20,8 @@ def _names(settings: Reward) -> tuple[str, ...]:
     return ("reference_nll",)
 
 
-def _weigh(settings: Reward, rewards, later) -> dict:
-    return {"pair_weight": policy.pair_weights(rewards)}
+def _weigh(settings: Reward, rewards, bonus, later) -> dict:
+    return {"pair_weight": policy.pair_weights(rewards, bonus)}
 
 
 USE = Use(_names, _weigh, charges_divergence=False)

@@ -23,10 +23,15 @@ from ntm_jax.training.reward import classifier
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Rewards [n], higher is better, and the names [n] by which the log lists their means too."""
+    """Rewards [n], higher is better, and what else a reward knows of its samples.
+
+    groups: names [n] by which the log lists the means too. traits: [n, K] bool, which of K traits
+    each sample shows of those that its condition leaves open, for config.reward.novelty.
+    """
 
     rewards: np.ndarray
     groups: Sequence[str] = ()
+    traits: np.ndarray | None = None
 
 
 # (images [n, H, W, C] uint8 or float32 latents, captions or labels [n]) -> [n], higher is better
@@ -42,7 +47,7 @@ def _shapes(argument: str, source: Source) -> Reward:
 
     def score(images, captions):
         found = checked(images, list(captions))
-        return Scores(np.asarray(found["right"], float), found["task"])
+        return Scores(np.asarray(found["right"], float), found["task"], found.get("traits"))
 
     return score
 

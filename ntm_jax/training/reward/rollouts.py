@@ -189,13 +189,13 @@ class Use:
     """What an objective learns from rollouts.
 
     names(settings) -> the arrays of `compare` that its loss reads from a batch.
-    weigh(settings, rewards [P, G], later [P, G, S]) -> further arrays of a batch, [P, G, ...],
-    where `later` is the weighted divergence of the factors that follow each one.
+    weigh(settings, rewards [P, G], bonus [P, G], later [P, G, S]) -> further arrays of a batch, [P,
+    G, ...]; bonus: that of novelty; later: the weighted divergence of the factors that follow each.
     charges_divergence: whether the weights depend on `later`.
     """
 
     names: Callable[[Settings], tuple[str, ...]]
-    weigh: Callable[[Settings, np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    weigh: Callable[[Settings, np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
     charges_divergence: bool
 
 
@@ -244,7 +244,8 @@ class Rollouts:
             (*rewards.shape, self.sampler.factors), np.float32)
         later = settings.kl * (np.cumsum(apart, -1) - apart)
         scalars = _scalars(scored, apart) if logged else {}
-        weights = sharding.place(self.use.weigh(settings, rewards, later), run.mesh)
+        weigh = self.use.weigh(settings, rewards, self._bonus(scored), later)
+        weights = sharding.place(weigh, run.mesh)
         kept = {name: found[name] for name in self.names}
         return batch | {"rollout": rollout} | kept | weights, scalars
 
@@ -253,6 +254,17 @@ class Rollouts:
         if self.scorer:
             return self.scorer(tokens, batch, logged)
         return {"rewards": np.tile(np.array([1.0, 0.0]), (batch["index"].shape[0], 1))}
+
+    def _bonus(self, scored: dict) -> np.ndarray:
+        """config.reward.novelty times the rarity of what samples show, [P, G]."""
+        settings = self.run.config.reward
+        if not settings.novelty:
+            return np.zeros(scored["rewards"].shape, np.float32)
+        if "traits" not in scored:
+            raise UserError(f"config.reward.novelty is {settings.novelty}, and the reward "
+                            f"{settings.name or 'of pairs'} gives no traits of samples: set it to "
+                            "0, or return rewards.Scores with traits")
+        return settings.novelty * policy.rarity(scored["traits"])
 
 
 def _scalars(scored: dict, apart: np.ndarray) -> dict[str, float]:
@@ -281,7 +293,7 @@ def abstract(run: Run, use: Use) -> dict:
     shapes = {"rollout": (*group, count + 1, c.tokens, c.dim)}
     shapes |= {name: latents if name in ("reference_mean", "reference_log_scale")
                else (*group, count) for name in use.names(settings)}
-    weights = use.weigh(settings, np.zeros(group), np.zeros((*group, count)))
+    weights = use.weigh(settings, np.zeros(group), np.zeros(group), np.zeros((*group, count)))
     shapes |= {name: value.shape for name, value in weights.items()}
     split = sharding.batch_sharding(run.mesh)
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)

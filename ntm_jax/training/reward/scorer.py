@@ -59,9 +59,9 @@ class Scorer:
     def __call__(self, parts: Sequence, batch: dict, detailed: bool = True) -> dict:
         """The scores of clean tokens [P, g, N, D], part by part, on every process.
 
-        rewards [P, G]; if detailed also distance [P], see mean_distances, and groups [P, G], names,
-        where the reward has them. Every process scores its share of the records. Raises UserError
-        where a reward is not a number.
+        rewards [P, G], and traits [P, G, K] where the reward has them; if detailed also distance
+        [P], see mean_distances, and groups [P, G], names, where the reward has them. Every process
+        scores its share of the records. Raises UserError where a reward is not a number.
         """
         mesh, given = self._run.mesh, self.conditions(batch)
         images, pending = [], []
@@ -71,6 +71,8 @@ class Scorer:
         scored = [self._checked(wait(), part.shape[:2])
                   for wait, part in zip(pending, images, strict=True)]
         local = {"rewards": np.concatenate([one.rewards for one in scored], 1)}
+        if scored[0].traits is not None:
+            local["traits"] = np.concatenate([one.traits for one in scored], 1)
         if detailed:
             levels = self._run.spec.pixel_levels
             local["distance"] = mean_distances(np.concatenate(images, 1), levels)
@@ -119,7 +121,9 @@ class Scorer:
             raise UserError(f"config.reward.name={self._run.config.reward.name} gave an array of "
                             f"shape {values.shape}: expected {int(np.prod(shape))} finite numbers, "
                             "one for each image")
-        return Scores(values.reshape(shape), [name for one in found for name in one.groups])
+        traits = [one.traits for one in found if one.traits is not None]
+        return Scores(values.reshape(shape), [name for one in found for name in one.groups],
+                      np.concatenate(traits).reshape(*shape, -1) if traits else None)
 
 
 def _bytes(names: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:

@@ -60,16 +60,33 @@ def test_gaussians_have_their_density_and_divergence():
 
 def test_pairs_weigh_the_same_and_ties_nothing():
     rewards = np.array([[1.0, 0, 0], [1, 1, 1], [2, 1, 0]])
-    found = policy.pair_weights(rewards)
+    nothing = np.zeros((3, 3))
+    found = policy.pair_weights(rewards, nothing)
     assert found.sum() == pytest.approx(len(rewards))
     assert np.count_nonzero(found) == 2 + 0 + 3
     assert found[0, 0, 1] == found[2, 1, 2] > 0
     assert found[0, 1, 0] == 0
-    assert policy.pair_weights(np.ones((2, 3))).sum() == 0
+    assert policy.pair_weights(np.ones((3, 3)), nothing).sum() == 0
+
+
+def test_a_rare_trait_adds_to_a_samples_pairs():
+    """Of 3 traits, 8 samples show the first, one the second and none the third."""
+    traits = np.zeros((3, 3, 3), bool)
+    traits[..., 0] = True
+    traits[1, 1] = [False, True, False]
+    rarity = policy.rarity(traits)
+    np.testing.assert_array_equal(np.argwhere(rarity), [[1, 1]])
+    assert rarity[1, 1] == 1
+    rewards = np.array([[1.0, 0, 0], [1, 1, 0], [0, 0, 0]])
+    pair = 3 / 4  # of four pairs, with mean sum 1 over three conditions
+    found = policy.pair_weights(rewards, 5 * rarity)
+    np.testing.assert_allclose(found[1] / pair, [[0, 0, 1], [5, 0, 6], [0, 0, 0]])
+    np.testing.assert_allclose(found[0] / pair, [[0, 1, 1], [0, 0, 0], [0, 0, 0]])
+    assert policy.rarity(np.ones((2, 3, 4), bool)).max() == 0
 
 
 def test_the_preference_loss_is_log_2_at_the_reference_and_falls_with_the_margin():
-    weights = policy.pair_weights(np.array([[1.0, 0], [0, 1]]))
+    weights = policy.pair_weights(np.array([[1.0, 0], [0, 1]]), np.zeros((2, 2)))
     loss, right = policy.preference_loss(jnp.zeros((2, 2)), weights, 0.3)
     assert loss == pytest.approx(np.log(2))
     assert right == 0

@@ -9,6 +9,7 @@ import pytest
 from ntm_jax.analysis import compile
 from ntm_jax.core.trajectory import simulate
 from ntm_jax.data import sources
+from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives
@@ -126,8 +127,30 @@ def test_the_scores_of_shapes_have_tasks(run):
     images = np.stack([source.records[i]["image"] for i in range(8)])
     found = rewards.find("shapes", source)(images, list(source.captions))
     np.testing.assert_array_equal(found.rewards, 1)
+    # Pairs of a colour and a shape count where the caption leaves colours open.
+    open_colours = [not any(word in shapes.COLOURS for word in caption.split())
+                    for caption in source.captions]
+    np.testing.assert_array_equal(found.traits.any(1), open_colours)
+    assert found.traits.shape == (8, 24)
+    assert found.traits.sum(1).max() <= 4
     assert set(found.groups) == {"single_object", "two_object", "counting", "colors", "position",
                                  "color_attr"}
+
+
+def test_novelty_favours_samples_with_rare_traits(run, monkeypatch):
+    """The first sample of a batch alone shows the second trait, and no reward differs."""
+    def score(images, conditions):
+        first = (np.arange(len(images)) == 0) & (len(calls) == 0)
+        calls.append(images)
+        return rewards.Scores(np.ones(len(images)), traits=np.stack([~first, first], 1))
+
+    calls, run = [], with_objective(run, "preference", kl=0.1, novelty=5.0)
+    with pytest.raises(UserError, match=r"novelty is 5\.0, and the reward brightness gives no tra"):
+        rolled(run)
+    monkeypatch.setattr(rewards, "of_run", lambda config: score)
+    weight = np.asarray(rolled(run)[0]["pair_weight"])
+    assert np.count_nonzero(weight) == run.config.reward.samples - 1
+    np.testing.assert_allclose(weight[0, 0, 1:], 5 * 4)  # no pair has a higher reward
 
 
 def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
