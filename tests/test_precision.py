@@ -18,13 +18,13 @@ import pytest
 from jax._src.interpreters import mlir
 from jax._src.lax import lax
 
-from ntm_jax.analysis import chips, compile
+from ntm_jax.analysis import compile
 from ntm_jax.core import denoising
 from ntm_jax.core.model import NTM, exact
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import measures, scoring
 from ntm_jax.export.write import programs
-from ntm_jax.runtime import config, sharding
+from ntm_jax.runtime import chips, config, sharding
 from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.run import Denoiser, Run, untrained
 from ntm_jax.sampling import generate
@@ -238,7 +238,7 @@ def results(dtype: str, plain: bool = False) -> dict:
         options = SampleOptions(count, 0.0, "score", "parallel", 100.0)
         denoised, sampled = generate.generate_tokens(
             params, root, batch["index"], batch["label"],
-            sampler=generate.Sampler(model, schedule, options), with_levels=True)
+            sampler=generate.Sampler(model, schedule, options, None), with_levels=True)
         given = jnp.full(8, 0.5), jnp.full(8, count), batch["label"]
         parallel, sequential = (
             model.apply(params, batch["x"], *given, how=how, method=NTM.invert)

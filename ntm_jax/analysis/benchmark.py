@@ -16,7 +16,6 @@ import numpy as np
 
 from ntm_jax.analysis.cases import Case, Setting
 from ntm_jax.analysis.rows import SAMPLING, TRAINING
-from ntm_jax.core.transporter import fastest
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config_file, flops, sharding
@@ -216,7 +215,7 @@ def _sampling_lines(rows: list[dict], rates: dict) -> list[str]:
     if len(inverses) == 2:
         tokens = inverses["parallel"]["tokens"]
         best = max(row["items_per_second"] for row in inverses.values())
-        parts.append(f"inverse, {fastest(tokens, jax.default_backend() == 'cpu')}")
+        parts.append(f"inverse, {inverses['parallel']['auto']}")
         lines.append(f"--inverse=auto takes {parts[-1]}, {best / rates[parts[-1]]:.2f} times as "
                      "long as the faster one")
         for tolerance, sweeps in inverses["parallel"]["sweeps"].items():

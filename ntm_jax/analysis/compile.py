@@ -28,14 +28,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.analysis import chips, hlo
+from ntm_jax.analysis import hlo
 from ntm_jax.analysis.memory import advice, bytes_per_chip, gib, out_of_memory
 from ntm_jax.core.layers import Text, Vector
 from ntm_jax.core.model import exact
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, first_line
-from ntm_jax.runtime import build, flops, sharding
+from ntm_jax.runtime import build, chips, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
@@ -141,7 +141,7 @@ def sample_program(run: Run, source: Source) -> Program:
                    _abstract((size,), jnp.bool_, mesh))
     key = _abstract_key()
     params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
-    sampler = generate.Sampler(exact(model), run.schedule, run.config.sample.options)
+    sampler = generate.Sampler(exact(model), run.schedule, run.config.sample.options, mesh)
     return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler})
 
 

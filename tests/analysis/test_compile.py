@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ntm_jax.analysis import chips, compile, hlo
-from ntm_jax.analysis.chips import gpu
+from ntm_jax.analysis import compile, hlo
 from ntm_jax.analysis.memory import advice, bytes_per_chip, check_fits, out_of_memory, saved
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, build, config, flops, sharding
+from ntm_jax.runtime import attention, build, chips, config, flops, sharding
+from ntm_jax.runtime.chips import gpu
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, optimizer, state

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+PASSES = 6  # bfloat16 products of a TPU in a float32 product at precision `highest`
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -20,6 +22,17 @@ class Chip:
     unit: str = "chip"
     near: str = "within a slice"
     far: str = "between slices"
+    # FLOP/s of float32 products at precision `highest`: bfloat16's over PASSES by default.
+    highest: float = 0
+    latency: float = 2e-6  # seconds of the shortest kernel, about; an assumption, not measured
+
+    @property
+    def highest_flops(self) -> float:
+        """FLOP/s of float32 products at precision `highest`."""
+        return self.highest or self.flops / PASSES
 
 
 HERE = Chip(math.inf, math.nan, math.nan, math.nan, math.nan)  # cpu and local: unknown limits
+# One core of a server's CPU, about; memory is its caches, which hold small networks. Several cores
+# have as much more of both, so that their ratio stays.
+CPU = Chip(math.inf, 100e9, 50e9, math.nan, math.nan, highest=100e9, latency=0.3e-6)
