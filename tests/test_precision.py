@@ -311,7 +311,7 @@ def write_products(out: str) -> None:
         options = {"schedule": run.schedule, "pixel_levels": source.pixel_levels,
                    "trajectories": 2, "steps": 2}
         scores = {name: compile.Program(scoring.weigh_batch, (*sampler.arguments[:2], batch),
-                                        options | {"model": model})
+                                        options | {"model": model}, 4)
                   for name, model in (("score", exact(run.model)), ("plain", run.model))}
         for name, program in ({"sample": sampler} | scores).items():
             with sharding.use(mesh):

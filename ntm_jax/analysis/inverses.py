@@ -71,8 +71,7 @@ def _measure(tokens: int, width: int, rows: int, runs: int, mesh) -> dict:
     kernel = params["params"]["blocks_0"]["project"]["kernel"]  # 0: the identity, in one sweep
     noise = jax.random.normal(jax.random.key(2), kernel.shape)
     params["params"]["blocks_0"]["project"]["kernel"] = 0.1 * noise / width**0.5
-    found = {"tokens": tokens, "width": width, "rows": rows}
-    sweeps = 0
+    found, sweeps = {}, 0
     for how in INVERSES:
         invert = jax.jit(lambda params, *inputs, how=how: module.apply(
             params, *inputs, how=how, method=Transporter.inverse))
@@ -84,6 +83,7 @@ def _measure(tokens: int, width: int, rows: int, runs: int, mesh) -> dict:
     auto = inverses.choose("auto", config, rows, mesh)
     better = min(found["parallel"], found["sequential"])
     predicted = inverses.seconds(config, rows, chip_of(mesh.devices.flat[0]))
+    found |= {"tokens": tokens, "width": width, "rows": rows}
     return found | {"auto": auto, "lost": found[auto] / better - 1, "predicted": predicted}
 
 
@@ -102,8 +102,9 @@ def _least(once, runs: int) -> float:
 
 def measured_table(rows: list[dict]) -> str:
     """The text of the rows of `measured`, in milliseconds."""
-    lines = [("tokens", "width", "rows", "sequential", "a sweep", "break-even", "parallel", "auto",
-              "loses", "predicted")]
+    lines: list[tuple[str, ...]] = [(
+        "tokens", "width", "rows", "sequential", "a sweep", "break-even", "parallel", "auto",
+        "loses", "predicted")]
     for row in rows:
         typical = inverses.typical_sweeps(row["tokens"])
         lines.append((
@@ -116,7 +117,7 @@ def measured_table(rows: list[dict]) -> str:
 
 def predicted_table(rows: list[dict]) -> str:
     """The text of the rows of `predicted`: milliseconds, sequential / parallel, and the choice."""
-    lines = [("tokens", "width", "rows", *PREDICTED_CHIPS)]
+    lines: list[tuple[str, ...]] = [("tokens", "width", "rows", *PREDICTED_CHIPS)]
     for row in rows:
         cells = (f"{_ms(c['sequential'])} / {_ms(c['parallel'])} {c['auto'][0]}"
                  for c in row["chips"].values())

@@ -11,7 +11,7 @@ from ntm_jax.core.transporter import cache_sizes
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.chips import Chip, chip_of
 
-KERNELS = 12  # of a layer, one after the other, in the program compiled for an H100
+KERNELS = 20  # of a layer, one after the other: of a step compiled for an H100, 40 for two layers
 SWEEPS = 32  # typical of many tokens, and N/2 of few: docs/results/rates.md measures 8 and 7 to 35
 
 
@@ -63,7 +63,7 @@ def seconds(config: ModelConfig, rows: float, chip: Chip, sweeps: float | None =
     width, layers = c.transporter_width, c.transporter_layers
     sweeps = typical_sweeps(tokens) if sweeps is None else sweeps
     size = jnp.dtype(c.transporter_dtype).itemsize
-    flops = chip.highest_flops if c.precision == "highest" and size == 4 else chip.flops
+    flops = chip.rate("highest" if c.precision == "highest" and size == 4 else "default")
     keys = c.kv_heads * c.head_size
     weights = width * (2 * width + 2 * keys + 2 * c.mlp_ratio * width)
     ends = cache_sizes(tokens)

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.analysis import compile, hlo
+from ntm_jax.analysis import report as report_of
 from ntm_jax.analysis.memory import advice, bytes_per_chip, check_fits, out_of_memory, saved
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline
@@ -118,7 +119,7 @@ def test_memory_includes_the_reference_and_all_of_the_state(program):
     held = report["bytes_per_chip"]["arguments"] - state_bytes - 4 * parameters_of(run)
     assert 0 < held <= batch + 8  # a key; the update does not read all of the batch
     assert report["bytes_per_chip"]["peak"] > report["bytes_per_chip"]["arguments"]
-    assert f"program        {program}, plain attention" in compile.table(report)
+    assert f"program        {program}, plain attention" in report_of.table(report)
 
 
 def test_the_rollouts_of_pairs_are_compiled_without_a_reward():
@@ -133,7 +134,7 @@ def test_the_rollouts_of_pairs_are_compiled_without_a_reward():
 
 
 def test_the_advice_counts_the_samples_that_an_update_holds(monkeypatch):
-    found = compile._Compiled(hlo.Work(), {"arguments": 1, "peak": 2}, False, 1, 1, 1, False)
+    found = report_of.Compiled(hlo.Work(), {"arguments": 1, "peak": 2}, False, 1, 1, 1, False)
     monkeypatch.setattr(compile, "_compile", lambda *_: found)
     monkeypatch.setattr(compile, "advice", lambda run, levels, memory: levels)
     assert compile.compile_for(small(), "cpu:1")["advice"] == 2
@@ -155,7 +156,7 @@ def test_the_report_has_the_keys_of_the_interface(report):
     assert report["fits"]
     assert report["parameters"] == parameters_of(planned_run(SCANNED))
     json.dumps(report, allow_nan=False)
-    assert "fits           yes" in compile.table(report)
+    assert "fits           yes" in report_of.table(report)
 
 
 def test_the_compiled_count_is_the_traced_one_on_one_device(report):

@@ -40,7 +40,7 @@ def test_the_break_even_is_that_of_the_ridge():
     """R S = 2 FLOP/s over byte/s for float32 weights, and more by the reading of the cache."""
     free = dataclasses.replace(CHIPS["v5p"], latency=0.0)
     rule = 2 * free.flops / free.memory
-    # Of a row a step reads a cache of 160 tokens on average, 2 W numbers each, beside 12 W^2 weights.
+    # A step reads 160 tokens of a row's cache on average, 2 W numbers each, beside 12 W^2 weights.
     cache = 1 + 28 * 160 * 2 / (12 * 2048)
     attention = 1 + 4 * 256 / (24 * 2048)
     assert break_even(28, free, None) == pytest.approx(rule * cache / attention / 28)

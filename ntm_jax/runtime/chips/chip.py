@@ -24,12 +24,15 @@ class Chip:
     far: str = "between slices"
     # FLOP/s of float32 products at precision `highest`: bfloat16's over PASSES by default.
     highest: float = 0
-    latency: float = 2e-6  # seconds of the shortest kernel, about; an assumption, not measured
+    latency: float = 1e-6  # seconds of the shortest kernel, about: assumed, not measured
 
-    @property
-    def highest_flops(self) -> float:
-        """FLOP/s of float32 products at precision `highest`."""
-        return self.highest or self.flops / PASSES
+    def rate(self, precision: str) -> float:
+        """FLOP/s of products of a precision, as analysis.hlo names it.
+
+        That of float32 at its default precision is taken as bfloat16's, one pass of a TPU, though
+        TF32 has half of it on a GPU: no large product of ours is one.
+        """
+        return self.highest or self.flops / PASSES if precision == "highest" else self.flops
 
 
 HERE = Chip(math.inf, math.nan, math.nan, math.nan, math.nan)  # cpu and local: unknown limits

@@ -81,7 +81,7 @@ class Card:
         share = next(filter(None, map(os.environ.get, names)), MEMORY_FRACTION)
         return Chip(float(share) * self.memory / 2**30, self.flops, self.bandwidth, self.nvlink,
                     50e9, unit="GPU", near="over NVLink", far="over the network",
-                    highest=self.cores * UNITS * 2 * self.gigahertz * 1e9)
+                    highest=self.cores * UNITS * 2 * self.gigahertz * 1e9, latency=2e-6)
 
 
 CARDS = {
