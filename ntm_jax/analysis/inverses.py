@@ -21,7 +21,7 @@ from ntm_jax.runtime.config import Mesh
 from ntm_jax.sampling import inverses
 
 SIZES = tuple(itertools.product((16, 64, 256), (64, 256), (1, 8, 32)))  # tokens, width, rows
-PREDICTED = tuple(itertools.product((16, 64, 256, 1024), (64, 256, 2048), (1, 8, 64, 512)))
+PREDICTED = tuple(itertools.product((16, 256, 1024), (64, 256, 2048), (1, 16, 256)))
 PREDICTED_CHIPS = ("v5e", "v5p", "v6e", "h100")
 SECONDS = 0.3  # of each timing, at least
 
