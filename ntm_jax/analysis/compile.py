@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from ntm_jax import files
 from ntm_jax.analysis import benchmark, hlo, report
@@ -292,9 +293,11 @@ def write_texts(folder: str, lowered: str, compiled: str | None) -> None:
     The second is missing where the program does not fit. A serialised executable is not written:
     jax reads one with pickle, and only with the version and the devices that it was compiled for.
     """
-    files.write(f"{folder}/program.stablehlo.mlir", lowered)
+    out = epath.Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    files.write(out / "program.stablehlo.mlir", lowered)
     if compiled:
-        files.write(f"{folder}/program.hlo.txt", compiled)
+        files.write(out / "program.hlo.txt", compiled)
 
 
 def _text(compiled) -> str:

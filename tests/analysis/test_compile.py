@@ -85,7 +85,7 @@ def test_the_compiled_sampler_is_the_one_that_sample_at_calls(monkeypatch):
 
 
 def test_the_compiled_likelihood_is_the_one_that_evaluation_calls(monkeypatch):
-    settings = tiny_config()
+    settings = tiny_config(**{"evaluate.batch_size": 16})
     source, model, mesh = setup(settings)
     run, called = as_run(settings, model, mesh), {}
     program = compile.evaluate_program(run, source)
@@ -103,10 +103,11 @@ def test_the_compiled_likelihood_is_the_one_that_evaluation_calls(monkeypatch):
 
 
 def test_a_flow_matching_model_has_no_likelihood_to_compile():
-    settings = small(**{"train.objective": "flow_matching", "model.transporter_blocks": 0,
-                        "sample.decoder": "euler"})
+    run, source = planned_run(small()), compile.open_data(small())
+    train = dataclasses.replace(run.config.train, objective="flow_matching")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
     with pytest.raises(UserError, match=r"--program=evaluate: config\.train\.objective=flow_match"):
-        compile.compile_for(settings, "cpu:1", "evaluate")
+        compile.evaluate_program(run, source)
 
 
 SCANNED = small(**{"model.remat": "full", "model.scan": True, "model.predictor_layers": 3})
