@@ -12,7 +12,7 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.chips import Chip, chip_of
 
 KERNELS = 20  # of a layer, one after the other: of a step compiled for an H100, 40 for two layers
-SWEEPS = 32  # typical of many tokens, and N/2 of few: docs/results/rates.md measures 8 and 7 to 35
+SWEEPS = 32  # typical of many tokens; docs/results/rates.md has 8 of 16 tokens, 30 to 35 of 256 on
 
 
 def choose(inverse: str, config: ModelConfig, rows: int, mesh) -> str:
@@ -26,13 +26,18 @@ def choose(inverse: str, config: ModelConfig, rows: int, mesh) -> str:
     if mesh is None:
         return "sequential"
     rows = -(-rows // sharding.batch_shards(mesh))
-    found = seconds(config, rows, chip_of(mesh.devices.flat[0]), parts=mesh.shape["tensor"])
-    return min(found, key=lambda how: found[how])
+    chip = chip_of(mesh.devices.flat[0])
+    return faster(seconds(config, rows, chip, parts=mesh.shape["tensor"]))
+
+
+def faster(predicted: dict[str, float]) -> str:
+    """The inverse of the shorter time, of `seconds`; sequential where they differ by under 5 %."""
+    return "parallel" if predicted["parallel"] < 0.95 * predicted["sequential"] else "sequential"
 
 
 def typical_sweeps(tokens: int) -> float:
     """The sweeps assumed of the parallel inverse, which depend on the parameters."""
-    return min(tokens / 2, SWEEPS)
+    return min(tokens, 4 + tokens / 4, SWEEPS)
 
 
 def seconds(config: ModelConfig, rows: float, chip: Chip, sweeps: float | None = None,
@@ -50,8 +55,8 @@ def seconds(config: ModelConfig, rows: float, chip: Chip, sweeps: float | None =
     every token that attention reads 2 G C M numbers of a row and layer, the cache's bytes, in
     kernels of their own, so that their time adds to that of the weights. flops is the rate at the
     model's precision, memory that of the chip's memory, and latency that of KERNELS for each layer,
-    which wait for each other. Left out are activations, embeddings, norms, and the network between
-    chips.
+    which wait for each other. Left out are activations, embeddings, norms, the network between
+    chips, and that a mesh's sequence axis splits the tokens of a sweep.
 
     While weights bound a sequential pass and products a sweep, and without the cache, the ratio of
     the two is the rule that sweeps win where R S < (bytes of a weight) / 2 x flops / memory: the
