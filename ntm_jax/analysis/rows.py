@@ -188,7 +188,7 @@ def _inverse(how: str, setting: Setting) -> Case | None:
     invert = functools.partial(_inverted, model=model, how=how)
     case = _sampling(
         setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
-    auto = inverses.choose("auto", model.config, us[:, :-1, 0, 0].size, mesh)
+    auto = inverses.choose("auto", model.config, us.shape[0] * (us.shape[1] - 1), mesh)
     first = max(TOKENS // model.config.tokens, mesh.size)
     us, t, y = jax.tree.map(lambda a: a[:first], (us, t, y))
     with sharding.use(mesh):
