@@ -5,7 +5,8 @@
       --config.mesh.slices=8 --config.mesh.fsdp=8
 
 Reports whether the program fits in memory, what each chip computes, stores and sends, and which of
-these limits its speed. The exit status is 2 if it does not fit. Needs pip install -e '.[tpu]', or
+these limits its speed. With --vary=SETTING:VALUE,VALUE,... it compares several values of a setting.
+The exit status is 2 if it does not fit. Needs pip install -e '.[tpu]', or
 '.[cuda13-compile]' for GPUs.
 """
 
@@ -21,8 +22,14 @@ flags.DEFINE_string(
     "tpu7x:4x4x4; GPU and NVLink domains x hosts in a domain x GPUs in a host, such as h100:8x1x8, "
     "h200:8x1x8 or b200:8x1x8; cpu:8 for 8 simulated devices, local for this machine's.")
 flags.DEFINE_enum(
-    "program", "train", ["train", "sample", "rollout"], "Compiles the training step; the sampler; "
-    "or, of post-training, the samples of a batch and their comparison with the reference.")
+    "program", "train", ["train", "sample", "evaluate", "rollout"], "Compiles the training step; "
+    "the sampler; the held-out likelihood; or, of post-training, the samples of a batch and their "
+    "comparison with the reference.")
+flags.DEFINE_string(
+    "vary", None, "SETTING:VALUE,VALUE,...; compiles the program at each value, such as "
+    "model.remat:none,dots,narrow,full, and prints a table.")
+flags.DEFINE_string(
+    "dump", None, "A folder to write the program's text to, before and after compilation.")
 flags.DEFINE_string("json", None, "A file to write the report to, as JSON.")
 flags.mark_flag_as_required("topology")
 
@@ -40,14 +47,20 @@ def main():
         jax.config.update("jax_num_cpu_devices", int(simulated[1]))
 
     from ntm_jax import files
-    from ntm_jax.analysis import compile
+    from ntm_jax.analysis import compile, report
     from ntm_jax.analysis.memory import check_fits
 
-    report = compile.compile_for(program.read_config(), topology, program.FLAGS.program)
-    print(compile.table(report), flush=True)
-    if program.FLAGS.json:
-        files.write(program.FLAGS.json, json.dumps(report, indent=2) + "\n")
-    check_fits(report)
+    f, found = program.FLAGS, []
+    if f.vary:
+        found = compile.vary(f.config.to_dict(), f.vary, topology, f.program)
+        print(report.comparison(found), flush=True)
+    else:
+        found = [compile.compile_for(program.read_config(), topology, f.program, f.dump)]
+        print(report.table(found[0]), flush=True)
+    if f.json:
+        files.write(f.json, json.dumps(found if f.vary else found[0], indent=2) + "\n")
+    if not f.vary:
+        check_fits(found[0])
 
 
 if __name__ == "__main__":

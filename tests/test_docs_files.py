@@ -8,7 +8,8 @@ import textwrap
 
 import pytest
 
-from ntm_jax.analysis import benchmark, compile, profile
+from ntm_jax.analysis import benchmark, compile, inverses, profile
+from ntm_jax.analysis import report as compiled
 from ntm_jax.analysis.peers import compare
 from ntm_jax.core import denoising
 from ntm_jax.data import pipeline
@@ -98,8 +99,10 @@ KEYS = {
         fields(read.About) | written(write._about, write.write_export, write._write)),
     "## profile/summary.json": lambda: written(profile.summarize),
     "## launch.compile --json": lambda: (
-        written(compile.compile_for, compile._figures)),
+        written(compile.compile_for, compile.vary, compile._report, compiled.figures)),
     "## launch.benchmark --json": lambda: written(benchmark.measure, benchmark.vary),
+    "## launch.benchmark --inverses --json": lambda: (
+        written(inverses.predicted, inverses._prediction, inverses._measure) - {"kernel"}),
     "## launch.benchmark --peers --json": lambda: written(compare._rows),
     "## launch.truth": lambda: written(known_density.benchmark, known_density.signed_errors),
 }

@@ -9,14 +9,13 @@ import ast
 import copy
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from ntm_jax.analysis.cases import Case, Setting
 from ntm_jax.analysis.rows import SAMPLING, TRAINING
-from ntm_jax.core.transporter import fastest
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config_file, flops, sharding
@@ -74,24 +73,29 @@ def vary(values: dict, choices: str, runs: int) -> list[dict]:
     with commas between them, which take the same value. A row has those of `benchmark`, and
     milliseconds a step, compile_seconds, of tracing and compilation, and value.
     """
-    names, _, texts = choices.partition(":")
     rows = []
+    for name, text, config in varied(values, choices):
+        setting = _untrained(config)
+        case = TRAINING["train step"](setting)
+        first = flops.seconds(case.once, 1)
+        row = {"name": name} | measure(case, runs, setting)
+        seconds = case.items / row["items_per_second"]
+        rows.append(row | {"milliseconds": 1e3 * seconds, "compile_seconds": first - seconds,
+                           "value": text})
+    return rows
+
+
+def varied(values: dict, choices: str) -> Iterator[tuple[str, str, Config]]:
+    """(settings=value, value, configuration) for each value; see `vary`. Raises UserError."""
+    names, _, texts = choices.partition(":")
+    if not texts.replace(",", ""):
+        raise UserError(f"--vary={choices} has no values: expected SETTING:VALUE,VALUE, such as "
+                        "model.predictor_layers:3,6,12")
     for text in filter(None, texts.split(",")):
         changed = copy.deepcopy(values)
         for name in names.split(","):
             _change(changed, name, text)
-        config, _ = config_file.complete(changed)
-        setting = _untrained(config)
-        case = TRAINING["train step"](setting)
-        first = flops.seconds(case.once, 1)
-        row = {"name": f"{names}={text}"} | measure(case, runs, setting)
-        seconds = case.items / row["items_per_second"]
-        rows.append(row | {"milliseconds": 1e3 * seconds, "compile_seconds": first - seconds,
-                           "value": text})
-    if not rows:
-        raise UserError(f"--vary={choices} has no values: expected SETTING:VALUE,VALUE, such as "
-                        "model.predictor_layers:3,6,12")
-    return rows
+        yield f"{names}={text}", text, config_file.complete(changed)[0]
 
 
 def _change(values: dict, name: str, text: str) -> None:
@@ -216,7 +220,7 @@ def _sampling_lines(rows: list[dict], rates: dict) -> list[str]:
     if len(inverses) == 2:
         tokens = inverses["parallel"]["tokens"]
         best = max(row["items_per_second"] for row in inverses.values())
-        parts.append(f"inverse, {fastest(tokens, jax.default_backend() == 'cpu')}")
+        parts.append(f"inverse, {inverses['parallel']['auto']}")
         lines.append(f"--inverse=auto takes {parts[-1]}, {best / rates[parts[-1]]:.2f} times as "
                      "long as the faster one")
         for tolerance, sweeps in inverses["parallel"]["sweeps"].items():

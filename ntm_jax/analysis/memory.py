@@ -113,7 +113,8 @@ def check_fits(report: dict) -> None:
     """Raises UserError, with advice, if a report's program does not fit."""
     if not report["fits"]:
         memory = report["bytes_per_chip"]
-        several = {"rollout": "config.reward.samples or config.data.batch_size"}
+        several = {"rollout": "config.reward.samples or config.data.batch_size",
+                   "evaluate": "config.evaluate.batch_size"}
         remedy = report.get("advice", f"make {several.get(report['program'], 'config.sample.num')} "
                             "smaller, or config.mesh.fsdp larger")
         raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a "

@@ -15,7 +15,7 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.analysis import hlo
-from ntm_jax.analysis.hlo_text import Instruction, called, parse, search
+from ntm_jax.analysis.hlo.text import Instruction, called, parse, search
 from ntm_jax.errors import first_line
 
 KINDS = ("products", "attention", "elementwise", "reductions", "copies", "collectives", "other")

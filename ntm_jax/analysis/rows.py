@@ -24,7 +24,7 @@ from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import SOLVERS
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import generate
+from ntm_jax.sampling import generate, inverses
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.step import check_batch, flops_of_step, make_step
@@ -160,7 +160,7 @@ def _sampler(decoder: str, setting: Setting) -> Case | None:
     def images(model, inverse, params, root, index, y, denoiser_params):
         sampler = generate.Sampler(
             model, setting.run.schedule, dataclasses.replace(options, inverse=inverse),
-            denoiser and denoiser.module)
+            setting.run.mesh, denoiser and denoiser.module)
         return generate.generate_tokens(params, root, index, y, denoiser_params, sampler=sampler)
 
     return _sampling(setting, images, jax.random.key(0), index, y, denoiser and denoiser.params)
@@ -188,12 +188,13 @@ def _inverse(how: str, setting: Setting) -> Case | None:
     invert = functools.partial(_inverted, model=model, how=how)
     case = _sampling(
         setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
+    auto = inverses.choose("auto", model.config, us.shape[0] * (us.shape[1] - 1), mesh)
     first = max(TOKENS // model.config.tokens, mesh.size)
     us, t, y = jax.tree.map(lambda a: a[:first], (us, t, y))
     with sharding.use(mesh):
         xs = invert(setting.params, us, t, y)
         back = invert(setting.params, _transported(setting.params, xs, t, y, model=model), t, y)
-        facts = {"tokens": model.config.tokens,
+        facts = {"tokens": model.config.tokens, "auto": auto,
                  "round_trip_error": float(jnp.max(jnp.abs(back - xs)))}
         if how == "parallel":
             facts["sweeps"] = {

@@ -61,10 +61,10 @@ class NTM(nn.Module):
             return x, jnp.zeros(x.shape[0])
         return self.transporter(x, t, steps, y)
 
-    def invert(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
+    def invert(self, u, t, steps, y, how="sequential", tolerance=TOLERANCE):
         """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], sweeps [B, blocks], log|det dx/du| [B]).
 
-        x is exact to float32 rounding with config.exact(). how: auto, parallel, sequential; see
+        x is exact to float32 rounding with config.exact(). how: parallel or sequential; see
         core.transporter.
         """
         if not self.config.transporter_blocks:

@@ -82,21 +82,21 @@ def _invert(model: NTM, params, us, t, y, **options):
     return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), found)
 
 
-def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "auto"):
+def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "sequential"):
     """x_0..x_T [B, K, N, D] of latents us [B, K, N, D] at levels t [B, K]; x_T = u_T.
 
-    inverse: auto, parallel, sequential; see core.transporter.
+    inverse: parallel or sequential; see core.transporter.
     """
     return invert_with_log_det(model, params, us, t, y, inverse)[0]
 
 
-def invert_with_log_det(model: NTM, params, us, t, y, inverse: str = "auto"):
+def invert_with_log_det(model: NTM, params, us, t, y, inverse: str = "sequential"):
     """invert_trajectory's x_0..x_T [B, K, N, D], and log|det dx_k/du_k| [B, K], 0 at level T."""
     xs, _, log_det = _invert(model, params, us, t, y, how=inverse)
     return jnp.concatenate([xs, us[:, -1:]], 1), jnp.pad(log_det, ((0, 0), (0, 1)))
 
 
-def invert_level(model: NTM, params, us, t, y, k: int, inverse: str = "auto"):
+def invert_level(model: NTM, params, us, t, y, k: int, inverse: str = "sequential"):
     """Only x_k [B, N, D], k < T, of latents us [B, K, N, D] at levels t [B, K]."""
     steps = jnp.full(len(us), us.shape[1] - 1)
     return model.apply(params, us[:, k], t[:, k], steps, y, how=inverse, method=NTM.invert)[0]
@@ -111,7 +111,7 @@ def inverse_sweeps(model: NTM, params, us, t, y, tolerance: float = TOLERANCE):
 
 
 def sample(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0,
-           inverse: str = "auto"):
+           inverse: str = "sequential"):
     """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], condition y.
 
     An image without denoising is x_0 / (1 - t_0).
@@ -120,7 +120,7 @@ def sample(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] =
 
 
 def sample_with_log_prob(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0,
-                         inverse: str = "auto"):
+                         inverse: str = "sequential"):
     """Trajectories x_0..x_T [B, K, N, D] as of `sample`, and the log-density of every factor.
 
     The log-densities are [B, K] in nats: of x_k given x_{k+1} and y, and of x_T. Their sum is

@@ -15,20 +15,9 @@ from ntm_jax.core import layers
 from ntm_jax.core.config import ModelConfig
 
 # parallel inverts all tokens at once, by sweeps; sequential token by token, with a KV cache.
-INVERSES = ("auto", "parallel", "sequential")
+INVERSES = ("parallel", "sequential")
 TOLERANCE = 1e-6  # of the parallel inverse: a few float32 roundings
 HUGE = 1e15  # the network can square smaller numbers
-
-
-def fastest(tokens: int, cpu: bool) -> str:
-    """The inverse that `auto` chooses.
-
-    On one CPU core the sequential inverse is the faster one at every size and batch measured, by 3
-    times or more with 16 tokens, 11 times with 256: a CPU pays for the products of every sweep. An
-    accelerator waits on N small steps instead, so sweeps are chosen there from 64 tokens on, which
-    is not measured.
-    """
-    return "parallel" if tokens >= 64 and not cpu else "sequential"
 
 
 class Block(nn.Module):
@@ -111,11 +100,7 @@ class Block(nn.Module):
             "parallel": functools.partial(
                 block.apply, variables, tolerance=tolerance, method=Block._all_at_once),
             "sequential": functools.partial(block.apply, variables, method=Block._one_by_one)}
-        here, elsewhere = (fastest(u.shape[1], cpu) if how == "auto" else how
-                           for cpu in (True, False))
-        if here == elsewhere:
-            return found[here](u, modulation)
-        return jax.lax.platform_dependent(u, modulation, cpu=found[here], default=found[elsewhere])
+        return found[how](u, modulation)
 
     def _all_at_once(self, u, modulation, tolerance):
         """The fixed point of x <- m(x) + exp(g(x)) u by sweeps over all tokens, from x = u.
@@ -171,7 +156,7 @@ class Block(nn.Module):
         empty = jnp.zeros((batch, c.kv_heads, 0, c.head_size), c.transporter_dtype)
         caches, found, begin = [(empty, empty)] * len(weights), [], 0
         carry = jnp.zeros((batch, dim)), jnp.zeros(batch), caches
-        for end in _cache_sizes(tokens):
+        for end in cache_sizes(tokens):
             grown = jax.tree.map(lambda a, more=end - begin: _grow(a, more), carry[2])
             n = jnp.arange(begin, end)
             carry, x = jax.lax.scan(step, (*carry[:2], grown), (n, u[begin:end]))
@@ -181,7 +166,7 @@ class Block(nn.Module):
         return x, jnp.full(batch, tokens, jnp.int32), carry[1]
 
 
-def _cache_sizes(tokens: int) -> list[int]:
+def cache_sizes(tokens: int) -> list[int]:
     """The sizes of the KV cache in turn: attention reads all of it, so a long one grows in four."""
     stages = 4 if tokens >= 256 else 1
     return [-(-tokens * i // stages) for i in range(1, stages + 1)]
@@ -220,7 +205,7 @@ class Transporter(nn.Module):
         return x, log_det
 
     @layers.at_config_precision
-    def inverse(self, u, t, steps, y, how="auto", tolerance=TOLERANCE):
+    def inverse(self, u, t, steps, y, how="sequential", tolerance=TOLERANCE):
         """u [B, N, D] -> (x [B, N, D], sweeps [B, blocks], int32, log|det dx/du| [B] in nats).
 
         forward(x) = u, and forward's log-determinant at x is the negative of this one. how: see

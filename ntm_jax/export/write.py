@@ -86,7 +86,7 @@ def _sampler(run: Run):
     if options.decoder == "denoiser":
         assert run.denoiser is not None  # see generate.check_decoder
         denoiser = build.plain(run.denoiser.module)
-    static = generate.Sampler(model, run.schedule, options, denoiser)
+    static = generate.Sampler(model, run.schedule, options, None, denoiser)
 
     def images(tokens):
         values = transforms.unpatchify(tokens, spec.image_shape, spec.patch_size)

@@ -230,7 +230,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT),
     "sample.decoder": ("inverse", "score", "denoiser", *SOLVERS),
-    "sample.inverse": INVERSES,
+    "sample.inverse": ("auto", *INVERSES),
     "reward.trains": ("predictor", "transporter", "both"),
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
 }

@@ -24,24 +24,26 @@ def count(function, *args) -> int:
     return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def of_jaxpr(jaxpr, kernels: bool = False) -> int:
+def of_jaxpr(jaxpr, kernels: bool = False, highest: bool = False) -> int:
     """FLOPs of a jaxpr, counted as in `count`.
 
     kernels: counts only products inside Pallas kernels, which a compiled program's text hides.
+    highest: counts only products of float32 numbers at precision `highest`.
     """
-    return sum(_of_equation(e, kernels) for e in jaxpr.eqns)
+    return sum(_of_equation(e, kernels, highest) for e in jaxpr.eqns)
 
 
-def _of_equation(e, kernels: bool) -> int:
+def _of_equation(e, kernels: bool, highest: bool) -> int:
     if e.primitive.name == "dot_general":
-        if kernels:
+        if kernels or (highest and not _at_highest(e)):
             return 0
         (contracted, _), _ = e.params["dimension_numbers"]
         left = e.invars[0].aval.shape
         return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if e.primitive.name in CUDNN:
-        return 0 if kernels else CUDNN[e.primitive.name] * _attention_product(e)
-    inner = [of_jaxpr(j, kernels and e.primitive.name != "pallas_call") for j in _jaxprs(e.params)]
+        return 0 if kernels or highest else CUDNN[e.primitive.name] * _attention_product(e)
+    kernels = kernels and e.primitive.name != "pallas_call"
+    inner = [of_jaxpr(j, kernels, highest) for j in _jaxprs(e.params)]
     if e.primitive.name == "scan":
         return e.params["length"] * sum(inner)
     if e.primitive.name == "cond":
@@ -51,6 +53,12 @@ def _of_equation(e, kernels: bool) -> int:
     if e.primitive.name == "shard_map":  # its jaxpr is that of one device
         return e.params["mesh"].size * sum(inner)
     return sum(inner)
+
+
+def _at_highest(e) -> bool:
+    asked = e.params["precision"]
+    asked = asked[0] if isinstance(asked, tuple) else asked
+    return e.invars[0].aval.dtype == jnp.float32 and asked == jax.lax.Precision.HIGHEST
 
 
 def _attention_product(e) -> int:

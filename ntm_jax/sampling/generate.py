@@ -24,6 +24,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS, Config, SampleOptions, check_guidance, guided
 from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import inverses
 
 BATCH = 100  # images at a time, of pictures and of scores, so that one program serves both
 
@@ -35,7 +36,12 @@ class Sampler:
     model: NTM  # exact; see core.model.exact
     schedule: Schedule
     options: SampleOptions
+    mesh: jax.sharding.Mesh | None  # of the inverse `auto`; see inverses.choose
     denoiser: Predictor | None = None  # of the decoder `denoiser`
+
+    def inverse(self, rows: int) -> str:
+        """The inverse of this many latents of all devices: parallel or sequential."""
+        return inverses.choose(self.options.inverse, self.model.config, rows, self.mesh)
 
 
 class Drawn(NamedTuple):
@@ -81,7 +87,8 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sa
     us, log_density = sampling.draw_latents(model, params, keys, t, y, options.guidance)
     xs = None
     if with_levels or with_log_prob or options.decoder == "score":
-        xs, log_det = sampling.invert_with_log_det(model, params, us, t, y, options.inverse)
+        how = sampler.inverse(len(index) * options.steps)
+        xs, log_det = sampling.invert_with_log_det(model, params, us, t, y, how)
         log_density -= log_det
     if options.decoder == "denoiser":
         x = denoising.denoise(exact(sampler.denoiser), denoiser_params, us[:, 0], t[:, 0],
@@ -90,7 +97,7 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sa
         x = denoising.score_denoise(model, params, xs, t, y, options.percentile)
     else:
         x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
-            model, params, us, t, y, 0, options.inverse)
+            model, params, us, t, y, 0, sampler.inverse(len(index)))
         x = x_0 / (1 - per_example(t[:, 0], x_0))
     found = x, xs if with_levels else None
     return (*found, log_density) if with_log_prob else found
@@ -213,7 +220,8 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
     options = options or run.config.sample.options
     check_decoder(run, options.decoder)
     denoiser = run.denoiser if options.decoder == "denoiser" else None
-    sampler = Sampler(exact(run.model), run.schedule, options, denoiser and denoiser.module)
+    sampler = Sampler(exact(run.model), run.schedule, options, run.mesh,
+                      denoiser and denoiser.module)
     index = np.asarray(index, np.int32)
     y = conditions(run, index) if condition is None else condition
     y = y if isinstance(y, (Text, Vector)) else np.asarray(y, np.int32)

@@ -89,7 +89,7 @@ def _draw(params, root, index, y, *, sampler: Sampler):
     t = sampler.schedule.fixed_levels(options.steps, len(index))
     xs, log_density = sampling.sample_with_log_prob(
         model, params, example_keys(root, "sample", index), t, y, options.guidance,
-        options.inverse)
+        sampler.inverse(len(index) * options.steps))
     t_0 = per_example(t[:, 0], xs[:, 0])
     noise = example_noise(example_keys(root, "reweight", index), xs.shape[2:])
     x = (xs[:, 0] + t_0 * noise) / (1 - t_0)
@@ -131,7 +131,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
 
 def _draw_all(run: Run, condition, n: int, options: SampleOptions, seed: int):
     """(tokens [n, N, D], log-ratios [n] float64), in batches of one size."""
-    sampler = Sampler(exact(run.model), run.schedule, options)
+    sampler = Sampler(exact(run.model), run.schedule, options, run.mesh)
     root, size = jax.random.key(seed), min(n, BATCH)
     parts = []
     for start in range(0, n, size):

@@ -136,8 +136,8 @@ def test_the_rows_of_a_run_measure_its_sampler(run):
     names = ["images, decoder inverse", "images, decoder score", "images, decoder denoiser",
              "predictor's steps", "inverse, sequential", "inverse, parallel", "score denoising"]
     assert [row["name"] for row in timed] == names
-    extra = {"inverse, sequential": ["tokens", "round_trip_error"],
-             "inverse, parallel": ["tokens", "round_trip_error", "sweeps"]}
+    extra = {"inverse, sequential": ["tokens", "auto", "round_trip_error"],
+             "inverse, parallel": ["tokens", "auto", "round_trip_error", "sweeps"]}
     for row in timed:
         assert list(row) == KEYS + extra.get(row["name"], [])
         assert row["items_per_second"] > 0
@@ -258,8 +258,8 @@ def test_a_configuration_or_a_run_is_asked_for(tmp_path):
     for arguments in ([], ["--config=experiments/digits.py", f"--workdir={tmp_path}"]):
         refused = python("-m", "launch.benchmark", *arguments, check=False)
         assert (refused.returncode, refused.stderr) == (
-            2, "error: give one of --config, an experiment, --workdir, a run's folder, and "
-            "--peers, a folder of other flows\n")
+            2, "error: give one of --config, an experiment, --workdir, a run's folder, "
+            "--peers, a folder of other flows, and --inverses\n")
 
 
 def test_a_setting_varies(monkeypatch):

@@ -14,13 +14,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ntm_jax.analysis import chips, compile, hlo
-from ntm_jax.analysis.chips import gpu
+from ntm_jax.analysis import compile, hlo
+from ntm_jax.analysis import report as report_of
+from ntm_jax.analysis.hlo.arrays import largest
 from ntm_jax.analysis.memory import advice, bytes_per_chip, check_fits, out_of_memory, saved
 from ntm_jax.core.layers import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import attention, build, config, flops, sharding
+from ntm_jax.evaluation import scoring
+from ntm_jax.runtime import attention, build, chips, config, flops, sharding
+from ntm_jax.runtime.chips import gpu
+from ntm_jax.runtime.chips.gpu import CARDS
+from ntm_jax.runtime.chips.tpu import CHIPS
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, optimizer, state
@@ -79,6 +84,32 @@ def test_the_compiled_sampler_is_the_one_that_sample_at_calls(monkeypatch):
         assert str(program.trace().jaxpr) == called["jaxpr"]
 
 
+def test_the_compiled_likelihood_is_the_one_that_evaluation_calls(monkeypatch):
+    settings = tiny_config(**{"evaluate.batch_size": 16})
+    source, model, mesh = setup(settings)
+    run, called = as_run(settings, model, mesh), {}
+    program = compile.evaluate_program(run, source)
+
+    def record(*arguments, **options):
+        called["jaxpr"] = str(program.function.trace(*arguments, **options).jaxpr)
+        raise StopIteration
+
+    run = dataclasses.replace(run, params=state.initialize(run).ema)
+    monkeypatch.setattr(scoring, "weigh_batch", record)
+    with pytest.raises(StopIteration):
+        scoring.score_records(run, source, settings.evaluate.trajectories)
+    with sharding.use(mesh):
+        assert str(program.trace().jaxpr) == called["jaxpr"]
+
+
+def test_a_flow_matching_model_has_no_likelihood_to_compile():
+    run, source = planned_run(small()), compile.open_data(small())
+    train = dataclasses.replace(run.config.train, objective="flow_matching")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
+    with pytest.raises(UserError, match=r"--program=evaluate: config\.train\.objective=flow_match"):
+        compile.evaluate_program(run, source)
+
+
 SCANNED = small(**{"model.remat": "full", "model.scan": True, "model.predictor_layers": 3})
 
 
@@ -118,7 +149,7 @@ def test_memory_includes_the_reference_and_all_of_the_state(program):
     held = report["bytes_per_chip"]["arguments"] - state_bytes - 4 * parameters_of(run)
     assert 0 < held <= batch + 8  # a key; the update does not read all of the batch
     assert report["bytes_per_chip"]["peak"] > report["bytes_per_chip"]["arguments"]
-    assert f"program        {program}, plain attention" in compile.table(report)
+    assert f"program        {program}, plain attention" in report_of.table(report)
 
 
 def test_the_rollouts_of_pairs_are_compiled_without_a_reward():
@@ -133,7 +164,7 @@ def test_the_rollouts_of_pairs_are_compiled_without_a_reward():
 
 
 def test_the_advice_counts_the_samples_that_an_update_holds(monkeypatch):
-    found = compile._Compiled(hlo.Work(), {"arguments": 1, "peak": 2}, False, 1, 1, 1, False)
+    found = report_of.Compiled(hlo.Work(), {"arguments": 1, "peak": 2}, False, 1, 1, 1, False)
     monkeypatch.setattr(compile, "_compile", lambda *_: found)
     monkeypatch.setattr(compile, "advice", lambda run, levels, memory: levels)
     assert compile.compile_for(small(), "cpu:1")["advice"] == 2
@@ -155,7 +186,7 @@ def test_the_report_has_the_keys_of_the_interface(report):
     assert report["fits"]
     assert report["parameters"] == parameters_of(planned_run(SCANNED))
     json.dumps(report, allow_nan=False)
-    assert "fits           yes" in compile.table(report)
+    assert "fits           yes" in report_of.table(report)
 
 
 def test_the_compiled_count_is_the_traced_one_on_one_device(report):
@@ -165,6 +196,55 @@ def test_the_compiled_count_is_the_traced_one_on_one_device(report):
 
 def test_recomputation_counts_as_work_but_not_as_the_models(report):
     assert 1.1 < report["flops_traced_per_chip"] / report["model_flops_per_chip"] < 1.34
+
+
+def test_products_at_highest_take_their_own_rate():
+    work, chip = hlo.Work(), CHIPS["v5p"]
+    work.products |= {("transporter", "highest"): 3e12, ("other", "highest"): 1e12,
+                      ("other", "bf16"): 4e12, ("kernels", "other"): 1e12}
+    compiled = report_of.Compiled(work, {"arguments": 1}, True, 9e12, 1, 1, True)
+    found = report_of.figures(compiled, planned_run(small()), chip)
+    assert found["highest_flops_per_chip"] == 4e12
+    assert found["highest_seconds"] == pytest.approx(4e12 * 6 / 459e12)
+    seconds = found["roofline_seconds"]["compute"]
+    assert seconds == pytest.approx((5e12 + 4e12 * 6) / 459e12)
+    bound = report_of.at_roofline(found | {"model_flops_per_chip": 6e12}, 10, 16, chip)
+    assert bound == pytest.approx({
+        "seconds": seconds, "examples_per_second": 10 / seconds,
+        "tokens_per_second": 160 / seconds, "mfu": 6e12 / (seconds * 459e12)})
+    share = report_of._highest(found)
+    assert share == "44% of the FLOPs (100% of the transporter's), 83% of the compute time"
+    assert CARDS["h100"].chip.rate("highest") == pytest.approx(66.9e12, rel=1e-3)
+
+
+def test_an_exact_program_is_at_highest(tmp_path):
+    found = compile.compile_for(small(), "cpu:1", "evaluate", str(tmp_path / "texts"))
+    assert set(found["flops_by_precision_per_chip"]["transporter"]) == {"highest"}
+    assert found["highest_flops_per_chip"] == found["flops_per_chip"]
+    assert not found["exposed_network_seconds"]
+    assert "at highest     100% of the FLOPs" in report_of.table(found)
+    text = (tmp_path / "texts" / "program.hlo.txt").read_text()
+    assert found["largest_arrays"] == largest(text)
+    assert "stablehlo.dot_general" in (tmp_path / "texts" / "program.stablehlo.mlir").read_text()
+
+
+def test_values_of_a_setting_are_compared(monkeypatch, report):
+    compiled = []
+
+    def fake(settings, topology, program):
+        compiled.append((settings.model.remat, topology, program))
+        return report | {"flops_traced_per_chip": (1 + len(compiled)) * 1e9,
+                         "model_flops_per_chip": 2e9}
+
+    monkeypatch.setattr(compile, "compile_for", fake)
+    found = compile.vary(SCANNED.raw, "model.remat:dots,full", "cpu:1", "sample")
+    assert compiled == [("dots", "cpu:1", "sample"), ("full", "cpu:1", "sample")]
+    lines = report_of.comparison(found).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["model.remat=dots", "model.remat=full"]
+    assert " 0% " in lines[1]
+    assert " 50% " in lines[2]
+    with pytest.raises(UserError, match=r"--vary=model\.remat: has no values"):
+        compile.vary(SCANNED.raw, "model.remat:", "cpu:1")
 
 
 def stacked(x, w, unroll):

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ntm_jax.analysis import hlo, hlo_text
+from ntm_jax.analysis import hlo
+from ntm_jax.analysis.hlo import text as hlo_text
+from ntm_jax.analysis.hlo.arrays import largest, short
 
 FRAMES = """HloModule m
 
@@ -163,7 +165,9 @@ ENTRY %main (x: f32[4,8]) -> f32[16,8] {
   ROOT %c = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%end
 }
 """
-    assert hlo.count(text, 4).sent == {("all-gather", "ici"): 16 * 8 * 4 * 3 / 4}
+    work = hlo.count(text, 4)
+    assert work.sent == {("all-gather", "ici"): 16 * 8 * 4 * 3 / 4}
+    assert work.overlapped == {"ici": 16 * 8 * 4 * 3 / 4}
 
 
 ON_SPARSE_CORES = """
@@ -252,3 +256,65 @@ def test_what_slices_send_each_other_is_counted():
     sent = hlo.count(SENDS, 8, 4).sent
     assert sent == {("all-gather", "dcn"): 3 * 8 * 64 * 4,
                     ("all-reduce", "dcn"): 2 * 3 / 4 * 8 * 64 * 4}
+
+
+PRODUCTS = """
+%fused (a: f32[8,16], b: f32[16,4]) -> f32[8,4] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %b = f32[16,4]{1,0} parameter(1)
+  ROOT %d = f32[8,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}, metadata={op_name="jit(f)/transporter/blocks_0/dot_general"}
+}
+
+ENTRY %main (x: f32[8,16], y: f32[16,4], z: bf16[16,4]) -> f32[8,4] {
+  %x = f32[8,16]{1,0} parameter(0), metadata={op_name="params"}
+  %y = f32[16,4]{1,0} parameter(1)
+  %z = bf16[16,4]{1,0} parameter(2)
+  %w = bf16[8,16]{1,0} convert(%x)
+  %one = f32[8,4]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused
+  %two = f32[8,4]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %three = f32[8,4]{1,0} dot(%w, %z), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={highest,highest}
+  %four = (f32[8,4]{1,0}, s8[64]{0}) custom-call(%x, %y), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]},"precision_config":{"operand_precision":["HIGHEST","HIGHEST"],"algorithm":"ALG_UNSET"}}}
+  ROOT %sum = f32[8,4]{1,0} add(%one, %two)
+}
+"""  # noqa: E501
+
+
+def test_products_count_by_part_and_precision():
+    one = 2 * 8 * 16 * 4
+    work = hlo.count(PRODUCTS, 1)
+    assert work.products == {("transporter", "highest"): one, ("other", "f32"): one,
+                             ("other", "bf16"): one, ("other", "highest"): one}
+    assert work.flops == 4 * one
+
+
+def test_the_largest_arrays_are_those_in_memory():
+    found = largest(PRODUCTS, 3)
+    assert found[0] == {"bytes": 8 * 16 * 4, "shape": "f32[8,16]", "place": "params",
+                        "argument": True}
+    assert [(a["bytes"], a["shape"], a["place"]) for a in found[1:]] == [
+        (256, "f32[16,4]", "y"), (256, "bf16[8,16]", "w")]
+    assert "d" not in {a["place"] for a in largest(PRODUCTS, 99)}  # inside a fusion
+    assert short("jit(step)/while/body/closed_call/up/dot_general") == "up/dot_general"
+
+
+BETWEEN = "  %other = f32[4,8]{1,0} add(%x, %x)"
+GATHER = """
+ENTRY %main (x: f32[4,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %begin = (f32[4,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+BETWEEN
+  ROOT %end = f32[16,8]{1,0} all-gather-done(%begin)
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(("text", "share"), [
+    (GATHER.replace("BETWEEN", BETWEEN), 1),
+    (GATHER.replace("BETWEEN", "  %same = f32[4,8]{1,0} bitcast(%x)"), 0),
+    (ON_SPARSE_CORES, 0),
+    (ON_SPARSE_CORES.replace("  ROOT %gather", BETWEEN + "\n  ROOT %gather"), 1),
+    (ALL_REDUCE_SCATTER, 0)])
+def test_what_overlaps_with_other_work_is_apart(text, share):
+    work = hlo.count(text, 4)
+    assert sum(work.overlapped.values()) == share * sum(work.sent.values())
+    assert sum(work.sent.values()) == 16 * 8 * 4 * 3 / 4

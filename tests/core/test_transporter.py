@@ -258,17 +258,6 @@ def test_the_parallel_inverse_maps_over_further_axes(tiny):
         np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=error)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
-def test_auto_chooses_by_the_platform_that_runs_it(tiny, platform):
-    random = tiny(grid=(8, 8))
-    run = jax.jit(functools.partial(random.transporter.module.apply, method=Transporter.inverse))
-    traced = run.trace({"params": random.transporter.weights}, *clean(random))
-    lowered = traced.lower(lowering_platforms=(platform,))
-    assert ("dynamic_update_slice" in lowered.as_text()) == (platform == "cpu")
-    _, sweeps = inverse(random.transporter, *clean(random), how="auto")
-    np.testing.assert_array_equal(sweeps, 64)  # here: token by token
-
-
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("changes", CONFIGS[:3])
 def test_cached_decoding_equals_the_conditioner(tiny, index, changes):

@@ -23,6 +23,7 @@ from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.config import Reward as Settings
 from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import inverses
 from ntm_jax.training.reward import policy
 from ntm_jax.training.reward.scorer import Scorer
 
@@ -41,6 +42,8 @@ class Sampler:
     whole: bool  # rollouts are trajectories x_k, through the transporter; otherwise latents u_k
     first: int  # the levels that rollouts hold, first to last: those of S = last - first factors
     last: int
+    inverse: str
+    mesh: jax.sharding.Mesh
 
     @property
     def factors(self) -> int:
@@ -61,7 +64,8 @@ def sampler_of(run: Run) -> Sampler:
     config = run.config
     first, last = config.reward.levels or (0, config.sample.steps)
     return Sampler(run.model, run.schedule, config.sample.steps, config.reward.samples,
-                   config.reward.trains != "predictor", first, last)
+                   config.reward.trains != "predictor", first, last, config.sample.inverse,
+                   run.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "part"))
@@ -77,12 +81,13 @@ def sample(params, root, batch, *, sampler: Sampler, part: int):
     y = repeat(build.condition(sampler.model, batch), count)
     t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
     us = sampling.sample_latents(sampler.model, params, keys, t, y)
-    model = exact(sampler.model)
+    model, rows = exact(sampler.model), len(us) * (sampler.steps if sampler.whole else 1)
+    how = inverses.choose(sampler.inverse, model.config, rows, sampler.mesh)
     if sampler.whole:
-        rollout = sampling.invert_trajectory(model, params, us, t, y)
+        rollout = sampling.invert_trajectory(model, params, us, t, y, how)
         x_0 = rollout[:, 0]
     else:
-        rollout, x_0 = us, sampling.invert_level(model, params, us, t, y, 0)
+        rollout, x_0 = us, sampling.invert_level(model, params, us, t, y, 0, how)
     tokens = x_0 / (1 - per_example(t[:, 0], x_0))
     found = tokens, sampler.held(rollout)
     return jax.tree.map(lambda a: _split(a.reshape(-1, count, *a.shape[1:])), found)

@@ -14,7 +14,7 @@ import re
 
 import numpy as np
 
-from ntm_jax.analysis.hlo_text import (
+from ntm_jax.analysis.hlo.text import (
     Instruction,
     branches,
     called,
@@ -39,24 +39,36 @@ SLICES = ("dynamic-slice", "gather", "slice")
 class Work:
     """The work of one device in one run.
 
-    flops: 2 per multiply-add. memory: bytes read and written. sent: {(kind, network): bytes}, with
-    network "ici" or "dcn". unknown: the places of loops of unknown length, which count as one
-    iteration.
+    products: {(part, precision): FLOPs}, 2 per multiply-add, with part "transporter" or "other",
+    and precision a dtype as HLO names it, or that of float32 products that is not the default:
+    "highest" or "high". memory: bytes read and written. sent: {(kind, network): bytes}, with
+    network "ici" or "dcn". overlapped: {network: bytes}, those of sent by collectives that have
+    other work between their start and their end. unknown: the places of loops of unknown length,
+    which count as one iteration.
     """
 
-    flops: float = 0
+    products: dict[tuple[str, str], float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float))
     memory: float = 0
     sent: dict[tuple[str, str], float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float))
+    overlapped: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float))
     unknown: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all products."""
+        return sum(self.products.values())
 
     def add(self, other: "Work", times: float = 1) -> None:
         """Adds `times` times another's work."""
-        self.flops += times * other.flops
         self.memory += times * other.memory
         self.unknown += other.unknown
-        for key, value in other.sent.items():
-            self.sent[key] = self.sent.get(key, 0) + times * value
+        for name in ("products", "sent", "overlapped"):
+            own = getattr(self, name)
+            for key, value in getattr(other, name).items():
+                own[key] = own.get(key, 0) + times * value
 
 
 def count(text: str, chips: int, slices: int = 1) -> Work:
@@ -66,14 +78,13 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
     (n-1)/n of a gathered or scattered array, and twice that of a reduced one, as in a ring.
     """
     module, entry = parse(text)
-    place = places(text)
-    _remove_repeated_collectives(module)
+    place, parted = places(text), _remove_repeated_collectives(module)
 
     @functools.cache
     def work(name: str) -> Work:
         total = Work()
         for i in module[name].values():
-            total.add(_own(module, module[name], i, chips, slices))
+            own = _own(module, module[name], i, chips, slices)
             if i.op == "while":
                 trips = trip_count(module, i)
                 total.add(work(called(i, "body")), trips or 1)
@@ -81,46 +92,91 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
             elif i.op == "conditional":
                 total.add(max(map(work, branches(i)), key=lambda w: w.flops + w.memory))
             elif i.op in ("call", "call-start"):  # the latter runs on a TPU's SparseCores
-                total.add(work(called(i, "to_apply") or called(i, "calls")))
+                own.add(work(called(i, "to_apply") or called(i, "calls")))
             elif i.op == "fusion" or i.op.endswith("-start"):
                 inner = called(i, "calls")
                 if inner:  # a fusion's arrays stay on the chip: _own counts its memory traffic
-                    total.add(dataclasses.replace(work(inner), memory=0))
+                    own.add(dataclasses.replace(work(inner), memory=0))
+            if _channel(i) in parted or _ends_later(module[name], i):
+                own.overlapped = collections.defaultdict(float)
+                for (_, network), size in own.sent.items():
+                    own.overlapped[network] += size
+            total.add(own)
         return total
 
     return work(entry)
 
 
-def _remove_repeated_collectives(module) -> None:
-    """Keeps only the first mention of a TPU collective.
+def _channel(i: Instruction) -> str | None:
+    found = re.search(r"channel_id=(\d+)", i.attributes) if i.op in COLLECTIVES else None
+    return found and found[1]
+
+
+def _ends_later(computation, i: Instruction) -> bool:
+    """Whether an asynchronous operation has other work between its start and its end."""
+    if not (i.op.endswith("-start") or i.op == "send"):
+        return False
+    order = list(computation.values())
+    for later in order[order.index(i) + 1 :]:
+        if i.name in later.operands and later.op.endswith("-done"):
+            return False
+        if not (later.op in FREE or later.op.endswith(("-start", "-done")) or later.op == "send"):
+            return True
+    return False
+
+
+def _remove_repeated_collectives(module) -> set[str]:
+    """Keeps only the first mention of a TPU collective, and returns the channels of repeated ones.
 
     The text repeats a collective that overlaps with other work in up to three fusions: its start,
     middle and end.
     """
     fused = {called(i, "calls") for c in module.values() for i in c.values() if i.op == "fusion"}
-    seen = set()
+    seen, repeated = set(), set()
     for name in module:
         if name not in fused or _scatters(module[name]):  # reduce-scatters share a channel
             continue
         for i in module[name].values():
-            channel = re.search(r"channel_id=(\d+)", i.attributes)
-            if channel and i.op in COLLECTIVES:
-                i.op = "bitcast" if channel[1] in seen else i.op
-                seen.add(channel[1])
+            channel = _channel(i)
+            if channel in seen:
+                repeated.add(channel)
+                i.op = "bitcast"
+            elif channel:
+                seen.add(channel)
+    return repeated
 
 
 def _own(module, computation, i: Instruction, chips: int, slices: int) -> Work:
     """The work of an instruction without that of the computations it calls."""
     work = Work(memory=_memory(module, computation, i), sent=_sent(computation, i, chips, slices))
+    flops = 0.0
     if i.op == "dot":
         dims = numbers(search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)[1])
         left = computation[i.operands[0]].arrays[0].dims
-        work.flops = 2 * math.prod(i.arrays[0].dims) * math.prod(left[axis] for axis in dims)
+        flops = 2 * math.prod(i.arrays[0].dims) * math.prod(left[axis] for axis in dims)
     elif i.op == "convolution":
-        work.flops = _convolution(computation, i)
+        flops = _convolution(computation, i)
     elif i.op == "custom-call":
-        work.flops = _library_call(computation, i)
+        flops = _library_call(computation, i)
+    if flops:
+        work.products[_part(i), _precision(computation, i)] += flops
     return work
+
+
+def _part(i: Instruction) -> str:
+    name = re.search(r'op_name="([^"]*)"', i.attributes)
+    return "transporter" if name and "transporter" in name[1] else "other"
+
+
+def _precision(computation, i: Instruction) -> str:
+    """The precision of a product: its operands' dtype, or of float32 the one that is asked for.
+
+    TPUs and fusions of GPUs have it as operand_precision={highest,highest}, cuBLAS as JSON.
+    """
+    dtype = computation[i.operands[0]].arrays[0].dtype
+    asked = re.search(r'operand_precision"?[=:] ?[{\[]"?(\w+)', i.attributes)
+    named = asked[1].lower() if asked else "default"
+    return dtype if dtype != "f32" or named == "default" else named
 
 
 def _library_call(computation, i: Instruction) -> float:

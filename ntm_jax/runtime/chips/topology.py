@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import jax
 
-from ntm_jax.analysis.chips import gpu, tpu
-from ntm_jax.analysis.chips.chip import HERE, Chip
 from ntm_jax.errors import UserError
+from ntm_jax.runtime.chips import gpu, tpu
+from ntm_jax.runtime.chips.chip import CPU, HERE, Chip
 
 EXAMPLES = f"{tpu.EXAMPLES}, {gpu.EXAMPLES}, cpu:8 or local"
 
@@ -27,6 +27,20 @@ class Topology:
     domains: int
     tracing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     compiler_options: dict[str, str] | None = None
+
+
+def chip_of(device) -> Chip:
+    """The figures of a device, present or of a topology.
+
+    Those of a CPU core for CPUs; of an H100 for GPUs and of a v5p for TPUs that are not known.
+    """
+    kind = device.device_kind
+    if device.platform == "tpu":
+        return tpu.CHIPS[tpu.KINDS.get(kind, "v5p")]
+    if device.platform in ("gpu", "cuda"):
+        card = next((name for name in gpu.CARDS if name.upper() in kind), "h100")
+        return gpu.CARDS[card].chip
+    return CPU
 
 
 def find(name: str, slices: int = 1) -> Topology:

@@ -16,11 +16,12 @@ import re
 
 from jax.experimental import topologies
 
-from ntm_jax.analysis.chips.chip import Chip
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.runtime.chips.chip import Chip
 
 EXAMPLES = "h100:8x1x8, h200:8x1x8, b200:8x1x8"
 NAME = re.compile(r"(h100|h200|b200):([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
+UNITS = 128  # float32 multiply-adds of a multiprocessor in one cycle: at `highest`, without TF32
 CUDNN = (9, 10, 0)  # the version that tracing and the compiler assume
 MEMORY_FRACTION = 0.75  # of a card, which JAX takes at its start
 INSTALL = "pip install -e '.[cuda13-compile]'"
@@ -31,7 +32,7 @@ SPEC = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
   shared_memory_per_block: 49152 shared_memory_per_core: 233472
   shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 fpus_per_core: 128
+  threads_per_core_limit: 2048 fpus_per_core: {units}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
@@ -69,7 +70,8 @@ class Card:
     @property
     def spec(self) -> str:
         """The compiler's description of the card, a GpuTargetConfigProto as text."""
-        values = dataclasses.asdict(self) | {"bandwidth": int(self.bandwidth), "dnn": CUDNN}
+        values = dataclasses.asdict(self) | {
+            "bandwidth": int(self.bandwidth), "dnn": CUDNN, "units": UNITS}
         return SPEC.format(**values)
 
     @property
@@ -78,7 +80,8 @@ class Card:
         names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
         share = next(filter(None, map(os.environ.get, names)), MEMORY_FRACTION)
         return Chip(float(share) * self.memory / 2**30, self.flops, self.bandwidth, self.nvlink,
-                    50e9, unit="GPU", near="over NVLink", far="over the network")
+                    50e9, unit="GPU", near="over NVLink", far="over the network",
+                    highest=self.cores * UNITS * 2 * self.gigahertz * 1e9, latency=2e-6)
 
 
 CARDS = {

@@ -13,8 +13,8 @@ import re
 
 from jax.experimental import topologies
 
-from ntm_jax.analysis.chips.chip import Chip
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.runtime.chips.chip import Chip
 
 CHIPS = {
     # Two cores as one device; 6 links of 50 GB/s.
@@ -26,6 +26,8 @@ CHIPS = {
     # A device is one of a chip's two cores, with half of the chip's figures.
     "tpu7x": Chip(94.74, 1153e12, 3690e9, 300e9, 6.25e9, cores=2, unit="core"),
 }
+KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+         "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # by jax's name of the device
 EXAMPLES = "v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4"
 # Without these, libtpu looks for a TPU, takes its lock, and logs warnings.
 QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

@@ -1,0 +1,42 @@
+"""The largest arrays of a compiled program, from its text."""
+
+import re
+
+from ntm_jax.analysis.hlo.count import FREE
+from ntm_jax.analysis.hlo.text import branches, called, parse, places
+
+
+def largest(text: str, count: int = 5) -> list[dict]:
+    """The largest arrays that a program's instructions write to device memory, and its arguments.
+
+    An array has bytes, shape as HLO writes it, place (see text.places), and argument. Arrays of one
+    shape and place count once. Two of them may share memory, one after the other.
+    """
+    module, entry = parse(text)
+    place, found = places(text), {}
+    for name in _outer(module, entry):
+        for i in module[name].values():
+            argument = i.op == "parameter" and name == entry
+            if argument or i.op not in FREE:
+                for array in (array for array in i.arrays if array.in_memory):
+                    shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
+                    where = place(i)
+                    found[where, shape] = {"bytes": array.bytes, "shape": shape, "place": where,
+                                           "argument": argument}
+    return sorted(found.values(), key=lambda array: -array["bytes"])[:count]
+
+
+def _outer(module, entry: str) -> list[str]:
+    """The computations whose arrays are in memory: not those of fusions, reductions and so on."""
+    found = [entry]
+    for name in found:
+        for i in module[name].values():
+            inner = {"while": [called(i, "body")], "conditional": branches(i),
+                     "call": [called(i, "to_apply") or called(i, "calls")]}.get(i.op, [])
+            found += [name for name in inner if name in module and name not in found]
+    return found
+
+
+def short(place: str) -> str:
+    """A place without the parts of its name that every operation has."""
+    return re.sub(r"jit\(\w+\)/|closed_call/|checkpoint/|while/body/", "", place)

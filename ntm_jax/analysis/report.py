@@ -1,0 +1,218 @@
+"""The figures of a compiled program on its chips, and their text."""
+
+import dataclasses
+import math
+import resource
+import sys
+
+import jax
+
+from ntm_jax.analysis import hlo
+from ntm_jax.analysis.benchmark import aligned
+from ntm_jax.analysis.hlo.arrays import short
+from ntm_jax.analysis.memory import gib
+from ntm_jax.runtime import build
+from ntm_jax.runtime.chips import Chip
+from ntm_jax.runtime.run import Run
+
+
+@dataclasses.dataclass
+class Compiled:
+    """What is known of a compiled program: memory in bytes per chip, times in seconds."""
+
+    work: hlo.Work
+    memory: dict
+    fits: bool
+    traced_flops: float
+    seconds: float
+    cpu_seconds: float
+    succeeded: bool
+    arrays: list[dict] = dataclasses.field(default_factory=list)  # see hlo.arrays.largest
+    text: str = ""
+
+
+def figures(compiled: Compiled, run: Run, chip: Chip) -> dict:
+    """The report's entries on a compiled program."""
+    work, config = compiled.work, run.config
+    sent = {network: sum(v for (_, on), v in work.sent.items() if on == network)
+            for network in ("ici", "dcn")}
+    computed = work.flops if compiled.succeeded else compiled.traced_flops
+    highest = sum(v for (_, precision), v in work.products.items() if precision == "highest")
+    roofline = {"compute": _compute(work, computed, chip), "memory": work.memory / chip.memory,
+                "network": _network(sent, chip) if compiled.succeeded else math.nan}
+    finite = {name: value for name, value in roofline.items() if math.isfinite(value)}
+    parameters = jax.tree.leaves(build.abstract_params(run.model, run.mesh))
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host_peak *= 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
+    return {
+        "attention": getattr(run.model.attention, "kind", "plain"), "remat": config.model.remat,
+        "batch_size": config.data.batch_size,
+        "parameters": sum(a.size for a in parameters),
+        "fits": compiled.fits, "bytes_per_chip": compiled.memory,
+        "largest_arrays": compiled.arrays,
+        "flops_per_chip": computed, "flops_traced_per_chip": compiled.traced_flops,
+        "highest_flops_per_chip": highest if compiled.succeeded else math.nan,
+        "flops_by_precision_per_chip": _by_part(work),
+        "collective_bytes_per_chip": {
+            k: sum(v for (kind, _), v in work.sent.items() if kind == k) for k in hlo.COLLECTIVES},
+        "slice_network_bytes_per_chip": sent["ici"], "data_centre_bytes_per_chip": sent["dcn"],
+        "overlapped_bytes_per_chip": sum(work.overlapped.values()),
+        "memory_bytes_per_chip": work.memory, "roofline_seconds": roofline,
+        "highest_seconds": highest / chip.rate("highest"),
+        "exposed_network_seconds": _network(
+            {network: size - work.overlapped.get(network, 0) for network, size in sent.items()},
+            chip) if compiled.succeeded else math.nan,
+        "bound_by": max(finite, key=lambda name: finite[name]) if finite else None,
+        "unknown_loops": len(work.unknown), "unknown_loop_places": sorted(set(work.unknown)),
+        "compile_seconds": compiled.seconds, "compile_cpu_seconds": compiled.cpu_seconds,
+        "host_peak_bytes": host_peak}
+
+
+def _compute(work: hlo.Work, computed: float, chip: Chip) -> float:
+    """Seconds of all products, each at the rate of its precision.
+
+    computed: their FLOPs, of which those that the compiled text does not show have chip.flops.
+    """
+    rest = computed - work.flops
+    return rest / chip.flops + sum(v / chip.rate(p) for (_, p), v in work.products.items())
+
+
+def _network(sent: dict[str, float], chip: Chip) -> float:
+    return sent["ici"] / chip.ici + sent["dcn"] / chip.dcn
+
+
+def _by_part(work: hlo.Work) -> dict[str, dict[str, float]]:
+    """{part: {precision: FLOPs}}; see hlo.Work."""
+    found: dict[str, dict[str, float]] = {}
+    for (part, precision), value in sorted(work.products.items()):
+        found.setdefault(part, {})[precision] = value
+    return found
+
+
+def at_roofline(report: dict, examples: int, tokens: int, chip: Chip) -> dict:
+    """A step that takes as long as its slowest resource: upper bounds of its rates.
+
+    examples: of a step of all devices, each of `tokens` tokens. mfu: the share of the chip's
+    bfloat16 peak that the model's FLOPs reach, without recomputation.
+    """
+    seconds = max((v for v in report["roofline_seconds"].values() if math.isfinite(v)),
+                  default=math.nan) or math.nan
+    return {"seconds": seconds, "examples_per_second": examples / seconds,
+            "tokens_per_second": examples * tokens / seconds,
+            "mfu": report["model_flops_per_chip"] / (seconds * chip.flops)}
+
+
+def finite(value):
+    """The value with NaN and infinity replaced by None, since JSON has neither."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(report: dict) -> str:
+    """The text of a report."""
+    unit, advice = report["unit"], f": {report['advice']}" if "advice" in report else ""
+    rows = _program_rows(report) | _memory_rows(report, unit) | _work_rows(report, unit) | {
+        "note": f"the length of {report['unknown_loops']} loops is unknown, and memory and network "
+                f"count one iteration: {'; '.join(report['unknown_loop_places'])}"
+                if report["unknown_loops"] else "",
+        "compiled in": f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s "
+                       f"of CPU, {gib(report['host_peak_bytes'])} of this host's memory",
+        "fits": "yes" if report["fits"] else f"no{advice}",
+    }
+    return "\n".join(f"{name:<14} {value}" for name, value in rows.items() if value)
+
+
+def _program_rows(report: dict) -> dict[str, str]:
+    unit = report["unit"]
+    chips = {"core": f"{report['chips']} chips, {report['devices']} cores",
+             "GPU": f"{report['chips']} GPUs"}.get(unit, f"{report['chips']} chips")
+    if report["slices"] > 1:
+        chips += f" in {report['slices']} {'NVLink domains' if unit == 'GPU' else 'slices'}"
+    return {
+        "topology": f"{report['topology']}, {chips}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in report["mesh"].items()),
+        "program": f"{report['program']}, {report['attention']} attention, remat "
+                   f"{report['remat']}, global batch {report['batch_size']}",
+        "parameters": f"{report['parameters']:,}"}
+
+
+def _memory_rows(report: dict, unit: str) -> dict[str, str]:
+    memory = report["bytes_per_chip"]
+    rows = {f"memory a {unit}": f"{gib(memory['peak'])} of {gib(memory['hbm'])}: arguments "
+                                f"{gib(memory['arguments'])}, temporaries "
+                                f"{gib(memory['temporaries'])}"}
+    arrays = [f"{amount(array['bytes'], 'B')} {array['shape']} {short(array['place'])}"
+              for array in report["largest_arrays"] if not array["argument"]]
+    return rows | ({"largest arrays": ("\n" + " " * 15).join(arrays)} if arrays else {})
+
+
+def _work_rows(report: dict, unit: str) -> dict[str, str]:
+    near, far = report["networks"]
+    sent = ", ".join(f"{kind} {amount(v, 'B')}"
+                     for kind, v in report["collective_bytes_per_chip"].items() if v) or "nothing"
+    if report["data_centre_bytes_per_chip"]:
+        sent += (f"; {amount(report['slice_network_bytes_per_chip'], 'B')} {near}, "
+                 f"{amount(report['data_centre_bytes_per_chip'], 'B')} {far}")
+    if sent != "nothing":
+        overlapped = amount(report["overlapped_bytes_per_chip"], "B")
+        sent += f"; {overlapped} while the {unit} does other work"
+    counted, traced, model = (
+        amount(report[key], "")
+        for key in ("flops_per_chip", "flops_traced_per_chip", "model_flops_per_chip"))
+    bound = report["bound_by"]
+    return {
+        f"FLOPs a {unit}": f"{counted}; as traced {traced}, of the model {model}",
+        "at highest": _highest(report),
+        f"sent a {unit}": sent,
+        "at its peak": ", ".join(f"{name} {amount(v, 's')}"
+                                 for name, v in report["roofline_seconds"].items())
+                       + (f": bound by {bound}" if bound else ""),
+        "at most": _at_most(report["at_roofline"])}
+
+
+def _highest(report: dict) -> str:
+    """The share of products at precision highest; empty without any."""
+    if not report["highest_flops_per_chip"]:
+        return ""
+    share = report["highest_flops_per_chip"] / report["flops_per_chip"]
+    own = report["flops_by_precision_per_chip"].get("transporter", {})
+    text = f"{share:.0%} of the FLOPs"
+    if own:
+        text += f" ({own.get('highest', 0) / sum(own.values()):.0%} of the transporter's)"
+    if report["highest_seconds"] is None:
+        return text
+    compute = report["roofline_seconds"]["compute"]
+    return f"{text}, {report['highest_seconds'] / compute:.0%} of the compute time"
+
+
+def _at_most(bound: dict) -> str:
+    if bound["mfu"] is None:
+        return ""
+    return (f"{amount(bound['examples_per_second'], '')} examples/s, "
+            f"{amount(bound['tokens_per_second'], '')} tokens/s, MFU {bound['mfu']:.0%}")
+
+
+def amount(value, unit: str) -> str:
+    """A number with an SI prefix: 1.39e14 -> 139 T; "unknown" for None."""
+    if not value:
+        return "unknown" if value is None else f"0 {unit}".strip()
+    power = math.floor(math.log10(value) / 3)
+    prefix = {-2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}[power]
+    return f"{value / 1000**power:.3g} {prefix}{unit}".strip()
+
+
+def comparison(reports: list[dict]) -> str:
+    """The text of the reports of compile.vary: memory, work and time, a line each."""
+    unit = reports[0]["unit"]
+    lines = [("", f"GiB a {unit}", "temporaries", "FLOPs", "recomputed", "roofline", "MFU", "fits")]
+    for found in reports:
+        memory, bound = found["bytes_per_chip"], found["at_roofline"]
+        extra = found["flops_traced_per_chip"] / found["model_flops_per_chip"] - 1
+        lines.append((
+            found["name"], gib(memory["peak"]).removesuffix(" GiB"),
+            gib(memory["temporaries"]).removesuffix(" GiB"), amount(found["flops_per_chip"], ""),
+            f"{extra:.0%}", amount(bound["seconds"], "s"),
+            "" if bound["mfu"] is None else f"{bound['mfu']:.0%}",
+            "yes" if found["fits"] else "no"))
+    return aligned(lines)
