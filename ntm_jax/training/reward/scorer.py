@@ -71,8 +71,9 @@ class Scorer:
         scored = [self._checked(wait(), part.shape[:2])
                   for wait, part in zip(pending, images, strict=True)]
         local = {"rewards": np.concatenate([one.rewards for one in scored], 1)}
-        if scored[0].traits is not None:
-            local["traits"] = np.concatenate([one.traits for one in scored], 1)
+        traits = [one.traits for one in scored if one.traits is not None]
+        if traits:
+            local["traits"] = np.concatenate(traits, 1)
         if detailed:
             levels = self._run.spec.pixel_levels
             local["distance"] = mean_distances(np.concatenate(images, 1), levels)
