@@ -54,6 +54,7 @@ SETTINGS = dict(
         log_scale_bound=3.0,  # largest absolute log-scale of a transporter block
         data_std=1.0,  # deviation of the data, for preconditioning
         condition="class",  # what the model is conditioned on: none, class, text, vector
+        condition_shift=False,  # with condition=vector, learns the data less a linear part of it
         backbone="transformer",  # network of head=posterior: transformer, flow_map, flux2
         double_layers=0,  # two-stream layers of backbone=flux2, before the predictor_layers
         dtype="float32",  # type of activations in training: float32, bfloat16

@@ -25,6 +25,8 @@ from ntm_jax.evaluation import (
     statistics,
     tasks,
 )
+from ntm_jax.evaluation.posteriors import benchmark as posteriors
+from ntm_jax.evaluation.posteriors import scores
 from ntm_jax.export import read, write
 from ntm_jax.training import loop, metrics, objectives, step
 from ntm_jax.training.reward import held_out, policy_gradient, preference, rollouts
@@ -104,6 +106,9 @@ KEYS = {
     "## launch.benchmark --inverses --json": lambda: (
         written(inverses.predicted, inverses._prediction, inverses._measure) - {"kernel"}),
     "## launch.benchmark --peers --json": lambda: written(compare._rows),
+    "## launch.sbi": lambda: (
+        written(posteriors._observation, posteriors._calibration, posteriors.benchmark,
+                scores.uniformity, statistics.mean_and_stderr) - {"noise_stderr"}),
     "## launch.truth": lambda: written(known_density.benchmark, known_density.signed_errors),
 }
 

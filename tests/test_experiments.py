@@ -78,7 +78,7 @@ def other(key: str, value) -> tuple[str, typing.Any]:
 def test_the_variants_are_found():
     assert ("toy2d", "moons,no-transporter") in CASES
     assert ("flux2_klein", "runlocal-denoiser") in CASES
-    assert len(NAMES) == 20
+    assert len(NAMES) == 21
 
 
 def test_the_settings_are_those_of_the_dataclasses():

@@ -39,6 +39,7 @@ class ModelConfig:
     transporter_positions_std: float = 0.02
     flat: bool = False  # see layers.Stack
     condition_width: int = 0  # E of vector conditions; 0 without
+    condition_shift: bool = False  # subtracts a linear function of the vector; see NTM._centre
     precision: str | None = None  # of float32 products; see layers.precision and exact
 
     def __post_init__(self):

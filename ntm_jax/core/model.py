@@ -15,7 +15,7 @@ from ntm_jax.core import layers
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.flow_matching import Posterior
 from ntm_jax.core.predictor import Predictor
-from ntm_jax.core.trajectory import LOG_2PI, log_normal
+from ntm_jax.core.trajectory import LOG_2PI, log_normal, per_example
 from ntm_jax.core.transporter import TOLERANCE, Transporter
 
 
@@ -51,12 +51,16 @@ class NTM(nn.Module):
     def setup(self):
         if self.config.transporter_blocks:
             self.transporter = Transporter(self.config, self.attention)
+        if self.config.condition_shift:
+            c = self.config
+            self.shift = layers.dense(c.tokens * c.dim, (None, None), jnp.float32, "shift", scale=0)
         posterior = self.config.head == "posterior"
         self.predictor = (Posterior(self.config, self.backbone) if posterior
                           else Predictor(self.config, self.attention))
 
     def transport(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] < 1 -> (u [B, N, D], log|det du/dx| [B])."""
+        x = x - self._centre(x, t, y) if self.config.condition_shift else x
         if not self.config.transporter_blocks:
             return x, jnp.zeros(x.shape[0])
         return self.transporter(x, t, steps, y)
@@ -67,9 +71,20 @@ class NTM(nn.Module):
         x is exact to float32 rounding with config.exact(). how: parallel or sequential; see
         core.transporter.
         """
-        if not self.config.transporter_blocks:
-            return u, jnp.zeros((u.shape[0], 0), jnp.int32), jnp.zeros(u.shape[0])
-        return self.transporter.inverse(u, t, steps, y, how, tolerance)
+        sweeps, log_det = jnp.zeros((u.shape[0], 0), jnp.int32), jnp.zeros(u.shape[0])
+        if self.config.transporter_blocks:
+            u, sweeps, log_det = self.transporter.inverse(u, t, steps, y, how, tolerance)
+        x = u + self._centre(u, t, y) if self.config.condition_shift else u
+        return x, sweeps, log_det
+
+    @layers.at_config_precision
+    def _centre(self, like, t, y):
+        """(1 - t) (W y + b) with W and b learned, [B, N, D].
+
+        x_k less this is the forward process of x - W y - b, which depends less on y.
+        """
+        shift = self.shift(y.values).reshape(like.shape)
+        return per_example((1 - t) * y.given, like) * shift
 
     def predict(self, u, t, s, steps, y):
         """Mean and log-scale [B, N, D] of the latent at level s given u [B, N, D] at level t."""

@@ -81,6 +81,7 @@ class Model:
     double_layers: int = 0
     transporter_text: bool = False
     transporter_positions_std: float = 0.02
+    condition_shift: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +312,10 @@ def _check_training(config: Config) -> None:
         raise UserError(f"config.optimizer.floor is {optimizer.floor}: expected at most "
                         f"config.optimizer.learning_rate, {optimizer.learning_rate}, from which "
                         "the rate falls to it")
+    if config.model.condition_shift and condition != "vector":
+        raise UserError("config.model.condition_shift subtracts a function of a vector, and "
+                        f"config.model.condition is {condition}: set it to vector, or leave it "
+                        "out")
     if config.model.transporter_text and condition != "text":
         raise UserError("config.model.transporter_text conditions the transporter on text, and "
                         f"config.model.condition is {condition}: set that to text, or "

@@ -14,7 +14,7 @@ import pytest
 from flax import linen as nn
 
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.layers import Text
+from ntm_jax.core.layers import Text, Vector
 from ntm_jax.core.model import NTM
 from ntm_jax.core.transporter import Block, Transporter
 
@@ -43,6 +43,9 @@ def _inputs(config: ModelConfig, batch: int, steps: int | None = None, seed: int
     if config.text_width:
         y = Text(rng.normal(size=(batch, 4, config.text_width)).astype(np.float32),
                  np.ones((batch, 4), bool))
+    if config.condition_width:
+        y = Vector(rng.normal(size=(batch, config.condition_width)).astype(np.float32),
+                   np.arange(batch) != 1)
     return Inputs(xs.astype(np.float32), t.astype(np.float32), np.full(batch, steps), y)
 
 

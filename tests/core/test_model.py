@@ -1,5 +1,6 @@
 """The model's factors: normalised densities, each of two levels, the same in pairs and batches."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,6 +11,7 @@ import pytest
 
 from ntm_jax.core.model import NTM, log_prior
 from ntm_jax.core.trajectory import LOG_2PI
+from tests.core.conftest import Bound
 
 RICH = {"num_classes": 2, "steps": (2, 3)}
 TERMS = ("quadratic", "log_scale", "log_det")
@@ -75,6 +77,22 @@ def test_a_factor_is_a_gaussian_of_the_latent_times_the_jacobian(tiny, changes):
             # error.
             np.testing.assert_allclose(-model.pair(*pair_inputs((xs, t, steps, label), k)).nll,
                                        log_p, rtol=1e-5)
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_a_shift_by_the_condition_leaves_a_model_of_the_rest(tiny, blocks):
+    """The trajectory of x has the terms of that of x - W y - b; nothing is shifted without y."""
+    model = tiny(condition_width=3, condition_shift=True, transporter_blocks=blocks)
+    rest = Bound(NTM(dataclasses.replace(model.config, condition_shift=False)),
+                 {name: own for name, own in model.weights.items() if name != "shift"})
+    xs, t, steps, y = model.inputs()
+    shift = y.values @ model.weights["shift"]["kernel"] + model.weights["shift"]["bias"]
+    shift = (shift * y.given[:, None]).reshape(len(xs), 1, *xs.shape[2:])
+    assert abs(shift[0]).max() > 0.1
+    assert not shift[1].any()
+    assert_terms(model(xs, t, steps, y), rest(xs - (1 - t)[..., None, None] * shift, t, steps, y))
+    latent = model.transport(xs[:, 0], t[:, 0], steps, y)[0]
+    np.testing.assert_allclose(model.invert(latent, t[:, 0], steps, y)[0], xs[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("grid", "dim"), [((1, 2), 1), ((1, 1), 2)])

@@ -30,14 +30,15 @@ def refusal(values) -> str:
     ("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian"), ("toy2d",),
     ("toy2d", "moons,no-transporter"), ("emoji",), ("emoji", "runlocal"), ("digits_fm",),
     ("mnist_fm",), ("digits_finetune", "free"), ("mnist_finetune", "free"), ("flux2_klein",),
-    ("flux2_klein", "runlocal"), ("shapes",), ("shapes", "gaussian"), ("shapes", "runlocal")])
+    ("flux2_klein", "runlocal"), ("shapes",), ("shapes", "gaussian"), ("shapes", "runlocal"),
+    ("sbi",), ("sbi", "slcp,no-transporter")])
 def test_the_shipped_experiments_are_read(name):
     read = config.read(experiment(*name))
     objectives.checked(read)
     assert config.read(read.raw) == read
     assert json.loads(json.dumps(read.raw)) == read.raw
     assert hash(read) == hash(config.read(read.raw))  # a static argument of compiled functions
-    none = name[1:] in (("gaussian",), ("moons,no-transporter",)) or name[0].endswith("_fm")
+    none = name[-1] == "gaussian" or name[-1].endswith(("no-transporter", "_fm"))
     assert (read.model.transporter_blocks == 0) == none
 
 
@@ -114,6 +115,8 @@ def test_an_integer_is_taken_for_a_float():
      "config.trajectory.schedule is 'cosine': expected one of linear, shifted"),
     ("model.condition", "words",
      "config.model.condition is 'words': expected one of none, class, text"),
+    ("model.condition_shift", True,
+     "config.model.condition is class: set it to vector, or leave it out"),
     ("model.transporter_text", True,
      "config.model.condition is class: set that to text, or transporter_text to False"),
     ("train.condition_dropout", 1.0,

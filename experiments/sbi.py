@@ -1,0 +1,36 @@
+"""NTM of a posterior of the benchmark sbibm, --config=sbi:TASK: simulation-based inference.
+
+TASK is two_moons, slcp, gaussian_mixture or bernoulli_glm (arXiv 2101.04653). launch.sbi scores the
+run. `,no-transporter` after the task's name is the Gaussian ablation with a deeper predictor.
+Figures: docs/results/sbi.md.
+"""
+
+from ntm_jax.experiments import default
+
+TASKS = {  # simulations, steps T, and the shift of the noise levels: low ones put more near 0
+    "two_moons": (10_000, 8, -1.5),
+    "slcp": (30_000, 8, -1.0),
+    "gaussian_mixture": (10_000, 8, -2.5),
+    "bernoulli_glm": (10_000, 4, -1.0),  # nearly Gaussian posteriors
+}
+
+
+def get_config(variant: str = "two_moons"):
+    kind = "no-transporter"
+    default.check_variant(__file__, variant, *TASKS, *(f"{task},{kind}" for task in TASKS))
+    task, _, ablation = variant.partition(",")
+    count, steps, shift = TASKS[task]
+    c = default.get_config()
+    c.data.update(source=f"sbi:{task},count={count}", batch_size=128)
+    # posteriors have structure of a hundredth of the prior's width: t_0 is finer still
+    c.trajectory.update(shift=shift, steps=(steps,), t_min=0.004, t_min_range=(0.003, 0.006))
+    c.model.update(
+        width=64, head_size=16, kv_heads=4, transporter_width=64, transporter_blocks=2,
+        transporter_layers=1, predictor_layers=2, condition="vector", condition_shift=True)
+    c.train.update(steps=3000, condition_dropout=0.0, evaluate_every=1000, save_every=1000)
+    c.optimizer.update(learning_rate=2e-3, weight_decay=1e-4)
+    c.evaluate.update(trajectories=32, batch_size=1000)
+    c.sample.update(num=1000, steps=steps, decoder="inverse")
+    if ablation:
+        c.model.update(transporter_blocks=0, predictor_layers=6)
+    return c

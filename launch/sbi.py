@@ -1,0 +1,36 @@
+"""Posteriors of a run of sbi:TASK against the benchmark's references, and their calibration.
+
+    python -m launch.sbi --workdir=runs/two_moons
+
+Needs the files of sbibm: pip install --no-deps sbibm.
+"""
+
+from absl import flags
+
+from . import program
+
+flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
+flags.DEFINE_integer("observations", 10, "Observations of the benchmark that are scored.",
+                     lower_bound=1, upper_bound=10)
+flags.DEFINE_integer("samples", 10_000, "Samples of each that are compared with its reference.",
+                     lower_bound=100, upper_bound=10_000)
+flags.DEFINE_integer("simulations", 1000, "Fresh simulations that calibration is measured on.",
+                     lower_bound=10)
+flags.DEFINE_integer("draws", 100, "Draws of the posterior of each of these.", lower_bound=1)
+
+
+def main():
+    from ntm_jax import api
+    from ntm_jax.evaluation.posteriors.benchmark import Amounts, benchmark, write_benchmark
+    from ntm_jax.export import hub
+
+    f = program.FLAGS
+    run = api.load(f.workdir, f.step)
+    amounts = Amounts(f.observations, f.samples, f.simulations, f.draws)
+    write_benchmark(*benchmark(run, amounts), hub.results_folder(f.workdir))
+
+
+if __name__ == "__main__":
+    program.define_workdir("A run's folder or an export, of data.source=sbi:TASK.")
+    program.define_processes()
+    program.run(main)

@@ -1,0 +1,125 @@
+"""A run of `sbi:TASK` against the benchmark's reference posteriors, and its calibration.
+
+Symbols: n simulations; L draws of each posterior; m samples; D parameters; E numbers of x.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from etils import epath
+
+from ntm_jax import files
+from ntm_jax.data.sources.sbi import references, source, tasks
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation.posteriors import plots, scores
+from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.progress import track
+from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import generate
+from ntm_jax.sampling.reweight import reweight
+
+FIGURES = {  # of an observation, and their titles
+    "c2st": "C2ST", "c2st_reweighted": "reweighted", "effective_share": "effective share",
+    "log_evidence": "log evidence"}
+BATCH = 2000  # draws at once
+PROPOSALS = 2  # weighted samples for each one that is resampled, so that few come twice
+
+
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+    """How much is drawn.
+
+    observations: of the benchmark, at most 10. samples: for each of them, as many as are compared.
+    simulations: fresh ones, for calibration. draws: of the posterior of each of these.
+    """
+
+    observations: int = references.OBSERVATIONS
+    samples: int = 10_000
+    simulations: int = 1000
+    draws: int = 100
+
+
+def benchmark(run: Run, amounts: Amounts, progress: bool = True) -> tuple[dict, plots.Drawn]:
+    """The content of sbi.json, and what its pictures show.
+
+    Raises UserError for a run of another source, and where the reference posteriors are missing.
+    """
+    config = run.config
+    task = source.task_of(config.data.source)
+    given = [references.read(task, number + 1) for number in range(amounts.observations)]
+    rows, samples = [], []
+    for number, reference in enumerate(track(given, "observations", "done", show=progress), 1):
+        row, drawn = _observation(run, task, reference, amounts.samples)
+        rows.append({"observation": number, **row})
+        samples.append(drawn)
+    theta, draws = posterior_draws(run, task, amounts, progress)
+    ranks, shares = scores.ranks(theta, draws), scores.shares_nearer(theta, draws)
+    means = {name: mean_and_stderr([row[name] for row in rows]) for name in FIGURES}
+    result = {"task": task, "source": config.data.source, "workdir": run.workdir, "step": run.step,
+              "samples": amounts.samples, **means, "observations": rows,
+              "calibration": _calibration(ranks, shares, amounts.draws)}
+    return result, plots.Drawn([r.samples for r in given], samples, ranks, shares)
+
+
+def _observation(run: Run, task: str, reference: references.Reference, m: int):
+    """The scores of one observation, and its samples before and after weighting, [m, D] each."""
+    if m > len(reference.samples):
+        raise UserError(f"{m} samples are compared with the reference posterior's "
+                        f"{len(reference.samples)}: expected at most as many")
+    options = run.config.sample.options
+    given = generate.check_condition(run, PROPOSALS * m, reference.x)
+    log_joint = functools.partial(tasks.find(task).log_joint, reference.x)
+    found = reweight(run, log_joint, given, PROPOSALS * m, options)
+    order = np.random.default_rng(run.config.seed).permutation(PROPOSALS * m)[:m]
+    before, after = found.samples[:m], found.resampled[order]
+    known = reference.samples[:m]
+    return {
+        "c2st": scores.c2st(known, before),
+        "c2st_reweighted": scores.c2st(known, after),
+        "effective_share": found.effective_sample_size / len(found.samples),
+        "log_evidence": found.log_evidence,
+    }, (before, after)
+
+
+def posterior_draws(run: Run, task: str, amounts: Amounts, progress: bool = True):
+    """Fresh parameters [n, D], and draws [n, L, D] of the run's posteriors of their simulations."""
+    theta, x = source.simulate(task, amounts.simulations, source.FRESH)
+    at_once = max(1, BATCH // amounts.draws)
+    starts = range(0, len(x), at_once)
+    parts = []
+    for start in track(starts, "calibration", "batches", show=progress):
+        index = np.arange(start, start + at_once) % len(x)  # one size, so nothing compiles anew
+        given = generate.check_condition(
+            run, at_once * amounts.draws, np.repeat(x[index], amounts.draws, 0))
+        number = np.arange(len(index) * amounts.draws) + start * amounts.draws
+        drawn = np.asarray(generate.sample_at(run, number, given))
+        parts.append(drawn.reshape(len(index), amounts.draws, -1))
+    return theta, np.concatenate(parts)[: len(x)]
+
+
+def _calibration(ranks, shares, draws: int) -> dict:
+    """How far ranks [n, D] and shares [n] are from those of exact posteriors."""
+    counts = np.rint(draws * shares).astype(int)
+    return {"simulations": len(ranks), "draws": draws,
+            "ranks": [scores.uniformity(column, draws) for column in ranks.T],
+            "coverage": scores.uniformity(counts, draws)}
+
+
+def write_benchmark(result: dict, drawn: plots.Drawn, out) -> None:
+    """Writes sbi.json and its pictures in the folder `out`, and prints the table."""
+    folder = epath.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)  # new for a run on the Hub
+    files.write_json(folder / "sbi.json", result, sealed=True)
+    plots.posteriors(result, drawn, folder / "posteriors.png")
+    plots.calibration(result, drawn, folder / "calibration.png")
+    print("observation" + "".join(f"{title:>18}" for title in FIGURES.values()))
+    for row in result["observations"]:
+        print(f"{row['observation']:>11}" + "".join(f"{row[name]:>18.3f}" for name in FIGURES))
+    means = [f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}" for name in FIGURES]
+    print(f"{'mean':>11}" + "".join(f"{mean:>18}" for mean in means))
+    checks = result["calibration"]
+    worst = min(check["p_value"] for check in checks["ranks"])
+    print(f"{checks['simulations']} fresh simulations: ranks p >= {worst:.3g} over the parameters, "
+          f"coverage p = {checks['coverage']['p_value']:.3g}")
+    print(f"wrote {folder / 'sbi.json'}, posteriors.png and calibration.png", flush=True)
