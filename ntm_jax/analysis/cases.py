@@ -54,7 +54,7 @@ class Setting:
 
     @functools.cached_property
     def drawn(self) -> tuple:
-        """Inputs of the sampler's parts: indices, condition, t [B, K] and u_0..u_T [B, K, N, D]."""
+        """Inputs of the sampler's parts, indices, condition, t [B, K] and u_0..u_T [B, K, N, D]."""
         run, params = self.run, self.params  # initialises new ones outside the mesh's context
         index = np.arange(self.batch, dtype=np.int32)
         index, y = sharding.place((index, generate.conditions(run, index)), run.mesh)

@@ -71,7 +71,7 @@ class DataSpec:
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """The shape of a record for users: (H, W, C), or (columns,) of an array."""
+        """The shape of a record for users, (H, W, C), or (columns,) of an array."""
         return (self.columns,) if self.columns else self.image_shape
 
     @property
