@@ -254,8 +254,9 @@ def _compile(program: Program, run: Run, topology: chips.Topology,
         except jax.errors.JaxRuntimeError as error:
             compiled, memory = None, out_of_memory(error, arguments)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    text = _text(compiled) if compiled else ""
     if dump:
-        write_texts(dump, lowered.as_text(), compiled and _text(compiled))
+        write_texts(dump, lowered.as_text(), text)
     if compiled is None:
         memory = {"arguments": arguments + resident} | memory
         memory["peak"] += resident
@@ -266,7 +267,6 @@ def _compile(program: Program, run: Run, topology: chips.Topology,
             + m.generated_code_size_in_bytes)
     memory = dict(arguments=arguments, temporaries=m.temp_size_in_bytes, peak=peak,
                   hbm=topology.chip.hbm * 2**30)
-    text = _text(compiled)
     work = _work(text, traced.jaxpr.jaxpr, total, mesh.size, topology.domains)
     return Compiled(work, memory, peak <= memory["hbm"], total, seconds, cpu, True, largest(text))
 
@@ -287,11 +287,12 @@ def _work(text: str, jaxpr, total: float, devices: int, domains: int) -> hlo.Wor
     return work
 
 
-def write_texts(folder: str, lowered: str, compiled: str | None) -> None:
+def write_texts(folder: str, lowered: str, compiled: str) -> None:
     """Writes a program before and after compilation: program.stablehlo.mlir and program.hlo.txt.
 
-    The second is missing where the program does not fit. A serialised executable is not written:
-    jax reads one with pickle, and only with the version and the devices that it was compiled for.
+    The second is missing where the program does not fit: `compiled` is then empty. A serialised
+    executable is not written: jax reads one with pickle, and only with the version and the devices
+    that it was compiled for.
     """
     out = epath.Path(folder)
     out.mkdir(parents=True, exist_ok=True)

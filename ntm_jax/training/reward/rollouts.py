@@ -261,7 +261,10 @@ class Rollouts:
         return {"rewards": np.tile(np.array([1.0, 0.0]), (batch["index"].shape[0], 1))}
 
     def _bonus(self, scored: dict) -> np.ndarray:
-        """config.reward.novelty times the rarity of what samples show, [P, G]."""
+        """The bonus of each sample for rare traits, [P, G]; see policy.rarity.
+
+        Raises UserError if config.reward.novelty is positive and the reward gives no traits.
+        """
         settings = self.run.config.reward
         if not settings.novelty:
             return np.zeros(scored["rewards"].shape, np.float32)
