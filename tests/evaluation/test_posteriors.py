@@ -101,6 +101,10 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (result["task"], result["calibration"]["simulations"]) == ("two_moons", 11)
     assert [row["observation"] for row in result["observations"]] == [1, 2]
+    before, _ = drawn.samples[0]
+    assert 0 < len(before) <= 120
+    assert (np.abs(before) <= 1).all()  # the prior's support
+    assert result["share_in_prior"]["mean"] < 1
     for name in ("c2st", "c2st_reweighted", "effective_share"):
         assert 0 < result[name]["mean"] <= 1
         assert f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}" in printed

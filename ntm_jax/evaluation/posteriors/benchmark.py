@@ -21,7 +21,7 @@ from ntm_jax.sampling.reweight import reweight
 
 FIGURES = {  # of an observation, and their titles
     "c2st": "C2ST", "c2st_reweighted": "reweighted", "effective_share": "effective share",
-    "log_evidence": "log evidence"}
+    "share_in_prior": "share in prior", "log_evidence": "log evidence"}
 BATCH = 2000  # draws at once
 PROPOSALS = 2  # weighted samples for each one that is resampled, so that few come twice
 
@@ -63,21 +63,29 @@ def benchmark(run: Run, amounts: Amounts, progress: bool = True) -> tuple[dict, 
 
 
 def _observation(run: Run, task: str, reference: references.Reference, m: int):
-    """The scores of one observation, and its samples before and after weighting, [m, D] each."""
+    """The scores of one observation, and its samples before and after weighting.
+
+    Before: those inside the prior's support, up to m, [<= m, D]. After: [m, D].
+    """
     if m > len(reference.samples):
         raise UserError(f"{m} samples are compared with the reference posterior's "
                         f"{len(reference.samples)}: expected at most as many")
     options = run.config.sample.options
     given = generate.check_condition(run, PROPOSALS * m, reference.x)
-    log_joint = functools.partial(tasks.find(task).log_joint, reference.x)
+    simulator, known = tasks.find(task), reference.samples[:m]
+    log_joint = functools.partial(simulator.log_joint, reference.x)
     found = reweight(run, log_joint, given, PROPOSALS * m, options)
+    in_prior = np.isfinite(simulator.log_prior(found.samples))
+    if in_prior.sum() < scores.FOLDS:
+        raise UserError(f"{in_prior.sum()} of {len(in_prior)} samples lie in the prior's support: "
+                        "train the run for longer")
     order = np.random.default_rng(run.config.seed).permutation(PROPOSALS * m)[:m]
-    before, after = found.samples[:m], found.resampled[order]
-    known = reference.samples[:m]
+    before, after = found.samples[in_prior][:m], found.resampled[order]
     return {
-        "c2st": scores.c2st(known, before),
+        "c2st": scores.c2st(known[: len(before)], before),
         "c2st_reweighted": scores.c2st(known, after),
         "effective_share": found.effective_sample_size / len(found.samples),
+        "share_in_prior": float(in_prior.mean()),
         "log_evidence": found.log_evidence,
     }, (before, after)
 
