@@ -1,11 +1,12 @@
-"""The source `arrays`: what a Python program holds in memory, and `npz:PATH`: arrays of a file.
+"""The source `arrays`: what a Python program holds in memory; npz: and parquet: arrays of a file.
 
     arrays = sources.from_arrays(images, labels)
     sources.provide(arrays)  # data.source=arrays now opens them in this process
 
 `npz:PATH` reads the arrays `data` and, where it is there, `condition` of a file that numpy.savez
 wrote. `npz:PATH,data=mass+spin,condition=strain` names other keys; several are put side by side, a
-vector [n] as one column.
+vector [n] as one column. `parquet:PATH` reads the columns of a table in the same way: numbers, or
+lists of D numbers.
 
 An array [n, D] is a table of n records with D columns. Its numbers, and those of vectors [n, E]
 that records are conditioned on, are standardised by the mean and deviation of the training records.
@@ -15,6 +16,7 @@ worker processes run this. Symbols: n records; H, W, C image height, width, chan
 an array; E numbers of a condition.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -173,50 +175,90 @@ def open_provided(version: str, split: str) -> Source:
 
 def open_npz(argument: str, split: str) -> Source:
     """Opens a split of the arrays of a file; argument: PATH[,data=KEYS][,condition=KEYS]."""
+    return _open_file("npz", argument, split)
+
+
+def open_parquet(argument: str, split: str) -> Source:
+    """Opens a split of a Parquet file; argument: PATH[,data=COLUMNS][,condition=COLUMNS]."""
+    return _open_file("parquet", argument, split)
+
+
+def _open_file(kind: str, argument: str, split: str) -> Source:
     path, keys = argument, {"data": "data", "condition": ""}
     while match := re.fullmatch(r"(.*),(data|condition)=([^,=]+)", path):
         path = match[1]
         keys[match[2]] = match[3]
     try:
         found = os.stat(path)
-        return _read_npz(argument, path, *keys.values(), found.st_mtime_ns, found.st_size).open(
-            split
-        )
+        changed = found.st_mtime_ns, found.st_size
+        return _read_file(kind, argument, path, *keys.values(), *changed).open(split)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
+        reason, expected = str(error).splitlines()[0], _READERS[kind][1]
         raise UserError(
-            f"data.source npz:{path} cannot be read ({error}): expected a file of numpy.savez"
+            f"data.source {kind}:{path} cannot be read ({reason}): expected {expected}"
         ) from None
 
 
 @functools.lru_cache(maxsize=4)
-def _read_npz(name: str, path: str, data: str, condition: str, *changed: int) -> Arrays:
+def _read_file(
+    kind: str, name: str, path: str, data: str, condition: str, *changed: int
+) -> Arrays:
     """The arrays of a file under these keys, joined by +; '' takes `condition` where it is there.
 
     changed: of the file, so that a new one is read anew.
     """
-    with np.load(path, allow_pickle=False) as file:
-        if not condition and "condition" in file.files:
+    with _READERS[kind][0](path) as (names, read):
+        if not condition and "condition" in names:
             condition = "condition"
 
         def columns(keys: str) -> np.ndarray:
             for key in keys.split("+"):
-                if key not in file.files:
+                if key not in names:
                     raise UserError(
-                        f"data.source npz:{name} names the array {key!r}: {path} has "
-                        f"{', '.join(file.files)}; choose with npz:PATH,data=KEYS,condition=KEYS"
+                        f"data.source {kind}:{name} names the array {key!r}: {path} has "
+                        f"{', '.join(names)}; choose with {kind}:PATH,data=KEYS,condition=KEYS"
                     )
-            parts = [file[key] for key in keys.split("+")]
+            parts = [read(key) for key in keys.split("+")]
             if len(parts) == 1 and parts[0].ndim > 1:
                 return parts[0]
             if any(part.ndim not in (1, 2) or len(part) != len(parts[0]) for part in parts):
                 shapes = ", ".join(str(list(part.shape)) for part in parts)
                 raise UserError(
-                    f"data.source npz:{name} joins arrays of shapes {shapes}: expected columns "
+                    f"data.source {kind}:{name} joins arrays of shapes {shapes}: expected columns "
                     "[n] or [n, D] with one n"
                 )
             return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
 
         return from_arrays(columns(data), condition=columns(condition) if condition else None)
+
+
+@contextlib.contextmanager
+def _npz(path: str):
+    """The names of a file's arrays, and a function that reads one."""
+    with np.load(path, allow_pickle=False) as file:
+        yield file.files, file.__getitem__
+
+
+@contextlib.contextmanager
+def _parquet(path: str):
+    """The names of a table's columns, and a function that reads one: [n], or [n, D] of lists."""
+    from pyarrow import parquet, types
+
+    with parquet.ParquetFile(path) as file:
+
+        def read(name: str) -> np.ndarray:
+            column = file.read([name]).column(0).combine_chunks()
+            if not types.is_nested(column.type):
+                return column.to_numpy(zero_copy_only=False)
+            return np.stack(column.to_numpy(zero_copy_only=False))
+
+        yield file.schema_arrow.names, read
+
+
+_READERS = {  # kinds of files, and what to expect of one
+    "npz": (_npz, "a file of numpy.savez"),
+    "parquet": (_parquet, "a Parquet file whose lists, if any, have one length"),
+}
 
 
 def _version(about: list, *arrays: np.ndarray | None) -> str:

@@ -124,6 +124,7 @@ SOURCES = Registry(
         "toy:NAME": _lazy("synthetic", "open_toy"),
         "arrays[:VERSION]": _lazy("arrays", "open_provided"),
         "npz:PATH": _lazy("arrays", "open_npz"),
+        "parquet:PATH": _lazy("arrays", "open_parquet"),
         "sbi:TASK": _lazy("sbi.source", "open_sbi"),
     },
 )
@@ -164,8 +165,8 @@ def open_source(
     """Opens a split of the data source `name`.
 
     `name` is digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH,
-    mock:SHAPE, toy:NAME, arrays, npz:PATH, sbi:TASK, or a registered name; each kind's module
-    documents it.
+    mock:SHAPE, toy:NAME, arrays, npz:PATH, parquet:PATH, sbi:TASK, or a registered name; each
+    kind's module documents it.
     A source without splits of its own has train, test and all, cut from a fixed permutation of its
     records.
 

@@ -219,7 +219,8 @@ def test_an_unknown_name_lists_the_registered_ones_and_hints_at_import(registere
     for open_one, end in (
         (
             lambda: open_source("square", "train"),
-            r"toy:NAME, arrays\[:VERSION\], npz:PATH, sbi:TASK, squares\[:ARGUMENT\]",
+            r"toy:NAME, arrays\[:VERSION\], npz:PATH, parquet:PATH, sbi:TASK, "
+            r"squares\[:ARGUMENT\]",
         ),
         (lambda: text.open_encoder("parities"), r"flux2:FOLDER, parity\[:ARGUMENT\]"),
     ):

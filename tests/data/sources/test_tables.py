@@ -1,9 +1,11 @@
-"""Arrays [n, D] and vectors as conditions: their units, their tokens, and the files of npz:."""
+"""Arrays [n, D] and vectors as conditions: their units, their tokens, and files that hold them."""
 
 import re
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import arrays as module
@@ -96,6 +98,32 @@ def test_an_npz_file_holds_columns_under_keys(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(UserError, match="cannot be read"):
         open_source(f"npz:{tmp_path}/text.npz", "train")
+
+
+def test_a_parquet_file_holds_columns_of_numbers_and_of_lists(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = {"data": list(ROWS), "condition": list(VECTORS), "mass": ROWS[:, 0], "spin": ROWS[:, 1],
+             "name": ["a"] * len(ROWS)}
+    parquet.write_table(pyarrow.table(table), path, row_group_size=16)
+    given = from_arrays(ROWS, condition=VECTORS)
+    source = open_source(f"parquet:{path}", "all")
+    np.testing.assert_array_equal(values(source, "image").reshape(40, 6),
+                                  given.table.values[given.splits["all"]])
+    assert source.condition_width == 3
+    named = open_source(f"parquet:{path},data=mass+spin,condition=condition+mass", "train")
+    assert (named.columns, named.condition_width) == (2, 4)
+    np.testing.assert_allclose(named.mean, source.mean[:2], rtol=1e-12)
+    parquet.write_table(pyarrow.table({"data": [[1.0, 2.0], [3.0]]}), tmp_path / "ragged.parquet")
+    (tmp_path / "text.parquet").write_text("no table")
+    for name, message in (
+        (f"{path},data=weight", "names the array 'weight': "),
+        (f"{path},data=name", "data is object [40, 1]: expected floating-point numbers"),
+        (tmp_path / "ragged.parquet", "expected a Parquet file whose lists, if any, have one"),
+        (tmp_path / "text.parquet", "cannot be read ("),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            open_source(f"parquet:{name}", "train")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("given", "message"), [
