@@ -27,7 +27,7 @@ def get_config(variant: str = "two_moons"):
     c.model.update(
         width=64, head_size=16, kv_heads=4, transporter_width=64, transporter_blocks=2,
         transporter_layers=1, predictor_layers=2, condition="vector", condition_shift=True)
-    c.train.update(steps=3000, condition_dropout=0.0, evaluate_every=1000, save_every=1000)
+    c.train.update(steps=6000, condition_dropout=0.0, evaluate_every=2000, save_every=1000)
     c.optimizer.update(learning_rate=2e-3, weight_decay=1e-4)
     c.evaluate.update(trajectories=32, batch_size=1000)
     c.sample.update(num=1000, steps=steps, decoder="inverse")
