@@ -28,7 +28,7 @@ from ntm_jax.errors import UserError, first_line
 from ntm_jax.evaluation import known_density
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
-from ntm_jax.evaluation.scoring import log_prob
+from ntm_jax.evaluation.scoring import LevelTerms, score_images
 from ntm_jax.export import publish
 from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
@@ -97,7 +97,7 @@ class Run(base.Run):
         return prompts.states(prompts.open_encoder(self), captions)
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
-                 condition=None, noised: bool | None = None):
+                 condition=None, noised: bool | None = None) -> np.ndarray:
         """The importance-weighted lower bound on log p(image | label) in nats, [n].
 
         images: [n, H, W, C], integers 0..V-1, or rows [n, D] of an array, whose density is in its
@@ -105,10 +105,20 @@ class Run(base.Run):
         noise keyed by the seed, not that of the data itself; by default for latents, not for
         arrays.
         """
+        return self.log_prob_by_level(images, label, trajectories, seed, condition=condition,
+                                      noised=noised).log_prob
+
+    def log_prob_by_level(self, images, label=None, trajectories: int = 32,
+                          seed: int | None = None, *, condition=None,
+                          noised: bool | None = None) -> LevelTerms:
+        """log_prob with its terms: what the reconstruction and each step add, and each step's NLL.
+
+        Arguments as in log_prob, and as much time. It returns a scoring.LevelTerms.
+        """
         label = _one_condition(label, condition)
         given = generate.check_condition(self, len(images), label)
         decoded = bool(self.spec.columns) if noised is None else not noised
-        return log_prob(self, images, given, trajectories, seed, decoded)
+        return score_images(self, images, given, trajectories, seed, decoded)
 
     def reweight(self, log_target, *, condition=None, label=None, n: int = 1000,
                  seed: int | None = None, **options) -> Reweighted:

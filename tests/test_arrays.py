@@ -95,6 +95,13 @@ def test_the_bound_on_the_density_itself_is_that_of_the_data_and_the_decoder(gau
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+@pytest.mark.parametrize("noised", [True, False])
+def test_the_terms_of_one_trajectory_are_its_density_in_the_datas_own_units(random, noised):
+    theta, x = data(6)
+    found = random.log_prob_by_level(theta, condition=x, trajectories=1, noised=noised)
+    np.testing.assert_allclose(found.bound, found.log_prob, atol=1e-3)  # float32 sums of 100 nats
+
+
 def test_samples_are_in_the_datas_own_units(gaussian):
     one = gaussian.reweight(log_target, condition=[1.0, 2.0, 3.0], n=COUNT).samples
     assert one.shape == (COUNT, 2)

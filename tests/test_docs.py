@@ -89,7 +89,8 @@ def test_every_experiment_and_program_has_a_section(site):
 
 def test_notebooks_show_their_outputs_and_no_warning(site):
     notebooks = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
-    assert [path.stem for path in notebooks] == ["digits", "exact-likelihood", "your-own-array"]
+    assert [path.stem for path in notebooks] == [
+        "digits", "exact-likelihood", "posterior", "your-own-array"]
     for path in notebooks:
         page = (site / f"notebooks/{path.stem}.html").read_text()
         assert page.count("<img") >= 3, path.name

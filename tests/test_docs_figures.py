@@ -1,11 +1,14 @@
-"""The charts of the results pages follow the tables of the pages."""
+"""The charts of the results pages follow the tables of the pages; the tables of outliers."""
 
 import importlib
 import re
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
 
 from tests.common import ROOT
 
@@ -13,13 +16,19 @@ IMAGES = ROOT / "docs/images"
 
 
 @pytest.fixture(scope="module")
-def results():
-    """The module docs/_figures/results.py."""
+def figures():
+    """A function that imports a module of docs/_figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "docs/_figures")
-        yield importlib.import_module("results")
-        for name in ("results", "style"):
+        yield importlib.import_module
+        for name in {"results", "outliers", "style"} & set(sys.modules):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def results(figures):
+    """The module docs/_figures/results.py."""
+    return figures("results")
 
 
 def test_a_cell_is_a_number_with_an_error_or_refused(results):
@@ -64,3 +73,36 @@ def test_a_changed_cell_changes_its_chart(results, monkeypatch, tmp_path):
     stored = IMAGES / "digits-trajectories-k.png"
     assert Image.open(tmp_path / "chart.png").text[results.style.DRAWN] != Image.open(stored).text[
         results.style.DRAWN]
+
+
+def test_the_other_images_have_the_digits_shape_and_range(figures):
+    digits = load_digits().images[:40, ..., None].astype(np.uint8)
+    sets = figures("outliers").other_images(digits)
+    assert {images.shape for images in sets.values()} == {digits.shape}
+    assert {images.dtype for images in sets.values()} == {digits.dtype}
+    assert max(int(images.max()) for images in sets.values()) == 16
+    np.testing.assert_array_equal(sets["rotated by 180°"], digits[:, ::-1, ::-1])
+    assert (np.ptp(sets["constant"], axis=(1, 2)) == 0).all()
+    assert len(np.unique(sets["letters"], axis=0)) == 40
+
+
+def test_auroc_and_its_error(figures):
+    """Against scikit-learn, and the variance of Mann and Whitney's statistic without an effect."""
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(size=(2, 200)).round(1)  # with ties
+    area, error = figures("outliers").auroc(inside, outside, paired=False)
+    truth = np.repeat([0, 1], 200)
+    assert area == pytest.approx(roc_auc_score(truth, np.concatenate([inside, outside])))
+    assert error == pytest.approx(np.sqrt(401 / (12 * 200**2)), rel=0.15)
+    _, paired = figures("outliers").auroc(inside, inside + 0.1, paired=True)
+    assert paired < error / 5
+
+
+def test_a_distance_is_mahalanobis(figures):
+    outliers, reference = figures("outliers"), np.random.default_rng(0).normal(size=(300, 2))
+    one = outliers.distance([3.0, -1.0], reference[:, 0])
+    mean, deviation = reference[:, 0].mean(), reference[:, 0].std(ddof=1)
+    np.testing.assert_allclose(one, np.abs([3 - mean, -1 - mean]) / deviation)
+    mixed = reference @ [[2.0, 0.5], [0.0, 0.1]]  # does not change distances
+    np.testing.assert_allclose(outliers.distance(mixed, mixed),
+                               outliers.distance(reference, reference))

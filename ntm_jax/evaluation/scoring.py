@@ -5,6 +5,7 @@ scores twice, in any batch size, on any mesh and any number of processes. Likeli
 transporter in float32. Symbols: B batch, N tokens, D token channels; n images, H, W, C their shape.
 """
 
+import dataclasses
 import functools
 import warnings
 
@@ -143,12 +144,36 @@ def per_record(run: Run, source: Source, compute) -> dict:
     return {name: values for name, values in found.items() if name != "index"}
 
 
-def log_prob(run: Run, images, condition, trajectories: int, seed: int | None = None,
-             decoded: bool = False) -> np.ndarray:
-    """The importance-weighted lower bound on log p(image | condition) in nats, [n].
+@dataclasses.dataclass(frozen=True)
+class LevelTerms:
+    """The likelihood of n images and its terms in nats, means over their trajectories.
+
+    log_prob: the importance-weighted lower bound on log p(x | y), [n].
+    reconstruction: log p(x | x_0), [n]; of arrays with the change of units, which is all that it
+      has for noised data.
+    rate: log q(x_k | x_{k+1}, x) - log p(x_k | x_{k+1}, y), what step k takes from the bound,
+      [n, T], clean to noisy.
+    nll: -log p(x_k | x_{k+1}, y), exact for a trajectory, [n, T], clean to noisy; of arrays in
+      standardised units.
+    """
+
+    log_prob: np.ndarray
+    reconstruction: np.ndarray
+    rate: np.ndarray
+    nll: np.ndarray
+
+    @property
+    def bound(self) -> np.ndarray:
+        """The evidence lower bound, which is the reconstruction less all rates, [n]."""
+        return self.reconstruction - self.rate.sum(1)
+
+
+def score_images(run: Run, images, condition, trajectories: int, seed: int | None = None,
+                 decoded: bool = False) -> LevelTerms:
+    """The bounds on log p(image | condition) in nats, and their terms.
 
     images: [n, H, W, C], integers 0..V-1, or rows [n, D] of an array in its units; condition:
-    labels [n], Text or Vector. Of continuous data it bounds the density of the data noised to t_0,
+    labels [n], Text or Vector. Of continuous data they bound the density of the data noised to t_0,
     with noise keyed by the seed, or with `decoded` that of the data itself.
 
     Raises UserError for images of another shape.
@@ -163,5 +188,8 @@ def log_prob(run: Run, images, condition, trajectories: int, seed: int | None = 
     shards = sharding.batch_shards(run.mesh)
     size = -(-len(x) // shards) * shards
     batch = {name: np.resize(values, (size, *values.shape[1:])) for name, values in batch.items()}
-    result = score_batch(run, batch, trajectories, seed, decoded)
-    return sharding.to_host(result["importance_weighted"])[: len(x)]
+    scores = sharding.to_host(score_batch(run, batch, trajectories, seed, decoded))
+    scores = {name: values[: len(x)] for name, values in scores.items()}
+    reconstruction = scores.get("reconstruction", np.zeros(len(x), np.float32)) - spec.log_unit
+    rate = -scores["predictor"] - scores["log_det"] - scores["forward"][:, :-1]
+    return LevelTerms(scores["importance_weighted"], reconstruction, rate, scores["nll"])

@@ -59,7 +59,7 @@ def programs(run: Run) -> dict:
 
     sampler(parameters, seed, index, condition) -> images [b, H, W, C], uint8 0..V-1 or float32
     latents: those of sampling.generate.sample_at.
-    log_likelihood(parameters, seed, index, images, condition) -> evaluation.scoring.log_prob, nats
+    log_likelihood(parameters, seed, index, images, condition) -> log_prob of scoring.score_images
     [b], with noise keyed by index.
     parameters are flattened; condition is label [b], text [b, M, E] and text_mask [b, M], or
     vectors [b, E]. Vectors, and an array's rows [b, D], which take the place of images, are

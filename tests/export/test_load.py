@@ -1,6 +1,7 @@
 """Runs loaded from workdirs, and what they compute."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import config, config_file
 from ntm_jax.training import state
-from tests.common import bits, randomised
+from tests.common import ROOT, bits, randomised
 from tests.export.common import SETTINGS
 
 
@@ -51,6 +52,34 @@ def test_log_prob_is_the_importance_weighted_bound(loaded, source):
     assert np.abs(other - expected).min() > 0
     bits_per_dim = loaded.bits_per_dim(images, labels, trajectories=3)
     np.testing.assert_allclose(bits_per_dim, -expected / 64 / np.log(2), rtol=1e-5)
+
+
+def test_the_terms_by_level_add_up_to_the_bound(loaded, source):
+    images, labels = (np.stack([source.records[i][name] for i in range(20)])
+                      for name in ("image", "label"))
+    table = scoring.score_records(loaded, source, 3)
+    found = loaded.log_prob_by_level(images, labels, trajectories=3)
+    np.testing.assert_array_equal(found.log_prob, loaded.log_prob(images, labels, trajectories=3))
+    np.testing.assert_allclose(found.nll, table["nll"], rtol=1e-4, atol=1e-3)
+    assert found.rate.shape == found.nll.shape == (20, 2)
+    np.testing.assert_allclose(found.bound, table["bound"], rtol=1e-5)
+    one = loaded.log_prob_by_level(images, labels, trajectories=1)
+    np.testing.assert_allclose(one.bound, one.log_prob, rtol=1e-5)  # float32 sums of 100s of nats
+
+
+def test_the_recipe_for_outliers_scores_every_image(loaded, monkeypatch):
+    page = (ROOT / "docs/howto/outliers.md").read_text()
+    monkeypatch.setattr(ntm_jax, "load", lambda folder: loaded)
+    names = {"images": np.full((5, 8, 8, 1), 16, np.uint8)}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(block, names)
+    likelihood, *scores = (names[name] for name in ("log_p", "unlikely", "atypical", "by_level"))
+    assert likelihood.shape == (20,)  # the held-out images
+    assert [(score.shape, np.isfinite(score).all()) for score in scores] == [((5,), True)] * 3
+    per_class = [loaded.log_prob(names["held_out"], label, 4, 0) for label in range(10)]
+    np.testing.assert_allclose(np.exp(likelihood - likelihood.max()),
+                               np.exp(per_class - likelihood.max()).mean(0), rtol=1e-4)
+    assert names["outliers"].dtype == bool
 
 
 def test_images_and_labels_that_do_not_fit_are_refused(loaded):
