@@ -96,6 +96,7 @@ class Block(nn.Module):
         how: see INVERSES.
         """
         block, variables = self.unbind()  # bound modules cannot be used inside lax control flow
+        variables = _gathered(block, variables, u, modulation)
         found = {
             "parallel": functools.partial(
                 block.apply, variables, tolerance=tolerance, method=Block._all_at_once),
@@ -164,6 +165,20 @@ class Block(nn.Module):
             begin = end
         x = self._order(jnp.moveaxis(jnp.concatenate(found), 0, 1))
         return x, jnp.full(batch, tokens, jnp.int32), carry[1]
+
+
+def _gathered(block: Block, variables, *inputs):
+    """A block's variables, no longer split over devices along the logical axis `embed`.
+
+    A loop that reads split parameters gathers them in every round; these are gathered once, before
+    it. inputs: arguments of the block, for the names of its parameters' axes.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return variables
+    names = nn.get_partition_spec(jax.eval_shape(block.init, jax.random.key(0), *inputs))
+    return jax.tree.map(
+        lambda a, axes: nn.with_logical_constraint(
+            a, tuple(None if axis == "embed" else axis for axis in axes)), variables, names)
 
 
 def cache_sizes(tokens: int) -> list[int]:

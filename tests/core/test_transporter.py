@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.sharding import AbstractMesh, AxisType
 
 from ntm_jax.core.layers import Text
-from ntm_jax.core.transporter import TOLERANCE, Transporter
+from ntm_jax.core.transporter import INVERSES, TOLERANCE, Transporter
 
 CONFIGS = [
     {},
@@ -146,6 +148,26 @@ def test_both_inverses_undo_the_transporter(tiny, changes, grid):
     assert (found["parallel"][1] <= random.config.tokens).all()
     errors = {how: np.sqrt(np.mean(np.square(back - x))) for how, (back, *_) in found.items()}
     assert errors["parallel"] < 2 * errors["sequential"]
+
+
+@pytest.mark.parametrize("how", INVERSES)
+@pytest.mark.parametrize("scan", [False, True])
+def test_loops_of_the_inverse_read_gathered_parameters(tiny, how, scan):
+    """Parameters are split over 8 devices, and no loop of the inverse gathers them anew."""
+    random = tiny(scan=scan)
+    module, leaves = random.transporter.module, jax.tree.leaves(random.transporter.weights)
+    tree = jax.tree.structure(random.transporter.weights)
+    mesh = AbstractMesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules([("embed", "fsdp")]):
+        jaxpr = jax.make_jaxpr(lambda *leaves: module.apply(
+            {"params": tree.unflatten(leaves)}, *clean(random), how=how, method="inverse"))(
+                *leaves).jaxpr
+    loops = [step for step in jaxpr.eqns if step.primitive.name in ("while", "scan")]
+    gathers = [step for step in jaxpr.eqns if step.primitive.name == "sharding_constraint"]
+    assert len(loops) == 2
+    assert not {id(value) for loop in loops for value in loop.invars} & set(map(id, jaxpr.invars))
+    assert len(gathers) >= len(jax.tree.leaves(random.transporter.weights["blocks_0"]))
+    assert all(step.params["sharding"].is_fully_replicated for step in gathers)
 
 
 @pytest.mark.parametrize("index", [0, 1])
