@@ -92,6 +92,9 @@ def _connect(given: dict, seconds: int, heartbeat: int) -> None:
            "give more --join_timeout"))
     timer.daemon = True
     timer.start()
+    # CPUs may run two programs at once, each in another order in another process. Where their
+    # collectives wait for each other, the job hangs.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(**given, initialization_timeout=seconds + 60,
                                    heartbeat_timeout_seconds=heartbeat)
