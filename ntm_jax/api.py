@@ -111,9 +111,10 @@ class Run(base.Run):
     def log_prob_by_level(self, images, label=None, trajectories: int = 32,
                           seed: int | None = None, *, condition=None,
                           noised: bool | None = None) -> LevelTerms:
-        """log_prob with its terms: what the reconstruction and each step add, and each step's NLL.
+        """The bound of log_prob and its terms: the reconstruction, and each step's rate and NLL.
 
-        Arguments as in log_prob, and as much time. It returns a scoring.LevelTerms.
+        It takes the arguments of log_prob, and as much time. Terms are in nats; see
+        scoring.LevelTerms.
         """
         label = _one_condition(label, condition)
         given = generate.check_condition(self, len(images), label)

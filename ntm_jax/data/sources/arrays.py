@@ -30,7 +30,7 @@ import numpy as np
 
 from ntm_jax.data.sources.source import ArrayRecords, Source, check_split, permuted_splits
 from ntm_jax.data.transforms import standardise
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 
 _provided: dict[str, "Arrays"] = {}  # by version; under '', those provided last
 
@@ -193,9 +193,9 @@ def _open_file(kind: str, argument: str, split: str) -> Source:
         changed = found.st_mtime_ns, found.st_size
         return _read_file(kind, argument, path, *keys.values(), *changed).open(split)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        reason, expected = str(error).splitlines()[0], _READERS[kind][1]
+        expected = _READERS[kind][1]
         raise UserError(
-            f"data.source {kind}:{path} cannot be read ({reason}): expected {expected}"
+            f"data.source {kind}:{path} cannot be read ({first_line(error)}): expected {expected}"
         ) from None
 
 

@@ -75,29 +75,38 @@ def test_the_version_follows_the_conditions():
     assert len(versions) == 3
 
 
-def test_an_npz_file_holds_columns_under_keys(tmp_path):
-    path = tmp_path / "some,file.npz"
-    np.savez(path, data=ROWS, condition=VECTORS, mass=ROWS[:, 0], spin=ROWS[:, 1:3])
-    given = from_arrays(ROWS, condition=VECTORS)
-    source = open_source(f"npz:{path}", "all")
+def assert_refused(mistakes):
+    """Opening each of these sources is refused by a line that has its message."""
+    for name, message in mistakes.items():
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            open_source(name, "train")
+        assert "\n" not in str(error.value)
+
+
+def assert_opens_as(name, given):
+    """Opening `name` gives the rows of these arrays; the opened source."""
+    source = open_source(name, "all")
     np.testing.assert_array_equal(values(source, "image").reshape(40, 6),
                                   given.table.values[given.splits["all"]])
     assert source.condition_width == 3
+    return source
+
+
+def test_an_npz_file_holds_columns_under_keys(tmp_path):
+    path = tmp_path / "some,file.npz"
+    np.savez(path, data=ROWS, condition=VECTORS, mass=ROWS[:, 0], spin=ROWS[:, 1:3])
+    source = assert_opens_as(f"npz:{path}", from_arrays(ROWS, condition=VECTORS))
     named = open_source(f"npz:{path},data=mass+spin,condition=mass", "train")
     assert (named.columns, named.condition_width) == (3, 1)
     np.testing.assert_allclose(named.mean, source.mean[:3], rtol=1e-12)
     np.savez(path, data=ROWS[:30])
     assert open_source(f"npz:{path}", "all").condition_width == 0
-    for name, message in (
-        (f"npz:{path},data=mass", "names the array 'mass': "),
-        (f"npz:{path}x", "cannot be read ("),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)) as error:
-            open_source(name, "train")
-        assert "\n" not in str(error.value)
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(UserError, match="cannot be read"):
-        open_source(f"npz:{tmp_path}/text.npz", "train")
+    assert_refused({
+        f"npz:{path},data=mass": "names the array 'mass': ",
+        f"npz:{path}x": "cannot be read (",
+        f"npz:{tmp_path}/text.npz": "cannot be read (",
+    })
 
 
 def test_a_parquet_file_holds_columns_of_numbers_and_of_lists(tmp_path):
@@ -105,25 +114,19 @@ def test_a_parquet_file_holds_columns_of_numbers_and_of_lists(tmp_path):
     table = {"data": list(ROWS), "condition": list(VECTORS), "mass": ROWS[:, 0], "spin": ROWS[:, 1],
              "name": ["a"] * len(ROWS)}
     parquet.write_table(pyarrow.table(table), path, row_group_size=16)
-    given = from_arrays(ROWS, condition=VECTORS)
-    source = open_source(f"parquet:{path}", "all")
-    np.testing.assert_array_equal(values(source, "image").reshape(40, 6),
-                                  given.table.values[given.splits["all"]])
-    assert source.condition_width == 3
+    source = assert_opens_as(f"parquet:{path}", from_arrays(ROWS, condition=VECTORS))
     named = open_source(f"parquet:{path},data=mass+spin,condition=condition+mass", "train")
     assert (named.columns, named.condition_width) == (2, 4)
     np.testing.assert_allclose(named.mean, source.mean[:2], rtol=1e-12)
     parquet.write_table(pyarrow.table({"data": [[1.0, 2.0], [3.0]]}), tmp_path / "ragged.parquet")
     (tmp_path / "text.parquet").write_text("no table")
-    for name, message in (
-        (f"{path},data=weight", "names the array 'weight': "),
-        (f"{path},data=name", "data is object [40, 1]: expected floating-point numbers"),
-        (tmp_path / "ragged.parquet", "expected a Parquet file whose lists, if any, have one"),
-        (tmp_path / "text.parquet", "cannot be read ("),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)) as error:
-            open_source(f"parquet:{name}", "train")
-        assert "\n" not in str(error.value)
+    assert_refused({
+        f"parquet:{path},data=weight": "names the array 'weight': ",
+        f"parquet:{path},data=name": "data is object [40, 1]: expected floating-point numbers",
+        f"parquet:{tmp_path}/ragged.parquet":
+            "expected a Parquet file whose lists, if any, have one",
+        f"parquet:{tmp_path}/text.parquet": "cannot be read (",
+    })
 
 
 @pytest.mark.parametrize(("given", "message"), [
