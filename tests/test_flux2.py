@@ -23,7 +23,7 @@ from ntm_jax.runtime import build, config, sharding
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.training import finetune, frozen, loop, state
 from tests.backbones.common import original, random_diffusers
-from tests.common import ROOT, bits, experiment, python, write_photos
+from tests.common import ROOT, bits, experiment, python, write_photos, write_run
 
 MOCK = "mock:4x4x16,text=8x16"
 
@@ -179,12 +179,9 @@ rewards.register("my_reward", small)
 @pytest.mark.slow
 def test_post_training_is_rehearsed(tmp_path):
     (tmp_path / "own.py").write_text(REWARD)
-    for variant, *flags in (
-            ("runlocal", "--config.train.steps=2"),
-            ("runlocal-reward", f"--config.init_from={tmp_path}/runlocal", "--import=own")):
-        python("-m", "launch.train", f"--config=flux2_klein:{variant}", *flags,
-               f"--workdir={tmp_path}/{variant}", cwd=tmp_path)
-    folder = tmp_path / "runlocal-reward"
+    base, folder = write_run(tmp_path / "base", settings()), tmp_path / "run"
+    python("-m", "launch.train", "--config=flux2_klein:runlocal-reward", "--import=own",
+           f"--config.init_from={base}", f"--workdir={folder}", cwd=tmp_path)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "kl" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]

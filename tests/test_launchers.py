@@ -36,6 +36,9 @@ def tools(tmp_path):
     return folder, write
 
 
+PRINT_ARGUMENTS = "printf '%s\\n' \"$@\""  # the body of a program
+
+
 def launch(command, folder, check=True, cwd=ROOT, **variables):
     """Runs a launcher with the programs of `folder` first on its PATH."""
     variables = environment(PATH=f"{folder}:{os.environ['PATH']}") | variables
@@ -108,12 +111,14 @@ def test_the_jobset_is_one_slice():
         "--workdir=gs://bucket/run"]
 
 
-@pytest.mark.slow
-def test_the_jobsets_command_trains(tmp_path, tools):
-    job = jobset([*FLAGS, f"--workdir={tmp_path / 'run'}"])["spec"]["replicatedJobs"][0]
+def test_the_jobsets_command_gives_train_its_flags(tools):
+    flags = [*FLAGS, "--workdir=a run"]
+    job = jobset(flags)["spec"]["replicatedJobs"][0]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    done = launch(container["command"], tools[0])
-    assert_trained(tmp_path / "run", done.stdout)
+    folder, write = tools
+    write("python", PRINT_ARGUMENTS)
+    done = launch(container["command"], folder)
+    assert done.stdout.splitlines() == ["-m", "launch.train", "--stop_status=75", *flags]
 
 
 def free_port(low: int, count: int) -> int:
@@ -178,21 +183,21 @@ done
 """
 
 
-@pytest.mark.slow
-def test_tpu_vm_sends_a_revision_and_trains(tmp_path, tools, checkout):
+def test_tpu_vm_sends_a_revision_and_gives_train_its_flags(tmp_path, tools, checkout):
     folder, write = tools
     write("gcloud", GCLOUD)
+    write("python", PRINT_ARGUMENTS)
     write("python3", 'mkdir -p "$3/bin" && touch "$3/bin/activate"')  # python3 -m venv
     write("pip", 'echo "pip $*" >> "$CALLS"')
     worker = tmp_path / "worker"
     worker.mkdir()
     (checkout / "setup.py").write_text("uncommitted")
-    workdir = tmp_path / "a run"  # a space, which must survive two shells
-    command = [checkout / "launch" / "tpu_vm.sh", "queued-resources", "slice", "us-east5-a",
-               *FLAGS, f"--workdir={workdir}"]
+    flags = [*FLAGS, "--workdir=a run"]  # a space, which must survive two shells
+    command = [checkout / "launch" / "tpu_vm.sh", "queued-resources", "slice", "us-east5-a", *flags]
     done = launch(command, folder, cwd=tmp_path, CALLS=str(tmp_path / "calls"), WORKER=str(worker),
                   PYTHONPATH="", PROJECT="mine")
-    assert_trained(workdir, done.stdout)
+    assert done.stdout.splitlines()[-len(flags):] == flags
+    assert "launch.train" in done.stdout
     assert "without the uncommitted changes" in done.stderr
     revision = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=checkout,
                               capture_output=True, text=True).stdout.strip()

@@ -61,8 +61,8 @@ def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int
         os.dup2(writing, 2)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            # The cache would warn, rightly, that it cannot be written.
-            jax.config.update("jax_enable_compilation_cache", False)
+            # The cache is read only: it would warn, rightly, that it cannot be written.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
         sys.argv = [f"launch.{name}", *arguments]
         status = 1
         try:
@@ -149,11 +149,13 @@ def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
     tally = damage.Tally()
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-        base, cache = Path(root) / "base", Path(root) / "cache"
+        base = Path(root) / "base"
         base.mkdir()
+        # pytest's cache has what other tests compiled
+        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{root}/cache")
         for setting, value in (  # forks inherit them
                 ("platforms", "cpu"), ("disable_most_optimizations", True),
-                ("compilation_cache_dir", str(cache)),
+                ("compilation_cache_dir", cache),
                 ("persistent_cache_min_compile_time_secs", 0.1)):
             jax.config.update(f"jax_{setting}", value)
         prepare(base)
