@@ -31,6 +31,10 @@ def get_config(variant: str = "two_moons"):
     c.optimizer.update(learning_rate=2e-3, weight_decay=1e-4)
     c.evaluate.update(trajectories=32, batch_size=1000)
     c.sample.update(num=1000, steps=steps, decoder="inverse")
+    if task == "bernoulli_glm":  # the model of the others overfits
+        c.model.update(width=32, head_size=8, transporter_width=32)
+        c.train.steps = 2000
+        c.optimizer.update(learning_rate=1e-3, weight_decay=0.3)
     if ablation:
         c.model.update(transporter_blocks=0, predictor_layers=6)
     return c

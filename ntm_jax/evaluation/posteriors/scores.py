@@ -6,13 +6,14 @@ Symbols: n simulations; L draws of each posterior; m samples; D parameters.
 import warnings
 
 import numpy as np
+from joblib import parallel_config
 from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
-from threadpoolctl import threadpool_limits
 
 FOLDS = 5
+PROCESSES = -1  # all cores
 EPOCHS = 10_000  # at most; training stops once the loss has not fallen for ten epochs
 
 
@@ -29,8 +30,9 @@ def c2st(reference, samples) -> float:
     units = 10 * both.shape[1]
     classifier = MLPClassifier((units, units), max_iter=EPOCHS, random_state=1)
     folds = KFold(FOLDS, shuffle=True, random_state=1)
-    # The products are so small that sharing them among threads makes them several times slower.
-    with warnings.catch_warnings(), threadpool_limits(1):
+    # The products are too small for threads, so the folds run in processes of one thread each.
+    in_processes = parallel_config("loky", n_jobs=PROCESSES, inner_max_num_threads=1)
+    with warnings.catch_warnings(), in_processes:
         warnings.simplefilter("ignore", ConvergenceWarning)
         return float(np.mean(cross_val_score(classifier, both, is_sample, cv=folds)))
 
