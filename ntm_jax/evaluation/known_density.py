@@ -26,6 +26,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import plots, scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.progress import track
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.run import Run
 
@@ -196,7 +197,7 @@ def signed_errors(run: Run, source: Source, estimators: list[Estimator]) -> list
     """
     assert source.log_density is not None
     t_min, rows = run.config.trajectory.t_min, []
-    for estimator in estimators:
+    for estimator in track(estimators, f"estimates of {run.workdir}", "done"):
         @jax.jit
         def compute(root, batch, estimator=estimator):
             x_0 = scoring.noised(root, batch["x"], jnp.full(len(batch["x"]), t_min), batch["index"])
