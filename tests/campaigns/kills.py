@@ -25,7 +25,7 @@ CONFIG = TINY | {"train.save_every": 1, "train.steps": 100_000, "optimizer.warmu
 FARTHEST = 6  # steps that a start takes before it is killed
 
 
-def start(workdir: Path, devices: int, cache: str) -> subprocess.Popen:
+def start(workdir: Path, devices: int, cache: Path) -> subprocess.Popen:
     """Starts training on simulated devices, in a new folder or that of the run."""
     settings = CONFIG | {"mesh.fsdp": {1: 1, 2: 2}.get(devices, devices // 2)}
     arguments = [f"--config={ROOT}/experiments/digits.py", f"--workdir={workdir}",
@@ -33,7 +33,7 @@ def start(workdir: Path, devices: int, cache: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "launch.train", *arguments]
     variables = environment(
         devices=devices,
-        JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
+        JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=variables)
 
@@ -78,9 +78,8 @@ def run(kills: int, seed: int, devices: tuple[int, ...] = (1,),
     """
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        workdir, uninterrupted = Path(root) / "killed", Path(root) / "uninterrupted"
-        # pytest's cache has what other tests compiled
-        cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{root}/cache")
+        workdir, uninterrupted, cache = (
+            Path(root) / name for name in ("killed", "uninterrupted", "cache"))
         for kill in range(kills):
             before = committed(workdir)
             process = start(workdir, devices[kill % len(devices)], cache)

@@ -6,14 +6,12 @@ Symbols: n simulations; L draws of each posterior; m samples; D parameters.
 import warnings
 
 import numpy as np
-from joblib import parallel_config
 from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neural_network import MLPClassifier
 
 FOLDS = 5
-PROCESSES = -1  # all cores
 EPOCHS = 10_000  # at most; training stops once the loss has not fallen for ten epochs
 
 
@@ -30,11 +28,11 @@ def c2st(reference, samples) -> float:
     units = 10 * both.shape[1]
     classifier = MLPClassifier((units, units), max_iter=EPOCHS, random_state=1)
     folds = KFold(FOLDS, shuffle=True, random_state=1)
-    # The products are too small for threads, so the folds run in processes of one thread each.
-    in_processes = parallel_config("loky", n_jobs=PROCESSES, inner_max_num_threads=1)
-    with warnings.catch_warnings(), in_processes:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return float(np.mean(cross_val_score(classifier, both, is_sample, cv=folds)))
+        # The products are too small for threads: n_jobs=-1 gives each fold a process of one thread.
+        scores = cross_val_score(classifier, both, is_sample, cv=folds, n_jobs=-1)
+    return float(np.mean(scores))
 
 
 def ranks(theta, draws) -> np.ndarray:
