@@ -9,16 +9,16 @@ from tests.common import ROOT, TINY, environment, python
 PAGE = (ROOT / "docs/howto/extend.md").read_text()
 EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.S))
 DIGITS = ["--config=digits", *(f"--config.{key}={value}" for key, value in TINY.items())]
-SETTINGS = {
-    "my_source": [*DIGITS, "--config.data.source=stripes:3", "--config.evaluate.split=test"],
-    "my_encoder": ["--config=shapes:runlocal", "--config.data.text=letters:6",
-                   "--config.sample.decoder=inverse", "--config.model.transporter_blocks=1",
-                   "--config.evaluate.images=0"],
-    "my_objective": [*DIGITS, "--config.train.objective=robust"],
-    "my_backbone": [
-        *DIGITS, "--config.model.backbone=mixer", "--config.model.head=posterior",
+SETTINGS = {  # modules that train together: settings that use their parts
+    ("my_source", "my_backbone"): [
+        *DIGITS, "--config.data.source=stripes:3", "--config.evaluate.split=test",
+        "--config.model.backbone=mixer", "--config.model.head=posterior",
         "--config.train.objective=flow_matching", "--config.model.transporter_blocks=0",
         "--config.sample.decoder=euler"],
+    ("my_encoder",): ["--config=shapes:runlocal", "--config.data.text=letters:6",
+                      "--config.sample.decoder=inverse", "--config.model.transporter_blocks=1",
+                      "--config.evaluate.images=0"],
+    ("my_objective",): [*DIGITS, "--config.train.objective=robust"],
 }
 
 
@@ -29,25 +29,30 @@ def program(folder, name, *flags, check=True):
 
 
 def test_the_page_has_every_part():
-    assert set(EXAMPLES) == set(SETTINGS)
+    assert set(EXAMPLES) == {name for names in SETTINGS for name in names}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "my_objective"])
-def test_a_part_from_outside_the_package_trains(tmp_path, name):
-    train_with(tmp_path, name)
+@pytest.mark.parametrize("names", [names for names in SETTINGS if names != ("my_objective",)])
+def test_parts_from_outside_the_package_train(tmp_path, names):
+    train_with(tmp_path, *names)
 
 
-def train_with(folder, name):
-    """Trains with a part of a user's, in folder/run; without --import it is refused in one line."""
-    (folder / f"{name}.py").write_text(EXAMPLES[name])
-    program(folder, "train", f"--import={name}", f"--workdir={folder}/run", *SETTINGS[name])
+def train_with(folder, *names):
+    """Trains with a user's modules, in folder/run; without one of them, it refuses in one line."""
+    imports = [f"--import={name}" for name in names]
+    for name in names:
+        (folder / f"{name}.py").write_text(EXAMPLES[name])
+    program(folder, "train", *imports, f"--workdir={folder}/run", *SETTINGS[names])
     assert (folder / "run/evaluation.json").exists()
-    unknown = program(folder, "train", f"--workdir={folder}/other", *SETTINGS[name], check=False)
-    assert unknown.returncode == 2
-    assert "--import" in unknown.stderr
-    assert len(unknown.stderr.strip().splitlines()) == 1
-    assert not (folder / "other").exists()
+    for left_out in imports:
+        others = [flag for flag in imports if flag != left_out]
+        unknown = program(folder, "train", *others, f"--workdir={folder}/other", *SETTINGS[names],
+                          check=False)
+        assert unknown.returncode == 2
+        assert "--import" in unknown.stderr
+        assert len(unknown.stderr.strip().splitlines()) == 1
+        assert not (folder / "other").exists()
 
 
 @pytest.mark.slow
@@ -56,7 +61,7 @@ def test_loading_a_run_imports_nothing_that_was_not_named(tmp_path):
     train_with(tmp_path, "my_objective")
     (tmp_path / "my_objective.py").write_text("raise SystemExit('imported')")
     program(tmp_path, "sample", f"--workdir={tmp_path}/run", "--num=2")
-    again = program(tmp_path, "train", f"--workdir={tmp_path}/run", *SETTINGS["my_objective"],
+    again = program(tmp_path, "train", f"--workdir={tmp_path}/run", *SETTINGS["my_objective",],
                     check=False)
     assert again.returncode == 2
     assert "needs --import=MODULE, the module that registers it" in again.stderr

@@ -126,7 +126,7 @@ class _Layer(nn.Module):
             return y.reshape(*x.shape[:-1], c.heads, c.head_size)
 
         q, k, v = heads("query"), heads("key"), heads("value")
-        ones = layers.partitioned(nn.initializers.ones, (None,))
+        ones = layers.partitioned((None,), nn.initializers.ones_init)
         q = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name=f"{stream}query_norm")(q)
         k = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name=f"{stream}key_norm")(k)
         return q, k, v
@@ -253,7 +253,8 @@ class Flux2(nn.Module):
         return nn.scan(
             layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth,
             unroll=1 if c.scan else depth, in_axes=cast(Any, (nn.broadcast,) * 3),
-            metadata_params={nn.PARTITION_NAME: "layers"})(c, self.attention, name=name)
+            metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=self.is_initializing())(c, self.attention, name=name)
 
 
 def build(c: ModelConfig, double_layers: int, attention) -> Flux2:

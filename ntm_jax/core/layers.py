@@ -137,9 +137,23 @@ def _rows_dot_general(x, kernel, dimensions, **options):
     return rows.reshape(*x.shape[:-1], -1)
 
 
-def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable[..., Array]:
-    """An initialiser of parameters whose axes have logical names."""
-    return cast(Any, nn.with_logical_partitioning(init, axes))  # flax boxes and unboxes the arrays
+@functools.cache
+def _traced_once(make: Callable, *arguments) -> Callable:
+    """The initialiser make(*arguments), which jax traces once for each shape.
+
+    flax traces the initialiser of every parameter whenever it traces a module, to check the shape.
+    """
+    init = jax.jit(make(*arguments), static_argnums=(1, 2))
+    return lambda key, shape, *dtype: init(key, tuple(shape), *dtype)  # flax gives lists, too
+
+
+def partitioned(axes: tuple[str | None, ...], make: Callable, *arguments) -> Callable[..., Array]:
+    """The initialiser make(*arguments) of parameters whose axes have logical names.
+
+    Such as partitioned(("embed",), nn.initializers.normal, 0.02).
+    """
+    # flax boxes and unboxes the arrays
+    return cast(Any, nn.with_logical_partitioning(_traced_once(make, *arguments), axes))
 
 
 def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
@@ -148,20 +162,20 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
 
     scale=0 starts at zero. rows: merges all leading axes into one.
     """
-    init = nn.initializers.zeros
-    if scale:
-        init = nn.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
+    zeros = nn.initializers.zeros_init
+    init = ((nn.initializers.variance_scaling, scale, "fan_in", "truncated_normal") if scale
+            else (zeros,))
     return nn.Dense(
         features, use_bias=bias, dtype=dtype, precision=own_precision(dtype), name=name,
         dot_general=_rows_dot_general if rows else None,
-        kernel_init=partitioned(init, axes),
-        bias_init=partitioned(nn.initializers.zeros, axes[1:]),
+        kernel_init=partitioned(axes, *init),
+        bias_init=partitioned(axes[1:], zeros),
     )
 
 
 def norm(dtype, name: str, learned: bool = False):
     """Layer norm in float32, cast to dtype; `learned` adds a scale."""
-    scale_init = partitioned(nn.initializers.ones, ("embed",))
+    scale_init = partitioned(("embed",), nn.initializers.ones_init)
     return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=learned, dtype=dtype,
                         scale_init=scale_init, name=name)
 
@@ -224,7 +238,7 @@ class Attention(nn.Module):
 
         q = heads("query", width // self.head_size)
         k, v = heads("key", self.kv_heads), heads("value", self.kv_heads)
-        ones = partitioned(nn.initializers.ones, (None,))
+        ones = partitioned((None,), nn.initializers.ones_init)
         q = nn.RMSNorm(dtype=self.dtype, scale_init=ones, name="query_norm")(q)
         k = nn.RMSNorm(dtype=self.dtype, scale_init=ones, name="key_norm")(k)
         if angles is not None:
@@ -265,7 +279,7 @@ class Layer(nn.Module):
     def __call__(self, x, cache, modulation, angles, keys, index):
         """x [B, N, W], modulation [B, 6, W] -> (x, cache), as nn.scan requires."""
         width = x.shape[-1]
-        zeros = partitioned(nn.initializers.zeros, (None, "embed"))
+        zeros = partitioned((None, "embed"), nn.initializers.zeros_init)
         table = self.param("table", zeros, (6, width))
         own = (modulation + table[None])[:, :, None].astype(self.dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.moveaxis(own, 1, 0)
@@ -322,6 +336,8 @@ class Stack(nn.Module):
             layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
             unroll=1 if self.scan else self.depth, in_axes=cast(Any, (nn.broadcast,) * 5),
             metadata_params={nn.PARTITION_NAME: "layers"},
+            # The check traces the layer twice. It stays where it decides initial random numbers.
+            check_constancy_invariants=self.is_initializing(),
         )(*self._sizes(), name="layers")
         return layers(x, None, modulation, angles, keys, None)[0]
 
@@ -380,8 +396,8 @@ class Condition(nn.Module):
             h = dense(inner, (None, "embed"), jnp.float32, f"{name}_in")(features)
             total += dense(inner, ("embed", "embed_out"), jnp.float32, f"{name}_out")(nn.silu(h))
         if self.num_classes:
-            normal = nn.initializers.normal(0.02 * math.sqrt(inner))
-            init = partitioned(normal, (None, "embed"))
+            std = 0.02 * math.sqrt(inner)
+            init = partitioned((None, "embed"), nn.initializers.normal, std)
             total += nn.Embed(self.num_classes + 1, inner, embedding_init=init, name="class")(y)
         if self.embed_text:
             states = norm(jnp.float32, "text_norm")(y.states)
@@ -403,7 +419,8 @@ class Condition(nn.Module):
         """The embedding [B, inner] of a vector."""
         h = nn.silu(dense(inner, (None, "embed"), jnp.float32, "vector_in")(y.values))
         h = dense(inner, ("embed", "embed_out"), jnp.float32, "vector_out")(h)
-        init = partitioned(nn.initializers.normal(0.02 * math.sqrt(inner)), ("embed_out",))
+        std = 0.02 * math.sqrt(inner)
+        init = partitioned(("embed_out",), nn.initializers.normal, std)
         nothing = self.param("null_vector", init, (inner,))
         return jnp.where(y.given[:, None], h, nothing[None])
 
@@ -422,5 +439,5 @@ class Positions(nn.Module):
         """Returns (table [1, N, W] or 0, angles [N, C/2] or None)."""
         if self.kind == "rotary":
             return 0.0, rotary_2d(self.grid, self.head_size)
-        init = partitioned(nn.initializers.normal(self.std), (None, "embed"))
+        init = partitioned((None, "embed"), nn.initializers.normal, self.std)
         return self.param("table", init, (math.prod(self.grid), self.width))[None], None

@@ -67,7 +67,7 @@ class Trunk(nn.Module):
         c = self.config
         states = layers.norm(c.dtype, "text_norm")(text.states)
         states = layers.dense(c.width, (None, "embed"), c.dtype, "text")(states)
-        init = layers.partitioned(nn.initializers.normal(0.02), ("embed",))
+        init = layers.partitioned(("embed",), nn.initializers.normal, 0.02)
         nothing = self.param("null_text", init, (c.width,))
         first = jnp.arange(text.mask.shape[1])[None] == 0
         empty = ~jnp.any(text.mask, 1, keepdims=True) & first

@@ -34,7 +34,7 @@ class Block(nn.Module):
         c, width = self.config, self.config.transporter_width
         dtype = c.transporter_dtype
         self.embed = layers.dense(width, (None, "embed"), dtype, "embed")
-        init = layers.partitioned(nn.initializers.normal(0.02), ("embed",))
+        init = layers.partitioned(("embed",), nn.initializers.normal, 0.02)
         self.start = self.param("start", init, (width,))
         self.positions = layers.Positions(
             c.positions, c.grid, width, c.head_size, c.transporter_positions_std)
