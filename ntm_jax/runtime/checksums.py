@@ -97,27 +97,24 @@ def _sharded_sums(x, sharding: NamedSharding):
 
 
 def _both_sums(x, starts):
-    return jnp.stack([_positioned_sum(x, starts, seed) for seed in STREAMS])
-
-
-def _positioned_sum(x, starts, seed):
-    """Sum mod 2^32 of mix(bits ^ position) over the elements of x [...].
+    """uint32 [2]: sums mod 2^32 of mix(bits ^ position) over the elements of x [...].
 
     starts: the index at which this part begins in the complete array. Unsigned addition wraps
     exactly, so neither the order of summation nor the division into parts changes the result.
     """
     # mix is a bijection, so one changed element always changes the sum. It must follow the xor:
     # with the linear bits * odd(position), flips of two top bits would cancel in every stream.
-    bits = _bits(x)
-    starts = [*starts, 0][: bits.ndim]
-    position = jnp.full((1,) * bits.ndim, seed, jnp.uint32)
-    for axis, (start, size) in enumerate(zip(starts, bits.shape, strict=True)):
+    bits = _bits(x)[None]
+    starts = [*starts, 0][: bits.ndim - 1]
+    seeds = np.array(STREAMS, np.uint32).reshape(2, *(1,) * (bits.ndim - 1))
+    position = seeds
+    for axis, (start, size) in enumerate(zip(starts, bits.shape[1:], strict=True)):
         # Hashed axis by axis: a flat index would overflow beyond 2^32 elements.
-        shape = tuple(size if other == axis else 1 for other in range(bits.ndim))
-        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        shape = tuple(size if other == axis + 1 else 1 for other in range(bits.ndim))
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis + 1)
         index = index + jnp.asarray(start).astype(jnp.uint32)
-        position = position + _mix(index + _mix(jnp.uint32((seed + axis) % 2**32)))
-    return jnp.sum(_mix(bits ^ position), dtype=jnp.uint32)
+        position = position + _mix(index + _mix(seeds + np.uint32(axis)))
+    return jnp.sum(_mix(bits ^ position), tuple(range(1, bits.ndim)), dtype=jnp.uint32)
 
 
 def _bits(x):
@@ -129,7 +126,7 @@ def _bits(x):
 
 
 def _mix(x):
-    """MurmurHash3's 32-bit finalizer."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    """MurmurHash3's 32-bit finalizer, of a jax or NumPy array."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
