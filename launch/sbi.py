@@ -14,6 +14,9 @@ flags.DEFINE_integer("observations", 10, "Observations of the benchmark that are
                      lower_bound=1, upper_bound=10)
 flags.DEFINE_integer("samples", 10_000, "Samples of each that are compared with its reference.",
                      lower_bound=100, upper_bound=10_000)
+flags.DEFINE_integer("weighted", 500_000,
+                     "The most samples of each that are weighted, so that --samples of them count.",
+                     lower_bound=1)
 flags.DEFINE_integer("simulations", 1000, "Fresh simulations that calibration is measured on.",
                      lower_bound=10)
 flags.DEFINE_integer("draws", 100, "Draws of the posterior of each of these.", lower_bound=1)
@@ -26,7 +29,7 @@ def main():
 
     f = program.FLAGS
     run = api.load(f.workdir, f.step)
-    amounts = Amounts(f.observations, f.samples, f.simulations, f.draws)
+    amounts = Amounts(f.observations, f.samples, f.weighted, f.simulations, f.draws)
     write_benchmark(*benchmark(run, amounts), hub.results_folder(f.workdir))
 
 

@@ -163,12 +163,13 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
     scale=0 starts at zero. rows: merges all leading axes into one.
     """
     zeros = nn.initializers.zeros_init
-    init = ((nn.initializers.variance_scaling, scale, "fan_in", "truncated_normal") if scale
-            else (zeros,))
+    scaled = nn.initializers.variance_scaling
+    init = (partitioned(axes, scaled, scale, "fan_in", "truncated_normal") if scale
+            else partitioned(axes, zeros))
     return nn.Dense(
         features, use_bias=bias, dtype=dtype, precision=own_precision(dtype), name=name,
         dot_general=_rows_dot_general if rows else None,
-        kernel_init=partitioned(axes, *init),
+        kernel_init=init,
         bias_init=partitioned(axes[1:], zeros),
     )
 

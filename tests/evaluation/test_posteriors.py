@@ -101,6 +101,7 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (result["task"], result["calibration"]["simulations"]) == ("two_moons", 11)
     assert [row["observation"] for row in result["observations"]] == [1, 2]
+    assert all(row["weighted"] >= 240 for row in result["observations"])
     before, _ = drawn.samples[0]
     assert 0 < len(before) <= 120
     assert (np.abs(before) <= 1).all()  # the prior's support
@@ -109,6 +110,15 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
         assert 0 < result[name]["mean"] <= 1
         assert f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}" in printed
     assert drawn.ranks.shape == (11, 2)
+
+
+@pytest.mark.parametrize("most", [240, 20_000])
+def test_more_samples_are_weighted_where_few_count(run, most):
+    amounts = benchmark.Amounts(samples=120, weighted=most)
+    found = benchmark._weighted(run, lambda theta: -40 * np.sum(theta**2, 1), [0.1, 0.3], amounts)
+    assert 240 <= len(found.samples) <= most
+    enough = found.effective_sample_size > 90  # about the 120 that are drawn by weight
+    assert enough == (most > 240)
 
 
 def test_draws_belong_to_their_simulation_in_any_batch(run, monkeypatch):

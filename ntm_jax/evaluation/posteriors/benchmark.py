@@ -5,6 +5,8 @@ Symbols: n simulations; L draws of each posterior; m samples; D parameters; E nu
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -17,13 +19,13 @@ from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
-from ntm_jax.sampling.reweight import reweight
+from ntm_jax.sampling.reweight import Reweighted, reweight
 
 FIGURES = {  # of an observation, and their titles
     "c2st": "C2ST", "c2st_reweighted": "reweighted", "effective_share": "effective share",
     "share_in_prior": "share in prior", "log_evidence": "log evidence"}
 BATCH = 2000  # draws at once
-PROPOSALS = 2  # weighted samples for each one that is resampled, so that few come twice
+PROPOSALS = 2  # weighted samples for each one that is drawn by weight, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Amounts:
     """How much is drawn.
 
     observations: of the benchmark, at most 10. samples: for each of them, as many as are compared.
-    simulations: fresh ones, for calibration. draws: of the posterior of each of these.
+    weighted: the most that are drawn and weighted for each, beyond twice `samples`. simulations:
+    fresh ones, for calibration. draws: of the posterior of each of these.
     """
 
     observations: int = references.OBSERVATIONS
     samples: int = 10_000
+    weighted: int = 500_000
     simulations: int = 1000
     draws: int = 100
 
@@ -50,7 +54,7 @@ def benchmark(run: Run, amounts: Amounts, progress: bool = True) -> tuple[dict, 
     given = [references.read(task, number + 1) for number in range(amounts.observations)]
     rows, samples = [], []
     for number, reference in enumerate(track(given, "observations", "done", show=progress), 1):
-        row, drawn = _observation(run, task, reference, amounts.samples)
+        row, drawn = _observation(run, task, reference, amounts)
         rows.append({"observation": number, **row})
         samples.append(drawn)
     theta, draws = posterior_draws(run, task, amounts, progress)
@@ -62,24 +66,23 @@ def benchmark(run: Run, amounts: Amounts, progress: bool = True) -> tuple[dict, 
     return result, plots.Drawn([r.samples for r in given], samples, ranks, shares)
 
 
-def _observation(run: Run, task: str, reference: references.Reference, m: int):
+def _observation(run: Run, task: str, reference: references.Reference, amounts: Amounts):
     """The scores of one observation, and its samples before and after weighting.
 
     Before: those inside the prior's support, up to m, [<= m, D]. After: [m, D].
     """
+    m = amounts.samples
     if m > len(reference.samples):
         raise UserError(f"{m} samples are compared with the reference posterior's "
                         f"{len(reference.samples)}: expected at most as many")
-    options = run.config.sample.options
-    given = generate.check_condition(run, PROPOSALS * m, reference.x)
     simulator, known = tasks.find(task), reference.samples[:m]
     log_joint = functools.partial(simulator.log_joint, reference.x)
-    found = reweight(run, log_joint, given, PROPOSALS * m, options)
+    found = _weighted(run, log_joint, reference.x, amounts)
     in_prior = np.isfinite(simulator.log_prior(found.samples))
     if in_prior.sum() < scores.FOLDS:
         raise UserError(f"{in_prior.sum()} of {len(in_prior)} samples lie in the prior's support: "
                         "train the run for longer")
-    order = np.random.default_rng(run.config.seed).permutation(PROPOSALS * m)[:m]
+    order = np.random.default_rng(run.config.seed).permutation(len(found.samples))[:m]
     before, after = found.samples[in_prior][:m], found.resampled[order]
     return {
         "c2st": scores.c2st(known[: len(before)], before),
@@ -87,7 +90,23 @@ def _observation(run: Run, task: str, reference: references.Reference, m: int):
         "effective_share": found.effective_sample_size / len(found.samples),
         "share_in_prior": float(in_prior.mean()),
         "log_evidence": found.log_evidence,
+        "weighted": len(found.samples),
     }, (before, after)
+
+
+def _weighted(run: Run, log_joint: Callable, x, amounts: Amounts) -> Reweighted:
+    """So many weighted samples that those drawn by weight are hardly copies of each other.
+
+    Their effective number is about amounts.samples, unless that takes more than amounts.weighted.
+    """
+    def draw(n: int) -> Reweighted:
+        given = generate.check_condition(run, n, x)
+        return reweight(run, log_joint, given, n, run.config.sample.options)
+
+    found = draw(PROPOSALS * amounts.samples)
+    share = found.effective_sample_size / len(found.samples)
+    more = min(math.ceil(amounts.samples / share), amounts.weighted)
+    return draw(more) if more > len(found.samples) else found
 
 
 def posterior_draws(run: Run, task: str, amounts: Amounts, progress: bool = True):
