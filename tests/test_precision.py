@@ -307,7 +307,8 @@ def write_products(topology: str, out: str) -> None:
                    "trajectories": 2, "steps": 2}
         scores = {name: compile.Program(scoring.weigh_batch, (*sampler.arguments[:2], batch),
                                         options | {"model": model}, 4)
-                  for name, model in (("score", exact(run.model)), ("plain", run.model))}
+                  for name, model in (("score", exact(run.model)), ("plain", run.model))
+                  if name == "score" or dtype == "float32"}
         for name, program in ({"sample": sampler} | scores).items():
             with chosen.tracing(), sharding.use(mesh):
                 compiled = program.trace().lower().compile(chosen.compiler_options)
