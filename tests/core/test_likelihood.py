@@ -20,7 +20,13 @@ def pixels(pixel_levels):
     return jnp.asarray(np.linspace(-1, 1, pixel_levels), jnp.float32)
 
 
+# Compiled, since eager operations compile one by one.
 log_discretized_normal = jax.jit(likelihood.log_discretized_normal, static_argnums=3)
+log_reconstruction = jax.jit(likelihood.log_reconstruction, static_argnums=3)
+contributions = jax.jit(likelihood.contributions, static_argnums=4)
+log_weight = jax.jit(likelihood.log_weight)
+levels = jax.jit(trajectory.levels, static_argnums=(0, 2, 3))
+start, simulate = jax.jit(trajectory.start), jax.jit(trajectory.simulate)
 
 
 def log_bins(mean, scale, pixel_levels):
@@ -62,7 +68,7 @@ def test_discretised_normal_far_into_the_tails(pixel_levels, scale):
 
 def test_the_outermost_bins_are_open():
     # half a bin is 1/16: N(0, 1) below -1 + 1/16 and above 1 - 1/16
-    ends = likelihood.log_discretized_normal(jnp.array([-1.0, 1.0]), 0.0, 1.0, 17)
+    ends = log_discretized_normal(jnp.array([-1.0, 1.0]), 0.0, 1.0, 17)
     expected = math.log(0.5 * math.erfc((1 - 1 / 16) / math.sqrt(2)))
     np.testing.assert_allclose(ends, expected, rtol=1e-6)  # one float32 log_ndtr
 
@@ -71,8 +77,8 @@ def test_the_reconstruction_is_a_gaussian_about_the_scaled_noisy_image():
     rng = np.random.default_rng(0)
     x = pixels(17)[rng.integers(17, size=(2, 3, 2))]
     t_0 = jnp.array([0.02, 0.2])
-    x_0 = trajectory.start(x, t_0, jnp.asarray(rng.normal(size=x.shape), jnp.float32))
-    found = likelihood.log_reconstruction(x, x_0, t_0, 17)
+    x_0 = start(x, t_0, rng.normal(size=x.shape).astype(np.float32))
+    found = log_reconstruction(x, x_0, t_0, 17)
     for i, t in enumerate((0.02, 0.2)):
         bins = np.rint((np.asarray(x[i]) + 1) * 8).astype(int)
         mean = np.asarray(x_0[i], np.float64) / (1 - t)
@@ -90,19 +96,19 @@ def log_gaussian(x, mean, variance):
 def drawn():
     """x of 17 pixel values [B, N, D], trajectories [B, K, N, D] of it and their levels [B, K]."""
     rng = np.random.default_rng(1)
-    t = trajectory.levels(4, jnp.array([0.02, 0.05, 0.2]), "linear", 0.0)
+    t = levels(4, np.float32([0.02, 0.05, 0.2]), "linear", 0.0)
     x = pixels(17)[rng.integers(17, size=(3, 4, 2))]
-    noise = jnp.asarray(rng.normal(size=(3, 5, 4, 2)), jnp.float32)
-    return x, trajectory.simulate(x, t, noise), t
+    noise = rng.normal(size=(3, 5, 4, 2)).astype(np.float32)
+    return x, simulate(x, t, noise), t
 
 
 @pytest.mark.parametrize("pixel_levels", [0, 17])
 def test_contributions_by_hand(drawn, pixel_levels):
     x, xs, t = drawn
     rng = np.random.default_rng(2)
-    quadratic, log_scale, log_det = jnp.asarray(rng.normal(size=(3, 3, 4)), jnp.float32)
+    quadratic, log_scale, log_det = rng.normal(size=(3, 3, 4)).astype(np.float32)
     terms = Terms(quadratic, log_scale, log_det, 2.5)
-    parts = likelihood.contributions(terms, xs, x, t, pixel_levels)
+    parts = contributions(terms, xs, x, t, pixel_levels)
     s, xs_, x_ = (np.asarray(a, np.float64) for a in (np.asarray(t)[:, :, None, None], xs, x))
     start = log_gaussian(xs[:, 0], (1 - s[:, 0]) * x_, s[:, 0] ** 2) if pixel_levels else 0
     forward = start + sum(
@@ -117,7 +123,7 @@ def test_contributions_by_hand(drawn, pixel_levels):
         "forward": -forward,
     }
     if pixel_levels:
-        reconstruction = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], pixel_levels)
+        reconstruction = log_reconstruction(x, xs[:, 0], t[:, 0], pixel_levels)
         expected["reconstruction"] = reconstruction
     assert parts.keys() == expected.keys()
     assert parts["forward"].shape == (3, 5)
@@ -129,7 +135,7 @@ def test_contributions_by_hand(drawn, pixel_levels):
         np.testing.assert_allclose(summed[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
     total = sum(np.asarray(value).reshape(3, -1).sum(1) for value in expected.values())
     # terms of up to 400
-    np.testing.assert_allclose(likelihood.log_weight(parts), total, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(log_weight(parts), total, rtol=1e-5, atol=1e-4)
 
 
 def gaussian_terms(xs, t, mean, variance):
@@ -155,15 +161,15 @@ def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_
     x, xs, t = drawn
     mean, variance = 0.3, 0.4
     terms = gaussian_terms(xs, t, mean, variance)
-    log_w = likelihood.log_weight(likelihood.contributions(terms, xs, x, t, 0))
+    log_w = log_weight(contributions(terms, xs, x, t, 0))
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = log_gaussian(xs[:, 0], (1 - t_0) * mean, (1 - t_0) ** 2 * variance + t_0**2)
     # float32 sums of some tens of nats over 8 dimensions: method, section 9, gives 4e-6 a dimension
     np.testing.assert_allclose(log_w / 8, expected / 8, atol=1e-5)
     # pixels add the ratio of decoder and encoder
-    pixel = likelihood.log_weight(likelihood.contributions(terms, xs, x, t, 17))
+    pixel = log_weight(contributions(terms, xs, x, t, 17))
     encoder = log_gaussian(xs[:, 0], (1 - t_0) * np.asarray(x), t_0**2)
-    ratio = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], 17) - encoder
+    ratio = log_reconstruction(x, xs[:, 0], t[:, 0], 17) - encoder
     np.testing.assert_allclose((pixel - log_w) / 8, ratio / 8, atol=1e-5)
 
 
@@ -191,8 +197,8 @@ def true_conditionals(t, mean, variance):
 def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true(steps, schedule):
     mean, variance, rng = 0.3, 0.4, np.random.default_rng(5)
     x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
-    t = trajectory.levels(steps, jnp.full(16, 0.02), schedule, 0.5)
-    x_0 = trajectory.start(x, t[:, 0], jnp.asarray(rng.normal(size=x.shape), jnp.float32))
+    t = levels(steps, np.full(16, 0.02, np.float32), schedule, 0.5)
+    x_0 = start(x, t[:, 0], rng.normal(size=x.shape).astype(np.float32))
 
     def draw(number):
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (16, steps, 8, 3))
@@ -213,7 +219,7 @@ def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true
 def test_with_the_bayes_decoder_the_bound_on_the_clean_data_is_exact(monkeypatch):
     mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
     x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
-    t = trajectory.levels(4, jnp.full(16, t_0), "linear", 0.0)
+    t = levels(4, np.full(16, t_0, np.float32), "linear", 0.0)
     p = 1 / (1 / variance + (1 - t_0) ** 2 / t_0**2)
 
     def bayes(x, x_0, t_0, pixel_levels):
@@ -245,7 +251,7 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
     """The model's x is N(mean, variance + 2 s^2), s the decoder's deviation: the limit of many."""
     mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
     x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(64, 1, 2)), jnp.float32)
-    t = trajectory.levels(4, jnp.full(64, t_0), "linear", 0.0)
+    t = levels(4, np.full(64, t_0, np.float32), "linear", 0.0)
     s = t_0 / (1 - t_0)
 
     def draw(number):
@@ -269,8 +275,8 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
 
 def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
     mean, variance, rng = 0.3, 0.4, np.random.default_rng(7)
-    t = trajectory.levels(4, jnp.full(6, 0.02), "linear", 0.0)[:, 2:]
-    points = jnp.asarray(rng.normal(size=(6, 8, 3)), jnp.float32)
+    t = levels(4, np.full(6, 0.02, np.float32), "linear", 0.0)[:, 2:]
+    points = rng.normal(size=(6, 8, 3)).astype(np.float32)
 
     def draw(number):
         return trajectory.extend(points, t, jax.random.normal(jax.random.key(number), (6, 2, 8, 3)))
@@ -286,13 +292,13 @@ def test_a_new_model_weighs_gaussian_data_exactly(tiny, schedule):
     new = tiny(new=True, transporter_blocks=0)
     r, config = new.config.data_std, new.config
     rng = np.random.default_rng(3)
-    x, noise = (jnp.asarray(rng.normal(size=(8, *shape, config.tokens, config.dim)), jnp.float32)
+    x, noise = (rng.normal(size=(8, *shape, config.tokens, config.dim)).astype(np.float32)
                 for shape in ((), (5,)))
-    t = trajectory.levels(4, jnp.linspace(1e-3, 0.1, 8), schedule,
-                          trajectory.default_shift(config.tokens))
-    xs = trajectory.simulate(r * x, t, noise)
-    log_w = likelihood.log_weight(
-        likelihood.contributions(new(xs, t, jnp.full(8, 4), jnp.zeros(8, int)), xs, r * x, t, 0))
+    t = levels(4, np.linspace(1e-3, 0.1, 8, dtype=np.float32), schedule,
+               trajectory.default_shift(config.tokens))
+    xs = simulate(r * x, t, noise)
+    log_w = log_weight(
+        contributions(new(xs, t, jnp.full(8, 4), jnp.zeros(8, int)), xs, r * x, t, 0))
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = log_gaussian(xs[:, 0], 0, (1 - t_0) ** 2 * r**2 + t_0**2)
     # Exact except for float32 rounding: 4e-6 nats a dimension by method, section 9, and more at
