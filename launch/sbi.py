@@ -15,7 +15,8 @@ flags.DEFINE_integer("observations", 10, "Observations of the benchmark that are
 flags.DEFINE_integer("samples", 10_000, "Samples of each that are compared with its reference.",
                      lower_bound=100, upper_bound=10_000)
 flags.DEFINE_integer("weighted", 500_000,
-                     "The most samples of each that are weighted, so that --samples of them count.",
+                     "The most samples of each that are weighted, so that --samples of them count; "
+                     "never fewer than twice --samples.",
                      lower_bound=1)
 flags.DEFINE_integer("simulations", 1000, "Fresh simulations that calibration is measured on.",
                      lower_bound=10)

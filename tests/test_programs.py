@@ -273,6 +273,7 @@ def test_an_experiment_of_latents_runs_from_start_to_end(tmp_path):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"samples.png", "trajectories.png", "loss.png", "evaluation.json",
             "evaluation.png"} <= names
+    assert "densities.png" not in names  # of planar data alone
     assert "bits_per_dim" not in json.loads((tmp_path / "run/evaluation.json").read_text())
     refused = program("evaluate", f"--workdir={tmp_path}/run", "--unit=bits", check=False)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

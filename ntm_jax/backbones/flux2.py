@@ -11,7 +11,7 @@ W = H C width, H heads, C head size.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -246,15 +246,10 @@ class Flux2(nn.Module):
         return nn.with_logical_constraint(out, ("batch", None, "embed_activation"))
 
     def _stack(self, layer, depth: int, name: str):
-        """`depth` layers with parameters stacked along a leading axis, scanned or unrolled."""
+        """`depth` layers of a class, scanned or unrolled."""
         c = self.config
-        policy = layers.REMAT[c.remat]
-        layer = layer if policy is None else nn.remat(layer, prevent_cse=False, policy=policy)
-        return nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth,
-            unroll=1 if c.scan else depth, in_axes=cast(Any, (nn.broadcast,) * 3),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=self.is_initializing())(c, self.attention, name=name)
+        stack = layers.stacked(layer, depth, c.remat, c.scan, 3, self.is_initializing())
+        return stack(c, self.attention, name=name)
 
 
 def build(c: ModelConfig, double_layers: int, attention) -> Flux2:

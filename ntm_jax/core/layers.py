@@ -162,15 +162,13 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
 
     scale=0 starts at zero. rows: merges all leading axes into one.
     """
-    zeros = nn.initializers.zeros_init
-    scaled = nn.initializers.variance_scaling
-    init = (partitioned(axes, scaled, scale, "fan_in", "truncated_normal") if scale
-            else partitioned(axes, zeros))
+    zeros, scaled = nn.initializers.zeros_init, nn.initializers.variance_scaling
+    kernel_init = (partitioned(axes, scaled, scale, "fan_in", "truncated_normal") if scale
+                   else partitioned(axes, zeros))
     return nn.Dense(
         features, use_bias=bias, dtype=dtype, precision=own_precision(dtype), name=name,
         dot_general=_rows_dot_general if rows else None,
-        kernel_init=init,
-        bias_init=partitioned(axes[1:], zeros),
+        kernel_init=kernel_init, bias_init=partitioned(axes[1:], zeros),
     )
 
 
@@ -310,6 +308,22 @@ REMAT = {  # what the backward pass finds saved, in numbers for each token and l
 }
 
 
+def stacked(layer, depth: int, remat: str, scan: bool, inputs: int, initializing: bool) -> Any:
+    """The class `layer`, applied `depth` times, with parameters stacked along an axis `layers`.
+
+    It is scanned or unrolled, with the same numbers. inputs: how many inputs its __call__ has
+    beside x, the same for all layers. initializing: whether it makes its parameters.
+    """
+    policy = REMAT[remat]
+    layer = layer if policy is None else nn.remat(layer, prevent_cse=False, policy=policy)
+    return nn.scan(
+        layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth,
+        unroll=1 if scan else depth, in_axes=cast(Any, (nn.broadcast,) * inputs),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+        # The check traces the layer twice. It stays where it decides initial random numbers.
+        check_constancy_invariants=initializing)
+
+
 class Stack(nn.Module):
     """`depth` layers over [B, N, W], with parameters stacked along a leading axis `layers`.
 
@@ -331,15 +345,8 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x, modulation, angles=None, keys=None):
         """x [B, N, W], modulation [B, 6, W], keys [B, N] -> [B, N, W]."""
-        policy = REMAT[self.remat]
-        layer = Layer if policy is None else nn.remat(Layer, prevent_cse=False, policy=policy)
-        layers = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
-            unroll=1 if self.scan else self.depth, in_axes=cast(Any, (nn.broadcast,) * 5),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-            # The check traces the layer twice. It stays where it decides initial random numbers.
-            check_constancy_invariants=self.is_initializing(),
-        )(*self._sizes(), name="layers")
+        stack = stacked(Layer, self.depth, self.remat, self.scan, 5, self.is_initializing())
+        layers = stack(*self._sizes(), name="layers")
         return layers(x, None, modulation, angles, keys, None)[0]
 
     def _sizes(self):

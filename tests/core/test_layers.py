@@ -135,6 +135,19 @@ def test_scan_and_remat_change_no_number(stacked, scan, remat):
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1, np.abs(b).max()))
 
 
+def test_a_layer_is_traced_once(stacked):
+    traced = []
+
+    def attention(*arguments, **options):
+        traced.append(arguments)
+        return layers.plain_attention(*arguments, **options)
+
+    for scan in (False, True):
+        jax.eval_shape(stack(scan=scan, attention=attention).apply, *stacked)
+        assert len(traced) == 1
+        traced.clear()
+
+
 def test_cached_steps_equal_the_full_sequence(stacked):
     params, x, modulation, angles = stacked
     expected = compiled(stack())(params, x, modulation, angles)
