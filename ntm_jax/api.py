@@ -48,9 +48,10 @@ class Run(base.Run):
     """A trained run: its parameters at a step, and what can be asked of them.
 
     Conditions: label is one class, by its name or number, classes [n], or for a model of texts
-    layers.Text with states [n, M, E] and mask [n, M]. condition is one vector [E] or vectors [n, E]
-    in their own units, for a model that is conditioned on vectors. All methods raise UserError for
-    a condition that the model does not have, and for images or options that do not fit.
+    core.conditions.Text with states [n, M, E] and mask [n, M]. condition is one vector [E] or
+    vectors [n, E] in their own units, for a model that is conditioned on vectors. All methods raise
+    UserError for a condition that the model does not have, and for images or options that do not
+    fit.
     """
 
     def sample(self, n: int, label=None, prompts=None, seed: int | None = None,
@@ -93,7 +94,7 @@ class Run(base.Run):
         return generate.sample_at(self, index, condition, chosen, seed, with_levels)
 
     def text(self, captions):
-        """The states of captions, in the encoder of the run, as layers.Text for n of them."""
+        """The states of captions, in the encoder of the run, as conditions.Text for n of them."""
         return prompts.states(prompts.open_encoder(self), captions)
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,

@@ -19,8 +19,8 @@ from scipy import stats
 
 import ntm_jax
 from ntm_jax.api import Run
-from ntm_jax.core.layers import Vector, null
 from ntm_jax.core.model import exact
+from ntm_jax.core.transformer.conditions import Vector, null
 from ntm_jax.data import sources
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, config, sharding

@@ -35,8 +35,8 @@ from ntm_jax.analysis import benchmark, hlo, report
 from ntm_jax.analysis.hlo.arrays import largest
 from ntm_jax.analysis.memory import advice, bytes_per_chip, out_of_memory
 from ntm_jax.analysis.report import Compiled
-from ntm_jax.core.layers import Text, Vector
 from ntm_jax.core.model import exact
+from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, first_line

@@ -42,7 +42,7 @@ def out_of_memory(error, arguments: float) -> dict:
 def saved_per_token(config: Config, width: int, remat: str) -> int:
     """Numbers per token that a layer of a width keeps for the backward pass.
 
-    See core.layers.REMAT. The figure for remat "none" is an estimate.
+    See core.transformer.layers.REMAT. The figure for remat "none" is an estimate.
     """
     m = config.model
     keys, wide = 2 * m.kv_heads * m.head_size, m.mlp_ratio * width

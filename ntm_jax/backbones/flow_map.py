@@ -15,9 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.core import flow_matching, layers, trajectory
+from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.predictor import Trunk
 from ntm_jax.core.trajectory import per_example
+from ntm_jax.core.transformer import layers
 
 FINEST = 6  # an interval of training is 2^-i of the whole, i = 0..FINEST
 DIVERGENCE_WEIGHT = 0.1  # of the squared error of the divergence per dimension, beside velocity's

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from ntm_jax.core import layers
 from ntm_jax.core.config import ModelConfig
+from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.core.transformer.conditions import Text, sinusoidal
 from ntm_jax.errors import UserError
 
 TIME_FEATURES = 256  # cosines and sines of 1000 t that embed t
@@ -75,7 +77,7 @@ def rotary(config: Flux2Config, text_tokens: int):
 def rotate(x, turn):
     """x [B, S, H, C] rotated by (cos, sin) [S, C/2]; channels 2i and 2i+1 are a pair.
 
-    In layers.rotate channels i and i + C/2 are.
+    In core.transformer.attention.rotate channels i and i + C/2 are.
     """
     cos, sin = (a[None, :, None] for a in turn)
     first, second = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
@@ -193,13 +195,13 @@ class SingleLayer(_Layer):
 
 
 class Flux2(nn.Module):
-    """The network. attention: a function like layers.plain_attention."""
+    """The network. attention: a function like plain_attention."""
 
     config: Flux2Config
-    attention: Callable = layers.plain_attention
+    attention: Callable = plain_attention
 
     @nn.compact
-    def __call__(self, x, t, y: layers.Text):
+    def __call__(self, x, t, y: Text):
         """x [B, N, D] at levels t [B] in [0, 1], text y -> (velocity, hidden states).
 
         velocity: [B, N, D] float32, a linear projection of the hidden states [B, N, W] in the
@@ -231,7 +233,7 @@ class Flux2(nn.Module):
 
     def _time(self, t):
         """t [B] -> silu of its embedding, [B, W] float32, from which modulations are projected."""
-        width, features = self.config.width, layers.sinusoidal(1000 * t, TIME_FEATURES)
+        width, features = self.config.width, sinusoidal(1000 * t, TIME_FEATURES)
         h = layers.dense(width, (None, "embed"), jnp.float32, "time_in", bias=False)(features)
         out = layers.dense(width, ("embed", "embed_out"), jnp.float32, "time_out", bias=False)
         h = out(nn.silu(h))

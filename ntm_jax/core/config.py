@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ntm_jax.core import layers
+from ntm_jax.core.transformer import layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ModelConfig:
     flat: bool = False  # see layers.Stack
     condition_width: int = 0  # E of vector conditions; 0 without
     condition_shift: bool = False  # subtracts a linear function of the vector; see NTM._centre
-    precision: str | None = None  # of float32 products; see layers.precision and exact
+    precision: str | None = None  # of float32 products; see precision and exact
 
     def __post_init__(self):
         for name, value, choices in (

@@ -14,10 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.core import layers, trajectory
+from ntm_jax.core import trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.predictor import Trunk, bounded
 from ntm_jax.core.trajectory import per_example
+from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer.conditions import Condition
+from ntm_jax.core.transformer.precision import at_config_precision
 
 
 class Velocity(Trunk):
@@ -49,11 +52,11 @@ class Posterior(nn.Module):
     backbone: nn.Module
 
     @nn.compact
-    @layers.at_config_precision
+    @at_config_precision
     def __call__(self, u, t, s, steps, y):
         """u [B, N, D] at level t [B] -> mean and log-scale [B, N, D] at level s [B] < t."""
         velocity, hidden = self.backbone(u, t, y)
-        condition = layers.Condition(
+        condition = Condition(
             hidden.shape[-1], 0, len(self.config.steps) > 1, rows=2, name="condition")
         shift, scale = jnp.moveaxis(condition((t, s), steps, None)[:, :, None], 1, 0)
         project = layers.dense(self.config.dim, ("embed", None), jnp.float32, "project", scale=0)

@@ -1,7 +1,7 @@
 """NTM: transporter and predictor, wired into the log-likelihood terms of a trajectory.
 
 Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition:
-labels [B], layers.Text or layers.Vector.
+labels [B], conditions.Text or conditions.Vector.
 """
 
 from typing import Any
@@ -11,11 +11,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.core import layers
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.flow_matching import Posterior
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import LOG_2PI, log_normal, per_example
+from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.core.transformer.precision import at_config_precision
 from ntm_jax.core.transporter import TOLERANCE, Transporter
 
 
@@ -45,7 +47,7 @@ class NTM(nn.Module):
     """A Normalizing Trajectory Model: p(x_0..x_T) = N(x_T; 0, I) prod_k p(x_k | x_{k+1})."""
 
     config: ModelConfig
-    attention: Any = layers.plain_attention
+    attention: Any = plain_attention
     backbone: Any = None  # of the posterior head; see core.flow_matching
 
     def setup(self):
@@ -77,7 +79,7 @@ class NTM(nn.Module):
         x = u + self._centre(u, t, y) if self.config.condition_shift else u
         return x, sweeps, log_det
 
-    @layers.at_config_precision
+    @at_config_precision
     def _centre(self, like, t, y):
         """(1 - t) (W y + b) with W and b learned, [B, N, D].
 

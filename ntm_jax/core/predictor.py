@@ -11,9 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ntm_jax.core import layers
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.trajectory import per_example, posterior
+from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer.conditions import Condition
+from ntm_jax.core.transformer.precision import at_config_precision
 
 LOG_SCALE_BOUND = 10.0  # soft; a clean level needs 5 or 6 (method, section 7)
 
@@ -41,7 +43,7 @@ class Trunk(nn.Module):
         keys = None
         if c.text_width:
             hidden, angles, keys = self._after_text(y, hidden, angles)
-        condition = layers.Condition(
+        condition = Condition(
             c.width, c.num_classes, embed_steps, vector_width=c.condition_width, name="condition")
         modulation = condition(times, steps, y)
         stack = layers.Stack(
@@ -87,7 +89,7 @@ class Predictor(Trunk):
     """
 
     @nn.compact
-    @layers.at_config_precision
+    @at_config_precision
     def __call__(self, u, t, s, steps, y):
         """u [B, N, D] at level t [B] -> mean and log-scale of the latent at level s [B] < t.
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core.flow_matching import guidance_by_step
-from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM, log_prior, repeat
 from ntm_jax.core.trajectory import example_noise
+from ntm_jax.core.transformer.conditions import null
 from ntm_jax.core.transporter import TOLERANCE
 
 

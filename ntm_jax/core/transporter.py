@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.core import layers
 from ntm_jax.core.config import ModelConfig
+from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer.conditions import Condition
+from ntm_jax.core.transformer.precision import at_config_precision
 
 # parallel inverts all tokens at once, by sweeps; sequential token by token, with a KV cache.
 INVERSES = ("parallel", "sequential")
@@ -204,12 +206,12 @@ class Transporter(nn.Module):
 
     def setup(self):
         c = self.config
-        self.condition = layers.Condition(
+        self.condition = Condition(
             c.transporter_width, c.num_classes, len(c.steps) > 1, embed_text=c.transporter_text,
             vector_width=c.condition_width)
         self.blocks = [Block(c, i % 2 == 1, self.attention) for i in range(c.transporter_blocks)]
 
-    @layers.at_config_precision
+    @at_config_precision
     def __call__(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] -> (u [B, N, D], log|det du/dx| [B] in nats)."""
         modulation = self.condition((t,), steps, y)
@@ -219,7 +221,7 @@ class Transporter(nn.Module):
             log_det += block_log_det
         return x, log_det
 
-    @layers.at_config_precision
+    @at_config_precision
     def inverse(self, u, t, steps, y, how="sequential", tolerance=TOLERANCE):
         """u [B, N, D] -> (x [B, N, D], sweeps [B, blocks], int32, log|det dx/du| [B] in nats).
 

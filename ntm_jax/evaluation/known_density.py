@@ -18,9 +18,10 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.backbones import flow_map
-from ntm_jax.core import flow_matching, layers, likelihood, trajectory
+from ntm_jax.core import flow_matching, likelihood, trajectory
 from ntm_jax.core.model import exact
 from ntm_jax.core.trajectory import Schedule
+from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -159,7 +160,7 @@ def solutions(run: Run, trajectories: int) -> list[Estimator]:
             probes = None if exactly else flow_matching.rademacher(
                 trajectory.example_keys(root, "evaluate/probes", batch["index"]), 1, x_0.shape[1:])
             t = _uniform_levels(run, evaluations // (2 if heun else 1), len(x_0))
-            with layers.precision("highest"):
+            with precision("highest"):
                 return {method: flow_matching.ode_log_density(
                     _backbone(run), x_0, t, build.condition(run.model, batch), heun, probes)}
 
@@ -174,7 +175,7 @@ def flow_map_estimates(run: Run, trajectories: int) -> list[Estimator]:
     """F2D2's estimate, and as a reference the ODE of the same network's velocity by Heun."""
     def estimator(evaluations: int) -> Estimator:
         def compute(root, x_0, batch):
-            with layers.precision("highest"):
+            with precision("highest"):
                 return {"F2D2": flow_map.log_density(
                     run.model.backbone, flow_matching.backbone_params(run.params), x_0,
                     _uniform_levels(run, evaluations, len(x_0)),

@@ -8,10 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.core import denoising, flow_matching, layers, trajectory
+from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.denoising import Teacher
 from ntm_jax.core.model import exact
 from ntm_jax.core.trajectory import Schedule
+from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data.sources import Source
 from ntm_jax.evaluation import scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr
@@ -71,7 +72,7 @@ def _velocity_errors(params, root, batch, *, schedule: Schedule, model, draws):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         share = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(own)
         t = schedule.at((number + share) / draws)
-        with layers.precision(model.config.precision):
+        with precision(model.config.precision):
             return total + flow_matching.velocity_errors(
                 model.backbone, flow_matching.backbone_params(params), x,
                 trajectory.example_noise(own, x.shape[1:]), t, y), None

@@ -24,8 +24,8 @@ import safetensors.numpy
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.core.layers import Text, Vector
 from ntm_jax.core.model import exact
+from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec, spec_to_json
 from ntm_jax.errors import UserError

@@ -1,7 +1,7 @@
 """Attention chosen by the mesh's devices: splash on TPU, cuDNN on NVIDIA, else XLA's products.
 
-An attention has the signature of core.layers.plain_attention, and is sharded over the mesh. Shapes
-and dtypes that a kernel does not support use plain attention.
+An attention has the signature of plain_attention in core/transformer, and is sharded over the mesh.
+Shapes and dtypes that a kernel does not support use plain attention.
 
 Symbols: B batch, N tokens, H heads, C head size.
 """
@@ -15,12 +15,8 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ntm_jax.core.layers import (
-    blockwise_attention,
-    own_precision,
-    plain_attention,
-    precision,
-)
+from ntm_jax.core.transformer.attention import blockwise_attention, plain_attention
+from ntm_jax.core.transformer.precision import own_precision, precision
 from ntm_jax.runtime import sharding
 
 QUERIES = PartitionSpec(*sharding.BATCH, "sequence", "tensor")
@@ -32,7 +28,7 @@ SPLASH_BLOCKS = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "bloc
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Attention by a kernel, called as core.layers.plain_attention is.
+    """Attention by a kernel, called as core.transformer.attention.plain_attention is.
 
     kind: splash or cudnn. interpret: runs splash without a TPU, for tests.
     """

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from ntm_jax import backbones
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.layers import Text, Vector, plain_attention
 from ntm_jax.core.model import NTM
 from ntm_jax.core.predictor import Predictor
+from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding

@@ -10,8 +10,8 @@ import math
 
 from ntm_jax import backbones, files, typed
 from ntm_jax.core import trajectory
-from ntm_jax.core.layers import REMAT
 from ntm_jax.core.trajectory import Schedule, default_shift
+from ntm_jax.core.transformer.layers import REMAT
 from ntm_jax.core.transporter import INVERSES
 from ntm_jax.data import sources
 from ntm_jax.data.sources import Source

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core import denoising, flow_matching, layers, sampling
-from ntm_jax.core.layers import Text, Vector, null
+from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.model import NTM, exact
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, per_example
+from ntm_jax.core.transformer.conditions import Text, Vector, null
+from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data import transforms
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
@@ -78,7 +79,7 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sa
         noise = example_noise(keys, (model.config.tokens, model.config.dim))
         t = schedule.levels(options.steps, jnp.zeros(len(index)))
         nothing = null(y, model.config.num_classes)
-        with layers.precision(model.config.precision):
+        with precision(model.config.precision):
             xs = flow_matching.solve(
                 functools.partial(model.backbone.apply, flow_matching.backbone_params(params)),
                 noise, t, y, nothing, options.guidance, options.decoder == "heun")
@@ -139,7 +140,8 @@ def check_condition(run: Run, n: int, label):
         fits = isinstance(label, Text) and np.shape(label.states)[::2] == (n, width)
         if not fits or np.shape(label.mask) != label.states.shape[:2]:
             raise UserError("the model is conditioned on text: give label=Text(states "
-                            f"[{n}, M, {width}], mask [{n}, M]) of ntm_jax.core.layers")
+                            f"[{n}, M, {width}], mask [{n}, M]) of "
+                            "ntm_jax.core.transformer.conditions")
         return Text(np.asarray(label.states, np.float16), np.asarray(label.mask, bool))
     if label is None and classes:
         raise UserError(f"no label is given, and the model has {classes} classes: give one label, "

@@ -15,7 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ntm_jax import files
-from ntm_jax.core.layers import Vector
+from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError
 from ntm_jax.progress import track

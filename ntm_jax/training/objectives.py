@@ -19,9 +19,9 @@ import optax
 from ntm_jax.backbones import flow_map
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.denoising import Teacher
-from ntm_jax.core.layers import null
 from ntm_jax.core.model import NTM, Terms, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys
+from ntm_jax.core.transformer.conditions import null
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import known_density, measures, scoring

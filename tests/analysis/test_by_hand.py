@@ -11,7 +11,7 @@ import pytest
 
 from ntm_jax.analysis import compile
 from ntm_jax.analysis.memory import bytes_per_chip
-from ntm_jax.core.layers import plain_attention
+from ntm_jax.core.transformer.attention import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.runtime import build, config, flops, sharding
 from ntm_jax.runtime.run import Run

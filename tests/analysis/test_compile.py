@@ -18,7 +18,7 @@ from ntm_jax.analysis import compile, hlo
 from ntm_jax.analysis import report as report_of
 from ntm_jax.analysis.hlo.arrays import largest
 from ntm_jax.analysis.memory import advice, bytes_per_chip, check_fits, out_of_memory, saved
-from ntm_jax.core.layers import plain_attention
+from ntm_jax.core.transformer.attention import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring

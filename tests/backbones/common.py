@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from ntm_jax.backbones import flux2, flux2_weights
-from ntm_jax.core.layers import Text
+from ntm_jax.core.transformer.conditions import Text
 
 TINY = flux2.Flux2Config((3, 5), dim=6, text_width=10, heads=2, head_size=16, double_layers=2,
                          single_layers=2, axes=(4, 4, 4, 4), dtype=jnp.float32)

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from ntm_jax.backbones import flux2, flux2_weights
-from ntm_jax.core import layers
+from ntm_jax.core.transformer.conditions import Text, null
 from ntm_jax.runtime import config, sharding
 from tests.backbones.common import TINY, abstract, inputs, original, random_diffusers, weights
 from tests.common import python
@@ -80,10 +80,10 @@ def test_narrow_saves_products_of_the_width_and_not_the_wide_ones():
 
 def test_an_empty_mask_is_no_text_at_all():
     x, t, text = inputs()
-    nothing = layers.null(text, 0)
+    nothing = null(text, 0)
     (_, (velocity, hidden)), gradients = loss(NARROW, weights(), x, t, nothing)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((velocity, hidden, gradients)))
-    none = layers.Text(text.states[:, :0], text.mask[:, :0])
+    none = Text(text.states[:, :0], text.mask[:, :0])
     np.testing.assert_allclose(velocity, forward(TINY, weights(), x, t, none)[0], atol=ATOL)
     assert np.abs(velocity - loss(NARROW, weights(), x, t, text)[0][1][0]).max() > 0.1
 

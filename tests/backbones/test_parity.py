@@ -14,7 +14,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from ntm_jax.backbones import flux2, flux2_weights
-from ntm_jax.core.layers import Text
+from ntm_jax.core.transformer.conditions import Text
 from tests.backbones.common import TINY, abstract, inputs, original
 
 # others' deprecations warn

@@ -14,8 +14,8 @@ import pytest
 from flax import linen as nn
 
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.layers import Text, Vector
 from ntm_jax.core.model import NTM
+from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.core.transporter import Block, Transporter
 
 TINY = {
@@ -76,6 +76,15 @@ def compiled(module, method="__call__"):
     """module.apply of a method, compiled once for each module: ten times as fast as eager calls."""
     return jax.jit(
         module.init if method == "init" else functools.partial(module.apply, method=method))
+
+
+def random_parameters(module, *args):
+    """Random parameters of a module, so that tables which start at zero have an effect."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    leaves, tree = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(tree, [
+        np.random.default_rng(i).normal(scale=0.3, size=leaf.shape).astype(np.float32)
+        for i, leaf in enumerate(leaves)])
 
 
 @functools.cache

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core import flow_matching, layers, trajectory
+from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
+from ntm_jax.core.transformer.attention import plain_attention
 from tests.core.conftest import TINY, Tiny, _inputs, _new_weights, _random_weights, compiled
 
 R = TINY["data_std"]
 CONFIG = ModelConfig(**(TINY | {"head": "posterior", "num_classes": 2}))
-MODEL = NTM(CONFIG, backbone=flow_matching.Velocity(CONFIG, layers.plain_attention))
+MODEL = NTM(CONFIG, backbone=flow_matching.Velocity(CONFIG, plain_attention))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Layers: attention against a plain formula, its cache, positions, embeddings, scan and remat."""
+"""Layers: attention against a plain formula, its cache, positions, scan and remat."""
 
 import functools
 import math
@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core import layers
+from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer.attention import (
+    blockwise_attention,
+    plain_attention,
+    rotary_2d,
+    rotate,
+)
+from tests.core.conftest import compiled, random_parameters
 
 
 def normal(seed, *shape):
@@ -36,7 +43,7 @@ def test_attention_by_its_formula(kv_heads, kind):
     allowed = {"full": np.ones((5, 5)), "causal": np.tri(5),
                "masked": np.tile(np.arange(5) < 3, (5, 1))}[kind]
     keys = jnp.asarray(allowed[:1], bool) if kind == "masked" else None
-    out = layers.plain_attention(q, k, v, causal=kind == "causal", keys=keys)
+    out = plain_attention(q, k, v, causal=kind == "causal", keys=keys)
     for i in range(2):
         # float32 sums of 5 to 8 terms of size 1
         np.testing.assert_allclose(out[i], attend(q[i], k[i], v[i], allowed), atol=2e-6)
@@ -58,18 +65,18 @@ def test_blockwise_attention_is_plain_attention(causal, masked):
 
         return jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(*arrays)
 
-    (_, found), gradients = run(layers.blockwise_attention)
-    (_, expected), expected_gradients = run(layers.plain_attention)
+    (_, found), gradients = run(blockwise_attention)
+    (_, expected), expected_gradients = run(plain_attention)
     for a, b in zip((found, *gradients), (expected, *expected_gradients), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)  # float32 sums of 18 terms, in another order
 
 
 def test_rotation_keeps_lengths_and_depends_only_on_relative_positions():
     grid, size = (4, 5), 8
-    angles = layers.rotary_2d(grid, size)
+    angles = rotary_2d(grid, size)
     assert angles.shape == (20, size // 2)
     q, k = (jnp.broadcast_to(normal(seed, 1, 1, 1, size), (1, 20, 1, size)) for seed in (0, 1))
-    q, k = layers.rotate(q, angles)[0, :, 0], layers.rotate(k, angles)[0, :, 0]
+    q, k = rotate(q, angles)[0, :, 0], rotate(k, angles)[0, :, 0]
     # float32 cosines of angles up to 5 and sums of eight products of size 1
     np.testing.assert_allclose(jnp.linalg.norm(q, axis=-1), jnp.full(20, jnp.linalg.norm(q[0])),
                                rtol=1e-6)
@@ -80,41 +87,19 @@ def test_rotation_keeps_lengths_and_depends_only_on_relative_positions():
     assert (np.abs(offsets[:, None] - offsets)[~np.eye(5, dtype=bool)] > 1e-3).all()
 
 
-def test_sinusoidal_by_its_formula():
-    t = np.array([0.0, 0.3, 700.0])
-    features = np.asarray(layers.sinusoidal(jnp.asarray(t, jnp.float32), 8))
-    angles = t[:, None] * 10_000.0 ** (-np.arange(4) / 4)
-    # the float32 product of 700 and a frequency is off by up to 6e-5
-    np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], 1),
-                               atol=1e-4)
-
-
-@functools.cache
-def compiled(module):
-    return jax.jit(module.apply)
-
-
 def stack(causal=True, **changes):
     options = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal,
-               "dtype": jnp.float32, "attention": layers.plain_attention, "remat": "none",
+               "dtype": jnp.float32, "attention": plain_attention, "remat": "none",
                "scan": False, "flat": False}
     return layers.Stack(**(options | changes))
-
-
-def stack_parameters(module, *args):
-    """Random parameters, so that modulation and tables, which start at zero, have an effect."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
-    leaves, tree = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(
-        tree, [np.float32(0.3) * normal(i, *leaf.shape) for i, leaf in enumerate(leaves)])
 
 
 @pytest.fixture(scope="module")
 def stacked():
     """(parameters, input [B, N, W], modulation [B, 6, W], angles) of a causal stack."""
-    x, modulation, angles = normal(0, 2, 6, 16), 0.3 * normal(1, 2, 6, 16), layers.rotary_2d(
+    x, modulation, angles = normal(0, 2, 6, 16), 0.3 * normal(1, 2, 6, 16), rotary_2d(
         (2, 3), 4)
-    return stack_parameters(stack(), x, modulation, angles), x, modulation, angles
+    return random_parameters(stack(), x, modulation, angles), x, modulation, angles
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -140,7 +125,7 @@ def test_a_layer_is_traced_once(stacked):
 
     def attention(*arguments, **options):
         traced.append(arguments)
-        return layers.plain_attention(*arguments, **options)
+        return plain_attention(*arguments, **options)
 
     for scan in (False, True):
         jax.eval_shape(stack(scan=scan, attention=attention).apply, *stacked)
@@ -192,37 +177,6 @@ def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
     assert jnp.abs(run(one) - expected).max() > 1e-2
 
 
-def test_a_new_condition_modulates_nothing():
-    module = layers.Condition(16, num_classes=3, embed_steps=True)
-    args = (np.array([0.1, 0.2], np.float32),), np.array([4, 4]), np.array([1, 3])
-    modulation = module.apply(jax.jit(module.init)(jax.random.key(0), *args), *args)
-    assert modulation.shape == (2, 6, 16)
-    np.testing.assert_array_equal(modulation, 0)
-
-
-@pytest.mark.parametrize("change", ["level", "steps", "label"])
-def test_a_condition_distinguishes_levels_steps_and_classes(change):
-    module = layers.Condition(16, num_classes=3, embed_steps=True)
-    inputs = {"level": jnp.array([0.1, 0.1]), "steps": jnp.array([4, 4]),
-              "label": jnp.array([3, 3])}
-    params = stack_parameters(module, (inputs["level"],), inputs["steps"], inputs["label"])
-    inputs[change] = {"level": jnp.array([0.1, 0.11]), "steps": jnp.array([4, 5]),
-                      "label": jnp.array([3, 2])}[change]
-    first, second = compiled(module)(params, (inputs["level"],), inputs["steps"], inputs["label"])
-    assert jnp.abs(first - second).max() > 1e-3
-
-
-def test_a_condition_distinguishes_vectors_and_their_absence():
-    module, times, steps = layers.Condition(16, 0, False, vector_width=2), (jnp.full(3, 0.1),), None
-    y = layers.Vector(jnp.array([[0.5, -1], [0.5, 2], [0.5, 2]]), jnp.array([True, True, False]))
-    params = stack_parameters(module, times, steps, y)
-    first, second, absent = compiled(module)(params, times, steps, y)
-    for one, other in ((first, second), (first, absent), (second, absent)):
-        assert jnp.abs(one - other).max() > 1e-3
-    nothing = compiled(module)(params, times, steps, layers.null(y, 0))
-    np.testing.assert_allclose(nothing, jnp.broadcast_to(absent, nothing.shape), atol=1e-6)
-
-
 def test_rows_change_no_number():
     x = normal(0, 2, 3, 8)
     modules = [layers.dense(5, ("embed", "mlp"), jnp.float32, "a", rows=rows)
@@ -242,4 +196,4 @@ def test_learned_positions_have_a_row_for_each_token_and_rotary_ones_no_weights(
     rotary = layers.Positions("rotary", (2, 3), 16, 8)
     assert not jax.tree.leaves(rotary.init(jax.random.key(0)))
     assert rotary.apply({})[0] == 0
-    np.testing.assert_array_equal(rotary.apply({})[1], layers.rotary_2d((2, 3), 8))
+    np.testing.assert_array_equal(rotary.apply({})[1], rotary_2d((2, 3), 8))

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 
-from ntm_jax.core.layers import Text
+from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.core.transporter import INVERSES, TOLERANCE, Transporter
 
 CONFIGS = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ntm_jax.core.layers import Text
+from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.runtime import plots
 from tests.campaigns import exports
 from tests.common import alike, environment

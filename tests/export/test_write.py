@@ -12,7 +12,7 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from ntm_jax import files
-from ntm_jax.core.layers import Text
+from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.data import sources
 from ntm_jax.data.pipeline import spec_to_json
 from ntm_jax.errors import UserError

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from ntm_jax.core.layers import blockwise_attention, plain_attention, precision
+from ntm_jax.core.transformer.attention import blockwise_attention, plain_attention
+from ntm_jax.core.transformer.precision import precision
 from ntm_jax.runtime import attention, config, sharding
 from tests.common import python
 from tests.precision import precisions

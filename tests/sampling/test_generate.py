@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import sampling
-from ntm_jax.core.layers import Text
+from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.sampling import generate

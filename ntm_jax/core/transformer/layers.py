@@ -1,133 +1,23 @@
-"""Transformer layers: attention with an explicit KV cache, MLP, modulation, embeddings, positions.
+"""Transformer layers: attention with an explicit KV cache, MLP, modulation, positions.
 
 Symbols: B batch, N tokens, W width, H heads, G key-value heads, C head size, L layers.
 Parameters and activations carry logical axis names; runtime/sharding.py maps them to a mesh.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ntm_jax.core.transformer.attention import attend_to_cache, rotary_2d, rotate
+from ntm_jax.core.transformer.precision import own_precision
+
 Array = jax.Array
-HIDDEN = -1e30  # the score of a key that a query may not attend to
-
-
-class Text(NamedTuple):
-    """A condition: states [B, M, E] of text tokens, and the mask [B, M] of real tokens.
-
-    An empty mask is the null caption.
-    """
-
-    states: Any  # a jax or NumPy array, or a ShapeDtypeStruct
-    mask: Any
-
-
-class Vector(NamedTuple):
-    """A condition of continuous numbers: values [B, E], standardised, and whether they are given.
-
-    given: bool [B]; False is the null condition.
-    """
-
-    values: Any  # a jax or NumPy array, or a ShapeDtypeStruct
-    given: Any
-
-
-def null(y, num_classes: int):
-    """The null condition for guidance and dropout, in the shape of y: labels [B], Text, Vector."""
-    if isinstance(y, Text):
-        return y._replace(mask=jnp.zeros_like(y.mask))
-    if isinstance(y, Vector):
-        return y._replace(given=jnp.zeros_like(y.given))
-    return jnp.full_like(y, num_classes)
-
-
-def precision(name: str | None):
-    """Context that sets the precision of the float32 matrix products traced in it, by jax's names.
-
-    Their gradients keep it. None changes nothing; jax's own default is the fastest, one bfloat16
-    pass on a TPU and TF32 on an NVIDIA GPU.
-    """
-    return jax.default_matmul_precision(name) if name else contextlib.nullcontext()
-
-
-def at_config_precision(method):
-    """Decorates a module's method to use self.config.precision for float32 products."""
-    @functools.wraps(method)
-    def precise(self, *args, **options):
-        with precision(self.config.precision):
-            return method(self, *args, **options)
-
-    return precise
-
-
-def own_precision(dtype) -> str | None:
-    """The precision that products of a dtype need: None, the one set around them, for float32.
-
-    Products of bfloat16 numbers are exact at the lowest precision. At a higher one XLA has fewer
-    kernels for GPUs, and a Pallas kernel for TPUs does not compile.
-    """
-    return None if jnp.dtype(dtype) == jnp.float32 else "default"
-
-
-def plain_attention(q, k, v, *, causal: bool, keys=None):
-    """softmax(q k^T / sqrt(C)) v, for q [B, N, H, C], k and v [B, M, G, C], where G divides H.
-
-    keys: [B, M], the keys that queries may attend to; all by default.
-    """
-    mask = None if keys is None else keys[:, None, None]
-    if causal:
-        before = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
-        mask = before if mask is None else mask & before
-    return _attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask)
-
-
-def blockwise_attention(q, k, v, *, causal: bool, keys=None):
-    """plain_attention in four blocks of queries, for causal attention to many tokens on a CPU.
-
-    Each block attends to the keys up to its end only, so later ones are not computed and masked.
-    """
-    tokens, blocks = q.shape[1], 4
-    if not causal or tokens != k.shape[1]:
-        return plain_attention(q, k, v, causal=causal, keys=keys)
-    k, v, found = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), []
-    for i in range(blocks):
-        begin, end = tokens * i // blocks, tokens * (i + 1) // blocks
-        mask = jnp.tri(end - begin, end, begin, dtype=bool)[None, None]
-        if keys is not None:
-            mask &= keys[:, None, None, :end]
-        found.append(_attend(q[:, begin:end], k[:, :, :end], v[:, :, :end], mask))
-    return jnp.concatenate(found, 1)
-
-
-def attend_to_cache(q, cache, index):
-    """plain_attention of one query [B, 1, H, C] to the keys up to `index` of a cache.
-
-    cache: keys and values, [B, G, M, C] each, in the order in which the products read them.
-    """
-    k, v = cache
-    return _attend(q, k, v, (jnp.arange(k.shape[2]) <= index)[None, None, None])
-
-
-def _attend(q, k, v, mask):
-    """Attention of q [B, N, H, C] to k and v [B, G, M, C]; mask: [B or 1, 1, N or 1, M].
-
-    The heads come before the tokens, which on a CPU is up to 1.7 times as fast as jax.nn's order.
-    """
-    batch, tokens, heads, size = q.shape
-    q = jnp.swapaxes(q * size**-0.5, 1, 2).reshape(batch, k.shape[1], -1, tokens, size)
-    with precision(own_precision(q.dtype)):
-        scores = jnp.einsum("bgrnc,bgmc->bgrnm", q, k, preferred_element_type=jnp.float32)
-        if mask is not None:
-            scores = jnp.where(mask[:, None], scores, HIDDEN)
-        found = jnp.einsum("bgrnm,bgmc->bgrnc", jax.nn.softmax(scores).astype(v.dtype), v)
-    return jnp.swapaxes(found.reshape(batch, heads, tokens, size), 1, 2)
 
 
 def _rows_dot_general(x, kernel, dimensions, **options):
@@ -177,34 +67,6 @@ def norm(dtype, name: str, learned: bool = False):
     scale_init = partitioned(("embed",), nn.initializers.ones_init)
     return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=learned, dtype=dtype,
                         scale_init=scale_init, name=name)
-
-
-def sinusoidal(t, width: int):
-    """Features [..., width] of t [...]: cosines and sines at `width`/2 frequencies.
-
-    The frequencies fall geometrically from 1 to 1/10,000.
-    """
-    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(width // 2) / (width // 2))
-    angles = jnp.multiply.outer(t, frequencies)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-
-
-def rotary_2d(grid: tuple[int, int], head_size: int):
-    """Rotation angles [N, head_size/2] of a row-major grid of tokens.
-
-    The first half of the angles grows with the row, the second with the column.
-    """
-    frequencies = 1 / 100 ** (jnp.arange(head_size // 4) / (head_size // 4))
-    row, column = jnp.divmod(jnp.arange(grid[0] * grid[1]), grid[1])
-    return jnp.concatenate([jnp.outer(row, frequencies), jnp.outer(column, frequencies)], -1)
-
-
-def rotate(x, angles):
-    """Rotary position embedding: x [B, N, H, C], angles [N, C/2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return turned.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -371,66 +233,6 @@ class Stack(nn.Module):
                                              index))
             found.append(cache)
         return x, found
-
-
-class Condition(nn.Module):
-    """Embeds noise levels, step count, class, text and vector into the modulation of all layers.
-
-    The modulation is [B, rows, W] (method, section 4). Embeddings are summed at a width of at most
-    512. The pooled text is the mean of a function of each token, zero for the null caption. A
-    vector that is not given has a learned embedding.
-    """
-
-    width: int
-    num_classes: int  # 0: no class; the label num_classes is the null class of guidance
-    embed_steps: bool  # the step count, where it varies
-    rows: int = 6
-    embed_text: bool = False
-    vector_width: int = 0  # E of a Vector
-
-    @nn.compact
-    def __call__(self, times, steps, y):
-        """-> [B, rows, W]. times: noise levels, a tuple of [B]; steps [B]; y: the condition.
-
-        y is labels [B] in 0..num_classes, Text or Vector; a network without any ignores it.
-        """
-        inner = min(self.width, 512)
-        scalars = {f"level_{i}": 1000 * t for i, t in enumerate(times)}
-        if self.embed_steps:
-            scalars["steps"] = 10 * steps
-        total = 0
-        for name, value in scalars.items():
-            features = sinusoidal(value, min(inner, 256))
-            h = dense(inner, (None, "embed"), jnp.float32, f"{name}_in")(features)
-            total += dense(inner, ("embed", "embed_out"), jnp.float32, f"{name}_out")(nn.silu(h))
-        if self.num_classes:
-            std = 0.02 * math.sqrt(inner)
-            init = partitioned((None, "embed"), nn.initializers.normal, std)
-            total += nn.Embed(self.num_classes + 1, inner, embedding_init=init, name="class")(y)
-        if self.embed_text:
-            states = norm(jnp.float32, "text_norm")(y.states)
-            h = nn.silu(dense(inner, (None, "embed"), jnp.float32, "text_in")(states))
-            count = jnp.maximum(jnp.sum(y.mask, 1, keepdims=True), 1)
-            mean = jnp.sum(h, 1, where=y.mask[..., None]) / count
-            total += dense(inner, ("embed", "embed_out"), jnp.float32, "text_out")(mean)
-        if self.vector_width:
-            total += self._vector(y, inner)
-        # Without this constraint XLA's partitioner splits the sum over two mesh axes and gets the
-        # loss wrong by 1e-4 and gradients by half.
-        total = nn.with_logical_constraint(total, ("batch", "embed_activation"))
-        project = dense(self.rows * self.width, ("embed", "mlp"), jnp.float32, "modulation",
-                        scale=0)
-        modulation = project(nn.silu(total))
-        return modulation.reshape(-1, self.rows, self.width)
-
-    def _vector(self, y: Vector, inner: int):
-        """The embedding [B, inner] of a vector."""
-        h = nn.silu(dense(inner, (None, "embed"), jnp.float32, "vector_in")(y.values))
-        h = dense(inner, ("embed", "embed_out"), jnp.float32, "vector_out")(h)
-        std = 0.02 * math.sqrt(inner)
-        init = partitioned(("embed_out",), nn.initializers.normal, std)
-        nothing = self.param("null_vector", init, (inner,))
-        return jnp.where(y.given[:, None], h, nothing[None])
 
 
 class Positions(nn.Module):

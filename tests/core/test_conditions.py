@@ -1,0 +1,49 @@
+"""Conditions: embeddings by their formula, and what a modulation distinguishes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.core.transformer.conditions import Condition, Vector, null, sinusoidal
+from tests.core.conftest import compiled, random_parameters
+
+
+def test_sinusoidal_by_its_formula():
+    t = np.array([0.0, 0.3, 700.0])
+    features = np.asarray(sinusoidal(jnp.asarray(t, jnp.float32), 8))
+    angles = t[:, None] * 10_000.0 ** (-np.arange(4) / 4)
+    # the float32 product of 700 and a frequency is off by up to 6e-5
+    np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], 1),
+                               atol=1e-4)
+
+
+def test_a_new_condition_modulates_nothing():
+    module = Condition(16, num_classes=3, embed_steps=True)
+    args = (np.array([0.1, 0.2], np.float32),), np.array([4, 4]), np.array([1, 3])
+    modulation = module.apply(jax.jit(module.init)(jax.random.key(0), *args), *args)
+    assert modulation.shape == (2, 6, 16)
+    np.testing.assert_array_equal(modulation, 0)
+
+
+@pytest.mark.parametrize("change", ["level", "steps", "label"])
+def test_a_condition_distinguishes_levels_steps_and_classes(change):
+    module = Condition(16, num_classes=3, embed_steps=True)
+    inputs = {"level": jnp.array([0.1, 0.1]), "steps": jnp.array([4, 4]),
+              "label": jnp.array([3, 3])}
+    params = random_parameters(module, (inputs["level"],), inputs["steps"], inputs["label"])
+    inputs[change] = {"level": jnp.array([0.1, 0.11]), "steps": jnp.array([4, 5]),
+                      "label": jnp.array([3, 2])}[change]
+    first, second = compiled(module)(params, (inputs["level"],), inputs["steps"], inputs["label"])
+    assert jnp.abs(first - second).max() > 1e-3
+
+
+def test_a_condition_distinguishes_vectors_and_their_absence():
+    module, times, steps = Condition(16, 0, False, vector_width=2), (jnp.full(3, 0.1),), None
+    y = Vector(jnp.array([[0.5, -1], [0.5, 2], [0.5, 2]]), jnp.array([True, True, False]))
+    params = random_parameters(module, times, steps, y)
+    first, second, absent = compiled(module)(params, times, steps, y)
+    for one, other in ((first, second), (first, absent), (second, absent)):
+        assert jnp.abs(one - other).max() > 1e-3
+    nothing = compiled(module)(params, times, steps, null(y, 0))
+    np.testing.assert_allclose(nothing, jnp.broadcast_to(absent, nothing.shape), atol=1e-6)
