@@ -48,13 +48,13 @@ SETTINGS = dict(
         transporter_blocks=2,  # invertible blocks; 0 is Gaussian denoising without transporter
         transporter_layers=2,  # transformer layers in each block
         transporter_text=False,  # with condition=text, conditions the transporter on the mean token
-        transporter_positions_std=0.02,  # initial deviation of the transporter's position table
+        transporter_positions_std=0.02,  # initial std of the transporter's position table
         predictor_layers=4,  # transformer layers of the predictor
         head="preconditioned",  # parametrisation of the Gaussian: direct, preconditioned, posterior
         log_scale_bound=3.0,  # largest absolute log-scale of a transporter block
-        data_std=1.0,  # deviation of the data, for preconditioning
+        data_std=1.0,  # standard deviation of the data, for preconditioning
         condition="class",  # what the model is conditioned on: none, class, text, vector
-        condition_shift=False,  # with condition=vector, learns the data less a linear part of it
+        condition_shift=False,  # with condition=vector, first subtracts a linear function of it
         backbone="transformer",  # network of head=posterior: transformer, flow_map, flux2
         double_layers=0,  # two-stream layers of backbone=flux2, before the predictor_layers
         dtype="float32",  # type of activations in training: float32, bfloat16
@@ -62,7 +62,7 @@ SETTINGS = dict(
         scan=False,  # scans stacked layers: compiles faster; small models on CPUs run slower
     ),
     train=dict(
-        objective="end_to_end",  # pairwise, flow_matching, flow_map, denoiser, policy_gradient, ...
+        objective="end_to_end",  # pairwise, flow_matching, flow_map, denoiser, preference, ...
         steps=2000,  # optimizer steps
         save_every=500,  # steps between checkpoints
         save_minutes=10.0,  # longest time between checkpoints; 0 saves by steps alone
@@ -79,9 +79,9 @@ SETTINGS = dict(
         samples=8,  # samples of each condition of a batch, whose rewards are compared
         updates=1,  # optimizer steps on the same samples
         clip=0.2,  # bounds the ratio of new to old density of a factor to 1 - clip, 1 + clip
-        kl=0.0,  # weight of the divergence from the first model, in rewards per nat; DPO's beta
-        novelty=0.0,  # bonus for right samples of rare traits, in rewards times their number
-        normalise=True,  # divides advantages by the deviation of a condition's rewards
+        kl=0.0,  # weight of the divergence from the reference model, in rewards per nat; DPO's beta
+        novelty=0.0,  # bonus for right samples with a rare trait, over how many show it
+        normalise=True,  # divides advantages by the std of a condition's rewards
         anchor=0.5,  # weight of the NLL on the batch's data, which keeps the model near them
         trains="predictor",  # what learns: predictor, transporter, both
         levels=(),  # first and last level, between which steps learn from rewards; () for all

@@ -1,6 +1,7 @@
 """Class-conditional NTM of ImageNet at 256 x 256: 1.4 billion parameters, for a TPU pod.
 
-Latents are 16 x 16 x 32, as launch/prepare.py writes them. Expected: fits v5p:4x4x4, v5p:8x8x8,
+Its figures are of latents of 16 x 16 x 32, the paper's; those of FLUX.2, which launch/prepare.py
+writes, are 16 x 16 x 128. Shapes come from the records. Expected: fits v5p:4x4x4, v5p:8x8x8,
 v5e:16x16 and v6e:16x16 with this mesh (launch/compile.py). Not trained by us. Variants: `pixels`
 needs neither latents nor an autoencoder; `runlocal` is a few steps of a tiny model on made-up data,
 in seconds on a CPU, to see a run from start to end.

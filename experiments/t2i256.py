@@ -1,8 +1,9 @@
 """Text-to-image NTM at 256 x 256 from scratch: 3.2 billion parameters, for a TPU pod.
 
-Latents are 16 x 16 x 32 with 128 text states of width 2048, as launch/prepare.py writes them.
-Expected: fits v5p:8x8x8 and v6e:16x16 with this mesh (launch/compile.py). Not trained by us.
-`:runlocal` is a few steps of a tiny model on made-up data, in seconds on a CPU.
+Its figures are of latents of 16 x 16 x 32 with 128 text states of width 2048. Shapes come from the
+records, which launch/prepare.py writes. Expected: fits v5p:8x8x8 and v6e:16x16 with this mesh
+(launch/compile.py). Not trained by us. `:runlocal` is a few steps of a tiny model on made-up data,
+in seconds on a CPU.
 """
 
 from ntm_jax.experiments import default

@@ -121,7 +121,8 @@ def rehearsed(tmp_path_factory):
         block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2)
     autoencoder.save_pretrained(folder / "FLUX.2-klein" / "vae")
     write_photos(folder / "photos", 48, 80)
-    block = re.search(r"```sh\n(FLUX2=.*?)```", (ROOT / "docs/howto/flux2.md").read_text(), re.S)[1]
+    page = (ROOT / "docs/howto/flux2.md").read_text()
+    block = re.search(r"```sh\n(FLUX2=/data/FLUX.2-klein RECORDS.*?)```", page, re.S)[1]
     places = {"$FLUX2": f"{folder}/FLUX.2-klein", "$RECORDS": f"{folder}/records",
               "/data/photos": f"{folder}/photos", "runs/": f"{folder}/runs/",
               "exports/": f"{folder}/exports/"}

@@ -260,7 +260,7 @@ def write_benchmark(result: dict, out: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "truth.json", result, sealed=True)
     plots.truth_plot(result, folder / "truth.png")
-    print("evaluations  error in nats (above 0: flatters)  mass   method")
+    print("evaluations  error in nats (above 0: too high)  mass   method")
     for run in result["runs"]:
         for row in run["rows"]:
             error, mass = row["error"], f"{row['mass']:.3f}" if "mass" in row else "-"

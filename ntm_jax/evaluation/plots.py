@@ -76,7 +76,7 @@ def levels_plot(result: dict, out_png) -> None:
 
 
 def truth_plot(result: dict, out_png) -> None:
-    """Draws the signed errors of a truth.json by evaluations; above the line an estimate flatters.
+    """Draws the signed errors of a truth.json by evaluations; above 0 one is too high.
 
     Errors of less than 0.1 nats have a linear scale, others a logarithmic one.
     """
@@ -97,7 +97,7 @@ def truth_plot(result: dict, out_png) -> None:
     axis.set_ylim(low, high)
     axis.set(xlabel="network evaluations for one log-density",
              ylabel="estimate less true log-density, nats",
-             title=f"{result['source']}: above 0 an estimate flatters")
+             title=f"{result['source']}: above 0 an estimate is too high")
     plot.legend(loc="outside lower center", ncols=2)
     save_figure(plot, out_png)
 

@@ -51,5 +51,5 @@ def check(config: Config) -> None:
     """Raises UserError for a configuration that preferences cannot train."""
     if not config.reward.kl:
         raise UserError("config.reward.kl is 0: config.train.objective=preference needs the weight "
-                        "of the divergence from the first model, DPO's beta, such as 0.1")
+                        "of the divergence from the reference model, DPO's beta, such as 0.1")
     rollouts.check(config)
