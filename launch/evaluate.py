@@ -42,6 +42,7 @@ def main():
 
     f = program.FLAGS
     run = api.load(f.workdir, f.step, f.raw)
+    own_steps = run.config.sample.steps
     sample = generate.override(run.config, steps=f.steps)
     config = run.config.with_sampling(steps=sample.steps).with_evaluation(
         images=run.config.evaluate.images if f.images is None else f.images)
@@ -54,7 +55,9 @@ def main():
     against = api.load(f.against, raw=f.raw) if f.against else None
     result, scores = run.scores(options, against, progress=True)
     latest = f.step is None and run.workdir == hub.results_folder(f.workdir)
-    parts = ["evaluation"] + ([] if latest else [str(run.step)])
+    parts = ["evaluation"] + ([] if latest else [str(run.step)]) + ["raw"] * f.raw
+    if f.steps not in (None, own_steps):
+        parts.append(f"{f.steps}steps")
     if f.split not in (None, run.config.evaluate.split):
         parts.append(f.split.replace("[", "-").replace(":", "to").replace("]", ""))
     name = "-".join(parts) + ".json"

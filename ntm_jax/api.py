@@ -59,9 +59,10 @@ class Run(base.Run):
                **options):
         """n images [n, H, W, C], integers 0..V-1, float32 latents, or [n, D] of an array.
 
-        label: see Run; without it classes, or held-out texts or vectors, in turn. prompts: texts,
-        repeated over the images in turn. condition: one vector [E], or several [m, E], of which
-        each has n samples: [m, n, D]. seed: image i of a seed is the same image in any n.
+        label: see Run; without it classes, or held-out texts or vectors, in turn. prompts: one
+        text, or several, repeated over the images in turn. condition: one vector [E], or several
+        [m, E], of which each has n samples: [m, n, D]. seed: image i of a seed is the same image in
+        any n.
         with_levels: also returns the levels from pure noise down, [n, K, H, W, C], of an array in
         standardised units. options: steps, guidance, decoder, inverse, percentile; the
         configuration's by default.
@@ -71,7 +72,10 @@ class Run(base.Run):
         evaluation of the networks. With guidance it is the density of the guided model.
         """
         if prompts is not None:
-            label = self.text([prompts[i % len(prompts)] for i in range(n)])
+            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            if label is not None or not texts:
+                raise UserError("prompts are given beside a label, or none: give one or more texts")
+            label = self.text([texts[i % len(texts)] for i in range(n)])
         if condition is None or np.ndim(condition) < 2:
             label = _one_condition(label, condition)
             return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)
@@ -94,7 +98,8 @@ class Run(base.Run):
         return generate.sample_at(self, index, condition, chosen, seed, with_levels)
 
     def text(self, captions):
-        """The states of captions, in the encoder of the run, as conditions.Text for n of them."""
+        """The states of one or n captions, in the encoder of the run, as conditions.Text."""
+        captions = [captions] if isinstance(captions, str) else captions
         return prompts.states(prompts.open_encoder(self), captions)
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,

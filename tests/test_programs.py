@@ -90,8 +90,8 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}")
     assert "bound, bits/dim" in done.stdout
     assert figures(workdir / f"evaluation-{STEPS}.json") == figures(workdir / "evaluation.json")
-    program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=0")
-    other = figures(workdir / "evaluation-train-to20.json")
+    program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=0", "--raw")
+    other = figures(workdir / "evaluation-raw-train-to20.json")
     assert other["split"] == "train[:20]"
     assert "class_accuracy" not in other
     assert (workdir / "evaluation.json").read_bytes() == ended

@@ -5,6 +5,7 @@ channels, V pixel levels. Sums are in nats per example.
 """
 
 import math
+from itertools import count, takewhile
 
 import flax.struct
 import jax
@@ -137,7 +138,8 @@ class Importance:
 
 def marks(trajectories: int) -> list[int]:
     """The numbers of trajectories for which bounds are reported: 1, 4, 16, ... and all."""
-    return [4**i for i in range(trajectories) if 4**i < trajectories] + [trajectories]
+    powers = takewhile(lambda power: power < trajectories, (4**i for i in count()))
+    return [*powers, trajectories]
 
 
 def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:

@@ -39,13 +39,19 @@ def _image_size(data: _Data) -> int:
     """
     if not data.train.pixel_levels:
         return 0
-    side = data.train.typical_side or min(data.train.image_shape[:2])
+    side = data.train.typical_side or _side(data.train)
     return max(4, min(side, 64 if data.accelerator else 32) // 4 * 4)
+
+
+def _side(source: Source) -> int:
+    """The shorter side of the images; of the first one where the source has several sizes."""
+    sides = source.image_shape[:2]
+    return min(source.records[0]["image"].shape[:2] if None in sides else sides)
 
 
 def _patch_size(data: _Data) -> int:
     """Cuts an image into about 4 x 4 tokens on a CPU, 8 x 8 on others."""
-    side = data.settings["data.image_size"] or min(data.train.image_shape[:2])
+    side = data.settings["data.image_size"] or _side(data.train)
     divisors = [size for size in range(1, side + 1) if side % size == 0]
     return min(divisors, key=lambda size: abs(side / size - (8 if data.accelerator else 4)))
 

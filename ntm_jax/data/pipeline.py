@@ -28,8 +28,8 @@ from ntm_jax.data.transforms import (
 )
 from ntm_jax.errors import UserError
 
-# Grain's default keeps 500 elements ready, and here an element is a complete batch.
 _NAMES_SHOWN = 20  # classes that an error lists
+# Grain's default keeps 500 elements ready, and here an element is a complete batch.
 _THREADS = min(8, os.cpu_count() or 1)
 _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
 
@@ -228,8 +228,8 @@ class TrainIterator:
     Each item is {"x": [b, N, D] float32, pixels in [-1, 1] or latents, "label": [b] int32 (-1
     without labels), "index": [b] int32} and, with text, "text": [b, M, E] float16, zeros after a
     record's own tokens, and "text_mask": [b, M] bool, true on these; with vectors as conditions,
-    "condition": [b, E] float32. An error is final: the state
-    stays that of the last good batch, and every later `next` raises the same error.
+    "condition": [b, E] float32; with pairs of images, "rejected" like "x". An error is final: the
+    state stays that of the last good batch, and every later `next` raises the same error.
     """
 
     def __init__(self, iterator: grain.DatasetIterator):
@@ -328,7 +328,6 @@ def evaluation_batches(
     batch_size: int,
     process_index: int | None = None,
     process_count: int | None = None,
-    start: int = 0,
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """This process's share of every record, exactly once and in order.
 
@@ -340,7 +339,6 @@ def evaluation_batches(
     Args:
       batch_size: global, B.
       process_index, process_count: this process among those that share a batch; by default jax's.
-      start: the number of global batches to skip, for an evaluation that resumes.
     Raises:
       UserError: as `train_iterator`.
     """
@@ -349,7 +347,7 @@ def evaluation_batches(
     share = batch_size // process_count
     batches = -(-len(source.records) // batch_size)
     positions = np.arange(batches * batch_size).reshape(batches, process_count, share)
-    own = cast(Sequence[int], positions[start:, process_index].ravel())
+    own = cast(Sequence[int], positions[:, process_index].ravel())
     dataset = grain.MapDataset.source(own).map(_ReadMasked(_ReadTokens(source, patch_size)))
     return _closing(iter(dataset.batch(share).to_iter_dataset(_READ_OPTIONS)))
 

@@ -63,7 +63,7 @@ def check_guidance(run: Run, source: Source, guidance) -> None:
                         "captions whose source checks images: neither applies here, or "
                         "config.evaluate.images is 0; leave --guidance out")
     for scale in guidance:
-        generate.check(run.config, dataclasses.replace(run.config.sample.options, guidance=scale))
+        generate.override(run.config, guidance=scale)
 
 
 def settings(config: Config) -> dict:
@@ -87,7 +87,8 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
     real, made, result = np.stack([r["image"] for r in records]), settings(config), {}
     scales = dict.fromkeys((config.sample.guidance, *guidance))
-    images = {scale: generated(guided(run, scale), progress) for scale in scales}
+    images = {scale: generated(guided(run, scale, split=held_out.split), progress)
+              for scale in scales}
     if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
         labels = np.array([r["label"] for r in records])
         right = classifier(run.model.config.num_classes, train.pixel_levels, real, labels)
@@ -118,7 +119,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
             "name": extractor.name, "proxy": extractor.proxy, "digest": extractor.digest,
             "real_images": len(real), "real_split": train.split}
         if train.captions is not None and run.model.config.text_width:
-            result |= retrieval(config, real, images[config.sample.guidance], train.pixel_levels)
+            result |= retrieval(held_out, real, images[config.sample.guidance])
     return result
 
 
@@ -156,21 +157,21 @@ def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -
     return result | {"by_guidance": [figures(scale) for scale in guidance]} if guidance else result
 
 
-def retrieval(config: Config, real, images, pixel_levels: int) -> dict:
+def retrieval(held_out: Source, real, images) -> dict:
     """evaluation.json's retrieval: how often a held-out caption's own picture is near its sample.
 
     It is counted as found where it is the nearest, or among the five nearest, of all pictures: real
     [n, H, W, C] and held-out ones. Returns {} where there are too many. images [m, ...]: samples of
     the held-out captions in turn, as generate.conditions orders them; the first of each counts.
     """
-    records = config.data.open(config.evaluate.split).records
+    records = held_out.records
     count, captions = len(real) + len(records), min(len(images), len(records))
     if count > MAX_CANDIDATES:
         return {}
-    held_out = np.stack([records[i]["image"] for i in range(len(records))])
+    unseen = np.stack([records[i]["image"] for i in range(len(records))])
     own = len(real) + np.arange(captions)
-    pictures = np.concatenate([real, held_out])
-    ranks = statistics.retrieved(pictures, images[:captions], own, pixel_levels)
+    pictures = np.concatenate([real, unseen])
+    ranks = statistics.retrieved(pictures, images[:captions], own, held_out.pixel_levels)
     return {"retrieval": {f"rank_{k}": mean_and_stderr(ranks <= k) for k in RANKS} | {
         "chance": {f"rank_{k}": k / count for k in RANKS}, "candidates": count,
         "captions": captions, "features": statistics.THUMBNAILS, "proxy": True}}

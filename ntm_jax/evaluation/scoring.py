@@ -176,13 +176,21 @@ def score_images(run: Run, images, condition, trajectories: int, seed: int | Non
     labels [n], Text or Vector. Of continuous data they bound the density of the data noised to t_0,
     with noise keyed by the seed, or with `decoded` that of the data itself.
 
-    Raises UserError for images of another shape.
+    Raises UserError for images of another shape, or with other values.
     """
     images, spec = np.asarray(images), run.spec
     if images.shape[1:] != spec.data_shape:
         name = "data have" if spec.columns else "images have"
         raise UserError(f"{name} shape {images.shape}: expected "
                         f"[n, {', '.join(map(str, spec.data_shape))}]")
+    if spec.pixel_levels:
+        last = spec.pixel_levels - 1
+        low, high = images.min(initial=0), images.max(initial=0)
+        if images.dtype.kind not in "iu" or low < 0 or high > last:
+            raise UserError(f"images are {images.dtype} of values from {low} to {high}: expected "
+                            f"integers 0 to {last}")
+    elif not np.isfinite(images).all():
+        raise UserError("the data hold numbers that are not finite")
     x = spec.to_tokens(images)
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)} | build.condition_arrays(condition)
     shards = sharding.batch_shards(run.mesh)

@@ -12,6 +12,7 @@ import jax
 import safetensors
 import safetensors.numpy
 from etils import epath
+from flax import traverse_util
 
 from ntm_jax import files, typed
 from ntm_jax.data.pipeline import DataSpec, spec_from_json
@@ -41,18 +42,6 @@ class About:
     files: dict = dataclasses.field(default_factory=dict)  # {file's name: SHA-256}; may be missing
     teacher_step: int | None = None  # of the teacher, in the export of a denoiser's run
     denoiser_config: dict | None = None  # the denoiser's own configuration, which has its sizes
-
-
-def unflatten(flat: dict) -> dict:
-    """{"name/of/array": array} -> nested parameters."""
-    nested = {}
-    for name, array in flat.items():
-        *path, last = name.split("/")
-        inner = nested
-        for part in path:
-            inner = inner.setdefault(part, {})
-        inner[last] = array
-    return nested
 
 
 def is_export(folder) -> bool:
@@ -113,9 +102,9 @@ def read_parameters(folder, about: About, abstract, skip: str | None = None) -> 
         name, there, here = different
         raise UserError(f"it is of another model: array {name} is {there} in the export, {here} in "
                         "this model; use the configuration it was trained with, or another export")
-    params = unflatten({
+    params = traverse_util.unflatten_dict({
         name: jax.make_array_from_callback(a.shape, a.sharding, lambda i, name=name: flat[name][i])
-        for name, a in expected.items()})
+        for name, a in expected.items()}, sep="/")
     for name, value in checksums.array_checksums(params).items():
         if about.checksums.get(name) != value:
             raise UserError(f"{path} is damaged: {name} has checksum {value}, written with "

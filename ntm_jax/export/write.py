@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from etils import epath
+from flax import traverse_util
 
 from ntm_jax import files
 from ntm_jax.core.model import exact
@@ -31,7 +32,7 @@ from ntm_jax.data.pipeline import DataSpec, spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.export import card
-from ntm_jax.export.read import CONFIG, DENOISER, FORMAT, SCRIPT, WEIGHTS, unflatten
+from ntm_jax.export.read import CONFIG, DENOISER, FORMAT, SCRIPT, WEIGHTS
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.checksums import array_checksums, named_leaves
 from ntm_jax.runtime.processes import job
@@ -49,7 +50,7 @@ def parameters(run: Run) -> dict:
 
 def _split_parameters(flat: dict) -> tuple[dict, dict | None]:
     """Flattened `parameters` -> those of the model and of the denoiser, None without one."""
-    nested = unflatten(flat)
+    nested = traverse_util.unflatten_dict(flat, sep="/")
     denoiser = nested.pop(DENOISER, None)
     return nested, denoiser and {"params": denoiser}
 

@@ -50,16 +50,18 @@ class Attention:
     def kind_for(self, shape, dtype) -> str:
         """The kind that handles q of a shape [B, N, H, C] and a dtype; "plain" if no kernel does.
 
-        splash needs a multiple of 128 tokens per device, cuDNN half precision.
+        splash needs a multiple of 128 tokens per device, cuDNN half precision and heads whose size
+        is a multiple of 8, at most 128.
         """
-        batch, tokens, heads, _ = shape
+        batch, tokens, heads, size = shape
         axes = self.mesh.shape
         divides = batch % sharding.batch_shards(self.mesh) == 0 and heads % axes["tensor"] == 0
         if self.kind == "splash":
             supported = divides and tokens % (128 * axes["sequence"]) == 0
         else:  # cuDNN's causal mask would restart on every device of the sequence axis
             half = jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-            supported = divides and axes["sequence"] == 1 and half
+            fits = size % 8 == 0 and size <= 128
+            supported = divides and axes["sequence"] == 1 and half and fits
         return self.kind if supported else "plain"
 
 

@@ -272,7 +272,7 @@ def read(config) -> Config:
     values = config.to_dict() if hasattr(config, "to_dict") else config
     result = typed.read(Config, values, "config")
     for key, value in flatten(result.raw).items():
-        _check_value(key, value)
+        check_value(key, value)
     backbones.find(result.model.backbone)
     _check_levels(result)
     _check_training(result)
@@ -280,11 +280,11 @@ def read(config) -> Config:
     return result
 
 
-def _check_value(key: str, value) -> None:
+def check_value(key: str, value) -> None:
     """Raises UserError where a setting, or an element of it, lies outside its choices or bounds."""
     if key in CHOICES and value not in CHOICES[key]:
         raise UserError(f"config.{key} is {value!r}: expected one of {', '.join(CHOICES[key])}")
-    for number in value if isinstance(value, list) else [value]:
+    for number in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             continue
         if key in RANGES:

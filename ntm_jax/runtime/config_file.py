@@ -4,6 +4,7 @@ The file is sealed with a checksum. Every checkpoint holds a copy of the setting
 what it is, from which a lost or damaged config.json is written again.
 """
 
+import contextlib
 import copy
 import dataclasses
 import shlex
@@ -107,6 +108,24 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     return lines
 
 
+def _known(workdir: str, keys: list[str]) -> dict:
+    """Those of the flat settings that a workdir's run is known to have; {} without a run.
+
+    They are those of config.json. If it is missing or damaged, they are those fixed when a run
+    resumes, of the last checkpoint, which omits defaults.
+    """
+    path = epath.Path(workdir) / CONFIG
+    saved = checkpoint.saved_settings(workdir) if workdir else None
+    if saved is None:
+        return {}
+    known = {key: value for key, value in (_flat_defaults() | saved).items()
+             if saved and not key.startswith(RESUMABLE)}
+    if path.exists():
+        with contextlib.suppress(UserError):
+            known = flatten(files.read_json(path, DAMAGED))
+    return {key: known[key] for key in keys if known.get(key) is not None}
+
+
 def complete(values, workdir: str = "") -> tuple[Config, str]:
     """Reads an experiment whose settings may be left open (None), to be chosen for its data.
 
@@ -120,14 +139,9 @@ def complete(values, workdir: str = "") -> tuple[Config, str]:
     left_open = [key for key in choices.CHOICES if key in flat and flat[key] is None]
     if not left_open:
         return read(values), ""
-    path = epath.Path(workdir or ".") / CONFIG
-    resumes = workdir and path.exists() and checkpoint.saved_settings(workdir) is not None
-    before = flatten(files.read_json(path, DAMAGED)) if resumes else {}
-    if all(before.get(key) is not None for key in left_open):
-        chosen, whence = {key: before[key] for key in left_open}, "as the run there has them"
-    else:
-        chosen = choices.choose(flat, accelerator=jax.default_backend() != "cpu")
-        whence = "chosen for the data"
+    before = _known(workdir, left_open)
+    chosen = before | choices.choose(flat | before, accelerator=jax.default_backend() != "cpu")
+    whence = "chosen for the data" if len(before) < len(left_open) else "as the run there has them"
     for key, value in chosen.items():
         section, name = key.split(".")
         values[section][name] = value

@@ -14,9 +14,12 @@ import numpy as np
 
 from ntm_jax import files
 
-HELD_OUT = {
-    "evaluate/bits_per_dim": "bits per dimension", "evaluate/nats_per_dim": "nats per dimension",
-    "evaluate/mse": "mean squared error", "evaluate/velocity_error": "mean squared error"}
+HELD_OUT = {  # the figure that chooses the best checkpoint, the first one that is logged
+    "evaluate/reward": "held-out reward",
+    "evaluate/bits_per_dim": "held-out bound (bits per dimension)",
+    "evaluate/nats_per_dim": "held-out bound (nats per dimension)",
+    "evaluate/mse": "held-out mean squared error",
+    "evaluate/velocity_error": "held-out mean squared error"}
 SMOOTHING_POINTS = 50  # the smoothed loss averages over 1/50 of the points
 DPI = 120  # of all figures
 
@@ -129,7 +132,8 @@ def loss_plot(metrics_path, out_png,
               loss_label: str = "training loss (nats per dimension)") -> bool:
     """Draws a metrics.jsonl's loss over the steps, raw and smoothed; returns whether it has one.
 
-    Draws the held-out bound in a panel below if it is logged. Writes no file without a finite loss.
+    Draws the first held-out figure of HELD_OUT that is logged in a panel below. Writes no file
+    without a finite loss.
     """
     lines = files.read_lines(metrics_path)
     steps, losses = metric_points(lines, "loss")
@@ -144,7 +148,7 @@ def loss_plot(metrics_path, out_png,
     plot.legend(loc="outside upper right", ncols=2)
     if key:
         bottom.plot(*metric_points(lines, key), color="tab:orange", marker="o", markersize=4)
-        bottom.set_ylabel(f"held-out bound ({HELD_OUT[key]})")
+        bottom.set_ylabel(HELD_OUT[key])
         bottom.sharex(top)
     bottom.set_xlabel("step")
     save_figure(plot, out_png)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntm_jax import typed
 from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.model import NTM, exact
 from ntm_jax.core.predictor import Predictor
@@ -21,9 +22,16 @@ from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, per_e
 from ntm_jax.core.transformer.conditions import Text, Vector, null
 from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data import transforms
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, shown
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.config import SOLVERS, Config, SampleOptions, check_guidance, guided
+from ntm_jax.runtime.config import (
+    SOLVERS,
+    Config,
+    SampleOptions,
+    check_guidance,
+    check_value,
+    guided,
+)
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import inverses
 
@@ -146,13 +154,15 @@ def check_condition(run: Run, n: int, label):
     if label is None and classes:
         raise UserError(f"no label is given, and the model has {classes} classes: give one label, "
                         f"or one for each of the {n} images")
+    if label is not None and not classes:
+        raise UserError(f"label {shown(label)} is given, and the model has no classes: leave it "
+                        "out")
     label = np.asarray(0 if label is None else label)
     if label.dtype.kind == "U":
-        if not classes:
-            raise UserError(f"label {str(label.ravel()[0])!r} is given, and the model has no "
-                            "classes: leave it out")
         label = np.vectorize(lambda name: run.spec.label_of(str(name)))(label)
-    label = label.astype(np.int32)
+    if label.dtype.kind not in "iu":
+        raise UserError(f"label {shown(label.tolist())} is given: expected the number of a class, "
+                        f"0 to {classes - 1}, or its name")
     if label.shape not in ((), (1,), (n,)):
         raise UserError(f"label has shape {label.shape}: expected one label, or one for each of "
                         f"the {n} images")
@@ -160,7 +170,7 @@ def check_condition(run: Run, n: int, label):
     if classes and not ((0 <= label) & (label < classes)).all():
         raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to "
                         f"{classes - 1}")
-    return label
+    return label.astype(np.int32)
 
 
 def _check_vector(run: Run, n: int, condition) -> Vector:
@@ -237,9 +247,15 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
 
 
 def override(config: Config, **given) -> SampleOptions:
-    """The configuration's options of sampling with the given ones that are not None, checked."""
+    """The configuration's options of sampling with the given ones that are not None.
+
+    Raises UserError for an option that is unknown, or whose value its setting does not take.
+    """
     given = {name: value for name, value in given.items() if value is not None}
-    options = dataclasses.replace(config.sample.options, **given)
+    values = dataclasses.asdict(config.sample.options) | given
+    options = typed.read(SampleOptions, values, "sample")
+    for name in given:
+        check_value(f"sample.{name}", getattr(options, name))
     check(config, options)
     return options
 
@@ -247,13 +263,11 @@ def override(config: Config, **given) -> SampleOptions:
 def check(config: Config, options: SampleOptions) -> None:
     """Checks options of sampling that differ from the configuration's.
 
-    Raises UserError for guidance that is negative, has another length than the steps, or that the
-    model was not trained for. Warns of a number of steps that it was not trained with.
+    Raises UserError for guidance of another length than the steps, or that the model was not
+    trained for. Warns of a number of steps that it was not trained with.
     """
     guidance, steps, own = options.guidance, options.steps, config.sample
     check_guidance("guidance", guidance, steps)
-    if min(guidance if isinstance(guidance, tuple) else (guidance,)) < 0:
-        raise UserError(f"guidance is {guidance}: expected numbers that are not negative")
     if guidance != own.guidance and guided(guidance) and not config.train.condition_dropout:
         raise UserError(f"guidance is {guidance}, and the model was trained without condition "
                         "dropout: sample with guidance 0")

@@ -13,7 +13,6 @@ from ntm_jax import backbones
 from ntm_jax.errors import UserError
 from ntm_jax.export.read import (
     DENOISER,
-    WEIGHTS,
     is_export,
     load_run,
     local_folder,
@@ -64,17 +63,19 @@ def _read_backbone(run: Run, where: str):
     """The backbone's parameters from a flow-matching model; None where `where` is not one."""
     config = run.config
     folder, _ = checkpoint.locate(where)
-    if config.model.head != "posterior" or (folder / WEIGHTS).exists():
+    if config.model.head != "posterior":
         return None
+    exported = is_export(folder)
     expected = build.abstract_params(run.model, run.mesh)["params"]["backbone"]
-    if not (folder / "checkpoints").exists():
+    if not exported and not (folder / "checkpoints").exists():
         if run.spec.std:
             raise UserError(f"config.data.source {config.data.source} holds latents normalised by "
                             "their own mean and std, and the network there learned the encoder's: "
                             "prepare them with --latent_scale=encoder")
         read = backbones.find(config.model.backbone).read
         return read(where, expected) if read else None
-    theirs = config_file.load(str(folder))[0].train.objective
+    theirs = (read_about(folder).config.get("train", {}).get("objective", "end_to_end") if exported
+              else config_file.load(str(folder))[0].train.objective)
     velocity = [objectives.find(name).trains_velocity for name in (config.train.objective, theirs)]
     if velocity != [False, True]:
         return None

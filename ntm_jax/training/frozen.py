@@ -12,12 +12,13 @@ it starts from.
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from ntm_jax.errors import UserError
 from ntm_jax.export.read import load_run
 from ntm_jax.runtime import build, config_file
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
 from ntm_jax.runtime.run import Run
 from ntm_jax.training.state import State
 
@@ -27,14 +28,22 @@ SHARED = (  # settings that a denoiser shares with its teacher
 
 
 def load_teacher(run: Run) -> Run:
-    """The teacher of a denoiser's run, from its workdir, or from config.teacher before it is saved.
+    """The teacher of a denoiser's run: config.teacher's, or that of its workdir if it resumes.
 
     Raises UserError where it does not fit the run's settings and data.
     """
-    kept = has_teacher(run.workdir)
+    kept = saved_settings(run.workdir) is not None and has_teacher(run.workdir)
     teacher = load_run(f"{run.workdir}/frozen" if kept else run.config.teacher)
     check_teacher(run, teacher)
     return teacher
+
+
+def forget(workdir: str) -> None:
+    """Removes WORKDIR/frozen, of a run that saved no checkpoint. All processes call it."""
+    folder = epath.Path(workdir) / "frozen"
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()
+    multihost_utils.sync_global_devices("frozen models removed")
 
 
 def save_teacher(teacher: Run, workdir: str) -> None:

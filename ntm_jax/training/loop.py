@@ -125,6 +125,8 @@ def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source],
     if jax.process_index() == 0:
         config_file.write(folder, config, run.spec)
     reference = None
+    if latest is None:
+        frozen.forget(folder)
     if teacher:
         frozen.save_teacher(teacher, folder)
         reference = teacher.params
@@ -312,7 +314,7 @@ class _Loop:
         self.writer.advance(step + 1)
 
     def _compile(self, *arguments) -> None:
-        """Compiles the first step, counts its FLOPs, and checks that its memory is there."""
+        """Compiles the first step, counts its FLOPs, and checks the memory of the largest T."""
         self.writer.message("compiling the first step; a model of the default size takes about "
                             "half a minute on a CPU")
         if self.writer.shows:
@@ -320,7 +322,10 @@ class _Loop:
                                       self.teacher, self.reference)
             dtype = self.run.config.model.dtype
             self.limit = flops.products(dtype, self.run.mesh, 0.1)()
-        check_memory(self.run, self.step_function, *arguments)
+        current, batch, _, *rest = arguments
+        longest = max(self.run.config.trajectory.steps)
+        check_memory(self.run, self.step_function, current, batch, longest, *rest)
+        self.clock = time.perf_counter(), self.start
 
     def _read(self, step: int) -> dict:
         """The checked metrics of the step that ended at `step`; {} where they are not logged.
@@ -349,8 +354,9 @@ class _Loop:
         if memory:
             scalars["device_memory_gib"] = memory / 2**30
         if self.work:
-            scalars |= {"flops_per_second": speed * self.work,
-                        "flop_share": speed * self.work / self.limit}
+            drawn = np.mean([steps_of(config, number) for number in range(first, step)])
+            rate = speed * self.work * float(drawn) / max(config.trajectory.steps)
+            scalars |= {"flops_per_second": rate, "flop_share": rate / self.limit}
         return scalars
 
     def _warn_of_a_long_run(self, step: int, speed: float) -> None:

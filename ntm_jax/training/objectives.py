@@ -304,7 +304,7 @@ class Objective:
     check: Callable[[Config], None] = _no_check
     measure: Callable[[Run, Source, int], dict] | None = None
     estimators: Callable = known_density.bounds
-    whole_trajectories: bool = False  # a step holds all T levels of an example at once
+    whole_trajectories: bool = False  # a step holds all levels of an example, of draws.steps steps
     has_levels: bool = True  # factors that train.level_power can weight
     trains_velocity: bool = False  # a model that an NTM can start from
     needs_teacher: bool = False  # config.teacher, the run to distil

@@ -165,10 +165,13 @@ def check_memory(run: Run, step, *arguments) -> None:
 
 
 def steps_of(config: Config, step: int) -> int:
-    """T of a training step, drawn from the seed on the host, since shapes are static."""
+    """T of a training step, drawn from the seed on the host, since shapes are static.
+
+    The largest one for an objective whose shapes do not depend on T.
+    """
     choices = config.trajectory.steps
-    if len(choices) == 1:
-        return choices[0]
+    if len(choices) == 1 or not objectives.find(config.train.objective).whole_trajectories:
+        return max(choices)
     return int(np.random.default_rng((config.seed, step)).choice(choices))
 
 

@@ -342,5 +342,10 @@ def test_equal_weights_count_in_full(weights):
     assert found == pytest.approx((weights[0], weights[0], len(weights)), rel=1e-5, abs=1e-6)
 
 
+def test_bounds_are_marked_at_powers_of_four():
+    assert [likelihood.marks(n) for n in (1, 4, 5)] == [[1], [1, 4], [1, 4, 5]]
+    assert likelihood.marks(10**6)[-3:] == [4**8, 4**9, 10**6]
+
+
 def test_bits_per_dim():
     assert likelihood.bits_per_dim(64 * 3 * math.log(2), 64) == pytest.approx(3)

@@ -1,12 +1,13 @@
 """Settings that are chosen for a data set."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ntm_jax.data import choices
+from ntm_jax.data import choices, sources
 from ntm_jax.errors import UserError
 from ntm_jax.experiments import captions, default, folder
 from ntm_jax.runtime import config, config_file
@@ -58,6 +59,14 @@ def test_small_images_keep_their_size_and_given_settings_stay(tmp_path):
     found = chosen(folder, source, **{"data.image_size": 8, "model.condition": "none"})
     assert "data.image_size" not in found
     assert (found["data.patch_size"], found["train.condition_dropout"]) == (2, 0.0)
+
+
+def test_images_of_a_source_of_several_sizes_are_measured(tmp_path, monkeypatch):
+    source = sources.open_as_stored(write_images(tmp_path, 10), "train")
+    several = dataclasses.replace(source, image_shape=(None, None, 3), typical_side=None)
+    monkeypatch.setattr(sources, "open_as_stored", lambda *_: several)
+    found = chosen(folder, "tfds:any")
+    assert (found["data.image_size"], found["data.patch_size"]) == (32, 8)
 
 
 def captioned(tmp_path, text):

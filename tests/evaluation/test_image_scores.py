@@ -138,5 +138,11 @@ def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):
     assert re.search(r"own picture among the 5 nearest of 60 \(a proxy; chance 8\.3\), % +"
                      r"100\.0000 ± 0\.0000", table(found, "bits_per_dim"))
     assert "retrieval" not in image_scores.image_scores(captioned, train, source, None)
+    asked = []
+    monkeypatch.setattr(image_scores, "generated",
+                        lambda run, _: asked.append(run.config.evaluate.split) or own)
+    part = captioned.config.data.open("test[:7]")
+    found = image_scores.image_scores(captioned, train, part, extractor)["retrieval"]
+    assert (asked, found["captions"], found["candidates"]) == (["test[:7]"], 7, 47)
     monkeypatch.setattr(image_scores, "MAX_CANDIDATES", 59)
     assert "retrieval" not in image_scores.image_scores(captioned, train, source, extractor)

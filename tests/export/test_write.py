@@ -9,6 +9,7 @@ import struct
 import numpy as np
 import pytest
 from etils import epath
+from flax import traverse_util
 from safetensors.numpy import load_file
 
 from ntm_jax import files
@@ -16,7 +17,6 @@ from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.data import sources
 from ntm_jax.data.pipeline import spec_to_json
 from ntm_jax.errors import UserError
-from ntm_jax.export.read import unflatten
 from ntm_jax.export.write import _write, write_export
 from ntm_jax.runtime import config
 from tests.common import ROOT, alike, bits
@@ -42,7 +42,7 @@ def test_the_folder(run, exported):
 def test_the_parameters(run, exported):
     """model.safetensors holds a JSON header and the arrays' bytes, nothing that could run."""
     found = load_file(exported / "model.safetensors")
-    assert bits(unflatten(found)) == bits(run.params)
+    assert bits(traverse_util.unflatten_dict(found, sep="/")) == bits(run.params)
     content = (exported / "model.safetensors").read_bytes()
     size, = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + size])
@@ -110,7 +110,7 @@ def test_programs_with_a_learned_denoiser(denoised):
     run, folder = denoised
     sampler, parameters = program(folder, "sampler")
     denoiser = {"denoiser": run.denoiser.params["params"]}
-    assert bits(unflatten(parameters)) == bits(run.params | denoiser)
+    assert bits(traverse_util.unflatten_dict(parameters, sep="/")) == bits(run.params | denoiser)
     index = np.arange(5, dtype=np.int32)
     expected = run.sample_at(index, index % 3, seed=3)
     images = sampler.call(parameters, np.uint32(3), index, index % 3)

@@ -121,6 +121,8 @@ def mesh_of(*shape):
     ("cudnn", (1, 1, 1, 1), (4, 16, 4, 64), "float32", "plain"),
     ("cudnn", (1, 1, 3, 1), (4, 16, 4, 64), "bfloat16", "plain"),
     ("cudnn", (1, 1, 1, 2), (4, 16, 4, 64), "bfloat16", "plain"),
+    ("cudnn", (1, 1, 1, 1), (4, 16, 4, 12), "bfloat16", "plain"),
+    ("cudnn", (1, 1, 1, 1), (4, 16, 4, 136), "bfloat16", "plain"),
 ])
 def test_plain_attention_serves_what_a_kernel_cannot(kind, mesh, shape, dtype, expected):
     assert attention.Attention(kind, mesh_of(*mesh)).kind_for(shape, jnp.dtype(dtype)) == expected

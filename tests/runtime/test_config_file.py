@@ -103,6 +103,12 @@ def test_the_last_checkpoint_mends_config_json(tmp_path, damage):
     message = r"holds a run with trajectory\.t_min = 0\.03, and this one has 0\.13"
     with pytest.raises(UserError, match=message):
         config_file.claim(str(tmp_path), other, SPEC)
+    left_open = settings.raw
+    left_open["data"] |= {"batch_size": None, "patch_size": None}
+    left_open["evaluate"] |= {"batch_size": None}
+    completed, line = config_file.complete(left_open, str(tmp_path))
+    assert completed.data == settings.data
+    assert line.startswith("chosen for the data: ")  # what a resume may change is not known
     assert config_file.claim(str(tmp_path), settings, SPEC) == [
         f"config.json was {damage} and is written anew: the last checkpoint has the same settings"]
 

@@ -65,6 +65,8 @@ def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     assert held_out.get_ylabel() == "held-out bound (bits per dimension)"
     plots.loss_plot(write_metrics(path, "evaluate/nats_per_dim"), "unused")
     assert figures[1].axes[1].get_ylabel() == "held-out bound (nats per dimension)"
+    plots.loss_plot(write_metrics(path, "evaluate/mse"), "unused")
+    assert figures[2].axes[1].get_ylabel() == "held-out mean squared error"
 
 
 def test_loss_plot_without_a_loss_draws_nothing(tmp_path):

@@ -82,7 +82,7 @@ def test_guidance_is_one_scale_or_one_for_each_step(run):
                                         "scale, or 2, from pure noise down"):
         run.sample(2, guidance=(1.0, 0.5, 0.0))
     for wrong in (-1.0, (1.0, -0.5)):
-        with pytest.raises(UserError, match=r"guidance is .*: expected numbers that are not "
+        with pytest.raises(UserError, match=r"guidance is -.*: expected a number that is not "
                                             "negative"):
             run.sample(2, guidance=wrong)
     scheduled = sampled_by(run, guidance=(1.0, 0.0))
@@ -104,6 +104,43 @@ def test_guidance_of_the_flag():
 def test_an_untrained_number_of_steps_is_warned_of(run):
     with pytest.warns(UserWarning, match="3 steps were not trained, only 2: expect worse images"):
         generate.override(run.config, steps=3, guidance=None)
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ({"inverse": "paralel"}, r"config\.sample\.inverse is 'paralel': expected one of auto, "),
+    ({"decoder": "scores"}, r"config\.sample\.decoder is 'scores': expected one of inverse, "),
+    ({"steps": 0}, r"config\.sample\.steps is 0: expected at least 1"),
+    ({"steps": 2.0}, r"sample\.steps is 2\.0, of type float: expected int"),
+    ({"percentile": 101}, r"config\.sample\.percentile is 101\.0: expected at least 0 and"),
+    ({"temperature": 0.7}, r"sample\.temperature is not a setting; expected one of steps, "),
+])
+def test_a_wrong_option_is_named(run, option, message):
+    with pytest.raises(UserError, match=message):
+        run.sample(2, **option)
+
+
+def test_scales_of_guidance_may_be_a_list(run):
+    assert generate.override(run.config, guidance=[1.0, 0.0]).guidance == (1.0, 0.0)
+
+
+def test_a_label_that_is_no_class_is_refused(run):
+    for wrong in (2.7, [0.5, 1.0, 2.0]):
+        with pytest.raises(UserError, match="is given: expected the number of a class, 0 to 9"):
+            run.sample(3, wrong)
+    images = np.zeros((1, 8, 8, 1), np.uint8)
+    without = dataclasses.replace(run, model=run.model.clone(
+        config=dataclasses.replace(run.model.config, num_classes=0)))
+    with pytest.raises(UserError, match="label 3 is given, and the model has no classes"):
+        without.log_prob(images, 3)
+
+
+@pytest.mark.parametrize(("images", "message"), [
+    (np.full((1, 8, 8, 1), 0.5), "images are float64 of values from 0.0 to 0.5: expected integers"),
+    (np.full((1, 8, 8, 1), 255, np.uint8), "of values from 0 to 255: expected integers 0 to 16"),
+    (np.full((1, 8, 8, 1), -1), "of values from -1 to 0: expected integers 0 to 16")])
+def test_images_of_other_values_have_no_likelihood(run, images, message):
+    with pytest.raises(UserError, match=message):
+        run.log_prob(images, 3)
 
 
 def test_latents_on_texts():

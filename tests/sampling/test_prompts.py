@@ -75,6 +75,12 @@ def test_a_run_samples_prompts(run):
     assert (y.states.shape, y.mask.sum(1).tolist()) == ((4, 4, 14), [3, 2, 3, 2])
     assert alike(run.sample(4, y), images)
     assert not alike(run.sample(4, prompts=["blue square", "a red circle"]), images)
+    one = run.sample(2, prompts="a red circle")
+    assert alike(one, run.sample(2, prompts=["a red circle"]))
+    np.testing.assert_array_equal(run.text("blue square").mask, run.text(["blue square"]).mask)
+    for wrong in ({"prompts": []}, {"prompts": ["a"], "label": 3}):
+        with pytest.raises(UserError, match="prompts are given beside a label, or none: give one"):
+            run.sample(2, **wrong)
     with pytest.warns(UserWarning, match=r"1 of 2 captions are cut to the 4 tokens of words:4:.*, "
                                          "such as 'a red circle a blue square'"):
         run.sample(4, prompts=["a red circle a blue square", "blue"])

@@ -15,6 +15,7 @@ from ntm_jax.core import flow_matching
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
 from ntm_jax.evaluation.evaluate import EvaluationOptions
+from ntm_jax.export import write
 from ntm_jax.runtime import checkpoint, config, sharding
 from ntm_jax.training import finetune, frozen, loop, objectives, state
 from ntm_jax.training.objectives import Draws
@@ -138,6 +139,15 @@ def test_a_new_run_is_the_flow_matching_model(flow):
     misalignment, log_det = misalignment_and_log_det(current.params, reference)
     np.testing.assert_allclose(misalignment, 0, atol=1e-10)
     np.testing.assert_array_equal(log_det, 0)
+
+
+def test_an_export_of_a_flow_matching_run_starts_a_run_too(flow, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "programs", lambda run: {})  # they take a minute to compile
+    loaded = ntm_jax.load(str(flow[0]))
+    loaded.export(str(tmp_path / "export"))
+    run = tuned_run(tmp_path / "export")
+    current = finetune.start_from(run, state.initialize(run))
+    assert bits(current.params["params"]["backbone"]) == bits(loaded.params["params"]["backbone"])
 
 
 @pytest.mark.slow

@@ -116,6 +116,16 @@ def test_a_step_is_traced_once_for_its_flops_and_its_program(tmp_path, monkeypat
     assert all(line["flops_per_second"] > 0 for line in losses(tmp_path).values())
 
 
+def test_the_memory_of_the_largest_number_of_steps_is_checked(tmp_path, monkeypatch):
+    def check(run, step, current, batch, steps, *rest):
+        raise UserError(f"{steps} steps")
+
+    monkeypatch.setattr(loop, "check_memory", check)
+    settings = tiny_config(**{"trajectory.steps": (2, 6, 4)})
+    with pytest.raises(UserError, match="6 steps"):
+        loop.train(settings, tmp_path, progress=False)
+
+
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "batch_shards", lambda _: 3)
     message = r"config\.data\.batch_size is 16: expected a multiple of 3"

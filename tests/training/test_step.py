@@ -93,3 +93,5 @@ def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
     assert all(70 < drawn.count(steps) < 130 for steps in (2, 4, 8))
     other = tiny_config(seed=1, **{"trajectory.steps": (2, 4, 8)})
     assert drawn != [steps_of(other, step) for step in range(300)]
+    pairs = tiny_config(**{"trajectory.steps": (2, 8, 4), "train.objective": "pairwise"})
+    assert {steps_of(pairs, step) for step in range(10)} == {8}  # it draws T for each example

@@ -57,9 +57,11 @@ def teacher(tmp_path_factory):
 def run(teacher, tmp_path_factory):
     """The workdir of a denoiser's run and its evaluation.
 
-    The run is stopped at step 2 and resumed while its teacher's folder is away.
+    The folder has the teacher of a run that never saved a checkpoint. The run is stopped at step 2
+    and resumed while its teacher's folder is away.
     """
     workdir, moved = tmp_path_factory.mktemp("denoiser") / "run", teacher.with_name("moved")
+    write_run(workdir / "frozen", TEACHER)
     assert loop.train(denoiser_config(teacher), str(workdir), progress=False, until=2) is None
     shutil.move(teacher, moved)
     try:

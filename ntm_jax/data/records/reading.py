@@ -9,7 +9,7 @@ import itertools
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors
@@ -130,11 +130,8 @@ class Records:
 
 def sha256(path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 # SHA-256 of the files that this process has read, by path, size and times.

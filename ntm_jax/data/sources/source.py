@@ -202,7 +202,8 @@ def open_source(
         shape = _grouped(source, name, token_size)
     shape = cast(tuple[int, int, int], tuple(shape))
     records = _Rows(
-        source.records, rows, shape, image_size, source.pixel_levels, source.columns
+        source.records, rows, shape, image_size, source.pixel_levels, source.columns,
+        source.num_classes
     )
     captions = None if source.captions is None else _CaptionRows(source.captions, rows)
     source = dataclasses.replace(
@@ -292,7 +293,8 @@ def check_split(name: str, split: str, existing: Iterable[str]) -> None:
 class _Rows:
     """A slice of `records`, with every image at one size and every label an int.
 
-    columns: those of an array, whose numbers take the shape; 0 for images.
+    columns: those of an array, whose numbers take the shape; 0 for images. num_classes: 0 without
+    labels; a record of unknown class has the label -1.
     """
 
     records: Any
@@ -301,6 +303,7 @@ class _Rows:
     image_size: int
     pixel_levels: int
     columns: int = 0
+    num_classes: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -311,7 +314,13 @@ class _Rows:
         found = {"image": self._image(record["image"], name)}
         if "rejected" in record:
             found["rejected"] = self._image(record["rejected"], f"the image rejected for {name}")
-        return {**record, **found, "label": int(record.get("label", -1))}
+        label = int(record.get("label", -1))
+        if self.num_classes and not -1 <= label < self.num_classes:
+            raise UserError(
+                f"{name} has label {label}: expected 0 to {self.num_classes - 1}, the number of "
+                "one of the source's classes, or -1 where it is unknown"
+            )
+        return {**record, **found, "label": label}
 
     def _image(self, image: np.ndarray, name: str) -> np.ndarray:
         expected = np.uint8 if self.pixel_levels else np.float32

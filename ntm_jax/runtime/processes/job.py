@@ -79,7 +79,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
 
 def _on_tpu() -> bool:
     # Without libtpu, /dev/vfio may hold other hardware that a host passes to this machine.
-    return (os.environ.get("JAX_PLATFORMS", "tpu") == "tpu"
+    return ("tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
             and importlib.util.find_spec("libtpu") is not None
             and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")))
 

@@ -24,7 +24,7 @@ def saved(file: str, source: Source):
 
     The classifier is read from a safetensors file. Where there is no such file, or its name is
     empty, it is trained on the source, and then written there. Raises UserError for a source
-    without classes, and for another file.
+    without classes, and for a file that holds another network.
     """
     features.check_classes(source)
     if file and epath.Path(file).exists():

@@ -118,18 +118,21 @@ class Scorer:
         """The scores of a part of this shape [p, g], rewards in that shape."""
         found = [one if isinstance(one, Scores) else Scores(np.asarray(one)) for one in found]
         values = np.concatenate([np.atleast_1d(one.rewards) for one in found]).astype(np.float32)
-        if values.shape != (int(np.prod(shape)),) or not np.isfinite(values).all():
-            raise UserError(f"config.reward.name={self._run.config.reward.name} gave an array of "
-                            f"shape {values.shape}: expected {int(np.prod(shape))} finite numbers, "
-                            "one for each image")
+        name, count = f"config.reward.name={self._run.config.reward.name}", int(np.prod(shape))
+        if values.shape != (count,):
+            raise UserError(f"{name} gave an array of shape {values.shape}: expected {count} "
+                            "numbers, one for each image")
+        if not np.isfinite(values).all():
+            wrong = values[~np.isfinite(values)][0]
+            raise UserError(f"{name} gave {wrong} for an image: expected finite numbers")
         traits = [one.traits for one in found if one.traits is not None]
         return Scores(values.reshape(shape), [name for one in found for name in one.groups],
                       np.concatenate(traits).reshape(*shape, -1) if traits else None)
 
 
 def _bytes(names: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
-    """Names as bytes, [*shape, NAME_BYTES] uint8."""
-    encoded = [str(name).encode()[:NAME_BYTES] for name in names]
+    """Names as bytes, [*shape, NAME_BYTES] uint8; longer ones are cut after a character."""
+    encoded = [str(name).encode()[:NAME_BYTES].decode(errors="ignore").encode() for name in names]
     return np.array(encoded, f"S{NAME_BYTES}").reshape(*shape, 1).view(np.uint8)
 
 

@@ -275,6 +275,20 @@ def test_sizes_that_a_source_leaves_open_are_those_of_its_first_record(registere
     assert open_source("mixed:a is 1x1, b is 2x2", "all", image_size=2).mixed_sizes == ""
 
 
+@pytest.mark.parametrize(("label", "refused"), [(-1, False), (2, False), (3, True), (-2, True)])
+def test_a_label_beyond_the_classes_is_refused(registered, label, refused):
+    images = np.zeros((1, 2, 2, 1), np.uint8)
+    records = sources.ArrayRecords(images, np.array([label]))
+    sources.register("labelled", lambda argument, split: sources.Source(
+        records, (2, 2, 1), 256, num_classes=3))
+    row = open_source("labelled", "all").records
+    if refused:
+        with pytest.raises(UserError, match=rf"^record 0 has label {label}: expected 0 to 2, "):
+            row[0]
+    else:
+        assert row[0]["label"] == label
+
+
 def test_only_points_of_the_plane_are_drawn_on_an_extent():
     assert open_source("toy:moons", "test").planar_extent == 3.0
     for name in ("digits", "mock:1x2x1", "shapes"):

@@ -59,13 +59,14 @@ def test_a_rewards_groups_are_logged(run, monkeypatch):
 
     def scores(images, labels):
         values = images.mean((1, 2, 3)) / 255
-        return rewards.Scores(values, ["first" if label == first else "other" for label in labels])
+        names = ["é" * 30 if label == first else "other" for label in labels]
+        return rewards.Scores(values, names)  # a name is cut after 48 bytes
 
     monkeypatch.setattr(rewards, "find", lambda name, source: scores)
     batch, scalars = rolled(run)
     share = np.mean(np.asarray(batch["label"]) == first)
     assert share < 1
-    together = share * scalars["reward/first"] + (1 - share) * scalars["reward/other"]
+    together = share * scalars["reward/" + "é" * 24] + (1 - share) * scalars["reward/other"]
     assert scalars["reward"] == pytest.approx(together)
 
 
@@ -79,9 +80,10 @@ def test_the_mean_distance_of_samples():
 def test_a_reward_that_gives_no_numbers_is_refused(run):
     rolling = made(run)
     batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
-    for wrong in (np.full(12, np.nan), np.zeros(3)):
+    for wrong, message in ((np.full(8, np.nan), "gave nan for an image: expected finite numbers"),
+                           (np.zeros(3), r"gave an array of shape \(3,\): expected 8 numbers")):
         rolling.scorer._reward = lambda images, given, wrong=wrong: wrong
-        with pytest.raises(UserError, match=r"gave an array of shape .*: expected 8 finite"):
+        with pytest.raises(UserError, match=message):
             rolling(run.params, batch, 0)
 
 
