@@ -64,9 +64,11 @@ def main():
                         "it out, or change --per_prompt")
     run = api.load(f.workdir, f.step)
     run.write_samples(f.out or f"{hub.results_folder(f.workdir)}/samples", SampleRequest(
-        number or f.num or run.config.sample.num, f.batch, f.labels, texts, f.layout, f.encoder,
-        f.autoencoder, f.save_trajectories, f.steps, generate.parse_guidance(f.guidance), f.decoder,
-        f.inverse, f.seed, f.log_prob, generate.parse_vectors(f.condition)))
+        num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
+        prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
+        save_trajectories=f.save_trajectories, steps=f.steps,
+        guidance=generate.parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse,
+        seed=f.seed, log_prob=f.log_prob, condition=generate.parse_vectors(f.condition)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ntm_jax.core.model import NTM, exact
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
-from ntm_jax.runtime.config import SOLVERS
+from ntm_jax.runtime.config import DECODERS, SOLVERS
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate, inverses
 from ntm_jax.training import objectives, state
@@ -241,7 +241,7 @@ TRAINING = {**reward_rows.REWARD, "train step": _train_step, "forward pass": _fo
             "input pipeline": _input_pipeline, "likelihood evaluation": _likelihood}
 SAMPLING = {
     **{f"images, decoder {decoder}": functools.partial(_sampler, decoder)
-       for decoder in ("inverse", "score", "denoiser", *SOLVERS)},
+       for decoder in DECODERS},
     "predictor's steps": _predictor,
     **{f"inverse, {how}": functools.partial(_inverse, how) for how in ("sequential", "parallel")},
     "score denoising": _score}

@@ -41,8 +41,9 @@ class Block(nn.Module):
         self.positions = layers.Positions(
             c.positions, c.grid, width, c.head_size, c.transporter_positions_std)
         self.stack = layers.Stack(
-            c.transporter_layers, c.head_size, c.kv_heads, c.mlp_ratio, True, dtype, self.attention,
-            c.remat, c.scan, c.flat)
+            depth=c.transporter_layers, head_size=c.head_size, kv_heads=c.kv_heads,
+            mlp_ratio=c.mlp_ratio, causal=True, dtype=dtype, attention=self.attention,
+            remat=c.remat, scan=c.scan, flat=c.flat)
         self.norm = layers.norm(dtype, "norm", learned=True)
         self.project = layers.dense(2 * c.dim, ("embed", None), dtype, "project", scale=0)
 

@@ -8,13 +8,15 @@ import os
 
 from etils import epath
 
+from ntm_jax.files import is_remote
+
 LIMIT = 256 * 2**20  # bytes of the largest file, or member of a tar, that is read as an image
 
 
 def is_regular(path) -> bool:
     """Whether `path` is a regular file or a symbolic link to one."""
     path = os.fspath(path)
-    return epath.Path(path).is_file() if "://" in path else os.path.isfile(path)
+    return epath.Path(path).is_file() if is_remote(path) else os.path.isfile(path)
 
 
 def read(path, limit: int = LIMIT) -> bytes:

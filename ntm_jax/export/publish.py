@@ -9,6 +9,7 @@ from etils import epath
 from ntm_jax.errors import UserError, shown
 from ntm_jax.export import hub
 from ntm_jax.export.read import CONFIG, REMEDY, About, read_about
+from ntm_jax.files import is_remote
 
 VERSION = importlib.metadata.version("ntm_jax")
 CARD = "README.md"  # the one file of an export that its owner may edit, to name a licence
@@ -34,7 +35,7 @@ def push(folder: str, repository: str, private: bool = False) -> str:
     there. Raises UserError if the folder is not an intact export, if the repository exists and is
     public in spite of `private`, or for what the Hub refuses.
     """
-    if "://" in str(folder):
+    if is_remote(folder):
         raise UserError(f"{folder} is not a local folder: copy it to one to push it")
     check(repository)
     about = read_about(folder)

@@ -223,7 +223,7 @@ def _about(run: Run) -> dict:
 
 def _write(folder, contents: dict, about: dict) -> None:
     """Writes a new folder of files, {name: bytes}, and config.json, completely or not at all."""
-    local = "://" not in os.fspath(folder)
+    local = not files.is_remote(folder)
     part = folder.parent / f"{files.PART}{folder.name}-{uuid.uuid4().hex[:12]}"
     new_parents = [path for path in folder.parents if local and not path.exists()]
     try:

@@ -18,6 +18,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 
 SOLVERS = ("euler", "heun")  # decoders that solve the ODE of a flow-matching model
+DECODERS = ("inverse", "score", "denoiser", *SOLVERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +231,7 @@ CHOICES = {
     "model.condition": ("none", "class", "text", "vector"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT),
-    "sample.decoder": ("inverse", "score", "denoiser", *SOLVERS),
+    "sample.decoder": DECODERS,
     "sample.inverse": ("auto", *INVERSES),
     "reward.trains": ("predictor", "transporter", "both"),
     "evaluate.features": ("none", "pixels", "cnn", "inception"),

@@ -1,8 +1,8 @@
 """What training minimises: the table that config.train.objective chooses from.
 
-An objective owns its loss, its held-out measure, the label of its loss, the decoders that its
-models allow and what it requires of a configuration. No other file compares an objective's name. A
-new one is one entry here, or a call of `register` in a module that --import names.
+An objective owns its loss, its held-out measure, the label of its loss and what it requires of a
+configuration. No other file compares an objective's name. A new one is one entry here, or a call of
+`register` in a module that --import names.
 
 Symbols: B batch, T steps, N tokens, D token channels.
 """
@@ -28,7 +28,7 @@ from ntm_jax.evaluation import known_density, measures, scoring
 from ntm_jax.evaluation.report import NAMES, summarize
 from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
-from ntm_jax.runtime.config import SOLVERS, Config, Train
+from ntm_jax.runtime.config import DECODERS, SOLVERS, Config, Train
 from ntm_jax.runtime.run import Run
 from ntm_jax.training.frozen import kept_reference
 from ntm_jax.training.reward import held_out, policy_gradient, preference, rollouts
@@ -45,7 +45,7 @@ class Setup:
     teacher: Teacher | None = None
     reward: Any = None  # the section config.reward
     sampler: rollouts.Sampler | None = None  # of post-training
-    frozen: tuple[str, ...] = ()  # the first names of parameters that do not learn
+    fixed_parts: tuple[str, ...] = ()  # the first names of parameters that do not learn
 
 
 def setup(run: Run, teacher: Run | None = None) -> Setup:
@@ -56,15 +56,15 @@ def setup(run: Run, teacher: Run | None = None) -> Setup:
     if not find(run.config.train.objective).rollout_use:
         return made
     return dataclasses.replace(made, reward=run.config.reward, sampler=rollouts.sampler_of(run),
-                               frozen=frozen(run))
+                               fixed_parts=fixed_parts(run))
 
 
-def frozen(run: Run) -> tuple[str, ...]:
+def fixed_parts(run: Run) -> tuple[str, ...]:
     """The first names of the parameters that do not learn; () unless a run is post-trained."""
     if not find(run.config.train.objective).rollout_use:
         return ()
     names = build.abstract_params(run.model, run.mesh)["params"]
-    return rollouts.frozen(run.config, names)
+    return rollouts.fixed_parts(run.config, names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +283,7 @@ def _check_flow_map(config: Config) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss, with the measures, labels, decoders and checks that belong to it.
+    """A loss, with the measures, labels and checks that belong to it.
 
     loss(setup, params, draws, reference) -> (the value that is minimised, metrics). metrics has
     "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
@@ -300,13 +300,12 @@ class Objective:
     loss: Callable
     held_out: Callable[[Run, Source], Held] = held_out_bound
     loss_label: str = "training loss (nats per dimension)"
-    decoders: tuple[str, ...] = ("inverse", "score", "denoiser")
     check: Callable[[Config], None] = _no_check
     measure: Callable[[Run, Source, int], dict] | None = None
     estimators: Callable = known_density.bounds
     whole_trajectories: bool = False  # a step holds all levels of an example, of draws.steps steps
     has_levels: bool = True  # factors that train.level_power can weight
-    trains_velocity: bool = False  # a model that an NTM can start from
+    trains_velocity: bool = False  # an NTM can start from the model, and its ODE be solved
     needs_teacher: bool = False  # config.teacher, the run to distil
     rollout_use: rollouts.Use | None = None  # of scored samples of the model, added to batches
 
@@ -324,13 +323,11 @@ OBJECTIVES = Registry("config.train.objective", {
     "end_to_end": Objective(_likelihood_loss(trajectory_terms), whole_trajectories=True),
     "pairwise": Objective(_likelihood_loss(pair_terms)),
     "flow_matching": Objective(
-        velocity_loss, held_out_velocity, SQUARED, ("inverse", "score", "denoiser", *SOLVERS),
-        _check_flow, _measure_velocity, known_density.solutions, has_levels=False,
-        trains_velocity=True),
+        velocity_loss, held_out_velocity, SQUARED, _check_flow, _measure_velocity,
+        known_density.solutions, has_levels=False, trains_velocity=True),
     "flow_map": Objective(
-        flow_map_loss, held_out_velocity, SQUARED, ("inverse", "score", "denoiser", *SOLVERS),
-        _check_flow_map, _measure_velocity, known_density.flow_map_estimates, has_levels=False,
-        trains_velocity=True),
+        flow_map_loss, held_out_velocity, SQUARED, _check_flow_map, _measure_velocity,
+        known_density.flow_map_estimates, has_levels=False, trains_velocity=True),
     "policy_gradient": Objective(
         policy_gradient.loss_with(_likelihood_loss(trajectory_terms)), held_out_reward,
         whole_trajectories=True, check=policy_gradient.check, measure=_measure_reward,
@@ -380,12 +377,11 @@ def checked(config: Config) -> Objective:
 
 
 def check_decoder(config: Config, decoder: str, name: str = "config.sample.decoder") -> None:
-    """Raises UserError for a decoder that models of the configuration's objective do not allow.
+    """Raises UserError for a decoder that solves an ODE, where the objective trains no velocity.
 
     name: what the error calls the decoder.
     """
-    allowed = find(config.train.objective).decoders
-    if decoder not in allowed:
-        needs = " solves the ODE of a flow-matching model" if decoder in SOLVERS else ""
-        raise UserError(f"{name}={decoder}{needs}: expected a decoder of "
-                        f"{', '.join(allowed)}, or another config.train.objective")
+    if decoder in SOLVERS and not find(config.train.objective).trains_velocity:
+        others = ", ".join(name for name in DECODERS if name not in SOLVERS)
+        raise UserError(f"{name}={decoder} solves the ODE of a flow-matching model: expected a "
+                        f"decoder of {others}, or another config.train.objective")

@@ -45,7 +45,7 @@ def make_step(run: Run, teacher: Run | None = None):
     transform = optimizer.make(config.optimizer, config.train.steps)
     decay = config.optimizer.ema_decay
     gradients = _gradients(run, teacher)
-    frozen = objectives.frozen(run)
+    fixed_parts = objectives.fixed_parts(run)
     # XLA would choose shardings for the new state other than the old one's: the second step would
     # compile again, and donation would save nothing.
     of_state = jax.tree.map(lambda a: a.sharding, state.abstract(run))
@@ -57,7 +57,7 @@ def make_step(run: Run, teacher: Run | None = None):
         metrics, gradient = gradients(current, Draws(root, batch, steps, current.step), reference)
         with jax.named_scope("optimizer"):
             updates, opt_state = transform.update(gradient, current.opt_state, current.params)
-            updates = _without(updates, frozen)
+            updates = _without(updates, fixed_parts)
             params = cast(dict, optax.apply_updates(current.params, updates))
             ema = optimizer.update_ema(current.ema, params, current.step, decay)
             metrics = {"grad_norm": optax.tree.norm(gradient), "finite": _finite(params)} | metrics

@@ -18,6 +18,7 @@ from ntm_jax.data.prepare.captioned import (
     parse_object,
 )
 from ntm_jax.errors import UserError, first_line, shown
+from ntm_jax.files import is_remote
 
 LISTS = ("metadata.jsonl", "metadata.csv")
 
@@ -115,7 +116,7 @@ def _outside(root: epath.Path) -> Callable[[str], bool]:
     resolved = functools.cache(os.path.realpath)  # of the few folders that hold the many files
 
     def outside(name: str) -> bool:
-        if "://" in os.fspath(root):
+        if is_remote(root):
             first = os.path.normpath(name).split("/")[0]
             return "://" in name or os.path.isabs(name) or first == ".."
         folder, last = os.path.split(os.path.join(base, name))

@@ -19,6 +19,7 @@ from etils import epath
 from ntm_jax.data import regular
 from ntm_jax.data.records.layout import DTYPES, Layout
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.files import is_remote
 
 _REMEDY = (
     "copy it there again, or prepare the records again: the same launch/prepare.py command makes "
@@ -140,7 +141,7 @@ _hashed: dict[tuple, str] = {}
 
 def _sha256_once(path: str) -> str:
     """SHA-256 of a file, computed once in this process, and again if the file changes."""
-    if "://" in path:
+    if is_remote(path):
         stat = epath.Path(path).stat()
         key = (path, stat.length, stat.mtime)
     else:

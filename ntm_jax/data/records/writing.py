@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,7 +58,7 @@ def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], lay
     """Writes one shard and returns the number of its records. UserError as `write_records`."""
     name = epath.Path(file).name
     with files.aside(file) as target:
-        if "://" not in os.fspath(file):
+        if not files.is_remote(file):
             return _write_array_records(target.name, name, examples, layout)
         # array_record reads object storage, but writes only to a disk.
         with tempfile.TemporaryDirectory() as folder:

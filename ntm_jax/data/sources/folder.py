@@ -32,7 +32,7 @@ from ntm_jax.data import images, regular
 from ntm_jax.data.prepare import from_folder
 from ntm_jax.data.sources.source import Source, check_split, permuted_splits
 from ntm_jax.errors import UserError
-from ntm_jax.files import parse_json, write_json
+from ntm_jax.files import is_remote, parse_json, write_json
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MANIFEST = ".ntm_manifest.json"
@@ -209,7 +209,7 @@ def _walk(folder: epath.Path, prefix: str) -> list[str]:
     links = collections.deque()  # folders behind links, walked after all others
     while pending or links:
         here, before = pending.pop() if pending else links.popleft()
-        place = os.fspath(here) if "://" in os.fspath(here) else os.path.realpath(here)
+        place = os.fspath(here) if is_remote(here) else os.path.realpath(here)
         if place in walked:
             continue
         walked.add(place)
@@ -234,7 +234,7 @@ def _walk(folder: epath.Path, prefix: str) -> list[str]:
 
 def _entries(folder: epath.Path) -> Iterator[tuple[str, str]]:
     """(name, 'file', 'folder', 'linked folder' or 'other') of every visible entry of a folder."""
-    if "://" in os.fspath(folder):
+    if is_remote(folder):
         for path in folder.iterdir():
             if not path.name.startswith("."):
                 is_file = path.name.lower().endswith(_SUFFIXES) or not path.is_dir()

@@ -51,7 +51,7 @@ def owned(workdir: str) -> Iterator[None]:
     if jax.process_index() == 0:
         folder = epath.Path(workdir)
         try:
-            if "://" in str(workdir):
+            if files.is_remote(workdir):
                 lock.enter_context(_leased(folder / LOCK))
             else:
                 lock.enter_context(_created(folder))

@@ -104,7 +104,7 @@ def preference_loss(gain, weights, beta: float):
             jnp.sum(weights * (margin > 0)) / len(gain))
 
 
-def freeze(params, names):
+def without_gradient(params, names):
     """The parameters, of which the subtrees of these names have no gradient."""
     trained = {name: jax.lax.stop_gradient(tree) if name in names else tree
                for name, tree in params["params"].items()}

@@ -34,7 +34,7 @@ def loss_with(anchor: Callable) -> Callable:
     """The loss of rollouts, plus config.reward.anchor times `anchor`, the loss on the data."""
     def loss(setup, params, draws, reference=None):
         settings, batch, c = setup.reward, draws.batch, setup.model.config
-        params = policy.freeze(params, setup.frozen)
+        params = policy.without_gradient(params, setup.fixed_parts)
         found = rollouts.densities(setup.sampler, params, batch, batch["rollout"])
         nll = found["nll"]
         old = flat(batch["old_nll"]) if "old_nll" in batch else jax.lax.stop_gradient(nll)

@@ -35,7 +35,7 @@ def loss_with(anchor: Callable) -> Callable:
     """
     def loss(setup, params, draws, reference=None):
         settings, batch, c = setup.reward, draws.batch, setup.model.config
-        params = policy.freeze(params, setup.frozen)
+        params = policy.without_gradient(params, setup.fixed_parts)
         found = rollouts.densities(setup.sampler, params, batch, batch["rollout"])
         nll = found["nll"].reshape(batch["reference_nll"].shape)
         gain = jnp.sum(policy.log_ratio(nll, batch["reference_nll"]), -1)

@@ -39,7 +39,7 @@ class Sampler:
     schedule: Schedule
     steps: int
     samples: int
-    whole: bool  # rollouts are trajectories x_k, through the transporter; otherwise latents u_k
+    through_transporter: bool  # rollouts are trajectories x_k; otherwise they are latents u_k
     first: int  # the levels that rollouts hold, first to last: those of S = last - first factors
     last: int
     inverse: str
@@ -81,9 +81,10 @@ def sample(params, root, batch, *, sampler: Sampler, part: int):
     y = repeat(build.condition(sampler.model, batch), count)
     t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
     us = sampling.sample_latents(sampler.model, params, keys, t, y)
-    model, rows = exact(sampler.model), len(us) * (sampler.steps if sampler.whole else 1)
-    how = inverses.choose(sampler.inverse, model.config, rows, sampler.mesh)
-    if sampler.whole:
+    inverted = sampler.steps if sampler.through_transporter else 1  # levels of each sample
+    model = exact(sampler.model)
+    how = inverses.choose(sampler.inverse, model.config, inverted * len(us), sampler.mesh)
+    if sampler.through_transporter:
         rollout = sampling.invert_trajectory(model, params, us, t, y, how)
         x_0 = rollout[:, 0]
     else:
@@ -105,7 +106,7 @@ def recorded(params, root, batch, *, sampler: Sampler):
     x = jnp.stack([batch["x"], batch[REJECTED]], 1).reshape(-1, c.tokens, c.dim)
     t = sampler.schedule.fixed_levels(sampler.steps, len(x))
     found = trajectory.simulate(x, t, repeat(noise, 2))
-    if not sampler.whole:
+    if not sampler.through_transporter:
         y = repeat(build.condition(sampler.model, batch), 2)
         steps = jnp.full(len(x), sampler.steps)
         below = [cast(Any, exact(sampler.model).apply(
@@ -134,7 +135,7 @@ def densities(sampler: Sampler, params, batch: dict, rollout) -> dict[str, Any]:
     samples, us = rollout.shape[1], flat(rollout)
     y = repeat(build.condition(sampler.model, batch), samples)
     arguments = us, sampler.levels(len(us)), jnp.full(len(us), sampler.steps), y
-    if sampler.whole:
+    if sampler.through_transporter:
         return {"nll": cast(Terms, sampler.model.apply(params, *arguments)).nll}
     mean, log_scale = cast(Any, sampler.model.apply(params, *arguments, method=NTM.gaussians))
     return {"nll": policy.gaussian_nll(us, mean, log_scale), "mean": mean, "log_scale": log_scale}
@@ -335,7 +336,7 @@ def check(config: Config) -> None:
                             "between samples")
 
 
-def frozen(config: Config, names) -> tuple[str, ...]:
+def fixed_parts(config: Config, names) -> tuple[str, ...]:
     """Those of the parameters' first `names` that config.reward.trains leaves as they are."""
     parts = {"predictor": {"transporter"}, "transporter": set(names) - {"transporter"},
              "both": set()}
