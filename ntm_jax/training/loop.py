@@ -74,7 +74,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         with contextlib.ExitStack() as stack:
             if rollouts:
                 stack.callback(rollouts.close)
-            loop = _start(run, teacher, (source, held_out), rollouts, (progress, more), stack)
+            loop = _start(run, teacher, source, held_out, rollouts, progress, more, stack)
             loop.until, loop.tracer = until, tracer
             done = loop.train()
             job.restore_interrupts()
@@ -93,14 +93,13 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     return run, result
 
 
-def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source],
-           rollouts: Rollouts | None, reports: tuple[bool, Sequence[MetricsWriter]],
+def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
+           rollouts: Rollouts | None, progress: bool, more: Sequence[MetricsWriter],
            stack: contextlib.ExitStack) -> "_Loop":
     """The loop of a new or a resumed run; `stack` closes what it holds open.
 
-    reports: whether the run prints its progress, and its further writers of metrics.
+    more: further writers of metrics.
     """
-    (source, held_out), (progress, more) = sources, reports
     config, folder, total = run.config, run.workdir, run.config.train.steps
     changes = config_file.claim(folder, config, run.spec)  # what another owner has left
     checkpoints = stack.enter_context(Checkpoints(
@@ -148,8 +147,10 @@ def _start(run: Run, teacher: Run | None, sources: tuple[Source, Source],
     stop = StopRequest()
     if not job.several():  # in a job of several processes jax catches SIGTERM for all of them
         stack.enter_context(stop)
-    return _Loop(run, current, start, batches, source, held_out, checkpoints, writer, stop, teacher,
-                 reference, rollouts)
+    return _Loop(
+        run=run, current=current, start=start, batches=batches, source=source, held_out=held_out,
+        checkpoints=checkpoints, writer=writer, stop=stop, teacher=teacher, reference=reference,
+        rollouts=rollouts)
 
 
 @dataclasses.dataclass
