@@ -62,7 +62,7 @@ def denoise_levels(model: NTM, params, xs, t, y, percentile: float = 100.0) -> d
 
 
 def make_denoiser(model: NTM) -> Predictor:
-    """The learned denoiser (method, section 8) with the sizes of a model's predictor.
+    """The learned denoiser (docs/concepts.md, section 8) with the sizes of a model's predictor.
 
     It predicts the clean image, level s = 0, from the teacher's latent u_0 at t_0.
     """

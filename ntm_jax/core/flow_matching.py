@@ -1,6 +1,7 @@
 """Flow matching: the velocity network, its loss, ODE solvers, likelihood, and the posterior head.
 
-The posterior head makes any flow-matching network the predictor of an NTM (method, section 7).
+The posterior head makes any flow-matching network the predictor of an NTM (docs/concepts.md,
+section 7).
 
 Symbols: B batch, K levels ascending, N tokens, D token channels, W width; x_t = (1-t) x + t eps,
 with velocity v = eps - x.

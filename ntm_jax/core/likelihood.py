@@ -1,7 +1,7 @@
 """Likelihoods from a trajectory's terms: reconstruction, importance weights, bounds.
 
-See method, section 9. Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token
-channels, V pixel levels. Sums are in nats per example.
+See docs/concepts.md, section 9. Symbols: B batch, T steps, K = T+1 levels ascending, N tokens,
+D token channels, V pixel levels. Sums are in nats per example.
 """
 
 import math

@@ -33,7 +33,7 @@ class Terms:
     log_scale: jax.Array  # sum of log sigma
     log_det: jax.Array  # log |det du_k/dx_k|
     constant: float  # N D / 2 log 2 pi
-    # |mu_k - reference|^2 per dimension, with a reference (method, section 7)
+    # |mu_k - reference|^2 per dimension, with a reference (docs/concepts.md, section 7)
     misalignment: Any = 0.0
     level: Any = 0.0  # t_k, the target's level
 

@@ -1,6 +1,7 @@
 """The predictor f_P: a deep transformer that gives the Gaussian of u_k given u_{k+1}.
 
-See method, section 4. A third head, over any flow-matching network, is flow_matching.Posterior.
+See docs/concepts.md, section 4. A third head, over any flow-matching network, is
+flow_matching.Posterior.
 
 Symbols: B batch (levels folded in), N tokens, D token channels, W width, M text tokens; s = t_k the
 target's level, t = t_{k+1} the input's.
@@ -17,7 +18,7 @@ from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.conditions import Condition
 from ntm_jax.core.transformer.precision import at_config_precision
 
-LOG_SCALE_BOUND = 10.0  # soft; a clean level needs 5 or 6 (method, section 7)
+LOG_SCALE_BOUND = 10.0  # soft; a clean level needs 5 or 6
 
 
 def bounded(log_scale):

@@ -1,7 +1,7 @@
 """The transporter f_T: a shallow autoregressive flow between levels x_k and latents u_k.
 
-See method, section 4. No other file depends on the log-determinant's sign. Symbols: B batch (levels
-folded in), N tokens, D token channels, W width.
+See docs/concepts.md, section 4. No other file depends on the log-determinant's sign. Symbols: B
+batch (levels folded in), N tokens, D token channels, W width.
 """
 
 import functools

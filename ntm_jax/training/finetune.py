@@ -1,7 +1,7 @@
-"""Fine-tuning and post-training: where a new run's parameters come from (method, section 7).
+"""Fine-tuning and post-training: where a new run's parameters come from.
 
 A run or an export of the same model gives all parameters. A flow-matching model, ours or a public
-checkpoint, gives the backbone of the posterior head.
+checkpoint, gives the backbone of the posterior head (docs/concepts.md, section 7).
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
 """The models that a run is held to, kept once in WORKDIR/frozen: a teacher, or a reference.
 
 The learned denoiser distils its teacher's score denoising into one pass over its latent u_0
-(method, section 8). The teacher is kept in the form of a run's folder, which a resume, sampling and
-evaluation read.
+(docs/concepts.md, section 8). The teacher is kept in the form of a run's folder, which a resume,
+sampling and evaluation read.
 
-A fine-tuned model's means are held near those of its flow-matching network (method, section 7),
-which is kept in the dtype that it computes in. A post-trained model is compared with the model that
-it starts from.
+A fine-tuned model's means are held near those of its flow-matching network (docs/concepts.md,
+section 7), which is kept in the dtype that it computes in. A post-trained model is compared with
+the model that it starts from.
 """
 
 import jax

@@ -1,6 +1,6 @@
 """AdamW with warm-up and cosine decay, gradient clipping, and the parameters' moving average.
 
-Source: method, section 5.
+Source: docs/concepts.md, section 5.
 """
 
 import jax

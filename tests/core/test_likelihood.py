@@ -164,7 +164,7 @@ def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_
     log_w = log_weight(contributions(terms, xs, x, t, 0))
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = log_gaussian(xs[:, 0], (1 - t_0) * mean, (1 - t_0) ** 2 * variance + t_0**2)
-    # float32 sums of some tens of nats over 8 dimensions: method, section 9, gives 4e-6 a dimension
+    # float32 sums of some tens of nats over 8 dimensions, each off by about 4e-6
     np.testing.assert_allclose(log_w / 8, expected / 8, atol=1e-5)
     # pixels add the ratio of decoder and encoder
     pixel = log_weight(contributions(terms, xs, x, t, 17))
@@ -176,7 +176,7 @@ def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_
 def true_conditionals(t, mean, variance):
     """In place of a model: xs -> Terms of the reverse conditionals of data N(mean, variance).
 
-    Written out by hand, in float32 (method, section 9).
+    Written out by hand, in float32 (docs/concepts.md, section 9).
     """
     s, t = t[:, :-1, None, None], t[:, 1:, None, None]
 
@@ -301,7 +301,7 @@ def test_a_new_model_weighs_gaussian_data_exactly(tiny, schedule):
         contributions(new(xs, t, jnp.full(8, 4), jnp.zeros(8, int)), xs, r * x, t, 0))
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = log_gaussian(xs[:, 0], 0, (1 - t_0) ** 2 * r**2 + t_0**2)
-    # Exact except for float32 rounding: 4e-6 nats a dimension by method, section 9, and more at
+    # Exact except for float32 rounding: 4e-6 nats a dimension, and more at
     # t_0 = .001, where z = 1e-7 / .001.
     np.testing.assert_allclose(log_w / (config.tokens * config.dim),
                                expected / (config.tokens * config.dim), atol=1e-4)

@@ -1,4 +1,4 @@
-"""core/ is small enough to read in an hour, and imports nothing else of ours (design, layout)."""
+"""core/ is small enough to read in an hour, and imports nothing else of ours."""
 
 import ast
 import io

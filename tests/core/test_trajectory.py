@@ -11,7 +11,7 @@ import pytest
 
 from ntm_jax.core import trajectory
 
-PAPER = [  # t, s, A, B, C of the paper's formulas (method, section 3), four decimals
+PAPER = [  # t, s, A, B, C of the paper's formulas (docs/concepts.md, section 3), four decimals
     (1.0, 0.755, 0.0, 0.2450, 0.7550),
     (0.755, 0.51, 0.2281, 0.4341, 0.4800),
     (0.51, 0.265, 0.1800, 0.6468, 0.2486),

@@ -54,9 +54,9 @@ def sinusoidal(t, width: int):
 class Condition(nn.Module):
     """Embeds noise levels, step count, class, text and vector into the modulation of all layers.
 
-    The modulation is [B, rows, W] (method, section 4). Embeddings are summed at a width of at most
-    512. The pooled text is the mean of a function of each token, zero for the null caption. A
-    vector that is not given has a learned embedding.
+    The modulation is [B, rows, W] (docs/concepts.md, section 4). Embeddings are summed at a width
+    of at most 512. The pooled text is the mean of a function of each token, zero for the null
+    caption. A vector that is not given has a learned embedding.
     """
 
     width: int

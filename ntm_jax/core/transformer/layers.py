@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer (method, section 4).
+    """Pre-norm transformer layer (docs/concepts.md, section 4).
 
     All layers share one modulation, to which each adds a learned table of its own.
     """
