@@ -1,7 +1,7 @@
 """The likelihood of one example in float64 NumPy and plain loops.
 
-It is written from the mathematics, docs/concepts.md, sections 3, 4 and 9, and shares no code with ntm_jax, so that the two agree only where
-both are right.
+It is written from the mathematics, docs/concepts.md, sections 3, 4 and 9, and shares no code with
+ntm_jax, so that the two agree only where both are right.
 
 Symbols: T steps, K = T+1 levels ascending, N tokens, D token channels, W width, H heads,
 G key-value heads, C head size, V pixel levels. `params` is a checkpoint's nested dict, with a

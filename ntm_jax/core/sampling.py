@@ -1,6 +1,7 @@
 """Sampling: guidance, the predictor's steps from pure noise down, and the inverse.
 
-See docs/concepts.md, section 6. Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
+See docs/concepts.md, section 6. Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D
+token channels.
 """
 
 from typing import Any, cast
