@@ -12,7 +12,7 @@ def get_config(variant: str = "ntm"):
     default.check_variant(__file__, variant, "ntm", "gaussian")
     c = default.get_config()
     c.data.update(source="digits", patch_size=2)
-    # t_min of half a pixel value, 1/16: less makes the density spiky, more blurs the pixel values
+    # a third of the distance of pixel values: less makes the density spiky, more blurs the values
     c.trajectory.update(t_min=0.04, t_min_range=(0.03, 0.05))
     c.model.update(width=64, head_size=16, transporter_width=64, predictor_layers=3, data_std=0.75)
     c.train.update(save_every=400, evaluate_every=400, log_every=20)

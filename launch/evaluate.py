@@ -13,12 +13,13 @@ flags.DEFINE_string("split", None, "The split, such as test or train[1350:], wri
                     "evaluation-SPLIT.json; the configuration's by default.")
 flags.DEFINE_integer("trajectories", None, "Trajectories a record for the importance-weighted "
                      "bound.", lower_bound=1)
-flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
+flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average, "
+                  "into evaluation-raw.json.")
 flags.DEFINE_string("against", None, "Another run's folder, or WORKDIR/checkpoints/STEP, to "
                     "compare with on the same records.")
 flags.DEFINE_bool("per_example", False, "Also writes the scores of every record, as parquet.")
-flags.DEFINE_integer("steps", None, "Number of steps T, or of the ODE for samples; the "
-                     "configuration's by default.", lower_bound=1)
+flags.DEFINE_integer("steps", None, "Number of steps T, or of the ODE for samples, into "
+                     "evaluation-Nsteps.json; the configuration's by default.", lower_bound=1)
 flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.images by default.",
                      lower_bound=0)
 flags.DEFINE_multi_string("guidance", None, "Also scores samples at this guidance. Repeat it to "

@@ -48,10 +48,10 @@ class Run(base.Run):
     """A trained run: its parameters at a step, and what can be asked of them.
 
     Conditions: label is one class, by its name or number, classes [n], or for a model of texts
-    core.conditions.Text with states [n, M, E] and mask [n, M]. condition is one vector [E] or
-    vectors [n, E] in their own units, for a model that is conditioned on vectors. All methods raise
-    UserError for a condition that the model does not have, and for images or options that do not
-    fit.
+    core.transformer.conditions.Text with states [n, M, E] and mask [n, M]. condition is one vector
+    [E] or vectors [n, E] in their own units, for a model that is conditioned on vectors. All
+    methods raise UserError for a condition that the model does not have, and for images or options
+    that do not fit.
     """
 
     def sample(self, n: int, label=None, prompts=None, seed: int | None = None,
@@ -73,8 +73,10 @@ class Run(base.Run):
         """
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            if label is not None or not texts:
-                raise UserError("prompts are given beside a label, or none: give one or more texts")
+            if label is not None:
+                raise UserError("label and prompts are both given: expected one of them")
+            if not texts:
+                raise UserError("prompts is empty: give one or more texts")
             label = self.text([texts[i % len(texts)] for i in range(n)])
         if condition is None or np.ndim(condition) < 2:
             label = _one_condition(label, condition)

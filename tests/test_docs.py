@@ -53,8 +53,8 @@ def test_every_public_name_is_in_the_inventory(site):
     _, body = (site / "objects.inv").read_bytes().split(b"compressed using zlib.\n", 1)
     documented = {line.split(" ")[0] for line in zlib.decompress(body).decode().splitlines()
                   if " py:" in line}
-    core = {f"ntm_jax.core.{path.stem}": public(path)
-            for path in (ROOT / "ntm_jax/core").glob("[!_]*.py")}
+    core = {".".join(path.relative_to(ROOT).with_suffix("").parts): public(path)
+            for path in (ROOT / "ntm_jax/core").rglob("[!_]*.py")}
     expected = {f"{module}.{name}" for module, names in (DOORS | core).items() for name in names}
     assert expected - documented == set()
 

@@ -165,7 +165,10 @@ def figures(run: Run) -> str:
 
     An evaluation that cannot be read is left out, with a warning.
     """
-    for name in ("evaluation.json", f"evaluation-{run.step}.json"):
+    names = ["evaluation.json", f"evaluation-{run.step}.json"]
+    if run.raw:
+        names += ["evaluation-raw.json", f"evaluation-{run.step}-raw.json"]
+    for name in names:
         path = epath.Path(run.workdir) / name
         try:
             result = files.parse_json(path.read_bytes()) if path.exists() else {}

@@ -158,6 +158,8 @@ def check_condition(run: Run, n: int, label):
         raise UserError(f"label {shown(label)} is given, and the model has no classes: leave it "
                         "out")
     label = np.asarray(0 if label is None else label)
+    if label.dtype == object:  # such as a column of pandas
+        label = np.array(label.tolist())
     if label.dtype.kind == "U":
         label = np.vectorize(lambda name: run.spec.label_of(str(name)))(label)
     if label.dtype.kind not in "iu":
@@ -246,12 +248,19 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
     return [part if part is None else sharding.to_host(part)[: len(index)] for part in found]
 
 
+def _plain(option):
+    """An option of sampling, NumPy's numbers as Python's."""
+    if isinstance(option, (np.generic, np.ndarray)):
+        return option.tolist()
+    return [_plain(one) for one in option] if isinstance(option, (tuple, list)) else option
+
+
 def override(config: Config, **given) -> SampleOptions:
     """The configuration's options of sampling with the given ones that are not None.
 
     Raises UserError for an option that is unknown, or whose value its setting does not take.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: _plain(value) for name, value in given.items() if value is not None}
     values = dataclasses.asdict(config.sample.options) | given
     options = typed.read(SampleOptions, values, "sample")
     for name in given:

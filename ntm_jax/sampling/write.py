@@ -53,7 +53,7 @@ class SampleRequest:
         return self.num // len(self.prompts) if self.prompts else 1
 
     def options(self, config: Config) -> SampleOptions:
-        """How the images are made. Raises UserError; see generate.check."""
+        """How the images are made. Raises UserError; see generate.override."""
         return generate.override(config, steps=self.steps, guidance=self.guidance,
                                  decoder=self.decoder, inverse=self.inverse)
 

@@ -74,10 +74,10 @@ def _read_backbone(run: Run, where: str):
                             "prepare them with --latent_scale=encoder")
         read = backbones.find(config.model.backbone).read
         return read(where, expected) if read else None
-    theirs = (read_about(folder).config.get("train", {}).get("objective", "end_to_end") if exported
-              else config_file.load(str(folder))[0].train.objective)
-    velocity = [objectives.find(name).trains_velocity for name in (config.train.objective, theirs)]
-    if velocity != [False, True]:
+    theirs = (_exported_objective(folder) if exported
+              else objectives.find(config_file.load(str(folder))[0].train.objective))
+    own = objectives.find(config.train.objective)
+    if own.trains_velocity or not (theirs and theirs.trains_velocity):
         return None
     other = load_run(where)
     _check_data(run, other)
@@ -90,6 +90,15 @@ def _read_backbone(run: Run, where: str):
                         f"{there} there and {here} here; give its sizes, config.model.width, "
                         "predictor_layers and the rest")
     return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), found, expected)
+
+
+def _exported_objective(folder) -> objectives.Objective | None:
+    """The objective of an export's run; None if it is not registered here."""
+    name = read_about(folder).config.get("train", {}).get("objective", "")
+    try:
+        return objectives.find(name)
+    except UserError:
+        return None
 
 
 def _check_data(run: Run, other: Run) -> None:

@@ -39,16 +39,18 @@ def load_teacher(run: Run) -> Run:
 
 
 def forget(workdir: str) -> None:
-    """Removes WORKDIR/frozen, of a run that saved no checkpoint. All processes call it."""
+    """Removes what a run that saved no checkpoint kept in WORKDIR/frozen. All processes call it."""
     folder = epath.Path(workdir) / "frozen"
-    if jax.process_index() == 0 and folder.exists():
-        folder.rmtree()
+    if jax.process_index() == 0:
+        for kept in (folder / "checkpoints", folder / "config.json"):
+            if kept.exists():
+                kept.rmtree() if kept.is_dir() else kept.unlink()
     multihost_utils.sync_global_devices("frozen models removed")
 
 
 def save_teacher(teacher: Run, workdir: str) -> None:
     """Saves the teacher in WORKDIR/frozen, unless it is there."""
-    if has_teacher(workdir):
+    if multihost_utils.broadcast_one_to_all(has_teacher(workdir)):  # file systems may lag
         return
     folder = f"{workdir}/frozen"
     with Checkpoints(folder) as checkpoints:

@@ -124,7 +124,7 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
     if jax.process_index() == 0:
         config_file.write(folder, config, run.spec)
     reference = None
-    if latest is None:
+    if latest is None and (teacher or config.train.align_weight or rollouts):
         frozen.forget(folder)
     if teacher:
         frozen.save_teacher(teacher, folder)

@@ -142,7 +142,7 @@ def flops_of_step(run: Run, step, current: State, batch, teacher: Run | None = N
 
 
 def check_memory(run: Run, step, *arguments) -> None:
-    """Compiles a step, which its first call then finds, and estimates its memory.
+    """Compiles a step, which a call with the same shapes then finds, and estimates its memory.
 
     Raises UserError where that exceeds what a device, or for CPUs the machine, has left: the kernel
     would end the run without a word.

@@ -57,8 +57,12 @@ def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path)
     assert "| 297 records of split test, 2 steps | |" in text
     assert "| importance-weighted bound (32 trajectories), bits/dim | 2.0000 ± 0.5000 |" in text
     assert "| class accuracy of 20 samples, % | 90.0000 ± 1.0000 |" in text
-    for other in (dataclasses.replace(run, step=6), dataclasses.replace(run, raw=True)):
+    raw = dataclasses.replace(run, raw=True)
+    for other in (dataclasses.replace(run, step=6), raw):
         assert "bits/dim" not in card.markdown(other, 1234, PLATFORMS)
+    values = EVALUATION | {"provenance": EVALUATION["provenance"] | {"parameters": "raw"}}
+    (tmp_path / "evaluation-raw.json").write_text(json.dumps(values))
+    assert "297 records of split test" in card.markdown(raw, 1234, PLATFORMS)
 
 
 DAMAGED = {

@@ -120,7 +120,9 @@ def test_a_wrong_option_is_named(run, option, message):
 
 
 def test_scales_of_guidance_may_be_a_list(run):
-    assert generate.override(run.config, guidance=[1.0, 0.0]).guidance == (1.0, 0.0)
+    for scales in ([1.0, 0.0], np.array([1.0, 0.0]), (np.float32(1), 0)):
+        assert generate.override(run.config, guidance=scales).guidance == (1.0, 0.0)
+    assert generate.override(run.config, steps=np.int64(2)).steps == 2
 
 
 def test_a_label_that_is_no_class_is_refused(run):

@@ -78,9 +78,10 @@ def test_a_run_samples_prompts(run):
     one = run.sample(2, prompts="a red circle")
     assert alike(one, run.sample(2, prompts=["a red circle"]))
     np.testing.assert_array_equal(run.text("blue square").mask, run.text(["blue square"]).mask)
-    for wrong in ({"prompts": []}, {"prompts": ["a"], "label": 3}):
-        with pytest.raises(UserError, match="prompts are given beside a label, or none: give one"):
-            run.sample(2, **wrong)
+    with pytest.raises(UserError, match="prompts is empty: give one or more texts"):
+        run.sample(2, prompts=[])
+    with pytest.raises(UserError, match="label and prompts are both given: expected one of them"):
+        run.sample(2, 3, prompts=["a"])
     with pytest.warns(UserWarning, match=r"1 of 2 captions are cut to the 4 tokens of words:4:.*, "
                                          "such as 'a red circle a blue square'"):
         run.sample(4, prompts=["a red circle a blue square", "blue"])
