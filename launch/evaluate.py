@@ -57,8 +57,8 @@ def main():
     result, scores = run.scores(options, against, progress=True)
     latest = f.step is None and run.workdir == hub.results_folder(f.workdir)
     parts = ["evaluation"] + ([] if latest else [str(run.step)]) + ["raw"] * f.raw
-    if f.steps not in (None, own_steps):
-        parts.append(f"{f.steps}steps")
+    if sample.steps != own_steps:
+        parts.append(f"{sample.steps}steps")
     if f.split not in (None, run.config.evaluate.split):
         parts.append(f.split.replace("[", "-").replace(":", "to").replace("]", ""))
     name = "-".join(parts) + ".json"

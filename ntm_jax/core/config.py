@@ -37,7 +37,7 @@ class ModelConfig:
     # Initial deviation of the transporter's table of positions: near 1, a token's position counts
     # as much as its content.
     transporter_positions_std: float = 0.02
-    flat: bool = False  # see layers.Stack
+    flat: bool = False  # see layers.LayerConfig
     condition_width: int = 0  # E of vector conditions; 0 without
     condition_shift: bool = False  # subtracts a linear function of the vector; see NTM._centre
     precision: str | None = None  # of float32 products; see precision and exact

@@ -5,7 +5,6 @@ D token channels, V pixel levels. Sums are in nats per example.
 """
 
 import math
-from itertools import count, takewhile
 
 import flax.struct
 import jax
@@ -138,7 +137,7 @@ class Importance:
 
 def marks(trajectories: int) -> list[int]:
     """The numbers of trajectories for which bounds are reported: 1, 4, 16, ... and all."""
-    powers = takewhile(lambda power: power < trajectories, (4**i for i in count()))
+    powers = [4**i for i in range(trajectories.bit_length()) if 4**i < trajectories]
     return [*powers, trajectories]
 
 

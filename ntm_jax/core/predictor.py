@@ -47,10 +47,10 @@ class Trunk(nn.Module):
         condition = Condition(
             c.width, c.num_classes, embed_steps, vector_width=c.condition_width, name="condition")
         modulation = condition(times, steps, y)
-        stack = layers.Stack(
+        stack = layers.Stack(layers.LayerConfig(
             depth=c.predictor_layers, head_size=c.head_size, kv_heads=c.kv_heads,
             mlp_ratio=c.mlp_ratio, causal=False, dtype=c.dtype, attention=self.attention,
-            remat=c.remat, scan=c.scan, flat=c.flat, name="stack")
+            flat=c.flat), c.remat, c.scan, name="stack")
         hidden = stack(hidden.astype(c.dtype), modulation, angles, keys)
         return layers.norm(c.dtype, "norm", learned=True)(hidden[:, -c.tokens :])
 

@@ -40,10 +40,10 @@ class Block(nn.Module):
         self.start = self.param("start", init, (width,))
         self.positions = layers.Positions(
             c.positions, c.grid, width, c.head_size, c.transporter_positions_std)
-        self.stack = layers.Stack(
+        self.stack = layers.Stack(layers.LayerConfig(
             depth=c.transporter_layers, head_size=c.head_size, kv_heads=c.kv_heads,
             mlp_ratio=c.mlp_ratio, causal=True, dtype=dtype, attention=self.attention,
-            remat=c.remat, scan=c.scan, flat=c.flat)
+            flat=c.flat), c.remat, c.scan)
         self.norm = layers.norm(dtype, "norm", learned=True)
         self.project = layers.dense(2 * c.dim, ("embed", None), dtype, "project", scale=0)
 

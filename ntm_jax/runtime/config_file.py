@@ -4,7 +4,6 @@ The file is sealed with a checksum. Every checkpoint holds a copy of the setting
 what it is, from which a lost or damaged config.json is written again.
 """
 
-import contextlib
 import copy
 import dataclasses
 import shlex
@@ -66,16 +65,27 @@ def differences(before: dict, now: dict) -> list[tuple]:
     return [(key, one, other) for key, one, other in pairs if one != other]
 
 
-def _before(path, workdir: str, config: Config, spec: DataSpec) -> tuple[dict | None, list[str]]:
+def _recorded(workdir: str) -> tuple[dict | None, dict | None, UserError | None]:
+    """The flat settings of the run in a workdir: (those of config.json, those of its checkpoint).
+
+    The first are None if the file is missing or damaged, with the error for a damaged one. The
+    second are those fixed when a run resumes, without defaults; None if there is no checkpoint.
+    """
+    path = epath.Path(workdir) / CONFIG
+    saved = checkpoint.saved_settings(workdir)
+    if saved is None or not path.exists():
+        return None, saved, None
+    try:
+        return flatten(files.read_json(path, DAMAGED)), saved, None
+    except UserError as error:
+        return None, saved, error
+
+
+def _before(workdir: str, config: Config, spec: DataSpec) -> tuple[dict | None, list[str]]:
     """(the flat settings of the run in a workdir, None without one; lines on what was damaged)."""
-    damage, saved = None, checkpoint.saved_settings(workdir)
-    if saved is None:
-        return None, []
-    if path.exists():
-        try:
-            return flatten(files.read_json(path, DAMAGED)), []
-        except UserError as error:
-            damage = error
+    written, saved, damage = _recorded(workdir)
+    if saved is None or written is not None:
+        return written, []
     if not saved:
         raise damage or UserError(f"{workdir} holds checkpoints but no {CONFIG}: expected a run's "
                                   "folder or a new one; give another --workdir")
@@ -94,7 +104,7 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
 
     Raises UserError where the run there differs in more than a resume may change.
     """
-    before, lines = _before(epath.Path(workdir) / CONFIG, workdir, config, spec)
+    before, lines = _before(workdir, config, spec)
     if before is None:
         return lines
     for key, one, other in differences(before, flatten(_content(config, spec))):
@@ -109,21 +119,12 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
 
 
 def _known(workdir: str, keys: list[str]) -> dict:
-    """Those of the flat settings that a workdir's run is known to have; {} without a run.
-
-    They are those of config.json. If it is missing or damaged, they are those fixed when a run
-    resumes, of the last checkpoint, which omits defaults.
-    """
-    path = epath.Path(workdir) / CONFIG
-    saved = checkpoint.saved_settings(workdir) if workdir else None
-    if saved is None:
-        return {}
-    known = {key: value for key, value in (_flat_defaults() | saved).items()
-             if saved and not key.startswith(RESUMABLE)}
-    if path.exists():
-        with contextlib.suppress(UserError):
-            known = flatten(files.read_json(path, DAMAGED))
-    return {key: known[key] for key in keys if known.get(key) is not None}
+    """Those of the flat settings that a workdir's run is known to have; {} without a run."""
+    known, saved, _ = _recorded(workdir) if workdir else (None, None, None)
+    if known is None and saved:
+        known = {key: value for key, value in (_flat_defaults() | saved).items()
+                 if not key.startswith(RESUMABLE)}
+    return {key: known[key] for key in keys if known and known.get(key) is not None}
 
 
 def complete(values, workdir: str = "") -> tuple[Config, str]:

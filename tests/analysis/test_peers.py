@@ -121,9 +121,9 @@ def test_every_peer_has_an_adapter():
 
 def test_flops_of_a_layer():
     sizes = Sizes(images=3, tokens=16, width=32, head=8, blocks=1, layers=1)
-    stack = layers.Stack(
+    stack = layers.Stack(layers.LayerConfig(
         depth=1, head_size=8, kv_heads=4, mlp_ratio=4, causal=True, dtype=np.float32,
-        attention=plain_attention, remat="none", scan=False, flat=True)
+        attention=plain_attention, flat=True), remat="none", scan=False)
     x, modulation = np.zeros((3, 16, 32), np.float32), np.zeros((3, 6, 32), np.float32)
     counted = flops.count(
         lambda: stack.init_with_output(jax.random.key(0), x, modulation)[0])

@@ -88,10 +88,11 @@ def test_rotation_keeps_lengths_and_depends_only_on_relative_positions():
 
 
 def stack(causal=True, **changes):
-    options = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal,
-               "dtype": jnp.float32, "attention": plain_attention, "remat": "none",
-               "scan": False, "flat": False}
-    return layers.Stack(**(options | changes))
+    options = {"remat": "none", "scan": False} | {
+        name: changes.pop(name) for name in ("remat", "scan") if name in changes}
+    sizes = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal,
+             "dtype": jnp.float32, "attention": plain_attention, "flat": False}
+    return layers.Stack(layers.LayerConfig(**(sizes | changes)), **options)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ Symbols: B batch, N tokens, W width, H heads, G key-value heads, C head size, L 
 Parameters and activations carry logical axis names; runtime/sharding.py maps them to a mesh.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -69,19 +70,26 @@ def norm(dtype, name: str, learned: bool = False):
                         scale_init=scale_init, name=name)
 
 
-class Attention(nn.Module):
-    """Grouped-query self-attention with normalised queries and keys.
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """The sizes and choices of the layers of a stack. Static."""
 
-    `depth` divides the initial variance of the output projection.
-    """
-
+    depth: int  # how many; it divides the initial variance of what a layer adds
     head_size: int
     kv_heads: int
+    mlp_ratio: int
     causal: bool
-    depth: int
     dtype: Any
-    attention: Callable
-    rows: bool
+    attention: Callable  # a function like plain_attention
+    # Matrix products merge examples and tokens into one axis, which is faster on a CPU, but not for
+    # tokens sharded over a mesh axis.
+    flat: bool
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with normalised queries and keys."""
+
+    config: LayerConfig
 
     @nn.compact
     def __call__(self, x, angles=None, keys=None, cache=None, index=None):
@@ -90,25 +98,25 @@ class Attention(nn.Module):
         keys: [B, N], the tokens that may be attended to; all by default. With a cache
         (k, v: [B, G, M, C]) x is the one token at `index` and attends to tokens <= index.
         """
-        width = x.shape[-1]
+        c, width = self.config, x.shape[-1]
 
         def heads(name, count):
-            y = dense(count * self.head_size, ("embed", "heads"), self.dtype, name, bias=False,
-                      rows=self.rows)(x)
-            return checkpoint_name(y, "narrow").reshape(*x.shape[:-1], count, self.head_size)
+            y = dense(count * c.head_size, ("embed", "heads"), c.dtype, name, bias=False,
+                      rows=c.flat)(x)
+            return checkpoint_name(y, "narrow").reshape(*x.shape[:-1], count, c.head_size)
 
-        q = heads("query", width // self.head_size)
-        k, v = heads("key", self.kv_heads), heads("value", self.kv_heads)
+        q = heads("query", width // c.head_size)
+        k, v = heads("key", c.kv_heads), heads("value", c.kv_heads)
         ones = partitioned((None,), nn.initializers.ones_init)
-        q = nn.RMSNorm(dtype=self.dtype, scale_init=ones, name="query_norm")(q)
-        k = nn.RMSNorm(dtype=self.dtype, scale_init=ones, name="key_norm")(k)
+        q = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name="query_norm")(q)
+        k = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name="key_norm")(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if cache is None:
             q = nn.with_logical_constraint(q, ("batch", "tokens", "heads", None))
             axes = ("batch", "keys", "heads", None)  # every query attends to all keys
             k, v = (nn.with_logical_constraint(a, axes) for a in (k, v))
-            y = self.attention(q, k, v, causal=self.causal, keys=keys)
+            y = c.attention(q, k, v, causal=c.causal, keys=keys)
         else:
             assert index is not None  # the place of x in the cache
             cache = tuple(
@@ -116,8 +124,8 @@ class Attention(nn.Module):
                 for old, new in zip(cache, (k, v), strict=True))
             y = attend_to_cache(q, cache, index)
         y = checkpoint_name(y.reshape(*x.shape[:-1], -1), "narrow")
-        y = dense(width, ("heads", "embed"), self.dtype, "out", scale=1 / self.depth, bias=False,
-                  rows=self.rows)(y)
+        y = dense(width, ("heads", "embed"), c.dtype, "out", scale=1 / c.depth, bias=False,
+                  rows=c.flat)(y)
         return checkpoint_name(y, "narrow"), cache
 
 
@@ -127,35 +135,24 @@ class Layer(nn.Module):
     All layers share one modulation, to which each adds a learned table of its own.
     """
 
-    head_size: int
-    kv_heads: int
-    mlp_ratio: int
-    causal: bool
-    depth: int
-    dtype: Any
-    attention: Callable
-    rows: bool
+    config: LayerConfig
 
     @nn.compact
     def __call__(self, x, cache, modulation, angles, keys, index):
         """x [B, N, W], modulation [B, 6, W] -> (x, cache), as nn.scan requires."""
-        width = x.shape[-1]
+        c, width = self.config, x.shape[-1]
         zeros = partitioned((None, "embed"), nn.initializers.zeros_init)
         table = self.param("table", zeros, (6, width))
-        own = (modulation + table[None])[:, :, None].astype(self.dtype)
+        own = (modulation + table[None])[:, :, None].astype(c.dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.moveaxis(own, 1, 0)
         x = nn.with_logical_constraint(x, ("batch", "tokens", "embed_activation"))
-        h = norm(self.dtype, "norm_1")(x) * (1 + scale_1) + shift_1
-        attend = Attention(
-            self.head_size, self.kv_heads, self.causal, self.depth, self.dtype, self.attention,
-            self.rows, name="attention")
-        h, cache = attend(h, angles, keys, cache, index)
+        h = norm(c.dtype, "norm_1")(x) * (1 + scale_1) + shift_1
+        h, cache = Attention(c, name="attention")(h, angles, keys, cache, index)
         x = x + (1 + gate_1) * h
-        h = norm(self.dtype, "norm_2")(x) * (1 + scale_2) + shift_2
-        h = dense(self.mlp_ratio * width, ("embed", "mlp"), self.dtype, "up", rows=self.rows)(h)
+        h = norm(c.dtype, "norm_2")(x) * (1 + scale_2) + shift_2
+        h = dense(c.mlp_ratio * width, ("embed", "mlp"), c.dtype, "up", rows=c.flat)(h)
         h = nn.with_logical_constraint(nn.gelu(h), ("batch", "tokens", "mlp"))
-        h = dense(width, ("mlp", "embed"), self.dtype, "down", scale=1 / self.depth,
-                  rows=self.rows)(h)
+        h = dense(width, ("mlp", "embed"), c.dtype, "down", scale=1 / c.depth, rows=c.flat)(h)
         return x + (1 + gate_2) * checkpoint_name(h, "narrow"), cache
 
 
@@ -187,39 +184,26 @@ def stacked(layer, depth: int, remat: str, scan: bool, inputs: int, initializing
 
 
 class Stack(nn.Module):
-    """`depth` layers over [B, N, W], with parameters stacked along a leading axis `layers`.
+    """Layers over [B, N, W], with parameters stacked along a leading axis `layers`.
 
-    Scanned and unrolled layers give the same numbers. flat: matrix products merge examples and
-    tokens into one axis, which is faster on a CPU, but not for tokens sharded over a mesh axis.
+    Scanned and unrolled layers give the same numbers.
     """
 
-    depth: int
-    head_size: int
-    kv_heads: int
-    mlp_ratio: int
-    causal: bool
-    dtype: Any
-    attention: Callable
-    remat: str
+    config: LayerConfig
+    remat: str  # see REMAT
     scan: bool
-    flat: bool
 
     @nn.compact
     def __call__(self, x, modulation, angles=None, keys=None):
         """x [B, N, W], modulation [B, 6, W], keys [B, N] -> [B, N, W]."""
-        stack = stacked(Layer, self.depth, self.remat, self.scan, 5, self.is_initializing())
-        layers = stack(*self._sizes(), name="layers")
+        stack = stacked(Layer, self.config.depth, self.remat, self.scan, 5, self.is_initializing())
+        layers = stack(self.config, name="layers")
         return layers(x, None, modulation, angles, keys, None)[0]
-
-    def _sizes(self):
-        """The attributes of a Layer."""
-        return (self.head_size, self.kv_heads, self.mlp_ratio, self.causal, self.depth, self.dtype,
-                self.attention, self.flat)
 
     def weights_by_layer(self) -> list:
         """The parameters of every layer, for `decode`."""
         stacked = nn.unbox(self.variables["params"]["layers"])
-        return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.depth)]
+        return [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(self.config.depth)]
 
     def decode(self, x, weights, modulation, angles, caches, index):
         """One decoding step: x [B, 1, W] at `index` -> ([B, 1, W], caches).
@@ -227,7 +211,7 @@ class Stack(nn.Module):
         weights: those of weights_by_layer. caches: (k, v), each [B, G, M, C], by layer. Weights and
         caches stay apart: a scan over layers copies them at every token, four times the work.
         """
-        layer, found = Layer(*self._sizes(), parent=None), []
+        layer, found = Layer(self.config, parent=None), []
         for own, cache in zip(weights, caches, strict=True):
             x, cache = cast(Any, layer.apply({"params": own}, x, cache, modulation, angles, None,
                                              index))
