@@ -39,19 +39,19 @@ def main():
     from ntm_jax.evaluation.evaluate import EvaluationOptions
     from ntm_jax.evaluation.report import check_unit
     from ntm_jax.export import hub
-    from ntm_jax.sampling import generate
+    from ntm_jax.sampling.options import override, parse_guidance
 
     f = program.FLAGS
     run = api.load(f.workdir, f.step, f.raw)
     own_steps = run.config.sample.steps
-    sample = generate.override(run.config, steps=f.steps)
+    sample = override(run.config, steps=f.steps)
     config = run.config.with_sampling(steps=sample.steps).with_evaluation(
         images=run.config.evaluate.images if f.images is None else f.images)
     run = dataclasses.replace(run, config=config)
     unit = f"{f.unit}_per_dim" if f.unit else None
     if unit:
         check_unit(unit, run)
-    guidance = tuple(generate.parse_guidance(scales.split(",")) for scales in f.guidance or ())
+    guidance = tuple(parse_guidance(scales.split(",")) for scales in f.guidance or ())
     options = EvaluationOptions(f.split, f.trajectories, f.features, f.inception_weights, guidance)
     against = api.load(f.against, raw=f.raw) if f.against else None
     result, scores = run.scores(options, against, progress=True)

@@ -31,7 +31,7 @@ def main():
     from ntm_jax import api
     from ntm_jax.errors import UserError
     from ntm_jax.export import publish
-    from ntm_jax.sampling import generate
+    from ntm_jax.sampling.options import parse_guidance
 
     f = program.FLAGS
     repository = f.push if jax.process_index() == 0 else None
@@ -40,7 +40,7 @@ def main():
     if repository is not None:
         publish.check(repository)  # before the work
     run = api.load(f.workdir, f.step, f.raw)
-    run.export(f.out, f.steps, generate.parse_guidance(f.guidance), f.decoder)
+    run.export(f.out, f.steps, parse_guidance(f.guidance), f.decoder)
     if repository is not None:
         try:
             print(f"pushed: {api.push(f.out, repository, f.private)}", flush=True)

@@ -50,7 +50,9 @@ def main():
     from ntm_jax import api
     from ntm_jax.errors import UserError
     from ntm_jax.export import hub
-    from ntm_jax.sampling import generate, prompts
+    from ntm_jax.sampling import prompts
+    from ntm_jax.sampling.conditioning import parse_vectors
+    from ntm_jax.sampling.options import parse_guidance
     from ntm_jax.sampling.write import SampleRequest
 
     f = program.FLAGS
@@ -67,8 +69,8 @@ def main():
         num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
         prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
         save_trajectories=f.save_trajectories, steps=f.steps,
-        guidance=generate.parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse,
-        seed=f.seed, log_prob=f.log_prob, condition=generate.parse_vectors(f.condition)))
+        guidance=parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse,
+        seed=f.seed, log_prob=f.log_prob, condition=parse_vectors(f.condition)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
-from ntm_jax.sampling import generate, prompts
+from ntm_jax.sampling import conditioning, generate, prompts
+from ntm_jax.sampling.options import override
 from ntm_jax.sampling.reweight import Reweighted, reweight
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
@@ -92,8 +93,8 @@ class Run(base.Run):
     def sample_at(self, index, label=None, seed: int | None = None, with_levels: bool = False,
                   with_log_prob: bool = False, **options):
         """The images of these indices [n]; arguments as in sample, label may be vectors [n, E]."""
-        condition = None if label is None else generate.check_condition(self, len(index), label)
-        chosen = generate.override(self.config, **options)
+        condition = None if label is None else conditioning.check_condition(self, len(index), label)
+        chosen = override(self.config, **options)
         self._check_decoder(options.get("decoder"))
         if with_log_prob:
             return generate.draw_at(self, index, condition, chosen, seed)
@@ -125,7 +126,7 @@ class Run(base.Run):
         scoring.LevelTerms.
         """
         label = _one_condition(label, condition)
-        given = generate.check_condition(self, len(images), label)
+        given = conditioning.check_condition(self, len(images), label)
         decoded = bool(self.spec.columns) if noised is None else not noised
         return score_images(self, images, given, trajectories, seed, decoded)
 
@@ -142,8 +143,8 @@ class Run(base.Run):
         sample size, and an unbiased estimate of the target's integral with its standard error.
         Raises UserError for a model of pixels.
         """
-        given = generate.check_condition(self, n, _one_condition(label, condition))
-        chosen = generate.override(self.config, **options)
+        given = conditioning.check_condition(self, n, _one_condition(label, condition))
+        chosen = override(self.config, **options)
         return reweight(self, log_target, given, n, chosen, seed)
 
     def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None):

@@ -15,6 +15,7 @@ from ntm_jax.progress import track
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
+from ntm_jax.sampling.options import override
 
 RANKS = (1, 5)  # of retrieval
 MAX_RECORDS = 20_000  # of the training split: an SVC's time grows with the square of their number
@@ -63,7 +64,7 @@ def check_guidance(run: Run, source: Source, guidance) -> None:
                         "captions whose source checks images: neither applies here, or "
                         "config.evaluate.images is 0; leave --guidance out")
     for scale in guidance:
-        generate.override(run.config, guidance=scale)
+        override(run.config, guidance=scale)
 
 
 def settings(config: Config) -> dict:
@@ -162,7 +163,8 @@ def retrieval(held_out: Source, real, images) -> dict:
 
     It is counted as found where it is the nearest, or among the five nearest, of all pictures: real
     [n, H, W, C] and held-out ones. Returns {} where there are too many. images [m, ...]: samples of
-    the held-out captions in turn, as generate.conditions orders them; the first of each counts.
+    the held-out captions in turn, as default_conditions of sampling.conditioning orders them; the
+    first of each counts.
     """
     records = held_out.records
     count, captions = len(real) + len(records), min(len(images), len(records))

@@ -38,6 +38,7 @@ from ntm_jax.runtime.checksums import array_checksums, named_leaves
 from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
+from ntm_jax.sampling.options import check_decoder, override
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -85,7 +86,7 @@ def _sampler(run: Run):
     spec, options, model = run.spec, run.config.sample.options, exact(build.plain(run.model))
     denoiser = None
     if options.decoder == "denoiser":
-        assert run.denoiser is not None  # see generate.check_decoder
+        assert run.denoiser is not None  # see check_decoder
         denoiser = build.plain(run.denoiser.module)
     static = generate.Sampler(model, run.schedule, options, None, denoiser)
 
@@ -173,9 +174,9 @@ def compiled(function, arguments: dict) -> bytes:
 
 def configure(run: Run, steps: int | None = None, guidance: float | tuple[float, ...] | None = None,
               decoder: str | None = None) -> Run:
-    """The run with the given settings of sampling. Raises UserError; see generate.check."""
-    options = generate.override(run.config, steps=steps, guidance=guidance, decoder=decoder)
-    generate.check_decoder(run, options.decoder)
+    """The run with the given settings of sampling. Raises UserError; see sampling.options."""
+    options = override(run.config, steps=steps, guidance=guidance, decoder=decoder)
+    check_decoder(run, options.decoder)
     return dataclasses.replace(run, config=run.config.with_sampling(**dataclasses.asdict(options)))
 
 

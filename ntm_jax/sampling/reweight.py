@@ -104,7 +104,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
 
     log_target: samples as users have them [n, ...], float64 of an array, -> [n], the log of an
     unnormalised density of them, -inf where it is 0. condition: of all n samples; see
-    generate.check_condition.
+    conditioning.check_condition.
 
     Raises UserError for a model of pixels, an ODE's solver, and values of the target that are no
     log-densities.

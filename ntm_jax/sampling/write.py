@@ -23,7 +23,8 @@ from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
 from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import generate, prompts
+from ntm_jax.sampling import conditioning, generate, prompts
+from ntm_jax.sampling.options import check_decoder, override
 from ntm_jax.sampling.prompts import Prompt
 
 
@@ -53,8 +54,8 @@ class SampleRequest:
         return self.num // len(self.prompts) if self.prompts else 1
 
     def options(self, config: Config) -> SampleOptions:
-        """How the images are made. Raises UserError; see generate.override."""
-        return generate.override(config, steps=self.steps, guidance=self.guidance,
+        """How the images are made. Raises UserError; see sampling.options."""
+        return override(config, steps=self.steps, guidance=self.guidance,
                                  decoder=self.decoder, inverse=self.inverse)
 
 
@@ -105,14 +106,14 @@ class _Work:
     def __init__(self, run: Run, request: SampleRequest):
         self.run, self.request = run, request
         self.options = request.options(run.config)
-        generate.check_decoder(run, self.options.decoder)
+        check_decoder(run, self.options.decoder)
         if request.labels and run.model.config.text_width:
             raise UserError(f"--labels are given, and the model of {run.workdir} is conditioned on "
                             "text: give --prompts")
         self.vectors = self._vectors()
         self.labels = None
         if request.labels:
-            labels = generate.check_condition(run, len(request.labels), request.labels)
+            labels = conditioning.check_condition(run, len(request.labels), request.labels)
             self.labels = np.asarray(labels)
         if request.autoencoder and run.spec.pixel_levels:
             raise UserError(f"{run.workdir} is a model of pixels, and an autoencoder decodes "
@@ -149,11 +150,11 @@ class _Work:
                                 "conditioned on vectors: leave it out")
             return None
         if not given:
-            return cast(Vector, generate.conditions(run, np.arange(self.request.num)))
+            return cast(Vector, conditioning.default_conditions(run, np.arange(self.request.num)))
         if len({len(vector) for vector in given}) > 1:
             raise UserError("--condition has vectors of different lengths: expected "
                             f"{run.model.config.condition_width} numbers in each")
-        y = generate.check_condition(run, len(given), np.array(given))
+        y = conditioning.check_condition(run, len(given), np.array(given))
         return jax.tree.map(
             lambda a: np.resize(a, (self.request.num, *np.shape(a)[1:])), y)
 
@@ -227,7 +228,7 @@ class _Work:
     def _numbers(self) -> np.ndarray:
         """The label, the prompt's number, or the vector [E] in its own units, of every sample."""
         if self.vectors:
-            return generate.own_conditions(self.run, self.vectors)
+            return conditioning.own_conditions(self.run, self.vectors)
         if self.labels is not None:
             return np.resize(self.labels, self.request.num)
         index = np.arange(self.request.num)

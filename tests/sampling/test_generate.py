@@ -10,6 +10,7 @@ from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.sampling import generate
+from ntm_jax.sampling.options import override, parse_guidance
 from tests.common import alike, as_run, random_run, setup, tiny_config
 
 
@@ -71,10 +72,10 @@ def test_guidance_needs_condition_dropout(run):
         message = (rf"guidance is {printed}, and the model was trained without condition dropout: "
                    "sample with guidance 0")
         with pytest.raises(UserError, match=message):
-            generate.override(without, guidance=guidance)
-    assert generate.override(without, guidance=0.0).guidance == 0.0
-    assert generate.override(without, guidance=(0.0, 0.0)).guidance == (0.0, 0.0)
-    assert generate.override(run.config, steps=2, guidance=1.5).guidance == 1.5
+            override(without, guidance=guidance)
+    assert override(without, guidance=0.0).guidance == 0.0
+    assert override(without, guidance=(0.0, 0.0)).guidance == (0.0, 0.0)
+    assert override(run.config, steps=2, guidance=1.5).guidance == 1.5
 
 
 def test_guidance_is_one_scale_or_one_for_each_step(run):
@@ -87,23 +88,23 @@ def test_guidance_is_one_scale_or_one_for_each_step(run):
             run.sample(2, guidance=wrong)
     scheduled = sampled_by(run, guidance=(1.0, 0.0))
     with pytest.raises(UserError, match="guidance has 2 scales, and there are 3 steps"):
-        generate.override(scheduled.config, steps=3, guidance=None)  # the configuration's scales
+        override(scheduled.config, steps=3, guidance=None)  # the configuration's scales
     guided = run.sample(3, guidance=(1.0, 0.0))
     assert alike(scheduled.sample(3), guided)
     assert not alike(guided, run.sample(3, guidance=(0.0, 1.0)))
 
 
 def test_guidance_of_the_flag():
-    found = [generate.parse_guidance(scales) for scales in (None, ["1.5"], ["1", "0"])]
+    found = [parse_guidance(scales) for scales in (None, ["1.5"], ["1", "0"])]
     assert found == [None, 1.5, (1.0, 0.0)]
     for wrong in (["a"], ["1", ""], ["nan", "1"]):
         with pytest.raises(UserError, match="--guidance takes a number, or one for each step"):
-            generate.parse_guidance(wrong)
+            parse_guidance(wrong)
 
 
 def test_an_untrained_number_of_steps_is_warned_of(run):
     with pytest.warns(UserWarning, match="3 steps were not trained, only 2: expect worse images"):
-        generate.override(run.config, steps=3, guidance=None)
+        override(run.config, steps=3, guidance=None)
 
 
 @pytest.mark.parametrize(("option", "message"), [
@@ -121,8 +122,8 @@ def test_a_wrong_option_is_named(run, option, message):
 
 def test_scales_of_guidance_may_be_a_list(run):
     for scales in ([1.0, 0.0], np.array([1.0, 0.0]), (np.float32(1), 0)):
-        assert generate.override(run.config, guidance=scales).guidance == (1.0, 0.0)
-    assert generate.override(run.config, steps=np.int64(2)).steps == 2
+        assert override(run.config, guidance=scales).guidance == (1.0, 0.0)
+    assert override(run.config, steps=np.int64(2)).steps == 2
 
 
 def test_a_label_that_is_no_class_is_refused(run):

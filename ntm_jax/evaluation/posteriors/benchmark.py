@@ -18,7 +18,7 @@ from ntm_jax.evaluation.posteriors import plots, scores
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import generate
+from ntm_jax.sampling import conditioning, generate
 from ntm_jax.sampling.reweight import Reweighted, reweight
 
 FIGURES = {  # of an observation, and their titles
@@ -100,7 +100,7 @@ def _weighted(run: Run, log_joint: Callable, x, amounts: Amounts) -> Reweighted:
     Their effective number is about amounts.samples, unless that takes more than amounts.weighted.
     """
     def draw(n: int) -> Reweighted:
-        given = generate.check_condition(run, n, x)
+        given = conditioning.check_condition(run, n, x)
         return reweight(run, log_joint, given, n, run.config.sample.options)
 
     found = draw(PROPOSALS * amounts.samples)
@@ -117,7 +117,7 @@ def posterior_draws(run: Run, task: str, amounts: Amounts, progress: bool = True
     parts = []
     for start in track(starts, "calibration", "batches", show=progress):
         index = np.arange(start, start + at_once) % len(x)  # one size, so nothing compiles anew
-        given = generate.check_condition(
+        given = conditioning.check_condition(
             run, at_once * amounts.draws, np.repeat(x[index], amounts.draws, 0))
         number = np.arange(len(index) * amounts.draws) + start * amounts.draws
         drawn = np.asarray(generate.sample_at(run, number, given))

@@ -1,0 +1,114 @@
+"""The conditions of samples: labels, texts or vectors, checked against the model.
+
+Symbols: n images; M text tokens, E the width of their states or of a vector.
+"""
+
+import functools
+import math
+
+import numpy as np
+
+from ntm_jax.core.transformer.conditions import Text, Vector
+from ntm_jax.data import transforms
+from ntm_jax.errors import UserError, shown
+from ntm_jax.runtime.run import Run
+
+
+@functools.lru_cache(maxsize=2)
+def _records(data, split: str):
+    """The records of a split, opened once for all batches."""
+    return data.open(split).records
+
+
+def default_conditions(run: Run, index):
+    """The default condition of these image indices.
+
+    The classes in turn, or the texts or vectors of the held-out records in turn.
+    """
+    model = run.model.config
+    if not (model.text_width or model.condition_width):
+        return index % max(model.num_classes, 1)
+    records = _records(run.config.data, run.config.evaluate.split)
+    chosen = [records[int(i) % len(records)] for i in index]
+    if model.condition_width:
+        values = np.stack([record["condition"] for record in chosen])
+        return Vector(values, np.ones(len(values), bool))
+    return Text(*(np.stack([record[name] for record in chosen]) for name in ("text", "text_mask")))
+
+
+def check_condition(run: Run, n: int, label):
+    """The condition of n images as arrays: labels [n], or the Text or Vector of such a model.
+
+    label: one label, labels [n], integers or names of classes; Text with states [n, M, E] and mask
+    [n, M]; one vector [E] or vectors [n, E] in their own units. Raises UserError where it does not
+    fit the model.
+    """
+    classes, width = run.model.config.num_classes, run.model.config.text_width
+    if run.model.config.condition_width:
+        return _check_vector(run, n, label)
+    if width:
+        fits = isinstance(label, Text) and np.shape(label.states)[::2] == (n, width)
+        if not fits or np.shape(label.mask) != label.states.shape[:2]:
+            raise UserError("the model is conditioned on text: give label=Text(states "
+                            f"[{n}, M, {width}], mask [{n}, M]) of "
+                            "ntm_jax.core.transformer.conditions")
+        return Text(np.asarray(label.states, np.float16), np.asarray(label.mask, bool))
+    if label is None and classes:
+        raise UserError(f"no label is given, and the model has {classes} classes: give one label, "
+                        f"or one for each of the {n} images")
+    if label is not None and not classes:
+        raise UserError(f"label {shown(label)} is given, and the model has no classes: leave it "
+                        "out")
+    label = np.asarray(0 if label is None else label)
+    if label.dtype == object:  # such as a column of pandas
+        label = np.array(label.tolist())
+    if label.dtype.kind == "U":
+        label = np.vectorize(lambda name: run.spec.label_of(str(name)))(label)
+    if label.dtype.kind not in "iu":
+        raise UserError(f"label {shown(label.tolist())} is given: expected the number of a class, "
+                        f"0 to {classes - 1}, or its name")
+    if label.shape not in ((), (1,), (n,)):
+        raise UserError(f"label has shape {label.shape}: expected one label, or one for each of "
+                        f"the {n} images")
+    label = np.broadcast_to(label, n)
+    if classes and not ((0 <= label) & (label < classes)).all():
+        raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to "
+                        f"{classes - 1}")
+    return label.astype(np.int32)
+
+
+def _check_vector(run: Run, n: int, condition) -> Vector:
+    """Vectors [E] or [n, E] in their own units, standardised as the condition of n records."""
+    width, spec = run.model.config.condition_width, run.spec
+    expected = f"expected {width} numbers [{width}], or [{n}, {width}]"
+    if condition is None:
+        raise UserError("no condition is given, and the model is conditioned on vectors: "
+                        f"{expected}")
+    values = np.asarray(condition)
+    if values.dtype.kind not in "fiu" or values.shape not in ((width,), (1, width), (n, width)):
+        raise UserError(f"condition is {values.dtype} {list(values.shape)}: {expected}")
+    if not np.isfinite(values).all():
+        raise UserError("condition holds a number that is not finite")
+    values = transforms.standardise(values, spec.condition_mean, spec.condition_std)
+    return Vector(np.broadcast_to(values, (n, width)), np.ones(n, bool))
+
+
+def own_conditions(run: Run, y: Vector) -> np.ndarray:
+    """Standardised vectors in their own units, [n, E] float64."""
+    return transforms.unstandardise(y.values, run.spec.condition_mean, run.spec.condition_std)
+
+
+def parse_vectors(texts) -> tuple[tuple[float, ...], ...] | None:
+    """Texts such as 0.5,-1.2 -> vectors; None without texts.
+
+    Raises UserError for a text that does not hold finite numbers.
+    """
+    if not texts:
+        return None
+    try:
+        vectors = tuple(tuple(map(float, text.split(","))) for text in texts)
+    except ValueError:
+        vectors = ((math.nan,),)
+    if not all(math.isfinite(number) for vector in vectors for number in vector):
+        raise UserError("--condition takes numbers separated by commas, such as 0.5,-1.2")
+    return vectors

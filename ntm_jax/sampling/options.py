@@ -1,0 +1,86 @@
+"""Options of sampling that a call gives instead of the configuration's."""
+
+import dataclasses
+import math
+import warnings
+
+import numpy as np
+
+from ntm_jax import typed
+from ntm_jax.errors import UserError
+from ntm_jax.runtime.config import (
+    SOLVERS,
+    Config,
+    SampleOptions,
+    check_guidance,
+    check_value,
+    guided,
+)
+from ntm_jax.runtime.run import Run
+
+
+def override(config: Config, **given) -> SampleOptions:
+    """The configuration's options of sampling with the given ones that are not None.
+
+    Raises UserError for an option that is unknown, or whose value its setting does not take.
+    """
+    given = {name: _plain(value) for name, value in given.items() if value is not None}
+    values = dataclasses.asdict(config.sample.options) | given
+    options = typed.read(SampleOptions, values, "sample")
+    for name in given:
+        check_value(f"sample.{name}", getattr(options, name))
+    check(config, options)
+    return options
+
+
+def check(config: Config, options: SampleOptions) -> None:
+    """Checks options of sampling that differ from the configuration's.
+
+    Raises UserError for guidance of another length than the steps, or that the model was not
+    trained for. Warns of a number of steps that it was not trained with.
+    """
+    guidance, steps, own = options.guidance, options.steps, config.sample
+    check_guidance("guidance", guidance, steps)
+    if guidance != own.guidance and guided(guidance) and not config.train.condition_dropout:
+        raise UserError(f"guidance is {guidance}, and the model was trained without condition "
+                        "dropout: sample with guidance 0")
+    trained = config.trajectory.steps
+    if steps != own.steps and steps not in trained and options.decoder not in SOLVERS:
+        warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: "
+                      "expect worse images", stacklevel=2)
+
+
+def _plain(option):
+    """An option of sampling, NumPy's numbers as Python's."""
+    if isinstance(option, (np.generic, np.ndarray)):
+        return option.tolist()
+    return [_plain(one) for one in option] if isinstance(option, (tuple, list)) else option
+
+
+def check_decoder(run: Run, decoder: str) -> None:
+    """Raises UserError for a decoder that needs a denoiser or an ODE that the run does not have."""
+    velocity = run.config.sample.decoder in SOLVERS or (
+        run.model.backbone is not None and not run.model.config.transporter_blocks)
+    if decoder in SOLVERS and not velocity:
+        raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run "
+                        "is not one: take inverse or score")
+    if decoder == "denoiser" and not run.denoiser:
+        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as "
+                        "--workdir the run of one, trained with config.train.objective=denoiser "
+                        "and --config.teacher")
+
+
+def parse_guidance(scales) -> float | tuple[float, ...] | None:
+    """Texts -> one guidance scale, or a tuple with one for each step; None without texts.
+
+    Raises UserError for a text that is not a number.
+    """
+    if not scales:
+        return None
+    try:
+        scales = tuple(float(scale) for scale in scales)
+    except ValueError:
+        scales = (math.nan,)
+    if not all(map(math.isfinite, scales)):
+        raise UserError("--guidance takes a number, or one for each step, such as 1,0.5,0,0")
+    return scales[0] if len(scales) == 1 else scales
