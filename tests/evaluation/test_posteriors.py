@@ -93,7 +93,10 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "BATCH", 12)  # several batches, the last one cut
     # The posterior's support is thin, and a run with random parameters may miss it.
     monkeypatch.setattr(tasks.Task, "log_joint", lambda self, x, theta: -np.sum(theta**2, 1))
-    result, drawn = benchmark.benchmark(run, AMOUNTS, progress=False)
+    result, drawn = benchmark.benchmark(run, AMOUNTS)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["observation", "1", "2"]
+    assert rows[2][1] == f"{result['observations'][1]['c2st']:.3f}"
     benchmark.write_benchmark(result, drawn, tmp_path)
     printed = capsys.readouterr().out
     assert files.read_json(tmp_path / "sbi.json", "run again") == files.plain(result)

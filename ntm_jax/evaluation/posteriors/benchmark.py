@@ -47,16 +47,21 @@ class Amounts:
 def benchmark(run: Run, amounts: Amounts, progress: bool = True) -> tuple[dict, plots.Drawn]:
     """The content of sbi.json, and what its pictures show.
 
-    Raises UserError for a run of another source, and where the reference posteriors are missing.
+    progress: prints a row for each observation once it is scored. Raises UserError for a run of
+    another source, and where the reference posteriors are missing.
     """
     config = run.config
     task = source.task_of(config.data.source)
     given = [references.read(task, number + 1) for number in range(amounts.observations)]
     rows, samples = [], []
+    if progress:
+        _print_row("observation", FIGURES.values())
     for number, reference in enumerate(track(given, "observations", "done", show=progress), 1):
         row, drawn = _observation(run, task, reference, amounts)
         rows.append({"observation": number, **row})
         samples.append(drawn)
+        if progress:
+            _print_row(number, [f"{row[name]:.3f}" for name in FIGURES])
     theta, draws = posterior_draws(run, task, amounts, progress)
     ranks, shares = scores.ranks(theta, draws), scores.shares_nearer(theta, draws)
     means = {name: mean_and_stderr([row[name] for row in rows]) for name in FIGURES}
@@ -134,19 +139,20 @@ def _calibration(ranks, shares, draws: int) -> dict:
 
 
 def write_benchmark(result: dict, drawn: plots.Drawn, out) -> None:
-    """Writes sbi.json and its pictures in the folder `out`, and prints the table."""
+    """Writes sbi.json and its pictures in the folder `out`, and prints the means."""
     folder = epath.Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # new for a run on the Hub
     files.write_json(folder / "sbi.json", result, sealed=True)
     plots.posteriors(result, drawn, folder / "posteriors.png")
     plots.calibration(result, drawn, folder / "calibration.png")
-    print("observation" + "".join(f"{title:>18}" for title in FIGURES.values()))
-    for row in result["observations"]:
-        print(f"{row['observation']:>11}" + "".join(f"{row[name]:>18.3f}" for name in FIGURES))
-    means = [f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}" for name in FIGURES]
-    print(f"{'mean':>11}" + "".join(f"{mean:>18}" for mean in means))
+    _print_row("mean", [f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}"
+                        for name in FIGURES])
     checks = result["calibration"]
     worst = min(check["p_value"] for check in checks["ranks"])
     print(f"{checks['simulations']} fresh simulations: ranks p >= {worst:.3g} over the parameters, "
           f"coverage p = {checks['coverage']['p_value']:.3g}")
     print(f"wrote {folder / 'sbi.json'}, posteriors.png and calibration.png", flush=True)
+
+
+def _print_row(first, rest) -> None:
+    print(f"{first:>11}" + "".join(f"{text:>18}" for text in rest), flush=True)
