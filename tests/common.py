@@ -155,6 +155,9 @@ def environment(devices: int = 0, **variables) -> dict:
 def start(arguments, cwd=ROOT, env: dict | None = None) -> subprocess.Popen | forked.Program:
     """Starts `python ARGUMENTS`, of which stdout and stderr can be read."""
     arguments, env = list(map(str, arguments)), environment() if env is None else env
+    if arguments[0].startswith(f"{ROOT}/tests/"):
+        module = pathlib.Path(arguments[0]).relative_to(ROOT).with_suffix("")
+        arguments[:1] = ["-m", ".".join(module.parts)]
     if forked.possible(arguments, env, environment()):
         return forked.Program(arguments[1], arguments[2:], cwd, env)
     return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, text=True,

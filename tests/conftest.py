@@ -15,6 +15,7 @@ if (
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # These hold in the programs that tests start, too.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads would spin beside other tests
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most tests compile longer than they run
 

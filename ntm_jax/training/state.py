@@ -36,7 +36,7 @@ def _initial(model, settings: Optimizer, steps: int, key) -> State:
     return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
 
 
-@functools.lru_cache(maxsize=4)  # tracing takes a while, and several parts of a run ask for it
+@functools.lru_cache(maxsize=8)  # tracing takes a while, and several parts of a run ask for it
 def _abstract(model, settings: Optimizer, steps: int, mesh) -> State:
     return build.abstract(lambda: _initial(model, settings, steps, jax.random.key(0)), model, mesh)
 
@@ -77,11 +77,14 @@ def free_bytes(device) -> int:
 
 def initialize(run: Run) -> State:
     """A new state, each array made on the devices that hold it; the same numbers on any mesh."""
-    shardings = jax.tree.map(lambda a: a.sharding, abstract(run))
     config = run.config
-
-    def make(key):
-        return nn.unbox(_initial(run.model, config.optimizer, config.train.steps, key))
-
+    make = _initializer(run.model, config.optimizer, config.train.steps, run.mesh)
     with sharding.use(run.mesh):
-        return jax.jit(make, out_shardings=shardings)(jax.random.key(config.seed))
+        return make(jax.random.key(config.seed))
+
+
+@functools.lru_cache(maxsize=8)  # runs that differ in their seeds or data share one program
+def _initializer(model, settings: Optimizer, steps: int, mesh):
+    shardings = jax.tree.map(lambda a: a.sharding, _abstract(model, settings, steps, mesh))
+    return jax.jit(lambda key: nn.unbox(_initial(model, settings, steps, key)),
+                   out_shardings=shardings)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file
 import ntm_jax
 from ntm_jax import files
 from ntm_jax.errors import UserError
-from ntm_jax.training import loop
+from ntm_jax.training import loop, state
 from tests.campaigns import exports
 from tests.common import tiny_config
 
@@ -68,7 +69,9 @@ def refused_by_script(folder, message: str, *arguments: str) -> None:
 def refused_by_training(settings, source, tmp_path, message: str) -> None:
     """Asserts that a run from `source` is refused in one line with `message`, nothing written."""
     settings = dataclasses.replace(settings, init_from=str(source))
-    with pytest.raises(UserError) as error:
+    # What is refused needs no initial state, which takes seconds to compile.
+    initial = mock.patch.object(state, "initialize", return_value=None)
+    with initial, pytest.raises(UserError) as error:
         loop.train(settings, str(tmp_path / "new"), progress=False)
     assert str(error.value).startswith(f"config.init_from is {source}: ")
     assert message in str(error.value)

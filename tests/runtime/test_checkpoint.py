@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -21,7 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.checksums import array_checksums
-from tests.common import bits, environment
+from tests.common import bits, environment, start
+from tests.runtime.checkpoint_programs import integers
 
 
 @struct.dataclass
@@ -54,17 +53,24 @@ def one_line(error):
     return text
 
 
-def run(code, *arguments, **variables):
-    """A process that runs `code`, with the checkout on its path."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
-                            env=environment(**variables))
+def run(program, *arguments, **variables):
+    """A process that runs a program of checkpoint_programs.py."""
+    module = ["-m", "tests.runtime.checkpoint_programs"]
+    return start([*module, program, *arguments], env=environment(**variables))
 
 
 def finish(*children):
-    outputs = [child.communicate(timeout=60)[0] for child in children]
-    assert [child.returncode for child in children] == [0] * len(children)
-    return outputs
+    outputs = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0] * len(children), outputs
+    return [output for output, _ in outputs]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def young_objects():
+    """Garbage collections look at this module's objects alone: all earlier ones take seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def test_round_trip_is_bit_equal_and_keeps_the_structure(tmp_path):
@@ -306,11 +312,11 @@ def test_a_checkpoint_of_an_earlier_version_has_no_settings_and_loads(tmp_path):
 @abandoned_reads
 @pytest.mark.usefixtures("settled")
 def test_a_reader_beside_a_run_that_saves_and_removes_steps(tmp_path):
-    child = run(KILLED, tmp_path, 2)  # keeps two: with one, a busy machine never reads it in time
+    child = run("killed", tmp_path, 2)  # keeps two: with one, a busy machine never reads it in time
     for line in child.stdout:
         if line == "committed 2\n":
             break
-    template = abstract({str(i): jnp.arange(256.0 * 256).reshape(256, 256) for i in range(8)})
+    template = abstract(integers())
     seen, end = [], time.monotonic() + 60  # a busy machine may read many times between two saves
     try:
         while len(seen) < 20 or (seen[-1] <= seen[0] + 5 and time.monotonic() < end):
@@ -323,28 +329,6 @@ def test_a_reader_beside_a_run_that_saves_and_removes_steps(tmp_path):
     assert seen[-1] > seen[0] + 5
 
 
-EIGHT = """
-import json, sys
-import jax, jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.runtime.checksums import array_checksums
-
-mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-specs = {"both": P("fsdp", "tensor"), "second": P(None, "fsdp"), "joint": P(("fsdp", "tensor")),
-         "half": P("tensor"), "step": P()}
-shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-with Checkpoints(sys.argv[1]) as checkpoints:
-    _, state, data = checkpoints.restore({
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
-        for name, (shape, dtype) in json.loads(sys.argv[2]).items()
-    })
-    assert all(state[name].sharding == shardings[name] for name in state)
-    checkpoints.save(2, state, data)
-print(json.dumps(array_checksums(state)))
-"""
-
-
 def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
     keys = jax.random.split(jax.random.key(3), 4)
     state = {name: jax.random.normal(key, (16, 8))
@@ -353,7 +337,7 @@ def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {"n": 4})
     shapes = json.dumps({name: (x.shape, str(x.dtype)) for name, x in state.items()})
-    [output] = finish(run(EIGHT, tmp_path, shapes, devices=8))
+    [output] = finish(run("eight", tmp_path, shapes, devices=8))
     assert json.loads(output.splitlines()[-1]) == array_checksums(state)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -362,34 +346,10 @@ def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
     assert (step, data, bits(restored)) == (2, {"n": 4}, bits(state))
 
 
-# The states below are integers, so that each process has the same bits, however it compiles.
-KILLED = """
-import sys, jax, jax.numpy as jnp
-from ntm_jax.runtime.checkpoint import Checkpoints
-
-state = {str(i): jnp.arange(256.0 * 256).reshape(256, 256) + i for i in range(8)}
-template = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-checkpoints = Checkpoints(sys.argv[1], *map(int, sys.argv[2:]))
-step = 0
-if checkpoints.latest() is not None:
-    step, state, data = checkpoints.restore(template)
-    assert data == {"n": step}
-print("restored", step, flush=True)
-while True:
-    step += 1
-    state = jax.tree.map(lambda x: x + 1, state)
-    checkpoints.save(step, state, {"n": step})
-    print("saving", step, flush=True)
-    checkpoints.wait()
-    print("committed", step, flush=True)
-"""
-
-
 def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
     draw, committed = random.Random(0), 0
     for kill in range(3):
-        child = run(KILLED, tmp_path)
+        child = run("killed", tmp_path)
         target = committed + 2 + kill
         for line in child.stdout:
             word, step = line.split()
@@ -402,7 +362,7 @@ def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
         rest = child.communicate()[0].split()
         words = zip(rest[::2], rest[1::2], strict=False)
         committed = max([committed, *(int(step) for word, step in words if word == "committed")])
-    expected = {str(i): jnp.arange(256.0 * 256).reshape(256, 256) + i for i in range(8)}
+    expected = integers()
     with Checkpoints(tmp_path) as checkpoints:
         step, state, data = checkpoints.restore(abstract(expected))
         assert committed <= step <= committed + 1
@@ -416,31 +376,9 @@ def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
         assert folders == sorted(map(str, checkpoints.steps()))
 
 
-PROCESSES = """
-import sys, jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
-from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.runtime.checksums import array_checksums
-
-mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-shardings = {"w": NamedSharding(mesh, P("data")), "step": NamedSharding(mesh, P())}
-make = jax.jit(lambda: {"w": jnp.arange(128.0).reshape(8, 16), "step": jnp.int32(1)},
-               out_shardings=shardings)
-template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                        jax.eval_shape(make), shardings)
-with Checkpoints(sys.argv[1]) as checkpoints:
-    assert checkpoints.latest() is None
-    for step in (1, 2):
-        checkpoints.save(step, make(), {"n": step})
-    step, state, data = checkpoints.restore(template)
-    assert (step, data, array_checksums(state)) == (2, {"n": 2}, array_checksums(make()))
-"""
-
-
 def test_two_processes_save_what_one_reads(tmp_path):
     port = 20000 + os.getpid() % 20000
-    finish(*(run(PROCESSES, tmp_path, port, process, devices=2) for process in range(2)))
+    finish(*(run("shared", tmp_path, port, process, devices=2) for process in range(2)))
     state = {"w": jnp.arange(128.0).reshape(8, 16), "step": jnp.int32(1)}
     with Checkpoints(tmp_path) as checkpoints:
         step, restored, data = checkpoints.restore(abstract(state))

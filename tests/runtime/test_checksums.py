@@ -1,32 +1,27 @@
 """Checksums of arrays: any sharding gives the same, and every flip and exchange changes them."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.runtime.checksums import _sums, array_checksums
-from tests.common import environment
+from tests.common import python
 
-SHARDED = """
-import jax, jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from ntm_jax.runtime.checksums import array_checksums
 
-sums = []
-for shape in ((1, 1), (4, 2), (2, 4)):
-    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
-                         devices=jax.devices()[: shape[0] * shape[1]])
-    shardings = [NamedSharding(mesh, spec)
-                 for spec in (P("fsdp"), P(None, "fsdp"), P(("data", "fsdp")), P())]
-    tree = {str(i): jax.device_put(jnp.arange(64.0 * 8).reshape(64, 8) + i, shardings[i % 4])
-            for i in range(200)}
-    sums += [array_checksums(tree) for _ in range(10)]
-assert sums == sums[:1] * 30
-"""
+def main():
+    """Asserts that sums of 200 arrays agree on three meshes, each time of 10."""
+    sums = []
+    for shape in ((1, 1), (4, 2), (2, 4)):
+        mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
+                             devices=jax.devices()[: shape[0] * shape[1]])
+        specs = ("fsdp",), (None, "fsdp"), (("data", "fsdp"),), ()
+        shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
+        tree = {str(i): jax.device_put(jnp.arange(64.0 * 8).reshape(64, 8) + i, shardings[i % 4])
+                for i in range(200)}
+        sums += [array_checksums(tree) for _ in range(10)]
+    assert sums == sums[:1] * 30
 
 
 def test_checksums_of_many_sharded_arrays_need_no_collective():
@@ -34,8 +29,7 @@ def test_checksums_of_many_sharded_arrays_need_no_collective():
 
     Their collectives would wait for each other for ever.
     """
-    variables = environment(devices=8)
-    subprocess.run([sys.executable, "-c", SHARDED], env=variables, check=True, timeout=60)
+    python(__file__, devices=8)
 
 
 def test_checksums_are_those_that_files_hold():
@@ -93,3 +87,7 @@ def test_checksums_of_scalars_empty_and_huge_arrays():
     # 2^34 elements: their index overflows uint32.
     huge = jax.eval_shape(_sums, jax.ShapeDtypeStruct((2**20, 2**14), jnp.uint8))
     assert (huge.shape, huge.dtype) == ((1, 2), jnp.uint32)
+
+
+if __name__ == "__main__":
+    main()
