@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core import trajectory
+from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.denoising import denoise_levels, score_denoise
 
 
@@ -48,20 +48,27 @@ def test_every_level_of_gaussian_data_gives_the_posterior_mean_and_its_own_score
     assert (own[:, 1:] > 2 * across[:, 1:]).all()
 
 
-def test_the_lowest_level_is_that_of_score_denoising(tiny):
-    random = tiny(num_classes=2, steps=(2, 3))
+def test_the_lowest_level_is_that_of_score_denoising(tiny, monkeypatch):
+    """Both take the gradient from one function, which is replaced here by any numbers."""
+    random, asked = tiny(num_classes=2, steps=(2, 3)), []
     xs, t, _, label = random.inputs(2, steps=3)
-    found = jax.jit(lambda xs: denoise_levels(random.module, random.params, xs, t, label,
-                                              percentile=75.0))(xs)
-    alone = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label,
-                                             percentile=75.0))(xs)
+
+    def gradient(model, params, xs, t, y, percentile):
+        asked.append(percentile)
+        return jnp.sin(3 * xs)
+
+    monkeypatch.setattr(denoising, "_gradient", gradient)
+    found, alone = jax.jit(lambda *given: tuple(
+        function(random.module, random.params, *given, percentile=75.0)
+        for function in (denoise_levels, score_denoise)))(xs, t, label)
     # a sum in another order
     np.testing.assert_allclose(found["trajectory_score"][:, 0], alone, atol=1e-6)
+    assert asked == [75.0, 75.0]
 
 
 def test_it_moves_all_levels_by_their_covariance(tiny):
     """v . (x_0 - (1 - t_0) x) is the derivative of the NLL when every x_j moves by S_0j v."""
-    random = tiny(num_classes=2, steps=(2, 3))
+    random = tiny(num_classes=2, steps=(2, 3), transporter_blocks=1)
     xs, t, steps, label = random.inputs(2, steps=3)
     found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
     v = np.random.default_rng(0).normal(size=found.shape)
@@ -77,7 +84,7 @@ def test_it_moves_all_levels_by_their_covariance(tiny):
 
 def test_one_step_is_tweedies_formula(tiny):
     """x = (x_0 + t_0^2 score(x_0)) / (1 - t_0) with the score of p(x_0 | x_1), x_1 = x_T."""
-    random = tiny(num_classes=2, steps=(1,))
+    random = tiny(num_classes=2, steps=(1,), transporter_blocks=0)
     xs, t, steps, label = random.inputs(2, steps=1)
     found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
     score = jax.jit(jax.grad(lambda x_0: -random(jnp.asarray(xs).at[:, 0].set(x_0), t, steps,
@@ -89,11 +96,15 @@ def test_one_step_is_tweedies_formula(tiny):
 
 @pytest.mark.slow
 def test_the_gradient_is_clipped_at_a_percentile_of_each_example(tiny):
-    random = tiny(num_classes=2, steps=(2, 3))
+    random = tiny(num_classes=2, steps=(2, 3), transporter_blocks=1)
     xs, t, steps, label = random.inputs(2, steps=3)
-    gradient = np.asarray(jax.jit(jax.grad(lambda xs: random(xs, t, steps, label).nll.sum()))(xs))
-    found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label,
-                                             percentile=75.0))(xs)
+
+    @jax.jit
+    def gradient_and_denoised(xs):
+        gradient = jax.grad(lambda xs: random(xs, t, steps, label).nll.sum())(xs)
+        return gradient, score_denoise(random.module, random.params, xs, t, label, percentile=75.0)
+
+    gradient, found = jax.device_get(gradient_and_denoised(xs))
     most = np.percentile(np.abs(gradient).reshape(2, -1), 75, axis=1)[:, None, None, None]
     clipped = np.clip(gradient, -most, most)
     assert (clipped != gradient).mean() == pytest.approx(0.25, abs=0.03)
