@@ -1,5 +1,6 @@
 """Mock records: their shapes, values and options."""
 
+import pickle
 import re
 import time
 
@@ -60,6 +61,17 @@ def test_mock_text_has_any_number_of_tokens_and_stays_near_1():
     )
     assert 0.5 <= np.abs(values).min() < np.abs(values).max() <= 1
     assert abs(values.mean()) < 0.02
+
+
+def test_worker_processes_read_the_same_mock_records():
+    """Workers have a pickled copy of the source."""
+    source = open_source("mock:4x4x2,classes=3,count=20,text=3x8", "train")
+    again = pickle.loads(pickle.dumps(source))
+    for i in (0, 7):
+        record, copied = source.records[i], again.records[i]
+        assert copied.keys() == record.keys()
+        for key in record:
+            np.testing.assert_array_equal(copied[key], record[key])
 
 
 def test_opening_a_mock_takes_no_time():
