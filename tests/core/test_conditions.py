@@ -21,7 +21,7 @@ def test_sinusoidal_by_its_formula():
 def test_a_new_condition_modulates_nothing():
     module = Condition(16, num_classes=3, embed_steps=True)
     args = (np.array([0.1, 0.2], np.float32),), np.array([4, 4]), np.array([1, 3])
-    modulation = module.apply(jax.jit(module.init)(jax.random.key(0), *args), *args)
+    modulation = compiled(module)(compiled(module, "init")(jax.random.key(0), *args), *args)
     assert modulation.shape == (2, 6, 16)
     np.testing.assert_array_equal(modulation, 0)
 

@@ -43,7 +43,8 @@ def test_attention_by_its_formula(kv_heads, kind):
     allowed = {"full": np.ones((5, 5)), "causal": np.tri(5),
                "masked": np.tile(np.arange(5) < 3, (5, 1))}[kind]
     keys = jnp.asarray(allowed[:1], bool) if kind == "masked" else None
-    out = plain_attention(q, k, v, causal=kind == "causal", keys=keys)
+    out = jax.jit(plain_attention, static_argnames="causal")(
+        q, k, v, causal=kind == "causal", keys=keys)
     for i in range(2):
         # float32 sums of 5 to 8 terms of size 1
         np.testing.assert_allclose(out[i], attend(q[i], k[i], v[i], allowed), atol=2e-6)
@@ -75,10 +76,10 @@ def test_rotation_keeps_lengths_and_depends_only_on_relative_positions():
     grid, size = (4, 5), 8
     angles = rotary_2d(grid, size)
     assert angles.shape == (20, size // 2)
-    q, k = (jnp.broadcast_to(normal(seed, 1, 1, 1, size), (1, 20, 1, size)) for seed in (0, 1))
-    q, k = rotate(q, angles)[0, :, 0], rotate(k, angles)[0, :, 0]
+    q, k = (np.broadcast_to(normal(seed, 1, 1, 1, size), (1, 20, 1, size)) for seed in (0, 1))
+    q, k = (np.asarray(jax.jit(rotate)(a, angles))[0, :, 0] for a in (q, k))
     # float32 cosines of angles up to 5 and sums of eight products of size 1
-    np.testing.assert_allclose(jnp.linalg.norm(q, axis=-1), jnp.full(20, jnp.linalg.norm(q[0])),
+    np.testing.assert_allclose(np.linalg.norm(q, axis=-1), np.full(20, np.linalg.norm(q[0])),
                                rtol=1e-6)
     scores = (q @ k.T).reshape(*grid, *grid)
     np.testing.assert_allclose(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1], atol=2e-6)
@@ -110,8 +111,7 @@ def loss(module, params, x, *args):
 
 
 @pytest.mark.parametrize(("scan", "remat"), [
-    (True, "none"),
-    *((scan, remat) for scan in (False, True) for remat in ("full", "narrow", "dots"))])
+    (False, "dots"), *((True, remat) for remat in ("none", "full", "narrow", "dots"))])
 def test_scan_and_remat_change_no_number(stacked, scan, remat):
     assert set(layers.REMAT) == {"none", "full", "narrow", "dots"}
     expected, found = (jax.device_get(loss(module, *stacked))
@@ -151,13 +151,15 @@ def test_cached_steps_equal_the_full_sequence(stacked):
 def test_only_a_causal_stack_hides_later_tokens(stacked, causal):
     params, x, modulation, angles = stacked
     run = compiled(stack(causal))
-    jacobian = jax.jit(jax.jacfwd(lambda x: run(params, x, modulation, angles)))(x)
-    seen = np.abs(np.asarray(jacobian)).max((2, 5))  # [B, N, B, N]
-    for i in range(2):
-        assert not seen[i, :, 1 - i].any()
-        assert (seen[i, :, i] > 1e-4).tolist() == (np.tri(6) if causal
-                                                   else np.ones((6, 6))).astype(bool).tolist()
-        assert not causal or not np.triu(seen[i, :, i], 1).any()
+    before = np.asarray(run(params, x, modulation, angles))
+    for i, n in np.ndindex(x.shape[:2]):
+        moved = x.copy()
+        moved[i, n] += normal(9, 16)
+        change = np.abs(run(params, moved, modulation, angles) - before).max(2)
+        hidden = n if causal else 0
+        assert not change[1 - i].any()
+        assert not change[i, :hidden].any()
+        assert (change[i, hidden:] > 1e-4).all()
 
 
 def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):

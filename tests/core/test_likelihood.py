@@ -193,7 +193,7 @@ def true_conditionals(t, mean, variance):
     return terms
 
 
-@pytest.mark.parametrize(("steps", "schedule"), [(1, "linear"), (4, "shifted"), (16, "linear")])
+@pytest.mark.parametrize(("steps", "schedule"), [(1, "linear"), (4, "shifted")])
 def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true(steps, schedule):
     mean, variance, rng = 0.3, 0.4, np.random.default_rng(5)
     x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)

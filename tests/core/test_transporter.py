@@ -58,7 +58,7 @@ def residual(block, x, u, modulation):
     return (np.abs(new - x[flip]) / np.maximum(1, np.abs(new))).max((1, 2))
 
 
-@pytest.mark.parametrize("changes", CONFIGS)
+@pytest.mark.parametrize("changes", [CONFIGS[0], CONFIGS[1] | CONFIGS[3], CONFIGS[4]])
 def test_log_det_is_that_of_the_jacobian(tiny, changes):
     x, *rest = clean(tiny(**changes))
     single = tiny(**changes).transporter(x, *rest)[1]
@@ -89,13 +89,13 @@ def test_a_new_transporter_is_the_identity(tiny):
         np.testing.assert_array_equal(sweeps, 1 if how == "parallel" else 6)
 
 
-@pytest.mark.parametrize("std", [0.02, 1.0])
-def test_a_new_table_of_positions_is_of_the_size_asked_for(tiny, std):
-    new = tiny(new=True, positions="learned", transporter_positions_std=std, grid=(16, 16), dim=1)
+def test_a_new_table_of_positions_is_of_the_size_asked_for(tiny):
+    new = tiny(new=True, positions="learned", transporter_positions_std=1.0,
+               transporter_blocks=1, grid=(16, 16), dim=1)
     tables = [block["positions"]["table"] for name, block in sorted(new.transporter.weights.items())
               if name.startswith("blocks")]
-    assert [table.shape[0] for table in tables] == [256, 256]
-    np.testing.assert_allclose([np.std(table) for table in tables], std, rtol=0.05)
+    assert [table.shape[0] for table in tables] == [256]
+    assert np.std(tables[0]) == pytest.approx(1, rel=0.05)
     assert np.std(new.weights["predictor"]["positions"]["table"]) < 0.025
 
 
@@ -126,9 +126,9 @@ def test_a_text_counts_by_its_tokens_and_not_by_its_padding(tiny):
                                   without.transport(x, t, steps, text._replace(states=token))[0])
 
 
-@pytest.mark.parametrize(
-    "grid", [(4, 4), (8, 8), pytest.param((16, 16), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("changes", CONFIGS[:3])
+@pytest.mark.parametrize(("changes", "grid"), [
+    *((changes, (4, 4)) for changes in CONFIGS[:3]),
+    pytest.param(CONFIGS[1], (16, 16), marks=pytest.mark.slow)])
 def test_both_inverses_undo_the_transporter(tiny, changes, grid):
     random = tiny(**changes, grid=grid)
     x, *rest = clean(random)
@@ -300,26 +300,33 @@ def test_cached_decoding_equals_the_conditioner(tiny, index, changes):
         previous = x[:, n]
 
 
+def seen(function, x):
+    """How much output n changes where token j of both examples moves, the lesser of them: [N, N].
+
+    Asserts that an example does not change where the other one moves.
+    """
+    before, found = function(x), np.zeros((2, x.shape[1], x.shape[1]))
+    for i, j in np.ndindex(x.shape[:2]):
+        moved = x.copy()
+        moved[i, j] += np.random.default_rng(3).normal(size=x.shape[2:])
+        change = np.abs(function(moved) - before)
+        assert not change[1 - i].any()
+        found[i, :, j] = change[i].max(1)
+    return found.min(0)
+
+
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_block_depends_only_on_earlier_tokens_of_its_own_order(tiny, index, positions):
     random = tiny(positions=positions, transporter_layers=2)
     block, x, modulation = random.block(index), clean(random)[0], condition(random.config)
     tokens = random.config.tokens
-
-    # [N, N]: how strongly output n depends on token j; examples must not interact
-    def seen(function):
-        jacobian = np.abs(jax.jit(jax.jacfwd(function))(x))
-        assert not jacobian[0, :, :, 1].any()
-        assert not jacobian[1, :, :, 0].any()
-        return np.minimum(jacobian[0, :, :, 0].max((1, 3)), jacobian[1, :, :, 1].max((1, 3)))
-
     earlier = np.tri(tokens, k=-1, dtype=bool)
     for part in (0, 1):  # shift, log-scale: in the block's own order
-        dependence = seen(lambda x, part=part: block.conditioner(x, modulation)[part])
+        dependence = seen(lambda x, part=part: block.conditioner(x, modulation)[part], x)
         assert not dependence[~earlier].any()
         assert (dependence[earlier] > 1e-5).all()
-    outputs = seen(lambda x: block(x, modulation)[0])
+    outputs = seen(lambda x: block(x, modulation)[0], x)
     own = np.tri(tokens, dtype=bool)
     # in the image's order the second block runs backwards
     own = own[::-1, ::-1] if index == 1 else own
@@ -339,8 +346,7 @@ def test_channels_of_a_token_do_not_depend_on_each_other(tiny):
 
 def test_in_two_blocks_every_token_depends_on_every_other(tiny):
     x, *rest = clean(tiny())
-    jacobian = np.abs(jax.jit(jax.jacfwd(lambda x: tiny().transporter(x, *rest)[0]))(x))
-    assert (jacobian[0, :, :, 0].max((1, 3)) > 1e-5).all()
+    assert (seen(lambda x: tiny().transporter(x, *rest)[0], x) > 1e-5).all()
 
 
 def test_log_scales_are_softly_bounded(tiny):
