@@ -17,6 +17,8 @@ PAPER = [  # t, s, A, B, C of the paper's formulas (docs/concepts.md, section 3)
     (0.51, 0.265, 0.1800, 0.6468, 0.2486),
     (0.265, 0.02, 0.0043, 0.9769, 0.0200),
 ]
+simulate, covariance, log_reverse = map(
+    jax.jit, (trajectory.simulate, trajectory.covariance, trajectory.log_reverse))
 PAIRS = [(t, s) for t, s, *_ in PAPER] + [(0.9, 0.001), (0.3, 0.299), (1.0, 0.02)]
 
 
@@ -38,17 +40,19 @@ def forward_step(s, t):
     return a, t**2 - a**2 * s**2
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 16, 31, 100])
 @pytest.mark.parametrize(("schedule", "tokens"), [("linear", 256), ("shifted", 1), ("shifted", 16),
                                                   ("shifted", 256), ("shifted", 4096)])
-def test_levels_ascend_from_t_min_to_one_exactly(steps, schedule, tokens):
-    t_min = jnp.array([1e-3, 0.01], jnp.float32)
-    t = np.asarray(trajectory.levels(steps, t_min, schedule, trajectory.default_shift(tokens)))
-    assert t.shape == (2, steps + 1)
-    assert t.dtype == np.float32
-    np.testing.assert_array_equal(t[:, 0], t_min)
-    assert (t[:, -1] == 1).all()
-    assert (np.diff(t, axis=1) > 0).all()
+def test_levels_ascend_from_t_min_to_one_exactly(schedule, tokens):
+    t_min, shift = np.array([1e-3, 0.01], np.float32), trajectory.default_shift(tokens)
+    counts = (1, 2, 3, 4, 7, 16, 31, 100)
+    found = jax.jit(lambda t_min: [trajectory.levels(steps, t_min, schedule, shift)
+                                   for steps in counts])(t_min)
+    for steps, t in zip(counts, found, strict=True):
+        assert t.shape == (2, steps + 1)
+        assert t.dtype == np.float32
+        np.testing.assert_array_equal(t[:, 0], t_min)
+        assert (np.asarray(t)[:, -1] == 1).all()
+        assert (np.diff(t, axis=1) > 0).all()
 
 
 def test_levels_by_hand():
@@ -145,32 +149,30 @@ def test_a_schedule_is_a_static_argument():
 
 
 def test_simulated_mean_and_covariance():
-    t, draws, x = uneven_levels(), 40_000, 0.8
+    t, draws, x = np.asarray(uneven_levels()), 40_000, 0.8
     rng = np.random.default_rng(0)
     for row in t:
-        noise = jnp.asarray(rng.normal(size=(draws, t.shape[1], 1, 1)), jnp.float32)
-        xs = trajectory.simulate(jnp.full((draws, 1, 1), x), jnp.tile(row, (draws, 1)),
-                                 noise)[..., 0, 0]
-        covariance = np.asarray(trajectory.covariance(row), np.float64)
+        noise = rng.normal(size=(draws, t.shape[1], 1, 1)).astype(np.float32)
+        xs = np.asarray(simulate(np.full((draws, 1, 1), x, np.float32), np.tile(row, (draws, 1)),
+                                 noise))[..., 0, 0]
+        expected = np.asarray(covariance(row), np.float64)
         # five standard errors of a sample mean and of a sample covariance
         assert (np.abs(xs.mean(0) - (1 - row) * x) < 5 * row / math.sqrt(draws)).all()
-        error = np.sqrt((covariance**2 + np.outer(row**2, row**2)) / draws)
-        assert (np.abs(np.cov(xs.T) - covariance) < 5 * error).all()
+        error = np.sqrt((expected**2 + np.outer(row**2, row**2)) / draws)
+        assert (np.abs(np.cov(xs.T) - expected) < 5 * error).all()
 
 
 def test_simulation_is_linear_with_exactly_this_mean_and_covariance():
-    t = uneven_levels()
-
-    def simulate(x, noise):
-        return trajectory.simulate(x, t, noise)
-
-    x, noise = jnp.zeros((2, 1, 1)), jnp.zeros((2, 5, 1, 1))
-    by_x, by_noise = jax.device_get(jax.jit(jax.jacfwd(simulate, (0, 1)))(x, noise))
+    t = np.asarray(uneven_levels())
+    expected = np.asarray(covariance(t))
+    x, noise = np.zeros((2, 1, 1), np.float32), np.zeros((2, 5, 1, 1), np.float32)
+    by_x, by_noise = jax.device_get(jax.jit(jax.jacfwd(
+        lambda x, noise: simulate(x, t, noise), (0, 1)))(x, noise))
     for i in range(2):
         # products of a few float32 factors below 1
         np.testing.assert_allclose(by_x[i, :, 0, 0, i, 0, 0], 1 - t[i], atol=1e-6)
         factor = by_noise[i, :, 0, 0, i, :, 0, 0]
-        np.testing.assert_allclose(factor @ factor.T, trajectory.covariance(t)[i], atol=1e-6)
+        np.testing.assert_allclose(factor @ factor.T, expected[i], atol=1e-6)
         assert not by_x[i, ..., 1 - i, :, :].any()
         assert not by_noise[i, ..., 1 - i, :, :, :].any()
 
@@ -181,7 +183,7 @@ def test_covariance_by_formula():
     with np.errstate(invalid="ignore"):
         expected = np.where(low == 1, 1.0,
                             np.where(low == high, low**2, low**2 * (1 - high) / (1 - low)))
-    s = trajectory.covariance(uneven_levels()[0])
+    s = np.asarray(covariance(uneven_levels()[0]))
     np.testing.assert_allclose(s, expected, rtol=1e-6)  # a few float32 roundings, relative
     assert s[-1, -1] == 1
     assert not s[:-1, -1].any()
@@ -251,7 +253,7 @@ def test_log_reverse_sums_to_the_joint_density_given_x_r(r):
     rng = np.random.default_rng(2)
     x_r, xs = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, 2), (2, 5, 3, 2)))
     t = uneven_levels()
-    reverse = trajectory.log_reverse(xs, t, x_r, jnp.full((2, 1), r) if r else 0.0)
+    reverse = np.asarray(log_reverse(xs, t, x_r, np.full((2, 1), r, np.float32) if r else 0.0))
     assert reverse.shape == (2, 4)
     for i, s in enumerate(np.asarray(t, np.float64)):
         total = log_gaussian(xs[i, -1].astype(float), 0, 1)
