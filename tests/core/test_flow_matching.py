@@ -3,6 +3,8 @@
 Also the posterior head as fine-tuning begins: the rest new, over a backbone with random weights.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,14 +60,15 @@ def test_a_new_network_is_right_for_gaussian_data():
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
 def test_the_ode_carries_noise_to_gaussian_data(heun, order):
     """The solution is x_t = sqrt(Var x_t) x_1; half the step divides the error by 2^order."""
-    noise, errors = jnp.array([[[1.5], [-0.3]]]), []
+    noise, errors = np.array([[[1.5], [-0.3]]], np.float32), []
     for steps in (20, 40):
-        t = trajectory.levels(steps, np.zeros(1), "linear", 0.0)
-        xs = flow_matching.solve(exact_backbone, noise, t, None, heun=heun)
+        t = np.asarray(trajectory.levels(steps, np.zeros(1), "linear", 0.0))
+        xs = jax.jit(lambda noise, t: flow_matching.solve(
+            exact_backbone, noise, t, None, heun=heun))(noise, t)
         exact = np.sqrt((1 - t) ** 2 * R**2 + t**2)[:, :, None, None] * noise[:, None]
         assert xs.shape == (1, steps + 1, 2, 1)
         np.testing.assert_array_equal(xs[:, -1], noise)
-        errors.append(float(jnp.abs(xs - exact).max()))
+        errors.append(np.abs(xs - exact).max())
     assert errors[1] < (0.004 if heun else 0.05)
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
 
@@ -94,7 +97,8 @@ def test_the_loss_is_the_velocitys_error(random):
     x_t = (1 - t)[:, None, None] * x + t[:, None, None] * noise
     velocity, _ = backbone_velocity(random, x_t, t, y)
     expected = np.mean((np.asarray(velocity) - noise + x) ** 2, (1, 2))
-    found = flow_matching.velocity_errors(MODEL.backbone, params, x, noise, t, y)
+    found = jax.jit(functools.partial(flow_matching.velocity_errors, MODEL.backbone))(
+        params, x, noise, t, y)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -199,14 +203,15 @@ def _rotation(x):
 
 
 def test_the_divergence_is_exact_or_hutchinsons():
-    x = jnp.asarray(np.random.default_rng(3).normal(size=(3, 2, 2)), jnp.float32)
-    expected = _rotation(x)
-    for found, wanted in zip(flow_matching.value_and_divergence(lambda x: _rotation(x)[0], x),
-                             expected, strict=True):
+    x = np.random.default_rng(3).normal(size=(3, 2, 2)).astype(np.float32)
+    divergence = jax.jit(functools.partial(
+        flow_matching.value_and_divergence, lambda x: _rotation(x)[0]))
+    expected = jax.device_get(jax.jit(_rotation)(x))
+    for found, wanted in zip(divergence(x), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
     probes = flow_matching.rademacher(jax.random.split(jax.random.key(0), 3), 2000, (2, 2))
     assert set(np.unique(probes)) == {-1.0, 1.0}
-    _, estimate = flow_matching.value_and_divergence(lambda x: _rotation(x)[0], x, probes)
+    _, estimate = divergence(x, probes)
     np.testing.assert_allclose(estimate, expected[1], atol=0.15)
     assert np.max(np.abs(estimate - expected[1])) > 1e-4
 
@@ -215,6 +220,7 @@ def test_hutchinsons_estimate_is_exact_for_a_diagonal_jacobian():
     """Signs square to 1, so that independent Gaussian data have no noise of the probes."""
     x, t = jnp.array([[[0.3, -0.9]], [[1.1, 0.2]]]), _levels(0.1, 4)
     probes = flow_matching.rademacher(jax.random.split(jax.random.key(1), 2), 1, (1, 2))
-    exact, estimate = (flow_matching.ode_log_density(exact_backbone, x, t, None, True, given)
-                       for given in (None, probes))
+    log_density = jax.jit(lambda *given: flow_matching.ode_log_density(
+        exact_backbone, x, t, None, True, *given))
+    exact, estimate = log_density(), log_density(probes)
     np.testing.assert_allclose(estimate, exact, rtol=1e-5)
