@@ -40,8 +40,8 @@ from tests.common import (
 )
 from tests.precision import HIGHEST, precisions
 
-CHANGES = {"model.transporter_blocks": 2, "sample.guidance": 0.5}
-MANTISSA = {"bfloat16": 7, "tf32": 10}  # bits that products keep
+CHANGES = {"sample.guidance": 0.5}
+MANTISSA = 7  # bits that products keep, those of bfloat16
 
 
 # 1. Every product of the programs that report or invert
@@ -122,7 +122,7 @@ def check(traced, dtype: str, least: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("decoder", "inverse"), [
-    ("inverse", "sequential"), ("inverse", "parallel"), ("score", "auto"), ("denoiser", "auto")])
+    ("inverse", "parallel"), ("score", "auto"), ("denoiser", "auto")])
 def test_samplers(dtype, decoder, inverse, monkeypatch):
     check(traced_sampler(with_decoder(run_of(dtype), decoder, inverse), monkeypatch), dtype, 8)
 
@@ -130,7 +130,7 @@ def test_samplers(dtype, decoder, inverse, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["weigh_batch", "_denoising_errors", "_denoiser_errors"])
 def test_evaluations(dtype, name, monkeypatch):
-    check(traced_evaluation(run_of(dtype), name, monkeypatch), dtype, 20)
+    check(traced_evaluation(run_of(dtype), name, monkeypatch), dtype, 10)
 
 
 @pytest.mark.parametrize("decoder", ["euler", "heun"])
@@ -141,11 +141,10 @@ def test_the_ode_of_a_flow_matching_run(decoder, monkeypatch):
     check(traced_evaluation(run, "weigh_batch", monkeypatch), "float32", 10)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["sampler", "log_likelihood"])
-def test_exports(dtype, name):
-    function, arguments = programs(with_decoder(run_of(dtype), "score"))[name]
-    check(jax.jit(function).trace(*arguments.values()), dtype, 20)
+def test_exports(name):
+    function, arguments = programs(with_decoder(run_of("float32"), "score"))[name]
+    check(jax.jit(function).trace(*arguments.values()), "float32", 10)
 
 
 def test_an_export_with_a_denoiser():
@@ -198,14 +197,14 @@ def test_scanned_and_recomputed_layers_keep_the_precision(options):
 # 2. The same numbers where products round their operands
 
 
-def emulate(mantissa: int) -> None:
-    """Makes this process round the operands of float32 products to so many bits of mantissa.
+def emulate() -> None:
+    """Makes this process round the operands of float32 products to MANTISSA bits.
 
     Products of the highest precision keep theirs, as on a TPU or GPU.
     """
     def lower(context, *operands, precision, **params):
         if precision != HIGHEST and all(a.dtype == jnp.float32 for a in context.avals_in):
-            bits = mlir.i32_attr(8), mlir.i32_attr(mantissa)  # of the exponent, as float32's, too
+            bits = mlir.i32_attr(8), mlir.i32_attr(MANTISSA)  # of the exponent, as float32's, too
             operands = [mlir.hlo.reduce_precision(a, *bits) for a in operands]
         return lax._dot_general_lower(
             context, *operands, precision=precision, platform="cpu", **params)
@@ -214,16 +213,21 @@ def emulate(mantissa: int) -> None:
     jax.clear_caches()
 
 
-def results(dtype: str, plain: bool = False) -> dict:
-    """The bound, samples, denoised images and inverses of a tiny model of random weights.
+def weights():
+    """Random float32 weights of a tiny model, near the identity, so that few sweeps invert it."""
+    settings = tiny_config()
+    _, model, mesh = setup(settings)
+    new = jax.device_get(state.initialize(as_run(settings, model, mesh)).params)
+    return jax.tree.map(lambda a, b: a + np.float32(0.2) * (b - a), new, randomised(new))
+
+
+def results(params, dtype: str, plain: bool = False) -> dict:
+    """The bound, samples, denoised images and inverses of a tiny model with these weights.
 
     plain: without `exact`, unlike the programs.
     """
     settings = tiny_config(**{"model.dtype": dtype})
     source, model, mesh = setup(settings)
-    new = state.initialize(as_run(settings, model, mesh)).params
-    # Near the identity, so that few sweeps invert it.
-    params = jax.tree.map(lambda a, b: a + 0.2 * (b - a), new, randomised(new))
     model = model if plain else exact(model)
     batch, count = batch_of(source, settings, 8), settings.sample.steps
 
@@ -249,19 +253,21 @@ def results(dtype: str, plain: bool = False) -> dict:
 
 
 def write_results(out: str) -> None:
-    """Writes {rounding: {name: results}} as JSON; names: a dtype, or plain, float32 not exact."""
-    found = {"none": {dtype: results(dtype) for dtype in ("float32", "bfloat16")}}
-    for rounding, mantissa in MANTISSA.items():
-        emulate(mantissa)
-        found[rounding] = {"float32": results("float32"), "plain": results("float32", plain=True)}
-        if rounding == "bfloat16":
-            found[rounding]["bfloat16"] = results("bfloat16")
+    """Writes {"exact" or "rounded": {name: results}} as JSON.
+
+    Names are those of a dtype, or plain: float32 not exact.
+    """
+    params, dtypes = weights(), ("float32", "bfloat16")
+    found = {"exact": {dtype: results(params, dtype) for dtype in dtypes}}
+    emulate()
+    found["rounded"] = {dtype: results(params, dtype) for dtype in dtypes}
+    found["rounded"]["plain"] = results(params, "float32", plain=True)
     with open(out, "w") as file:
         json.dump(found, file)
 
 
 @pytest.fixture(scope="module")
-def rounded(tmp_path_factory):
+def found(tmp_path_factory):
     """The output of write_results, run in another process since the emulation cannot be undone."""
     out = tmp_path_factory.mktemp("rounded") / "out.json"
     python(__file__, "results", str(out))
@@ -269,16 +275,14 @@ def rounded(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rounding", "dtype"), [
-    ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("tf32", "float32")])
-def test_exact_results_do_not_move(rounded, rounding, dtype):
-    assert rounded[rounding][dtype] == rounded["none"][dtype]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact_results_do_not_move(found, dtype):
+    assert found["rounded"][dtype] == found["exact"][dtype]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rounding", MANTISSA)
-def test_without_the_highest_precision_every_result_moves(rounded, rounding):
-    moved, before = rounded[rounding]["plain"], rounded["none"]["float32"]
+def test_without_the_highest_precision_every_result_moves(found):
+    moved, before = found["rounded"]["plain"], found["exact"]["float32"]
     for name in before:  # by more than float32's rounding, 1e-6
         assert np.max(np.abs(np.subtract(moved[name], before[name]))) > 1e-5, name
     assert np.mean(moved["sweeps"]) > np.mean(before["sweeps"])
