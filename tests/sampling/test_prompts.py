@@ -52,7 +52,7 @@ def assert_shows(found, expected):
 
 
 def test_samples_are_the_same_with_any_padding(run):
-    """Texts are padded to the longest, to M and to M + 7, with any values behind the mask."""
+    """Texts are padded to M and to M + 7, with any values behind the mask."""
     own, _ = text.open_encoder(WORDS).encode(["a red circle", "", "blue", "a red circle"])
 
     def images(tokens, behind=0.0):
@@ -63,7 +63,6 @@ def test_samples_are_the_same_with_any_padding(run):
 
     found = images(4)
     assert alike(images(11), found)
-    assert alike(images(3), found)
     assert alike(images(11, behind=9.0), found)
     other = run.sample(4, prompts=["a"], guidance=0.5)
     assert np.abs(found[2].astype(int) - other[2]).mean() > 0.5  # the text matters

@@ -162,7 +162,7 @@ def noised(images, t):
     return unscale(scale(images, 256) + t / (1 - t) * noise, 256)
 
 
-@pytest.mark.parametrize("t", [0, 0.05, 0.1])
+@pytest.mark.parametrize("t", [0, 0.1])
 def test_true_scenes_are_right_even_with_a_models_noise(splits, t):
     for images, captions, _ in splits.values():
         found = shapes.score(noised(images, t), captions)
