@@ -14,6 +14,7 @@ from ntm_jax.core import sampling
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops
 from ntm_jax.runtime.config import SOLVERS
+from ntm_jax.training import state
 from ntm_jax.training.reward import rewards
 from tests.common import TINY, as_run, experiment, python, random_run, setup, tiny_config
 from tests.training.reward.common import Pairs
@@ -21,11 +22,15 @@ from tests.training.reward.common import Pairs
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
 
 
+def quicken(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(benchmark, "SECONDS", 0.02)
+    patch.setattr(flops, "MATRICES", (64, 128))
+    patch.setattr(benchmark, "COPIED", 1 << 20)
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(benchmark, "SECONDS", 0.02)
-    monkeypatch.setattr(flops, "MATRICES", (64, 128))
-    monkeypatch.setattr(benchmark, "COPIED", 1 << 20)
+def _quick(monkeypatch):
+    quicken(monkeypatch)
 
 
 def setting(**overrides) -> rows.Setting:
@@ -34,6 +39,12 @@ def setting(**overrides) -> rows.Setting:
     held_out, model, mesh = setup(config)
     run = as_run(config, model, mesh)
     return rows.Setting(run, config.sample.num, config.data.open(config.data.split), held_out)
+
+
+def kept(makers: dict, cases: dict) -> dict:
+    """Makers of rows that also put the cases that they make into `cases`, by name."""
+    return {name: lambda setting, name=name, make=make: cases.setdefault(name, make(setting))
+            for name, make in makers.items()}
 
 
 @pytest.mark.slow
@@ -73,30 +84,23 @@ def own_reward(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_rows_of_post_training(own_reward):
-    made = setting(**REWARDED)
-    timed = benchmark._rows(rows.TRAINING, made, 2, "")
+def test_the_rows_of_post_training(own_reward, monkeypatch):
+    """An update is timed on a batch with rollouts."""
+    made, cases = setting(**REWARDED | {"reward.updates": 2}), {}
+    timed = benchmark._rows(kept(rows.TRAINING, cases), made, 2, "")
     assert [row["name"] for row in timed] == [
         "rollouts", "scoring", "rollouts and scoring", "train step", "input pipeline",
         "likelihood evaluation"]
     assert all(list(row) == KEYS for row in timed)
-    drawn, scored, both, step = (rows.TRAINING[row["name"]](made) for row in timed[:4])
+    drawn, scored, both, step = (cases[row["name"]] for row in timed[:4])
     assert drawn.items == scored.items == both.items == 4 * 3
     assert step.items == 4
     assert drawn.flops == both.flops > 0
     assert scored.bytes == 4 * 3 * 64 * 4  # pixels in float32
-    assert set(both.once()) == {"x", "label", "index", "rollout", "advantage"}
-    for case in (drawn, scored, both):
-        case.close()
-
-
-@pytest.mark.slow
-def test_an_update_is_timed_on_a_batch_with_rollouts(own_reward):
-    made = setting(**REWARDED | {"reward.updates": 2})
-    assert {"old_nll", "advantage"} < set(reward_rows.rolled(made))
-    step = rows.TRAINING["train step"](made)
+    assert set(both.once()) == {"x", "label", "index", "rollout", "advantage", "old_nll"}
     assert step.once()["finite"]
     assert step.once()["finite"]  # on the same batch
+    monkeypatch.setattr(state, "initialize", state.abstract)
     without = rows.TRAINING["train step"](setting(**{"data.batch_size": 4}))
     assert step.flops > 2 * without.flops  # three samples of each record beside its data
 
@@ -130,9 +134,19 @@ def run():
     return random_run(as_run(config, model, mesh), step=4, workdir="runs/tiny")
 
 
+@pytest.fixture(scope="module")
+def sampled(run):
+    """(the rows of the run, the cases that were timed for them by name)."""
+    cases = {}
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        patch.setattr(benchmark, "SAMPLING", kept(rows.SAMPLING, cases))
+        return benchmark.benchmark_run(run, 1, batch=6), cases
+
+
 @pytest.mark.slow
-def test_the_rows_of_a_run_measure_its_sampler(run):
-    timed = benchmark.benchmark_run(run, 1, batch=6)
+def test_the_rows_of_a_run_measure_its_sampler(run, sampled):
+    timed, _ = sampled
     names = ["images, decoder inverse", "images, decoder score", "images, decoder denoiser",
              "predictor's steps", "inverse, sequential", "inverse, parallel", "score denoising"]
     assert [row["name"] for row in timed] == names
@@ -181,13 +195,12 @@ def test_only_the_rows_that_are_asked_for_are_timed(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_samplers_flops_are_those_of_its_parts(run):
+def test_a_samplers_flops_are_those_of_its_parts(sampled):
     """The inverse decoder inverts one of the two levels, the score decoder both.
 
     The denoiser is one more pass of the predictor.
     """
-    made = rows.Setting(run, 6)
-    cases = {name: make(made) for name, make in rows.SAMPLING.items()}
+    _, cases = sampled
     assert {name for name, case in cases.items() if case is None} == {
         f"images, decoder {solver}" for solver in SOLVERS}
     inverse, score, denoiser, predictor, sequential, parallel, denoising = (
@@ -210,15 +223,17 @@ def test_rows_without_a_transporter():
 
 
 @pytest.mark.slow
-def test_recomputation_is_not_counted():
+def test_recomputation_is_not_counted(monkeypatch):
+    monkeypatch.setattr(state, "initialize", state.abstract)
     none, full = (rows._train_step(setting(**{"model.remat": remat})).flops
                   for remat in ("none", "full"))
     assert none == full
 
 
 @pytest.mark.slow
-def test_a_step_is_three_evaluations():
+def test_a_step_is_three_evaluations(monkeypatch):
     """The gradient of a product is two products, which the first layers' inputs do not need."""
+    monkeypatch.setattr(state, "initialize", state.abstract)
     tiny = setting(**{"data.batch_size": 20, "evaluate.batch_size": 20})
     step, forward, evaluation = (
         make(tiny) for make in (rows._train_step, rows._forward, rows._likelihood))
@@ -297,22 +312,12 @@ def test_the_growth_of_a_step():
         ["model.width", "50.0", "1.0", "2.0", "50.0%", "3.0"]]
 
 
-QUICK = """
-import runpy
-from ntm_jax.analysis import benchmark
-from ntm_jax.runtime import flops
-benchmark.SECONDS, benchmark.COPIED, flops.MATRICES = 0.02, 1 << 20, (64, 128)
-runpy.run_module("launch.benchmark", run_name="__main__")
-"""
-
-
 @pytest.mark.slow
 def test_the_program_writes_rows(tmp_path):
-    settings = TINY | {"model.transporter_blocks": 0}
-    arguments = ["--config=experiments/digits.py", "--runs=1",
-                 *(f"--config.{key}={value}" for key, value in settings.items())]
-    done = python("-c", QUICK, *arguments, f"--json={tmp_path / 'rows.json'}")
+    done = python("-m", "launch.benchmark", "--config=experiments/digits.py", "--runs=1",
+                  "--rows=pipeline", *(f"--config.{key}={value}" for key, value in TINY.items()),
+                  f"--json={tmp_path / 'rows.json'}")
     timed = json.loads((tmp_path / "rows.json").read_text())
-    assert [list(row)[:6] for row in timed] == [KEYS] * 9
+    assert [list(row) for row in timed] == [KEYS]
     assert re.match(r"1 x \S.*, jax [\d.]+, medians of 1 runs\n", done.stdout)
     assert benchmark.table(timed) in done.stdout
