@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.export
@@ -140,7 +141,8 @@ def test_the_compiled_rollouts_are_those_of_a_cycle(monkeypatch):
 
 @pytest.mark.parametrize("program", ["train", "rollout"])
 def test_memory_includes_the_reference_and_all_of_the_state(program):
-    settings = small(**REWARDED)
+    blocks = {"train": 0, "rollout": 1}[program]
+    settings = small(**REWARDED | {"model.transporter_blocks": blocks})
     run = planned_run(settings)
     made = compile.PROGRAMS[program](run, compile.open_data(settings))
     report = compile.compile_for(settings, "cpu:1", program)
@@ -165,6 +167,8 @@ def test_the_rollouts_of_pairs_are_compiled_without_a_reward():
 
 def test_the_advice_counts_the_samples_that_an_update_holds(monkeypatch):
     found = report_of.Compiled(hlo.Work(), {"arguments": 1, "peak": 2}, False, 1, 1, 1, False)
+    traced = SimpleNamespace(jaxpr=jax.make_jaxpr(lambda x: x)(1.0))
+    monkeypatch.setattr(compile.Program, "trace", lambda _: traced)
     monkeypatch.setattr(compile, "_compile", lambda *_: found)
     monkeypatch.setattr(compile, "advice", lambda run, levels, memory: levels)
     assert compile.compile_for(small(), "cpu:1")["advice"] == 2
@@ -319,8 +323,7 @@ def eight_devices():
 
 @pytest.mark.slow
 def test_collectives_are_found_on_eight_devices():
-    python("-c", "from tests.analysis.test_compile import eight_devices; eight_devices()",
-           devices=8, JAX_DISABLE_MOST_OPTIMIZATIONS="0")
+    python(__file__, devices=8)
 
 
 MISTAKES = {
@@ -491,3 +494,7 @@ def test_what_does_not_fit_ends_in_one_line():
     del report["advice"]
     with pytest.raises(UserError, match=r"make config\.reward\.samples or config\.data\."):
         check_fits(report | {"fits": False, "program": "rollout"})
+
+
+if __name__ == "__main__":
+    eight_devices()
