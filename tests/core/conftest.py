@@ -3,6 +3,7 @@
 Symbols: B batch, K levels, N tokens, D token channels.
 """
 
+import dataclasses
 import functools
 import math
 from collections import namedtuple
@@ -50,6 +51,13 @@ def _inputs(config: ModelConfig, batch: int, steps: int | None = None, seed: int
 
 
 @functools.cache
+def _shapes(model: NTM):
+    """The shapes of a model's weights."""
+    return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *_inputs(model.config, 1)))[
+        "params"]
+
+
+@functools.cache
 def _random_weights(model: NTM, seed: int):
     """Random weights, also where new ones are zero or one.
 
@@ -66,9 +74,12 @@ def _random_weights(model: NTM, seed: int):
             size = (0.3 if path[-2].key == "project" else 1) / math.sqrt(leaf.shape[-2])
         return ((name == "scale") + size * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *_inputs(model.config, 1)))[
-        "params"]
-    return jax.tree_util.tree_map_with_path(fill, shapes)
+    # Models that differ in these alone share the traced shapes of their weights.
+    same = ["dtype", "transporter_dtype", "log_scale_bound", "data_std", "remat", "scan"]
+    if model.config.positions == "rotary" and not model.config.condition_shift:
+        same.append("grid")
+    config = dataclasses.replace(model.config, **{name: TINY[name] for name in same})
+    return jax.tree_util.tree_map_with_path(fill, _shapes(model.clone(config=config)))
 
 
 @functools.cache
