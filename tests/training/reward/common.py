@@ -55,10 +55,9 @@ def rolled(run, reference=None, step: int = 0, records: int = 4, **more) -> tupl
 
 def moved(params, size: float, seed: int = 7):
     """Parameters plus normal noise of a size."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [a + size * jax.random.normal(k, a.shape)
-                                     for a, k in zip(leaves, keys, strict=True)])
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda a: np.asarray(a) + size * rng.normal(size=a.shape).astype(np.float32), params)
 
 
 def flat(a):
