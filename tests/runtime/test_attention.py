@@ -17,9 +17,9 @@ from tests.common import python
 from tests.precision import precisions
 
 TOKENS = 256
-SHAPES = ((1, 1, 1, 1), (2, 1, 2, 1), (1, 1, 2, 2))  # of meshes
-CASES = [(shape, causal, masked) for shape in SHAPES
-         for causal in (False, True) for masked in (False, True)]
+# (the shape of a mesh, causal, masked)
+CASES = [((1, 1, 1, 1), True, False), ((2, 1, 2, 1), False, True),
+         *(((1, 1, 2, 2), causal, masked) for causal in (False, True) for masked in (False, True))]
 QUICK = [((2, 1, 2, 1), True, True)]
 
 
@@ -59,7 +59,7 @@ def main(out, which):
             pairs = zip(computed, outputs(plain_attention, causal, masked), strict=True)
             found[f"{shape} {causal} {masked}"] = [
                 float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]
-            if causal and masked:
+            if which == "all" and causal and masked:
                 check_precision_changes_nothing(splash, computed)
     with open(out, "w") as file:
         json.dump(found, file)
@@ -80,7 +80,7 @@ def test_splash_is_plain_attention_and_so_are_its_gradients(tmp_path, which):
     out = tmp_path / "out.json"
     python(__file__, str(out), which, devices=4)
     found = json.loads(out.read_text())
-    assert len(found) == (1 if which == "quick" else 12)
+    assert len(found) == (1 if which == "quick" else 6)
     for case, differences in found.items():
         assert len(differences) == 4
         assert max(differences) < 1e-5, case  # float32 sums of 256 terms in another order
