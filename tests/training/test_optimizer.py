@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -34,17 +35,17 @@ def test_the_ema_warms_up():
 
 
 def test_a_step_is_adamw_of_the_clipped_gradient():
-    params, gradient = {"a": jnp.full(4, 2.0)}, {"a": jnp.array([30.0, -40.0, 0.0, 0.0])}
-    update = optimizer.make(SETTINGS, 100)
-    state = update.init(params)
+    params, gradient = {"a": np.full(4, 2.0)}, {"a": np.array([30.0, -40.0, 0.0, 0.0])}
+    made = optimizer.make(SETTINGS, 100)
+    state, update = jax.jit(made.init)(params), jax.jit(made.update)
     # b1 = 0.9, b2 = 0.95, and the norm 50 is clipped to 1.
     first = (0.1 * gradient["a"] / 50, 0.05 * (gradient["a"] / 50) ** 2)
-    updates, state = update.update(gradient, state, params)
+    updates, state = update(gradient, state, params)
     np.testing.assert_array_equal(updates["a"], 0)  # the rate starts at 0
     adam = next(s for s in state[1] if isinstance(s, optax.ScaleByAdamState))
     np.testing.assert_allclose(adam.mu["a"], first[0], rtol=1e-5)
     np.testing.assert_allclose(adam.nu["a"], first[1], rtol=1e-5)
-    updates, _ = update.update(gradient, state, params)
+    updates, _ = update(gradient, state, params)
     # The same gradient twice: Adam's update is its sign.
     expected = -1e-4 * (np.sign(gradient["a"]) + 0.1 * 2)
     np.testing.assert_allclose(updates["a"], expected, rtol=1e-4)

@@ -13,7 +13,7 @@ from tests.common import as_run, bits, setup, tiny_config
 def test_a_new_state():
     settings = tiny_config()
     _, model, mesh = setup(settings)
-    current = state.initialize(as_run(settings, model, mesh))
+    current = jax.device_get(state.initialize(as_run(settings, model, mesh)))
     assert int(current.step) == 0
     assert bits(current.params) == bits(current.ema)
     assert all(not np.any(a) for a in jax.tree.leaves(current.opt_state))

@@ -13,9 +13,10 @@ import ntm_jax
 from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
+from ntm_jax.evaluation import measures
 from ntm_jax.runtime import config
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.training import loop, objectives, state
+from ntm_jax.training import loop, objectives, pictures, state
 from tests.common import (
     as_run,
     batch_of,
@@ -61,7 +62,7 @@ def run(teacher, tmp_path_factory):
     and resumed while its teacher's folder is away.
     """
     workdir, moved = tmp_path_factory.mktemp("denoiser") / "run", teacher.with_name("moved")
-    write_run(workdir / "frozen", TEACHER)
+    shutil.copytree(teacher, workdir / "frozen")
     assert loop.train(denoiser_config(teacher), str(workdir), progress=False, until=2) is None
     shutil.move(teacher, moved)
     try:
@@ -142,7 +143,8 @@ def test_the_teacher_is_kept_once_and_not_trained(run, teacher):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_uninterrupted_one(run, teacher, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(run, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
     workdir, result = run
     _, whole = loop.train(denoiser_config(teacher), str(tmp_path / "whole"), progress=False)
     for raw in (True, False):
@@ -153,7 +155,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, teacher, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_evaluation_of_a_denoiser(run, teacher):
+def test_the_evaluation_of_a_denoiser(run, teacher, monkeypatch):
+    monkeypatch.setattr(measures, "denoising_errors", lambda *_: {})  # they take long to compile
     workdir, result = run
     assert set(result["denoiser"]) == {"to_target", "to_data", "target_to_data"}
     teachers = ntm_jax.load(str(teacher)).evaluate()

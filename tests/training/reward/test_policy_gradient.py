@@ -138,8 +138,8 @@ def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     settings = SETTINGS | {"init_from": str(tmp_path / "base"), "train.steps": 40,
                            "reward.updates": 2, "reward.samples": 8, "reward.anchor": 0.0,
                            "reward.kl": 0.001, "data.batch_size": 8, "evaluate.images": 80,
-                           "evaluate.features": "none", "optimizer.learning_rate": 2e-3, "optimizer.weight_decay": 0.5,
-                           "train.save_every": 20}
+                           "evaluate.features": "none", "optimizer.learning_rate": 2e-3,
+                           "optimizer.weight_decay": 0.5, "train.save_every": 20}
     config = tiny_config(**settings)
     _, result = loop.train(config, str(tmp_path / "whole"), progress=False)
     lines = metrics(tmp_path / "whole")
