@@ -1,5 +1,4 @@
-"""A run of digits that was never trained, and its scores, for the tests of evaluation."""
-
+"""A run of digits that was never trained, and its scores, which the tests only read."""
 
 import pytest
 
@@ -8,13 +7,13 @@ from ntm_jax.evaluation import scoring
 from tests.common import as_run, random_run, setup, tiny_config
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def source():
     """The 20 records that are scored."""
     return sources.open_source("digits", "test[:20]")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run():
     """A run with random parameters, so that no term is trivial, in no folder."""
     settings = tiny_config()
@@ -22,7 +21,7 @@ def run():
     return random_run(as_run(settings, model, mesh), step=3, workdir="runs/tiny")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def scores(run, source):
     """The scores of the records, in one batch, with three trajectories each."""
     return scoring.score_records(run, source, 3)

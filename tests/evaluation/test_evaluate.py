@@ -59,8 +59,8 @@ def test_the_figures_and_the_table_of_an_evaluation(run, tmp_path, capsys):
 
 
 def test_options_replace_settings(run):
-    result, _ = evaluate.evaluate(run, EvaluationOptions(split="train[:4]", trajectories=1))
-    assert (result["split"], result["count"]) == ("train[:4]", 4)
+    result, _ = evaluate.evaluate(run, EvaluationOptions(split="train[:20]", trajectories=1))
+    assert (result["split"], result["count"]) == ("train[:20]", 20)
     assert result["nats_per_dim"]["importance_weighted"]["trajectories"] == 1
     assert "class_accuracy" not in result
 

@@ -112,7 +112,7 @@ def captioned(run, pictures, tmp_path_factory):
     return random_run(new, step=3)
 
 
-def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):
+def test_retrieval_of_captioned_pictures(captioned, pictures, scores, monkeypatch):
     """A sample retrieves its caption's own picture among those of both splits.
 
     Samples of an untrained model retrieve by chance, the held-out pictures themselves always.
@@ -133,8 +133,7 @@ def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):
     monkeypatch.setattr(image_scores, "generated", lambda *_: own)
     found = image_scores.image_scores(captioned, train, source, extractor)
     assert found["retrieval"]["rank_1"] == {"mean": 1.0, "stderr": 0.0}
-    scores = scoring.score_records(captioned, source, 1)
-    found |= {"split": "test", "step": 3} | summarize(scores, captioned.spec, 1)
+    found |= {"split": "test", "step": 3} | summarize(scores, captioned.spec, 3)
     assert re.search(r"own picture among the 5 nearest of 60 \(a proxy; chance 8\.3\), % +"
                      r"100\.0000 ± 0\.0000", table(found, "bits_per_dim"))
     assert "retrieval" not in image_scores.image_scores(captioned, train, source, None)

@@ -12,15 +12,19 @@ from tests.common import batch_of
 
 
 def test_denoising_by_level(run, source):
-    """In batches of 7, of which the last is padded."""
-    in_sevens = dataclasses.replace(run, config=run.config.with_evaluation(batch_size=7))
-    found = measures.denoising_errors(in_sevens, source)
+    """In batches of 12, of which the last is padded."""
+    in_twelves = dataclasses.replace(run, config=run.config.with_evaluation(batch_size=12))
+    found = measures.denoising_errors(in_twelves, source)
     batch = batch_of(source, run.config, 20)
     x, t = batch["x"], np.tile(run.sampled_levels(), (20, 1))
-    keys = trajectory.example_keys(jax.random.key(run.config.seed), "evaluate", batch["index"])
-    xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (3, *x.shape[1:])))
-    clean = jax.jit(lambda xs: denoising.denoise_levels(
-        run.model, run.params, xs, t, batch["label"]))(xs)
+
+    @jax.jit
+    def denoised(root):
+        keys = trajectory.example_keys(root, "evaluate", batch["index"])
+        xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (3, *x.shape[1:])))
+        return denoising.denoise_levels(run.model, run.params, xs, t, batch["label"])
+
+    clean = denoised(jax.random.key(run.config.seed))
     assert list(found) == list(clean) == list(DENOISED)
     for name, values in clean.items():
         errors = np.square(np.asarray(values) - x[:, None]).mean((2, 3))

@@ -26,8 +26,8 @@ def run():
     values = experiment("shapes", "runlocal")
     values.update_from_flattened_dict({
         "model.width": 16, "model.head_size": 8, "model.transporter_width": 16,
-        "trajectory.steps": (2,), "sample.steps": 2, "sample.guidance": 1.0,
-        "evaluate.trajectories": 1, "sample.decoder": "inverse"})
+        "model.transporter_blocks": 1, "trajectory.steps": (2,), "sample.steps": 2,
+        "sample.guidance": 1.0, "evaluate.trajectories": 1, "sample.decoder": "inverse"})
     settings = configuration.read(values)
     source = settings.data.open(settings.evaluate.split)
     model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
@@ -92,8 +92,8 @@ def test_tasks_by_guidance_and_split(run, tmp_path, monkeypatch, capsys):
     assert files.read_json(tmp_path / "evaluation.json", "") == result
     check_tables(capsys.readouterr().out.splitlines())
     calls.clear()
-    alone, _ = evaluate.evaluate(run, EvaluationOptions(split="heldout[:8]"))
-    assert calls == [("heldout[:8]", 1.0)]
+    alone, _ = evaluate.evaluate(run, EvaluationOptions(split="heldout[:16]"))
+    assert calls == [("heldout[:16]", 1.0)]
     assert {"unseen", "by_guidance", "difference"} & set(alone["tasks"]) == set()
 
 
