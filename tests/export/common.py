@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -15,11 +17,25 @@ from ntm_jax import files
 from ntm_jax.errors import UserError
 from ntm_jax.training import loop, state
 from tests.campaigns import exports
-from tests.common import tiny_config
+from tests.common import bits, environment, tiny_config
 
 SETTINGS = tiny_config(**{"evaluate.trajectories": 3})
 FILES = ["README.md", "config.json", "log_likelihood.bin", "model.safetensors", "sample.py",
          "sampler.bin"]
+BLOCKED = """
+import runpy, sys
+blocked = ("ntm_jax", "flax", "optax", "orbax", "grain", "ml_collections", "absl")
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+try:
+    import ntm_jax
+except ImportError:
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def program(folder, name: str):
@@ -34,6 +50,17 @@ def assert_close(found, expected, tolerance: float = 1e-6) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=tolerance * largest)
 
 
+def assert_same_numbers(found, run, label) -> None:
+    """Asserts that two runs have the same parameters, samples and likelihoods, bit for bit."""
+    assert bits(found.params) == bits(run.params)
+    index = np.arange(len(label))
+    images = found.sample_at(index, label)
+    np.testing.assert_array_equal(images, run.sample_at(index, label))
+    count = run.config.evaluate.trajectories
+    np.testing.assert_array_equal(
+        found.log_prob(images, label, count), run.log_prob(images, label, count))
+
+
 def copy_of(folder, tmp_path, *missing: str):
     """A copy of an export; with `missing`, as earlier versions wrote it.
 
@@ -46,6 +73,15 @@ def copy_of(folder, tmp_path, *missing: str):
         kept = {key: about[key] for key in about if key not in (files.SEAL, *missing)}
         (copy / "config.json").write_text(json.dumps(kept))
     return copy
+
+
+def run_alone(folder, cwd, *arguments: str) -> str:
+    """Runs an export's sample.py in a process that cannot import this package: its output."""
+    command = [sys.executable, "-I", "-c", BLOCKED, str(folder / "sample.py"), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def refused_by_load(folder, message: str) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import pytest
 
 from ntm_jax.export import card
@@ -36,17 +35,6 @@ def test_the_card_of_a_model_of_texts_and_latents(on_texts):
     assert "text = np.zeros((number, 3, 8), np.float16)" in text
     assert "index, text, text_mask))  # [n, H, W, C], latents" in text
     assert "log density of the latents noised to 0.03 in nats" in text
-
-
-@pytest.mark.slow
-def test_the_card_of_a_run_with_a_learned_denoiser(denoised):
-    run, folder = denoised
-    text = (folder / "README.md").read_text()
-    size = sum(a.size for a in jax.tree.leaves(run.denoiser.params))
-    assert ("| training | 4 steps of 16 examples, end_to_end; then 6 steps of a denoiser, "
-            f"{size:,} of the parameters |") in text
-    assert "guidance (0.5, 0.0), decoder denoiser" in text
-    assert "density of the latents, of mean 0 and variance 1 by channel, noised to" in text
 
 
 def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path):

@@ -46,8 +46,8 @@ def test_log_prob_is_the_importance_weighted_bound(loaded, source):
     found = loaded.log_prob(images, labels, trajectories=3)
     assert found.shape == (20,)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    three = loaded.log_prob(images[:3], labels[:3], trajectories=3)
-    np.testing.assert_allclose(three, expected[:3], rtol=1e-5)
+    five = loaded.log_prob(images[:5], labels[:5], trajectories=3)
+    np.testing.assert_allclose(five, expected[:5], rtol=1e-5)
     other = loaded.log_prob(images, labels, trajectories=3, seed=1)
     assert np.abs(other - expected).min() > 0
     bits_per_dim = loaded.bits_per_dim(images, labels, trajectories=3)

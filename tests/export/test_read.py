@@ -13,20 +13,12 @@ from tests.campaigns import damage, exports
 from tests.common import bits
 from tests.export.common import (
     SETTINGS,
+    assert_same_numbers,
     copy_of,
     refused_by_load,
     refused_by_script,
     refused_by_training,
 )
-
-
-def assert_same_numbers(found, run, label) -> None:
-    """Asserts that two runs have the same parameters, samples and likelihoods, bit for bit."""
-    assert bits(found.params) == bits(run.params)
-    index = np.arange(len(label))
-    images = found.sample_at(index, label)
-    np.testing.assert_array_equal(images, run.sample_at(index, label))
-    np.testing.assert_array_equal(found.log_prob(images, label, 3), run.log_prob(images, label, 3))
 
 
 def test_the_export_of_a_run_is_that_run(run, exported):
@@ -41,23 +33,6 @@ def test_the_export_of_a_run_is_that_run(run, exported):
     with pytest.raises(UserError, match="tiny is an export of the moving average of the parameters"
                                         ", and --raw asks for the raw ones: leave --raw out"):
         ntm_jax.load(str(exported), raw=True)
-
-
-@pytest.mark.slow
-def test_the_export_of_a_denoisers_run_is_that_run(denoised, tmp_path):
-    run, folder = denoised
-    found = ntm_jax.load(str(folder))
-    assert (found.config, found.spec, found.step) == (run.config, run.spec, 6)
-    own, expected = found.denoiser, run.denoiser
-    assert (own.teacher_step, own.config) == (4, expected.config)
-    assert own.module.config == expected.module.config
-    assert bits(own.params) == bits(expected.params)
-    assert_same_numbers(found, run, np.arange(5) % 3)
-    old = copy_of(folder, tmp_path, "files", "denoiser_config")
-    message = (r"config\.json cannot be used \(it lacks denoiser_config, .*\): .* export the run "
-               "anew$")
-    with pytest.raises(UserError, match=message):
-        ntm_jax.load(str(old))
 
 
 CONFIGS = {

@@ -1,0 +1,90 @@
+"""The export of a run with a learned denoiser, in all its uses."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+import ntm_jax
+from ntm_jax.errors import UserError
+from tests.common import bits
+from tests.export.common import assert_close, assert_same_numbers, copy_of, program, run_alone
+
+
+@pytest.mark.slow
+def test_programs_with_a_learned_denoiser(denoised):
+    run, folder = denoised
+    sampler, parameters = program(folder, "sampler")
+    denoiser = {"denoiser": run.denoiser.params["params"]}
+    assert bits(traverse_util.unflatten_dict(parameters, sep="/")) == bits(run.params | denoiser)
+    index = np.arange(5, dtype=np.int32)
+    expected = run.sample_at(index, index % 3, seed=3)
+    images = sampler.call(parameters, np.uint32(3), index, index % 3)
+    assert_close(images, expected)
+    # The transporter's parameters do not matter: only predictor and denoiser make the images.
+    without = {name: np.full_like(a, np.nan) if name.startswith("params/transporter/") else a
+               for name, a in parameters.items()}
+    again = sampler.call(without, np.uint32(3), index, index % 3)
+    np.testing.assert_array_equal(again, images)
+    unguided = run.sample_at(index, index % 3, seed=3, guidance=0.0)
+    assert np.abs(expected - unguided).max() > 1e-3
+    log_likelihood, _ = program(folder, "log_likelihood")
+    found = log_likelihood.call(parameters, np.uint32(0), index, expected, index % 3)
+    nats = run.log_prob(expected, index % 3, trajectories=2)
+    np.testing.assert_allclose(found, nats, rtol=1e-6)
+    about = json.loads((folder / "config.json").read_text())
+    assert (about["step"], about["teacher_step"]) == (6, 4)
+    assert about["config"]["sample"]["guidance"] == [0.5, 0.0]
+
+
+@pytest.mark.slow
+def test_the_export_of_a_denoisers_run_is_that_run(denoised, tmp_path):
+    run, folder = denoised
+    found = ntm_jax.load(str(folder))
+    assert (found.config, found.spec, found.step) == (run.config, run.spec, 6)
+    own, expected = found.denoiser, run.denoiser
+    assert (own.teacher_step, own.config) == (4, expected.config)
+    assert own.module.config == expected.module.config
+    assert bits(own.params) == bits(expected.params)
+    assert_same_numbers(found, run, np.arange(5) % 3)
+    old = copy_of(folder, tmp_path, "files", "denoiser_config")
+    message = (r"config\.json cannot be used \(it lacks denoiser_config, .*\): .* export the run "
+               "anew$")
+    with pytest.raises(UserError, match=message):
+        ntm_jax.load(str(old))
+
+
+@pytest.mark.slow
+def test_a_new_run_starts_from_the_teacher_in_the_export(denoised, tmp_path, started):
+    run, folder = denoised
+    settings = run.config.with_sampling(decoder="inverse")
+    settings = dataclasses.replace(settings, init_from=str(folder))
+    current, start = started(settings, tmp_path / "new")
+    assert (start, bits(current.params)) == (0, bits(run.params))
+
+
+@pytest.mark.slow
+def test_the_script_with_a_learned_denoiser(denoised, tmp_path):
+    """Latents are printed as the autoencoder made them, before they were normalised."""
+    run, folder = denoised
+    printed = run_alone(folder, tmp_path, "5", "3")
+    assert printed == "5 images float32[4, 4, 2] in samples.npz\n"
+    index = np.arange(5)
+    expected = run.sample_at(index, index % 3, seed=3)
+    with np.load(tmp_path / "samples.npz") as archive:
+        tolerance = 4e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(archive["images"], expected * (0.5, 4) + (1, -2), atol=tolerance)
+
+
+@pytest.mark.slow
+def test_the_card_of_a_run_with_a_learned_denoiser(denoised):
+    run, folder = denoised
+    text = (folder / "README.md").read_text()
+    size = sum(a.size for a in jax.tree.leaves(run.denoiser.params))
+    assert ("| training | 4 steps of 16 examples, end_to_end; then 6 steps of a denoiser, "
+            f"{size:,} of the parameters |") in text
+    assert "guidance (0.5, 0.0), decoder denoiser" in text
+    assert "density of the latents, of mean 0 and variance 1 by channel, noised to" in text
