@@ -42,8 +42,8 @@ def sizes(name: str) -> tuple[int, ...]:
 def main(what, out, *names):
     """Writes what the shipped functions compute on each of these meshes.
 
-    what: "steps", or "all" with scores and images. Arrays as OUT.npz, {mesh/number of the
-    step/metric: value} and others; the rest as OUT.json.
+    what: "steps", or "all", with scores and images on ONE, which comes first, and SHARDED. Arrays
+    as OUT.npz, {mesh/number of the step/metric: value} and others; the rest as OUT.json.
     """
     arrays, facts, random = {}, {}, None
     for name in names:
