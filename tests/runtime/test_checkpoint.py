@@ -162,7 +162,7 @@ def test_no_flipped_byte_is_ever_loaded_silently(tmp_path):
     files = sorted(f for f in (tmp_path / "checkpoints" / "2").rglob("*")
                    if f.is_file() and f.stat().st_size)
     draw, caught_by_checksum, refused = random.Random(0), 0, 0
-    for trial in range(40):
+    for trial in range(18):
         # Two in three in the file with the arrays; the rest in any: manifests, metadata, JSON.
         file = max(files, key=lambda f: f.stat().st_size) if trial % 3 else draw.choice(files)
         whole = file.read_bytes()
@@ -182,8 +182,8 @@ def test_no_flipped_byte_is_ever_loaded_silently(tmp_path):
             assert "\n" not in refusal
             refused += 1
             caught_by_checksum += "has checksum" in refusal
-    assert refused > 20
-    assert caught_by_checksum > 13
+    assert refused > 9
+    assert caught_by_checksum > 5
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(template)[0] == 2
 
