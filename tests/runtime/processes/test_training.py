@@ -14,7 +14,7 @@ from PIL import Image
 import ntm_jax
 from ntm_jax.runtime import checksums
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.training import loop, state
+from ntm_jax.training import state
 from tests.common import as_run, setup, tiny_config
 from tests.runtime.processes.common import GONE, SETTINGS, Job, losses
 
@@ -23,9 +23,9 @@ SUM = dict(rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The workdir of a finished run of one process with 4 devices."""
+    """The workdir of a finished run of one process with one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    (status, *said), = Job(workdir, 1, devices=4).end()
+    (status, *said), = Job(workdir, 1, devices=1).end()
     assert status == 0, said
     return workdir
 
@@ -51,16 +51,8 @@ def test_sigterm_to_one_process_stops_all_at_one_step_saved(stopped):
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(stopped, tmp_path):
-    loop.train(tiny_config(**SETTINGS), str(tmp_path / "run"), progress=False, until=5)
-    one, two = losses(tmp_path / "run"), losses(stopped[0])
-    assert list(one) == [1, 2, 3, 4, 5]
-    np.testing.assert_allclose([two[step] for step in one], list(one.values()), **SUM)
-
-
-@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_other_devices(stopped, alone, tmp_path):
-    """Two processes with 4 devices, then two with 8, train as one with 4 does.
+    """Two processes with 4 devices, then two with 8, train as one with one device does.
 
     One process with one device reads what they saved.
     """
@@ -80,23 +72,22 @@ def test_an_interrupted_run_goes_on_with_other_devices(stopped, alone, tmp_path)
 
 @pytest.fixture(scope="module")
 def evaluated(alone):
-    """{(processes, devices of each): (evaluation.json, the scores of all 297 held-out digits)}."""
-    found = {}
-    for count, devices in ((1, 1), (1, 8), (2, 2)):
+    """[(evaluation.json, the scores of all 297 held-out digits)] of one and of two processes."""
+    found = []
+    for count, devices in ((1, 1), (2, 2)):
         job = Job(alone, count, devices, program="evaluate", flags=(
             "--split=test", "--trajectories=2", "--per_example", "--step=12"))
         ends = job.end()
         assert [status for status, *_ in ends] == [0] * count, ends
         scores = pyarrow.parquet.read_table(alone / "evaluation-12-test.parquet").to_pydict()
         result = json.loads((alone / "evaluation-12-test.json").read_text())
-        found[count, devices] = result, scores
+        found.append((result, scores))
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", [(1, 8), (2, 2)])
-def test_evaluation_is_the_same_on_any_devices_and_processes(evaluated, where):
-    (one, scores), (other, other_scores) = evaluated[1, 1], evaluated[where]
+def test_evaluation_is_the_same_on_more_devices_and_processes(evaluated):
+    (one, scores), (other, other_scores) = evaluated
     assert one["count"] == other["count"] == 297
     assert scores["index"] == other_scores["index"] == list(range(297))
     for name, values in scores.items():
