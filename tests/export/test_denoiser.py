@@ -15,6 +15,15 @@ from tests.export.common import assert_close, assert_same_numbers, copy_of, prog
 
 
 @pytest.mark.slow
+def test_a_new_run_starts_from_the_teacher_in_the_export(denoised, tmp_path, started):
+    run, folder = denoised
+    settings = run.config.with_sampling(decoder="inverse")
+    settings = dataclasses.replace(settings, init_from=str(folder))
+    current, start = started(settings, tmp_path / "new")
+    assert (start, bits(current.params)) == (0, bits(run.params))
+
+
+@pytest.mark.slow
 def test_programs_with_a_learned_denoiser(denoised):
     run, folder = denoised
     sampler, parameters = program(folder, "sampler")
@@ -55,15 +64,6 @@ def test_the_export_of_a_denoisers_run_is_that_run(denoised, tmp_path):
                "anew$")
     with pytest.raises(UserError, match=message):
         ntm_jax.load(str(old))
-
-
-@pytest.mark.slow
-def test_a_new_run_starts_from_the_teacher_in_the_export(denoised, tmp_path, started):
-    run, folder = denoised
-    settings = run.config.with_sampling(decoder="inverse")
-    settings = dataclasses.replace(settings, init_from=str(folder))
-    current, start = started(settings, tmp_path / "new")
-    assert (start, bits(current.params)) == (0, bits(run.params))
 
 
 @pytest.mark.slow
