@@ -155,7 +155,9 @@ def _load_export(folder: str, step: int | None, raw: bool) -> Run:
         abstract = build.abstract_params(run.model, run.mesh)
         if denoiser_config:
             own = untrained(denoiser_config, spec, run_mesh(denoiser_config.mesh))
-            abstract |= {DENOISER: build.abstract_params(own.model, own.mesh)["params"]}
+            # abstract_params returns one dict to all callers, which must not change.
+            abstract = abstract | {
+                DENOISER: build.abstract_params(own.model, own.mesh)["params"]}
     except UserError as error:
         raise UserError(f"{folder}/{CONFIG} cannot be used ({error}): {REMEDY}") from None
     params, denoiser = read_parameters(folder, about, abstract), None

@@ -16,7 +16,9 @@ from tests.export.common import assert_close, assert_same_numbers, copy_of, prog
 
 @pytest.mark.slow
 def test_a_new_run_starts_from_the_teacher_in_the_export(denoised, tmp_path, started):
+    """Although the export was loaded before, with its denoiser."""
     run, folder = denoised
+    ntm_jax.load(str(folder))
     settings = run.config.with_sampling(decoder="inverse")
     settings = dataclasses.replace(settings, init_from=str(folder))
     current, start = started(settings, tmp_path / "new")
