@@ -56,7 +56,7 @@ def get_config(variant: str = ""):
         c.data.source = "mock:4x4x16,text=8x16"
         c.model.update(
             width=64, head_size=32, kv_heads=2, transporter_width=64, transporter_layers=1,
-            predictor_layers=2, double_layers=1)
+            predictor_layers=1, double_layers=1)
         c.train.align_weight = 0.0
         c.mesh.tensor = 1
         c.evaluate.images = min(c.evaluate.images, 16)

@@ -26,6 +26,8 @@ from tests.backbones.common import original, random_diffusers
 from tests.common import ROOT, bits, experiment, python, write_photos, write_run
 
 MOCK = "mock:4x4x16,text=8x16"
+SHORT = {"trajectory.steps": (2,), "sample.steps": 2}
+FLAGS = [f"--config.{key}={value}" for key, value in SHORT.items()]
 
 
 def settings(**changes) -> config.Config:
@@ -84,10 +86,11 @@ def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     path, new = write_checkpoint(tmp_path / "original", original), str(tmp_path / "new")
+    wide = new_run(settings(init_from=str(path), **{"model.width": 128}))
     refused = (r"config\.init_from is .*klein\.safetensors is not a FLUX\.2 checkpoint of the "
                r"configured sizes")
     with pytest.raises(UserError, match=refused):
-        loop.train(settings(init_from=str(path), **{"model.width": 128}), new, progress=False)
+        finetune.start_from(wide, None)
     refused = r"config\.init_from is .*does not exist: give a FLUX\.2 checkpoint"
     with pytest.raises(UserError, match=refused):
         loop.train(settings(init_from=str(tmp_path / "nothing")), new, progress=False)
@@ -134,7 +137,8 @@ def rehearsed(tmp_path_factory):
                 line = line.replace(name, places[name])
             # An export's script writes its images into the current folder.
             cwd = folder if "sample.py" in line else ROOT
-            printed.append(python(*shlex.split(line)[1:], cwd=cwd).stdout)
+            flags = FLAGS if "launch.train" in line else ()
+            printed.append(python(*shlex.split(line)[1:], *flags, cwd=cwd).stdout)
     return folder, printed
 
 
@@ -180,9 +184,10 @@ rewards.register("my_reward", small)
 @pytest.mark.slow
 def test_post_training_is_rehearsed(tmp_path):
     (tmp_path / "own.py").write_text(REWARD)
-    base, folder = write_run(tmp_path / "base", settings()), tmp_path / "run"
-    python("-m", "launch.train", "--config=flux2_klein:runlocal-reward", "--import=own",
-           f"--config.init_from={base}", f"--workdir={folder}", cwd=tmp_path)
+    base, folder = write_run(tmp_path / "base", settings(**SHORT)), tmp_path / "run"
+    python("-m", "launch.train", "--config=flux2_klein:runlocal-reward", "--import=own", *FLAGS,
+           f"--config.init_from={base}", f"--workdir={folder}", "--config.sample.decoder=inverse",
+           cwd=tmp_path)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "kl" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
