@@ -1,6 +1,6 @@
 """From captioned photographs to generated ones.
 
-launch/prepare.py writes records, on which the text-to-image experiment's variant runlocal trains.
+The photographs become records, on which the text-to-image experiment's variant runlocal trains.
 """
 
 import json
@@ -9,10 +9,12 @@ import re
 import numpy as np
 import pytest
 
+import ntm_jax
 from ntm_jax.data import latents
-from ntm_jax.data.prepare import captioned, inputs
+from ntm_jax.data.prepare import Choices, captioned, inputs, prepare
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
+from ntm_jax.sampling.write import SampleRequest
 from tests.common import python, write_photos
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # diffusers' deprecations
@@ -34,9 +36,10 @@ def prepared(tmp_path_factory):
     model.bn.running_var *= 0.01 + torch.rand(32)
     model.save_pretrained(folder / "autoencoder")
     write_photos(folder / "photos", 40, 300)
-    python("-m", "launch.prepare", f"--input=folder:{folder}/photos", f"--out={folder}/records",
-           "--image_size=256", "--test=16", f"--latents=flux2:{folder}/autoencoder",
-           f"--text={WORDS}", "--shard_size=9", "--flip", "--workers=1")
+    choices = Choices(
+        f"folder:{folder}/photos", image_size=128, flip=True, test=16, shard_size=9, text=WORDS,
+        latents=f"flux2:{folder}/autoencoder")
+    prepare(choices, f"{folder}/records", workers=1)
     return folder
 
 
@@ -45,14 +48,16 @@ def train(folder, *arguments, **options):
         "-m", "launch.train", "--config=experiments/t2i256.py:runlocal",
         f"--config.data.source=records:{folder}/records", f"--workdir={folder}/run",
         "--config.model.width=32", "--config.model.transporter_width=32", "--config.train.steps=2",
-        "--config.evaluate.trajectories=1", "--config.sample.decoder=inverse", *arguments,
+        "--config.evaluate.trajectories=1", "--config.sample.decoder=inverse",
+        "--config.model.transporter_blocks=1", "--config.model.predictor_layers=1",
+        "--config.trajectory.steps=(2,)", "--config.sample.steps=2", *arguments,
         **options)
 
 
 def test_latents_have_mean_0_and_variance_1_over_the_training_records(prepared):
     layout, splits, _ = read_manifest(f"{prepared}/records")
     assert splits["train"]["counts"] == [18, 18, 12]
-    assert layout.image_shape == (16, 16, 32)
+    assert layout.image_shape == (8, 8, 32)
     assert (layout.text, layout.choices["latent_scale"]) == (WORDS, "measured")
     train, test = (
         open_source(f"records:{prepared}/records", split) for split in ("train", "test"))
@@ -69,7 +74,7 @@ def test_records_are_the_autoencoders_latents(prepared):
     record = source.records[0]
     stored = record["image"] * np.float32(source.std) + np.float32(source.mean)
     given = inputs.open_input(f"folder:{prepared}/photos")
-    photos = [captioned.load(given.read, 256, item).image for item in given.items]
+    photos = [captioned.load(given.read, 128, item).image for item in given.items]
     found = latents.Autoencoder(str(prepared / "autoencoder")).encode(np.stack(photos))
     errors = np.abs(found - stored).max((1, 2, 3))
     assert errors.min() < 0.01 < np.sort(errors)[1]  # one photograph's in float16, and no other's
@@ -84,15 +89,14 @@ def test_text_to_image_from_photographs_to_photographs(prepared):
     layout = read_manifest(f"{prepared}/records")[0]
     assert (spec["text"], spec["text_tokens"], spec["text_width"]) == (WORDS, 8, 16)
     assert (tuple(spec["mean"]), tuple(spec["std"])) == (layout.mean, layout.std)
-    sample = ["-m", "launch.sample", f"--workdir={prepared}/run", "--num=3"]
-    python(*sample, f"--autoencoder={prepared}/autoencoder")
-    python(*sample, f"--out={prepared}/raw")
-    images, raw = (np.load(folder / "samples.npz")["arr_0"]
-                   for folder in (prepared / "run" / "samples", prepared / "raw"))
-    assert (images.shape, images.dtype) == ((3, 256, 256, 3), np.uint8)
-    assert raw.shape == (3, 16, 16, 32)
+    run, autoencoder = ntm_jax.load(f"{prepared}/run"), f"{prepared}/autoencoder"
+    run.write_samples(f"{prepared}/images", SampleRequest(3, autoencoder=autoencoder))
+    run.write_samples(f"{prepared}/raw", SampleRequest(3))
+    images, raw = (np.load(prepared / name / "samples.npz")["arr_0"] for name in ("images", "raw"))
+    assert (images.shape, images.dtype) == ((3, 128, 128, 3), np.uint8)
+    assert raw.shape == (3, 8, 8, 32)
     scaled = raw * np.float32(layout.std) + np.float32(layout.mean)
-    expected = latents.Autoencoder(str(prepared / "autoencoder")).decode(scaled)
+    expected = latents.Autoencoder(autoencoder).decode(scaled)
     assert np.abs(images.astype(int) - expected).max() <= 1  # rounding to a level
 
 
