@@ -1,10 +1,9 @@
-"""The pod launchers: their syntax, and their command lines as local processes of a tiny run."""
+"""The pod launchers: their syntax, and the command lines that they make."""
 
 import itertools
 import os
 import shlex
 import shutil
-import socket
 import string
 import subprocess
 import sys
@@ -16,10 +15,8 @@ from tests.common import ROOT, TINY, environment
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = ("tpu_vm.sh", "slurm.sbatch")
-STEPS = 2
-SMALLER = {"train.steps": STEPS, "model.transporter_blocks": 0, "evaluate.trajectories": 1}
 FLAGS = ["--config=experiments/digits.py",
-         *(f"--config.{key}={value}" for key, value in (TINY | SMALLER).items())]
+         *(f"--config.{key}={value}" for key, value in TINY.items())]
 
 
 @pytest.fixture
@@ -32,7 +29,6 @@ def tools(tmp_path):
         (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (folder / name).chmod(0o755)
 
-    write("python", f'exec {shlex.quote(sys.executable)} "$@"')
     return folder, write
 
 
@@ -47,14 +43,6 @@ def launch(command, folder, check=True, cwd=ROOT, **variables):
     printed = f"{command} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert not check or done.returncode == 0, printed
     return done
-
-
-def assert_trained(workdir, printed: str):
-    """Asserts that one run was written, by one writer, to its end."""
-    assert (workdir / "checkpoints" / str(STEPS)).is_dir()
-    assert (workdir / "evaluation.json").exists()
-    assert len((workdir / "metrics.jsonl").read_text().splitlines()) == STEPS
-    assert printed.count(f"trained to step {STEPS}") == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -121,27 +109,22 @@ def test_the_jobsets_command_gives_train_its_flags(tools):
     assert done.stdout.splitlines() == ["-m", "launch.train", "--stop_status=75", *flags]
 
 
-def free_port(low: int, count: int) -> int:
-    for port in range(low, low + count):
-        with socket.socket() as probe:
-            if probe.connect_ex(("localhost", port)):
-                return port
-    raise AssertionError("no port is free")
-
-
-@pytest.mark.slow
-def test_slurm_trains_with_two_tasks(tmp_path, tools):
+def test_slurm_gives_train_its_flags_in_every_task(tmp_path, tools):
     folder, write = tools
+    write("python", f'{PRINT_ARGUMENTS} > "$OUT/$SLURM_PROCID"')
     write("scontrol", '[[ $* == "show hostnames here,there" ]] && '
           'printf "localhost\\nthere\\n" || echo "$*" >> "$REQUEUED"')
     write("srun", 'while [[ $1 == -* ]]; do shift; done\n'
           'for i in 0 1; do SLURM_PROCID=$i "$@" & tasks[i]=$!; done\n'
           'wait "${tasks[0]}" && wait "${tasks[1]}"')
-    variables = {
-        "SLURM_JOB_ID": str(free_port(20000, 10000) - 20000), "SLURM_JOB_NODELIST": "here,there",
-        "SLURM_NTASKS": "2", "REQUEUED": str(tmp_path / "requeued")}
-    arguments = ["bash", LAUNCH / "slurm.sbatch", *FLAGS, f"--workdir={tmp_path / 'run'}"]
-    assert_trained(tmp_path / "run", launch(arguments, folder, **variables).stdout)
+    flags = [*FLAGS, "--workdir=a run"]
+    launch(["bash", LAUNCH / "slurm.sbatch", *flags], folder, SLURM_JOB_ID="12345",
+           SLURM_JOB_NODELIST="here,there", SLURM_NTASKS="2", OUT=str(tmp_path),
+           REQUEUED=str(tmp_path / "requeued"))
+    for task in "01":
+        assert (tmp_path / task).read_text().splitlines() == [
+            "-m", "launch.train", *flags, "--stop_status=75",
+            "--coordinator_address=localhost:22345", "--num_processes=2", f"--process_id={task}"]
     assert not (tmp_path / "requeued").exists()
 
 

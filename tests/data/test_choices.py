@@ -3,15 +3,17 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from ntm_jax.data import choices, sources
+from ntm_jax.data import choices, pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.experiments import captions, default, folder
 from ntm_jax.runtime import config, config_file
-from tests.common import tiny_config, write_run
+from ntm_jax.runtime.checkpoint import Checkpoints
+from tests.common import tiny_config
 
 
 def write_images(root, count, size=(50, 40), classes=("cats", "dogs"), mode="RGB"):
@@ -118,11 +120,14 @@ def test_a_configuration_is_completed_and_printed_as_flags(tmp_path):
     assert c.data.image_size is None
 
 
-@pytest.mark.slow
 def test_a_resumed_run_keeps_its_own_choices(tmp_path):
-    workdir = write_run(tmp_path / "run", tiny_config(**{"evaluate.batch_size": 7}))
+    settings = tiny_config(**{"evaluate.batch_size": 7})
+    spec = pipeline.spec(settings.data.open("train"), settings.data.patch_size)
+    config_file.write(str(tmp_path), settings, spec)
+    with Checkpoints(tmp_path, settings=config_file.fixed(settings, spec)) as checkpoints:
+        checkpoints.save(2, {"ema": jnp.zeros(2)}, {})
     c = folder.get_config()
     c.data.source = "digits"
-    completed, line = config_file.complete(c, str(workdir))
+    completed, line = config_file.complete(c, str(tmp_path))
     assert (completed.data.batch_size, completed.evaluate.batch_size) == (16, 7)
     assert line.startswith("as the run there has them: ")
