@@ -33,8 +33,7 @@ def test_random_settings_are_a_configuration_or_one_line():
 @pytest.mark.slow
 def test_a_failed_write_loses_nothing():
     names = ["train", "sample", "prepare"]
-    program = f"from tests.campaigns import writes; print(writes.run((1,), {names}))"
-    done = python("-c", program)  # in its own process: it forks
+    done = python("-m", "tests.campaigns.writes", "1", *names)  # in its own process: it forks
     refused = re.findall(r"^(\w+), limit +0 +1 +0 +0$", done.stdout, re.MULTILINE)
     assert refused == names
 

@@ -3,8 +3,9 @@
 It must end with one line and status 2, keep every earlier file as it was, and succeed when the same
 command is given again without the limit.
 
-    python -m tests.campaigns.writes        # limits of 1 to 50 KiB, and full disks if root
-    python -m tests.campaigns.writes 2 20   # only these limits
+    python -m tests.campaigns.writes           # limits of 1 to 50 KiB, and full disks if root
+    python -m tests.campaigns.writes 2 20      # only these limits
+    python -m tests.campaigns.writes 2 sample  # and only this program
 """
 
 import os
@@ -21,12 +22,12 @@ from pathlib import Path
 
 import jax
 
+from ntm_jax.training import loop
 from tests.campaigns import damage
-from tests.common import ROOT, TINY, python, write_photos
+from tests.common import ROOT, TINY, tiny_config, write_photos
 
-STEPS = {"train.steps": 4, "evaluate.split": "test[:4]"}
 CONFIG = [f"--config={ROOT}/experiments/digits.py",
-          *(f"--config.{key}={value}" for key, value in (TINY | STEPS).items())]
+          *(f"--config.{key}={value}" for key, value in TINY.items())]
 LIMITS = (1, 2, 3, 4, 5, 7, 10, 14, 20, 30, 40, 50)  # KiB
 
 
@@ -48,10 +49,19 @@ def programs(folder: Path) -> dict[str, list[str]]:
 
 
 def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int, str]:
-    """(exit status, stderr) of a program in a fork of this process.
+    """(exit status, stderr) of a program under a limit; see in_a_fork."""
+    def program():
+        sys.argv = [f"launch.{name}", *arguments]
+        runpy.run_module(sys.argv[0], run_name="__main__")
+
+    return in_a_fork(program, limit)
+
+
+def in_a_fork(work: Callable[[], object], limit: int | None = None) -> tuple[int, str]:
+    """(exit status, stderr) of work() in a fork of this process.
 
     This process has imported the packages but not started jax. limit: bytes of the largest file
-    that the program may write.
+    that the fork may write.
     """
     reading, writing = os.pipe()
     pid = os.fork()
@@ -63,10 +73,9 @@ def call(name: str, arguments: list[str], limit: int | None = None) -> tuple[int
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             # The cache is read only: it would warn, rightly, that it cannot be written.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-        sys.argv = [f"launch.{name}", *arguments]
         status = 1
         try:
-            runpy.run_module(sys.argv[0], run_name="__main__")
+            work()
             status = 0
         except SystemExit as end:
             status = end.code or 0
@@ -109,13 +118,11 @@ def trial(folder: Path, name: str, limit: int | None,
 
 
 def prepare(folder: Path) -> None:
-    """A run stopped after two of four steps, and a folder of photos."""
+    """A run stopped after two of six steps, and a folder of photos."""
     write_photos(folder / "photos", 8, 24)
-    program = ("import sys\n"
-               "from ntm_jax.training import loop\n"
-               "from tests.common import tiny_config\n"
-               f"loop.train(tiny_config(**{STEPS}), sys.argv[1], progress=False, until=2)")
-    python("-c", program, str(folder / "run"))
+    status, error = in_a_fork(
+        lambda: loop.train(tiny_config(), str(folder / "run"), progress=False, until=2))
+    assert status == 0, error
 
 
 def limited(base: Path, root: Path, name: str, kib: int) -> tuple[str, str]:
@@ -172,8 +179,9 @@ def run(limits=LIMITS, names=None, disks=()) -> damage.Tally:
 
 
 if __name__ == "__main__":
-    given = tuple(map(int, sys.argv[1:]))
-    result = run(given or LIMITS,
+    given = tuple(int(argument) for argument in sys.argv[1:] if argument.isdecimal())
+    names = [argument for argument in sys.argv[1:] if not argument.isdecimal()]
+    result = run(given or LIMITS, names,
                  disks=(4, 16, 64, 128, 256) if os.geteuid() == 0 and not given else ())
     print(result)
     print("\n".join(result.wrong()))

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 from ntm_jax.data.prepare import captioned
 from ntm_jax.data.prepare.loading import make_pool
 from ntm_jax.errors import UserError
-from tests.common import ROOT, environment, python
+from tests.common import python, start
 from tests.data.common import NOT_AN_OBJECT
 from tests.data.prepare.common import WORDS, encoded, files, picture, pictures, records, run
 
@@ -257,20 +255,13 @@ def test_killed_at_random_and_restarted_the_shards_are_bit_identical(tmp_path):
         f"--input=folder:{folder}",
         "--image_size=96",
         "--shard_size=10",
-        "--workers=1",
         f"--text={WORDS}",
     ]
     out, random, kills = tmp_path / "killed", np.random.default_rng(0), 0
     done = python(*call, f"--out={tmp_path}/expected").stdout
     while kills < 3:
         before = len(list(out.glob("*.json")))
-        process = subprocess.Popen(
-            [sys.executable, *call, f"--out={out}"],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start([*call, "--workers=1", f"--out={out}"])
         deadline = time.time() + 60
         while (
             len(list(out.glob("*.json"))) < before + 3
@@ -280,7 +271,8 @@ def test_killed_at_random_and_restarted_the_shards_are_bit_identical(tmp_path):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, (
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, (
             "it finished before it was killed: use more images"
         )
         kills += 1
