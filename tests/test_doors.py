@@ -17,6 +17,7 @@ SETTINGS = {  # modules that train together: settings that use their parts
         "--config.sample.decoder=euler"],
     ("my_encoder",): ["--config=shapes:runlocal", "--config.data.text=letters:6",
                       "--config.sample.decoder=inverse", "--config.model.transporter_blocks=1",
+                      "--config.trajectory.steps=(2,)", "--config.sample.steps=2",
                       "--config.evaluate.images=0"],
     ("my_objective",): [*DIGITS, "--config.train.objective=robust"],
 }

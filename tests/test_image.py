@@ -2,13 +2,12 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 import tomllib
 
 import pytest
 
-from tests.common import ROOT, environment, python
+from tests.common import ROOT, environment
 
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
 STEPS = [line.partition(" ") for line in TEXT.splitlines() if line and not line.startswith("#")]
@@ -67,13 +66,3 @@ def test_constraints_pin_every_requirement():
     optional = PROJECT["project"]["optional-dependencies"]
     required = PROJECT["build-system"]["requires"] + PROJECT["project"]["dependencies"]
     assert [name for name in required + optional["test"] if plain(name) not in pinned] == []
-
-
-@pytest.mark.slow
-def test_the_copied_files_are_a_project_that_pip_installs(tmp_path):
-    for name in COPIED:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    command = shlex.split(arguments("RUN")[-1])
-    done = python("-m", *command[:2], "--dry-run", *command[2:], cwd=tmp_path)
-    assert "Would install ntm_jax-" in done.stdout

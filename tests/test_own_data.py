@@ -12,10 +12,11 @@ import ntm_jax
 from tests.common import ROOT, python
 
 QUICK = [f"--config.{setting}" for setting in (
-    "train.steps=20", "train.evaluate_every=10", "train.save_every=10", "model.width=32",
+    "train.steps=20", "train.evaluate_every=20", "train.save_every=10", "model.width=32",
     "model.kv_heads=1", "model.transporter_width=32", "model.predictor_layers=1",
     "model.transporter_layers=1", "data.image_size=16", "evaluate.trajectories=1",
-    "evaluate.images=20", "sample.num=8", "sample.decoder=inverse", "model.transporter_blocks=1")]
+    "evaluate.images=100", "sample.num=8", "sample.decoder=inverse", "model.transporter_blocks=1",
+    "trajectory.steps=(2,)", "sample.steps=2")]
 README = (ROOT / "README.md").read_text()
 DRAWN = {"rings": "ellipse", "cards": "rectangle"}
 COLOURS = ("red", "blue")
@@ -57,7 +58,7 @@ def test_own_images_are_one_command_and_the_readme_shows_what_follows(tmp_path):
     printed = readme_command("-m launch.train", places, *QUICK)
     assert printed.startswith("chosen for the data: --config.data.patch_size=4 ")
     assert "1 of 120 images cannot be decoded and are left out: rings/000.png\n" in printed
-    assert "samples recognised as their class, %, of 20 " in printed
+    assert "samples recognised as their class, %, of 100 " in printed
     assert f"pictures: {tmp_path}/run/samples.png, " in printed
     readme_command("-m launch.sample", places)
     assert len(list((tmp_path / "run/samples").glob("[0-9]*.png"))) == 100
@@ -68,10 +69,11 @@ def test_own_images_are_one_command_and_the_readme_shows_what_follows(tmp_path):
     assert len(list((tmp_path / "samples").iterdir())) == 16
     run = ntm_jax.load(str(tmp_path / "run"))
     assert run.spec.class_names == ("cards", "rings")
-    by_name, by_number = run.sample(3, label="rings"), run.sample(3, label=1)
+    by_name, by_number = run.sample(100, label="rings"), run.sample(100, label=1)
     np.testing.assert_array_equal(by_name, by_number)
     # The same command goes on with the same choices.
-    again = readme_command("-m launch.train", places, *QUICK, "--config.train.steps=24")
+    again = readme_command("-m launch.train", places, *QUICK, "--config.train.steps=24",
+                           "--config.train.evaluate_every=0", "--config.evaluate.images=0")
     assert again.startswith("as the run there has them: --config.data.patch_size=4 ")
     assert f"resuming {tmp_path}/run at step 20" in again
 
