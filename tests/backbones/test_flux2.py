@@ -105,10 +105,10 @@ def main(path, out):
     Writes them to OUT.npz, and the shapes of the parameters' shards to OUT.json.
     """
     arrays, shards = {}, {}
+    boxed = jax.eval_shape(flux2.Flux2(SHARDED).init, jax.random.key(0),
+                           *inputs(SHARDED, 1))["params"]
     for shape in SHAPES:
         mesh = sharding.make_mesh(config.Mesh(1, *shape), jax.devices()[: np.prod(shape)])
-        boxed = jax.eval_shape(flux2.Flux2(SHARDED).init, jax.random.key(0),
-                               *inputs(SHARDED, 1))["params"]
         homes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
                              nn.unbox(boxed), sharding.shardings(boxed, mesh))
         params = flux2_weights.read(path, homes)

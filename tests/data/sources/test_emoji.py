@@ -111,6 +111,8 @@ def test_the_experiment_runs_from_start_to_prompts(tmp_path):
         "launch.train",
         "--config=emoji:runlocal",
         "--config.sample.decoder=inverse",
+        "--config.trajectory.steps=(2,)",
+        "--config.sample.steps=2",
         f"--workdir={tmp_path}/run",
     )
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
