@@ -30,6 +30,13 @@ DOORS = {  # by module; of core every public function and class
 }
 
 
+FEW_STEPS = """
+import ntm_jax
+full = ntm_jax.experiment
+ntm_jax.experiment = lambda *names, **own: full(*names, **own | {"train.steps": 40})
+"""
+
+
 def public(path) -> list[str]:
     """The names of a module's public functions and classes."""
     return [node.name for node in ast.parse(path.read_text()).body
@@ -38,13 +45,17 @@ def public(path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder of the built site; its notebooks are executed as a user executes them."""
+    """The folder of the built site; its notebooks are executed anew, with few training steps."""
     out = tmp_path_factory.mktemp("site")
-    optimised = environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0")  # these computations repay it
+    startup = out / "ipython/profile_default/startup"
+    startup.mkdir(parents=True)
+    (startup / "few_steps.py").write_text(FEW_STEPS)
+    # What the notebooks compute repays optimisations.
+    variables = environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0", IPYTHONDIR=str(out / "ipython"))
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", out / "doctrees",
-         "docs", out / "html"],
-        cwd=ROOT, env=optimised, capture_output=True, text=True, check=False)
+         "-D", f"nb_execution_cache_path={out}/notebooks", "docs", out / "html"],
+        cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out / "html"
 
