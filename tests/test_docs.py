@@ -50,12 +50,11 @@ def site(tmp_path_factory):
     startup = out / "ipython/profile_default/startup"
     startup.mkdir(parents=True)
     (startup / "few_steps.py").write_text(FEW_STEPS)
-    # What the notebooks compute repays optimisations.
-    variables = environment(JAX_DISABLE_MOST_OPTIMIZATIONS="0", IPYTHONDIR=str(out / "ipython"))
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", out / "doctrees",
          "-D", f"nb_execution_cache_path={out}/notebooks", "docs", out / "html"],
-        cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+        cwd=ROOT, env=environment(IPYTHONDIR=str(out / "ipython")), capture_output=True, text=True,
+        check=False)
     assert done.returncode == 0, done.stderr
     return out / "html"
 
