@@ -8,6 +8,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from ntm_jax.analysis import profile
 from ntm_jax.errors import UserError
@@ -18,6 +19,13 @@ from ntm_jax.training.step import logged_scalars
 from tests.common import as_run, bits, figures, setup, tiny_config
 
 TERMS = ("quadratic", "log_scale", "log_det")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parsed_flags():
+    """Grain's worker processes read absl flags, which launch/ parses."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture
@@ -50,12 +58,14 @@ def saved(settings, workdir):
 
 
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices):
-    settings = tiny_config(**{"trajectory.steps": (2, 4), "seed": 1})
+    changes = {"trajectory.steps": (2, 4), "seed": 1}
+    settings = tiny_config(**changes)
     loop.train(settings, tmp_path / "whole", progress=False, until=5)
     whole = indices.copy()
     indices.clear()
     loop.train(settings, tmp_path / "parts", progress=False, until=3)
-    loop.train(settings, tmp_path / "parts", progress=False, until=5)
+    resumed = tiny_config(**changes | {"data.workers": 1})
+    loop.train(resumed, tmp_path / "parts", progress=False, until=5)
     assert indices == whole
     assert [len(batch) for batch in whole] == [16] * 5
     assert list(losses(tmp_path / "whole")) == [1, 2, 3, 4, 5]

@@ -63,8 +63,8 @@ def test_mock_text_has_any_number_of_tokens_and_stays_near_1():
     assert abs(values.mean()) < 0.02
 
 
-def test_worker_processes_read_the_same_mock_records():
-    """Workers have a pickled copy of the source."""
+def test_a_pickled_mock_has_the_same_records():
+    """As worker processes have it."""
     source = open_source("mock:4x4x2,classes=3,count=20,text=3x8", "train")
     again = pickle.loads(pickle.dumps(source))
     for i in (0, 7):

@@ -33,14 +33,17 @@ def gradient(function, params):
     return jax.jit(jax.grad(function))(params)
 
 
-def test_ratios_of_latents_are_those_of_log_likelihoods_of_their_trajectories(run):
-    """Exact, where the transporter is frozen."""
+@TRAINS
+def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
+    """Exact, through the transporter where it trains; of latents where it is frozen."""
+    run = with_reward(run, trains=trains)
     batch, _ = rolled(run)
     t, y, steps = run.schedule.fixed_levels(2, 12), np.repeat(batch["label"], 3), jnp.full(12, 2)
-    xs = jax.jit(lambda us: sampling.invert_trajectory(run.model, run.params, us, t, y))(
-        flat(batch["rollout"]))
-    new_params = {"params": moved(run.params, 0.01)["params"] | {
-        "transporter": run.params["params"]["transporter"]}}
+    xs, new_params = flat(batch["rollout"]), moved(run.params, 0.01)
+    if trains == "predictor":  # the trajectories of these latents
+        xs = jax.jit(lambda us: sampling.invert_trajectory(run.model, run.params, us, t, y))(xs)
+        new_params = {"params": new_params["params"] | {
+            "transporter": run.params["params"]["transporter"]}}
     likelihood = jax.jit(lambda params: run.model.apply(params, xs, t, steps, y).nll)
     old, new = map(likelihood, (run.params, new_params))
     sampler = rollouts.sampler_of(run)
