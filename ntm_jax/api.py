@@ -36,7 +36,7 @@ from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
-from ntm_jax.sampling import conditioning, generate, prompts
+from ntm_jax.sampling import conditioning, generate, prompts, selection
 from ntm_jax.sampling.options import override
 from ntm_jax.sampling.reweight import Reweighted, reweight
 from ntm_jax.sampling.write import SampleRequest, write_samples
@@ -65,8 +65,9 @@ class Run(base.Run):
         [m, E], of which each has n samples: [m, n, D]. seed: image i of a seed is the same image in
         any n.
         with_levels: also returns the levels from pure noise down, [n, K, H, W, C], of an array in
-        standardised units. options: steps, guidance, decoder, inverse, percentile; the
-        configuration's by default.
+        standardised units. options: steps, guidance, decoder, inverse, percentile, candidates; the
+        configuration's by default. Of several candidates of each image the one that its condition
+        explains best is kept; see sampling.selection.
 
         with_log_prob: returns a generate.Drawn, with samples, levels and the log-density of their
         trajectories, log p(x_0..x_T | condition) in nats, in all and by factor. It needs no further
@@ -209,14 +210,22 @@ def _run(run: base.Run) -> Run:
     return Run(**{field.name: getattr(run, field.name) for field in dataclasses.fields(base.Run)})
 
 
-def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
+def load(workdir: str, step: int | None = None, raw: bool = False,
+         judge: str | None = None) -> Run:
     """The run in a workdir, in one of its WORKDIR/checkpoints/STEP, or in an export.
 
     workdir: a folder, or hf://OWNER/NAME[@REVISION] for an export on the Hugging Face Hub. step:
-    the latest by default. raw: with the raw parameters in place of their moving average. Raises
-    UserError if there is no run, or its files are damaged.
+    the latest by default. raw: with the raw parameters in place of their moving average. judge:
+    another run of the same data, named like workdir, whose likelihood selects among candidates of
+    samples; the run's own by default. Raises UserError if there is no run, its files are damaged,
+    or the judge has other data.
     """
-    return _run(load_run(workdir, step, raw))
+    run = load_run(workdir, step, raw)
+    if judge:
+        other = load_run(judge)
+        selection.check_judge(run, other)
+        run = dataclasses.replace(run, judge=other)
+    return _run(run)
 
 
 def compare_with_truth(workdirs: Sequence[str], out: str, split: str | None = None,

@@ -12,7 +12,6 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import statistics, tasks
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
-from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.options import override
@@ -67,11 +66,14 @@ def check_guidance(run: Run, source: Source, guidance) -> None:
         override(run.config, guidance=scale)
 
 
-def settings(config: Config) -> dict:
+def settings(run: Run) -> dict:
     """How the scored samples were made."""
-    sample = config.sample
+    config, sample = run.config, run.config.sample
+    selected = {}
+    if sample.candidates > 1:
+        selected = {"candidates": sample.candidates, "judge": run.judge and run.judge.workdir}
     return {"images": config.evaluate.images, "decoder": sample.decoder,
-            "guidance": sample.guidance, "steps": sample.steps}
+            "guidance": sample.guidance, "steps": sample.steps} | selected
 
 
 def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=(),
@@ -86,7 +88,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     """
     config = run.config
     records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
-    real, made, result = np.stack([r["image"] for r in records]), settings(config), {}
+    real, made, result = np.stack([r["image"] for r in records]), settings(run), {}
     scales = dict.fromkeys((config.sample.guidance, *guidance))
     images = {scale: generated(guided(run, scale, split=held_out.split), progress)
               for scale in scales}
@@ -154,7 +156,7 @@ def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -
                          for asked, found, compared in zip(splits, rows[scale], first, strict=True)]
         return {"guidance": scale} | seen | ({"unseen": unseen[0]} if unseen else {})
 
-    result = settings(config) | figures(config.sample.guidance)
+    result = settings(run) | figures(config.sample.guidance)
     return result | {"by_guidance": [figures(scale) for scale in guidance]} if guidance else result
 
 

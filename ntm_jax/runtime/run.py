@@ -43,6 +43,7 @@ class Run:
     workdir: str = ""
     raw: bool = False
     denoiser: Denoiser | None = None
+    judge: "Run | None" = None  # whose likelihood selects among candidates; the run itself if None
 
     @property
     def schedule(self) -> Schedule:

@@ -23,7 +23,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS, SampleOptions
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import conditioning, inverses
+from ntm_jax.sampling import conditioning, inverses, selection
 from ntm_jax.sampling.options import check_decoder
 
 BATCH = 100  # images at a time, of pictures and of scores, so that one program serves both
@@ -123,9 +123,14 @@ def draw_at(run: Run, index, condition=None, options: SampleOptions | None = Non
             seed: int | None = None) -> Drawn:
     """The samples of sample_at, with their levels and the log-density of their trajectories.
 
-    Raises UserError for an ODE's solver, whose samples have no such density.
+    Raises UserError for an ODE's solver, and for selected candidates, whose samples have no such
+    density.
     """
     options, spec = options or run.config.sample.options, run.spec
+    if options.candidates > 1:
+        raise UserError(f"candidates={options.candidates}: a sample that is selected among others "
+                        "does not have the density of its trajectory; take 1 candidate, or leave "
+                        "the log-density out")
     if options.decoder in SOLVERS:
         raise UserError(f"decoder={options.decoder} solves an ODE, whose samples have no "
                         "trajectory density: sample without the log-density")
@@ -147,13 +152,21 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
     index = np.asarray(index, np.int32)
     y = conditioning.default_conditions(run, index) if condition is None else condition
     y = y if isinstance(y, (Text, Vector)) else np.asarray(y, np.int32)
-    placed, y = sharding.place((index, y), run.mesh)
-    with sharding.use(run.mesh):  # score denoising has the levels anyway: the same program
-        found = generate_tokens(
-            run.params, jax.random.key(run.config.seed if seed is None else seed), placed, y,
-            denoiser and denoiser.params, sampler=sampler,
-            with_levels=with_levels or options.decoder == "score", **wanted)
-    return [part if part is None else sharding.to_host(part)[: len(index)] for part in found]
+    placed = sharding.place((index, y), run.mesh)
+    seed = run.config.seed if seed is None else seed
+    root = jax.random.key(seed)
+
+    def draw(number: int) -> list:
+        own = jax.random.fold_in(root, number) if number else root
+        with sharding.use(run.mesh):  # score denoising has the levels anyway: the same program
+            found = generate_tokens(
+                run.params, own, *placed, denoiser and denoiser.params, sampler=sampler,
+                with_levels=with_levels or options.decoder == "score", **wanted)
+        return [part if part is None else sharding.to_host(part)[: len(index)] for part in found]
+
+    if options.candidates == 1:
+        return draw(0)
+    return selection.select(run, index, y, seed, options.candidates, draw)
 
 
 def in_batches(n: int, batch: int) -> list[np.ndarray]:

@@ -44,6 +44,7 @@ class SampleRequest:
     guidance: float | tuple[float, ...] | None = None
     decoder: str | None = None
     inverse: str | None = None
+    candidates: int | None = None
     seed: int | None = None
     log_prob: bool = False  # also writes the log-density of every trajectory
     condition: tuple[tuple[float, ...], ...] | None = None  # vectors, in turn over the samples
@@ -56,7 +57,8 @@ class SampleRequest:
     def options(self, config: Config) -> SampleOptions:
         """How the images are made. Raises UserError; see sampling.options."""
         return override(config, steps=self.steps, guidance=self.guidance,
-                                 decoder=self.decoder, inverse=self.inverse)
+                                 decoder=self.decoder, inverse=self.inverse,
+                                 candidates=self.candidates)
 
 
 def write_samples(run: Run, out: str, request: SampleRequest) -> None:
@@ -78,6 +80,8 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     # No process has written yet: one that arrived late would find its own job's files.
     job.agree({"--out": out} | asked)
     asked |= {"checksum": checksums.digest((run.params, run.denoiser and run.denoiser.params))}
+    if run.judge:
+        asked |= {"judge_checksum": checksums.digest(run.judge.params)}
     batches = generate.in_batches(request.num, request.batch)
     done = _claim(folder, asked, len(batches))
     begin, made, first = time.perf_counter(), 0, 0
@@ -138,7 +142,8 @@ class _Work:
             "--encoder": self.encoder and self.encoder.name, "--steps": request.steps,
             "--guidance": request.guidance, "--decoder": request.decoder,
             "--inverse": request.inverse, "--seed": request.seed,
-            "--log_prob": request.log_prob or None,
+            "--log_prob": request.log_prob or None, "--candidates": request.candidates,
+            "--judge": self.run.judge and self.run.judge.workdir,
             "--condition": request.condition and [list(vector) for vector in request.condition]}
 
     def _vectors(self) -> Vector | None:

@@ -1,0 +1,105 @@
+"""Selects, of several candidates of each image, the one that its condition explains best.
+
+The exact likelihood is the judge; there is no reward and no classifier. The information that the
+condition y gives about an image is
+
+    log p(x_1..x_T | y) - log p(x_1..x_T), in nats,
+
+where x_1..x_T are noisier versions of the image by the forward process, and the second density is
+that of the null condition. Images that do not show their condition have little of it. The cleanest
+level, x_0, is left out: there the densities of fine detail, which say nothing about the condition,
+differ by more than those of what the image shows. See docs/howto/select.md.
+
+Symbols: n images; B batch, K levels, T steps, N tokens, D token channels.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, simulate
+from ntm_jax.core.transformer.conditions import null
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.run import Run
+
+TRAJECTORIES = 4  # of each candidate; more of them select hardly better
+
+
+@functools.partial(jax.jit, static_argnames=("model", "schedule", "steps"))
+def _information(params, root, index, x, y, *, model: NTM, schedule: Schedule, steps: int):
+    """The information [B] of y about clean tokens x [B, N, D], a mean over trajectories.
+
+    The noise is keyed by index, so that all candidates of an image have the same.
+    """
+    t, count = schedule.fixed_levels(steps, len(x)), jnp.full(len(x), steps)
+    keys = example_keys(root, "select", index)
+    nothing, first = null(y, model.config.num_classes), min(1, steps - 1)
+
+    def add(total, number):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        xs = simulate(x, t, example_noise(own, (t.shape[1], *x.shape[1:])))[:, first:]
+        nll, nll_null = (model.apply(params, xs, t[:, first:], count, condition).nll.sum(1)
+                         for condition in (y, nothing))
+        return total + nll_null - nll, None
+
+    total, _ = jax.lax.scan(add, jnp.zeros(len(x)), jnp.arange(TRAJECTORIES))
+    return total / TRAJECTORIES
+
+
+def information(judge: Run, images, index, y, seed: int) -> np.ndarray:
+    """The information of conditions about images by a run's likelihood, [n] float32, nats.
+
+    images: [n, H, W, C], integers 0..V-1 or float32 latents, or rows [n, D] of an array; y: labels
+    [n], Text or Vector. index: [n], of the noise.
+    """
+    arguments = sharding.place((index, judge.spec.to_tokens(images), y), judge.mesh)
+    with sharding.use(judge.mesh):
+        found = _information(
+            judge.params, jax.random.key(seed), *arguments, model=exact(judge.model),
+            schedule=judge.schedule, steps=judge.config.evaluation_steps)
+    return sharding.to_host(found)[: len(images)]
+
+
+def select(run: Run, index, y, seed: int, candidates: int, draw: Callable) -> list:
+    """The parts of the candidate with the most information, for each of the n images.
+
+    draw(number): the parts of all images' candidates of that number, arrays [n, ...] or None, of
+    which the first are tokens. y: the conditions of the images.
+
+    Raises UserError where the judge was trained without the null condition.
+    """
+    judge = run.judge or run
+    if not judge.config.train.condition_dropout:
+        raise UserError(f"candidates={candidates}, and the model of {judge.workdir} that selects "
+                        "among them was trained without condition dropout: give as judge a run "
+                        "trained with config.train.condition_dropout above 0, or take 1 candidate")
+    best = draw(0)
+    most = information(judge, run.spec.from_tokens(best[0]), index, y, seed)
+    for number in range(1, candidates):
+        parts = draw(number)
+        found = information(judge, run.spec.from_tokens(parts[0]), index, y, seed)
+        better = found > most
+        most = np.where(better, found, most)
+        best = [kept if part is None else
+                np.where(better.reshape(-1, *[1] * (part.ndim - 1)), part, kept)
+                for part, kept in zip(parts, best, strict=True)]
+    return best
+
+
+def check_judge(run: Run, judge: Run) -> None:
+    """Raises UserError where the judge does not know the images or conditions of a run."""
+    for name, of in (
+            ("images of shape", lambda r: r.spec.data_shape),
+            ("pixel levels", lambda r: r.spec.pixel_levels),
+            ("classes", lambda r: r.model.config.num_classes),
+            ("the text encoder", lambda r: r.spec.text if r.model.config.text_width else ""),
+            ("vectors of length", lambda r: r.model.config.condition_width)):
+        mine, theirs = of(run), of(judge)
+        if mine != theirs:
+            raise UserError(f"the judge {judge.workdir} has {name} {theirs or 'none'}, and "
+                            f"{run.workdir} {mine or 'none'}: give a run of the same data")
