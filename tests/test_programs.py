@@ -89,23 +89,30 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}")
     assert "bound, bits/dim" in done.stdout
     assert figures(workdir / f"evaluation-{STEPS}.json") == figures(workdir / "evaluation.json")
-    program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=0", "--raw")
-    other = figures(workdir / "evaluation-raw-train-to20.json")
+    judge = f"{workdir}/checkpoints/{STEPS}"
+    program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=8", "--raw",
+            "--candidates=2", f"--judge={judge}", "--features=none")
+    other = figures(workdir / "evaluation-raw-2candidates-train-to20.json")
     assert other["split"] == "train[:20]"
-    assert "class_accuracy" not in other
+    scored = other["class_accuracy"]
+    assert (scored["images"], scored["candidates"]) == (8, 2)
+    assert scored["judge"] == {"workdir": str(workdir), "step": STEPS}
     assert (workdir / "evaluation.json").read_bytes() == ended
 
 
 @pytest.mark.slow
 def test_sample_writes_images(run, tmp_path):
     done = program("sample", f"--workdir={run[0]}", "--num=6", "--batch=3", "--labels=1,2",
-                   "--decoder=inverse", "--guidance=0.5", f"--out={tmp_path / 'out'}")
+                   "--decoder=inverse", "--guidance=0.5", "--candidates=2",
+                   f"--judge={run[0]}", f"--out={tmp_path / 'out'}")
     assert f"6 images in {tmp_path / 'out'}" in done.stdout
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [*(f"{i}.png" for i in range(6)), "grid.png", "samples.json", "samples.npz"]
     with np.load(tmp_path / "out" / "samples.npz") as archive:
         assert archive["arr_0"].shape == (6, 8, 8, 3)
         assert archive["arr_1"].tolist() == [1, 2] * 3
+    asked = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert (asked["--candidates"], asked["--judge"]) == (2, str(run[0]))
 
 
 def assert_refused(done, message):

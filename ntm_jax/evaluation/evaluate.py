@@ -115,6 +115,8 @@ def _check(run: Run, source: Source, options: EvaluationOptions, against: Run | 
         _check_comparable(run, against)
     image_scores.check_guidance(run, source, options.guidance)
     job.agree({"--step": run.step, "--split": options.split, "--trajectories": options.trajectories,
+               "--judge": [run.judge.workdir, run.judge.step] if run.judge else None,
+               "--candidates": config.sample.candidates,
                "--features": options.features, "--guidance": options.guidance,
                "--against": [against.workdir, against.step] if against else None})
 

@@ -71,7 +71,9 @@ def settings(run: Run) -> dict:
     config, sample = run.config, run.config.sample
     selected = {}
     if sample.candidates > 1:
-        selected = {"candidates": sample.candidates, "judge": run.judge and run.judge.workdir}
+        judge = run.judge or run
+        selected = {"candidates": sample.candidates,
+                    "judge": {"workdir": judge.workdir, "step": judge.step}}
     return {"images": config.evaluate.images, "decoder": sample.decoder,
             "guidance": sample.guidance, "steps": sample.steps} | selected
 

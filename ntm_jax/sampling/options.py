@@ -37,7 +37,8 @@ def check(config: Config, options: SampleOptions) -> None:
     """Checks options of sampling that differ from the configuration's.
 
     Raises UserError for guidance of another length than the steps, or that the model was not
-    trained for, and for candidates of a model without a condition. Warns of a number of steps that it was not trained with.
+    trained for, and for candidates of a model without a condition. Warns of a number of steps that
+    it was not trained with.
     """
     guidance, steps, own = options.guidance, options.steps, config.sample
     check_guidance("guidance", guidance, steps)

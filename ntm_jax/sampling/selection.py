@@ -15,12 +15,13 @@ Symbols: n images; B batch, K levels, T steps, N tokens, D token channels.
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.model import NTM, Terms, exact
 from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, simulate
 from ntm_jax.core.transformer.conditions import null
 from ntm_jax.errors import UserError
@@ -38,14 +39,16 @@ def _information(params, root, index, x, y, *, model: NTM, schedule: Schedule, s
     """
     t, count = schedule.fixed_levels(steps, len(x)), jnp.full(len(x), steps)
     keys = example_keys(root, "select", index)
-    nothing, first = null(y, model.config.num_classes), min(1, steps - 1)
+    first = min(1, steps - 1)
+
+    def nll(xs, condition):
+        terms = cast(Terms, model.apply(params, xs, t[:, first:], count, condition))
+        return terms.nll.sum(1)
 
     def add(total, number):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         xs = simulate(x, t, example_noise(own, (t.shape[1], *x.shape[1:])))[:, first:]
-        nll, nll_null = (model.apply(params, xs, t[:, first:], count, condition).nll.sum(1)
-                         for condition in (y, nothing))
-        return total + nll_null - nll, None
+        return total + nll(xs, null(y, model.config.num_classes)) - nll(xs, y), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(len(x)), jnp.arange(TRAJECTORIES))
     return total / TRAJECTORIES

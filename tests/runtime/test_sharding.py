@@ -65,7 +65,8 @@ def main(what, out, *names):
             run = dataclasses.replace(run, params=jax.device_put(random, homes))
             table = scoring.score_records(run, source, 2)
             arrays |= {f"{name}/scores/{key}": value for key, value in table.items()}
-            arrays[f"{name}/images"] = generate.sample_at(run, np.arange(5))
+            options = dataclasses.replace(run.config.sample.options, candidates=2)
+            arrays[f"{name}/images"] = generate.sample_at(run, np.arange(5), options=options)
     np.savez(out + ".npz", **arrays)
     with open(out + ".json", "w") as file:
         json.dump(facts, file)

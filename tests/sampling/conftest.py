@@ -6,7 +6,7 @@ import pytest
 from tests.common import as_run, random_run, setup, tiny_config
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run():
     """A run with random parameters, in no folder; t_min is high enough for denoising to show."""
     settings = tiny_config(**{"sample.decoder": "inverse", "trajectory.t_min": 0.2})
