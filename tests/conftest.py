@@ -31,6 +31,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 import jax
 import pytest
 
+gc.set_threshold(50_000)  # tracing makes so many objects that collecting takes 5 % of the time
+
 
 @pytest.fixture(scope="module", autouse=True)
 def freed_programs():
