@@ -116,7 +116,6 @@ SETTINGS = dict(
         decoder="score",  # last step: inverse, score, denoiser; ODE of flow matching: euler, heun
         inverse="auto",  # inverts the transporter: auto, parallel, sequential
         percentile=100.0,  # clips the gradient of decoder=score at this percentile; 100 clips none
-        candidates=1,  # samples drawn for each image, of which the likelihood selects one
     ),
 )
 ANY_TYPE = (("trajectory", "shift"), ("sample", "guidance"))  # several types: see config.read

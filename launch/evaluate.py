@@ -24,9 +24,9 @@ flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.i
                      lower_bound=0)
 flags.DEFINE_multi_string("guidance", None, "Also scores samples at this guidance. Repeat it to "
                           "compare several with the first.")
-flags.DEFINE_integer("candidates", None, "Samples drawn for each that is scored, of which the one "
+flags.DEFINE_integer("candidates", 1, "Samples drawn for each that is scored, of which the one "
                      "that its condition explains best is kept, by exact likelihood, into "
-                     "evaluation-Ncandidates.json; the configuration's by default.", lower_bound=1)
+                     "evaluation-Ncandidates.json.", lower_bound=1)
 flags.DEFINE_string("judge", None, "Another run's folder or export, whose likelihood selects among "
                     "candidates; the run's own by default.")
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
@@ -47,11 +47,10 @@ def main():
     from ntm_jax.sampling.options import override, parse_guidance
 
     f = program.FLAGS
-    run = api.load(f.workdir, f.step, f.raw, f.judge)
-    own = run.config.sample
-    sample = override(run.config, steps=f.steps, candidates=f.candidates)
-    config = run.config.with_sampling(
-        steps=sample.steps, candidates=sample.candidates).with_evaluation(
+    run = api.load(f.workdir, f.step, f.raw).selecting(f.candidates, f.judge)
+    own_steps = run.config.sample.steps
+    sample = override(run.config, steps=f.steps)
+    config = run.config.with_sampling(steps=sample.steps).with_evaluation(
         images=run.config.evaluate.images if f.images is None else f.images)
     run = dataclasses.replace(run, config=config)
     unit = f"{f.unit}_per_dim" if f.unit else None
@@ -63,8 +62,10 @@ def main():
     result, scores = run.scores(options, against, progress=True)
     latest = f.step is None and run.workdir == hub.results_folder(f.workdir)
     parts = ["evaluation"] + ([] if latest else [str(run.step)]) + ["raw"] * f.raw
-    parts += [f"{getattr(sample, name)}{name}" for name in ("steps", "candidates")
-              if getattr(sample, name) != getattr(own, name)]
+    if sample.steps != own_steps:
+        parts.append(f"{sample.steps}steps")
+    if run.selection:
+        parts.append(f"{f.candidates}candidates")
     if f.split not in (None, run.config.evaluate.split):
         parts.append(f.split.replace("[", "-").replace(":", "to").replace("]", ""))
     name = "-".join(parts) + ".json"

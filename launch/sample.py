@@ -31,9 +31,8 @@ flags.DEFINE_enum("decoder", None, ["inverse", "score", "denoiser", "euler", "he
                   "solved.")
 flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the transporter is "
                   "inverted: all tokens at once or in turn.")
-flags.DEFINE_integer("candidates", None, "Samples drawn for each image, of which the one that its "
-                     "condition explains best is kept, by exact likelihood; the configuration's by "
-                     "default.", lower_bound=1)
+flags.DEFINE_integer("candidates", 1, "Samples drawn for each image, of which the one that its "
+                     "condition explains best is kept, by exact likelihood.", lower_bound=1)
 flags.DEFINE_string("judge", None, "Another run's folder or export, whose likelihood selects among "
                     "candidates; the run's own by default.")
 flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
@@ -69,13 +68,12 @@ def main():
     if texts and f.num not in (None, number):
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
                         "it out, or change --per_prompt")
-    run = api.load(f.workdir, f.step, judge=f.judge)
+    run = api.load(f.workdir, f.step).selecting(f.candidates, f.judge)
     run.write_samples(f.out or f"{hub.results_folder(f.workdir)}/samples", SampleRequest(
         num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
         prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
         save_trajectories=f.save_trajectories, steps=f.steps,
         guidance=parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse,
-        candidates=f.candidates,
         seed=f.seed, log_prob=f.log_prob, condition=parse_vectors(f.condition)))
 
 

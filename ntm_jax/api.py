@@ -65,9 +65,8 @@ class Run(base.Run):
         [m, E], of which each has n samples: [m, n, D]. seed: image i of a seed is the same image in
         any n.
         with_levels: also returns the levels from pure noise down, [n, K, H, W, C], of an array in
-        standardised units. options: steps, guidance, decoder, inverse, percentile, candidates; the
-        configuration's by default. Of several candidates of each image the one that its condition
-        explains best is kept; see sampling.selection.
+        standardised units. options: steps, guidance, decoder, inverse, percentile; the
+        configuration's by default.
 
         with_log_prob: returns a generate.Drawn, with samples, levels and the log-density of their
         trajectories, log p(x_0..x_T | condition) in nats, in all and by factor. It needs no further
@@ -100,6 +99,16 @@ class Run(base.Run):
         if with_log_prob:
             return generate.draw_at(self, index, condition, chosen, seed)
         return generate.sample_at(self, index, condition, chosen, seed, with_levels)
+
+    def selecting(self, candidates: int, judge: "str | base.Run | None" = None) -> "Run":
+        """This run with samples that are selected, each from so many candidates, by likelihood.
+
+        Of an image's candidates the one that its condition explains best is kept; see
+        sampling.selection. judge: whose likelihood selects, another run of the same data or what
+        `load` takes; the run itself by default. Raises UserError where it cannot judge.
+        """
+        other = load(judge) if isinstance(judge, str) else judge
+        return _run(selection.selecting(self, candidates, other))
 
     def text(self, captions):
         """The states of one or n captions, in the encoder of the run, as conditions.Text."""
@@ -210,22 +219,14 @@ def _run(run: base.Run) -> Run:
     return Run(**{field.name: getattr(run, field.name) for field in dataclasses.fields(base.Run)})
 
 
-def load(workdir: str, step: int | None = None, raw: bool = False,
-         judge: str | None = None) -> Run:
+def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, in one of its WORKDIR/checkpoints/STEP, or in an export.
 
     workdir: a folder, or hf://OWNER/NAME[@REVISION] for an export on the Hugging Face Hub. step:
-    the latest by default. raw: with the raw parameters in place of their moving average. judge:
-    another run of the same data, named like workdir, whose likelihood selects among candidates of
-    samples; the run's own by default. Raises UserError if there is no run, its files are damaged,
-    or the judge has other data.
+    the latest by default. raw: with the raw parameters in place of their moving average. Raises
+    UserError if there is no run, or its files are damaged.
     """
-    run = load_run(workdir, step, raw)
-    if judge:
-        other = load_run(judge)
-        selection.check_judge(run, other)
-        run = dataclasses.replace(run, judge=other)
-    return _run(run)
+    return _run(load_run(workdir, step, raw))
 
 
 def compare_with_truth(workdirs: Sequence[str], out: str, split: str | None = None,

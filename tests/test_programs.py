@@ -90,8 +90,9 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     assert "bound, bits/dim" in done.stdout
     assert figures(workdir / f"evaluation-{STEPS}.json") == figures(workdir / "evaluation.json")
     judge = f"{workdir}/checkpoints/{STEPS}"
-    program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=8", "--raw",
-            "--candidates=2", f"--judge={judge}", "--features=none")
+    done = program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=8",
+                   "--raw", "--candidates=2", f"--judge={judge}", "--features=none")
+    assert f"samples: the best of 2 candidates by the likelihood of {workdir}, step" in done.stdout
     other = figures(workdir / "evaluation-raw-2candidates-train-to20.json")
     assert other["split"] == "train[:20]"
     scored = other["class_accuracy"]
@@ -113,6 +114,7 @@ def test_sample_writes_images(run, tmp_path):
         assert archive["arr_1"].tolist() == [1, 2] * 3
     asked = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert (asked["--candidates"], asked["--judge"]) == (2, str(run[0]))
+    assert asked["judge_step"] == STEPS
 
 
 def assert_refused(done, message):

@@ -114,9 +114,11 @@ def _check(run: Run, source: Source, options: EvaluationOptions, against: Run | 
     if against:
         _check_comparable(run, against)
     image_scores.check_guidance(run, source, options.guidance)
+    if run.selection and not (config.evaluate.images and source.pixel_levels):
+        raise UserError("--candidates selects samples, and none are scored: give --images and a "
+                        "model of pixels, or leave --candidates out")
     job.agree({"--step": run.step, "--split": options.split, "--trajectories": options.trajectories,
-               "--judge": [run.judge.workdir, run.judge.step] if run.judge else None,
-               "--candidates": config.sample.candidates,
+               "--judge": image_scores.selected(run).get("judge"),
                "--features": options.features, "--guidance": options.guidance,
                "--against": [against.workdir, against.step] if against else None})
 

@@ -68,14 +68,18 @@ def check_guidance(run: Run, source: Source, guidance) -> None:
 
 def settings(run: Run) -> dict:
     """How the scored samples were made."""
-    config, sample = run.config, run.config.sample
-    selected = {}
-    if sample.candidates > 1:
-        judge = run.judge or run
-        selected = {"candidates": sample.candidates,
-                    "judge": {"workdir": judge.workdir, "step": judge.step}}
-    return {"images": config.evaluate.images, "decoder": sample.decoder,
-            "guidance": sample.guidance, "steps": sample.steps} | selected
+    sample = run.config.sample
+    return {"images": run.config.evaluate.images, "decoder": sample.decoder,
+            "guidance": sample.guidance, "steps": sample.steps} | selected(run)
+
+
+def selected(run: Run) -> dict:
+    """How samples are selected: candidates and judge; {} where they are not."""
+    if not run.selection:
+        return {}
+    judge = run.selection.judge
+    return {"candidates": run.selection.candidates,
+            "judge": {"workdir": judge.workdir, "step": judge.step}}
 
 
 def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=(),

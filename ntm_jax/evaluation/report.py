@@ -207,6 +207,12 @@ def table(result: dict, unit: str) -> str:
     rows = _likelihood_rows(result, unit) + _sample_rows(result)
     width = max(len(name) for name, _ in rows)
     lines = [f"{result['split']} split, {result['count']} records, step {result['step']}"]
+    scored = [result[key] for key in ("class_accuracy", "tasks", "features") if key in result]
+    made = scored[0] if scored else {}
+    if "candidates" in made:
+        judge = made["judge"]
+        lines.append(f"  samples: the best of {made['candidates']} candidates by the likelihood of "
+                     f"{judge['workdir']}, step {judge['step']}")
     for name, value in rows:
         value = value if isinstance(value, dict) else {"mean": value}
         error = f" ± {value['stderr']:.4f}" if "stderr" in value else ""

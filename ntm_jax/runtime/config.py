@@ -145,7 +145,6 @@ class SampleOptions:
     decoder: str
     inverse: str
     percentile: float
-    candidates: int = 1  # of which the likelihood selects one; see sampling.selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +157,11 @@ class Sample:
     decoder: str
     inverse: str = "auto"
     percentile: float = 100.0
-    candidates: int = 1
 
     @property
     def options(self) -> SampleOptions:
         """How images are made, without their number, which must not recompile the sampler."""
-        return SampleOptions(self.steps, self.guidance, self.decoder, self.inverse, self.percentile,
-                             self.candidates)
+        return SampleOptions(self.steps, self.guidance, self.decoder, self.inverse, self.percentile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +254,6 @@ RANGES = {  # the least and the largest value of settings with bounds of their o
     "trajectory.steps": (1, 10_000),
     "sample.steps": (1, 100_000),
     "sample.percentile": (0, 100),
-    "sample.candidates": (1, 1000),
     "reward.samples": (2, 65_536),
     "reward.workers": (0, 1024),
     "reward.levels": (0, 100_000),
@@ -333,9 +329,6 @@ def _check_sampling(config: Config) -> None:
                         "config.train.objective=denoiser and --config.teacher")
     check_guidance("config.sample.guidance", config.sample.guidance, config.sample.steps)
     dropout = config.train.condition_dropout
-    if config.sample.candidates > 1 and not dropout:
-        raise UserError("config.sample.candidates needs a model trained with condition dropout: "
-                        "set config.train.condition_dropout to 0.1, or candidates to 1")
     if guided(config.sample.guidance) and not config.teacher and not dropout:
         raise UserError("config.sample.guidance needs a model trained with condition dropout: set "
                         "config.train.condition_dropout to 0.1")

@@ -43,7 +43,7 @@ class Run:
     workdir: str = ""
     raw: bool = False
     denoiser: Denoiser | None = None
-    judge: "Run | None" = None  # whose likelihood selects among candidates; the run itself if None
+    selection: "Selection | None" = None  # of samples; none of training's
 
     @property
     def schedule(self) -> Schedule:
@@ -64,6 +64,14 @@ class Run:
         if self.config.sample.decoder in SOLVERS:
             return np.asarray(self.schedule.levels(self.config.sample.steps, np.zeros(1)))[0]
         return self.evaluated_levels()
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How many candidates each sample is selected from, and whose likelihood selects it."""
+
+    candidates: int
+    judge: Run
 
 
 def untrained(config: Config, spec: DataSpec, mesh, workdir: str = "") -> Run:

@@ -123,22 +123,25 @@ def draw_at(run: Run, index, condition=None, options: SampleOptions | None = Non
             seed: int | None = None) -> Drawn:
     """The samples of sample_at, with their levels and the log-density of their trajectories.
 
-    Raises UserError for an ODE's solver, and for selected candidates, whose samples have no such
-    density.
+    Raises UserError where samples have no such density; see check_density.
     """
     options, spec = options or run.config.sample.options, run.spec
-    if options.candidates > 1:
-        raise UserError(f"candidates={options.candidates}: a sample that is selected among others "
-                        "does not have the density of its trajectory; take 1 candidate, or leave "
-                        "the log-density out")
-    if options.decoder in SOLVERS:
-        raise UserError(f"decoder={options.decoder} solves an ODE, whose samples have no "
-                        "trajectory density: sample without the log-density")
+    check_density(run, options)
     x, xs, log_density = _tokens_at(run, index, condition, options, seed, with_levels=True,
                                     with_log_prob=True)
     levels = transforms.unpatchify(xs, spec.image_shape, spec.patch_size)[:, ::-1]
     return Drawn(spec.from_tokens(x), levels.reshape(*levels.shape[:2], *spec.data_shape),
                  log_density[:, ::-1])
+
+
+def check_density(run: Run, options: SampleOptions) -> None:
+    """Raises UserError for an ODE's solver, and where samples are selected."""
+    if run.selection:
+        raise UserError("a sample that is selected among candidates does not have the density of "
+                        "its trajectory: take 1 candidate, or leave the log-density out")
+    if options.decoder in SOLVERS:
+        raise UserError(f"decoder={options.decoder} solves an ODE, whose samples have no "
+                        "trajectory density: sample without the log-density")
 
 
 def _tokens_at(run: Run, index, condition, options, seed: int | None, with_levels: bool,
@@ -164,9 +167,7 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
                 with_levels=with_levels or options.decoder == "score", **wanted)
         return [part if part is None else sharding.to_host(part)[: len(index)] for part in found]
 
-    if options.candidates == 1:
-        return draw(0)
-    return selection.select(run, index, y, seed, options.candidates, draw)
+    return selection.select(run, index, y, seed, draw) if run.selection else draw(0)
 
 
 def in_batches(n: int, batch: int) -> list[np.ndarray]:

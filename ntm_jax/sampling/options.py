@@ -37,17 +37,13 @@ def check(config: Config, options: SampleOptions) -> None:
     """Checks options of sampling that differ from the configuration's.
 
     Raises UserError for guidance of another length than the steps, or that the model was not
-    trained for, and for candidates of a model without a condition. Warns of a number of steps that
-    it was not trained with.
+    trained for. Warns of a number of steps that it was not trained with.
     """
     guidance, steps, own = options.guidance, options.steps, config.sample
     check_guidance("guidance", guidance, steps)
     if guidance != own.guidance and guided(guidance) and not config.train.condition_dropout:
         raise UserError(f"guidance is {guidance}, and the model was trained without condition "
                         "dropout: sample with guidance 0")
-    if options.candidates > 1 and config.model.condition == "none":
-        raise UserError(f"candidates={options.candidates}: candidates are compared by what their "
-                        "condition explains, and the model has no condition; take 1 candidate")
     trained = config.trajectory.steps
     if steps != own.steps and steps not in trained and options.decoder not in SOLVERS:
         warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: "

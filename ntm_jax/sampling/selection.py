@@ -7,12 +7,13 @@ condition y gives about an image is
 
 where x_1..x_T are noisier versions of the image by the forward process, and the second density is
 that of the null condition. Images that do not show their condition have little of it. The cleanest
-level, x_0, is left out: there the densities of fine detail, which say nothing about the condition,
-differ by more than those of what the image shows. See docs/howto/select.md.
+level, x_0, is left out, unless T = 1: there the densities of fine detail, which say nothing about
+the condition, differ by more than those of what the image shows. See docs/howto/select.md.
 
 Symbols: n images; B batch, K levels, T steps, N tokens, D token channels.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import cast
@@ -26,7 +27,8 @@ from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, simul
 from ntm_jax.core.transformer.conditions import null
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.run import Run
+from ntm_jax.runtime.config import SOLVERS
+from ntm_jax.runtime.run import Run, Selection
 
 TRAJECTORIES = 4  # of each candidate; more of them select hardly better
 
@@ -68,25 +70,19 @@ def information(judge: Run, images, index, y, seed: int) -> np.ndarray:
     return sharding.to_host(found)[: len(images)]
 
 
-def select(run: Run, index, y, seed: int, candidates: int, draw: Callable) -> list:
+def select(run: Run, index, y, seed: int, draw: Callable) -> list:
     """The parts of the candidate with the most information, for each of the n images.
 
     draw(number): the parts of all images' candidates of that number, arrays [n, ...] or None, of
-    which the first are tokens. y: the conditions of the images.
-
-    Raises UserError where the judge was trained without the null condition.
+    which the first are tokens. y: the conditions of the images. A candidate that is not finite is
+    kept only where all are.
     """
-    judge = run.judge or run
-    if not judge.config.train.condition_dropout:
-        raise UserError(f"candidates={candidates}, and the model of {judge.workdir} that selects "
-                        "among them was trained without condition dropout: give as judge a run "
-                        "trained with config.train.condition_dropout above 0, or take 1 candidate")
-    best = draw(0)
-    most = information(judge, run.spec.from_tokens(best[0]), index, y, seed)
-    for number in range(1, candidates):
-        parts = draw(number)
-        found = information(judge, run.spec.from_tokens(parts[0]), index, y, seed)
-        better = found > most
+    assert run.selection is not None
+    best, most = draw(0), np.full(len(index), -np.inf)
+    for number in range(run.selection.candidates):
+        parts = draw(number) if number else best
+        found = information(run.selection.judge, run.spec.from_tokens(parts[0]), index, y, seed)
+        better = found > most  # False for NaN
         most = np.where(better, found, most)
         best = [kept if part is None else
                 np.where(better.reshape(-1, *[1] * (part.ndim - 1)), part, kept)
@@ -94,14 +90,44 @@ def select(run: Run, index, y, seed: int, candidates: int, draw: Callable) -> li
     return best
 
 
-def check_judge(run: Run, judge: Run) -> None:
+def selecting(run: Run, candidates: int, judge: Run | None = None) -> Run:
+    """The run with samples that are selected, each from so many candidates; see api.Run.selecting.
+
+    Raises UserError for a model without a condition, and for a judge that has no likelihood, no
+    null condition, or other data.
+    """
+    if candidates < 1 or (candidates == 1 and judge):
+        raise UserError(f"candidates is {candidates}: expected at least 2 for a judge to select "
+                        "from, or 1 and no judge")
+    if candidates == 1:
+        return run
+    judge = judge or run
+    if run.config.model.condition == "none":
+        raise UserError(f"candidates is {candidates}: candidates are compared by what their "
+                        f"condition explains, and the model of {run.workdir} has no condition; "
+                        "take 1")
+    if judge.config.sample.decoder in SOLVERS:
+        raise UserError(f"{judge.workdir} solves an ODE and has no trajectory likelihood to select "
+                        "by: give an NTM of the same data as judge")
+    if not judge.config.train.condition_dropout:
+        raise UserError(f"{judge.workdir} was trained without condition dropout and knows no null "
+                        "condition to select by: give as judge a run trained with "
+                        "config.train.condition_dropout above 0")
+    _check_same_data(run, judge)
+    return dataclasses.replace(run, selection=Selection(candidates, judge))
+
+
+def _check_same_data(run: Run, judge: Run) -> None:
     """Raises UserError where the judge does not know the images or conditions of a run."""
     for name, of in (
             ("images of shape", lambda r: r.spec.data_shape),
             ("pixel levels", lambda r: r.spec.pixel_levels),
+            ("latents normalised by", lambda r: r.spec.columns or (r.spec.mean, r.spec.std)),
             ("classes", lambda r: r.model.config.num_classes),
+            ("classes named", lambda r: r.spec.class_names if r.model.config.num_classes else ()),
             ("the text encoder", lambda r: r.spec.text if r.model.config.text_width else ""),
-            ("vectors of length", lambda r: r.model.config.condition_width)):
+            ("vectors of length", lambda r: r.model.config.condition_width),
+            ("vectors normalised by", lambda r: (r.spec.condition_mean, r.spec.condition_std))):
         mine, theirs = of(run), of(judge)
         if mine != theirs:
             raise UserError(f"the judge {judge.workdir} has {name} {theirs or 'none'}, and "

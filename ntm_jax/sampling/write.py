@@ -44,7 +44,6 @@ class SampleRequest:
     guidance: float | tuple[float, ...] | None = None
     decoder: str | None = None
     inverse: str | None = None
-    candidates: int | None = None
     seed: int | None = None
     log_prob: bool = False  # also writes the log-density of every trajectory
     condition: tuple[tuple[float, ...], ...] | None = None  # vectors, in turn over the samples
@@ -57,8 +56,7 @@ class SampleRequest:
     def options(self, config: Config) -> SampleOptions:
         """How the images are made. Raises UserError; see sampling.options."""
         return override(config, steps=self.steps, guidance=self.guidance,
-                                 decoder=self.decoder, inverse=self.inverse,
-                                 candidates=self.candidates)
+                                 decoder=self.decoder, inverse=self.inverse)
 
 
 def write_samples(run: Run, out: str, request: SampleRequest) -> None:
@@ -80,8 +78,8 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     # No process has written yet: one that arrived late would find its own job's files.
     job.agree({"--out": out} | asked)
     asked |= {"checksum": checksums.digest((run.params, run.denoiser and run.denoiser.params))}
-    if run.judge:
-        asked |= {"judge_checksum": checksums.digest(run.judge.params)}
+    if run.selection:
+        asked |= {"judge_checksum": checksums.digest(run.selection.judge.params)}
     batches = generate.in_batches(request.num, request.batch)
     done = _claim(folder, asked, len(batches))
     begin, made, first = time.perf_counter(), 0, 0
@@ -111,6 +109,8 @@ class _Work:
         self.run, self.request = run, request
         self.options = request.options(run.config)
         check_decoder(run, self.options.decoder)
+        if request.log_prob:
+            generate.check_density(run, self.options)
         if request.labels and run.model.config.text_width:
             raise UserError(f"--labels are given, and the model of {run.workdir} is conditioned on "
                             "text: give --prompts")
@@ -132,8 +132,12 @@ class _Work:
 
     def description(self) -> dict:
         """What the folder's samples.json records, so that only the same call resumes it."""
-        request = self.request
-        return {
+        request, selection = self.request, self.run.selection
+        selected = {}
+        if selection:
+            selected = {"--candidates": selection.candidates, "--judge": selection.judge.workdir,
+                        "judge_step": selection.judge.step}
+        return selected | {
             "--workdir": self.run.workdir, "step": self.run.step, "--num": request.num,
             "--batch": request.batch, "--save_trajectories": request.save_trajectories,
             "--labels": None if self.labels is None else self.labels.tolist(),
@@ -142,8 +146,7 @@ class _Work:
             "--encoder": self.encoder and self.encoder.name, "--steps": request.steps,
             "--guidance": request.guidance, "--decoder": request.decoder,
             "--inverse": request.inverse, "--seed": request.seed,
-            "--log_prob": request.log_prob or None, "--candidates": request.candidates,
-            "--judge": self.run.judge and self.run.judge.workdir,
+            "--log_prob": request.log_prob or None,
             "--condition": request.condition and [list(vector) for vector in request.condition]}
 
     def _vectors(self) -> Vector | None:

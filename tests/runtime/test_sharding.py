@@ -17,6 +17,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, config, sharding
 from ntm_jax.sampling import generate
+from ntm_jax.sampling.selection import selecting
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step
 from tests.common import (
@@ -65,8 +66,7 @@ def main(what, out, *names):
             run = dataclasses.replace(run, params=jax.device_put(random, homes))
             table = scoring.score_records(run, source, 2)
             arrays |= {f"{name}/scores/{key}": value for key, value in table.items()}
-            options = dataclasses.replace(run.config.sample.options, candidates=2)
-            arrays[f"{name}/images"] = generate.sample_at(run, np.arange(5), options=options)
+            arrays[f"{name}/images"] = generate.sample_at(selecting(run, 2), np.arange(5))
     np.savez(out + ".npz", **arrays)
     with open(out + ".json", "w") as file:
         json.dump(facts, file)
