@@ -29,6 +29,8 @@ flags.DEFINE_integer("candidates", 1, "Samples drawn for each that is scored, of
                      "evaluation-Ncandidates.json.", lower_bound=1)
 flags.DEFINE_string("judge", None, "Another run's folder or export, whose likelihood selects among "
                     "candidates; the run's own by default.")
+flags.DEFINE_float("enough", None, "The information in nats with which a candidate is kept without "
+                   "comparing it with further ones; all are compared by default.")
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
                   "bits for pixels and nats for latents.")
 flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, "
@@ -47,7 +49,8 @@ def main():
     from ntm_jax.sampling.options import override, parse_guidance
 
     f = program.FLAGS
-    run = api.load(f.workdir, f.step, f.raw).selecting(f.candidates, f.judge)
+    run = api.load(f.workdir, f.step, f.raw).selecting(
+        f.candidates, f.judge, f.enough)
     own_steps = run.config.sample.steps
     sample = override(run.config, steps=f.steps)
     config = run.config.with_sampling(steps=sample.steps).with_evaluation(

@@ -100,15 +100,18 @@ class Run(base.Run):
             return generate.draw_at(self, index, condition, chosen, seed)
         return generate.sample_at(self, index, condition, chosen, seed, with_levels)
 
-    def selecting(self, candidates: int, judge: "str | base.Run | None" = None) -> "Run":
+    def selecting(self, candidates: int, judge: "str | base.Run | None" = None,
+                  enough: float | None = None) -> "Run":
         """This run with samples that are selected, each from so many candidates, by likelihood.
 
         Of an image's candidates the one that its condition explains best is kept; see
         sampling.selection. judge: whose likelihood selects, another run of the same data or what
-        `load` takes; the run itself by default. Raises UserError where it cannot judge.
+        `load` takes; the run itself by default. enough: the information in nats with which a
+        candidate is kept without comparing it with further ones; all are compared by default.
+        Raises UserError where the judge cannot select.
         """
         other = load(judge) if isinstance(judge, str) else judge
-        return _run(selection.selecting(self, candidates, other))
+        return _run(selection.selecting(self, candidates, other, enough))
 
     def text(self, captions):
         """The states of one or n captions, in the encoder of the run, as conditions.Text."""

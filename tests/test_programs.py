@@ -91,8 +91,9 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     assert figures(workdir / f"evaluation-{STEPS}.json") == figures(workdir / "evaluation.json")
     judge = f"{workdir}/checkpoints/{STEPS}"
     done = program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=8",
-                   "--raw", "--candidates=2", f"--judge={judge}", "--features=none")
-    assert f"samples: the best of 2 candidates by the likelihood of {workdir}, step" in done.stdout
+                   "--raw", "--candidates=2", f"--judge={judge}", "--features=none", "--enough=2.5")
+    assert ("samples: the first with 2.5 nats, or best, of 2 candidates by the likelihood of "
+            f"{workdir}, step") in done.stdout
     other = figures(workdir / "evaluation-raw-2candidates-train-to20.json")
     assert other["split"] == "train[:20]"
     scored = other["class_accuracy"]

@@ -118,7 +118,7 @@ def _check(run: Run, source: Source, options: EvaluationOptions, against: Run | 
         raise UserError("--candidates selects samples, and none are scored: give --images and a "
                         "model of pixels, or leave --candidates out")
     job.agree({"--step": run.step, "--split": options.split, "--trajectories": options.trajectories,
-               "--judge": image_scores.selected(run).get("judge"),
+               "--candidates": image_scores.selected(run),
                "--features": options.features, "--guidance": options.guidance,
                "--against": [against.workdir, against.step] if against else None})
 

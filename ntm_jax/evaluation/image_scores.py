@@ -74,11 +74,11 @@ def settings(run: Run) -> dict:
 
 
 def selected(run: Run) -> dict:
-    """How samples are selected: candidates and judge; {} where they are not."""
+    """How samples are selected: candidates, enough and judge; {} where they are not."""
     if not run.selection:
         return {}
     judge = run.selection.judge
-    return {"candidates": run.selection.candidates,
+    return {"candidates": run.selection.candidates, "enough": run.selection.enough,
             "judge": {"workdir": judge.workdir, "step": judge.step}}
 
 

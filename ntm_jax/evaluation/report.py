@@ -211,8 +211,9 @@ def table(result: dict, unit: str) -> str:
     made = scored[0] if scored else {}
     if "candidates" in made:
         judge = made["judge"]
-        lines.append(f"  samples: the best of {made['candidates']} candidates by the likelihood of "
-                     f"{judge['workdir']}, step {judge['step']}")
+        kept = "best" if made["enough"] is None else f"first with {made['enough']:g} nats, or best,"
+        lines.append(f"  samples: the {kept} of {made['candidates']} candidates by the likelihood "
+                     f"of {judge['workdir']}, step {judge['step']}")
     for name, value in rows:
         value = value if isinstance(value, dict) else {"mean": value}
         error = f" ± {value['stderr']:.4f}" if "stderr" in value else ""

@@ -68,10 +68,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """How many candidates each sample is selected from, and whose likelihood selects it."""
+    """How many candidates each sample is selected from, and whose likelihood selects it.
+
+    enough: the information in nats with which a candidate is kept without looking at further ones;
+    None compares all of them.
+    """
 
     candidates: int
     judge: Run
+    enough: float | None = None
 
 
 def untrained(config: Config, spec: DataSpec, mesh, workdir: str = "") -> Run:

@@ -15,6 +15,7 @@ Symbols: n images; B batch, K levels, T steps, N tokens, D token channels.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -71,18 +72,24 @@ def information(judge: Run, images, index, y, seed: int) -> np.ndarray:
 
 
 def select(run: Run, index, y, seed: int, draw: Callable) -> list:
-    """The parts of the candidate with the most information, for each of the n images.
+    """The parts of the selected candidate of each of the n images.
+
+    It is the first one with enough information, or else the one with the most.
 
     draw(number): the parts of all images' candidates of that number, arrays [n, ...] or None, of
     which the first are tokens. y: the conditions of the images. A candidate that is not finite is
-    kept only where all are.
+    kept only where none is.
     """
-    assert run.selection is not None
+    chosen = run.selection
+    assert chosen is not None
+    enough = np.inf if chosen.enough is None else chosen.enough
     best, most = draw(0), np.full(len(index), -np.inf)
-    for number in range(run.selection.candidates):
+    for number in range(chosen.candidates):
+        if (most >= enough).all():
+            break
         parts = draw(number) if number else best
-        found = information(run.selection.judge, run.spec.from_tokens(parts[0]), index, y, seed)
-        better = found > most  # False for NaN
+        found = information(chosen.judge, run.spec.from_tokens(parts[0]), index, y, seed)
+        better = (found > most) & (most < enough)  # False for NaN
         most = np.where(better, found, most)
         best = [kept if part is None else
                 np.where(better.reshape(-1, *[1] * (part.ndim - 1)), part, kept)
@@ -90,15 +97,18 @@ def select(run: Run, index, y, seed: int, draw: Callable) -> list:
     return best
 
 
-def selecting(run: Run, candidates: int, judge: Run | None = None) -> Run:
+def selecting(run: Run, candidates: int, judge: Run | None = None,
+              enough: float | None = None) -> Run:
     """The run with samples that are selected, each from so many candidates; see api.Run.selecting.
 
     Raises UserError for a model without a condition, and for a judge that has no likelihood, no
     null condition, or other data.
     """
-    if candidates < 1 or (candidates == 1 and judge):
-        raise UserError(f"candidates is {candidates}: expected at least 2 for a judge to select "
-                        "from, or 1 and no judge")
+    if candidates < 1 or (candidates == 1 and (judge or enough is not None)):
+        raise UserError(f"candidates is {candidates}: expected at least 2 to select from, or 1 "
+                        "without judge and enough")
+    if enough is not None and not math.isfinite(enough):
+        raise UserError(f"enough is {enough}: expected a number of nats, or none")
     if candidates == 1:
         return run
     judge = judge or run
@@ -114,7 +124,7 @@ def selecting(run: Run, candidates: int, judge: Run | None = None) -> Run:
                         "condition to select by: give as judge a run trained with "
                         "config.train.condition_dropout above 0")
     _check_same_data(run, judge)
-    return dataclasses.replace(run, selection=Selection(candidates, judge))
+    return dataclasses.replace(run, selection=Selection(candidates, judge, enough))
 
 
 def _check_same_data(run: Run, judge: Run) -> None:

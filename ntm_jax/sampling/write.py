@@ -136,7 +136,7 @@ class _Work:
         selected = {}
         if selection:
             selected = {"--candidates": selection.candidates, "--judge": selection.judge.workdir,
-                        "judge_step": selection.judge.step}
+                        "judge_step": selection.judge.step, "--enough": selection.enough}
         return selected | {
             "--workdir": self.run.workdir, "step": self.run.step, "--num": request.num,
             "--batch": request.batch, "--save_trajectories": request.save_trajectories,

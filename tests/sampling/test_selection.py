@@ -51,11 +51,24 @@ def test_the_candidate_with_the_most_information_is_kept(run):
 
 
 def test_a_candidate_that_is_not_finite_is_not_kept(run, monkeypatch):
-    found = iter([[np.nan, np.nan], [1.0, np.nan], [0.0, 2.0]])
-    monkeypatch.setattr(selection, "information", lambda *_: np.array(next(found)))
-    parts = np.arange(3)[:, None, None, None] + np.zeros((2, run.spec.tokens, run.spec.dim))
-    kept, = selection.select(run.selecting(3), np.arange(2), None, 0, lambda i: [parts[i]])
-    assert kept[:, 0, 0].tolist() == [1, 2]
+    assert kept_of(run.selecting(3), monkeypatch, [
+        [np.nan, np.nan], [1.0, np.nan], [0.0, 2.0]]) == [1, 2]
+
+
+def test_the_first_candidate_with_enough_information_is_kept(run, monkeypatch):
+    found = [[1.0, 2.0, 0.0], [3.0, 9.0, 1.0], [4.0, 9.0, 0.5]]
+    assert kept_of(run.selecting(3, enough=2.0), monkeypatch, found) == [1, 0, 1]
+    # The third candidates are not even drawn once all images have enough.
+    assert kept_of(run.selecting(3, enough=1.0), monkeypatch, found[:2]) == [0, 0, 1]
+
+
+def kept_of(run, monkeypatch, found):
+    """The numbers of the selected candidates, where `found` is the information of each."""
+    left, images = iter(found), len(found[0])
+    monkeypatch.setattr(selection, "information", lambda *_: np.array(next(left)))
+    parts = np.arange(3)[:, None, None, None] + np.zeros((images, run.spec.tokens, run.spec.dim))
+    kept, = selection.select(run, np.arange(images), None, 0, lambda i: [parts[i]])
+    return kept[:, 0, 0].tolist()
 
 
 def test_an_image_is_the_same_in_any_batch(run):
@@ -104,9 +117,11 @@ def test_selection_needs_a_condition_and_a_likelihood_without_it(run):
             ("train", {"condition_dropout": 0.0}, "runs/tiny was trained without condition drop")):
         with pytest.raises(UserError, match=message):
             changed(run, part, **fields).selecting(2)
-    for candidates, judge in ((0, None), (1, run)):
+    for candidates, judge, enough in ((0, None, None), (1, run, None), (1, None, 2.0)):
         with pytest.raises(UserError, match=f"candidates is {candidates}: expected at least 2"):
-            run.selecting(candidates, judge)
+            run.selecting(candidates, judge, enough)
+    with pytest.raises(UserError, match="enough is nan: expected a number of nats"):
+        run.selecting(2, enough=np.nan)
 
 
 def test_a_refused_call_leaves_nothing(run, tmp_path):
