@@ -32,10 +32,13 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """(workdir, ends) of two processes, of which the second receives SIGTERM at step 5."""
+    """(workdir, ends) of two processes, of which the second receives SIGTERM after a step.
+
+    It is sent early, since a busy machine may send it many of the short steps later.
+    """
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     job = Job(workdir, 2)
-    job.read_until(r"step 5/")
+    job.read_until(r"step 1/")
     job.processes[1].send_signal(signal.SIGTERM)
     return workdir, job.end()
 
