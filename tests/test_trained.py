@@ -18,7 +18,7 @@ from tests.common import as_run, tiny_config
 def test_inverse_of_trained_weights():
     config = tiny_config(**{
         "data.image_size": 16, "data.patch_size": 1, "data.batch_size": 8,
-        "model.positions": "rotary", "model.transporter_blocks": 2, "train.steps": 40,
+        "model.positions": "rotary", "model.transporter_blocks": 2, "train.steps": 20,
         "trajectory.steps": (4,), "sample.steps": 4})
     source = config.data.open(config.data.split)
     spec, mesh = pipeline.spec(source, config.data.patch_size), sharding.make_mesh(config.mesh)
