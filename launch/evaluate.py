@@ -24,13 +24,6 @@ flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.i
                      lower_bound=0)
 flags.DEFINE_multi_string("guidance", None, "Also scores samples at this guidance. Repeat it to "
                           "compare several with the first.")
-flags.DEFINE_integer("candidates", 1, "Samples drawn for each that is scored, of which the one "
-                     "that its condition explains best is kept, by exact likelihood, into "
-                     "evaluation-Ncandidates.json.", lower_bound=1)
-flags.DEFINE_string("judge", None, "Another run's folder or export, whose likelihood selects among "
-                    "candidates; the run's own by default.")
-flags.DEFINE_float("enough", None, "The information in nats with which a candidate is kept without "
-                   "comparing it with further ones; all are compared by default.")
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
                   "bits for pixels and nats for latents.")
 flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, "
@@ -49,8 +42,7 @@ def main():
     from ntm_jax.sampling.options import override, parse_guidance
 
     f = program.FLAGS
-    run = api.load(f.workdir, f.step, f.raw).selecting(
-        f.candidates, f.judge, f.enough)
+    run = api.load(f.workdir, f.step, f.raw).selecting(f.candidates, f.judge, f.enough)
     own_steps = run.config.sample.steps
     sample = override(run.config, steps=f.steps)
     config = run.config.with_sampling(steps=sample.steps).with_evaluation(
@@ -78,4 +70,5 @@ def main():
 if __name__ == "__main__":
     program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
     program.define_processes()
+    program.define_selection()
     program.run(main)

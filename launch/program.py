@@ -79,6 +79,19 @@ def define_workdir(help_text: str):
     flags.mark_flag_as_required("workdir")
 
 
+def define_selection():
+    """Defines how samples are selected among candidates; see api.Run.selecting."""
+    flags.DEFINE_integer(
+        "candidates", 1, "Samples drawn for each one that is kept: the one that its condition "
+        "explains best, by exact likelihood.", lower_bound=1)
+    flags.DEFINE_string(
+        "judge", None, "Another run's folder or export, whose likelihood selects among candidates; "
+        "the run's own by default.")
+    flags.DEFINE_float(
+        "enough", None, "The information in nats with which a candidate is kept without comparing "
+        "it with further ones; all are compared by default.")
+
+
 def define_processes():
     """Defines how the processes of a job find each other; TPU hosts need none of these flags."""
     flags.DEFINE_string(

@@ -31,12 +31,6 @@ flags.DEFINE_enum("decoder", None, ["inverse", "score", "denoiser", "euler", "he
                   "solved.")
 flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the transporter is "
                   "inverted: all tokens at once or in turn.")
-flags.DEFINE_integer("candidates", 1, "Samples drawn for each image, of which the one that its "
-                     "condition explains best is kept, by exact likelihood.", lower_bound=1)
-flags.DEFINE_string("judge", None, "Another run's folder or export, whose likelihood selects among "
-                    "candidates; the run's own by default.")
-flags.DEFINE_float("enough", None, "The information in nats with which a candidate is kept without "
-                   "comparing it with further ones; all are compared by default.")
 flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
 flags.DEFINE_integer("seed", None, "Image i of a seed is the same image in any batch size.")
 flags.DEFINE_string("out", None, "A new folder, or that of the same call, stopped; WORKDIR/samples "
@@ -70,8 +64,7 @@ def main():
     if texts and f.num not in (None, number):
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
                         "it out, or change --per_prompt")
-    run = api.load(f.workdir, f.step).selecting(
-        f.candidates, f.judge, f.enough)
+    run = api.load(f.workdir, f.step).selecting(f.candidates, f.judge, f.enough)
     run.write_samples(f.out or f"{hub.results_folder(f.workdir)}/samples", SampleRequest(
         num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
         prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
@@ -83,4 +76,5 @@ def main():
 if __name__ == "__main__":
     program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
     program.define_processes()
+    program.define_selection()
     program.run(main)

@@ -89,14 +89,16 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}")
     assert "bound, bits/dim" in done.stdout
     assert figures(workdir / f"evaluation-{STEPS}.json") == figures(workdir / "evaluation.json")
+    program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=0", "--raw")
+    other = figures(workdir / "evaluation-raw-train-to20.json")
+    assert other["split"] == "train[:20]"
+    assert "class_accuracy" not in other
     judge = f"{workdir}/checkpoints/{STEPS}"
-    done = program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=8",
-                   "--raw", "--candidates=2", f"--judge={judge}", "--features=none", "--enough=2.5")
+    done = program("evaluate", f"--workdir={workdir}", "--images=8", "--features=none",
+                   "--candidates=2", f"--judge={judge}", "--enough=2.5")
     assert ("samples: the first with 2.5 nats, or best, of 2 candidates by the likelihood of "
             f"{workdir}, step") in done.stdout
-    other = figures(workdir / "evaluation-raw-2candidates-train-to20.json")
-    assert other["split"] == "train[:20]"
-    scored = other["class_accuracy"]
+    scored = figures(workdir / "evaluation-2candidates.json")["class_accuracy"]
     assert (scored["images"], scored["candidates"]) == (8, 2)
     assert scored["judge"] == {"workdir": str(workdir), "step": STEPS}
     assert (workdir / "evaluation.json").read_bytes() == ended

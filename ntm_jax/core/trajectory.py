@@ -160,3 +160,8 @@ def example_keys(root, name: str, index):
     """Keys [B] for the draws called `name` of the examples `index` [B], under root."""
     named = jax.random.fold_in(root, zlib.crc32(name.encode()))
     return jax.vmap(lambda i: jax.random.fold_in(named, i))(index)
+
+
+def draw_keys(keys, number):
+    """Keys [B] for the draw of this number of each example, from the examples' keys [B]."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)

@@ -60,7 +60,7 @@ def _log_density(params, root, batch, *, schedule: Schedule, model, steps, level
     keys = trajectory.example_keys(root, f"density/{level}", batch["index"])
 
     def draw(number):
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        own = trajectory.draw_keys(keys, number)
         noise = trajectory.example_noise(own, (t.shape[1] - 1, *points.shape[1:]))
         return trajectory.extend(points, t, noise)
 

@@ -69,7 +69,7 @@ def _velocity_errors(params, root, batch, *, schedule: Schedule, model, draws):
     keys = trajectory.example_keys(root, "evaluate/velocity", batch["index"])
 
     def add(total, number):
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        own = trajectory.draw_keys(keys, number)
         share = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(own)
         t = schedule.at((number + share) / draws)
         with precision(model.config.precision):

@@ -46,7 +46,7 @@ def weigh_batch(params, root, batch, *, schedule: Schedule, model, pixel_levels:
     start = None if pixel_levels else noised(root, x, t[:, 0], index)
 
     def draw(number):
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+        own = trajectory.draw_keys(keys, number)
         noise = trajectory.example_noise(own, (t.shape[1], *x.shape[1:]))
         if pixel_levels:
             return trajectory.simulate(x, t, noise)

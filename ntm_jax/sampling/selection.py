@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core.model import NTM, Terms, exact
-from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, simulate
+from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
 from ntm_jax.core.transformer.conditions import null
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
@@ -49,8 +49,8 @@ def _information(params, root, index, x, y, *, model: NTM, schedule: Schedule, s
         return terms.nll.sum(1)
 
     def add(total, number):
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        xs = simulate(x, t, example_noise(own, (t.shape[1], *x.shape[1:])))[:, first:]
+        noise = example_noise(draw_keys(keys, number), (t.shape[1], *x.shape[1:]))
+        xs = simulate(x, t, noise)[:, first:]
         return total + nll(xs, null(y, model.config.num_classes)) - nll(xs, y), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(len(x)), jnp.arange(TRAJECTORIES))
