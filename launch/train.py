@@ -11,8 +11,8 @@ from . import program
 
 flags.DEFINE_string("profile", None, "START:STOP, steps that are traced; the trace, and a summary "
                     "of where their time went, are written in WORKDIR/profile.")
-flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM stopped early, for "
-                     "schedulers that restart a failed job.")
+flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM, SIGHUP or Ctrl-C "
+                     "stopped early, for schedulers that restart a failed job.")
 flags.DEFINE_multi_string("writer", [], "Also sends the metrics and pictures there: wandb:PROJECT "
                           "for Weights & Biases (needs the extra [wandb] and `wandb login`), or a "
                           "writer that --import registers. Repeat it for more.")

@@ -7,6 +7,7 @@ lines that docs/faq.md explains are looked up in the code.
 
 import ast
 import errno
+import importlib
 import json
 import os
 import re
@@ -178,6 +179,17 @@ def refused():
 @pytest.mark.parametrize("call", WRONG)
 def test_a_wrong_command_is_refused(refused, call):
     assert WRONG[call] in refused[call]
+
+
+def test_the_experiments_take_the_variants_that_their_page_lists(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs/_ext")
+    page = importlib.import_module("generated").experiments_page()
+    listed = re.findall(r"^## `(\w+)`$.*?^Variants: ([^\n]*)\.$", page, re.M | re.S)
+    assert dict(listed)["digits"] == "`:gaussian`"
+    for name, variants in listed:
+        experiment = importlib.import_module(f"ntm_jax.experiments.{name}")
+        for variant in re.findall(r"`:([^`]+)`", variants):
+            experiment.get_config(variant)  # raises for one that there is not
 
 
 def literals() -> str:

@@ -92,8 +92,8 @@ def experiments_page() -> str:
         module = importlib.import_module(f"ntm_jax.experiments.{name}")
         with mock.patch.object(default, "check_variant") as check:
             values = config.flatten(module.get_config().to_dict())
-        variants = check.call_args.args[2:] if check.called else ()
-        chosen = check.call_args.args[1] if check.called else ""
+        # An experiment checks its own variant first, then those that it starts from check theirs.
+        _, chosen, *variants = check.call_args_list[0].args if check.called else ("", "")
         others = ", ".join(f"`:{v}`" for v in variants if v not in ("", chosen)) or "none"
         rows.append((f"[`{name}`](#{name})", prose(module.__doc__.splitlines()[0])))
         changed = [(f"`{key}`", shown(value)) for key, value in values.items()
@@ -111,7 +111,8 @@ def flags_page() -> str:
         "runs them as `python -m ntm_jax.launch.NAME`, a checkout also as `python -m launch.NAME`.",
         "Programs with `--config` also take every [setting](settings.md) as a flag. Each program "
         "exits with status 0 when it is done, with 2 and one line for a mistake in flags, settings "
-        "or files, and with 130 when it is interrupted.",
+        "or files, and with 130 when it is interrupted. An interrupted `train` saves and exits "
+        "with `--stop_status`, 0 by default; an interrupted `prepare` exits with 1.",
     ]
     for name in stems("launch"):
         done = subprocess.run([sys.executable, "-m", f"launch.{name}", "--helpxml"], cwd=ROOT,
