@@ -88,8 +88,8 @@ def define_selection():
         "judge", None, "Another run's folder or export, whose likelihood selects among candidates; "
         "the run's own by default.")
     flags.DEFINE_float(
-        "enough", None, "The information in nats with which a candidate is kept without comparing "
-        "it with further ones; all are compared by default.")
+        "enough", None, "Threshold in nats: the first candidate whose information reaches it is "
+        "kept; by default all candidates are compared.")
 
 
 def define_processes():

@@ -2,7 +2,7 @@
 
     import ntm_jax
     config = ntm_jax.experiment("digits", **{"train.steps": 200})
-    run = ntm_jax.train(config, "runs/digits")
+    run = ntm_jax.train(config, "runs/digits-python")
     images = run.sample(16, label=7)
     nats = run.log_prob(images, label=7)
 
