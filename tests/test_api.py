@@ -43,8 +43,9 @@ def test_the_readmes_lines_train_on_arrays_and_give_samples_and_likelihoods(tmp_
     np.testing.assert_allclose(bits, -names["nats"] / np.log(2) / 64, rtol=1e-5)
     assert run.evaluate()["count"] == 6
 
+    other = ntm_jax.experiment("folder", data=255 - images, labels=labels)
     with pytest.raises(ntm_jax.UserError, match=r"holds a run with data\.source"):
-        ntm_jax.train(names["config"], "runs/notebook", data=255 - images, labels=labels)
+        ntm_jax.train(other, "runs/notebook")
 
 
 def test_an_experiment_suits_arrays_in_memory():
@@ -54,6 +55,8 @@ def test_an_experiment_suits_arrays_in_memory():
     assert (config.model.condition, config.evaluate.images) == ("class", 1000)
     source = config.data.open("all")
     np.testing.assert_array_equal(sorted(r["label"] for r in source.records), sorted(labels))
+    given = api.with_arrays(config, images, labels).data  # what `data` of train does
+    assert (given.source, given.image_size) == (config.data.source, 0)
 
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [
