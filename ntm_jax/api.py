@@ -266,9 +266,13 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
     open, such as the image size of `folder`, are chosen for its data. Raises UserError for an
     unknown experiment, variant or setting, or a value that does not fit.
     """
+    _check_given(data, labels, condition)
+    path = f"ntm_jax.experiments.{name}"
     try:
-        module = importlib.import_module(f"ntm_jax.experiments.{name}")
-    except ModuleNotFoundError:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):  # a package that the experiment imports
+            raise
         package = importlib.import_module("ntm_jax.experiments")
         names = ", ".join(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
         raise UserError(f"there is no experiment {name!r}: expected one of {names}") from None
@@ -307,6 +311,7 @@ def train(config: Config, workdir: str, *, data=None, labels=None, condition=Non
     Returns None when stopped early. Raises UserError where configuration, data and workdir do not
     fit together, and for a loss that is not finite.
     """
+    _check_given(data, labels, condition)
     if data is not None:
         config = with_arrays(config, data, labels, condition)
     finished = loop.train(config, workdir, progress=progress, **options)
@@ -321,6 +326,14 @@ def with_arrays(config: Config, images, labels=None, condition=None) -> Config:
     data = dataclasses.replace(config.data, source=_provide(images, labels, condition),
                                image_size=0)
     return dataclasses.replace(config, data=data)
+
+
+def _check_given(data, labels, condition) -> None:
+    """Raises UserError for labels or conditions without the data that they belong to."""
+    for name, values in (("labels", labels), ("condition", condition)):
+        if data is None and values is not None:
+            raise UserError(f"{name} is given without data: expected both, or neither where "
+                            "config.data.source has them")
 
 
 def _provide(images, labels, condition) -> str:

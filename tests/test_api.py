@@ -1,5 +1,6 @@
 """The Python interface: the README's lines, and what they refuse."""
 
+import importlib
 import re
 
 import numpy as np
@@ -57,6 +58,26 @@ def test_an_experiment_suits_arrays_in_memory():
     np.testing.assert_array_equal(sorted(r["label"] for r in source.records), sorted(labels))
     given = api.with_arrays(config, images, labels).data  # what `data` of train does
     assert (given.source, given.image_size) == (config.data.source, 0)
+
+
+@pytest.mark.parametrize("given", [{"labels": [0, 1]}, {"condition": [[0.5], [1.0]]}])
+def test_labels_and_conditions_without_data_are_refused(tmp_path, given):
+    words = f"{next(iter(given))} is given without data: expected both"
+    with pytest.raises(ntm_jax.UserError, match=words):
+        ntm_jax.experiment("digits", **given)
+    with pytest.raises(ntm_jax.UserError, match=words):
+        ntm_jax.train(ntm_jax.experiment("digits"), str(tmp_path), **given)
+
+
+def test_an_experiment_that_lacks_a_package_names_the_package(monkeypatch):
+    found = importlib.import_module
+
+    def import_module(name):
+        return found("absent" if name.endswith(".digits") else name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'absent'"):
+        ntm_jax.experiment("digits")
 
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [

@@ -197,8 +197,8 @@ def amount(value, unit: str) -> str:
     """A number with an SI prefix: 1.39e14 -> 139 T; "unknown" for None."""
     if not value:
         return "unknown" if value is None else f"0 {unit}".strip()
-    power = math.floor(math.log10(value) / 3)
-    prefix = {-2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}[power]
+    power = min(max(math.floor(math.log10(value) / 3), -4), 6)
+    prefix = ("p", "n", "µ", "m", "", "k", "M", "G", "T", "P", "E")[power + 4]
     return f"{value / 1000**power:.3g} {prefix}{unit}".strip()
 
 

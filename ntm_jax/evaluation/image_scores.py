@@ -90,7 +90,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     for captioned pictures retrieval. frechet_held_out is the distance of the held-out images: about
     what a perfect model reaches with as many samples. guidance: scales or schedules, for each of
     which `guidance` lists class accuracy, its paired difference to the first one's on the same
-    noise, and the feature scores.
+    noise, and the feature scores, of which a model has those that it has without guidance.
     """
     config = run.config
     records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
@@ -98,6 +98,8 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     scales = dict.fromkeys((config.sample.guidance, *guidance))
     images = {scale: generated(guided(run, scale, split=held_out.split), progress)
               for scale in scales}
+    if guidance:
+        result["guidance"] = [{"guidance": scale} for scale in guidance]
     if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
         labels = np.array([r["label"] for r in records])
         right = classifier(run.model.config.num_classes, train.pixel_levels, real, labels)
@@ -108,12 +110,10 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
             result["class_accuracy"]["by_class"] = {
                 name: float(own[label :: len(run.spec.class_names)].mean())
                 for label, name in enumerate(run.spec.class_names) if label < len(own)}
-        if guidance:
-            first = hits[guidance[0]]
-            result["guidance"] = [
-                {"guidance": scale} | mean_and_stderr(hits[scale])
-                | {"difference": mean_and_stderr(hits[scale].astype(int) - first)}
-                for scale in guidance]
+        for figure in result.get("guidance", ()):
+            found, first = hits[figure["guidance"]], hits[guidance[0]]
+            figure |= mean_and_stderr(found)
+            figure["difference"] = mean_and_stderr(found.astype(int) - first)
     if extractor:
         wanted = extractor(real)
         count = min(len(held_out.records), MAX_RECORDS)

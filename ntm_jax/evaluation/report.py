@@ -182,7 +182,7 @@ def _sample_rows(result: dict) -> list[tuple]:
         rows += [(f"class accuracy of {name}, %", 100 * share)
                  for name, share in by_class[:CLASSES_SHOWN]]
     guided = result.get("guidance", ())
-    for number, score in enumerate(guided):
+    for number, score in enumerate(guided if "class_accuracy" in result else ()):
         rows.append((f"class accuracy of guidance {score['guidance']}, %", _percent(score)))
         if number:
             first = f"less that of guidance {guided[0]['guidance']}"

@@ -38,8 +38,9 @@ images = np.asarray(sampler.call(parameters, np.uint32(seed), index, {names}))  
 NAMES_SHOWN = 100  # classes that the card lists
 MEANING = {True: "[n, H, W, C], integers 0..{top}", False: "[n, H, W, C], latents"}
 UNSCALE = """with open("config.json", "rb") as file:
-    spec = json.load(file)["spec"]  # the model's latents have mean 0 and variance 1 by channel
-images = images * np.float32(spec["std"]) + np.float32(spec["mean"])  # as the autoencoder made them
+    spec = json.load(file)["spec"]
+# The model's numbers have mean 0 and variance 1 by channel, or by column of an array.
+decoded = images * np.float32(spec["std"]) + np.float32(spec["mean"])  # in the data's own scale
 """
 # The Hub's names of tasks, and of data sets that sources read.
 TASKS = {"class": "unconditional-image-generation", "none": "unconditional-image-generation",
@@ -106,9 +107,10 @@ def example(run: Run) -> str:
     """The Python that samples an export, run in its folder."""
     names, condition = CONDITIONS[run.config.model.condition]
     spec, scaled = run.spec, bool(run.spec.mean)
+    pixels = MEANING[spec.pixel_levels > 0].format(top=spec.pixel_levels - 1)
     return EXAMPLE.format(
         seed=run.config.seed, names=names,
-        meaning=MEANING[spec.pixel_levels > 0].format(top=spec.pixel_levels - 1),
+        meaning="[n, D], standardised" if spec.columns else pixels,
         condition=condition.format(classes=run.model.config.num_classes, tokens=spec.text_tokens,
                                    width=spec.text_width, vector=spec.condition_width),
         unscale=UNSCALE if scaled else "", json="import json\n\n" if scaled else "")

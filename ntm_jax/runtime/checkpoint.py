@@ -14,7 +14,6 @@ import os
 import sys
 import time
 import warnings
-from typing import Any
 
 import jax
 from etils import epath
@@ -33,6 +32,7 @@ from ntm_jax.runtime.checksums import (
 # Further entries among the checksums; no array's path has angle brackets.
 DATA_NAME = "<data>"  # the data iterator's state
 RUN_NAME = "<run>"  # the step and the settings
+BEST_KEY = "bound"  # key in files; any held-out measure: a bound, an error, or minus a reward
 READ_ATTEMPTS = 30  # while a run saves and removes checkpoints
 
 
@@ -50,9 +50,9 @@ def saved_settings(workdir) -> dict | None:
 
 
 def _best_step(checkpoints) -> int | None:
-    """The step with the lowest finite metrics["bound"]; None if there is none."""
-    bounds = {c.step: (c.metrics or {}).get("bound", math.nan) for c in checkpoints}
-    finite = {step: bound for step, bound in bounds.items() if math.isfinite(bound)}
+    """The step with the lowest finite held-out measure; None if there is none."""
+    measures = {c.step: (c.metrics or {}).get(BEST_KEY, math.nan) for c in checkpoints}
+    finite = {step: value for step, value in measures.items() if math.isfinite(value)}
     return min(finite, key=lambda step: finite[step]) if finite else None
 
 
@@ -78,8 +78,8 @@ class Checkpoints:
 
     Args:
       workdir: a local folder or an object-storage address.
-      keep_last: how many of the latest steps to keep, besides the one with the lowest
-        metrics["bound"].
+      keep_last: how many of the latest steps to keep, besides the best one, with the lowest
+        held-out measure.
       keep_every: steps that are multiples of this are always kept; 0 keeps no further ones.
       settings: flat JSON settings of the run, saved with every checkpoint. Restoring refuses a
         checkpoint that was saved with other settings.
@@ -115,8 +115,7 @@ class Checkpoints:
     def __exit__(self, *_):
         self.close()
 
-    def save(self, step: int, state, data_state: dict,
-             metrics: dict[str, float] | None = None) -> bool:
+    def save(self, step: int, state, data_state: dict, held_out: float | None = None) -> bool:
         """Starts saving a step; returns whether it did: False if the step is already saved.
 
         Returns once the arrays are copied, so the caller may donate them. The rest is asynchronous:
@@ -126,7 +125,7 @@ class Checkpoints:
           step: the number of steps taken.
           state: pytree of jax arrays.
           data_state: the data iterator's state, JSON.
-          metrics: "bound" selects the best checkpoint, the lowest.
+          held_out: a held-out measure, lower is better, which selects the best checkpoint.
 
         Raises UserError if the checkpoint, or the one before it, cannot be written.
         """
@@ -140,11 +139,11 @@ class Checkpoints:
         sums = {DATA_NAME: json_checksum(data_state), RUN_NAME: json_checksum(run)}
         sums = {**array_checksums(state), **sums}
         unit = {"state": state, "data": data_state, "run": run, "checksums": sums}
-        values: dict[str, Any] = {name: float(value) for name, value in (metrics or {}).items()}
         assert self._manager is not None  # opened above
         with self._write_errors():
-            self._manager.save_checkpointables_async(step, unit, force=True,
-                                                     metrics=values or None)
+            self._manager.save_checkpointables_async(
+                step, unit, force=True,
+                metrics=None if held_out is None else {BEST_KEY: float(held_out)})
         return True
 
     def steps(self) -> list[int]:
@@ -154,10 +153,6 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The last saved step; None if there is none."""
         return max(self.steps(), default=None)
-
-    def best(self) -> int | None:
-        """The step with the lowest finite metrics["bound"]; None if there is none."""
-        return _best_step(self._manager.checkpoints) if self._manager else None
 
     def restore(self, abstract_state, step: int | None = None):
         """Loads and verifies a checkpoint: (step, state, data_state).

@@ -90,9 +90,13 @@ def open_encoder(run: Run, name: str | None = None):
     Raises UserError where the model is not conditioned on text, where neither the run nor `name`
     names an encoder, or where its states do not fit the model.
     """
-    classes, width = run.model.config.num_classes, run.model.config.text_width
+    model = run.model.config
+    width = model.text_width
     if not width:
-        condition = f"is conditioned on {classes} classes" if classes else "is unconditional"
+        condition = "is unconditional"
+        if model.num_classes or model.condition_width:
+            of = f"{model.num_classes} classes" if model.num_classes else "vectors"
+            condition = f"is conditioned on {of}"
         raise UserError(f"prompts are given, and the model of {run.workdir} {condition}: leave "
                         "them out")
     name = name or run.spec.text
@@ -106,6 +110,14 @@ def open_encoder(run: Run, name: str | None = None):
                         f"model of {run.workdir} was trained on {run.spec.text or 'states'} of "
                         f"width {width}: give the encoder of its records")
     return found
+
+
+def check_number(number: int, prompts: Sequence[Prompt] | None) -> None:
+    """Raises UserError for a number of images that prompts, or one image each, do not divide."""
+    count = len(prompts or [None])
+    if number < 1 or number % count:
+        raise UserError(f"num is {number}: expected a positive multiple of {count}, "
+                        + ("the number of prompts" if prompts else "as there are no prompts"))
 
 
 def states(encoder, prompts: Sequence[str]) -> Text:

@@ -107,6 +107,7 @@ class _Work:
 
     def __init__(self, run: Run, request: SampleRequest):
         self.run, self.request = run, request
+        prompts.check_number(request.num, request.prompts)
         self.options = request.options(run.config)
         check_decoder(run, self.options.decoder)
         if request.log_prob:

@@ -256,7 +256,7 @@ class _Loop:
             held = self.objective.held_out(self.evaluated(step), self.held_out)
             self.writer.message(f"step {step}: {held.message}")
             scalars |= held.scalars
-            best_by = {"bound": held.value}
+            best_by = held.value
         if scalars:
             self.writer.write(step, scalars)
         if saving:

@@ -269,9 +269,10 @@ def _no_check(config: Config) -> None:
 def _check_flow(config: Config) -> None:
     model = config.model
     if model.head != "posterior" or model.transporter_blocks:
-        raise UserError(f"config.train.objective={config.train.objective} trains the backbone of "
-                        f"config.model.head=posterior, found {model.head}, and of "
-                        f"config.model.transporter_blocks=0, found {model.transporter_blocks}")
+        raise UserError(f"config.train.objective={config.train.objective} trains a backbone alone: "
+                        "expected config.model.head=posterior and "
+                        "config.model.transporter_blocks=0, found "
+                        f"{model.head} and {model.transporter_blocks}")
 
 
 def _check_flow_map(config: Config) -> None:

@@ -63,7 +63,7 @@ def draw_change(run: Run, before: dict, held_out: Source) -> str:
     """
     path = str(epath.Path(run.workdir) / "before_after.png")
     if held_out.planar_extent:
-        clean = [generate.sample_at(r, np.arange(min(run.config.sample.num, 500)))
+        clean = [generate.sample_at(r, np.arange(min(_count(run), 500)))
                  for r in (dataclasses.replace(run, params=before), run)]
         if jax.process_index() == 0:
             points = np.stack([np.asarray(a).reshape(-1, 2) for a in clean], 1)
@@ -115,7 +115,7 @@ def _sampled(run: Run, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw_points(run: Run, extent: float, samples, trajectories) -> None:
     """Draws points of the plane; they cost little, and many of them show a density."""
-    first, *rest = generate.in_batches(run.config.sample.num, 500)
+    first, *rest = generate.in_batches(_count(run), 500)
     clean, levels = generate.sample_at(run, first, with_levels=True)
     points = np.concatenate([clean, *(generate.sample_at(run, index) for index in rest)])
     t, levels = _shown_levels(run, clean, levels)
@@ -148,9 +148,14 @@ def _shown_levels(run: Run, clean, levels) -> tuple[np.ndarray, np.ndarray]:
     return t, levels
 
 
+def _count(run: Run) -> int:
+    """The number of samples that are drawn: config.sample.num, and one where that is 0."""
+    return max(1, run.config.sample.num)
+
+
 def _rows(run: Run, held_out: Source) -> list[_Row]:
     """The rows of samples.png, config.sample.num images in all, at most ten a row."""
-    num, classes = max(1, run.config.sample.num), run.model.config.num_classes
+    num, classes = _count(run), run.model.config.num_classes
     if run.model.config.text_width:
         return _caption_rows(run, held_out, num)
     if not classes:

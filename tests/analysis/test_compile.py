@@ -221,6 +221,13 @@ def test_products_at_highest_take_their_own_rate():
     assert CARDS["h100"].chip.rate("highest") == pytest.approx(66.9e12, rel=1e-3)
 
 
+@pytest.mark.parametrize(("value", "text"), [
+    (None, "unknown"), (0, "0 s"), (1.39e14, "139 Ts"), (2.5e-8, "25 ns"), (3e-12, "3 ps"),
+    (4e-15, "0.004 ps"), (6e18, "6 Es"), (7e21, "7e+03 Es")])
+def test_amounts_have_a_prefix_of_any_size(value, text):
+    assert report_of.amount(value, "s") == text
+
+
 def test_an_exact_program_is_at_highest(tmp_path):
     found = compile.compile_for(small(), "cpu:1", "evaluate", str(tmp_path / "texts"))
     assert set(found["flops_by_precision_per_chip"]["transporter"]) == {"highest"}

@@ -143,5 +143,10 @@ def test_retrieval_of_captioned_pictures(captioned, pictures, scores, monkeypatc
     part = captioned.config.data.open("test[:7]")
     found = image_scores.image_scores(captioned, train, part, extractor)["retrieval"]
     assert (asked, found["captions"], found["candidates"]) == (["test[:7]"], 7, 47)
+    guided = image_scores.image_scores(captioned, train, source, extractor, (0.0, 1.0))
+    assert [list(figure)[:2] for figure in guided["guidance"]] == [["guidance", "frechet"]] * 2
+    guided |= {"split": "test", "step": 3} | summarize(scores, captioned.spec, 3)
+    assert re.search(r"frechet \(pixels features, a proxy\) of guidance 1\.0 +[0-9]",
+                     table(guided, "bits_per_dim"))
     monkeypatch.setattr(image_scores, "MAX_CANDIDATES", 59)
     assert "retrieval" not in image_scores.image_scores(captioned, train, source, extractor)

@@ -37,6 +37,18 @@ def test_the_card_of_a_model_of_texts_and_latents(on_texts):
     assert "log density of the latents noised to 0.03 in nats" in text
 
 
+def test_likelihoods_of_normalised_data_are_of_the_samplers_numbers(run):
+    """The card hands log_likelihood what the sampler gave, not the data in their own scale."""
+    normalised = {"pixel_levels": 0, "mean": (0.5,), "std": (2.0,)}
+    for changes, meaning in (({}, "[n, H, W, C], latents"), ({"columns": 64}, "[n, D], standard")):
+        spec = dataclasses.replace(run.spec, **normalised | changes)
+        text = card.markdown(dataclasses.replace(run, spec=spec), 1234, PLATFORMS)
+        assert f"index, label))  # {meaning}" in text
+        assert "\ndecoded = images * np.float32(spec[" in text
+        assert "np.uint32(seed), index, images, label)" in text
+        assert text.count("\nimages = ") == 1
+
+
 def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path):
     run = dataclasses.replace(run, workdir=str(tmp_path))
     assert "bits/dim" not in card.markdown(run, 1234, PLATFORMS)

@@ -76,7 +76,7 @@ def young_objects():
 def test_round_trip_is_bit_equal_and_keeps_the_structure(tmp_path):
     state, data = make_state(), {"next": 17, "inner": {"7": [1, 2]}, "name": "digits"}
     with Checkpoints(tmp_path) as checkpoints:
-        assert (checkpoints.latest(), checkpoints.best(), checkpoints.steps()) == (None, None, [])
+        assert (checkpoints.latest(), checkpoints.steps()) == (None, [])
         assert checkpoints.save(3, state, data)
         expected = bits(state)
         jax.tree.map(lambda x: x.delete(), state)  # as donation does
@@ -124,17 +124,17 @@ def test_retention_keeps_the_last_the_best_and_every_nth(tmp_path):
     bounds = {1: float("nan"), 2: 1.0, 3: float("-inf"), 4: 3.0, 5: None, 6: 2.0, 7: None, 8: 4.0}
     with Checkpoints(tmp_path, keep_last=2, keep_every=4) as checkpoints:
         for step, bound in bounds.items():
-            metrics = None if bound is None else {"bound": bound, "other": 0.0}
-            checkpoints.save(step, {"x": jnp.ones(3)}, {}, metrics)
-        checkpoints.save(9, {"x": jnp.ones(3)}, {}, {"other": -9.0})
+            checkpoints.save(step, {"x": jnp.ones(3)}, {}, bound)
+        checkpoints.save(9, {"x": jnp.ones(3)}, {})
         checkpoints.save(10, {"x": jnp.ones(3)}, {})
         checkpoints.wait()
         assert checkpoints.steps() == [2, 4, 8, 9, 10]
     with Checkpoints(tmp_path, keep_last=1) as checkpoints:  # reads the bounds from the files
-        assert (checkpoints.best(), checkpoints.latest()) == (2, 10)
-        checkpoints.save(11, {"x": jnp.ones(3)}, {}, {"bound": 0.5})
-        checkpoints.wait()
-        assert checkpoints.steps() == [11]
+        assert checkpoints.latest() == 10
+        for step, bound, kept in ((11, 1.5, [2, 11]), (12, 0.5, [12])):
+            checkpoints.save(step, {"x": jnp.ones(3)}, {}, bound)
+            checkpoints.wait()
+            assert checkpoints.steps() == kept
 
 
 # Orbax leaves other reads of a failed load to the garbage collector, and closes their event loop.
@@ -158,7 +158,7 @@ def test_no_flipped_byte_is_ever_loaded_silently(tmp_path):
     data, expected, template = {"n": 12345}, bits(state), abstract(state)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, data)
-        checkpoints.save(2, state, data, {"bound": 1.0})
+        checkpoints.save(2, state, data, 1.0)
     files = sorted(f for f in (tmp_path / "checkpoints" / "2").rglob("*")
                    if f.is_file() and f.stat().st_size)
     draw, caught_by_checksum, refused = random.Random(0), 0, 0

@@ -134,11 +134,13 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
             SampleRequest(1, 1, prompts=given, encoder="words:1:a"))
     refused("--layout=dpg writes a benchmark's folder: give its prompts as --prompts",
             SampleRequest(1, 1, layout="dpg"))
-    for condition, classes in (("is conditioned on 10 classes", 10), ("is unconditional", 0)):
-        config = dataclasses.replace(run.model.config, text_width=0, num_classes=classes)
+    for condition, sizes in (("is conditioned on 10 classes", {"num_classes": 10}),
+                             ("is conditioned on vectors", {"condition_width": 3}),
+                             ("is unconditional", {})):
+        config = dataclasses.replace(run.model.config, text_width=0, **sizes)
         other = dataclasses.replace(run, model=run.model.clone(config=config))
-        refused(f"prompts are given, and the model of runs/tiny {condition}: leave them out",
-                SampleRequest(1, 1, prompts=given), other)
+        with pytest.raises(UserError, match=f"the model of runs/tiny {condition}: leave them out"):
+            prompts.open_encoder(other)
     with pytest.raises(UserError, match="has the word 'fox', which the model does not know"):
         run.sample(1, prompts=["a fox"])
 

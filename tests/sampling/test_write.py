@@ -8,6 +8,7 @@ from PIL import Image
 
 from ntm_jax.errors import UserError
 from ntm_jax.sampling import conditioning, generate
+from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from tests.common import randomised
 
@@ -47,6 +48,13 @@ def test_written_samples(run, tmp_path, capsys):
     with Image.open(out / "grid.png") as grid:
         assert grid.size == (10 * 66 + 2, 2 * 66 + 2)
     assert f"11 images in {out}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("num", "count"), [(0, 0), (10, 3), (2, 3)])
+def test_a_number_that_prompts_do_not_divide_is_refused(run, tmp_path, num, count):
+    given = [Prompt("a")] * count or None
+    with pytest.raises(UserError, match=f"num is {num}: expected a positive multiple of"):
+        write_samples(run, str(tmp_path / "out"), SampleRequest(num, prompts=given))
 
 
 def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsys):

@@ -32,13 +32,13 @@ TERMS = ("quadratic", "log_scale", "log_det")
      "config.train.level_power is 1.0: it weights the levels of a trajectory, and "
      "config.train.objective=flow_matching has none; set it to 0"),
     ("digits_fm", {"model.head": "direct"},
-     "config.train.objective=flow_matching trains the backbone of config.model.head=posterior, "
-     "found direct, and of config.model.transporter_blocks=0, found 0"),
+     "config.train.objective=flow_matching trains a backbone alone: expected config.model.head="
+     "posterior and config.model.transporter_blocks=0, found direct and 0"),
     ("digits_fm", {"train.objective": "flow_map"},
      "config.train.objective=flow_map trains config.model.backbone=flow_map, found transformer"),
     ("digits_fm", {"model.transporter_blocks": 1},
-     "of config.model.head=posterior, found posterior, and of config.model.transporter_blocks=0, "
-     "found 1"),
+     "expected config.model.head=posterior and config.model.transporter_blocks=0, found posterior "
+     "and 1"),
     ("digits_finetune", {"init_from": "runs/digits_fm", "sample.decoder": "heun"},
      "config.sample.decoder=heun solves the ODE of a flow-matching model: expected a decoder of "
      "inverse, score, denoiser, or another config.train.objective"),

@@ -104,6 +104,16 @@ def test_a_caption_of_several_images_has_one_row(tmp_path):
         np.testing.assert_array_equal(row.real[0], records[i]["image"])
 
 
+def test_a_run_that_asks_for_no_samples_draws_one_point(monkeypatch, tmp_path):
+    run, train, _ = run_of("toy:moons", tmp_path, **{
+        "sample.num": 0, "data.patch_size": 1, "model.condition": "none",
+        "train.condition_dropout": 0.0})
+    monkeypatch.setattr(generate, "sample_at", lambda run, index, **_: (
+        np.zeros((len(index), 1, 1, 2)), np.zeros((len(index), 3, 1, 1, 2))))
+    pictures.draw(run, train, train, "loss")
+    assert (tmp_path / "samples.png").exists()
+
+
 def test_levels_that_are_all_noise_are_shown_once():
     clean, levels = np.zeros((2, 8, 8, 1)), np.zeros((2, 5, 8, 8, 1))
 

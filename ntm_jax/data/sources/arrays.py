@@ -192,6 +192,8 @@ def _open_file(kind: str, argument: str, split: str) -> Source:
         found = os.stat(path)
         changed = found.st_mtime_ns, found.st_size
         return _read_file(kind, argument, path, *keys.values(), *changed).open(split)
+    except UserError:  # of what the file holds
+        raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         expected = _READERS[kind][1]
         raise UserError(

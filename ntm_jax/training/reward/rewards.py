@@ -34,7 +34,8 @@ class Scores:
     traits: np.ndarray | None = None
 
 
-# (images [n, H, W, C] uint8 or float32 latents, captions or labels [n]) -> [n], higher is better
+# (images [n, H, W, C] uint8 or float32 latents, or rows [n, D] of an array in its own units;
+# captions or labels [n]) -> [n], higher is better
 Reward = Callable[[np.ndarray, Sequence], np.ndarray | Scores]
 
 

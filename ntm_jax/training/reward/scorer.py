@@ -1,7 +1,7 @@
 """Scores samples on the host: their rewards, and how much samples of one condition differ.
 
 Symbols: P records of a batch, p of them this process's share; G samples of each; N tokens, D token
-channels; H, W, C image height, width, channels.
+channels; H, W, C image height, width, channels. Of an array, samples are rows of D columns.
 """
 
 import concurrent.futures
@@ -13,7 +13,6 @@ import cloudpickle
 import jax
 import numpy as np
 
-from ntm_jax.data import transforms
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
@@ -66,7 +65,7 @@ class Scorer:
         mesh, given = self._run.mesh, self.conditions(batch)
         images, pending = [], []
         for tokens in parts:  # waits for the devices
-            images.append(self._images(sharding.to_local(tokens)))
+            images.append(self._run.spec.from_tokens(sharding.to_local(tokens)))
             pending.append(self._submit(images[-1], given))
         scored = [self._checked(wait(), part.shape[:2])
                   for wait, part in zip(pending, images, strict=True)]
@@ -75,8 +74,10 @@ class Scorer:
         if traits:
             local["traits"] = np.concatenate(traits, 1)
         if detailed:
-            levels = self._run.spec.pixel_levels
-            local["distance"] = mean_distances(np.concatenate(images, 1), levels)
+            spec = self._run.spec
+            unit = np.asarray(spec.std) if spec.columns else 1  # all columns count alike
+            local["distance"] = mean_distances(
+                np.concatenate(images, 1) / unit, spec.pixel_levels)
             if len(scored[0].groups):
                 local["groups"] = np.concatenate(
                     [_bytes(one.groups, part.shape[:2])
@@ -93,17 +94,8 @@ class Scorer:
             return [self._source.captions[int(i)] for i in sharding.to_local(batch["index"])]
         return sharding.to_local(batch["label"]).tolist()
 
-    def _images(self, values: np.ndarray) -> np.ndarray:
-        """Images [p, g, H, W, C], uint8 or float32 latents, of tokens [p, g, N, D]."""
-        spec = self._run.spec
-        images = transforms.unpatchify(values.reshape(-1, *values.shape[2:]), spec.image_shape,
-                                       spec.patch_size)
-        if spec.pixel_levels:
-            images = transforms.unscale(images, spec.pixel_levels)
-        return images.reshape(*values.shape[:2], *images.shape[1:])
-
     def _submit(self, images: np.ndarray, given: list):
-        """A function that waits for the scores of images [p, g, H, W, C]."""
+        """A function that waits for the scores of images [p, g, H, W, C] or rows [p, g, D]."""
         flat = images.reshape(-1, *images.shape[2:])
         repeated = [one for one in given for _ in range(images.shape[1])]
         if not self._pool:
@@ -137,9 +129,9 @@ def _bytes(names: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def mean_distances(images: np.ndarray, pixel_levels: int) -> np.ndarray:
-    """The mean distance [p] between two of a record's samples, images [p, G, H, W, C].
+    """The mean distance [p] between two of a record's samples, images [p, G, ...].
 
-    A distance is the root of the mean squared difference of pixels in [0, 1], or of latents. It
+    A distance is the root of the mean squared difference of pixels in [0, 1], or of numbers. It
     falls where a reward makes all samples of a caption alike.
     """
     values = images.reshape(*images.shape[:2], -1).astype(np.float64)

@@ -107,6 +107,12 @@ def test_an_npz_file_holds_columns_under_keys(tmp_path):
         f"npz:{path}x": "cannot be read (",
         f"npz:{tmp_path}/text.npz": "cannot be read (",
     })
+    np.savez(path, data=ROWS * [1, 0, 1, 1, 1, 1])
+    with pytest.raises(UserError, match=r"^data has the constant column 1, which has no density"):
+        open_source(f"npz:{path}", "all")
+    np.savez(path, data=ROWS)
+    with pytest.raises(UserError, match=r"^arrays has no split 'half'"):
+        open_source(f"npz:{path}", "half")
 
 
 def test_a_parquet_file_holds_columns_of_numbers_and_of_lists(tmp_path):

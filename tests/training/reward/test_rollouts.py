@@ -99,6 +99,22 @@ def test_worker_processes_score_the_same(run):
         there.close()
 
 
+def test_rows_of_an_array_are_scored_in_their_own_units(run):
+    spec = dataclasses.replace(run.spec, image_shape=(1, 2, 1), patch_size=1, pixel_levels=0,
+                               columns=2, mean=(5.0, -100.0), std=(0.5, 30.0))
+    run = dataclasses.replace(run, spec=spec)
+    tokens = np.random.default_rng(0).normal(size=(4, 3, 2, 1)).astype(np.float32)
+    given = {"index": np.arange(4), "label": np.zeros(4, np.int32)}
+    found = Scorer(run, run.config.data.open("train"))
+    found._reward = lambda rows, _: rows @ [1.0, 0.01]
+    scored = found([jax.numpy.asarray(tokens)], sharding.to_global(given, run.mesh))
+    rows = tokens[..., 0] * spec.std + spec.mean
+    np.testing.assert_allclose(scored["rewards"], rows @ [1.0, 0.01], rtol=1e-5)
+    # Distances stay in standardised units, in which all columns count alike.
+    expected = scorer.mean_distances(tokens, 0)
+    np.testing.assert_allclose(scored["distance"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("trains", ["predictor", "both"])
 def test_recorded_pairs_are_trajectories_of_the_same_noise(run, trains):
     run = with_objective(run, "preference", trains=trains, kl=0.1, name="")
