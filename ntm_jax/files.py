@@ -88,11 +88,8 @@ def write_json(path, content: dict, sealed: bool = False) -> None:
     write(path, json.dumps(content | ({SEAL: digest(content)} if sealed else {}), indent=2) + "\n")
 
 
-def parse_json(text: bytes | str) -> dict:
-    """The JSON object in a text, without its seal.
-
-    Raises ValueError, in one line, for anything else and for a digest that does not match.
-    """
+def parse_object(text: bytes | str) -> dict:
+    """The JSON object in a text. Raises ValueError, in one line, for anything else."""
     try:
         content = json.loads(text)
     except UnicodeDecodeError:
@@ -105,6 +102,15 @@ def parse_json(text: bytes | str) -> dict:
         raise ValueError("it holds a number of thousands of digits") from None
     if not isinstance(content, dict):
         raise ValueError(f"it is not a JSON object but {_kind(content)}")
+    return content
+
+
+def parse_json(text: bytes | str) -> dict:
+    """The JSON object in a text, without its seal.
+
+    Raises ValueError, in one line, for anything else and for a digest that does not match.
+    """
+    content = parse_object(text)
     seal = content.pop(SEAL, None)
     if seal is not None and seal != digest(content):
         raise ValueError("it was damaged or edited: its content does not match its checksum")

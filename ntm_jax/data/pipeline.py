@@ -2,8 +2,7 @@
 
 Training batches are shuffled and endless; evaluation batches are in order and hold every record
 exactly once. B global batch, b = B / processes this process's share, N tokens, D token channels, M
-text tokens, E their width. jax is imported only to look up the process's number: grain's worker
-processes import this file.
+text tokens, E their width. No jax is imported: grain's worker processes import this file.
 """
 
 import dataclasses
@@ -37,6 +36,8 @@ _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_TH
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """The properties of the data that the model depends on.
+
+    Those that a Source has, too, have the same names there.
 
     image_shape: (H, W, C).
     patch_size: the side of a patch, which divides H and W.
@@ -136,23 +137,13 @@ def spec(source: Source, patch_size: int) -> DataSpec:
             f"data.patch_size={patch_size} does not divide the {height}x{width} images of "
             f"{source.name}: choose a divisor of both sides, or another data.image_size"
         )
-    return DataSpec(
-        source.image_shape,
-        patch_size,
-        source.pixel_levels,
-        source.num_classes,
-        len(source.records),
-        source.text_tokens,
-        source.text_width,
-        source.text,
-        source.mean,
-        source.std,
-        source.class_names,
-        source.columns,
-        source.condition_width,
-        source.condition_mean,
-        source.condition_std,
-    )
+    names = {field.name for field in dataclasses.fields(DataSpec)}
+    shared = {
+        field.name: getattr(source, field.name)
+        for field in dataclasses.fields(Source)
+        if field.name in names
+    }
+    return DataSpec(patch_size=patch_size, count=len(source.records), **shared)
 
 
 _JSON_PIXEL_LEVELS = "levels"  # the key of DataSpec.pixel_levels in files
@@ -283,8 +274,8 @@ def train_iterator(
     batch_size: int,
     seed: int,
     workers: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> TrainIterator:
     """This process's share of endless training batches, reshuffled every epoch.
 
@@ -297,14 +288,14 @@ def train_iterator(
       workers: the number of processes that read records; 0 reads in this process's threads. With
         workers absl flags must be parsed and __main__ guarded, and `source` is pickled to each of
         them.
-      process_index, process_count: this process among those that share a batch; by default jax's.
+      process_index, process_count: this process among those that share a batch.
     Raises:
       UserError: the patch does not divide the image, or the processes do not divide the batch.
         While iterating: a record cannot be read, with the same message from a thread or a worker
         process.
     """
     spec(source, patch_size)
-    process_index, process_count = _share(batch_size, process_index, process_count)
+    _check_share(batch_size, process_count)
     # The data set is a range of indices, read by the map, because grain's own sources would not
     # give an example its record index.
     indices = grain.MapDataset.range(len(source.records))
@@ -326,8 +317,8 @@ def evaluation_batches(
     source: Source,
     patch_size: int,
     batch_size: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """This process's share of every record, exactly once and in order.
 
@@ -338,12 +329,12 @@ def evaluation_batches(
 
     Args:
       batch_size: global, B.
-      process_index, process_count: this process among those that share a batch; by default jax's.
+      process_index, process_count: this process among those that share a batch.
     Raises:
       UserError: as `train_iterator`.
     """
     spec(source, patch_size)
-    process_index, process_count = _share(batch_size, process_index, process_count)
+    _check_share(batch_size, process_count)
     share = batch_size // process_count
     batches = -(-len(source.records) // batch_size)
     positions = np.arange(batches * batch_size).reshape(batches, process_count, share)
@@ -359,21 +350,10 @@ def _closing(iterator: grain.DatasetIterator) -> Generator[Any, None, None]:
         iterator.close()
 
 
-def _share(
-    batch_size: int, process_index: int | None, process_count: int | None
-) -> tuple[int, int]:
-    """The process's number and the count of processes, jax's by default.
-
-    Raises UserError if the processes do not divide the batch.
-    """
-    if process_count is None:
-        import jax
-
-        process_index, process_count = jax.process_index(), jax.process_count()
-    assert process_index is not None, "process_index and process_count are given together"
+def _check_share(batch_size: int, process_count: int) -> None:
+    """Raises UserError if the processes do not divide the batch."""
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size={batch_size} must be a positive multiple of the {process_count} processes "
             "that share it"
         )
-    return process_index, process_count

@@ -78,7 +78,7 @@ def _read(path) -> str:
 
 def _from_json(line: str, path) -> Prompt:
     try:
-        return Prompt(str(files.parse_json(line)["prompt"]), line)
+        return Prompt(str(files.parse_object(line)["prompt"]), line)
     except (ValueError, KeyError):
         raise UserError(f"--prompts={path} has the line {line[:60]!r}: expected JSON with a "
                         "\"prompt\"") from None
@@ -162,7 +162,7 @@ def check_layout(layout: str | None, prompts: Sequence[Prompt] | None, per_promp
 
 
 def _has_metadata(prompt: Prompt) -> bool:
-    return bool(prompt.line) and {"tag", "prompt"} <= files.parse_json(prompt.line).keys()
+    return bool(prompt.line) and {"tag", "prompt"} <= files.parse_object(prompt.line).keys()
 
 
 def image_path(folder, layout: str | None, number: int, per_prompt: int, count: int):

@@ -232,10 +232,6 @@ def test_processes_share_a_batch_evenly(digits):
             open_one()
 
 
-def test_the_default_process_is_jaxs(digits):
-    assert len(next(evaluation_batches(digits, 2, 8))["x"]) == 8
-
-
 def test_an_unreadable_record_ends_the_run_with_its_own_message(tmp_path, train):
     for i in range(12):
         Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")

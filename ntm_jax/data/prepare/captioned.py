@@ -5,7 +5,6 @@ caption and a label. Only regular files are read, images of at most 256 MiB and 
 16 MiB. S image side. No jax is imported: worker processes run this.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -146,14 +145,3 @@ def _check_numbers(name: str, items: Sequence[Item]) -> None:
                 f"expected numbers below {limit}, the number of images or {_CLASSES}; write other "
                 "labels as names"
             )
-
-
-def parse_object(text: str) -> dict:
-    """The JSON object in a text. ValueError, in one line, for anything else."""
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    return content

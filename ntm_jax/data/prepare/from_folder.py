@@ -15,10 +15,9 @@ from ntm_jax.data.prepare.captioned import (
     Item,
     caption_of,
     make_input,
-    parse_object,
 )
 from ntm_jax.errors import UserError, first_line, shown
-from ntm_jax.files import is_remote
+from ntm_jax.files import is_remote, parse_object
 
 LISTS = ("metadata.jsonl", "metadata.csv")
 

@@ -15,9 +15,9 @@ from ntm_jax.data.prepare.captioned import (
     Item,
     caption_of,
     make_input,
-    parse_object,
 )
 from ntm_jax.errors import UserError, first_line, shown
+from ntm_jax.files import parse_object
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 # Types of members that hold the name or the attributes of the next one.

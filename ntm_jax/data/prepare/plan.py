@@ -112,7 +112,7 @@ def claim(root: epath.Path, plan: dict, alone: bool) -> str:
     Raises:
       UserError: the folder has another plan, or records that another program wrote.
     """
-    name = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+    plan_hash = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
     existing = _existing_plan(root, plan)
     if existing is None:
         if (root / MANIFEST).exists():
@@ -134,7 +134,7 @@ def claim(root: epath.Path, plan: dict, alone: bool) -> str:
                 )
     if not (root / _PLAN).exists():
         files.write_json(root / _PLAN, plan, sealed=True)
-    return name
+    return plan_hash
 
 
 def _existing_plan(root: epath.Path, plan: dict) -> dict | None:

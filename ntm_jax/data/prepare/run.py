@@ -19,22 +19,22 @@ from tqdm import tqdm
 from ntm_jax.data.prepare import captioned, inputs, loading, shards
 from ntm_jax.data.prepare.encoder import Encoder
 from ntm_jax.data.prepare.plan import Choices, Shard, claim, make_plan, make_shards
-from ntm_jax.data.prepare.shards import BadLimit, Before, Tally, few
+from ntm_jax.data.prepare.shards import BadLimit, PreviousManifest, Tally, few
 from ntm_jax.data.records import MANIFEST, Layout, write_manifest
 from ntm_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What the steps of a preparation share. name: the plan's hash."""
+    """What the steps of a preparation share."""
 
     root: epath.Path
     choices: Choices
     given: captioned.Input
     encoder: Encoder
     plan: dict[str, Any]
-    name: str
-    before: Before | None
+    plan_hash: str
+    previous: PreviousManifest | None
     limit: BadLimit
 
 
@@ -75,11 +75,12 @@ def prepare(
     )
     encoder, everything = Encoder(choices, given.classes), make_shards(choices, given.items)
     plan = make_plan(choices, given, encoder.digest)
-    name, limit = claim(root, plan, num_processes == 1), BadLimit(max_bad * len(given.items), root)
-    job = _Job(root, choices, given, encoder, plan, name, shards.read_before(root), limit)
+    plan_hash = claim(root, plan, num_processes == 1)
+    limit = BadLimit(max_bad * len(given.items), root)
+    job = _Job(root, choices, given, encoder, plan, plan_hash, shards.read_previous(root), limit)
     mine = everything[process_id::num_processes]
     again = _make(job, mine, batch, workers)
-    tallies = {shard.name: shards.complete(root, shard, name) for shard in everything}
+    tallies = {shard.name: shards.complete(root, shard, plan_hash) for shard in everything}
     lacking = [shard for shard, tally in tallies.items() if tally is None]
     if lacking:
         print(
@@ -89,7 +90,7 @@ def prepare(
         )
         return
     _finish(job, everything, [tally for tally in tallies.values() if tally])
-    if job.before:
+    if job.previous:
         print(
             f"the {len(mine)} shards of this process agree with the earlier {MANIFEST}; made "
             f"again: {few(again) or 'none'}",
@@ -104,10 +105,10 @@ def _make(job: _Job, mine: Sequence[Shard], batch: int, workers: int) -> list[st
     """
     done: dict[str, Tally] = {}
     for shard in mine:
-        tally = shards.verified(job.root, shard, job.name, job.before)
+        tally = shards.verified(job.root, shard, job.plan_hash, job.previous)
         if tally:
             done[shard.name] = tally
-    again = [shard.name for shard in mine if job.before and shard.name not in done]
+    again = [shard.name for shard in mine if job.previous and shard.name not in done]
     if again:
         print(f"differing from {MANIFEST}, and made again: {few(again)}", flush=True)
     job.limit.check(done.values())
@@ -118,7 +119,7 @@ def _make(job: _Job, mine: Sequence[Shard], batch: int, workers: int) -> list[st
                 continue
             items = [job.given.items[row] for row in shard.rows]
             loaded = loading.load_items(pool, workers, load, items)
-            tally = Tally(job.name)
+            tally = Tally(job.plan_hash)
             flip = job.choices.flip and shard.split == "train"
             examples = job.encoder.examples(loaded, tally, batch, flip)
             examples = progress.watch(job.limit.watch(examples, tally, list(done.values())), tally)
@@ -210,12 +211,12 @@ def _check_unchanged(
     job: _Job, everything: Sequence[Shard], tallies: Sequence[Tally], together: str
 ) -> None:
     """Raises UserError, naming the shards, if they differ from the manifest that existed before."""
-    if job.before is None or job.before.together in ("", together):
+    if job.previous is None or job.previous.together in ("", together):
         return
     other = [
         shard.name
         for shard, tally in zip(everything, tallies, strict=True)
-        if job.before.shards.get(f"{shard.name}.arrayrecord", tally.sha256) != tally.sha256
+        if job.previous.shards.get(f"{shard.name}.arrayrecord", tally.sha256) != tally.sha256
     ]
     named = f" ({few(other)})" if other else ""
     raise UserError(

@@ -47,8 +47,8 @@ class Tally:
 
 
 @dataclasses.dataclass(frozen=True)
-class Before:
-    """The SHA-256 in a manifest that existed before.
+class PreviousManifest:
+    """The SHA-256 in a manifest that was there before.
 
     shards: of each shard, by its file's name. together: of all shards; '' if unknown.
     """
@@ -57,33 +57,35 @@ class Before:
     together: str
 
 
-def read_before(root: epath.Path) -> Before | None:
+def read_previous(root: epath.Path) -> PreviousManifest | None:
     """The SHA-256 in the folder's manifest; None if it is missing or damaged."""
     with contextlib.suppress(UserError):
         layout, splits, _ = read_manifest(str(root))
         shards = {}
         for part in splits.values():
             shards.update(zip(part["shards"], part.get("sha256", ()), strict=False))
-        return Before(shards, str(layout.choices.get("records_sha256", "")))
+        return PreviousManifest(shards, str(layout.choices.get("records_sha256", "")))
     return None
 
 
-def complete(root: epath.Path, shard: Shard, plan: str) -> Tally | None:
+def complete(root: epath.Path, shard: Shard, plan_hash: str) -> Tally | None:
     """The shard's tally, if the shard is complete and of this plan, judged by its file's size."""
     with contextlib.suppress(OSError, ValueError):
         content = files.parse_json(regular.read(root / f"{shard.name}.json"))
         tally = typed.read(Tally, content, shard.name)
         file = root / f"{shard.name}.arrayrecord"
-        sound = tally.plan == plan and _is_sound(tally) and regular.is_regular(file)
+        sound = tally.plan == plan_hash and _is_sound(tally) and regular.is_regular(file)
         if sound and file.stat().length == tally.bytes:
             return tally
     return None
 
 
-def verified(root: epath.Path, shard: Shard, plan: str, before: Before | None) -> Tally | None:
+def verified(
+    root: epath.Path, shard: Shard, plan_hash: str, previous: PreviousManifest | None
+) -> Tally | None:
     """The shard's tally, if its file also has the SHA-256 of the tally and of the manifest."""
-    tally, file = complete(root, shard, plan), f"{shard.name}.arrayrecord"
-    expected = before.shards.get(file) if before else None
+    tally, file = complete(root, shard, plan_hash), f"{shard.name}.arrayrecord"
+    expected = previous.shards.get(file) if previous else None
     if tally and expected in (None, tally.sha256) and sha256(root / file) == tally.sha256:
         return tally
     return None

@@ -35,7 +35,7 @@ from tests.data.prepare.common import (
         ),
         (
             '{"file_name": "a.png", "caption": "a"}\n{"file',
-            "line 2 is not understood (Unterminated string",
+            "line 2 is not understood (it is not JSON: Unterminated",
         ),
         ("[1, 2]", "line 1 is not understood (it is not a JSON object"),
         (
@@ -212,8 +212,8 @@ def labelled(label):
     ("name", "content", "message"),
     [
         ("a.jsonl", "[" * 100_000, "line 1 is not understood (it is nested too deeply)"),
-        ("a.jsonl", "null", "line 1 is not understood (it is not a JSON object)"),
-        ("a.jsonl", labelled("9" * 5000), "line 1 is not understood (Exceeds the limit"),
+        ("a.jsonl", "null", "line 1 is not understood (it is not a JSON object but null)"),
+        ("a.jsonl", labelled("9" * 5000), "line 1 is not understood (it holds a number of "),
         ("a.jsonl", labelled("9" * 4000), "expected numbers below 100000"),
         (
             "a.jsonl",
@@ -265,9 +265,9 @@ def member(name, data=b"", **attributes):
     ("content", "message"),
     [
         (member("a.json", b"[" * 100_000), "captions (it is nested too deeply)"),
-        (member("a.json", b"[]"), "captions (it is not a JSON object)"),
-        (member("a.json", b"9" * 5000), "captions (Exceeds the limit"),
-        (member("a.json", b"\xff"), "captions (Expecting value"),
+        (member("a.json", b"[]"), "captions (it is not a JSON object but a list)"),
+        (member("a.json", b"9" * 5000), "captions (it holds a number of thousands"),
+        (member("a.json", b"\xff"), "captions (it is not JSON: Expecting value"),
         (member("a.txt", size=-512), "captions (a member has a negative size)"),
         (member("a.txt", size=2**40), "captions (a.txt: larger than 16 MiB, 1099511627776 bytes)"),
         (
