@@ -1,4 +1,4 @@
-"""Log-densities of runs against a known one: who is above the truth.
+"""Compares the log-density estimates of runs with a known density.
 
     python -m launch.truth --workdir=runs/toy --workdir=runs/toy-flow-matching --out=runs/truth
 """

@@ -89,7 +89,7 @@ KEYS = {
         | {*report.FEATURE_SCORES, *report.MEASURES, *report.units(256)}
         | {f"rank_{k}" for k in image_scores.RANKS}),
     "## metrics.jsonl": lambda: (
-        written(metrics.Writer.write, step.logged_scalars, loop._Loop._read,
+        written(metrics.MetricsReporter.write, step.logged_scalars, loop._Loop._read,
                 rollouts._scalars, *LOSSES, *HELD) - {f"evaluate/{LEVEL}", f"reward/{LEVEL}"}
         | {f"evaluate/{unit}" for unit in report.NAMES} | {"loss", "grad_norm", "reward/GROUP"}),
     "### config.json": lambda: file_keys(pipeline.DataSpec),
@@ -98,7 +98,7 @@ KEYS = {
         | written(layout.write_manifest, plan.make_plan, preparation._finish)),
     "### A shard's JSON": lambda: fields(shards.Tally),
     "## Exports": lambda: (
-        fields(read.About) | written(write._about, write.write_export, write._write)),
+        fields(read.ExportInfo) | written(write._about, write.write_export, write._write)),
     "## profile/summary.json": lambda: written(profile.summarize),
     "## launch.compile --json": lambda: (
         written(compile.compile_for, compile.vary, compile._report, compiled.figures)),

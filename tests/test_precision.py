@@ -96,7 +96,7 @@ def recorded(monkeypatch, module, name: str, call):
 
 
 EVALUATIONS = {  # the functions that evaluation jits, and calls of them
-    "weigh_batch": (scoring, lambda run, source: scoring.score_records(run, source, 2)),
+    "bounds_of_batch": (scoring, lambda run, source: scoring.score_records(run, source, 2)),
     "_denoising_errors": (measures, measures.denoising_errors),
     "_denoiser_errors": (measures, measures.denoiser_errors),
     "_velocity_errors": (measures, lambda run, source: measures.velocity_error(run, source, 2)),
@@ -128,7 +128,7 @@ def test_samplers(dtype, decoder, inverse, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["weigh_batch", "_denoising_errors", "_denoiser_errors"])
+@pytest.mark.parametrize("name", ["bounds_of_batch", "_denoising_errors", "_denoiser_errors"])
 def test_evaluations(dtype, name, monkeypatch):
     check(traced_evaluation(run_of(dtype), name, monkeypatch), dtype, 10)
 
@@ -138,7 +138,7 @@ def test_the_ode_of_a_flow_matching_run(decoder, monkeypatch):
     run = run_of("float32", flow_matching=True)
     check(traced_sampler(with_decoder(run, decoder), monkeypatch), "float32", 10)
     check(traced_evaluation(run, "_velocity_errors", monkeypatch), "float32", 10)
-    check(traced_evaluation(run, "weigh_batch", monkeypatch), "float32", 10)
+    check(traced_evaluation(run, "bounds_of_batch", monkeypatch), "float32", 10)
 
 
 @pytest.mark.parametrize("name", ["sampler", "log_likelihood"])
@@ -234,11 +234,11 @@ def results(params, dtype: str, plain: bool = False) -> dict:
     @jax.jit
     def compute(params, root):
         schedule = settings.schedule(model.config.tokens)
-        scored = scoring.weigh_batch(
-            params, root, batch, schedule=schedule, model=model, pixel_levels=source.pixel_levels,
-            trajectories=1, steps=count)
+        scored = scoring.bounds_of_batch(
+            params, root, batch, schedule=schedule, model=model,
+            decoder_levels=source.pixel_levels, trajectories=1, steps=count)
         options = SampleOptions(count, 0.0, "score", "parallel", 100.0)
-        denoised, sampled = generate.generate_tokens(
+        denoised, sampled, _ = generate.generate_tokens(
             params, root, batch["index"], batch["label"],
             sampler=generate.Sampler(model, schedule, options, None), with_levels=True)
         given = jnp.full(8, 0.5), jnp.full(8, count), batch["label"]
@@ -307,9 +307,9 @@ def write_products(topology: str, out: str) -> None:
         home = sharding.batch_sharding(mesh)
         batch = {name: jax.ShapeDtypeStruct((4, *a.shape[1:]), a.dtype, sharding=home)
                  for name, a in batch_of(source, settings, 4).items()}
-        options = {"schedule": run.schedule, "pixel_levels": source.pixel_levels,
+        options = {"schedule": run.schedule, "decoder_levels": source.pixel_levels,
                    "trajectories": 2, "steps": 2}
-        scores = {name: compile.Program(scoring.weigh_batch, (*sampler.arguments[:2], batch),
+        scores = {name: compile.Program(scoring.bounds_of_batch, (*sampler.arguments[:2], batch),
                                         options | {"model": model}, 4)
                   for name, model in (("score", exact(run.model)), ("plain", run.model))
                   if name == "score" or dtype == "float32"}

@@ -142,7 +142,7 @@ def measure(case: Case, runs: int, setting: Setting) -> dict:
     machine affects both alike.
     """
     copies = case.flops is None
-    limit = copying() if copies else flops.products(
+    limit = copying() if copies else flops.matmul_rate_probe(
         setting.run.config.model.dtype, setting.run.mesh, SECONDS)
     try:
         jax.block_until_ready(case.once())  # compiles

@@ -21,7 +21,7 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Denoiser, Run
 from ntm_jax.sampling import conditioning
 from ntm_jax.training import objectives, state
-from ntm_jax.training.reward.rollouts import Use
+from ntm_jax.training.reward.rollouts import RolloutUse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Setting:
         return index, y, t, us
 
     @property
-    def rollout_use(self) -> Use | None:
+    def rollout_use(self) -> RolloutUse | None:
         """What the run's objective learns from rollouts; None unless it is post-trained."""
         return objectives.find(self.run.config.train.objective).rollout_use
 

@@ -172,10 +172,10 @@ def evaluate_program(run: Run, source: Source) -> Program:
     size = -(-config.evaluate.batch_size // shards) * shards
     batch = _records(run, source, size)
     options = {"schedule": run.schedule, "model": exact(run.model),
-               "pixel_levels": run.spec.pixel_levels,
+               "decoder_levels": run.spec.pixel_levels,
                "trajectories": config.evaluate.trajectories, "steps": config.evaluation_steps}
     params = build.abstract_params(run.model, mesh)
-    return Program(scoring.weigh_batch, (params, _abstract_key(), batch), options, size)
+    return Program(scoring.bounds_of_batch, (params, _abstract_key(), batch), options, size)
 
 
 PROGRAMS = {"train": train_program, "sample": sample_program, "evaluate": evaluate_program,

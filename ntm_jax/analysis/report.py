@@ -28,7 +28,6 @@ class Compiled:
     cpu_seconds: float
     succeeded: bool
     arrays: list[dict] = dataclasses.field(default_factory=list)  # see hlo.arrays.largest
-    text: str = ""
 
 
 def figures(compiled: Compiled, run: Run, chip: Chip) -> dict:

@@ -18,7 +18,7 @@ from ntm_jax.training.step import check_batch
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rolling:
+class _RolloutBenchmark:
     """The rollouts of an untrained run, whose parameters are also the reference, and a batch."""
 
     setting: Setting
@@ -52,7 +52,7 @@ class _Rolling:
             return flops.count(functools.partial(self.draw, model=plain), *self.inputs)
 
 
-def _rolling(setting: Setting) -> _Rolling | None:
+def _rollout_benchmark(setting: Setting) -> _RolloutBenchmark | None:
     """None for a run that is not post-trained."""
     if not setting.rollout_use:
         return None
@@ -61,43 +61,43 @@ def _rolling(setting: Setting) -> _Rolling | None:
     params = setting.params  # initialises new ones before worker processes start
     batch = sharding.to_global(setting.batch_of_training(), setting.run.mesh)
     made = Rollouts(setting.run, setting.source, setting.rollout_use, params)
-    return _Rolling(setting, made, batch)
+    return _RolloutBenchmark(setting, made, batch)
 
 
 def _rollouts(setting: Setting) -> Case | None:
     """The samples of a batch and their comparison with the reference, without scores."""
-    rolling = _rolling(setting)
-    return rolling and Case(rolling.drawn, rolling.items, flops=rolling.flops(),
-                            close=rolling.rollouts.close)
+    benchmark = _rollout_benchmark(setting)
+    return benchmark and Case(benchmark.drawn, benchmark.items, flops=benchmark.flops(),
+                              close=benchmark.rollouts.close)
 
 
 def _scoring(setting: Setting) -> Case | None:
     """The scores of samples that are ready; None where a batch has pairs in place of samples."""
-    rolling = _rolling(setting)
-    if not rolling or not rolling.rollouts.scorer:
+    benchmark = _rollout_benchmark(setting)
+    if not benchmark or not benchmark.rollouts.scorer:
         return None
-    scorer, tokens = rolling.rollouts.scorer, jax.block_until_ready(rolling.drawn()[0])
+    scorer, tokens = benchmark.rollouts.scorer, jax.block_until_ready(benchmark.drawn()[0])
     size = sum(sharding.to_local(part).nbytes for part in tokens)
-    return Case(lambda: scorer(tokens, rolling.batch, detailed=False), rolling.items, bytes=size,
-                close=scorer.close)
+    return Case(lambda: scorer(tokens, benchmark.batch, detailed=False), benchmark.items,
+                bytes=size, close=scorer.close)
 
 
 def _rollouts_and_scoring(setting: Setting) -> Case | None:
     """What training does between updates: one part is scored while the next is drawn."""
-    rolling = _rolling(setting)
-    if not rolling or not rolling.rollouts.scorer:
+    benchmark = _rollout_benchmark(setting)
+    if not benchmark or not benchmark.rollouts.scorer:
         return None
     return Case(
-        lambda: rolling.rollouts(setting.params, rolling.batch, 0, logged=False)[0], rolling.items,
-        flops=rolling.flops(), close=rolling.rollouts.close)
+        lambda: benchmark.rollouts(setting.params, benchmark.batch, 0, logged=False)[0],
+        benchmark.items, flops=benchmark.flops(), close=benchmark.rollouts.close)
 
 
-def rolled(setting: Setting) -> dict:
+def batch_with_rollouts(setting: Setting) -> dict:
     """The training batch with its rollouts, on the devices."""
-    rolling = _rolling(setting)
-    assert rolling  # of a run that is post-trained
-    with contextlib.closing(rolling.rollouts):
-        return rolling.rollouts(setting.params, rolling.batch, 0, logged=False)[0]
+    benchmark = _rollout_benchmark(setting)
+    assert benchmark  # of a run that is post-trained
+    with contextlib.closing(benchmark.rollouts):
+        return benchmark.rollouts(setting.params, benchmark.batch, 0, logged=False)[0]
 
 
 REWARD = {"rollouts": _rollouts, "scoring": _scoring, "rollouts and scoring": _rollouts_and_scoring}

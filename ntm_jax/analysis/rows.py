@@ -18,7 +18,7 @@ from ntm_jax.analysis import reward_rows
 from ntm_jax.analysis.cases import Case, Setting, latents
 from ntm_jax.core import flow_matching, sampling
 from ntm_jax.core.denoising import score_denoise
-from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.model import exact
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
@@ -41,7 +41,7 @@ def _train_step(setting: Setting) -> Case:
     run = setting.run
     check_batch(run.config, run.mesh)
     if setting.rollout_use:
-        batch = reward_rows.rolled(setting)
+        batch = reward_rows.batch_with_rollouts(setting)
         place = dict  # they are on the devices
     else:
         batch = setting.batch_of_training()
@@ -71,8 +71,7 @@ def _held_out(setting: Setting) -> tuple[dict, int]:
     """(this process's share of an evaluation batch, the batch's global size)."""
     config, mesh, source = setting.run.config, setting.run.mesh, setting.held_out
     assert source is not None  # of training rows
-    shards = sharding.batch_shards(mesh)
-    size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
+    size = scoring.padded_batch_size(config, source, mesh)
     with contextlib.closing(pipeline.evaluation_batches(
             source, config.data.patch_size, size, *sharding.share(mesh))) as batches:
         return next(batches), size
@@ -121,8 +120,8 @@ def _likelihood(setting: Setting) -> Case:
     run = dataclasses.replace(setting.run, params=state.initialize(setting.run).ema)
     examples = {name: value for name, value in batch.items() if name != "mask"}
     score = functools.partial(
-        scoring.weigh_batch, schedule=run.schedule, model=exact(build.plain(run.model)),
-        pixel_levels=run.spec.pixel_levels, trajectories=1, steps=run.config.evaluation_steps)
+        scoring.bounds_of_batch, schedule=run.schedule, model=exact(build.plain(run.model)),
+        decoder_levels=run.spec.pixel_levels, trajectories=1, steps=run.config.evaluation_steps)
     with sharding.use(run.mesh):
         counted = flops.count(score, run.params, jax.random.key(0),
                               sharding.to_global(examples, run.mesh))
@@ -211,11 +210,7 @@ def _inverted(params, us, t, y, *, model, how):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _transported(params, xs, t, y, *, model):
-    """The latents u_0..u_T of levels x_0..x_T, both [B, K, N, D]."""
-    steps = jnp.full(len(xs), xs.shape[1] - 1)
-    below = [model.apply(params, xs[:, k], t[:, k], steps, y, method=NTM.transport)[0]
-             for k in range(xs.shape[1] - 1)]
-    return jnp.stack([*below, xs[:, -1]], 1)
+    return sampling.transport_trajectory(model, params, xs, t, y)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from ntm_jax.core.transformer import layers
 
+POSITIONS = ("learned", "rotary")
+HEADS = ("direct", "preconditioned", "posterior")  # posterior: over a backbone
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -20,12 +23,12 @@ class ModelConfig:
     head_size: int
     kv_heads: int
     mlp_ratio: int
-    positions: str  # learned, rotary
+    positions: str  # one of POSITIONS
     transporter_width: int
     transporter_blocks: int  # 0 is the identity: Gaussian denoising
     transporter_layers: int
     predictor_layers: int
-    head: str  # direct, preconditioned, posterior (over a backbone)
+    head: str  # one of HEADS
     log_scale_bound: float
     data_std: float  # standard deviation of the clean tokens, r
     dtype: Any
@@ -44,8 +47,8 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, value, choices in (
-            ("positions", self.positions, ("learned", "rotary")),
-            ("head", self.head, ("direct", "preconditioned", "posterior")),
+            ("positions", self.positions, POSITIONS),
+            ("head", self.head, HEADS),
             ("remat", self.remat, tuple(layers.REMAT)),
         ):
             if value not in choices:

@@ -97,13 +97,13 @@ def guidance_by_step(guidance: float | tuple[float, ...], steps: int) -> tuple[f
     return guidance if isinstance(guidance, tuple) else (guidance,) * steps
 
 
-def solve(backbone, noise, t, y, nothing=None, guidance: float | tuple[float, ...] = 0.0,
+def solve(backbone, noise, t, y, null_condition=None, guidance: float | tuple[float, ...] = 0.0,
           heun: bool = False):
     """Solves dx/dt = v from noise [B, N, D] down the levels t [B, K], t_0 = 0 for clean images.
 
     It takes Euler's steps, of one pass each, or Heun's second-order steps, of two. With guidance
-    w > 0, v = v_c + w (v_c - v_u), where v_u has `nothing`, the null condition; both run in one
-    batch. w is one number, or one for each step, from pure noise down.
+    w > 0, v = v_c + w (v_c - v_u), where v_u has null_condition; both run in one batch. w is one
+    number, or one for each step, from pure noise down.
 
     backbone(x, t, y) -> (v, hidden states). Returns [B, K, N, D].
     """
@@ -114,7 +114,7 @@ def solve(backbone, noise, t, y, nothing=None, guidance: float | tuple[float, ..
     def velocity(x, t, w):
         if not guided:
             return backbone(x, t, y)[0]
-        both = jax.tree.map(lambda *pair: jnp.concatenate(pair), (x, t, y), (x, t, nothing))
+        both = jax.tree.map(lambda *pair: jnp.concatenate(pair), (x, t, y), (x, t, null_condition))
         conditional, unconditional = jnp.split(backbone(*both)[0], [batch])
         return conditional + w * (conditional - unconditional)
 
@@ -167,7 +167,7 @@ def ode_log_density(backbone, x, t, y, heun: bool = False, probes=None):
 
     t: levels [B, K] ascending to 1. It takes K - 1 Euler steps of one evaluation each, or Heun's
     second-order steps of two. backbone(x, t, y) -> (v, hidden states). probes: [P, B, N, D], the
-    same at every step, for Hutchinson's estimate of the divergence, which is exact without.
+    same at every step, for Hutchinson's estimate; None computes the divergence exactly.
     """
     def rates(x, t):
         return value_and_divergence(lambda x: backbone(x, t, y)[0], x, probes)

@@ -14,8 +14,7 @@ from jax.scipy.special import log_ndtr
 from ntm_jax.core import trajectory
 from ntm_jax.core.model import Terms, log_prior
 
-# In place of V: continuous data, whose decoder p(x | x_0) is a density.
-UNBINNED = -1
+UNBINNED = -1  # in place of V: continuous data, whose decoder p(x | x_0) is a density
 
 
 def bits_per_dim(nats, dimensions: int):
@@ -38,30 +37,30 @@ def log_discretized_normal(x, mean, scale, pixel_levels: int):
     return log_high + jnp.log1p(-jnp.exp(log_low - log_high))
 
 
-def log_reconstruction(x, x_0, t_0, pixel_levels: int):
+def log_reconstruction(x, x_0, t_0, decoder_levels: int):
     """log p(x | x_0) in nats, [B]: the Gaussian N(x_0/(1-t_0), (t_0/(1-t_0))^2).
 
-    It is discretised for pixels, and a density with pixel_levels = UNBINNED. x and x_0: [B, N, D];
-    t_0: [B].
+    decoder_levels: V, for which it is discretised, or UNBINNED, where it is a density. x and x_0:
+    [B, N, D]; t_0: [B].
     """
     t_0 = trajectory.per_example(t_0, x)
     clean, scale = x_0 / (1 - t_0), t_0 / (1 - t_0)
-    if pixel_levels == UNBINNED:
+    if decoder_levels == UNBINNED:
         return jnp.sum(trajectory.log_normal(x, clean, scale), (1, 2))
-    return jnp.sum(log_discretized_normal(x, clean, scale, pixel_levels), (1, 2))
+    return jnp.sum(log_discretized_normal(x, clean, scale, decoder_levels), (1, 2))
 
 
-def contributions(terms: Terms, xs, x, t, pixel_levels: int) -> dict:
+def contributions(terms: Terms, xs, x, t, decoder_levels: int) -> dict:
     """The contributions to the log-weight of trajectories by level, in nats.
 
     xs: trajectories [B, K, N, D] of clean x [B, N, D] at levels t [B, K].
 
-    With pixel_levels > 0, log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound
-    on the probability of discrete pixels. With pixel_levels = 0, for continuous x, it is without
-    p(x | x_0) and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. The
-    upper part x_k..x_T of a trajectory gives a bound on the density at t_k. With pixel_levels =
-    UNBINNED the weight of continuous x has p(x | x_0) as that of pixels has: a bound on the density
-    of x itself.
+    decoder_levels: V of the discretised decoder p(x | x_0), UNBINNED for its density, or 0 for no
+    decoder. With V, log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the
+    probability of discrete pixels. Without a decoder, for continuous x, it is without p(x | x_0)
+    and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. The upper part
+    x_k..x_T of a trajectory gives a bound on the density at t_k. With UNBINNED the weight of
+    continuous x has p(x | x_0) as that of pixels has: a bound on the density of x itself.
 
     Returns prior [B], predictor and log_det [B, T], forward [B, K], and with p(x | x_0)
     reconstruction [B]; log_weight sums them. forward is -log q(x_k | x_{k+1}, x) or, without
@@ -71,9 +70,9 @@ def contributions(terms: Terms, xs, x, t, pixel_levels: int) -> dict:
     prior = log_prior(xs[:, -1])
     predictor = -(terms.quadratic + terms.log_scale + terms.constant)
     parts = {"prior": prior, "predictor": predictor, "log_det": terms.log_det}
-    if pixel_levels:
+    if decoder_levels:
         reverse = trajectory.log_reverse(xs, t, x)
-        parts["reconstruction"] = log_reconstruction(x, xs[:, 0], t[:, 0], pixel_levels)
+        parts["reconstruction"] = log_reconstruction(x, xs[:, 0], t[:, 0], decoder_levels)
     else:
         reverse = trajectory.log_reverse(xs[:, 1:], t[:, 1:], xs[:, 0], t[:, :1])
         reverse = jnp.pad(reverse, ((0, 0), (1, 0)))
@@ -135,33 +134,33 @@ class Importance:
         return spread / jnp.maximum(self.count - 1, 1)
 
 
-def marks(trajectories: int) -> list[int]:
+def reported_counts(trajectories: int) -> list[int]:
     """The numbers of trajectories for which bounds are reported: 1, 4, 16, ... and all."""
     powers = [4**i for i in range(trajectories.bit_length()) if 4**i < trajectories]
     return [*powers, trajectories]
 
 
-def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:
-    """Scores of examples x [B, N, D] in nats, from several trajectories each.
+def estimate_bounds(terms, draw, x, t, decoder_levels: int, trajectories: int) -> dict:
+    """Bounds on the log-likelihood of examples x [B, N, D] in nats, from several trajectories each.
 
     draw(i): the i-th trajectories [B, K, N, D] at levels t [B, K]. terms(xs): the model's Terms [B,
-    T].
+    T]. decoder_levels: see contributions.
 
     Trajectories are drawn and weighed one after the other, so that memory does not grow with their
     number. As in contributions, a trajectory may be the upper part of a longer one.
 
     Returns bound, importance_weighted, effective_sample_size, and the bounds' variances over noise,
     bound_variance and weighted_variance: [B]; weighted, the importance-weighted bound of the first
-    marks(trajectories): [B, marks]; means over trajectories: nll [B, T] by level, clean to noisy,
-    and contributions.
+    n trajectories for each n of reported_counts(trajectories), [B, counts]; means over
+    trajectories: nll [B, T] by level, clean to noisy, and contributions.
     """
-    at, (n, count) = jnp.array(marks(trajectories)), t.shape
+    at, (n, count) = jnp.array(reported_counts(trajectories)), t.shape
 
     def add(carry, number):
         importance, sums, weighted = carry
         xs = draw(number)
         found = terms(xs)
-        parts = contributions(found, xs, x, t, pixel_levels)
+        parts = contributions(found, xs, x, t, decoder_levels)
         sums = jax.tree.map(jnp.add, sums, {"nll": found.nll} | parts)
         importance = importance.add(log_weight(parts))
         so_far = importance.importance_weighted[:, None]
@@ -170,7 +169,7 @@ def weigh(terms, draw, x, t, pixel_levels: int, trajectories: int) -> dict:
 
     zeros = {name: jnp.zeros((n, count - 1)) for name in ("nll", "predictor", "log_det")}
     zeros |= {"forward": jnp.zeros((n, count)), "prior": jnp.zeros(n)}
-    if pixel_levels:
+    if decoder_levels:
         zeros["reconstruction"] = jnp.zeros(n)
     carry = Importance.empty(n), zeros, jnp.zeros((n, len(at)))
     (importance, sums, weighted), _ = jax.lax.scan(add, carry, jnp.arange(trajectories))

@@ -111,18 +111,22 @@ def inverse_sweeps(model: NTM, params, us, t, y, tolerance: float = TOLERANCE):
     return _invert(model, params, us, t, y, how="parallel", tolerance=tolerance)[1]
 
 
-def sample(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0,
-           inverse: str = "sequential"):
-    """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], condition y.
+def transport_trajectory(model: NTM, params, xs, t, y):
+    """Latents u_0..u_T [B, K, N, D] of xs [B, K, N, D] at levels t [B, K]; u_T = x_T.
 
-    An image without denoising is x_0 / (1 - t_0).
+    The inverse of invert_trajectory.
     """
-    return sample_with_log_prob(model, params, keys, t, y, guidance, inverse)[0]
+    steps = jnp.full(len(xs), xs.shape[1] - 1)
+    below = [cast(Any, model.apply(params, xs[:, k], t[:, k], steps, y, method=NTM.transport))[0]
+             for k in range(xs.shape[1] - 1)]
+    return jnp.stack([*below, xs[:, -1]], 1)
 
 
 def sample_with_log_prob(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0,
                          inverse: str = "sequential"):
-    """Trajectories x_0..x_T [B, K, N, D] as of `sample`, and the log-density of every factor.
+    """Trajectories x_0..x_T [B, K, N, D] of keys [B] at levels t [B, K], and their log-densities.
+
+    y: condition. An image without denoising is x_0 / (1 - t_0). guidance: see draw_latents.
 
     The log-densities are [B, K] in nats: of x_k given x_{k+1} and y, and of x_T. Their sum is
     log p(x_0..x_T | y), or with guidance the log-density of the guided model. They come from the

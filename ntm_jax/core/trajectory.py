@@ -74,9 +74,12 @@ class Schedule:
         """The levels [batch, steps + 1] of evaluation and sampling, from self.t_min to 1."""
         return self.levels(steps, jnp.full(batch, self.t_min))
 
-    def at(self, share):
-        """Levels t [B] at a share [B] of the way to pure noise, in infinitely many steps."""
-        return self.level(share, 1, 0.0)
+    def level_at_fraction(self, fraction):
+        """Noise levels t [B] at fractions [B] of the way from clean data, 0, to pure noise, 1.
+
+        They are those of a trajectory of infinitely many steps that starts at t_0 = 0.
+        """
+        return self.level(fraction, 1, 0.0)
 
 
 def _between(s, t):

@@ -34,6 +34,9 @@ from ntm_jax.runtime.run import Run
 SIDE = 64  # points a side of a picture of densities
 TRAJECTORIES = 16  # a point
 EVALUATIONS = (1, 2, 4, 8, 16, 64)  # of a flow-matching network, for one log-density
+VARIANTS = (  # of the ODE's solution: its name, whether by Heun, and with exact divergences
+    ("Euler, exact divergence", False, True), ("Euler, Hutchinson", False, False),
+    ("Heun, exact divergence", True, True))
 MASS_SIDE = 64  # points a side of the grid on which an estimate is integrated
 
 
@@ -68,7 +71,7 @@ def _log_density(params, root, batch, *, schedule: Schedule, model, steps, level
         return model.apply(params, xs, t, jnp.full(len(points), steps),
                            jnp.zeros(len(points), jnp.int32))
 
-    return likelihood.weigh(terms, draw, points, t, 0, trajectories)
+    return likelihood.estimate_bounds(terms, draw, points, t, 0, trajectories)
 
 
 def log_density(run: Run, points: np.ndarray, level: int, trajectories: int = TRAJECTORIES):
@@ -146,29 +149,33 @@ def _uniform_levels(run: Run, steps: int, batch: int):
         steps, jnp.full(batch, run.config.trajectory.t_min), "linear", 0.0)
 
 
+def _ode_estimator(run: Run, method: str, evaluations: int, heun: bool,
+                   exactly: bool) -> Estimator:
+    """The change of variables along the ODE, reported as `method`.
+
+    heun: by Heun's method, otherwise Euler's. exactly: with exact divergences, otherwise
+    Hutchinson's estimates.
+    """
+    def compute(root, x_0, batch):
+        probes = None if exactly else flow_matching.rademacher(
+            trajectory.example_keys(root, "evaluate/probes", batch["index"]), 1, x_0.shape[1:])
+        t = _uniform_levels(run, evaluations // (2 if heun else 1), len(x_0))
+        with precision("highest"):
+            return {method: flow_matching.ode_log_density(
+                _backbone(run), x_0, t, build.condition(run.model, batch), heun, probes)}
+
+    return Estimator({method: evaluations}, compute)
+
+
 def solutions(run: Run, trajectories: int) -> list[Estimator]:
     """The change of variables along a flow-matching model's ODE, by solver and divergence.
 
     Exact divergences take further Jacobian-vector products, one for each dimension, and
     Hutchinson's estimate one; they are not counted as evaluations.
     """
-    def estimator(name: str, evaluations: int) -> Estimator:
-        method = f"flow matching, {name}"
-        heun, exactly = name.startswith("Heun"), name.endswith("exact divergence")
-
-        def compute(root, x_0, batch):
-            probes = None if exactly else flow_matching.rademacher(
-                trajectory.example_keys(root, "evaluate/probes", batch["index"]), 1, x_0.shape[1:])
-            t = _uniform_levels(run, evaluations // (2 if heun else 1), len(x_0))
-            with precision("highest"):
-                return {method: flow_matching.ode_log_density(
-                    _backbone(run), x_0, t, build.condition(run.model, batch), heun, probes)}
-
-        return Estimator({method: evaluations}, compute)
-
-    return [estimator(name, count) for name in (
-        "Euler, exact divergence", "Euler, Hutchinson", "Heun, exact divergence")
-        for count in EVALUATIONS if count > 1 or not name.startswith("Heun")]
+    return [_ode_estimator(run, f"flow matching, {name}", count, heun, exactly)
+            for name, heun, exactly in VARIANTS
+            for count in EVALUATIONS if count > 1 or not heun]
 
 
 def flow_map_estimates(run: Run, trajectories: int) -> list[Estimator]:
@@ -183,10 +190,8 @@ def flow_map_estimates(run: Run, trajectories: int) -> list[Estimator]:
 
         return Estimator({"F2D2": evaluations}, compute)
 
-    finest = solutions(run, trajectories)[-1]
-    ((name, evaluations),) = finest.evaluations.items()
-    own = name.replace("flow matching", "F2D2's own velocity")
-    reference = Estimator({own: evaluations}, lambda *inputs: {own: finest.compute(*inputs)[name]})
+    reference = _ode_estimator(run, "F2D2's own velocity, Heun, exact divergence",
+                               EVALUATIONS[-1], heun=True, exactly=True)
     return [estimator(count) for count in EVALUATIONS] + [reference]
 
 

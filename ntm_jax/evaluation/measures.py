@@ -71,7 +71,7 @@ def _velocity_errors(params, root, batch, *, schedule: Schedule, model, draws):
     def add(total, number):
         own = trajectory.draw_keys(keys, number)
         share = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 0)))(own)
-        t = schedule.at((number + share) / draws)
+        t = schedule.level_at_fraction((number + share) / draws)
         with precision(model.config.precision):
             return total + flow_matching.velocity_errors(
                 model.backbone, flow_matching.backbone_params(params), x,

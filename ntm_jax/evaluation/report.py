@@ -37,14 +37,14 @@ def summarize(table: dict, spec: DataSpec, trajectories: int) -> dict:
     change; it is 0 with one trajectory, where it cannot be estimated.
     """
     dimensions = spec.tokens * spec.dim
-    marks = likelihood.marks(trajectories)
+    counts = likelihood.reported_counts(trajectories)
     result: dict = {"count": len(table["index"])}
     for unit, size in units(spec.pixel_levels).items():
         scale = 1 / (dimensions * size)
         weighted = mean_and_stderr(-scale * table["importance_weighted"],
                                    scale**2 * table["weighted_variance"])
         by_trajectories = {str(k): mean_and_stderr(-scale * values)
-                           for k, values in zip(marks, table["weighted"].T, strict=True)}
+                           for k, values in zip(counts, table["weighted"].T, strict=True)}
         result[unit] = {
             "bound": mean_and_stderr(-scale * table["bound"], scale**2 * table["bound_variance"]),
             "importance_weighted": weighted | {"trajectories": trajectories,
@@ -103,7 +103,7 @@ def _commit() -> str:
     return commit + ("+" if changed else "")
 
 
-LOWER = (  # figures of evaluation.json that are better the lower they are, and the higher
+LOWER = (  # figures of evaluation.json
     "bits_per_dim", "nats_per_dim", "clean_nats_per_dim", "trajectory_nll", "velocity_error",
     "frechet", "denoising", "denoiser")
 HIGHER = ("effective_sample_size", "clean_effective_sample_size", "class_accuracy", "precision",

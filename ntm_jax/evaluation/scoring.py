@@ -21,6 +21,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.progress import track
 from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 
 BOUNDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
@@ -36,44 +37,48 @@ def noised(root, x, t_0, index):
 
 
 @functools.partial(jax.jit, static_argnames=(
-    "schedule", "model", "pixel_levels", "trajectories", "steps"))
-def weigh_batch(params, root, batch, *, schedule: Schedule, model, pixel_levels: int,
-                trajectories: int, steps: int) -> dict:
-    """likelihood.weigh of a batch's examples, in trajectories of `steps` steps."""
+    "schedule", "model", "decoder_levels", "trajectories", "steps"))
+def bounds_of_batch(params, root, batch, *, schedule: Schedule, model, decoder_levels: int,
+                    trajectories: int, steps: int) -> dict:
+    """likelihood.estimate_bounds of a batch's examples, in trajectories of `steps` steps.
+
+    decoder_levels: V of the discretised decoder p(x | x_0); UNBINNED: its density; 0: no decoder,
+    so that the bound is on the data noised to t_0.
+    """
     x, y, index = batch["x"], build.condition(model, batch), batch["index"]
     t = schedule.fixed_levels(steps, len(x))
     keys = trajectory.example_keys(root, "evaluate", index)
-    start = None if pixel_levels else noised(root, x, t[:, 0], index)
+    start = None if decoder_levels else noised(root, x, t[:, 0], index)
 
     def draw(number):
         own = trajectory.draw_keys(keys, number)
         noise = trajectory.example_noise(own, (t.shape[1], *x.shape[1:]))
-        if pixel_levels:
+        if decoder_levels:
             return trajectory.simulate(x, t, noise)
         return trajectory.extend(start, t, noise[:, 1:])
 
     def terms(xs):
         return model.apply(params, xs, t, jnp.full(len(x), steps), y)
 
-    return likelihood.weigh(terms, draw, x, t, pixel_levels, trajectories)
+    return likelihood.estimate_bounds(terms, draw, x, t, decoder_levels, trajectories)
 
 
 def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = None,
                 decoded: bool = False) -> dict:
-    """likelihood.weigh of this process's share of a batch -> global arrays.
+    """likelihood.estimate_bounds of this process's share of a batch -> global arrays.
 
     batch: x, its condition, index and mask, of which the last two are kept. seed: the run's by
     default. decoded: of continuous data, bounds the density of the data itself, not of the data
     noised to t_0. The bounds on the density of an array are in its own units.
     """
-    pixel_levels = run.spec.pixel_levels or (likelihood.UNBINNED if decoded else 0)
+    decoder_levels = run.spec.pixel_levels or (likelihood.UNBINNED if decoded else 0)
     seed = run.config.seed if seed is None else seed
     batch = sharding.to_global(batch, run.mesh)
     kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
     with sharding.use(run.mesh):
-        result = weigh_batch(
+        result = bounds_of_batch(
             run.params, jax.random.key(seed), batch | {"index": kept["index"]},
-            schedule=run.schedule, model=exact(run.model), pixel_levels=pixel_levels,
+            schedule=run.schedule, model=exact(run.model), decoder_levels=decoder_levels,
             trajectories=trajectories, steps=run.config.evaluation_steps)
     if run.spec.columns:
         result |= {name: result[name] - run.spec.log_unit
@@ -83,9 +88,15 @@ def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = Non
 
 def score_records(run: Run, source: Source, trajectories: int, progress: bool = False,
                   decoded: bool = False) -> dict:
-    """The scores of every record of a split, {name: [records, ...]}; see likelihood.weigh."""
+    """The scores of every record of a split, {name: [records, ...]}; see estimate_bounds."""
     return map_records(
         run, source, lambda part: score_batch(run, part, trajectories, None, decoded), progress)
+
+
+def padded_batch_size(config: Config, source: Source, mesh) -> int:
+    """The size of an evaluation batch: the configuration's or the split's, in equal shards."""
+    shards = sharding.batch_shards(mesh)
+    return -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
 
 
 def map_records(run: Run, source: Source, score, progress: bool = False) -> dict:
@@ -97,7 +108,7 @@ def map_records(run: Run, source: Source, score, progress: bool = False) -> dict
     """
     config, mesh = run.config, run.mesh
     shards, (number, count) = sharding.batch_shards(mesh), sharding.share(mesh)
-    batch_size = -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
+    batch_size = padded_batch_size(config, source, mesh)
     batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size, number, count)
     # This process's share of a batch, and the smallest share: one record for each of its shards.
     least, share = shards // count, batch_size // count

@@ -8,7 +8,7 @@ from etils import epath
 
 from ntm_jax.errors import UserError, shown
 from ntm_jax.export import hub
-from ntm_jax.export.read import CONFIG, REMEDY, About, read_about
+from ntm_jax.export.read import CONFIG, REMEDY, ExportInfo, read_export_info
 from ntm_jax.files import is_remote
 
 VERSION = importlib.metadata.version("ntm_jax")
@@ -38,7 +38,7 @@ def push(folder: str, repository: str, private: bool = False) -> str:
     if is_remote(folder):
         raise UserError(f"{folder} is not a local folder: copy it to one to push it")
     check(repository)
-    about = read_about(folder)
+    about = read_export_info(folder)
     names = _intact_files(folder, about)
     library = hub.library()
     api = library.HfApi(library_name="ntm_jax", library_version=VERSION)
@@ -57,7 +57,7 @@ def push(folder: str, repository: str, private: bool = False) -> str:
     return f"{hub.PREFIX}{repository}@{done.oid}"
 
 
-def _intact_files(folder: str, about: About) -> list[str]:
+def _intact_files(folder: str, about: ExportInfo) -> list[str]:
     """The names of an export's files, once they are compared with their digests."""
     if not about.files:
         raise UserError(f"{folder} was exported by an earlier version of ntm_jax, without digests: "

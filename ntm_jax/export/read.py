@@ -30,7 +30,7 @@ REMEDY = "copy the export again from where it came, or export the run anew"
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
+class ExportInfo:
     """The keys of an export's config.json that reading it needs; others are ignored."""
 
     format: int
@@ -52,7 +52,7 @@ def is_export(folder) -> bool:
     return any((folder / name).exists() for name in (WEIGHTS, SCRIPT, "sampler.bin"))
 
 
-def read_about(folder) -> About:
+def read_export_info(folder) -> ExportInfo:
     """An export's config.json, verified.
 
     Raises UserError if it is missing, damaged or of another format.
@@ -70,15 +70,15 @@ def read_about(folder) -> About:
     if isinstance(version, int) and version != FORMAT:
         raise UserError(f"{folder} is of format {version}, and this version of ntm_jax reads "
                         f"{FORMAT}: export the run anew")
-    names = {field.name for field in dataclasses.fields(About)}
+    names = {field.name for field in dataclasses.fields(ExportInfo)}
     known = {key: value for key, value in values.items() if key in names}
     try:
-        return typed.read(About, known, CONFIG)
+        return typed.read(ExportInfo, known, CONFIG)
     except UserError as error:
         raise UserError(f"{path} cannot be used ({error}): {REMEDY}") from None
 
 
-def read_parameters(folder, about: About, abstract, skip: str | None = None) -> dict:
+def read_parameters(folder, about: ExportInfo, abstract, skip: str | None = None) -> dict:
     """The parameters of an export, verified, on the devices of their abstract counterparts.
 
     Arrays whose name begins with `skip` are left out. Raises UserError if the file is damaged, or
@@ -141,7 +141,7 @@ def load_run(workdir: str, step: int | None = None, raw: bool = False) -> Run:
 
 
 def _load_export(folder: str, step: int | None, raw: bool) -> Run:
-    about = read_about(folder)
+    about = read_export_info(folder)
     if step not in (None, about.step):
         raise UserError(f"{folder} is an export of step {about.step}, and --step asks for step "
                         f"{step}: leave --step out, or give the workdir of the run")
@@ -168,7 +168,7 @@ def _load_export(folder: str, step: int | None, raw: bool) -> Run:
                                denoiser=denoiser)
 
 
-def _exported_configs(about: About) -> tuple[Config, Config | None]:
+def _exported_configs(about: ExportInfo) -> tuple[Config, Config | None]:
     """The configuration of an export's run, and its denoiser's own if it has one."""
     if about.teacher_step is None:
         return configuration.read(about.config), None

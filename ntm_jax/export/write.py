@@ -126,8 +126,8 @@ def _log_likelihood(run: Run):
         def example(x, index, *condition):
             y = _one(run, condition)
             batch = {"x": x[None], "index": index[None]} | build.condition_arrays(y)
-            return scoring.weigh_batch(
-                params, root, batch, schedule=run.schedule, model=model, pixel_levels=levels,
+            return scoring.bounds_of_batch(
+                params, root, batch, schedule=run.schedule, model=model, decoder_levels=levels,
                 trajectories=run.config.evaluate.trajectories,
                 steps=run.config.evaluation_steps)["importance_weighted"][0]
 

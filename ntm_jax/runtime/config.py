@@ -10,6 +10,7 @@ import math
 
 from ntm_jax import backbones, files, typed
 from ntm_jax.core import trajectory
+from ntm_jax.core.config import HEADS, POSITIONS
 from ntm_jax.core.trajectory import Schedule, default_shift
 from ntm_jax.core.transformer.layers import REMAT
 from ntm_jax.core.transporter import INVERSES
@@ -226,8 +227,8 @@ class Config:
 
 CHOICES = {
     "trajectory.schedule": ("linear", "shifted"),
-    "model.positions": ("learned", "rotary"),
-    "model.head": ("direct", "preconditioned", "posterior"),
+    "model.positions": POSITIONS,
+    "model.head": HEADS,
     "model.condition": ("none", "class", "text", "vector"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT),

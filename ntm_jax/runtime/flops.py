@@ -84,7 +84,7 @@ def seconds(once: Callable, count: int) -> float:
     return time.perf_counter() - start
 
 
-def products(dtype: str, mesh, budget: float) -> Callable[[], float]:
+def matmul_rate_probe(dtype: str, mesh, budget: float) -> Callable[[], float]:
     """A function that measures the FLOP/s of matrix products over all devices of the mesh.
 
     It multiplies the fastest of several sizes, in float32 or dtype, on one device, and scales by

@@ -21,6 +21,8 @@ HELD_OUT = {  # the figure that chooses the best checkpoint, the first one that 
     "evaluate/mse": "held-out mean squared error",
     "evaluate/velocity_error": "held-out mean squared error"}
 SMOOTHING_POINTS = 50  # the smoothed loss averages over 1/50 of the points
+GRID_COLUMNS = 10  # images in a row of a grid of samples
+PAIRED_COLUMNS = 5  # of an array, of which a picture shows all pairs
 DPI = 120  # of all figures
 
 
@@ -35,10 +37,10 @@ def displayable(images, pixel_levels: int) -> np.ndarray:
     return (np.asarray(images, np.float32) * (255 / (pixel_levels - 1))).round().astype(np.uint8)
 
 
-def picture(images, pixel_levels: int, columns: int = 10) -> np.ndarray:
+def picture(images, pixel_levels: int) -> np.ndarray:
     """One uint8 grid [H, W, C] of values or latents [n, H, W, C], enlarging small images."""
     scale = max(1, 64 // images.shape[1])
-    return image_grid(displayable(images, pixel_levels), min(len(images), columns), scale)
+    return image_grid(displayable(images, pixel_levels), min(len(images), GRID_COLUMNS), scale)
 
 
 def image_grid(images, columns: int, scale: int = 1, padding: int = 2) -> np.ndarray:
@@ -128,8 +130,7 @@ def save_png(path, image) -> None:
     files.write(path, buffer.getvalue())
 
 
-def loss_plot(metrics_path, out_png,
-              loss_label: str = "training loss (nats per dimension)") -> bool:
+def loss_plot(metrics_path, out_png, loss_label: str) -> bool:
     """Draws a metrics.jsonl's loss over the steps, raw and smoothed; returns whether it has one.
 
     Draws the first held-out figure of HELD_OUT that is logged in a panel below. Writes no file
@@ -180,9 +181,9 @@ def points_picture(points, levels, extent: float, out_png) -> None:
     save_figure(plot, out_png)
 
 
-def columns_picture(real, samples, out_png, most: int = 5) -> None:
+def columns_picture(real, samples, out_png) -> None:
     """Draws the first columns of held-out rows [n, D] and of samples [m, D], and their pairs."""
-    count = min(np.shape(real)[1], most)
+    count = min(np.shape(real)[1], PAIRED_COLUMNS)
     plot, axes = figure(2 * count + 1, 2 * count + 0.6, count, count)
     for row, column in np.ndindex(count, count):
         panel = axes[row, column]

@@ -19,6 +19,8 @@ from ntm_jax.runtime import attention, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import SOLVERS, Config, Mesh
 
+FROZEN = "frozen"  # the folder in a workdir of a teacher or a reference; see training.frozen
+
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
@@ -138,4 +140,4 @@ def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Ru
     run = untrained(config, spec, run_mesh(config.mesh), str(workdir))
     step, params = restore_params(run, step, raw, settings=config_file.fixed(config, spec))
     run = dataclasses.replace(run, params=params, step=step, raw=raw)
-    return with_denoiser(load_workdir(f"{workdir}/frozen"), run) if config.teacher else run
+    return with_denoiser(load_workdir(f"{workdir}/{FROZEN}"), run) if config.teacher else run

@@ -67,22 +67,22 @@ class Drawn(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("sampler", "with_levels", "with_log_prob"))
 def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sampler,
                     with_levels: bool = False, with_log_prob: bool = False):
-    """Clean tokens [B, N, D] of the image indices [B] on condition y.
+    """(clean tokens [B, N, D], levels, log-densities) of the image indices [B] on condition y.
 
-    with_levels: also returns x_0..x_T [B, K, N, D]; None otherwise. with_log_prob: returns a third
-    array, the log-densities [B, K] of core.sampling.sample_with_log_prob.
+    levels: x_0..x_T [B, K, N, D], None unless with_levels. log-densities: [B, K], those of
+    core.sampling.sample_with_log_prob, None unless with_log_prob.
     """
     model, schedule, options = sampler.model, sampler.schedule, sampler.options
     keys = example_keys(root, "sample", index)
     if options.decoder in SOLVERS:
         noise = example_noise(keys, (model.config.tokens, model.config.dim))
         t = schedule.levels(options.steps, jnp.zeros(len(index)))
-        nothing = null(y, model.config.num_classes)
+        null_condition = null(y, model.config.num_classes)
         with precision(model.config.precision):
             xs = flow_matching.solve(
                 functools.partial(model.backbone.apply, flow_matching.backbone_params(params)),
-                noise, t, y, nothing, options.guidance, options.decoder == "heun")
-        return xs[:, 0], xs if with_levels else None
+                noise, t, y, null_condition, options.guidance, options.decoder == "heun")
+        return xs[:, 0], xs if with_levels else None, None
     t = schedule.fixed_levels(options.steps, len(index))
     us, log_density = sampling.draw_latents(model, params, keys, t, y, options.guidance)
     xs = None
@@ -99,8 +99,7 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sa
         x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
             model, params, us, t, y, 0, sampler.inverse(len(index)))
         x = x_0 / (1 - per_example(t[:, 0], x_0))
-    found = x, xs if with_levels else None
-    return (*found, log_density) if with_log_prob else found
+    return x, xs if with_levels else None, log_density if with_log_prob else None
 
 
 def sample_at(run: Run, index, condition=None, options: SampleOptions | None = None,
@@ -113,7 +112,7 @@ def sample_at(run: Run, index, condition=None, options: SampleOptions | None = N
     noise down, [n, K, ...], of an array in standardised units.
     """
     spec = run.spec
-    x, xs = _tokens_at(run, index, condition, options, seed, with_levels=with_levels)
+    x, xs, _ = _tokens_at(run, index, condition, options, seed, with_levels)
     if not with_levels:
         return spec.from_tokens(x)
     return spec.from_tokens(x), spec.from_tokens(xs, own_units=False)[:, ::-1]
@@ -127,8 +126,8 @@ def draw_at(run: Run, index, condition=None, options: SampleOptions | None = Non
     """
     options, spec = options or run.config.sample.options, run.spec
     check_density(run, options)
-    x, xs, log_density = _tokens_at(run, index, condition, options, seed, with_levels=True,
-                                    with_log_prob=True)
+    x, xs, log_density = _tokens_at(
+        run, index, condition, options, seed, with_levels=True, with_log_prob=True)
     levels = transforms.unpatchify(xs, spec.image_shape, spec.patch_size)[:, ::-1]
     return Drawn(spec.from_tokens(x), levels.reshape(*levels.shape[:2], *spec.data_shape),
                  log_density[:, ::-1])
@@ -145,7 +144,7 @@ def check_density(run: Run, options: SampleOptions) -> None:
 
 
 def _tokens_at(run: Run, index, condition, options, seed: int | None, with_levels: bool,
-               **wanted) -> list:
+               with_log_prob: bool = False) -> list:
     """generate_tokens of these indices [n], on the host."""
     options = options or run.config.sample.options
     check_decoder(run, options.decoder)
@@ -164,7 +163,8 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
         with sharding.use(run.mesh):  # score denoising has the levels anyway: the same program
             found = generate_tokens(
                 run.params, own, *placed, denoiser and denoiser.params, sampler=sampler,
-                with_levels=with_levels or options.decoder == "score", **wanted)
+                with_levels=with_levels or options.decoder == "score",
+                with_log_prob=with_log_prob)
         return [part if part is None else sharding.to_host(part)[: len(index)] for part in found]
 
     return selection.select(run, index, y, seed, draw) if run.selection else draw(0)

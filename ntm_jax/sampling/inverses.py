@@ -11,8 +11,12 @@ from ntm_jax.core.transporter import cache_sizes
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.chips import Chip, chip_of
 
-KERNELS = 20  # of a layer, one after the other: of a step compiled for an H100, 40 for two layers
-SWEEPS = 32  # typical of many tokens; docs/results/rates.md has 8 of 16 tokens, 30 to 35 of 256 on
+# Kernels of a layer that wait for each other: counted in a sequential step that was compiled for an
+# H100, which has 40 for two layers.
+KERNELS_PER_LAYER = 20
+# Most sweeps assumed of a block: docs/results/rates.md measured 8 at 16 tokens, and from 256 tokens
+# on 30 to 35.
+MAX_TYPICAL_SWEEPS = 32
 
 
 def choose(inverse: str, config: ModelConfig, rows: int, mesh) -> str:
@@ -37,7 +41,7 @@ def faster(predicted: dict[str, float]) -> str:
 
 def typical_sweeps(tokens: int) -> float:
     """The sweeps assumed of the parallel inverse, which depend on the parameters."""
-    return min(tokens, 4 + tokens / 4, SWEEPS)
+    return min(tokens, 4 + tokens / 4, MAX_TYPICAL_SWEEPS)
 
 
 def seconds(config: ModelConfig, rows: float, chip: Chip, sweeps: float | None = None,
@@ -54,9 +58,9 @@ def seconds(config: ModelConfig, rows: float, chip: Chip, sweeps: float | None =
     M is the mean length of the KV cache, and 4 W M the FLOPs of a token's attention to it. For
     every token that attention reads 2 G C M numbers of a row and layer, the cache's bytes, in
     kernels of their own, so that their time adds to that of the weights. flops is the rate at the
-    model's precision, memory that of the chip's memory, and latency that of KERNELS for each layer,
-    which wait for each other. Left out are activations, embeddings, norms, the network between
-    chips, and that a mesh's sequence axis splits the tokens of a sweep.
+    model's precision, memory that of the chip's memory, and latency that of KERNELS_PER_LAYER
+    kernels for each layer, which wait for each other. Left out are activations, embeddings, norms,
+    the network between chips, and that a mesh's sequence axis splits the tokens of a sweep.
 
     While weights bound a sequential pass and products a sweep, and without the cache, the ratio of
     the two is the rule that sweeps win where R S < (bytes of a weight) / 2 x flops / memory: the
@@ -78,8 +82,8 @@ def seconds(config: ModelConfig, rows: float, chip: Chip, sweeps: float | None =
     def one_pass(count: float, attended: float) -> float:
         """Seconds of a pass over `count` tokens that attend to `attended` tokens each."""
         products = count * layers * (2 * weights + 4 * width * attended) / parts
-        return max(layers * KERNELS * chip.latency, layers * weights * size / parts / chip.memory,
-                   products / flops)
+        waiting = layers * KERNELS_PER_LAYER * chip.latency
+        return max(waiting, layers * weights * size / parts / chip.memory, products / flops)
 
     cache = rows * layers * 2 * keys * cached * size / parts
     return {"sequential": tokens * (one_pass(rows, cached) + cache / chip.memory),

@@ -16,7 +16,7 @@ from ntm_jax.export.read import (
     is_export,
     load_run,
     local_folder,
-    read_about,
+    read_export_info,
     read_parameters,
 )
 from ntm_jax.runtime import build, checkpoint, checksums, config_file
@@ -51,7 +51,7 @@ def _read_all(run: Run, where: str) -> dict:
     folder = epath.Path(where)
     if is_export(folder):
         expected = build.abstract_params(run.model, run.mesh)
-        return read_parameters(folder, read_about(folder), expected, skip=f"{DENOISER}/")
+        return read_parameters(folder, read_export_info(folder), expected, skip=f"{DENOISER}/")
     workdir, step = checkpoint.locate(folder)
     if not (workdir / "checkpoints").exists():
         raise UserError("there is no such export or run: expected an export's folder, a run's, or "
@@ -94,7 +94,7 @@ def _read_backbone(run: Run, where: str):
 
 def _exported_objective(folder) -> objectives.Objective | None:
     """The objective of an export's run; None if it is not registered here."""
-    name = read_about(folder).config.get("train", {}).get("objective", "")
+    name = read_export_info(folder).config.get("train", {}).get("objective", "")
     try:
         return objectives.find(name)
     except UserError:

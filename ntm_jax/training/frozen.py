@@ -19,7 +19,7 @@ from ntm_jax.export.read import load_run
 from ntm_jax.runtime import build, config_file
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
-from ntm_jax.runtime.run import Run
+from ntm_jax.runtime.run import FROZEN, Run
 from ntm_jax.training.state import State
 
 SHARED = (  # settings that a denoiser shares with its teacher
@@ -33,14 +33,32 @@ def load_teacher(run: Run) -> Run:
     Raises UserError where it does not fit the run's settings and data.
     """
     kept = saved_settings(run.workdir) is not None and has_teacher(run.workdir)
-    teacher = load_run(f"{run.workdir}/frozen" if kept else run.config.teacher)
+    teacher = load_run(f"{run.workdir}/{FROZEN}" if kept else run.config.teacher)
     check_teacher(run, teacher)
     return teacher
 
 
+def prepare(run: Run, current: State, teacher: Run | None, post_trained: bool,
+            new: bool) -> dict | None:
+    """The parameters that a run is held to, kept in WORKDIR/frozen; None without any.
+
+    They are the teacher's, or those of the reference, where means are held near a flow-matching
+    model's or the run is post-trained. new: the run has no checkpoint, and what lies in the folder
+    is another's. All processes call it.
+    """
+    has_reference = bool(run.config.train.align_weight) or post_trained
+    if new and (teacher or has_reference):
+        forget(run.workdir)
+    if teacher:
+        save_teacher(teacher, run.workdir)
+    if has_reference:
+        return reference_params(run, current)
+    return teacher.params if teacher else None
+
+
 def forget(workdir: str) -> None:
     """Removes what a run that saved no checkpoint kept in WORKDIR/frozen. All processes call it."""
-    folder = epath.Path(workdir) / "frozen"
+    folder = epath.Path(workdir) / FROZEN
     if jax.process_index() == 0:
         for kept in (folder / "checkpoints", folder / "config.json"):
             if kept.exists():
@@ -52,7 +70,7 @@ def save_teacher(teacher: Run, workdir: str) -> None:
     """Saves the teacher in WORKDIR/frozen, unless it is there."""
     if multihost_utils.broadcast_one_to_all(has_teacher(workdir)):  # file systems may lag
         return
-    folder = f"{workdir}/frozen"
+    folder = f"{workdir}/{FROZEN}"
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(teacher.step, {"ema": teacher.params}, {})
     if jax.process_index() == 0:
@@ -62,7 +80,7 @@ def save_teacher(teacher: Run, workdir: str) -> None:
 
 def has_teacher(workdir: str) -> bool:
     """Whether a workdir holds a complete teacher."""
-    return (epath.Path(workdir) / "frozen" / "config.json").exists()
+    return (epath.Path(workdir) / FROZEN / "config.json").exists()
 
 
 def check_teacher(run: Run, teacher: Run) -> None:
@@ -102,7 +120,7 @@ def abstract_reference(run: Run) -> dict:
 
 def reference_params(run: Run, current: State) -> dict:
     """The reference parameters, from WORKDIR/frozen; a run at step 0 writes them there first."""
-    with Checkpoints(f"{run.workdir}/frozen") as checkpoints:
+    with Checkpoints(f"{run.workdir}/{FROZEN}") as checkpoints:
         if int(current.step) == 0 and checkpoints.latest() is None:
             found = current.params
             if run.config.train.align_weight:
@@ -113,7 +131,7 @@ def reference_params(run: Run, current: State) -> dict:
 
 def kept_reference(run: Run) -> dict | None:
     """The reference parameters in a run's folder; None where there are none, as in an export."""
-    folder = epath.Path(run.workdir) / "frozen"
+    folder = epath.Path(run.workdir) / FROZEN
     if not run.workdir or not folder.exists():
         return None
     with Checkpoints(folder) as checkpoints:

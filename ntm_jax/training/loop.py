@@ -23,13 +23,13 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
 from ntm_jax.training import finetune, frozen, objectives, optimizer, pictures, state
-from ntm_jax.training.metrics import Writer
+from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.reward.rollouts import Rollouts
 from ntm_jax.training.signals import StopRequest
 from ntm_jax.training.state import State
 from ntm_jax.training.step import (
     check_batch,
-    check_memory,
+    compile_and_check_memory,
     flops_of_step,
     logged_scalars,
     make_step,
@@ -52,7 +52,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     Returns the trained run and its evaluation, or None when stopped early.
     """
     workdir.check(folder)
-    more = find_writers(writers)
+    options = _Options(progress, until, tracer, find_writers(writers))
     mesh = sharding.make_mesh(config.mesh)
     objective = objectives.checked(config)
     check_batch(config, mesh)
@@ -68,14 +68,13 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     use = objective.rollout_use
     rollouts = Rollouts(run, source, use) if use else None
     job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
-    state.check_memory(run)
+    state.check_state_fits(run)
     config_file.claim(folder, config, spec)  # refuses before the folder is touched
     with workdir.owned(folder):
         with contextlib.ExitStack() as stack:
             if rollouts:
                 stack.callback(rollouts.close)
-            loop = _start(run, teacher, source, held_out, rollouts, progress, more, stack)
-            loop.until, loop.tracer = until, tracer
+            loop = _start(run, teacher, source, held_out, rollouts, options, stack)
             done = loop.train()
             job.restore_interrupts()
             if not done:
@@ -93,13 +92,19 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     return run, result
 
 
-def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
-           rollouts: Rollouts | None, progress: bool, more: Sequence[MetricsWriter],
-           stack: contextlib.ExitStack) -> "_Loop":
-    """The loop of a new or a resumed run; `stack` closes what it holds open.
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The options of `train`, with the writers themselves."""
 
-    more: further writers of metrics.
-    """
+    progress: bool
+    until: int | None
+    tracer: Any
+    writers: Sequence[MetricsWriter]
+
+
+def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
+           rollouts: Rollouts | None, options: _Options, stack: contextlib.ExitStack) -> "_Loop":
+    """The loop of a new or a resumed run; `stack` closes what it holds open."""
     config, folder, total = run.config, run.workdir, run.config.train.steps
     changes = config_file.claim(folder, config, run.spec)  # what another owner has left
     checkpoints = stack.enter_context(Checkpoints(
@@ -123,19 +128,12 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
         batches.set_state(data_state)
     if jax.process_index() == 0:
         config_file.write(folder, config, run.spec)
-    reference = None
-    if latest is None and (teacher or config.train.align_weight or rollouts):
-        frozen.forget(folder)
-    if teacher:
-        frozen.save_teacher(teacher, folder)
-        reference = teacher.params
-    if config.train.align_weight or rollouts:
-        reference = frozen.reference_params(run, current)
+    reference = frozen.prepare(run, current, teacher, rollouts is not None, latest is None)
     if rollouts:
         rollouts.reference = reference
-    quiet = jax.process_index() > 0 or not progress
-    writer = stack.enter_context(Writer(folder, total, start, quiet, more,
-                                        configuration.flatten(config.raw)))
+    quiet = jax.process_index() > 0 or not options.progress
+    writer = stack.enter_context(MetricsReporter(
+        folder, total, start, quiet, options.writers, configuration.flatten(config.raw)))
     size = sum(a.size for a in jax.tree.leaves(current.params))
     mesh = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     new = f"in {folder}" + (f", starting from {config.init_from}" if config.init_from else "")
@@ -150,7 +148,7 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
     return _Loop(
         run=run, current=current, start=start, batches=batches, source=source, held_out=held_out,
         checkpoints=checkpoints, writer=writer, stop=stop, teacher=teacher, reference=reference,
-        rollouts=rollouts)
+        rollouts=rollouts, until=options.until, tracer=options.tracer)
 
 
 @dataclasses.dataclass
@@ -164,13 +162,13 @@ class _Loop:
     source: Source
     held_out: Source
     checkpoints: Checkpoints
-    writer: Writer
+    writer: MetricsReporter
     stop: StopRequest
     teacher: Run | None
     reference: dict | None
-    rollouts: Rollouts | None = None
-    until: int | None = None
-    tracer: Any = None
+    rollouts: Rollouts | None
+    until: int | None
+    tracer: Any
 
     def __post_init__(self):
         config = self.run.config
@@ -184,10 +182,17 @@ class _Loop:
         self.stopping = False  # at the next step that ends a cycle
         self.warned = False  # that the run takes long
         self.saved = time.perf_counter()  # when the run was last saved
-        self.positions = {}  # the data's position before each of the last two steps
-        self.unread = None  # in a job of several processes: why this one has no batch
-        self.complete = None  # and sharding.flag_by_process of the last batch
-        self.work = self.limit = 0  # FLOPs of a step, and this machine's FLOP/s
+        # {step: the data iterator's state before its batch}, of this step and the one before; it
+        # is saved with the state of that step.
+        self.positions = {}
+        # In a job of several processes, the error with which this one could not read its share of
+        # the last batch; None where it could.
+        self.unread = None
+        # There, the last batch's flag by process (sharding.flag_by_process): False where a process
+        # lacks its share, and the step then changes nothing. None in a job of one process.
+        self.complete = None
+        self.step_flops = 0  # of the largest T; 0 where they are not logged
+        self.peak_flops = 0  # this machine's FLOP/s, measured
         self.drawn = None, []  # the step of the pictures, and their paths
 
     def train(self) -> bool:
@@ -319,13 +324,13 @@ class _Loop:
         self.writer.message("compiling the first step; a model of the default size takes about "
                             "half a minute on a CPU")
         if self.writer.shows:
-            self.work = flops_of_step(self.run, self.step_function, self.current, self.batch,
-                                      self.teacher, self.reference)
+            self.step_flops = flops_of_step(self.run, self.step_function, self.current, self.batch,
+                                            self.teacher, self.reference)
             dtype = self.run.config.model.dtype
-            self.limit = flops.products(dtype, self.run.mesh, 0.1)()
+            self.peak_flops = flops.matmul_rate_probe(dtype, self.run.mesh, 0.1)()
         current, batch, _, *rest = arguments
         longest = max(self.run.config.trajectory.steps)
-        check_memory(self.run, self.step_function, current, batch, longest, *rest)
+        compile_and_check_memory(self.run, self.step_function, current, batch, longest, *rest)
         self.clock = time.perf_counter(), self.start
 
     def _read(self, step: int) -> dict:
@@ -354,10 +359,10 @@ class _Loop:
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if memory:
             scalars["device_memory_gib"] = memory / 2**30
-        if self.work:
+        if self.step_flops:
             drawn = np.mean([steps_of(config, number) for number in range(first, step)])
-            rate = speed * self.work * float(drawn) / max(config.trajectory.steps)
-            scalars |= {"flops_per_second": rate, "flop_share": rate / self.limit}
+            rate = speed * self.step_flops * float(drawn) / max(config.trajectory.steps)
+            scalars |= {"flops_per_second": rate, "flop_share": rate / self.peak_flops}
         return scalars
 
     def _warn_of_a_long_run(self, step: int, speed: float) -> None:

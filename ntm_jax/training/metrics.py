@@ -21,7 +21,7 @@ ON_BAR = (("loss", "loss {:.4g}"), ("examples_per_second", "{:.0f} images/s"))
 SHOWN = 6  # scalars on the terminal: the first ones in the caller's order
 
 
-class Writer:
+class MetricsReporter:
     """Prints a run's metrics, and writes them to metrics.jsonl, to TensorBoard and wherever else.
 
     Processes other than 0 write nothing.
@@ -32,12 +32,12 @@ class Writer:
       total_steps: the last step of the run.
       start_step: steps taken before this run; 0 starts new files.
       quiet: prints nothing on the terminal.
-      more: further writers, which this one opens and closes.
+      extra_writers: further writers, which this one opens and closes.
       settings: the run's settings, {"section.key": value}, for the writers.
     """
 
     def __init__(self, workdir, total_steps: int, start_step: int = 0, quiet: bool = False,
-                 more: Sequence[MetricsWriter] = (), settings: dict | None = None):
+                 extra_writers: Sequence[MetricsWriter] = (), settings: dict | None = None):
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -53,7 +53,7 @@ class Writer:
         if remote:
             self.message(f"no TensorBoard events: {workdir} is not a local folder; metrics.jsonl "
                          "has the same figures")
-        self._writers = [Lines(), *([] if remote else [TensorBoard()]), *more]
+        self._writers = [Lines(), *([] if remote else [TensorBoard()]), *extra_writers]
         with contextlib.ExitStack() as opened:
             for one in self._writers:
                 one.open(os.fspath(workdir), start_step, settings or {})

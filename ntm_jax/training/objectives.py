@@ -44,7 +44,7 @@ class Setup:
     mean_level_power: Any = 1.0  # the mean of t_k^level_power over the evaluated levels
     teacher: Teacher | None = None
     reward: Any = None  # the section config.reward
-    sampler: rollouts.Sampler | None = None  # of post-training
+    sampler: rollouts.RolloutSampler | None = None  # of post-training
     fixed_parts: tuple[str, ...] = ()  # the first names of parameters that do not learn
 
 
@@ -92,10 +92,10 @@ class Draws:
         if not dropout:
             return y
         drop = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(self.keys("dropout"))
-        nothing = null(y, model.config.num_classes)
+        null_condition = null(y, model.config.num_classes)
         return jax.tree.map(
             lambda given, absent: jnp.where(trajectory.per_example(drop, given), absent, given),
-            y, nothing)
+            y, null_condition)
 
 
 def _reference_mean(setup: Setup, reference, x, s, t, y):
@@ -169,7 +169,7 @@ def velocity_loss(setup: Setup, params, draws: Draws, reference=None):
     """The squared error of the velocity at one level an example, uniform along the schedule."""
     x, model = draws.batch["x"], setup.model
     y = draws.condition(model, setup.train.condition_dropout)
-    t = setup.schedule.at(jax.vmap(jax.random.uniform)(draws.keys("level")))
+    t = setup.schedule.level_at_fraction(jax.vmap(jax.random.uniform)(draws.keys("level")))
     noise = trajectory.example_noise(draws.keys("noise"), x.shape[1:])
     backbone_params = flow_matching.backbone_params(params)
     errors = flow_matching.velocity_errors(model.backbone, backbone_params, x, noise, t, y)
@@ -218,7 +218,7 @@ def denoiser_loss(setup: Setup, params, draws: Draws, reference=None):
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class HeldOutScore:
     """A held-out measure during training: `value` chooses the best checkpoint, lower is better."""
 
     value: float
@@ -226,39 +226,39 @@ class Held:
     message: str  # to print
 
 
-def held_out_bound(run: Run, source: Source) -> Held:
+def held_out_bound(run: Run, source: Source) -> HeldOutScore:
     """The bound on the likelihood with one trajectory a record."""
     result = summarize(scoring.score_records(run, source, trajectories=1), run.spec, 1)
     unit = next(name for name in NAMES if name in result)
     bound = result[unit]["bound"]
     by_level = {f"evaluate/nll/level_{k}": value
                 for k, value in enumerate(result["trajectory_nll"]["by_level"])}
-    return Held(bound["mean"], {f"evaluate/{unit}": bound["mean"]} | by_level,
+    return HeldOutScore(bound["mean"], {f"evaluate/{unit}": bound["mean"]} | by_level,
                 f"held-out bound {bound['mean']:.4f} ± {bound['stderr']:.4f} {NAMES[unit]}")
 
 
-def held_out_reward(run: Run, source: Source) -> Held:
+def held_out_reward(run: Run, source: Source) -> HeldOutScore:
     """The bound, and the mean reward of held-out conditions, by which the best is chosen."""
     bound = held_out_bound(run, source)
     means = {name: float(np.mean(values)) for name, values in held_out.scores(run, source).items()}
     if not means:
         return bound
     scalars = bound.scalars | {f"evaluate/{name}": value for name, value in means.items()}
-    return Held(-means["reward"], scalars,
+    return HeldOutScore(-means["reward"], scalars,
                 f"{bound.message}, reward {means['reward']:.4f}")
 
 
-def held_out_velocity(run: Run, source: Source) -> Held:
+def held_out_velocity(run: Run, source: Source) -> HeldOutScore:
     """The error of the velocity, over config.evaluate.trajectories levels a record."""
     error = measures.velocity_error(run, source, run.config.evaluate.trajectories)
-    return Held(error["mean"], {"evaluate/velocity_error": error["mean"]},
+    return HeldOutScore(error["mean"], {"evaluate/velocity_error": error["mean"]},
                 f"held-out error of the velocity {error['mean']:.5f} ± {error['stderr']:.5f}")
 
 
-def held_out_denoiser(run: Run, source: Source) -> Held:
+def held_out_denoiser(run: Run, source: Source) -> HeldOutScore:
     """The error of the denoiser to its target, for a run with a denoiser."""
     error = measures.denoiser_errors(run, source)["to_target"]
-    return Held(error["mean"], {"evaluate/mse": error["mean"]},
+    return HeldOutScore(error["mean"], {"evaluate/mse": error["mean"]},
                 f"held-out error to the target {error['mean']:.6f} ± {error['stderr']:.6f}")
 
 
@@ -290,7 +290,7 @@ class Objective:
     "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
     [T] each by level; other single numbers are logged under their names. reference: the parameters
     of the teacher, or of the flow-matching model that the means are held near; None without either.
-    held_out(run, source) -> Held, during training.
+    held_out(run, source) -> HeldOutScore, during training.
     measure(run, source, trajectories) -> {name: mean and stderr}, added to evaluation.json, where
     trajectories is their number for each record; None adds nothing.
     estimators(run, trajectories) -> estimators of the log-density, compared with a known one; see
@@ -299,7 +299,7 @@ class Objective:
     """
 
     loss: Callable
-    held_out: Callable[[Run, Source], Held] = held_out_bound
+    held_out: Callable[[Run, Source], HeldOutScore] = held_out_bound
     loss_label: str = "training loss (nats per dimension)"
     check: Callable[[Config], None] = _no_check
     measure: Callable[[Run, Source, int], dict] | None = None
@@ -308,7 +308,7 @@ class Objective:
     has_levels: bool = True  # factors that train.level_power can weight
     trains_velocity: bool = False  # an NTM can start from the model, and its ODE be solved
     needs_teacher: bool = False  # config.teacher, the run to distil
-    rollout_use: rollouts.Use | None = None  # of scored samples of the model, added to batches
+    rollout_use: rollouts.RolloutUse | None = None  # of scored samples, added to batches
 
 
 def _measure_reward(run: Run, source: Source, trajectories: int) -> dict:

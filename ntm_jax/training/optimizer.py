@@ -7,23 +7,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ntm_jax.runtime.config import Optimizer
 
-def schedule(config, steps: int):
-    """The learning rate by step, for a config.Optimizer.
 
-    It rises linearly to config.learning_rate over config.warmup_steps, then falls along a cosine to
-    config.floor at `steps`.
+def schedule(settings: Optimizer, steps: int):
+    """The learning rate by step.
+
+    It rises linearly to settings.learning_rate over settings.warmup_steps, then falls along a
+    cosine to settings.floor at `steps`.
     """
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1),
-        end_value=config.floor)
+        0.0, settings.learning_rate, settings.warmup_steps, max(steps, settings.warmup_steps + 1),
+        end_value=settings.floor)
 
 
-def make(config, steps: int) -> optax.GradientTransformation:
+def make(settings: Optimizer, steps: int) -> optax.GradientTransformation:
     """AdamW with b1 = 0.9 and b2 = 0.95, after clipping gradients by their global norm."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule(config, steps), b1=0.9, b2=0.95, weight_decay=config.weight_decay),
+        optax.clip_by_global_norm(settings.clip),
+        optax.adamw(schedule(settings, steps), b1=0.9, b2=0.95, weight_decay=settings.weight_decay),
     )
 
 

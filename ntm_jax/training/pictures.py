@@ -15,13 +15,13 @@ from ntm_jax.runtime.config import Data
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
 
-COLUMNS = 17  # at most, of a picture of trajectories
-ROWS = 10  # at most, of a picture of samples by class or caption
-REAL = 4  # real images beside the samples of a class
-SEARCHED = 1000  # training records that are read to find them
-CHANGED = 6  # samples of a row before, and after
-COLUMNS_DRAWN = 1000  # records of an array
-NOISE = 0.1  # (1 - t) / t below which levels but the first look alike and are not drawn
+MAX_LEVELS = 17  # noise levels in a picture of trajectories
+MAX_ROWS = 10  # rows of samples, by class or caption, and trajectories
+REAL_PER_CLASS = 4  # training images beside the samples of a class
+MAX_RECORDS_READ = 1000  # records that are read to find these, and distinct captions
+CHANGE_COLUMNS = 6  # samples in a row of before_after.png, on each side
+MAX_TABLE_ROWS = 1000  # rows of an array, held out and sampled, in a picture of its columns
+MIN_SIGNAL = 0.1  # (1 - t) / t of the levels that are drawn beside pure noise: others look like it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ def draw_change(run: Run, before: dict, held_out: Source) -> str:
             points = np.stack([np.asarray(a).reshape(-1, 2) for a in clean], 1)
             plots.points_picture(points, [0.0, 0.0], held_out.planar_extent, path)
         return path
-    rows = [dataclasses.replace(row, index=row.index[:CHANGED], condition=jax.tree.map(
-        lambda a: a[:CHANGED], row.condition)) for row in _rows(run, held_out)]
+    rows = [dataclasses.replace(row, index=row.index[:CHANGE_COLUMNS], condition=jax.tree.map(
+        lambda a: a[:CHANGE_COLUMNS], row.condition)) for row in _rows(run, held_out)]
     ends = np.cumsum([len(row.index) for row in rows])[:-1]
     first, last = (np.split(plots.displayable(_sampled(r, rows)[0], run.spec.pixel_levels), ends)
                    for r in (dataclasses.replace(run, params=before), run))
@@ -89,9 +89,9 @@ def _draw_images(run: Run, held_out: Source, samples, trajectories) -> None:
                             plots.displayable(np.stack(row.real), pixel_levels) if row.real else ())
              for row, images in zip(rows, np.split(clean, ends), strict=True)]
     # A trajectory of each row, or several where there are few rows.
-    each = max(1, ROWS // len(rows))
+    each = max(1, MAX_ROWS // len(rows))
     chosen = [(row.name, begin + i) for row, begin in zip(rows, [0, *ends], strict=True)
-              for i in range(min(each, len(row.index)))][:ROWS]
+              for i in range(min(each, len(row.index)))][:MAX_ROWS]
     names, numbers = zip(*chosen, strict=True)
     t, levels = _shown_levels(run, clean[list(numbers)], levels[list(numbers)])
     if jax.process_index() == 0:
@@ -127,7 +127,7 @@ def _draw_points(run: Run, extent: float, samples, trajectories) -> None:
 
 def _draw_columns(run: Run, held_out: Source, samples) -> None:
     """Draws samples on the conditions of held-out records, over these records."""
-    count = min(len(held_out.records), COLUMNS_DRAWN)
+    count = min(len(held_out.records), MAX_TABLE_ROWS)
     drawn = generate.sample_at(run, np.arange(count))
     if jax.process_index() == 0:
         rows = np.stack([held_out.records[i]["image"].ravel() for i in range(count)])
@@ -140,8 +140,8 @@ def _shown_levels(run: Run, clean, levels) -> tuple[np.ndarray, np.ndarray]:
     The clean image is the last of them.
     """
     t = run.sampled_levels()[::-1]
-    shown = np.unique(np.linspace(0, len(t) - 1, COLUMNS).round().astype(int))
-    shown = np.array([k for k in shown if not k or (1 - t[k]) / max(t[k], 1e-9) >= NOISE])
+    shown = np.unique(np.linspace(0, len(t) - 1, MAX_LEVELS).round().astype(int))
+    shown = np.array([k for k in shown if not k or (1 - t[k]) / max(t[k], 1e-9) >= MIN_SIGNAL])
     t, levels = t[shown], levels[:, shown]
     if t[-1]:  # an ODE's last level is the clean image
         t, levels = np.append(t, 0.0), np.concatenate([levels, clean[:, None]], 1)
@@ -157,11 +157,11 @@ def _rows(run: Run, held_out: Source) -> list[_Row]:
     """The rows of samples.png, config.sample.num images in all, at most ten a row."""
     num, classes = _count(run), run.model.config.num_classes
     if run.model.config.text_width:
-        return _caption_rows(run, held_out, num)
+        return _caption_rows(held_out, num)
     if not classes:
         index = np.arange(num)
         return [_Row("", part, None, []) for part in np.split(index, range(10, num, 10))]
-    drawn, real = min(classes, ROWS, num), _real_images(run.config.data, min(classes, ROWS))
+    drawn, real = min(classes, MAX_ROWS, num), _real_images(run.config.data, min(classes, MAX_ROWS))
     names = run.spec.class_names or [f"class {label}" for label in range(classes)]
     rows = []
     for label in range(drawn):
@@ -171,12 +171,12 @@ def _rows(run: Run, held_out: Source) -> list[_Row]:
     return rows
 
 
-def _caption_rows(run: Run, held_out: Source, num: int) -> list[_Row]:
+def _caption_rows(held_out: Source, num: int) -> list[_Row]:
     """A row for each of the first distinct held-out captions, with its own image."""
     first = {}  # {caption: its first record}
-    for r in range(min(SEARCHED, len(held_out.records))):
+    for r in range(min(MAX_RECORDS_READ, len(held_out.records))):
         first.setdefault(held_out.captions[r] if held_out.captions else f"record {r}", r)
-        if len(first) == min(ROWS, num):
+        if len(first) == min(MAX_ROWS, num):
             break
     columns, rows = min(10, num // len(first)), []
     for caption, r in first.items():
@@ -189,15 +189,15 @@ def _caption_rows(run: Run, held_out: Source, num: int) -> list[_Row]:
 
 @functools.lru_cache(maxsize=1)
 def _real_images(data: Data, classes: int) -> list[list]:
-    """Training images of the first classes, up to REAL of each among the first records.
+    """Training images of the first classes, up to REAL_PER_CLASS of each among the first records.
 
     They are read once for all pictures of a run.
     """
     records, found = data.open(data.split).records, [[] for _ in range(classes)]
-    for i in range(min(SEARCHED, len(records))):
+    for i in range(min(MAX_RECORDS_READ, len(records))):
         record = records[i]
-        if record["label"] < classes and len(found[record["label"]]) < REAL:
+        if record["label"] < classes and len(found[record["label"]]) < REAL_PER_CLASS:
             found[record["label"]].append(record["image"])
-        if all(len(images) == REAL for images in found):
+        if all(len(images) == REAL_PER_CLASS for images in found):
             break
     return found

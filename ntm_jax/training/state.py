@@ -46,7 +46,7 @@ def abstract(run: Run) -> State:
     return _abstract(run.model, run.config.optimizer, run.config.train.steps, run.mesh)
 
 
-def check_memory(run: Run) -> None:
+def check_state_fits(run: Run) -> None:
     """Raises UserError if a state's arrays alone do not fit in the memory of the mesh's devices."""
     device = run.mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")

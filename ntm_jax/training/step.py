@@ -57,7 +57,7 @@ def make_step(run: Run, teacher: Run | None = None):
         metrics, gradient = gradients(current, Draws(root, batch, steps, current.step), reference)
         with jax.named_scope("optimizer"):
             updates, opt_state = transform.update(gradient, current.opt_state, current.params)
-            updates = _without(updates, fixed_parts)
+            updates = _zero_updates(updates, fixed_parts)
             params = cast(dict, optax.apply_updates(current.params, updates))
             ema = optimizer.update_ema(current.ema, params, current.step, decay)
             metrics = {"grad_norm": optax.tree.norm(gradient), "finite": _finite(params)} | metrics
@@ -81,12 +81,12 @@ def _finite(tree):
     return jnp.max(jnp.stack(broken)) == 0
 
 
-def _without(updates, frozen: tuple[str, ...]):
-    """The updates, of which those of the named parts of the model are 0.
+def _zero_updates(updates, fixed_parts: tuple[str, ...]):
+    """The updates, with those of the model's fixed parts set to 0.
 
     Weight decay moves parameters that have no gradient.
     """
-    kept = {name: jax.tree.map(jnp.zeros_like, tree) if name in frozen else tree
+    kept = {name: jax.tree.map(jnp.zeros_like, tree) if name in fixed_parts else tree
             for name, tree in updates["params"].items()}
     return updates | {"params": kept}
 
@@ -141,7 +141,7 @@ def flops_of_step(run: Run, step, current: State, batch, teacher: Run | None = N
         return flops.of_jaxpr(traced.jaxpr.jaxpr)
 
 
-def check_memory(run: Run, step, *arguments) -> None:
+def compile_and_check_memory(run: Run, step, *arguments) -> None:
     """Compiles a step, which a call with the same shapes then finds, and estimates its memory.
 
     Raises UserError where that exceeds what a device, or for CPUs the machine, has left: the kernel

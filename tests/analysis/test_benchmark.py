@@ -265,7 +265,7 @@ def test_a_run_is_long_enough_and_the_case_is_closed(monkeypatch):
 
 
 def test_product_rate_counts_half_precision():
-    rate = flops.products("bfloat16", setting().run.mesh, 0.02)
+    rate = flops.matmul_rate_probe("bfloat16", setting().run.mesh, 0.02)
     assert 1e6 < rate() < 1e16
 
 

@@ -96,7 +96,7 @@ def test_the_compiled_likelihood_is_the_one_that_evaluation_calls(monkeypatch):
         raise StopIteration
 
     run = dataclasses.replace(run, params=state.initialize(run).ema)
-    monkeypatch.setattr(scoring, "weigh_batch", record)
+    monkeypatch.setattr(scoring, "bounds_of_batch", record)
     with pytest.raises(StopIteration):
         scoring.score_records(run, source, settings.evaluate.trajectories)
     with sharding.use(mesh):

@@ -70,7 +70,7 @@ def build(values: dict) -> str:
     source = settings.data.open(settings.data.split)
     settings.data.open(settings.evaluate.split)
     spec = pipeline.spec(source, settings.data.patch_size)
-    state.check_memory(untrained(settings, spec, mesh))
+    state.check_state_fits(untrained(settings, spec, mesh))
     return ""
 
 

@@ -207,8 +207,8 @@ def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true
     expected = log_gaussian(x_0, 0.98 * mean, 0.98**2 * variance + 0.02**2) / 24
     terms = true_conditionals(t, mean, variance)
     for trajectories in (1, 4, 16):
-        scores = likelihood.weigh(terms, draw, x, t, 0, trajectories)
-        assert scores["weighted"].shape == (16, len(likelihood.marks(trajectories)))
+        scores = likelihood.estimate_bounds(terms, draw, x, t, 0, trajectories)
+        assert scores["weighted"].shape == (16, len(likelihood.reported_counts(trajectories)))
         for bound in (scores["bound"], scores["importance_weighted"], *scores["weighted"].T):
             # float32: some 4e-6 a dimension
             np.testing.assert_allclose(bound / 24, expected, atol=1e-4)
@@ -237,12 +237,12 @@ def test_with_the_bayes_decoder_the_bound_on_the_clean_data_is_exact(monkeypatch
 
     terms = true_conditionals(t, mean, variance)
     monkeypatch.setattr(likelihood, "log_reconstruction", bayes)
-    scores = likelihood.weigh(terms, draw, x, t, 17, 4)
+    scores = likelihood.estimate_bounds(terms, draw, x, t, 17, 4)
     for bound in (scores["bound"], *scores["weighted"].T):
         np.testing.assert_allclose(bound / 24, log_gaussian(x, mean, variance) / 24, atol=1e-4)
     # the decoder that ignores the prior loses about half log(1 + t_0^2 / ((1-t_0)^2 v)) a dimension
     monkeypatch.setattr(likelihood, "log_reconstruction", without_prior)
-    worse = likelihood.weigh(terms, draw, x, t, 17, 4)["bound"]
+    worse = likelihood.estimate_bounds(terms, draw, x, t, 17, 4)["bound"]
     gap = float(jnp.mean(scores["bound"] - worse)) / 24
     assert gap == pytest.approx(0.5 * math.log(1 + t_0**2 / ((1 - t_0) ** 2 * variance)), rel=0.5)
 
@@ -258,7 +258,7 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (64, 5, 1, 2))
         return trajectory.simulate(x, t, noise)
 
-    scores = likelihood.weigh(true_conditionals(t, mean, variance), draw, x, t,
+    scores = likelihood.estimate_bounds(true_conditionals(t, mean, variance), draw, x, t,
                               likelihood.UNBINNED, 1000)
     expected = np.asarray(log_gaussian(x, mean, variance + 2 * s**2))
     error = scores["importance_weighted"] - expected
@@ -281,7 +281,7 @@ def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
     def draw(number):
         return trajectory.extend(points, t, jax.random.normal(jax.random.key(number), (6, 2, 8, 3)))
 
-    scores = likelihood.weigh(true_conditionals(t, mean, variance), draw, points, t, 0, 3)
+    scores = likelihood.estimate_bounds(true_conditionals(t, mean, variance), draw, points, t, 0, 3)
     level = float(t[0, 0])
     expected = log_gaussian(points, (1 - level) * mean, (1 - level) ** 2 * variance + level**2)
     np.testing.assert_allclose(scores["importance_weighted"] / 24, expected / 24, atol=1e-4)
@@ -343,8 +343,8 @@ def test_equal_weights_count_in_full(weights):
 
 
 def test_bounds_are_marked_at_powers_of_four():
-    assert [likelihood.marks(n) for n in (1, 4, 5)] == [[1], [1, 4], [1, 4, 5]]
-    assert likelihood.marks(10**6)[-3:] == [4**8, 4**9, 10**6]
+    assert [likelihood.reported_counts(n) for n in (1, 4, 5)] == [[1], [1, 4], [1, 4, 5]]
+    assert likelihood.reported_counts(10**6)[-3:] == [4**8, 4**9, 10**6]
 
 
 def test_bits_per_dim():

@@ -203,7 +203,7 @@ def test_a_schedule_guides_its_own_steps_alone(random):
 def test_a_gaussian_model_samples_its_gaussian(tiny):
     """A new model without transporter is exact for N(0, r^2) data, with known covariances."""
     new = tiny(new=True, transporter_blocks=0)
-    _, t, _, xs = drawn(new, sampling.sample, batch=2000)
+    _, t, _, (xs, _) = drawn(new, sampling.sample_with_log_prob, batch=2000)
     # levels differ between examples
     deviations = xs / np.sqrt((0.7 * (1 - t)) ** 2 + t**2)[:, :, None, None]
     values = np.moveaxis(deviations, 1, 0).reshape(4, -1)

@@ -120,17 +120,18 @@ def test_fixed_levels_start_at_t_min_for_every_example(schedule, expected):
 
 @pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.name)
 def test_a_share_of_the_way_is_the_schedule_with_infinitely_many_steps(schedule):
-    """at(k / T) is level k of T steps from t_min = 0, whatever the schedule's own t_min."""
+    """The level at k / T is level k of T steps from t_min = 0, whatever the schedule's t_min."""
     fine = schedule.levels(64, jnp.zeros(1))[0]
-    np.testing.assert_allclose(schedule.at(jnp.arange(65) / 64), fine, rtol=3e-7)  # roundings
-    np.testing.assert_array_equal(schedule.at(jnp.array([0.0, 1.0])), [0, 1])
+    found = schedule.level_at_fraction(jnp.arange(65) / 64)
+    np.testing.assert_allclose(found, fine, rtol=3e-7)  # roundings
+    np.testing.assert_array_equal(schedule.level_at_fraction(jnp.array([0.0, 1.0])), [0, 1])
 
 
 def test_at_by_hand():
     shares = jnp.array([0.25, 0.5, 0.75])
-    np.testing.assert_allclose(LINEAR.at(shares), shares, rtol=1e-7)
+    np.testing.assert_allclose(LINEAR.level_at_fraction(shares), shares, rtol=1e-7)
     # m = log 3: 3/(3 + 1/share - 1)
-    np.testing.assert_allclose(SHIFTED.at(shares), [0.5, 0.75, 0.9], rtol=3e-7)
+    np.testing.assert_allclose(SHIFTED.level_at_fraction(shares), [0.5, 0.75, 0.9], rtol=3e-7)
 
 
 def test_a_schedule_is_a_static_argument():

@@ -50,7 +50,7 @@ def write_metrics(path, key="evaluate/bits_per_dim"):
 
 def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     path = write_metrics(tmp_path / "metrics.jsonl")
-    assert plots.loss_plot(path, tmp_path / "loss.png")
+    assert plots.loss_plot(path, tmp_path / "loss.png", "loss")
     assert read(tmp_path / "loss.png").shape == (720, 840, 4)
     figures = drawn(monkeypatch)
     plots.loss_plot(path, "unused", "training loss (squared error)")
@@ -63,15 +63,15 @@ def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     assert (losses.get_xlabel(), held_out.get_xlabel()) == ("", "step")
     assert held_out.lines[0].get_xydata().tolist() == [[100, 3.5], [200, 3.25]]
     assert held_out.get_ylabel() == "held-out bound (bits per dimension)"
-    plots.loss_plot(write_metrics(path, "evaluate/nats_per_dim"), "unused")
+    plots.loss_plot(write_metrics(path, "evaluate/nats_per_dim"), "unused", "loss")
     assert figures[1].axes[1].get_ylabel() == "held-out bound (nats per dimension)"
-    plots.loss_plot(write_metrics(path, "evaluate/mse"), "unused")
+    plots.loss_plot(write_metrics(path, "evaluate/mse"), "unused", "loss")
     assert figures[2].axes[1].get_ylabel() == "held-out mean squared error"
 
 
 def test_loss_plot_without_a_loss_draws_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
-    assert not plots.loss_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert not plots.loss_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "loss")
     assert not (tmp_path / "loss.png").exists()
 
 

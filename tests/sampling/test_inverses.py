@@ -52,7 +52,7 @@ def test_the_break_even_is_that_of_the_ridge():
 def test_kernels_that_wait_for_each_other_bound_small_networks():
     config, chip = table.model(64, 64), CHIPS["v5p"]
     found = inverses.seconds(config, 1, chip, sweeps=4)
-    step = 2 * inverses.KERNELS * chip.latency
+    step = 2 * inverses.KERNELS_PER_LAYER * chip.latency
     assert found["parallel"] == pytest.approx(4 * step)
     assert found["sequential"] == pytest.approx(64 * step, rel=0.01)
 

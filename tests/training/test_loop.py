@@ -116,7 +116,8 @@ def test_a_step_is_traced_once_for_its_flops_and_its_program(tmp_path, monkeypat
 
 def test_the_memory_of_the_largest_number_of_steps_is_checked(monkeypatch):
     checked = []
-    monkeypatch.setattr(loop, "check_memory", lambda *arguments: checked.append(arguments))
+    monkeypatch.setattr(
+        loop, "compile_and_check_memory", lambda *arguments: checked.append(arguments))
     run = types.SimpleNamespace(config=tiny_config(**{"trajectory.steps": (2, 6, 4)}))
     looping = types.SimpleNamespace(
         run=run, start=0, step_function="step",

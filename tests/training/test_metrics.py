@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from ntm_jax import files
 from ntm_jax.training import metrics
-from ntm_jax.training.metrics import Writer
+from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.writers import lines as lines_file
 
 
@@ -49,7 +49,7 @@ def events(workdir):
 def test_lines_are_valid_json_and_flushed_as_they_come(tmp_path):
     scalars = {"loss": np.float32(0.5), "bad": float("nan"), "worse": float("-inf"),
                "evaluate/bits_per_dim": jax.numpy.float32(2)}
-    with Writer(tmp_path / "new" / "run", 10, quiet=True) as writer:
+    with MetricsReporter(tmp_path / "new" / "run", 10, quiet=True) as writer:
         writer.write(1, scalars)
         [line] = lines(tmp_path / "new" / "run")
     assert line.pop("wall_time") > 1e9
@@ -58,18 +58,18 @@ def test_lines_are_valid_json_and_flushed_as_they_come(tmp_path):
 
 
 def test_resuming_drops_what_will_be_logged_again(tmp_path):
-    with Writer(tmp_path, 10, quiet=True) as writer:
+    with MetricsReporter(tmp_path, 10, quiet=True) as writer:
         for step in (2, 4, 6, 8):
             writer.write(step, {"loss": float(step)})
     file = tmp_path / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 4, "lo')  # as a kill leaves it
-    with Writer(tmp_path, 10, start_step=4, quiet=True) as writer:
+    with MetricsReporter(tmp_path, 10, start_step=4, quiet=True) as writer:
         assert steps(tmp_path) == [2, 4]
         writer.write(6, {"loss": 0.0})
     found = [(line["step"], line["loss"]) for line in lines(tmp_path)]
     assert found == [(2, 2.0), (4, 4.0), (6, 0.0)]
     assert not list(tmp_path.glob("*.new"))
-    Writer(tmp_path, 10, quiet=True).close()  # a run that starts over
+    MetricsReporter(tmp_path, 10, quiet=True).close()  # a run that starts over
     assert lines(tmp_path) == []
 
 
@@ -82,13 +82,13 @@ def test_damaged_lines_are_dropped_when_a_run_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     good = [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "loss": 2.0}\n']
     path.write_bytes(good[0] + b"".join(DAMAGED[:-1]) + good[1] + DAMAGED[-1])
-    Writer(tmp_path, 10, start_step=2, quiet=True).close()
+    MetricsReporter(tmp_path, 10, start_step=2, quiet=True).close()
     assert path.read_bytes() == b"".join(good)
 
 
 def test_a_full_disk_ends_the_run_with_the_files_name(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Writer(tmp_path, 10, quiet=True) as writer:
+    with MetricsReporter(tmp_path, 10, quiet=True) as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
             with pytest.raises(OSError, match="File too large") as error:
@@ -103,7 +103,7 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     image = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
     Image.fromarray(image).save(tmp_path / "samples.png")
     Image.fromarray(image[..., 0]).save(tmp_path / "gray.png")
-    with Writer(tmp_path, 10, quiet=True) as writer:
+    with MetricsReporter(tmp_path, 10, quiet=True) as writer:
         writer.write(3, {"loss": 0.25})
         writer.picture(3, tmp_path / "samples.png")
         writer.picture(4, str(tmp_path / "gray.png"))
@@ -119,7 +119,7 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
 def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     clock = iter([100.0, 110.0, 120.0, 130.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    with Writer(tmp_path, 2000) as writer:
+    with MetricsReporter(tmp_path, 2000) as writer:
         writer.advance(1)
         writer.advance(2)
         more = {f"more_{i}": 1.0 for i in range(9)}
@@ -137,7 +137,7 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with Writer(tmp_path, 20, start_step=10) as writer:
+    with MetricsReporter(tmp_path, 20, start_step=10) as writer:
         writer.advance(12)
         writer.write(15, {"grad_norm": 2.0, "loss": 0.61234, "examples_per_second": 123.4})
         writer.message("saved")
@@ -150,7 +150,7 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 def test_other_processes_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with Writer(tmp_path / "run", 10) as writer:
+    with MetricsReporter(tmp_path / "run", 10) as writer:
         writer.write(1, {"loss": 1.0})
         writer.advance(2)
         writer.picture(1, tmp_path / "samples.png")
@@ -167,14 +167,14 @@ def as_if_remote(monkeypatch):
 
 @pytest.mark.usefixtures("as_if_remote")
 def test_object_storage_is_written_every_so_many_lines_and_at_the_end(tmp_path, capsys):
-    with Writer(tmp_path, 10) as writer:
+    with MetricsReporter(tmp_path, 10) as writer:
         assert "no TensorBoard events" in capsys.readouterr().out
         for step in (1, 2, 3, 4):
             writer.write(step, {"loss": 1.0})
         writer.picture(4, tmp_path / "samples.png")
         assert steps(tmp_path) == [1, 2, 3]
     assert steps(tmp_path) == [1, 2, 3, 4]
-    with Writer(tmp_path, 10, start_step=2) as writer:
+    with MetricsReporter(tmp_path, 10, start_step=2) as writer:
         writer.write(3, {"loss": 2.0})
     assert steps(tmp_path) == [1, 2, 3]
     assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -52,7 +52,7 @@ def test_each_class_has_a_row_of_samples_beside_its_own_images(tmp_path, drawn):
     expected = plots.displayable(generate.sample_at(run, np.arange(20), with_levels=True)[0], 17)
     for label, row in enumerate(rows):
         np.testing.assert_array_equal(row.samples, expected[label::10])
-        assert len(row.beside) == pictures.REAL
+        assert len(row.beside) == pictures.REAL_PER_CLASS
     images = {record["image"].tobytes(): record["label"] for record in map(
         train.records.__getitem__, range(1000))}
     shown = {plots.displayable(np.frombuffer(image, np.uint8), 17).tobytes(): label
@@ -93,11 +93,11 @@ def test_captions_have_a_row_beside_their_own_image(tmp_path, drawn):
 
 
 def test_a_caption_of_several_images_has_one_row(tmp_path):
-    run, _, held_out = run_of("digits", tmp_path)
+    _, _, held_out = run_of("digits", tmp_path)
     text = {"text": np.zeros((2, 3), np.float16), "text_mask": np.ones(2, bool)}
     records = [held_out.records[i] | text for i in range(4)]
     source = dataclasses.replace(held_out, records=records, captions=["a", "b", "a", ""])
-    rows = pictures._caption_rows(run, source, 12)
+    rows = pictures._caption_rows(source, 12)
     assert [row.name for row in rows] == ["a", "b", "record 3"]
     assert np.concatenate([row.index for row in rows]).tolist() == list(range(12))
     for row, i in zip(rows, (0, 1, 3), strict=True):

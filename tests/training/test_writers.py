@@ -11,7 +11,7 @@ from PIL import Image
 
 from ntm_jax.errors import UserError
 from ntm_jax.training import loop, writers
-from ntm_jax.training.metrics import Writer
+from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.writers.wandb import IDENTITY, WandB
 from tests.common import ROOT, TINY, python, tiny_config
 
@@ -36,7 +36,8 @@ class Broken(Recorder):
 
 def test_every_writer_gets_every_call(tmp_path):
     one, other = Recorder(), Recorder()
-    with Writer(tmp_path, 10, 4, quiet=True, more=[one, other], settings={"seed": 1}) as writer:
+    with MetricsReporter(tmp_path, 10, 4, quiet=True, extra_writers=[one, other],
+                         settings={"seed": 1}) as writer:
         Image.new("RGB", (2, 2)).save(tmp_path / "samples.png")
         writer.write(5, {"loss": 1})
         writer.picture(5, tmp_path / "samples.png")
@@ -50,7 +51,7 @@ def test_every_writer_gets_every_call(tmp_path):
 def test_what_is_open_is_closed_where_a_writer_cannot_begin(tmp_path):
     first = Recorder()
     with pytest.raises(UserError, match="nobody is logged in"):
-        Writer(tmp_path, 10, quiet=True, more=[first, Broken()])
+        MetricsReporter(tmp_path, 10, quiet=True, extra_writers=[first, Broken()])
     assert first.calls[-1] == ("close",)
 
 
@@ -68,7 +69,7 @@ def test_the_pages_writer_takes_its_argument(tmp_path, monkeypatch):
     monkeypatch.setattr(writers, "register", lambda name, make, usage: made.append(make))
     made = []
     exec(EXAMPLE, {})
-    with Writer(tmp_path, 10, quiet=True, more=[made[0]("losses")]) as writer:
+    with MetricsReporter(tmp_path, 10, quiet=True, extra_writers=[made[0]("losses")]) as writer:
         writer.write(1, {"loss": 0.5})
     assert (tmp_path / "losses.csv").read_text().splitlines() == ["1,loss,0.5"]
 
@@ -135,7 +136,7 @@ def offline(monkeypatch, tmp_path):
 
 
 def train(folder, start: int, *steps: int):
-    with Writer(folder, 10, start, quiet=True, more=[WandB("mine")],
+    with MetricsReporter(folder, 10, start, quiet=True, extra_writers=[WandB("mine")],
                 settings={"train.steps": 10}) as writer:
         for step in steps:
             writer.write(step, {"loss": step / 8, "bad": float("nan")})

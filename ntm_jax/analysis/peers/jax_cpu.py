@@ -57,4 +57,4 @@ def inverting(forward: Callable, inverse: Callable, params, x: jax.Array, count:
 
 def products() -> Callable[[], float]:
     """A function that measures the FLOP/s of large float32 products, the best of several sizes."""
-    return flops.products("float32", sharding.make_mesh(Mesh(1, -1, 1, 1, 1)), 0.3)
+    return flops.matmul_rate_probe("float32", sharding.make_mesh(Mesh(1, -1, 1, 1, 1)), 0.3)

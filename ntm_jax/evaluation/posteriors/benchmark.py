@@ -100,9 +100,9 @@ def _observation(run: Run, task: str, reference: references.Reference, amounts: 
 
 
 def _weighted(run: Run, log_joint: Callable, x, amounts: Amounts) -> Reweighted:
-    """So many weighted samples that those drawn by weight are hardly copies of each other.
+    """Weighted samples whose effective number is about amounts.samples.
 
-    Their effective number is about amounts.samples, unless that takes more than amounts.weighted.
+    At most amounts.weighted are drawn beyond the first 2 x amounts.samples.
     """
     def draw(n: int) -> Reweighted:
         given = conditioning.check_condition(run, n, x)

@@ -64,9 +64,9 @@ def calibration(result: dict, drawn: Drawn, out_png) -> None:
     left.fill_between(level, -width, width, color="0.85")
     right.fill_between(level, level - width, level + width, color="0.85")
     for number, ranks in enumerate(drawn.ranks.T, 1):
-        left.plot(level, _distribution(ranks, counts) - level, linewidth=1,
+        left.plot(level, scores.distribution(ranks, counts) - level, linewidth=1,
                   label=f"parameter {number}")
-    right.plot(level, _distribution(np.rint(drawn.shares * checks["draws"]), counts),
+    right.plot(level, scores.distribution(np.rint(drawn.shares * checks["draws"]), counts),
                color="tab:blue")
     right.plot([0, 1], [0, 1], color="black", linewidth=0.5)
     left.axhline(0, color="black", linewidth=0.5)
@@ -76,8 +76,3 @@ def calibration(result: dict, drawn: Drawn, out_png) -> None:
               xlim=(0, 1), ylim=(0, 1))
     plot.legend(loc="outside lower center", ncols=5)
     save_figure(plot, out_png)
-
-
-def _distribution(values, grid) -> np.ndarray:
-    """The share of values at or below each number of `grid`."""
-    return np.searchsorted(np.sort(values), grid, side="right") / len(values)

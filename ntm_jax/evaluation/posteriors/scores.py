@@ -67,9 +67,13 @@ def uniformity(values, draws: int) -> dict[str, float]:
     large for uniform ranks (Kolmogorov and Smirnov, which is conservative for integers).
     """
     grid = np.arange(draws + 1)
-    found = np.searchsorted(np.sort(values), grid, side="right") / len(values)
-    distance = float(np.max(np.abs(found - (grid + 1) / (draws + 1))))
+    distance = float(np.max(np.abs(distribution(values, grid) - (grid + 1) / (draws + 1))))
     return {"distance": distance, "p_value": float(stats.kstwo.sf(distance, len(values)))}
+
+
+def distribution(values, grid) -> np.ndarray:
+    """The share of values at or below each number of `grid`."""
+    return np.searchsorted(np.sort(values), grid, side="right") / len(values)
 
 
 def band(count: int, level: float = 0.99) -> float:

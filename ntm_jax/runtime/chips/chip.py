@@ -35,7 +35,7 @@ class Chip:
         return self.highest or self.flops / PASSES if precision == "highest" else self.flops
 
 
-HERE = Chip(math.inf, math.nan, math.nan, math.nan, math.nan)  # cpu and local: unknown limits
+UNKNOWN_CHIP = Chip(math.inf, math.nan, math.nan, math.nan, math.nan)  # cpu and local
 # One core of a server's CPU, about; memory is its caches, which hold small networks. Several cores
 # have as much more of both, so that their ratio stays. No kernel is launched.
 CPU = Chip(math.inf, 100e9, 50e9, math.nan, math.nan, highest=100e9, latency=0.0)

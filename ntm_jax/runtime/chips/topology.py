@@ -9,7 +9,7 @@ import jax
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.chips import gpu, tpu
-from ntm_jax.runtime.chips.chip import CPU, HERE, Chip
+from ntm_jax.runtime.chips.chip import CPU, UNKNOWN_CHIP, Chip
 
 EXAMPLES = f"{tpu.EXAMPLES}, {gpu.EXAMPLES}, cpu:8 or local"
 
@@ -51,14 +51,14 @@ def find(name: str, slices: int = 1) -> Topology:
     where slices are not the NVLink domains.
     """
     if name == "local":
-        return Topology(jax.devices(), HERE, slices)
+        return Topology(jax.devices(), UNKNOWN_CHIP, slices)
     simulated = re.fullmatch(r"cpu:([1-9]\d*)", name)
     if simulated:
         count, present = int(simulated[1]), jax.devices("cpu")
         if len(present) < count:
             raise UserError(f"--topology={name}: there are {len(present)} CPU devices; set "
                             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}")
-        return Topology(present[:count], HERE, slices)
+        return Topology(present[:count], UNKNOWN_CHIP, slices)
     if tpu.NAME.fullmatch(name):
         return Topology(tpu.devices(name, slices), tpu.CHIPS[name.split(":")[0]], slices)
     if gpu.NAME.fullmatch(name):

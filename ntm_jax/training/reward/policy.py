@@ -7,29 +7,28 @@ policy stands in for the model.
 Symbols: P conditions, G samples of each; B = P G; T steps; N tokens, D token channels.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-LOG_2PI = math.log(2 * math.pi)
+from ntm_jax.core.trajectory import LOG_2PI
+
 EPSILON = 1e-6  # beside the deviation of a group's rewards
 
 
-def advantages(rewards: np.ndarray, later: np.ndarray, normalise: bool) -> np.ndarray:
+def advantages(rewards: np.ndarray, future_divergence: np.ndarray, normalise: bool) -> np.ndarray:
     """The advantages of every factor, [P, G, T], of rewards [P, G].
 
-    later: [P, G, T], what is taken from a sample's reward in a factor: the weighted divergence of
-    the factors that follow it. A group's mean is taken from both. Where rewards are normalised,
-    they are divided by their group's deviation (GRPO, arXiv 2402.03300). Otherwise the mean is that
-    of a group's other samples, so that the gradient is unbiased (arXiv 2402.14740).
+    future_divergence: [P, G, T], what is taken from a sample's reward in a factor: the weighted
+    divergence of the factors that follow it. A group's mean is taken from both. Where rewards are
+    normalised, they are divided by their group's deviation (GRPO, arXiv 2402.03300). Otherwise the
+    mean is that of a group's other samples, so that the gradient is unbiased (arXiv 2402.14740).
     """
     count = rewards.shape[1]
     centred = rewards - np.mean(rewards, 1, keepdims=True)
     if normalise:
         centred = centred / (np.std(rewards, 1, keepdims=True) + EPSILON)
-    found = centred[..., None] - (later - np.mean(later, 1, keepdims=True))
+    found = centred[..., None] - (future_divergence - np.mean(future_divergence, 1, keepdims=True))
     return (found if normalise else found * count / (count - 1)).astype(np.float32)
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import Config, Reward
 from ntm_jax.training.reward import policy, rollouts
-from ntm_jax.training.reward.rollouts import Use, flat
+from ntm_jax.training.reward.rollouts import RolloutUse, flat
 
 
-def _names(settings: Reward) -> tuple[str, ...]:
+def _arrays(settings: Reward) -> tuple[str, ...]:
     """With one update on a set of samples all ratios are 1, and no old densities are needed."""
     old = ("old_nll",) if settings.updates > 1 else ()
     if not settings.kl:
@@ -23,11 +23,11 @@ def _names(settings: Reward) -> tuple[str, ...]:
     return (*old, *(latents if settings.trains == "predictor" else ("reference_nll",)))
 
 
-def _weigh(settings: Reward, rewards, bonus, later) -> dict:
-    return {"advantage": policy.advantages(rewards + bonus, later, settings.normalise)}
+def _weights(settings: Reward, rewards, bonus, future_divergence) -> dict:
+    return {"advantage": policy.advantages(rewards + bonus, future_divergence, settings.normalise)}
 
 
-USE = Use(_names, _weigh, charges_divergence=True)
+USE = RolloutUse(_arrays, _weights, needs_divergence=True)
 
 
 def loss_with(anchor: Callable) -> Callable:
@@ -66,8 +66,8 @@ def _penalty(found: dict, batch: dict):
     """
     first = {name: flat(batch[f"reference_{name}"]) for name in ("nll", "mean", "log_scale")
              if f"reference_{name}" in batch}
-    apart = rollouts.divergence(found, first)
-    return apart if "mean" in found else 0.5 * jnp.square(apart)
+    divergences = rollouts.divergence(found, first)
+    return divergences if "mean" in found else 0.5 * jnp.square(divergences)
 
 
 def check(config: Config) -> None:

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import Config, Reward
 from ntm_jax.training.reward import policy, rollouts
-from ntm_jax.training.reward.rollouts import Use
+from ntm_jax.training.reward.rollouts import RolloutUse
 
 
-def _names(settings: Reward) -> tuple[str, ...]:
+def _arrays(settings: Reward) -> tuple[str, ...]:
     return ("reference_nll",)
 
 
-def _weigh(settings: Reward, rewards, bonus, later) -> dict:
+def _weights(settings: Reward, rewards, bonus, future_divergence) -> dict:
     return {"pair_weight": policy.pair_weights(rewards, bonus)}
 
 
-USE = Use(_names, _weigh, charges_divergence=False)
+USE = RolloutUse(_arrays, _weights, needs_divergence=False)
 
 
 def loss_with(anchor: Callable) -> Callable:

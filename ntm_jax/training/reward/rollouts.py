@@ -32,7 +32,7 @@ REJECTED = "rejected"  # the key of a batch's images that lost a comparison with
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler:
+class RolloutSampler:
     """The static arguments of rollouts."""
 
     model: NTM
@@ -59,17 +59,17 @@ class Sampler:
         return self.held(self.schedule.fixed_levels(self.steps, count))
 
 
-def sampler_of(run: Run) -> Sampler:
+def sampler_of(run: Run) -> RolloutSampler:
     """The sampler of a run's settings."""
     config = run.config
     first, last = config.reward.levels or (0, config.sample.steps)
-    return Sampler(run.model, run.schedule, config.sample.steps, config.reward.samples,
+    return RolloutSampler(run.model, run.schedule, config.sample.steps, config.reward.samples,
                    config.reward.trains != "predictor", first, last, config.sample.inverse,
                    run.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "part"))
-def sample(params, root, batch, *, sampler: Sampler, part: int):
+def sample(params, root, batch, *, sampler: RolloutSampler, part: int):
     """Draws one of the PARTS of a batch's samples: (clean tokens, rollouts).
 
     Their shapes are [P, g, N, D] and [P, g, S+1, N, D]. Clean tokens are x_0 / (1 - t_0).
@@ -95,7 +95,7 @@ def sample(params, root, batch, *, sampler: Sampler, part: int):
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
-def recorded(params, root, batch, *, sampler: Sampler):
+def recorded(params, root, batch, *, sampler: RolloutSampler):
     """Rollouts [P, 2, S+1, N, D] of a batch's images, the preferred ones and then the rejected.
 
     They are trajectories of the forward process with the same noise for both.
@@ -108,11 +108,7 @@ def recorded(params, root, batch, *, sampler: Sampler):
     found = trajectory.simulate(x, t, repeat(noise, 2))
     if not sampler.through_transporter:
         y = repeat(build.condition(sampler.model, batch), 2)
-        steps = jnp.full(len(x), sampler.steps)
-        below = [cast(Any, exact(sampler.model).apply(
-            params, found[:, k], t[:, k], steps, y, method=NTM.transport))[0]
-            for k in range(sampler.steps)]
-        found = jnp.stack([*below, found[:, -1]], 1)
+        found = sampling.transport_trajectory(exact(sampler.model), params, found, t, y)
     found = sampler.held(found)
     return _split(found.reshape(-1, 2, *found.shape[1:]))
 
@@ -127,7 +123,7 @@ def flat(a):
     return a.reshape(-1, *a.shape[2:])
 
 
-def densities(sampler: Sampler, params, batch: dict, rollout) -> dict[str, Any]:
+def densities(sampler: RolloutSampler, params, batch: dict, rollout) -> dict[str, Any]:
     """`nll` [B, S], of every factor of rollouts [P, G, S+1, N, D], in nats.
 
     Of latents also `mean` and `log_scale` [B, S, N, D] of their Gaussians.
@@ -154,7 +150,7 @@ def divergence(found: dict, reference: dict):
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "names"))
-def compare(params, reference, batch, rollout, *, sampler: Sampler, names: tuple[str, ...]):
+def compare(params, reference, batch, rollout, *, sampler: RolloutSampler, names: tuple[str, ...]):
     """The arrays of these names, [P, G, S, ...], of rollouts under two sets of parameters.
 
     old_nll, reference_nll; divergence; of latents reference_mean and reference_log_scale. What is
@@ -167,7 +163,7 @@ def compare(params, reference, batch, rollout, *, sampler: Sampler, names: tuple
     return {name: _split(found[name].reshape(*shape, *found[name].shape[1:])) for name in names}
 
 
-def draw(params, reference, root, batch, *, sampler: Sampler, names: tuple[str, ...],
+def draw(params, reference, root, batch, *, sampler: RolloutSampler, names: tuple[str, ...],
          recorded_pairs: bool = False):
     """Rollouts of a batch and their comparison: (clean tokens of each part, rollouts, `compare`'s).
 
@@ -183,26 +179,27 @@ def draw(params, reference, root, batch, *, sampler: Sampler, names: tuple[str, 
     return tokens, rollout, compare(params, reference, batch, rollout, sampler=sampler, names=names)
 
 
-def compared(use: "Use", settings: Settings, logged: bool) -> tuple[str, ...]:
+def compared(use: "RolloutUse", settings: Settings, logged: bool) -> tuple[str, ...]:
     """The arrays of `compare` that an objective and the log need for one set of samples."""
-    names = use.names(settings)
-    charged = settings.kl and use.charges_divergence
-    return (*names, "divergence") if logged or charged else names
+    names = use.arrays(settings)
+    needed = settings.kl and use.needs_divergence
+    return (*names, "divergence") if logged or needed else names
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
+class RolloutUse:
     """What an objective learns from rollouts.
 
-    names(settings) -> the arrays of `compare` that its loss reads from a batch.
-    weigh(settings, rewards [P, G], bonus [P, G], later [P, G, S]) -> further arrays of a batch, [P,
-    G, ...]; bonus: that of novelty; later: the weighted divergence of the factors that follow each.
-    charges_divergence: whether the weights depend on `later`.
+    arrays(settings) -> the names of those of `compare` that its loss reads from a batch.
+    weights(settings, rewards [P, G], bonus [P, G], future_divergence [P, G, S]) -> further arrays
+      of a batch, [P, G, ...]. bonus: that of novelty. future_divergence: of each factor, the
+      divergence from the reference of the factors that follow it, times config.reward.kl.
+    needs_divergence: whether the weights depend on future_divergence; it is 0 otherwise.
     """
 
-    names: Callable[[Settings], tuple[str, ...]]
-    weigh: Callable[[Settings, np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
-    charges_divergence: bool
+    arrays: Callable[[Settings], tuple[str, ...]]
+    weights: Callable[[Settings, np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    needs_divergence: bool
 
 
 class Rollouts:
@@ -215,7 +212,7 @@ class Rollouts:
     Raises UserError where the reward does not go with the source.
     """
 
-    def __init__(self, run: Run, source: Source, use: Use, reference: dict | None = None):
+    def __init__(self, run: Run, source: Source, use: RolloutUse, reference: dict | None = None):
         self.run, self.reference, self.use = run, reference, use
         self.sampler = sampler_of(run)
         if not run.config.reward.name and REJECTED not in source.records[0]:
@@ -223,7 +220,7 @@ class Rollouts:
                             f"no image `{REJECTED}`: name a reward, or give pairs of images")
         settings = run.config.reward
         self.scorer = Scorer(run, source, settings.workers) if settings.name else None
-        self.names = use.names(settings)
+        self.names = use.arrays(settings)
 
     def close(self) -> None:
         """Ends the processes that score."""
@@ -246,12 +243,12 @@ class Rollouts:
                 recorded_pairs=not self.scorer)
         scored = self._scored(tokens, batch, logged)
         rewards = scored["rewards"]
-        apart = sharding.to_host(found["divergence"]) if "divergence" in names else np.zeros(
+        divergences = sharding.to_host(found["divergence"]) if "divergence" in names else np.zeros(
             (*rewards.shape, self.sampler.factors), np.float32)
-        later = settings.kl * (np.cumsum(apart, -1) - apart)
-        scalars = _scalars(scored, apart) if logged else {}
-        weigh = self.use.weigh(settings, rewards, self._bonus(scored), later)
-        weights = sharding.place(weigh, run.mesh)
+        future_divergence = settings.kl * (np.cumsum(divergences, -1) - divergences)
+        scalars = _scalars(scored, divergences) if logged else {}
+        weights = sharding.place(
+            self.use.weights(settings, rewards, self._bonus(scored), future_divergence), run.mesh)
         kept = {name: found[name] for name in self.names}
         return batch | {"rollout": rollout} | kept | weights, scalars
 
@@ -276,9 +273,9 @@ class Rollouts:
         return settings.novelty * policy.rarity(scored["traits"])
 
 
-def _scalars(scored: dict, apart: np.ndarray) -> dict[str, float]:
-    """What is logged of scored samples; apart: their divergence from the reference [P, G, S]."""
-    found, rewards = {"kl": float(apart.sum(-1).mean())}, scored["rewards"]
+def _scalars(scored: dict, divergences: np.ndarray) -> dict[str, float]:
+    """What is logged of scored samples; divergences: from the reference, [P, G, S] nats."""
+    found, rewards = {"kl": float(divergences.sum(-1).mean())}, scored["rewards"]
     if "distance" not in scored:
         return found
     found = {"reward": float(rewards.mean())} | found
@@ -293,7 +290,7 @@ def samples_of(config: Config) -> int:
     return config.reward.samples if config.reward.name else 2
 
 
-def abstract(run: Run, use: Use) -> dict:
+def abstract(run: Run, use: RolloutUse) -> dict:
     """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
     config, c, settings = run.config, run.model.config, run.config.reward
     group = config.data.batch_size, samples_of(config)
@@ -301,8 +298,8 @@ def abstract(run: Run, use: Use) -> dict:
     latents = (*group, count, c.tokens, c.dim)
     shapes = {"rollout": (*group, count + 1, c.tokens, c.dim)}
     shapes |= {name: latents if name in ("reference_mean", "reference_log_scale")
-               else (*group, count) for name in use.names(settings)}
-    weights = use.weigh(settings, np.zeros(group), np.zeros(group), np.zeros((*group, count)))
+               else (*group, count) for name in use.arrays(settings)}
+    weights = use.weights(settings, np.zeros(group), np.zeros(group), np.zeros((*group, count)))
     shapes |= {name: value.shape for name, value in weights.items()}
     split = sharding.batch_sharding(run.mesh)
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
