@@ -26,8 +26,8 @@ class Terms:
     """The terms of a factor's negative log-likelihood in nats (eq. 3.4), float32.
 
     [B] for one factor, or [B, T] for a trajectory. nll = quadratic + log_scale - log_det +
-    constant, and log p(x_k | x_{k+1}) = -nll. misalignment and level
-    are carried along and are not part of the NLL.
+    constant, and log p(x_k | x_{k+1}) = -nll. misalignment and level are carried along and are not
+    part of the NLL.
     """
 
     quadratic: jax.Array  # |z|^2 / 2
