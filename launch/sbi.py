@@ -2,6 +2,7 @@
 
     python -m launch.sbi --workdir=runs/two_moons
 
+The same command goes on after the observations that an interrupted one has scored.
 Needs the files of sbibm: pip install --no-deps sbibm.
 """
 
@@ -31,7 +32,8 @@ def main():
     f = program.FLAGS
     run = api.load(f.workdir, f.step)
     amounts = Amounts(f.observations, f.samples, f.weighted, f.simulations, f.draws)
-    write_benchmark(*benchmark(run, amounts), hub.results_folder(f.workdir))
+    folder = hub.results_folder(f.workdir)
+    write_benchmark(*benchmark(run, amounts, folder), folder)
 
 
 if __name__ == "__main__":

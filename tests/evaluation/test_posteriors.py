@@ -3,6 +3,9 @@
 The exact posterior is that of theta ~ N(0, 1) and x ~ N(theta, 1): N(x / 2, 1 / 2).
 """
 
+import dataclasses
+
+import jax
 import joblib
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from ntm_jax.data.sources.sbi import references, tasks
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation.posteriors import benchmark, scores
 from ntm_jax.runtime import config
-from tests.common import TINY, as_run, experiment, random_run, setup, tiny_config
+from tests.common import TINY, as_run, bits, experiment, random_run, setup, tiny_config
 
 SOURCE = {"data.source": "sbi:two_moons,count=60", "evaluate.split": "test"}
 
@@ -96,11 +99,14 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "BATCH", 12)  # several batches, the last one cut
     # The posterior's support is thin, and a run with random parameters may miss it.
     monkeypatch.setattr(tasks.Task, "log_joint", lambda self, x, theta: -np.sum(theta**2, 1))
-    result, drawn = benchmark.benchmark(run, AMOUNTS)
+    result, drawn = benchmark.benchmark(run, AMOUNTS, str(tmp_path))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[0] for row in rows] == ["observation", "1", "2"]
     assert rows[2][1] == f"{result['observations'][1]['c2st']:.3f}"
+    check_it_resumes(run, tmp_path, result, drawn, monkeypatch)
     benchmark.write_benchmark(result, drawn, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "sbi.json", "posteriors.png", "calibration.png"}
     printed = capsys.readouterr().out
     assert files.read_json(tmp_path / "sbi.json", "run again") == files.plain(result)
     for name in ("posteriors.png", "calibration.png"):
@@ -116,6 +122,30 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
         assert 0 < result[name]["mean"] <= 1
         assert f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}" in printed
     assert drawn.ranks.shape == (11, 2)
+
+
+def check_it_resumes(run, folder, result, drawn, monkeypatch):
+    """What an interrupted call has scored is read, unless it is damaged or of another call."""
+    def score(run, task, reference, amounts):
+        scored.append(reference)
+        return result["observations"][len(scored) - 1], drawn.samples[0]
+
+    theta = np.arange(22.0).reshape(11, 2)
+    fresh = theta, np.repeat(theta[:, None], 4, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "_observation", score)
+        patch.setattr(benchmark, "posterior_draws", lambda *_: fresh)
+        for cause, expected in (("interrupted", 0), ("damaged", 1), ("other parameters", 2)):
+            scored: list = []
+            if cause == "damaged":
+                (folder / "sbi-observation-1.npz").write_bytes(b"PK")
+            other = dataclasses.replace(
+                run, params=jax.tree.map(lambda a: a + 1, run.params)) if "other" in cause else run
+            again, same = benchmark.benchmark(other, AMOUNTS, str(folder), progress=False)
+            assert len(scored) == expected, cause
+            if cause == "interrupted":
+                assert again["observations"] == result["observations"]
+                assert bits(same.samples) == bits(drawn.samples)
 
 
 @pytest.mark.parametrize("most", [240, 20_000])
