@@ -119,7 +119,6 @@ def example(run: Run) -> str:
 def markdown(run: Run, parameters: int, platforms) -> str:
     """README.md of the export of a run with this number of parameters."""
     config, spec, sample = run.config, run.spec, run.config.sample
-    size, levels = " x ".join(map(str, spec.image_shape)), spec.pixel_levels
     average = f"their moving average (decay {config.optimizer.ema_decay})"
     classes = f"one of {run.model.config.num_classes} classes"
     if spec.class_names:
@@ -133,13 +132,22 @@ def markdown(run: Run, parameters: int, platforms) -> str:
         task=TASKS[config.model.condition],
         datasets=f"datasets:\n- {dataset}\n" if dataset else "",
         source=config.data.source, split=config.data.split, count=spec.count,
-        shape=f"{size} pixels of {levels} levels" if levels else f"{size} latents",
+        shape=_shape(run),
         condition=conditions[config.model.condition], parameters=parameters,
         kind="the raw ones" if run.raw else average, training=_training(run),
         steps=sample.steps, guidance=sample.guidance, decoder=sample.decoder, figures=figures(run),
         example=example(run), names=CONDITIONS[config.model.condition][0],
         likelihood=_likelihood(run), platforms=", ".join(platforms), jax=jax.__version__,
         version=importlib.metadata.version("ntm_jax"))
+
+
+def _shape(run: Run) -> str:
+    """What a record is."""
+    spec = run.spec
+    if spec.columns:
+        return f"{spec.columns} columns, standardised"
+    size = " x ".join(map(str, spec.image_shape))
+    return f"{size} pixels of {spec.pixel_levels} levels" if spec.pixel_levels else f"{size} latents"
 
 
 def _training(run: Run) -> str:
@@ -155,8 +163,10 @@ def _training(run: Run) -> str:
 
 def _likelihood(run: Run) -> str:
     """What the program log_likelihood computes."""
-    normalised = ", of mean 0 and variance 1 by channel," if run.spec.mean else ""
-    density = f"density of the latents{normalised} noised to {run.config.trajectory.t_min}"
+    part = "column" if run.spec.columns else "channel"
+    normalised = f", of mean 0 and variance 1 by {part}," if run.spec.mean else ""
+    data = "columns" if run.spec.columns else "latents"
+    density = f"density of the {data}{normalised} noised to {run.config.trajectory.t_min}"
     of = "probability of the pixels" if run.spec.pixel_levels else density
     return (f"the importance-weighted lower bound on the log {of} in nats, of "
             f"{run.config.evaluate.trajectories} trajectories")

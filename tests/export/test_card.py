@@ -40,10 +40,14 @@ def test_the_card_of_a_model_of_texts_and_latents(on_texts):
 def test_likelihoods_of_normalised_data_are_of_the_samplers_numbers(run):
     """The card hands log_likelihood what the sampler gave, not the data in their own scale."""
     normalised = {"pixel_levels": 0, "mean": (0.5,), "std": (2.0,)}
-    for changes, meaning in (({}, "[n, H, W, C], latents"), ({"columns": 64}, "[n, D], standard")):
+    for changes, meaning, shape, data in (
+            ({}, "[n, H, W, C], latents", "8 x 8 x 1 latents |", "latents, of mean"),
+            ({"columns": 64}, "[n, D], standard", "64 columns, standardised |", "columns, of")):
         spec = dataclasses.replace(run.spec, **normalised | changes)
         text = card.markdown(dataclasses.replace(run, spec=spec), 1234, PLATFORMS)
         assert f"index, label))  # {meaning}" in text
+        assert f"records of {shape}" in text
+        assert f"log density of the {data}" in text
         assert "\ndecoded = images * np.float32(spec[" in text
         assert "np.uint32(seed), index, images, label)" in text
         assert text.count("\nimages = ") == 1
