@@ -147,7 +147,8 @@ def _shape(run: Run) -> str:
     if spec.columns:
         return f"{spec.columns} columns, standardised"
     size = " x ".join(map(str, spec.image_shape))
-    return f"{size} pixels of {spec.pixel_levels} levels" if spec.pixel_levels else f"{size} latents"
+    levels = spec.pixel_levels
+    return f"{size} pixels of {levels} levels" if levels else f"{size} latents"
 
 
 def _training(run: Run) -> str:
