@@ -38,5 +38,4 @@ def main():
 
 if __name__ == "__main__":
     program.define_workdir("A run's folder or an export, of data.source=sbi:TASK.")
-    program.define_processes()
     program.run(main)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import zipfile
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -37,8 +36,6 @@ class Kept:
 
     def write(self, number: int, row: dict, samples: tuple[np.ndarray, np.ndarray]) -> None:
         """Keeps what `read` returns."""
-        if jax.process_index():
-            return
         epath.Path(self.folder).mkdir(parents=True, exist_ok=True)
         before, after = samples
         with files.aside(self._path(number)) as file:
@@ -46,6 +43,5 @@ class Kept:
 
     def remove(self, numbers) -> None:
         """Removes what is kept of these observations, once the results are written."""
-        if not jax.process_index():
-            for number in numbers:
-                self._path(number).unlink(missing_ok=True)
+        for number in numbers:
+            self._path(number).unlink(missing_ok=True)
