@@ -167,10 +167,10 @@ def check_variant(file: str, variant: str, *variants: str):
 
 
 def shrink(c: ml_collections.ConfigDict):
-    """Shrinks the run, not the model, to four steps of few examples: seconds on a CPU."""
+    """Shrinks a run to four steps of few examples and one transporter block: seconds on a CPU."""
     c.update(
         data=dict(batch_size=8, workers=0, mock=""),
-        model=dict(dtype="float32", remat="none", scan=False),
+        model=dict(dtype="float32", remat="none", scan=False, transporter_blocks=1),
         train=dict(steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0),
         optimizer=dict(warmup_steps=1),
         mesh=dict(fsdp=1),

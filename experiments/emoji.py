@@ -25,7 +25,7 @@ def get_config(variant: str = "ntm"):
         default.shrink(c)
         c.data.update(image_size=16, split="train[:64]")
         c.model.update(
-            width=32, head_size=16, kv_heads=2, transporter_width=32, transporter_blocks=1,
-            transporter_layers=1, predictor_layers=1)
+            width=32, head_size=16, kv_heads=2, transporter_width=32, transporter_layers=1,
+            predictor_layers=1)
         c.evaluate.update(images=16, features="pixels")
     return c

@@ -34,6 +34,15 @@ import pytest
 gc.set_threshold(50_000)  # tracing makes so many objects that collecting takes 5 % of the time
 
 
+LONGEST = ("test_flux2.py", "test_docs.py", "processes/test_training.py", "test_campaigns.py",
+           "test_own_data.py", "test_sharding.py", "test_installed.py", "test_programs.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Starts the modules that take longest first, so that pytest's workers end together."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def freed_programs():
     """Frees compiled programs after a module that nears Linux's limit of 65,530 mapped regions.

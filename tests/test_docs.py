@@ -34,7 +34,8 @@ DOORS = {  # by module; of core every public function and class
 FEW_STEPS = """
 import ntm_jax
 full = ntm_jax.experiment
-ntm_jax.experiment = lambda *names, **own: full(*names, **own | {"train.steps": 40})
+few = {"train.steps": 8, "evaluate.trajectories": 2, "evaluate.split": "test[:20]"}
+ntm_jax.experiment = lambda *names, **own: full(*names, **own | few)
 """
 
 
@@ -46,7 +47,7 @@ def public(path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder of the built site; its notebooks are executed anew, with few training steps."""
+    """The folder of the built site; its notebooks are executed anew, with few steps and records."""
     out = tmp_path_factory.mktemp("site")
     startup = out / "ipython/profile_default/startup"
     startup.mkdir(parents=True)

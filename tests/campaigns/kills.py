@@ -18,24 +18,25 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests import common, forked
 from tests.common import ROOT, TINY, environment
 
 CONFIG = TINY | {"train.save_every": 1, "train.steps": 100_000, "optimizer.warmup_steps": 20,
                  "data.batch_size": 16}
+Process = subprocess.Popen | forked.Program
 FARTHEST = 6  # steps that a start takes before it is killed
 
 
-def start(workdir: Path, devices: int, cache: Path) -> subprocess.Popen:
+def start(workdir: Path, devices: int, cache: Path) -> Process:
     """Starts training on simulated devices, in a new folder or that of the run."""
     settings = CONFIG | {"mesh.fsdp": {1: 1, 2: 2}.get(devices, devices // 2)}
     arguments = [f"--config={ROOT}/experiments/digits.py", f"--workdir={workdir}",
                  *(f"--config.{k}={v}" for k, v in settings.items())]
-    command = [sys.executable, "-m", "launch.train", *arguments]
-    variables = environment(
-        devices=devices,
-        JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=variables)
+    variables = environment(devices=devices)
+    if "JAX_COMPILATION_CACHE_DIR" not in variables:
+        variables |= {"JAX_COMPILATION_CACHE_DIR": str(cache),
+                      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return common.start(["-m", "launch.train", *arguments], env=variables)
 
 
 def committed(workdir: Path) -> int:
@@ -45,7 +46,7 @@ def committed(workdir: Path) -> int:
                default=0) if folder.exists() else 0
 
 
-def stop_at(process: subprocess.Popen, step: int, how: int, delay: float = 0.0) -> int | None:
+def stop_at(process: Process, step: int, how: int, delay: float = 0.0) -> int | None:
     """Sends a signal a moment after the run printed `step`; returns the step that it resumed at.
 
     Asserts that nothing is on stderr.
