@@ -95,6 +95,7 @@ def test_figures_and_pictures_of_a_flow_matching_run(flow):
     assert pictures <= {path.name for path in workdir.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_held_out_velocity_error_is_a_mean_over_levels_spread_evenly(untrained):
     run = ntm_jax.load(str(untrained))
     source = FLOW.data.open(FLOW.evaluate.split)

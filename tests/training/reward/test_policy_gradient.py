@@ -59,7 +59,7 @@ def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
 
 
 @pytest.mark.parametrize(("updates", "trains"), [
-    (1, "predictor"), (2, "predictor"), pytest.param(2, "both", marks=pytest.mark.slow)])
+    (1, "predictor"), pytest.param(2, "both", marks=pytest.mark.slow)])
 def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     """That of advantage * log p(x_k | x_{k+1}), and 0 for what is frozen."""
     run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
@@ -86,6 +86,7 @@ def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     assert any(np.abs(a).max() > 1e-4 for a in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_what_is_frozen_has_no_gradient(run):
     """Not even from the data, since the gradient's norm is clipped."""
     rng, records = np.random.default_rng(0), batch_of(run.config.data.open("train"), run.config, 4)

@@ -191,7 +191,8 @@ def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
         rewards.find("classifier", dataclasses.replace(source, num_classes=0))
 
 
-@pytest.mark.parametrize(("trains", "levels"), [("predictor", (0, 1)), ("both", (1, 2))])
+@pytest.mark.parametrize(("trains", "levels"), [
+    ("predictor", (0, 1)), pytest.param("both", (1, 2), marks=pytest.mark.slow)])
 def test_a_range_of_levels_has_the_densities_of_all(run, trains, levels):
     whole = with_reward(run, trains=trains)
     all_levels, one = rolled(whole)[0], rolled(with_reward(whole, levels=levels))[0]
