@@ -267,7 +267,7 @@ def test_the_benchmarks_rows_of_both(flow):
     euler, heun = (cases.pop(f"images, decoder {solver}") for solver in ("euler", "heun"))
     assert not any(cases.values())
     assert heun.flops == 2 * euler.flops > 0  # two passes a step
-    tokens, _ = euler.once()
+    tokens, *_ = euler.once()
     assert tokens.shape == (3, 16, 4)
     source = FLOW.data.open(FLOW.evaluate.split)
     runs = tuned_run("x"), tuned_run("x", **{"train.align_weight": 0.0})
