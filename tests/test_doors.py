@@ -16,7 +16,7 @@ SETTINGS = {  # modules that train together: settings that use their parts
         "--config.train.objective=flow_matching", "--config.model.transporter_blocks=0",
         "--config.sample.decoder=euler"],
     ("my_encoder",): ["--config=shapes:runlocal", "--config.data.text=letters:6",
-                      "--config.sample.decoder=inverse", "--config.model.transporter_blocks=1",
+                      "--config.sample.decoder=inverse",
                       "--config.trajectory.steps=(2,)", "--config.sample.steps=2",
                       "--config.evaluate.images=0"],
     ("my_objective",): [*DIGITS, "--config.train.objective=robust"],

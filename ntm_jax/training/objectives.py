@@ -234,7 +234,7 @@ def held_out_bound(run: Run, source: Source) -> HeldOutScore:
     by_level = {f"evaluate/nll/level_{k}": value
                 for k, value in enumerate(result["trajectory_nll"]["by_level"])}
     return HeldOutScore(bound["mean"], {f"evaluate/{unit}": bound["mean"]} | by_level,
-                f"held-out bound {bound['mean']:.4f} ± {bound['stderr']:.4f} {NAMES[unit]}")
+                        f"held-out bound {bound['mean']:.4f} ± {bound['stderr']:.4f} {NAMES[unit]}")
 
 
 def held_out_reward(run: Run, source: Source) -> HeldOutScore:
@@ -245,21 +245,23 @@ def held_out_reward(run: Run, source: Source) -> HeldOutScore:
         return bound
     scalars = bound.scalars | {f"evaluate/{name}": value for name, value in means.items()}
     return HeldOutScore(-means["reward"], scalars,
-                f"{bound.message}, reward {means['reward']:.4f}")
+                        f"{bound.message}, reward {means['reward']:.4f}")
 
 
 def held_out_velocity(run: Run, source: Source) -> HeldOutScore:
     """The error of the velocity, over config.evaluate.trajectories levels a record."""
     error = measures.velocity_error(run, source, run.config.evaluate.trajectories)
-    return HeldOutScore(error["mean"], {"evaluate/velocity_error": error["mean"]},
-                f"held-out error of the velocity {error['mean']:.5f} ± {error['stderr']:.5f}")
+    return HeldOutScore(
+        error["mean"], {"evaluate/velocity_error": error["mean"]},
+        f"held-out error of the velocity {error['mean']:.5f} ± {error['stderr']:.5f}")
 
 
 def held_out_denoiser(run: Run, source: Source) -> HeldOutScore:
     """The error of the denoiser to its target, for a run with a denoiser."""
     error = measures.denoiser_errors(run, source)["to_target"]
-    return HeldOutScore(error["mean"], {"evaluate/mse": error["mean"]},
-                f"held-out error to the target {error['mean']:.6f} ± {error['stderr']:.6f}")
+    return HeldOutScore(
+        error["mean"], {"evaluate/mse": error["mean"]},
+        f"held-out error to the target {error['mean']:.6f} ± {error['stderr']:.6f}")
 
 
 def _no_check(config: Config) -> None:

@@ -259,7 +259,7 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
         return trajectory.simulate(x, t, noise)
 
     scores = likelihood.estimate_bounds(true_conditionals(t, mean, variance), draw, x, t,
-                              likelihood.UNBINNED, 1000)
+                                        likelihood.UNBINNED, 1000)
     expected = np.asarray(log_gaussian(x, mean, variance + 2 * s**2))
     error = scores["importance_weighted"] - expected
     spread = np.sqrt(scores["weighted_variance"])

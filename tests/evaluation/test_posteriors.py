@@ -135,10 +135,11 @@ def check_it_resumes(run, folder, result, drawn, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(benchmark, "_observation", score)
         patch.setattr(benchmark, "posterior_draws", lambda *_: fresh)
-        for cause, expected in (("interrupted", 0), ("damaged", 1), ("other parameters", 2)):
+        for cause, expected in (
+                ("interrupted", 0), ("damaged", 1), ("empty", 1), ("other parameters", 2)):
             scored: list = []
-            if cause == "damaged":
-                (folder / "sbi-observation-1.npz").write_bytes(b"PK")
+            if cause in ("damaged", "empty"):
+                (folder / "sbi-observation-1.npz").write_bytes(b"PK" * (cause == "damaged"))
             other = dataclasses.replace(
                 run, params=jax.tree.map(lambda a: a + 1, run.params)) if "other" in cause else run
             again, same = benchmark.benchmark(other, AMOUNTS, str(folder), progress=False)

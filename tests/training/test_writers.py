@@ -137,7 +137,7 @@ def offline(monkeypatch, tmp_path):
 
 def train(folder, start: int, *steps: int):
     with MetricsReporter(folder, 10, start, quiet=True, extra_writers=[WandB("mine")],
-                settings={"train.steps": 10}) as writer:
+                         settings={"train.steps": 10}) as writer:
         for step in steps:
             writer.write(step, {"loss": step / 8, "bad": float("nan")})
         Image.new("RGB", (2, 2)).save(folder / "samples.png")

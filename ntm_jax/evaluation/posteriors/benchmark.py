@@ -6,7 +6,6 @@ Symbols: n simulations; L draws of each posterior; m samples; D parameters; E nu
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -15,8 +14,7 @@ from etils import epath
 from ntm_jax import files
 from ntm_jax.data.sources.sbi import references, source, tasks
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation.posteriors import plots, scores
-from ntm_jax.evaluation.posteriors.kept import Kept
+from ntm_jax.evaluation.posteriors import kept, plots, scores
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
 from ntm_jax.runtime import checksums
@@ -58,16 +56,15 @@ def benchmark(run: Run, amounts: Amounts, folder: str | None = None,
     config = run.config
     task = source.task_of(config.data.source)
     given = [references.read(task, number + 1) for number in range(amounts.observations)]
-    kept = folder and _kept(run, amounts, folder)
-    before = [kept.read(number) if kept else None for number in range(1, len(given) + 1)]
+    earlier = _earlier(run, amounts, folder) if folder else None
     rows, samples = [], []
     if progress:
         _print_row("observation", FIGURES.values())
     for number, reference in enumerate(track(given, "observations", "done", show=progress), 1):
-        scored = before[number - 1]
-        row, drawn = scored or _observation(run, task, reference, amounts)
-        if kept and not scored:
-            kept.write(number, row, drawn)
+        found = earlier.read(number) if earlier else None
+        row, drawn = found or _observation(run, task, reference, amounts)
+        if earlier and not found:
+            earlier.write(number, row, drawn)
         rows.append({"observation": number, **row})
         samples.append(drawn)
         if progress:
@@ -81,12 +78,12 @@ def benchmark(run: Run, amounts: Amounts, folder: str | None = None,
     return result, plots.Drawn([r.samples for r in given], samples, ranks, shares)
 
 
-def _kept(run: Run, amounts: Amounts, folder: str) -> Kept:
-    """The observations that this call has scored before."""
+def _earlier(run: Run, amounts: Amounts, folder: str) -> kept.Kept:
+    """What an interrupted call of the same run and amounts has scored, in a folder."""
     asked = {"checksum": checksums.digest(run.params), "source": run.config.data.source,
              "seed": run.config.seed, "options": dataclasses.asdict(run.config.sample.options),
              "samples": amounts.samples, "weighted": amounts.weighted}
-    return Kept(folder, files.digest(asked))
+    return kept.Kept(folder, files.digest(asked))
 
 
 def _observation(run: Run, task: str, reference: references.Reference, amounts: Amounts):
@@ -163,7 +160,7 @@ def write_benchmark(result: dict, drawn: plots.Drawn, out) -> None:
     files.write_json(folder / "sbi.json", result, sealed=True)
     plots.posteriors(result, drawn, folder / "posteriors.png")
     plots.calibration(result, drawn, folder / "calibration.png")
-    Kept(os.fspath(folder), "").remove(row["observation"] for row in result["observations"])
+    kept.remove(folder, (row["observation"] for row in result["observations"]))
     _print_row("mean", [f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}"
                         for name in FIGURES])
     checks = result["calibration"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import zipfile
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -20,28 +20,35 @@ class Kept:
     folder: str
     asked: str
 
-    def _path(self, number: int):
-        return epath.Path(self.folder) / f"sbi-observation-{number}.npz"
-
     def read(self, number: int) -> tuple[dict, tuple[np.ndarray, np.ndarray]] | None:
-        """(the scores of an observation, its samples before and after weighting), or None."""
+        """(the scores of an observation, its samples before and after weighting).
+
+        None where it has to be scored: without a file, and for one that is damaged or of another
+        call.
+        """
         try:
-            with self._path(number).open("rb") as file, np.load(file, allow_pickle=False) as found:
+            with (_path(self.folder, number).open("rb") as file,
+                  np.load(file, allow_pickle=False) as found):
                 if found["asked"].item() != self.asked:
                     return None
                 row = files.parse_object(found["row"].item())
                 return row, (found["before"], found["after"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            return None  # there is none, or it is damaged: the observation is scored anew
+        except Exception:  # no file, or damaged bytes, for which zipfile raises many kinds
+            return None
 
     def write(self, number: int, row: dict, samples: tuple[np.ndarray, np.ndarray]) -> None:
         """Keeps what `read` returns."""
         epath.Path(self.folder).mkdir(parents=True, exist_ok=True)
         before, after = samples
-        with files.aside(self._path(number)) as file:
+        with files.aside(_path(self.folder, number)) as file:
             np.savez(file, asked=self.asked, row=json.dumps(row), before=before, after=after)
 
-    def remove(self, numbers) -> None:
-        """Removes what is kept of these observations, once the results are written."""
-        for number in numbers:
-            self._path(number).unlink(missing_ok=True)
+
+def remove(folder: epath.PathLike, numbers: Iterable[int]) -> None:
+    """Removes what is kept of these observations, once the results are written."""
+    for number in numbers:
+        _path(folder, number).unlink(missing_ok=True)
+
+
+def _path(folder: epath.PathLike, number: int) -> epath.Path:
+    return epath.Path(folder) / f"sbi-observation-{number}.npz"

@@ -63,9 +63,9 @@ def sampler_of(run: Run) -> RolloutSampler:
     """The sampler of a run's settings."""
     config = run.config
     first, last = config.reward.levels or (0, config.sample.steps)
-    return RolloutSampler(run.model, run.schedule, config.sample.steps, config.reward.samples,
-                   config.reward.trains != "predictor", first, last, config.sample.inverse,
-                   run.mesh)
+    return RolloutSampler(
+        run.model, run.schedule, config.sample.steps, config.reward.samples,
+        config.reward.trains != "predictor", first, last, config.sample.inverse, run.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "part"))
