@@ -15,6 +15,7 @@ import orbax.checkpoint
 import scipy.ndimage
 import sklearn.datasets
 import sklearn.svm
+import tensorboardX
 
 import ntm_jax.api
 import ntm_jax.evaluation.evaluate
