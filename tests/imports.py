@@ -1,5 +1,6 @@
 """Imports what the programs import, in the process that forked.py forks. No device is opened."""
 
+import gc
 import os
 import warnings
 
@@ -24,3 +25,5 @@ import ntm_jax.training.loop
 import ntm_jax.training.pictures
 
 warnings.filterwarnings("ignore", "os.fork")  # jax's threads start with its devices
+gc.freeze()  # what is imported is never garbage: collecting it takes 5 % of a program's time
+gc.set_threshold(50_000)
