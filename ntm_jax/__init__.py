@@ -1,4 +1,4 @@
-"""Normalizing Trajectory Models in JAX: few-step generative models with an exact likelihood."""
+"""Normalizing Trajectory Models in JAX: images in few steps, with exact trajectory likelihoods."""
 
 import pathlib
 from typing import TYPE_CHECKING
