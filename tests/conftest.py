@@ -43,6 +43,10 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
 
 
+def pytest_collection_finish():
+    gc.freeze()  # what is imported is never garbage
+
+
 @pytest.fixture(scope="module", autouse=True)
 def freed_programs():
     """Frees compiled programs after a module that nears Linux's limit of 65,530 mapped regions.
