@@ -32,8 +32,9 @@ def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM
                                 ("text", spec.text_width, "text"),
                                 ("vector", spec.condition_width, "vectors as conditions")):
         if condition == kind and not present:
+            give = "give condition=..., or " if kind == "vector" else ""
             raise UserError(f"config.model.condition is {kind}, and {config.data.source} has no "
-                            f"{name}: set it to none")
+                            f"{name}: {give}set it to none")
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     rows, columns = (size // spec.patch_size for size in spec.image_shape[:2])
     try:

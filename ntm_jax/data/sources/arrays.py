@@ -168,7 +168,8 @@ def open_provided(version: str, split: str) -> Source:
         name = f"arrays:{version}" if version else "arrays"
         raise UserError(
             f"data.source {name} is not in this process's memory: this run was trained on arrays "
-            "in memory: pass data=... with the same images, labels and captions"
+            "in memory: pass data=... with the same images, labels and captions, or call "
+            "ntm_jax.data.sources.provide with them first; sampling needs condition=... alone"
         )
     return _provided[version].open(split)
 
@@ -237,6 +238,8 @@ def _read_file(
 @contextlib.contextmanager
 def _npz(path: str):
     """The names of a file's arrays, and a function that reads one."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no archive")
     with np.load(path, allow_pickle=False) as file:
         yield file.files, file.__getitem__
 
@@ -296,11 +299,14 @@ def _check_condition(condition, count: int) -> np.ndarray | None:
 
 def _check_numbers(values, name: str, shape: str) -> np.ndarray:
     """An array of two axes of finite floating-point numbers."""
+    if np.ma.is_masked(values):
+        raise UserError(f"{name} has masked entries: fill them in, or remove these records")
     values = np.asarray(values)
     if values.ndim != 2 or not values.size or values.dtype.kind != "f":
+        convert = "; convert it with .astype(float)" if values.dtype.kind in "iubO" else ""
         raise UserError(
             f"{name} is {values.dtype} {list(values.shape)}: expected floating-point numbers "
-            f"{shape}"
+            f"{shape}{convert}"
         )
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds a number that is not finite: remove these records")
@@ -314,8 +320,16 @@ def _table(values: np.ndarray, train: np.ndarray, name: str = "") -> Table:
     at 0.
     """
     known = values[train].astype(np.float64)
-    mean, std = known.mean(0), known.std(0)
-    constant = std <= 1e-7 * np.abs(mean)
+    if name and len(known) < 2:
+        raise UserError(f"{name} has {len(known)} training records: expected 2 or more")
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = known.mean(0), known.std(0)
+    if not np.isfinite(std).all():
+        raise UserError(
+            f"{name or 'condition'} has numbers in column {int(np.argmin(np.isfinite(std)))} that "
+            "are too large for their deviation: give them in another unit"
+        )
+    constant = std <= 1e-14 * np.abs(mean)  # no more than float64 rounding
     if name and constant.any():
         raise UserError(
             f"{name} has the constant column {int(np.argmax(constant))}, which has no density: "
@@ -329,9 +343,10 @@ def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:
     """(images [n, H, W, C], their pixel levels)."""
     images = np.asarray(images)
     if images.ndim not in (3, 4) or not images.size:
+        column = ", such as data[:, None] for one column" if images.ndim == 1 else ""
         raise UserError(
             f"images have shape {list(images.shape)}: expected [n, H, W, C] or [n, H, W], or an "
-            "array [n, D]"
+            f"array [n, D]{column}"
         )
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype == np.float32:
@@ -359,9 +374,12 @@ def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:
 
 def _numbered(labels):
     """(labels as numbers, the names of the classes); labels that are not names are unchanged."""
-    if labels is None or np.asarray(labels).dtype.kind != "U":
+    found = np.asarray(labels)
+    if found.dtype == object and all(isinstance(label, str) for label in found.flat):
+        found = found.astype(str)  # such as a column of pandas
+    if found.dtype.kind != "U":
         return labels, ()
-    names, numbers = np.unique(np.asarray(labels), return_inverse=True)
+    names, numbers = np.unique(found, return_inverse=True)
     return numbers, tuple(map(str, names))
 
 
@@ -371,8 +389,8 @@ def _check_labels(labels, count: int) -> np.ndarray | None:
     labels = np.asarray(labels)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise UserError(
-            f"labels are {labels.dtype} {list(labels.shape)}: expected one integer for each of the "
-            f"{count} images"
+            f"labels are {labels.dtype} {list(labels.shape)}: expected one integer or name for "
+            f"each of the {count} images"
         )
     if labels.min() < 0 or labels.max() >= 2**31:
         wrong = labels.min() if labels.min() < 0 else labels.max()

@@ -52,6 +52,7 @@ def test_names_of_classes_are_numbered_in_sorted_order():
     assert pipeline.spec(source, 1).label_of("ring") == 2
     order = np.random.RandomState(0).permutation(20)
     assert [source.class_names[label] for label in contents(source)[1]] == list(names[order])
+    assert from_arrays(IMAGES, names.astype(object)).name == arrays.name  # as pandas has them
     renamed = from_arrays(IMAGES, np.char.upper(names))
     assert renamed.version != arrays.version
     with pytest.raises(UserError, match=r"labels are int64 \[19\]: expected one"):
@@ -179,7 +180,7 @@ def test_worker_processes_read_the_same_arrays():
         ({"pixel_levels": 257}, "pixel_levels is 257: expected 2 to 256"),
         (
             {"labels": LABELS[1:]},
-            "labels are int64 [19]: expected one integer for each of the 20 images",
+            "labels are int64 [19]: expected one integer or name for each of the 20 images",
         ),
         ({"labels": LABELS[:, None]}, "labels are int64 [20, 1]: expected one integer"),
         ({"labels": LABELS + 0.5}, "labels are float64 [20]: expected one integer"),

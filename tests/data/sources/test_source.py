@@ -250,15 +250,39 @@ def test_what_is_not_a_source_is_refused(registered):
         match=r"data.source none opens as a NoneType: expected its open function to return",
     ):
         open_source("none", "train")
-    images = np.zeros((3, 4, 4, 1), np.float64)
-    sources.register(
-        "floats",
-        lambda argument, split: sources.Source(
-            sources.ArrayRecords(images), (4, 4, 1), pixel_levels=2
-        ),
-    )
-    with pytest.raises(UserError, match="record 1 has an image of float64: expected uint8"):
-        open_source("floats", "train[1:]").records[0]
+
+
+IMAGE = np.ones((4, 4, 1), np.uint8)
+
+
+@pytest.mark.parametrize(("record", "message"), [
+    ({"image": IMAGE.astype(float)}, "record 1 has an image of float64: expected uint8"),
+    ({"image": IMAGE.tolist()}, "record 1 has an image of list: expected uint8"),
+    ({"image": IMAGE[..., 0]}, r"record 1 has an image of shape \[4, 4\]: expected \[H, W, C\]"),
+    ({"image": IMAGE.repeat(3, 2)}, r"record 1 has an image of shape \[4, 4, 3\]: .* C = 1"),
+    ({"image": IMAGE * 2}, "record 1 has a pixel of 2: expected 0 to 1, the source's pixel_levels"),
+    ({"image": IMAGE, "label": "red"}, "record 1 has label 'red': expected a whole number"),
+    ({"image": IMAGE, "label": None}, "record 1 has label None: expected a whole number"),
+    ({"label": 1}, "record 1 is a dict of label: expected a dict with an 'image'"),
+    (IMAGE, "record 1 is a ndarray: expected a dict with an 'image'"),
+])
+def test_what_is_not_a_record_is_refused(registered, record, message):
+    sources.register("bad", lambda argument, split: sources.Source(
+        [record] * 3, (4, 4, 1), pixel_levels=2))
+    with pytest.raises(UserError, match=message):
+        open_source("bad", "train[1:]").records[0]
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"image_shape": (4, 4)}, r"data.source odd has image_shape \(4, 4\): expected \(H, W, C\)"),
+    ({"num_classes": 3, "class_names": ("a", "b")}, "has 2 class_names: expected num_classes, 3"),
+    ({"captions": ["a"]}, "has 1 captions: expected one for each of its 3 records"),
+])
+def test_a_source_that_contradicts_itself_is_refused(registered, fields, message):
+    sources.register("odd", lambda argument, split: sources.Source(
+        [{"image": IMAGE}] * 3, **{"image_shape": (4, 4, 1), "pixel_levels": 256} | fields))
+    with pytest.raises(UserError, match=message):
+        open_source("odd", "train")
 
 
 def test_sizes_that_a_source_leaves_open_are_those_of_its_first_record(registered):

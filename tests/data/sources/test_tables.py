@@ -105,7 +105,7 @@ def test_an_npz_file_holds_columns_under_keys(tmp_path):
     assert_refused({
         f"npz:{path},data=mass": "names the array 'mass': ",
         f"npz:{path}x": "cannot be read (",
-        f"npz:{tmp_path}/text.npz": "cannot be read (",
+        f"npz:{tmp_path}/text.npz": "cannot be read (it is no archive): expected a file of",
     })
     np.savez(path, data=ROWS * [1, 0, 1, 1, 1, 1])
     with pytest.raises(UserError, match=r"^data has the constant column 1, which has no density"):
@@ -136,10 +136,16 @@ def test_a_parquet_file_holds_columns_of_numbers_and_of_lists(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"images": ROWS.astype(int)}, "data is int64 [40, 6]: expected floating-point numbers [n, D]"),
+    ({"images": ROWS.astype(int)}, "data is int64 [40, 6]: expected floating-point numbers [n, D]; "
+     "convert it with .astype(float)"),
     ({"images": ROWS[:, :0]}, "data is float64 [40, 0]: expected floating-point numbers"),
     ({"images": np.where(ROWS > 100, np.nan, ROWS)}, "data holds a number that is not finite"),
     ({"images": np.where(np.arange(6) == 4, 5.0, ROWS)}, "data has the constant column 4"),
+    ({"images": np.ma.masked_greater(ROWS, 100)}, "data has masked entries: fill them in"),
+    ({"images": ROWS[:1]}, "data has 1 training records: expected 2 or more"),
+    ({"images": ROWS * 1e300}, "data has numbers in column 0 that are too large"),
+    ({"images": np.zeros(40)}, "images have shape [40]: expected [n, H, W, C] or [n, H, W], or an "
+     "array [n, D], such as data[:, None] for one column"),
     ({"pixel_levels": 17}, "data is an array [40, 6] and pixel_levels is 17: leave it out"),
     ({"condition": VECTORS[1:]}, "condition has 39 rows: expected one for each of the 40"),
     ({"condition": VECTORS[:, 0]}, "condition is float32 [40]: expected floating-point numbers"),
@@ -148,6 +154,14 @@ def test_mistakes_are_refused_in_one_line(given, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         from_arrays(**{"images": ROWS} | given)
     assert "\n" not in str(error.value)
+
+
+def test_columns_far_from_zero_are_standardised():
+    rows, given = ROWS[:, :2] + [1.7e9, 1e6], VECTORS[:, :1].astype(np.float64) / 1e3 + 1e6
+    source = from_arrays(rows, condition=given).open("train")
+    np.testing.assert_allclose(source.std[0], ROWS[:, 0].std(), rtol=0.3)
+    np.testing.assert_allclose(values(source, "image").std(0).ravel(), 1, rtol=1e-4)
+    np.testing.assert_allclose(values(source, "condition").std(0), 1, rtol=1e-4)
 
 
 def test_a_token_size_fits_the_columns():
