@@ -9,10 +9,8 @@ import dataclasses
 import re
 
 import jax
-import jax.export
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from scipy import stats
 
 import ntm_jax
@@ -27,6 +25,7 @@ from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import objectives, state
 from tests.campaigns import exports
 from tests.common import TINY, as_run, experiment, randomised
+from tests.export.common import refused_by_script
 
 MEAN, STD = np.array([5.0, -1e4]), np.array([0.01, 300.0])
 T_0 = TINY["trajectory.t_min"]
@@ -186,24 +185,36 @@ def test_written_samples_hold_their_density(random, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_export_gives_standardised_samples_and_its_script_own_units(random, tmp_path):
+def test_an_export_gives_standardised_samples_and_its_script_own_units(
+        random, tmp_path, monkeypatch):
     random.export(str(tmp_path / "out"))
     again = ntm_jax.load(str(tmp_path / "out"))
     condition = random.spec.condition_mean  # the script's: standardised, 0
     expected = random.sample(9, condition=condition, seed=0)
     np.testing.assert_allclose(again.sample(9, condition=condition, seed=0), expected, rtol=1e-5)
-    status, _, error, images = exports.run_script(tmp_path / "out", "9", "0")
+    status, printed, error, samples = exports.run_script(tmp_path / "out", "9", "0")
     assert status == 0, error
-    np.testing.assert_allclose(images, expected, rtol=1e-3)
-    with open(tmp_path / "out" / "log_likelihood.bin", "rb") as file:
-        log_likelihood = jax.export.deserialize(bytearray(file.read()))
-    parameters = load_file(tmp_path / "out" / "model.safetensors")
-    rows = ((expected - MEAN) / STD).astype(np.float32)
-    nats = log_likelihood.call(parameters, np.uint32(0), np.arange(9, dtype=np.int32), rows,
-                               np.zeros((9, 3), np.float32))
-    own = random.log_prob(expected, condition=condition, noised=True, seed=0,
+    assert printed == ("9 images float64[2] in samples.npz, at the mean of the training "
+                       "conditions\n")
+    assert samples.dtype == np.float64
+    np.testing.assert_allclose((samples - expected) / STD, 0, atol=1e-4)
+    monkeypatch.chdir(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    code, other = "".join(re.findall(r"```python\n(.*?)```", card, re.S)), [-9.5, 20, 7]
+    for asked, changed in (("number, seed = 16, 0\n", "number, seed = 9, 0\n"),
+                           ('x = np.tile(spec["condition_mean"], ', f"x = np.tile({other}, ")):
+        assert code.count(asked) == 1
+        code = code.replace(asked, changed)
+    found: dict = {}
+    exec(code, found)
+    expected = random.sample(9, condition=other, seed=0)
+    assert np.abs((expected - samples) / STD).max() > 0.01  # the condition matters
+    np.testing.assert_allclose((found["decoded"] - expected) / STD, 0, atol=1e-4)
+    own = random.log_prob(expected, condition=other, noised=True, seed=0,
                           trajectories=random.config.evaluate.trajectories)
-    np.testing.assert_allclose(np.asarray(nats) - random.spec.log_unit, own, atol=1e-2)
+    np.testing.assert_allclose(found["own_nats"], own, atol=1e-2)
+    refused_by_script(tmp_path / "out", "CONDITION is '1.5,-2': expected 3 numbers", "9", "0",
+                      "1.5,-2")
 
 
 PRIOR, LIKELIHOOD = stats.norm(MEAN, 2 * STD), stats.norm(MEAN + 0.3 * STD, 0.7 * STD)

@@ -17,7 +17,8 @@ CONDITIONS = {
     "class": ("label", "label = index % {classes}  # each of the {classes} classes in turn"),
     "none": ("label", "label = np.zeros(number, np.int32)  # ignored: the model has no condition"),
     "vector": ("condition", """\
-condition = np.zeros((number, {vector}), np.float32)  # the training conditions' mean, standardised
+x = np.tile(spec["condition_mean"], (number, 1))  # conditions in own units, [number, {vector}]
+condition = ((x - spec["condition_mean"]) / spec["condition_std"]).astype(np.float32)
 """),
     "text": ("text, text_mask", """\
 text = np.zeros((number, {tokens}, {width}), np.float16)  # a text encoder's states, then zeros
@@ -27,7 +28,7 @@ EXAMPLE = """{json}import jax.export
 import numpy as np
 from safetensors.numpy import load_file
 
-number, seed = 16, {seed}
+{read_spec}number, seed = 16, {seed}
 index = np.arange(number, dtype=np.int32)  # image i of a seed is the same image in any batch
 {condition}
 parameters = load_file("model.safetensors")
@@ -37,10 +38,13 @@ images = np.asarray(sampler.call(parameters, np.uint32(seed), index, {names}))  
 {unscale}"""
 NAMES_SHOWN = 100  # classes that the card lists
 MEANING = {True: "[n, H, W, C], integers 0..{top}", False: "[n, H, W, C], latents"}
-UNSCALE = """with open("config.json", "rb") as file:
+READ_SPEC = """with open("config.json", "rb") as file:
     spec = json.load(file)["spec"]
-# The model's numbers have mean 0 and variance 1 by channel, or by column of an array.
-decoded = images * np.float32(spec["std"]) + np.float32(spec["mean"])  # in the data's own scale
+"""
+UNSCALE = """# The model's numbers have mean 0 and variance 1 by {part}.
+decoded = images * np.{dtype}(spec["std"]) + np.{dtype}(spec["mean"])  # in the data's own scale
+"""
+OWN_NATS = """own_nats = nats - np.log(spec["std"]).sum()  # of the density in the data's own units
 """
 # The Hub's names of tasks, and of data sets that sources read.
 TASKS = {"class": "unconditional-image-generation", "none": "unconditional-image-generation",
@@ -66,7 +70,7 @@ trajectories (Gu et al., [arXiv 2605.08078](https://arxiv.org/abs/2605.08078)), 
 | | |
 |---|---|
 | data | {source}, split {split}: {count:,} records of {shape} |
-| condition | {condition} |
+{units}| condition | {condition} |
 | parameters | {parameters:,}, {kind} |
 | training | {training} |
 | sampling | {steps} steps, guidance {guidance}, decoder {decoder} |
@@ -89,7 +93,7 @@ with open("log_likelihood.bin", "rb") as file:
     log_likelihood = jax.export.deserialize(bytearray(file.read()))
 # The noise of image i is keyed by seed and index[i].
 nats = log_likelihood.call(parameters, np.uint32(seed), index, images, {names})
-```
+{own_nats}```
 
 `sample.py` and the two `.bin` files are programs: run them only if you trust their origin.
 `model.safetensors` and `config.json` are data. ntm_jax reads these two alone:
@@ -106,14 +110,17 @@ whose terms may restrict their use. `sample.py` is part of ntm_jax, under Apache
 def example(run: Run) -> str:
     """The Python that samples an export, run in its folder."""
     names, condition = CONDITIONS[run.config.model.condition]
-    spec, scaled = run.spec, bool(run.spec.mean)
+    spec = run.spec
+    reads_spec = bool(spec.mean) or run.config.model.condition == "vector"
+    part, dtype = ("column", "float64") if spec.columns else ("channel", "float32")
     pixels = MEANING[spec.pixel_levels > 0].format(top=spec.pixel_levels - 1)
     return EXAMPLE.format(
         seed=run.config.seed, names=names,
         meaning="[n, D], standardised" if spec.columns else pixels,
         condition=condition.format(classes=run.model.config.num_classes, tokens=spec.text_tokens,
                                    width=spec.text_width, vector=spec.condition_width),
-        unscale=UNSCALE if scaled else "", json="import json\n\n" if scaled else "")
+        unscale=UNSCALE.format(part=part, dtype=dtype) if spec.mean else "",
+        json="import json\n\n" if reads_spec else "", read_spec=READ_SPEC if reads_spec else "")
 
 
 def markdown(run: Run, parameters: int, platforms) -> str:
@@ -126,13 +133,14 @@ def markdown(run: Run, parameters: int, platforms) -> str:
         classes += f": {', '.join(spec.class_names[:NAMES_SHOWN])}{more}"
     conditions = {"class": classes, "none": "none",
                   "text": "the states of a text encoder",
-                  "vector": f"vectors of {spec.condition_width} numbers"}
+                  "vector": f"vectors of {spec.condition_width} numbers; `sample.py` takes one, "
+                            "in own units, as third argument, and their mean by default"}
     dataset = DATASETS.get(config.data.source)
     return CARD.format(
         task=TASKS[config.model.condition],
         datasets=f"datasets:\n- {dataset}\n" if dataset else "",
         source=config.data.source, split=config.data.split, count=spec.count,
-        shape=_shape(run),
+        shape=_shape(run), units=_units(run), own_nats=OWN_NATS if spec.columns else "",
         condition=conditions[config.model.condition], parameters=parameters,
         kind="the raw ones" if run.raw else average, training=_training(run),
         steps=sample.steps, guidance=sample.guidance, decoder=sample.decoder, figures=figures(run),
@@ -145,10 +153,19 @@ def _shape(run: Run) -> str:
     """What a record is."""
     spec = run.spec
     if spec.columns:
-        return f"{spec.columns} columns, standardised"
+        return f"{spec.columns} columns"
     size = " x ".join(map(str, spec.image_shape))
     levels = spec.pixel_levels
     return f"{size} pixels of {levels} levels" if levels else f"{size} latents"
+
+
+def _units(run: Run) -> str:
+    """The row of the card's table on an array's units; empty for images."""
+    if not run.spec.columns:
+        return ""
+    return ("| units | `sample.py` writes own units; `sampler.bin` and `log_likelihood.bin` have "
+            "standardised columns, (data - mean) / std; a log-density in own units is the "
+            f"standardised one less sum(log(std)) = {run.spec.log_unit:.4f} nats |\n")
 
 
 def _training(run: Run) -> str:
@@ -164,10 +181,9 @@ def _training(run: Run) -> str:
 
 def _likelihood(run: Run) -> str:
     """What the program log_likelihood computes."""
-    part = "column" if run.spec.columns else "channel"
-    normalised = f", of mean 0 and variance 1 by {part}," if run.spec.mean else ""
-    data = "columns" if run.spec.columns else "latents"
-    density = f"density of the {data}{normalised} noised to {run.config.trajectory.t_min}"
+    normalised = ", of mean 0 and variance 1 by channel," if run.spec.mean else ""
+    data = "standardised columns" if run.spec.columns else f"latents{normalised}"
+    density = f"density of the {data} noised to {run.config.trajectory.t_min}"
     of = "probability of the pixels" if run.spec.pixel_levels else density
     return (f"the importance-weighted lower bound on the log {of} in nats, of "
             f"{run.config.evaluate.trajectories} trajectories")
@@ -186,7 +202,7 @@ def figures(run: Run) -> str:
         try:
             result = files.parse_json(path.read_bytes()) if path.exists() else {}
             if result and _is_of(result, run):
-                return _table(result)
+                return _table(result, bool(run.spec.columns))
         except (OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration,
                 OverflowError) as error:
             warnings.warn(f"{path} is left out of the model card, since it cannot be used "
@@ -201,13 +217,15 @@ def _is_of(result: dict, run: Run) -> bool:
     return result["step"] == run.step and result["provenance"]["parameters"] == parameters
 
 
-def _table(result: dict) -> str:
+def _table(result: dict, array: bool) -> str:
     unit, name = next((unit, name) for unit, name in NAMES.items() if unit in result)
+    # Bounds on an array's density are in own units; the terms of a trajectory are not.
+    own, standardised = (", in own units", ", standardised") if array else ("", "")
     bound, weighted = result[unit]["bound"], result[unit]["importance_weighted"]
     trajectories = weighted["trajectories"]
-    rows = [(f"bound, {name}", bound, 1),
-            (f"importance-weighted bound ({trajectories} trajectories), {name}", weighted, 1),
-            ("trajectory NLL, nats/dim", result["trajectory_nll"], 1)]
+    rows = [(f"bound, {name}{own}", bound, 1),
+            (f"importance-weighted bound ({trajectories} trajectories), {name}{own}", weighted, 1),
+            (f"trajectory NLL, nats/dim{standardised}", result["trajectory_nll"], 1)]
     if "class_accuracy" in result:
         accuracy = result["class_accuracy"]
         rows.append((f"class accuracy of {accuracy['images']:,} samples, %", accuracy, 100))

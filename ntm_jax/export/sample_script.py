@@ -1,6 +1,7 @@
 """Samples this model: python sample.py [NUMBER [SEED [CLASSES]]] writes samples.npz and PNG files.
 
 CLASSES, by name or number and separated by commas, are shown in turn: python sample.py 8 0 cat,dog.
+A model of vectors takes in their place a CONDITION, numbers in its own units: 16 0 1.5,-2.
 Images of 1 or 3 channels are also written to the folder samples/. Needs jax, numpy, safetensors and
 flatbuffers. The files are first compared with their SHA-256 digests in config.json. README.md shows
 the same in a few lines, without this check.
@@ -38,34 +39,44 @@ class Mistake(Exception):
 def main(arguments: list[str]) -> None:
     if len(arguments) > 3:
         raise Mistake(f"{len(arguments)} arguments are given: expected at most three, "
-                      "python sample.py [NUMBER [SEED [CLASSES]]]")
+                      "python sample.py [NUMBER [SEED [CLASSES or CONDITION]]]")
     given = [integer(text, *bounds) for text, bounds in zip(arguments, ARGUMENTS, strict=False)]
     about = read_config()
-    labels = parse_classes(arguments[2], about) if arguments[2:] else None
+    kind, chosen = about["config"]["model"]["condition"], None
+    if arguments[2:]:
+        parse = parse_vector if kind == "vector" else parse_classes
+        chosen = parse(arguments[2], about)
     number, seed = given + [16, about["config"]["seed"] % 2**32][len(given):]
     weights = safetensors.numpy.load(read_verified("model.safetensors", about["files"]))
     parameters = jax.device_put(weights)
     sampler = jax.export.deserialize(bytearray(read_verified("sampler.bin", about["files"])))
-    images = sample(sampler, parameters, about, number, seed, labels)
+    images = sample(sampler, parameters, about, number, seed, chosen)
     write(images)
     pngs = write_pngs(images, about["spec"]["levels"])
-    print(f"{number} images {images.dtype}{list(images.shape[1:])} in {OUT}{pngs}")
+    at_mean = kind == "vector" and chosen is None
+    note = ", at the mean of the training conditions" if at_mean else ""
+    print(f"{number} images {images.dtype}{list(images.shape[1:])} in {OUT}{pngs}{note}")
 
 
 def sample(sampler, parameters: dict, about: dict, number: int, seed: int,
-           labels=None) -> np.ndarray:
-    """Images [number, H, W, C]: integers 0..spec.levels-1, or float32 latents if that is 0."""
+           chosen=None) -> np.ndarray:
+    """Images [number, H, W, C]: integers 0..spec.levels-1, or float32 latents if that is 0.
+
+    Of an array, rows [number, D] in their own units, float64.
+    """
     batch, run, parts = min(number, BATCH), jax.jit(sampler.call), []
     for start in range(0, number, batch):
         # Image i of a seed is the same image in any batch.
         index = np.arange(start, start + batch, dtype=np.int32)
-        arguments = (np.uint32(seed), index, *condition(about, index, labels))
+        arguments = (np.uint32(seed), index, *condition(about, index, chosen))
         parts.append(np.asarray(run(parameters, *arguments)))
     images = np.concatenate(parts)[:number]
     spec = about["spec"]
     if spec["mean"]:
         # The model's latents have mean 0 and variance 1 by channel; these are the autoencoder's.
-        images = images * np.float32(spec["std"]) + np.float32(spec["mean"])
+        # An array's columns may vary by less than float32 resolves.
+        dtype = np.float64 if spec["columns"] else np.float32
+        images = images * dtype(spec["std"]) + dtype(spec["mean"])
     return images
 
 
@@ -86,8 +97,26 @@ def parse_classes(text: str, about: dict) -> np.ndarray:
     return np.array(labels, np.int32)
 
 
-def condition(about: dict, index: np.ndarray, labels=None) -> tuple[np.ndarray, ...]:
-    """The condition of the images `index` [n]: change it to choose what they show."""
+def parse_vector(text: str, about: dict) -> np.ndarray:
+    """A condition [E], given by numbers in its own units and separated by commas, standardised."""
+    spec = about["spec"]
+    mean, std = np.array(spec["condition_mean"]), np.array(spec["condition_std"])
+    try:
+        values = np.array([float(number) for number in text.split(",")])
+    except ValueError:
+        values = np.zeros(0)
+    if values.shape == mean.shape:
+        with np.errstate(over="ignore"):
+            found = ((values - mean) / std).astype(np.float32)
+        if np.isfinite(found).all():
+            return found
+    shown = ascii(text if len(text) <= 40 else f"{text[:37]}...")
+    raise Mistake(f"CONDITION is {shown}: expected {len(mean)} numbers, separated by commas, in "
+                  "the units of the training conditions")
+
+
+def condition(about: dict, index: np.ndarray, chosen=None) -> tuple[np.ndarray, ...]:
+    """The condition of the images `index` [n]: `chosen` labels in turn, or a vector [E]."""
     kind, spec, number = about["config"]["model"]["condition"], about["spec"], len(index)
     if kind == "text":
         # A text encoder's states, followed by zeros, and a mask that is true at the text's tokens.
@@ -96,9 +125,10 @@ def condition(about: dict, index: np.ndarray, labels=None) -> tuple[np.ndarray, 
         return np.zeros((number, tokens, width), np.float16), np.zeros((number, tokens), bool)
     if kind == "vector":
         # Standardised by spec["condition_mean"] and spec["condition_std"]: their mean is 0.
-        return (np.zeros((number, spec["condition_width"]), np.float32),)
+        vector = np.zeros(spec["condition_width"], np.float32) if chosen is None else chosen
+        return (np.tile(vector, (number, 1)),)
     if kind == "class":
-        labels = np.arange(spec["num_classes"], dtype=np.int32) if labels is None else labels
+        labels = np.arange(spec["num_classes"], dtype=np.int32) if chosen is None else chosen
         return (labels[index % len(labels)],)  # each class in turn
     return (np.zeros(number, np.int32),)  # ignored: the model has no condition
 

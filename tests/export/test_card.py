@@ -40,17 +40,32 @@ def test_the_card_of_a_model_of_texts_and_latents(on_texts):
 def test_likelihoods_of_normalised_data_are_of_the_samplers_numbers(run):
     """The card hands log_likelihood what the sampler gave, not the data in their own scale."""
     normalised = {"pixel_levels": 0, "mean": (0.5,), "std": (2.0,)}
-    for changes, meaning, shape, data in (
-            ({}, "[n, H, W, C], latents", "8 x 8 x 1 latents |", "latents, of mean"),
-            ({"columns": 64}, "[n, D], standard", "64 columns, standardised |", "columns, of")):
+    for changes, meaning, shape, data, decoded in (
+            ({}, "[n, H, W, C], latents", "8 x 8 x 1 latents |", "latents, of mean", "float32"),
+            ({"columns": 64}, "[n, D], standard", "64 columns |", "standardised columns noised",
+             "float64")):
         spec = dataclasses.replace(run.spec, **normalised | changes)
         text = card.markdown(dataclasses.replace(run, spec=spec), 1234, PLATFORMS)
         assert f"index, label))  # {meaning}" in text
         assert f"records of {shape}" in text
         assert f"log density of the {data}" in text
-        assert "\ndecoded = images * np.float32(spec[" in text
+        assert f"\ndecoded = images * np.{decoded}(spec[" in text
         assert "np.uint32(seed), index, images, label)" in text
         assert text.count("\nimages = ") == 1
+
+
+def test_the_card_of_an_array_says_which_figure_is_in_which_units(run, tmp_path):
+    values = EVALUATION | {"nats_per_dim": EVALUATION["bits_per_dim"]}
+    values.pop("bits_per_dim")
+    (tmp_path / "evaluation.json").write_text(json.dumps(values))
+    spec = dataclasses.replace(run.spec, pixel_levels=0, columns=2, mean=(0.5, 1), std=(2.0, 0.1))
+    run = dataclasses.replace(run, spec=spec, workdir=str(tmp_path))
+    text = card.markdown(run, 1234, PLATFORMS)
+    assert "in own units is the standardised one less sum(log(std)) = -1.6094 nats |" in text
+    assert "| bound, nats/dim, in own units | 2.0000" in text
+    assert "| importance-weighted bound (32 trajectories), nats/dim, in own units | 2.0" in text
+    assert "| trajectory NLL, nats/dim, standardised | 2.0000" in text
+    assert '\nown_nats = nats - np.log(spec["std"]).sum()' in text
 
 
 def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path):

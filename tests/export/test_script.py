@@ -1,12 +1,14 @@
 """sample.py and the model card's example make the run's images without this package."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.export import sample_script
 from ntm_jax.runtime import plots
 from tests.campaigns import exports
 from tests.common import alike
@@ -62,6 +64,33 @@ def test_the_script_shows_the_classes_that_it_is_given(run, exported):
     *_, images = exports.run_script(exported, "5", "3", "7,2")
     expected = run.sample_at(np.arange(5), [7, 2, 7, 2, 7], seed=3)
     assert alike(images, expected)
+
+
+ABOUT = {"config": {"model": {"condition": "vector"}}, "spec": {
+    "columns": 1, "mean": [1.4e9], "std": [300.0], "condition_width": 2,
+    "condition_mean": [1.4e9, 1.0], "condition_std": [300.0, 2.0]}}
+
+
+def test_samples_of_an_array_are_as_fine_as_the_models_own_numbers():
+    """float32 resolves 1.4e9 to 128 only."""
+    rows = np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32)
+    sampler = SimpleNamespace(call=lambda *arguments: rows)
+    samples = sample_script.sample(sampler, {}, ABOUT, 50, 0)
+    np.testing.assert_allclose((samples - 1.4e9) / 300, rows, atol=1e-8)
+
+
+def test_a_vector_is_given_in_its_own_units():
+    chosen = sample_script.parse_vector("1400000150,-2", ABOUT)
+    found, = sample_script.condition(ABOUT, np.arange(3), chosen)
+    np.testing.assert_array_equal(found, np.array([[0.5, -1.5]] * 3, np.float32), strict=True)
+
+
+@pytest.mark.parametrize("text", ["1", "1,2,3", "1,x", "1,", "", "nan,1", "1e999,1", "1,1e300"])
+def test_a_vector_of_other_numbers_is_refused(text):
+    message = (f"^CONDITION is '{text}': expected 2 numbers, separated by commas, in the units of "
+               "the training conditions$")
+    with pytest.raises(sample_script.Mistake, match=message):
+        sample_script.parse_vector(text, ABOUT)
 
 
 ARGUMENTS = {
