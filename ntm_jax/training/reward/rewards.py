@@ -1,6 +1,6 @@
 """Rewards: functions that score samples, behind one table.
 
-A reward of your own is registered in a module that --import names:
+A reward of your own is registered in a module that --import names, by a function that makes it:
 
     def brightness(argument: str, source):
         return lambda images, conditions: images.mean((1, 2, 3)) / 255
@@ -10,12 +10,15 @@ A reward of your own is registered in a module that --import names:
 
 import dataclasses
 import functools
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 from ntm_jax.registry import Registry
 from ntm_jax.runtime.config import Config, Data
 from ntm_jax.training.reward import classifier
@@ -87,6 +90,24 @@ def _of_data(name: str, data: Data) -> Reward:
 
 
 def find(name: str, source: Source) -> Reward:
-    """The reward of a name for samples of a source. Raises UserError for an unknown one."""
+    """The reward of a name for samples of a source. Raises UserError if it is unknown or fails."""
     make, argument = REWARDS.find(name)
-    return make(argument, source)
+    expected = "make(argument, source) to return a function of (images, conditions)"
+    reward: Reward = call(name, expected, make, argument, source)
+    if not callable(reward):
+        raise UserError(f"config.reward.name={name}: make returned a {type(reward).__name__}: "
+                        f"expected {expected}")
+    return reward
+
+
+def call(name: str, expected: str, function: Callable, *arguments) -> Any:
+    """What a function of the reward `name` returns. UserError, with the place, if it raises."""
+    try:
+        return function(*arguments)
+    except (UserError, jax.errors.JaxRuntimeError):  # the latter means that a device failed
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # none if the arguments do not fit
+        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        raise UserError(f"config.reward.name={name} raised {type(error).__name__}{place} "
+                        f"({first_line(error)}): expected {expected}") from error

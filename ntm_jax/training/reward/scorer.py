@@ -5,6 +5,7 @@ channels; H, W, C image height, width, channels. Of an array, samples are rows o
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Sequence
@@ -31,8 +32,12 @@ def _open(pickled: bytes) -> None:
     _reward = cloudpickle.loads(pickled)  # made by this program, as grain's workers get a source
 
 
-def _in_worker(images, given):
-    return _reward(images, given)  # type: ignore[misc]
+def _in_worker(name: str, images: np.ndarray, given: list):
+    return _call(name, _reward, images, given)
+
+
+def _call(name: str, reward, images: np.ndarray, given: list):
+    return rewards.call(name, "a function of (images, conditions)", reward, images, given)
 
 
 class Scorer:
@@ -45,6 +50,7 @@ class Scorer:
     def __init__(self, run: Run, source: Source, workers: int = 0):
         self._run, self._source, self._workers = run, source, workers
         self._reward, self._pool = rewards.of_run(run.config), None
+        self._name = run.config.reward.name
         if workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 workers, multiprocessing.get_context("spawn"), _open,
@@ -60,7 +66,8 @@ class Scorer:
 
         rewards [P, G], and traits [P, G, K] where the reward has them; if detailed also distance
         [P], see mean_distances, and groups [P, G], names, where the reward has them. Every process
-        scores its share of the records. Raises UserError where a reward is not a number.
+        scores its share of the records. Raises UserError where the reward fails, or gives other
+        scores than `Scores` says.
         """
         mesh, given = self._run.mesh, self.conditions(batch)
         images, pending = [], []
@@ -70,6 +77,7 @@ class Scorer:
         scored = [self._checked(wait(), part.shape[:2])
                   for wait, part in zip(pending, images, strict=True)]
         local = {"rewards": np.concatenate([one.rewards for one in scored], 1)}
+        _check_alike(f"config.reward.name={self._name}", scored)
         traits = [one.traits for one in scored if one.traits is not None]
         if traits:
             local["traits"] = np.concatenate(traits, 1)
@@ -99,27 +107,63 @@ class Scorer:
         flat = images.reshape(-1, *images.shape[2:])
         repeated = [one for one in given for _ in range(images.shape[1])]
         if not self._pool:
-            found = self._reward(flat, repeated)
+            found = _call(self._name, self._reward, flat, repeated)
             return lambda: [found]
         bounds = np.linspace(0, len(flat), self._workers + 1).astype(int)
-        futures = [self._pool.submit(_in_worker, flat[a:b], repeated[a:b])
+        futures = [self._pool.submit(_in_worker, self._name, flat[a:b], repeated[a:b])
                    for a, b in itertools.pairwise(bounds) if a < b]
         return lambda: [future.result() for future in futures]
 
     def _checked(self, found: list, shape: tuple[int, ...]) -> Scores:
         """The scores of a part of this shape [p, g], rewards in that shape."""
-        found = [one if isinstance(one, Scores) else Scores(np.asarray(one)) for one in found]
-        values = np.concatenate([np.atleast_1d(one.rewards) for one in found]).astype(np.float32)
-        name, count = f"config.reward.name={self._run.config.reward.name}", int(np.prod(shape))
+        name, count = f"config.reward.name={self._name}", int(np.prod(shape))
+        found = [one if isinstance(one, Scores) else Scores(one) for one in found]
+        numbers = [_numbers(name, one.rewards, count) for one in found]
+        values = np.concatenate(numbers)
         if values.shape != (count,):
             raise UserError(f"{name} gave an array of shape {values.shape}: expected {count} "
                             "numbers, one for each image")
         if not np.isfinite(values).all():
             wrong = values[~np.isfinite(values)][0]
             raise UserError(f"{name} gave {wrong} for an image: expected finite numbers")
+        for one, own in zip(found, numbers, strict=True):
+            _check_details(name, one, len(own))
+        _check_alike(name, found)
         traits = [one.traits for one in found if one.traits is not None]
         return Scores(values.reshape(shape), [name for one in found for name in one.groups],
                       np.concatenate(traits).reshape(*shape, -1) if traits else None)
+
+
+def _numbers(name: str, values, count: int) -> np.ndarray:
+    """Values as a float32 array, at least [1]. UserError if they are not numbers."""
+    with contextlib.suppress(TypeError, ValueError):  # such as of (numbers, names)
+        array = np.atleast_1d(np.asarray(values))
+        if array.dtype.kind in "biufV":  # V: bfloat16
+            return array.astype(np.float32)
+    raise UserError(f"{name} gave a {type(values).__name__}, not numbers: expected {count} "
+                    "numbers, one for each image, or rewards.Scores(numbers, groups)")
+
+
+def _check_details(name: str, scores: Scores, count: int) -> None:
+    """Raises UserError unless groups and traits, where given, are those of `count` samples."""
+    groups = np.asarray(scores.groups, object).shape
+    if groups not in ((0,), (count,)):
+        raise UserError(f"{name} gave Scores.groups of shape {groups}: expected {count} names, one "
+                        "for each image")
+    traits = np.asarray(scores.traits)
+    if scores.traits is not None and (
+            traits.dtype != bool or traits.ndim != 2 or len(traits) != count):
+        raise UserError(f"{name} gave Scores.traits of shape {traits.shape} and {traits.dtype}: "
+                        f"expected [{count}, K] bool, a row for each image")
+
+
+def _check_alike(name: str, scores: Sequence[Scores]) -> None:
+    """Raises UserError unless all scores have groups, or none has, and as many traits."""
+    kinds = {(len(one.groups) > 0, one.traits is not None and np.shape(one.traits)[-1])
+             for one in scores}
+    if len(kinds) > 1:
+        raise UserError(f"{name} gave groups or traits of some images alone, or another number of "
+                        "traits: expected the same of every call")
 
 
 def _bytes(names: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:

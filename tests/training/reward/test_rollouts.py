@@ -1,6 +1,7 @@
 """Rollouts: the same on any mesh, scored in this process or in others, and what is logged."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -77,14 +78,38 @@ def test_the_mean_distance_of_samples():
     np.testing.assert_allclose(scorer.mean_distances(images / 16.0, 0), [2 / 3, 0])
 
 
-def test_a_reward_that_gives_no_numbers_is_refused(run):
-    rolling = made(run)
-    batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
-    for wrong, message in ((np.full(8, np.nan), "gave nan for an image: expected finite numbers"),
-                           (np.zeros(3), r"gave an array of shape \(3,\): expected 8 numbers")):
-        rolling.scorer._reward = lambda images, given, wrong=wrong: wrong
-        with pytest.raises(UserError, match=message):
-            rolling(run.params, batch, 0)
+GIVEN, NAMES = np.zeros(8), ["a"] * 8
+COUNTING = itertools.count(1)
+
+
+@pytest.mark.parametrize(("reward", "message"), [
+    (lambda images, _: np.full(8, np.nan), "gave nan for an image: expected finite numbers"),
+    (lambda images, _: np.zeros(3), r"gave an array of shape \(3,\): expected 8 numbers"),
+    (lambda images, _: NAMES, "gave a list, not numbers: expected 8 numbers, one for each image"),
+    (lambda images, _: None, "gave a NoneType, not numbers"),
+    (lambda images, _: (GIVEN, NAMES), r"gave a tuple, not .*or rewards\.Scores\(numbers, groups"),
+    (lambda images, _: (GIVEN, NAMES[1:]), "gave a tuple, not numbers"),
+    (lambda images: GIVEN, r"raised TypeError \(.*takes 1 positional argument but 2 were given\): "
+                           r"expected a function of \(images, conditions\)"),
+    (lambda images, _: {}["red"], r"raised KeyError at .*test_rollouts\.py:\d+ \('red'\): "),
+    (lambda images, _: rewards.Scores(GIVEN, NAMES[1:]),
+     r"gave Scores\.groups of shape \(7,\): expected 8 names, one for each image"),
+    (lambda images, _: rewards.Scores(GIVEN, None), r"gave Scores\.groups of shape \(\): expected"),
+    (lambda images, _: rewards.Scores(GIVEN, traits=np.ones((7, 2), bool)),
+     r"gave Scores\.traits of shape \(7, 2\) and bool: expected \[8, K\] bool"),
+    (lambda images, _: rewards.Scores(GIVEN, traits=np.ones(8, bool)), r"traits of shape \(8,\)"),
+    (lambda images, _: rewards.Scores(GIVEN, traits=np.ones((8, 2))), r"\(8, 2\) and float64"),
+    (lambda images, _: rewards.Scores(GIVEN, traits=np.ones((8, next(COUNTING)), bool)),
+     "another number of traits: expected the same of every call"),
+])
+def test_scores_that_are_not_those_of_the_images_are_refused(run, reward, message):
+    source = run.config.data.open("train")
+    batch = sharding.to_global(batch_of(source, run.config, 4), run.mesh)
+    tokens, found = jax.numpy.zeros((4, 2, 16, 4)), Scorer(run, source)
+    found._reward = reward
+    with pytest.raises(UserError, match=rf"^config\.reward\.name=brightness .*{message}") as error:
+        found([tokens, tokens], batch)
+    assert (error.value.__cause__ is None) == (" raised " not in str(error.value))
 
 
 def test_worker_processes_score_the_same(run):
@@ -139,6 +164,18 @@ def test_rewards_are_found_by_name(run):
         rewards.find("shapes", source)
     with pytest.raises(UserError, match=r"'best' is not known: expected one of shapes, classif"):
         rewards.find("best", source)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda argument, source: None, r"brightness: make returned a NoneType: expected make\(argum"),
+    (lambda images, conditions: np.zeros(len(images)), "make returned a ndarray: expected make"),
+    (lambda images, conditions: images.mean((1, 2, 3)),
+     r"brightness raised AttributeError at .*: expected make\(argument, source\) to return a fun"),
+])
+def test_what_makes_no_reward_is_refused(run, monkeypatch, make, message):
+    monkeypatch.setitem(rewards.REWARDS._entries, "brightness", ("brightness", make))
+    with pytest.raises(UserError, match=message):
+        rewards.find("brightness", run.config.data.open("train"))
 
 
 def test_the_scores_of_shapes_have_tasks(run):
