@@ -38,7 +38,10 @@ class _EncodedCaptions:
         record = self.records[index]
         caption = record["caption"]
         encoder = self.encoder
-        own = self.states[caption] if encoder is None else encoder.encode([caption])[0][0]
+        if encoder is None:
+            own = self.states[caption]
+        else:
+            (own,), _ = text.encode(encoder, [caption])
         return record | pad_text(own, self.tokens)
 
 
@@ -69,6 +72,6 @@ def encode_captions(
 @functools.cache
 def _encode_all(name: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
     encoder = text.open_encoder(name)
-    states, cut = encoder.encode(captions)
+    states, cut = text.encode(encoder, captions)
     text.warn_of_cut(encoder, captions, cut)
     return dict(zip(captions, states, strict=True))

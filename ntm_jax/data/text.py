@@ -19,11 +19,11 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, shown
 from ntm_jax.registry import Registry
 
 
@@ -50,7 +50,7 @@ class Encoder(Protocol):
     def encode(self, captions: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:
         """The states of each caption, [m, E] float16, m <= M, and whether it was cut to M tokens.
 
-        Raises UserError for a caption that cannot be encoded.
+        Other finite numbers become float16. Raises UserError for a caption that cannot be encoded.
         """
         ...
 
@@ -81,9 +81,71 @@ def register(name: str, open_function: Callable[[str], Encoder]) -> None:
 
 @functools.cache
 def open_encoder(name: str) -> Encoder:
-    """The encoder `name`, opened once. UserError if it is unknown or lacks a file or package."""
+    """The encoder `name`, opened once.
+
+    UserError if it is unknown, lacks a file or package, or opens as no Encoder.
+    """
     open_function, argument = ENCODERS.find(name)
-    return open_function(argument)
+    encoder = open_function(argument)
+    parts = ("name", "tokens", "width", "at_read", "encode")
+    lacking = [part for part in parts if not hasattr(encoder, part)]
+    if lacking:
+        raise UserError(
+            f"the text encoder {name!r} opens as a {type(encoder).__name__} without "
+            f"{', '.join(lacking)}: expected its open function to return a "
+            "ntm_jax.data.text.Encoder"
+        )
+    return encoder
+
+
+def encode(
+    encoder: Encoder, captions: Sequence[str]
+) -> tuple[list[np.ndarray], Sequence[bool]]:
+    """`encoder.encode(captions)`, checked, and the states as float16.
+
+    UserError if it is not what `Encoder.encode` says.
+    """
+    found, name = encoder.encode(captions), f"the text encoder {encoder.name!r}"
+    count = len(captions)
+    if not isinstance(found, tuple) or [_length(part) for part in found] != [count, count]:
+        lengths = [_length(part) for part in found] if isinstance(found, tuple) else ""
+        gave = f"a tuple of lengths {lengths}" if lengths else f"a {type(found).__name__}"
+        raise UserError(
+            f"{name} gave {gave} for {count} captions: expected (states, cut), the states of each "
+            "and whether each was cut"
+        )
+    return [_checked(encoder, *pair) for pair in zip(captions, found[0], strict=True)], found[1]
+
+
+def _length(part) -> int | None:
+    return len(part) if hasattr(part, "__len__") else None
+
+
+def _checked(encoder: Encoder, caption: str, states: Any) -> np.ndarray:
+    """The states of a caption, [m, E] float16. UserError if they are none."""
+    gave = f"the text encoder {encoder.name!r} gave"
+    expected = f"[m, {encoder.width}] numbers, m <= {encoder.tokens}"
+    if not hasattr(states, "shape"):
+        raise UserError(
+            f"{gave} a {type(states).__name__} for the caption {shown(caption)}: expected an array "
+            f"{expected}"
+        )
+    states = np.asarray(states)
+    tokens, *width = states.shape or (0,)
+    numeric = states.dtype.kind in "biufV"  # V: bfloat16
+    if width != [encoder.width] or tokens > encoder.tokens or not numeric:
+        raise UserError(
+            f"{gave} states of shape {states.shape} and {states.dtype} for the caption "
+            f"{shown(caption)}: expected {expected}"
+        )
+    with np.errstate(over="ignore"):
+        states = states.astype(np.float16, copy=False)
+    if not np.isfinite(states).all():
+        raise UserError(
+            f"{gave} states that are not finite in float16 for the caption {shown(caption)}: "
+            "expected numbers between -65504 and 65504"
+        )
+    return states
 
 
 def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) -> None:

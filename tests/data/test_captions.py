@@ -6,6 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
+from ntm_jax.data import text
+from ntm_jax.data.captions import encode_captions
 from ntm_jax.data.pipeline import spec
 from ntm_jax.data.records import Layout, write_records
 from ntm_jax.data.sources import open_source
@@ -40,6 +42,16 @@ def test_captions_are_encoded_as_they_are_read(tmp_path):
     np.testing.assert_array_equal(first["text"].argmax(1)[:3], [0, 1, 2])
     with pytest.raises(UserError, match="'blau', which the model does not know"):
         open_source(f"records:{tmp_path}", "test", text=name).records[2]
+
+
+@pytest.mark.parametrize("at_read", [True, False])
+def test_captions_states_are_checked(monkeypatch, at_read):
+    encoder = text.Words("3:a")
+    encoder.at_read, encoder.encode = at_read, lambda captions: [np.zeros((1, 5))] * len(captions)
+    monkeypatch.setitem(text.ENCODERS._entries, "bad", ("bad", lambda argument: encoder))
+    with pytest.raises(UserError, match=r"^the text encoder 'words:3:a' gave a list"):
+        encode_captions("", [{"caption": "a"}, {"caption": "b"}], "ab", "bad")[0][0]
+    text.open_encoder.cache_clear()
 
 
 def test_states_of_another_encoder_are_refused(tmp_path):

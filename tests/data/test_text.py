@@ -201,6 +201,68 @@ def test_unknown_and_invalid_encoders_are_refused(name, line):
         text.open_encoder(name)
 
 
+class Custom:
+    """A user's encoder of at most 3 tokens of width 2, which gives what it is told to."""
+
+    name, tokens, width, at_read = "custom", 3, 2, True
+
+    def __init__(self, found):
+        self.found = found
+
+    def encode(self, captions):
+        return self.found
+
+
+STATES = [np.ones((3, 2), np.float16), np.ones((0, 2), np.float16)]
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (STATES, r"a list for 2 captions: expected \(states, cut\), the states of each and"),
+        (None, "a NoneType for 2 captions"),
+        ((STATES[:1], [False] * 2), r"a tuple of lengths \[1, 2\] for 2 captions"),
+        ((STATES, None), r"a tuple of lengths \[2, None\] for"),
+        (((), [False] * 2), r"a tuple of lengths \[0, 2\] for"),
+        ([np.ones((4, 2))], r"of shape \(4, 2\) and float64 for the caption 'a': expected"),
+        ([np.ones((3, 5))], r"of shape \(3, 5\) and .*: expected \[m, 2\] numbers, m <= 3"),
+        ([np.ones(2)], r"states of shape \(2,\) and float64 for the caption 'a'"),
+        ([np.float32(1)], r"states of shape \(\) and float32 for"),
+        ([np.full((3, 2), "x")], r"states of shape \(3, 2\) and <U1 for"),
+        ([[[1.0, 2.0]]], "a list for the caption 'a': expected an array"),
+        ([np.full((3, 2), np.nan)], "states that are not finite in float16 for the caption 'a'"),
+        ([np.full((3, 2), 1e5, np.float32)], "expected numbers between -65504 and 65504"),
+    ],
+)
+def test_what_an_encoder_gives_is_checked(found, line):
+    if isinstance(found, list) and len(found) == 1:  # for the first caption
+        found = (found + STATES[1:], [False] * 2)
+    with pytest.raises(UserError, match=f"^the text encoder 'custom' gave .*{line}"):
+        text.encode(Custom(found), ["a", ""])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int64])
+def test_an_encoders_other_numbers_become_float16(dtype):
+    given = [states.astype(dtype) for states in STATES]
+    found, cut = text.encode(Custom((given, [True, False])), ["a", ""])
+    assert [states.dtype for states in found] == [np.float16] * 2
+    np.testing.assert_array_equal(found[0], STATES[0])
+    assert cut == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "line"),
+    [
+        (None, "a NoneType without name, tokens, width, at_read, encode"),
+        (type("Half", (), {"name": "", "tokens": 3, "width": 2})(), "a Half without at_read, enc"),
+    ],
+)
+def test_what_is_no_encoder_is_refused(monkeypatch, encoder, line):
+    monkeypatch.setitem(text.ENCODERS._entries, "mine", ("mine", lambda argument: encoder))
+    with pytest.raises(UserError, match=f"^the text encoder 'mine' opens as {line}.*: expected"):
+        text.open_encoder("mine")
+
+
 def test_a_vocabulary_may_have_commas():
     one, other = (
         text.open_encoder(f"words:3:{words}").encode(["a red fox"])[0]
