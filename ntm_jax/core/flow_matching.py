@@ -22,6 +22,7 @@ from ntm_jax.core.trajectory import per_example
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.conditions import Condition
 from ntm_jax.core.transformer.precision import at_config_precision
+from ntm_jax.errors import UserError
 
 
 class Velocity(Trunk):
@@ -56,7 +57,7 @@ class Posterior(nn.Module):
     @at_config_precision
     def __call__(self, u, t, s, steps, y):
         """u [B, N, D] at level t [B] -> mean and log-scale [B, N, D] at level s [B] < t."""
-        velocity, hidden = self.backbone(u, t, y)
+        velocity, hidden = checked(self.backbone, self.backbone(u, t, y), u)
         condition = Condition(
             hidden.shape[-1], 0, len(self.config.steps) > 1, rows=2, name="condition")
         shift, scale = jnp.moveaxis(condition((t, s), steps, None)[:, :, None], 1, 0)
@@ -64,6 +65,23 @@ class Posterior(nn.Module):
         delta = project(hidden * (1 + scale) + shift)
         deviation = trajectory.posterior(per_example(s, u), per_example(t, u))[2]
         return posterior_mean(u, velocity, s, t), jnp.log(deviation) + bounded(delta)
+
+
+def checked(backbone, returned, x):
+    """What a backbone returned for x [B, N, D]: the velocity [B, N, D] and hidden states [B, N, W].
+
+    Raises UserError for anything else. Shapes are static, so this costs nothing at run time.
+    """
+    pair = returned if isinstance(returned, (tuple, list)) else (returned,)
+    shapes = [getattr(array, "shape", None) for array in pair]
+    if (len(shapes) == 2 and shapes[0] == x.shape and shapes[1] is not None
+            and len(shapes[1]) == 3 and shapes[1][:2] == x.shape[:2]):
+        return returned
+    found = ", ".join(type(array).__name__ if shape is None else str(list(shape))
+                      for array, shape in zip(pair, shapes, strict=True))
+    raise UserError(
+        f"the backbone {type(backbone).__name__} returns ({found}): expected the velocity "
+        f"{list(x.shape)} and the last hidden states [{x.shape[0]}, {x.shape[1]}, width]")
 
 
 def posterior_mean(x, velocity, s, t):

@@ -50,7 +50,12 @@ def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM
         raise UserError(f"config.{error}") from None
     if model_config.head != "posterior":
         return NTM(model_config, attention)
-    return NTM(model_config, attention, backbone.build(model_config, settings, attention))
+    built = backbone.build(model_config, settings, attention)
+    if not isinstance(built, nn.Module):
+        raise UserError(f"config.model.backbone={config.model.backbone} builds a "
+                        f"{type(built).__name__}: expected its build function to return a "
+                        "flax.linen.Module")
+    return NTM(model_config, attention, built)
 
 
 def plain(model):

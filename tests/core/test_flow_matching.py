@@ -4,7 +4,9 @@ Also the posterior head as fine-tuning begins: the rest new, over a backbone wit
 """
 
 import functools
+from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.errors import UserError
 from tests.core.conftest import TINY, Tiny, _inputs, _new_weights, _random_weights, compiled
 
 R = TINY["data_std"]
@@ -55,6 +58,33 @@ def test_a_new_network_is_right_for_gaussian_data():
     found, hidden = backbone_velocity(new, x, t, np.array([0, 1, 2, 0]))
     np.testing.assert_allclose(found, gaussian(x, t[:, None, None]), rtol=1e-5, atol=1e-6)
     assert hidden.shape == (4, 6, TINY["width"])
+
+
+class Returning(nn.Module):
+    """A backbone that returns what a function makes of x_t."""
+
+    make: Callable
+
+    def __call__(self, x, t, y):
+        return self.make(x)
+
+
+@pytest.mark.parametrize(("make", "found"), [
+    (lambda x: (x[..., :1], x), "[4, 6, 1], [4, 6, 2]"),  # would broadcast
+    (lambda x: (x, x[:, 0]), "[4, 6, 2], [4, 2]"),
+    (lambda x: (x, x[:, :1]), "[4, 6, 2], [4, 1, 2]"),  # would broadcast
+    (lambda x: (x, None), "[4, 6, 2], NoneType"),
+    (lambda x: x, "[4, 6, 2]"),
+    (lambda x: None, "NoneType"),
+])
+def test_what_a_backbone_returns_is_checked(make, found):
+    head = flow_matching.Posterior(CONFIG, Returning(make))
+    x, t = np.zeros((4, 6, 2), np.float32), np.full(4, 0.5, np.float32)
+    with pytest.raises(UserError) as error:
+        jax.eval_shape(head.init, jax.random.key(0), x, t, t / 2, np.full(4, 2), np.zeros(4, int))
+    assert str(error.value) == (
+        f"the backbone Returning returns ({found}): expected the velocity [4, 6, 2] and the last "
+        "hidden states [4, 6, width]")
 
 
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])

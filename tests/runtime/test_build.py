@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
+from ntm_jax import backbones
+from ntm_jax.backbones import BACKBONES, Backbone
 from ntm_jax.core.model import exact
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
@@ -30,3 +32,13 @@ def test_what_does_not_fit_is_refused():
     message = r"config\.model\.width = 20 must be a multiple of head_size x kv_heads = 8 x 2"
     with pytest.raises(UserError, match=message):
         build.make_model(tiny_config(**{"model.width": 20}), DataSpec((8, 8, 1), 2, 17, 10, 10))
+
+
+def test_a_builder_that_makes_no_module_is_refused(monkeypatch):
+    monkeypatch.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))
+    backbones.register("none", Backbone(lambda config, extra, attention: None))
+    settings = tiny_config(**{"model.backbone": "none", "model.head": "posterior"})
+    message = (r"config\.model\.backbone=none builds a NoneType: expected its build function to "
+               r"return a flax\.linen\.Module")
+    with pytest.raises(UserError, match=message):
+        build.make_model(settings, DataSpec((8, 8, 1), 2, 17, 10, 10))
