@@ -98,10 +98,12 @@ def _gradients(run: Run, teacher: Run | None):
     parts does not change the result.
     """
     setup, parts = objectives.setup(run, teacher), run.config.train.accumulate
-    loss = objectives.find(run.config.train.objective).loss
+    name = run.config.train.objective
+    loss = objectives.find(name).loss
 
     def evaluate(current: State, draws: Draws, reference):
-        gradient = jax.grad(lambda params: loss(setup, params, draws, reference), has_aux=True)
+        gradient = jax.grad(
+            lambda params: _checked(name, loss(setup, params, draws, reference)), has_aux=True)
         return gradient(current.params)[::-1]
 
     if parts == 1:
@@ -124,6 +126,31 @@ def _gradients(run: Run, teacher: Run | None):
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, split)[0])
 
     return accumulated
+
+
+def _checked(objective: str, returned):
+    """What an objective's loss returned: (the value that is minimised, metrics with "loss").
+
+    Raises UserError for anything else, when the step is traced.
+    """
+    pair = returned if isinstance(returned, (tuple, list)) else (returned,)
+    value, metrics = pair if len(pair) == 2 else (None, None)
+    if isinstance(metrics, dict) and _is_number(value) and _is_number(metrics.get("loss")):
+        return value, metrics
+
+    def described(part):
+        if isinstance(part, dict):
+            return f"metrics {', '.join(map(str, part)) or 'without a name'}"
+        return str(list(part.shape)) if hasattr(part, "shape") else type(part).__name__
+
+    raise UserError(
+        f"the loss of config.train.objective={objective} returns "
+        f"({', '.join(map(described, pair))}): expected the value to minimise, one number, and a "
+        'dictionary of metrics whose "loss" is one number')
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
 
 
 def flops_of_step(run: Run, step, current: State, batch, teacher: Run | None = None,
@@ -199,7 +226,8 @@ def logged_scalars(metrics: dict, step: int) -> dict[str, float]:
                if not np.isfinite(value)]
         first = bad[0] if bad else "the gradient or the update, every term being finite,"
         raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the "
-                        f"last checkpoint is untouched. {DIVERGED}")
+                        "last checkpoint is untouched. First check that the data hold finite "
+                        f"numbers only. {DIVERGED}")
     if "quadratic" not in terms:
         return scalars
     nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
