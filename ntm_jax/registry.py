@@ -4,11 +4,16 @@ No jax is imported: grain's worker processes run this.
 """
 
 import re
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from ntm_jax.errors import UserError, shown
 
 Part = TypeVar("Part")
+
+
+class NotRegistered(UserError):
+    """No part of this name is registered: it is misspelt, or its module is not imported."""
 
 
 class Registry(Generic[Part]):
@@ -16,18 +21,19 @@ class Registry(Generic[Part]):
 
     Args:
       what: what errors call a part, such as "data.source".
+      kind: what every part is an instance of: Callable, or a class.
       entries: {usage: part}. A usage is how errors list the part: `digits` takes no argument,
         `folder:PATH` requires one, and `minilm[:M]` accepts one.
     """
 
-    def __init__(self, what: str, entries: dict[str, Part]):
-        self._what = what
+    def __init__(self, what: str, kind: Any, entries: dict[str, Part]):
+        self._what, self._kind = what, kind
         self._entries = {_name(usage): (usage, part) for usage, part in entries.items()}
 
     def register(self, name: str, part: Part, argument: str = "") -> None:
         """Adds a part; argument: the end of its usage, such as "[:ARGUMENT]", if it accepts one.
 
-        Raises UserError if the name is taken or not valid.
+        Raises UserError if the name is taken or not valid, or the part is of another kind.
         """
         if not isinstance(name, str) or not name or _name(name) != name:
             raise UserError(
@@ -38,12 +44,19 @@ class Registry(Generic[Part]):
             raise UserError(
                 f"{self._what} {name!r} is registered already: register yours under another name"
             )
+        if not isinstance(part, self._kind):
+            expected = ("a function" if self._kind is Callable
+                        else f"a {self._kind.__module__}.{self._kind.__name__}")
+            raise UserError(
+                f"{self._what} {name!r} cannot be registered as a {type(part).__name__}: expected "
+                f"{expected}"
+            )
         self._entries[name] = (name + argument, part)
 
     def find(self, given: str) -> tuple[Part, str]:
         """The part that `given` names, and the text after its colon, '' if there is none.
 
-        Raises UserError, listing all parts, if there is none of this name.
+        Raises NotRegistered, listing all parts, if there is none of this name.
         """
         name, colon, argument = given.partition(":")
         found = self._entries.get(name)
@@ -53,9 +66,9 @@ class Registry(Generic[Part]):
             if optional or (bool(argument) if required else not colon):
                 return part, argument
         known = ", ".join(usage for usage, _ in self._entries.values())
-        raise UserError(
-            f"{self._what} {shown(given)} is not known: expected one of {known}; one of your own "
-            "needs --import=MODULE, the module that registers it"
+        raise NotRegistered(
+            f"{self._what} {shown(given)} is not known: expected one of {known}; for one of your "
+            "own, import the module that registers it, or give --import=MODULE"
         )
 
 

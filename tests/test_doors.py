@@ -65,4 +65,4 @@ def test_loading_a_run_imports_nothing_that_was_not_named(tmp_path):
     again = program(tmp_path, "train", f"--workdir={tmp_path}/run", *SETTINGS["my_objective",],
                     check=False)
     assert again.returncode == 2
-    assert "needs --import=MODULE, the module that registers it" in again.stderr
+    assert "import the module that registers it, or give --import=MODULE" in again.stderr

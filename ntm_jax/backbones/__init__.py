@@ -50,7 +50,7 @@ def _flow_map(config: ModelConfig, extra: Mapping[str, Any], attention: Callable
     return flow_map.FlowMap(config, attention)
 
 
-BACKBONES = Registry("config.model.backbone", {
+BACKBONES = Registry("config.model.backbone", Backbone, {
     "transformer": Backbone(_transformer), "flow_map": Backbone(_flow_map),
     "flux2": Backbone(_flux2, _read_flux2)})
 

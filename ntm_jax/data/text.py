@@ -209,6 +209,7 @@ class Words:
 
 ENCODERS = Registry(
     "the text encoder",
+    Callable,
     {
         "words:M:VOCABULARY": Words,
         "minilm[:M]": _network("MiniLM"),

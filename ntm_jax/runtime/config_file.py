@@ -16,6 +16,7 @@ from ntm_jax import files
 from ntm_jax.data import choices
 from ntm_jax.data.pipeline import DataSpec, spec_from_json, spec_to_json
 from ntm_jax.errors import UserError
+from ntm_jax.registry import NotRegistered
 from ntm_jax.runtime import checkpoint
 from ntm_jax.runtime.config import Config, flatten, read
 
@@ -170,5 +171,7 @@ def load(workdir: str) -> tuple[Config, DataSpec]:
     settings = {key: value for key, value in content.items() if key != "spec"}
     try:
         return read(settings), spec_from_json(content.get("spec"))
+    except NotRegistered:
+        raise  # the file is whole, and the line names the remedy
     except UserError as error:
         raise UserError(f"{path} cannot be used ({error}): {DAMAGED}") from None

@@ -28,7 +28,7 @@ from ntm_jax.evaluation import known_density, measures, scoring
 from ntm_jax.evaluation.report import NAMES, summarize
 from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
-from ntm_jax.runtime.config import DECODERS, SOLVERS, Config, Train
+from ntm_jax.runtime.config import DECODERS, SOLVERS, Config, Model, Train
 from ntm_jax.runtime.run import Run
 from ntm_jax.training.frozen import kept_reference
 from ntm_jax.training.reward import held_out, policy_gradient, preference, rollouts
@@ -322,7 +322,7 @@ def _measure_velocity(run: Run, source: Source, trajectories: int) -> dict:
 
 
 SQUARED = "training loss (mean squared error)"
-OBJECTIVES = Registry("config.train.objective", {
+OBJECTIVES = Registry("config.train.objective", Objective, {
     "end_to_end": Objective(_likelihood_loss(trajectory_terms), whole_trajectories=True),
     "pairwise": Objective(_likelihood_loss(pair_terms)),
     "flow_matching": Objective(
@@ -366,6 +366,10 @@ def checked(config: Config) -> Objective:
         raise UserError(f"config.train.level_power is {train.level_power}: it weights the levels "
                         f"of a trajectory, and config.train.objective={name} has none; set it to 0")
     objective.check(config)
+    if config.model.backbone != Model.backbone and config.model.head != "posterior":
+        raise UserError(f"config.model.backbone={config.model.backbone} is the network of "
+                        f"config.model.head=posterior, found {config.model.head}: set that head, "
+                        f"or config.model.backbone={Model.backbone}")
     check_decoder(config, config.sample.decoder)
     if objective.has_levels and config.sample.steps not in config.trajectory.steps:
         expected = " or ".join(map(str, config.trajectory.steps))

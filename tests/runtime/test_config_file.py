@@ -6,7 +6,8 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from ntm_jax import files
+from ntm_jax import backbones, files
+from ntm_jax.backbones import BACKBONES
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, config_file
@@ -34,6 +35,18 @@ def test_a_new_folder_is_claimed(tmp_path):
     config_file.write(str(tmp_path), settings, SPEC)
     assert config_file.claim(str(tmp_path), settings, SPEC) == []
     assert config_file.load(str(tmp_path)) == (settings, SPEC)
+
+
+def test_a_run_whose_backbone_is_not_imported_is_not_called_damaged(tmp_path, monkeypatch):
+    with monkeypatch.context() as registered:
+        registered.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))
+        backbones.register("mixer", backbones.find("transformer"))
+        settings = tiny_config(**{"model.backbone": "mixer", "model.head": "posterior"})
+        config_file.write(str(tmp_path), settings, SPEC)
+    message = (r"^config\.model\.backbone 'mixer' is not known: .* import the module that "
+               "registers it, or give --import=MODULE$")
+    with pytest.raises(UserError, match=message):
+        config_file.load(str(tmp_path))
 
 
 @pytest.mark.parametrize(("key", "value"), [

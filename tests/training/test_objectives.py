@@ -7,11 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ntm_jax.backbones import BACKBONES
 from ntm_jax.core import trajectory
+from ntm_jax.data.sources import SOURCES
+from ntm_jax.data.text import ENCODERS
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Draws
+from ntm_jax.training.reward.rewards import REWARDS
+from ntm_jax.training.writers import WRITERS
 from tests.common import as_run, batch_of, experiment, randomised, setup, tiny_config
 
 TERMS = ("quadratic", "log_scale", "log_det")
@@ -20,8 +25,8 @@ TERMS = ("quadratic", "log_scale", "log_det")
 @pytest.mark.parametrize(("name", "changes", "message"), [
     ("digits", {"train.objective": "both"},
      "config.train.objective 'both' is not known: expected one of end_to_end, pairwise, "
-     "flow_matching, flow_map, policy_gradient, preference, denoiser; one of your own needs "
-     "--import=MODULE, the "),
+     "flow_matching, flow_map, policy_gradient, preference, denoiser; for one of your own, import "
+     "the module that registers it, or give --import=MODULE"),
     ("digits", {"train.objective": "denoiser", "train.condition_dropout": 0.0},
      "config.teacher is '', config.train.objective denoiser: a denoiser, and nothing else, has a "
      "teacher; give --config.teacher=WORKDIR of the run to distil"),
@@ -36,6 +41,9 @@ TERMS = ("quadratic", "log_scale", "log_det")
      "posterior and config.model.transporter_blocks=0, found direct and 0"),
     ("digits_fm", {"train.objective": "flow_map"},
      "config.train.objective=flow_map trains config.model.backbone=flow_map, found transformer"),
+    ("digits", {"model.backbone": "flow_map"},
+     "config.model.backbone=flow_map is the network of config.model.head=posterior, found "
+     "preconditioned: set that head, or config.model.backbone=transformer"),
     ("digits_fm", {"model.transporter_blocks": 1},
      "expected config.model.head=posterior and config.model.transporter_blocks=0, found posterior "
      "and 1"),
@@ -61,6 +69,22 @@ def test_what_an_objective_cannot_train_is_refused(name, changes, message):
 def test_a_name_that_is_taken_is_not_registered_again():
     with pytest.raises(UserError, match=r"objective 'pairwise' is registered already"):
         objectives.register("pairwise", objectives.find("pairwise"))
+
+
+@pytest.mark.parametrize(("table", "part", "message"), [
+    (objectives.OBJECTIVES, len, "config.train.objective 'mine' cannot be registered as a "
+     "builtin_function_or_method: expected a ntm_jax.training.objectives.Objective"),
+    (BACKBONES, len, "config.model.backbone 'mine' cannot be registered as a "
+     "builtin_function_or_method: expected a ntm_jax.backbones.Backbone"),
+    *((table, "it", f"{what} 'mine' cannot be registered as a str: expected a function")
+      for table, what in ((SOURCES, "data.source"), (ENCODERS, "the text encoder"),
+                          (REWARDS, "config.reward.name"), (WRITERS, "--writer"))),
+])
+def test_a_part_of_another_kind_is_not_registered(monkeypatch, table, part, message):
+    monkeypatch.setattr(table, "_entries", dict(table._entries))
+    with pytest.raises(UserError) as error:
+        table.register("mine", part)
+    assert str(error.value) == message
 
 
 DRAWS = tiny_config(**{

@@ -112,6 +112,7 @@ def _lazy(module: str, function: str) -> Callable[[str, str], Source]:
 
 SOURCES = Registry(
     "data.source",
+    Callable,
     {
         "digits": _lazy("digits", "open_digits"),
         "mnist_5k": _lazy("mnist", "open_mnist_5k"),

@@ -72,7 +72,7 @@ def _classifier(argument: str, source: Source) -> Reward:
     return score
 
 
-REWARDS: Registry[Callable[[str, Source], Reward]] = Registry("config.reward.name", {
+REWARDS: Registry[Callable[[str, Source], Reward]] = Registry("config.reward.name", Callable, {
     "shapes": _shapes,
     "classifier[:FILE]": _classifier,
 })

@@ -39,7 +39,8 @@ class MetricsWriter(Protocol):
 
 # {usage: function from the text after the colon to a MetricsWriter}; it raises UserError where the
 # argument is wrong or a package is missing, before the run begins.
-WRITERS: Registry[Callable[[str], MetricsWriter]] = Registry("--writer", {"wandb[:PROJECT]": WandB})
+WRITERS: Registry[Callable[[str], MetricsWriter]] = Registry(
+    "--writer", Callable, {"wandb[:PROJECT]": WandB})
 register = WRITERS.register
 
 

@@ -225,7 +225,7 @@ def test_an_unknown_name_lists_the_registered_ones_and_hints_at_import(registere
         (lambda: text.open_encoder("parities"), r"flux2:FOLDER, parity\[:ARGUMENT\]"),
     ):
         with pytest.raises(
-            UserError, match=rf"is not known: expected one of .*{end}; .* needs --import=MODULE"
+            UserError, match=rf"is not known: expected one of .*{end}; .* --import=MODULE"
         ) as error:
             open_one()
         assert "\n" not in str(error.value)
