@@ -18,6 +18,7 @@ from ntm_jax import files, typed
 from ntm_jax.data.pipeline import DataSpec, spec_from_json
 from ntm_jax.errors import UserError, first_line
 from ntm_jax.export import hub
+from ntm_jax.registry import NotRegistered
 from ntm_jax.runtime import build, checksums
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
@@ -158,6 +159,8 @@ def _load_export(folder: str, step: int | None, raw: bool) -> Run:
             # abstract_params returns one dict to all callers, which must not change.
             abstract = abstract | {
                 DENOISER: build.abstract_params(own.model, own.mesh)["params"]}
+    except NotRegistered:
+        raise  # the file is whole, and the line names the remedy
     except UserError as error:
         raise UserError(f"{folder}/{CONFIG} cannot be used ({error}): {REMEDY}") from None
     params, denoiser = read_parameters(folder, about, abstract), None

@@ -7,6 +7,7 @@ import pytest
 
 import ntm_jax
 from ntm_jax import files
+from ntm_jax.backbones import BACKBONES
 from ntm_jax.errors import UserError
 from ntm_jax.export import read as export_read
 from tests.campaigns import damage, exports
@@ -33,6 +34,14 @@ def test_the_export_of_a_run_is_that_run(run, exported):
     with pytest.raises(UserError, match="tiny is an export of the moving average of the parameters"
                                         ", and --raw asks for the raw ones: leave --raw out"):
         ntm_jax.load(str(exported), raw=True)
+
+
+def test_a_part_that_is_not_imported_is_named(exported, monkeypatch):
+    """The export is not damaged: its backbone, here one of the package, is not in the table."""
+    monkeypatch.delitem(BACKBONES._entries, "transformer")
+    message = "^config.model.backbone 'transformer' is not known: .* import the module that regis"
+    with pytest.raises(UserError, match=message):
+        ntm_jax.load(str(exported))
 
 
 CONFIGS = {
