@@ -167,12 +167,13 @@ def test_samples_have_the_density_of_their_saved_trajectory(random):
 
 
 @pytest.mark.slow
-def test_written_samples_hold_their_density(random, tmp_path):
+def test_written_samples_hold_their_density(random, tmp_path, capsys):
     vectors = ((1.0, -3.0, 2.0), (0.0, 0.5, 9.0))
     random.write_samples(str(tmp_path / "out"), SampleRequest(
         18, 9, save_trajectories=True, log_prob=True, condition=vectors))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "samples.json", "samples.npz", "trajectories.npz"]
+    assert re.search(r"18 rows in .*, [\d.]+ rows/s after", capsys.readouterr().out)
     with np.load(tmp_path / "out" / "samples.npz") as found, np.load(
             tmp_path / "out" / "trajectories.npz") as levels:
         given = np.resize(np.array(vectors), (18, 3))

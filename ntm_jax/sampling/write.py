@@ -95,10 +95,10 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     if not (folder / "samples.npz").exists():
         work.gather(folder, len(batches))
     seconds = time.perf_counter() - begin
-    rate = ""
+    rate, unit = "", "rows" if run.spec.columns else "images"
     if made > first:
-        rate = f", {(made - first) / seconds:.1f} images/s after the first batch"
-    print(f"{request.num} images in {out}, {request.num - made} of them found there{rate}, step "
+        rate = f", {(made - first) / seconds:.1f} {unit}/s after the first batch"
+    print(f"{request.num} {unit} in {out}, {request.num - made} of them found there{rate}, step "
           f"{run.step}", flush=True)
 
 
