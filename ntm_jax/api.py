@@ -24,7 +24,7 @@ from etils import epath
 from ntm_jax import host_memory
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import UserError, check_count, first_line
 from ntm_jax.evaluation import known_density
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
@@ -72,6 +72,7 @@ class Run(base.Run):
         trajectories, log p(x_0..x_T | condition) in nats, in all and by factor. It needs no further
         evaluation of the networks. With guidance it is the density of the guided model.
         """
+        check_count("n", n)
         if prompts is not None:
             texts = [prompts] if isinstance(prompts, str) else list(prompts)
             if label is not None:
@@ -84,6 +85,7 @@ class Run(base.Run):
             return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)
         given = np.asarray(condition)
         many = len(given)
+        check_count("the number of conditions", many)
         # Sample i of condition j has index i m + j: the same in any n, and no noise is shared.
         index = np.arange(n * many).reshape(n, many).T.ravel()
         found = self.sample_at(index, _one_condition(label, given.repeat(n, 0)), seed, with_levels,
@@ -93,6 +95,7 @@ class Run(base.Run):
     def sample_at(self, index, label=None, seed: int | None = None, with_levels: bool = False,
                   with_log_prob: bool = False, **options):
         """The images of these indices [n]; arguments as in sample, label may be vectors [n, E]."""
+        check_count("the number of samples", len(index))
         condition = None if label is None else conditioning.check_condition(self, len(index), label)
         chosen = override(self.config, **options)
         self._check_decoder(options.get("decoder"))
@@ -149,14 +152,14 @@ class Run(base.Run):
 
         log_target: a function of the samples, rows [n, D] of an array in its own units, float64, or
         latents [n, H, W, C], that returns the log of an unnormalised density, [n]: in inference
-        from simulations the prior times the likelihood. condition, label: of all samples; see Run.
-        options: steps, guidance, inverse, as in sample.
+        from simulations the prior times the likelihood. condition, label: one for all samples, such
+        as a vector [E] or the text of one caption. options: steps, guidance, inverse, as in sample.
 
         Returns the samples, their log-weights, draws from the weighted samples, the effective
         sample size, and an unbiased estimate of the target's integral with its standard error.
-        Raises UserError for a model of pixels.
+        Raises UserError for a model of pixels, and for several conditions.
         """
-        given = conditioning.check_condition(self, n, _one_condition(label, condition))
+        given = conditioning.check_condition(self, 1, _one_condition(label, condition))
         chosen = override(self.config, **options)
         return reweight(self, log_target, given, n, chosen, seed)
 

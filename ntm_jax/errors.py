@@ -11,6 +11,12 @@ class UserError(ValueError):
     """
 
 
+def check_count(name: str, count: int) -> None:
+    """Raises UserError for a number of things below 1."""
+    if count < 1:
+        raise UserError(f"{name} is {count}: expected 1 or more")
+
+
 def first_line(error: Exception) -> str:
     """The first line of another library's error, at most 200 characters, to quote in a message."""
     return (str(error) or repr(error)).splitlines()[0][:200]

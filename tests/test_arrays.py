@@ -264,6 +264,12 @@ def test_batches_do_not_change_weights(gaussian, monkeypatch):
     np.testing.assert_allclose(parts.log_weights, whole.log_weights[:25], atol=1e-4)
 
 
+def test_one_weight_has_no_standard_error():
+    one = reweight.Reweighted(np.zeros((1, 2)), np.zeros(1), np.zeros((1, 2)))
+    assert one.evidence == 1
+    assert np.isnan([one.relative_error, one.evidence_stderr]).all()
+
+
 def test_resampling_is_proportional():
     weights = np.array([0.5, 0.25, 0.0, 0.25])
     chosen = reweight.systematic(np.repeat(weights, 4) / 4, np.random.default_rng(0))
@@ -283,6 +289,18 @@ def test_resampling_is_proportional():
      f"{COUNT} NaN"),
     (lambda run: run.reweight(lambda x: np.full(COUNT, -np.inf), condition=[1, 2, 3], n=COUNT),
      "log_target is -inf at every sample"),
+    (lambda run: run.sample(0, condition=[1, 2, 3]), "n is 0: expected 1 or more"),
+    (lambda run: run.sample(-1, condition=[[1, 2, 3]]), "n is -1: expected 1 or more"),
+    (lambda run: run.sample(4, condition=np.zeros((0, 3))),
+     "the number of conditions is 0: expected 1 or more"),
+    (lambda run: run.sample_at([]), "the number of samples is 0: expected 1 or more"),
+    (lambda run: run.log_prob(data()[0][:0], condition=[1, 2, 3]),
+     "the number of samples is 0: expected 1 or more"),
+    (lambda run: run.log_prob(MEAN[None], condition=[1, 2, 3], trajectories=0),
+     "trajectories is 0: expected 1 or more"),
+    (lambda run: run.reweight(log_target, condition=[1, 2, 3], n=0), "n is 0: expected 1 or more"),
+    (lambda run: run.reweight(log_target, condition=data()[1][:4], n=4),
+     "condition is float64 [4, 3]: expected one condition, 3 numbers [3]"),
 ])
 def test_mistakes_are_one_line(random, call, message):
     with pytest.raises(ntm_jax.UserError, match=re.escape(message)) as error:

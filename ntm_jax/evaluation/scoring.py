@@ -18,7 +18,7 @@ from ntm_jax.core.model import exact
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, check_count
 from ntm_jax.progress import track
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.config import Config
@@ -69,8 +69,10 @@ def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = Non
 
     batch: x, its condition, index and mask, of which the last two are kept. seed: the run's by
     default. decoded: of continuous data, bounds the density of the data itself, not of the data
-    noised to t_0. The bounds on the density of an array are in its own units.
+    noised to t_0. The bounds on the density of an array are in its own units. Raises UserError for
+    fewer than 1 trajectories.
     """
+    check_count("trajectories", trajectories)
     decoder_levels = run.spec.pixel_levels or (likelihood.UNBINNED if decoded else 0)
     seed = run.config.seed if seed is None else seed
     batch = sharding.to_global(batch, run.mesh)
@@ -187,13 +189,14 @@ def score_images(run: Run, images, condition, trajectories: int, seed: int | Non
     labels [n], Text or Vector. Of continuous data they bound the density of the data noised to t_0,
     with noise keyed by the seed, or with `decoded` that of the data itself.
 
-    Raises UserError for images of another shape, or with other values.
+    Raises UserError for no images, images of another shape, or with other values.
     """
     images, spec = np.asarray(images), run.spec
     if images.shape[1:] != spec.data_shape:
         name = "data have" if spec.columns else "images have"
         raise UserError(f"{name} shape {images.shape}: expected "
                         f"[n, {', '.join(map(str, spec.data_shape))}]")
+    check_count("the number of samples", len(images))
     if spec.pixel_levels:
         last = spec.pixel_levels - 1
         low, high = images.min(initial=0), images.max(initial=0)

@@ -44,6 +44,7 @@ def check_condition(run: Run, n: int, label):
     fit the model.
     """
     classes, width = run.model.config.num_classes, run.model.config.text_width
+    each = f", or one for each of the {n} images" if n > 1 else ""
     if run.model.config.condition_width:
         return _check_vector(run, n, label)
     if width:
@@ -54,8 +55,8 @@ def check_condition(run: Run, n: int, label):
                             "ntm_jax.core.transformer.conditions")
         return Text(np.asarray(label.states, np.float16), np.asarray(label.mask, bool))
     if label is None and classes:
-        raise UserError(f"no label is given, and the model has {classes} classes: give one label, "
-                        f"or one for each of the {n} images")
+        raise UserError(f"no label is given, and the model has {classes} classes: give one label"
+                        f"{each}")
     if label is not None and not classes:
         raise UserError(f"label {shown(label)} is given, and the model has no classes: leave it "
                         "out")
@@ -68,8 +69,7 @@ def check_condition(run: Run, n: int, label):
         raise UserError(f"label {shown(label.tolist())} is given: expected the number of a class, "
                         f"0 to {classes - 1}, or its name")
     if label.shape not in ((), (1,), (n,)):
-        raise UserError(f"label has shape {label.shape}: expected one label, or one for each of "
-                        f"the {n} images")
+        raise UserError(f"label has shape {label.shape}: expected one label{each}")
     label = np.broadcast_to(label, n)
     if classes and not ((0 <= label) & (label < classes)).all():
         raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to "
@@ -80,7 +80,8 @@ def check_condition(run: Run, n: int, label):
 def _check_vector(run: Run, n: int, condition) -> Vector:
     """Vectors [E] or [n, E] in their own units, standardised as the condition of n records."""
     width, spec = run.model.config.condition_width, run.spec
-    expected = f"expected {width} numbers [{width}], or [{n}, {width}]"
+    one = f"{width} numbers [{width}]"
+    expected = f"expected {one}, or [{n}, {width}]" if n > 1 else f"expected one condition, {one}"
     if condition is None:
         raise UserError("no condition is given, and the model is conditioned on vectors: "
                         f"{expected}")

@@ -22,7 +22,7 @@ import numpy as np
 from ntm_jax.core import likelihood, sampling, trajectory
 from ntm_jax.core.model import exact, log_prior
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS, SampleOptions
 from ntm_jax.runtime.run import Run
@@ -62,9 +62,14 @@ class Reweighted:
 
     @property
     def relative_error(self) -> float:
-        """The standard error of the evidence as a share of it, about that of log_evidence."""
+        """The standard error of the evidence as a share of it, about that of log_evidence.
+
+        nan for one sample, which does not show it.
+        """
         n = len(self.log_weights)
-        return math.sqrt(max(n / self.effective_sample_size - 1, 0) / max(n - 1, 1))
+        if n == 1:
+            return math.nan
+        return math.sqrt(max(n / self.effective_sample_size - 1, 0) / (n - 1))
 
     @property
     def evidence(self) -> float:
@@ -73,7 +78,7 @@ class Reweighted:
 
     @property
     def evidence_stderr(self) -> float:
-        """The standard error of `evidence`."""
+        """The standard error of `evidence`; nan for one sample."""
         return self.evidence * self.relative_error
 
 
@@ -103,12 +108,13 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
     """n samples of a run on a condition, weighted to exp(log_target).
 
     log_target: samples as users have them [n, ...], float64 of an array, -> [n], the log of an
-    unnormalised density of them, -inf where it is 0. condition: of all n samples; see
-    conditioning.check_condition.
+    unnormalised density of them, -inf where it is 0. condition: that of one sample, as
+    conditioning.check_condition gives it, for all n.
 
-    Raises UserError for a model of pixels, an ODE's solver, and values of the target that are no
-    log-densities.
+    Raises UserError for n below 1, a model of pixels, an ODE's solver, and values of the target
+    that are no log-densities.
     """
+    check_count("n", n)
     if run.spec.pixel_levels or options.decoder in SOLVERS:
         found = "pixels" if run.spec.pixel_levels else f"decoder={options.decoder}"
         raise UserError(f"the run has {found}: expected a model of continuous data that samples "
@@ -133,11 +139,11 @@ def _draw_all(run: Run, condition, n: int, options: SampleOptions, seed: int):
     """(tokens [n, N, D], log-ratios [n] float64), in batches of one size."""
     sampler = Sampler(exact(run.model), run.schedule, options, run.mesh)
     root, size = jax.random.key(seed), min(n, BATCH)
+    y = jax.tree.map(lambda a: np.repeat(a, size, 0), condition)
     parts = []
     for start in range(0, n, size):
         # The last batch is as large as the others, so that nothing is compiled for it.
         index = np.arange(start, start + size)
-        y = jax.tree.map(lambda a, index=index: np.asarray(a)[index % n], condition)
         placed = sharding.place((index.astype(np.int32), y), run.mesh)
         with sharding.use(run.mesh):
             found = _draw(run.params, root, *placed, sampler=sampler)

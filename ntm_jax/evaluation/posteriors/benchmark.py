@@ -120,7 +120,7 @@ def _weighted(run: Run, log_joint: Callable, x, amounts: Amounts) -> Reweighted:
     At most amounts.weighted are drawn beyond the first 2 x amounts.samples.
     """
     def draw(n: int) -> Reweighted:
-        given = conditioning.check_condition(run, n, x)
+        given = conditioning.check_condition(run, 1, x)
         return reweight(run, log_joint, given, n, run.config.sample.options)
 
     found = draw(PROPOSALS * amounts.samples)
