@@ -22,7 +22,10 @@ from ntm_jax.core.trajectory import per_example
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.conditions import Condition
 from ntm_jax.core.transformer.precision import at_config_precision
-from ntm_jax.errors import UserError
+
+
+class BackboneError(ValueError):
+    """A backbone returned something other than a velocity and hidden states."""
 
 
 class Velocity(Trunk):
@@ -70,7 +73,7 @@ class Posterior(nn.Module):
 def checked(backbone, returned, x):
     """What a backbone returned for x [B, N, D]: the velocity [B, N, D] and hidden states [B, N, W].
 
-    Raises UserError for anything else. Shapes are static, so this costs nothing at run time.
+    Raises BackboneError for anything else. Shapes are static, so this costs nothing at run time.
     """
     pair = returned if isinstance(returned, (tuple, list)) else (returned,)
     shapes = [getattr(array, "shape", None) for array in pair]
@@ -79,7 +82,7 @@ def checked(backbone, returned, x):
         return returned
     found = ", ".join(type(array).__name__ if shape is None else str(list(shape))
                       for array, shape in zip(pair, shapes, strict=True))
-    raise UserError(
+    raise BackboneError(
         f"the backbone {type(backbone).__name__} returns ({found}): expected the velocity "
         f"{list(x.shape)} and the last hidden states [{x.shape[0]}, {x.shape[1]}, width]")
 

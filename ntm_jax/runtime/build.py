@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ntm_jax import backbones
 from ntm_jax.core.config import ModelConfig
+from ntm_jax.core.flow_matching import BackboneError
 from ntm_jax.core.model import NTM
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.transformer.attention import plain_attention
@@ -90,7 +91,10 @@ def condition_arrays(y) -> dict:
 
 
 def initial_params(model: NTM | Predictor, key) -> dict:
-    """New parameters, boxed with their logical axis names."""
+    """New parameters, boxed with their logical axis names.
+
+    Raises UserError if a backbone returns something other than a velocity and hidden states.
+    """
     c, steps = model.config, model.config.steps[0]
     t = jnp.linspace(0.5, 1, steps + 1)[None]
     if isinstance(model, NTM):
@@ -100,7 +104,10 @@ def initial_params(model: NTM | Predictor, key) -> dict:
     text = Text(jnp.zeros((1, 1, c.text_width)), jnp.zeros((1, 1), bool))
     vector = Vector(jnp.zeros((1, c.condition_width)), jnp.ones(1, bool))
     y = text if c.text_width else vector if c.condition_width else jnp.zeros(1, jnp.int32)
-    return cast(dict, model.init(key, *inputs, jnp.full(1, steps), y))
+    try:
+        return cast(dict, model.init(key, *inputs, jnp.full(1, steps), y))
+    except BackboneError as error:
+        raise UserError(f"config.model.backbone: {error}") from None
 
 
 def abstract(initial, model: NTM | Predictor, mesh):

@@ -16,7 +16,6 @@ from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.core.transformer.attention import plain_attention
-from ntm_jax.errors import UserError
 from tests.core.conftest import TINY, Tiny, _inputs, _new_weights, _random_weights, compiled
 
 R = TINY["data_std"]
@@ -80,7 +79,7 @@ class Returning(nn.Module):
 def test_what_a_backbone_returns_is_checked(make, found):
     head = flow_matching.Posterior(CONFIG, Returning(make))
     x, t = np.zeros((4, 6, 2), np.float32), np.full(4, 0.5, np.float32)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(flow_matching.BackboneError) as error:
         jax.eval_shape(head.init, jax.random.key(0), x, t, t / 2, np.full(4, 2), np.zeros(4, int))
     assert str(error.value) == (
         f"the backbone Returning returns ({found}): expected the velocity [4, 6, 2] and the last "

@@ -1,5 +1,7 @@
 """The model of a configuration and the shape of its data."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -34,11 +36,27 @@ def test_what_does_not_fit_is_refused():
         build.make_model(tiny_config(**{"model.width": 20}), DataSpec((8, 8, 1), 2, 17, 10, 10))
 
 
-def test_a_builder_that_makes_no_module_is_refused(monkeypatch):
+class Flat(nn.Module):
+    """A backbone that returns no hidden states."""
+
+    def __call__(self, x, t, y):
+        return x
+
+
+@pytest.mark.parametrize(("made", "message"), [
+    (None, r"config\.model\.backbone=mine builds a NoneType: expected its build function to return "
+           r"a flax\.linen\.Module"),
+    (Flat(), r"config\.model\.backbone: the backbone Flat returns \(\[2, 16, 4\]\): expected the "),
+])
+def test_a_backbone_that_is_none_is_refused(monkeypatch, made, message):
     monkeypatch.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))
-    backbones.register("none", Backbone(lambda config, extra, attention: None))
-    settings = tiny_config(**{"model.backbone": "none", "model.head": "posterior"})
-    message = (r"config\.model\.backbone=none builds a NoneType: expected its build function to "
-               r"return a flax\.linen\.Module")
+    backbones.register("mine", Backbone(lambda config, extra, attention: made))
+    settings = tiny_config(**{"model.backbone": "mine", "model.head": "posterior",
+                              "model.transporter_blocks": 0})
+
+    def init(key):
+        model = build.make_model(settings, DataSpec((8, 8, 1), 2, 17, 10, 10))
+        return build.initial_params(model, key)
+
     with pytest.raises(UserError, match=message):
-        build.make_model(settings, DataSpec((8, 8, 1), 2, 17, 10, 10))
+        jax.eval_shape(init, jax.random.key(0))
