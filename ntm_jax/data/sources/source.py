@@ -310,7 +310,8 @@ class _Rows:
     """A slice of `records`, with every image at one size and every label an int.
 
     columns: those of an array, whose numbers take the shape; 0 for images. num_classes: 0 without
-    labels; a record of unknown class has the label -1.
+    labels; a record of unknown class has the label -1. Reading what is not a record of this kind
+    raises UserError.
     """
 
     records: Any
@@ -327,9 +328,10 @@ class _Rows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record, name = self.records[self.rows[index]], f"record {self.rows[index]}"
         if not isinstance(record, Mapping) or "image" not in record:
-            kind = type(record).__name__
-            found = f"{kind} of {', '.join(record)}" if isinstance(record, Mapping) else kind
-            raise UserError(f"{name} is a {found}: expected a dict with an 'image'")
+            keys = f" of {', '.join(record)}" if isinstance(record, Mapping) else ""
+            raise UserError(
+                f"{name} is a {type(record).__name__}{keys}: expected a dict with an 'image'"
+            )
         record = dict(record)
         name = record.pop("name", name)
         found = {"image": self._image(record["image"], name)}
