@@ -175,5 +175,5 @@ def shrink(c: ml_collections.ConfigDict):
         optimizer=dict(warmup_steps=1),
         mesh=dict(fsdp=1),
         evaluate=dict(split="test[:16]", trajectories=2, batch_size=16),
-        sample=dict(num=4),
+        sample=dict(num=16),  # as many as an evaluation draws: one program serves both
     )

@@ -28,7 +28,8 @@ def run(tmp_path_factory):
     """(workdir, lines of a start that SIGTERM stops, output of another, which finishes)."""
     workdir = tmp_path_factory.mktemp("programs") / "run"
     arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}",
-                 "--config.evaluate.images=20", "--config.evaluate.features=pixels"]
+                 "--config.evaluate.images=20", "--config.sample.num=20",
+                 "--config.evaluate.features=pixels"]
     process = start(["-m", "launch.train", *arguments, "--stop_status=75"])
     lines = []
     for line in process.stdout:

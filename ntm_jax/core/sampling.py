@@ -4,6 +4,8 @@ See docs/concepts.md, section 6. Symbols: B batch, T steps, K = T+1 levels ascen
 token channels.
 """
 
+import functools
+import itertools
 from typing import Any, cast
 
 import jax
@@ -50,37 +52,55 @@ def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, 
     c = model.config
     batch, count = t.shape[0], t.shape[1] - 1
     scales = guidance_by_step(guidance, count)
-    noise = example_noise(keys, (count + 1, c.tokens, c.dim))
+    noise = jnp.moveaxis(example_noise(keys, (count + 1, c.tokens, c.dim)), 1, 0)[::-1]
     steps = jnp.full(batch, count)
 
     def gaussian(*inputs) -> tuple[jax.Array, jax.Array]:
         return cast(Any, model.apply(params, *inputs, method=NTM.predict))
 
-    def predict(u, k, w):
-        inputs = u, t[:, k + 1], t[:, k], steps, y
-        if not w:
+    def predict(u, t_above, t_below, w, guided: bool):
+        inputs = u, t_above, t_below, steps, y
+        if not guided:
             return gaussian(*inputs)
         unconditional = *inputs[:-1], null(y, c.num_classes)
         both = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs, unconditional)
         mean, log_scale = gaussian(*both)
         return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)
 
-    us, log_density = [noise[:, count]], [log_prior(noise[:, count])]
-    for k, w in zip(reversed(range(count)), scales, strict=True):
-        mean, log_scale = predict(us[-1], k, w)
-        us.append(mean + jnp.exp(log_scale) * noise[:, k])
-        log_density.append(log_prior(noise[:, k]) - jnp.sum(log_scale, (1, 2)))
-    return jnp.stack(us[::-1], 1), jnp.stack(log_density[::-1], 1)
+    def transition(u, inputs, guided: bool):
+        *levels_and_scale, noise = inputs
+        mean, log_scale = predict(u, *levels_and_scale, guided)
+        u = mean + jnp.exp(log_scale) * noise
+        return u, (u, log_prior(noise) - jnp.sum(log_scale, (1, 2)))
+
+    u = noise[0]
+    parts = [(u[None], log_prior(u)[None])]
+    down = t.T[::-1]
+    transitions = down[:-1], down[1:], jnp.asarray(scales, jnp.float32), noise[1:]
+    start = 0
+    for guided, same in itertools.groupby(scales, bool):  # one scan each: a schedule has few
+        end = start + len(list(same))
+        some = tuple(a[start:end] for a in transitions)
+        u, part = jax.lax.scan(functools.partial(transition, guided=guided), u, some)
+        parts.append(part)
+        start = end
+    us, log_density = jax.tree.map(lambda *part: jnp.concatenate(part)[::-1], *parts)
+    return jnp.moveaxis(us, 0, 1), log_density.T
+
+
+def _apply_to_levels(method, model: NTM, params, a, t, y, **options):
+    """A method's results [B, T, ...] for the levels 0..T-1 of a [B, K, N, D], as one batch."""
+    batch, count = a.shape[0], a.shape[1] - 1
+    fold = a[:, :-1].reshape(batch * count, *a.shape[2:])
+    steps, y = jnp.full(batch * count, count), repeat(y, count)
+    levels = t[:, :-1].reshape(-1)
+    found = model.apply(params, fold, levels, steps, y, method=method, **options)
+    return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), found)
 
 
 def _invert(model: NTM, params, us, t, y, **options):
-    """(x_0..x_{T-1} [B, T, N, D], sweeps [B, T, blocks], log|det dx/du| [B, T]), as one batch."""
-    batch, count = us.shape[0], us.shape[1] - 1
-    fold = us[:, :-1].reshape(batch * count, *us.shape[2:])
-    steps, y = jnp.full(batch * count, count), repeat(y, count)
-    levels = t[:, :-1].reshape(-1)
-    found = model.apply(params, fold, levels, steps, y, method=NTM.invert, **options)
-    return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), found)
+    """(x_0..x_{T-1} [B, T, N, D], sweeps [B, T, blocks], log|det dx/du| [B, T])."""
+    return _apply_to_levels(NTM.invert, model, params, us, t, y, **options)
 
 
 def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "sequential"):
@@ -116,10 +136,8 @@ def transport_trajectory(model: NTM, params, xs, t, y):
 
     The inverse of invert_trajectory.
     """
-    steps = jnp.full(len(xs), xs.shape[1] - 1)
-    below = [cast(Any, model.apply(params, xs[:, k], t[:, k], steps, y, method=NTM.transport))[0]
-             for k in range(xs.shape[1] - 1)]
-    return jnp.stack([*below, xs[:, -1]], 1)
+    us, _ = _apply_to_levels(NTM.transport, model, params, xs, t, y)
+    return jnp.concatenate([us, xs[:, -1:]], 1)
 
 
 def sample_with_log_prob(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0,

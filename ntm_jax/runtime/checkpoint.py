@@ -101,6 +101,9 @@ class Checkpoints:
         for name in ("data", "run", "checksums"):
             registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
         self._context = ocp.Context()
+        # Replicas share the writing of large arrays; each slice of a small one is a program to
+        # compile.
+        self._context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
         self._context.checkpointables.registry = registry
         self._partial = ocp.Context(self._context)
         self._partial.pytree.loading.partial_load = True

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ntm_jax import files
 
 STREAMS = (0x9E3779B9, 0x7F4A7C15)  # seeds of the two 32-bit sums
+ON_HOST = 2**20  # elements: on a CPU, summing fewer with NumPy takes less than compiling a program
 
 
 def array_checksums(tree) -> dict[str, str]:
@@ -25,10 +26,9 @@ def array_checksums(tree) -> dict[str, str]:
     """
     # Each device sums its own shards without a collective, and the host adds up the devices' sums.
     leaves = named_leaves(tree)
-    by_device = [_device_sums(leaf) for leaf in leaves.values()]  # dispatches all, then reads
-    sums = [np.sum([np.asarray(shard.data) for shard in a.addressable_shards], (0, 1), np.uint32)
-            for a in by_device]
-    sums = np.array(sums, np.uint32)
+    found = [_local_sums(jnp.asarray(leaf)) for leaf in leaves.values()]  # dispatches all
+    sums = np.array([np.sum([np.asarray(part) for part in parts], (0, 1), np.uint32)
+                     if parts else (0, 0) for parts in found], np.uint32)
     if jax.process_count() > 1:
         sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
     return {name: f"{int(first):08x}{int(second):08x}"
@@ -67,10 +67,16 @@ def first_difference(found: dict, expected: dict) -> tuple[str, str, str] | None
     return None
 
 
-def _device_sums(x) -> jax.Array:
-    """uint32 [devices, 2], one row per device: both sums of its shard, 0 for a repeated shard."""
-    x = jnp.asarray(x)
-    return _sharded_sums(x, x.sharding) if isinstance(x.sharding, NamedSharding) else _sums(x)
+def _local_sums(x: jax.Array) -> list:
+    """uint32 [1, 2] of each shard of an array in this process: both sums, 0 for a repeated one.
+
+    A shard that is repeated on several devices may also be left out on all but one.
+    """
+    if x.size <= ON_HOST and all(device.platform == "cpu" for device in x.sharding.device_set):
+        return [_both_sums(np.asarray(shard.data), [part.start or 0 for part in shard.index])[None]
+                for shard in x.addressable_shards if shard.replica_id == 0]
+    sums = _sharded_sums(x, x.sharding) if isinstance(x.sharding, NamedSharding) else _sums(x)
+    return [shard.data for shard in sums.addressable_shards]
 
 
 @jax.jit  # per array: one program for a tree of 240 arrays took 6 s to compile
@@ -99,11 +105,13 @@ def _sharded_sums(x, sharding: NamedSharding):
 def _both_sums(x, starts):
     """uint32 [2]: sums mod 2^32 of mix(bits ^ position) over the elements of x [...].
 
-    starts: the index at which this part begins in the complete array. Unsigned addition wraps
-    exactly, so neither the order of summation nor the division into parts changes the result.
+    x: a jax or NumPy array. starts: the index at which this part begins in the complete array.
+    Unsigned addition wraps exactly, so neither the order of summation nor the division into parts
+    changes the result.
     """
     # mix is a bijection, so one changed element always changes the sum. It must follow the xor:
     # with the linear bits * odd(position), flips of two top bits would cancel in every stream.
+    array = np if isinstance(x, np.ndarray) else jnp
     bits = _bits(x)[None]
     starts = [*starts, 0][: bits.ndim - 1]
     seeds = np.array(STREAMS, np.uint32).reshape(2, *(1,) * (bits.ndim - 1))
@@ -111,17 +119,20 @@ def _both_sums(x, starts):
     for axis, (start, size) in enumerate(zip(starts, bits.shape[1:], strict=True)):
         # Hashed axis by axis: a flat index would overflow beyond 2^32 elements.
         shape = tuple(size if other == axis + 1 else 1 for other in range(bits.ndim))
-        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis + 1)
-        index = index + jnp.asarray(start).astype(jnp.uint32)
+        index = array.arange(size, dtype=np.uint32).reshape(shape)
+        index = index + array.asarray(start).astype(np.uint32)
         position = position + _mix(index + _mix(seeds + np.uint32(axis)))
-    return jnp.sum(_mix(bits ^ position), tuple(range(1, bits.ndim)), dtype=jnp.uint32)
+    return array.sum(_mix(bits ^ position), tuple(range(1, bits.ndim)), dtype=np.uint32)
 
 
 def _bits(x):
     """The bits of x [...] as uint32 [...], or [..., 2] for elements of 64 bits."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[min(x.dtype.itemsize, 4)]
+    if x.dtype == np.bool_:
+        return x.astype(np.uint32)
+    word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[min(x.dtype.itemsize, 4)]
+    if isinstance(x, np.ndarray):
+        halves = (2,) if x.dtype.itemsize == 8 else ()
+        return np.ascontiguousarray(x).view(word).reshape((*x.shape, *halves)).astype(np.uint32)
     return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime import build
 from ntm_jax.runtime.config import Optimizer
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import optimizer
@@ -36,9 +36,16 @@ def _initial(model, settings: Optimizer, steps: int, key) -> State:
     return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
 
 
+@functools.lru_cache(maxsize=8)
+def _initial_program(model, settings: Optimizer, steps: int):
+    """A jitted function of the seed's key, which is traced once for its shapes and its numbers."""
+    return jax.jit(lambda key: _initial(model, settings, steps, key))
+
+
 @functools.lru_cache(maxsize=8)  # tracing takes a while, and several parts of a run ask for it
 def _abstract(model, settings: Optimizer, steps: int, mesh) -> State:
-    return build.abstract(lambda: _initial(model, settings, steps, jax.random.key(0)), model, mesh)
+    program = _initial_program(model, settings, steps)
+    return build.abstract(lambda: program(jax.random.key(0)), model, mesh)
 
 
 def abstract(run: Run) -> State:
@@ -79,12 +86,11 @@ def initialize(run: Run) -> State:
     """A new state, each array made on the devices that hold it; the same numbers on any mesh."""
     config = run.config
     make = _initializer(run.model, config.optimizer, config.train.steps, run.mesh)
-    with sharding.use(run.mesh):
-        return make(jax.random.key(config.seed))
+    return make(jax.random.key(config.seed))
 
 
 @functools.lru_cache(maxsize=8)  # runs that differ in their seeds or data share one program
 def _initializer(model, settings: Optimizer, steps: int, mesh):
     shardings = jax.tree.map(lambda a: a.sharding, _abstract(model, settings, steps, mesh))
-    return jax.jit(lambda key: nn.unbox(_initial(model, settings, steps, key)),
-                   out_shardings=shardings)
+    program = _initial_program(model, settings, steps)
+    return jax.jit(lambda key: nn.unbox(program(key)), out_shardings=shardings)

@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ntm_jax.runtime.checksums import _sums, array_checksums
+from ntm_jax.runtime import checksums
+from ntm_jax.runtime.checksums import array_checksums
 from tests.common import python
 
 
+@pytest.fixture(params=["host", "devices"])
+def where(request, monkeypatch):
+    """Sums on the host, as of small arrays on a CPU, or on the devices."""
+    if request.param == "devices":
+        monkeypatch.setattr(checksums, "ON_HOST", -1)
+
+
 def main():
-    """Asserts that sums of 200 arrays agree on three meshes, each time of 10."""
+    """Asserts that sums of 200 arrays agree on three meshes, each time of 10, and on the host."""
     sums = []
     for shape in ((1, 1), (4, 2), (2, 4)):
         mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2,
@@ -20,8 +28,11 @@ def main():
         shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
         tree = {str(i): jax.device_put(jnp.arange(64.0 * 8).reshape(64, 8) + i, shardings[i % 4])
                 for i in range(200)}
+        sums.append(array_checksums(tree))
+        on_host, checksums.ON_HOST = checksums.ON_HOST, -1
         sums += [array_checksums(tree) for _ in range(10)]
-    assert sums == sums[:1] * 30
+        checksums.ON_HOST = on_host
+    assert sums == sums[:1] * 33
 
 
 def test_checksums_of_many_sharded_arrays_need_no_collective():
@@ -32,17 +43,19 @@ def test_checksums_of_many_sharded_arrays_need_no_collective():
     python(__file__, devices=8)
 
 
-def test_checksums_are_those_that_files_hold():
+def test_checksums_are_those_that_files_hold(where):
     """Other ones would make every checkpoint and export of a user look damaged."""
     tree = {"matrix": np.arange(6, dtype=np.float32).reshape(2, 3), "scalar": np.float32(1.5),
-            "words": np.arange(4, dtype=np.int8), "flags": np.array([True, False])}
+            "words": np.arange(4, dtype=np.int8), "flags": np.array([True, False]),
+            "half": jnp.arange(3, dtype=jnp.bfloat16)}
     assert array_checksums(tree) == {"matrix": "1ae9f7fa4da4cf22", "scalar": "b9a63f3780d56522",
-                                     "words": "162af0df19f7d7bd", "flags": "439ef094ac034d21"}
+                                     "words": "162af0df19f7d7bd", "flags": "439ef094ac034d21",
+                                     "half": "8dd7c129dd5be705"}
 
 
 @pytest.mark.parametrize("dtype", [
     "float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool"])
-def test_a_checksum_sees_every_bit_and_every_exchange(dtype):
+def test_a_checksum_sees_every_bit_and_every_exchange(dtype, where):
     values = jax.random.normal(jax.random.key(1), (4, 3, 5)) * 9
     if dtype == "bool":
         x = np.array(values > 0)
@@ -81,11 +94,11 @@ def test_a_checksum_sees_two_signs_exchanged():
     assert array_checksums({"x": x})["x"] not in seen
 
 
-def test_checksums_of_scalars_empty_and_huge_arrays():
+def test_checksums_of_scalars_empty_and_huge_arrays(where):
     assert array_checksums({"a": jnp.int32(3)}) != array_checksums({"a": jnp.int32(4)})
     assert array_checksums({"a": jnp.zeros((0, 4))}) == {"a": "0" * 16}
     # 2^34 elements: their index overflows uint32.
-    huge = jax.eval_shape(_sums, jax.ShapeDtypeStruct((2**20, 2**14), jnp.uint8))
+    huge = jax.eval_shape(checksums._sums, jax.ShapeDtypeStruct((2**20, 2**14), jnp.uint8))
     assert (huge.shape, huge.dtype) == ((1, 2), jnp.uint32)
 
 

@@ -119,10 +119,12 @@ def others(out):
             model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
             mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(sizes(name))])
             run = as_run(settings, model, mesh)
-            current = state.initialize(run)
-            homes = jax.tree.map(lambda a: a.sharding, state.abstract(run).params)
-            params = jax.device_put(randomised(current.params), homes)
-            current = current.replace(params=params)
+            if name == ONE:
+                first = jax.device_get(state.initialize(run))
+                first = first.replace(params=randomised(first.params))
+            places = jax.tree.map(lambda a: a.sharding, state.abstract(run))
+            current, homes = jax.device_put(first, places), places.params
+            params = current.params
             batch = next(pipeline.evaluation_batches(source, settings.data.patch_size, 16))
             batch = sharding.to_global(
                 {key: value for key, value in batch.items() if key != "mask"}, mesh)
