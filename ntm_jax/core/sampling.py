@@ -68,8 +68,8 @@ def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, 
         return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)
 
     def transition(u, inputs, guided: bool):
-        *levels_and_scale, noise = inputs
-        mean, log_scale = predict(u, *levels_and_scale, guided)
+        t_above, t_below, w, noise = inputs
+        mean, log_scale = predict(u, t_above, t_below, w, guided)
         u = mean + jnp.exp(log_scale) * noise
         return u, (u, log_prior(noise) - jnp.sum(log_scale, (1, 2)))
 

@@ -4,6 +4,7 @@ Checkpoints and exports store these checksums, since loading a flipped bit raise
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,8 @@ def _both_sums(x, starts):
         index = array.arange(size, dtype=np.uint32).reshape(shape)
         index = index + array.asarray(start).astype(np.uint32)
         position = position + _mix(index + _mix(seeds + np.uint32(axis)))
-    return array.sum(_mix(bits ^ position), tuple(range(1, bits.ndim)), dtype=np.uint32)
+    sums = array.sum(_mix(bits ^ position), tuple(range(1, bits.ndim)), dtype=np.uint32)
+    return cast(jax.Array | np.ndarray, sums)
 
 
 def _bits(x):

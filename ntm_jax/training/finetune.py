@@ -50,13 +50,28 @@ def _read_all(run: Run, where: str) -> dict:
     """All parameters of an export, or the EMA of a run: a workdir or WORKDIR/checkpoints/STEP."""
     folder = epath.Path(where)
     if is_export(folder):
-        expected = build.abstract_params(run.model, run.mesh)
-        return read_parameters(folder, read_export_info(folder), expected, skip=f"{DENOISER}/")
+        info, expected = read_export_info(folder), build.abstract_params(run.model, run.mesh)
+        _check_encoder(run, info.spec.get("text", ""))
+        return read_parameters(folder, info, expected, skip=f"{DENOISER}/")
     workdir, step = checkpoint.locate(folder)
     if not (workdir / "checkpoints").exists():
         raise UserError("there is no such export or run: expected an export's folder, a run's, or "
                         "WORKDIR/checkpoints/STEP")
+    if run.spec.text:
+        _check_encoder(run, config_file.load(str(workdir))[1].text)
     return restore_params(run, step, folder=str(workdir))[1]
+
+
+def _check_encoder(run: Run, theirs: str) -> None:
+    """Raises UserError where a model learned the states of another text encoder.
+
+    Another vocabulary of as many words has arrays of the same shapes, and gives the words other
+    meanings.
+    """
+    mine = run.spec.text
+    if run.model.config.text_width and mine and theirs and mine != theirs:
+        raise UserError(f"the model there learned the text encoder {theirs}, and the data here "
+                        f"have {mine}: give --config.data.text='{theirs}', or leave init_from out")
 
 
 def _read_backbone(run: Run, where: str):
@@ -114,3 +129,4 @@ def _check_data(run: Run, other: Run) -> None:
         if mine[key] != theirs[key]:
             raise UserError("the flow-matching model there learned data of another kind: "
                             f"{key} is {theirs[key]} there and {mine[key]} here")
+    _check_encoder(run, other.spec.text)

@@ -327,9 +327,19 @@ def test_importance_sums_equal_the_direct_ones():
     assert (sums.importance_weighted >= sums.bound).all()
     # of numbers rounded by 5e-4
     np.testing.assert_allclose(sums.bound_variance, log_w.var(0, ddof=1) / 6, rtol=1e-4)
-    w = np.exp(log_w - log_w.max(0))
-    np.testing.assert_allclose(sums.weighted_variance, w.var(0, ddof=1) / 6 / w.mean(0) ** 2,
-                               rtol=3e-3, atol=3e-3)
+    without = [logsumexp(np.delete(log_w, i, 0), 0) - math.log(5) for i in range(6)]
+    np.testing.assert_allclose(sums.weighted_variance, 5 * np.var(without, 0), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("deviation", "count"), [(0.3, 4), (3.0, 8), (10.0, 40)])
+def test_the_variance_of_the_weighted_bound_is_that_of_repetitions(deviation, count):
+    """Of log-normal weights, of which few count where they spread widely."""
+    log_w = deviation * np.random.default_rng(5).normal(size=(count, 4000)).astype(np.float32)
+    sums = likelihood.Importance.empty(4000)
+    for row in log_w:
+        sums = sums.add(jnp.asarray(row))
+    true = np.var(sums.importance_weighted)
+    assert float(sums.weighted_variance.mean()) == pytest.approx(true, rel=0.25)
 
 
 @pytest.mark.parametrize("weights", [[0.0], [-7.0, -7.0, -7.0, -7.0]])

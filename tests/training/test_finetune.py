@@ -13,14 +13,25 @@ import ntm_jax
 from ntm_jax.analysis import compile, rows
 from ntm_jax.analysis.memory import bytes_per_chip
 from ntm_jax.core import flow_matching
+from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
 from ntm_jax.export import write
-from ntm_jax.runtime import checkpoint, config, sharding
+from ntm_jax.runtime import build, checkpoint, config, config_file, sharding
 from ntm_jax.training import finetune, frozen, loop, objectives, pictures, state
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.step import make_step
-from tests.common import TINY, as_run, batch_of, bits, experiment, norm, setup, write_run
+from tests.common import (
+    TINY,
+    as_run,
+    batch_of,
+    bits,
+    experiment,
+    norm,
+    setup,
+    tiny_config,
+    write_run,
+)
 
 SMALL = TINY | {"trajectory.schedule": "shifted", "evaluate.split": "test[:6]"}
 
@@ -275,3 +286,22 @@ def test_the_benchmarks_rows_of_both(flow):
     assert aligned.flops > free.flops  # by the reference's pass
     # The reference is not donated with the state.
     assert all(np.isfinite(aligned.once()["loss"]) for _ in range(2))
+
+
+def test_the_same_model_with_another_vocabulary_is_refused(tmp_path):
+    """Its parameters have the same shapes, and the words would change their meanings."""
+    def settings(words, **changes):
+        return tiny_config(**changes, **{
+            "data.source": "shapes", "data.patch_size": 6, "model.condition": "text",
+            "data.text": f"words:7:{words}", "evaluate.split": "test[:4]"})
+
+    words = ("a and of left right above below two three four red green blue yellow purple white "
+             "circle square triangle cross circles squares triangles crosses")
+    (tmp_path / "first/checkpoints").mkdir(parents=True)
+    first = settings(words)
+    spec = pipeline.spec(first.data.open("test[:4]"), 6)
+    config_file.write(str(tmp_path / "first"), first, spec)
+    other = settings(words.replace("a and", "and a"), init_from=str(tmp_path / "first"))
+    run = as_run(other, build.make_model(other, spec), sharding.make_mesh(other.mesh))
+    with pytest.raises(UserError, match="the model there learned the text encoder words:7:a and"):
+        finetune.start_from(run, None)
