@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import importlib
 import math
+import os
 import pkgutil
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ from etils import epath
 from ntm_jax import host_memory
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources
-from ntm_jax.errors import UserError, check_count, first_line
+from ntm_jax.errors import UserError, check_count, first_line, shown
 from ntm_jax.evaluation import known_density
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
@@ -74,11 +75,9 @@ class Run(base.Run):
         """
         check_count("n", n)
         if prompts is not None:
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            texts = _texts("prompts", prompts)
             if label is not None:
                 raise UserError("label and prompts are both given: expected one of them")
-            if not texts:
-                raise UserError("prompts is empty: give one or more texts")
             label = self.text([texts[i % len(texts)] for i in range(n)])
         if condition is None or np.ndim(condition) < 2:
             label = _one_condition(label, condition)
@@ -96,6 +95,8 @@ class Run(base.Run):
                   with_log_prob: bool = False, **options):
         """The images of these indices [n]; arguments as in sample, label may be vectors [n, E]."""
         check_count("the number of samples", len(index))
+        if np.asarray(index).dtype.kind not in "iu":
+            raise UserError(f"index is {shown(index)}: expected whole numbers")
         condition = None if label is None else conditioning.check_condition(self, len(index), label)
         chosen = override(self.config, **options)
         self._check_decoder(options.get("decoder"))
@@ -103,7 +104,7 @@ class Run(base.Run):
             return generate.draw_at(self, index, condition, chosen, seed)
         return generate.sample_at(self, index, condition, chosen, seed, with_levels)
 
-    def selecting(self, candidates: int, judge: "str | base.Run | None" = None,
+    def selecting(self, candidates: int, judge: "str | os.PathLike | base.Run | None" = None,
                   enough: float | None = None) -> "Run":
         """This run with samples that are selected, each from so many candidates, by likelihood.
 
@@ -113,12 +114,14 @@ class Run(base.Run):
         candidate is kept without comparing it with further ones; all are compared by default.
         Raises UserError where the judge cannot select.
         """
-        other = load(judge) if isinstance(judge, str) else judge
+        other = load(os.fspath(judge)) if isinstance(judge, (str, os.PathLike)) else judge
+        if other is not None and not isinstance(other, base.Run):
+            raise UserError(f"judge is {shown(judge)}: expected a run, or the folder of one")
         return _run(selection.selecting(self, candidates, other, enough))
 
     def text(self, captions):
         """The states of one or n captions, in the encoder of the run, as conditions.Text."""
-        captions = [captions] if isinstance(captions, str) else captions
+        captions = _texts("captions", captions)
         return prompts.states(prompts.open_encoder(self), captions)
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
@@ -212,6 +215,14 @@ class Run(base.Run):
     def _check_decoder(self, decoder: str | None) -> None:
         if decoder:
             objectives.check_decoder(self.config, decoder, "decoder")
+
+
+def _texts(name: str, given) -> list[str]:
+    """One text, or several, as a list."""
+    texts = [given] if isinstance(given, str) else list(given) if np.iterable(given) else None
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} is {shown(given)}: expected a text, or one or more in a list")
+    return [str(text) for text in texts]
 
 
 def _one_condition(label, condition):

@@ -3,6 +3,8 @@
 The programs print its single line and exit with status 2.
 """
 
+import numbers
+
 
 class UserError(ValueError):
     """A mistake of the user: a flag, a setting, an argument, a file.
@@ -12,7 +14,9 @@ class UserError(ValueError):
 
 
 def check_count(name: str, count: int) -> None:
-    """Raises UserError for a number of things below 1."""
+    """Raises UserError for a number of things that is not a whole number, or below 1."""
+    if not isinstance(count, numbers.Integral):
+        raise UserError(f"{name} is {shown(count)}: expected a whole number")
     if count < 1:
         raise UserError(f"{name} is {count}: expected 1 or more")
 

@@ -69,7 +69,7 @@ def levels_plot(result: dict, out_png) -> None:
         right.axhline(-terms["reconstruction"], color="tab:red", linestyle="--",
                       label="reconstruction")
     right.set_xticks(np.arange(len(rate)), names)
-    right.set(title="contributions to the bound", ylabel="nats per dimension")
+    right.set(title="contributions to the bound on -log p", ylabel="nats per dimension")
     right.axhline(0, color="black", linewidth=0.5)
     plot.legend(loc="outside lower right", ncols=5)
     save_figure(plot, out_png)

@@ -126,7 +126,7 @@ MEASURES = {  # figures of objectives
     "reward": "reward of samples of held-out conditions",
     "reward_before": "reward before post-training",
     "diversity": "mean distance of samples of one condition",
-    "diversity_before": "the same before post-training",
+    "diversity_before": "mean distance before post-training",
     "kl": "divergence from the model before, nats a trajectory"}
 DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)",
             "own_score": "squared error by level, its own score",

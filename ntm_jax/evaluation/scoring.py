@@ -22,7 +22,7 @@ from ntm_jax.errors import UserError, check_count
 from ntm_jax.progress import track
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.config import Config
-from ntm_jax.runtime.run import Run
+from ntm_jax.runtime.run import Run, checked_seed
 
 BOUNDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
 
@@ -74,7 +74,7 @@ def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = Non
     """
     check_count("trajectories", trajectories)
     decoder_levels = run.spec.pixel_levels or (likelihood.UNBINNED if decoded else 0)
-    seed = run.config.seed if seed is None else seed
+    seed = checked_seed(run, seed)
     batch = sharding.to_global(batch, run.mesh)
     kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
     with sharding.use(run.mesh):

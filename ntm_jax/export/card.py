@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.errors import first_line
+from ntm_jax.errors import first_line, shown
 from ntm_jax.evaluation.report import NAMES
 from ntm_jax.runtime.run import Run
 
@@ -131,8 +131,9 @@ def markdown(run: Run, parameters: int, platforms) -> str:
     if spec.class_names:
         more = ", ..." if len(spec.class_names) > NAMES_SHOWN else ""
         classes += f": {', '.join(spec.class_names[:NAMES_SHOWN])}{more}"
+    encoder = f"the text encoder `{shown(spec.text, str)}`" if spec.text else "a text encoder"
     conditions = {"class": classes, "none": "none",
-                  "text": "the states of a text encoder",
+                  "text": f"the states of {encoder}; `sample.py` draws without a caption",
                   "vector": f"vectors of {spec.condition_width} numbers; `sample.py` takes one, "
                             "in own units, as third argument, and their mean by default"}
     dataset = DATASETS.get(config.data.source)

@@ -53,8 +53,9 @@ def main(arguments: list[str]) -> None:
     images = sample(sampler, parameters, about, number, seed, chosen)
     write(images)
     pngs = write_pngs(images, about["spec"]["levels"])
-    at_mean = kind == "vector" and chosen is None
-    note = ", at the mean of the training conditions" if at_mean else ""
+    note = {"text": ", without a caption",
+            "vector": ", at the mean of the training conditions"}.get(kind, "")
+    note = note if chosen is None else ""
     print(f"{number} images {images.dtype}{list(images.shape[1:])} in {OUT}{pngs}{note}")
 
 
@@ -201,6 +202,9 @@ def write_pngs(images: np.ndarray, levels: int) -> str:
         PNGS.mkdir(exist_ok=True)
         for i, image in enumerate(shown):
             (PNGS / f"{i:06d}.png").write_bytes(png(image))
+        for earlier in PNGS.glob("[0-9]" * 6 + ".png"):  # of a call for more images
+            if int(earlier.stem) >= len(shown):
+                earlier.unlink()
     except OSError as error:
         raise Mistake(f"{PNGS} cannot be written here ({error.strerror}): {OUT} is complete; run "
                       "this in another folder for the PNG files") from None

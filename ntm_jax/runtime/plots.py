@@ -110,15 +110,29 @@ def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> N
     axes.imshow(_without_gray_axis(sheet), cmap="gray", vmin=0, vmax=255, interpolation="nearest",
                 aspect="auto")
     style = {"fontsize": 7, "va": "center", "parse_math": False}
-    for r, name in enumerate(names):
-        lines = textwrap.wrap(name, max(margin // 7, 10), max_lines=4, placeholder=" ...")
-        y = 1 - (top + (r + 0.5) * height) / size[1]
-        plot.text((margin - 6) / size[0], y, "\n".join(lines), ha="right", **style)
-    for column, title in titles.items():
-        plot.text((margin + column * width) / size[0], 1 - top / 2 / size[1], title, **style)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font draws unsupported scripts as boxes
+        for r, name in enumerate(names):
+            lines = _wrapped(name, margin - 6, style["fontsize"])
+            y = 1 - (top + (r + 0.5) * height) / size[1]
+            plot.text((margin - 6) / size[0], y, "\n".join(lines), ha="right", **style)
+        for column, title in titles.items():
+            plot.text((margin + column * width) / size[0], 1 - top / 2 / size[1], title, **style)
         save_figure(plot, out_png)
+
+
+def _wrapped(text: str, pixels: float, fontsize: float) -> list[str]:
+    """A text as at most four lines that fit into this width."""
+    from matplotlib.textpath import TextPath
+
+    def width(line: str) -> float:
+        return TextPath((0, 0), line, fontsize).get_extents().width * DPI / 72
+
+    for characters in range(max(len(text), 1), 0, -1):
+        lines = textwrap.wrap(text, max(characters, 5), max_lines=4, placeholder=" ...")
+        if all(width(line) <= pixels for line in lines):
+            break
+    return lines
 
 
 def save_png(path, image) -> None:
@@ -143,8 +157,9 @@ def loss_plot(metrics_path, out_png, loss_label: str) -> bool:
     key = next((key for key in HELD_OUT if metric_points(lines, key)[0]), None)
     plot, panels = figure(7, 6 if key else 3.5, 2 if key else 1)
     top, bottom = panels[0, 0], panels[-1, 0]
+    marker = "o" if len(steps) == 1 else None  # a line of one point cannot be seen
     top.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step logged")
-    top.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
+    top.plot(steps, smoothed(losses), color="tab:blue", label="smoothed", marker=marker)
     top.set_ylabel(loss_label)
     plot.legend(loc="outside upper right", ncols=2)
     if key:

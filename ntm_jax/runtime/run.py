@@ -5,6 +5,7 @@ a notebook calls on it.
 """
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from ntm_jax.core.denoising import Teacher, make_denoiser
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data.pipeline import DataSpec
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, shown
 from ntm_jax.runtime import attention, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import SOLVERS, Config, Mesh
@@ -47,6 +48,9 @@ class Run:
     denoiser: Denoiser | None = None
     selection: "Selection | None" = None  # of samples; none of training's
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.workdir!r}, step={self.step})"  # not its parameters
+
     @property
     def schedule(self) -> Schedule:
         """The noise levels of the model's trajectories."""
@@ -66,6 +70,17 @@ class Run:
         if self.config.sample.decoder in SOLVERS:
             return np.asarray(self.schedule.levels(self.config.sample.steps, np.zeros(1)))[0]
         return self.evaluated_levels()
+
+
+def checked_seed(run: Run, seed: int | None) -> int:
+    """The seed, or where it is None the configuration's.
+
+    Raises UserError for one that is not a whole number of 32 bits.
+    """
+    seed = run.config.seed if seed is None else seed
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {shown(seed)}: expected a whole number, 0 to 2^32 - 1")
+    return int(seed)
 
 
 @dataclasses.dataclass(frozen=True)

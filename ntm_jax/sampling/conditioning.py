@@ -50,9 +50,9 @@ def check_condition(run: Run, n: int, label):
     if width:
         fits = isinstance(label, Text) and np.shape(label.states)[::2] == (n, width)
         if not fits or np.shape(label.mask) != label.states.shape[:2]:
-            raise UserError("the model is conditioned on text: give label=Text(states "
-                            f"[{n}, M, {width}], mask [{n}, M]) of "
-                            "ntm_jax.core.transformer.conditions")
+            raise UserError("the model is conditioned on text: give label=run.text(captions), with "
+                            f"one caption{each}, or your own Text(states [{n}, M, {width}], mask "
+                            f"[{n}, M])")
         return Text(np.asarray(label.states, np.float16), np.asarray(label.mask, bool))
     if label is None and classes:
         raise UserError(f"no label is given, and the model has {classes} classes: give one label"

@@ -22,7 +22,7 @@ from ntm_jax.data import transforms
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS, SampleOptions
-from ntm_jax.runtime.run import Run
+from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import conditioning, inverses, selection
 from ntm_jax.sampling.options import check_decoder
 
@@ -155,7 +155,7 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
     y = conditioning.default_conditions(run, index) if condition is None else condition
     y = y if isinstance(y, (Text, Vector)) else np.asarray(y, np.int32)
     placed = sharding.place((index, y), run.mesh)
-    seed = run.config.seed if seed is None else seed
+    seed = checked_seed(run, seed)
     root = jax.random.key(seed)
 
     def draw(number: int) -> list:

@@ -25,7 +25,7 @@ from ntm_jax.core.trajectory import example_keys, example_noise, per_example
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS, SampleOptions
-from ntm_jax.runtime.run import Run
+from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling.generate import Sampler
 
 BATCH = 2000  # samples drawn at once
@@ -119,7 +119,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
         found = "pixels" if run.spec.pixel_levels else f"decoder={options.decoder}"
         raise UserError(f"the run has {found}: expected a model of continuous data that samples "
                         "trajectories, whose weights have a density")
-    seed = run.config.seed if seed is None else seed
+    seed = checked_seed(run, seed)
     x, log_ratio = _draw_all(run, condition, n, options, seed)
     samples = run.spec.from_tokens(x)
     values = np.asarray(log_target(samples), np.float64)

@@ -16,6 +16,7 @@ Symbols: n images; B batch, K levels, T steps, N tokens, D token channels.
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import cast
 
@@ -26,7 +27,7 @@ import numpy as np
 from ntm_jax.core.model import NTM, Terms, exact
 from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
 from ntm_jax.core.transformer.conditions import null
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS
 from ntm_jax.runtime.run import Run, Selection
@@ -104,11 +105,12 @@ def selecting(run: Run, candidates: int, judge: Run | None = None,
     Raises UserError for a model without a condition, and for a judge that has no likelihood, no
     null condition, or other data.
     """
-    if candidates < 1 or (candidates == 1 and (judge or enough is not None)):
+    check_count("candidates", candidates)
+    if candidates == 1 and (judge or enough is not None):
         raise UserError(f"candidates is {candidates}: expected at least 2 to select from, or 1 "
                         "without judge and enough")
-    if enough is not None and not math.isfinite(enough):
-        raise UserError(f"enough is {enough}: expected a number of nats, or none")
+    if enough is not None and not (isinstance(enough, numbers.Real) and math.isfinite(enough)):
+        raise UserError(f"enough is {shown(enough)}: expected a number of nats, or none")
     if candidates == 1:
         return run
     judge = judge or run

@@ -98,8 +98,8 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     rate, unit = "", "rows" if run.spec.columns else "images"
     if made > first:
         rate = f", {(made - first) / seconds:.1f} {unit}/s after the first batch"
-    print(f"{request.num} {unit} in {out}, {request.num - made} of them found there{rate}, step "
-          f"{run.step}", flush=True)
+    found = f", {request.num - made} of them found there" if made < request.num else ""
+    print(f"{request.num} {unit} in {out}{found}{rate}, step {run.step}", flush=True)
 
 
 class _Work:
@@ -258,14 +258,15 @@ def _claim(folder, asked: dict, batches: int) -> np.ndarray:
     Raises UserError where the folder holds anything that was not asked for.
     """
     path, finished = folder / "samples.json", (folder / "samples.npz").exists()
-    if path.exists():
+    # Alone it is of a call that failed before its first sample, such as at a word of a prompt.
+    if path.exists() and [found.name for found in folder.iterdir()] != [path.name]:
         before = files.read_json(path, "give another --out")
         for key in sorted(before | asked):
             if before.get(key) != files.plain(asked.get(key)):
                 raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and this "
                                 f"call has {asked.get(key)!r}: give another --out, or the same "
                                 "settings to go on; nothing was overwritten")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(found.name != path.name for found in folder.iterdir()):
         raise UserError(f"{folder} is there and not empty: give a new folder as --out, nothing was "
                         "overwritten")
     done = np.array([finished or _part(folder, number).exists() for number in range(batches)])

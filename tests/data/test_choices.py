@@ -88,6 +88,11 @@ def test_many_words_need_a_language_model(tmp_path):
     assert chosen(captions, source)["data.text"] == "minilm"
 
 
+def test_captions_without_a_word_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"all captions of .* are empty: take --config=folder"):
+        chosen(captions, captioned(tmp_path, lambda i: " "))
+
+
 def test_mistakes_say_what_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"give your images, --config\.data\.source=folder:PATH"):
         chosen(folder, "")

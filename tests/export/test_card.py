@@ -31,7 +31,7 @@ def test_the_card_of_a_model_of_pixels(run):
 
 def test_the_card_of_a_model_of_texts_and_latents(on_texts):
     text = (on_texts[1] / "README.md").read_text()
-    assert "| condition | the states of a text encoder |" in text
+    assert "| the states of a text encoder; `sample.py` draws without a caption |" in text
     assert "text = np.zeros((number, 3, 8), np.float16)" in text
     assert "index, text, text_mask))  # [n, H, W, C], latents" in text
     assert "log density of the latents noised to 0.03 in nats" in text

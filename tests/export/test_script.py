@@ -16,6 +16,8 @@ from tests.export.common import assert_close, refused_by_script, run_alone
 
 
 def test_the_script_runs_without_the_package(run, exported, tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples/000005.png").write_text("of a call for six images")
     printed = run_alone(exported, tmp_path, "5", "3")
     assert printed == "5 images uint8[8, 8, 1] in samples.npz and samples/\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "samples.npz"]

@@ -172,6 +172,7 @@ def test_latents_on_texts():
     assert shown.std() > 10
     assert np.isfinite(run.log_prob(images, text, trajectories=1)).all()
     for wrong in (None, [1, 2, 3], Text(text.states[:2], text.mask)):
-        with pytest.raises(UserError, match=r"the model is conditioned on text: give label=Text\("
-                                            r"states \[3, M, 8\], mask \[3, M\]\)"):
+        with pytest.raises(UserError, match=r"conditioned on text: give label=run\.text"
+                                            r"\(captions\), with one caption, or one for each of "
+                                            r"the 3 images, or your own Text\(states \[3, M, 8\]"):
             run.log_prob(images, wrong)

@@ -77,8 +77,11 @@ def test_a_run_samples_prompts(run):
     one = run.sample(2, prompts="a red circle")
     assert alike(one, run.sample(2, prompts=["a red circle"]))
     np.testing.assert_array_equal(run.text("blue square").mask, run.text(["blue square"]).mask)
-    with pytest.raises(UserError, match="prompts is empty: give one or more texts"):
-        run.sample(2, prompts=[])
+    for wrong in ([], ["a", 3], 3):
+        with pytest.raises(UserError, match=r"prompts is .*: expected a text, or one or more in"):
+            run.sample(2, prompts=wrong)
+    with pytest.raises(UserError, match=r"captions is \[None\]: expected a text"):
+        run.text([None])
     with pytest.raises(UserError, match="label and prompts are both given: expected one of them"):
         run.sample(2, 3, prompts=["a"])
     with pytest.warns(UserWarning, match=r"1 of 2 captions are cut to the 4 tokens of words:4:.*, "

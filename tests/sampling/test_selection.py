@@ -117,11 +117,16 @@ def test_selection_needs_a_condition_and_a_likelihood_without_it(run):
             ("train", {"condition_dropout": 0.0}, "runs/tiny was trained without condition drop")):
         with pytest.raises(UserError, match=message):
             changed(run, part, **fields).selecting(2)
-    for candidates, judge, enough in ((0, None, None), (1, run, None), (1, None, 2.0)):
-        with pytest.raises(UserError, match=f"candidates is {candidates}: expected at least 2"):
-            run.selecting(candidates, judge, enough)
-    with pytest.raises(UserError, match="enough is nan: expected a number of nats"):
-        run.selecting(2, enough=np.nan)
+    for arguments, message in (
+            ((0,), "candidates is 0: expected 1 or more"),
+            ((2.5,), "candidates is 2.5: expected a whole number"),
+            ((1, run), "candidates is 1: expected at least 2"),
+            ((1, None, 2.0), "candidates is 1: expected at least 2"),
+            ((2, 3), "judge is 3: expected a run, or the folder of one"),
+            ((2, None, np.nan), "enough is nan: expected a number of nats"),
+            ((2, None, "x"), "enough is 'x': expected a number of nats")):
+        with pytest.raises(UserError, match=message):
+            run.selecting(*arguments)
 
 
 def test_a_refused_call_leaves_nothing(run, tmp_path):

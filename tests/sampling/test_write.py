@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ntm_jax import files
 from ntm_jax.errors import UserError
 from ntm_jax.sampling import conditioning, generate
 from ntm_jax.sampling.prompts import Prompt
@@ -100,6 +101,10 @@ def test_a_folder_that_is_not_empty_is_refused_and_unchanged(run, tmp_path):
     with pytest.raises(UserError, match="is there and not empty: give a new folder as --out"):
         write_samples(run, str(tmp_path), SampleRequest(2, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    (tmp_path / "failed").mkdir()
+    files.write_json(tmp_path / "failed/samples.json", {"--num": 3}, sealed=True)
+    write_samples(run, str(tmp_path / "failed"), SampleRequest(2, 2))  # nothing was sampled there
+    assert files.read_json(tmp_path / "failed/samples.json", "")["--num"] == 2
     with pytest.raises(UserError, match="label 'x' is not a class"):
         write_samples(run, str(tmp_path / "new"), SampleRequest(2, 2, ["x"]))
     assert not (tmp_path / "new").exists()

@@ -54,6 +54,9 @@ def listed(root: epath.Path) -> tuple[dict[str, str] | None, dict[str, str]]:
         line, worse = f"{file} line {number}", row.get("rejected")
         name, caption = _name_and_caption(row, line)
         name = os.path.normpath(name)
+        if name in captions:
+            raise UserError(f"{line} has the file_name {shown(name, str)} again: leave one row for "
+                            "each image")
         captions[name] = caption_of(caption)
         if worse in (None, ""):
             continue
@@ -94,6 +97,8 @@ def _name_and_caption(row: dict, line: str) -> tuple[str, object]:
             f"{line} has {found}: expected file_name (or image) and caption (or text) of every "
             "image"
         )
+    if not isinstance(caption, (str, list, type(None))):
+        raise UserError(f"{line} has the caption {shown(caption)}: expected a text")
     if not _is_name(name):
         raise UserError(
             f"{line} has the file_name {ascii(name)[:80]}, which no file can have: mend the name"

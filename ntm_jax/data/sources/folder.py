@@ -95,6 +95,7 @@ def open_folder(where: str, split: str) -> Source:
     few = len(files) <= _SCAN_LIMIT
     scanned, bad = _scan(root, files if few else files[:: len(files) // _SAMPLE])
     listed, rejected = from_folder.listed(root)
+    absent = sorted(set(listed or ()) - {*files, *bad})
     files = _without_rejected([file for file in files if file not in bad], rejected, where)
     splits = _splits(files, presplit)
     check_split(f"folder:{where}", split, splits)
@@ -130,8 +131,11 @@ def open_folder(where: str, split: str) -> Source:
         no_captions=no_captions,
         mixed_sizes=mixed,
         typical_side=int(np.median(sides)) if mixed else 0,
-        skipped=f"{len(bad)} of {len(files) + len(bad)} images cannot be decoded and are left out: "
-        f"{_first(sorted(bad))}" if bad else "",
+        skipped="; ".join(filter(None, (
+            f"{len(bad)} of {len(files) + len(bad)} images cannot be decoded and are left out: "
+            f"{_first(sorted(bad))}" if bad else "",
+            f"{len(absent)} images of the list in it are not there: {_first(absent)}"
+            if absent else ""))),
     )
 
 
