@@ -34,7 +34,8 @@ DOORS = {  # by module; of core every public function and class
 FEW_STEPS = """
 import ntm_jax
 full = ntm_jax.experiment
-few = {"train.steps": 8, "evaluate.trajectories": 2, "evaluate.split": "test[:20]"}
+few = {"train.steps": 8, "evaluate.trajectories": 2, "evaluate.split": "test[:20]",
+       "model.transporter_blocks": 1}
 ntm_jax.experiment = lambda *names, **own: full(*names, **own | few)
 """
 
