@@ -1,7 +1,7 @@
 """NTM of a posterior of the benchmark sbibm, --config=sbi:TASK: simulation-based inference.
 
-TASK is two_moons, slcp, gaussian_mixture or bernoulli_glm (arXiv 2101.04653). launch.sbi scores the
-run. `,no-transporter` after the task's name is the Gaussian ablation with a deeper predictor.
+TASK is two_moons, slcp, slcp_moments, gaussian_mixture or bernoulli_glm (arXiv 2101.04653).
+launch.sbi scores the run. `,no-transporter` after the task's name is the Gaussian ablation with a deeper predictor.
 Figures: docs/results/sbi.md.
 """
 
@@ -10,6 +10,7 @@ from ntm_jax.experiments import default
 TASKS = {  # simulations, steps T, and the shift of the noise levels: low ones put more near 0
     "two_moons": (10_000, 8, -1.5),
     "slcp": (30_000, 8, -1.0),
+    "slcp_moments": (30_000, 8, -1.0),  # of sufficient statistics of slcp's points
     "gaussian_mixture": (10_000, 8, -2.5),
     "bernoulli_glm": (10_000, 4, -1.0),  # nearly Gaussian posteriors
 }
@@ -35,6 +36,9 @@ def get_config(variant: str = "two_moons"):
         c.model.update(width=32, head_size=8, transporter_width=32)
         c.train.steps = 2000
         c.optimizer.update(learning_rate=1e-3, weight_decay=0.3)
+    if task == "slcp_moments":  # learned sooner than from the points
+        c.train.update(steps=3000, evaluate_every=1000)
+        c.optimizer.learning_rate = 4e-3
     if ablation:
         c.model.update(transporter_blocks=0, predictor_layers=6)
     return c

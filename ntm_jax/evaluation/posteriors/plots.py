@@ -11,7 +11,7 @@ from ntm_jax.evaluation.posteriors import scores
 from ntm_jax.runtime.plots import figure, save_figure
 
 SHOWN, POINTS = 4, 2000  # observations side by side, and samples of each
-PAIRS = {"slcp": (2, 3)}  # the two parameters that are drawn; the first two of other tasks
+PAIRS = {"slcp": (2, 3), "slcp_moments": (2, 3)}  # the parameters drawn; the first two of others
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ntm_jax.data.sources.sbi import tasks
 from ntm_jax.errors import UserError
 
 OBSERVATIONS = 10  # of every task
@@ -28,7 +29,9 @@ class Reference(NamedTuple):
 
 def read(task: str, number: int) -> Reference:
     """Observation `number` of a task, from 1 to 10; UserError if sbibm is not installed."""
-    folder = _folder() / "tasks" / task / "files" / f"num_observation_{number}"
+    of_task = tasks.find(task)
+    name = of_task.of_benchmark or task
+    folder = _folder() / "tasks" / name / "files" / f"num_observation_{number}"
     try:
         with bz2.open(folder / "reference_posterior_samples.csv.bz2", "rt") as file:
             samples = np.loadtxt(file, delimiter=",", skiprows=1)
@@ -36,7 +39,7 @@ def read(task: str, number: int) -> Reference:
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"the reference posterior in {folder} cannot be read ({error}): install "
                         "sbibm again: pip install --no-deps --force-reinstall sbibm") from None
-    return Reference(x, samples)
+    return Reference(of_task.summary(x[None])[0] if of_task.summary else x, samples)
 
 
 def _folder() -> pathlib.Path:

@@ -29,6 +29,8 @@ class Task:
     simulate: Callable
     log_prior: Callable
     log_likelihood: Callable
+    of_benchmark: str = ""  # the benchmark's name of the task; '' is the one it has here
+    summary: Callable | None = None  # of the benchmark's observation [n, E'], [n, E]
 
     def log_joint(self, x, theta) -> np.ndarray:
         """log p(theta) p(x | theta) of x [E] at theta [n, D], up to a function of x, [n]."""
@@ -108,6 +110,39 @@ def _slcp_log_likelihood(x, theta):
     return np.sum(-0.5 * (z * z + w * w) - np.log(2 * math.pi * a * c), 1)
 
 
+def _moments(x):
+    """Sufficient statistics [n, 5] of points [n, 8]: their mean, and their covariance's factor.
+
+    The Cholesky factor (a, 0; b, c) of the covariance of four points is (log a, asinh(b/c), log c),
+    whose values are of order 1.
+    """
+    points = x.reshape(len(x), _POINTS, 2)
+    mean = points.mean(1)
+    first, second = np.moveaxis(points - mean[:, None], -1, 0)
+    a = np.sqrt(np.mean(first**2, 1))
+    b = np.mean(first * second, 1) / a
+    c = np.sqrt(np.mean((second - (b / a)[:, None] * first) ** 2, 1))
+    return np.stack([*mean.T, np.log(a), np.arcsinh(b / c), np.log(c)], 1)
+
+
+def _simulate_moments(random, theta):
+    return _moments(_simulate_slcp(random, theta))
+
+
+def _moments_log_likelihood(x, theta):
+    """The points' log-likelihood, which depends on their moments alone, up to a function of x."""
+    x = np.atleast_2d(x)
+    a, b, c = _cholesky(theta)
+    of_points_a, of_points_c = np.exp(x[:, 2]), np.exp(x[:, 4])
+    of_points_b = np.sinh(x[:, 3]) * of_points_c
+    # |L^-1 (mean - m)|^2 and |L^-1 L_points|^2, L the factor of the covariance.
+    z = (x[:, 0] - theta[:, 0]) / a
+    w = (x[:, 1] - theta[:, 1] - b * z) / c
+    aa = of_points_a / a
+    squares = z**2 + w**2 + aa**2 + ((of_points_b - b * aa) / c) ** 2 + (of_points_c / c) ** 2
+    return -_POINTS * (0.5 * squares + np.log(2 * math.pi * a * c))
+
+
 # Gaussian mixture: theta is the mean of a wide and a narrow Gaussian.
 
 _SCALES = np.array([1.0, 0.1])
@@ -176,6 +211,9 @@ _box_of_means, _log_box_of_means = _box(10.0, 2)
 TASKS = {
     "two_moons": Task(_box_of_moons, _simulate_moons, _log_box_of_moons, _moons_log_likelihood),
     "slcp": Task(_box_of_slcp, _simulate_slcp, _log_box_of_slcp, _slcp_log_likelihood),
+    "slcp_moments": Task(
+        _box_of_slcp, _simulate_moments, _log_box_of_slcp, _moments_log_likelihood, "slcp",
+        _moments),
     "gaussian_mixture": Task(
         _box_of_means, _simulate_mixture, _log_box_of_means, _mixture_log_likelihood),
     "bernoulli_glm": Task(
