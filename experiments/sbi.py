@@ -1,8 +1,8 @@
 """NTM of a posterior of the benchmark sbibm, --config=sbi:TASK: simulation-based inference.
 
 TASK is two_moons, slcp, slcp_moments, gaussian_mixture or bernoulli_glm (arXiv 2101.04653).
-launch.sbi scores the run. `,no-transporter` after the task's name is the Gaussian ablation with a deeper predictor.
-Figures: docs/results/sbi.md.
+launch.sbi scores the run. `,no-transporter` after the task's name is the Gaussian ablation with a
+deeper predictor. Figures: docs/results/sbi.md.
 """
 
 from ntm_jax.experiments import default

@@ -31,7 +31,7 @@ def refusal(values) -> str:
     ("toy2d", "moons,no-transporter"), ("emoji",), ("emoji", "runlocal"), ("digits_fm",),
     ("mnist_fm",), ("digits_finetune", "free"), ("mnist_finetune", "free"), ("flux2_klein",),
     ("flux2_klein", "runlocal"), ("shapes",), ("shapes", "gaussian"), ("shapes", "runlocal"),
-    ("sbi",), ("sbi", "slcp,no-transporter")])
+    ("sbi",), ("sbi", "slcp,no-transporter"), ("sbi", "slcp_moments")])
 def test_the_shipped_experiments_are_read(name):
     read = config.read(experiment(*name))
     objectives.checked(read)

@@ -16,7 +16,8 @@ from ntm_jax.data import sources
 from ntm_jax.data.sources.sbi import references, source, tasks
 from ntm_jax.errors import UserError
 
-SIZES = {"two_moons": (2, 2), "slcp": (5, 8), "gaussian_mixture": (2, 2), "bernoulli_glm": (10, 10)}
+SIZES = {"two_moons": (2, 2), "slcp": (5, 8), "slcp_moments": (5, 5), "gaussian_mixture": (2, 2),
+         "bernoulli_glm": (10, 10)}
 # Two parameters near each other, so that ratios of their likelihoods have a small variance.
 NEAR = {
     "slcp": ([0.5, -1.0, 1.2, -0.9, 0.4], [0.4, -0.95, 1.15, -0.88, 0.3]),
@@ -85,6 +86,22 @@ def test_four_points_of_one_gaussian():
     covariance = [[one**2 + 1e-6, across * one * two], [across * one * two, two**2 + 1e-6]]
     expected = stats.multivariate_normal(theta[0, :2], covariance).logpdf(x.reshape(4, 2)).sum()
     assert task.log_likelihood(x, theta)[0] == pytest.approx(expected)
+
+
+def test_moments_have_the_likelihood_of_their_points():
+    task, moments = tasks.find("slcp"), tasks.find("slcp_moments")
+    theta = task.draw_prior(rng(), 50)
+    x = task.simulate(rng(), theta[:3])
+    of_points = x[0].reshape(4, 2)
+    found = moments.summary(x)
+    factor = np.linalg.cholesky(np.cov(of_points.T, bias=True))
+    np.testing.assert_allclose(found[0], [
+        *of_points.mean(0), np.log(factor[0, 0]), np.arcsinh(factor[1, 0] / factor[1, 1]),
+        np.log(factor[1, 1])])
+    for points, statistics in zip(x, found, strict=True):
+        np.testing.assert_allclose(moments.log_likelihood(statistics, theta),
+                                   task.log_likelihood(points, theta))
+    np.testing.assert_array_equal(moments.simulate(rng(), theta[:3]), found)
 
 
 def test_both_numbers_of_a_mixture_have_one_scale():
@@ -168,6 +185,10 @@ def test_references_are_read_without_an_import(tmp_path, monkeypatch):
     found = references.read("two_moons", 1)
     np.testing.assert_allclose(found.samples, samples)
     np.testing.assert_array_equal(found.x, x)
+    points = rng().normal(size=8)
+    write_references(tmp_path, "slcp", samples, points)
+    np.testing.assert_allclose(
+        references.read("slcp_moments", 1).x, tasks.find("slcp_moments").summary(points[None])[0])
     with pytest.raises(UserError, match="num_observation_2 cannot be read"):
         references.read("two_moons", 2)
 

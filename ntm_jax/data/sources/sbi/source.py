@@ -1,8 +1,8 @@
 """The source `sbi:TASK`: parameters theta given what a simulator makes of them, x.
 
-TASK is two_moons, slcp, slcp_moments, gaussian_mixture or bernoulli_glm; see tasks.py. `sbi:TASK,count=30000` has
-another number of simulations than 10,000. The held-out records are among them: a budget of
-simulations covers training and the choice of settings.
+TASK is two_moons, slcp, slcp_moments, gaussian_mixture or bernoulli_glm; see tasks.py.
+`sbi:TASK,count=30000` has another number of simulations than 10,000. The held-out records are among
+them: a budget of simulations covers training and the choice of settings.
 
 Splits: train, test and all, cut from a permutation of the simulations. No jax is imported: grain's
 worker processes run this.
