@@ -127,6 +127,7 @@ def test_selection_needs_a_condition_and_a_likelihood_without_it(run):
             ((2, None, "x"), "enough is 'x': expected a number of nats")):
         with pytest.raises(UserError, match=message):
             run.selecting(*arguments)
+    assert repr(run.selecting(1)) == "Run('runs/tiny', step=4)"  # without its parameters
 
 
 def test_a_refused_call_leaves_nothing(run, tmp_path):
