@@ -123,13 +123,16 @@ def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> N
 
 def _wrapped(text: str, pixels: float, fontsize: float) -> list[str]:
     """A text as at most four lines that fit into this width."""
-    from matplotlib.textpath import TextPath
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font, lines = FontProperties(size=fontsize), []
 
     def width(line: str) -> float:
-        return TextPath((0, 0), line, fontsize).get_extents().width * DPI / 72
+        return text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] * DPI / 72
 
-    for characters in range(max(len(text), 1), 0, -1):
-        lines = textwrap.wrap(text, max(characters, 5), max_lines=4, placeholder=" ...")
+    for characters in range(int(pixels // 2), 4, -1):  # no letter is narrower than 2 pixels
+        lines = textwrap.wrap(text, characters, max_lines=4, placeholder=" ...")
         if all(width(line) <= pixels for line in lines):
             break
     return lines

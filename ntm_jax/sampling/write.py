@@ -86,7 +86,11 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     for number, index in enumerate(track(batches, "sample", "batches")):
         if done[number]:
             continue
-        work.write_batch(folder, number, index)
+        try:
+            work.write_batch(folder, number, index)
+        except BaseException:
+            _release(folder)
+            raise
         made += len(index)
         if not first:  # the first batch compiled
             begin, first = time.perf_counter(), made
@@ -258,15 +262,14 @@ def _claim(folder, asked: dict, batches: int) -> np.ndarray:
     Raises UserError where the folder holds anything that was not asked for.
     """
     path, finished = folder / "samples.json", (folder / "samples.npz").exists()
-    # Alone it is of a call that failed before its first sample, such as at a word of a prompt.
-    if path.exists() and [found.name for found in folder.iterdir()] != [path.name]:
+    if path.exists():
         before = files.read_json(path, "give another --out")
         for key in sorted(before | asked):
             if before.get(key) != files.plain(asked.get(key)):
                 raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and this "
                                 f"call has {asked.get(key)!r}: give another --out, or the same "
                                 "settings to go on; nothing was overwritten")
-    elif folder.exists() and any(found.name != path.name for found in folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is there and not empty: give a new folder as --out, nothing was "
                         "overwritten")
     done = np.array([finished or _part(folder, number).exists() for number in range(batches)])
@@ -276,6 +279,13 @@ def _claim(folder, asked: dict, batches: int) -> np.ndarray:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(path, asked, sealed=True)
     return done
+
+
+def _release(folder) -> None:
+    """Undoes _claim where no sample was written, such as after an unknown word of a prompt."""
+    path = folder / "samples.json"
+    if jax.process_index() == 0 and list(folder.iterdir()) == [path]:
+        path.unlink()
 
 
 def _part(folder, number: int):

@@ -80,6 +80,7 @@ def test_names_of_rows_fit_beside_them():
     for line in lines:
         assert axes.text(0, 0, line, fontsize=7).get_window_extent(renderer).width <= 100
     assert plots._wrapped("", 94, 7) == []
+    assert plots._wrapped("$5 and $x^ {", 94, 7) == ["$5 and $x^ {"]  # no formula
 
 
 def test_loss_plot_without_a_loss_draws_nothing(tmp_path):

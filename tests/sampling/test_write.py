@@ -96,14 +96,19 @@ def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsy
     assert "10 of them found there" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_not_empty_is_refused_and_unchanged(run, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_and_unchanged(run, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("unknown word")
+
     (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(UserError, match="is there and not empty: give a new folder as --out"):
         write_samples(run, str(tmp_path), SampleRequest(2, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    (tmp_path / "failed").mkdir()
-    files.write_json(tmp_path / "failed/samples.json", {"--num": 3}, sealed=True)
-    write_samples(run, str(tmp_path / "failed"), SampleRequest(2, 2))  # nothing was sampled there
+    with monkeypatch.context() as failing:
+        failing.setattr(generate, "sample_at", fail)
+        with pytest.raises(UserError, match="unknown word"):
+            write_samples(run, str(tmp_path / "failed"), SampleRequest(3, 2))
+    write_samples(run, str(tmp_path / "failed"), SampleRequest(2, 2))  # nothing was written there
     assert files.read_json(tmp_path / "failed/samples.json", "")["--num"] == 2
     with pytest.raises(UserError, match="label 'x' is not a class"):
         write_samples(run, str(tmp_path / "new"), SampleRequest(2, 2, ["x"]))

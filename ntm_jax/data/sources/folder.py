@@ -134,8 +134,8 @@ def open_folder(where: str, split: str) -> Source:
         skipped="; ".join(filter(None, (
             f"{len(bad)} of {len(files) + len(bad)} images cannot be decoded and are left out: "
             f"{_first(sorted(bad))}" if bad else "",
-            f"{len(absent)} images of the list in it are not there: {_first(absent)}"
-            if absent else ""))),
+            f"{len(absent)} of {len(listed)} rows of its list name no image there: "
+            f"{_first(absent)}" if listed and absent else ""))),
     )
 
 

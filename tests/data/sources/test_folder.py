@@ -171,7 +171,7 @@ def test_pairs_of_a_list_are_records_with_a_rejected_image(tmp_path):
     assert batch["rejected"].shape == batch["x"].shape == (3, 4, 4)
     listed.write_text("\n".join(map(json.dumps, [*rows, {"file_name": "x.png", "caption": "x"}])))
     assert open_source(f"folder:{tmp_path}", "all").skipped == (
-        "1 images of the list in it are not there: x.png")
+        "1 of 5 rows of its list name no image there: x.png")
     for wrong, message in ((rows[0], "line 5 has the file_name good0.png again: leave one row"),
                            (rows[0] | {"caption": 7}, "line 5 has the caption 7: expected a text")):
         listed.write_text("\n".join(map(json.dumps, [*rows, wrong])))
