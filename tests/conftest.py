@@ -34,13 +34,31 @@ import pytest
 gc.set_threshold(50_000)  # tracing makes so many objects that collecting takes 5 % of the time
 
 
+# The gate's: compiled programs and the names of skipped tests, for its second call of pytest.
+CACHE = os.environ.get("NTM_JAX_TEST_CACHE")
+SKIPPED = pathlib.Path(CACHE, "skipped") if CACHE else None
 LONGEST = ("test_flux2.py", "test_docs.py", "processes/test_training.py", "test_campaigns.py",
            "test_own_data.py", "test_sharding.py", "test_installed.py", "test_programs.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    """Starts the modules that take longest first, so that pytest's workers end together."""
+    """Starts the modules that take longest first, so that pytest's workers end together.
+
+    In the gate's second environment, tests that the first one skipped run with the slow ones.
+    """
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
+    skipped = SKIPPED.read_text().splitlines() if SKIPPED and SKIPPED.exists() else ()
+    for item in items:
+        if item.nodeid in skipped:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_logreport(report):
+    """Writes the names of skipped tests for the gate's second environment."""
+    if SKIPPED and report.skipped and "PYTEST_XDIST_WORKER" not in os.environ:
+        with SKIPPED.open("a") as file:
+            print(report.nodeid, file=file)
 
 
 def pytest_collection_finish():
@@ -62,13 +80,10 @@ def freed_programs():
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Compiled programs are shared by pytest's workers and the processes that tests start.
-
-    NTM_JAX_TEST_CACHE is a folder that shares them among several calls of pytest, as the gate does.
-    """
+    """Compiled programs are shared by pytest's workers and the processes that tests start."""
     folder, seconds = tmp_path_factory.getbasetemp(), 0.1
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
-    folder = os.environ.get("NTM_JAX_TEST_CACHE") or str(folder)
+    folder = CACHE or str(folder)
     os.environ.update(
         JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=str(seconds)
     )

@@ -9,7 +9,6 @@ import dataclasses
 import math
 
 from ntm_jax import backbones, files, typed
-from ntm_jax.core import trajectory
 from ntm_jax.core.config import HEADS, POSITIONS
 from ntm_jax.core.trajectory import Schedule, default_shift
 from ntm_jax.core.transformer.layers import REMAT
@@ -362,7 +361,8 @@ def _check_levels(config: Config) -> None:
     if c.schedule == "shifted":
         # The default shift grows with the number of tokens, and so does the first level.
         shift = default_shift(1) if c.shift is None else c.shift
-        first = float(trajectory.level(1, max(c.steps), low, c.schedule, shift))
+        odds = math.exp(shift)  # trajectory.level for k = 1, without a device
+        first = odds / (odds + max(c.steps) - 1)
         if high >= first or c.t_min >= first:
             raise UserError(f"config.trajectory.t_min_range ends at {high}, t_min is {c.t_min}: "
                             f"both must lie below the first level {first:.4f} of {max(c.steps)} "

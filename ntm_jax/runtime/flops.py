@@ -106,7 +106,7 @@ def matmul_rate_probe(dtype: str, mesh, budget: float) -> Callable[[], float]:
             if best and work * devices / best > budget:
                 break
             operands = np.random.default_rng(0).normal(size=(2, size, size)).astype(kind)
-            operands = jax.device_put(operands, device)
+            operands = jax.device_put(tuple(operands), device)
             product = functools.partial(jax.jit(jnp.matmul), *operands)
             jax.block_until_ready(product())  # compiles
             if (found := rate(product, work)) > best:

@@ -63,13 +63,19 @@ class Run:
 
     def evaluated_levels(self) -> np.ndarray:
         """The levels [K] of evaluation, from t_min to 1."""
-        return np.asarray(self.schedule.fixed_levels(self.config.evaluation_steps, 1))[0]
+        return self._levels(self.config.evaluation_steps, self.schedule.t_min)
 
     def sampled_levels(self) -> np.ndarray:
         """The levels [K] of sampling: those of evaluation, or an ODE's, from 0 to 1."""
         if self.config.sample.decoder in SOLVERS:
-            return np.asarray(self.schedule.levels(self.config.sample.steps, np.zeros(1)))[0]
+            return self._levels(self.config.sample.steps, 0)
         return self.evaluated_levels()
+
+    def _levels(self, steps: int, t_min: float) -> np.ndarray:
+        return np.asarray(_levels(self.schedule, steps, np.full(1, t_min, np.float32)))[0]
+
+
+_levels = jax.jit(Schedule.levels, static_argnums=(0, 1))  # one program, not one an operation
 
 
 def checked_seed(run: Run, seed: int | None) -> int:

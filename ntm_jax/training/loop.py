@@ -176,7 +176,7 @@ class _Loop:
         self.step_function = make_step(self.run, self.teacher)
         self.cycle = config.reward.updates if self.rollouts else 1  # steps on the same batch
         self.scalars = {}  # of the last samples
-        self.rate = optimizer.schedule(config.optimizer, config.train.steps)
+        self.rate = jax.jit(optimizer.schedule(config.optimizer, config.train.steps))
         self.pending: Any = None  # of the last step, read after the next is dispatched
         self.clock = time.perf_counter(), self.start
         self.stopping = False  # at the next step that ends a cycle
