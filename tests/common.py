@@ -1,10 +1,12 @@
 """The shipped digits experiment, shrunk, for the tests of runtime/ and of the programs."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -150,6 +152,19 @@ def environment(devices: int = 0, **variables) -> dict:
         | {"XLA_FLAGS": flags}
         | variables
     )
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """Within it this process writes no file beyond `size` bytes, as on a full disk."""
+    limits, bytecode = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # Python would leave truncated files of imported modules
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sys.dont_write_bytecode = bytecode
 
 
 def start(arguments, cwd=ROOT, env: dict | None = None) -> subprocess.Popen | forked.Program:

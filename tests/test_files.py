@@ -3,12 +3,12 @@
 import errno
 import json
 import os
-import resource
 
 import pytest
 
 from ntm_jax import files
 from ntm_jax.errors import UserError
+from tests.common import file_size_limit
 
 HOSTILE = {
     "empty": b"", "a list": b"[]", "null": b"null", "a number": b"3", "a string": b'"a"',
@@ -77,13 +77,8 @@ def test_a_file_that_would_not_change_is_not_touched(tmp_path):
 def test_a_failed_write_names_its_file_and_keeps_the_old_one(tmp_path):
     path = tmp_path / "file"
     files.write(path, "old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large") as error:
-            files.write(path, bytes(2000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with file_size_limit(1000), pytest.raises(OSError, match="File too large") as error:
+        files.write(path, bytes(2000))
     assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(path))
     assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["file"])
 

@@ -8,8 +8,8 @@ command is given again without the limit.
     python -m tests.campaigns.writes 2 sample  # and only this program
 """
 
+import contextlib
 import os
-import resource
 import runpy
 import shutil
 import subprocess
@@ -24,7 +24,7 @@ import jax
 
 from ntm_jax.training import loop
 from tests.campaigns import damage
-from tests.common import ROOT, TINY, tiny_config, write_photos
+from tests.common import ROOT, TINY, file_size_limit, tiny_config, write_photos
 
 CONFIG = [f"--config={ROOT}/experiments/digits.py",
           *(f"--config.{key}={value}" for key, value in TINY.items())]
@@ -70,12 +70,12 @@ def in_a_fork(work: Callable[[], object], limit: int | None = None) -> tuple[int
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(writing, 2)
         if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             # The cache is read only: it would warn, rightly, that it cannot be written.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
         status = 1
         try:
-            work()
+            with file_size_limit(limit) if limit else contextlib.nullcontext():
+                work()
             status = 0
         except SystemExit as end:
             status = end.code or 0

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import struct
 
 import numpy as np
@@ -19,7 +18,7 @@ from ntm_jax.data.pipeline import spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.export.write import _write, write_export
 from ntm_jax.runtime import config
-from tests.common import ROOT, alike, bits
+from tests.common import ROOT, alike, bits, file_size_limit
 from tests.export.common import FILES, assert_close, program
 
 
@@ -121,13 +120,8 @@ def test_exports_that_cannot_be_written_are_refused(run, exported, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # A longer file cannot be written, as on a full disk.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
+    with file_size_limit(1000):
         assert_unwritable(tmp_path / "new/folder/out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 

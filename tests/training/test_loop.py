@@ -58,8 +58,7 @@ def saved(settings, workdir):
 
 
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices):
-    changes = {"trajectory.steps": (2, 4), "seed": 1}
-    settings = tiny_config(**changes)
+    settings = tiny_config()
     loop.train(settings, tmp_path / "whole", progress=False, until=5)
     whole = indices.copy()
     indices.clear()
@@ -75,9 +74,6 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices):
     assert step == int(first.step) == 5
     assert bits(first) == bits(second)
     assert bits(first.params) != bits(first.ema)
-    count = {sum(key.startswith("nll/level") for key in line)
-             for line in losses(tmp_path / "whole").values()}
-    assert count == set(settings.trajectory.steps)  # the draw of T, too, is repeated
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import resource
 import struct
 
 import jax
@@ -16,6 +15,7 @@ from ntm_jax import files
 from ntm_jax.training import metrics
 from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.writers import lines as lines_file
+from tests.common import file_size_limit
 
 
 def lines(workdir):
@@ -87,15 +87,10 @@ def test_damaged_lines_are_dropped_when_a_run_resumes(tmp_path):
 
 
 def test_a_full_disk_ends_the_run_with_the_files_name(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with MetricsReporter(tmp_path, 10, quiet=True) as writer:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        try:
-            with pytest.raises(OSError, match="File too large") as error:
-                # tensorboardX's own thread would die, and its queue block.
-                [writer.write(step, {"loss": 1.0}) for step in range(1000)]
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (MetricsReporter(tmp_path, 10, quiet=True) as writer, file_size_limit(1000),
+          pytest.raises(OSError, match="File too large") as error):
+        # tensorboardX's own thread would die, and its queue block.
+        [writer.write(step, {"loss": 1.0}) for step in range(1000)]
     assert error.value.filename.startswith(str(tmp_path))
 
 
