@@ -31,8 +31,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 import jax
 import pytest
 
-gc.set_threshold(50_000)  # tracing makes so many objects that collecting takes 5 % of the time
-
+gc.set_threshold(50_000)  # as programs do
 
 # The gate's: compiled programs and the names of skipped tests, for its second call of pytest.
 CACHE = os.environ.get("NTM_JAX_TEST_CACHE")

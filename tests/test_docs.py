@@ -35,7 +35,7 @@ FEW_STEPS = """
 import ntm_jax
 full = ntm_jax.experiment
 few = {"train.steps": 8, "evaluate.trajectories": 2, "evaluate.split": "test[:20]",
-       "model.transporter_blocks": 1}
+       "model.transporter_blocks": 1, "model.predictor_layers": 1}
 ntm_jax.experiment = lambda *names, **own: full(*names, **own | few)
 """
 

@@ -51,6 +51,7 @@ def test_outputs_are_a_velocity_and_the_states_that_it_projects():
     assert velocity.std() > 0.3
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_no_number_and_no_parameter():
     unrolled = dataclasses.replace(TINY, scan=False)
     expected = jax.device_get(loss(unrolled, weights(), *inputs()))

@@ -95,6 +95,7 @@ def reference(monkeypatch):
 AMOUNTS = benchmark.Amounts(observations=2, samples=120, weighted=240, simulations=11, draws=4)
 
 
+@pytest.mark.slow
 def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "BATCH", 12)  # several batches, the last one cut
     # The posterior's support is thin, and a run with random parameters may miss it.

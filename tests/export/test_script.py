@@ -33,6 +33,7 @@ def test_the_script_runs_without_the_package(run, exported, tmp_path):
     assert alike(images, expected)
 
 
+@pytest.mark.slow
 def test_the_script_of_a_model_of_texts(on_texts):
     """Its condition is the null caption."""
     run, folder = on_texts

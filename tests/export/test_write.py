@@ -86,6 +86,7 @@ def test_the_likelihood_is_that_of_the_run(run, exported):
     assert np.abs(expected - run.log_prob(images, index, trajectories=3, seed=1)).min() > 0.01
 
 
+@pytest.mark.slow
 def test_programs_of_texts_and_latents(on_texts):
     run, folder = on_texts
     source = run.config.data.open("test")

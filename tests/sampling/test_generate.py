@@ -153,6 +153,7 @@ def test_images_of_other_values_have_no_likelihood(run, images, message):
         run.log_prob(images, 3)
 
 
+@pytest.mark.slow
 def test_latents_on_texts():
     """Texts are the held-out ones in turn, or given ones; latents are returned as they are."""
     settings = tiny_config(**{

@@ -137,6 +137,7 @@ def test_samples_solve_the_ode(untrained):
     np.testing.assert_array_equal(run.sample_at([2], label=1), euler[2:])
 
 
+@pytest.mark.slow
 def test_a_new_run_is_the_flow_matching_model(untrained):
     """Parameters and EMA are the EMA of the flow-matching run; the means are the reference's."""
     run = tuned_run(untrained)

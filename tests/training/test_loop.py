@@ -95,6 +95,7 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp
         loop.train(settings, tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_a_step_is_traced_once_for_its_flops_and_its_program(tmp_path, monkeypatch):
     traced, objective = [], objectives.find("end_to_end")
 

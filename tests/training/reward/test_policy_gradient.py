@@ -59,8 +59,7 @@ def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
 
 
 @pytest.mark.parametrize(("updates", "trains"), [
-    (1, "predictor"), pytest.param(2, "predictor", marks=pytest.mark.slow),
-    pytest.param(2, "both", marks=pytest.mark.slow)])
+    (1, "predictor"), pytest.param(2, "both", marks=pytest.mark.slow)])
 def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     """That of advantage * log p(x_k | x_{k+1}), and 0 for what is frozen."""
     run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
@@ -102,7 +101,8 @@ def test_what_is_frozen_has_no_gradient(run):
         assert largest[trains] > 1e-4
 
 
-@TRAINS
+@pytest.mark.slow
+@pytest.mark.parametrize("trains", ["predictor", "both"])
 def test_the_divergence_is_penalised(run, trains):
     """Its gradient is that of the exact divergence, or of half the squared log-ratio."""
     run = with_reward(run, trains=trains, anchor=0.0, updates=1, kl=0.3)
