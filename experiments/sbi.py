@@ -34,8 +34,8 @@ def get_config(variant: str = "two_moons"):
     c.sample.update(num=1000, steps=steps, decoder="inverse")
     if task == "bernoulli_glm":  # the model of the others overfits
         c.model.update(width=32, head_size=8, transporter_width=32)
-        c.train.steps = 2000
-        c.optimizer.update(learning_rate=1e-3, weight_decay=0.3)
+        c.data.batch_size, c.train.steps = 256, 1500
+        c.optimizer.update(learning_rate=4e-3, weight_decay=0.3)
     if task == "slcp_moments":  # learned sooner than from the points
         c.train.update(steps=3000, evaluate_every=1000)
         c.optimizer.learning_rate = 4e-3
