@@ -71,11 +71,6 @@ def test_own_images_are_one_command_and_the_readme_shows_what_follows(tmp_path):
     assert run.spec.class_names == ("cards", "rings")
     by_name, by_number = run.sample(100, label="rings"), run.sample(100, label=1)
     np.testing.assert_array_equal(by_name, by_number)
-    # The same command goes on with the same choices.
-    again = readme_command("-m launch.train", places, *QUICK, "--config.train.steps=24",
-                           "--config.train.evaluate_every=0", "--config.evaluate.images=0")
-    assert again.startswith("as the run there has them: --config.data.patch_size=4 ")
-    assert f"resuming {tmp_path}/run at step 20" in again
 
 
 @pytest.mark.slow
