@@ -36,10 +36,15 @@ def level(k, steps, t_min, schedule: str, shift: float):
     if schedule == "linear":
         t = t_min + (1 - t_min) * k / steps
     elif schedule == "shifted":
-        t = math.exp(shift) / (math.exp(shift) + steps / jnp.where(k == 0, 1, k) - 1)
+        t = shifted(steps / jnp.where(k == 0, 1, k), shift)
     else:
         raise ValueError(f"trajectory.schedule is {schedule!r}: expected 'linear' or 'shifted'")
     return jnp.where(k == 0, t_min, jnp.where(k == steps, 1.0, t))
+
+
+def shifted(ratio, shift: float):
+    """e^m / (e^m + T/k - 1), the level t_k of the `shifted` schedule (C.2), for ratio = T/k."""
+    return math.exp(shift) / (math.exp(shift) + ratio - 1)
 
 
 def default_shift(tokens: int) -> float:

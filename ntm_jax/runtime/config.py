@@ -10,7 +10,7 @@ import math
 
 from ntm_jax import backbones, files, typed
 from ntm_jax.core.config import HEADS, POSITIONS
-from ntm_jax.core.trajectory import Schedule, default_shift
+from ntm_jax.core.trajectory import Schedule, default_shift, shifted
 from ntm_jax.core.transformer.layers import REMAT
 from ntm_jax.core.transporter import INVERSES
 from ntm_jax.data import sources
@@ -361,8 +361,7 @@ def _check_levels(config: Config) -> None:
     if c.schedule == "shifted":
         # The default shift grows with the number of tokens, and so does the first level.
         shift = default_shift(1) if c.shift is None else c.shift
-        odds = math.exp(shift)  # trajectory.level for k = 1, without a device
-        first = odds / (odds + max(c.steps) - 1)
+        first = shifted(max(c.steps), shift)
         if high >= first or c.t_min >= first:
             raise UserError(f"config.trajectory.t_min_range ends at {high}, t_min is {c.t_min}: "
                             f"both must lie below the first level {first:.4f} of {max(c.steps)} "

@@ -72,10 +72,11 @@ class Run:
         return self.evaluated_levels()
 
     def _levels(self, steps: int, t_min: float) -> np.ndarray:
-        return np.asarray(_levels(self.schedule, steps, np.full(1, t_min, np.float32)))[0]
+        return np.asarray(_compiled_levels(self.schedule, steps, np.full(1, t_min, np.float32)))[0]
 
 
-_levels = jax.jit(Schedule.levels, static_argnums=(0, 1))  # one program, not one an operation
+# One program, not one for each operation.
+_compiled_levels = jax.jit(Schedule.levels, static_argnums=(0, 1))
 
 
 def checked_seed(run: Run, seed: int | None) -> int:

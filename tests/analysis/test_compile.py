@@ -457,7 +457,8 @@ def test_the_experiments_shapes_are_those_of_the_method():
     assert pipeline.spec(compile.open_data(pixels), pixels.data.patch_size).dim == 16 * 16 * 3
 
 
-DEVICES = {  # package, devices, chips, unit, GiB, kind of attention; test_precision.py has v5e
+DEVICES = {  # package, devices, chips, unit, GiB, kind of attention
+    "v5e:2x2": ("libtpu", 4, 4, "chip", 15.75, "splash"),
     "tpu7x:2x2x1": ("libtpu", 8, 4, "core", 94.74, "splash"),
     "h100:1x1x2": ("jax_plugins.xla_cuda13", 2, 2, "GPU", 59.33, "cudnn"),
 }

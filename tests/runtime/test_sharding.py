@@ -99,8 +99,7 @@ SMALL |= {"model.transporter_blocks": 2}  # the second reverses the tokens
 OTHERS = {  # the other networks: the experiment, and what makes it tiny
     "text": (("t2i256", "runlocal"), {"data.source": "mock:4x4x4,text=4x8"}),
     "flux2": (("flux2_klein", "runlocal"), {
-        "data.source": "mock:4x4x4,text=8x8", "init_from": "frozen", "train.align_weight": 2.5,
-        "model.transporter_blocks": 1}),
+        "data.source": "mock:4x4x4,text=8x8", "init_from": "frozen", "train.align_weight": 2.5}),
 }
 
 

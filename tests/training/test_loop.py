@@ -15,7 +15,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, state
-from ntm_jax.training.step import logged_scalars
+from ntm_jax.training.step import logged_scalars, steps_of
 from tests.common import as_run, bits, figures, setup, tiny_config
 
 TERMS = ("quadratic", "log_scale", "log_det")
@@ -57,14 +57,22 @@ def saved(settings, workdir):
         return checkpoints.restore(state.abstract(as_run(settings, model, mesh)))
 
 
-def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices):
-    settings = tiny_config()
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, monkeypatch):
+    settings, drawn_at = tiny_config(), []
+
+    def draw(config, step):
+        drawn_at.append(step)
+        return steps_of(config, step)
+
+    monkeypatch.setattr(loop, "steps_of", draw)
     loop.train(settings, tmp_path / "whole", progress=False, until=5)
     whole = indices.copy()
     indices.clear()
     loop.train(settings, tmp_path / "parts", progress=False, until=3)
+    drawn_at.clear()
     loop.train(settings, tmp_path / "parts", progress=False, until=5)
     assert indices == whole
+    assert min(drawn_at) == 3  # the draw of T goes on, too; test_step.py tests the draw itself
     assert [len(batch) for batch in whole] == [16] * 5
     assert list(losses(tmp_path / "whole")) == [1, 2, 3, 4, 5]
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

@@ -59,7 +59,8 @@ def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
 
 
 @pytest.mark.parametrize(("updates", "trains"), [
-    (1, "predictor"), pytest.param(2, "both", marks=pytest.mark.slow)])
+    (1, "predictor"), pytest.param(2, "predictor", marks=pytest.mark.slow),
+    pytest.param(2, "both", marks=pytest.mark.slow)])
 def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     """That of advantage * log p(x_k | x_{k+1}), and 0 for what is frozen."""
     run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
