@@ -78,6 +78,7 @@ SETTINGS = dict(
         name="",  # what scores samples: shapes, classifier[:FILE], or a registered reward
         samples=8,  # samples of each condition of a batch, whose rewards are compared
         updates=1,  # optimizer steps on the same samples
+        ahead=False,  # draws the next samples while these are scored, one update behind
         clip=0.2,  # bounds the ratio of new to old density of a factor to 1 - clip, 1 + clip
         kl=0.0,  # weight of the divergence from the reference model, in rewards per nat; DPO's beta
         novelty=0.0,  # bonus for right samples with a rare trait, over how many show it

@@ -187,7 +187,7 @@ def table(rows: list[dict]) -> str:
             1 / rates[name] for name in ("rollouts", "scoring", "rollouts and scoring"))
         hidden = min(max((apart + scoring - both) / scoring, 0), 1)
         lines.append(f"scoring takes {scoring / apart:.0%} of the time of rollouts; {hidden:.0%} "
-                     "of it is hidden, since one part is scored while the next is drawn")
+                     "of it is hidden, since samples are scored while others are drawn")
     if {"forward pass", "likelihood evaluation"} <= rates.keys():
         slower = rates["forward pass"] / rates["likelihood evaluation"]
         lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train "

@@ -13,7 +13,8 @@ has, for one chip and one step (of a TPU with two cores a chip, for one core):
   chips.
 - bytes: memory that the compiler reserves; peak = arguments + outputs that are not donated
   arguments + temporaries + code. Arguments include what post-training keeps on the devices besides:
-  the reference during an update; the optimizer's state and the EMA during rollouts.
+  the reference during an update; the optimizer's state and the EMA during rollouts; the samples of
+  another batch during both with config.reward.ahead.
 - collective bytes: bytes that a chip sends.
 - roofline seconds: the time that each resource takes at its peak rate, as if the others were free.
   Products of float32 numbers at precision `highest` take the rate of that precision: on a TPU a
@@ -47,6 +48,7 @@ from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import frozen, objectives, state
 from ntm_jax.training.reward import rollouts
+from ntm_jax.training.reward.rollouts import RolloutUse
 from ntm_jax.training.step import check_batch, make_step
 
 
@@ -88,7 +90,7 @@ def train_program(run: Run, source: Source) -> Program:
     use = objectives.find(config.train.objective).rollout_use
     if use:
         batch |= rollouts.abstract(run, use)
-        resident = frozen.abstract_reference(run)
+        resident = frozen.abstract_reference(run), _samples_ahead(run, use)
     options: dict = {"steps": max(config.trajectory.steps)}
     if config.train.align_weight:
         options["reference"] = frozen.abstract_reference(run)
@@ -117,7 +119,13 @@ def rollout_program(run: Run, source: Source) -> Program:
                "names": rollouts.compared(use, settings, logged=True),
                "recorded_pairs": not settings.name}
     examples = config.data.batch_size * rollouts.samples_of(config)
-    return Program(_draw, arguments, options, examples, (current.opt_state, current.ema))
+    resident = current.opt_state, current.ema, _samples_ahead(run, use)
+    return Program(_draw, arguments, options, examples, resident)
+
+
+def _samples_ahead(run: Run, use: RolloutUse) -> dict:
+    """The samples of another batch that the devices hold with config.reward.ahead."""
+    return rollouts.abstract(run, use) if run.config.reward.ahead else {}
 
 
 # The devices hold what the program does not read, such as the reference's transporter.

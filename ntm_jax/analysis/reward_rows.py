@@ -83,13 +83,23 @@ def _scoring(setting: Setting) -> Case | None:
 
 
 def _rollouts_and_scoring(setting: Setting) -> Case | None:
-    """What training does between updates: one part is scored while the next is drawn."""
+    """What training does between updates.
+
+    One part of the samples is scored while the next is drawn; with config.reward.ahead all are
+    scored while those of the next batch are drawn.
+    """
     benchmark = _rollout_benchmark(setting)
     if not benchmark or not benchmark.rollouts.scorer:
         return None
-    return Case(
-        lambda: benchmark.rollouts(setting.params, benchmark.batch, 0, logged=False)[0],
-        benchmark.items, flops=benchmark.flops(), close=benchmark.rollouts.close)
+    found = benchmark.rollouts
+    begin = functools.partial(found.begin, setting.params, benchmark.batch, 0, logged=False)
+    drawn = [begin()] if setting.run.config.reward.ahead else []
+
+    def scored():
+        drawn.append(begin())
+        return found.finish(drawn.pop(0))[0]
+
+    return Case(scored, benchmark.items, flops=benchmark.flops(), close=found.close)
 
 
 def batch_with_rollouts(setting: Setting) -> dict:

@@ -157,6 +157,15 @@ class Checkpoints:
         """The last saved step; None if there is none."""
         return max(self.steps(), default=None)
 
+    def holds(self, step: int, name: str) -> bool:
+        """Whether the state of a saved step has this top-level entry; False for a damaged one."""
+        try:
+            with self._context:
+                stored = ocp.checkpointables_metadata(self.directory / str(step)).metadata["state"]
+        except Exception:  # orbax raises many kinds for a missing or garbled file
+            return False
+        return any(path.split("/")[0] == name for path in named_leaves(stored))
+
     def restore(self, abstract_state, step: int | None = None):
         """Loads and verifies a checkpoint: (step, state, data_state).
 

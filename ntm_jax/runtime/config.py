@@ -171,6 +171,7 @@ class Reward:
     name: str = ""
     samples: int = 8
     updates: int = 1
+    ahead: bool = False
     clip: float = 0.2
     kl: float = 0.0
     novelty: float = 0.0

@@ -24,7 +24,7 @@ from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
 from ntm_jax.training import finetune, frozen, objectives, optimizer, pictures, state
 from ntm_jax.training.metrics import MetricsReporter
-from ntm_jax.training.reward.rollouts import Rollouts
+from ntm_jax.training.reward.rollouts import Drawn, Rollouts, abstract
 from ntm_jax.training.signals import StopRequest
 from ntm_jax.training.state import State
 from ntm_jax.training.step import (
@@ -38,6 +38,7 @@ from ntm_jax.training.step import (
 from ntm_jax.training.writers import MetricsWriter
 from ntm_jax.training.writers import find as find_writers
 
+SCALARS = "scalars"  # of samples that are saved, beside the data iterator's state
 LONG_HOURS = 8  # from which a run on a CPU is pointed out
 
 
@@ -116,7 +117,10 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
             current = finetune.start_from(run, current)
         start, data_state = 0, None
     else:
-        start, current, data_state = checkpoints.restore(state.abstract(run))
+        expected = state.abstract(run)
+        if rollouts and checkpoints.holds(latest, "samples"):
+            expected = state.with_samples(expected, abstract(run, rollouts.use))
+        start, current, data_state = checkpoints.restore(expected)
     if start > total:
         raise UserError(f"{folder} holds step {start}, beyond config.train.steps = {total}: raise "
                         "it to go on, or evaluate that run")
@@ -125,7 +129,7 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
         *sharding.share(run.mesh))
     stack.callback(batches.close)
     if data_state is not None:
-        batches.set_state(data_state)
+        batches.set_state({key: value for key, value in data_state.items() if key != SCALARS})
     if jax.process_index() == 0:
         config_file.write(folder, config, run.spec)
     reference = frozen.prepare(run, current, teacher, rollouts is not None, latest is None)
@@ -145,10 +149,38 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
     stop = StopRequest()
     if not job.several():  # in a job of several processes jax catches SIGTERM for all of them
         stack.enter_context(stop)
+    restored = None
+    if isinstance(current, state.StateWithSamples):
+        assert data_state is not None  # it was saved with the state
+        restored, current = (current.samples, data_state[SCALARS]), current.without_samples()
     return _Loop(
-        run=run, current=current, start=start, batches=batches, source=source, held_out=held_out,
-        checkpoints=checkpoints, writer=writer, stop=stop, teacher=teacher, reference=reference,
-        rollouts=rollouts, until=options.until, tracer=options.tracer)
+        run=run, current=current, start=start, restored=restored, batches=batches, source=source,
+        held_out=held_out, checkpoints=checkpoints, writer=writer, stop=stop, teacher=teacher,
+        reference=reference, rollouts=rollouts, until=options.until, tracer=options.tracer)
+
+
+@dataclasses.dataclass
+class _Batch:
+    """The global batch of a step, and what is saved if training stops before the step.
+
+    arrays: with the samples of post-training, once they are scored.
+    position: the data iterator's state before the batch.
+    complete: in a job of several processes, whether each has its share (sharding.flag_by_process);
+      a step on an incomplete batch changes nothing. None in a job of one process.
+    drawn: samples that are not scored yet.
+    scalars: of the samples, to log.
+    """
+
+    arrays: dict
+    position: dict
+    complete: Any
+    drawn: Drawn | None = None
+    scalars: dict = dataclasses.field(default_factory=dict)
+
+
+def _is_complete(batch: _Batch) -> bool:
+    """Whether every process has its share of a batch. They ask together."""
+    return batch.complete is None or bool(sharding.to_host(batch.complete).all())
 
 
 @dataclasses.dataclass
@@ -158,6 +190,7 @@ class _Loop:
     run: Run
     current: State
     start: int
+    restored: tuple[dict, dict] | None  # samples of the first batch that were saved, and scalars
     batches: pipeline.TrainIterator
     source: Source
     held_out: Source
@@ -175,22 +208,17 @@ class _Loop:
         self.objective = objectives.find(config.train.objective)
         self.step_function = make_step(self.run, self.teacher)
         self.cycle = config.reward.updates if self.rollouts else 1  # steps on the same batch
-        self.scalars = {}  # of the last samples
+        self.batch: Any = None  # of this step
+        self.next: _Batch | None = None  # read, with samples drawn, before its step
         self.rate = jax.jit(optimizer.schedule(config.optimizer, config.train.steps))
         self.pending: Any = None  # of the last step, read after the next is dispatched
         self.clock = time.perf_counter(), self.start
         self.stopping = False  # at the next step that ends a cycle
         self.warned = False  # that the run takes long
         self.saved = time.perf_counter()  # when the run was last saved
-        # {step: the data iterator's state before its batch}, of this step and the one before; it
-        # is saved with the state of that step.
-        self.positions = {}
         # In a job of several processes, the error with which this one could not read its share of
         # the last batch; None where it could.
         self.unread = None
-        # There, the last batch's flag by process (sharding.flag_by_process): False where a process
-        # lacks its share, and the step then changes nothing. None in a job of one process.
-        self.complete = None
         self.step_flops = 0  # of the largest T; 0 where they are not logged
         self.peak_flops = 0  # this machine's FLOP/s, measured
         self.drawn = None, []  # the step of the pictures, and their paths
@@ -213,12 +241,8 @@ class _Loop:
             if ending:
                 break
             if step % self.cycle == 0:
-                batch = self._next_batch(step)
-                if self.rollouts:
-                    every = self.run.config.train.log_every
-                    logged = (step + self.cycle) // every > step // every
-                    batch, self.scalars = self.rollouts(self.current.params, batch, step, logged)
-                self.batch = batch
+                self.batch = None  # its samples need not be in memory while others are drawn
+                self.batch = self._next_batch(step)
             self._take_step(step)
         if step < total:
             self.writer.message(f"stopped at step {step}, saved; the same command resumes")
@@ -265,7 +289,7 @@ class _Loop:
         if scalars:
             self.writer.write(step, scalars)
         if saving:
-            self.checkpoints.save(step, self.current, self.batches.get_state(), best_by)
+            self._save(step, self.next, best_by)
             self.saved = time.perf_counter()
         if evaluating:
             self.draw(step)
@@ -281,51 +305,94 @@ class _Loop:
         # The processes wait for each other here, so they ask rarely.
         return step % train.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
 
-    def _next_batch(self, step: int) -> dict:
-        """The global batch of a step.
+    def _save(self, step: int, batch: _Batch | None, best_by: float | None = None) -> None:
+        """Saves the state of a step; batch: that of the step, if it has been read."""
+        saved, position = self.current, batch.position if batch else self.batches.get_state()
+        if batch and batch.drawn and _is_complete(batch):
+            assert self.rollouts  # which has drawn them
+            names = abstract(self.run, self.rollouts.use)
+            self._score(batch)
+            saved = state.with_samples(saved, {name: batch.arrays[name] for name in names})
+            position = position | {SCALARS: batch.scalars}
+        self.checkpoints.save(step, saved, position, best_by)
+
+    def _next_batch(self, step: int) -> _Batch:
+        """The batch of a step, with scored samples in post-training.
+
+        With config.reward.ahead, the samples of the next batch are drawn before those of this one
+        are scored, so that the devices work while the host scores.
+        """
+        batch, self.next = self.next or self._read_batch(step, step, None), None
+        ahead = self.run.config.reward.ahead and step + self.cycle < self.run.config.train.steps
+        if self.rollouts and ahead:
+            self.next = self._read_batch(step + self.cycle, step, batch)
+        self._score(batch)
+        return batch
+
+    def _read_batch(self, step: int, now: int, unused: _Batch | None) -> _Batch:
+        """The batch of a step, whose samples the devices begin to draw with the parameters of now.
+
+        unused: the batch of the step now, where it is read.
 
         Raises UserError for a record that cannot be read, once all before it is saved. In a job of
         several processes a save needs all of them, and the others read on: the flag `complete`, and
         a step that changes nothing, tell them.
         """
-        self.positions = {step - 1: self.positions.get(step - 1), step: self.batches.get_state()}
+        position, complete = self.batches.get_state(), None
         try:
             self.local = next(self.batches)
         except UserError as error:
-            if step == self.start:
+            if now == self.start:
                 raise
             if not job.several():
-                if self.pending:
-                    self._read(step)
-                self.checkpoints.save(step, self.current, self.positions[step])
+                self._write_last(now)
+                self._save(now, unused or _Batch({}, position, None))
                 raise
             self.unread = error
         if job.several():
-            self.complete = sharding.flag_by_process(self.unread is None, self.run.mesh)
-        return sharding.to_global(self.local, self.run.mesh)
+            complete = sharding.flag_by_process(self.unread is None, self.run.mesh)
+        batch = _Batch(sharding.to_global(self.local, self.run.mesh), position, complete)
+        if self.restored:
+            (samples, batch.scalars), self.restored = self.restored, None
+            batch.arrays |= samples
+        elif self.rollouts:
+            every = self.run.config.train.log_every
+            logged = (step + self.cycle) // every > step // every
+            batch.drawn = self.rollouts.begin(self.current.params, batch.arrays, step, logged)
+        return batch
+
+    def _score(self, batch: _Batch) -> None:
+        """Scores a batch's samples, unless they are scored."""
+        if self.rollouts and batch.drawn:
+            batch.arrays, batch.scalars = self.rollouts.finish(batch.drawn)
+            batch.drawn = None
 
     def _take_step(self, step: int) -> None:
         config, mesh = self.run.config, self.run.mesh
-        arguments = (self.current, self.batch, steps_of(config, step), self.reference,
-                     self.complete)
+        arguments = (self.current, self.batch.arrays, steps_of(config, step), self.reference,
+                     self.batch.complete)
         if step == self.start:
             self._compile(*arguments)
         with sharding.use(mesh):
             self.current, metrics = self.step_function(*arguments)
-        if self.pending:
-            scalars = self._read(step)
-            if scalars:
-                self.writer.write(step, scalars)
-        self.pending = metrics, self.scalars
+        self._write_last(step)
+        self.pending = metrics, self.batch.scalars, self.batch.position
         self.writer.advance(step + 1)
+
+    def _write_last(self, step: int) -> None:
+        """Writes the metrics of the step that ended at `step`, where they are not yet read."""
+        scalars = self._read(step) if self.pending else {}
+        if scalars:
+            self.writer.write(step, scalars)
 
     def _compile(self, *arguments) -> None:
         """Compiles the first step, counts its FLOPs, and checks the memory of the largest T."""
         self.writer.message("compiling the first step; a model of the default size takes about "
                             "half a minute on a CPU")
         if self.writer.shows:
-            self.step_flops = flops_of_step(self.run, self.step_function, self.current, self.batch,
-                                            self.teacher, self.reference)
+            self.step_flops = flops_of_step(
+                self.run, self.step_function, self.current, self.batch.arrays, self.teacher,
+                self.reference)
             dtype = self.run.config.model.dtype
             self.peak_flops = flops.matmul_rate_probe(dtype, self.run.mesh, 0.1)()
         current, batch, _, *rest = arguments
@@ -338,11 +405,11 @@ class _Loop:
 
         They are waited for, so the next step should be under way.
         """
-        (metrics, of_samples), self.pending = self.pending, None
+        (metrics, of_samples, position), self.pending = self.pending, None
         values = jax.device_get(metrics)
         if not values.pop("batch_complete", True):
             # All processes see it here, at the same step, and the state is still that of step - 1.
-            self.checkpoints.save(step - 1, self.current, self.positions[step - 1])
+            self.checkpoints.save(step - 1, self.current, position)
             raise self.unread or UserError(
                 "another process of this job could not read a record (see its line); step "
                 f"{step - 1} is saved, and the same command resumes there when the data are mended")
@@ -381,6 +448,7 @@ class _Loop:
         choices = sorted({steps_of(self.run.config, step) for step in range(first, end)})
         with sharding.use(self.run.mesh):
             compiled = [self.step_function.lower(
-                self.current, self.batch, steps, self.reference, self.complete).compile()
+                self.current, self.batch.arrays, steps, self.reference,
+                self.batch.complete).compile()
                 for steps in choices]
         return [program.as_text() or "" for program in compiled]

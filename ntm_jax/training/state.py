@@ -30,6 +30,22 @@ class State:
     ema: dict
 
 
+@flax.struct.dataclass
+class StateWithSamples(State):
+    """A state that is saved with the samples of the next batch, config.reward.ahead."""
+
+    samples: dict  # the arrays of training.reward.rollouts.abstract
+
+    def without_samples(self) -> State:
+        """The state that a step changes."""
+        return State(self.step, self.params, self.opt_state, self.ema)
+
+
+def with_samples(state: State, samples: dict) -> StateWithSamples:
+    """A state and the samples of the next batch, as they are saved."""
+    return StateWithSamples(state.step, state.params, state.opt_state, state.ema, samples)
+
+
 def _initial(model, settings: Optimizer, steps: int, key) -> State:
     params = build.initial_params(model, key)
     opt_state = optimizer.make(settings, steps).init(params)

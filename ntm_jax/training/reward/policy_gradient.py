@@ -15,8 +15,8 @@ from ntm_jax.training.reward.rollouts import RolloutUse, flat
 
 
 def _arrays(settings: Reward) -> tuple[str, ...]:
-    """With one update on a set of samples all ratios are 1, and no old densities are needed."""
-    old = ("old_nll",) if settings.updates > 1 else ()
+    """Old densities are not needed where all ratios are 1: in the first update on new samples."""
+    old = ("old_nll",) if settings.updates > 1 or settings.ahead else ()
     if not settings.kl:
         return old
     latents = ("reference_mean", "reference_log_scale")

@@ -7,7 +7,7 @@ learn; N tokens, D token channels.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -202,8 +202,18 @@ class RolloutUse:
     needs_divergence: bool
 
 
+class Drawn(NamedTuple):
+    """The samples of a batch before they are scored; the devices may still be drawing them."""
+
+    batch: dict
+    tokens: tuple  # clean tokens of each part; () for pairs
+    rollout: Any
+    compared: dict  # the arrays of `compare`
+    logged: bool
+
+
 class Rollouts:
-    """Adds scored samples of the present parameters to a batch.
+    """Adds scored samples of a model to a batch: `begin` draws them, `finish` scores them.
 
     Sample g of a record is keyed by the step and the record's index, so it is the same on any mesh.
     Without a reward, the samples are a batch's images and the rejected ones. `reference` is to be
@@ -228,29 +238,35 @@ class Rollouts:
             self.scorer.close()
 
     def __call__(self, params, batch: dict, step: int, logged: bool = True) -> tuple[dict, dict]:
-        """Draws and scores samples for the records of a batch: (the extended batch, scalars).
+        """Draws and scores samples for the records of a batch; see `begin` and `finish`."""
+        return self.finish(self.begin(params, batch, step, logged))
 
-        The batch is extended by the arrays that the loss reads. logged: False gives no scalars.
-        All parts are dispatched before the first is scored, so that the devices work while the host
-        scores.
+    def begin(self, params, batch: dict, step: int, logged: bool = True) -> Drawn:
+        """Dispatches the drawing of samples for the records of a batch, and does not wait for it.
+
+        Each part can be scored while the devices draw the next. logged: False gives no scalars.
         """
-        run, settings = self.run, self.run.config.reward
+        run = self.run
         root = jax.random.fold_in(jax.random.key(run.config.seed), step)
-        names = compared(self.use, settings, logged)
+        names = compared(self.use, run.config.reward, logged)
         with sharding.use(run.mesh):
-            tokens, rollout, found = draw(
-                params, self.reference, root, batch, sampler=self.sampler, names=names,
-                recorded_pairs=not self.scorer)
-        scored = self._scored(tokens, batch, logged)
+            drawn = draw(params, self.reference, root, batch, sampler=self.sampler, names=names,
+                         recorded_pairs=not self.scorer)
+        return Drawn(batch, *drawn, logged)
+
+    def finish(self, drawn: Drawn) -> tuple[dict, dict]:
+        """Scores samples: (the batch extended by the arrays that the loss reads, scalars)."""
+        settings, found = self.run.config.reward, drawn.compared
+        scored = self._scored(drawn.tokens, drawn.batch, drawn.logged)
         rewards = scored["rewards"]
-        divergences = sharding.to_host(found["divergence"]) if "divergence" in names else np.zeros(
+        divergences = sharding.to_host(found["divergence"]) if "divergence" in found else np.zeros(
             (*rewards.shape, self.sampler.factors), np.float32)
         future_divergence = settings.kl * (np.cumsum(divergences, -1) - divergences)
-        scalars = _scalars(scored, divergences) if logged else {}
-        weights = sharding.place(
-            self.use.weights(settings, rewards, self._bonus(scored), future_divergence), run.mesh)
+        scalars = _scalars(scored, divergences) if drawn.logged else {}
+        weights = sharding.place(self.use.weights(
+            settings, rewards, self._bonus(scored), future_divergence), self.run.mesh)
         kept = {name: found[name] for name in self.names}
-        return batch | {"rollout": rollout} | kept | weights, scalars
+        return drawn.batch | {"rollout": drawn.rollout} | kept | weights, scalars
 
     def _scored(self, tokens, batch: dict, logged: bool) -> dict:
         """The scores of the samples, as Scorer gives them; of pairs only rewards, 1 and 0."""
@@ -312,6 +328,9 @@ def check(config: Config) -> None:
     if not config.init_from:
         raise UserError(f"config.init_from is empty: config.train.objective={train.objective} "
                         "improves a trained model; give its run, --config.init_from=WORKDIR")
+    if reward.ahead and not reward.name:
+        raise UserError("config.reward.ahead=True draws samples while others are scored, and "
+                        "config.reward.name is empty: name a reward, or set ahead to False")
     levels, steps = reward.levels, config.sample.steps
     if levels and not (len(levels) == 2 and levels[0] < levels[1] <= steps):
         raise UserError(f"config.reward.levels is {levels}: expected the first and the last level, "

@@ -8,7 +8,8 @@ from tests.common import tiny_config, write_run
 from tests.runtime.processes.common import SETTINGS, Job
 
 REWARD = {"train.objective": "policy_gradient", "reward.name": "brightness", "reward.samples": 3,
-          "reward.updates": 2, "reward.kl": 0.01, "train.steps": 6, "evaluate.images": 48,
+          "reward.updates": 2, "reward.kl": 0.01, "reward.ahead": True, "train.steps": 6,
+          "train.save_every": 2, "evaluate.images": 48,
           "evaluate.features": "none", "optimizer.learning_rate": 1e-3}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulate": 2}
 

@@ -1,5 +1,6 @@
 """The policy gradient: exact ratios, the score-function gradient, and a reward that rises."""
 
+import itertools
 import json
 
 import jax
@@ -10,7 +11,9 @@ import pytest
 import ntm_jax
 from ntm_jax.core import sampling
 from ntm_jax.core.model import NTM
+from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
+from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.reward import policy, policy_gradient, rollouts
@@ -66,6 +69,7 @@ def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
     batch, _ = rolled(run)
     assert ("old_nll" in batch) == (updates > 1)
+    assert "old_nll" in rollouts.abstract(with_reward(run, ahead=True), policy_gradient.USE)
     found = gradient(loss_of(run, batch), run.params)
 
     def expected(params):
@@ -138,24 +142,51 @@ def metrics(workdir) -> list[dict]:
             for line in lines]
 
 
+def failing_at(number: int):
+    """TrainIterator.__next__, which cannot read batch `number` of those to come, from 1."""
+    counted, read = itertools.count(1), pipeline.TrainIterator.__next__
+
+    def read_next(self):
+        if next(counted) == number:
+            raise UserError("no such record")
+        return read(self)
+
+    return read_next
+
+
 @pytest.mark.slow
-def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
+    """With samples that are drawn ahead, and are saved."""
     write_run(tmp_path / "base", tiny_config())
     settings = SETTINGS | {"init_from": str(tmp_path / "base"), "train.steps": 40,
                            "reward.updates": 2, "reward.samples": 8, "reward.anchor": 0.0,
                            "reward.kl": 0.001, "data.batch_size": 8, "evaluate.images": 80,
                            "evaluate.features": "none", "optimizer.learning_rate": 2e-3,
-                           "optimizer.weight_decay": 0.5, "train.save_every": 20}
+                           "optimizer.weight_decay": 0.5, "train.save_every": 20,
+                           "reward.ahead": True}
     config = tiny_config(**settings)
     _, result = loop.train(config, str(tmp_path / "whole"), progress=False)
     lines = metrics(tmp_path / "whole")
     rewarded = [line["reward"] for line in lines if "reward" in line]
     assert np.mean(rewarded[-8:]) > np.mean(rewarded[:8]) + 0.003  # of about 0.02
     assert result["reward"]["mean"] > result["reward_before"]["mean"] + 0.003
-    assert lines[0]["kl"] == pytest.approx(0, abs=1e-3)
+    # Two sets are of the first parameters, and the second is used after two updates.
+    kl = [line["kl"] for line in lines if "kl" in line]
+    np.testing.assert_allclose(kl[:4], 0, atol=1e-3)
+    assert kl[4] > 2e-3
+    assert lines[0]["clipped"] == 0 < max(line["clipped"] for line in lines[2:4])
     assert result["kl"]["mean"] > 0.01
-    for until in (9, 13):  # a cycle of two updates ends one step later
-        assert loop.train(config, str(tmp_path / "parts"), progress=False, until=until) is None
+    parts = str(tmp_path / "parts")
+    # A cycle of two updates ends one step later.
+    assert loop.train(config, parts, progress=False, until=9) is None
+    with monkeypatch.context() as patch:  # the batch of step 14 is read at step 12
+        patch.setattr(pipeline.TrainIterator, "__next__", failing_at(3))
+        with pytest.raises(UserError, match="no such record"):
+            loop.train(config, parts, progress=False)
+    with Checkpoints(parts) as saved:
+        assert saved.latest() == 12
+        assert saved.holds(12, "samples")
+    assert loop.train(config, parts, progress=False, until=13) is None
     assert metrics(tmp_path / "parts") == lines[:14]
     # What is frozen does not move, in spite of weight decay.
     before, after = (ntm_jax.load(str(tmp_path / name), raw=raw).params["params"]

@@ -40,8 +40,12 @@ def test_rollouts_have_the_shapes_that_compilation_takes(run, objective, trains)
     assert {name: a.shape for name, a in shapes.items()} == {
         name: batch[name].shape for name in shapes}
     assert set(batch) - set(shapes) == {"x", "label", "index"}
-    program = compile.train_program(run, run.config.data.open("train"))
+    source = run.config.data.open("train")
+    program = compile.train_program(run, source)
     assert set(shapes) < set(program.arguments[1])
+    ahead = with_reward(run, ahead=True)  # the devices hold the samples of another batch
+    assert rollouts.abstract(ahead, use) in compile.train_program(ahead, source).resident
+    assert rollouts.abstract(ahead, use) in compile.rollout_program(ahead, source).resident
 
 
 def test_what_is_logged(run):
