@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ntm_jax"
 FLOORS = (  # from the ground up; a file imports from its own room and from lower floors
-    {"errors", "host_memory"},
+    {"errors", "host_memory", "workers"},
     {"registry"},
     {"files", "progress"},
     {"typed"},

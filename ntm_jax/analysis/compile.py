@@ -47,7 +47,7 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import frozen, objectives, state
-from ntm_jax.training.reward import rollouts
+from ntm_jax.training.reward import drawing, rollouts
 from ntm_jax.training.reward.rollouts import RolloutUse
 from ntm_jax.training.step import check_batch, make_step
 
@@ -115,7 +115,7 @@ def rollout_program(run: Run, source: Source) -> Program:
                         "as with --config.train.objective=policy_gradient")
     current, settings = state.abstract(run), config.reward
     arguments = current.params, frozen.abstract_reference(run), _abstract_key(), _batch(run, source)
-    options = {"sampler": rollouts.sampler_of(run),
+    options = {"sampler": drawing.sampler_of(run),
                "names": rollouts.compared(use, settings, logged=True),
                "recorded_pairs": not settings.name}
     examples = config.data.batch_size * rollouts.samples_of(config)
@@ -125,11 +125,11 @@ def rollout_program(run: Run, source: Source) -> Program:
 
 def _samples_ahead(run: Run, use: RolloutUse) -> dict:
     """The samples of another batch that the devices hold with config.reward.ahead."""
-    return rollouts.abstract(run, use) if run.config.reward.ahead else {}
+    return rollouts.abstract_samples(run, use, True) if run.config.reward.ahead else {}
 
 
 # The devices hold what the program does not read, such as the reference's transporter.
-_draw = jax.jit(rollouts.draw, static_argnames=("sampler", "names", "recorded_pairs"),
+_draw = jax.jit(drawing.draw, static_argnames=("sampler", "names", "recorded_pairs"),
                 keep_unused=True)
 
 
@@ -138,7 +138,7 @@ def _batch(run: Run, source: Source) -> dict:
     check_batch(run.config, run.mesh)
     batch = _records(run, source, run.config.data.batch_size)
     if objectives.find(run.config.train.objective).rollout_use and not run.config.reward.name:
-        batch[rollouts.REJECTED] = batch["x"]  # made-up data have no pairs
+        batch[drawing.REJECTED] = batch["x"]  # made-up data have no pairs
     return batch
 
 

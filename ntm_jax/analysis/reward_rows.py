@@ -12,7 +12,7 @@ import jax
 
 from ntm_jax.analysis.cases import Case, Setting
 from ntm_jax.runtime import build, flops, sharding
-from ntm_jax.training.reward import rollouts
+from ntm_jax.training.reward import drawing, rollouts
 from ntm_jax.training.reward.rollouts import Rollouts
 from ntm_jax.training.step import check_batch
 
@@ -29,7 +29,7 @@ class _RolloutBenchmark:
         """Clean tokens, rollouts and their comparison; model: another form of the run's."""
         found, config = self.rollouts, self.setting.run.config
         sampler = dataclasses.replace(found.sampler, model=model or found.sampler.model)
-        return rollouts.draw(
+        return drawing.draw(
             params, params, root, batch, sampler=sampler, recorded_pairs=not found.scorer,
             names=rollouts.compared(found.use, config.reward, logged=False))
 
@@ -97,7 +97,7 @@ def _rollouts_and_scoring(setting: Setting) -> Case | None:
 
     def scored():
         drawn.append(begin())
-        return found.finish(drawn.pop(0))[0]
+        return found.finish(drawn.pop(0))[0], [samples.arrays for samples in drawn]
 
     return Case(scored, benchmark.items, flops=benchmark.flops(), close=found.close)
 

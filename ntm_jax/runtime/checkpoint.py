@@ -158,12 +158,15 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def holds(self, step: int, name: str) -> bool:
-        """Whether the state of a saved step has this top-level entry; False for a damaged one."""
+        """Whether the state of a saved step has this top-level entry.
+
+        Raises UserError if the checkpoint is damaged.
+        """
         try:
             with self._context:
                 stored = ocp.checkpointables_metadata(self.directory / str(step)).metadata["state"]
-        except Exception:  # orbax raises many kinds for a missing or garbled file
-            return False
+        except Exception as error:  # orbax raises many kinds for a missing or garbled file
+            raise self._damaged(step, f"it cannot be read ({_cause(error)})") from None
         return any(path.split("/")[0] == name for path in named_leaves(stored))
 
     def restore(self, abstract_state, step: int | None = None):

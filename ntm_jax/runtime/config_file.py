@@ -111,7 +111,8 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     for key, one, other in differences(before, flatten(_content(config, spec))):
         if key == "spec.class_names" and not one:
             continue  # written before runs kept the names
-        if not key.startswith(RESUMABLE) or key == "spec.class_names":
+        of_samples = config.reward.ahead and key == "sample.steps"  # which a checkpoint may hold
+        if not key.startswith(RESUMABLE) or key == "spec.class_names" or of_samples:
             raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "
                             f"{other!r}: give another --workdir to start anew, or that "
                             "value to resume")

@@ -24,7 +24,7 @@ from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
 from ntm_jax.training import finetune, frozen, objectives, optimizer, pictures, state
 from ntm_jax.training.metrics import MetricsReporter
-from ntm_jax.training.reward.rollouts import Drawn, Rollouts, abstract
+from ntm_jax.training.reward.rollouts import Rollouts, Samples, abstract_samples
 from ntm_jax.training.signals import StopRequest
 from ntm_jax.training.state import State
 from ntm_jax.training.step import (
@@ -38,7 +38,6 @@ from ntm_jax.training.step import (
 from ntm_jax.training.writers import MetricsWriter
 from ntm_jax.training.writers import find as find_writers
 
-SCALARS = "scalars"  # of samples that are saved, beside the data iterator's state
 LONG_HOURS = 8  # from which a run on a CPU is pointed out
 
 
@@ -119,7 +118,8 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
     else:
         expected = state.abstract(run)
         if rollouts and checkpoints.holds(latest, "samples"):
-            expected = state.with_samples(expected, abstract(run, rollouts.use))
+            samples = abstract_samples(run, rollouts.use, _is_logged(config, latest))
+            expected = state.with_samples(expected, samples)
         start, current, data_state = checkpoints.restore(expected)
     if start > total:
         raise UserError(f"{folder} holds step {start}, beyond config.train.steps = {total}: raise "
@@ -129,7 +129,7 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
         *sharding.share(run.mesh))
     stack.callback(batches.close)
     if data_state is not None:
-        batches.set_state({key: value for key, value in data_state.items() if key != SCALARS})
+        batches.set_state(data_state)
     if jax.process_index() == 0:
         config_file.write(folder, config, run.spec)
     reference = frozen.prepare(run, current, teacher, rollouts is not None, latest is None)
@@ -151,8 +151,7 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
         stack.enter_context(stop)
     restored = None
     if isinstance(current, state.StateWithSamples):
-        assert data_state is not None  # it was saved with the state
-        restored, current = (current.samples, data_state[SCALARS]), current.without_samples()
+        restored, current = current.samples, current.without_samples()
     return _Loop(
         run=run, current=current, start=start, restored=restored, batches=batches, source=source,
         held_out=held_out, checkpoints=checkpoints, writer=writer, stop=stop, teacher=teacher,
@@ -161,26 +160,31 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
 
 @dataclasses.dataclass
 class _Batch:
-    """The global batch of a step, and what is saved if training stops before the step.
+    """The global batch of a step, and what a save before that step needs.
 
-    arrays: with the samples of post-training, once they are scored.
+    arrays: with those of scored samples in post-training.
     position: the data iterator's state before the batch.
     complete: in a job of several processes, whether each has its share (sharding.flag_by_process);
       a step on an incomplete batch changes nothing. None in a job of one process.
-    drawn: samples that are not scored yet.
+    unscored: the samples of post-training until they are scored.
     scalars: of the samples, to log.
     """
 
     arrays: dict
     position: dict
     complete: Any
-    drawn: Drawn | None = None
+    unscored: Samples | None = None
     scalars: dict = dataclasses.field(default_factory=dict)
 
+    def is_complete(self) -> bool:
+        """Whether every process has its share. All processes must call it together."""
+        return self.complete is None or bool(sharding.to_host(self.complete).all())
 
-def _is_complete(batch: _Batch) -> bool:
-    """Whether every process has its share of a batch. They ask together."""
-    return batch.complete is None or bool(sharding.to_host(batch.complete).all())
+
+def _is_logged(config: Config, step: int) -> bool:
+    """Whether a line of metrics is written in the cycle of updates that begins at a step."""
+    every = config.train.log_every
+    return (step + config.reward.updates) // every > step // every
 
 
 @dataclasses.dataclass
@@ -190,7 +194,7 @@ class _Loop:
     run: Run
     current: State
     start: int
-    restored: tuple[dict, dict] | None  # samples of the first batch that were saved, and scalars
+    restored: dict | None  # the saved samples of the first batch
     batches: pipeline.TrainIterator
     source: Source
     held_out: Source
@@ -208,8 +212,8 @@ class _Loop:
         self.objective = objectives.find(config.train.objective)
         self.step_function = make_step(self.run, self.teacher)
         self.cycle = config.reward.updates if self.rollouts else 1  # steps on the same batch
-        self.batch: Any = None  # of this step
-        self.next: _Batch | None = None  # read, with samples drawn, before its step
+        self.batch: Any = None  # of the present step
+        self.next: _Batch | None = None  # of the next cycle, if config.reward.ahead
         self.rate = jax.jit(optimizer.schedule(config.optimizer, config.train.steps))
         self.pending: Any = None  # of the last step, read after the next is dispatched
         self.clock = time.perf_counter(), self.start
@@ -221,7 +225,7 @@ class _Loop:
         self.unread = None
         self.step_flops = 0  # of the largest T; 0 where they are not logged
         self.peak_flops = 0  # this machine's FLOP/s, measured
-        self.drawn = None, []  # the step of the pictures, and their paths
+        self.pictures = None, []  # the step at which they were drawn, and their paths
 
     def train(self) -> bool:
         """Takes the steps from `start`, in the order evaluate, save, next batch, step.
@@ -255,13 +259,13 @@ class _Loop:
 
     def draw(self, step: int) -> list[str]:
         """Draws the pictures of a step, once, into the workdir and TensorBoard; their paths."""
-        if self.drawn[0] != step:
+        if self.pictures[0] != step:
             paths = pictures.draw(self.evaluated(step), self.source, self.held_out,
                                   self.objective.loss_label)
-            self.drawn = step, paths
+            self.pictures = step, paths
             for path in paths:
                 self.writer.picture(step, path)
-        return self.drawn[1]
+        return self.pictures[1]
 
     def drawn_change(self) -> list[str]:
         """Draws samples before and after post-training; the picture's path, [] for others."""
@@ -308,31 +312,30 @@ class _Loop:
     def _save(self, step: int, batch: _Batch | None, best_by: float | None = None) -> None:
         """Saves the state of a step; batch: that of the step, if it has been read."""
         saved, position = self.current, batch.position if batch else self.batches.get_state()
-        if batch and batch.drawn and _is_complete(batch):
-            assert self.rollouts  # which has drawn them
-            names = abstract(self.run, self.rollouts.use)
-            self._score(batch)
-            saved = state.with_samples(saved, {name: batch.arrays[name] for name in names})
-            position = position | {SCALARS: batch.scalars}
+        if batch and batch.unscored and batch.is_complete():
+            saved = state.with_samples(saved, batch.unscored.to_save())
         self.checkpoints.save(step, saved, position, best_by)
 
     def _next_batch(self, step: int) -> _Batch:
         """The batch of a step, with scored samples in post-training.
 
-        With config.reward.ahead, the samples of the next batch are drawn before those of this one
-        are scored, so that the devices work while the host scores.
+        With config.reward.ahead, this dispatches the drawing of the next batch's samples before it
+        scores those of the step, so that the devices work while the host scores.
         """
         batch, self.next = self.next or self._read_batch(step, step, None), None
-        ahead = self.run.config.reward.ahead and step + self.cycle < self.run.config.train.steps
-        if self.rollouts and ahead:
-            self.next = self._read_batch(step + self.cycle, step, batch)
-        self._score(batch)
+        following = step + self.cycle
+        if self.run.config.reward.ahead and following < self.run.config.train.steps:
+            self.next = self._read_batch(following, step, batch)
+        if self.rollouts and batch.unscored:
+            batch.arrays, batch.scalars = self.rollouts.finish(batch.unscored)
+            batch.unscored = None
         return batch
 
-    def _read_batch(self, step: int, now: int, unused: _Batch | None) -> _Batch:
-        """The batch of a step, whose samples the devices begin to draw with the parameters of now.
+    def _read_batch(self, step: int, current: int, batch: _Batch | None) -> _Batch:
+        """Reads the batch of a step, and dispatches the drawing of its samples.
 
-        unused: the batch of the step now, where it is read.
+        current: the step of the present parameters. batch: that of the current step, if it has been
+        read.
 
         Raises UserError for a record that cannot be read, once all before it is saved. In a job of
         several processes a save needs all of them, and the others read on: the flag `complete`, and
@@ -342,30 +345,24 @@ class _Loop:
         try:
             self.local = next(self.batches)
         except UserError as error:
-            if now == self.start:
+            if current == self.start:
                 raise
             if not job.several():
-                self._write_last(now)
-                self._save(now, unused or _Batch({}, position, None))
+                self._write_last(current)
+                self._save(current, batch or _Batch({}, position, None))
                 raise
             self.unread = error
         if job.several():
             complete = sharding.flag_by_process(self.unread is None, self.run.mesh)
-        batch = _Batch(sharding.to_global(self.local, self.run.mesh), position, complete)
-        if self.restored:
-            (samples, batch.scalars), self.restored = self.restored, None
-            batch.arrays |= samples
-        elif self.rollouts:
-            every = self.run.config.train.log_every
-            logged = (step + self.cycle) // every > step // every
-            batch.drawn = self.rollouts.begin(self.current.params, batch.arrays, step, logged)
-        return batch
-
-    def _score(self, batch: _Batch) -> None:
-        """Scores a batch's samples, unless they are scored."""
-        if self.rollouts and batch.drawn:
-            batch.arrays, batch.scalars = self.rollouts.finish(batch.drawn)
-            batch.drawn = None
+        arrays, samples = sharding.to_global(self.local, self.run.mesh), None
+        if self.rollouts:
+            logged = _is_logged(self.run.config, step)
+            if self.restored:
+                samples = self.rollouts.restored(self.restored, arrays, logged)
+            else:
+                samples = self.rollouts.begin(self.current.params, arrays, step, logged)
+            self.restored = None
+        return _Batch(arrays, position, complete, samples)
 
     def _take_step(self, step: int) -> None:
         config, mesh = self.run.config, self.run.mesh

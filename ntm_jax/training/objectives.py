@@ -31,7 +31,7 @@ from ntm_jax.runtime import build
 from ntm_jax.runtime.config import DECODERS, SOLVERS, Config, Model, Train
 from ntm_jax.runtime.run import Run
 from ntm_jax.training.frozen import kept_reference
-from ntm_jax.training.reward import held_out, policy_gradient, preference, rollouts
+from ntm_jax.training.reward import drawing, held_out, policy_gradient, preference, rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Setup:
     mean_level_power: Any = 1.0  # the mean of t_k^level_power over the evaluated levels
     teacher: Teacher | None = None
     reward: Any = None  # the section config.reward
-    sampler: rollouts.RolloutSampler | None = None  # of post-training
+    sampler: drawing.RolloutSampler | None = None  # of post-training
     fixed_parts: tuple[str, ...] = ()  # the first names of parameters that do not learn
 
 
@@ -55,7 +55,7 @@ def setup(run: Run, teacher: Run | None = None) -> Setup:
     made = Setup(run.model, run.schedule, run.config.train, mean, teacher and teacher.as_teacher)
     if not find(run.config.train.objective).rollout_use:
         return made
-    return dataclasses.replace(made, reward=run.config.reward, sampler=rollouts.sampler_of(run),
+    return dataclasses.replace(made, reward=run.config.reward, sampler=drawing.sampler_of(run),
                                fixed_parts=fixed_parts(run))
 
 

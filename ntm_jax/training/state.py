@@ -32,9 +32,9 @@ class State:
 
 @flax.struct.dataclass
 class StateWithSamples(State):
-    """A state that is saved with the samples of the next batch, config.reward.ahead."""
+    """A state that is saved with the samples of the next batch; see config.reward.ahead."""
 
-    samples: dict  # the arrays of training.reward.rollouts.abstract
+    samples: dict  # see training.reward.rollouts.abstract_samples
 
     def without_samples(self) -> State:
         """The state that a step changes."""

@@ -97,7 +97,7 @@ def test_the_rows_of_post_training(own_reward, monkeypatch):
     assert step.items == 4
     assert drawn.flops == both.flops > 0
     assert scored.bytes == 4 * 3 * 64 * 4  # pixels in float32
-    assert set(both.once()) == {"x", "label", "index", "rollout", "advantage", "old_nll"}
+    assert set(both.once()[0]) == {"x", "label", "index", "rollout", "advantage", "old_nll"}
     assert step.once()["finite"]
     assert step.once()["finite"]  # on the same batch
     monkeypatch.setattr(state, "initialize", state.abstract)

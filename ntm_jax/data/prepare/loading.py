@@ -3,15 +3,11 @@
 import collections
 import concurrent.futures
 import contextlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import connection
 
 from ntm_jax.data.prepare.captioned import Item, Loaded
 from ntm_jax.errors import UserError
+from ntm_jax.workers import start as start_workers
 
 _CHUNK = 16  # images that a worker takes at a time
 
@@ -22,8 +18,7 @@ def make_pool(workers: int) -> Iterator[concurrent.futures.Executor | None]:
     if not workers:
         yield None
         return
-    spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _follow_parent)
+    pool = start_workers(workers)
     try:
         yield pool
     except concurrent.futures.BrokenExecutor:
@@ -33,19 +28,6 @@ def make_pool(workers: int) -> Iterator[concurrent.futures.Executor | None]:
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _follow_parent() -> None:
-    """Makes a worker ignore Ctrl-C, which is for the parent, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-
-    def watch():
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def load_items(

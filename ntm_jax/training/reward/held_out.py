@@ -12,7 +12,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
-from ntm_jax.training.reward import rollouts
+from ntm_jax.training.reward import drawing
 from ntm_jax.training.reward.scorer import Scorer
 
 
@@ -26,7 +26,7 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
     wanted = config.evaluate.images // config.reward.samples
     if not (config.reward.name and wanted):
         return {}
-    sampler, scorer = rollouts.sampler_of(run), Scorer(run, source)
+    sampler, scorer = drawing.sampler_of(run), Scorer(run, source)
     root = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # of no training step
     batches = pipeline.evaluation_batches(source, config.data.patch_size, config.data.batch_size,
                                           *sharding.share(mesh))
@@ -37,7 +37,7 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
             batch = sharding.to_global(local, mesh)
             real = sharding.to_host(batch.pop("mask")) > 0
             with sharding.use(mesh):
-                tokens, _, compared = rollouts.draw(run.params, first, root, batch, sampler=sampler,
+                tokens, _, compared = drawing.draw(run.params, first, root, batch, sampler=sampler,
                                                     names=names)
             scored = scorer(tokens, batch)
             figures = {"reward": scored["rewards"].mean(1), "diversity": scored["distance"]}

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import Config, Reward
-from ntm_jax.training.reward import policy, rollouts
-from ntm_jax.training.reward.rollouts import RolloutUse, flat
+from ntm_jax.training.reward import drawing, policy, rollouts
+from ntm_jax.training.reward.drawing import flat
+from ntm_jax.training.reward.rollouts import RolloutUse
 
 
 def _arrays(settings: Reward) -> tuple[str, ...]:
@@ -35,7 +36,7 @@ def loss_with(anchor: Callable) -> Callable:
     def loss(setup, params, draws, reference=None):
         settings, batch, c = setup.reward, draws.batch, setup.model.config
         params = policy.without_gradient(params, setup.fixed_parts)
-        found = rollouts.densities(setup.sampler, params, batch, batch["rollout"])
+        found = drawing.densities(setup.sampler, params, batch, batch["rollout"])
         nll = found["nll"]
         old = flat(batch["old_nll"]) if "old_nll" in batch else jax.lax.stop_gradient(nll)
         ratio = policy.log_ratio(nll, old)
@@ -61,12 +62,13 @@ def _penalty(found: dict, batch: dict):
     """The divergence from the reference, [B, S] nats, or what has its gradient.
 
     Of latents it is exact. Of trajectories it is half the squared log-ratio, whose gradient is the
-    divergence's in the mean over samples of the present parameters; its value is not, and in
-    further updates on the same samples its gradient is that for older samples.
+    divergence's in the mean over samples of the present parameters; its value is not. In further
+    updates on the same samples, and with config.reward.ahead, its gradient is that for older
+    samples.
     """
     first = {name: flat(batch[f"reference_{name}"]) for name in ("nll", "mean", "log_scale")
              if f"reference_{name}" in batch}
-    divergences = rollouts.divergence(found, first)
+    divergences = drawing.divergence(found, first)
     return divergences if "mean" in found else 0.5 * jnp.square(divergences)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import Config, Reward
-from ntm_jax.training.reward import policy, rollouts
+from ntm_jax.training.reward import drawing, policy, rollouts
 from ntm_jax.training.reward.rollouts import RolloutUse
 
 
@@ -36,7 +36,7 @@ def loss_with(anchor: Callable) -> Callable:
     def loss(setup, params, draws, reference=None):
         settings, batch, c = setup.reward, draws.batch, setup.model.config
         params = policy.without_gradient(params, setup.fixed_parts)
-        found = rollouts.densities(setup.sampler, params, batch, batch["rollout"])
+        found = drawing.densities(setup.sampler, params, batch, batch["rollout"])
         nll = found["nll"].reshape(batch["reference_nll"].shape)
         gain = jnp.sum(policy.log_ratio(nll, batch["reference_nll"]), -1)
         lost, right = policy.preference_loss(gain, batch["pair_weight"], settings.kl)

@@ -1,182 +1,26 @@
-"""Samples of the model that is trained, scored: what post-training learns from.
+"""Scored samples of the model that is trained: what post-training learns from.
 
-Symbols: P records of a batch, G samples of each; B = P G; T steps, K = T+1 levels; S factors that
-learn; N tokens, D token channels.
+Symbols: P records of a batch, G samples of each; S factors that learn; N tokens, D token channels.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core import sampling, trajectory
-from ntm_jax.core.model import NTM, Terms, exact, repeat
-from ntm_jax.core.trajectory import Schedule, example_keys, per_example
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.config import Reward as Settings
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import inverses
 from ntm_jax.training.reward import policy
+from ntm_jax.training.reward.drawing import PARTS, REJECTED, draw, sampler_of
 from ntm_jax.training.reward.scorer import Scorer
-
-PARTS = 2  # into which the samples are split: one is scored while the next is made
-REJECTED = "rejected"  # the key of a batch's images that lost a comparison with its images x
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutSampler:
-    """The static arguments of rollouts."""
-
-    model: NTM
-    schedule: Schedule
-    steps: int
-    samples: int
-    through_transporter: bool  # rollouts are trajectories x_k; otherwise they are latents u_k
-    first: int  # the levels that rollouts hold, first to last: those of S = last - first factors
-    last: int
-    inverse: str
-    mesh: jax.sharding.Mesh
-
-    @property
-    def factors(self) -> int:
-        """S, the factors that learn."""
-        return self.last - self.first
-
-    def held(self, levels):
-        """Of arrays [B, K, ...] by level those that rollouts hold, [B, S+1, ...]."""
-        return levels[:, self.first : self.last + 1]
-
-    def levels(self, count: int):
-        """The noise levels of rollouts, [count, S+1]."""
-        return self.held(self.schedule.fixed_levels(self.steps, count))
-
-
-def sampler_of(run: Run) -> RolloutSampler:
-    """The sampler of a run's settings."""
-    config = run.config
-    first, last = config.reward.levels or (0, config.sample.steps)
-    return RolloutSampler(
-        run.model, run.schedule, config.sample.steps, config.reward.samples,
-        config.reward.trains != "predictor", first, last, config.sample.inverse, run.mesh)
-
-
-@functools.partial(jax.jit, static_argnames=("sampler", "part"))
-def sample(params, root, batch, *, sampler: RolloutSampler, part: int):
-    """Draws one of the PARTS of a batch's samples: (clean tokens, rollouts).
-
-    Their shapes are [P, g, N, D] and [P, g, S+1, N, D]. Clean tokens are x_0 / (1 - t_0).
-    """
-    count = -(-sampler.samples // PARTS)
-    count = min(count, sampler.samples - part * count)
-    keys = example_keys(root, f"rollout {part}", batch["index"])
-    keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
-    y = repeat(build.condition(sampler.model, batch), count)
-    t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
-    us = sampling.sample_latents(sampler.model, params, keys, t, y)
-    inverted = sampler.steps if sampler.through_transporter else 1  # levels of each sample
-    model = exact(sampler.model)
-    how = inverses.choose(sampler.inverse, model.config, inverted * len(us), sampler.mesh)
-    if sampler.through_transporter:
-        rollout = sampling.invert_trajectory(model, params, us, t, y, how)
-        x_0 = rollout[:, 0]
-    else:
-        rollout, x_0 = us, sampling.invert_level(model, params, us, t, y, 0, how)
-    tokens = x_0 / (1 - per_example(t[:, 0], x_0))
-    found = tokens, sampler.held(rollout)
-    return jax.tree.map(lambda a: _split(a.reshape(-1, count, *a.shape[1:])), found)
-
-
-@functools.partial(jax.jit, static_argnames="sampler")
-def recorded(params, root, batch, *, sampler: RolloutSampler):
-    """Rollouts [P, 2, S+1, N, D] of a batch's images, the preferred ones and then the rejected.
-
-    They are trajectories of the forward process with the same noise for both.
-    """
-    c, count = sampler.model.config, sampler.steps + 1
-    noise = trajectory.example_noise(example_keys(root, "pair", batch["index"]),
-                                     (count, c.tokens, c.dim))
-    x = jnp.stack([batch["x"], batch[REJECTED]], 1).reshape(-1, c.tokens, c.dim)
-    t = sampler.schedule.fixed_levels(sampler.steps, len(x))
-    found = trajectory.simulate(x, t, repeat(noise, 2))
-    if not sampler.through_transporter:
-        y = repeat(build.condition(sampler.model, batch), 2)
-        found = sampling.transport_trajectory(exact(sampler.model), params, found, t, y)
-    found = sampler.held(found)
-    return _split(found.reshape(-1, 2, *found.shape[1:]))
-
-
-def _split(a):
-    """An array [P, ...] in equal parts on the devices that split a batch."""
-    return nn.with_logical_constraint(a, ("batch", *(None for _ in a.shape[1:])))
-
-
-def flat(a):
-    """[P, G, ...] -> [B, ...]."""
-    return a.reshape(-1, *a.shape[2:])
-
-
-def densities(sampler: RolloutSampler, params, batch: dict, rollout) -> dict[str, Any]:
-    """`nll` [B, S], of every factor of rollouts [P, G, S+1, N, D], in nats.
-
-    Of latents also `mean` and `log_scale` [B, S, N, D] of their Gaussians.
-    """
-    samples, us = rollout.shape[1], flat(rollout)
-    y = repeat(build.condition(sampler.model, batch), samples)
-    arguments = us, sampler.levels(len(us)), jnp.full(len(us), sampler.steps), y
-    if sampler.through_transporter:
-        return {"nll": cast(Terms, sampler.model.apply(params, *arguments)).nll}
-    mean, log_scale = cast(Any, sampler.model.apply(params, *arguments, method=NTM.gaussians))
-    return {"nll": policy.gaussian_nll(us, mean, log_scale), "mean": mean, "log_scale": log_scale}
-
-
-def divergence(found: dict, reference: dict):
-    """The divergence of every factor from the reference's, [B, S] nats, of densities of rollouts.
-
-    Of latents it is that of the Gaussians, exactly. Of trajectories it is the log-ratio, whose mean
-    over the model's samples is the divergence.
-    """
-    if "mean" not in found:
-        return policy.log_ratio(found["nll"], reference["nll"])
-    return policy.gaussian_divergence(found["mean"], found["log_scale"], reference["mean"],
-                                      reference["log_scale"])
-
-
-@functools.partial(jax.jit, static_argnames=("sampler", "names"))
-def compare(params, reference, batch, rollout, *, sampler: RolloutSampler, names: tuple[str, ...]):
-    """The arrays of these names, [P, G, S, ...], of rollouts under two sets of parameters.
-
-    old_nll, reference_nll; divergence; of latents reference_mean and reference_log_scale. What is
-    not named is not computed.
-    """
-    old, first = (densities(sampler, p, batch, rollout) for p in (params, reference))
-    found = {"old_nll": old["nll"], "divergence": divergence(old, first)}
-    found |= {f"reference_{name}": value for name, value in first.items()}
-    shape = rollout.shape[:2]
-    return {name: _split(found[name].reshape(*shape, *found[name].shape[1:])) for name in names}
-
-
-def draw(params, reference, root, batch, *, sampler: RolloutSampler, names: tuple[str, ...],
-         recorded_pairs: bool = False):
-    """Rollouts of a batch and their comparison: (clean tokens of each part, rollouts, `compare`'s).
-
-    recorded_pairs: rollouts are those of a batch's images, and there are no tokens. Each part is a
-    program of its own, so that it can be read while the next is made; jitted, draw is one.
-    """
-    if recorded_pairs:
-        tokens, rollout = (), recorded(params, root, batch, sampler=sampler)
-    else:
-        tokens, parts = zip(*(sample(params, root, batch, sampler=sampler, part=part)
-                              for part in range(PARTS)), strict=True)
-        rollout = jnp.concatenate(parts, 1)
-    return tokens, rollout, compare(params, reference, batch, rollout, sampler=sampler, names=names)
 
 
 def compared(use: "RolloutUse", settings: Settings, logged: bool) -> tuple[str, ...]:
@@ -202,14 +46,25 @@ class RolloutUse:
     needs_divergence: bool
 
 
-class Drawn(NamedTuple):
-    """The samples of a batch before they are scored; the devices may still be drawing them."""
+class Samples(NamedTuple):
+    """The samples of a batch that are not scored yet; the devices may still be drawing them.
+
+    arrays: "rollout", those of `compare`, and the clean tokens of each part, "tokens_0" and so on.
+    """
 
     batch: dict
-    tokens: tuple  # clean tokens of each part; () for pairs
-    rollout: Any
-    compared: dict  # the arrays of `compare`
+    arrays: dict
     logged: bool
+
+    def to_save(self) -> dict:
+        """The arrays, with the index of the record of each row."""
+        return self.arrays | {"index": self.batch["index"]}
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _rows(arrays, rows, *, mesh):
+    split = sharding.batch_sharding(mesh)
+    return jax.lax.with_sharding_constraint(jax.tree.map(lambda a: a[rows], arrays), split)
 
 
 class Rollouts:
@@ -241,7 +96,7 @@ class Rollouts:
         """Draws and scores samples for the records of a batch; see `begin` and `finish`."""
         return self.finish(self.begin(params, batch, step, logged))
 
-    def begin(self, params, batch: dict, step: int, logged: bool = True) -> Drawn:
+    def begin(self, params, batch: dict, step: int, logged: bool = True) -> Samples:
         """Dispatches the drawing of samples for the records of a batch, and does not wait for it.
 
         Each part can be scored while the devices draw the next. logged: False gives no scalars.
@@ -250,23 +105,40 @@ class Rollouts:
         root = jax.random.fold_in(jax.random.key(run.config.seed), step)
         names = compared(self.use, run.config.reward, logged)
         with sharding.use(run.mesh):
-            drawn = draw(params, self.reference, root, batch, sampler=self.sampler, names=names,
-                         recorded_pairs=not self.scorer)
-        return Drawn(batch, *drawn, logged)
+            tokens, rollout, found = draw(
+                params, self.reference, root, batch, sampler=self.sampler, names=names,
+                recorded_pairs=not self.scorer)
+        parts = {f"tokens_{part}": a for part, a in enumerate(tokens)}
+        return Samples(batch, {"rollout": rollout} | found | parts, logged)
 
-    def finish(self, drawn: Drawn) -> tuple[dict, dict]:
+    def restored(self, saved: dict, batch: dict, logged: bool) -> Samples:
+        """Samples that a checkpoint holds (Samples.to_save), for the same records in any order.
+
+        The rows of a batch depend on the number of processes. Raises UserError if the records are
+        others.
+        """
+        before, now = sharding.to_host((saved["index"], batch["index"]))
+        rows = np.argsort(before, kind="stable")[np.argsort(np.argsort(now, kind="stable"))]
+        if (before[rows] != now).any():
+            raise UserError("the checkpoint's samples are of other records than the next batch: "
+                            "resume with the data that the run began with")
+        arrays = {name: a for name, a in saved.items() if name != "index"}
+        return Samples(batch, _rows(arrays, rows, mesh=self.run.mesh), logged)
+
+    def finish(self, samples: Samples) -> tuple[dict, dict]:
         """Scores samples: (the batch extended by the arrays that the loss reads, scalars)."""
-        settings, found = self.run.config.reward, drawn.compared
-        scored = self._scored(drawn.tokens, drawn.batch, drawn.logged)
+        settings, found = self.run.config.reward, samples.arrays
+        parts = [found[f"tokens_{part}"] for part in range(PARTS)] if self.scorer else []
+        scored = self._scored(parts, samples.batch, samples.logged)
         rewards = scored["rewards"]
         divergences = sharding.to_host(found["divergence"]) if "divergence" in found else np.zeros(
             (*rewards.shape, self.sampler.factors), np.float32)
         future_divergence = settings.kl * (np.cumsum(divergences, -1) - divergences)
-        scalars = _scalars(scored, divergences) if drawn.logged else {}
+        scalars = _scalars(scored, divergences) if samples.logged else {}
         weights = sharding.place(self.use.weights(
             settings, rewards, self._bonus(scored), future_divergence), self.run.mesh)
-        kept = {name: found[name] for name in self.names}
-        return drawn.batch | {"rollout": drawn.rollout} | kept | weights, scalars
+        kept = {name: found[name] for name in ("rollout", *self.names)}
+        return samples.batch | kept | weights, scalars
 
     def _scored(self, tokens, batch: dict, logged: bool) -> dict:
         """The scores of the samples, as Scorer gives them; of pairs only rewards, 1 and 0."""
@@ -308,15 +180,36 @@ def samples_of(config: Config) -> int:
 
 def abstract(run: Run, use: RolloutUse) -> dict:
     """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
-    config, c, settings = run.config, run.model.config, run.config.reward
-    group = config.data.batch_size, samples_of(config)
-    count = sampler_of(run).factors
-    latents = (*group, count, c.tokens, c.dim)
-    shapes = {"rollout": (*group, count + 1, c.tokens, c.dim)}
-    shapes |= {name: latents if name in ("reference_mean", "reference_log_scale")
-               else (*group, count) for name in use.arrays(settings)}
+    config, settings = run.config, run.config.reward
+    group, count = (config.data.batch_size, samples_of(config)), sampler_of(run).factors
     weights = use.weights(settings, np.zeros(group), np.zeros(group), np.zeros((*group, count)))
-    shapes |= {name: value.shape for name, value in weights.items()}
+    shapes = {name: value.shape for name, value in weights.items()}
+    return _abstract(run, _shapes(run, use.arrays(settings)) | shapes)
+
+
+def abstract_samples(run: Run, use: RolloutUse, logged: bool) -> dict:
+    """The shapes and shardings of samples that are saved; see Samples.to_save and `begin`."""
+    size, c, group = run.config.data.batch_size, run.model.config, samples_of(run.config)
+    parts = np.array_split(np.arange(group), PARTS)  # the first ones are larger
+    shapes = {f"tokens_{part}": (size, len(own), c.tokens, c.dim)
+              for part, own in enumerate(parts)} if run.config.reward.name else {}
+    names = compared(use, run.config.reward, logged)
+    found = _abstract(run, _shapes(run, names) | shapes | {"index": (size,)})
+    return found | {"index": found["index"].update(dtype=jnp.int32)}
+
+
+def _shapes(run: Run, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The shapes of rollouts and of these arrays of `compare`."""
+    c, count = run.model.config, sampler_of(run).factors
+    group = run.config.data.batch_size, samples_of(run.config)
+    latents = (*group, count, c.tokens, c.dim)
+    return {"rollout": (*group, count + 1, c.tokens, c.dim)} | {
+        name: latents if name in ("reference_mean", "reference_log_scale") else (*group, count)
+        for name in names}
+
+
+def _abstract(run: Run, shapes: dict[str, tuple[int, ...]]) -> dict:
+    """Arrays of these shapes in float32, split over the examples of a batch."""
     split = sharding.batch_sharding(run.mesh)
     return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
             for name, shape in shapes.items()}

@@ -7,8 +7,8 @@ channels; H, W, C image height, width, channels. Of an array, samples are rows o
 import concurrent.futures
 import contextlib
 import itertools
-import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 
 import cloudpickle
 import jax
@@ -20,6 +20,7 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
 from ntm_jax.training.reward import rewards
 from ntm_jax.training.reward.rewards import Scores
+from ntm_jax.workers import start as start_workers
 
 NAME_BYTES = 48  # of a group's name, by which processes exchange it
 
@@ -49,12 +50,12 @@ class Scorer:
 
     def __init__(self, run: Run, source: Source, workers: int = 0):
         self._run, self._source, self._workers = run, source, workers
-        self._reward, self._pool = rewards.of_run(run.config), None
+        self._reward = rewards.of_run(run.config)
         self._name = run.config.reward.name
-        if workers:
-            self._pool = concurrent.futures.ProcessPoolExecutor(
-                workers, multiprocessing.get_context("spawn"), _open,
-                (cloudpickle.dumps(self._reward),))
+        self._pool = self._start() if workers else None
+
+    def _start(self) -> concurrent.futures.Executor:
+        return start_workers(self._workers, _open, cloudpickle.dumps(self._reward))
 
     def close(self) -> None:
         """Ends the worker processes."""
@@ -110,9 +111,35 @@ class Scorer:
             found = _call(self._name, self._reward, flat, repeated)
             return lambda: [found]
         bounds = np.linspace(0, len(flat), self._workers + 1).astype(int)
-        futures = [self._pool.submit(_in_worker, self._name, flat[a:b], repeated[a:b])
-                   for a, b in itertools.pairwise(bounds) if a < b]
-        return lambda: [future.result() for future in futures]
+        jobs = [(flat[a:b], repeated[a:b]) for a, b in itertools.pairwise(bounds) if a < b]
+        futures = self._send(jobs)
+
+        def wait() -> list:
+            try:
+                return [future.result() for future in futures]
+            except BrokenExecutor:  # such as by a scheduler's signal, which ends all processes
+                return self._again(jobs)
+
+        return wait
+
+    def _send(self, jobs: list) -> list[concurrent.futures.Future]:
+        """Gives jobs to the worker processes, which are started again where they have ended."""
+        assert self._pool
+        try:
+            return [self._pool.submit(_in_worker, self._name, *job) for job in jobs]
+        except BrokenExecutor:
+            self._pool = self._start()
+            return [self._pool.submit(_in_worker, self._name, *job) for job in jobs]
+
+    def _again(self, jobs: list) -> list:
+        """The scores of jobs whose worker processes have ended."""
+        try:
+            return [future.result() for future in self._send(jobs)]
+        except BrokenExecutor:
+            raise UserError(
+                f"config.reward.name={self._name}: the processes that score have ended twice, "
+                "perhaps for lack of memory: lower config.reward.workers, or set it to 0 to see "
+                "the error") from None
 
     def _checked(self, found: list, shape: tuple[int, ...]) -> Scores:
         """The scores of a part of this shape [p, g], rewards in that shape."""

@@ -1,6 +1,7 @@
-"""Post-training takes the same steps on one device as on 8 of two processes."""
+"""Post-training takes the same steps on one device as on 8 of two processes, which resume it."""
 
 import json
+import shutil
 
 import pytest
 
@@ -29,6 +30,9 @@ def test_the_steps_are_the_same_on_any_mesh(tmp_path):
     values = {key: value for key, value in SETTINGS.items() if key != "train.steps"}
     base = write_run(tmp_path / "base", tiny_config(**values))
     one, evaluation = trained(tmp_path / "one", base, 1, 1, {})
+    shutil.copytree(tmp_path / "one", tmp_path / "eight")
+    for step in ("4", "6"):  # the rows of step 2's samples are in another order there
+        shutil.rmtree(tmp_path / "eight" / "checkpoints" / step)
     other, evaluated = trained(tmp_path / "eight", base, 2, 4, MESH)
     speeds = {"wall_time", "examples_per_second", "flops_per_second", "flop_share"}
     assert [line["step"] for line in one] == [line["step"] for line in other]

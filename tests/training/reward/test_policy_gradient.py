@@ -16,7 +16,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives
 from ntm_jax.training.objectives import Draws
-from ntm_jax.training.reward import policy, policy_gradient, rollouts
+from ntm_jax.training.reward import drawing, policy, policy_gradient, rollouts
 from tests.common import batch_of, bits, tiny_config, write_run
 from tests.training.reward.common import flat, moved, rolled, with_reward
 
@@ -49,9 +49,9 @@ def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
             "transporter": run.params["params"]["transporter"]}}
     likelihood = jax.jit(lambda params: run.model.apply(params, xs, t, steps, y).nll)
     old, new = map(likelihood, (run.params, new_params))
-    sampler = rollouts.sampler_of(run)
+    sampler = drawing.sampler_of(run)
     density = jax.jit(
-        lambda params: rollouts.densities(sampler, params, batch, batch["rollout"])["nll"])
+        lambda params: drawing.densities(sampler, params, batch, batch["rollout"])["nll"])
     found = density(new_params)
     expected = np.asarray(old - new, np.float64)
     ratio = policy.log_ratio(found, flat(batch["old_nll"]))

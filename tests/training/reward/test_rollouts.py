@@ -1,7 +1,9 @@
 """Rollouts: the same on any mesh, scored in this process or in others, and what is logged."""
 
+import concurrent.futures
 import dataclasses
 import itertools
+from concurrent.futures import BrokenExecutor
 
 import jax
 import numpy as np
@@ -44,8 +46,9 @@ def test_rollouts_have_the_shapes_that_compilation_takes(run, objective, trains)
     program = compile.train_program(run, source)
     assert set(shapes) < set(program.arguments[1])
     ahead = with_reward(run, ahead=True)  # the devices hold the samples of another batch
-    assert rollouts.abstract(ahead, use) in compile.train_program(ahead, source).resident
-    assert rollouts.abstract(ahead, use) in compile.rollout_program(ahead, source).resident
+    kept = rollouts.abstract_samples(ahead, use, True)
+    assert kept in compile.train_program(ahead, source).resident
+    assert kept in compile.rollout_program(ahead, source).resident
 
 
 def test_what_is_logged(run):
@@ -123,9 +126,27 @@ def test_worker_processes_score_the_same(run):
     parts = [jax.numpy.asarray(tokens), jax.numpy.asarray(tokens[:, :2])]
     here, there = Scorer(run, source), Scorer(run, source, 1)
     try:
-        np.testing.assert_array_equal(here(parts, batch)["rewards"], there(parts, batch)["rewards"])
+        rewarded = here(parts, batch)["rewards"]
+        np.testing.assert_array_equal(rewarded, there(parts, batch)["rewards"])
+        for process in there._pool._processes.values():  # as a scheduler's signal to all does
+            process.kill()
+        np.testing.assert_array_equal(rewarded, there(parts, batch)["rewards"])
     finally:
         there.close()
+
+
+def test_processes_that_end_again_and_again_are_an_error(run, monkeypatch):
+    class Ended(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, *_):
+            future = concurrent.futures.Future()
+            future.set_exception(BrokenExecutor())
+            return future
+
+    monkeypatch.setattr(scorer, "start_workers", lambda workers, *_: Ended(workers))
+    found = Scorer(run, run.config.data.open("train"), 2)
+    wait = found._submit(np.zeros((2, 3, 8, 8, 1), np.uint8), [0, 1])
+    with pytest.raises(UserError, match=r"processes that score have ended twice, .* lower config"):
+        wait()
 
 
 def test_rows_of_an_array_are_scored_in_their_own_units(run):

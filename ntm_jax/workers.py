@@ -1,0 +1,35 @@
+"""Pools of worker processes, which data preparation and post-training use."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing import connection
+
+
+def start(workers: int, begin: Callable | None = None, *arguments
+          ) -> concurrent.futures.ProcessPoolExecutor:
+    """A pool of processes that ignore Ctrl-C and a closed terminal, and end with this process.
+
+    begin: called with the arguments in each process, before its first work.
+    """
+    return concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _begin, (begin, arguments))
+
+
+def _begin(begin: Callable | None, arguments: tuple) -> None:
+    for name in ("SIGINT", "SIGHUP"):  # for the parent, which decides when work ends
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+
+    def watch():
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if begin:
+        begin(*arguments)
