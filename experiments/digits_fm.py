@@ -2,7 +2,7 @@
 
 The transformer of digits.py with a velocity head. Samples solve its ODE in 50 Euler steps. Its
 likelihood is that of the exact Gaussian posterior at the velocity's clean image, in the 4 steps of
-digits.py: the figure of digits_finetune.py at step 0, and not a good one.
+digits.py, and not a good one.
 """
 
 from ntm_jax.experiments import default

@@ -73,7 +73,8 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
             raise UserError(f"--process_id={process_id} --num_processes={num_processes}: expected "
                             "a number from 0 to num_processes - 1")
         rendezvous.meet(coordinator_address, num_processes, process_id, timeout)
-        _connect(given, CONNECT, heartbeat)
+        # Under Slurm jax would otherwise give each process one of its node's GPUs.
+        _connect(given | {"cluster_detection_method": "deactivate"}, CONNECT, heartbeat)
     _start_watchdog(process_id, heartbeat)
 
 

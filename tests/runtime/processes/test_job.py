@@ -9,6 +9,7 @@ import pytest
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.processes import job
+from tests.common import python
 from tests.runtime.processes.common import assert_ended_by_another, ends, free_port, start
 
 
@@ -121,6 +122,16 @@ def test_an_exception_in_one_process_is_shown_there_and_ends_the_others():
     assert error.splitlines()[-2:] == [
         "IndexError: this process fails",
         "error: process 1 failed (see the traceback); the last checkpoint is intact"]
+
+
+def test_a_process_under_slurm_has_all_gpus_of_its_node():
+    code = ("import jax; from ntm_jax.runtime.processes import job; "
+            f"job.join('localhost:{free_port()}', 1, 0); "
+            "print(jax.config._read('jax_cuda_visible_devices'))")
+    slurm = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "STEP_NUM_TASKS": "1", "NTASKS": "1",
+             "PROCID": "0", "LOCALID": "0"}
+    done = python("-c", code, **{f"SLURM_{name}": value for name, value in slurm.items()})
+    assert done.stdout.strip() == "all"  # not "0"
 
 
 def test_interrupts_are_passed_on_only_while_training():
