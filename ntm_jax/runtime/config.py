@@ -82,6 +82,7 @@ class Model:
     double_layers: int = 0
     transporter_text: bool = False
     transporter_positions_std: float = 0.02
+    condition_layers: int = 0
     condition_shift: bool = False
 
 
@@ -261,6 +262,7 @@ RANGES = {  # the least and the largest value of settings with bounds of their o
     "reward.clip": (1e-6, 1),
     "model.predictor_layers": (1, 1000),
     "model.double_layers": (0, 1000),
+    "model.condition_layers": (0, 100),
     "model.transporter_layers": (1, 1000),
     "model.transporter_blocks": (0, 100),
 }
@@ -314,6 +316,9 @@ def _check_training(config: Config) -> None:
         raise UserError(f"config.optimizer.floor is {optimizer.floor}: expected at most "
                         f"config.optimizer.learning_rate, {optimizer.learning_rate}, from which "
                         "the rate falls to it")
+    if config.model.condition_layers and condition != "vector":
+        raise UserError("config.model.condition_layers embed a vector, and config.model.condition "
+                        f"is {condition}: set it to vector, or leave them at 0")
     if config.model.condition_shift and condition != "vector":
         raise UserError("config.model.condition_shift subtracts a function of a vector, and "
                         f"config.model.condition is {condition}: set it to vector, or leave it "

@@ -38,10 +38,13 @@ def test_a_condition_distinguishes_levels_steps_and_classes(change):
     assert jnp.abs(first - second).max() > 1e-3
 
 
-def test_a_condition_distinguishes_vectors_and_their_absence():
-    module, times, steps = Condition(16, 0, False, vector_width=2), (jnp.full(3, 0.1),), None
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_condition_distinguishes_vectors_and_their_absence(layers):
+    module = Condition(16, 0, False, vector_width=2, vector_layers=layers)
+    times, steps = (jnp.full(3, 0.1),), None
     y = Vector(jnp.array([[0.5, -1], [0.5, 2], [0.5, 2]]), jnp.array([True, True, False]))
     params = random_parameters(module, times, steps, y)
+    assert sum(name.startswith("vector_up") for name in params["params"]) == layers
     first, second, absent = compiled(module)(params, times, steps, y)
     for one, other in ((first, second), (first, absent), (second, absent)):
         assert jnp.abs(one - other).max() > 1e-3

@@ -115,6 +115,8 @@ def test_an_integer_is_taken_for_a_float():
      "config.trajectory.schedule is 'cosine': expected one of linear, shifted"),
     ("model.condition", "words",
      "config.model.condition is 'words': expected one of none, class, text"),
+    ("model.condition_layers", 2,
+     "config.model.condition is class: set it to vector, or leave them at 0"),
     ("model.condition_shift", True,
      "config.model.condition is class: set it to vector, or leave it out"),
     ("model.transporter_text", True,

@@ -65,6 +65,7 @@ class Condition(nn.Module):
     rows: int = 6
     embed_text: bool = False
     vector_width: int = 0  # E of a Vector
+    vector_layers: int = 0  # residual MLPs of its embedding
 
     @nn.compact
     def __call__(self, times, steps, y):
@@ -103,8 +104,12 @@ class Condition(nn.Module):
 
     def _vector(self, y: Vector, inner: int):
         """The embedding [B, inner] of a vector."""
-        h = nn.silu(dense(inner, (None, "embed"), jnp.float32, "vector_in")(y.values))
-        h = dense(inner, ("embed", "embed_out"), jnp.float32, "vector_out")(h)
+        h = dense(inner, (None, "embed"), jnp.float32, "vector_in")(y.values)
+        for i in range(self.vector_layers):
+            wide = norm(jnp.float32, f"vector_norm_{i}")(h)
+            wide = dense(4 * inner, ("embed", "mlp"), jnp.float32, f"vector_up_{i}")(wide)
+            h += dense(inner, ("mlp", "embed"), jnp.float32, f"vector_down_{i}")(nn.silu(wide))
+        h = dense(inner, ("embed", "embed_out"), jnp.float32, "vector_out")(nn.silu(h))
         std = 0.02 * math.sqrt(inner)
         init = partitioned(("embed_out",), nn.initializers.normal, std)
         nothing = self.param("null_vector", init, (inner,))
