@@ -125,7 +125,9 @@ def rollout_program(run: Run, source: Source) -> Program:
 
 def _samples_ahead(run: Run, use: RolloutUse) -> dict:
     """The samples of another batch that the devices hold with config.reward.ahead."""
-    return rollouts.abstract_samples(run, use, True) if run.config.reward.ahead else {}
+    if not run.config.reward.ahead:
+        return {}
+    return rollouts.abstract_samples(run, rollouts.names_of_samples(run, use))
 
 
 # The devices hold what the program does not read, such as the reference's transporter.

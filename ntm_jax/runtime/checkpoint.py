@@ -157,8 +157,8 @@ class Checkpoints:
         """The last saved step; None if there is none."""
         return max(self.steps(), default=None)
 
-    def holds(self, step: int, name: str) -> bool:
-        """Whether the state of a saved step has this top-level entry.
+    def entries(self, step: int, name: str) -> tuple[str, ...]:
+        """The names under a top-level entry of a saved step's state; () if it has no such entry.
 
         Raises UserError if the checkpoint is damaged.
         """
@@ -167,7 +167,8 @@ class Checkpoints:
                 stored = ocp.checkpointables_metadata(self.directory / str(step)).metadata["state"]
         except Exception as error:  # orbax raises many kinds for a missing or garbled file
             raise self._damaged(step, f"it cannot be read ({_cause(error)})") from None
-        return any(path.split("/")[0] == name for path in named_leaves(stored))
+        paths = (path.split("/") for path in named_leaves(stored))
+        return tuple(path[1] for path in paths if path[0] == name and len(path) > 1)
 
     def restore(self, abstract_state, step: int | None = None):
         """Loads and verifies a checkpoint: (step, state, data_state).

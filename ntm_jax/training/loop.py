@@ -117,9 +117,9 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
         start, data_state = 0, None
     else:
         expected = state.abstract(run)
-        if rollouts and checkpoints.holds(latest, "samples"):
-            samples = abstract_samples(run, rollouts.use, _is_logged(config, latest))
-            expected = state.with_samples(expected, samples)
+        names = checkpoints.entries(latest, "samples") if rollouts else ()
+        if names:
+            expected = state.with_samples(expected, abstract_samples(run, names))
         start, current, data_state = checkpoints.restore(expected)
     if start > total:
         raise UserError(f"{folder} holds step {start}, beyond config.train.steps = {total}: raise "

@@ -5,7 +5,7 @@ Symbols: P records of a batch, G samples of each; S factors that learn; N tokens
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -123,6 +123,7 @@ class Rollouts:
             raise UserError("the checkpoint's samples are of other records than the next batch: "
                             "resume with the data that the run began with")
         arrays = {name: a for name, a in saved.items() if name != "index"}
+        logged = logged and "divergence" in arrays  # absent if config.train.log_every was another
         return Samples(batch, _rows(arrays, rows, mesh=self.run.mesh), logged)
 
     def finish(self, samples: Samples) -> tuple[dict, dict]:
@@ -187,25 +188,30 @@ def abstract(run: Run, use: RolloutUse) -> dict:
     return _abstract(run, _shapes(run, use.arrays(settings)) | shapes)
 
 
-def abstract_samples(run: Run, use: RolloutUse, logged: bool) -> dict:
-    """The shapes and shardings of samples that are saved; see Samples.to_save and `begin`."""
-    size, c, group = run.config.data.batch_size, run.model.config, samples_of(run.config)
-    parts = np.array_split(np.arange(group), PARTS)  # the first ones are larger
-    shapes = {f"tokens_{part}": (size, len(own), c.tokens, c.dim)
-              for part, own in enumerate(parts)} if run.config.reward.name else {}
-    names = compared(use, run.config.reward, logged)
-    found = _abstract(run, _shapes(run, names) | shapes | {"index": (size,)})
+def abstract_samples(run: Run, names: Iterable[str]) -> dict:
+    """The shapes and shardings of the arrays of Samples.to_save that have these names."""
+    size, c = run.config.data.batch_size, run.model.config
+    parts = np.array_split(np.arange(samples_of(run.config)), PARTS)  # the first ones are larger
+    shapes = {f"tokens_{part}": (size, len(own), c.tokens, c.dim) for part, own in enumerate(parts)}
+    shapes = _shapes(run, names) | shapes | {"index": (size,)}
+    found = _abstract(run, {name: shapes[name] for name in names})
     return found | {"index": found["index"].update(dtype=jnp.int32)}
 
 
-def _shapes(run: Run, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def names_of_samples(run: Run, use: RolloutUse) -> tuple[str, ...]:
+    """The names of the arrays of Samples.to_save in a cycle that is logged."""
+    parts = (f"tokens_{part}" for part in range(PARTS))
+    return ("index", "rollout", *parts, *compared(use, run.config.reward, logged=True))
+
+
+def _shapes(run: Run, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """The shapes of rollouts and of these arrays of `compare`."""
     c, count = run.model.config, sampler_of(run).factors
     group = run.config.data.batch_size, samples_of(run.config)
     latents = (*group, count, c.tokens, c.dim)
-    return {"rollout": (*group, count + 1, c.tokens, c.dim)} | {
-        name: latents if name in ("reference_mean", "reference_log_scale") else (*group, count)
-        for name in names}
+    shapes = {name: latents if name in ("reference_mean", "reference_log_scale")
+              else (*group, count) for name in names}
+    return shapes | {"rollout": (*group, count + 1, c.tokens, c.dim)}
 
 
 def _abstract(run: Run, shapes: dict[str, tuple[int, ...]]) -> dict:

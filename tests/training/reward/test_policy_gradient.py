@@ -185,7 +185,8 @@ def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, mon
             loop.train(config, parts, progress=False)
     with Checkpoints(parts) as saved:
         assert saved.latest() == 12
-        assert saved.holds(12, "samples")
+        assert "rollout" in saved.entries(12, "samples")
+        assert saved.entries(12, "step") == ()
     assert loop.train(config, parts, progress=False, until=13) is None
     assert metrics(tmp_path / "parts") == lines[:14]
     # What is frozen does not move, in spite of weight decay.

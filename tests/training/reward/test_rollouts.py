@@ -46,7 +46,11 @@ def test_rollouts_have_the_shapes_that_compilation_takes(run, objective, trains)
     program = compile.train_program(run, source)
     assert set(shapes) < set(program.arguments[1])
     ahead = with_reward(run, ahead=True)  # the devices hold the samples of another batch
-    kept = rollouts.abstract_samples(ahead, use, True)
+    kept = rollouts.abstract_samples(ahead, rollouts.names_of_samples(ahead, use))
+    given = {name: batch[name] for name in ("x", "label", "index")}
+    drawn = made(ahead).begin(run.params, given, 0).to_save()
+    assert {name: (a.shape, a.dtype) for name, a in kept.items()} == {
+        name: (a.shape, a.dtype) for name, a in drawn.items()}
     assert kept in compile.train_program(ahead, source).resident
     assert kept in compile.rollout_program(ahead, source).resident
 
