@@ -54,7 +54,7 @@ SETTINGS = dict(
         log_scale_bound=3.0,  # largest absolute log-scale of a transporter block
         data_std=1.0,  # standard deviation of the data, for preconditioning
         condition="class",  # what the model is conditioned on: none, class, text, vector
-        condition_layers=0,  # residual MLPs that embed a vector condition; 0 is one hidden layer
+        condition_layers=0,  # with condition=vector, residual MLPs that compute features of it
         condition_shift=False,  # with condition=vector, first subtracts a linear function of it
         backbone="transformer",  # network of head=posterior: transformer, flow_map, flux2
         double_layers=0,  # two-stream layers of backbone=flux2, before the predictor_layers

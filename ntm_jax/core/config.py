@@ -42,7 +42,7 @@ class ModelConfig:
     transporter_positions_std: float = 0.02
     flat: bool = False  # see layers.LayerConfig
     condition_width: int = 0  # E of vector conditions; 0 without
-    condition_layers: int = 0  # of the vector's embedding
+    condition_layers: int = 0  # of the network of vector conditions; see conditions.VectorNetwork
     condition_shift: bool = False  # subtracts a linear function of the vector; see NTM._centre
     precision: str | None = None  # of float32 products; see precision and exact
 

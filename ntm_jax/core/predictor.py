@@ -45,8 +45,7 @@ class Trunk(nn.Module):
         if c.text_width:
             hidden, angles, keys = self._after_text(y, hidden, angles)
         condition = Condition(
-            c.width, c.num_classes, embed_steps, vector_width=c.condition_width,
-            vector_layers=c.condition_layers, name="condition")
+            c.width, c.num_classes, embed_steps, vector_width=c.condition_width, name="condition")
         modulation = condition(times, steps, y)
         stack = layers.Stack(layers.LayerConfig(
             depth=c.predictor_layers, head_size=c.head_size, kv_heads=c.kv_heads,

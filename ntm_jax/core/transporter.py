@@ -209,7 +209,7 @@ class Transporter(nn.Module):
         c = self.config
         self.condition = Condition(
             c.transporter_width, c.num_classes, len(c.steps) > 1, embed_text=c.transporter_text,
-            vector_width=c.condition_width, vector_layers=c.condition_layers)
+            vector_width=c.condition_width)
         self.blocks = [Block(c, i % 2 == 1, self.attention) for i in range(c.transporter_blocks)]
 
     @at_config_precision

@@ -317,8 +317,9 @@ def _check_training(config: Config) -> None:
                         f"config.optimizer.learning_rate, {optimizer.learning_rate}, from which "
                         "the rate falls to it")
     if config.model.condition_layers and condition != "vector":
-        raise UserError("config.model.condition_layers embed a vector, and config.model.condition "
-                        f"is {condition}: set it to vector, or leave them at 0")
+        raise UserError("config.model.condition_layers compute features of a vector, and "
+                        f"config.model.condition is {condition}: set it to vector, or leave them "
+                        "at 0")
     if config.model.condition_shift and condition != "vector":
         raise UserError("config.model.condition_shift subtracts a function of a vector, and "
                         f"config.model.condition is {condition}: set it to vector, or leave it "

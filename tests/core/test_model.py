@@ -83,7 +83,8 @@ def test_a_factor_is_a_gaussian_of_the_latent_times_the_jacobian(tiny, changes):
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_a_shift_by_the_condition_leaves_a_model_of_the_rest(tiny, blocks):
     """The trajectory of x has the terms of that of x - W y - b; nothing is shifted without y."""
-    model = tiny(condition_width=3, condition_shift=True, transporter_blocks=blocks)
+    model = tiny(condition_width=3, condition_shift=True, condition_layers=1,
+                 transporter_blocks=blocks)
     rest = Bound(NTM(dataclasses.replace(model.config, condition_shift=False)),
                  {name: own for name, own in model.weights.items() if name != "shift"})
     xs, t, steps, y = model.inputs()

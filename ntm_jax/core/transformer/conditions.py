@@ -25,11 +25,13 @@ class Text(NamedTuple):
 class Vector(NamedTuple):
     """A condition of continuous numbers: values [B, E], standardised, and whether they are given.
 
-    given: bool [B]; False is the null condition.
+    given: bool [B]; False is the null condition. features: [B, W], what VectorNetwork computes of
+    the values, for a model that has one; the model itself adds them.
     """
 
     values: Any  # a jax or NumPy array, or a ShapeDtypeStruct
     given: Any
+    features: Any = None
 
 
 def null(y, num_classes: int):
@@ -51,6 +53,22 @@ def sinusoidal(t, width: int):
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
+class VectorNetwork(nn.Module):
+    """Features [B, width] of the values [B, E] of a Vector, by residual MLPs."""
+
+    width: int
+    layers: int
+
+    @nn.compact
+    def __call__(self, values):
+        h = dense(self.width, (None, "embed"), jnp.float32, "in")(values)
+        for i in range(self.layers):
+            wide = norm(jnp.float32, f"norm_{i}")(h)
+            wide = dense(4 * self.width, ("embed", "mlp"), jnp.float32, f"up_{i}")(wide)
+            h += dense(self.width, ("mlp", "embed"), jnp.float32, f"down_{i}")(nn.silu(wide))
+        return norm(jnp.float32, "norm")(h)
+
+
 class Condition(nn.Module):
     """Embeds noise levels, step count, class, text and vector into the modulation of all layers.
 
@@ -65,7 +83,6 @@ class Condition(nn.Module):
     rows: int = 6
     embed_text: bool = False
     vector_width: int = 0  # E of a Vector
-    vector_layers: int = 0  # residual MLPs of its embedding
 
     @nn.compact
     def __call__(self, times, steps, y):
@@ -104,12 +121,9 @@ class Condition(nn.Module):
 
     def _vector(self, y: Vector, inner: int):
         """The embedding [B, inner] of a vector."""
-        h = dense(inner, (None, "embed"), jnp.float32, "vector_in")(y.values)
-        for i in range(self.vector_layers):
-            wide = norm(jnp.float32, f"vector_norm_{i}")(h)
-            wide = dense(4 * inner, ("embed", "mlp"), jnp.float32, f"vector_up_{i}")(wide)
-            h += dense(inner, ("mlp", "embed"), jnp.float32, f"vector_down_{i}")(nn.silu(wide))
-        h = dense(inner, ("embed", "embed_out"), jnp.float32, "vector_out")(nn.silu(h))
+        values = y.values if y.features is None else y.features
+        h = nn.silu(dense(inner, (None, "embed"), jnp.float32, "vector_in")(values))
+        h = dense(inner, ("embed", "embed_out"), jnp.float32, "vector_out")(h)
         std = 0.02 * math.sqrt(inner)
         init = partitioned(("embed_out",), nn.initializers.normal, std)
         nothing = self.param("null_vector", init, (inner,))
