@@ -14,7 +14,7 @@ from ntm_jax.runtime import config
 from ntm_jax.runtime.run import with_denoiser
 from ntm_jax.training import loop
 from tests.common import as_run, python, random_run, setup, tiny_config, write_run
-from tests.export.common import SETTINGS
+from tests.export.common import SETTINGS, TEXTS
 
 
 def shared(tmp_path_factory, name: str, make):
@@ -62,10 +62,7 @@ def exported(workdir, tmp_path_factory):
 @pytest.fixture(scope="session")
 def on_texts(tmp_path_factory):
     """A run of latents conditioned on text, and its export."""
-    settings = tiny_config(**{
-        "data.source": "mock:4x4x2,text=3x8", "model.condition": "text", "data.patch_size": 1,
-        "evaluate.split": "test", "sample.decoder": "inverse"})
-    run = _random(settings, setup(settings)[1], seed=0, step=4, workdir="runs/none")
+    run = _random(TEXTS, setup(TEXTS)[1], seed=0, step=4, workdir="runs/none")
     folder = shared(tmp_path_factory, "texts", lambda made: write_export(run, str(made / "out")))
     return run, folder / "out"
 
