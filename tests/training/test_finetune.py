@@ -165,7 +165,7 @@ def test_an_export_of_a_flow_matching_run_starts_a_run_too(untrained, tmp_path, 
     loaded = ntm_jax.load(str(untrained))
     loaded.export(str(tmp_path / "export"))
     run = tuned_run(tmp_path / "export")
-    current = finetune.start_from(run, state.initialize(run))
+    current = finetune.start_from(run, state.abstract(run))
     assert bits(current.params["params"]["backbone"]) == bits(loaded.params["params"]["backbone"])
 
 
