@@ -19,7 +19,7 @@ from ntm_jax.api import Run
 from ntm_jax.data import pipeline, sources
 from ntm_jax.runtime import build, config, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.training import objectives, state
+from ntm_jax.training import loop, objectives, pictures, state
 from tests import forked
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -109,6 +109,14 @@ def write_run(folder, settings: config.Config):
         for step in (2, 4):
             checkpoints.save(step, current.replace(ema=randomised(current.params, step)), {})
     return folder
+
+
+def without_an_ending(monkeypatch) -> None:
+    """Trainings in this process end without pictures and evaluation, as nothing reads them."""
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    monkeypatch.setattr(loop._Loop, "drawn_change", lambda self: [])
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: ({}, {}))
+    monkeypatch.setattr(loop, "write_report", lambda *_, **__: None)
 
 
 def batch_of(source, settings: config.Config, size: int) -> dict:

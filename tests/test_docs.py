@@ -35,8 +35,12 @@ FEW_STEPS = """
 import ntm_jax
 full = ntm_jax.experiment
 few = {"train.steps": 8, "evaluate.trajectories": 2, "evaluate.split": "test[:20]",
-       "model.transporter_blocks": 1, "model.predictor_layers": 1}
-ntm_jax.experiment = lambda *names, **own: full(*names, **own | few)
+       "model.transporter_blocks": 1, "model.predictor_layers": 1, "model.width": 16,
+       "model.head_size": 8, "model.kv_heads": 2, "model.transporter_width": 16}
+# Where nothing shows what denoising does, its gradient is not compiled.
+decoder = {"sample.decoder": "inverse"}
+ntm_jax.experiment = lambda *names, **own: full(
+    *names, **own | few | (decoder if "sample.num" in own else {}))
 """
 
 

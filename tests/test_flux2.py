@@ -165,7 +165,7 @@ def test_the_pages_commands_go_from_a_checkpoint_to_an_export(rehearsed):
 def test_the_reference_parameters_are_the_checkpoints(rehearsed):
     folder, _ = rehearsed
     run = ntm_jax.load(f"{folder}/runs/klein")
-    current = state.initialize(run)
+    current = state.abstract(run)
     fresh = finetune.start_from(run, current).params["params"]["backbone"]
     kept = frozen.reference_params(run, dataclasses.replace(current, step=np.int32(4)))
     assert bits(kept["params"]) == bits(fresh)

@@ -78,7 +78,7 @@ def test_the_compiled_sampler_is_the_one_that_sample_at_calls(monkeypatch):
         called["jaxpr"] = str(program.function.trace(*arguments, **options).jaxpr)
         raise StopIteration
 
-    run = dataclasses.replace(run, params=state.initialize(run).ema)
+    run = dataclasses.replace(run, params=state.abstract(run).ema)  # it is traced only
     monkeypatch.setattr(generate, "generate_tokens", record)
     with pytest.raises(StopIteration):
         generate.sample_at(run, np.arange(settings.sample.num))
@@ -96,7 +96,7 @@ def test_the_compiled_likelihood_is_the_one_that_evaluation_calls(monkeypatch):
         called["jaxpr"] = str(program.function.trace(*arguments, **options).jaxpr)
         raise StopIteration
 
-    run = dataclasses.replace(run, params=state.initialize(run).ema)
+    run = dataclasses.replace(run, params=state.abstract(run).ema)  # it is traced only
     monkeypatch.setattr(scoring, "bounds_of_batch", record)
     with pytest.raises(StopIteration):
         scoring.score_records(run, source, settings.evaluate.trajectories)
@@ -124,7 +124,7 @@ def test_the_compiled_rollouts_are_those_of_a_cycle(monkeypatch):
     source, model, mesh = setup(settings)
     run, called = as_run(settings, model, mesh), {}
     planned = compile.rollout_program(run, source)
-    params = state.initialize(run).params
+    params = state.abstract(run).params  # it is traced only
 
     def record(*arguments, **options):
         called["jaxpr"] = str(planned.function.trace(*arguments, **options).jaxpr)

@@ -20,6 +20,9 @@ from tests.campaigns import exports
 from tests.common import bits, environment, tiny_config
 
 SETTINGS = tiny_config(**{"evaluate.trajectories": 3})
+TEXTS = tiny_config(**{
+    "data.source": "mock:4x4x2,text=3x8", "model.condition": "text", "data.patch_size": 1,
+    "evaluate.split": "test", "sample.decoder": "inverse"})
 FILES = ["README.md", "config.json", "log_likelihood.bin", "model.safetensors", "sample.py",
          "sampler.bin"]
 BLOCKED = """

@@ -1,6 +1,9 @@
 """Runs and their exports, made once for all test modules of this folder, which only read them."""
 
 import dataclasses
+import fcntl
+import os
+import shutil
 
 import pytest
 
@@ -11,13 +14,28 @@ from ntm_jax.runtime import config
 from ntm_jax.runtime.run import with_denoiser
 from ntm_jax.training import loop
 from tests.common import as_run, python, random_run, setup, tiny_config, write_run
-from tests.export.common import SETTINGS
+from tests.export.common import SETTINGS, TEXTS
+
+
+def shared(tmp_path_factory, name: str, make):
+    """A folder for all of pytest's workers, which the first of them fills: make(folder)."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     """The folder of a run of digits, never trained, with checkpoints of steps 2 and 4."""
-    return write_run(tmp_path_factory.mktemp("run"), SETTINGS)
+    return shared(tmp_path_factory, "run", lambda folder: write_run(folder, SETTINGS))
 
 
 @pytest.fixture(scope="session")
@@ -30,22 +48,22 @@ def run(workdir):
 @pytest.fixture(scope="session")
 def exported(workdir, tmp_path_factory):
     """The folder that launch/export.py wrote of the run."""
-    folder = tmp_path_factory.mktemp("exports") / "new" / "parents" / "tiny"
-    done = python("-m", "launch.export", f"--workdir={workdir}", f"--out={folder}",
-                  "--guidance=0.5")
-    assert done.stdout.startswith(f"6 files in {folder}, ")
-    return folder
+    inside = "new/parents/tiny"
+
+    def export(folder):
+        out = folder / inside
+        done = python("-m", "launch.export", f"--workdir={workdir}", f"--out={out}",
+                      "--guidance=0.5")
+        assert done.stdout.startswith(f"6 files in {out}, ")
+
+    return shared(tmp_path_factory, "export", export) / inside
 
 
 @pytest.fixture(scope="session")
 def on_texts(tmp_path_factory):
     """A run of latents conditioned on text, and its export."""
-    settings = tiny_config(**{
-        "data.source": "mock:4x4x2,text=3x8", "model.condition": "text", "data.patch_size": 1,
-        "evaluate.split": "test", "sample.decoder": "inverse"})
-    folder = tmp_path_factory.mktemp("texts")
-    run = _random(settings, setup(settings)[1], seed=0, step=4, workdir=str(folder))
-    write_export(run, str(folder / "out"))
+    run = _random(TEXTS, setup(TEXTS)[1], seed=0, step=4, workdir="runs/none")
+    folder = shared(tmp_path_factory, "texts", lambda made: write_export(run, str(made / "out")))
     return run, folder / "out"
 
 

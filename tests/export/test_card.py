@@ -7,6 +7,8 @@ import pytest
 
 from ntm_jax.export import card
 from ntm_jax.export.write import PLATFORMS
+from tests.common import as_run, setup
+from tests.export.common import TEXTS
 
 FIGURE = {"mean": 2.0, "stderr": 0.5}
 EVALUATION = {
@@ -29,8 +31,10 @@ def test_the_card_of_a_model_of_pixels(run):
     assert "log probability of the pixels in nats, of 3 trajectories, [n]" in text
 
 
-def test_the_card_of_a_model_of_texts_and_latents(on_texts):
-    text = (on_texts[1] / "README.md").read_text()
+def test_the_card_of_a_model_of_texts_and_latents(tmp_path):
+    _, model, mesh = setup(TEXTS)
+    run = dataclasses.replace(as_run(TEXTS, model, mesh), step=4, workdir=str(tmp_path))
+    text = card.markdown(run, 1234, PLATFORMS)
     assert "| the states of a text encoder; `sample.py` draws without a caption |" in text
     assert "text = np.zeros((number, 3, 8), np.float16)" in text
     assert "index, text, text_mask))  # [n, H, W, C], latents" in text

@@ -16,15 +16,7 @@ from ntm_jax.runtime import plots
 from ntm_jax.sampling import prompts
 from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
-from tests.common import (
-    alike,
-    as_run,
-    python,
-    random_run,
-    setup,
-    tiny_config,
-    write_run,
-)
+from tests.common import alike, as_run, random_run, setup, tiny_config
 
 WORDS = "words:4:a red blue circle square"  # states of width 14
 SETTINGS = tiny_config(**{
@@ -234,20 +226,3 @@ def test_dpg_benchs_folder(run, tmp_path):
         with pytest.raises(UserError, match=message):
             write_samples(run, str(tmp_path / "new"),
                           SampleRequest(num, 4, prompts=[prompt], layout="dpg"))
-
-
-@pytest.mark.slow
-def test_the_program(tmp_path):
-    """launch/sample.py with prompts, from a run whose records do not name their encoder."""
-    write_run(tmp_path / "run", SETTINGS)
-    (tmp_path / "more.txt").write_text("a blue square\n")
-    flags = ["-m", "launch.sample", f"--workdir={tmp_path}/run", "--prompts=a red circle",
-             f"--prompts={tmp_path}/more.txt", "--per_prompt=2"]
-    done = python(*flags, "--num=3", check=False)
-    assert (done.returncode, done.stderr) == (
-        2, "error: --num is 3, and 2 prompts make 4 images: leave it out, or change --per_prompt\n")
-    printed = python(*flags, f"--encoder={WORDS}", f"--out={tmp_path}/out").stdout
-    assert f"4 images in {tmp_path}/out" in printed
-    written = (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["prompt"] for line in written] == [
-        "a red circle"] * 2 + ["a blue square"] * 2

@@ -33,7 +33,7 @@ def test_labels_are_names_or_numbers_of_classes(run):
 
 def test_written_samples(run, tmp_path, capsys):
     out, labels = tmp_path / "samples", np.resize([3, 5], 12)
-    write_samples(run, str(out), SampleRequest(11, 4, ["3", "5"]))
+    write_samples(run, str(out), SampleRequest(11, 3, ["3", "5"]))
     names = sorted(path.name for path in out.iterdir())
     assert names == [f"{i:02}.png" for i in range(11)] + ["grid.png", "samples.json", "samples.npz"]
     images = run.sample(12, labels)[:11]
@@ -60,7 +60,7 @@ def test_a_number_that_prompts_do_not_divide_is_refused(run, tmp_path, num, coun
 
 def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsys):
     uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
-    request = SampleRequest(10, 4, save_trajectories=True)
+    request = SampleRequest(8, 3, save_trajectories=True)
     write_samples(run, str(uninterrupted), request)
     sample_at, calls = generate.sample_at, []
 
@@ -76,24 +76,24 @@ def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsy
     assert not (stopped / "samples.npz").exists()
     other = dataclasses.replace(run, params=randomised(run.params, seed=3))
     for asker, changes, message in (
-            (run, {"num": 12}, "--num 10, and this call has 12: give another --out"),
+            (run, {"num": 12}, "--num 8, and this call has 12: give another --out"),
             (run, {"seed": 1}, "--seed None, and this call has 1"),
             (other, {}, "checksum")):
         with pytest.raises(UserError, match=f"holds samples of {message}"):
             write_samples(asker, str(stopped), dataclasses.replace(request, **changes))
     write_samples(run, str(stopped), request)
-    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [8, 9]]
-    assert "10 images in" in capsys.readouterr().out
+    assert calls == [[0, 1, 2], [3, 4, 5], [3, 4, 5], [6, 7]]
+    assert "8 images in" in capsys.readouterr().out
     names = sorted(path.name for path in uninterrupted.iterdir())
     assert sorted(path.name for path in stopped.iterdir()) == names
     for name in ("samples.npz", "trajectories.npz"):
         with np.load(uninterrupted / name) as one, np.load(stopped / name) as two:
             np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
     with np.load(uninterrupted / "trajectories.npz") as levels:
-        assert levels["arr_0"].shape == (10, 3, 8, 8, 1)
+        assert levels["arr_0"].shape == (8, 3, 8, 8, 1)
     write_samples(run, str(stopped), request)  # there is nothing left to do
     assert len(calls) == 4
-    assert "10 of them found there" in capsys.readouterr().out
+    assert "8 of them found there" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_unchanged(run, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
 from ntm_jax.export import write
 from ntm_jax.runtime import build, checkpoint, config, config_file, sharding
-from ntm_jax.training import finetune, frozen, loop, objectives, pictures, state
+from ntm_jax.training import finetune, frozen, loop, objectives, state
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.step import make_step
 from tests.common import (
@@ -30,6 +30,7 @@ from tests.common import (
     norm,
     setup,
     tiny_config,
+    without_an_ending,
     write_run,
 )
 
@@ -82,7 +83,9 @@ def run(flow, tmp_path_factory):
     assert loop.train(tuned(flow[0]), str(workdir), progress=False, until=2) is None
     shutil.move(flow[0], moved)
     try:
-        loop.train(tuned(flow[0]), str(workdir), progress=False)
+        with pytest.MonkeyPatch.context() as patched:
+            without_an_ending(patched)
+            loop.train(tuned(flow[0]), str(workdir), progress=False)
     finally:
         shutil.move(moved, flow[0])
     return workdir
@@ -165,7 +168,7 @@ def test_an_export_of_a_flow_matching_run_starts_a_run_too(untrained, tmp_path, 
     loaded = ntm_jax.load(str(untrained))
     loaded.export(str(tmp_path / "export"))
     run = tuned_run(tmp_path / "export")
-    current = finetune.start_from(run, state.initialize(run))
+    current = finetune.start_from(run, state.abstract(run))
     assert bits(current.params["params"]["backbone"]) == bits(loaded.params["params"]["backbone"])
 
 
@@ -184,7 +187,7 @@ def test_the_reference_is_kept_once_and_not_trained(run, flow):
 
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(run, flow, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    without_an_ending(monkeypatch)
     loop.train(tuned(flow[0]), str(tmp_path / "whole"), progress=False)
     for raw in (True, False):
         folders = run, tmp_path / "whole"

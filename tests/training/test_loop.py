@@ -1,11 +1,11 @@
 """The training loop: what a resumed run repeats, how a finished one goes on, how one diverges."""
 
-import dataclasses
 import json
 import shutil
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -14,7 +14,7 @@ from ntm_jax.analysis import profile
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.training import loop, objectives, pictures, state
+from ntm_jax.training import loop, pictures, state
 from ntm_jax.training.step import logged_scalars, steps_of
 from tests.common import as_run, bits, figures, setup, tiny_config
 
@@ -57,15 +57,41 @@ def saved(settings, workdir):
         return checkpoints.restore(state.abstract(as_run(settings, model, mesh)))
 
 
+def guarded(make_step, taken: list):
+    """make_step, for steps that may transfer nothing implicitly and that add their T to `taken`."""
+    def make(*arguments):
+        step = make_step(*arguments)
+
+        def call(*arguments):
+            with jax.transfer_guard("disallow"):
+                taken.append(arguments[2])
+                return step(*arguments)
+
+        call.lower = step.lower
+        return call
+
+    return make
+
+
+def test_the_guard_of_steps_sees_a_transfer():
+    refused = pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer")
+    with jax.transfer_guard("disallow"), refused:
+        jax.jit(jnp.sum)(np.ones(3))
+
+
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, monkeypatch):
-    settings, drawn_at = tiny_config(), []
+    """A step gets nothing from the host but its batch, either: no implicit transfer, no wait."""
+    settings, drawn_at, taken = tiny_config(), [], []
 
     def draw(config, step):
         drawn_at.append(step)
         return steps_of(config, step)
 
     monkeypatch.setattr(loop, "steps_of", draw)
-    loop.train(settings, tmp_path / "whole", progress=False, until=5)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "make_step", guarded(loop.make_step, taken))
+        loop.train(settings, tmp_path / "whole", progress=False, until=5)
+    assert taken == [2] * 5
     whole = indices.copy()
     indices.clear()
     loop.train(settings, tmp_path / "parts", progress=False, until=3)
@@ -101,21 +127,6 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp
     message = r"holds step 3, beyond config\.train\.steps = 2: raise it to go on"
     with pytest.raises(UserError, match=message):
         loop.train(settings, tmp_path, progress=False)
-
-
-@pytest.mark.slow
-def test_a_step_is_traced_once_for_its_flops_and_its_program(tmp_path, monkeypatch):
-    traced, objective = [], objectives.find("end_to_end")
-
-    def loss(*arguments):
-        traced.append(1)
-        return objective.loss(*arguments)
-
-    counted = dataclasses.replace(objective, loss=loss)
-    monkeypatch.setattr(objectives, "find", lambda name: counted)
-    loop.train(tiny_config(**{"train.save_every": 9}), tmp_path, until=2)
-    assert len(traced) == 1
-    assert all(line["flops_per_second"] > 0 for line in losses(tmp_path).values())
 
 
 def test_the_memory_of_the_largest_number_of_steps_is_checked(monkeypatch):

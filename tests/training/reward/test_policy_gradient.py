@@ -14,7 +14,7 @@ from ntm_jax.core.model import NTM
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.training import loop, objectives
+from ntm_jax.training import loop, objectives, pictures
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.reward import drawing, policy, policy_gradient, rollouts
 from tests.common import batch_of, bits, tiny_config, write_run
@@ -157,6 +157,8 @@ def failing_at(number: int):
 @pytest.mark.slow
 def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
     """With samples that are drawn ahead, and are saved."""
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    monkeypatch.setattr(loop._Loop, "drawn_change", lambda self: [])  # test_mesh.py draws it
     write_run(tmp_path / "base", tiny_config())
     settings = SETTINGS | {"init_from": str(tmp_path / "base"), "train.steps": 40,
                            "reward.updates": 2, "reward.samples": 8, "reward.anchor": 0.0,

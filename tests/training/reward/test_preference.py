@@ -12,7 +12,7 @@ from ntm_jax.core import sampling
 from ntm_jax.errors import UserError
 from ntm_jax.training import loop, objectives
 from ntm_jax.training.objectives import Draws
-from tests.common import tiny_config, write_run
+from tests.common import tiny_config, without_an_ending, write_run
 from tests.training.reward.common import flat, moved, rolled, with_objective
 
 SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_from": "x",
@@ -58,7 +58,7 @@ def test_mistakes_are_one_line():
 
 
 @pytest.mark.slow
-def test_a_folder_of_pairs_is_learned_from(tmp_path):
+def test_a_folder_of_pairs_is_learned_from(tmp_path, monkeypatch):
     """The images that lost a comparison become less likely than those that won."""
     (tmp_path / "pairs").mkdir()
     rows = []
@@ -75,6 +75,7 @@ def test_a_folder_of_pairs_is_learned_from(tmp_path):
         "train.objective": "preference", "init_from": str(tmp_path / "base"), "reward.kl": 0.1,
         "train.steps": 20, "reward.trains": "both"})
     assert config.data.open("train").records[0]["rejected"].mean() < 100
+    without_an_ending(monkeypatch)
     run, _ = loop.train(config, str(tmp_path / "tuned"), progress=False)
     lines = [json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text()
              .splitlines()]
