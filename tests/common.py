@@ -182,7 +182,7 @@ def start(arguments, cwd=ROOT, env: dict | None = None) -> subprocess.Popen | fo
         module = pathlib.Path(arguments[0]).relative_to(ROOT).with_suffix("")
         arguments[:1] = ["-m", ".".join(module.parts)]
     if forked.possible(arguments, env, environment()):
-        return forked.Program(arguments[1], arguments[2:], cwd, env)
+        return forked.Program(arguments, cwd, env)
     return subprocess.Popen([sys.executable, *arguments], cwd=cwd, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

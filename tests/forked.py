@@ -13,28 +13,38 @@ import subprocess
 import sys
 import threading
 import traceback
+import types
+
+import jax
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.imports"])
+_OPTIMIZATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+_PACKAGES = ("launch.", "ntm_jax.launch.", "tests.")
 
 
 def possible(arguments, env: dict, usual: dict) -> bool:
     """Whether `python ARGUMENTS` is a program, in an environment where imports are as `usual`.
 
-    jax and Python read their variables as they start.
+    jax and Python read their variables as they start; one of jax's is set later, too.
     """
     names = {name for name in env | usual if name.startswith(("JAX_", "PYTHON"))}
-    return (arguments[0] == "-m" and arguments[1].startswith(("launch.", "tests."))
-            and all(env.get(name) == usual.get(name) for name in names))
+    imports = arguments[0] == "-c" or (
+        arguments[0] == "-m" and arguments[1].startswith(_PACKAGES))
+    return imports and all(
+        env.get(name) == usual.get(name) for name in names - {_OPTIMIZATIONS})
 
 
 class Program:
-    """A running `python -m MODULE ARGUMENTS`: the part of subprocess.Popen that tests need."""
+    """A running `python ARGUMENTS`: the part of subprocess.Popen that tests need.
 
-    def __init__(self, module: str, arguments, cwd, env: dict):
+    arguments: `-m`, a module and its arguments, or `-c`, a program's text and its arguments.
+    """
+
+    def __init__(self, arguments, cwd, env: dict):
         pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(2)]
         self._process = _CONTEXT.Process(
-            target=_run, args=(module, list(map(str, arguments)), str(cwd), env,
+            target=_run, args=(list(map(str, arguments)), str(cwd), env,
                                *(write for _, write in pipes)))
         self._process.start()
         self.stdout, self.stderr = (
@@ -85,25 +95,31 @@ class Program:
         return texts[0], texts[1]
 
 
-def _run(module, arguments, cwd, env, out, err) -> None:
+def _run(arguments, cwd, env, out, err) -> None:
     """Turns this fork into the program."""
     for stream, number in ((out, 1), (err, 2)):
         os.dup2(stream.fileno(), number)
         stream.close()
     os.environ.clear()
     os.environ.update(env)
+    jax.config.update("jax_disable_most_optimizations", env.get(_OPTIMIZATIONS) == "1")
     os.chdir(cwd)
     sys.path.insert(0, cwd)
-    sys.argv = [module, *arguments]
+    kind, program, *rest = arguments
+    sys.argv = ["-c" if kind == "-c" else program, *rest]
     multiprocessing.set_start_method(None, force=True)
-    os._exit(_status_of(module))
+    os._exit(_status_of(kind, program))
 
 
-def _status_of(module: str) -> int:
-    """Runs a module as Python does, up to its exit handlers."""
+def _status_of(kind: str, program: str) -> int:
+    """Runs a module, or with `-c` a text, as Python does, up to its exit handlers."""
     status = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if kind == "-c":
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(program, main.__dict__)
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if isinstance(ended.code, str):

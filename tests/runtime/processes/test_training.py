@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 import ntm_jax
+from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.runtime import checksums
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.training import state
+from ntm_jax.sampling.write import SampleRequest
+from ntm_jax.training import loop, state
 from tests.common import as_run, setup, tiny_config
 from tests.runtime.processes.common import GONE, SETTINGS, Job, losses
 
@@ -25,8 +27,7 @@ SUM = dict(rtol=1e-5, atol=1e-6)  # float32 sums in another order
 def alone(tmp_path_factory):
     """The workdir of a finished run of one process with one device."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    (status, *said), = Job(workdir, 1, devices=1).end()
-    assert status == 0, said
+    assert loop.train(tiny_config(**SETTINGS), str(workdir), progress=False)
     return workdir
 
 
@@ -76,16 +77,15 @@ def test_an_interrupted_run_goes_on_with_other_devices(stopped, alone, tmp_path)
 @pytest.fixture(scope="module")
 def evaluated(alone):
     """[(evaluation.json, the scores of all 297 held-out digits)] of one and of two processes."""
-    found = []
-    for count, devices in ((1, 1), (2, 2)):
-        job = Job(alone, count, devices, program="evaluate", flags=(
-            "--split=test", "--trajectories=2", "--per_example", "--step=12"))
-        ends = job.end()
-        assert [status for status, *_ in ends] == [0] * count, ends
-        scores = pyarrow.parquet.read_table(alone / "evaluation-12-test.parquet").to_pydict()
-        result = json.loads((alone / "evaluation-12-test.json").read_text())
-        found.append((result, scores))
-    return found
+    run = ntm_jax.load(str(alone), 12)
+    figures = run.scores(EvaluationOptions(split="test", trajectories=2))
+    run.report("one.json", *figures, per_example=True)
+    ends = Job(alone, 2, program="evaluate", flags=(
+        "--split=test", "--trajectories=2", "--per_example", "--step=12")).end()
+    assert [status for status, *_ in ends] == [0, 0], ends
+    return [(json.loads((alone / f"{name}.json").read_text()),
+             pyarrow.parquet.read_table(alone / f"{name}.parquet").to_pydict())
+            for name in ("one", "evaluation-12-test")]
 
 
 @pytest.mark.slow
@@ -107,12 +107,10 @@ def test_evaluation_is_the_same_on_more_devices_and_processes(evaluated):
 
 @pytest.mark.slow
 def test_two_processes_sample_as_one_does(alone, tmp_path):
-    images = []
-    for count, devices in ((1, 1), (2, 2)):
-        flags = [f"--out={tmp_path}/{count}", "--num=6"]
-        ends = Job(alone, count, devices, program="sample", flags=flags).end()
-        assert [status for status, *_ in ends] == [0] * count, ends
-        images.append(np.load(tmp_path / str(count) / "samples.npz")["arr_0"].astype(int))
+    ntm_jax.load(str(alone)).write_samples(f"{tmp_path}/1", SampleRequest(6))
+    ends = Job(alone, 2, program="sample", flags=[f"--out={tmp_path}/2", "--num=6"]).end()
+    assert [status for status, *_ in ends] == [0, 0], ends
+    images = [np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in "12"]
     assert images[0].shape == (6, 8, 8, 3)
     # One of 17 grey levels: rounding may fall on the other side.
     assert np.abs(images[0] - images[1]).max() <= 16

@@ -5,8 +5,6 @@ It holds a lock that dies with its process, or on object storage a record that i
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -14,7 +12,7 @@ import pytest
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.processes import job, workdir
-from tests.common import ROOT, environment
+from tests.common import start
 
 HOLD = """
 import sys, time
@@ -28,9 +26,8 @@ with workdir.owned(sys.argv[1]):
 @pytest.fixture
 def owner(tmp_path):
     """A process that owns tmp_path/run."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], cwd=ROOT,
-                               env=environment(), stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"owned\n"
+    process = start(["-c", HOLD, tmp_path / "run"])
+    assert process.stdout.readline() == "owned\n"
     yield process
     process.kill()
     process.communicate()
