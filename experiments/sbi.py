@@ -36,6 +36,10 @@ def get_config(variant: str = "two_moons"):
         c.model.update(width=32, head_size=8, transporter_width=32)
         c.data.batch_size, c.train.steps = 256, 1500
         c.optimizer.update(learning_rate=4e-3, weight_decay=0.3)
+    if task == "slcp":  # the statistics of its points are harder to learn than the posterior
+        c.model.condition_layers = 4
+        c.data.batch_size, c.train.steps = 256, 3000
+        c.optimizer.update(learning_rate=4e-3, weight_decay=0.1)
     if task == "slcp_moments":  # learned sooner than from the points
         c.train.update(steps=3000, evaluate_every=1000)
         c.optimizer.learning_rate = 4e-3
