@@ -27,9 +27,9 @@ Process = subprocess.Popen | forked.Program
 FARTHEST = 6  # steps that a start takes before it is killed
 
 
-def start(workdir: Path, devices: int, cache: Path) -> Process:
+def start(workdir: Path, devices: int, cache: Path, changes: dict) -> Process:
     """Starts training on simulated devices, in a new folder or that of the run."""
-    settings = CONFIG | {"mesh.fsdp": {1: 1, 2: 2}.get(devices, devices // 2)}
+    settings = CONFIG | changes | {"mesh.fsdp": {1: 1, 2: 2}.get(devices, devices // 2)}
     arguments = [f"--config={ROOT}/experiments/digits.py", f"--workdir={workdir}",
                  *(f"--config.{k}={v}" for k, v in settings.items())]
     variables = environment(devices=devices)
@@ -71,19 +71,20 @@ def losses(workdir: Path) -> dict[int, float]:
             for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())}
 
 
-def run(kills: int, seed: int, devices: tuple[int, ...] = (1,),
-        folder: Path | None = None) -> tuple[int, float]:
+def run(kills: int, seed: int, devices: tuple[int, ...] = (1,), folder: Path | None = None,
+        settings: dict | None = None) -> tuple[int, float]:
     """(the steps taken, the largest difference of a loss to the uninterrupted run's).
 
-    The uninterrupted run has one device.
+    The uninterrupted run has one device. settings: overrides of CONFIG.
     """
+    changes = settings or {}
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory(dir=folder) as root:
         workdir, uninterrupted, cache = (
             Path(root) / name for name in ("killed", "uninterrupted", "cache"))
         for kill in range(kills):
             before = committed(workdir)
-            process = start(workdir, devices[kill % len(devices)], cache)
+            process = start(workdir, devices[kill % len(devices)], cache, changes)
             resumed = stop_at(process, before + draw.randint(1, FARTHEST), signal.SIGKILL,
                               draw.uniform(0, 0.1))
             assert (resumed or 0) == before, (
@@ -91,8 +92,9 @@ def run(kills: int, seed: int, devices: tuple[int, ...] = (1,),
             print(f"kill {kill + 1}: resumed at step {before}, killed after step "
                   f"{committed(workdir)} was saved", flush=True)
         last = committed(workdir) + 2
-        stop_at(start(workdir, devices[kills % len(devices)], cache), last, signal.SIGTERM)
-        stop_at(start(uninterrupted, 1, cache), last, signal.SIGTERM)
+        stop_at(start(workdir, devices[kills % len(devices)], cache, changes), last,
+                signal.SIGTERM)
+        stop_at(start(uninterrupted, 1, cache, changes), last, signal.SIGTERM)
         found, expected = losses(workdir), losses(uninterrupted)
         steps = sorted(found.keys() & expected.keys())
         assert steps == list(range(1, steps[-1] + 1))

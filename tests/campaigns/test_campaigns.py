@@ -40,4 +40,6 @@ def test_a_failed_write_loses_nothing():
 
 @pytest.mark.slow
 def test_killed_runs_lose_nothing(tmp_path):
-    assert kills.run(1, 0, folder=tmp_path)[1] == 0
+    # Many more steps than the run takes; its program is that of tests/test_programs.py.
+    settings = {"train.steps": 100, "optimizer.warmup_steps": 2}
+    assert kills.run(1, 0, folder=tmp_path, settings=settings)[1] == 0
