@@ -87,6 +87,7 @@ def test_a_shift_by_the_condition_leaves_a_model_of_the_rest(tiny, blocks):
                  transporter_blocks=blocks)
     rest = Bound(NTM(dataclasses.replace(model.config, condition_shift=False)),
                  {name: own for name, own in model.weights.items() if name != "shift"})
+    assert "features" in model.weights  # and another width than y, so that all parts read them
     xs, t, steps, y = model.inputs()
     shift = y.values @ model.weights["shift"]["kernel"] + model.weights["shift"]["bias"]
     shift = (shift * y.given[:, None]).reshape(len(xs), 1, *xs.shape[2:])

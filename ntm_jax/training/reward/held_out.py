@@ -38,7 +38,7 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
             real = sharding.to_host(batch.pop("mask")) > 0
             with sharding.use(mesh):
                 tokens, _, compared = drawing.draw(run.params, first, root, batch, sampler=sampler,
-                                                    names=names)
+                                                   names=names)
             scored = scorer(tokens, batch)
             figures = {"reward": scored["rewards"].mean(1), "diversity": scored["distance"]}
             if names:

@@ -1,4 +1,4 @@
-"""Post-training takes the same steps on one device as on 8 of two processes, which resume it."""
+"""Post-training takes the same steps on one device as on 8 of two processes, and resumes there."""
 
 import json
 import shutil
@@ -30,10 +30,16 @@ def test_the_steps_are_the_same_on_any_mesh(tmp_path):
     values = {key: value for key, value in SETTINGS.items() if key != "train.steps"}
     base = write_run(tmp_path / "base", tiny_config(**values))
     one, evaluation = trained(tmp_path / "one", base, 1, 1, {})
-    shutil.copytree(tmp_path / "one", tmp_path / "eight")
-    for step in ("4", "6"):  # the rows of step 2's samples are in another order there
+    assert_same((one, evaluation), trained(tmp_path / "eight", base, 2, 4, MESH))
+    for step in ("4", "6"):  # the rows of step 2's samples have another order on one device
         shutil.rmtree(tmp_path / "eight" / "checkpoints" / step)
-    other, evaluated = trained(tmp_path / "eight", base, 2, 4, MESH)
+    assert_same((one, evaluation), trained(tmp_path / "eight", base, 1, 1, {}))
+    assert max(line["kl"] for line in one if "kl" in line) > 1e-3
+
+
+def assert_same(run, another) -> None:
+    """Whether two runs, as `trained` gives them, have the same figures."""
+    (one, evaluation), (other, evaluated) = run, another
     speeds = {"wall_time", "examples_per_second", "flops_per_second", "flop_share"}
     assert [line["step"] for line in one] == [line["step"] for line in other]
     for mine, theirs in zip(one, other, strict=True):
@@ -44,4 +50,3 @@ def test_the_steps_are_the_same_on_any_mesh(tmp_path):
             assert theirs[key] == pytest.approx(mine[key], rel=size, abs=size), key
     for key in ("reward", "reward_before", "diversity", "kl"):
         assert evaluated[key]["mean"] == pytest.approx(evaluation[key]["mean"], rel=1e-3)
-    assert max(line["kl"] for line in one if "kl" in line) > 1e-3

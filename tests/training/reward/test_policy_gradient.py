@@ -17,7 +17,7 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.reward import drawing, policy, policy_gradient, rollouts
-from tests.common import batch_of, bits, tiny_config, write_run
+from tests.common import batch_of, bits, tiny_config, without_an_ending, write_run
 from tests.training.reward.common import flat, moved, rolled, with_reward
 
 SETTINGS = {"train.objective": "policy_gradient", "reward.name": "brightness", "init_from": "x",
@@ -196,6 +196,25 @@ def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, mon
                      for name, raw in (("base", False), ("whole", True)))
     assert bits(before["transporter"]) == bits(after["transporter"])
     assert bits(before["predictor"]) != bits(after["predictor"])
+
+
+@pytest.mark.slow
+def test_a_run_of_new_samples_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """Without reward.ahead: no samples are saved, and the present parameters draw them again."""
+    without_an_ending(monkeypatch)
+    write_run(tmp_path / "base", tiny_config())
+    config = tiny_config(**SETTINGS | {"init_from": str(tmp_path / "base"), "train.steps": 6,
+                                       "reward.updates": 2, "optimizer.learning_rate": 2e-3})
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    loop.train(config, whole, progress=False)
+    assert loop.train(config, parts, progress=False, until=3) is None
+    with Checkpoints(parts) as saved:
+        assert saved.latest() == 4  # a cycle of two updates ends one step later
+        assert saved.entries(4, "samples") == ()
+    loop.train(config, parts, progress=False)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    both = [ntm_jax.load(folder, raw=True).params for folder in (whole, parts)]
+    assert bits(both[0]) == bits(both[1])
 
 
 def test_mistakes_are_one_line():
