@@ -7,9 +7,10 @@ them to the kernel after each call, and the next one waits while the kernel maps
 import ctypes
 import os
 
-# mallopt's options in malloc.h: no allocation has pages of its own, none are returned, and threads
-# share two pools.
-_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 2)}
+# mallopt's options in malloc.h: no allocation has pages of its own, none are returned, and all
+# threads share one pool. In a further pool, allocations of more than 64 MiB have pages of their own
+# all the same, and which pool a thread of XLA has differs from run to run.
+_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 1)}
 _ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
