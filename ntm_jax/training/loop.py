@@ -22,7 +22,7 @@ from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
-from ntm_jax.training import finetune, frozen, objectives, optimizer, pictures, state
+from ntm_jax.training import finetune, frozen, objectives, pictures, state
 from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.reward.rollouts import Rollouts, Samples, abstract_samples
 from ntm_jax.training.signals import StopRequest
@@ -214,7 +214,6 @@ class _Loop:
         self.cycle = config.reward.updates if self.rollouts else 1  # steps on the same batch
         self.batch: Any = None  # of the present step
         self.next: _Batch | None = None  # of the next cycle, if config.reward.ahead
-        self.rate = jax.jit(optimizer.schedule(config.optimizer, config.train.steps))
         self.pending: Any = None  # of the last step, read after the next is dispatched
         self.clock = time.perf_counter(), self.start
         self.stopping = False  # at the next step that ends a cycle
@@ -418,8 +417,7 @@ class _Loop:
         now, (before, first) = time.perf_counter(), self.clock
         speed, self.clock = (step - first) / (now - before), (now, step)
         self._warn_of_a_long_run(step, speed)
-        scalars |= {"learning_rate": float(np.asarray(self.rate(step - 1))),
-                    "examples_per_second": speed * config.data.batch_size}
+        scalars["examples_per_second"] = speed * config.data.batch_size
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if memory:
             scalars["device_memory_gib"] = memory / 2**30

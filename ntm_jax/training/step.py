@@ -34,8 +34,8 @@ def make_step(run: Run, teacher: Run | None = None):
     """The jitted step(state, batch, steps, reference, batch_complete) -> (state, metrics).
 
     steps, the T of the trajectories, is static; the state is donated. metrics: those of the
-    objective's loss, grad_norm, and finite, whether all new parameters are. reference: see
-    Objective.
+    objective's loss, grad_norm, learning_rate, and finite, whether all new parameters are.
+    reference: see Objective.
 
     batch_complete: in a job of several processes, sharding.flag_by_process of whether a process has
     its share of the batch. Where one lacks its share, the state stays unchanged everywhere, and
@@ -43,6 +43,7 @@ def make_step(run: Run, teacher: Run | None = None):
     """
     config = run.config
     transform = optimizer.make(config.optimizer, config.train.steps)
+    learning_rate = optimizer.schedule(config.optimizer, config.train.steps)
     decay = config.optimizer.ema_decay
     gradients = _gradients(run, teacher)
     fixed_parts = objectives.fixed_parts(run)
@@ -61,6 +62,7 @@ def make_step(run: Run, teacher: Run | None = None):
             params = cast(dict, optax.apply_updates(current.params, updates))
             ema = optimizer.update_ema(current.ema, params, current.step, decay)
             metrics = {"grad_norm": optax.tree.norm(gradient), "finite": _finite(params)} | metrics
+            metrics["learning_rate"] = learning_rate(current.step)
             new = State(current.step + 1, params, opt_state, ema)
             if batch_complete is not None:
                 # A sum, since XLA refuses to compile some reductions of booleans for GPUs.
@@ -228,9 +230,12 @@ def logged_scalars(metrics: dict, step: int) -> dict[str, float]:
         raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the "
                         "last checkpoint is untouched. First check that the data hold finite "
                         f"numbers only. {DIVERGED}")
+    # The terminal shows the first ones.
+    last = {name: scalars.pop(name) for name in ["learning_rate"] if name in scalars}
     if "quadratic" not in terms:
-        return scalars
+        return scalars | last
     nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
     scalars |= {f"nll/level_{k}": float(value) for k, value in enumerate(nll)}
     misalignment = metrics.get("misalignment", ())
-    return scalars | {f"misalignment/level_{k}": float(v) for k, v in enumerate(misalignment)}
+    scalars |= {f"misalignment/level_{k}": float(v) for k, v in enumerate(misalignment)}
+    return scalars | last
