@@ -52,6 +52,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     Returns the trained run and its evaluation, or None when stopped early.
     """
     workdir.check(folder)
+    job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
     options = _Options(progress, until, tracer, find_writers(writers))
     mesh = sharding.make_mesh(config.mesh)
     objective = objectives.checked(config)
@@ -65,11 +66,10 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
                         "to train on: expected at most that many")
     run = untrained(config, spec, mesh, folder)
     teacher = frozen.load_teacher(run) if objective.needs_teacher else None
-    use = objective.rollout_use
-    rollouts = Rollouts(run, source, use) if use else None
-    job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
     state.check_state_fits(run)
-    config_file.claim(folder, config, spec)  # refuses before the folder is touched
+    config_file.claim(folder, config, spec)  # refuses before anything is written
+    use = objective.rollout_use
+    rollouts = Rollouts(run, source, use) if use else None  # may train and keep a classifier
     with workdir.owned(folder):
         with contextlib.ExitStack() as stack:
             if rollouts:
