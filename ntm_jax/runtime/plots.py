@@ -6,6 +6,7 @@ Symbols: n images, K levels, H height, W width, C channels (1 or 3). Images are 
 import dataclasses
 import io
 import math
+import re
 import textwrap
 import warnings
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from ntm_jax import files
 
-HELD_OUT = {  # the figure that chooses the best checkpoint, the first one that is logged
+HELD_OUT = {  # labels of figures that choose the best checkpoint; of those logged, the first counts
     "evaluate/reward": "held-out reward",
     "evaluate/bits_per_dim": "held-out bound (bits per dimension)",
     "evaluate/nats_per_dim": "held-out bound (nats per dimension)",
@@ -150,14 +151,15 @@ def save_png(path, image) -> None:
 def loss_plot(metrics_path, out_png, loss_label: str) -> bool:
     """Draws a metrics.jsonl's loss over the steps, raw and smoothed; returns whether it has one.
 
-    Draws the first held-out figure of HELD_OUT that is logged in a panel below. Writes no file
-    without a finite loss.
+    Draws in a panel below the first held-out figure of HELD_OUT that is logged, or that of an
+    objective of the user's own, `evaluate/NAME`. Writes no file without a finite loss.
     """
     lines = files.read_lines(metrics_path)
     steps, losses = metric_points(lines, "loss")
     if not steps:
         return False
-    key = next((key for key in HELD_OUT if metric_points(lines, key)[0]), None)
+    own = [key for line in lines for key in line if re.fullmatch("evaluate/[^/]+", key)]
+    key = next((key for key in (*HELD_OUT, *own) if metric_points(lines, key)[0]), None)
     plot, panels = figure(7, 6 if key else 3.5, 2 if key else 1)
     top, bottom = panels[0, 0], panels[-1, 0]
     marker = "o" if len(steps) == 1 else None  # a line of one point cannot be seen
@@ -167,7 +169,8 @@ def loss_plot(metrics_path, out_png, loss_label: str) -> bool:
     plot.legend(loc="outside upper right", ncols=2)
     if key:
         bottom.plot(*metric_points(lines, key), color="tab:orange", marker="o", markersize=4)
-        bottom.set_ylabel(HELD_OUT[key])
+        name = key.removeprefix("evaluate/").replace("_", " ")
+        bottom.set_ylabel(HELD_OUT.get(key, f"held-out {name}"))
         bottom.sharex(top)
     bottom.set_xlabel("step")
     save_figure(plot, out_png)

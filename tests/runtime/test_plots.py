@@ -68,6 +68,8 @@ def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     assert figures[1].axes[1].get_ylabel() == "held-out bound (nats per dimension)"
     plots.loss_plot(write_metrics(path, "evaluate/mse"), "unused", "loss")
     assert figures[2].axes[1].get_ylabel() == "held-out mean squared error"
+    plots.loss_plot(write_metrics(path, "evaluate/own_error"), "unused", "loss")
+    assert figures[3].axes[1].get_ylabel() == "held-out own error"
 
 
 def test_names_of_rows_fit_beside_them():
