@@ -271,10 +271,12 @@ def test_one_weight_has_no_standard_error():
 
 
 def test_resampling_is_proportional():
-    weights = np.array([0.5, 0.25, 0.0, 0.25])
-    chosen = reweight.systematic(np.repeat(weights, 4) / 4, np.random.default_rng(0))
-    counts = np.bincount(chosen // 4, minlength=4)
-    np.testing.assert_array_equal(counts, [8, 4, 0, 4])
+    weights = np.repeat([0.5, 0.25, 0.0, 0.25], 4) / 4
+    for count in (16, 8):
+        chosen = reweight.systematic(weights, count, np.random.default_rng(0))
+        shares = np.bincount(chosen // 4, minlength=4) / count
+        np.testing.assert_array_equal(shares, [0.5, 0.25, 0.0, 0.25])
+    assert len(set(chosen)) == count  # no copies where count x weight is at most 1
 
 
 @pytest.mark.parametrize(("call", "message"), [

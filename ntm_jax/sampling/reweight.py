@@ -131,7 +131,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
     if not np.isfinite(log_weights).any():
         raise UserError("log_target is -inf at every sample: the model gives no mass to the "
                         "target, or the condition is another one")
-    chosen = systematic(_normalised(log_weights), np.random.default_rng(seed))
+    chosen = systematic(_normalised(log_weights), n, np.random.default_rng(seed))
     return Reweighted(samples, log_weights, samples[chosen])
 
 
@@ -152,8 +152,7 @@ def _draw_all(run: Run, condition, n: int, options: SampleOptions, seed: int):
     return x, log_ratio.astype(np.float64)
 
 
-def systematic(weights: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Indices [n] drawn with probabilities `weights` [n], each n w times, rounded up or down."""
-    n = len(weights)
-    places = (random.random() + np.arange(n)) / n
-    return np.minimum(np.searchsorted(np.cumsum(weights), places), n - 1)
+def systematic(weights: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Indices [count] drawn by weights w [n] of sum 1: each count x w times, rounded up or down."""
+    places = (random.random() + np.arange(count)) / count
+    return np.minimum(np.searchsorted(np.cumsum(weights), places), len(weights) - 1)

@@ -115,6 +115,10 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
     assert (result["task"], result["calibration"]["simulations"]) == ("two_moons", 11)
     assert [row["observation"] for row in result["observations"]] == [1, 2]
     assert all(row["weighted"] == 240 for row in result["observations"])
+    distinct = [len(np.unique(after, axis=0)) for _, after in drawn.samples]
+    assert [row["distinct"] for row in result["observations"]] == distinct
+    assert all(0.4 * 120 < count <= len(after) == 120 for count, (_, after) in zip(
+        distinct, drawn.samples, strict=True))
     before, _ = drawn.samples[0]
     assert 0 < len(before) <= 120
     assert (np.abs(before) <= 1).all()  # the prior's support

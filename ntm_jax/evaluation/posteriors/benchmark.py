@@ -20,7 +20,7 @@ from ntm_jax.progress import track
 from ntm_jax.runtime import checksums
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import conditioning, generate
-from ntm_jax.sampling.reweight import Reweighted, reweight
+from ntm_jax.sampling.reweight import Reweighted, reweight, systematic
 
 FIGURES = {  # of an observation, and their titles
     "c2st": "C2ST", "c2st_reweighted": "reweighted", "effective_share": "effective share",
@@ -89,7 +89,8 @@ def _earlier(run: Run, amounts: Amounts, folder: str) -> kept.Kept:
 def _observation(run: Run, task: str, reference: references.Reference, amounts: Amounts):
     """The scores of one observation, and its samples before and after weighting.
 
-    Before: those inside the prior's support, up to m, [<= m, D]. After: [m, D].
+    Before: those inside the prior's support, up to m, [<= m, D]. After: [m, D], with copies, which
+    the classifier learns: `distinct` counts the others.
     """
     m = amounts.samples
     if m > len(reference.samples):
@@ -102,8 +103,9 @@ def _observation(run: Run, task: str, reference: references.Reference, amounts: 
     if in_prior.sum() < scores.FOLDS:
         raise UserError(f"{in_prior.sum()} of {len(in_prior)} samples lie in the prior's support: "
                         "train the run for longer")
-    order = np.random.default_rng(run.config.seed).permutation(len(found.samples))[:m]
-    before, after = found.samples[in_prior][:m], found.resampled[order]
+    # Fewer copies than of `resampled`, which has as many samples as were weighted.
+    drawn = systematic(found.weights, m, np.random.default_rng(run.config.seed))
+    before, after = found.samples[in_prior][:m], found.samples[drawn]
     return {
         "c2st": scores.c2st(known[: len(before)], before),
         "c2st_reweighted": scores.c2st(known, after),
@@ -111,6 +113,7 @@ def _observation(run: Run, task: str, reference: references.Reference, amounts: 
         "share_in_prior": float(in_prior.mean()),
         "log_evidence": found.log_evidence,
         "weighted": len(found.samples),
+        "distinct": len(np.unique(after, axis=0)),
     }, (before, after)
 
 
