@@ -88,9 +88,11 @@ def _check_vector(run: Run, n: int, condition) -> Vector:
     values = np.asarray(condition)
     if values.dtype.kind not in "fiub" or values.shape not in ((width,), (1, width), (n, width)):
         raise UserError(f"condition is {values.dtype} {list(values.shape)}: {expected}")
+    with np.errstate(over="ignore"):  # which the next line refuses
+        values = transforms.standardise(values, spec.condition_mean, spec.condition_std)
     if not np.isfinite(values).all():
-        raise UserError("condition holds a number that is not finite")
-    values = transforms.standardise(values, spec.condition_mean, spec.condition_std)
+        raise UserError("condition holds a number that is not finite, or that is too large for the "
+                        "training conditions' deviation")
     return Vector(np.broadcast_to(values, (n, width)), np.ones(n, bool))
 
 
