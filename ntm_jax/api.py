@@ -29,7 +29,7 @@ from ntm_jax.errors import UserError, check_count, first_line, shown
 from ntm_jax.evaluation import known_density
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
-from ntm_jax.evaluation.scoring import LevelTerms, score_images
+from ntm_jax.evaluation.scoring import LevelTerms, as_images, score_images
 from ntm_jax.export import publish
 from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
@@ -144,7 +144,7 @@ class Run(base.Run):
         It takes the arguments of log_prob, and as much time. Terms are in nats; see
         scoring.LevelTerms.
         """
-        label = _one_condition(label, condition)
+        label, images = _one_condition(label, condition), as_images(self, images)
         given = conditioning.check_condition(self, len(images), label)
         decoded = bool(self.spec.columns) if noised is None else not noised
         return score_images(self, images, given, trajectories, seed, decoded)
@@ -160,8 +160,12 @@ class Run(base.Run):
 
         Returns the samples, their log-weights, draws from the weighted samples, the effective
         sample size, and an unbiased estimate of the target's integral with its standard error.
-        Raises UserError for a model of pixels, and for several conditions.
+        Raises UserError for a model of pixels, for several conditions, and for other options.
         """
+        for name in options:
+            if name not in ("steps", "guidance", "inverse"):
+                raise UserError(f"{name} is no option of reweight: expected steps, guidance or "
+                                "inverse")
         given = conditioning.check_condition(self, 1, _one_condition(label, condition))
         chosen = override(self.config, **options)
         return reweight(self, log_target, given, n, chosen, seed)
@@ -288,8 +292,11 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
         if not f"{path}.".startswith(f"{error.name}."):  # a package that the experiment imports
             raise
         package = importlib.import_module("ntm_jax.experiments")
-        names = ", ".join(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
-        raise UserError(f"there is no experiment {name!r}: expected one of {names}") from None
+        names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+        base, _, own = name.partition(":")
+        meant = f"did you mean experiment({base!r}, {own!r})? " if own and base in names else ""
+        raise UserError(f"there is no experiment {name!r}: {meant}expected one of "
+                        f"{', '.join(names)}") from None
     try:
         values = module.get_config(variant) if variant else module.get_config()
         names = configuration.flatten(values.to_dict())
@@ -304,6 +311,7 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
         raise UserError(f"experiment {name!r}: {first_line(error)}") from None
     config, _ = config_file.complete(values)
     objectives.checked(config)
+    _check_used(config, condition)
     return config
 
 
@@ -335,8 +343,10 @@ def train(config: Config, workdir: str, *, data=None, labels=None, condition=Non
 def with_arrays(config: Config, images, labels=None, condition=None) -> Config:
     """The configuration with arrays in memory as its source, which this process can then open.
 
-    images: `data` of train; labels, condition: as there. Raises UserError like sources.from_arrays.
+    images: `data` of train; labels, condition: as there. Raises UserError like sources.from_arrays,
+    and for conditions that the model does not use.
     """
+    _check_used(config, condition)
     data = dataclasses.replace(config.data, source=_provide(images, labels, condition),
                                image_size=0)
     return dataclasses.replace(config, data=data)
@@ -348,6 +358,13 @@ def _check_given(data, labels, condition) -> None:
         if data is None and values is not None:
             raise UserError(f"{name} is given without data: expected both, or neither where "
                             "config.data.source has them")
+
+
+def _check_used(config: Config, condition) -> None:
+    """Raises UserError for vectors as conditions of a model that is not conditioned on vectors."""
+    if condition is not None and config.model.condition != "vector":
+        raise UserError("condition is given, and config.model.condition is "
+                        f"{config.model.condition}: set it to vector, or leave condition out")
 
 
 def _provide(images, labels, condition) -> str:

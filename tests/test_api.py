@@ -69,6 +69,18 @@ def test_labels_and_conditions_without_data_are_refused(tmp_path, given):
         ntm_jax.train(ntm_jax.experiment("digits"), str(tmp_path), **given)
 
 
+def test_conditions_that_the_model_does_not_use_are_refused(tmp_path):
+    theta = np.random.default_rng(0).normal(size=(40, 2))
+    words = "condition is given, and config.model.condition is none: set it to vector, or leave"
+    with pytest.raises(ntm_jax.UserError, match=words):
+        ntm_jax.experiment("arrays", "unconditional", data=theta, condition=theta)
+    config = ntm_jax.experiment("arrays", "unconditional", data=theta)
+    with pytest.raises(ntm_jax.UserError, match=words):
+        ntm_jax.train(config, str(tmp_path), data=theta, condition=theta)
+    with pytest.raises(ntm_jax.UserError, match=r"did you mean experiment\('arrays', 'uncondi"):
+        ntm_jax.experiment("arrays:unconditional")
+
+
 def test_an_experiment_that_lacks_a_package_names_the_package(monkeypatch):
     found = importlib.import_module
 

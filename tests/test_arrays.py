@@ -20,7 +20,7 @@ from ntm_jax.core.transformer.conditions import Vector, null
 from ntm_jax.data import sources
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, config, sharding
-from ntm_jax.sampling import reweight
+from ntm_jax.sampling import conditioning, reweight
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import objectives, state
 from tests.campaigns import exports
@@ -118,6 +118,8 @@ def test_many_conditions_have_samples_of_their_own(random):
     assert len(np.unique(found)) == found.size
     drawn = random.sample(3, condition=x, with_log_prob=True)
     assert (drawn.samples.shape, drawn.log_prob.shape) == ((3, 3, 2), (3, 3))
+    np.testing.assert_array_equal(conditioning.check_condition(random, 3, x > 0).values,
+                                  conditioning.check_condition(random, 3, 1.0 * (x > 0)).values)
 
 
 def test_the_condition_reaches_both_networks_and_may_be_absent(random):
@@ -238,6 +240,18 @@ def test_the_evidence_of_a_linear_gaussian_model_is_unbiased(gaussian):
     assert found.evidence == pytest.approx(np.exp(EVIDENCE), rel=0.1)
 
 
+def test_a_target_that_changes_its_argument_leaves_the_samples(gaussian):
+    def in_place(theta):
+        found = log_target(theta)
+        theta[:] = 0
+        return found
+
+    given = {"condition": [1.0, 2.0, 3.0], "n": COUNT}
+    changed, kept = (gaussian.reweight(target, **given) for target in (in_place, log_target))
+    np.testing.assert_array_equal(changed.samples, kept.samples)
+    np.testing.assert_array_equal(changed.resampled, kept.resampled)
+
+
 def test_weights_correct_a_wrong_model(random):
     """The evidence and the posterior's moments, from a model with random parameters."""
     found = random.reweight(log_target, condition=[1.0, 2.0, 3.0], n=COUNT)
@@ -282,6 +296,18 @@ def test_resampling_is_proportional():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda run: run.sample(3, label=[1.0, 2.0]), "condition is float64 [2]: expected 3 numbers"),
     (lambda run: run.sample(3, condition=[1, 2, np.inf]), "condition holds a number that is not"),
+    (lambda run: run.sample(3, condition=[1, 2, 1e300]), "condition holds a number that is not"),
+    (lambda run: run.log_prob(MEAN[None] * 1e300, condition=[1, 2, 3]),
+     "the data hold numbers that are not finite, or that are too large"),
+    (lambda run: run.log_prob([["a", "b"]], condition=[1, 2, 3]), "data have dtype <U1: expected"),
+    (lambda run: run.log_prob(5.0, condition=[1, 2, 3]), "data have shape (): expected [n, 2]"),
+    (lambda run: run.reweight(MEAN, condition=[1, 2, 3], n=4), "log_target is array([ 5.e+00"),
+    (lambda run: run.reweight(lambda x: x[:, 0] * 1j, condition=[1, 2, 3], n=COUNT),
+     "log_target returned complex128: expected floating-point numbers"),
+    (lambda run: run.reweight(lambda x: ["a"] * COUNT, condition=[1, 2, 3], n=COUNT),
+     "log_target returned <U1: expected floating-point numbers"),
+    (lambda run: run.reweight(log_target, condition=[1, 2, 3], decoder="score"),
+     "decoder is no option of reweight: expected steps, guidance or inverse"),
     (lambda run: run.log_prob(MEAN[None]), "no condition is given, and the model is"),
     (lambda run: run.log_prob(MEAN, condition=[1, 2, 3]), "data have shape (2,): expected [n, 2]"),
     (lambda run: run.sample(3, label=1, condition=[1, 2, 3]), "label and condition are both given"),

@@ -181,31 +181,47 @@ class LevelTerms:
         return self.reconstruction - self.rate.sum(1)
 
 
-def score_images(run: Run, images, condition, trajectories: int, seed: int | None = None,
-                 decoded: bool = False) -> LevelTerms:
+def as_images(run: Run, images) -> np.ndarray:
+    """Images [n, H, W, C], or rows [n, D] of an array, as an array.
+
+    Raises UserError for no images, images of another shape, and what is not numbers.
+    """
+    name = "data have" if run.spec.columns else "images have"
+    try:
+        images = np.asarray(images)
+    except ValueError:  # rows of several lengths
+        images = np.array(None)
+    if images.dtype.kind not in "fiu":
+        raise UserError(f"{name} dtype {images.dtype}: expected an array of numbers")
+    if not images.ndim or images.shape[1:] != run.spec.data_shape:
+        raise UserError(f"{name} shape {images.shape}: expected "
+                        f"[n, {', '.join(map(str, run.spec.data_shape))}]")
+    check_count("the number of samples", len(images))
+    return images
+
+
+def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
+                 seed: int | None = None, decoded: bool = False) -> LevelTerms:
     """The bounds on log p(image | condition) in nats, and their terms.
 
-    images: [n, H, W, C], integers 0..V-1, or rows [n, D] of an array in its units; condition:
-    labels [n], Text or Vector. Of continuous data they bound the density of the data noised to t_0,
+    images: of as_images, integers 0..V-1, or rows of an array in its units; condition: labels [n],
+    Text or Vector. Of continuous data they bound the density of the data noised to t_0,
     with noise keyed by the seed, or with `decoded` that of the data itself.
 
-    Raises UserError for no images, images of another shape, or with other values.
+    Raises UserError for images with other values.
     """
-    images, spec = np.asarray(images), run.spec
-    if images.shape[1:] != spec.data_shape:
-        name = "data have" if spec.columns else "images have"
-        raise UserError(f"{name} shape {images.shape}: expected "
-                        f"[n, {', '.join(map(str, spec.data_shape))}]")
-    check_count("the number of samples", len(images))
+    spec = run.spec
     if spec.pixel_levels:
         last = spec.pixel_levels - 1
         low, high = images.min(initial=0), images.max(initial=0)
         if images.dtype.kind not in "iu" or low < 0 or high > last:
             raise UserError(f"images are {images.dtype} of values from {low} to {high}: expected "
                             f"integers 0 to {last}")
-    elif not np.isfinite(images).all():
-        raise UserError("the data hold numbers that are not finite")
-    x = spec.to_tokens(images)
+    with np.errstate(over="ignore"):  # which the next line refuses
+        x = spec.to_tokens(images)
+    if not np.isfinite(x).all():
+        raise UserError("the data hold numbers that are not finite, or that are too large for the "
+                        "training data's deviation")
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)} | build.condition_arrays(condition)
     shards = sharding.batch_shards(run.mesh)
     size = -(-len(x) // shards) * shards

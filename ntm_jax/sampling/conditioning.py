@@ -86,11 +86,13 @@ def _check_vector(run: Run, n: int, condition) -> Vector:
         raise UserError("no condition is given, and the model is conditioned on vectors: "
                         f"{expected}")
     values = np.asarray(condition)
-    if values.dtype.kind not in "fiu" or values.shape not in ((width,), (1, width), (n, width)):
+    if values.dtype.kind not in "fiub" or values.shape not in ((width,), (1, width), (n, width)):
         raise UserError(f"condition is {values.dtype} {list(values.shape)}: {expected}")
+    with np.errstate(over="ignore"):  # which the next line refuses
+        values = transforms.standardise(values, spec.condition_mean, spec.condition_std)
     if not np.isfinite(values).all():
-        raise UserError("condition holds a number that is not finite")
-    values = transforms.standardise(values, spec.condition_mean, spec.condition_std)
+        raise UserError("condition holds a number that is not finite, or that is too large for the "
+                        "training conditions' deviation")
     return Vector(np.broadcast_to(values, (n, width)), np.ones(n, bool))
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from ntm_jax.core import likelihood, sampling, trajectory
 from ntm_jax.core.model import exact, log_prior
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
-from ntm_jax.errors import UserError, check_count
+from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS, SampleOptions
 from ntm_jax.runtime.run import Run, checked_seed
@@ -111,10 +111,12 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
     unnormalised density of them, -inf where it is 0. condition: that of one sample, as
     conditioning.check_condition gives it, for all n.
 
-    Raises UserError for n below 1, a model of pixels, an ODE's solver, and values of the target
-    that are no log-densities.
+    Raises UserError for n below 1, a model of pixels, an ODE's solver, and a target that is no
+    function or whose values are no log-densities.
     """
     check_count("n", n)
+    if not callable(log_target):
+        raise UserError(f"log_target is {shown(log_target)}: expected a function of the samples")
     if run.spec.pixel_levels or options.decoder in SOLVERS:
         found = "pixels" if run.spec.pixel_levels else f"decoder={options.decoder}"
         raise UserError(f"the run has {found}: expected a model of continuous data that samples "
@@ -122,7 +124,11 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
     seed = checked_seed(run, seed)
     x, log_ratio = _draw_all(run, condition, n, options, seed)
     samples = run.spec.from_tokens(x)
-    values = np.asarray(log_target(samples), np.float64)
+    values = np.asarray(log_target(samples.copy()))  # it may change them
+    if values.dtype.kind not in "fiu":
+        raise UserError(f"log_target returned {values.dtype}: expected floating-point numbers, the "
+                        f"log-density of each of the {n} samples, [{n}]")
+    values = values.astype(np.float64)
     if values.shape != (n,) or np.isnan(values).any() or np.isposinf(values).any():
         raise UserError(f"log_target returned {list(values.shape)}, with {np.isnan(values).sum()} "
                         f"NaN and {np.isposinf(values).sum()} inf: expected the log-density of "

@@ -119,8 +119,7 @@ def from_arrays(
       labels: [n] integers from 0, names of classes, or None. There are max(labels) + 1 classes;
         named ones are numbered from 0 in sorted order.
       captions: n strings, or None.
-      condition: [n, E] floating-point numbers in any units that records are conditioned on, or
-        None.
+      condition: [n, E] numbers in any units that records are conditioned on, or None.
       pixel_levels: the number of values that a pixel can take, 2 to 256 and greater than every
         pixel; by default 256. Leave it out for latents and arrays.
       held_out: the share of the records in the split test, 0 <= held_out < 1.
@@ -210,29 +209,52 @@ def _read_file(
 
     changed: of the file, so that a new one is read anew.
     """
+    source = f"data.source {kind}:{name}"
     with _READERS[kind][0](path) as (names, read):
         if not condition and "condition" in names:
             condition = "condition"
 
-        def columns(keys: str) -> np.ndarray:
-            for key in keys.split("+"):
+        def columns(keys: str) -> dict[str, np.ndarray]:
+            chosen = keys.split("+")
+            for key in chosen:
                 if key not in names:
                     raise UserError(
-                        f"data.source {kind}:{name} names the array {key!r}: {path} has "
+                        f"{source} names the array {key!r}: {path} has "
                         f"{', '.join(names)}; choose with {kind}:PATH,data=KEYS,condition=KEYS"
                     )
-            parts = [read(key) for key in keys.split("+")]
-            if len(parts) == 1 and parts[0].ndim > 1:
-                return parts[0]
-            if any(part.ndim not in (1, 2) or len(part) != len(parts[0]) for part in parts):
-                shapes = ", ".join(str(list(part.shape)) for part in parts)
-                raise UserError(
-                    f"data.source {kind}:{name} joins arrays of shapes {shapes}: expected columns "
-                    "[n] or [n, D] with one n"
-                )
-            return np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+                if names.count(key) > 1:
+                    raise UserError(
+                        f"{source} names the column {key!r}, and {path} has "
+                        f"{names.count(key)} of this name: rename them"
+                    )
+                if chosen.count(key) > 1:
+                    raise UserError(f"{source} names the array {key!r} twice: name it once")
+            return {key: read(key) for key in chosen}
 
-        return from_arrays(columns(data), condition=columns(condition) if condition else None)
+        given = _joined(source, columns(condition), "fiub", "numbers") if condition else None
+        continuous = "floating-point numbers, since whole numbers, dates and text have no density"
+        return from_arrays(_joined(source, columns(data), "f", continuous), condition=given)
+
+
+def _joined(
+    source: str, parts: dict[str, np.ndarray], kinds: str, expected: str
+) -> np.ndarray:
+    """Arrays [n] or [n, D] of a file side by side; a single array of more axes, such as images.
+
+    kinds: the kinds of dtype that columns may have, which `expected` describes.
+    """
+    for key, part in parts.items():
+        if part.ndim < 3 and part.dtype.kind not in kinds:
+            raise UserError(f"{source}: the array {key!r} is {part.dtype}: expected {expected}")
+    first, *others = parts.values()
+    if not others and first.ndim > 1:
+        return first
+    if any(part.ndim not in (1, 2) or len(part) != len(first) for part in parts.values()):
+        shapes = ", ".join(str(list(part.shape)) for part in parts.values())
+        raise UserError(
+            f"{source} joins arrays of shapes {shapes}: expected columns [n] or [n, D] with one n"
+        )
+    return np.concatenate([part.reshape(len(part), -1) for part in parts.values()], 1)
 
 
 @contextlib.contextmanager
@@ -289,7 +311,7 @@ def _check_rows(values, pixel_levels: int | None) -> tuple[np.ndarray, int]:
 def _check_condition(condition, count: int) -> np.ndarray | None:
     if condition is None:
         return None
-    condition = _check_numbers(condition, "condition", f"[{count}, E]")
+    condition = _check_numbers(condition, "condition", f"[{count}, E]", discrete=True)
     if len(condition) != count:
         raise UserError(
             f"condition has {len(condition)} rows: expected one for each of the {count} records"
@@ -297,11 +319,16 @@ def _check_condition(condition, count: int) -> np.ndarray | None:
     return condition
 
 
-def _check_numbers(values, name: str, shape: str) -> np.ndarray:
-    """An array of two axes of finite floating-point numbers."""
+def _check_numbers(values, name: str, shape: str, discrete: bool = False) -> np.ndarray:
+    """An array of two axes of finite floating-point numbers.
+
+    discrete: takes whole numbers and booleans, too, as float64.
+    """
     if np.ma.is_masked(values):
         raise UserError(f"{name} has masked entries: fill them in, or remove these records")
     values = np.asarray(values)
+    if discrete and values.dtype.kind in "iub":
+        values = values.astype(np.float64)
     if values.ndim != 2 or not values.size or values.dtype.kind != "f":
         convert = "; convert it with .astype(float)" if values.dtype.kind in "iubO" else ""
         raise UserError(
@@ -319,24 +346,30 @@ def _table(values: np.ndarray, train: np.ndarray, name: str = "") -> Table:
     name: of an array whose columns must vary, for its error; without it a constant column is left
     at 0.
     """
-    known = values[train].astype(np.float64)
-    if name and len(known) < 2:
-        raise UserError(f"{name} has {len(known)} training records: expected 2 or more")
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean, std = known.mean(0), known.std(0)
-    if not np.isfinite(std).all():
+    known, least = values[train].astype(np.float64), 2 if name else 1
+    if len(known) < least:
         raise UserError(
-            f"{name or 'condition'} has numbers in column {int(np.argmin(np.isfinite(std)))} that "
-            "are too large for their deviation: give them in another unit"
+            f"{name or 'condition'} has {len(known)} training records: expected {least} or more"
         )
-    constant = std <= 1e-14 * np.abs(mean)  # no more than float64 rounding
+    equal = (known == known[0]).all(0)  # where the sums of mean and std round
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = np.where(equal, known[0], known.mean(0))
+        deviation = np.where(equal, 0.0, known.std(0))
+        constant = deviation <= 1e-14 * np.abs(mean)  # no more than float64 rounding
+        std = np.where(constant, 1.0, deviation)
+        standardised = standardise(values, mean, std)
+    finite = np.isfinite(deviation) & np.isfinite(standardised).all(0)
+    if not finite.all():
+        raise UserError(
+            f"{name or 'condition'} has numbers in column {int(np.argmin(finite))} that are too "
+            "large for their deviation: give them in another unit, or remove outliers"
+        )
     if name and constant.any():
         raise UserError(
             f"{name} has the constant column {int(np.argmax(constant))}, which has no density: "
             "leave it out"
         )
-    std = np.where(constant, 1.0, std)
-    return Table(standardise(values, mean, std), tuple(mean.tolist()), tuple(std.tolist()))
+    return Table(standardised, tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:

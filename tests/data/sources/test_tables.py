@@ -15,6 +15,8 @@ from ntm_jax.errors import UserError
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(40, 6)) * [1, 10, 1e-3, 1e5, 2, 3] + [0, 5, 1, -1e5, 100, 0]
 VECTORS = RNG.normal(size=(40, 3)).astype(np.float32) * 7 - 2
+# The number in column 2 of a held-out record.
+OUTLIER = np.arange(240).reshape(40, 6) == 6 * np.random.RandomState(0).permutation(40)[-1] + 2
 
 
 @pytest.fixture(autouse=True)
@@ -118,21 +120,55 @@ def test_an_npz_file_holds_columns_under_keys(tmp_path):
 def test_a_parquet_file_holds_columns_of_numbers_and_of_lists(tmp_path):
     path = tmp_path / "rows.parquet"
     table = {"data": list(ROWS), "condition": list(VECTORS), "mass": ROWS[:, 0], "spin": ROWS[:, 1],
-             "name": ["a"] * len(ROWS)}
+             "name": ["a"] * len(ROWS), "count": np.arange(40), "good": np.arange(40) % 3 == 0,
+             "date": np.full(40, "2026-11-29", "datetime64[us]")}
     parquet.write_table(pyarrow.table(table), path, row_group_size=16)
+    twice = tmp_path / "twice.parquet"
+    parquet.write_table(pyarrow.table([ROWS[:, 0], ROWS[:, 1]], names=["mass", "mass"]), twice)
     source = assert_opens_as(f"parquet:{path}", from_arrays(ROWS, condition=VECTORS))
     named = open_source(f"parquet:{path},data=mass+spin,condition=condition+mass", "train")
     assert (named.columns, named.condition_width) == (2, 4)
     np.testing.assert_allclose(named.mean, source.mean[:2], rtol=1e-12)
+    for keys in ("count", "good", "count+good+mass"):
+        given = np.stack([table[key] for key in keys.split("+")], 1).astype(float)
+        found = open_source(f"parquet:{path},data=mass,condition={keys}", "all")
+        assert found.version == from_arrays(ROWS[:, :1], condition=given).version
     parquet.write_table(pyarrow.table({"data": [[1.0, 2.0], [3.0]]}), tmp_path / "ragged.parquet")
     (tmp_path / "text.parquet").write_text("no table")
     assert_refused({
         f"parquet:{path},data=weight": "names the array 'weight': ",
-        f"parquet:{path},data=name": "data is object [40, 1]: expected floating-point numbers",
+        f"parquet:{path},data=name":
+            f"data.source parquet:{path},data=name: the array 'name' is object: expected "
+            "floating-point numbers",
+        f"parquet:{path},data=mass+count": "the array 'count' is int64: expected floating-point "
+            "numbers, since whole numbers, dates and text have no density",
+        f"parquet:{path},data=mass+good": "the array 'good' is bool: expected floating-point",
+        f"parquet:{path},data=mass+date": "the array 'date' is datetime64[us]: expected floating",
+        f"parquet:{path},data=mass,condition=spin+date": "is datetime64[us]: expected numbers",
+        f"parquet:{path},data=mass+mass": "names the array 'mass' twice: name it once",
+        f"parquet:{twice},data=mass": f"{twice} has 2 of this name: rename them",
         f"parquet:{tmp_path}/ragged.parquet":
             "expected a Parquet file whose lists, if any, have one",
         f"parquet:{tmp_path}/text.parquet": "cannot be read (",
     })
+
+
+def test_whole_numbers_and_booleans_are_conditions():
+    whole = RNG.integers(9, size=(40, 2))
+    for given in (whole, whole.astype(np.uint8), whole > 4):
+        expected = from_arrays(ROWS, condition=given.astype(float))
+        assert from_arrays(ROWS, condition=given).version == expected.version
+
+
+@pytest.mark.parametrize("number", [0.1, 1 / 3, 7.3, 1e308])
+def test_a_constant_column_of_many_records(number):
+    rows = np.random.default_rng(0).normal(size=(10_000, 2))
+    rows[:, 1] = number
+    with pytest.raises(UserError, match=r"^data has the constant column 1, which has no density"):
+        from_arrays(rows)
+    given = from_arrays(rows[:, :1], condition=rows).condition
+    assert (given.values[:, 1] == 0).all()
+    assert (given.mean[1], given.std[1]) == (number, 1)
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -144,6 +180,8 @@ def test_a_parquet_file_holds_columns_of_numbers_and_of_lists(tmp_path):
     ({"images": np.ma.masked_greater(ROWS, 100)}, "data has masked entries: fill them in"),
     ({"images": ROWS[:1]}, "data has 1 training records: expected 2 or more"),
     ({"images": ROWS * 1e300}, "data has numbers in column 0 that are too large"),
+    ({"images": np.where(OUTLIER, 1e60, ROWS)},
+     "data has numbers in column 2 that are too large"),
     ({"images": np.zeros(40)}, "images have shape [40]: expected [n, H, W, C] or [n, H, W], or an "
      "array [n, D], such as data[:, None] for one column"),
     ({"pixel_levels": 17}, "data is an array [40, 6] and pixel_levels is 17: leave it out"),
