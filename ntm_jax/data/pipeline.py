@@ -201,16 +201,17 @@ class _ReadTokens:
 
 @dataclasses.dataclass(frozen=True)
 class _ReadMasked:
-    """Position in the padded split -> its example with a mask.
+    """Position in the padded sequence of chosen records -> its example with a mask.
 
     Positions past the end repeat record 0 with mask 0.
     """
 
     read: _ReadTokens
+    chosen: Sequence[int]
 
     def __call__(self, position: int) -> dict[str, np.ndarray | np.generic]:
-        real = position < len(self.read.source.records)
-        return {**self.read(position if real else 0), "mask": np.float32(real)}
+        real = position < len(self.chosen)
+        return {**self.read(self.chosen[position] if real else 0), "mask": np.float32(real)}
 
 
 class TrainIterator:
@@ -319,8 +320,9 @@ def evaluation_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    chosen: Sequence[int] | None = None,
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """This process's share of every record, exactly once and in order.
+    """This process's share of every record, or every chosen one, exactly once and in order.
 
     Items have the training batches' keys and "mask": [b] float32. Global batch k holds the records
     from k * batch_size on, and process p the p-th contiguous share of it, so that shares
@@ -330,16 +332,19 @@ def evaluation_batches(
     Args:
       batch_size: global, B.
       process_index, process_count: this process among those that share a batch.
+      chosen: the indices of the records; all by default.
     Raises:
       UserError: as `train_iterator`.
     """
     spec(source, patch_size)
     _check_share(batch_size, process_count)
     share = batch_size // process_count
-    batches = -(-len(source.records) // batch_size)
+    chosen = range(len(source.records)) if chosen is None else chosen
+    batches = -(-len(chosen) // batch_size)
     positions = np.arange(batches * batch_size).reshape(batches, process_count, share)
     own = cast(Sequence[int], positions[:, process_index].ravel())
-    dataset = grain.MapDataset.source(own).map(_ReadMasked(_ReadTokens(source, patch_size)))
+    read = _ReadMasked(_ReadTokens(source, patch_size), chosen)
+    dataset = grain.MapDataset.source(own).map(read)
     return _closing(iter(dataset.batch(share).to_iter_dataset(_READ_OPTIONS)))
 
 

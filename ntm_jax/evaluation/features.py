@@ -183,7 +183,8 @@ def fit_classifier(source: Source, seed: int) -> dict:
     """The parameters of a small classifier of the source's classes, trained here.
 
     At most 20,000 records, evenly spread, are learned from. Every process trains the same
-    classifier on one of its own devices. Raises UserError for a source without classes or pixels.
+    classifier on one of its own devices. Raises UserError for a source without classes or pixels,
+    and where no record has a class.
     """
     check_classes(source)
     x, label = _training_images(source)
@@ -211,15 +212,20 @@ def cnn(source: Source, seed: int = 0) -> Extractor:
 
 
 def _training_images(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """What the classifier learns from: images [n, h, w, C], float32 in [-1, 1], and labels [n]."""
-    count = min(len(source.records), _RECORDS)
-    chosen = np.linspace(0, len(source.records) - 1, count).astype(int)
+    """What the classifier learns from: images [n, h, w, C], float32 in [-1, 1], and labels [n].
+
+    Records of unknown class are left out. Raises UserError where there are no others.
+    """
+    chosen = source.evenly_spread(_RECORDS)
     x, label = [], []
-    for batch in np.array_split(chosen, -(-count // 500)):
+    for batch in np.array_split(chosen, -(-len(chosen) // 500)):
         records = [source.records[i] for i in batch]
         x.append(np.asarray(_prepare(np.stack([r["image"] for r in records]), source.pixel_levels)))
         label += [r["label"] for r in records]
-    return np.concatenate(x), np.array(label, np.int32)
+    label = np.array(label, np.int32)
+    if (label < 0).all():
+        raise UserError(f"a classifier learns classes, and no record of {source.name} has one")
+    return np.concatenate(x)[label >= 0], label[label >= 0]
 
 
 def inception(weights_file: str, pixel_levels: int = 256) -> Extractor:

@@ -17,7 +17,7 @@ from ntm_jax.sampling import generate
 from ntm_jax.sampling.options import override
 
 RANKS = (1, 5)  # of retrieval
-MAX_RECORDS = 20_000  # of the training split: an SVC's time grows with the square of their number
+MAX_RECORDS = 20_000  # of a split: an SVC's time grows with the square of their number
 MAX_CANDIDATES = 10_000  # pictures that retrieval chooses from
 
 
@@ -86,6 +86,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
                  progress: bool = False) -> dict:
     """evaluation.json's figures of samples, compared with the training images.
 
+    Of a split with more than MAX_RECORDS records, so many evenly spread ones are compared.
     class_accuracy; with an extractor (features.Extractor) also frechet, precision and recall, and
     for captioned pictures retrieval. frechet_held_out is the distance of the held-out images: about
     what a perfect model reaches with as many samples. guidance: scales or schedules, for each of
@@ -93,7 +94,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     noise, and the feature scores, of which a model has those that it has without guidance.
     """
     config = run.config
-    records = [train.records[i] for i in range(min(len(train.records), MAX_RECORDS))]
+    records = [train.records[i] for i in train.evenly_spread(MAX_RECORDS)]
     real, made, result = np.stack([r["image"] for r in records]), settings(run), {}
     scales = dict.fromkeys((config.sample.guidance, *guidance))
     images = {scale: generated(guided(run, scale, split=held_out.split), progress)
@@ -116,8 +117,8 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
             figure["difference"] = mean_and_stderr(found.astype(int) - first)
     if extractor:
         wanted = extractor(real)
-        count = min(len(held_out.records), MAX_RECORDS)
-        unseen = extractor(np.stack([held_out.records[i]["image"] for i in range(count)]))
+        unseen = extractor(np.stack([held_out.records[i]["image"]
+                                     for i in held_out.evenly_spread(MAX_RECORDS)]))
         scores = {scale: statistics.feature_scores(wanted, extractor(sampled))
                   for scale, sampled in images.items()}
         result |= scores[config.sample.guidance]

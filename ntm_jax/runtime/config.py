@@ -365,14 +365,31 @@ def _check_levels(config: Config) -> None:
         raise UserError(f"config.trajectory.t_min_range starts at {low}: the {config.model.head} "
                         "head's scale vanishes with t_min, so lo must be at least 0.001 (or take "
                         "config.model.head=direct)")
-    if c.schedule == "shifted":
-        # The default shift grows with the number of tokens, and so does the first level.
-        shift = default_shift(1) if c.shift is None else c.shift
-        first = shifted(max(c.steps), shift)
-        if high >= first or c.t_min >= first:
-            raise UserError(f"config.trajectory.t_min_range ends at {high}, t_min is {c.t_min}: "
-                            f"both must lie below the first level {first:.4f} of {max(c.steps)} "
-                            "steps; lower them or raise config.trajectory.shift")
+    most = max(c.steps)
+    if c.schedule == "shifted" and high >= _first_level(c, most):
+        raise UserError(f"config.trajectory.t_min_range ends at {high}: it must lie below the "
+                        f"first level {_first_level(c, most):.4f} of {most} steps; lower it or "
+                        "raise config.trajectory.shift")
+    check_steps("config.trajectory.steps", most, c)
+    check_steps("config.sample.steps", config.evaluation_steps, c)
+
+
+def _first_level(trajectory: Trajectory, steps: int) -> float:
+    """The first level above t_min of the shifted schedule.
+
+    The default shift, and so this level, grows with the number of tokens: it is that of one token.
+    """
+    shift = default_shift(1) if trajectory.shift is None else trajectory.shift
+    return shifted(steps, shift)
+
+
+def check_steps(name: str, steps: int, trajectory: Trajectory) -> None:
+    """Raises UserError where so many steps, called `name`, have levels that do not ascend."""
+    first, t_min = _first_level(trajectory, steps), trajectory.t_min
+    if trajectory.schedule == "shifted" and t_min >= first:
+        raise UserError(f"{name} is {steps}: the first level of so many steps, {first:.4f}, does "
+                        f"not lie above config.trajectory.t_min, {t_min}; take fewer steps, or "
+                        "train with a lower t_min or a higher config.trajectory.shift")
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

@@ -13,6 +13,7 @@ from ntm_jax.runtime.config import (
     Config,
     SampleOptions,
     check_guidance,
+    check_steps,
     check_value,
     guided,
 )
@@ -37,15 +38,19 @@ def check(config: Config, options: SampleOptions) -> None:
     """Checks options of sampling that differ from the configuration's.
 
     Raises UserError for guidance of another length than the steps, or that the model was not
-    trained for. Warns of a number of steps that it was not trained with.
+    trained for, and for more steps than t_min allows. Warns of a number of steps that it was not
+    trained with.
     """
     guidance, steps, own = options.guidance, options.steps, config.sample
     check_guidance("guidance", guidance, steps)
     if guidance != own.guidance and guided(guidance) and not config.train.condition_dropout:
         raise UserError(f"guidance is {guidance}, and the model was trained without condition "
                         "dropout: sample with guidance 0")
+    if options.decoder in SOLVERS:
+        return
+    check_steps("steps", steps, config.trajectory)
     trained = config.trajectory.steps
-    if steps != own.steps and steps not in trained and options.decoder not in SOLVERS:
+    if steps != own.steps and steps not in trained:
         warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: "
                       "expect worse images", stacklevel=2)
 

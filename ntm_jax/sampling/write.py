@@ -22,7 +22,7 @@ from ntm_jax.progress import track
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
 from ntm_jax.runtime.processes import job
-from ntm_jax.runtime.run import Run
+from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import conditioning, generate, prompts
 from ntm_jax.sampling.options import check_decoder, override
 from ntm_jax.sampling.prompts import Prompt
@@ -148,11 +148,18 @@ class _Work:
             "--labels": None if self.labels is None else self.labels.tolist(),
             "--autoencoder": request.autoencoder, "--layout": request.layout,
             "--prompts": request.prompts and _described(request.prompts),
-            "--encoder": self.encoder and self.encoder.name, "--steps": request.steps,
-            "--guidance": request.guidance, "--decoder": request.decoder,
-            "--inverse": request.inverse, "--seed": request.seed,
+            "--encoder": self.encoder and self.encoder.name, "--steps": self.options.steps,
+            "--guidance": self.options.guidance, "--decoder": self.options.decoder,
+            "--inverse": self.options.inverse, "percentile": self.options.percentile,
+            "--seed": checked_seed(self.run, request.seed), "split": self._split(),
             "--log_prob": request.log_prob or None,
             "--condition": request.condition and [list(vector) for vector in request.condition]}
+
+    def _split(self) -> str | None:
+        """The split whose texts or vectors the samples have; None where they have given ones."""
+        model = self.run.model.config
+        own = not self.request.prompts and (model.text_width or model.condition_width)
+        return self.run.config.evaluate.split if own and not self.request.condition else None
 
     def _vectors(self) -> Vector | None:
         """The vectors of all samples, or None."""

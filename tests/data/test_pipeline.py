@@ -213,6 +213,13 @@ def test_evaluation_reads_each_record_once_in_order(digits, process_count):
     )
 
 
+def test_evaluation_reads_chosen_records(digits):
+    parts = [list(evaluation_batches(digits, 2, 2, i, 2, [5, 59, 7])) for i in range(2)]
+    assert [[batch["index"].tolist() for batch in part] for part in parts] == [
+        [[5], [7]], [[59], [0]]]
+    assert [batch["mask"].tolist() for batch in parts[1]] == [[1], [0]]
+
+
 def test_a_split_smaller_than_its_batch_still_gives_every_process_one(digits):
     few = open_source("digits", "test[:2]")
     masks = [

@@ -111,6 +111,16 @@ def test_large_images_are_shrunk_and_long_splits_read_in_part(monkeypatch):
     assert -1 <= float(x.min()) < float(x.max()) <= 1
 
 
+def test_records_of_unknown_class_are_not_learned(train):
+    """Their label is -1, which indexes the last class."""
+    records = [dict(train.records[i], label=label) for i, label in enumerate((-1, 3, -1, 0))]
+    x, label = features._training_images(dataclasses.replace(train, records=records))
+    assert label.tolist() == [3, 0]
+    np.testing.assert_allclose(x, np.stack([records[i]["image"] for i in (1, 3)]) / 8 - 1)
+    with pytest.raises(UserError, match="learns classes, and no record of digits has one"):
+        features._training_images(dataclasses.replace(train, records=records[:1]))
+
+
 def test_an_extractor_by_name(train):
     assert make_extractor("pixels", train).digest == pixels(17).digest
     latents = sources.open_source("mock:8x8x4", "train")

@@ -148,5 +148,14 @@ def test_retrieval_of_captioned_pictures(captioned, pictures, scores, monkeypatc
     guided |= {"split": "test", "step": 3} | summarize(scores, captioned.spec, 3)
     assert re.search(r"frechet \(pixels features, a proxy\) of guidance 1\.0 +[0-9]",
                      table(guided, "bits_per_dim"))
+    compared = []  # of a long split, which may be sorted by class, the records are spread over it
+    watched = dataclasses.replace(extractor, compute=lambda images: (
+        compared.append(images) or extractor.compute(images)))
+    with monkeypatch.context() as few:
+        few.setattr(image_scores, "MAX_RECORDS", 10)
+        image_scores.image_scores(captioned, train, source, watched)
+    for found, first, last in zip(compared, (0, 40), (39, 59), strict=False):
+        np.testing.assert_array_equal(found[[0, -1]], pictures[[first, last]])
+        assert len(found) == 10
     monkeypatch.setattr(image_scores, "MAX_CANDIDATES", 59)
     assert "retrieval" not in image_scores.image_scores(captioned, train, source, extractor)

@@ -89,6 +89,9 @@ def test_an_integer_is_taken_for_a_float():
      "expected 0 <= lo <= hi < 1"),
     ("trajectory.t_min", 0.0,
      "0 < t_min < 1"),
+    ("sample.steps", 64,
+     "config.sample.steps is 64: the first level of so many steps, 0.0245, does not lie above "
+     "config.trajectory.t_min, 0.04; take fewer steps, or train with a lower t_min"),
     ("data", 3,
      "config.data is 3: expected a section"),
     ("data.batch_size", -4,
@@ -202,7 +205,11 @@ def test_the_range_of_t_min_ends_below_the_first_shifted_level():
     values["trajectory"]["t_min_range"] = (0.02, 0.06)
     config.read(values)
     values["trajectory"]["t_min"] = 0.07
-    assert "t_min is 0.07" in refusal(values)
+    assert "does not lie above config.trajectory.t_min, 0.07" in refusal(values)
+
+
+def test_the_steps_of_an_ode_have_levels_of_their_own():
+    config.read(changed(**{"sample.steps": 64, "sample.decoder": "euler"}))
 
 
 def test_the_shift_may_have_any_sign():

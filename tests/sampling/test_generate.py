@@ -114,6 +114,15 @@ def test_an_untrained_number_of_steps_is_warned_of(run):
         override(run.config, steps=3, guidance=None)
 
 
+def test_steps_whose_levels_would_not_ascend_are_refused(run):
+    """The first shifted level of 64 steps is 1/64, below t_min, and its posterior's C was NaN."""
+    trajectory = dataclasses.replace(run.config.trajectory, schedule="shifted", shift=0.0)
+    shifted = dataclasses.replace(run.config, trajectory=trajectory)
+    with pytest.raises(UserError, match=r"steps is 64: the first level of so many steps, 0\.015"):
+        override(shifted, steps=64)
+    assert override(shifted, steps=64, decoder="euler").steps == 64  # its levels start at 0
+
+
 @pytest.mark.parametrize(("option", "message"), [
     ({"inverse": "paralel"}, r"config\.sample\.inverse is 'paralel': expected one of auto, "),
     ({"decoder": "scores"}, r"config\.sample\.decoder is 'scores': expected one of inverse, "),

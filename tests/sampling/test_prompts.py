@@ -158,6 +158,9 @@ def test_written_prompts(run, tmp_path):
         images, numbers = archive["arr_0"], archive["arr_1"]
     assert_shows(images, run.sample(6, prompts=repeated))
     assert numbers.tolist() == [0, 0, 1, 1, 2, 2]
+    assert json.loads((out / "samples.json").read_text())["split"] is None
+    write_samples(run, str(tmp_path / "split"), SampleRequest(2, 2))  # on the captions of the split
+    assert json.loads((tmp_path / "split/samples.json").read_text())["split"] == "test[:20]"
     for i, line in enumerate((out / "prompts.jsonl").read_text().splitlines()):
         assert json.loads(line) == {"file_name": f"{i}.png", "prompt": repeated[i]}
         np.testing.assert_array_equal(pixels(out / f"{i}.png"), images[i])

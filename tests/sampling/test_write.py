@@ -75,9 +75,15 @@ def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsy
         write_samples(run, str(stopped), request)
     assert not (stopped / "samples.npz").exists()
     other = dataclasses.replace(run, params=randomised(run.params, seed=3))
+
+    def configured(**settings):
+        return dataclasses.replace(run, config=run.config.with_sampling(**settings))
+
     for asker, changes, message in (
             (run, {"num": 12}, "--num 8, and this call has 12: give another --out"),
-            (run, {"seed": 1}, "--seed None, and this call has 1"),
+            (run, {"seed": 1}, "--seed 0, and this call has 1"),
+            (configured(guidance=2.0), {}, "--guidance 0.0, and this call has 2.0"),
+            (configured(percentile=99.0), {}, "percentile 100.0, and this call has 99.0"),
             (other, {}, "checksum")):
         with pytest.raises(UserError, match=f"holds samples of {message}"):
             write_samples(asker, str(stopped), dataclasses.replace(request, **changes))

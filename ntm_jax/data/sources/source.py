@@ -99,6 +99,11 @@ class Source:
     condition_mean: tuple[float, ...] = ()
     condition_std: tuple[float, ...] = ()
 
+    def evenly_spread(self, most: int) -> np.ndarray:
+        """The indices of at most `most` records, evenly spread: records may be sorted by class."""
+        count = len(self.records)
+        return np.linspace(0, count - 1, min(count, most)).astype(int)
+
 
 def _lazy(module: str, function: str) -> Callable[[str, str], Source]:
     """An open function of this package, whose module is imported when it is first called."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -20,7 +19,8 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
     """{name: [conditions]} of config.reward.samples samples each of held-out conditions.
 
     reward, diversity; with reference parameters also kl, in nats a trajectory. There are
-    config.evaluate.images samples, up to a batch; {} where these are 0 or there is no reward.
+    config.evaluate.images samples, up to a batch; {} where these are 0 or there is no reward. The
+    conditions are of records that are evenly spread over the split.
     """
     config, mesh = run.config, run.mesh
     wanted = config.evaluate.images // config.reward.samples
@@ -28,12 +28,14 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
         return {}
     sampler, scorer = drawing.sampler_of(run), Scorer(run, source)
     root = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # of no training step
-    batches = pipeline.evaluation_batches(source, config.data.patch_size, config.data.batch_size,
-                                          *sharding.share(mesh))
+    size = config.data.batch_size
+    chosen = source.evenly_spread(-(-wanted // size) * size)
+    batches = pipeline.evaluation_batches(source, config.data.patch_size, size,
+                                          *sharding.share(mesh), chosen.tolist())
     first, names = (run.params, ()) if reference is None else (reference, ("divergence",))
     found = []
     with contextlib.closing(batches):
-        for local in itertools.islice(batches, -(-wanted // config.data.batch_size)):
+        for local in batches:
             batch = sharding.to_global(local, mesh)
             real = sharding.to_host(batch.pop("mask")) > 0
             with sharding.use(mesh):

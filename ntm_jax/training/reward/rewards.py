@@ -66,6 +66,10 @@ def _classifier(argument: str, source: Source) -> Reward:
 
     def score(images, labels):
         labels = np.asarray(labels)
+        if (labels < 0).any():
+            raise UserError("config.reward.name=classifier scores images by their class, and a "
+                            f"record of {source.name} has none: leave such records out, or take "
+                            "another reward")
         found = log_probabilities(images)[np.arange(len(labels)), labels]
         return Scores(found, [names[label] for label in labels])
 

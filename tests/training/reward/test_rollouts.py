@@ -251,6 +251,8 @@ def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
     (tmp_path / "other").write_bytes(b"no classifier")
     with pytest.raises(UserError, match=r"reward.name=classifier: .*other cannot be read"):
         rewards.find(f"classifier:{tmp_path}/other", source)
+    with pytest.raises(UserError, match="by their class, and a record of digits has none: leave"):
+        rewards.find(f"classifier:{file}", source)(images, [*labels[:-1], -1])
     with pytest.raises(UserError, match="holds another network"):
         rewards.find(f"classifier:{file}", dataclasses.replace(source, num_classes=9))
     with pytest.raises(UserError, match="digits has no classes"):
@@ -278,11 +280,11 @@ def test_more_settings_of_a_run_keep_its_rollouts(run):
 
 def test_held_out_samples_are_scored_by_the_reward_of_training(run, monkeypatch):
     """A classifier is trained once, on the training split, for all evaluations."""
-    opened = []
+    opened, asked = [], []
 
     def find(name, source):
         opened.append((name, source.split))
-        return lambda images, labels: np.zeros(len(images))
+        return lambda images, labels: asked.append(labels) or np.zeros(len(images))
 
     monkeypatch.setattr(rewards, "find", find)
     evaluate = dataclasses.replace(run.config.evaluate, images=12)
@@ -291,3 +293,5 @@ def test_held_out_samples_are_scored_by_the_reward_of_training(run, monkeypatch)
     for _ in range(2):
         assert held_out.scores(run, held)["reward"].tolist() == [0] * 4
     assert opened == [("brightness", "train")]
+    spread = [held.records[i]["label"] for i in (0, 6, 12, 19)]  # a split may be sorted by class
+    assert asked[0][::2] == spread  # two of their three samples are scored first
