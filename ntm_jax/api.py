@@ -93,16 +93,28 @@ class Run(base.Run):
 
     def sample_at(self, index, label=None, seed: int | None = None, with_levels: bool = False,
                   with_log_prob: bool = False, **options):
-        """The images of these indices [n]; arguments as in sample, label may be vectors [n, E]."""
+        """The images of these indices [n]; arguments as in sample, label may be vectors [n, E].
+
+        They are drawn config.evaluate.batch_size at a time.
+        """
         check_count("the number of samples", len(index))
         if np.asarray(index).dtype.kind not in "iu":
             raise UserError(f"index is {shown(index)}: expected whole numbers")
         condition = None if label is None else conditioning.check_condition(self, len(index), label)
         chosen = override(self.config, **options)
         self._check_decoder(options.get("decoder"))
-        if with_log_prob:
-            return generate.draw_at(self, index, condition, chosen, seed)
-        return generate.sample_at(self, index, condition, chosen, seed, with_levels)
+
+        def draw(places):
+            own = None if condition is None else jax.tree.map(lambda a: a[places], condition)
+            if with_log_prob:
+                return generate.draw_at(self, index[places], own, chosen, seed)
+            return generate.sample_at(self, index[places], own, chosen, seed, with_levels)
+
+        index = np.asarray(index)
+        count, size = len(index), min(len(index), self.config.evaluate.batch_size)
+        # The last batch is as large as the others, so that nothing is compiled for it.
+        parts = [draw(np.arange(start, start + size) % count) for start in range(0, count, size)]
+        return jax.tree.map(lambda *found: np.concatenate(found)[:count], *parts)
 
     def selecting(self, candidates: int, judge: "str | os.PathLike | base.Run | None" = None,
                   enough: float | None = None) -> "Run":

@@ -122,6 +122,22 @@ def test_many_conditions_have_samples_of_their_own(random):
                                   conditioning.check_condition(random, 3, 1.0 * (x > 0)).values)
 
 
+def test_batches_give_the_same_as_all_at_once(random, monkeypatch):
+    """Two batches of four, of which the last is cut, are the same as one of six."""
+    theta, x = data(6)
+    small = dataclasses.replace(random, config=random.config.with_evaluation(batch_size=4))
+    drawn, once = (run.sample(2, condition=x[:3], with_log_prob=True) for run in (small, random))
+    assert drawn.samples.shape == (3, 2, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), drawn, once)
+    sizes = []
+    score_batch = scoring.score_batch
+    monkeypatch.setattr(scoring, "score_batch", lambda run, batch, *rest: sizes.append(
+        len(batch["x"])) or score_batch(run, batch, *rest))
+    found, expected = (run.log_prob(theta, condition=x, trajectories=2) for run in (small, random))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert sizes == [4, 4, 6]
+
+
 def test_the_condition_reaches_both_networks_and_may_be_absent(random):
     y = Vector(np.ones((2, 3), np.float32), np.ones(2, bool))
     other, nothing = y._replace(values=2 * y.values), null(y, 0)

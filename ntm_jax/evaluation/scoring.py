@@ -206,7 +206,8 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
 
     images: of as_images, integers 0..V-1, or rows of an array in its units; condition: labels [n],
     Text or Vector. Of continuous data they bound the density of the data noised to t_0,
-    with noise keyed by the seed, or with `decoded` that of the data itself.
+    with noise keyed by the seed, or with `decoded` that of the data itself. Images are scored
+    config.evaluate.batch_size at a time.
 
     Raises UserError for images with other values.
     """
@@ -224,10 +225,13 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
                         "training data's deviation")
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)} | build.condition_arrays(condition)
     shards = sharding.batch_shards(run.mesh)
-    size = -(-len(x) // shards) * shards
-    batch = {name: np.resize(values, (size, *values.shape[1:])) for name, values in batch.items()}
-    scores = sharding.to_host(score_batch(run, batch, trajectories, seed, decoded))
-    scores = {name: values[: len(x)] for name, values in scores.items()}
+    size = -(-min(len(x), run.config.evaluate.batch_size) // shards) * shards
+    parts = []
+    for start in range(0, len(x), size):  # the last batch is as large as the others: one program
+        places = np.arange(start, start + size) % len(x)
+        part = {name: values[places] for name, values in batch.items()}
+        parts.append(sharding.to_host(score_batch(run, part, trajectories, seed, decoded)))
+    scores = {name: np.concatenate([part[name] for part in parts])[: len(x)] for name in parts[0]}
     reconstruction = scores.get("reconstruction", np.zeros(len(x), np.float32)) - spec.log_unit
     rate = -scores["predictor"] - scores["log_det"] - scores["forward"][:, :-1]
     return LevelTerms(scores["importance_weighted"], reconstruction, rate, scores["nll"])
