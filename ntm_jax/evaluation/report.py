@@ -141,16 +141,18 @@ def check_unit(unit: str, run: Run) -> None:
                         f"t_0 = {run.config.trajectory.t_min}, comparable at equal t_0 and scale")
 
 
+def _bound_rows(figures: dict, name: str, noised: str = "") -> list[tuple]:
+    rows = [(f"bound{noised}, {name}", figures["bound"])]
+    rows += [(f"importance-weighted bound{noised} ({k} trajectories), {name}", value)
+             for k, value in figures["importance_weighted"]["by_trajectories"].items()]
+    return rows
+
+
 def _likelihood_rows(result: dict, unit: str) -> list[tuple]:
-    bound, weighted, name = result[unit]["bound"], result[unit]["importance_weighted"], NAMES[unit]
-    rows = [(f"bound, {name}", bound)]
-    rows += [(f"importance-weighted bound ({k} trajectories), {name}", value)
-             for k, value in weighted["by_trajectories"].items()]
+    name, noised, rows = NAMES[unit], "", []
     if "clean_nats_per_dim" in result:
-        clean = result["clean_nats_per_dim"]
-        rows.append(("bound on the data's own density, nats/dim", clean["bound"]))
-        rows.append((f"importance-weighted bound on it ({weighted['trajectories']} trajectories), "
-                     "nats/dim", clean["importance_weighted"]))
+        noised, rows = " at t_0", _bound_rows(result["clean_nats_per_dim"], name)
+    rows += _bound_rows(result[unit], name, noised)
     rows.append(("effective sample size", result["effective_sample_size"]))
     rows.append(("trajectory NLL, nats/dim", result["trajectory_nll"]))
     if "truth" in result:
@@ -164,7 +166,7 @@ def _likelihood_rows(result: dict, unit: str) -> list[tuple]:
              for key in result.get("measures", ())]
     if "against" in result:
         other = f"{result['against']['workdir']} at step {result['against']['step']}"
-        rows += [(f"{kind} less that of {other}, {name}", result["against"][unit][key])
+        rows += [(f"{kind}{noised} less that of {other}, {name}", result["against"][unit][key])
                  for key, kind in BOUNDS.items()]
     return rows
 
@@ -235,7 +237,7 @@ def summary(result: dict, path) -> str:
     """The main figures of an evaluation in a few lines, and the path of its file, for a run's end.
     """
     unit = next(name for name in NAMES if name in result)
-    figures = result[unit]
+    figures = result.get("clean_nats_per_dim", result[unit])  # of arrays, as run.log_prob
     rows: list[tuple] = [(f"{NAMES[unit]}, an upper bound (lower is better)", figures["bound"])]
     trajectories = figures["importance_weighted"]["trajectories"]
     if trajectories > 1:

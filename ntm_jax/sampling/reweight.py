@@ -73,7 +73,10 @@ class Reweighted:
 
     @property
     def evidence(self) -> float:
-        """The mean weight, an unbiased estimate of the target's integral."""
+        """The mean weight, an unbiased estimate of the target's integral.
+
+        Where its log is below about -745 it is 0, and above 709 inf: take log_evidence.
+        """
         return float(np.exp(self.log_evidence))
 
     @property

@@ -127,6 +127,7 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
         assert 0 < result[name]["mean"] <= 1
         assert f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}" in printed
     assert drawn.ranks.shape == (11, 2)
+    assert "the smallest of the ranks of 2 parameters (wrong below 0.01 / 2)" in printed
 
 
 def check_it_resumes(run, folder, result, drawn, monkeypatch):

@@ -15,6 +15,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation.report import (
     advice,
     check_unit,
+    clean_figures,
     directions,
     provenance,
     summarize,
@@ -124,6 +125,25 @@ def test_the_summary_of_a_runs_end_is_short(run, scores):
     latents = dataclasses.replace(run.spec, pixel_levels=0)
     result = {"split": "test", "step": 3} | summarize(scores, latents, 3)
     assert summary(result, "").splitlines()[1].startswith("  nats/dim, an upper bound")
+
+
+def test_an_array_has_the_bound_on_its_own_density_first(run, scores):
+    array = dataclasses.replace(run.spec, pixel_levels=0, columns=64)
+    clean = scores | {name: scores[name] - 64 for name in ("bound", "importance_weighted",
+                                                           "weighted")}
+    result = {"split": "test", "step": 3} | summarize(scores, array, 3)
+    result |= clean_figures(clean, array, 3)
+    own, noised = (result[unit]["bound"]["mean"] for unit in ("clean_nats_per_dim", "nats_per_dim"))
+    assert own == pytest.approx(noised + 1)
+    assert re.split("  +", summary(result, "").splitlines()[1])[2].startswith(f"{own:.3f} ±")
+    rows = [re.split("  +", line)[1:] for line in table(result, "nats_per_dim").splitlines()[1:7]]
+    assert [name for name, _ in rows] == [
+        "bound, nats/dim", "importance-weighted bound (1 trajectories), nats/dim",
+        "importance-weighted bound (3 trajectories), nats/dim", "bound at t_0, nats/dim",
+        "importance-weighted bound at t_0 (1 trajectories), nats/dim",
+        "importance-weighted bound at t_0 (3 trajectories), nats/dim"]
+    assert rows[0][1].startswith(f"{own:.4f} ±")
+    assert rows[3][1].startswith(f"{noised:.4f} ±")
 
 
 def test_bits_of_latents_are_refused(run):

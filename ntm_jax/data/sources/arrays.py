@@ -231,9 +231,10 @@ def _read_file(
                     raise UserError(f"{source} names the array {key!r} twice: name it once")
             return {key: read(key) for key in chosen}
 
-        given = _joined(source, columns(condition), "fiub", "numbers") if condition else None
         continuous = "floating-point numbers, since whole numbers, dates and text have no density"
-        return from_arrays(_joined(source, columns(data), "f", continuous), condition=given)
+        values = _joined(source, columns(data), "f", continuous)
+        given = _joined(source, columns(condition), "fiub", "numbers") if condition else None
+        return from_arrays(values, condition=given)
 
 
 def _joined(

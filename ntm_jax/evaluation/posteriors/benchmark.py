@@ -167,9 +167,10 @@ def write_benchmark(result: dict, drawn: plots.Drawn, out) -> None:
     _print_row("mean", [f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}"
                         for name in FIGURES])
     checks = result["calibration"]
-    worst = min(check["p_value"] for check in checks["ranks"])
-    print(f"{checks['simulations']} fresh simulations: ranks p >= {worst:.3g} over the parameters, "
-          f"coverage p = {checks['coverage']['p_value']:.3g}")
+    p_values = [check["p_value"] for check in checks["ranks"]]
+    print(f"{checks['simulations']} fresh simulations, p-values: {min(p_values):.3g}, the smallest "
+          f"of the ranks of {len(p_values)} parameters (wrong below 0.01 / {len(p_values)}); "
+          f"{checks['coverage']['p_value']:.3g} of the coverage (wrong below 0.01)")
     print(f"wrote {folder / 'sbi.json'}, posteriors.png and calibration.png", flush=True)
 
 

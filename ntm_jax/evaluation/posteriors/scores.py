@@ -1,5 +1,6 @@
 """Scores of posterior samples: the classifier two-sample test, and calibration by simulations.
 
+Calibration is necessary, not sufficient: draws from the prior, which ignore x, pass its checks.
 Symbols: n simulations; L draws of each posterior; m samples; D parameters.
 """
 

@@ -1,4 +1,4 @@
-"""Four tasks of the benchmark sbibm (Lueckmann et al., arXiv 2101.04653): priors and simulators.
+"""Tasks of the benchmark sbibm (Lueckmann et al., arXiv 2101.04653): priors and simulators.
 
 The likelihoods are the exact densities of the simulators, so prior times likelihood is the
 posterior up to a constant. No jax is imported: grain's worker processes run this. Symbols: n draws;
