@@ -241,11 +241,40 @@ def reward_updates():
     return figure
 
 
-CHARTS = {"digits-trajectories-k": digits_trajectories_k, "digits-guidance": digits_guidance,
-          "flow-matching-steps": flow_matching_steps,
-          "flow-matching-guidance": flow_matching_guidance, "pods-chips": pods_chips,
-          "reward-updates": reward_updates,
-          "shapes-guidance": shapes_guidance}  # by the name of the picture
+ESTIMATES = {"NTM, bound": ("o", GREEN), "NTM, importance-weighted, 32 trajectories": ("s", BLUE),
+             "flow matching, Euler, exact divergence": ("^", ORANGE),
+             "flow matching, Heun, exact divergence": ("v", SKY), "F2D2": ("D", RED),
+             "F2D2's own velocity, Heun, exact divergence": ("P", PURPLE)}
+
+
+def truth_errors():
+    """Errors of estimates of known log-densities, by evaluations, for each density."""
+    errors = table("truth", "Likelihoods in few evaluations", "estimate", "evaluations")
+    figure, grid = chart(6.4, 2, 2, sharex=True, sharey=True)
+    for place, (axes, density) in enumerate(zip(grid.flat, errors.columns[2:], strict=True), 2):
+        axes.axhspan(0, 10, color=BAND)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        for estimate, (marker, colour) in ESTIMATES.items():
+            rows = [row for row in errors.rows if row[0] == estimate]
+            counts, _ = numbers([row[1] for row in rows])
+            axes.errorbar(counts, *numbers([row[place] for row in rows]), fmt=f"{marker}-",
+                          color=colour, label=estimate)
+        axes.set(title=density, xscale="log", ylim=(-10, 10))
+        axes.set_yscale("symlog", linthresh=0.1)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("estimate less truth, nats")
+    for axes in grid[-1]:
+        axes.set_xlabel("network evaluations")
+        number_axis(axes.xaxis, [1, 4, 16, 64, 256])
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+CHARTS = {  # by the name of the picture
+    "digits-trajectories-k": digits_trajectories_k, "digits-guidance": digits_guidance,
+    "flow-matching-steps": flow_matching_steps, "flow-matching-guidance": flow_matching_guidance,
+    "pods-chips": pods_chips, "reward-updates": reward_updates, "shapes-guidance": shapes_guidance,
+    "truth-errors": truth_errors}
 
 
 def main():
