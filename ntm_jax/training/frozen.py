@@ -19,7 +19,7 @@ from ntm_jax.export.read import load_run
 from ntm_jax.runtime import build, config_file
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
-from ntm_jax.runtime.run import FROZEN, Run
+from ntm_jax.runtime.run import FROZEN, Run, different_data
 from ntm_jax.training.state import State
 
 SHARED = (  # settings that a denoiser shares with its teacher
@@ -85,15 +85,17 @@ def has_teacher(workdir: str) -> bool:
 
 def check_teacher(run: Run, teacher: Run) -> None:
     """Raises UserError where the settings or data of a denoiser are not its teacher's."""
-    config, spec = run.config, run.spec
+    config = run.config
     mine, theirs = (configuration.flatten(c.raw) for c in (config, teacher.config))
     for key in SHARED:
         if mine[key] != theirs[key]:
             raise UserError(f"config.{key} is {mine[key]}, and {theirs[key]} in the teacher "
                             f"{config.teacher}: they must be the same")
-    if spec.image_shape != teacher.spec.image_shape:
-        raise UserError(f"{config.data.source} has images of shape {spec.image_shape}, and the "
-                        f"teacher {config.teacher} learned others, {teacher.spec.image_shape}")
+    different = different_data(run, teacher)
+    if different:
+        name, own, others = different
+        raise UserError(f"the teacher {config.teacher} has {name} {others or 'none'}, and "
+                        f"{config.data.source} {own or 'none'}: give a teacher of the same data")
 
 
 def copy(tree, dtype=None):

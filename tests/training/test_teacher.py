@@ -16,7 +16,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
 from ntm_jax.runtime import config
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.training import loop, objectives, pictures, state
+from ntm_jax.training import frozen, loop, objectives, pictures, state
 from tests.common import (
     as_run,
     batch_of,
@@ -184,6 +184,23 @@ def test_sampling(run, teacher):
         plain.write_samples(str(run[0] / "out"), SampleRequest(3, 3, decoder="denoiser"))
     assert not (run[0] / "out").exists()
     assert loaded.denoiser.teacher_step == plain.step == 4
+
+
+@pytest.mark.parametrize(("field", "mine", "theirs", "message"), [
+    ("text", "words:1:a", "words:1:b", "has the text encoder words:1:b, and digits words:1:a"),
+    ("std", (2.0,), (3.0,), r"has latents normalised by \(\(\), \(3\.0,\)\), and digits"),
+    ("columns", 2, 3, r"has images of shape \(3,\), and digits \(2,\)"),
+    ("image_shape", (8, 8, 1), (4, 4, 1), r"has images of shape \(4, 4, 1\), and digits \(8, 8, 1"),
+])
+def test_a_teacher_of_other_data_is_refused(untrained, field, mine, theirs, message):
+    run = untrained[1]
+    sizes = dataclasses.replace(run.model.config, num_classes=0, text_width=8)
+    run, teacher = (dataclasses.replace(
+        run, model=run.model.clone(config=sizes), spec=dataclasses.replace(
+            run.spec, **{field: value})) for value in (mine, theirs))
+    with pytest.raises(UserError, match=f"the teacher  {message}"):
+        frozen.check_teacher(run, teacher)
+    frozen.check_teacher(run, run)
 
 
 @pytest.mark.slow
