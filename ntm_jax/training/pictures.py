@@ -131,7 +131,8 @@ def _draw_points(run: Run, extent: float, samples, trajectories) -> None:
 def _draw_columns(runs: dict[str, Run], held_out: Source, path) -> None:
     """Draws samples of runs on the conditions of held-out records, over these records."""
     count = min(len(held_out.records), MAX_TABLE_ROWS)
-    drawn = {name: generate.sample_at(run, np.arange(count)) for name, run in runs.items()}
+    drawn = {name: np.asarray(generate.sample_at(run, np.arange(count)))
+             for name, run in runs.items()}
     if jax.process_index() == 0:
         rows = np.stack([held_out.records[i]["image"].ravel() for i in range(count)])
         rows = {"held out": unstandardise(rows, held_out.mean, held_out.std)}
