@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import ntm_jax
+from ntm_jax import api
 from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
 from ntm_jax.runtime import config
+from ntm_jax.runtime.run import with_denoiser
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import frozen, loop, objectives, pictures, state
 from tests.common import (
@@ -129,6 +131,18 @@ def test_a_new_denoiser_starts_from_the_best_linear_guess(untrained):
         denoiser, params, u, np.full(2, t, np.float32), 2, np.zeros(2, int))
     factor = (1 - t) * r**2 / ((1 - t) ** 2 * r**2 + t**2)
     np.testing.assert_allclose(found, factor * u, rtol=1e-5)
+
+
+def test_a_denoiser_of_a_post_trained_teacher_has_its_own_measures(untrained, monkeypatch):
+    """Its folder keeps a teacher, not the reference that the teacher's measures need."""
+    _, teacher, denoiser, params = untrained
+    learned = dataclasses.replace(
+        teacher, config=denoiser_config("x"), model=denoiser, params=params)
+    train = dataclasses.replace(TEACHER.train, objective="policy_gradient")
+    teacher = dataclasses.replace(teacher, config=dataclasses.replace(TEACHER, train=train))
+    monkeypatch.setattr(api, "evaluate", lambda *_, measure, **__: ({}, measure))
+    assert teacher.scores()[1] is not None
+    assert api._run(with_denoiser(teacher, learned)).scores()[1] is None
 
 
 @pytest.mark.slow
