@@ -314,6 +314,7 @@ class _Loop:
         saved, position = self.current, batch.position if batch else self.batches.get_state()
         if batch and batch.unscored and batch.is_complete():
             saved = state.with_samples(saved, batch.unscored.to_save())
+        self.writer.flush()
         self.checkpoints.save(step, saved, position, best_by)
 
     def _next_batch(self, step: int) -> _Batch:
