@@ -298,6 +298,7 @@ class Objective:
     estimators(run, trajectories) -> estimators of the log-density, compared with a known one; see
     evaluation.known_density.
     check(config) raises UserError for a configuration that the objective cannot train.
+    config.sample.steps are among config.trajectory.steps, unless trains_velocity or needs_teacher.
     """
 
     loss: Callable
@@ -307,7 +308,7 @@ class Objective:
     measure: Callable[[Run, Source, int], dict] | None = None
     estimators: Callable = known_density.bounds
     whole_trajectories: bool = False  # a step holds all levels of an example, of draws.steps steps
-    has_levels: bool = True  # factors that train.level_power can weight
+    has_levels: bool = True  # the loss has a factor for each level, which train.level_power weights
     trains_velocity: bool = False  # an NTM can start from the model, and its ODE be solved
     needs_teacher: bool = False  # config.teacher, the run to distil
     rollout_use: rollouts.RolloutUse | None = None  # of scored samples, added to batches
@@ -371,7 +372,8 @@ def checked(config: Config) -> Objective:
                         f"config.model.head=posterior, found {config.model.head}: set that head, "
                         f"or config.model.backbone={Model.backbone}")
     check_decoder(config, config.sample.decoder)
-    if objective.has_levels and config.sample.steps not in config.trajectory.steps:
+    free = objective.trains_velocity or objective.needs_teacher  # whose steps the teacher has
+    if not free and config.sample.steps not in config.trajectory.steps:
         expected = " or ".join(map(str, config.trajectory.steps))
         raise UserError(f"config.sample.steps is {config.sample.steps}, and the run trains "
                         f"trajectories of {expected} steps: set config.sample.steps={expected}")
