@@ -1,10 +1,10 @@
-"""The models that a run is held to, kept once in WORKDIR/frozen: a teacher, or a reference.
+"""The teacher, or the reference model, of a run, kept once in WORKDIR/frozen.
 
 The learned denoiser distils its teacher's score denoising into one pass over its latent u_0
 (docs/concepts.md, section 8). The teacher is kept in the form of a run's folder, which a resume,
 sampling and evaluation read.
 
-A fine-tuned model's means are held near those of its flow-matching network (docs/concepts.md,
+A fine-tuned model's means are aligned with those of its flow-matching network (docs/concepts.md,
 section 7), which is kept in the dtype that it computes in. A post-trained model is compared with
 the model that it starts from.
 """
@@ -40,11 +40,12 @@ def load_teacher(run: Run) -> Run:
 
 def prepare(run: Run, current: State, teacher: Run | None, post_trained: bool,
             new: bool) -> dict | None:
-    """The parameters that a run is held to, kept in WORKDIR/frozen; None without any.
+    """Keeps a run's teacher or reference model in WORKDIR/frozen, and returns its parameters.
 
-    They are the teacher's, or those of the reference, where means are held near a flow-matching
-    model's or the run is post-trained. new: the run has no checkpoint, and what lies in the folder
-    is another's. All processes call it.
+    Of a denoiser, those of its teacher. With config.train.align_weight, those of the flow-matching
+    network that the run starts from. Of a post-trained run, those of the model that it starts from.
+    None for other runs. new: the run has no checkpoint, and what lies in the folder is another's.
+    All processes call it.
     """
     has_reference = bool(run.config.train.align_weight) or post_trained
     if new and (teacher or has_reference):

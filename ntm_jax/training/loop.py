@@ -286,10 +286,10 @@ class _Loop:
             return
         scalars, best_by = self._read(step), None  # what is saved is known to be finite
         if evaluating:
-            held = self.objective.held_out(self.evaluated(step), self.held_out)
-            self.writer.message(f"step {step}: {held.message}")
-            scalars |= held.scalars
-            best_by = held.value
+            score = self.objective.held_out(self.evaluated(step), self.held_out)
+            self.writer.message(f"step {step}: {score.message}")
+            scalars |= score.scalars
+            best_by = score.value
         if scalars:
             self.writer.write(step, scalars)
         if saving:

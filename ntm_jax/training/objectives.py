@@ -291,7 +291,8 @@ class Objective:
     loss(setup, params, draws, reference) -> (the value that is minimised, metrics). metrics has
     "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
     [T] each by level; other single numbers are logged under their names. reference: the parameters
-    of the teacher, or of the flow-matching model that the means are held near; None without either.
+    of the teacher, of the flow-matching model with whose means the model's are aligned, or of the
+    model before post-training; None for other runs.
     held_out(run, source) -> HeldOutScore, during training.
     measure(run, source, trajectories) -> {name: mean and stderr}, added to evaluation.json, where
     trajectories is their number for each record; None adds nothing.
@@ -377,8 +378,8 @@ def checked(config: Config) -> Objective:
         expected = " or ".join(map(str, config.trajectory.steps))
         raise UserError(f"config.sample.steps is {config.sample.steps}, and the run trains "
                         f"trajectories of {expected} steps: set config.sample.steps={expected}")
-    holds_means = config.model.head == "posterior" and not objective.trains_velocity
-    if train.align_weight and not (holds_means and config.init_from):
+    aligns_means = config.model.head == "posterior" and not objective.trains_velocity
+    if train.align_weight and not (aligns_means and config.init_from):
         raise UserError(f"config.train.align_weight is {train.align_weight}: it holds a model with "
                         "config.model.head=posterior near the flow-matching model that "
                         "config.init_from names; give both, or align_weight 0")
