@@ -202,7 +202,8 @@ class Run(base.Run):
     def scores(self, options: EvaluationOptions | None = None, against=None,
                progress: bool = False) -> tuple[dict, dict]:
         """The figures of `evaluate`, and the scores of every record by name, [records, ...]."""
-        measure = objectives.find(self.config.train.objective).measure
+        config = self.denoiser.config if self.denoiser else self.config
+        measure = objectives.find(config.train.objective).measure if config else None
         return evaluate(self, options, against=against, measure=measure, progress=progress)
 
     def report(self, name: str = "evaluation.json", result: dict | None = None, scores=None,

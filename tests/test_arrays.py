@@ -19,10 +19,10 @@ from ntm_jax.core.model import exact
 from ntm_jax.core.transformer.conditions import Vector, null
 from ntm_jax.data import sources
 from ntm_jax.evaluation import scoring
-from ntm_jax.runtime import build, config, sharding
+from ntm_jax.runtime import build, config, plots, sharding
 from ntm_jax.sampling import conditioning, reweight
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.training import objectives, state
+from ntm_jax.training import objectives, pictures, state
 from tests.campaigns import exports
 from tests.common import TINY, as_run, experiment, randomised
 from tests.export.common import refused_by_script
@@ -182,6 +182,17 @@ def test_samples_have_the_density_of_their_saved_trajectory(random):
     np.testing.assert_allclose(drawn.log_prob_by_factor, factors, atol=1e-4 * dimensions)
     np.testing.assert_allclose(drawn.log_prob, factors.sum(1), atol=1e-4 * dimensions)
     assert drawn.log_prob.std() > 0.1
+
+
+def test_rows_are_drawn_before_and_after_post_training(gaussian, random, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_TABLE_ROWS", 9)
+    seen, run = [], dataclasses.replace(random, workdir=str(tmp_path))
+    monkeypatch.setattr(plots, "columns_picture", lambda rows, path: seen.append(rows))
+    pictures.draw_change(run, gaussian.params, run.config.data.open("train"))
+    assert {name: rows.shape for name, rows in seen[0].items()} == {
+        "held out": (9, 2), "before": (9, 2), "after": (9, 2)}
+    np.testing.assert_array_equal(seen[0]["after"], run.sample(9))
+    assert (seen[0]["after"] != seen[0]["before"]).any()
 
 
 @pytest.mark.slow

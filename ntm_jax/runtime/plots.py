@@ -202,13 +202,13 @@ def points_picture(points, levels, extent: float, out_png) -> None:
     save_figure(plot, out_png)
 
 
-def columns_picture(real, samples, out_png) -> None:
-    """Draws the first columns of held-out rows [n, D] and of samples [m, D], and their pairs."""
-    count = min(np.shape(real)[1], PAIRED_COLUMNS)
+def columns_picture(rows: dict[str, np.ndarray], out_png) -> None:
+    """Draws the first columns of rows [n, D] by name, such as held out, and their pairs."""
+    count = min(min(np.shape(values)[1] for values in rows.values()), PAIRED_COLUMNS)
     plot, axes = figure(2 * count + 1, 2 * count + 0.6, count, count)
     for row, column in np.ndindex(count, count):
         panel = axes[row, column]
-        for name, values in (("held out", real), ("samples", samples)):
+        for name, values in rows.items():
             if row == column:
                 panel.hist(values[:, row], 30, density=True, histtype="step", label=name)
             elif row > column:

@@ -103,6 +103,28 @@ class Selection:
     enough: float | None = None
 
 
+def different_data(run: Run, other: Run, own_units: bool = False) -> tuple[str, Any, Any] | None:
+    """(name, the run's, the other's) of the first property in which the data of two runs differ.
+
+    None where one model can take the images and conditions of the other. own_units: arrays are
+    handed over in their own units, and may be normalised differently.
+    """
+    for name, of in (
+            ("images of shape", lambda r: r.spec.data_shape),
+            ("pixel levels", lambda r: r.spec.pixel_levels),
+            ("latents normalised by", lambda r: (
+                own_units and r.spec.columns) or (r.spec.mean, r.spec.std)),
+            ("classes", lambda r: r.model.config.num_classes),
+            ("classes named", lambda r: r.spec.class_names if r.model.config.num_classes else ()),
+            ("the text encoder", lambda r: r.spec.text if r.model.config.text_width else ""),
+            ("vectors of length", lambda r: r.model.config.condition_width),
+            ("vectors normalised by", lambda r: (r.spec.condition_mean, r.spec.condition_std))):
+        mine, theirs = of(run), of(other)
+        if mine != theirs:
+            return name, mine, theirs
+    return None
+
+
 def untrained(config: Config, spec: DataSpec, mesh, workdir: str = "") -> Run:
     """The run that a configuration starts, before it has parameters.
 

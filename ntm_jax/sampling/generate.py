@@ -161,10 +161,11 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
     def draw(number: int) -> list:
         own = jax.random.fold_in(root, number) if number else root
         with sharding.use(run.mesh):  # score denoising has the levels anyway: the same program
-            found = generate_tokens(
+            x, levels, density = generate_tokens(
                 run.params, own, *placed, denoiser and denoiser.params, sampler=sampler,
                 with_levels=with_levels or options.decoder == "score",
                 with_log_prob=with_log_prob)
+        found = x, levels if with_levels else None, density
         return [part if part is None else sharding.to_host(part)[: len(index)] for part in found]
 
     return selection.select(run, index, y, seed, draw) if run.selection else draw(0)

@@ -30,7 +30,7 @@ from ntm_jax.core.transformer.conditions import null
 from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SOLVERS
-from ntm_jax.runtime.run import Run, Selection
+from ntm_jax.runtime.run import Run, Selection, different_data
 
 TRAJECTORIES = 4  # of each candidate; more of them select hardly better
 
@@ -131,16 +131,8 @@ def selecting(run: Run, candidates: int, judge: Run | None = None,
 
 def _check_same_data(run: Run, judge: Run) -> None:
     """Raises UserError where the judge does not know the images or conditions of a run."""
-    for name, of in (
-            ("images of shape", lambda r: r.spec.data_shape),
-            ("pixel levels", lambda r: r.spec.pixel_levels),
-            ("latents normalised by", lambda r: r.spec.columns or (r.spec.mean, r.spec.std)),
-            ("classes", lambda r: r.model.config.num_classes),
-            ("classes named", lambda r: r.spec.class_names if r.model.config.num_classes else ()),
-            ("the text encoder", lambda r: r.spec.text if r.model.config.text_width else ""),
-            ("vectors of length", lambda r: r.model.config.condition_width),
-            ("vectors normalised by", lambda r: (r.spec.condition_mean, r.spec.condition_std))):
-        mine, theirs = of(run), of(judge)
-        if mine != theirs:
-            raise UserError(f"the judge {judge.workdir} has {name} {theirs or 'none'}, and "
-                            f"{run.workdir} {mine or 'none'}: give a run of the same data")
+    different = different_data(run, judge, own_units=True)
+    if different:
+        name, mine, theirs = different
+        raise UserError(f"the judge {judge.workdir} has {name} {theirs or 'none'}, and "
+                        f"{run.workdir} {mine or 'none'}: give a run of the same data")

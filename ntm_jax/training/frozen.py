@@ -1,10 +1,10 @@
-"""The models that a run is held to, kept once in WORKDIR/frozen: a teacher, or a reference.
+"""The teacher, or the reference model, of a run, kept once in WORKDIR/frozen.
 
 The learned denoiser distils its teacher's score denoising into one pass over its latent u_0
 (docs/concepts.md, section 8). The teacher is kept in the form of a run's folder, which a resume,
 sampling and evaluation read.
 
-A fine-tuned model's means are held near those of its flow-matching network (docs/concepts.md,
+A fine-tuned model's means are aligned with those of its flow-matching network (docs/concepts.md,
 section 7), which is kept in the dtype that it computes in. A post-trained model is compared with
 the model that it starts from.
 """
@@ -19,7 +19,7 @@ from ntm_jax.export.read import load_run
 from ntm_jax.runtime import build, config_file
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
-from ntm_jax.runtime.run import FROZEN, Run
+from ntm_jax.runtime.run import FROZEN, Run, different_data
 from ntm_jax.training.state import State
 
 SHARED = (  # settings that a denoiser shares with its teacher
@@ -40,11 +40,12 @@ def load_teacher(run: Run) -> Run:
 
 def prepare(run: Run, current: State, teacher: Run | None, post_trained: bool,
             new: bool) -> dict | None:
-    """The parameters that a run is held to, kept in WORKDIR/frozen; None without any.
+    """Keeps a run's teacher or reference model in WORKDIR/frozen, and returns its parameters.
 
-    They are the teacher's, or those of the reference, where means are held near a flow-matching
-    model's or the run is post-trained. new: the run has no checkpoint, and what lies in the folder
-    is another's. All processes call it.
+    Of a denoiser, those of its teacher. With config.train.align_weight, those of the flow-matching
+    network that the run starts from. Of a post-trained run, those of the model that it starts from.
+    None for other runs. new: the run has no checkpoint, and what lies in the folder is another's.
+    All processes call it.
     """
     has_reference = bool(run.config.train.align_weight) or post_trained
     if new and (teacher or has_reference):
@@ -85,15 +86,17 @@ def has_teacher(workdir: str) -> bool:
 
 def check_teacher(run: Run, teacher: Run) -> None:
     """Raises UserError where the settings or data of a denoiser are not its teacher's."""
-    config, spec = run.config, run.spec
+    config = run.config
     mine, theirs = (configuration.flatten(c.raw) for c in (config, teacher.config))
     for key in SHARED:
         if mine[key] != theirs[key]:
             raise UserError(f"config.{key} is {mine[key]}, and {theirs[key]} in the teacher "
                             f"{config.teacher}: they must be the same")
-    if spec.image_shape != teacher.spec.image_shape:
-        raise UserError(f"{config.data.source} has images of shape {spec.image_shape}, and the "
-                        f"teacher {config.teacher} learned others, {teacher.spec.image_shape}")
+    different = different_data(run, teacher)
+    if different:
+        name, own, others = different
+        raise UserError(f"the teacher {config.teacher} has {name} {others or 'none'}, and "
+                        f"{config.data.source} {own or 'none'}: give a teacher of the same data")
 
 
 def copy(tree, dtype=None):

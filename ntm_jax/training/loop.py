@@ -285,10 +285,10 @@ class _Loop:
             return
         scalars, best_by = self._read(step), None  # what is saved is known to be finite
         if evaluating:
-            held = self.objective.held_out(self.evaluated(step), self.held_out)
-            self.writer.message(f"step {step}: {held.message}")
-            scalars |= held.scalars
-            best_by = held.value
+            score = self.objective.held_out(self.evaluated(step), self.held_out)
+            self.writer.message(f"step {step}: {score.message}")
+            scalars |= score.scalars
+            best_by = score.value
         if scalars:
             self.writer.write(step, scalars)
         if saving:
@@ -313,6 +313,7 @@ class _Loop:
         saved, position = self.current, batch.position if batch else self.batches.get_state()
         if batch and batch.unscored and batch.is_complete():
             saved = state.with_samples(saved, batch.unscored.to_save())
+        self.writer.flush()
         self.checkpoints.save(step, saved, position, best_by)
 
     def _next_batch(self, step: int) -> _Batch:

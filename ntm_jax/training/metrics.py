@@ -53,7 +53,8 @@ class MetricsReporter:
         if remote:
             self.message(f"no TensorBoard events: {workdir} is not a local folder; metrics.jsonl "
                          "has the same figures")
-        self._writers = [Lines(), *([] if remote else [TensorBoard()]), *extra_writers]
+        self._lines = Lines()
+        self._writers = [self._lines, *([] if remote else [TensorBoard()]), *extra_writers]
         with contextlib.ExitStack() as opened:
             for one in self._writers:
                 one.open(os.fspath(workdir), start_step, settings or {})
@@ -117,6 +118,11 @@ class MetricsReporter:
             self._bar.write(text)
         else:
             print(text, flush=True)
+
+    def flush(self) -> None:
+        """Writes the remaining lines, which a run that resumes after a kill does not repeat."""
+        if self._active:
+            self._lines.flush()
 
     def close(self) -> None:
         """Writes the remaining lines and closes the files; a second call does nothing."""

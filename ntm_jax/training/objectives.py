@@ -291,13 +291,15 @@ class Objective:
     loss(setup, params, draws, reference) -> (the value that is minimised, metrics). metrics has
     "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
     [T] each by level; other single numbers are logged under their names. reference: the parameters
-    of the teacher, or of the flow-matching model that the means are held near; None without either.
+    of the teacher, of the flow-matching model with whose means the model's are aligned, or of the
+    model before post-training; None for other runs.
     held_out(run, source) -> HeldOutScore, during training.
     measure(run, source, trajectories) -> {name: mean and stderr}, added to evaluation.json, where
     trajectories is their number for each record; None adds nothing.
     estimators(run, trajectories) -> estimators of the log-density, compared with a known one; see
     evaluation.known_density.
     check(config) raises UserError for a configuration that the objective cannot train.
+    config.sample.steps are among config.trajectory.steps, unless trains_velocity or needs_teacher.
     """
 
     loss: Callable
@@ -307,7 +309,7 @@ class Objective:
     measure: Callable[[Run, Source, int], dict] | None = None
     estimators: Callable = known_density.bounds
     whole_trajectories: bool = False  # a step holds all levels of an example, of draws.steps steps
-    has_levels: bool = True  # factors that train.level_power can weight
+    has_levels: bool = True  # the loss has a factor for each level, which train.level_power weights
     trains_velocity: bool = False  # an NTM can start from the model, and its ODE be solved
     needs_teacher: bool = False  # config.teacher, the run to distil
     rollout_use: rollouts.RolloutUse | None = None  # of scored samples, added to batches
@@ -371,12 +373,13 @@ def checked(config: Config) -> Objective:
                         f"config.model.head=posterior, found {config.model.head}: set that head, "
                         f"or config.model.backbone={Model.backbone}")
     check_decoder(config, config.sample.decoder)
-    if objective.has_levels and config.sample.steps not in config.trajectory.steps:
+    free = objective.trains_velocity or objective.needs_teacher  # whose steps the teacher has
+    if not free and config.sample.steps not in config.trajectory.steps:
         expected = " or ".join(map(str, config.trajectory.steps))
         raise UserError(f"config.sample.steps is {config.sample.steps}, and the run trains "
                         f"trajectories of {expected} steps: set config.sample.steps={expected}")
-    holds_means = config.model.head == "posterior" and not objective.trains_velocity
-    if train.align_weight and not (holds_means and config.init_from):
+    aligns_means = config.model.head == "posterior" and not objective.trains_velocity
+    if train.align_weight and not (aligns_means and config.init_from):
         raise UserError(f"config.train.align_weight is {train.align_weight}: it holds a model with "
                         "config.model.head=posterior near the flow-matching model that "
                         "config.init_from names; give both, or align_weight 0")

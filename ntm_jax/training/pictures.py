@@ -48,7 +48,7 @@ def draw(run: Run, source: Source, held_out: Source, loss_label: str) -> list[st
         paths.append(folder / "loss.png")
     if source.columns:
         del paths[1]
-        _draw_columns(run, held_out, paths[0])
+        _draw_columns({"samples": run}, held_out, paths[0])
     elif source.planar_extent:
         _draw_points(run, source.planar_extent, *paths[:2])
     else:
@@ -62,9 +62,12 @@ def draw_change(run: Run, before: dict, held_out: Source) -> str:
     Returns its path.
     """
     path = str(epath.Path(run.workdir) / "before_after.png")
+    runs = {"before": dataclasses.replace(run, params=before), "after": run}
+    if held_out.columns:
+        _draw_columns(runs, held_out, path)
+        return path
     if held_out.planar_extent:
-        clean = [generate.sample_at(r, np.arange(min(_count(run), 500)))
-                 for r in (dataclasses.replace(run, params=before), run)]
+        clean = [generate.sample_at(r, np.arange(min(_count(run), 500))) for r in runs.values()]
         if jax.process_index() == 0:
             points = np.stack([np.asarray(a).reshape(-1, 2) for a in clean], 1)
             plots.points_picture(points, [0.0, 0.0], held_out.planar_extent, path)
@@ -73,10 +76,10 @@ def draw_change(run: Run, before: dict, held_out: Source) -> str:
         lambda a: a[:CHANGE_COLUMNS], row.condition)) for row in _rows(run, held_out)]
     ends = np.cumsum([len(row.index) for row in rows])[:-1]
     first, last = (np.split(plots.displayable(_sampled(r, rows)[0], run.spec.pixel_levels), ends)
-                   for r in (dataclasses.replace(run, params=before), run))
+                   for r in runs.values())
     if jax.process_index() == 0:
         plots.contact_sheet([plots.SheetRow(row.name, *images) for row, *images in
-                             zip(rows, first, last, strict=True)], path, ("before", "after"))
+                             zip(rows, first, last, strict=True)], path, tuple(runs))
     return path
 
 
@@ -125,13 +128,15 @@ def _draw_points(run: Run, extent: float, samples, trajectories) -> None:
         plots.points_picture(levels, t, extent, trajectories)
 
 
-def _draw_columns(run: Run, held_out: Source, samples) -> None:
-    """Draws samples on the conditions of held-out records, over these records."""
+def _draw_columns(runs: dict[str, Run], held_out: Source, path) -> None:
+    """Draws samples of runs on the conditions of held-out records, over these records."""
     count = min(len(held_out.records), MAX_TABLE_ROWS)
-    drawn = generate.sample_at(run, np.arange(count))
+    drawn = {name: np.asarray(generate.sample_at(run, np.arange(count)))
+             for name, run in runs.items()}
     if jax.process_index() == 0:
         rows = np.stack([held_out.records[i]["image"].ravel() for i in range(count)])
-        plots.columns_picture(unstandardise(rows, held_out.mean, held_out.std), drawn, samples)
+        rows = {"held out": unstandardise(rows, held_out.mean, held_out.std)}
+        plots.columns_picture(rows | drawn, path)
 
 
 def _shown_levels(run: Run, clean, levels) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +201,7 @@ def _real_images(data: Data, classes: int) -> list[list]:
     records, found = data.open(data.split).records, [[] for _ in range(classes)]
     for i in range(min(MAX_RECORDS_READ, len(records))):
         record = records[i]
-        if record["label"] < classes and len(found[record["label"]]) < REAL_PER_CLASS:
+        if 0 <= record["label"] < classes and len(found[record["label"]]) < REAL_PER_CLASS:
             found[record["label"]].append(record["image"])
         if all(len(images) == REAL_PER_CLASS for images in found):
             break

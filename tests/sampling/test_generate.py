@@ -8,7 +8,7 @@ import pytest
 from ntm_jax.core import sampling
 from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import plots
+from ntm_jax.runtime import plots, sharding
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.options import override, parse_guidance
 from tests.common import alike, as_run, random_run, setup, tiny_config
@@ -39,6 +39,14 @@ def test_guidance_and_decoder_change_the_image(run):
     images = run.sample(3)
     assert not alike(run.sample(3, guidance=2.0), images)
     assert not alike(run.sample(3, decoder="score"), images)
+
+
+def test_levels_that_nobody_asks_for_are_not_copied_to_the_host(run, monkeypatch):
+    """Score denoising computes them on the devices."""
+    copied, to_host = [], sharding.to_host
+    monkeypatch.setattr(sharding, "to_host", lambda a: copied.append(a.shape) or to_host(a))
+    run.sample(3, decoder="score")
+    assert copied == [(3, 16, 4)]
 
 
 class Seen(Exception):

@@ -129,6 +129,17 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp
         loop.train(settings, tmp_path, progress=False)
 
 
+def test_metrics_are_on_disk_before_their_steps_are_saved():
+    """A run that is killed later resumes after them."""
+    calls = []
+    looping = types.SimpleNamespace(
+        current="state", batches=types.SimpleNamespace(get_state=dict),
+        writer=types.SimpleNamespace(flush=lambda: calls.append("flush")),
+        checkpoints=types.SimpleNamespace(save=lambda *_: calls.append("save")))
+    loop._Loop._save(looping, 3, None)
+    assert calls == ["flush", "save"]
+
+
 def test_the_memory_of_the_largest_number_of_steps_is_checked(monkeypatch):
     checked = []
     monkeypatch.setattr(

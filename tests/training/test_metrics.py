@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ntm_jax import files
 from ntm_jax.training import metrics
@@ -30,19 +30,24 @@ def steps(workdir):
     return [line["step"] for line in lines(workdir)]
 
 
-def events(workdir):
-    """All values in the TensorBoard files: {tag: [(step, value)]}.
+def recorded(workdir):
+    """The events in the TensorBoard files.
 
     A record is a length, its checksum, the event and its checksum.
     """
-    found = {}
     for file in sorted(workdir.glob("events*")):
         data = io.BytesIO(file.read_bytes())
         while header := data.read(12):
-            event = Event.FromString(data.read(struct.unpack("<Q", header[:8])[0]))
+            yield Event.FromString(data.read(struct.unpack("<Q", header[:8])[0]))
             data.read(4)
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value))
+
+
+def events(workdir):
+    """All values in the TensorBoard files: {tag: [(step, value)]}."""
+    found = {}
+    for event in recorded(workdir):
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value))
     return found
 
 
@@ -111,6 +116,14 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     assert [step for step, _ in found["gray"]] == [4]
 
 
+@pytest.mark.parametrize("start", [0, 4])
+def test_tensorboard_hides_what_an_earlier_process_logged_after_the_start(tmp_path, start):
+    MetricsReporter(tmp_path, 10, start, quiet=True).close()
+    found = [(event.step, event.session_log.status) for event in recorded(tmp_path)
+             if event.HasField("session_log")]
+    assert found == [(start + 1, SessionLog.START)]
+
+
 def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     clock = iter([100.0, 110.0, 120.0, 130.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
@@ -168,7 +181,10 @@ def test_object_storage_is_written_every_so_many_lines_and_at_the_end(tmp_path, 
             writer.write(step, {"loss": 1.0})
         writer.picture(4, tmp_path / "samples.png")
         assert steps(tmp_path) == [1, 2, 3]
-    assert steps(tmp_path) == [1, 2, 3, 4]
+        writer.flush()  # as when the run is saved
+        assert steps(tmp_path) == [1, 2, 3, 4]
+        writer.write(5, {"loss": 1.0})
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
     with MetricsReporter(tmp_path, 10, start_step=2) as writer:
         writer.write(3, {"loss": 2.0})
     assert steps(tmp_path) == [1, 2, 3]

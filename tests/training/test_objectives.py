@@ -66,6 +66,14 @@ def test_what_an_objective_cannot_train_is_refused(name, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_objective_without_weights_of_levels_trains_the_steps_of_samples(monkeypatch):
+    monkeypatch.setattr(objectives.OBJECTIVES, "_entries", dict(objectives.OBJECTIVES._entries))
+    robust = objectives.Objective(lambda *_: None, whole_trajectories=True, has_levels=False)
+    objectives.register("robust", robust)
+    with pytest.raises(UserError, match="the run trains trajectories of 2 steps: set config"):
+        tiny_config(**{"train.objective": "robust", "sample.steps": 3})
+
+
 def test_a_name_that_is_taken_is_not_registered_again():
     with pytest.raises(UserError, match=r"objective 'pairwise' is registered already"):
         objectives.register("pairwise", objectives.find("pairwise"))

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 import ntm_jax
+from ntm_jax import api
 from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
 from ntm_jax.runtime import config
+from ntm_jax.runtime.run import with_denoiser
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.training import loop, objectives, pictures, state
+from ntm_jax.training import frozen, loop, objectives, pictures, state
 from tests.common import (
     as_run,
     batch_of,
@@ -131,6 +133,18 @@ def test_a_new_denoiser_starts_from_the_best_linear_guess(untrained):
     np.testing.assert_allclose(found, factor * u, rtol=1e-5)
 
 
+def test_a_denoiser_of_a_post_trained_teacher_has_its_own_measures(untrained, monkeypatch):
+    """Its folder keeps a teacher, not the reference that the teacher's measures need."""
+    _, teacher, denoiser, params = untrained
+    learned = dataclasses.replace(
+        teacher, config=denoiser_config("x"), model=denoiser, params=params)
+    train = dataclasses.replace(TEACHER.train, objective="policy_gradient")
+    teacher = dataclasses.replace(teacher, config=dataclasses.replace(TEACHER, train=train))
+    monkeypatch.setattr(api, "evaluate", lambda *_, measure, **__: ({}, measure))
+    assert teacher.scores()[1] is not None
+    assert api._run(with_denoiser(teacher, learned)).scores()[1] is None
+
+
 @pytest.mark.slow
 def test_the_teacher_is_kept_once_and_not_trained(run, teacher):
     workdir, _ = run
@@ -184,6 +198,23 @@ def test_sampling(run, teacher):
         plain.write_samples(str(run[0] / "out"), SampleRequest(3, 3, decoder="denoiser"))
     assert not (run[0] / "out").exists()
     assert loaded.denoiser.teacher_step == plain.step == 4
+
+
+@pytest.mark.parametrize(("field", "mine", "theirs", "message"), [
+    ("text", "words:1:a", "words:1:b", "has the text encoder words:1:b, and digits words:1:a"),
+    ("std", (2.0,), (3.0,), r"has latents normalised by \(\(\), \(3\.0,\)\), and digits"),
+    ("columns", 2, 3, r"has images of shape \(3,\), and digits \(2,\)"),
+    ("image_shape", (8, 8, 1), (4, 4, 1), r"has images of shape \(4, 4, 1\), and digits \(8, 8, 1"),
+])
+def test_a_teacher_of_other_data_is_refused(untrained, field, mine, theirs, message):
+    run = untrained[1]
+    sizes = dataclasses.replace(run.model.config, num_classes=0, text_width=8)
+    run, teacher = (dataclasses.replace(
+        run, model=run.model.clone(config=sizes), spec=dataclasses.replace(
+            run.spec, **{field: value})) for value in (mine, theirs))
+    with pytest.raises(UserError, match=f"the teacher  {message}"):
+        frozen.check_teacher(run, teacher)
+    frozen.check_teacher(run, run)
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ class RolloutSampler:
     steps: int
     samples: int
     through_transporter: bool  # rollouts are trajectories x_k; otherwise they are latents u_k
-    first: int  # the levels that rollouts hold, first to last: those of S = last - first factors
+    first: int  # the levels of rollouts, first to last: those of S = last - first factors
     last: int
     inverse: str
     mesh: jax.sharding.Mesh
@@ -43,13 +43,13 @@ class RolloutSampler:
         """S, the factors that learn."""
         return self.last - self.first
 
-    def held(self, levels):
-        """Of arrays [B, K, ...] by level those that rollouts hold, [B, S+1, ...]."""
+    def trained_levels(self, levels):
+        """The levels of rollouts, [B, S+1, ...], of arrays [B, K, ...] by level."""
         return levels[:, self.first : self.last + 1]
 
     def levels(self, count: int):
         """The noise levels of rollouts, [count, S+1]."""
-        return self.held(self.schedule.fixed_levels(self.steps, count))
+        return self.trained_levels(self.schedule.fixed_levels(self.steps, count))
 
 
 def sampler_of(run: Run) -> RolloutSampler:
@@ -83,7 +83,7 @@ def sample(params, root, batch, *, sampler: RolloutSampler, part: int):
     else:
         rollout, x_0 = us, sampling.invert_level(model, params, us, t, y, 0, how)
     tokens = x_0 / (1 - per_example(t[:, 0], x_0))
-    found = tokens, sampler.held(rollout)
+    found = tokens, sampler.trained_levels(rollout)
     return jax.tree.map(lambda a: _split(a.reshape(-1, count, *a.shape[1:])), found)
 
 
@@ -102,7 +102,7 @@ def recorded(params, root, batch, *, sampler: RolloutSampler):
     if not sampler.through_transporter:
         y = repeat(build.condition(sampler.model, batch), 2)
         found = sampling.transport_trajectory(exact(sampler.model), params, found, t, y)
-    found = sampler.held(found)
+    found = sampler.trained_levels(found)
     return _split(found.reshape(-1, 2, *found.shape[1:]))
 
 

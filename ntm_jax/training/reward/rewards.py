@@ -38,7 +38,7 @@ class Scores:
 
 
 # (images [n, H, W, C] uint8 or float32 latents, or rows [n, D] of an array in its own units;
-# captions or labels [n]) -> [n], higher is better
+# captions, labels or vectors [E] in their own units, [n]) -> [n], higher is better
 Reward = Callable[[np.ndarray, Sequence], np.ndarray | Scores]
 
 

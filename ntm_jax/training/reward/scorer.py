@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from ntm_jax.data.sources import Source
+from ntm_jax.data.transforms import unstandardise
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
@@ -98,8 +99,15 @@ class Scorer:
         return found
 
     def conditions(self, batch: dict) -> list:
-        """The captions, or the labels, of this process's share of a batch, [p]."""
-        if self._source.captions is not None and self._run.model.config.text_width:
+        """The captions, vectors [E] or labels of this process's share of a batch, [p].
+
+        Vectors are in their own units.
+        """
+        spec, model = self._run.spec, self._run.model.config
+        if model.condition_width:
+            vectors = sharding.to_local(batch["condition"])
+            return list(unstandardise(vectors, spec.condition_mean, spec.condition_std))
+        if self._source.captions is not None and model.text_width:
             return [self._source.captions[int(i)] for i in sharding.to_local(batch["index"])]
         return sharding.to_local(batch["label"]).tolist()
 

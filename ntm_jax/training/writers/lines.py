@@ -17,7 +17,7 @@ class Lines:
 
     A line is an object: step, wall_time (seconds since 1970) and the scalars by name; a non-finite
     number is null. Locally each line is appended and flushed. On object storage the file is
-    rewritten every REMOTE_LINES lines.
+    rewritten every REMOTE_LINES lines, and when the run is saved.
     """
 
     def open(self, workdir: str, start_step: int, settings: dict) -> None:
@@ -45,6 +45,11 @@ class Lines:
         self._kept.append(line)
         self._unwritten += 1
         if self._unwritten >= REMOTE_LINES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the remaining lines."""
+        if self._unwritten:
             self._replace()
             self._unwritten = 0
 
@@ -56,8 +61,7 @@ class Lines:
         if self._file:
             with files.naming(self._path):
                 self._file.close()
-        elif self._unwritten:
-            self._replace()
+        self.flush()
 
     def _replace(self):
         files.write(self._path, "".join(self._kept))

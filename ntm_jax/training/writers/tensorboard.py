@@ -16,7 +16,7 @@ class TensorBoard:
     """
 
     def open(self, workdir: str, start_step: int, settings: dict) -> None:
-        """Starts an event file; a resumed run's hides the events after `start_step`."""
+        """Starts an event file, which hides the events of earlier ones after `start_step`."""
         # Imported here, because tensorboardX imports torch if installed, which takes seconds.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
@@ -25,10 +25,10 @@ class TensorBoard:
         self._events, self._folder = events, workdir
         with files.naming(workdir):
             self._file = EventsWriter(f"{workdir}/events")
-            if start_step:  # makes TensorBoard drop events logged after the restored checkpoint
-                start = events.SessionLog(status=events.SessionLog.START)
-                for content in ({"file_version": "brain.Event:2"}, {"session_log": start}):
-                    self._file.write_event(events.Event(step=start_step + 1, **content))
+            # Makes TensorBoard drop what an earlier process logged after the restored checkpoint.
+            start = events.SessionLog(status=events.SessionLog.START)
+            for content in ({"file_version": "brain.Event:2"}, {"session_log": start}):
+                self._file.write_event(events.Event(step=start_step + 1, **content))
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Writes a step's scalars."""

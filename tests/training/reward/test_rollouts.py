@@ -155,15 +155,19 @@ def test_processes_that_end_again_and_again_are_an_error(run, monkeypatch):
 
 def test_rows_of_an_array_are_scored_in_their_own_units(run):
     spec = dataclasses.replace(run.spec, image_shape=(1, 2, 1), patch_size=1, pixel_levels=0,
-                               columns=2, mean=(5.0, -100.0), std=(0.5, 30.0))
-    run = dataclasses.replace(run, spec=spec)
+                               columns=2, mean=(5.0, -100.0), std=(0.5, 30.0),
+                               condition_mean=(3.0,), condition_std=(2.0,))
+    sizes = dataclasses.replace(run.model.config, num_classes=0, condition_width=1)
+    run = dataclasses.replace(run, spec=spec, model=run.model.clone(config=sizes))
     tokens = np.random.default_rng(0).normal(size=(4, 3, 2, 1)).astype(np.float32)
-    given = {"index": np.arange(4), "label": np.zeros(4, np.int32)}
+    given = {"index": np.arange(4), "label": np.full(4, -1, np.int32),
+             "condition": np.arange(4, dtype=np.float32)[:, None]}
     found = Scorer(run, run.config.data.open("train"))
-    found._reward = lambda rows, _: rows @ [1.0, 0.01]
+    found._reward = lambda rows, vectors: rows @ [1.0, 0.01] + np.stack(vectors)[:, 0]
     scored = found([jax.numpy.asarray(tokens)], sharding.to_global(given, run.mesh))
     rows = tokens[..., 0] * spec.std + spec.mean
-    np.testing.assert_allclose(scored["rewards"], rows @ [1.0, 0.01], rtol=1e-5)
+    vectors = np.array([3, 5, 7, 9])[:, None]
+    np.testing.assert_allclose(scored["rewards"], rows @ [1.0, 0.01] + vectors, rtol=1e-5)
     # Distances stay in standardised units, in which all columns count alike.
     expected = scorer.mean_distances(tokens, 0)
     np.testing.assert_allclose(scored["distance"], expected, rtol=1e-5)
