@@ -196,7 +196,7 @@ def test_a_run_starts_from_the_same_bits_on_any_mesh(runs, mesh):
 def test_steps_are_the_same_on_any_mesh(runs, mesh):
     arrays, _ = runs
     keys = [key.removeprefix(f"{mesh}/") for key in arrays if re.match(rf"{mesh}/\d/", key)]
-    assert len(keys) == 3 * 6
+    assert len(keys) == 3 * 7
     for key in keys:
         np.testing.assert_allclose(
             arrays[f"{mesh}/{key}"], arrays[f"{ONE}/{key}"], rtol=RELATIVE, atol=1e-6, err_msg=key)
