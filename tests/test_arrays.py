@@ -24,7 +24,7 @@ from ntm_jax.sampling import conditioning, reweight
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import objectives, pictures, state
 from tests.campaigns import exports
-from tests.common import TINY, as_run, experiment, randomised
+from tests.common import ROOT, TINY, as_run, experiment, randomised
 from tests.export.common import refused_by_script
 
 MEAN, STD = np.array([5.0, -1e4]), np.array([0.01, 300.0])
@@ -120,6 +120,18 @@ def test_many_conditions_have_samples_of_their_own(random):
     assert (drawn.samples.shape, drawn.log_prob.shape) == ((3, 3, 2), (3, 3))
     np.testing.assert_array_equal(conditioning.check_condition(random, 3, x > 0).values,
                                   conditioning.check_condition(random, 3, 1.0 * (x > 0)).values)
+
+
+def test_the_recipe_for_held_out_rows_gives_them_in_their_own_units(random):
+    page = (ROOT / "docs/howto/outliers.md").read_text()
+    (block,) = re.findall(r"^```python\n([^`]*condition_std.*?)^```", page, re.M | re.S)
+    records = random.config.data.open("train[:6]").records
+    names = {"np": np, "run": random, "records": records}
+    exec(block, names)
+    for found, expected in zip((names["theta"], names["x"]), data(), strict=True):
+        nearest = np.abs(found[:, None] - expected).max(-1).min(1)
+        np.testing.assert_allclose(nearest, 0, atol=1e-5)
+    assert np.isfinite(names["log_p"]).all()
 
 
 def test_batches_give_the_same_as_all_at_once(random, monkeypatch):
