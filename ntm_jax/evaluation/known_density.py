@@ -22,7 +22,7 @@ from ntm_jax.core import flow_matching, likelihood, trajectory
 from ntm_jax.core.model import exact
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transformer.precision import precision
-from ntm_jax.data import pipeline
+from ntm_jax.data import pipeline, transforms
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import plots, scoring
@@ -45,15 +45,22 @@ def compare_with_true_density(run: Run, source: Source, scored: dict) -> dict:
 
     source: one with log_density.
     """
-    assert source.log_density is not None
     config = run.config
     batches = pipeline.evaluation_batches(source, config.data.patch_size, len(source.records), 0, 1)
     batch, t_min = next(batches), config.trajectory.t_min
     x_0 = scoring.noised(jax.random.key(config.seed), batch["x"],
                          jnp.full(len(batch["x"]), t_min), batch["index"])
-    true = source.log_density(np.asarray(x_0, np.float64).reshape(len(x_0), -1), t_min)
+    true = _true_log_density(run, source, x_0, t_min)
     return {"log_density": mean_and_stderr(true)} | {
         name: mean_and_stderr(scored[name] - true) for name in scoring.BOUNDS}
+
+
+def _true_log_density(run: Run, source: Source, tokens, t: float) -> np.ndarray:
+    """The true log-density at tokens [n, N, D] of noise level t, [n] float64, in nats."""
+    assert source.log_density is not None
+    points = transforms.unpatchify(
+        np.asarray(tokens, np.float64), run.spec.image_shape, run.config.data.patch_size)
+    return source.log_density(points.reshape(len(points), -1), t)
 
 
 @functools.partial(jax.jit, static_argnames=("schedule", "model", "steps", "level", "trajectories"))
@@ -210,8 +217,7 @@ def signed_errors(run: Run, source: Source, estimators: list[Estimator]) -> list
             return {"x_0": x_0} | estimator.compute(root, x_0, batch)
 
         found = scoring.per_record(run, source, compute)
-        points = np.asarray(found["x_0"], np.float64)
-        true = source.log_density(points.reshape(len(points), -1), t_min)
+        true = _true_log_density(run, source, found["x_0"], t_min)
         masses = {} if estimator.is_bound or not source.planar_extent else _masses(
             run, source.planar_extent, estimator)
         rows += [{"method": method, "evaluations": count,

@@ -55,6 +55,20 @@ def test_bounds_beside_the_true_density(run):
     assert found["bound"]["mean"] == pytest.approx(0, abs=1e-4)
 
 
+def test_the_true_density_is_that_of_images_not_of_tokens(run, monkeypatch):
+    """The tokens of squares have another order than the numbers of an image."""
+    monkeypatch.setattr(scoring, "noised", lambda root, x, t, index: x)
+    source = sources.open_source("toy:field", "test[:10]")
+    source = dataclasses.replace(source, log_density=lambda points, t: points @ np.arange(64))
+    settings = tiny_config(**{"data.source": "toy:field", "data.patch_size": 2})
+    squares = dataclasses.replace(
+        run, config=settings, spec=dataclasses.replace(run.spec, image_shape=(8, 8, 1)))
+    scores = dict.fromkeys(scoring.BOUNDS, np.zeros(10))
+    found = known_density.compare_with_true_density(squares, source, scores)
+    images = np.stack([source.records[i]["image"].ravel() for i in range(10)])
+    assert found["log_density"]["mean"] == pytest.approx(np.mean(images @ np.arange(64)))
+
+
 @pytest.fixture(scope="module")
 def flow():
     """A new flow map, whose velocity and estimate are exact for standard normal data."""
