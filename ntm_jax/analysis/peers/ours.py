@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ntm_jax import host_memory
 from ntm_jax.analysis import rows
 from ntm_jax.analysis.cases import Setting
 from ntm_jax.analysis.peers import jax_cpu
@@ -20,6 +21,7 @@ from ntm_jax.runtime import config_file, sharding
 from ntm_jax.runtime.run import untrained
 from ntm_jax.training import state
 
+host_memory.keep_freed()  # as our programs do
 STEPS = 4  # T
 products = jax_cpu.products
 
