@@ -249,7 +249,7 @@ ESTIMATES = {"NTM, bound": ("o", GREEN), "NTM, importance-weighted, 32 trajector
 
 def truth_errors():
     """Errors of estimates of known log-densities, by evaluations, for each density."""
-    errors = table("truth", "Likelihoods in few evaluations", "estimate", "evaluations")
+    errors = table("truth", "Likelihoods in few evaluations", "evaluations", "field")
     figure, grid = chart(6.4, 2, 2, sharex=True, sharey=True)
     for place, (axes, density) in enumerate(zip(grid.flat, errors.columns[2:], strict=True), 2):
         axes.axhspan(0, 10, color=BAND)
@@ -259,7 +259,7 @@ def truth_errors():
             counts, _ = numbers([row[1] for row in rows])
             axes.errorbar(counts, *numbers([row[place] for row in rows]), fmt=f"{marker}-",
                           color=colour, label=estimate)
-        axes.set(title=density, xscale="log", ylim=(-10, 10))
+        axes.set(title=density, xscale="log", ylim=(-100, 10))
         axes.set_yscale("symlog", linthresh=0.1)
     for axes in grid[:, 0]:
         axes.set_ylabel("estimate less truth, nats")
