@@ -34,7 +34,7 @@ from ntm_jax.export import publish
 from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime import config_file
+from ntm_jax.runtime import config_file, sharding
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import conditioning, generate, prompts, selection
@@ -112,8 +112,7 @@ class Run(base.Run):
 
         index = np.asarray(index)
         count, size = len(index), min(len(index), self.config.evaluate.batch_size)
-        # The last batch is as large as the others, so that nothing is compiled for it.
-        parts = [draw(np.arange(start, start + size) % count) for start in range(0, count, size)]
+        parts = [draw(places) for places in sharding.equal_batches(count, size)]
         return jax.tree.map(lambda *found: np.concatenate(found)[:count], *parts)
 
     def selecting(self, candidates: int, judge: "str | os.PathLike | base.Run | None" = None,

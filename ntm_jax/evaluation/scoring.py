@@ -227,8 +227,7 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
     shards = sharding.batch_shards(run.mesh)
     size = -(-min(len(x), run.config.evaluate.batch_size) // shards) * shards
     parts = []
-    for start in range(0, len(x), size):  # the last batch is as large as the others: one program
-        places = np.arange(start, start + size) % len(x)
+    for places in sharding.equal_batches(len(x), size):
         part = {name: values[places] for name, values in batch.items()}
         parts.append(sharding.to_host(score_batch(run, part, trajectories, seed, decoded)))
     scores = {name: np.concatenate([part[name] for part in parts])[: len(x)] for name in parts[0]}

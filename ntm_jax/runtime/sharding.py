@@ -83,6 +83,11 @@ def batch_sharding(mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def equal_batches(count: int, size: int) -> list[np.ndarray]:
+    """Indices 0..count-1 in batches of one size, for one program; the last one goes on at 0."""
+    return [np.arange(start, start + size) % count for start in range(0, count, size)]
+
+
 def batch_shards(mesh) -> int:
     """The number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -17,7 +17,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation.posteriors import kept, plots, scores
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
-from ntm_jax.runtime import checksums
+from ntm_jax.runtime import checksums, sharding
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import conditioning, generate
 from ntm_jax.sampling.reweight import Reweighted, reweight, systematic
@@ -136,13 +136,11 @@ def posterior_draws(run: Run, task: str, amounts: Amounts, progress: bool = True
     """Fresh parameters [n, D], and draws [n, L, D] of the run's posteriors of their simulations."""
     theta, x = source.simulate(task, amounts.simulations, source.FRESH)
     at_once = max(1, BATCH // amounts.draws)
-    starts = range(0, len(x), at_once)
-    parts = []
-    for start in track(starts, "calibration", "batches", show=progress):
-        index = np.arange(start, start + at_once) % len(x)  # one size, so nothing compiles anew
+    batches, parts = sharding.equal_batches(len(x), at_once), []
+    for index in track(batches, "calibration", "batches", show=progress):
         given = conditioning.check_condition(
             run, at_once * amounts.draws, np.repeat(x[index], amounts.draws, 0))
-        number = np.arange(len(index) * amounts.draws) + start * amounts.draws
+        number = np.arange(len(index) * amounts.draws) + index[0] * amounts.draws
         drawn = np.asarray(generate.sample_at(run, number, given))
         parts.append(drawn.reshape(len(index), amounts.draws, -1))
     return theta, np.concatenate(parts)[: len(x)]
