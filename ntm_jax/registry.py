@@ -53,6 +53,11 @@ class Registry(Generic[Part]):
             )
         self._entries[name] = (name + argument, part)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all parts, in the order of their registration."""
+        return list(self._entries)
+
     def find(self, given: str) -> tuple[Part, str]:
         """The part that `given` names, and the text after its colon, '' if there is none.
 

@@ -15,10 +15,10 @@ SETTINGS = {  # modules that train together: settings that use their parts
         "--config.model.backbone=mixer", "--config.model.head=posterior",
         "--config.train.objective=flow_matching", "--config.model.transporter_blocks=0",
         "--config.sample.decoder=euler"],
-    ("my_encoder",): ["--config=shapes:runlocal", "--config.data.text=letters:6",
-                      "--config.sample.decoder=inverse",
-                      "--config.trajectory.steps=(2,)", "--config.sample.steps=2",
-                      "--config.evaluate.images=0"],
+    ("my_encoder", "my_decoder"): [
+        "--config=shapes:runlocal", "--config.data.text=letters:6",
+        "--config.sample.decoder=level_0", "--config.trajectory.steps=(2,)",
+        "--config.sample.steps=2", "--config.evaluate.images=0"],
     ("my_objective",): [*DIGITS, "--config.train.objective=robust"],
 }
 

@@ -17,7 +17,7 @@ FLOORS = (  # from the ground up; a file imports from its own room and from lowe
     {"files", "progress"},
     {"typed"},
     {"core"},
-    {"backbones", "data"},
+    {"backbones", "data", "decoders"},
     {"runtime"},
     {"sampling"},
     {"evaluation"},

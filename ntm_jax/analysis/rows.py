@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntm_jax import decoders
 from ntm_jax.analysis import reward_rows
 from ntm_jax.analysis.cases import Case, Setting, latents
 from ntm_jax.core import flow_matching, sampling
@@ -22,7 +23,6 @@ from ntm_jax.core.model import exact
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
-from ntm_jax.runtime.config import DECODERS, SOLVERS
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate, inverses
 from ntm_jax.training import objectives, state
@@ -150,10 +150,11 @@ def _sampling(setting: Setting, function, *arguments) -> Case:
 
 def _sampler(decoder: str, setting: Setting) -> Case | None:
     """Images sampled with a decoder; None if the model does not support it."""
-    if (decoder in SOLVERS) != setting.solves_ode:
+    needs = decoders.find(decoder)
+    if needs.solves_ode != setting.solves_ode:
         return None
     index, y, *_ = setting.drawn
-    denoiser = setting.denoiser if decoder == "denoiser" else None
+    denoiser = setting.denoiser if needs.needs_denoiser else None
     options = dataclasses.replace(setting.run.config.sample.options, decoder=decoder)
 
     def images(model, inverse, params, root, index, y, denoiser_params):
@@ -236,7 +237,7 @@ TRAINING = {**reward_rows.REWARD, "train step": _train_step, "forward pass": _fo
             "input pipeline": _input_pipeline, "likelihood evaluation": _likelihood}
 SAMPLING = {
     **{f"images, decoder {decoder}": functools.partial(_sampler, decoder)
-       for decoder in DECODERS},
+       for decoder in decoders.DECODERS.names},
     "predictor's steps": _predictor,
     **{f"inverse, {how}": functools.partial(_inverse, how) for how in ("sequential", "parallel")},
     "score denoising": _score}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ntm_jax import decoders
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -88,7 +89,7 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
 def _errors(run: Run, source: Source, table: dict) -> dict:
     """The figures of a run beside its likelihood and its samples."""
     result = {}
-    if run.config.sample.decoder == "score":
+    if decoders.find(run.config.sample.decoder).needs_levels:
         result["denoising"] = measures.denoising_errors(run, source)
     if run.denoiser:
         result["denoiser"] = measures.denoiser_errors(run, source)

@@ -24,7 +24,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from ntm_jax import files
+from ntm_jax import decoders, files
 from ntm_jax.core.model import exact
 from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import transforms
@@ -85,7 +85,7 @@ def _one(run: Run, condition: tuple):
 def _sampler(run: Run):
     spec, options, model = run.spec, run.config.sample.options, exact(build.plain(run.model))
     denoiser = None
-    if options.decoder == "denoiser":
+    if decoders.find(options.decoder).needs_denoiser:
         assert run.denoiser is not None  # see check_decoder
         denoiser = build.plain(run.denoiser.module)
     static = generate.Sampler(model, run.schedule, options, None, denoiser)

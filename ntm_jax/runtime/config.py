@@ -8,7 +8,7 @@ an objective requires of a configuration is checked by training.objectives.
 import dataclasses
 import math
 
-from ntm_jax import backbones, files, typed
+from ntm_jax import backbones, decoders, files, typed
 from ntm_jax.core.config import HEADS, POSITIONS
 from ntm_jax.core.trajectory import Schedule, default_shift, shifted
 from ntm_jax.core.transformer.layers import REMAT
@@ -16,9 +16,6 @@ from ntm_jax.core.transporter import INVERSES
 from ntm_jax.data import sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-
-SOLVERS = ("euler", "heun")  # decoders that solve the ODE of a flow-matching model
-DECODERS = ("inverse", "score", "denoiser", *SOLVERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +205,7 @@ class Config:
     @property
     def evaluation_steps(self) -> int:
         """The steps T of evaluated trajectories, those of sampling unless an ODE is sampled."""
-        solves_ode = self.sample.decoder in SOLVERS
+        solves_ode = decoders.find(self.sample.decoder).solves_ode
         return max(self.trajectory.steps) if solves_ode else self.sample.steps
 
     def schedule(self, tokens: int) -> Schedule:
@@ -233,7 +230,6 @@ CHOICES = {
     "model.condition": ("none", "class", "text", "vector"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": tuple(REMAT),
-    "sample.decoder": DECODERS,
     "sample.inverse": ("auto", *INVERSES),
     "reward.trains": ("predictor", "transporter", "both"),
     "evaluate.features": ("none", "pixels", "cnn", "inception"),
@@ -278,6 +274,7 @@ def read(config) -> Config:
     for key, value in flatten(result.raw).items():
         check_value(key, value)
     backbones.find(result.model.backbone)
+    decoders.find(result.sample.decoder)
     _check_levels(result)
     _check_training(result)
     _check_sampling(result)
@@ -331,9 +328,9 @@ def _check_training(config: Config) -> None:
 
 
 def _check_sampling(config: Config) -> None:
-    if config.sample.decoder == "denoiser" and not config.teacher:
-        raise UserError("config.sample.decoder=denoiser needs a learned denoiser: train one with "
-                        "config.train.objective=denoiser and --config.teacher")
+    if decoders.find(config.sample.decoder).needs_denoiser and not config.teacher:
+        raise UserError(f"config.sample.decoder={config.sample.decoder} needs a learned denoiser: "
+                        "train one with config.train.objective=denoiser and --config.teacher")
     check_guidance("config.sample.guidance", config.sample.guidance, config.sample.steps)
     dropout = config.train.condition_dropout
     if guided(config.sample.guidance) and not config.teacher and not dropout:

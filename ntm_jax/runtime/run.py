@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ntm_jax import decoders
 from ntm_jax.core.denoising import Teacher, make_denoiser
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule
@@ -18,7 +19,7 @@ from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, shown
 from ntm_jax.runtime import attention, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.runtime.config import SOLVERS, Config, Mesh
+from ntm_jax.runtime.config import Config, Mesh
 
 FROZEN = "frozen"  # the folder in a workdir of a teacher or a reference; see training.frozen
 
@@ -67,7 +68,7 @@ class Run:
 
     def sampled_levels(self) -> np.ndarray:
         """The levels [K] of sampling: those of evaluation, or an ODE's, from 0 to 1."""
-        if self.config.sample.decoder in SOLVERS:
+        if decoders.find(self.config.sample.decoder).solves_ode:
             return self._levels(self.config.sample.steps, 0)
         return self.evaluated_levels()
 

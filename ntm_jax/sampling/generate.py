@@ -9,19 +9,17 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core import denoising, flow_matching, sampling
+from ntm_jax import decoders
 from ntm_jax.core.model import NTM, exact
 from ntm_jax.core.predictor import Predictor
-from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, per_example
-from ntm_jax.core.transformer.conditions import Text, Vector, null
-from ntm_jax.core.transformer.precision import precision
+from ntm_jax.core.trajectory import Schedule, example_keys
+from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import transforms
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.config import SOLVERS, SampleOptions
+from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import conditioning, inverses, selection
 from ntm_jax.sampling.options import check_decoder
@@ -37,7 +35,7 @@ class Sampler:
     schedule: Schedule
     options: SampleOptions
     mesh: jax.sharding.Mesh | None  # of the inverse `auto`; see inverses.choose
-    denoiser: Predictor | None = None  # of the decoder `denoiser`
+    denoiser: Predictor | None = None  # of a decoder that needs one
 
     def inverse(self, rows: int) -> str:
         """The inverse of this many latents of all devices: parallel or sequential."""
@@ -72,33 +70,9 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sa
     levels: x_0..x_T [B, K, N, D], None unless with_levels. log-densities: [B, K], those of
     core.sampling.sample_with_log_prob, None unless with_log_prob.
     """
-    model, schedule, options = sampler.model, sampler.schedule, sampler.options
     keys = example_keys(root, "sample", index)
-    if options.decoder in SOLVERS:
-        noise = example_noise(keys, (model.config.tokens, model.config.dim))
-        t = schedule.levels(options.steps, jnp.zeros(len(index)))
-        null_condition = null(y, model.config.num_classes)
-        with precision(model.config.precision):
-            xs = flow_matching.solve(
-                functools.partial(model.backbone.apply, flow_matching.backbone_params(params)),
-                noise, t, y, null_condition, options.guidance, options.decoder == "heun")
-        return xs[:, 0], xs if with_levels else None, None
-    t = schedule.fixed_levels(options.steps, len(index))
-    us, log_density = sampling.draw_latents(model, params, keys, t, y, options.guidance)
-    xs = None
-    if with_levels or with_log_prob or options.decoder == "score":
-        how = sampler.inverse(len(index) * options.steps)
-        xs, log_det = sampling.invert_with_log_det(model, params, us, t, y, how)
-        log_density -= log_det
-    if options.decoder == "denoiser":
-        x = denoising.denoise(exact(sampler.denoiser), denoiser_params, us[:, 0], t[:, 0],
-                              options.steps, y)
-    elif options.decoder == "score":
-        x = denoising.score_denoise(model, params, xs, t, y, options.percentile)
-    else:
-        x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
-            model, params, us, t, y, 0, sampler.inverse(len(index)))
-        x = x_0 / (1 - per_example(t[:, 0], x_0))
+    x, xs, log_density = decoders.find(sampler.options.decoder).draw(
+        sampler, params, keys, y, denoiser_params, with_levels or with_log_prob)
     return x, xs if with_levels else None, log_density if with_log_prob else None
 
 
@@ -138,7 +112,7 @@ def check_density(run: Run, options: SampleOptions) -> None:
     if run.selection:
         raise UserError("a sample that is selected among candidates does not have the density of "
                         "its trajectory: take 1 candidate, or leave the log-density out")
-    if options.decoder in SOLVERS:
+    if decoders.find(options.decoder).solves_ode:
         raise UserError(f"decoder={options.decoder} solves an ODE, whose samples have no "
                         "trajectory density: sample without the log-density")
 
@@ -148,7 +122,8 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
     """generate_tokens of these indices [n], on the host."""
     options = options or run.config.sample.options
     check_decoder(run, options.decoder)
-    denoiser = run.denoiser if options.decoder == "denoiser" else None
+    decoder = decoders.find(options.decoder)
+    denoiser = run.denoiser if decoder.needs_denoiser else None
     sampler = Sampler(exact(run.model), run.schedule, options, run.mesh,
                       denoiser and denoiser.module)
     index = np.asarray(index, np.int32)
@@ -160,10 +135,10 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
 
     def draw(number: int) -> list:
         own = jax.random.fold_in(root, number) if number else root
-        with sharding.use(run.mesh):  # score denoising has the levels anyway: the same program
+        with sharding.use(run.mesh):  # a decoder that has the levels anyway: the same program
             x, levels, density = generate_tokens(
                 run.params, own, *placed, denoiser and denoiser.params, sampler=sampler,
-                with_levels=with_levels or options.decoder == "score",
+                with_levels=with_levels or decoder.needs_levels,
                 with_log_prob=with_log_prob)
         found = x, levels if with_levels else None, density
         return [part if part is None else sharding.to_host(part)[: len(index)] for part in found]

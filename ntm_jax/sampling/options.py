@@ -6,10 +6,9 @@ import warnings
 
 import numpy as np
 
-from ntm_jax import typed
+from ntm_jax import decoders, typed
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import (
-    SOLVERS,
     Config,
     SampleOptions,
     check_guidance,
@@ -46,7 +45,7 @@ def check(config: Config, options: SampleOptions) -> None:
     if guidance != own.guidance and guided(guidance) and not config.train.condition_dropout:
         raise UserError(f"guidance is {guidance}, and the model was trained without condition "
                         "dropout: sample with guidance 0")
-    if options.decoder in SOLVERS:
+    if decoders.find(options.decoder).solves_ode:
         return
     check_steps("steps", steps, config.trajectory)
     trained = config.trajectory.steps
@@ -63,14 +62,13 @@ def _plain(option):
 
 
 def check_decoder(run: Run, decoder: str) -> None:
-    """Raises UserError for a decoder that needs a denoiser or an ODE that the run does not have."""
-    velocity = run.config.sample.decoder in SOLVERS or (
-        run.model.backbone is not None and not run.model.config.transporter_blocks)
-    if decoder in SOLVERS and not velocity:
+    """Raises UserError for a decoder that needs a denoiser, or a velocity, that the run lacks."""
+    needs = decoders.find(decoder)
+    if needs.solves_ode and (run.model.backbone is None or run.model.config.transporter_blocks):
         raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run "
                         "is not one: take inverse or score")
-    if decoder == "denoiser" and not run.denoiser:
-        raise UserError("decoder=denoiser needs a denoiser, and this run has none: give as "
+    if needs.needs_denoiser and not run.denoiser:
+        raise UserError(f"decoder={decoder} needs a denoiser, and this run has none: give as "
                         "--workdir the run of one, trained with config.train.objective=denoiser "
                         "and --config.teacher")
 

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntm_jax import decoders
 from ntm_jax.core import likelihood, sampling, trajectory
 from ntm_jax.core.model import exact, log_prior
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
 from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.config import SOLVERS, SampleOptions
+from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling.generate import Sampler
 
@@ -120,7 +121,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
     check_count("n", n)
     if not callable(log_target):
         raise UserError(f"log_target is {shown(log_target)}: expected a function of the samples")
-    if run.spec.pixel_levels or options.decoder in SOLVERS:
+    if run.spec.pixel_levels or decoders.find(options.decoder).solves_ode:
         found = "pixels" if run.spec.pixel_levels else f"decoder={options.decoder}"
         raise UserError(f"the run has {found}: expected a model of continuous data that samples "
                         "trajectories, whose weights have a density")

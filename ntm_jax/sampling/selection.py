@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntm_jax import decoders
 from ntm_jax.core.model import NTM, Terms, exact
 from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
 from ntm_jax.core.transformer.conditions import null
 from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.config import SOLVERS
 from ntm_jax.runtime.run import Run, Selection, different_data
 
 TRAJECTORIES = 4  # of each candidate; more of them select hardly better
@@ -118,7 +118,7 @@ def selecting(run: Run, candidates: int, judge: Run | None = None,
         raise UserError(f"candidates is {candidates}: candidates are compared by what their "
                         f"condition explains, and the model of {run.workdir} has no condition; "
                         "take 1")
-    if judge.config.sample.decoder in SOLVERS:
+    if decoders.find(judge.config.sample.decoder).solves_ode:
         raise UserError(f"{judge.workdir} solves an ODE and has no trajectory likelihood to select "
                         "by: give an NTM of the same data as judge")
     if not judge.config.train.condition_dropout:

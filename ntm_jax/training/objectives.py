@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ntm_jax import decoders
 from ntm_jax.backbones import flow_map
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.denoising import Teacher
@@ -28,7 +29,7 @@ from ntm_jax.evaluation import known_density, measures, scoring
 from ntm_jax.evaluation.report import NAMES, summarize
 from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
-from ntm_jax.runtime.config import DECODERS, SOLVERS, Config, Model, Train
+from ntm_jax.runtime.config import Config, Model, Train
 from ntm_jax.runtime.run import Run
 from ntm_jax.training.frozen import kept_reference
 from ntm_jax.training.reward import drawing, held_out, policy_gradient, preference, rollouts
@@ -391,7 +392,9 @@ def check_decoder(config: Config, decoder: str, name: str = "config.sample.decod
 
     name: what the error calls the decoder.
     """
-    if decoder in SOLVERS and not find(config.train.objective).trains_velocity:
-        others = ", ".join(name for name in DECODERS if name not in SOLVERS)
+    solves_ode = decoders.find(decoder).solves_ode
+    if solves_ode and not find(config.train.objective).trains_velocity:
+        names = decoders.DECODERS.names
+        others = ", ".join(name for name in names if not decoders.find(name).solves_ode)
         raise UserError(f"{name}={decoder} solves the ODE of a flow-matching model: expected a "
                         f"decoder of {others}, or another config.train.objective")

@@ -133,7 +133,7 @@ def test_steps_whose_levels_would_not_ascend_are_refused(run):
 
 @pytest.mark.parametrize(("option", "message"), [
     ({"inverse": "paralel"}, r"config\.sample\.inverse is 'paralel': expected one of auto, "),
-    ({"decoder": "scores"}, r"config\.sample\.decoder is 'scores': expected one of inverse, "),
+    ({"decoder": "scores"}, r"config\.sample\.decoder .scores. is not known: expected one of "),
     ({"steps": 0}, r"config\.sample\.steps is 0: expected at least 1"),
     ({"steps": 2.0}, r"sample\.steps is 2\.0, of type float: expected int"),
     ({"percentile": 101}, r"config\.sample\.percentile is 101\.0: expected at least 0 and"),

@@ -1,0 +1,140 @@
+"""What makes clean tokens of noise: the table that config.sample.decoder chooses from.
+
+`inverse`, `score` and `denoiser` draw the trajectory of an NTM and differ in the last step; `euler`
+and `heun` solve the ODE of a flow-matching model. A new decoder is one entry here or a call of
+`register`.
+
+Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ntm_jax.core import denoising, flow_matching, sampling
+from ntm_jax.core.model import exact
+from ntm_jax.core.trajectory import example_noise, per_example
+from ntm_jax.core.transformer.conditions import null
+from ntm_jax.core.transformer.precision import precision
+from ntm_jax.registry import Registry
+
+
+class Drawn(NamedTuple):
+    """What a decoder draws.
+
+    x: clean tokens [B, N, D]. xs: the levels [B, K, N, D], None where nothing needs them.
+    log_density: of each level [B, K], those of core.sampling.sample_with_log_prob; it is that of
+    the latents where xs is None, and None for an ODE.
+    """
+
+    x: jax.Array
+    xs: jax.Array | None
+    log_density: jax.Array | None
+
+
+class Trajectory(NamedTuple):
+    """The trajectory of an NTM, which a decoder turns into clean tokens.
+
+    us: latents u_0..u_T [B, K, N, D]. xs: levels x_0..x_T [B, K, N, D], None where nothing needs
+    them. t: [B, K]. y: condition.
+    """
+
+    us: jax.Array
+    xs: jax.Array | None
+    t: jax.Array
+    y: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """One way to make clean tokens.
+
+    draw(sampler, params, keys, y, denoiser_params, with_levels) -> Drawn, of keys [B] and their
+    condition y. sampler: sampling.generate.Sampler. denoiser_params: None unless needs_denoiser.
+    `from_trajectory` makes such a function for an NTM.
+    needs_levels: it has the levels anyway, so that asking for them costs nothing; its evaluation
+    measures how well every level is denoised.
+    needs_denoiser: only a run with a learned denoiser has it.
+    solves_ode: it needs a network that was trained as a velocity. Its levels start at 0, and its
+    samples have no density.
+    """
+
+    draw: Callable[..., Drawn]
+    needs_levels: bool = False
+    needs_denoiser: bool = False
+    solves_ode: bool = False
+
+
+def from_trajectory(clean: Callable, needs_levels: bool = False, **facts) -> Decoder:
+    """A decoder that draws the trajectory of an NTM, and then makes clean tokens of it.
+
+    clean(sampler, params, trajectory, denoiser_params) -> [B, N, D]. needs_levels: it uses
+    trajectory.xs. facts: other fields of Decoder.
+    """
+    def draw(sampler, params, keys, y, denoiser_params, with_levels: bool) -> Drawn:
+        model, steps = sampler.model, sampler.options.steps
+        t = sampler.schedule.fixed_levels(steps, len(keys))
+        us, log_density = sampling.draw_latents(
+            model, params, keys, t, y, sampler.options.guidance)
+        xs = None
+        if with_levels or needs_levels:
+            how = sampler.inverse(len(keys) * steps)
+            xs, log_det = sampling.invert_with_log_det(model, params, us, t, y, how)
+            log_density -= log_det
+        x = clean(sampler, params, Trajectory(us, xs, t, y), denoiser_params)
+        return Drawn(x, xs, log_density)
+
+    return Decoder(draw, needs_levels, **facts)
+
+
+def _inverse(sampler, params, trajectory: Trajectory, denoiser_params):
+    us, xs, t, y = trajectory
+    x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
+        sampler.model, params, us, t, y, 0, sampler.inverse(len(us)))
+    return x_0 / (1 - per_example(t[:, 0], x_0))
+
+
+def _score(sampler, params, trajectory: Trajectory, denoiser_params):
+    _, xs, t, y = trajectory
+    return denoising.score_denoise(
+        sampler.model, params, xs, t, y, sampler.options.percentile)
+
+
+def _denoiser(sampler, params, trajectory: Trajectory, denoiser_params):
+    us, _, t, y = trajectory
+    return denoising.denoise(
+        exact(sampler.denoiser), denoiser_params, us[:, 0], t[:, 0], sampler.options.steps, y)
+
+
+def _solve(sampler, params, keys, y, denoiser_params, with_levels: bool, heun: bool) -> Drawn:
+    config, options = sampler.model.config, sampler.options
+    noise = example_noise(keys, (config.tokens, config.dim))
+    t = sampler.schedule.levels(options.steps, jnp.zeros(len(keys)))
+    with precision(config.precision):
+        xs = flow_matching.solve(
+            functools.partial(sampler.model.backbone.apply, flow_matching.backbone_params(params)),
+            noise, t, y, null(y, config.num_classes), options.guidance, heun)
+    return Drawn(xs[:, 0], xs, None)
+
+
+DECODERS = Registry("config.sample.decoder", Decoder, {
+    "inverse": from_trajectory(_inverse),
+    "score": from_trajectory(_score, needs_levels=True),
+    "denoiser": from_trajectory(_denoiser, needs_denoiser=True),
+    "euler": Decoder(functools.partial(_solve, heun=False), solves_ode=True),
+    "heun": Decoder(functools.partial(_solve, heun=True), solves_ode=True),
+})
+
+
+def register(name: str, decoder: Decoder) -> None:
+    """Adds a decoder for config.sample.decoder=name. Raises UserError if the name is taken."""
+    DECODERS.register(name, decoder)
+
+
+def find(name: str) -> Decoder:
+    """The decoder of a name. Raises UserError if there is none."""
+    return DECODERS.find(name)[0]
