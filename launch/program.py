@@ -15,7 +15,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ntm_jax import host_memory
+from ntm_jax import files, host_memory
 from ntm_jax.errors import UserError
 
 from . import mistakes
@@ -174,6 +174,9 @@ def _parse(argv):
     for name in ("workdir", "out", "input"):
         if name in FLAGS and FLAGS[name].present and not FLAGS[name].value:
             _fail(f"--{name} is empty: give a folder, such as --{name}=runs/digits")
+    for name in ("workdir", "out"):  # one folder for all that is written there
+        if name in FLAGS and isinstance(FLAGS[name].value, str):
+            FLAGS[name].value = files.expanded(FLAGS[name].value)
     if len(rest) > 1:
         _fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch "
               "--config.flag or --noconfig.flag")

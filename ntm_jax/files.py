@@ -26,6 +26,11 @@ def is_remote(path) -> bool:
     return "://" in os.fspath(path)
 
 
+def expanded(path) -> str:
+    """A path with the home folder in place of a leading ~, which shells leave in --workdir=~/x."""
+    return os.fspath(path) if is_remote(path) else os.path.expanduser(path)
+
+
 @contextlib.contextmanager
 def naming(path) -> Iterator[None]:
     """Adds the name `path` to an OSError of the block, as a failed write or flush lacks it."""

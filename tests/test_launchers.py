@@ -114,13 +114,15 @@ def test_slurm_gives_train_its_flags_in_every_task(tmp_path, tools):
     write("python", f'{PRINT_ARGUMENTS} > "$OUT/$SLURM_PROCID"')
     write("scontrol", '[[ $* == "show hostnames here,there" ]] && '
           'printf "localhost\\nthere\\n" || echo "$*" >> "$REQUEUED"')
-    write("srun", 'while [[ $1 == -* ]]; do shift; done\n'
+    write("srun", 'echo "$SRUN_CPUS_PER_TASK" > "$OUT/cpus"\n'
+          'while [[ $1 == -* ]]; do shift; done\n'
           'for i in 0 1; do SLURM_PROCID=$i "$@" & tasks[i]=$!; done\n'
           'wait "${tasks[0]}" && wait "${tasks[1]}"')
     flags = [*FLAGS, "--workdir=a run"]
     launch(["bash", LAUNCH / "slurm.sbatch", *flags], folder, SLURM_JOB_ID="12345",
            SLURM_JOB_NODELIST="here,there", SLURM_NTASKS="2", OUT=str(tmp_path),
-           REQUEUED=str(tmp_path / "requeued"))
+           REQUEUED=str(tmp_path / "requeued"), SLURM_CPUS_PER_TASK="32")
+    assert (tmp_path / "cpus").read_text() == "32\n"
     for task in "01":
         assert (tmp_path / task).read_text().splitlines() == [
             "-m", "launch.train", *flags, "--stop_status=75",

@@ -268,7 +268,7 @@ def benchmark(runs: list[tuple[Run, list[Estimator]]], split: str) -> dict:
 
 def write_benchmark(result: dict, out: str) -> None:
     """Writes truth.json and truth.png in the folder `out`, and prints the table."""
-    folder = epath.Path(out)
+    folder = epath.Path(files.expanded(out))
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(folder / "truth.json", result, sealed=True)
     plots.truth_plot(result, folder / "truth.png")

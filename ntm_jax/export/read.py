@@ -122,7 +122,7 @@ def _content(path) -> bytes:
 
 def local_folder(where: str) -> str:
     """The folder of a run or an export: `where` itself, or what it names on the Hub, downloaded."""
-    return hub.fetch(where, (CONFIG, WEIGHTS)) if hub.is_address(where) else where
+    return hub.fetch(where, (CONFIG, WEIGHTS)) if hub.is_address(where) else files.expanded(where)
 
 
 def load_run(workdir: str, step: int | None = None, raw: bool = False) -> Run:
@@ -136,8 +136,9 @@ def load_run(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     if hub.is_address(workdir):
         run = _load_export(local_folder(workdir), step, raw)
         return dataclasses.replace(run, workdir=hub.results_folder(workdir))
+    workdir = files.expanded(workdir)
     if is_export(workdir):
-        return _load_export(str(workdir), step, raw)
+        return _load_export(workdir, step, raw)
     return load_workdir(workdir, step, raw)
 
 

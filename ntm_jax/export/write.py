@@ -187,7 +187,7 @@ def write_export(run: Run, out: str, steps: int | None = None,
 
     Raises UserError, with nothing written, if the folder exists.
     """
-    folder = epath.Path(out)
+    folder = epath.Path(files.expanded(out))
     if folder.exists():
         raise UserError(f"{out} is there: give a new folder as --out, nothing was overwritten")
     job.agree({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps,

@@ -93,7 +93,7 @@ class Checkpoints:
             raise UserError(f"keep_last is {keep_last}: keep at least 1 checkpoint")
         path = epath.Path(workdir)
         # orbax needs an absolute path; resolving an object-storage address would make it local.
-        path = path if is_remote(path) else path.expanduser().resolve()
+        path = path if is_remote(path) else path.resolve()
         self.directory = path / "checkpoints"
         self._retention, self._settings = _Retention(keep_last, keep_every), settings
         # Without these handlers orbax would take a dictionary of numbers for a tree of arrays.

@@ -73,7 +73,7 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     call makes it. Raises UserError where the folder holds anything else, other samples among it;
     nothing is overwritten.
     """
-    folder, work = epath.Path(out), _Work(run, request)
+    folder, work = epath.Path(files.expanded(out)), _Work(run, request)
     asked = work.description()
     # No process has written yet: one that arrived late would find its own job's files.
     job.agree({"--out": out} | asked)

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ntm_jax import files
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -51,6 +52,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
 
     Returns the trained run and its evaluation, or None when stopped early.
     """
+    folder = files.expanded(folder)
     workdir.check(folder)
     job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
     options = _Options(progress, until, tracer, find_writers(writers))
@@ -232,9 +234,10 @@ class _Loop:
         Returns whether the run reached its last step.
         """
         total = self.run.config.train.steps
+        last = total if self.until is None else min(total, self.until)
         for step in range(self.start, total + 1):
             # The processes agree on one step, at which they must ask; the cycle may end later.
-            self.stopping = (self.stopping or step in (total, self.until) or self.stop.asked
+            self.stopping = (self.stopping or step >= last or self.stop.asked
                              or job.stop_agreed(step))
             ending = self.stopping and step % self.cycle == 0
             if step > self.start:

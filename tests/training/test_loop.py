@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+import ntm_jax
 from ntm_jax.analysis import profile
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
@@ -122,11 +123,25 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp
     del result["provenance"]["date"], again["provenance"]["date"]
     assert again == result == figures(tmp_path / "evaluation.json")
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    assert loop.train(tiny_config(), tmp_path, progress=False, until=3) is None
-    assert list(losses(tmp_path)) == [1, 2, 3]
+    for until in (3, 2):  # the second has passed
+        assert loop.train(tiny_config(), tmp_path, progress=False, until=until) is None
+        assert list(losses(tmp_path)) == [1, 2, 3]
     message = r"holds step 3, beyond config\.train\.steps = 2: raise it to go on"
     with pytest.raises(UserError, match=message):
         loop.train(settings, tmp_path, progress=False)
+
+
+def test_the_home_folder_is_one_folder_to_all(tmp_path, monkeypatch):
+    """Shells leave the ~ of --workdir=~/run as it is."""
+    def refuse(folder):
+        raise UserError(f"found {folder}")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(loop.workdir, "check", refuse)
+    with pytest.raises(UserError, match=f"found {tmp_path}/run$"):
+        loop.train(tiny_config(), "~/run", progress=False)
+    with pytest.raises(UserError, match=f"{tmp_path}/run holds no run"):
+        ntm_jax.load("~/run")
 
 
 def test_metrics_are_on_disk_before_their_steps_are_saved():

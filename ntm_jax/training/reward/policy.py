@@ -17,13 +17,15 @@ EPSILON = 1e-6  # beside the deviation of a group's rewards
 
 
 def advantages(rewards: np.ndarray, future_divergence: np.ndarray, normalise: bool) -> np.ndarray:
-    """The advantages of every factor, [P, G, T], of rewards [P, G].
+    """The advantages of every factor, [P, G, T] float32, of rewards [P, G].
 
     future_divergence: [P, G, T], what is taken from a sample's reward in a factor: the weighted
     divergence of the factors that follow it. A group's mean is taken from both. Where rewards are
     normalised, they are divided by their group's deviation (GRPO, arXiv 2402.03300). Otherwise the
     mean is that of a group's other samples, so that the gradient is unbiased (arXiv 2402.14740).
     """
+    # The mean of equal numbers of single precision is theirs in double precision only.
+    rewards, future_divergence = rewards.astype(np.float64), future_divergence.astype(np.float64)
     count = rewards.shape[1]
     centred = rewards - np.mean(rewards, 1, keepdims=True)
     if normalise:
@@ -43,7 +45,8 @@ def clipped_surrogate(log_ratio, advantage, clip: float):
     log_ratio: [B, T] nats; advantage: [B, T]. Where the ratio is 1, its gradient is that of
     advantage * log p(x_k | x_{k+1}). Source: arXiv 1707.06347, eq. 7.
     """
-    ratio = jnp.exp(log_ratio)
+    # Beyond e^20, which is clipped, the gradient of an infinite ratio would be NaN.
+    ratio = jnp.exp(jnp.minimum(log_ratio, 20.0))
     return jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
 
 

@@ -116,7 +116,7 @@ class Scorer:
         flat = images.reshape(-1, *images.shape[2:])
         repeated = [one for one in given for _ in range(images.shape[1])]
         if not self._pool:
-            found = _call(self._name, self._reward, flat, repeated)
+            found = _call(self._name, self._reward, flat.copy(), repeated)  # it may change them
             return lambda: [found]
         bounds = np.linspace(0, len(flat), self._workers + 1).astype(int)
         jobs = [(flat[a:b], repeated[a:b]) for a, b in itertools.pairwise(bounds) if a < b]
@@ -171,7 +171,7 @@ class Scorer:
 
 def _numbers(name: str, values, count: int) -> np.ndarray:
     """Values as a float32 array, at least [1]. UserError if they are not numbers."""
-    with contextlib.suppress(TypeError, ValueError):  # such as of (numbers, names)
+    with contextlib.suppress(Exception):  # such as ValueError of (numbers, names); torch has others
         array = np.atleast_1d(np.asarray(values))
         if array.dtype.kind in "biufV":  # V: bfloat16
             return array.astype(np.float32)

@@ -20,6 +20,13 @@ def test_advantages_have_mean_0_and_deviation_1_in_a_group():
     np.testing.assert_allclose(found.std(1)[:, 0], [1, 1, 0, 1, 1], atol=1e-4)
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+def test_equal_rewards_have_no_advantage(normalise):
+    """The float32 mean of six times -87.3 is another number."""
+    equal = np.full((1, 6), -87.3, np.float32)
+    assert (policy.advantages(equal, np.zeros((1, 6, 2), np.float32), normalise) == 0).all()
+
+
 def test_advantages_compare_a_sample_with_the_others_of_its_group():
     rewards, later = RNG.random((2, 4)), RNG.random((2, 4, 3))
     found = policy.advantages(rewards, later, False)
@@ -36,6 +43,14 @@ def test_the_surrogate_is_clipped_where_that_lowers_it():
     np.testing.assert_allclose(
         policy.clipped_surrogate(log_ratio, -one, 0.2), [[-0.8, -1, -1.5]], rtol=1e-6)
     assert policy.clipped_share(log_ratio, 0.2) == pytest.approx(2 / 3)
+
+
+def test_the_surrogate_of_a_ratio_beyond_float32_is_finite():
+    log_ratio, advantage = jnp.full((1, 3), 100.0), jnp.array([[1.0, 0.0, -1.0]])
+    value, gradient = jax.value_and_grad(
+        lambda ratio: jnp.sum(policy.clipped_surrogate(ratio, advantage, 0.2)))(log_ratio)
+    assert np.isfinite(value)
+    np.testing.assert_array_equal(gradient, 0)
 
 
 def test_gaussians_have_their_density_and_divergence():

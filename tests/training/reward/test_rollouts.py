@@ -89,6 +89,13 @@ def test_the_mean_distance_of_samples():
     np.testing.assert_allclose(scorer.mean_distances(images / 16.0, 0), [2 / 3, 0])
 
 
+class Attached:
+    """Rewards that NumPy cannot read, such as a torch tensor that requires a gradient."""
+
+    def __array__(self, *_, **__):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad")
+
+
 GIVEN, NAMES = np.zeros(8), ["a"] * 8
 COUNTING = itertools.count(1)
 
@@ -98,6 +105,7 @@ COUNTING = itertools.count(1)
     (lambda images, _: np.zeros(3), r"gave an array of shape \(3,\): expected 8 numbers"),
     (lambda images, _: NAMES, "gave a list, not numbers: expected 8 numbers, one for each image"),
     (lambda images, _: None, "gave a NoneType, not numbers"),
+    (lambda images, _: Attached(), "gave a Attached, not numbers"),
     (lambda images, _: (GIVEN, NAMES), r"gave a tuple, not .*or rewards\.Scores\(numbers, groups"),
     (lambda images, _: (GIVEN, NAMES[1:]), "gave a tuple, not numbers"),
     (lambda images: GIVEN, r"raised TypeError \(.*takes 1 positional argument but 2 were given\): "
@@ -121,6 +129,22 @@ def test_scores_that_are_not_those_of_the_images_are_refused(run, reward, messag
     with pytest.raises(UserError, match=rf"^config\.reward\.name=brightness .*{message}") as error:
         found([tokens, tokens], batch)
     assert (error.value.__cause__ is None) == (" raised " not in str(error.value))
+
+
+def test_a_reward_that_changes_its_images_changes_nothing_else(run):
+    source = run.config.data.open("train")
+    batch = sharding.to_global(batch_of(source, run.config, 4), run.mesh)
+    tokens = jax.numpy.asarray(np.random.default_rng(0).normal(size=(4, 3, 16, 4)))
+    found, distances = Scorer(run, source), []
+    for factor in (1, 0):
+        def reward(images, _, factor=factor):
+            images *= factor
+            return np.zeros(len(images))
+
+        found._reward = reward
+        distances.append(found([tokens], batch)["distance"])
+    np.testing.assert_array_equal(*distances)
+    assert (distances[0] > 0).all()
 
 
 def test_worker_processes_score_the_same(run):
