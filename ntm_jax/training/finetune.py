@@ -20,7 +20,7 @@ from ntm_jax.export.read import (
     read_parameters,
 )
 from ntm_jax.runtime import build, checkpoint, checksums, config_file
-from ntm_jax.runtime.run import Run, restore_params
+from ntm_jax.runtime.run import FROZEN, Run, restore_params
 from ntm_jax.training import frozen, objectives
 from ntm_jax.training.state import State
 
@@ -47,11 +47,19 @@ def start_from(run: Run, current: State) -> State:
 
 
 def _read_all(run: Run, where: str) -> dict:
-    """All parameters of an export, or the EMA of a run: a workdir or WORKDIR/checkpoints/STEP."""
-    folder = epath.Path(where)
+    """All parameters of an export, or the EMA of a run: a workdir or WORKDIR/checkpoints/STEP.
+
+    A denoiser's run and its export hold two models. A new denoiser starts from the denoiser,
+    another run from its teacher.
+    """
+    folder, is_denoiser = epath.Path(where), bool(run.config.teacher)
     if is_export(folder):
         info, expected = read_export_info(folder), build.abstract_params(run.model, run.mesh)
         _check_encoder(run, info.spec.get("text", ""))
+        if is_denoiser:
+            expected = {DENOISER: expected["params"]}
+            found = read_parameters(folder, info, expected, skip="params/")
+            return {"params": found[DENOISER]}
         return read_parameters(folder, info, expected, skip=f"{DENOISER}/")
     workdir, step = checkpoint.locate(folder)
     if not (workdir / "checkpoints").exists():
@@ -59,6 +67,9 @@ def _read_all(run: Run, where: str) -> dict:
                         "WORKDIR/checkpoints/STEP")
     if run.spec.text:
         _check_encoder(run, config_file.load(str(workdir))[1].text)
+    has_teacher = frozen.has_teacher(str(workdir)) and config_file.load(str(workdir))[0].teacher
+    if has_teacher and not is_denoiser:
+        workdir, step = workdir / FROZEN, None
     return restore_params(run, step, folder=str(workdir))[1]
 
 

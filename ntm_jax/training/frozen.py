@@ -9,6 +9,8 @@ section 7), which is kept in the dtype that it computes in. A post-trained model
 the model that it starts from.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from etils import epath
@@ -30,10 +32,16 @@ SHARED = (  # settings that a denoiser shares with its teacher
 def load_teacher(run: Run) -> Run:
     """The teacher of a denoiser's run: config.teacher's, or that of its workdir if it resumes.
 
+    Of a config.teacher that is itself a denoiser's run, the teacher of that run.
     Raises UserError where it does not fit the run's settings and data.
     """
     kept = saved_settings(run.workdir) is not None and has_teacher(run.workdir)
     teacher = load_run(f"{run.workdir}/{FROZEN}" if kept else run.config.teacher)
+    if teacher.denoiser:  # by itself it is neither sampled by the denoiser nor guided as that is
+        step, config = teacher.denoiser.teacher_step, teacher.config
+        assert step is not None  # every run of a denoiser has it
+        config = config.with_sampling(decoder="inverse", guidance=0.0)
+        teacher = dataclasses.replace(teacher, config=config, step=step, denoiser=None)
     check_teacher(run, teacher)
     return teacher
 
@@ -92,6 +100,11 @@ def check_teacher(run: Run, teacher: Run) -> None:
         if mine[key] != theirs[key]:
             raise UserError(f"config.{key} is {mine[key]}, and {theirs[key]} in the teacher "
                             f"{config.teacher}: they must be the same")
+    guidance = config.sample.guidance
+    if configuration.guided(guidance) and not teacher.config.train.condition_dropout:
+        raise UserError(f"config.sample.guidance is {guidance}, and the teacher {config.teacher} "
+                        "was trained without condition dropout: set it to 0, or give a teacher "
+                        "trained with config.train.condition_dropout=0.1")
     different = different_data(run, teacher)
     if different:
         name, own, others = different
@@ -122,9 +135,17 @@ def abstract_reference(run: Run) -> dict:
 
 
 def reference_params(run: Run, current: State) -> dict:
-    """The reference parameters, from WORKDIR/frozen; a run at step 0 writes them there first."""
-    with Checkpoints(f"{run.workdir}/{FROZEN}") as checkpoints:
-        if int(current.step) == 0 and checkpoints.latest() is None:
+    """The reference parameters, from WORKDIR/frozen; a run at step 0 writes them there first.
+
+    Raises UserError where a run beyond step 0 lacks them.
+    """
+    folder = f"{run.workdir}/{FROZEN}"
+    with Checkpoints(folder) as checkpoints:
+        if checkpoints.latest() is None:
+            if int(current.step):
+                raise UserError(f"{folder}, the model to which this run is held, is missing: "
+                                "restore it from a copy of the run's folder, or start anew in "
+                                "another --workdir")
             found = current.params
             if run.config.train.align_weight:
                 found = {"params": copy(found["params"]["backbone"], run.config.model.dtype)}

@@ -267,12 +267,12 @@ def test_a_t_min_at_which_the_posteriors_scale_vanishes_is_refused():
         tuned("x", **{"trajectory.t_min_range": (0.0, 0.04)})
 
 
-@pytest.mark.slow
-def test_a_run_without_its_reference_is_refused(flow, run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "frozen")
-    with pytest.raises(UserError, match=r"there is no checkpoint in .*frozen"):
-        loop.train(tuned(flow[0], **{"train.steps": 5}), str(tmp_path / "run"), progress=False)
+def test_a_resumed_run_without_its_reference_is_refused(tmp_path):
+    run = tuned_run("x", tmp_path)
+    current = state.abstract(run).replace(step=np.int32(4))
+    message = f"^{tmp_path}/frozen, the model to which this run is held, is missing: restore it"
+    with pytest.raises(UserError, match=message):
+        frozen.reference_params(run, current)
 
 
 @pytest.mark.slow

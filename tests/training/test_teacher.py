@@ -15,10 +15,13 @@ from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
-from ntm_jax.runtime import config
+from ntm_jax.export import write
+from ntm_jax.runtime import build, config, config_file
+from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.run import untrained as new_run
 from ntm_jax.runtime.run import with_denoiser
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.training import frozen, loop, objectives, pictures, state
+from ntm_jax.training import finetune, frozen, loop, objectives, pictures, state
 from tests.common import (
     as_run,
     batch_of,
@@ -82,6 +85,32 @@ def untrained():
     denoiser = denoising.make_denoiser(model)
     params = state.initialize(as_run(TEACHER, denoiser, mesh)).params
     return source, run, denoiser, params
+
+
+@pytest.fixture(scope="module")
+def written(untrained, tmp_path_factory):
+    """A denoiser's run of step 7, whose teacher is of step 4, loaded from its workdir."""
+    _, teacher, _, _ = untrained
+    settings, workdir = denoiser_config("gone"), str(tmp_path_factory.mktemp("written") / "run")
+    frozen.save_teacher(dataclasses.replace(teacher, step=4), workdir)
+    config_file.write(workdir, settings, teacher.spec)
+    model = new_run(settings, teacher.spec, teacher.mesh).model
+    abstract = build.abstract_params(model, teacher.mesh)
+    params = randomised(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract), seed=2)
+    fixed = config_file.fixed(settings, teacher.spec)
+    with Checkpoints(workdir, settings=fixed) as checkpoints:
+        checkpoints.save(7, {"ema": params}, {})
+    return ntm_jax.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def exported(written, tmp_path_factory):
+    """The folder of its export."""
+    folder = tmp_path_factory.mktemp("exports") / "denoiser"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(write, "programs", lambda run: {})  # they take a minute to compile
+        written.export(str(folder))
+    return folder
 
 
 @pytest.mark.slow
@@ -215,6 +244,37 @@ def test_a_teacher_of_other_data_is_refused(untrained, field, mine, theirs, mess
     with pytest.raises(UserError, match=f"the teacher  {message}"):
         frozen.check_teacher(run, teacher)
     frozen.check_teacher(run, run)
+
+
+@pytest.mark.parametrize("kind", ["workdir", "export"])
+def test_a_teacher_that_has_a_denoiser_is_kept_without_it(written, exported, tmp_path, kind):
+    where = exported if kind == "export" else written.workdir
+    run = new_run(denoiser_config(where), written.spec, written.mesh)
+    frozen.save_teacher(frozen.load_teacher(run), str(tmp_path))
+    kept = ntm_jax.load(str(tmp_path / "frozen"))
+    assert (kept.step, kept.denoiser, bits(kept.params)) == (4, None, bits(written.params))
+
+
+@pytest.mark.parametrize("kind", ["workdir", "export"])
+def test_new_runs_start_from_a_denoisers_run(written, exported, kind):
+    """An NTM from its teacher, a denoiser from its denoiser."""
+    where = str(exported if kind == "export" else written.workdir)
+    for settings, expected in ((TEACHER, written.params),
+                               (denoiser_config("x"), written.denoiser.params)):
+        settings = dataclasses.replace(settings, init_from=where)
+        run = new_run(settings, written.spec, written.mesh)
+        assert bits(finetune.start_from(run, state.abstract(run)).params) == bits(expected)
+
+
+def test_guidance_needs_a_teacher_with_condition_dropout(untrained):
+    teacher = untrained[1]
+    run = dataclasses.replace(teacher, config=denoiser_config("x", **{"sample.guidance": 1.0}))
+    frozen.check_teacher(run, teacher)
+    train = dataclasses.replace(TEACHER.train, condition_dropout=0.0)
+    teacher = dataclasses.replace(teacher, config=dataclasses.replace(TEACHER, train=train))
+    message = r"config\.sample\.guidance is 1\.0, and the teacher x was trained without"
+    with pytest.raises(UserError, match=message):
+        frozen.check_teacher(run, teacher)
 
 
 @pytest.mark.slow
