@@ -16,6 +16,7 @@ import pathlib
 import re
 import struct
 import sys
+import zipfile
 import zlib
 
 import jax.export
@@ -25,6 +26,7 @@ import safetensors.numpy
 FOLDER = pathlib.Path(__file__).parent
 OUT = "samples.npz"
 PNGS = pathlib.Path("samples")
+MARK = b"Software\0sample.py of ntm_jax"  # a text in the PNG files, by which they are known
 BATCH = 100  # the number of images made at a time
 ARGUMENTS = (  # name, least and largest value
     ("NUMBER", 1, 1_000_000),
@@ -46,13 +48,16 @@ def main(arguments: list[str]) -> None:
     if arguments[2:]:
         parse = parse_vector if kind == "vector" else parse_classes
         chosen = parse(arguments[2], about)
+    spec = about["spec"]
+    has_pngs = spec["levels"] and spec["image_shape"][-1] in (1, 3)
+    keep_others([pathlib.Path(OUT), *(earlier_pngs() if has_pngs else [])])
     number, seed = given + [16, about["config"]["seed"] % 2**32][len(given):]
     weights = safetensors.numpy.load(read_verified("model.safetensors", about["files"]))
     parameters = jax.device_put(weights)
     sampler = jax.export.deserialize(bytearray(read_verified("sampler.bin", about["files"])))
     images = sample(sampler, parameters, about, number, seed, chosen)
     write(images)
-    pngs = write_pngs(images, about["spec"]["levels"])
+    pngs = write_pngs(images, spec["levels"]) if has_pngs else ""
     note = {"text": ", without a caption",
             "vector": ", at the mean of the training conditions"}.get(kind, "")
     note = note if chosen is None else ""
@@ -174,6 +179,29 @@ def read(path: pathlib.Path) -> bytes:
         raise Mistake(f"{path} cannot be read ({error.strerror}): {REMEDY}") from None
 
 
+def keep_others(paths: list[pathlib.Path]) -> None:
+    """Raises Mistake where one of the files exists and this script did not write it."""
+    for path in paths:
+        try:
+            if path == pathlib.Path(OUT):
+                with zipfile.ZipFile(path) as archive:
+                    own = archive.namelist() == ["images.npy"]
+            else:
+                own = MARK in path.read_bytes()[:100]
+        except FileNotFoundError:
+            continue
+        except (OSError, zipfile.BadZipFile):
+            own = False
+        if not own:
+            raise Mistake(f"{path} was not written by this script, which would replace it: run "
+                          "this in another folder, or move it away")
+
+
+def earlier_pngs() -> list[pathlib.Path]:
+    """The files in the folder samples/ that have the names of PNG files of this script."""
+    return sorted(PNGS.glob("[0-9]" * 6 + ".png"))
+
+
 def write(images: np.ndarray) -> None:
     """Writes samples.npz in the current folder, completely or not at all."""
     buffer = io.BytesIO()
@@ -195,14 +223,12 @@ def write(images: np.ndarray) -> None:
 
 def write_pngs(images: np.ndarray, levels: int) -> str:
     """Writes PNG files of pixels of 1 or 3 channels; says where, for the last line."""
-    if not levels or images.shape[-1] not in (1, 3):
-        return ""
     shown = np.rint(images * (255 / (levels - 1))).astype(np.uint8)
     try:
         PNGS.mkdir(exist_ok=True)
         for i, image in enumerate(shown):
             (PNGS / f"{i:06d}.png").write_bytes(png(image))
-        for earlier in PNGS.glob("[0-9]" * 6 + ".png"):  # of a call for more images
+        for earlier in earlier_pngs():  # of a call for more images
             if int(earlier.stem) >= len(shown):
                 earlier.unlink()
     except OSError as error:
@@ -221,7 +247,7 @@ def png(image: np.ndarray) -> bytes:
 
     rows = np.pad(image.reshape(height, -1), ((0, 0), (1, 0)))  # each row begins with filter 0
     header = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tEXt", MARK) + chunk(
         b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
 
 

@@ -17,12 +17,16 @@ from tests.export.common import assert_close, refused_by_script, run_alone
 
 def test_the_script_runs_without_the_package(run, exported, tmp_path):
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples/000005.png").write_text("of a call for six images")
+    of_six_images = sample_script.png(np.zeros((8, 8, 1), np.uint8))
+    (tmp_path / "samples/000005.png").write_bytes(of_six_images)
+    np.savez(tmp_path / "samples.npz", images=np.zeros(6))
+    (tmp_path / "samples/grid.png").write_text("another's, of a name that the script does not take")
     printed = run_alone(exported, tmp_path, "5", "3")
     assert printed == "5 images uint8[8, 8, 1] in samples.npz and samples/\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "samples.npz"]
     with np.load(tmp_path / "samples.npz") as archive:
         images = archive["images"]
+    (tmp_path / "samples/grid.png").unlink()
     files = sorted((tmp_path / "samples").iterdir())
     assert [path.name for path in files] == [f"{i:06d}.png" for i in range(5)]
     for path, image in zip(files, images, strict=True):
@@ -31,6 +35,23 @@ def test_the_script_runs_without_the_package(run, exported, tmp_path):
     expected = run.sample_at(np.arange(5), seed=3)
     assert images.shape == expected.shape
     assert alike(images, expected)
+
+
+@pytest.mark.parametrize("name", ["samples/000001.png", "samples/000005.png", "samples.npz"])
+def test_the_script_leaves_the_files_of_others(exported, tmp_path, monkeypatch, name):
+    """The files are such as launch.sample writes."""
+    (tmp_path / "samples").mkdir()
+    if name == "samples.npz":
+        np.savez(tmp_path / name, np.zeros((2, 8, 8, 3), np.uint8))
+    else:
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample_script, "FOLDER", exported)
+    with pytest.raises(sample_script.Mistake, match="was not written by this script"):
+        sample_script.main(["2"])
+    assert (tmp_path / name).read_bytes() == before
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
 
 
 @pytest.mark.slow
