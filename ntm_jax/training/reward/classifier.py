@@ -4,6 +4,8 @@ Its architecture is that of the features `cnn`. Its seed is another, so that sco
 features do not come from the network that the samples are made to please.
 """
 
+import json
+
 import jax
 import numpy as np
 import safetensors
@@ -17,6 +19,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import features
 
 SEED = 1
+REMEDY = "name another file, into which one is trained and written"
 
 
 def saved(file: str, source: Source):
@@ -24,7 +27,7 @@ def saved(file: str, source: Source):
 
     The classifier is read from a safetensors file. Where there is no such file, or its name is
     empty, it is trained on the source, and then written there. Raises UserError for a source
-    without classes, and for a file that holds another network.
+    without classes, and for a file that holds another network or a classifier of other data.
     """
     features.check_classes(source)
     if file and epath.Path(file).exists():
@@ -32,7 +35,8 @@ def saved(file: str, source: Source):
     else:
         params = jax.device_get(features.fit_classifier(source, SEED))
         if file and jax.process_index() == 0:
-            files.write(file, safetensors.numpy.save(_flat(params), {"classes_of": source.name}))
+            about = {"classes_of": source.name, "class_names": json.dumps(source.class_names)}
+            files.write(file, safetensors.numpy.save(_flat(params), about))
 
     def log_probabilities(images):
         logits = features.classify(source, params, images)[1].astype(np.float64)
@@ -49,12 +53,30 @@ def _flat(params) -> dict:
 def _read(file: str, source: Source) -> dict:
     shapes = {name: a.shape for name, a in _flat(features.abstract_classifier(source)).items()}
     try:
-        flat = safetensors.numpy.load(epath.Path(file).read_bytes())
-    except (OSError, safetensors.SafetensorError) as error:
+        content = epath.Path(file).read_bytes()
+        flat = safetensors.numpy.load(content)
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+        about = header.get("__metadata__", {})
+        names = json.loads(about.get("class_names", "[]"))  # earlier versions did not keep them
+    except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({error}): expected a classifier's safetensors; "
                         "without the file one is trained and written there") from None
     if {name: a.shape for name, a in flat.items()} != shapes:
         raise UserError(f"{file} holds another network than a classifier of the "
-                        f"{source.num_classes} classes of {source.name}: name another file, into "
-                        "which one is trained and written")
+                        f"{source.num_classes} classes of {source.name}: {REMEDY}")
+    _check_data(file, about.get("classes_of", source.name), names, source)
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _check_data(file: str, theirs: str, names: list, source: Source) -> None:
+    """Raises UserError where the source `theirs`, with these names of classes, has other classes.
+
+    Sources of one kind, such as a folder that has moved, may have the same.
+    """
+    if theirs.partition(":")[0] != source.name.partition(":")[0]:
+        raise UserError(f"{file} holds a classifier of {theirs}, and the data here are "
+                        f"{source.name}: {REMEDY}")
+    for label, (there, here) in enumerate(zip(names, source.class_names, strict=False)):
+        if there != here:
+            raise UserError(f"{file} holds a classifier of {theirs} with class {label} named "
+                            f"{there}, and it is {here} in {source.name}: {REMEDY}")

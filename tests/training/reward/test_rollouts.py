@@ -1,6 +1,7 @@
 """Rollouts: the same on any mesh, scored in this process or in others, and what is logged."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 from concurrent.futures import BrokenExecutor
@@ -14,9 +15,10 @@ from ntm_jax.core.trajectory import simulate
 from ntm_jax.data import sources
 from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
+from ntm_jax.evaluation import features
 from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives
-from ntm_jax.training.reward import held_out, preference, rewards, rollouts, scorer
+from ntm_jax.training.reward import classifier, held_out, preference, rewards, rollouts, scorer
 from ntm_jax.training.reward.rollouts import Rollouts
 from ntm_jax.training.reward.scorer import Scorer
 from tests.common import batch_of
@@ -285,6 +287,31 @@ def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
         rewards.find(f"classifier:{file}", dataclasses.replace(source, num_classes=9))
     with pytest.raises(UserError, match="digits has no classes"):
         rewards.find("classifier", dataclasses.replace(source, num_classes=0))
+
+
+CLASSES = tuple("abcdefghij")
+
+
+@pytest.mark.parametrize(("theirs", "mine", "message"), [
+    (("digits", ()), ("digits", ()), None),
+    (("folder:/here", CLASSES), ("folder:/there", CLASSES), None),
+    (("folder:/here", ()), ("folder:/here", CLASSES), None),  # as earlier versions kept it
+    (("mock:8x8x1,levels=17,classes=10", ()), ("digits", ()),
+     "holds a classifier of mock:8x8x1,levels=17,classes=10, and the data here are digits: name"),
+    (("folder:/here", CLASSES), ("folder:/there", CLASSES[::-1]),
+     "holds a classifier of folder:/here with class 0 named a, and it is j in folder:/there: name"),
+])
+def test_the_classifier_of_other_data_is_refused(run, tmp_path, monkeypatch, theirs, mine, message):
+    source, file = run.config.data.open("train"), str(tmp_path / "file")
+    params = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype),
+                          features.abstract_classifier(source))
+    monkeypatch.setattr(features, "fit_classifier", lambda *_: params)
+    theirs, mine = (dataclasses.replace(source, name=name, class_names=names)
+                    for name, names in (theirs, mine))
+    classifier.saved(file, theirs)
+    monkeypatch.setattr(features, "fit_classifier", None)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        classifier.saved(file, mine)
 
 
 @pytest.mark.parametrize(("trains", "levels"), [
