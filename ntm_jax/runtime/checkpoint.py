@@ -37,9 +37,13 @@ READ_ATTEMPTS = 30  # while a run saves and removes checkpoints
 
 
 def locate(where) -> tuple[epath.Path, int | None]:
-    """(workdir, step) of a run's folder, with step None, or of WORKDIR/checkpoints/STEP."""
+    """(workdir, step) of a run's folder, with step None, or of WORKDIR/checkpoints/STEP.
+
+    A run's own folder may have a name like a checkpoint's: it has a config.json, which those lack.
+    """
     folder = epath.Path(where)
     named = folder.parent.name == "checkpoints" and folder.name.isdecimal()
+    named = named and not (folder / "config.json").exists()
     return (folder.parent.parent, int(folder.name)) if named else (folder, None)
 
 
@@ -58,15 +62,19 @@ def _best_step(checkpoints) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Retention:
-    """orbax's preservation policy: keeps the latest `last`, the best, and multiples of `every`."""
+    """orbax's preservation policy: keeps the latest `last`, the best, and multiples of `every`.
 
+    It also keeps the steps that are symbolic links in the folder, which orbax does not remove.
+    """
+
+    folder: epath.Path
     last: int
     every: int
 
     def should_preserve(self, checkpoints, *, context):
         kept = {c.step for c in checkpoints[-self.last :]} | {_best_step(checkpoints)}
         return [c.step in kept or (self.every > 0 and c.step % self.every == 0)
-                for c in checkpoints]
+                or os.path.islink(self.folder / str(c.step)) for c in checkpoints]
 
 
 class Checkpoints:
@@ -95,7 +103,8 @@ class Checkpoints:
         # orbax needs an absolute path; resolving an object-storage address would make it local.
         path = path if is_remote(path) else path.resolve()
         self.directory = path / "checkpoints"
-        self._retention, self._settings = _Retention(keep_last, keep_every), settings
+        self._retention = _Retention(self.directory, keep_last, keep_every)
+        self._settings = settings
         # Without these handlers orbax would take a dictionary of numbers for a tree of arrays.
         registry = ocp.handlers.local_registry()
         for name in ("data", "run", "checksums"):

@@ -17,7 +17,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime.checkpoint import Checkpoints, locate
 from ntm_jax.runtime.checksums import array_checksums
 from tests.common import bits, environment, start
 from tests.runtime.checkpoint_programs import integers
@@ -107,6 +107,28 @@ def test_reading_changes_nothing_on_disk(tmp_path):
         checkpoints.save(3, {"x": jnp.ones(3)}, {})
         checkpoints.wait()
         assert not unfinished.exists()
+
+
+def test_a_folder_with_the_name_of_a_checkpoint_may_be_a_runs(tmp_path):
+    folder = tmp_path / "run/checkpoints/4"
+    folder.mkdir(parents=True)
+    assert locate(folder) == (tmp_path / "run", 4)
+    (folder / "config.json").touch()
+    assert locate(folder) == (folder, None)
+
+
+def test_retention_keeps_a_step_that_is_a_link(tmp_path):
+    """orbax refuses to remove it."""
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    (folder / "1").rename(tmp_path / "elsewhere")
+    (folder / "1").symlink_to(tmp_path / "elsewhere")
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        for step in (2, 3):
+            checkpoints.save(step, {"x": jnp.ones(3)}, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 3]
 
 
 def test_a_saved_step_is_left_as_it_is(tmp_path):
