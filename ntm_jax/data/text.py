@@ -183,7 +183,7 @@ class Words:
                 "words:M:VOCABULARY, such as words:8:a red blue circle"
             )
         self.name, self.tokens = f"words:{argument}", int(tokens)
-        self._places = {word: i for i, word in enumerate(vocabulary)}
+        self._places = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
         self.width = 2 * len(self._places) + self.tokens
 
     def encode(self, captions: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:

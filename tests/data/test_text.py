@@ -271,6 +271,13 @@ def test_a_vocabulary_may_have_commas():
     np.testing.assert_array_equal(one, other)
 
 
+def test_a_word_that_a_vocabulary_repeats_counts_once():
+    one, other = (text.open_encoder(f"words:3:{words}") for words in ("a red fox", "a red a fox"))
+    assert one.width == other.width
+    states = [encoder.encode(["fox a red"])[0][0] for encoder in (one, other)]
+    np.testing.assert_array_equal(*states)
+
+
 def test_an_unknown_word_is_named():
     with pytest.raises(
         UserError, match="has the word 'green', which the model does not know: expected a, red"
