@@ -79,6 +79,9 @@ def test_a_csv_and_names_of_classes(tmp_path):
         ("c", 1),
     ]
     assert choices(out)["classes"] == ["ant", "zebra"]
+    (tmp_path / "list.csv").write_text("file_name,caption,label,\n0.png,a,,\n1.png,b,,\n")
+    out = run(tmp_path, folder, "unlabelled", captions=str(tmp_path / "list.csv"))
+    assert choices(out)["classes"] == []
     (folder / "metadata.csv").write_text("file_name,caption\n1.png,found by itself\n")
     assert [record["caption"] for record in records(run(tmp_path, folder, "second"))] == [
         "found by itself"
