@@ -84,9 +84,7 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
         return Loaded(item.key, None, "not an image")
     except Exception as error:  # PIL raises a dozen kinds on a damaged file
         return Loaded(item.key, None, first_line(error))
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
+    if not is_utf8(caption):
         return Loaded(item.key, image, null="not UTF-8", label=label)
     caption = caption.strip()
     null = "" if caption else "empty"
@@ -94,6 +92,15 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
 
 
 # For the kinds of input.
+
+
+def is_utf8(text: str) -> bool:
+    """False for a text with surrogates, which stand for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def caption_of(value) -> str:

@@ -66,7 +66,7 @@ class Source:
     mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.
     typical_side: the median of the images' shorter sides, of images of several sizes; 0 otherwise.
-    skipped: names the files that are left out since they cannot be decoded; '' if there are none.
+    skipped: says what of the data is left out or not understood; '' if nothing is.
     planar_extent: how the data are drawn. 0: as images. Positive: each record is a point of the
       plane, latents of shape 1 x 2 x 1, drawn in scatter plots on the square [-planar_extent,
       planar_extent]^2.
@@ -240,7 +240,9 @@ def open_as_stored(name: str, split: str) -> Source:
     if not len(source.records):
         raise SplitError(f"split {split!r} of {name} holds no records: it needs more")
     _check_fields(name, source)
-    return source
+    # Names of folders that are not UTF-8 hold surrogates, which cannot be drawn or printed.
+    names = (name.encode(errors="backslashreplace").decode() for name in source.class_names)
+    return dataclasses.replace(source, class_names=tuple(names))
 
 
 def _check_fields(name: str, source: Source) -> None:
