@@ -63,6 +63,7 @@ def test_an_invalid_list_is_refused(tmp_path, listed, message):
 def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
     (tmp_path / "empty").mkdir()
     pictures(tmp_path / "in", 3)
+    (tmp_path / "same.jsonl").write_text('{"file_name": "000.png", "caption": "a"}\n' * 3)
     (tmp_path / "cut.tar").write_bytes(b"<html>" * 100)
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         add(tar, "a.png", encoded(picture(1)))
@@ -95,6 +96,10 @@ def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
             "the text encoder 'bert' is not known",
         ),
         ({"input": f"folder:{tmp_path}/in", "test": 3}, "--test=3 holds out 3 of 3 images"),
+        (
+            {"input": f"folder:{tmp_path}/in", "captions": f"{tmp_path}/same.jsonl", "test": 1},
+            "--test=1 holds out all 3 images, since they have one name: give --test=0 or images",
+        ),
         ({"input": f"folder:{tmp_path}/in", "test": 1.5}, "--test=1.5 holds out 1.5 of 3 images"),
         ({"input": f"folder:{tmp_path}/in", "process_id": 1}, "--process_id=1: expected 0 to 0"),
     ):
