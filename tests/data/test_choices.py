@@ -63,6 +63,12 @@ def test_small_images_keep_their_size_and_given_settings_stay(tmp_path):
     assert (found["data.patch_size"], found["train.condition_dropout"]) == (2, 0.0)
 
 
+def test_images_of_several_sizes_need_a_size(tmp_path):
+    source = write_images(tmp_path, 10, (21, 22))
+    with pytest.raises(UserError, match=r"^images have different sizes \(.*\): set data\.image_size"):
+        chosen(folder, source, **{"data.image_size": 0})
+
+
 def test_images_of_a_source_of_several_sizes_are_measured(tmp_path, monkeypatch):
     source = sources.open_as_stored(write_images(tmp_path, 10), "train")
     several = dataclasses.replace(source, image_shape=(None, None, 3), typical_side=None)
