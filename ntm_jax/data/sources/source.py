@@ -422,9 +422,10 @@ def _parse_split(split: str) -> tuple[str, str | None, str | None]:
 
 def _slice(split: str, first: str | None, last: str | None, count: int) -> range:
     def row(bound: str) -> int:
-        percent = bound.endswith("%")
-        value = round(int(bound[:-1]) * count / 100) if percent else int(bound)
-        return value + count if bound.startswith("-") else value
+        from_end = bound.startswith("-")
+        if bound.endswith("%"):
+            return round((int(bound[:-1]) + 100 * from_end) * count / 100)
+        return int(bound) + count * from_end
 
     start, stop = row(first or "0"), row(last or "100%")
     if not 0 <= start < stop <= count:
