@@ -159,6 +159,15 @@ def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) 
         )
 
 
+def is_utf8(caption: str) -> bool:
+    """False for a caption with surrogates, which stand for bytes that are not UTF-8."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def split(caption: str) -> list[str]:
     """The words of a caption in lower case, without punctuation."""
     return re.findall(r"[\w']+", caption.lower())

@@ -65,7 +65,7 @@ def test_small_images_keep_their_size_and_given_settings_stay(tmp_path):
 
 def test_images_of_several_sizes_need_a_size(tmp_path):
     source = write_images(tmp_path, 10, (21, 22))
-    with pytest.raises(UserError, match=r"^images have different sizes \(.*\): set data\.image_size"):
+    with pytest.raises(UserError, match=r"^images have different sizes \(.*\): set data"):
         chosen(folder, source, **{"data.image_size": 0})
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from ntm_jax.data import images
+from ntm_jax.data import images, text
 from ntm_jax.errors import UserError, first_line, shown
 
 # The least number of classes that integer labels may span; more images may span more.
@@ -84,7 +84,7 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
         return Loaded(item.key, None, "not an image")
     except Exception as error:  # PIL raises a dozen kinds on a damaged file
         return Loaded(item.key, None, first_line(error))
-    if not is_utf8(caption):
+    if not text.is_utf8(caption):
         return Loaded(item.key, image, null="not UTF-8", label=label)
     caption = caption.strip()
     null = "" if caption else "empty"
@@ -92,15 +92,6 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
 
 
 # For the kinds of input.
-
-
-def is_utf8(text: str) -> bool:
-    """False for a text with surrogates, which stand for bytes that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def caption_of(value) -> str:

@@ -29,8 +29,8 @@ from etils import epath
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data import images, regular
-from ntm_jax.data.prepare import captioned, from_folder
+from ntm_jax.data import images, regular, text
+from ntm_jax.data.prepare import from_folder
 from ntm_jax.data.sources.source import Source, check_split, permuted_splits
 from ntm_jax.errors import UserError, shown
 from ntm_jax.files import is_remote, parse_json, write_json
@@ -177,7 +177,7 @@ def _captions(
     missing = [file for file in files if file not in found]
     if missing:
         return None, f"the list in it has no row for {len(missing)} images: {_first(missing)}", []
-    bad = {file for file in files if not captioned.is_utf8(found[file])}
+    bad = {file for file in files if not text.is_utf8(found[file])}
     return ["" if file in bad else found[file] for file in files], "", sorted(bad)
 
 
