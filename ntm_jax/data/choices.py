@@ -57,7 +57,12 @@ def _patch_size(data: _Data) -> int:
 
 
 def _text(data: _Data) -> str:
-    """An embedding of the captions' words where these are few, MiniLM otherwise."""
+    """The encoder of the records' text states, where they hold any.
+
+    Otherwise an embedding of the captions' words where these are few, and MiniLM for more.
+    """
+    if data.train.text_width:
+        return data.train.text
     if data.train.captions is None:
         raise UserError(
             f"{data.train.name} has no captions ({data.train.no_captions or 'of any kind'}): "
