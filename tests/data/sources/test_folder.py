@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -236,11 +238,25 @@ def test_one_image_cannot_be_split(tmp_path):
         open_source(f"folder:{tmp_path}", "train")
 
 
+def grey_alpha_png(value):
+    """A PNG of 8 x 8 opaque grey pixels of 16 bits with alpha."""
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    rows = (b"\0" + struct.pack(">HH", value, 65535) * 8) * 8
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 4, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
 def test_16_bits_are_rounded_to_8_and_more_are_refused(tmp_path):
     save(tmp_path / "deep.png", 1000, mode="I;16")
     save(tmp_path / "white.png", 65535, mode="I;16")
     source = open_source(f"folder:{tmp_path}", "all")
     assert (source.image_shape, sorted(values(source))) == ((8, 8, 1), [4, 255])
+    (tmp_path / "pair.png").write_bytes(grey_alpha_png(51400))
+    assert open_source(f"folder:{tmp_path}", "all").image_shape == (8, 8, 1)
+    (tmp_path / "pair.png").unlink()
     Image.new("F", (8, 8), 0.5).save(tmp_path / "float.png", "TIFF")
     assert open_source(f"folder:{tmp_path}", "all").skipped == (
         "1 of 3 images cannot be decoded and are left out: float.png")
