@@ -103,8 +103,11 @@ def encode(
 ) -> tuple[list[np.ndarray], Sequence[bool]]:
     """`encoder.encode(captions)`, checked, and the states as float16.
 
-    UserError if it is not what `Encoder.encode` says.
+    UserError if it is not what `Encoder.encode` says, and for a caption that is not UTF-8.
     """
+    wrong = next((caption for caption in captions if not is_utf8(caption)), None)
+    if wrong is not None:
+        raise UserError(f"the caption {shown(wrong, str)} is not UTF-8: write it in UTF-8")
     found, name = encoder.encode(captions), f"the text encoder {encoder.name!r}"
     count = len(captions)
     if not isinstance(found, tuple) or [_length(part) for part in found] != [count, count]:
