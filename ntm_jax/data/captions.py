@@ -15,7 +15,8 @@ from ntm_jax.data import text
 from ntm_jax.data.records import pad_text
 from ntm_jax.errors import UserError
 
-_MAX_CAPTIONS = 100_000  # that an encoder with at_read=False encodes when a source is opened
+_MAX_CAPTIONS = 100_000  # that are encoded when a source is opened
+_AT_ONCE = 1_000  # captions whose states are in memory while captions are checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +55,16 @@ def encode_captions(
       name: what errors call the records.
       records: random access to records with "caption".
       captions: the caption of every record.
+    Warns of captions that are cut.
+
     Raises:
-      UserError: as `text.open_encoder`; too many captions for a slow encoder.
+      UserError: as `text.open_encoder`; a caption that cannot be encoded; too many captions for a
+        slow encoder. With more captions than are encoded here, reading a record raises the second.
     """
     encoder = text.open_encoder(encoder_name)
     if encoder.at_read:
+        if len(captions) <= _MAX_CAPTIONS:
+            _check_all(encoder, sorted(set(captions)))
         return _EncodedCaptions(records, encoder.tokens, encoder, {}), encoder
     if len(captions) > _MAX_CAPTIONS:
         raise UserError(
@@ -67,6 +73,13 @@ def encode_captions(
         )
     states = _encode_all(encoder_name, tuple(sorted(set(captions))))
     return _EncodedCaptions(records, encoder.tokens, None, states), encoder
+
+
+def _check_all(encoder: text.Encoder, captions: Sequence[str]) -> None:
+    cut = []
+    for start in range(0, len(captions), _AT_ONCE):
+        cut += text.encode(encoder, captions[start : start + _AT_ONCE])[1]
+    text.warn_of_cut(encoder, captions, cut)
 
 
 @functools.cache

@@ -57,7 +57,12 @@ def _patch_size(data: _Data) -> int:
 
 
 def _text(data: _Data) -> str:
-    """An embedding of the captions' words where these are few, MiniLM otherwise."""
+    """The encoder of the records' text states, where they hold any.
+
+    Otherwise an embedding of the captions' words where these are few, and MiniLM for more.
+    """
+    if data.train.text_width:
+        return data.train.text
     if data.train.captions is None:
         raise UserError(
             f"{data.train.name} has no captions ({data.train.no_captions or 'of any kind'}): "
@@ -85,6 +90,10 @@ def _data_std(data: _Data) -> float:
     size, levels = data.settings["data.image_size"], data.train.pixel_levels
     if size and levels:
         shown = [images.resize(image, size, levels) for image in shown]
+    shapes = sorted({image.shape for image in shown})
+    if len(shapes) > 1:
+        one, other = ("x".join(map(str, shape)) for shape in shapes[:2])
+        raise UserError(f"images have different sizes ({one}, {other}): set data.image_size")
     std = float(np.std(np.stack(shown).astype(np.float64)))
     return max(0.05, round(std * 2 / (levels - 1) if levels else std, 2))
 

@@ -12,13 +12,15 @@ from PIL import Image, ImageOps
 
 # Decoding other formats, such as EPS, may start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_PNG_GREY_ALPHA = 4  # the colour type in a PNG's header, its byte 25
 
 
 def decode(data: bytes, size: int = 0) -> np.ndarray:
     """The image in a file's bytes, [H, W, C] uint8; C is 1 if the file is grey, else 3.
 
-    EXIF rotation is applied, transparent images are composited on white, 16-bit values are rounded
-    to 8 bits, and of an animation the first frame is taken.
+    EXIF rotation is applied, transparent images are composited on white, 16-bit grey values are
+    rounded to 8 bits, of 16-bit colours and grey with alpha Pillow keeps the upper 8 bits, and of
+    an animation the first frame is taken.
 
     Args:
       size: if positive, a JPEG may be decoded at a fraction of its size, with both sides still at
@@ -34,13 +36,15 @@ def decode(data: bytes, size: int = 0) -> np.ndarray:
             if size:
                 file.draft(None, (2 * size, 2 * size))
             image = ImageOps.exif_transpose(file)
+            # Pillow opens grey with alpha of 16 bits as RGBA.
+            grey_png = file.format == "PNG" and data[25] == _PNG_GREY_ALPHA
     if image.mode.startswith("I"):
         low, high = cast(tuple[float, float], image.getextrema())  # of its one channel
         if low >= 0 and high < 1 << 16:
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode[0] in "IF":
         raise ValueError("its pixels have more than 16 bits")
-    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    mode = "L" if grey_png or image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -52,6 +52,7 @@ class DataSpec:
     columns: the columns of an array, of which each record is a row; 0 for images.
     condition_width: E of the vectors that records are conditioned on; 0 without.
     condition_mean, condition_std: by number, what these vectors were normalised by.
+    version: identifies the data's content; '' if unknown. The model does not depend on it.
     """
 
     image_shape: tuple[int, int, int]
@@ -69,6 +70,7 @@ class DataSpec:
     condition_width: int = 0
     condition_mean: tuple[float, ...] = ()
     condition_std: tuple[float, ...] = ()
+    version: str = dataclasses.field(default="", compare=False)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -144,6 +146,16 @@ def spec(source: Source, patch_size: int) -> DataSpec:
         if field.name in names
     }
     return DataSpec(patch_size=patch_size, count=len(source.records), **shared)
+
+
+def changed_data(name: str, before: str, now: str) -> str:
+    """A line on the data `name`, if these two versions of them differ and are known; else ''."""
+    if not before or not now or before == now:
+        return ""
+    return (
+        f"{name} changed since the run began, from version {before!r} to {now!r}: its splits may "
+        "hold other records, so held-out ones may be among those trained on"
+    )
 
 
 _JSON_PIXEL_LEVELS = "levels"  # the key of DataSpec.pixel_levels in files

@@ -103,8 +103,11 @@ def encode(
 ) -> tuple[list[np.ndarray], Sequence[bool]]:
     """`encoder.encode(captions)`, checked, and the states as float16.
 
-    UserError if it is not what `Encoder.encode` says.
+    UserError if it is not what `Encoder.encode` says, and for a caption that is not UTF-8.
     """
+    wrong = next((caption for caption in captions if not is_utf8(caption)), None)
+    if wrong is not None:
+        raise UserError(f"the caption {shown(wrong, str)} is not UTF-8: write it in UTF-8")
     found, name = encoder.encode(captions), f"the text encoder {encoder.name!r}"
     count = len(captions)
     if not isinstance(found, tuple) or [_length(part) for part in found] != [count, count]:
@@ -159,6 +162,15 @@ def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) 
         )
 
 
+def is_utf8(caption: str) -> bool:
+    """False for a caption with surrogates, which stand for bytes that are not UTF-8."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def split(caption: str) -> list[str]:
     """The words of a caption in lower case, without punctuation."""
     return re.findall(r"[\w']+", caption.lower())
@@ -183,7 +195,7 @@ class Words:
                 "words:M:VOCABULARY, such as words:8:a red blue circle"
             )
         self.name, self.tokens = f"words:{argument}", int(tokens)
-        self._places = {word: i for i, word in enumerate(vocabulary)}
+        self._places = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
         self.width = 2 * len(self._places) + self.tokens
 
     def encode(self, captions: Sequence[str]) -> tuple[list[np.ndarray], list[bool]]:

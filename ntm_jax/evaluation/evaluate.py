@@ -1,6 +1,7 @@
 """The whole evaluation of a run: held-out likelihood, comparisons, and scores of its samples."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -59,6 +60,9 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
                                   features=features)
     source = config.data.open(split)
     _check(run, source, options, against)
+    changed = pipeline.changed_data(source.name, run.spec.version, source.version)
+    if changed:
+        warnings.warn(changed, stacklevel=2)
     train = config.data.open(config.data.split)
     scores_images = config.evaluate.images and train.pixel_levels
     extractor = None  # made first, since it may refuse

@@ -240,7 +240,7 @@ NON_NEGATIVE = (
     "optimizer.weight_decay", "evaluate.images", "sample.guidance", "sample.num",
     "trajectory.t_min", "trajectory.t_min_range", "reward.anchor", "reward.kl",
     "reward.novelty")
-ANY_SIGN = ("trajectory.shift", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
+ANY_SIGN = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 LARGEST_FLOAT = 3e38  # numbers are float32
 RANGES = {  # the least and the largest value of settings with bounds of their own
@@ -250,6 +250,7 @@ RANGES = {  # the least and the largest value of settings with bounds of their o
     "data.image_size": (0, 65_536),
     "evaluate.trajectories": (1, 1_000_000),
     "trajectory.steps": (1, 10_000),
+    "trajectory.shift": (-50, 50),  # beyond, its exponential leaves float32
     "sample.steps": (1, 100_000),
     "sample.percentile": (0, 100),
     "reward.samples": (2, 65_536),

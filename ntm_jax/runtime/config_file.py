@@ -14,7 +14,7 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.data import choices
-from ntm_jax.data.pipeline import DataSpec, spec_from_json, spec_to_json
+from ntm_jax.data.pipeline import DataSpec, changed_data, spec_from_json, spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.registry import NotRegistered
 from ntm_jax.runtime import checkpoint
@@ -26,7 +26,7 @@ DAMAGED = ("give launch/train.py the run's own command, which writes it anew fro
 RESUMABLE = (  # what a resumed run may change
     "mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every",
     "train.save_minutes", "train.evaluate_every", "train.log_every", "train.keep", "optimizer.",
-    "evaluate.", "sample.", "spec.class_names")
+    "evaluate.", "sample.", "spec.class_names", "spec.version")
 
 
 def _defaults(cls, prefix: str = "") -> dict:
@@ -111,6 +111,9 @@ def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     for key, one, other in differences(before, flatten(_content(config, spec))):
         if key == "spec.class_names" and not one:
             continue  # written before runs kept the names
+        if key == "spec.version":
+            lines += filter(None, [changed_data(config.data.source, one, other)])
+            continue
         of_samples = config.reward.ahead and key == "sample.steps"  # which a checkpoint may hold
         if not key.startswith(RESUMABLE) or key == "spec.class_names" or of_samples:
             raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from ntm_jax.data import text
+from ntm_jax.data import captions, text
 from ntm_jax.data.captions import encode_captions
 from ntm_jax.data.pipeline import spec
 from ntm_jax.data.records import Layout, write_records
@@ -17,7 +17,7 @@ from tests.data.common import captioned, latents
 TEXT = Layout((2, 2, 4), pixel_levels=0, text_tokens=6, text_width=8)
 
 
-def test_captions_are_encoded_as_they_are_read(tmp_path):
+def test_captions_are_encoded_as_they_are_read(tmp_path, monkeypatch):
     examples = [
         {**example, "caption": caption}
         for example, caption in zip(latents(3), ("a red circle", "", "a blau circle"), strict=True)
@@ -41,7 +41,13 @@ def test_captions_are_encoded_as_they_are_read(tmp_path):
     ) == ("a red circle", (4, 10), 3, 0)
     np.testing.assert_array_equal(first["text"].argmax(1)[:3], [0, 1, 2])
     with pytest.raises(UserError, match="'blau', which the model does not know"):
-        open_source(f"records:{tmp_path}", "test", text=name).records[2]
+        open_source(f"records:{tmp_path}", "test", text=name)
+    with pytest.warns(UserWarning, match=r"^1 of 2 captions are cut to the 2 tokens of words:2:"):
+        open_source(f"records:{tmp_path}", "test[:2]", text="words:2:a red circle")
+    monkeypatch.setattr(captions, "_MAX_CAPTIONS", 2)
+    source = open_source(f"records:{tmp_path}", "test", text=name)
+    with pytest.raises(UserError, match="'blau', which the model does not know"):
+        source.records[2]
 
 
 @pytest.mark.parametrize("at_read", [True, False])

@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from ntm_jax.data import choices, pipeline, sources
+from ntm_jax.data.records import Layout, write_records
 from ntm_jax.errors import UserError
 from ntm_jax.experiments import captions, default, folder
 from ntm_jax.runtime import config, config_file
 from ntm_jax.runtime.checkpoint import Checkpoints
 from tests.common import tiny_config
+from tests.data.common import captioned as latents_with_captions
 
 
 def write_images(root, count, size=(50, 40), classes=("cats", "dogs"), mode="RGB"):
@@ -63,6 +65,12 @@ def test_small_images_keep_their_size_and_given_settings_stay(tmp_path):
     assert (found["data.patch_size"], found["train.condition_dropout"]) == (2, 0.0)
 
 
+def test_images_of_several_sizes_need_a_size(tmp_path):
+    source = write_images(tmp_path, 10, (21, 22))
+    with pytest.raises(UserError, match=r"^images have different sizes \(.*\): set data"):
+        chosen(folder, source, **{"data.image_size": 0})
+
+
 def test_images_of_a_source_of_several_sizes_are_measured(tmp_path, monkeypatch):
     source = sources.open_as_stored(write_images(tmp_path, 10), "train")
     several = dataclasses.replace(source, image_shape=(None, None, 3), typical_side=None)
@@ -81,6 +89,12 @@ def captioned(tmp_path, text):
 def test_few_words_become_a_vocabulary(tmp_path):
     source = captioned(tmp_path, lambda i: f"A {'red' if i % 2 else 'blue, old'} house.")
     assert chosen(captions, source)["data.text"] == "words:4:a blue house old red"
+
+
+def test_records_with_text_states_keep_their_encoder(tmp_path):
+    write_records(tmp_path, {split: latents_with_captions(5) for split in ("train", "test")},
+                  Layout((2, 2, 4), 0, text_tokens=6, text_width=8, text="minilm"))
+    assert chosen(captions, f"records:{tmp_path}")["data.text"] == "minilm"
 
 
 def test_many_words_need_a_language_model(tmp_path):

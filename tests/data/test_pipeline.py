@@ -105,6 +105,7 @@ def test_a_spec_in_json_has_the_key_levels_and_loads_with_either_key():
         "condition_width": 0,
         "condition_mean": [],
         "condition_std": [],
+        "version": "",
     }
     assert list(values)[2] == "levels"
     assert spec_from_json(json.loads(json.dumps(values))) == SPEC

@@ -241,6 +241,11 @@ def test_what_an_encoder_gives_is_checked(found, line):
         text.encode(Custom(found), ["a", ""])
 
 
+def test_a_caption_that_is_not_utf_8_is_refused():
+    with pytest.raises(UserError, match=r"^the caption caf\\udce9 is not UTF-8: write it in UTF-8"):
+        text.encode(Custom((STATES, [False] * 2)), ["caf\udce9", ""])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int64])
 def test_an_encoders_other_numbers_become_float16(dtype):
     given = [states.astype(dtype) for states in STATES]
@@ -269,6 +274,13 @@ def test_a_vocabulary_may_have_commas():
         for words in ("a red fox", "a,red, fox")
     )
     np.testing.assert_array_equal(one, other)
+
+
+def test_a_word_that_a_vocabulary_repeats_counts_once():
+    one, other = (text.open_encoder(f"words:3:{words}") for words in ("a red fox", "a red a fox"))
+    assert one.width == other.width
+    states = [encoder.encode(["fox a red"])[0][0] for encoder in (one, other)]
+    np.testing.assert_array_equal(*states)
 
 
 def test_an_unknown_word_is_named():

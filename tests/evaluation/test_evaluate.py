@@ -65,6 +65,13 @@ def test_options_replace_settings(run):
     assert "class_accuracy" not in result
 
 
+def test_data_that_changed_since_the_training_are_named(run):
+    changed = dataclasses.replace(run, spec=dataclasses.replace(run.spec, version="before"))
+    with pytest.warns(UserWarning, match=r"^digits changed since the run began, from version "
+                                         r"'before' to 'scikit-learn .*'"):
+        evaluate.evaluate(changed, EvaluationOptions(split="test[:4]", trajectories=1))
+
+
 def test_two_runs_are_compared_record_by_record(run):
     """The standard error of the difference is paired; a run compared with itself differs by 0."""
     other = dataclasses.replace(run, params=jax.tree.map(lambda a: 1.01 * a, run.params))

@@ -81,6 +81,8 @@ def test_an_integer_is_taken_for_a_float():
      "config.trajectory.steps is empty: give the numbers of steps, such as (4,)"),
     ("trajectory.steps", (4, 0),
      "config.trajectory.steps is 0: expected at least 1 and at most 10000"),
+    ("trajectory.shift", 1000.0,
+     "config.trajectory.shift is 1000.0: expected at least -50 and at most 50"),
     ("trajectory.t_min_range", (0.1,),
      "config.trajectory.t_min_range is (0.1,): expected a tuple of float, 2 long"),
     ("trajectory.t_min_range", (0.1, 0.2, 0.3),

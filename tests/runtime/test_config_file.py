@@ -144,6 +144,19 @@ def test_class_names_may_come_and_not_change(with_checkpoint, tmp_path):
     assert "spec.class_names" not in config_file.fixed(tiny_config(), one)
 
 
+def test_data_that_changed_since_a_run_began_are_named(with_checkpoint, tmp_path):
+    one, other = (dataclasses.replace(SPEC, version=version) for version in ("a", "b"))
+    config_file.write(str(tmp_path), tiny_config(), SPEC)  # as earlier versions, without one
+    assert config_file.claim(str(tmp_path), tiny_config(), one) == []
+    config_file.write(str(tmp_path), tiny_config(), one)
+    assert config_file.load(str(tmp_path))[1].version == "a"
+    assert config_file.claim(str(tmp_path), tiny_config(), one) == []
+    assert config_file.claim(str(tmp_path), tiny_config(), other) == [
+        "digits changed since the run began, from version 'a' to 'b': its splits may hold other "
+        "records, so held-out ones may be among those trained on"]
+    assert "spec.version" not in config_file.fixed(tiny_config(), one)
+
+
 def test_settings_at_their_defaults_are_left_out_of_a_checkpoint():
     kept = config_file.fixed(tiny_config(), SPEC)
     assert (kept["trajectory.t_min"], kept["spec.count"]) == (0.03, 1500)

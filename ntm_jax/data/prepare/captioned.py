@@ -5,13 +5,14 @@ caption and a label. Only regular files are read, images of at most 256 MiB and 
 16 MiB. S image side. No jax is imported: worker processes run this.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from ntm_jax.data import images
+from ntm_jax.data import images, text
 from ntm_jax.errors import UserError, first_line, shown
 
 # The least number of classes that integer labels may span; more images may span more.
@@ -83,9 +84,7 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
         return Loaded(item.key, None, "not an image")
     except Exception as error:  # PIL raises a dozen kinds on a damaged file
         return Loaded(item.key, None, first_line(error))
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
+    if not text.is_utf8(caption):
         return Loaded(item.key, image, null="not UTF-8", label=label)
     caption = caption.strip()
     null = "" if caption else "empty"
@@ -107,12 +106,13 @@ def caption_of(value) -> str:
 def make_input(name: str, items: list[Item], read: Callable) -> Input:
     """An Input of items whose labels are as listed, all integers or names, or all None.
 
-    Integer labels stay; a name becomes its index among the sorted names.
+    Integer labels stay; a name becomes its index among the sorted names. An empty label is none.
 
     Raises:
       UserError: some items have a label and others none; a label of another type; integers out of
         range.
     """
+    items = [item._replace(label=None) if item.label == "" else item for item in items]
     if all(item.label is None for item in items):
         return Input(items, read, [])
     for item in items:
@@ -123,7 +123,7 @@ def make_input(name: str, items: list[Item], read: Callable) -> Input:
                 "give every row a name or a number"
             )
     labels = {str(item.label) for item in items}
-    if all(label.isdecimal() for label in labels):
+    if all(re.fullmatch(r"[+-]?\d+", label) for label in labels):
         _check_numbers(name, items)
         places = {label: int(label) for label in labels}
         classes = [str(i) for i in range(max(places.values()) + 1)]
@@ -139,9 +139,9 @@ def _check_numbers(name: str, items: Sequence[Item]) -> None:
     limit = max(_CLASSES, len(items))
     for item in items:
         label = str(item.label)
-        if len(label) > 18 or int(label) >= limit:
+        if len(label) > 18 or not 0 <= int(label) < limit:
             raise UserError(
                 f"{name} has the label {shown(item.label, str)} for {shown(item.key, str)}: "
-                f"expected numbers below {limit}, the number of images or {_CLASSES}; write other "
+                f"expected 0 to {limit - 1}, below the number of images or {_CLASSES}; write other "
                 "labels as names"
             )

@@ -4,7 +4,7 @@ import csv
 import functools
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
 
@@ -137,7 +137,7 @@ def _rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
 
     Bytes that are not UTF-8 become surrogates, which still name the same file.
     """
-    number = 0
+    number, expected = 0, f"{file.suffix} of file_name, caption"
     try:
         with (
             file.open("rb") as raw,
@@ -146,19 +146,35 @@ def _rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
             ) as text,
         ):
             if file.suffix == ".csv":
-                reader = csv.DictReader(_lines(text))
+                number = 1
+                expected += ", and quotes around a caption with a comma or a quote"
+                reader = csv.DictReader(_lines(text), strict=True)
+                columns = _columns(reader)
+                number = 2
                 for row in reader:
                     number = reader.line_num
-                    yield number, {k: v for k, v in row.items() if None not in (k, v)}
+                    if None in row:  # the fields beyond the header
+                        fields = len(columns) + len(row[None])
+                        raise ValueError(f"it has {fields} fields under a header of {len(columns)}")
+                    yield number, {k: v for k, v in row.items() if v is not None}
+                    number += 1
                 return
             for number, line in enumerate(_lines(text), 1):
                 if line.strip():
                     yield number, parse_object(line)
     except (ValueError, csv.Error) as error:
         raise UserError(
-            f"{file} line {number} is not understood ({first_line(error)}): expected {file.suffix} "
-            "of file_name, caption"
+            f"{file} line {number} is not understood ({first_line(error)}): expected {expected}"
         ) from None
+
+
+def _columns(reader: csv.DictReader) -> Sequence[str]:
+    """The names of a table's columns. ValueError for a name that two columns have."""
+    columns = reader.fieldnames or ()
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"it has two columns {shown(twice, str)}")
+    return columns
 
 
 def _lines(text: io.TextIOBase) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The input `tars:GLOB`: uncompressed tar files in webdataset's layout.
 
-The members of one item share a key, the name up to its first dot, and lie one after the other.
+The members of one item share a key, the name up to its first dot, and lie one after the other. Its
+label is that of its .json, or else its .cls.
 """
 
 import collections
@@ -101,7 +102,10 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str, part: dict, p
     elif kind == "json":
         row = parse_object(_member_text(tar, member))
         part.setdefault("caption", caption_of(row.get("caption", row.get("text"))))
-        part["label"] = row.get("label")
+        if row.get("label") is not None:
+            part["label"] = row["label"]
+    elif kind == "cls":
+        part.setdefault("label", _member_text(tar, member).strip())
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

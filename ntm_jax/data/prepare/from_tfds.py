@@ -25,7 +25,7 @@ def open_tfds(where: str, split: str, feature: str) -> Input:
         inner = getattr(inner[part], "feature", inner[part])  # a sequence's element
         inner = inner if hasattr(inner, "keys") else {}
     count = len(_examples(where, split))
-    classes = [str(i) for i in range(source.num_classes(features))]
+    classes = features["label"].names if source.num_classes(features) else []
     read = functools.partial(_read_example, where, split, feature.split("/"), bool(classes))
     return Input([Item(str(i), i) for i in range(count)], read, classes)
 

@@ -82,6 +82,13 @@ def make_shards(choices: Choices, items: Sequence[Item]) -> list[Shard]:
         "train": [row for row, value in enumerate(values) if value > last],
         "test": [row for row, value in enumerate(values) if value <= last],
     }
+    if not splits["train"]:
+        count = len(set(values))
+        names = "one name" if count == 1 else f"{count} names"
+        raise UserError(
+            f"--test={choices.test:g} holds out all {len(items)} images, since they have {names}: "
+            "give --test=0 or images of more names"
+        )
     size = choices.shard_size
     return [
         Shard(f"{split}-{i:05}", split, rows[start : start + size])

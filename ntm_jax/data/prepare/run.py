@@ -8,6 +8,7 @@ to the same bits. The process that finds all shards complete writes the manifest
 import dataclasses
 import functools
 import hashlib
+import re
 import time
 from collections.abc import Container, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from ntm_jax import files
 from ntm_jax.data.prepare import captioned, inputs, loading, shards
 from ntm_jax.data.prepare.encoder import Encoder
 from ntm_jax.data.prepare.plan import Choices, Shard, claim, make_plan, make_shards
@@ -237,15 +239,14 @@ def _moments(training: Sequence[Tally], layout: Layout) -> tuple[list[float], li
 
 
 def _remove_parts(root: epath.Path) -> None:
-    """Removes what killed calls left half-written.
+    """Removes the plans, shards and tallies that killed calls left half-written.
 
     Parts of a manifest stay: another process may be writing one at this moment.
     """
-    for rest in root.glob(".part*"):
-        if rest.is_dir():
-            rest.rmtree(missing_ok=True)
-        elif not rest.name.startswith(f".part-{MANIFEST}"):
-            rest.unlink(missing_ok=True)
+    own = re.escape(files.PART) + r"(plan|(train|test)-\d+)\.(json|arrayrecord)-[0-9a-f]{12}"
+    for part in root.glob(f"{files.PART}*"):
+        if re.fullmatch(own, part.name):
+            part.unlink(missing_ok=True)
 
 
 def _print_summary(job: _Job, splits: dict, tallies: Sequence[Tally], found: dict) -> None:

@@ -24,13 +24,15 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from ntm_jax.data import text
 from ntm_jax.data.sources.source import ArrayRecords, Source, check_split, permuted_splits
 from ntm_jax.data.transforms import standardise
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import UserError, first_line, shown
 
 _provided: dict[str, "Arrays"] = {}  # by version; under '', those provided last
 
@@ -128,6 +130,7 @@ def from_arrays(
       UserError: another shape, dtype or length; pixels out of range; numbers that are not finite;
         a column of an array that is constant; negative labels; a share out of range.
     """
+    pixel_levels, held_out, seed = map(_plain, (pixel_levels, held_out, seed))
     is_table = np.ndim(images) == 2
     images, pixel_levels = (_check_rows if is_table else _check_images)(images, pixel_levels)
     count = len(images)
@@ -194,7 +197,7 @@ def _open_file(kind: str, argument: str, split: str) -> Source:
         return _read_file(kind, argument, path, *keys.values(), *changed).open(split)
     except UserError:  # of what the file holds
         raise
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         expected = _READERS[kind][1]
         raise UserError(
             f"data.source {kind}:{path} cannot be read ({first_line(error)}): expected {expected}"
@@ -287,6 +290,11 @@ _READERS = {  # kinds of files, and what to expect of one
     "npz": (_npz, "a file of numpy.savez"),
     "parquet": (_parquet, "a Parquet file whose lists, if any, have one length"),
 }
+
+
+def _plain(number):
+    """A scalar of NumPy as a number of Python; others as they are."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def _version(about: list, *arrays: np.ndarray | None) -> str:
@@ -441,4 +449,7 @@ def _check_captions(captions, count: int) -> tuple[str, ...] | None:
     for caption in captions:
         if not isinstance(caption, str):
             raise UserError(f"captions hold a {type(caption).__name__}: expected strings")
+        if not text.is_utf8(caption):
+            raise UserError(f"captions hold {shown(caption, str)}, which is not UTF-8: expected "
+                            "strings without surrogates")
     return tuple(map(str, captions))

@@ -1,15 +1,16 @@
 """The source `folder:PATH`: a folder of image files, with captions if a list of them is there.
 
 Splits: train and test are the sub-folders of these names, if both exist; otherwise a fixed
-permutation of the sorted files is cut after 90%. Classes: the sub-folders (of train/ and test/
-taken together), sorted by name, if every image lies in one. Links to folders and files are
-followed, and every folder is walked once. Only regular files are read, of at most 256 MiB. Images
-have one size unless data.image_size sets it, and are grey if all are grey. Up to 1% of the images,
-or one, may be damaged: these are left out, before the splits are cut. Captions: those of
-metadata.jsonl or metadata.csv in the folder, if it has one for every image; see launch/prepare.py
-for its columns. Its column `rejected` names an image that was judged worse with the same caption;
-then the images that have one are the records. No jax is imported: grain's worker processes run
-this.
+permutation of the sorted files is cut after 90%. The layouts train/CLASS/ and train/ with val/ are
+refused without test/. Classes: the sub-folders (of train/ and test/ taken together), sorted by
+name, if every image lies in one. Links to folders and files are followed, and every folder is
+walked once. Only regular files are read, of at most 256 MiB. Images have one size unless
+data.image_size sets it, and are grey if all are grey. Up to 1% of the images, or one, may be
+damaged: these are left out, before the splits are cut. Captions: those of metadata.jsonl or
+metadata.csv in the folder, if it has one for every image; see launch/prepare.py for its columns.
+Those that are not UTF-8 count as empty. Its column `rejected` names an image that was judged worse
+with the same caption; then the images that have one are the records. No jax is imported: grain's
+worker processes run this.
 """
 
 import collections
@@ -19,7 +20,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,13 +29,14 @@ from etils import epath
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data import images, regular
+from ntm_jax.data import images, regular, text
 from ntm_jax.data.prepare import from_folder
 from ntm_jax.data.sources.source import Source, check_split, permuted_splits
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, shown
 from ntm_jax.files import is_remote, parse_json, write_json
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_THIRD = ("val", "valid", "validation")  # folders that others hold out beside or in place of test/
 _MANIFEST = ".ntm_manifest.json"
 _CACHE = Path.home() / ".cache" / "ntm_jax"
 _SCAN_LIMIT = 50_000  # of a folder with more files, only a sample is decoded when it is opened
@@ -90,7 +92,7 @@ def open_folder(where: str, split: str) -> Source:
     root = epath.Path(where).expanduser()
     if not root.is_dir():
         raise UserError(f"data.source folder:{where} is not there: expected a folder of images")
-    presplit = all((root / part).is_dir() for part in ("train", "test"))
+    presplit, ignored = _presplit(root, where)
     files = _image_files(root, where, presplit)
     few = len(files) <= _SCAN_LIMIT
     scanned, bad = _scan(root, files if few else files[:: len(files) // _SAMPLE])
@@ -99,7 +101,7 @@ def open_folder(where: str, split: str) -> Source:
     files = _without_rejected([file for file in files if file not in bad], rejected, where)
     splits = _splits(files, presplit)
     check_split(f"folder:{where}", split, splits)
-    captions, no_captions = _captions(listed, files)
+    captions, no_captions, not_utf8 = _captions(listed, files)
 
     channels = max(entry[-1] for entry in scanned.values())
     chosen = [files[row] for row in splits[split]]
@@ -132,26 +134,51 @@ def open_folder(where: str, split: str) -> Source:
         mixed_sizes=mixed,
         typical_side=int(np.median(sides)) if mixed else 0,
         skipped="; ".join(filter(None, (
-            f"{len(bad)} of {len(files) + len(bad)} images cannot be decoded and are left out: "
-            f"{_first(sorted(bad))}" if bad else "",
-            f"{len(absent)} of {len(listed)} rows of its list name no image there: "
-            f"{_first(absent)}" if listed and absent else ""))),
+            f"{ignored}/ beside train/ and test/ is left out" if ignored else "",
+            _few(bad, len(files) + len(bad), "images cannot be decoded and are left out"),
+            _few(absent, len(listed or ()), "rows of its list name no image there"),
+            _few(not_utf8, len(files), "captions are not UTF-8 and count as empty")))),
     )
+
+
+def _presplit(root: epath.Path, where: str) -> tuple[bool, str]:
+    """(whether train/ and test/ are the splits, a third split's folder that is left out or '').
+
+    Raises UserError for train/ without test/ where they would become classes and are none.
+    """
+    train, test = ((root / part).is_dir() for part in ("train", "test"))
+    third = next((name for name in _THIRD if (root / name).is_dir()), "") if train else ""
+    if not train or test:
+        return train and test, third
+    if third:
+        raise UserError(
+            f"data.source folder:{where} holds train/ and no test/: rename {third}/ to test/, or "
+            "link it under that name"
+        )
+    if any(kind.endswith("folder") for _, kind in _entries(root / "train")):
+        raise UserError(
+            f"data.source folder:{where} holds train/ with sub-folders and no test/: add a folder "
+            f"test/, or give folder:{where}/train for all of its images; rename train/ if it is a "
+            "class"
+        )
+    return False, ""
 
 
 def _captions(
     found: dict[str, str] | None, files: Sequence[str]
-) -> tuple[list[str] | None, str]:
-    """(the captions of the files, None without one for each; why there are none).
+) -> tuple[list[str] | None, str, list[str]]:
+    """(the captions of the files, None without one for each; why there are none; bad captions).
 
-    found: the captions of a list; None without a list.
+    found: the captions of a list; None without a list. Captions that are not UTF-8 become empty;
+    their files are returned.
     """
     if found is None:
-        return None, f"there is no {' or '.join(from_folder.LISTS)} in it"
+        return None, f"there is no {' or '.join(from_folder.LISTS)} in it", []
     missing = [file for file in files if file not in found]
     if missing:
-        return None, f"the list in it has no row for {len(missing)} images: {_first(missing)}"
-    return [found[file] for file in files], ""
+        return None, f"the list in it has no row for {len(missing)} images: {_first(missing)}", []
+    bad = {file for file in files if not text.is_utf8(found[file])}
+    return ["" if file in bad else found[file] for file in files], "", sorted(bad)
 
 
 def _without_rejected(files: list[str], rejected: dict[str, str], where: str) -> list[str]:
@@ -257,7 +284,12 @@ def _entries(folder: epath.Path) -> Iterator[tuple[str, str]]:
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(shown(name, str) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _few(names: Collection[str], total: int, what: str) -> str:
+    """"3 of `total` `what`: the names"; '' without names."""
+    return f"{len(names)} of {total} {what}: {_first(sorted(names))}" if names else ""
 
 
 def _decode(path: epath.Path) -> np.ndarray:

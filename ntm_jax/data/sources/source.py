@@ -66,7 +66,7 @@ class Source:
     mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.
     typical_side: the median of the images' shorter sides, of images of several sizes; 0 otherwise.
-    skipped: names the files that are left out since they cannot be decoded; '' if there are none.
+    skipped: says what of the data is left out or not understood; '' if nothing is.
     planar_extent: how the data are drawn. 0: as images. Positive: each record is a point of the
       plane, latents of shape 1 x 2 x 1, drawn in scatter plots on the square [-planar_extent,
       planar_extent]^2.
@@ -240,7 +240,9 @@ def open_as_stored(name: str, split: str) -> Source:
     if not len(source.records):
         raise SplitError(f"split {split!r} of {name} holds no records: it needs more")
     _check_fields(name, source)
-    return source
+    # Names of folders that are not UTF-8 hold surrogates, which cannot be drawn or printed.
+    names = (name.encode(errors="backslashreplace").decode() for name in source.class_names)
+    return dataclasses.replace(source, class_names=tuple(names))
 
 
 def _check_fields(name: str, source: Source) -> None:
@@ -420,9 +422,10 @@ def _parse_split(split: str) -> tuple[str, str | None, str | None]:
 
 def _slice(split: str, first: str | None, last: str | None, count: int) -> range:
     def row(bound: str) -> int:
-        percent = bound.endswith("%")
-        value = round(int(bound[:-1]) * count / 100) if percent else int(bound)
-        return value + count if bound.startswith("-") else value
+        from_end = bound.startswith("-")
+        if bound.endswith("%"):
+            return round((int(bound[:-1]) + 100 * from_end) * count / 100)
+        return int(bound) + count * from_end
 
     start, stop = row(first or "0"), row(last or "100%")
     if not 0 <= start < stop <= count:

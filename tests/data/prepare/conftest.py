@@ -16,7 +16,7 @@ class Captioned(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         features = {
             "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(num_classes=4),
+            "label": tfds.features.ClassLabel(names=["ant", "bee", "cat", "dog"]),
             "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
             "title": tfds.features.Text(),
         }

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ntm_jax.data.prepare import captioned
 from ntm_jax.data.records import read_manifest
+from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 from tests.data.prepare.common import (
     WORDS,
@@ -79,6 +80,9 @@ def test_a_csv_and_names_of_classes(tmp_path):
         ("c", 1),
     ]
     assert choices(out)["classes"] == ["ant", "zebra"]
+    (tmp_path / "list.csv").write_text("file_name,caption,label,\n0.png,a,,\n1.png,b,,\n")
+    out = run(tmp_path, folder, "unlabelled", captions=str(tmp_path / "list.csv"))
+    assert choices(out)["classes"] == []
     (folder / "metadata.csv").write_text("file_name,caption\n1.png,found by itself\n")
     assert [record["caption"] for record in records(run(tmp_path, folder, "second"))] == [
         "found by itself"
@@ -94,11 +98,14 @@ def test_tars_of_webdataset(tmp_path):
             add(tar, "x/2.txt", b"a red circle")
             add(tar, "x/2.jpg", encoded(picture(10 + i), "jpeg"))
             add(tar, "x/3.webp", encoded(picture(20 + i), "webp", lossless=True))
-            add(tar, "x/3.json", json.dumps({"caption": "a circle", "width": 3}).encode())
+            add(tar, "x/3.json", json.dumps({"caption": "a circle", "label": 7}).encode())
             add(tar, "x/4.txt", b"alone")
             add(tar, "x/5.png", encoded(picture(30 + i)))
+            for key in "2345":
+                add(tar, f"x/{key}.cls", f"{key}\n".encode())
     out = run(tmp_path, "", input=f"tars:{tmp_path}/*.tar", max_bad=0.3)
     assert [record["caption"] for record in records(out)] == ["a red circle", "a circle", ""] * 2
+    assert [record["label"] for record in records(out)] == [2, 7, 5] * 2
     np.testing.assert_array_equal(
         records(out)[4]["image"],
         captioned.load(lambda item: (picture(21), "", None), 8, captioned.Item("", None)).image,
@@ -133,6 +140,7 @@ def test_a_tfds_data_set(tfds_folder, tmp_path):
     )
     assert len(records(titles)) == 5
     assert read_manifest(str(titles))[0].num_classes == 4
+    assert open_source(f"records:{titles}", "train").class_names == ("ant", "bee", "cat", "dog")
 
 
 def test_a_mirror_image_follows_every_training_image(tmp_path):

@@ -43,6 +43,11 @@ from tests.data.prepare.common import (
             '"a"}',
             "has the label None for b.png",
         ),
+        (
+            '{"file_name": "a.png", "caption": "a", "label": 1}\n{"file_name": "b.png", "caption": '
+            '"a", "label": ""}',
+            "has the label None for b.png",
+        ),
         ("", "lists no images: expected at least one"),
     ],
 )
@@ -58,6 +63,7 @@ def test_an_invalid_list_is_refused(tmp_path, listed, message):
 def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
     (tmp_path / "empty").mkdir()
     pictures(tmp_path / "in", 3)
+    (tmp_path / "same.jsonl").write_text('{"file_name": "000.png", "caption": "a"}\n' * 3)
     (tmp_path / "cut.tar").write_bytes(b"<html>" * 100)
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         add(tar, "a.png", encoded(picture(1)))
@@ -90,6 +96,10 @@ def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
             "the text encoder 'bert' is not known",
         ),
         ({"input": f"folder:{tmp_path}/in", "test": 3}, "--test=3 holds out 3 of 3 images"),
+        (
+            {"input": f"folder:{tmp_path}/in", "captions": f"{tmp_path}/same.jsonl", "test": 1},
+            "--test=1 holds out all 3 images, since they have one name: give --test=0 or images",
+        ),
         ({"input": f"folder:{tmp_path}/in", "test": 1.5}, "--test=1.5 holds out 1.5 of 3 images"),
         ({"input": f"folder:{tmp_path}/in", "process_id": 1}, "--process_id=1: expected 0 to 0"),
     ):
@@ -214,18 +224,18 @@ def labelled(label):
         ("a.jsonl", "[" * 100_000, "line 1 is not understood (it is nested too deeply)"),
         ("a.jsonl", "null", "line 1 is not understood (it is not a JSON object but null)"),
         ("a.jsonl", labelled("9" * 5000), "line 1 is not understood (it holds a number of "),
-        ("a.jsonl", labelled("9" * 4000), "expected numbers below 100000"),
+        ("a.jsonl", labelled("9" * 4000), "expected 0 to 99999"),
         (
             "a.jsonl",
             labelled(10**12),
-            "has the label 1000000000000 for a.png: expected numbers below 100000",
+            "has the label 1000000000000 for a.png: expected 0 to 99999",
         ),
         ("a.jsonl", labelled("[" * 900 + "1" + "]" * 900), "has the label of type list for a.png"),
         ("a.jsonl", labelled("1e999"), "has the label of type float for a.png"),
         (
             "a.csv",
             "file_name,caption,label\na.png,a," + "9" * 5000,
-            "expected numbers below 100000, the number of images or 100000; write",
+            "expected 0 to 99999, below the number of images or 100000; write other",
         ),
         (
             "a.jsonl",
@@ -243,8 +253,22 @@ def labelled(label):
             "line 1 has file_name, caption: expected file_name",
         ),
         ("a.jsonl", "a" * (2**24 + 1), "line 0 is not understood (larger than 16 MiB"),
+        ("a.jsonl", labelled(-1), "has the label -1 for a.png: expected 0 to 99999, below the "),
+        (
+            "a.csv",
+            "file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b",
+            "a.csv line 3 is not understood (it has 4 fields under a header of 3): expected .csv "
+            "of file_name, caption, and quotes around a caption with a comma or a quote",
+        ),
+        ("a.csv", 'file_name,caption\na.png,"a\nb.png,b', "line 2 is not understood (unexpected "),
+        ("a.csv", 'file_name,caption\na.png,"a" b', "line 2 is not understood (',' expected after"),
+        (
+            "a.csv",
+            "file_name,caption,,caption,\na.png,a,,b,",
+            "line 1 is not understood (it has two columns caption)",
+        ),
     ],
-    ids=range(12),
+    ids=range(17),
 )
 def test_a_list_of_any_content_is_refused_in_one_line(tmp_path, name, content, message):
     write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})

@@ -58,9 +58,13 @@ def test_complete_shards_are_kept_and_others_made_again(tmp_path, monkeypatch):
     (out / "manifest.json").unlink()
     (out / "train-00001.json").unlink()  # killed before the tally was written
     (out / "train-00003.arrayrecord").write_bytes(b"cut")
-    (out / ".partkilled").mkdir()
+    (out / ".part-train-00001.arrayrecord-0123456789ab").write_bytes(b"killed")
+    (out / ".part-of-mine").write_bytes(b"another's")
+    (out / ".partial").mkdir()
     run(tmp_path, folder, shard_size=5)
     assert opened == [f"{i:03}.png" for i in (*range(5, 10), *range(15, 20))]
+    (out / ".partial").rmdir()
+    (out / ".part-of-mine").unlink()
     assert files(out) == expected
 
 

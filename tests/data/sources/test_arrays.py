@@ -114,6 +114,9 @@ def test_the_version_names_the_content_and_its_splits():
         from_arrays(IMAGES.reshape(20, 6, 4, 3), LABELS, CAPTIONS),
     ]
     assert same[0].version == same[1].version
+    numbers = {"pixel_levels": 256, "held_out": 0.25, "seed": 3}
+    scalars = {"pixel_levels": np.int64(256), "held_out": np.float32(0.25), "seed": np.uint8(3)}
+    assert from_arrays(IMAGES, **numbers).version == from_arrays(IMAGES, **scalars).version
     assert len({each.version for each in (same[0], *different)}) == 1 + len(different)
 
 
@@ -192,6 +195,10 @@ def test_worker_processes_read_the_same_arrays():
         ),
         ({"captions": "a" * 20}, "captions are one string: expected one for each"),
         ({"captions": [*CAPTIONS[1:], None]}, "captions hold a NoneType: expected strings"),
+        (
+            {"captions": [*CAPTIONS[1:], "caf\udce9"]},
+            r"captions hold caf\udce9, which is not UTF-8: expected strings",
+        ),
         ({"held_out": 1.0}, "held_out is 1.0: expected a share of the records"),
         ({"held_out": -0.1}, "held_out is -0.1: expected a share"),
         ({"held_out": float("nan")}, "held_out is nan: expected a share"),

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -47,6 +49,33 @@ def test_folder_with_train_and_test(tmp_path):
     assert (values(test), labels(test)) == ([255, 0], [0, 1])
     assert labels(both) == [1, 1, 1, 0, 1]
     assert both.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "refused"),
+    [
+        (["train/a/0.png", "val/a/0.png"],
+         "holds train/ and no test/: rename val/ to test/, or link it under that name"),
+        (["train/0.png", "validation/0.png"], "rename validation/ to test/, or link it"),
+        (["train/a/0.png", "rest/a/0.png"], "add a folder test/, or give folder:.*/train for all"),
+        (["train/0.png", "bus/0.png"], ""),  # classes
+    ],
+)
+def test_folder_with_train_and_without_test(tmp_path, files, refused):
+    for file in files:
+        save(tmp_path / file, (1, 1, 1))
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            open_source(f"folder:{tmp_path}", "all")
+    else:
+        assert open_source(f"folder:{tmp_path}", "all").class_names == ("bus", "train")
+
+
+def test_folder_names_a_split_that_it_leaves_out(tmp_path):
+    for part in ("train", "test", "val"):
+        save(tmp_path / part / "0.png", (1, 1, 1))
+    source = open_source(f"folder:{tmp_path}", "all")
+    assert (len(source.records), source.skipped) == (2, "val/ beside train/ and test/ is left out")
 
 
 def test_folder_without_sub_folders_has_no_labels(tmp_path):
@@ -145,10 +174,29 @@ def test_captions_of_a_list_and_class_names(tmp_path):
     for i, caption in enumerate(source.captions):
         record = source.records[i]
         assert record["caption"] == caption == f"animal {record['image'][0, 0, 0]}"
-    assert open_source(f"folder:{tmp_path}", "train", text="words:2:animal").text_width == 4
+    words = f"words:2:animal {' '.join(map(str, range(20)))}"
+    assert open_source(f"folder:{tmp_path}", "train", text=words).text_width == 44
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows[:-1]]))
     with pytest.raises(UserError, match=r"has no captions \(.*no row for 1 images: cats/19\.png"):
         open_source(f"folder:{tmp_path}", "train", text="words:2:animal")
+
+
+def test_captions_and_names_that_are_not_utf_8(tmp_path):
+    for i in range(4):
+        save(tmp_path / os.fsdecode((b"caf\xe9", b"caf\xe8")[i % 2]) / f"{i}.png", (i, i, i))
+    rows = [b'{"file_name": "caf\xe9/0.png", "caption": "caf\xe9"}',
+            b'{"file_name": "caf\xe8/1.png", "caption": "\\ud83d"}',
+            b'{"file_name": "caf\xe9/2.png", "caption": "\xc3\xa9"}',
+            b'{"file_name": "caf\xe8/3.png", "caption": ""}']
+    (tmp_path / "metadata.jsonl").write_bytes(b"\n".join(rows))
+    source = open_source(f"folder:{tmp_path}", "all")
+    assert source.class_names == (r"caf\udce8", r"caf\udce9")
+    found = {int(record["image"].max()): (record["caption"], record["label"])
+             for record in source.records}
+    assert found == {0: ("", 1), 1: ("", 0), 2: ("é", 1), 3: ("", 0)}
+    assert sorted(source.captions) == ["", "", "", "é"]
+    assert source.skipped == (
+        r"2 of 4 captions are not UTF-8 and count as empty: caf\udce8/1.png, caf\udce9/0.png")
 
 
 def test_pairs_of_a_list_are_records_with_a_rejected_image(tmp_path):
@@ -190,11 +238,25 @@ def test_one_image_cannot_be_split(tmp_path):
         open_source(f"folder:{tmp_path}", "train")
 
 
+def grey_alpha_png(value):
+    """A PNG of 8 x 8 opaque grey pixels of 16 bits with alpha."""
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    rows = (b"\0" + struct.pack(">HH", value, 65535) * 8) * 8
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 4, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
 def test_16_bits_are_rounded_to_8_and_more_are_refused(tmp_path):
     save(tmp_path / "deep.png", 1000, mode="I;16")
     save(tmp_path / "white.png", 65535, mode="I;16")
     source = open_source(f"folder:{tmp_path}", "all")
     assert (source.image_shape, sorted(values(source))) == ((8, 8, 1), [4, 255])
+    (tmp_path / "pair.png").write_bytes(grey_alpha_png(51400))
+    assert open_source(f"folder:{tmp_path}", "all").image_shape == (8, 8, 1)
+    (tmp_path / "pair.png").unlink()
     Image.new("F", (8, 8), 0.5).save(tmp_path / "float.png", "TIFF")
     assert open_source(f"folder:{tmp_path}", "all").skipped == (
         "1 of 3 images cannot be decoded and are left out: float.png")

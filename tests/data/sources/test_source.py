@@ -41,6 +41,8 @@ def test_digits_are_split_by_the_permutation_of_seed_0():
         ("test[10%:]", 30, 297),
         ("test[-7:]", 290, 297),
         ("test[:-10%]", 0, 267),
+        ("test[-50%:]", 148, 297),  # those that [:50%] lacks
+        ("test[:50%]", 0, 148),
         ("test[:]", 0, 297),
     ],
 )

@@ -104,10 +104,15 @@ def test_an_npz_file_holds_columns_under_keys(tmp_path):
     np.savez(path, data=ROWS[:30])
     assert open_source(f"npz:{path}", "all").condition_width == 0
     (tmp_path / "text.npz").write_text("no archive")
+    np.savez_compressed(tmp_path / "damaged.npz", data=ROWS)
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[40:80] = bytes(range(40))
+    (tmp_path / "damaged.npz").write_bytes(content)
     assert_refused({
         f"npz:{path},data=mass": "names the array 'mass': ",
         f"npz:{path}x": "cannot be read (",
         f"npz:{tmp_path}/text.npz": "cannot be read (it is no archive): expected a file of",
+        f"npz:{tmp_path}/damaged.npz": "cannot be read (Error -3 while decompressing data",
     })
     np.savez(path, data=ROWS * [1, 0, 1, 1, 1, 1])
     with pytest.raises(UserError, match=r"^data has the constant column 1, which has no density"):
