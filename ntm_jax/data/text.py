@@ -157,7 +157,7 @@ def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) 
     if long:
         warnings.warn(
             f"{len(long)} of {len(captions)} captions are cut to the {encoder.tokens} tokens of "
-            f"{encoder.name}, such as {long[0]!r}",
+            f"{shown(encoder.name, str)}, such as {shown(long[0])}",
             stacklevel=2,
         )
 
