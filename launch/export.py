@@ -17,9 +17,6 @@ flags.DEFINE_integer("steps", None, "Number of steps T; the configuration's by d
                      lower_bound=1)
 flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down: "
                   "1,0.5,0,0.")
-flags.DEFINE_string("decoder", None, "How the last level becomes an image: inverse, score or "
-                    "denoiser; or how a flow-matching model's ODE is solved: euler or heun. Or "
-                    "one of your own, with --import.")
 flags.DEFINE_string("push", None, "OWNER/NAME, a repository on the Hugging Face Hub to upload the "
                     "folder to; created if needed. Needs the extra [hub] and `hf auth login`.")
 flags.DEFINE_bool("private", False, "With --push: creates a private repository.")
@@ -51,6 +48,7 @@ def main():
 
 
 if __name__ == "__main__":
+    program.define_decoder()
     program.define_workdir("A run's folder, or an export or hf://OWNER/NAME, for other settings "
                            "of sampling.")
     program.define_processes()

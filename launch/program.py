@@ -80,6 +80,13 @@ def define_workdir(help_text: str):
     flags.mark_flag_as_required("workdir")
 
 
+def define_decoder():
+    """Defines the decoder of samples; see ntm_jax/decoders.py."""
+    flags.DEFINE_string(
+        "decoder", None, "How the last level becomes an image: inverse, score or denoiser; or how "
+        "a flow-matching model's ODE is solved: euler or heun. Or one of your own, with --import.")
+
+
 def define_selection():
     """Defines how samples are selected among candidates; see api.Run.selecting."""
     flags.DEFINE_integer(

@@ -26,9 +26,6 @@ flags.DEFINE_enum("layout", None, ["geneval", "dpg"], "Folders for evaluators: G
                   "or DPG-Bench's in OUT/dpg.")
 flags.DEFINE_string("encoder", None, "The prompts' text encoder, such as flux2:FOLDER where the "
                     "folder has moved; the run's by default.")
-flags.DEFINE_string("decoder", None, "How the last level becomes an image: inverse, score or "
-                    "denoiser; or how a flow-matching model's ODE is solved: euler or heun. Or "
-                    "one of your own, with --import.")
 flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the transporter is "
                   "inverted: all tokens at once or in turn.")
 flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
@@ -75,6 +72,7 @@ def main():
 
 if __name__ == "__main__":
     program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
+    program.define_decoder()
     program.define_processes()
     program.define_selection()
     program.run(main)
