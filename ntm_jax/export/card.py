@@ -222,11 +222,14 @@ def _table(result: dict, array: bool) -> str:
     unit, name = next((unit, name) for unit, name in NAMES.items() if unit in result)
     # Bounds on an array's density are in own units; the terms of a trajectory are not.
     own, standardised = (", in own units", ", standardised") if array else ("", "")
-    bound, weighted = result[unit]["bound"], result[unit]["importance_weighted"]
-    trajectories = weighted["trajectories"]
-    rows = [(f"bound, {name}{own}", bound, 1),
-            (f"importance-weighted bound ({trajectories} trajectories), {name}{own}", weighted, 1),
-            (f"trajectory NLL, nats/dim{standardised}", result["trajectory_nll"], 1)]
+    rows = []
+    for key, noised in (("clean_nats_per_dim", ""), (unit, " at t_0" * (unit == "nats_per_dim"))):
+        if key in result:
+            weighted = result[key]["importance_weighted"]
+            kind = f"importance-weighted bound{noised} ({weighted['trajectories']} trajectories)"
+            rows += [(f"bound{noised}, {name}{own}", result[key]["bound"], 1),
+                     (f"{kind}, {name}{own}", weighted, 1)]
+    rows += [(f"trajectory NLL, nats/dim{standardised}", result["trajectory_nll"], 1)]
     if "class_accuracy" in result:
         accuracy = result["class_accuracy"]
         rows.append((f"class accuracy of {accuracy['images']:,} samples, %", accuracy, 100))

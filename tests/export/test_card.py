@@ -60,14 +60,19 @@ def test_likelihoods_of_normalised_data_are_of_the_samplers_numbers(run):
 
 def test_the_card_of_an_array_says_which_figure_is_in_which_units(run, tmp_path):
     values = EVALUATION | {"nats_per_dim": EVALUATION["bits_per_dim"]}
+    clean = {"bound": FIGURE | {"mean": 3.0}, "importance_weighted": FIGURE | {"trajectories": 32}}
+    values["clean_nats_per_dim"] = clean
     values.pop("bits_per_dim")
     (tmp_path / "evaluation.json").write_text(json.dumps(values))
     spec = dataclasses.replace(run.spec, pixel_levels=0, columns=2, mean=(0.5, 1), std=(2.0, 0.1))
     run = dataclasses.replace(run, spec=spec, workdir=str(tmp_path))
     text = card.markdown(run, 1234, PLATFORMS)
     assert "in own units is the standardised one less sum(log(std)) = -1.6094 nats |" in text
-    assert "| bound, nats/dim, in own units | 2.0000" in text
-    assert "| importance-weighted bound (32 trajectories), nats/dim, in own units | 2.0" in text
+    assert "| bound, nats/dim, in own units | 3.0000" in text
+    assert "| bound at t_0, nats/dim, in own units | 2.0000" in text
+    for noised in ("", " at t_0"):
+        name = f"importance-weighted bound{noised} (32 trajectories), nats/dim, in own units"
+        assert f"| {name} | 2.0" in text
     assert "| trajectory NLL, nats/dim, standardised | 2.0000" in text
     assert '\nown_nats = nats - np.log(spec["std"]).sum()' in text
 
