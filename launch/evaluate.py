@@ -38,7 +38,6 @@ def main():
     from ntm_jax import api
     from ntm_jax.evaluation.evaluate import EvaluationOptions
     from ntm_jax.evaluation.report import check_unit
-    from ntm_jax.export import hub
     from ntm_jax.sampling.options import override, parse_guidance
 
     f = program.FLAGS
@@ -55,8 +54,8 @@ def main():
     options = EvaluationOptions(f.split, f.trajectories, f.features, f.inception_weights, guidance)
     against = api.load(f.against, raw=f.raw) if f.against else None
     result, scores = run.scores(options, against, progress=True)
-    latest = f.step is None and run.workdir == hub.results_folder(f.workdir)
-    parts = ["evaluation"] + ([] if latest else [str(run.step)]) + ["raw"] * f.raw
+    step = program.asked_step(run)
+    parts = ["evaluation"] + ([] if step is None else [str(step)]) + ["raw"] * f.raw
     if sample.steps != own_steps:
         parts.append(f"{sample.steps}steps")
     if run.selection:

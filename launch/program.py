@@ -119,6 +119,14 @@ def define_processes():
         "that of JAX_COMPILATION_CACHE_DIR, or else ~/.cache/ntm_jax/programs. Empty keeps none.")
 
 
+def asked_step(run) -> int | None:
+    """The run's step if --step or --workdir asks for it, None if it is the latest."""
+    from ntm_jax.export import hub
+
+    latest = FLAGS.step is None and run.workdir == hub.results_folder(FLAGS.workdir)
+    return None if latest else run.step
+
+
 def span(name: str) -> tuple[int, int] | None:
     """Returns the flag `name`, START:STOP, as two numbers; ends with one line if it is neither."""
     value = FLAGS[name].value

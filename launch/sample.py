@@ -46,7 +46,6 @@ flags.DEFINE_bool("save_trajectories", False, "Also writes every image's levels 
 def main():
     from ntm_jax import api
     from ntm_jax.errors import UserError
-    from ntm_jax.export import hub
     from ntm_jax.sampling import prompts
     from ntm_jax.sampling.conditioning import parse_vectors
     from ntm_jax.sampling.options import parse_guidance
@@ -62,7 +61,7 @@ def main():
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
                         "it out, or change --per_prompt")
     run = api.load(f.workdir, f.step).selecting(f.candidates, f.judge, f.enough)
-    run.write_samples(f.out or f"{hub.results_folder(f.workdir)}/samples", SampleRequest(
+    run.write_samples(f.out or f"{run.workdir}/samples", SampleRequest(
         num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
         prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
         save_trajectories=f.save_trajectories, steps=f.steps,

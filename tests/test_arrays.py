@@ -18,6 +18,7 @@ from ntm_jax.api import Run
 from ntm_jax.core.model import exact
 from ntm_jax.core.transformer.conditions import Vector, null
 from ntm_jax.data import sources
+from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, config, plots, sharding
 from ntm_jax.sampling import conditioning, reweight
@@ -289,6 +290,29 @@ def test_a_target_that_changes_its_argument_leaves_the_samples(gaussian):
     changed, kept = (gaussian.reweight(target, **given) for target in (in_place, log_target))
     np.testing.assert_array_equal(changed.samples, kept.samples)
     np.testing.assert_array_equal(changed.resampled, kept.resampled)
+
+
+@pytest.mark.parametrize("target_there", [-np.inf, 0.0])
+def test_a_diverged_sample_counts_nothing_only_where_the_target_is_0(
+        gaussian, monkeypatch, target_there):
+    draw_all = reweight._draw_all
+
+    def diverged(*arguments):
+        x, log_ratio = draw_all(*arguments)
+        return x, np.where(np.arange(len(x)) == 1, np.nan, log_ratio)
+
+    def target(theta):
+        return np.where(np.arange(len(theta)) == 1, target_there, log_target(theta))
+
+    monkeypatch.setattr(reweight, "_draw_all", diverged)
+    given = {"condition": [1.0, 2.0, 3.0], "n": COUNT}
+    if target_there == 0:
+        with pytest.raises(UserError, match=rf"1 of {COUNT} samples have no finite density under"):
+            gaussian.reweight(target, **given)
+        return
+    found = gaussian.reweight(target, **given)
+    assert found.weights[1] == 0
+    assert abs(np.exp(found.log_evidence - EVIDENCE) - 1) < 4 * found.relative_error
 
 
 def test_weights_correct_a_wrong_model(random):

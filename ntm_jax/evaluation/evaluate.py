@@ -9,11 +9,10 @@ import numpy as np
 from ntm_jax import decoders
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError
-from ntm_jax.evaluation import image_scores, known_density, measures, scoring
+from ntm_jax.errors import UserError, check_count
+from ntm_jax.evaluation import image_scores, known_density, measures, scoring, statistics
 from ntm_jax.evaluation.features import make_extractor
 from ntm_jax.evaluation.report import clean_figures, directions, provenance, summarize, units
-from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run
 
@@ -35,7 +34,7 @@ def compare(table: dict, other: dict, dimensions: int, pixel_levels: int) -> dic
     Standard errors are paired.
     """
     differences = {name: other[name].astype(np.float64) - table[name] for name in scoring.BOUNDS}
-    return {unit: {name: mean_and_stderr(values / (dimensions * size))
+    return {unit: {name: statistics.mean_and_stderr(values / (dimensions * size))
                    for name, values in differences.items()}
             for unit, size in units(pixel_levels).items()}
 
@@ -53,21 +52,24 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     """
     config = run.config
     options = options or EvaluationOptions()
-    split = options.split or config.evaluate.split
-    trajectories = options.trajectories or config.evaluate.trajectories
-    features = options.features or config.evaluate.features
-    options = dataclasses.replace(options, split=split, trajectories=trajectories,
-                                  features=features)
-    source = config.data.open(split)
+    asked = {name: value for name, value in vars(options).items() if value is not None}
+    own = {name: getattr(config.evaluate, name) for name in ("split", "trajectories", "features")}
+    options = EvaluationOptions(**own | asked)
+    split, trajectories = options.split, options.trajectories
+    source, train = config.data.open(split), config.data.open(config.data.split)
+    scores_images = config.evaluate.images and train.pixel_levels
+    if asked.get("features", "none") != "none" and not scores_images:
+        raise UserError("--features compares samples, and none are scored: give --images and a "
+                        "model of pixels, or leave --features out")
     _check(run, source, options, against)
     changed = pipeline.changed_data(source.name, run.spec.version, source.version)
     if changed:
         warnings.warn(changed, stacklevel=2)
-    train = config.data.open(config.data.split)
-    scores_images = config.evaluate.images and train.pixel_levels
     extractor = None  # made first, since it may refuse
-    if scores_images and features != "none":
-        extractor = make_extractor(features, train, options.inception_weights)
+    if scores_images and options.features != "none":
+        real = min(len(train.records), len(source.records))
+        statistics.check_enough(real, config.evaluate.images)
+        extractor = make_extractor(options.features, train, options.inception_weights)
     table = scoring.score_records(run, source, trajectories, progress)
     result = {"step": run.step, "split": split}
     result |= summarize(table, run.spec, trajectories)
@@ -103,7 +105,9 @@ def _errors(run: Run, source: Source, table: dict) -> dict:
 
 
 def _against(run: Run, source: Source, table: dict, other: Run, trajectories: int, progress: bool):
-    scored = scoring.score_records(other, source, trajectories, progress)
+    # The other run may be conditioned on something else, and divide the data into other tokens.
+    own = other.config.data.open(source.split)
+    scored = scoring.score_records(other, own, trajectories, progress)
     dimensions = run.spec.tokens * run.spec.dim
     return {"workdir": other.workdir, "step": other.step, "raw": other.raw} | compare(
         table, scored, dimensions, source.pixel_levels)
@@ -111,9 +115,10 @@ def _against(run: Run, source: Source, table: dict, other: Run, trajectories: in
 
 def _check(run: Run, source: Source, options: EvaluationOptions, against: Run | None) -> None:
     """Raises UserError where an evaluation cannot be done, or differs between processes."""
-    config, model = run.config, run.model
+    config = run.config
+    check_count("trajectories", options.trajectories)
     spec = pipeline.spec(source, config.data.patch_size)
-    if spec.tokens != model.config.tokens or spec.dim != model.config.dim:
+    if spec.image_shape != run.spec.image_shape:
         raise UserError(f"split {options.split} of {config.data.source} has images of shape "
                         f"{spec.image_shape}, not the training split's shape")
     if against:
@@ -123,7 +128,8 @@ def _check(run: Run, source: Source, options: EvaluationOptions, against: Run | 
         raise UserError("--candidates selects samples, and none are scored: give --images and a "
                         "model of pixels, or leave --candidates out")
     job.agree({"--step": run.step, "--split": options.split, "--trajectories": options.trajectories,
-               "--candidates": image_scores.selected(run),
+               "--candidates": image_scores.selected(run), "--steps": config.sample.steps,
+               "--images": config.evaluate.images,
                "--features": options.features, "--guidance": options.guidance,
                "--against": [against.workdir, against.step] if against else None})
 

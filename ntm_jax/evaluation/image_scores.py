@@ -87,9 +87,10 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     """evaluation.json's figures of samples, compared with the training images.
 
     Of a split with more than MAX_RECORDS records, so many evenly spread ones are compared.
-    class_accuracy; with an extractor (features.Extractor) also frechet, precision and recall, and
-    for captioned pictures retrieval. frechet_held_out is the distance of the held-out images: about
-    what a perfect model reaches with as many samples. guidance: scales or schedules, for each of
+    class_accuracy, where the split is no larger and has images of several classes; with an
+    extractor (features.Extractor) also frechet, precision and recall, and for captioned pictures
+    retrieval. frechet_held_out is the distance of the held-out images: about what a perfect model
+    reaches with as many samples as there are of them. guidance: scales or schedules, for each of
     which `guidance` lists class accuracy, its paired difference to the first one's on the same
     noise, and the feature scores, of which a model has those that it has without guidance.
     """
@@ -101,9 +102,12 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
               for scale in scales}
     if guidance:
         result["guidance"] = [{"guidance": scale} for scale in guidance]
-    if run.model.config.num_classes and len(train.records) <= MAX_RECORDS:
-        labels = np.array([r["label"] for r in records])
-        right = classifier(run.model.config.num_classes, train.pixel_levels, real, labels)
+    labels = np.array([r["label"] for r in records])
+    known = labels >= 0
+    few = len(train.records) <= MAX_RECORDS and len(set(labels[known])) > 1
+    if run.model.config.num_classes and few:
+        right = classifier(
+            run.model.config.num_classes, train.pixel_levels, real[known], labels[known])
         hits = {scale: right(sampled) for scale, sampled in images.items()}
         own = hits[config.sample.guidance]
         result["class_accuracy"] = mean_and_stderr(own) | made

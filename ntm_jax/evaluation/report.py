@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import math
 import pathlib
 import subprocess
@@ -263,6 +264,9 @@ def advice(result: dict) -> list[str]:
     """Lines on figures that mislead, with what to change; see also contributions in result."""
     lines = []
     nats, t_min = result["nats_per_dim"]["bound"]["mean"], result["provenance"]["t_min"]
+    if not math.isfinite(nats):
+        lines.append("the likelihood of some records is not a finite number, and figures of it are "
+                     "null in the file: --per_example writes that of every record")
     share = -result["contributions"].get("reconstruction", 0.0) / max(nats, 1e-9)
     if share > MUCH_RECONSTRUCTION:
         lines.append(
@@ -273,7 +277,7 @@ def advice(result: dict) -> list[str]:
     if "frechet" in result and result["features"]["images"] < FEW_SAMPLES:
         lines.append(
             f"the Fréchet distance is of {result['features']['images']} samples, and few make it "
-            f"large: give --images={FEW_SAMPLES} or more, or compare with frechet_held_out only")
+            f"large: give --images={FEW_SAMPLES} or more, or compare equal numbers only")
     return lines
 
 
@@ -293,7 +297,7 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
             known_density.picture(run, source, path.with_name("densities.png"))
     if jax.process_index():
         return
-    files.write_json(path, result, sealed=True)
+    files.write_json(path, _with_nulls(result), sealed=True)
     plots.levels_plot(result, path.with_suffix(".png"))
     if "against" in result:
         runs = (run.workdir, result["against"]["workdir"])
@@ -308,6 +312,11 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
         print(f"note: {line}", flush=True)
     if "tasks" in result and not brief:
         print(tasks.table(result["tasks"]), flush=True)
+
+
+def _with_nulls(result: dict) -> dict:
+    """The result with null in place of numbers that are not finite, which JSON lacks."""
+    return json.loads(json.dumps(result), parse_constant=lambda _: None)
 
 
 def write_scores(scored: dict, path) -> None:

@@ -226,11 +226,15 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)} | build.condition_arrays(condition)
     shards = sharding.batch_shards(run.mesh)
     size = -(-min(len(x), run.config.evaluate.batch_size) // shards) * shards
-    parts = []
+    (number, count), parts = sharding.share(run.mesh), []
     for places in sharding.equal_batches(len(x), size):
-        part = {name: values[places] for name, values in batch.items()}
+        own = np.split(places, count)[number]
+        part = {name: values[own] for name, values in batch.items()}
         parts.append(sharding.to_host(score_batch(run, part, trajectories, seed, decoded)))
-    scores = {name: np.concatenate([part[name] for part in parts])[: len(x)] for name in parts[0]}
+    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    # The shares of processes come in any order, and the last batch repeats the first images.
+    _, order = np.unique(scores["index"], return_index=True)
+    scores = {name: values[order] for name, values in scores.items()}
     reconstruction = scores.get("reconstruction", np.zeros(len(x), np.float32)) - spec.log_unit
     rate = -scores["predictor"] - scores["log_det"] - scores["forward"][:, :-1]
     return LevelTerms(scores["importance_weighted"], reconstruction, rate, scores["nll"])

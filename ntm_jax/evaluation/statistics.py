@@ -37,6 +37,13 @@ def feature_scores(real, generated) -> dict[str, float]:
     return {"frechet": distance, "precision": precision, "recall": recall}
 
 
+def check_enough(real: int, generated: int) -> None:
+    """Raises UserError for numbers of images that have no precision and recall."""
+    if min(real, generated) < 5:
+        raise UserError(f"{real} images are compared with {generated}, and image scores need 5 of "
+                        "each: raise config.evaluate.images, or take larger splits")
+
+
 def frechet(real, generated) -> float:
     """The Frechet distance of the Gaussians fitted to features [n, d] and [m, d], in float64.
 
@@ -45,10 +52,7 @@ def frechet(real, generated) -> float:
     singular values of R1 R2': none is complex, and none loses digits where S is singular, as it is
     with fewer images than features. Raises UserError with fewer than 5 images of either kind.
     """
-    if min(len(real), len(generated)) < 5:
-        raise UserError(f"{len(real)} images are compared with {len(generated)}, and image scores "
-                        "need 5 of each: raise config.evaluate.images, or take a larger "
-                        "config.evaluate.split")
+    check_enough(len(real), len(generated))
     (mean1, root1), (mean2, root2) = _gaussian(real), _gaussian(generated)
     distance = np.square(mean1 - mean2).sum() + np.square(root1).sum() + np.square(root2).sum()
     return max(float(distance - 2 * np.linalg.norm(root1 @ root2.T, "nuc")), 0.0)

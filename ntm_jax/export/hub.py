@@ -9,6 +9,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
+from ntm_jax import files
 from ntm_jax.data import pretrained
 from ntm_jax.errors import UserError, first_line, shown
 
@@ -51,7 +52,7 @@ def parse(address: str) -> tuple[str, str | None]:
 def results_folder(where: str) -> str:
     """The folder that programs write a run's results to: its own, or hub/OWNER/NAME."""
     if not is_address(where):
-        return where
+        return files.expanded(where)
     name, revision = parse(where)
     return f"hub/{name}" + (f"@{re.sub(r'[^A-Za-z0-9_.-]', '-', revision)}" if revision else "")
 

@@ -137,7 +137,11 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
         raise UserError(f"log_target returned {list(values.shape)}, with {np.isnan(values).sum()} "
                         f"NaN and {np.isposinf(values).sum()} inf: expected the log-density of "
                         f"each of the {n} samples, [{n}]")
-    log_weights = values + log_ratio + run.spec.log_unit
+    # A sample that diverged has no density, and needs none where the target is 0.
+    log_weights = np.where(np.isneginf(values), -np.inf, values + log_ratio + run.spec.log_unit)
+    if np.isnan(log_weights).any():
+        raise UserError(f"{np.isnan(log_weights).sum()} of {n} samples have no finite density "
+                        "under the model: train the run for longer, or lower the guidance")
     if not np.isfinite(log_weights).any():
         raise UserError("log_target is -inf at every sample: the model gives no mass to the "
                         "target, or the condition is another one")

@@ -1,6 +1,7 @@
 """An evaluation: its figures and table, comparisons of two runs, and what is refused."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 
 from ntm_jax import files
+from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import evaluate, measures
+from ntm_jax.evaluation import evaluate, measures, scoring
 from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.evaluation.report import table, write_report
-from tests.common import tiny_config
+from ntm_jax.runtime import build, sharding
+from tests.common import as_run, random_run, tiny_config
 
 
 def configured(run, **overrides):
@@ -65,6 +68,32 @@ def test_options_replace_settings(run):
     assert "class_accuracy" not in result
 
 
+@pytest.mark.parametrize(("overrides", "options", "message"), [
+    ({}, {"features": "pixels"}, "--features compares samples, and none are scored: give --images"),
+    ({"evaluate.images": 4}, {"features": "pixels"}, "20 images are compared with 4, and image sc"),
+    ({"evaluate.images": 9}, {"features": "pixels", "split": "test[:4]"}, "4 images are compared"),
+    ({}, {"split": ""}, "split"),
+    ({}, {"trajectories": 0}, "trajectories is 0: expected 1 or more"),
+])
+def test_options_that_cannot_be_followed_are_refused_first(
+        run, monkeypatch, overrides, options, message):
+    def score(*_):
+        raise AssertionError("records are scored")
+
+    monkeypatch.setattr(scoring, "map_records", score)
+    with pytest.raises(UserError, match=message):
+        evaluate.evaluate(configured(run, **overrides), EvaluationOptions(**options))
+
+
+def test_figures_that_are_not_finite_are_null_in_the_file(run, tmp_path, capsys):
+    broken = dataclasses.replace(run, params=jax.tree.map(lambda a: a * np.nan, run.params))
+    result, _ = evaluate.evaluate(broken)
+    write_report(broken, result, None, tmp_path / "evaluation.json")
+    text = (tmp_path / "evaluation.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["nats_per_dim"]["bound"]["mean"] is None
+    assert "note: the likelihood of some records is not a finite number" in capsys.readouterr().out
+
+
 def test_data_that_changed_since_the_training_are_named(run):
     changed = dataclasses.replace(run, spec=dataclasses.replace(run.spec, version="before"))
     with pytest.warns(UserWarning, match=r"^digits changed since the run began, from version "
@@ -87,6 +116,26 @@ def test_two_runs_are_compared_record_by_record(run):
     assert "runs/tiny at step 3" in table(result, "bits_per_dim")
     same, _ = evaluate.evaluate(run, against=run)
     assert same["against"]["bits_per_dim"]["bound"] == {"mean": 0, "stderr": 0}
+
+
+def test_a_run_that_reads_texts_is_compared_with_one_that_does_not():
+    def made(workdir, **overrides):
+        settings = tiny_config(**overrides, **{
+            "data.source": "shapes", "data.patch_size": 6, "evaluate.split": "test[:4]"})
+        spec = pipeline.spec(settings.data.open("test[:4]"), 6)
+        model = build.make_model(settings, spec)
+        mesh = sharding.make_mesh(settings.mesh)
+        return random_run(as_run(settings, model, mesh), step=3, workdir=workdir)
+
+    run = made("a", **{"model.condition": "none", "train.condition_dropout": 0.0})
+    words = ("a and of left right above below two three four red green blue yellow purple white "
+             "circle square triangle cross circles squares triangles crosses")
+    other = made("b", **{"model.condition": "text", "data.text": f"words:7:{words}"})
+    result, mine = evaluate.evaluate(run, against=other)
+    _, theirs = evaluate.evaluate(other)
+    difference = np.mean(theirs["bound"].astype(np.float64) - mine["bound"])
+    found = result["against"]["nats_per_dim"]["bound"]["mean"]
+    assert found == pytest.approx(difference / (run.spec.tokens * run.spec.dim))
 
 
 def test_runs_of_other_data_are_not_compared(run):

@@ -77,6 +77,23 @@ def test_guidance_is_compared_on_the_same_noise(guided_scores, scores):
                      r"-12\.5000 ± 6\.2500", printed)
 
 
+@pytest.mark.parametrize("known", [300, 1, 0])
+def test_records_of_unknown_class_do_not_train_the_classifier(run, source, monkeypatch, known):
+    """Half of the records are of unknown class, or all but one, or all."""
+    run, train = sampled(run, **{"evaluate.images": 30}), sources.open_source("digits", "train")
+    records = [record if i < known else record | {"label": -1}
+               for i, record in enumerate(train.records[i] for i in range(600))]
+    monkeypatch.setattr(image_scores, "generated", lambda run, _: np.stack(
+        [next(r["image"] for r in records if r["label"] == i % 10) for i in range(30)]))
+    changed = dataclasses.replace(train, records=records)
+    if known < 2:
+        monkeypatch.setattr(image_scores, "generated", lambda *_: np.zeros((30, 8, 8, 1), np.uint8))
+        assert image_scores.image_scores(run, changed, source, None) == {}
+    else:
+        result = image_scores.image_scores(run, changed, source, None)
+        assert result["class_accuracy"]["mean"] == 1
+
+
 def test_guidance_that_cannot_be_compared_is_refused(run, monkeypatch):
     monkeypatch.setattr(scoring, "score_records", None)  # refused before anything is scored
     with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):

@@ -138,7 +138,7 @@ def test_scores_of_few_images_are_plain_finite_numbers(count):
 def test_too_few_images_are_refused(score):
     for real, generated in ((4, 50), (50, 4)):
         message = (rf"{real} images are compared with {generated}, and image scores need 5 of each:"
-                   r" raise config\.evaluate\.images, or take a larger config\.evaluate\.split")
+                   r" raise config\.evaluate\.images, or take larger splits")
         with pytest.raises(UserError, match=message):
             score(np.zeros((real, 2)), np.zeros((generated, 2)))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 
@@ -128,6 +129,7 @@ def test_addresses_have_an_owner_and_a_name(address):
 
 def test_results_of_a_run_on_the_hub_have_a_local_folder():
     assert hub.results_folder("runs/digits") == "runs/digits"
+    assert hub.results_folder("~/digits") == os.path.expanduser("~/digits")
     assert hub.results_folder("hf://me/digits@refs/pr/1") == "hub/me/digits@refs-pr-1"
 
 

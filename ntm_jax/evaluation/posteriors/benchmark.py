@@ -27,6 +27,7 @@ FIGURES = {  # of an observation, and their titles
     "share_in_prior": "share in prior", "log_evidence": "log evidence"}
 BATCH = 2000  # draws at once
 PROPOSALS = 2  # weighted samples for each one that is drawn by weight, at least
+MARGIN = 1.1  # more samples than their effective share asks for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,18 +119,22 @@ def _observation(run: Run, task: str, reference: references.Reference, amounts: 
 
 
 def _weighted(run: Run, log_joint: Callable, x, amounts: Amounts) -> Reweighted:
-    """Weighted samples whose effective number is about amounts.samples.
+    """Weighted samples whose effective number is amounts.samples.
 
-    At most amounts.weighted are drawn beyond the first 2 x amounts.samples.
+    It is less where amounts.weighted samples, or twice amounts.samples, are too few for it.
     """
     def draw(n: int) -> Reweighted:
         given = conditioning.check_condition(run, 1, x)
         return reweight(run, log_joint, given, n, run.config.sample.options)
 
-    found = draw(PROPOSALS * amounts.samples)
-    share = found.effective_sample_size / len(found.samples)
-    more = min(math.ceil(amounts.samples / share), amounts.weighted)
-    return draw(more) if more > len(found.samples) else found
+    n = PROPOSALS * amounts.samples
+    found = draw(n)
+    # Few samples show a larger effective share than many, so that a first guess may fall short.
+    while found.effective_sample_size < amounts.samples and n < amounts.weighted:
+        wanted = MARGIN * n * amounts.samples / found.effective_sample_size
+        n = min(math.ceil(wanted), amounts.weighted)
+        found = draw(n)
+    return found
 
 
 def posterior_draws(run: Run, task: str, amounts: Amounts, progress: bool = True):
@@ -154,13 +159,16 @@ def _calibration(ranks, shares, draws: int) -> dict:
             "coverage": scores.uniformity(counts, draws)}
 
 
-def write_benchmark(result: dict, drawn: plots.Drawn, out) -> None:
-    """Writes sbi.json and its pictures in the folder `out`, and prints the means."""
-    folder = epath.Path(out)
+def write_benchmark(result: dict, drawn: plots.Drawn, out, step: int | None = None) -> None:
+    """Writes sbi.json and its pictures in the folder `out`, and prints the means.
+
+    step: is added to the names of the files.
+    """
+    folder, end = epath.Path(out), "" if step is None else f"-{step}"
     folder.mkdir(parents=True, exist_ok=True)  # new for a run on the Hub
-    files.write_json(folder / "sbi.json", result, sealed=True)
-    plots.posteriors(result, drawn, folder / "posteriors.png")
-    plots.calibration(result, drawn, folder / "calibration.png")
+    files.write_json(folder / f"sbi{end}.json", result, sealed=True)
+    plots.posteriors(result, drawn, folder / f"posteriors{end}.png")
+    plots.calibration(result, drawn, folder / f"calibration{end}.png")
     kept.remove(folder, (row["observation"] for row in result["observations"]))
     _print_row("mean", [f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}"
                         for name in FIGURES])
@@ -169,7 +177,8 @@ def write_benchmark(result: dict, drawn: plots.Drawn, out) -> None:
     print(f"{checks['simulations']} fresh simulations, p-values: {min(p_values):.3g}, the smallest "
           f"of the ranks of {len(p_values)} parameters (wrong below 0.01 / {len(p_values)}); "
           f"{checks['coverage']['p_value']:.3g} of the coverage (wrong below 0.01)")
-    print(f"wrote {folder / 'sbi.json'}, posteriors.png and calibration.png", flush=True)
+    print(f"wrote {folder / f'sbi{end}.json'}, posteriors{end}.png and calibration{end}.png",
+          flush=True)
 
 
 def _print_row(first, rest) -> None:

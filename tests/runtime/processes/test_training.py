@@ -18,7 +18,7 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import loop, state
 from tests.common import as_run, setup, tiny_config
-from tests.runtime.processes.common import GONE, SETTINGS, Job, losses
+from tests.runtime.processes.common import GONE, SETTINGS, Job, ends, free_port, losses, start
 
 SUM = dict(rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
@@ -115,6 +115,29 @@ def test_two_processes_sample_as_one_does(alone, tmp_path):
     # One of 17 grey levels: rounding may fall on the other side.
     assert np.abs(images[0] - images[1]).max() <= 16
     assert (images[0] != images[1]).mean() < 0.02
+
+
+@pytest.mark.slow
+def test_log_prob_in_two_processes_is_that_of_one(alone):
+    run, port = ntm_jax.load(str(alone)), free_port()
+    images = np.stack([record["image"] for record in run.config.data.open("test[:10]").records])
+    one = run.log_prob(images, label=np.arange(10), trajectories=2)
+    jobs = [start("tests.campaigns.log_prob", port, 2, number, f"--workdir={alone}", devices=2)
+            for number in range(2)]
+    for process in jobs:
+        said, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+        np.testing.assert_allclose(json.loads(said.splitlines()[-1]), one, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_processes_that_ask_for_other_parameters_say_so(alone):
+    port = free_port()
+    found = ends([start("launch.evaluate", port, 2, number, f"--workdir={alone}",
+                        *["--raw"] * number) for number in range(2)])
+    expected = ("error: the processes of this job differ: --raw is False in process 0 and True in "
+                "process 1: start all with the same command")
+    assert found == [(2, expected)] * 2
 
 
 @pytest.mark.slow
