@@ -13,6 +13,7 @@ from ntm_jax.errors import UserError, check_count
 from ntm_jax.evaluation import image_scores, known_density, measures, scoring, statistics
 from ntm_jax.evaluation.features import make_extractor
 from ntm_jax.evaluation.report import clean_figures, directions, provenance, summarize, units
+from ntm_jax.runtime.config import Evaluate
 from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run
 
@@ -52,24 +53,24 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     """
     config = run.config
     options = options or EvaluationOptions()
-    asked = {name: value for name, value in vars(options).items() if value is not None}
-    own = {name: getattr(config.evaluate, name) for name in ("split", "trajectories", "features")}
-    options = EvaluationOptions(**own | asked)
-    split, trajectories = options.split, options.trajectories
+    asked = {name: getattr(options, name) for name in ("split", "trajectories", "features")}
+    settings = config.with_evaluation(
+        **{name: value for name, value in asked.items() if value is not None}).evaluate
+    split, trajectories = settings.split, settings.trajectories
     source, train = config.data.open(split), config.data.open(config.data.split)
     scores_images = config.evaluate.images and train.pixel_levels
-    if asked.get("features", "none") != "none" and not scores_images:
+    if options.features not in (None, "none") and not scores_images:
         raise UserError("--features compares samples, and none are scored: give --images and a "
                         "model of pixels, or leave --features out")
-    _check(run, source, options, against)
+    _check(run, source, settings, options.guidance, against)
     changed = pipeline.changed_data(source.name, run.spec.version, source.version)
     if changed:
         warnings.warn(changed, stacklevel=2)
     extractor = None  # made first, since it may refuse
-    if scores_images and options.features != "none":
+    if scores_images and settings.features != "none":
         real = min(len(train.records), len(source.records))
         statistics.check_enough(real, config.evaluate.images)
-        extractor = make_extractor(options.features, train, options.inception_weights)
+        extractor = make_extractor(settings.features, train, options.inception_weights)
     table = scoring.score_records(run, source, trajectories, progress)
     result = {"step": run.step, "split": split}
     result |= summarize(table, run.spec, trajectories)
@@ -113,24 +114,24 @@ def _against(run: Run, source: Source, table: dict, other: Run, trajectories: in
         table, scored, dimensions, source.pixel_levels)
 
 
-def _check(run: Run, source: Source, options: EvaluationOptions, against: Run | None) -> None:
+def _check(run: Run, source: Source, settings: Evaluate, guidance: tuple,
+           against: Run | None) -> None:
     """Raises UserError where an evaluation cannot be done, or differs between processes."""
     config = run.config
-    check_count("trajectories", options.trajectories)
+    check_count("trajectories", settings.trajectories)
     spec = pipeline.spec(source, config.data.patch_size)
     if spec.image_shape != run.spec.image_shape:
-        raise UserError(f"split {options.split} of {config.data.source} has images of shape "
+        raise UserError(f"split {settings.split} of {config.data.source} has images of shape "
                         f"{spec.image_shape}, not the training split's shape")
     if against:
         _check_comparable(run, against)
-    image_scores.check_guidance(run, source, options.guidance)
+    image_scores.check_guidance(run, source, guidance)
     if run.selection and not (config.evaluate.images and source.pixel_levels):
         raise UserError("--candidates selects samples, and none are scored: give --images and a "
                         "model of pixels, or leave --candidates out")
-    job.agree({"--step": run.step, "--split": options.split, "--trajectories": options.trajectories,
-               "--candidates": image_scores.selected(run), "--steps": config.sample.steps,
-               "--images": config.evaluate.images,
-               "--features": options.features, "--guidance": options.guidance,
+    job.agree({f"--{name}": value for name, value in dataclasses.asdict(settings).items()} | {
+               "--step": run.step, "--steps": config.sample.steps, "--guidance": guidance,
+               "--candidates": image_scores.selected(run),
                "--against": [against.workdir, against.step] if against else None})
 
 
