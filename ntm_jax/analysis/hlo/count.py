@@ -276,7 +276,9 @@ def _memory(module, computation, i: Instruction) -> float:
 
     Of an array that it only slices or updates in place, this counts the slice or the update.
     """
-    if i.op in FREE or i.op.endswith("-done"):
+    if i.op.endswith("-done"):  # its type is the output, unlike that of some starts
+        return _in_memory(i.arrays) if i.op.removesuffix("-done") in COLLECTIVES else 0
+    if i.op in FREE:
         return 0
     if i.op in SLICES:
         return 2 * _in_memory(i.arrays)
