@@ -61,6 +61,10 @@ class Work:
         """FLOPs of all products."""
         return sum(self.products.values())
 
+    def of_precision(self, name: str) -> float:
+        """FLOPs of the products of a precision."""
+        return sum(value for (_, precision), value in self.products.items() if precision == name)
+
     def add(self, other: "Work", times: float = 1) -> None:
         """Adds `times` times another's work."""
         self.memory += times * other.memory
