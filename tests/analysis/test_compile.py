@@ -498,8 +498,12 @@ def test_the_advice_is_the_smallest_change_that_fits():
     small_slice = dataclasses.replace(run, mesh=FakeMesh(fsdp=4))
     memory = {"arguments": 4 * state_bytes, "peak": 500 * gib, "hbm": 0.4 * 4 * state_bytes}
     found = advice(small_slice, levels, memory)
-    assert "raise config.mesh.fsdp x tensor from 4 to" in found
-    assert "on at least" in found
+    assert "raise config.mesh.fsdp x tensor from 4 to 32, on at least 32 chips" in found
+    # Above three quarters of the memory, which the advice leaves free, and below all of it.
+    memory = {"arguments": 17 * gib, "peak": 162 * gib, "hbm": hbm}
+    assert advice(run, levels, memory) == (
+        "recomputing and accumulating as far as they go, it needs about 25.9 GiB, above three "
+        "quarters of 31.2: raise config.mesh.fsdp x tensor from 16 to 32, on at least 32 chips")
     # One level at a time holds a quarter of the activations of four.
     assert saved(run, 1, "dots") == dots / levels
 
