@@ -100,7 +100,8 @@ def advice(run: Run, levels: int, memory: dict) -> str:
     least = 2 ** math.ceil(math.log2(shards * lowest / limit))
     return (f"recomputing and accumulating as far as they go, it needs about {lowest / 2**30:.1f} "
             f"GiB, above three quarters of {memory['hbm'] / 2**30:.1f}: raise config.mesh.fsdp x "
-            f"tensor from {shards} to {least}" + (f", on at least {least} chips" if least > mesh.size else ""))
+            f"tensor from {shards} to {least}"
+            + (f", on at least {least} chips" if least > mesh.size else ""))
 
 
 def _change(config: Config, policy: str, parts: int, need: float, hbm: float) -> str:
