@@ -51,6 +51,8 @@ flags.DEFINE_bool(
     "and predicts them for other chips.")
 flags.DEFINE_string("rows", "", "Only rows whose name contains this, such as train or inverse.")
 flags.DEFINE_string("json", None, "A file to write the rows to, as JSON.")
+UNREAD = (("vary", "rows"), ("vary", "batch"), ("inverses", "rows"), ("inverses", "batch"),
+          ("peers", "batch"))
 
 
 def main():
@@ -60,6 +62,9 @@ def main():
                         "a folder of other flows, and --inverses")
     if f.vary and not f.config:
         raise UserError("--vary changes a setting of --config: give an experiment")
+    for mode, name in UNREAD:
+        if f[mode].value and f[name].value:
+            raise UserError(f"--{mode} does not read --{name}: leave one of them out")
     if f.peers:
         _compare()
     elif f.inverses:

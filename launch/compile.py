@@ -15,6 +15,8 @@ import re
 
 from absl import flags
 
+from ntm_jax.errors import UserError
+
 from . import program
 
 flags.DEFINE_string(
@@ -40,6 +42,8 @@ def main():
     import jax
 
     topology = program.FLAGS.topology
+    if program.FLAGS.vary and program.FLAGS.dump:
+        raise UserError("--dump writes one program, and --vary compiles several: give one of them")
     if topology != "local":
         jax.config.update("jax_platforms", "cpu")
     simulated = re.fullmatch(r"cpu:([1-9]\d*)", topology)

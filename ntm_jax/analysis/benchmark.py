@@ -43,9 +43,10 @@ def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "
 
 def _untrained(config: Config, batch: int | None = None) -> Setting:
     """An untrained run of a configuration, with its data."""
-    if objectives.checked(config).needs_teacher:
+    if objectives.find(config.train.objective).needs_teacher:
         raise UserError(f"config.train.objective={config.train.objective} needs its teacher: give "
                         "--workdir of the run in place of --config")
+    objectives.checked(config)
     source, held_out = map(config.data.open, (config.data.split, config.evaluate.split))
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, sharding.make_mesh(config.mesh))
@@ -59,6 +60,9 @@ def benchmark_run(run: Run, runs: int, batch: int | None = None, only: str = "")
 
 def _rows(makers: dict[str, Callable], setting: Setting, runs: int, only: str) -> list[dict]:
     chosen = {name: make for name, make in makers.items() if only in name}
+    if not setting.batch and chosen.keys() & SAMPLING.keys():
+        raise UserError("config.sample.num is 0, and the sampler's rows draw images: give --batch, "
+                        "or --rows to time others")
     rows = [{"name": name} | measure(case, runs, setting)
             for name, make in chosen.items() if (case := make(setting))]
     if not rows:
@@ -74,9 +78,10 @@ def vary(values: dict, choices: str, runs: int) -> list[dict]:
     milliseconds a step, compile_seconds, of tracing and compilation, and value.
     """
     rows = []
-    for name, text, config in varied(values, choices):
+    for name, text, config in list(varied(values, choices)):  # all values are read first
         setting = _untrained(config)
         case = TRAINING["train step"](setting)
+        jax.clear_caches()  # its FLOPs may have been counted on a trace of this very step
         first = flops.seconds(case.once, 1)
         row = {"name": name} | measure(case, runs, setting)
         seconds = case.items / row["items_per_second"]
@@ -101,14 +106,15 @@ def varied(values: dict, choices: str) -> Iterator[tuple[str, str, Config]]:
 def _change(values: dict, name: str, text: str) -> None:
     """Sets section.key to the value that a text means; a tuple's to a tuple of it alone."""
     section, _, key = name.partition(".")
-    if key not in values.get(section, {}):
-        raise UserError(f"--vary names {name}, which is no setting: expected one such as "
-                        "model.predictor_layers")
+    settings = values.get(section)
+    if not isinstance(settings, dict) or key not in settings:
+        raise UserError(f"--vary names {name}, which is no setting of a section: expected one such "
+                        "as model.predictor_layers")
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
         value = text
-    values[section][key] = (value,) if isinstance(values[section][key], tuple) else value
+    settings[key] = (value,) if isinstance(settings[key], tuple) else value
 
 
 def growth(rows: list[dict]) -> str:

@@ -5,10 +5,10 @@ The functions are those of training and sampling, lowered on abstract arrays. Po
 has, for one chip and one step (of a TPU with two cores a chip, for one core):
 
 - flops: matrix products of the compiled program with every iteration of its loops (hlo/),
-  including recomputation and replicated work, plus those inside Pallas kernels, which the compiled
-  text does not show (flops.py, divided by the chips).
-- flops_traced: all products of the traced program, divided by the chips. Where flops is larger,
-  chips repeat each other's work.
+  including recomputation and replicated work, plus those that its text does not show: inside Pallas
+  kernels, and as many more as flops_traced has; see _work.
+- flops_traced: all products of the traced program (flops.py), divided by the chips. Where flops is
+  larger, chips repeat each other's work.
 - model_flops: products of the same step with plain attention and no recomputation, divided by the
   chips.
 - bytes: memory that the compiler reserves; peak = arguments + outputs that are not donated
@@ -79,13 +79,9 @@ def open_data(config: Config) -> Source:
 def train_program(run: Run, source: Source) -> Program:
     """The training step with the loop's arguments.
 
-    Raises UserError for an objective that needs a teacher, or a batch that does not divide over the
-    mesh.
+    Raises UserError for a batch that does not divide over the mesh.
     """
     config, mesh = run.config, run.mesh
-    if objectives.checked(config).needs_teacher:
-        raise UserError(f"config.train.objective={config.train.objective} needs its teacher's "
-                        "model, which compilation does not load: compile another objective")
     batch, resident = _batch(run, source), ()
     use = objectives.find(config.train.objective).rollout_use
     if use:
@@ -108,7 +104,7 @@ def rollout_program(run: Run, source: Source) -> Program:
     divide over the mesh.
     """
     config = run.config
-    use = objectives.checked(config).rollout_use
+    use = objectives.find(config.train.objective).rollout_use
     if not use:
         raise UserError(f"--program=rollout: config.train.objective={config.train.objective} does "
                         "not learn from samples of the model; compile train, or post-train, such "
@@ -152,7 +148,13 @@ def _records(run: Run, source: Source, size: int) -> dict:
 
 
 def sample_program(run: Run, source: Source) -> Program:
-    """The sampler with a batch of config.sample.num images, rounded up to equal shards."""
+    """The sampler with a batch of config.sample.num images, rounded up to equal shards.
+
+    Raises UserError for none.
+    """
+    if not run.config.sample.num:
+        raise UserError("--program=sample compiles the sampler of config.sample.num images, which "
+                        "is 0: set it to at least 1")
     shards, mesh, model = sharding.batch_shards(run.mesh), run.mesh, run.model
     size = -(-run.config.sample.num // shards) * shards
     y = _abstract((size,), jnp.int32, mesh)
@@ -170,14 +172,8 @@ def sample_program(run: Run, source: Source) -> Program:
 
 
 def evaluate_program(run: Run, source: Source) -> Program:
-    """The held-out likelihood of a batch of config.evaluate.batch_size, in equal shards.
-
-    Raises UserError for a flow-matching model, which has none.
-    """
+    """The held-out likelihood of a batch of config.evaluate.batch_size, in equal shards."""
     config, mesh = run.config, run.mesh
-    if objectives.find(config.train.objective).trains_velocity:
-        raise UserError(f"--program=evaluate: config.train.objective={config.train.objective} has "
-                        "no trajectory likelihood; compile train or sample")
     shards = sharding.batch_shards(mesh)
     size = -(-config.evaluate.batch_size // shards) * shards
     batch = _records(run, source, size)
@@ -220,11 +216,20 @@ def vary(values: dict, choices: str, topology: str, program: str = "train") -> l
     values and choices: see benchmark.vary.
     """
     return [{"name": name} | compile_for(config, topology, program)
-            for name, _, config in benchmark.varied(values, choices)]
+            for name, _, config in list(benchmark.varied(values, choices))]  # all read first
+
+
+def _objective(config: Config) -> objectives.Objective:
+    """The objective of a configuration. Raises UserError for one that cannot be compiled."""
+    if objectives.find(config.train.objective).needs_teacher:
+        raise UserError(f"config.train.objective={config.train.objective} needs its teacher's "
+                        "model, which compilation does not load: compile another objective")
+    return objectives.checked(config)
 
 
 def _report(config: Config, topology: chips.Topology, program: str,
             dump: str | None) -> dict:
+    objective = _objective(config)
     mesh, source = _mesh(config, topology.devices), open_data(config)
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, mesh)
@@ -237,11 +242,10 @@ def _report(config: Config, topology: chips.Topology, program: str,
     chip = topology.chip
     found = {"chips": mesh.size // chip.cores, "devices": mesh.size, "unit": chip.unit,
              "networks": [chip.near, chip.far], "mesh": dict(mesh.shape),
-             "slices": config.mesh.slices, "program": program}
+             "slices": config.mesh.slices, "program": program, "batch_size": made.examples}
     found |= report.figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
     found["at_roofline"] = report.at_roofline(found, made.examples, spec.tokens, chip)
     if not compiled.fits and program == "train":
-        objective = objectives.find(config.train.objective)
         levels = max(config.trajectory.steps) if objective.whole_trajectories else 1
         levels *= 1 + rollouts.samples_of(config) if objective.rollout_use else 1
         found["advice"] = advice(run, levels, found["bytes_per_chip"])
@@ -256,45 +260,68 @@ def _compile(program: Program, run: Run, topology: chips.Topology,
                            for tree in (inputs, program.resident))
     with sharding.use(mesh):
         traced = program.trace()
-        total = flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size
-        lowered = traced.lower()
+        jaxpr, lowered = traced.jaxpr.jaxpr, traced.lower()
         begin, cpu = time.perf_counter(), time.process_time()
         try:
             compiled, memory = lowered.compile(topology.compiler_options), {}
         except jax.errors.JaxRuntimeError as error:
             compiled, memory = None, out_of_memory(error, arguments)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    total, kernel = flops.of_jaxpr(jaxpr) / mesh.size, _kernel(jaxpr)
     text = _text(compiled) if compiled else ""
     if dump:
         write_texts(dump, lowered.as_text(), text)
     if compiled is None:
         memory = {"arguments": arguments + resident} | memory
         memory["peak"] += resident
-        return Compiled(hlo.Work(memory=math.nan), memory, False, total, seconds, cpu, False)
+        return Compiled(_unseen(jaxpr, mesh.size), memory, False, total, seconds, cpu, kernel)
     m = compiled.memory_analysis()
     arguments = m.argument_size_in_bytes + resident
     peak = (arguments + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
             + m.generated_code_size_in_bytes)
     memory = dict(arguments=arguments, temporaries=m.temp_size_in_bytes, peak=peak,
                   hbm=topology.chip.hbm * 2**30)
-    work = _work(text, traced.jaxpr.jaxpr, total, mesh.size, topology.domains)
-    return Compiled(work, memory, peak <= memory["hbm"], total, seconds, cpu, True, largest(text))
+    work = _work(text, jaxpr, mesh.size, topology.domains)
+    return Compiled(work, memory, peak <= memory["hbm"], total, seconds, cpu, kernel, largest(text))
 
 
-def _work(text: str, jaxpr, total: float, devices: int, domains: int) -> hlo.Work:
-    """The work of a compiled program's text and of the Pallas kernels in its jaxpr.
+def _kernel(jaxpr) -> str:
+    """The attention of a traced program: splash or cudnn where it calls that kernel, else plain."""
+    names = flops.primitives(jaxpr)
+    if "pallas_call" in names:
+        return "splash"
+    return "cudnn" if names & flops.CUDNN.keys() else "plain"
 
-    Where a loop of unknown length counts as one iteration, all FLOPs are at least `total`, those of
-    the jaxpr.
+
+def _work(text: str, jaxpr, devices: int, domains: int) -> hlo.Work:
+    """The work of a compiled program's text, with products of its jaxpr that the text hides.
+
+    These are the Pallas kernels', and as many more as the jaxpr has, divided by the devices.
+    Compilers turn products of a single row into multiplications and sums, and the text may hide the
+    length of a scan. So FLOPs are never below the jaxpr's: products that the compiler removes, as
+    unused or repeated, count too. Hidden products stay uncounted where devices repeat as much of
+    each other's work. A loop whose length the jaxpr hides too counts as one iteration.
     """
     work = hlo.count(text, devices, domains)
     kernels, highest = (flops.of_jaxpr(jaxpr, True, only) / devices for only in (False, True))
     work.products["kernels", "highest"] += highest
     work.products["kernels", "other"] += kernels - highest
-    if work.unknown:
-        work.products["other", "unknown"] += max(total - work.flops, 0)
+    traced = _unseen(jaxpr, devices)
+    hidden = max(traced.flops - work.flops, 0)
+    highest = min(max(traced.of_precision("highest") - work.of_precision("highest"), 0), hidden)
+    work.products["other", "highest"] += highest
+    work.products["other", "unknown"] += hidden - highest
     work.products = {key: value for key, value in work.products.items() if value}
     return work
+
+
+def _unseen(jaxpr, devices: int) -> hlo.Work:
+    """The work of a program without its compiled text: its products; the rest is NaN."""
+    total, highest = (flops.of_jaxpr(jaxpr, highest=only) / devices for only in (False, True))
+    products = {("other", "highest"): highest, ("other", "unknown"): total - highest}
+    sent = {(kind, on): math.nan for kind in hlo.COLLECTIVES for on in ("ici", "dcn")}
+    return hlo.Work({key: value for key, value in products.items() if value}, math.nan, sent,
+                    {"ici": math.nan, "dcn": math.nan})
 
 
 def write_texts(folder: str, lowered: str, compiled: str) -> None:

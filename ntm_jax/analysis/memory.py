@@ -84,20 +84,23 @@ def advice(run: Run, levels: int, memory: dict) -> str:
     m = config.model
     layers = m.predictor_layers + m.transporter_blocks * m.transporter_layers
     share = config.data.batch_size // sharding.batch_shards(mesh) // config.train.accumulate
+    limit = 0.75 * memory["hbm"]
 
     def need(policy, parts):
         kept = saved(run, levels, policy)
         accumulated = memory["arguments"] / 4 if parts > 1 else 0  # gradients
         return fixed + (working + 2 * (now - kept) / layers + kept) / parts + accumulated
 
-    for parts in (n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if share % n == 0):
+    powers = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    for parts in sorted({n for n in powers if share % n == 0} | {share}):
         for policy in policies:
-            if need(policy, parts) < 0.75 * memory["hbm"]:
+            if need(policy, parts) < limit:
                 return _change(config, policy, parts, need(policy, parts), memory["hbm"])
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    least = 2 ** math.ceil(math.log2(shards * need("full", share) / (0.9 * memory["hbm"])))
-    return (f"the state and gradients alone take {fixed / 2**30:.1f} GiB of "
-            f"{memory['hbm'] / 2**30:.1f}: raise config.mesh.fsdp x tensor from {shards} to {least}"
+    shards, lowest = mesh.shape["fsdp"] * mesh.shape["tensor"], need("full", share)
+    least = 2 ** math.ceil(math.log2(shards * lowest / limit))
+    return (f"recomputing and accumulating as far as they go, it needs about {lowest / 2**30:.1f} "
+            f"GiB, above three quarters of {memory['hbm'] / 2**30:.1f}: raise config.mesh.fsdp x "
+            f"tensor from {shards} to {least}"
             + (f", on at least {least} chips" if least > mesh.size else ""))
 
 

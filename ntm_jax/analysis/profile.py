@@ -178,7 +178,7 @@ def _meanings(programs: list[dict], times):
 def operations(text: str) -> dict[str, tuple[str, str, str]]:
     """{name: (module, kind, op_name)} of every instruction of a compiled program's text."""
     module, _ = parse(text)
-    return {i.name: (_module(module, i), _kind(module, i), _source(module, i))
+    return {i.name: (_module(module, i), _kind(module, computation, i), _source(module, i))
             for computation in module.values() for i in computation.values()}
 
 
@@ -200,13 +200,15 @@ def _module(module, i: Instruction) -> str:
     return f"{name} {'backward' if 'transpose(' in source or 'remat' in source else 'forward'}"
 
 
-def _kind(module, i: Instruction) -> str:
+def _kind(module, computation, i: Instruction) -> str:
+    if i.op.endswith("-done"):  # of the kind of its start
+        i = computation.get(i.operands[0], i)
     ops = _ops(module, i)
+    target = called(i, "custom_call_target") or ""
+    if ops & {"dot", "convolution"} or re.search(r"gemm|matmul|dot|conv", target):
+        return "products"
     if any(op.removesuffix("-start").removesuffix("-done") in hlo.COLLECTIVES for op in ops):
         return "collectives"
-    library = i.op == "custom-call" and re.search(r"gemm|matmul|dot|conv", i.attributes)
-    if ops & {"dot", "convolution"} or library:
-        return "products"
     if i.op in ("while", "conditional", "call"):
         return "other"
     if ops <= MOVES:
@@ -219,7 +221,7 @@ def _kind(module, i: Instruction) -> str:
 def _ops(module, i: Instruction) -> set[str]:
     """The operations in an instruction and in what it fuses, without those that cost nothing."""
     calls = i.op == "fusion" or i.op.endswith("-start")
-    inner = module.get(called(i, "calls"), {}) if calls else {}
+    inner = module.get(called(i, "calls") or called(i, "to_apply"), {}) if calls else {}
     own = set() if i.op == "fusion" or i.op in hlo.FREE else {i.op}
     return own.union(*(_ops(module, j) for j in inner.values()))
 

@@ -18,7 +18,10 @@ from ntm_jax.runtime.run import Run
 
 @dataclasses.dataclass
 class Compiled:
-    """What is known of a compiled program: memory in bytes per chip, times in seconds."""
+    """What is known of a compiled program: memory in bytes per chip, times in seconds.
+
+    work: NaN but for its products where the program does not fit. attention: splash, cudnn, plain.
+    """
 
     work: hlo.Work
     memory: dict
@@ -26,31 +29,29 @@ class Compiled:
     traced_flops: float
     seconds: float
     cpu_seconds: float
-    succeeded: bool
+    attention: str
     arrays: list[dict] = dataclasses.field(default_factory=list)  # see hlo.arrays.largest
 
 
 def figures(compiled: Compiled, run: Run, chip: Chip) -> dict:
     """The report's entries on a compiled program."""
-    work, config = compiled.work, run.config
+    work = compiled.work
     sent = {network: sum(v for (_, on), v in work.sent.items() if on == network)
             for network in ("ici", "dcn")}
-    computed = work.flops if compiled.succeeded else compiled.traced_flops
-    highest = sum(v for (_, precision), v in work.products.items() if precision == "highest")
-    roofline = {"compute": _compute(work, computed, chip), "memory": work.memory / chip.memory,
-                "network": _network(sent, chip) if compiled.succeeded else math.nan}
+    highest = work.of_precision("highest")
+    roofline = {"compute": sum(v / chip.rate(p) for (_, p), v in work.products.items()),
+                "memory": work.memory / chip.memory, "network": _network(sent, chip)}
     finite = {name: value for name, value in roofline.items() if math.isfinite(value)}
     parameters = jax.tree.leaves(build.abstract_params(run.model, run.mesh))
     host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     host_peak *= 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return {
-        "attention": getattr(run.model.attention, "kind", "plain"), "remat": config.model.remat,
-        "batch_size": config.data.batch_size,
+        "attention": compiled.attention, "remat": run.config.model.remat,
         "parameters": sum(a.size for a in parameters),
         "fits": compiled.fits, "bytes_per_chip": compiled.memory,
         "largest_arrays": compiled.arrays,
-        "flops_per_chip": computed, "flops_traced_per_chip": compiled.traced_flops,
-        "highest_flops_per_chip": highest if compiled.succeeded else math.nan,
+        "flops_per_chip": work.flops, "flops_traced_per_chip": compiled.traced_flops,
+        "highest_flops_per_chip": highest,
         "flops_by_precision_per_chip": _by_part(work),
         "collective_bytes_per_chip": {
             k: sum(v for (kind, _), v in work.sent.items() if kind == k) for k in hlo.COLLECTIVES},
@@ -60,20 +61,11 @@ def figures(compiled: Compiled, run: Run, chip: Chip) -> dict:
         "highest_seconds": highest / chip.rate("highest"),
         "exposed_network_seconds": _network(
             {network: size - work.overlapped.get(network, 0) for network, size in sent.items()},
-            chip) if compiled.succeeded else math.nan,
+            chip),
         "bound_by": max(finite, key=lambda name: finite[name]) if finite else None,
         "unknown_loops": len(work.unknown), "unknown_loop_places": sorted(set(work.unknown)),
         "compile_seconds": compiled.seconds, "compile_cpu_seconds": compiled.cpu_seconds,
         "host_peak_bytes": host_peak}
-
-
-def _compute(work: hlo.Work, computed: float, chip: Chip) -> float:
-    """Seconds of all products, each at the rate of its precision.
-
-    computed: their FLOPs, of which those that the compiled text does not show have chip.flops.
-    """
-    rest = computed - work.flops
-    return rest / chip.flops + sum(v / chip.rate(p) for (_, p), v in work.products.items())
 
 
 def _network(sent: dict[str, float], chip: Chip) -> float:
@@ -112,9 +104,9 @@ def table(report: dict) -> str:
     """The text of a report."""
     unit, advice = report["unit"], f": {report['advice']}" if "advice" in report else ""
     rows = _program_rows(report) | _memory_rows(report, unit) | _work_rows(report, unit) | {
-        "note": f"the length of {report['unknown_loops']} loops is unknown, and memory and network "
-                f"count one iteration: {'; '.join(report['unknown_loop_places'])}"
-                if report["unknown_loops"] else "",
+        "note": f"the length of {report['unknown_loops']} loops is unknown; memory and network "
+                "count one iteration, and so do FLOPs unless the trace shows the length: "
+                f"{'; '.join(report['unknown_loop_places'])}" if report["unknown_loops"] else "",
         "compiled in": f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s "
                        f"of CPU, {gib(report['host_peak_bytes'])} of this host's memory",
         "fits": "yes" if report["fits"] else f"no{advice}",
@@ -146,8 +138,10 @@ def _memory_rows(report: dict, unit: str) -> dict[str, str]:
     return rows | ({"largest arrays": ("\n" + " " * 15).join(arrays)} if arrays else {})
 
 
-def _work_rows(report: dict, unit: str) -> dict[str, str]:
+def _sent(report: dict, unit: str) -> str:
     near, far = report["networks"]
+    if report["overlapped_bytes_per_chip"] is None:
+        return "unknown"
     sent = ", ".join(f"{kind} {amount(v, 'B')}"
                      for kind, v in report["collective_bytes_per_chip"].items() if v) or "nothing"
     if report["data_centre_bytes_per_chip"]:
@@ -156,6 +150,10 @@ def _work_rows(report: dict, unit: str) -> dict[str, str]:
     if sent != "nothing":
         overlapped = amount(report["overlapped_bytes_per_chip"], "B")
         sent += f"; {overlapped} while the {unit} does other work"
+    return sent
+
+
+def _work_rows(report: dict, unit: str) -> dict[str, str]:
     counted, traced, model = (
         amount(report[key], "")
         for key in ("flops_per_chip", "flops_traced_per_chip", "model_flops_per_chip"))
@@ -163,7 +161,7 @@ def _work_rows(report: dict, unit: str) -> dict[str, str]:
     return {
         f"FLOPs a {unit}": f"{counted}; as traced {traced}, of the model {model}",
         "at highest": _highest(report),
-        f"sent a {unit}": sent,
+        f"sent a {unit}": _sent(report, unit),
         "at its peak": ", ".join(f"{name} {amount(v, 's')}"
                                  for name, v in report["roofline_seconds"].items())
                        + (f": bound by {bound}" if bound else ""),

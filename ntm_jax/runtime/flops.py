@@ -67,6 +67,12 @@ def _attention_product(e) -> int:
     return 2 * math.prod(q) * k[2 if e.params["layout"] else 1]
 
 
+def primitives(jaxpr) -> set[str]:
+    """The names of the primitives in a jaxpr, those of its loops and functions included."""
+    inner = (primitives(j) for e in jaxpr.eqns for j in _jaxprs(e.params))
+    return {e.primitive.name for e in jaxpr.eqns}.union(*inner)
+
+
 def _jaxprs(params):
     for value in params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):

@@ -14,8 +14,9 @@ from ntm_jax.runtime.chips import Chip, chip_of
 # Kernels of a layer that wait for each other: counted in a sequential step that was compiled for an
 # H100, which has 40 for two layers.
 KERNELS_PER_LAYER = 20
-# Most sweeps assumed of a block: docs/results/rates.md measured 8 at 16 tokens, and from 256 tokens
-# on 30 to 35.
+# Most sweeps assumed of a block. docs/results/rates.md measured means to a change of 1e-5, at the
+# level nearest to the data: 8 at 16 tokens, and 30 to 35 from 256 tokens on. Other levels take
+# fewer. The inverse goes on to 1e-6, which takes more, and until its slowest image is done.
 MAX_TYPICAL_SWEEPS = 32
 
 

@@ -191,6 +191,10 @@ def test_only_the_rows_that_are_asked_for_are_timed(run, monkeypatch):
     assert closed == ["inverse, parallel"]  # the other was never made
     with pytest.raises(UserError, match=r"--rows=invert is in no row's name"):
         benchmark.benchmark_run(run, 1, only="invert")
+    sample = dataclasses.replace(run.config.sample, num=0)
+    without = dataclasses.replace(run, config=dataclasses.replace(run.config, sample=sample))
+    with pytest.raises(UserError, match=r"config\.sample\.num is 0, and the sampler's rows draw"):
+        benchmark.benchmark_run(without, 1)
 
 
 @pytest.mark.slow
@@ -268,20 +272,28 @@ def test_product_rate_counts_half_precision():
     assert 1e6 < rate() < 1e16
 
 
-def test_a_configuration_or_a_run_is_asked_for(tmp_path):
-    for arguments in ([], ["--config=experiments/digits.py", f"--workdir={tmp_path}"]):
-        refused = python("-m", "launch.benchmark", *arguments, check=False)
-        assert (refused.returncode, refused.stderr) == (
-            2, "error: give one of --config, an experiment, --workdir, a run's folder, "
-            "--peers, a folder of other flows, and --inverses\n")
+def test_flags_that_do_not_go_together_are_refused(tmp_path):
+    several = ("give one of --config, an experiment, --workdir, a run's folder, --peers, a folder "
+               "of other flows, and --inverses")
+    config = "--config=experiments/digits.py"
+    for name, arguments, said in (
+            ("benchmark", [], several), ("benchmark", [config, f"--workdir={tmp_path}"], several),
+            ("benchmark", ["--inverses", "--batch=4"],
+             "--inverses does not read --batch: leave one of them out"),
+            ("compile", [config, "--topology=cpu:1", "--vary=seed:1", f"--dump={tmp_path}"],
+             "--dump writes one program, and --vary compiles several: give one of them")):
+        refused = python("-m", f"launch.{name}", *arguments, check=False)
+        assert (refused.returncode, refused.stderr) == (2, f"error: {said}\n")
 
 
 def test_a_setting_varies(monkeypatch):
-    made = []
+    made, events = [], []
+    monkeypatch.setattr(jax, "clear_caches", lambda: events.append("cleared"))
 
     def step(setting):
         made.append(setting.run.config)
-        return rows.Case(lambda: None, setting.run.config.data.batch_size, flops=1)
+        events.append("made")
+        return rows.Case(lambda: events.append("ran"), setting.run.config.data.batch_size, flops=1)
 
     monkeypatch.setitem(benchmark.TRAINING, "train step", step)
     values = experiment()
@@ -289,15 +301,22 @@ def test_a_setting_varies(monkeypatch):
     timed = benchmark.vary(
         values.to_dict(), "model.width,model.transporter_width:16,32", 1)
     assert [(c.model.width, c.model.transporter_width) for c in made] == [(16, 16), (32, 32)]
+    assert events[:3] == ["made", "cleared", "ran"]  # its first call traces it in any case
     assert [row["name"] for row in timed] == [
         f"model.width,model.transporter_width={value}" for value in (16, 32)]
     assert timed[0]["milliseconds"] == pytest.approx(16e3 / timed[0]["items_per_second"])
     benchmark.vary(values.to_dict(), "trajectory.steps,sample.steps:3", 1)
     assert (made[-1].trajectory.steps, made[-1].sample.steps) == ((3,), 3)
+    made.clear()
     for wrong, said in (("model.breadth:1", "names model.breadth, which is no setting"),
+                        ("seed:0,1", "names seed, which is no setting of a section"),
+                        ("init_from:a", "names init_from, which is no setting of a section"),
+                        ("model.width:16,-1", "config.model.width is -1"),
+                        ("train.objective:denoiser", "objective=denoiser needs its teacher: give"),
                         ("model.width", "has no values")):
         with pytest.raises(UserError, match=said):
             benchmark.vary(values.to_dict(), wrong, 1)
+    assert not made  # a wrong value is found before others are timed
 
 
 def test_the_growth_of_a_step():

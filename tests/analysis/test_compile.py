@@ -32,7 +32,7 @@ from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, optimizer, state
 from ntm_jax.training.reward import rewards, rollouts
 from ntm_jax.training.step import make_step, steps_of
-from tests.common import as_run, batch_of, experiment, python, setup, tiny_config
+from tests.common import TINY, as_run, batch_of, experiment, python, setup, tiny_config
 
 pytestmark = pytest.mark.xdist_group("compile")
 
@@ -104,14 +104,6 @@ def test_the_compiled_likelihood_is_the_one_that_evaluation_calls(monkeypatch):
         assert str(program.trace().jaxpr) == called["jaxpr"]
 
 
-def test_a_flow_matching_model_has_no_likelihood_to_compile():
-    run, source = planned_run(small()), compile.open_data(small())
-    train = dataclasses.replace(run.config.train, objective="flow_matching")
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
-    with pytest.raises(UserError, match=r"--program=evaluate: config\.train\.objective=flow_match"):
-        compile.evaluate_program(run, source)
-
-
 SCANNED = small(**{"model.remat": "full", "model.scan": True, "model.predictor_layers": 3})
 
 
@@ -167,7 +159,7 @@ def test_the_rollouts_of_pairs_are_compiled_without_a_reward():
 
 
 def test_the_advice_counts_the_samples_that_an_update_holds(monkeypatch):
-    found = report_of.Compiled(hlo.Work(), {"arguments": 1, "peak": 2}, False, 1, 1, 1, False)
+    found = report_of.Compiled(hlo.Work(), {"arguments": 1, "peak": 2}, False, 1, 1, 1, "plain")
     traced = SimpleNamespace(jaxpr=jax.make_jaxpr(lambda x: x)(1.0))
     monkeypatch.setattr(compile.Program, "trace", lambda _: traced)
     monkeypatch.setattr(compile, "_compile", lambda *_: found)
@@ -203,11 +195,61 @@ def test_recomputation_counts_as_work_but_not_as_the_models(report):
     assert 1.1 < report["flops_traced_per_chip"] / report["model_flops_per_chip"] < 1.34
 
 
+HIDDEN = """
+ENTRY %main (x: f32[1,8], w: f32[8,4]) -> f32[4] {
+  %x = f32[1,8]{1,0} parameter(0)
+  %w = f32[8,4]{1,0} parameter(1)
+  %y = f32[8,4]{1,0} multiply(%x, %w)
+  ROOT %sum = f32[4]{0} reduce(%y, %y), dimensions={0}, to_apply=%add
+}
+"""
+SHOWN = "%y = f32[1,4]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+def test_products_that_the_text_hides_count():
+    """Those of one row, which compilers turn into multiplications and sums."""
+    def step(x, w):
+        return jnp.dot(x, w, precision="highest"), x @ w, x @ w
+
+    jaxpr, one = jax.make_jaxpr(step)(np.ones((1, 8), np.float32), np.ones((8, 4), np.float32)), 64
+    text = HIDDEN.replace("%y = f32[8,4]{1,0} multiply(%x, %w)", SHOWN)
+    exact = text.replace("rhs_contracting_dims={0}",
+                         "rhs_contracting_dims={0}, operand_precision={highest,highest}")
+    for said, products in (
+            (HIDDEN, {("other", "highest"): one, ("other", "unknown"): 2 * one}),
+            (text, {("other", "f32"): one, ("other", "highest"): one, ("other", "unknown"): one}),
+            (exact, {("other", "highest"): one, ("other", "unknown"): 2 * one})):
+        assert compile._work(said, jaxpr.jaxpr, 1, 1).products == products
+    assert compile._work(HIDDEN, jaxpr.jaxpr, 3, 1).flops == one  # the share of a device of three
+    assert compile._work(exact, jaxpr.jaxpr, 6, 1).flops == one  # all that the text has
+
+
+def test_a_program_that_does_not_fit_has_its_traced_products(monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("Used 102.50G of 31.25G hbm.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    monkeypatch.setattr(chips.topology, "UNKNOWN_CHIP", CHIPS["v5p"])
+    found = compile.compile_for(small(), "cpu:1", "evaluate")
+    assert not found["fits"]
+    assert found["highest_flops_per_chip"] == found["flops_per_chip"]
+    assert found["flops_per_chip"] == found["flops_traced_per_chip"] > 0
+    seconds = found["roofline_seconds"]
+    assert seconds["compute"] == pytest.approx(found["flops_per_chip"] * 6 / 459e12)
+    assert seconds["memory"] is seconds["network"] is found["exposed_network_seconds"] is None
+    assert set(found["collective_bytes_per_chip"].values()) == {None}
+    lines = report_of.table(found).splitlines()
+    assert "sent a chip    unknown" in lines
+    assert "at highest     100% of the FLOPs (100% of the transporter's)" not in lines
+    assert "at highest     100% of the FLOPs, 100% of the compute time" in lines
+    json.dumps(found, allow_nan=False)
+
+
 def test_products_at_highest_take_their_own_rate():
     work, chip = hlo.Work(), CHIPS["v5p"]
     work.products |= {("transporter", "highest"): 3e12, ("other", "highest"): 1e12,
                       ("other", "bf16"): 4e12, ("kernels", "other"): 1e12}
-    compiled = report_of.Compiled(work, {"arguments": 1}, True, 9e12, 1, 1, True)
+    compiled = report_of.Compiled(work, {"arguments": 1}, True, 9e12, 1, 1, "plain")
     found = report_of.figures(compiled, planned_run(small()), chip)
     assert found["highest_flops_per_chip"] == 4e12
     assert found["highest_seconds"] == pytest.approx(4e12 * 6 / 459e12)
@@ -229,8 +271,12 @@ def test_amounts_have_a_prefix_of_any_size(value, text):
     assert report_of.amount(value, "s") == text
 
 
-def test_an_exact_program_is_at_highest(tmp_path):
+def test_an_exact_program_is_at_highest(tmp_path, monkeypatch):
+    """And float32 numbers are attended to without cuDNN's kernel."""
+    monkeypatch.setattr(
+        attention, "choose", lambda mesh, tokens: attention.Attention("cudnn", mesh))
     found = compile.compile_for(small(), "cpu:1", "evaluate", str(tmp_path / "texts"))
+    assert "evaluate, plain attention, remat none, global batch 297" in report_of.table(found)
     assert set(found["flops_by_precision_per_chip"]["transporter"]) == {"highest"}
     assert found["highest_flops_per_chip"] == found["flops_per_chip"]
     assert not found["exposed_network_seconds"]
@@ -255,8 +301,10 @@ def test_values_of_a_setting_are_compared(monkeypatch, report):
     assert [line.split()[0] for line in lines[1:]] == ["model.remat=dots", "model.remat=full"]
     assert " 0% " in lines[1]
     assert " 50% " in lines[2]
-    with pytest.raises(UserError, match=r"--vary=model\.remat: has no values"):
-        compile.vary(SCANNED.raw, "model.remat:", "cpu:1")
+    for wrong, said in ((":", "has no values"), (":dots,most", "config.model.remat is 'most'")):
+        with pytest.raises(UserError, match=said):
+            compile.vary(SCANNED.raw, f"model.remat{wrong}", "cpu:1")
+    assert len(compiled) == 2  # a wrong value is found before others are compiled
 
 
 def stacked(x, w, unroll):
@@ -292,6 +340,7 @@ def test_programs_lower_for_nvidia_with_cudnns_attention(monkeypatch, program, k
             exported = jax.export.export(
                 made.function, platforms=["cuda"], disabled_checks=list(allowed))(
                     *made.arguments, **made.options)
+            assert compile._kernel(made.trace().jaxpr.jaxpr) == "cudnn"
     found = re.findall(r"custom_call @(__cudnn\S+?)\(", exported.mlir_module())
     assert set(found) == kernels
 
@@ -348,6 +397,19 @@ MISTAKES = {
         "cpu:1", {"data.mock": "", "data.source": "folder:/nowhere"},
         "folder:/nowhere is not there"),
 }
+
+
+@pytest.mark.parametrize(("program", "change", "message"), [
+    ("sample", {"sample.decoder": "euler"}, "decoder=euler solves the ODE"),
+    ("sample", {"sample.num": 0}, "config.sample.num images, which is 0"),
+    ("sample", {"train.objective": "denoiser", "teacher": "x"}, "needs its teacher's model"),
+    ("evaluate", {"train.objective": "denoiser", "teacher": "x"}, "needs its teacher's model"),
+    ("train", {"train.objective": "denoiser", "teacher": ""}, "needs its teacher's model")])
+def test_what_cannot_be_compiled_is_one_line(program, change, message):
+    values = experiment()  # tiny_config would refuse some of them itself
+    values.update_from_flattened_dict(TINY | {"data.mock": "mock:8x8x1,classes=10"} | change)
+    with pytest.raises(UserError, match=re.escape(message)):
+        compile.compile_for(config.read(values), "cpu:1", program)
 
 
 def test_an_objective_without_rollouts_has_no_such_program():
@@ -436,8 +498,12 @@ def test_the_advice_is_the_smallest_change_that_fits():
     small_slice = dataclasses.replace(run, mesh=FakeMesh(fsdp=4))
     memory = {"arguments": 4 * state_bytes, "peak": 500 * gib, "hbm": 0.4 * 4 * state_bytes}
     found = advice(small_slice, levels, memory)
-    assert "raise config.mesh.fsdp x tensor from 4 to" in found
-    assert "on at least" in found
+    assert "raise config.mesh.fsdp x tensor from 4 to 32, on at least 32 chips" in found
+    # Above three quarters of the memory, which the advice leaves free, and below all of it.
+    memory = {"arguments": 17 * gib, "peak": 162 * gib, "hbm": hbm}
+    assert advice(run, levels, memory) == (
+        "recomputing and accumulating as far as they go, it needs about 25.9 GiB, above three "
+        "quarters of 31.2: raise config.mesh.fsdp x tensor from 16 to 32, on at least 32 chips")
     # One level at a time holds a quarter of the activations of four.
     assert saved(run, 1, "dots") == dots / levels
 

@@ -117,6 +117,10 @@ GROUPS = {
     "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, to": [[0, 2], [1, 3]],
     "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, to": [[0, 2], [1, 3]],
     "replica_groups={}, to": [[0, 1, 2, 3]],
+    "replica_groups=mesh['a'=4] {'a':(1)2}, to": [[0, 2], [1, 3]],
+    "replica_groups=mesh['a'=4] {'a':(2)2}, to": [[0, 1], [2, 3]],
+    "replica_groups=mesh['a'=1,'b'=4] {'a','b':(2)2}, to": [[0, 1], [2, 3]],
+    "replica_groups=mesh['a'=4] {'a':(1)2,'a':(2)2}, to": [[0, 1, 2, 3]],
 }
 
 
@@ -288,11 +292,12 @@ def test_products_count_by_part_and_precision():
 
 
 def test_the_largest_arrays_are_those_in_memory():
-    found = largest(PRODUCTS, 3)
-    assert found[0] == {"bytes": 8 * 16 * 4, "shape": "f32[8,16]", "place": "params",
+    found = largest(PRODUCTS, 2)
+    assert found[2] == {"bytes": 8 * 16 * 4, "shape": "f32[8,16]", "place": "params",
                         "argument": True}
-    assert [(a["bytes"], a["shape"], a["place"]) for a in found[1:]] == [
-        (256, "f32[16,4]", "y"), (256, "bf16[8,16]", "w")]
+    assert [(a["bytes"], a["shape"], a["place"], a["argument"]) for a in found] == [
+        (256, "bf16[8,16]", "w", False), (128, "f32[8,4]", "one", False),
+        (512, "f32[8,16]", "params", True), (256, "f32[16,4]", "y", True)]
     assert "d" not in {a["place"] for a in largest(PRODUCTS, 99)}  # inside a fusion
     assert short("jit(step)/while/body/closed_call/up/dot_general") == "up/dot_general"
 
@@ -318,3 +323,7 @@ def test_what_overlaps_with_other_work_is_apart(text, share):
     work = hlo.count(text, 4)
     assert sum(work.overlapped.values()) == share * sum(work.sent.values())
     assert sum(work.sent.values()) == 16 * 8 * 4 * 3 / 4
+
+
+def test_an_asynchronous_gather_reads_its_operand_and_writes_its_output():
+    assert hlo.count(GATHER.replace("BETWEEN", ""), 4).memory == (4 + 16) * 8 * 4

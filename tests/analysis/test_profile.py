@@ -94,6 +94,38 @@ def test_operations_are_sorted_by_kind_and_module():
         "r.5": ("rest forward", "collectives")}
 
 
+ACCELERATED = """HloModule jit_step
+
+%mixed (a: f32[2,2]) -> f32[8,2] {
+  %a = f32[2,2]{1,0} parameter(0)
+  %d = f32[2,2]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %g = f32[8,2]{1,0} all-gather(%d), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%called (p: f32[2,2]) -> f32[8,2] {
+  %p = f32[2,2]{1,0} parameter(0)
+  ROOT %h = f32[8,2]{1,0} all-gather(%p), channel_id=4, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+ENTRY %main (x: f32[2,2]) -> f32[8,2] {
+  %x = f32[2,2]{1,0} parameter(0)
+  %mixed.1 = f32[8,2]{1,0} fusion(%x), kind=kOutput, calls=%mixed
+  %start.2 = ((f32[2,2]{1,0}), f32[8,2]{1,0}) call-start(%x), to_apply=%called
+  %cudnn.3 = f32[2,2]{1,0} custom-call(%x), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="/attention/dot_product_attention_fwd_wrapper"}
+  %splash.4 = f32[2,2]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="/attention/convert_element_type"}
+  %cublas.5 = f32[2,2]{1,0} custom-call(%x, %x), custom_call_target="__cublas$gemm"
+  ROOT %done.6 = f32[8,2]{1,0} call-done(%start.2)
+}
+"""  # noqa: E501
+
+
+def test_an_accelerators_operations_are_sorted_by_kind():
+    found = profile.operations(ACCELERATED)
+    assert {name: kind for name, (_, kind, _) in found.items() if name[-1].isdigit()} == {
+        "mixed.1": "products", "start.2": "collectives", "cudnn.3": "attention",
+        "splash.4": "attention", "cublas.5": "products", "done.6": "collectives"}
+
+
 def test_an_accelerators_operations_are_found_by_their_names():
     """The plane is as documented for TPUs; no trace of one was available."""
     events = "".join(f"events {{ metadata_id: {i} offset_ps: {at}000 duration_ps: {lasts}000 }}"

@@ -7,7 +7,7 @@ from ntm_jax.analysis.hlo.text import branches, called, parse, places
 
 
 def largest(text: str, count: int = 5) -> list[dict]:
-    """The largest arrays that a program's instructions write to device memory, and its arguments.
+    """The `count` largest arrays that a program writes to device memory, and as many arguments.
 
     An array has bytes, shape as HLO writes it, place (see text.places), and argument. Arrays of one
     shape and place count once. Two of them may share memory, one after the other.
@@ -23,7 +23,10 @@ def largest(text: str, count: int = 5) -> list[dict]:
                     where = place(i)
                     found[where, shape] = {"bytes": array.bytes, "shape": shape, "place": where,
                                            "argument": argument}
-    return sorted(found.values(), key=lambda array: -array["bytes"])[:count]
+    ordered = sorted(found.values(), key=lambda array: -array["bytes"])
+    written, arguments = ([array for array in ordered if array["argument"] is argument][:count]
+                          for argument in (False, True))
+    return written + arguments
 
 
 def _outer(module, entry: str) -> list[str]:

@@ -61,6 +61,10 @@ class Work:
         """FLOPs of all products."""
         return sum(self.products.values())
 
+    def of_precision(self, name: str) -> float:
+        """FLOPs of the products of a precision."""
+        return sum(value for (_, precision), value in self.products.items() if precision == name)
+
     def add(self, other: "Work", times: float = 1) -> None:
         """Adds `times` times another's work."""
         self.memory += times * other.memory
@@ -276,7 +280,9 @@ def _memory(module, computation, i: Instruction) -> float:
 
     Of an array that it only slices or updates in place, this counts the slice or the update.
     """
-    if i.op in FREE or i.op.endswith("-done"):
+    if i.op.endswith("-done"):  # its type is the output, unlike that of some starts
+        return _in_memory(i.arrays) if i.op.removesuffix("-done") in COLLECTIVES else 0
+    if i.op in FREE:
         return 0
     if i.op in SLICES:
         return 2 * _in_memory(i.arrays)

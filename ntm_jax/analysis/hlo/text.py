@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -182,9 +183,7 @@ def replica_groups(attributes: str, chips: int) -> np.ndarray:
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         order = _iota(mesh[2], chips) if mesh[2] else np.arange(chips)
-        axes = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
-        grid = np.moveaxis(order.reshape(*sizes.values()), axes, range(-len(axes), 0))
-        return grid.reshape(-1, math.prod(grid.shape[-len(axes):]))
+        return _along(order, sizes, mesh[3])
     iota = re.search(
         r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
@@ -193,6 +192,24 @@ def replica_groups(attributes: str, chips: int) -> np.ndarray:
     if listed:
         return np.array([numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
     return np.arange(chips)[None]
+
+
+def _along(order: np.ndarray, sizes: dict[str, int], text: str) -> np.ndarray:
+    """The groups of a mesh along the axes of a text, or parts of them, [groups, members].
+
+    'a':(2)4 of an axis 'a' of 16 devices is the middle one of its factors 2 x 4 x 2.
+    """
+    parts, ends = [], {name: {1, size} for name, size in sizes.items()}
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", text):
+        start = int(before or 1)
+        parts.append((name, start, start * int(size or sizes[name])))
+        ends[name] |= set(parts[-1][1:])
+    factors = [(name, *pair) for name, found in ends.items() for pair in pairwise(sorted(found))]
+    axes = [axis for axis, (name, start, end) in enumerate(factors)
+            if any(name == other and low <= start and end <= high for other, low, high in parts)]
+    grid = order.reshape([end // start for _, start, end in factors])
+    members = math.prod(grid.shape[axis] for axis in axes)
+    return np.moveaxis(grid, axes, range(-len(axes), 0)).reshape(-1, members)
 
 
 def source_target_pairs(attributes: str) -> np.ndarray:
