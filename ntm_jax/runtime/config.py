@@ -320,9 +320,9 @@ def _check_training(config: Config) -> None:
                         f"config.model.condition is {condition}: set it to vector, or leave them "
                         "at 0")
     if config.model.condition_layers and config.model.head == "posterior":
-        raise UserError("config.model.condition_layers compute features that the velocity of "
-                        "config.model.head=posterior does not see: leave them at 0, or take another "
-                        "head")
+        raise UserError("config.model.condition_layers compute features, which the velocity of "
+                        "config.model.head=posterior does not take: leave them at 0, or take "
+                        "another head")
     if config.model.condition_shift and condition != "vector":
         raise UserError("config.model.condition_shift subtracts a function of a vector, and "
                         f"config.model.condition is {condition}: set it to vector, or leave it "

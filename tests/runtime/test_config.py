@@ -230,7 +230,7 @@ def test_features_that_a_velocity_does_not_see_are_refused():
     values = changed(**{"model.condition": "vector", "model.condition_layers": 1})
     config.read(values)
     values["model"]["head"] = "posterior"
-    assert "config.model.condition_layers compute features that the velocity of" in refusal(values)
+    assert "config.model.condition_layers compute features, which the velocity" in refusal(values)
 
 
 def test_the_shift_may_have_any_sign():
