@@ -80,7 +80,7 @@ class Run(base.Run):
             if label is not None:
                 raise UserError("label and prompts are both given: expected one of them")
             label = self.text([texts[i % len(texts)] for i in range(n)])
-        given = None if condition is None else as_array("condition", condition, "[E] or [m, E]")
+        given = None if condition is None else as_array("condition", condition, "vectors [m, E]")
         if given is None or given.ndim < 2:
             label = _one_condition(label, condition)
             return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)

@@ -21,7 +21,7 @@ from ntm_jax import files
 from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.data import text
 from ntm_jax.data.records import pad_text
-from ntm_jax.errors import UserError, check_count
+from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import plots
 from ntm_jax.runtime.run import Run
 
@@ -139,6 +139,8 @@ def check_layout(layout: str | None, prompts: Sequence[Prompt] | None, per_promp
     """Raises UserError where prompts or images do not fit the benchmark `layout`."""
     if not layout:
         return
+    if layout not in ("geneval", "dpg"):
+        raise UserError(f"layout is {shown(layout)}: expected geneval or dpg")
     if not prompts:
         raise UserError(f"--layout={layout} writes a benchmark's folder: give its prompts as "
                         "--prompts")

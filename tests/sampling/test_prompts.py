@@ -149,6 +149,8 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
             SampleRequest(1, 1, prompts=given, encoder="words:1:a"))
     refused("--layout=dpg writes a benchmark's folder: give its prompts as --prompts",
             SampleRequest(1, 1, layout="dpg"))
+    refused("layout is 'genevl': expected geneval or dpg",
+            SampleRequest(1, 1, prompts=given, layout="genevl"))
     for condition, sizes in (("is conditioned on 10 classes", {"num_classes": 10}),
                              ("is conditioned on vectors", {"condition_width": 3}),
                              ("is unconditional", {})):
