@@ -13,6 +13,7 @@ width. Models of an array have rows of D numbers in place of images, and conditi
 import dataclasses
 import difflib
 import importlib
+import inspect
 import math
 import os
 import pkgutil
@@ -25,7 +26,7 @@ from etils import epath
 from ntm_jax import host_memory
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources
-from ntm_jax.errors import UserError, check_count, first_line, shown
+from ntm_jax.errors import UserError, as_array, check_count, first_line, shown
 from ntm_jax.evaluation import known_density
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
@@ -50,10 +51,10 @@ class Run(base.Run):
     """A trained run: its parameters at a step, and what can be asked of them.
 
     Conditions: label is one class, by its name or number, classes [n], or for a model of texts
-    core.transformer.conditions.Text with states [n, M, E] and mask [n, M]. condition is one vector
-    [E] or vectors [n, E] in their own units, for a model that is conditioned on vectors. All
-    methods raise UserError for a condition that the model does not have, and for images or options
-    that do not fit.
+    core.transformer.conditions.Text with states [n, M, E] and mask [n, M], of n texts or of one.
+    condition is one vector [E] or vectors [n, E] in their own units, for a model that is
+    conditioned on vectors. All methods raise UserError for a condition that the model does not
+    have, and for images or options that do not fit.
     """
 
     def sample(self, n: int, label=None, prompts=None, seed: int | None = None,
@@ -65,9 +66,9 @@ class Run(base.Run):
         text, or several, repeated over the images in turn. condition: one vector [E], or several
         [m, E], of which each has n samples: [m, n, D]. seed: image i of a seed is the same image in
         any n.
-        with_levels: also returns the levels from pure noise down, [n, K, H, W, C], of an array in
-        standardised units. options: steps, guidance, decoder, inverse, percentile; the
-        configuration's by default.
+        with_levels: also returns the levels from pure noise down, [n, K, H, W, C]: of pixels
+        rounded and clipped to integers 0..V-1, of an array in standardised units. options: steps,
+        guidance, decoder, inverse, percentile; the configuration's by default.
 
         with_log_prob: returns a generate.Drawn, with samples, levels and the log-density of their
         trajectories, log p(x_0..x_T | condition) in nats, in all and by factor. It needs no further
@@ -79,10 +80,10 @@ class Run(base.Run):
             if label is not None:
                 raise UserError("label and prompts are both given: expected one of them")
             label = self.text([texts[i % len(texts)] for i in range(n)])
-        if condition is None or np.ndim(condition) < 2:
+        given = None if condition is None else as_array("condition", condition, "vectors [m, E]")
+        if given is None or given.ndim < 2:
             label = _one_condition(label, condition)
             return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)
-        given = np.asarray(condition)
         many = len(given)
         check_count("the number of conditions", many)
         # Sample i of condition j has index i m + j: the same in any n, and no noise is shared.
@@ -95,11 +96,9 @@ class Run(base.Run):
                   with_log_prob: bool = False, **options):
         """The images of these indices [n]; arguments as in sample, label may be vectors [n, E].
 
-        They are drawn config.evaluate.batch_size at a time.
+        Indices are 0 to 2^31 - 1. The images are drawn config.evaluate.batch_size at a time.
         """
-        check_count("the number of samples", len(index))
-        if np.asarray(index).dtype.kind not in "iu":
-            raise UserError(f"index is {shown(index)}: expected whole numbers")
+        index = _indices(index)
         condition = None if label is None else conditioning.check_condition(self, len(index), label)
         chosen = override(self.config, **options)
         self._check_decoder(options.get("decoder"))
@@ -110,7 +109,6 @@ class Run(base.Run):
                 return generate.draw_at(self, index[places], own, chosen, seed)
             return generate.sample_at(self, index[places], own, chosen, seed, with_levels)
 
-        index = np.asarray(index)
         count, size = len(index), min(len(index), self.config.evaluate.batch_size)
         parts = [draw(places) for places in sharding.equal_batches(count, size)]
         return jax.tree.map(lambda *found: np.concatenate(found)[:count], *parts)
@@ -125,7 +123,7 @@ class Run(base.Run):
         candidate is kept without comparing it with further ones; all are compared by default.
         Raises UserError where the judge cannot select.
         """
-        other = load(os.fspath(judge)) if isinstance(judge, (str, os.PathLike)) else judge
+        other = load(judge) if isinstance(judge, (str, os.PathLike)) else judge
         if other is not None and not isinstance(other, base.Run):
             raise UserError(f"judge is {shown(judge)}: expected a run, or the folder of one")
         return _run(selection.selecting(self, candidates, other, enough))
@@ -140,8 +138,8 @@ class Run(base.Run):
         """The importance-weighted lower bound on log p(image | label) in nats, [n].
 
         images: [n, H, W, C], integers 0..V-1, or rows [n, D] of an array, whose density is in its
-        own units. noised: of continuous data, bounds the density of the data noised to t_0, with
-        noise keyed by the seed, not that of the data itself; by default for latents, not for
+        own units. noised: only of continuous data, bounds the density of the data noised to t_0,
+        with noise keyed by the seed, not that of the data itself; by default for latents, not for
         arrays.
         """
         return self.log_prob_by_level(images, label, trajectories, seed, condition=condition,
@@ -157,6 +155,9 @@ class Run(base.Run):
         """
         label, images = _one_condition(label, condition), as_images(self, images)
         given = conditioning.check_condition(self, len(images), label)
+        if noised and self.spec.pixel_levels:
+            raise UserError(f"noised is {shown(noised)}, and {self.workdir} is a model of pixels, "
+                            "which have a probability of their own: leave it out")
         decoded = bool(self.spec.columns) if noised is None else not noised
         return score_images(self, images, given, trajectories, seed, decoded)
 
@@ -181,13 +182,14 @@ class Run(base.Run):
         chosen = override(self.config, **options)
         return reweight(self, log_target, given, n, chosen, seed)
 
-    def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None):
+    def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
+                     condition=None) -> np.ndarray:
         """The upper bound on -log2 p(image | label) / (H W C) that log_prob gives, [n].
 
         Raises UserError for continuous latents.
         """
         check_unit("bits_per_dim", self)
-        nats = -self.log_prob(images, label, trajectories, seed)
+        nats = -self.log_prob(images, label, trajectories, seed, condition=condition)
         return bits_per_dim(nats, math.prod(self.spec.image_shape))
 
     def evaluate(self, options: EvaluationOptions | None = None, against=None,
@@ -233,6 +235,18 @@ class Run(base.Run):
             objectives.check_decoder(self.config, decoder, "decoder")
 
 
+def _indices(index) -> np.ndarray:
+    """The indices of samples, [n]. Raises UserError for others than 0 to 2^31 - 1, and for none."""
+    found = as_array("index", index, "whole numbers [n]")
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise UserError(f"index is {shown(index)}: expected whole numbers [n]")
+    check_count("the number of samples", len(found))
+    low, high = found.min(), found.max()
+    if low < 0 or high > configuration.LARGEST_SIZE:
+        raise UserError(f"index runs from {low} to {high}: expected 0 to 2^31 - 1")
+    return found
+
+
 def _texts(name: str, given) -> list[str]:
     """One text, or several, as a list."""
     texts = [given] if isinstance(given, str) else list(given) if np.iterable(given) else None
@@ -252,14 +266,16 @@ def _run(run: base.Run) -> Run:
     return Run(**{field.name: getattr(run, field.name) for field in dataclasses.fields(base.Run)})
 
 
-def load(workdir: str, step: int | None = None, raw: bool = False) -> Run:
+def load(workdir: str | os.PathLike, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, in one of its WORKDIR/checkpoints/STEP, or in an export.
 
     workdir: a folder, or hf://OWNER/NAME[@REVISION] for an export on the Hugging Face Hub. step:
     the latest by default. raw: with the raw parameters in place of their moving average. Raises
     UserError if there is no run, or its files are damaged.
     """
-    return _run(load_run(workdir, step, raw))
+    if not isinstance(workdir, (str, os.PathLike)):
+        raise UserError(f"workdir is {shown(workdir)}: expected the folder of a run or an export")
+    return _run(load_run(os.fspath(workdir), step, raw))
 
 
 def compare_with_truth(workdirs: Sequence[str], out: str, split: str | None = None,
@@ -269,6 +285,7 @@ def compare_with_truth(workdirs: Sequence[str], out: str, split: str | None = No
     split: the first run's by default. trajectories: for each record, of an NTM's bounds. Returns
     the content of truth.json. Raises UserError where the runs do not compare.
     """
+    check_count("the number of runs", len(workdirs))
     runs = [load(workdir) for workdir in workdirs]
     estimators = [objectives.find(run.config.train.objective).estimators(run, trajectories)
                   for run in runs]
@@ -305,11 +322,13 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
             raise
         package = importlib.import_module("ntm_jax.experiments")
         names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-        base, _, own = name.partition(":")
+        base, _, own = str(name).partition(":")
         meant = f"did you mean experiment({base!r}, {own!r})? " if own and base in names else ""
         raise UserError(f"there is no experiment {name!r}: {meant}expected one of "
                         f"{', '.join(names)}") from None
     try:
+        if variant and not inspect.signature(module.get_config).parameters:
+            raise ValueError(f"it has no variants, leave {variant!r} out")
         values = module.get_config(variant) if variant else module.get_config()
         names = configuration.flatten(values.to_dict())
         for key in overrides:

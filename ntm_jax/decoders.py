@@ -23,10 +23,10 @@ from ntm_jax.core.transformer.precision import precision
 from ntm_jax.registry import Registry
 
 
-class Drawn(NamedTuple):
+class Decoded(NamedTuple):
     """What a decoder draws.
 
-    x: clean tokens [B, N, D]. xs: the levels [B, K, N, D], None where nothing needs them.
+    x: clean tokens [B, N, D]. xs: the levels x_0..x_T [B, K, N, D], None where nothing needs them.
     log_density: of each level [B, K], those of core.sampling.sample_with_log_prob; it is that of
     the latents where xs is None, and None for an ODE.
     """
@@ -53,7 +53,7 @@ class Trajectory(NamedTuple):
 class Decoder:
     """One way to make clean tokens.
 
-    draw(sampler, params, keys, y, denoiser_params, with_levels) -> Drawn, of keys [B] and their
+    draw(sampler, params, keys, y, denoiser_params, with_levels) -> Decoded, of keys [B] and their
     condition y. sampler: sampling.generate.Sampler. denoiser_params: None unless needs_denoiser.
     `from_trajectory` makes such a function for an NTM.
     needs_levels: it has the levels anyway, so that asking for them costs nothing; its evaluation
@@ -63,7 +63,7 @@ class Decoder:
     samples have no density.
     """
 
-    draw: Callable[..., Drawn]
+    draw: Callable[..., Decoded]
     needs_levels: bool = False
     needs_denoiser: bool = False
     solves_ode: bool = False
@@ -75,7 +75,7 @@ def from_trajectory(clean: Callable, needs_levels: bool = False, **facts) -> Dec
     clean(sampler, params, trajectory, denoiser_params) -> [B, N, D]. needs_levels: it uses
     trajectory.xs. facts: other fields of Decoder.
     """
-    def draw(sampler, params, keys, y, denoiser_params, with_levels: bool) -> Drawn:
+    def draw(sampler, params, keys, y, denoiser_params, with_levels: bool) -> Decoded:
         model, steps = sampler.model, sampler.options.steps
         t = sampler.schedule.fixed_levels(steps, len(keys))
         us, log_density = sampling.draw_latents(
@@ -86,7 +86,7 @@ def from_trajectory(clean: Callable, needs_levels: bool = False, **facts) -> Dec
             xs, log_det = sampling.invert_with_log_det(model, params, us, t, y, how)
             log_density -= log_det
         x = clean(sampler, params, Trajectory(us, xs, t, y), denoiser_params)
-        return Drawn(x, xs, log_density)
+        return Decoded(x, xs, log_density)
 
     return Decoder(draw, needs_levels, **facts)
 
@@ -110,7 +110,7 @@ def _denoiser(sampler, params, trajectory: Trajectory, denoiser_params):
         exact(sampler.denoiser), denoiser_params, us[:, 0], t[:, 0], sampler.options.steps, y)
 
 
-def _solve(sampler, params, keys, y, denoiser_params, with_levels: bool, heun: bool) -> Drawn:
+def _solve(sampler, params, keys, y, denoiser_params, with_levels: bool, heun: bool) -> Decoded:
     config, options = sampler.model.config, sampler.options
     noise = example_noise(keys, (config.tokens, config.dim))
     t = sampler.schedule.levels(options.steps, jnp.zeros(len(keys)))
@@ -118,7 +118,7 @@ def _solve(sampler, params, keys, y, denoiser_params, with_levels: bool, heun: b
         xs = flow_matching.solve(
             functools.partial(sampler.model.backbone.apply, flow_matching.backbone_params(params)),
             noise, t, y, null(y, config.num_classes), options.guidance, heun)
-    return Drawn(xs[:, 0], xs, None)
+    return Decoded(xs[:, 0], xs, None)
 
 
 DECODERS = Registry("config.sample.decoder", Decoder, {

@@ -5,6 +5,8 @@ The programs print its single line and exit with status 2.
 
 import numbers
 
+import numpy as np
+
 
 class UserError(ValueError):
     """A mistake of the user: a flag, a setting, an argument, a file.
@@ -19,6 +21,14 @@ def check_count(name: str, count: int) -> None:
         raise UserError(f"{name} is {shown(count)}: expected a whole number")
     if count < 1:
         raise UserError(f"{name} is {count}: expected 1 or more")
+
+
+def as_array(name: str, values, expected: str) -> np.ndarray:
+    """Values as a NumPy array. Raises UserError for what is none, such as rows of two lengths."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {shown(values)}: expected {expected}") from None
 
 
 def first_line(error: Exception) -> str:

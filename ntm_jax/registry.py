@@ -63,7 +63,7 @@ class Registry(Generic[Part]):
 
         Raises NotRegistered, listing all parts, if there is none of this name.
         """
-        name, colon, argument = given.partition(":")
+        name, colon, argument = str(given).partition(":")
         found = self._entries.get(name)
         if found:
             usage, part = found

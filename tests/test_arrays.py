@@ -123,6 +123,18 @@ def test_many_conditions_have_samples_of_their_own(random):
                                   conditioning.check_condition(random, 3, 1.0 * (x > 0)).values)
 
 
+def test_default_conditions_are_those_of_the_arrays_provided_last(random):
+    data_of = dataclasses.replace(random.config.data, source="arrays")
+    run = dataclasses.replace(random, config=dataclasses.replace(random.config, data=data_of))
+    for shift in (0, 1):
+        theta, x = data(8)
+        x[:4] += shift
+        sources.provide(sources.from_arrays(theta, condition=x, held_out=0.0))
+        expected = [run.config.data.open("train").records[i]["condition"] for i in (0, 1)]
+        np.testing.assert_array_equal(
+            conditioning.default_conditions(run, np.arange(2)).values, expected)
+
+
 def test_the_recipe_for_held_out_rows_gives_them_in_their_own_units(random):
     page = (ROOT / "docs/howto/outliers.md").read_text()
     (block,) = re.findall(r"^```python\n([^`]*condition_std.*?)^```", page, re.M | re.S)
@@ -386,6 +398,21 @@ def test_resampling_is_proportional():
      "the number of conditions is 0: expected 1 or more"),
     (lambda run: run.sample("4"), "n is '4': expected a whole number"),
     (lambda run: run.sample_at([1.5]), "index is [1.5]: expected whole numbers"),
+    (lambda run: run.sample_at(3), "index is 3: expected whole numbers [n]"),
+    (lambda run: run.sample_at(None), "index is None: expected whole numbers [n]"),
+    (lambda run: run.sample_at([1, [2]]), "index is [1, [2]]: expected whole numbers [n]"),
+    (lambda run: run.sample_at([[1, 2]]), "index is [[1, 2]]: expected whole numbers [n]"),
+    (lambda run: run.sample_at([0, 2**31]), "index runs from 0 to 2147483648: expected 0 to 2^31"),
+    (lambda run: run.sample_at([-1]), "index runs from -1 to -1: expected 0 to 2^31 - 1"),
+    (lambda run: run.sample(3, condition=[1, [2, 3], 4]), "condition is [1, [2, 3], 4]: expected"),
+    (lambda run: run.log_prob(MEAN[None], condition=[1, [2, 3], 4]),
+     "condition is [1, [2, 3], 4]: expected one condition, 3 numbers [3]"),
+    (lambda run: run.reweight(log_target, condition=[[1, 2, 3], [4, 5]], n=4),
+     "condition is [[1, 2, 3], [4, 5]]: expected one condition, 3 numbers [3]"),
+    (lambda run: run.sample(2, label=Vector(np.zeros((2, 3)), np.ones(2, bool))),
+     "condition is Vector("),
+    (lambda run: run.selecting(2).reweight(log_target, condition=[1, 2, 3], n=4),
+     "a sample that is selected among candidates does not have the density of its trajectory"),
     (lambda run: run.sample(2, seed=1.5), "seed is 1.5: expected a whole number, 0 to 2^32 - 1"),
     (lambda run: run.sample(2, seed=-1), "seed is -1: expected a whole number, 0 to 2^32 - 1"),
     (lambda run: run.log_prob(MEAN[None], condition=[1, 2, 3], seed=2**32),

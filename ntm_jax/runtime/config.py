@@ -243,6 +243,7 @@ NON_NEGATIVE = (
 ANY_SIGN = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 LARGEST_FLOAT = 3e38  # numbers are float32
+SMALLEST_LAST_STEP = 1e-5  # of noise levels up to 1; below it, rounding moves scales by percents
 RANGES = {  # the least and the largest value of settings with bounds of their own
     "seed": (0, 2**32 - 1),  # a jax key takes 32 bits: a larger seed would repeat a smaller one
     "optimizer.ema_decay": (0, math.nextafter(1, 0)),
@@ -318,6 +319,10 @@ def _check_training(config: Config) -> None:
         raise UserError("config.model.condition_layers compute features of a vector, and "
                         f"config.model.condition is {condition}: set it to vector, or leave them "
                         "at 0")
+    if config.model.condition_layers and config.model.head == "posterior":
+        raise UserError("config.model.condition_layers compute features, which the velocity of "
+                        "config.model.head=posterior does not take: leave them at 0, or take "
+                        "another head")
     if config.model.condition_shift and condition != "vector":
         raise UserError("config.model.condition_shift subtracts a function of a vector, and "
                         f"config.model.condition is {condition}: set it to vector, or leave it "
@@ -364,30 +369,41 @@ def _check_levels(config: Config) -> None:
                         "head's scale vanishes with t_min, so lo must be at least 0.001 (or take "
                         "config.model.head=direct)")
     most = max(c.steps)
-    if c.schedule == "shifted" and high >= _first_level(c, most):
+    first = _shifted_level(c, 1, most)
+    if c.schedule == "shifted" and high >= first:
         raise UserError(f"config.trajectory.t_min_range ends at {high}: it must lie below the "
-                        f"first level {_first_level(c, most):.4f} of {most} steps; lower it or "
-                        "raise config.trajectory.shift")
+                        f"first level {first:.4f} of {most} steps; lower it or raise "
+                        "config.trajectory.shift")
     check_steps("config.trajectory.steps", most, c)
     check_steps("config.sample.steps", config.evaluation_steps, c)
 
 
-def _first_level(trajectory: Trajectory, steps: int) -> float:
-    """The first level above t_min of the shifted schedule.
+def _shifted_level(trajectory: Trajectory, k: int, steps: int) -> float:
+    """Level k > 0 of the shifted schedule of so many steps.
 
     The default shift, and so this level, grows with the number of tokens: it is that of one token.
     """
     shift = default_shift(1) if trajectory.shift is None else trajectory.shift
-    return shifted(steps, shift)
+    return shifted(steps / k, shift)
 
 
 def check_steps(name: str, steps: int, trajectory: Trajectory) -> None:
-    """Raises UserError where so many steps, called `name`, have levels that do not ascend."""
-    first, t_min = _first_level(trajectory, steps), trajectory.t_min
-    if trajectory.schedule == "shifted" and t_min >= first:
+    """Raises UserError where so many steps, called `name`, have levels that do not ascend.
+
+    Levels that float32 does not tell apart do not ascend.
+    """
+    if trajectory.schedule != "shifted":
+        return
+    first, t_min = _shifted_level(trajectory, 1, steps), trajectory.t_min
+    if t_min >= first:
         raise UserError(f"{name} is {steps}: the first level of so many steps, {first:.4f}, does "
                         f"not lie above config.trajectory.t_min, {t_min}; take fewer steps, or "
                         "train with a lower t_min or a higher config.trajectory.shift")
+    last_step = 1 - _shifted_level(trajectory, steps - 1, steps) if steps > 1 else 1
+    if last_step < SMALLEST_LAST_STEP:
+        raise UserError(f"{name} is {steps}: the last of so many steps goes up to level 1 by "
+                        f"{last_step:.1e}, too little for float32; take fewer steps, or train with "
+                        "a lower config.trajectory.shift")
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

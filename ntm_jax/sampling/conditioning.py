@@ -3,6 +3,7 @@
 Symbols: n images; M text tokens, E the width of their states or of a vector.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -10,13 +11,16 @@ import numpy as np
 
 from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import transforms
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, as_array, shown
 from ntm_jax.runtime.run import Run
 
 
 @functools.lru_cache(maxsize=2)
-def _records(data, split: str):
-    """The records of a split, opened once for all batches."""
+def _texts(data, split: str, version: str):
+    """The records of a split with the states of their captions, encoded once for all batches.
+
+    version: of arrays in memory, in whose place others may have been provided.
+    """
     return data.open(split).records
 
 
@@ -28,7 +32,13 @@ def default_conditions(run: Run, index):
     model = run.model.config
     if not (model.text_width or model.condition_width):
         return index % max(model.num_classes, 1)
-    records = _records(run.config.data, run.config.evaluate.split)
+    data, split = run.config.data, run.config.evaluate.split
+    if model.condition_width:
+        records = data.open(split).records
+    else:
+        in_memory = data.source.partition(":")[0] == "arrays"
+        version = dataclasses.replace(data, text="").open(split).version if in_memory else ""
+        records = _texts(data, split, version)
     chosen = [records[int(i) % len(records)] for i in index]
     if model.condition_width:
         values = np.stack([record["condition"] for record in chosen])
@@ -40,34 +50,29 @@ def check_condition(run: Run, n: int, label):
     """The condition of n images as arrays: labels [n], or the Text or Vector of such a model.
 
     label: one label, labels [n], integers or names of classes; Text with states [n, M, E] and mask
-    [n, M]; one vector [E] or vectors [n, E] in their own units. Raises UserError where it does not
-    fit the model.
+    [n, M], or [1, M, E] and [1, M] for all images; one vector [E] or vectors [n, E] in their own
+    units. Raises UserError where it does not fit the model.
     """
-    classes, width = run.model.config.num_classes, run.model.config.text_width
+    classes = run.model.config.num_classes
     each = f", or one for each of the {n} images" if n > 1 else ""
     if run.model.config.condition_width:
         return _check_vector(run, n, label)
-    if width:
-        fits = isinstance(label, Text) and np.shape(label.states)[::2] == (n, width)
-        if not fits or np.shape(label.mask) != label.states.shape[:2]:
-            raise UserError("the model is conditioned on text: give label=run.text(captions), with "
-                            f"one caption{each}, or your own Text(states [{n}, M, {width}], mask "
-                            f"[{n}, M])")
-        return Text(np.asarray(label.states, np.float16), np.asarray(label.mask, bool))
+    if run.model.config.text_width:
+        return _check_text(run, n, label, each)
     if label is None and classes:
         raise UserError(f"no label is given, and the model has {classes} classes: give one label"
                         f"{each}")
     if label is not None and not classes:
         raise UserError(f"label {shown(label)} is given, and the model has no classes: leave it "
                         "out")
-    label = np.asarray(0 if label is None else label)
+    expected = f"the number of a class, 0 to {classes - 1}, or its name"
+    label = as_array("label", 0 if label is None else label, expected)
     if label.dtype == object:  # such as a column of pandas
-        label = np.array(label.tolist())
+        label = as_array("label", label.tolist(), expected)
     if label.dtype.kind == "U":
         label = np.vectorize(lambda name: run.spec.label_of(str(name)))(label)
     if label.dtype.kind not in "iu":
-        raise UserError(f"label {shown(label.tolist())} is given: expected the number of a class, "
-                        f"0 to {classes - 1}, or its name")
+        raise UserError(f"label {shown(label.tolist())} is given: expected {expected}")
     if label.shape not in ((), (1,), (n,)):
         raise UserError(f"label has shape {label.shape}: expected one label{each}")
     label = np.broadcast_to(label, n)
@@ -75,6 +80,28 @@ def check_condition(run: Run, n: int, label):
         raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to "
                         f"{classes - 1}")
     return label.astype(np.int32)
+
+
+def _check_text(run: Run, n: int, label, each: str) -> Text:
+    """A Text of n texts, or of one for all, as the condition of n records."""
+    width = run.model.config.text_width
+    expected = ("the model is conditioned on text: give label=run.text(captions), with one caption"
+                f"{each}, or your own Text(states [{n}, M, {width}], mask [{n}, M])")
+    if not isinstance(label, Text):
+        raise UserError(expected)
+    states = as_array("Text.states", label.states, f"numbers [{n}, M, {width}]")
+    mask = as_array("Text.mask", label.mask, f"true or false [{n}, M]")
+    fits = states.ndim == 3 and len(states) in (1, n) and states.shape[2] == width
+    numbers = not {states.dtype.kind, mask.dtype.kind} & set("OSU")
+    if not fits or mask.shape != states.shape[:2] or not numbers:
+        raise UserError(expected)
+    with np.errstate(over="ignore"):  # which the next lines refuse
+        states = states.astype(np.float16)
+    if not np.isfinite(states).all():
+        raise UserError("the states of a text hold a number that is not finite in float16, whose "
+                        "largest is 65504: scale them as those of the training records")
+    return Text(np.broadcast_to(states, (n, *states.shape[1:])),
+                np.broadcast_to(mask.astype(bool), (n, mask.shape[1])))
 
 
 def _check_vector(run: Run, n: int, condition) -> Vector:
@@ -85,7 +112,7 @@ def _check_vector(run: Run, n: int, condition) -> Vector:
     if condition is None:
         raise UserError("no condition is given, and the model is conditioned on vectors: "
                         f"{expected}")
-    values = np.asarray(condition)
+    values = as_array("condition", condition, expected.removeprefix("expected "))
     if values.dtype.kind not in "fiub" or values.shape not in ((width,), (1, width), (n, width)):
         raise UserError(f"condition is {values.dtype} {list(values.shape)}: {expected}")
     with np.errstate(over="ignore"):  # which the next line refuses

@@ -114,7 +114,7 @@ def check_density(run: Run, options: SampleOptions) -> None:
                         "its trajectory: take 1 candidate, or leave the log-density out")
     if decoders.find(options.decoder).solves_ode:
         raise UserError(f"decoder={options.decoder} solves an ODE, whose samples have no "
-                        "trajectory density: sample without the log-density")
+                        "trajectory density: give an NTM, or leave the log-density out")
 
 
 def _tokens_at(run: Run, index, condition, options, seed: int | None, with_levels: bool,

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax import decoders
 from ntm_jax.core import likelihood, sampling, trajectory
 from ntm_jax.core.model import exact, log_prior
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
@@ -27,7 +26,7 @@ from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.run import Run, checked_seed
-from ntm_jax.sampling.generate import Sampler
+from ntm_jax.sampling.generate import Sampler, check_density
 
 BATCH = 2000  # samples drawn at once
 
@@ -115,16 +114,16 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
     unnormalised density of them, -inf where it is 0. condition: that of one sample, as
     conditioning.check_condition gives it, for all n.
 
-    Raises UserError for n below 1, a model of pixels, an ODE's solver, and a target that is no
-    function or whose values are no log-densities.
+    Raises UserError for n below 1, a model of pixels, an ODE's solver, samples that are selected,
+    and a target that is no function or whose values are no log-densities.
     """
     check_count("n", n)
     if not callable(log_target):
         raise UserError(f"log_target is {shown(log_target)}: expected a function of the samples")
-    if run.spec.pixel_levels or decoders.find(options.decoder).solves_ode:
-        found = "pixels" if run.spec.pixel_levels else f"decoder={options.decoder}"
-        raise UserError(f"the run has {found}: expected a model of continuous data that samples "
-                        "trajectories, whose weights have a density")
+    if run.spec.pixel_levels:
+        raise UserError("the run has pixels: expected a model of continuous data, whose samples "
+                        "have a density")
+    check_density(run, options)
     seed = checked_seed(run, seed)
     x, log_ratio = _draw_all(run, condition, n, options, seed)
     samples = run.spec.from_tokens(x)

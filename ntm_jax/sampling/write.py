@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from ntm_jax import files
 from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import latents
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, check_count
 from ntm_jax.progress import track
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
@@ -112,6 +112,7 @@ class _Work:
     def __init__(self, run: Run, request: SampleRequest):
         self.run, self.request = run, request
         prompts.check_number(request.num, request.prompts)
+        check_count("batch", request.batch)
         self.options = request.options(run.config)
         check_decoder(run, self.options.decoder)
         if request.log_prob:
@@ -235,7 +236,8 @@ class _Work:
             if request.prompts:
                 prompts.write_pictures(folder, request.layout, request.prompts, shown)
             stored = shown if self.pixel_levels else images
-            stored = np.repeat(stored, 3, -1) if stored.shape[-1] == 1 else stored
+            if self.pixel_levels and stored.shape[-1] == 1:  # gray; latents stay as they are
+                stored = np.repeat(stored, 3, -1)
         density = {}
         if request.log_prob:
             factors = arrays["log_prob_by_factor"]

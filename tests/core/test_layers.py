@@ -72,6 +72,14 @@ def test_blockwise_attention_is_plain_attention(causal, masked):
         np.testing.assert_allclose(a, b, atol=1e-5)  # float32 sums of 18 terms, in another order
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_blockwise_attention_takes_fewer_tokens_than_blocks(tokens):
+    q, k, v = (normal(i, 2, tokens, 2, 8) for i in range(3))
+    found, expected = (attention(q, k, v, causal=True)
+                       for attention in (blockwise_attention, plain_attention))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_rotation_keeps_lengths_and_depends_only_on_relative_positions():
     grid, size = (4, 5), 8
     angles = rotary_2d(grid, size)

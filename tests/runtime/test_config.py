@@ -214,6 +214,25 @@ def test_the_steps_of_an_ode_have_levels_of_their_own():
     config.read(changed(**{"sample.steps": 64, "sample.decoder": "euler"}))
 
 
+def test_levels_that_float32_does_not_tell_apart_are_refused():
+    """At a shift of 14 the scale C of the last of 4 steps was 1.1, above 1; at 17 it was NaN."""
+    values = changed(**{"trajectory.schedule": "shifted", "trajectory.shift": 14.0})
+    message = refusal(values)
+    assert "config.trajectory.steps is 4: the last of so many steps goes up to level 1" in message
+    assert "by 2.8e-07, too little for float32; take fewer steps, or train with a lower" in message
+    values["trajectory"]["shift"] = 10.0
+    config.read(values)
+    values["sample"]["steps"] = 16
+    assert "config.sample.steps is 16: the last of so many steps" in refusal(values)
+
+
+def test_features_that_a_velocity_does_not_see_are_refused():
+    values = changed(**{"model.condition": "vector", "model.condition_layers": 1})
+    config.read(values)
+    values["model"]["head"] = "posterior"
+    assert "config.model.condition_layers compute features, which the velocity" in refusal(values)
+
+
 def test_the_shift_may_have_any_sign():
     shifted = tiny_config(**{"trajectory.schedule": "shifted", "trajectory.shift": -0.8})
     assert shifted.trajectory.shift == -0.8

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import sampling
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots, sharding
 from ntm_jax.sampling import generate
@@ -154,7 +154,12 @@ def test_a_label_that_is_no_class_is_refused(run):
     for wrong in (2.7, [0.5, 1.0, 2.0]):
         with pytest.raises(UserError, match="is given: expected the number of a class, 0 to 9"):
             run.sample(3, wrong)
-    images = np.zeros((1, 8, 8, 1), np.uint8)
+    text = Text(np.zeros((1, 3, 4)), np.ones((1, 3), bool))
+    vector, images = Vector(np.zeros((1, 3)), np.ones(1, bool)), np.zeros((1, 8, 8, 1), np.uint8)
+    for other in ([1, [2]], text, vector):
+        for call in (run.sample, run.log_prob):
+            with pytest.raises(UserError, match=r"label is .*: expected the number of a class, 0"):
+                call(1 if call == run.sample else images, other)
     without = dataclasses.replace(run, model=run.model.clone(
         config=dataclasses.replace(run.model.config, num_classes=0)))
     with pytest.raises(UserError, match="label 3 is given, and the model has no classes"):
@@ -171,6 +176,14 @@ def test_a_label_that_is_no_class_is_refused(run):
 def test_images_of_other_values_have_no_likelihood(run, images, message):
     with pytest.raises(UserError, match=message):
         run.log_prob(images, 3)
+
+
+def test_arguments_that_pixels_or_classes_do_not_have_are_refused(run):
+    images = np.zeros((1, 8, 8, 1), np.uint8)
+    with pytest.raises(UserError, match="noised is True, and runs/tiny is a model of pixels"):
+        run.log_prob(images, 3, noised=True)
+    with pytest.raises(UserError, match="label and condition are both given"):
+        run.bits_per_dim(images, 3, condition=[1.0])
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from ntm_jax.core.transformer.conditions import Text
-from ntm_jax.data import text
+from ntm_jax.data import sources, text
 from ntm_jax.data.records import pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
-from ntm_jax.sampling import prompts
+from ntm_jax.sampling import conditioning, prompts
 from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from tests.common import alike, as_run, random_run, setup, tiny_config
@@ -69,6 +69,15 @@ def test_a_run_samples_prompts(run):
     one = run.sample(2, prompts="a red circle")
     assert alike(one, run.sample(2, prompts=["a red circle"]))
     np.testing.assert_array_equal(run.text("blue square").mask, run.text(["blue square"]).mask)
+    own = run.text("a red circle")
+    assert alike(one, run.sample(2, own))  # of one caption for all images
+    assert alike(one, run.sample(2, Text(own.states.tolist(), own.mask.tolist())))
+    for wrong, message in (
+            (Text(own.states[..., None], own.mask), "the model is conditioned on text: give label"),
+            (Text([[[1], [1, 2]]], own.mask), r"Text\.states is .*: expected numbers \[2, M, 14"),
+            (Text(np.float32(own.states) + 1e5, own.mask), "a number that is not finite in float")):
+        with pytest.raises(UserError, match=message):
+            run.sample(2, wrong)
     for wrong in ([], ["a", 3], 3):
         with pytest.raises(UserError, match=r"prompts is .*: expected a text, or one or more in"):
             run.sample(2, prompts=wrong)
@@ -79,6 +88,17 @@ def test_a_run_samples_prompts(run):
     with pytest.warns(UserWarning, match=r"1 of 2 captions are cut to the 4 tokens of words:4:.*, "
                                          "such as 'a red circle a blue square'"):
         run.sample(4, prompts=["a red circle a blue square", "blue"])
+
+
+def test_default_texts_are_those_of_the_arrays_provided_last(run):
+    settings = dataclasses.replace(
+        run.config, data=dataclasses.replace(run.config.data, source="arrays", text=WORDS),
+        evaluate=dataclasses.replace(run.config.evaluate, split="train"))
+    of_arrays, images = dataclasses.replace(run, config=settings), np.zeros((4, 8, 8, 3), np.uint8)
+    for caption in ("a red circle", "blue"):
+        sources.provide(sources.from_arrays(images, captions=[caption] * 4, held_out=0.0))
+        found = conditioning.default_conditions(of_arrays, np.arange(2))
+        np.testing.assert_array_equal(found.states, run.text([caption] * 2).states)
 
 
 def test_prompts_from_flags_and_files(tmp_path):
@@ -129,6 +149,8 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
             SampleRequest(1, 1, prompts=given, encoder="words:1:a"))
     refused("--layout=dpg writes a benchmark's folder: give its prompts as --prompts",
             SampleRequest(1, 1, layout="dpg"))
+    refused("layout is 'genevl': expected geneval or dpg",
+            SampleRequest(1, 1, prompts=given, layout="genevl"))
     for condition, sizes in (("is conditioned on 10 classes", {"num_classes": 10}),
                              ("is conditioned on vectors", {"condition_width": 3}),
                              ("is unconditional", {})):

@@ -15,20 +15,24 @@ from ntm_jax.sampling.write import SampleRequest
 from tests.common import alike
 
 
-def test_information_is_the_difference_of_the_likelihoods_terms(run):
+@pytest.mark.parametrize(("steps", "first"), [
+    (2, 1), pytest.param(1, 0, marks=pytest.mark.slow)])
+def test_information_is_the_difference_of_the_likelihoods_terms(run, steps, first):
     """By all terms of whole trajectories, one trajectory at a time, on the same noise."""
+    run = dataclasses.replace(run, config=run.config.with_sampling(steps=steps))
     index, y = np.array([3, 8, 5], np.int32), np.array([1, 4, 9], np.int32)
-    images = np.asarray(run.sample(3))
+    images = np.random.default_rng(0).integers(0, 17, (3, 8, 8, 1), np.uint8)
     found = selection.information(run, images, index, y, 3)
-    x, t = run.spec.to_tokens(images), run.schedule.fixed_levels(2, 3)
+    x, t = run.spec.to_tokens(images), run.schedule.fixed_levels(steps, 3)
     keys = example_keys(jax.random.key(3), "select", index)
-    nll = jax.jit(lambda xs, y: exact(run.model).apply(run.params, xs, t, jnp.full(3, 2), y).nll)
+    apply, count = exact(run.model).apply, jnp.full(3, steps)
+    nll = jax.jit(lambda xs, y: apply(run.params, xs, t, count, y).nll)
     expected = []
     for number in range(selection.TRAJECTORIES):
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        xs = simulate(x, t, example_noise(own, (3, *x.shape[1:])))
+        xs = simulate(x, t, example_noise(own, (steps + 1, *x.shape[1:])))
         change = nll(xs, np.full(3, 10)) - nll(xs, y)  # 10 is the null class
-        expected.append(np.asarray(change)[:, 1:].sum(1))  # all but the cleanest level
+        expected.append(np.asarray(change)[:, first:].sum(1))  # all but the cleanest level
     assert np.abs(expected).min() > 1e-2
     # Sums of a hundred terms in float32, whose order differs.
     np.testing.assert_allclose(found, np.mean(expected, 0), rtol=1e-4, atol=1e-4)

@@ -51,11 +51,29 @@ def test_written_samples(run, tmp_path, capsys):
     assert f"11 images in {out}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("num", "count"), [(0, 0), (10, 3), (2, 3)])
-def test_a_number_that_prompts_do_not_divide_is_refused(run, tmp_path, num, count):
-    given = [Prompt("a")] * count or None
-    with pytest.raises(UserError, match=f"num is {num}: expected a positive multiple of"):
-        write_samples(run, str(tmp_path / "out"), SampleRequest(num, prompts=given))
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"num": 10, "prompts": [Prompt("a")] * 3}, "num is 10: expected a multiple of 3, the number"),
+    ({"num": 0}, "num is 0: expected 1 or more"),
+    ({"num": 4.0}, "num is 4.0: expected a whole number"),
+    ({"num": None}, "num is None: expected a whole number"),
+    ({"num": 4, "batch": 0}, "batch is 0: expected 1 or more"),
+    ({"num": 4, "batch": -1}, "batch is -1: expected 1 or more"),
+    ({"num": 4, "batch": 2.5}, "batch is 2.5: expected a whole number"),
+    ({"num": 4, "decoder": 3}, "config.sample.decoder 3 is not known: expected one of inverse"),
+])
+def test_a_wrong_request_is_refused(run, tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        run.write_samples(str(tmp_path / "out"), SampleRequest(**fields))
+    assert not (tmp_path / "out").exists()
+
+
+def test_latents_of_one_channel_are_written_as_they_are(run, tmp_path, monkeypatch):
+    latents = np.random.default_rng(0).normal(size=(2, 8, 8, 1)).astype(np.float32)
+    monkeypatch.setattr(generate, "sample_at", lambda *_: latents)
+    spec = dataclasses.replace(run.spec, pixel_levels=0)
+    write_samples(dataclasses.replace(run, spec=spec), str(tmp_path / "out"), SampleRequest(2, 2))
+    with np.load(tmp_path / "out" / "samples.npz") as found:
+        np.testing.assert_array_equal(found["arr_0"], latents)
 
 
 def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsys):

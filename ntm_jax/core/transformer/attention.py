@@ -26,9 +26,10 @@ def plain_attention(q, k, v, *, causal: bool, keys=None):
 def blockwise_attention(q, k, v, *, causal: bool, keys=None):
     """plain_attention in four blocks of queries, for causal attention to many tokens on a CPU.
 
-    Each block attends to the keys up to its end only, so later ones are not computed and masked.
+    Fewer than four tokens are a block each. Each block attends to the keys up to its end only, so
+    later ones are not computed and masked.
     """
-    tokens, blocks = q.shape[1], 4
+    tokens, blocks = q.shape[1], min(4, q.shape[1])
     if not causal or tokens != k.shape[1]:
         return plain_attention(q, k, v, causal=causal, keys=keys)
     k, v, found = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), []
