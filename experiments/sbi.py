@@ -38,7 +38,7 @@ def get_config(variant: str = "two_moons"):
         c.optimizer.update(learning_rate=4e-3, weight_decay=0.3)
     if task == "slcp":  # the statistics of its points are harder to learn than the posterior
         c.model.condition_layers = 4
-        c.data.batch_size, c.train.steps = 256, 3000
+        c.data.batch_size, c.train.steps = 256, 2500
         c.optimizer.update(learning_rate=4e-3, weight_decay=0.1)
     if task == "slcp_moments":  # learned sooner than from the points
         c.train.update(steps=3000, evaluate_every=1000)
