@@ -104,8 +104,8 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
         result["guidance"] = [{"guidance": scale} for scale in guidance]
     labels = np.array([r["label"] for r in records])
     known = labels >= 0
-    few = len(train.records) <= MAX_RECORDS and len(set(labels[known])) > 1
-    if run.model.config.num_classes and few:
+    learnable = len(train.records) <= MAX_RECORDS and len(set(labels[known])) > 1
+    if run.model.config.num_classes and learnable:
         right = classifier(
             run.model.config.num_classes, train.pixel_levels, real[known], labels[known])
         hits = {scale: right(sampled) for scale, sampled in images.items()}

@@ -18,7 +18,7 @@ from ntm_jax.core.model import exact
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError, check_count
+from ntm_jax.errors import UserError, as_array, check_count
 from ntm_jax.progress import track
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.config import Config
@@ -186,16 +186,13 @@ def as_images(run: Run, images) -> np.ndarray:
 
     Raises UserError for no images, images of another shape, and what is not numbers.
     """
-    name = "data have" if run.spec.columns else "images have"
-    try:
-        images = np.asarray(images)
-    except ValueError:  # rows of several lengths
-        images = np.array(None)
+    name = "data" if run.spec.columns else "images"
+    shape = f"[n, {', '.join(map(str, run.spec.data_shape))}]"
+    images = as_array(name, images, f"numbers {shape}")
     if images.dtype.kind not in "fiu":
-        raise UserError(f"{name} dtype {images.dtype}: expected an array of numbers")
+        raise UserError(f"{name} have dtype {images.dtype}: expected numbers {shape}")
     if not images.ndim or images.shape[1:] != run.spec.data_shape:
-        raise UserError(f"{name} shape {images.shape}: expected "
-                        f"[n, {', '.join(map(str, run.spec.data_shape))}]")
+        raise UserError(f"{name} have shape {images.shape}: expected {shape}")
     check_count("the number of samples", len(images))
     return images
 

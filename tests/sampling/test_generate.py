@@ -171,8 +171,8 @@ def test_a_label_that_is_no_class_is_refused(run):
     (np.full((1, 8, 8, 1), 255, np.uint8), "of values from 0 to 255: expected integers 0 to 16"),
     (np.full((1, 8, 8, 1), -1), "of values from -1 to 0: expected integers 0 to 16"),
     (7, r"images have shape \(\): expected \[n, 8, 8, 1\]"),
-    (None, "images have dtype object: expected an array of numbers"),
-    ([[1, 2], [3]], "images have dtype object: expected an array of numbers")])
+    (None, r"images have dtype object: expected numbers \[n, 8, 8, 1\]"),
+    ([[1, 2], [3]], r"images is \[\[1, 2\], \[3\]\]: expected numbers \[n, 8, 8, 1\]")])
 def test_images_of_other_values_have_no_likelihood(run, images, message):
     with pytest.raises(UserError, match=message):
         run.log_prob(images, 3)
