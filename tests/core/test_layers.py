@@ -193,11 +193,10 @@ def test_rows_change_no_number():
     modules = [layers.dense(5, ("embed", "mlp"), jnp.float32, "a", rows=rows)
                for rows in (False, True)]
     params = modules[0].init(jax.random.key(0), x)
-    values, gradients = zip(*(
-        jax.value_and_grad(lambda params, m=m: jnp.square(m.apply(params, x)).sum())(params)
-        for m in modules), strict=True)
-    # float32 sums of some ten terms
-    np.testing.assert_allclose(*values, rtol=1e-6)
+    # float32 sums of eight terms
+    np.testing.assert_allclose(modules[1].apply(params, x), modules[0].apply(params, x), atol=1e-6)
+    gradients = [jax.grad(lambda params, m=m: jnp.square(m.apply(params, x)).sum())(params)
+                 for m in modules]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *gradients)
 
 
