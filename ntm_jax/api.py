@@ -43,6 +43,7 @@ from ntm_jax.sampling.options import override
 from ntm_jax.sampling.reweight import Reweighted, reweight
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
+from ntm_jax.training.reward.collect import CollectRequest, collect
 
 host_memory.keep_freed()
 
@@ -223,6 +224,11 @@ class Run(base.Run):
         """Writes images into a folder, resuming a stopped call; see sampling.write."""
         self._check_decoder(request.decoder)
         write_samples(self, out, request)
+
+    def collect(self, out: str, request: CollectRequest) -> None:
+        """Writes samples that a reward accepts into a folder; see training.reward.collect."""
+        self._check_decoder(request.decoder)
+        collect(self, out, request)
 
     def export(self, out: str, steps: int | None = None, guidance=None,
                decoder: str | None = None) -> None:

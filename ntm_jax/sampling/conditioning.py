@@ -24,15 +24,16 @@ def _texts(data, split: str, version: str):
     return data.open(split).records
 
 
-def default_conditions(run: Run, index):
+def default_conditions(run: Run, index, split: str | None = None):
     """The default condition of these image indices.
 
-    The classes in turn, or the texts or vectors of the held-out records in turn.
+    The classes in turn, or the texts or vectors of the records of a split in turn; the held-out
+    split by default.
     """
     model = run.model.config
     if not (model.text_width or model.condition_width):
         return index % max(model.num_classes, 1)
-    data, split = run.config.data, run.config.evaluate.split
+    data, split = run.config.data, split or run.config.evaluate.split
     if model.condition_width:
         records = data.open(split).records
     else:

@@ -12,7 +12,6 @@ from typing import cast
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ntm_jax import files
 from ntm_jax.core.transformer.conditions import Vector
@@ -25,6 +24,7 @@ from ntm_jax.runtime.processes import job
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import conditioning, generate, prompts
 from ntm_jax.sampling.options import check_decoder, override
+from ntm_jax.sampling.output_folder import OutputFolder
 from ntm_jax.sampling.prompts import Prompt
 
 
@@ -81,23 +81,24 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     if run.selection:
         asked |= {"judge_checksum": checksums.digest(run.selection.judge.params)}
     batches = generate.in_batches(request.num, request.batch)
-    done = _claim(folder, asked, len(batches))
+    output = OutputFolder(folder, "samples.json", "samples.npz")
+    done = output.claim(asked, len(batches))
     begin, made, first = time.perf_counter(), 0, 0
     for number, index in enumerate(track(batches, "sample", "batches")):
         if done[number]:
             continue
         try:
-            work.write_batch(folder, number, index)
+            work.write_batch(output, number, index)
         except BaseException:
-            _release(folder)
+            output.release()
             raise
         made += len(index)
         if not first:  # the first batch compiled
             begin, first = time.perf_counter(), made
     if jax.process_index():
         return
-    if not (folder / "samples.npz").exists():
-        work.gather(folder, len(batches))
+    if not output.finished:
+        work.gather(output, len(batches))
     seconds = time.perf_counter() - begin
     rate, unit = "", "rows" if run.spec.columns else "images"
     if made > first:
@@ -179,7 +180,7 @@ class _Work:
         return jax.tree.map(
             lambda a: np.resize(a, (self.request.num, *np.shape(a)[1:])), y)
 
-    def write_batch(self, folder, number: int, index) -> None:
+    def write_batch(self, output: OutputFolder, number: int, index) -> None:
         """Makes the images of these indices and writes their files."""
         run, request = self.run, self.request
         y = None if self.labels is None else np.resize(self.labels, request.num)[index]
@@ -195,13 +196,14 @@ class _Work:
             mean, std = np.asarray(run.spec.mean or 0), np.asarray(run.spec.std or 1)
             images = images * std.astype(np.float32) + mean.astype(np.float32)
             images = self.autoencoder.decode(images)
+        folder = output.folder
         paths = [prompts.image_path(folder, request.layout, i, request.per_prompt, request.num)
-                  for i in index]
+                 for i in index]
         shown = () if run.spec.columns else plots.displayable(images, self.pixel_levels)
         for path, image in zip(paths, shown, strict=False):
             plots.save_png(path, image)
         # Written last and atomically: its presence marks the batch as complete.
-        with files.aside(_part(folder, number)) as file:
+        with files.aside(output.part(number)) as file:
             np.savez(file, images, *levels, **density)
 
     def _draw(self, index, y) -> tuple[np.ndarray, list, dict]:
@@ -216,15 +218,10 @@ class _Work:
         images, *levels = found if isinstance(found, tuple) else (found,)
         return images, levels, {}
 
-    def gather(self, folder, batches: int) -> None:
+    def gather(self, output: OutputFolder, batches: int) -> None:
         """Writes the files of all images from those of the batches, which it removes."""
-        run, request = self.run, self.request
-        parts = []
-        for number in range(batches):
-            path = _part(folder, number)
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
-                parts.append(dict(part))
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        run, request, folder = self.run, self.request, output.folder
+        arrays = output.read_parts(batches)
         stored = images = arrays["arr_0"]
         if "arr_1" in arrays:
             levels, pixels = arrays["arr_1"], 0 if request.log_prob else run.spec.pixel_levels
@@ -244,8 +241,7 @@ class _Work:
             density = {"log_prob": factors.sum(1, dtype=np.float64), "log_prob_by_factor": factors}
         with files.aside(folder / "samples.npz") as file:
             np.savez(file, stored, self._numbers(), **density)
-        for number in range(batches):
-            _part(folder, number).unlink()
+        output.remove_parts(batches)
 
     def _numbers(self) -> np.ndarray:
         """The label, the prompt's number, or the vector [E] in its own units, of every sample."""
@@ -263,39 +259,3 @@ def _described(asked: list[Prompt]) -> str:
     """The number of prompts and their digest."""
     content = json.dumps([dataclasses.astuple(prompt) for prompt in asked])
     return f"{len(asked)} of digest {hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
-
-def _claim(folder, asked: dict, batches: int) -> np.ndarray:
-    """Which batches the folder holds already, bool [batches]; the same in every process.
-
-    Raises UserError where the folder holds anything that was not asked for.
-    """
-    path, finished = folder / "samples.json", (folder / "samples.npz").exists()
-    if path.exists():
-        before = files.read_json(path, "give another --out")
-        for key in sorted(before | asked):
-            if before.get(key) != files.plain(asked.get(key)):
-                raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and this "
-                                f"call has {asked.get(key)!r}: give another --out, or the same "
-                                "settings to go on; nothing was overwritten")
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is there and not empty: give a new folder as --out, nothing was "
-                        "overwritten")
-    done = np.array([finished or _part(folder, number).exists() for number in range(batches)])
-    # Process 0 decides: a folder may appear late on another host.
-    done = multihost_utils.broadcast_one_to_all(done)
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, asked, sealed=True)
-    return done
-
-
-def _release(folder) -> None:
-    """Undoes _claim where no sample was written, such as after an unknown word of a prompt."""
-    path = folder / "samples.json"
-    if jax.process_index() == 0 and list(folder.iterdir()) == [path]:
-        path.unlink()
-
-
-def _part(folder, number: int):
-    return folder / f"part-{number:06d}.npz"

@@ -98,6 +98,13 @@ class Scorer:
             found["groups"] = np.char.decode(names)
         return found
 
+    def score(self, images: np.ndarray, given: list) -> Scores:
+        """The scores of images [n, H, W, C] of n conditions. Raises as __call__."""
+        found = self._submit(images[:, None], given)()
+        scored = self._checked(found, (len(images), 1))
+        traits = None if scored.traits is None else scored.traits[:, 0]
+        return Scores(scored.rewards[:, 0], scored.groups, traits)
+
     def conditions(self, batch: dict) -> list:
         """The captions, vectors [E] or labels of this process's share of a batch, [p].
 

@@ -1,0 +1,43 @@
+"""Samples that a reward accepts, as a folder of captioned images to train on.
+
+    python -m launch.collect --workdir=runs/shapes --reward=shapes --min_reward=1 --num=8000 \
+      --guidance=0 --out=data/own
+
+The same command goes on after an interruption. Train on the folder with
+--config.data.source=folder:data/own; see docs/howto/reward.md.
+"""
+
+from absl import flags
+
+from . import program
+
+flags.DEFINE_integer("num", 8000, "Samples to draw, of the training captions in turn.",
+                     lower_bound=1)
+flags.DEFINE_string("reward", None, "A reward, such as shapes; config.reward.name by "
+                    "default.")
+flags.DEFINE_float("min_reward", None, "The lowest reward of the samples that are kept.")
+flags.DEFINE_integer("batch", 500, "Samples at a time.", lower_bound=1)
+flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down; "
+                  "the configuration's by default.")
+flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
+flags.DEFINE_integer("seed", None, "Sample i of a seed is the same sample in any batch size.")
+flags.DEFINE_string("out", None, "A new folder, or that of the same call, stopped.")
+flags.mark_flags_as_required(["min_reward", "out"])
+
+
+def main():
+    from ntm_jax import api
+    from ntm_jax.sampling.options import parse_guidance
+    from ntm_jax.training.reward.collect import CollectRequest
+
+    f = program.FLAGS
+    api.load(f.workdir, f.step).collect(f.out, CollectRequest(
+        num=f.num, min_reward=f.min_reward, reward=f.reward, batch=f.batch,
+        guidance=parse_guidance(f.guidance), decoder=f.decoder, seed=f.seed))
+
+
+if __name__ == "__main__":
+    program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
+    program.define_decoder()
+    program.define_processes()
+    program.run(main)

@@ -1,0 +1,158 @@
+"""The folder of samples that a reward accepts: which are kept, copied, resumed, and read again."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ntm_jax.data import pipeline, sources
+from ntm_jax.data.sources import shapes
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import build, sharding
+from ntm_jax.sampling import conditioning, generate
+from ntm_jax.training.reward import collect as module
+from ntm_jax.training.reward import rewards
+from ntm_jax.training.reward.collect import CollectRequest, collect, copies_of_rare
+from tests.common import as_run, random_run, tiny_config
+
+NUM = 24
+
+
+@pytest.fixture(scope="module")
+def text_run():
+    """A run of captioned shapes with random parameters."""
+    settings = tiny_config(**{
+        "data.source": "shapes", "data.patch_size": 6, "model.condition": "text",
+        "data.text": f"words:7:{' '.join(shapes.VOCABULARY)}", "data.split": "train[:20]",
+        "evaluate.split": "test[:4]"})
+    spec = pipeline.spec(settings.data.open("test[:4]"), settings.data.patch_size)
+    model, mesh = build.make_model(settings, spec), sharding.make_mesh(settings.mesh)
+    return random_run(as_run(settings, model, mesh), step=4, workdir="runs/tiny")
+
+
+@pytest.fixture(autouse=True)
+def mean_pixel():
+    """A reward, the mean pixel, with a trait that two samples of every batch show."""
+    def score(images, captions):
+        assert images.dtype == np.uint8
+        seen.append(captions)
+        traits = np.zeros((len(images), 2), bool)
+        traits[1:3, 0] = traits[3:, 1] = True
+        return rewards.Scores(images.mean((1, 2, 3)), traits=traits)
+
+    seen = []
+    rewards.register("mean_pixel", lambda argument, source: score)
+    return seen
+
+
+def request(**changes) -> CollectRequest:
+    return dataclasses.replace(
+        CollectRequest(NUM, 0.0, "mean_pixel", batch=8, guidance=0.0, seed=3), **changes)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(folder) -> dict[str, dict]:
+    rows = map(json.loads, (folder / "metadata.jsonl").read_text().splitlines())
+    return {row["file_name"]: row for row in rows}
+
+
+def test_samples_above_the_threshold_are_kept_with_their_captions(
+        text_run, mean_pixel, tmp_path, capsys):
+    index = np.arange(NUM)
+    y = conditioning.default_conditions(text_run, index, "train[:20]")
+    options = dataclasses.replace(text_run.config.sample.options, guidance=0.0)
+    images = generate.sample_at(text_run, index, y, options, 3)
+    means = images.mean((1, 2, 3)).astype(np.float32)
+    threshold = float(np.sort(means)[NUM // 2])
+    collect(text_run, str(tmp_path / "own"), request(min_reward=threshold))
+    captions = list(text_run.config.data.open("train[:20]").captions) * 2  # in turn
+    assert [caption for batch in mean_pixel for caption in batch] == [
+        captions[i] for i in range(NUM)]
+    rows = rows_of(tmp_path / "own")
+    kept = {int(name.split("/")[1][:7]) for name in rows}
+    assert kept == set(np.flatnonzero(means >= threshold))
+    assert 0 < len(kept) < NUM
+    for name, row in rows.items():
+        number = int(name.split("/")[1][:7])
+        assert name.startswith("test/" if number % 10 == 9 else "train/")
+        with Image.open(tmp_path / "own" / name) as image:
+            np.testing.assert_array_equal(np.asarray(image), images[number])
+        assert row["caption"] == captions[number]
+        assert row["reward"] == pytest.approx(means[number])
+    assert f"{len(kept)} of {NUM} samples kept, {len(rows)} images with" in capsys.readouterr().out
+    with Image.open(tmp_path / "own/grid.png") as grid:
+        assert grid.size[0] > 24
+
+
+def test_the_folder_is_a_source(text_run, tmp_path):
+    collect(text_run, str(tmp_path / "own"), request())
+    rows = rows_of(tmp_path / "own")
+    for split in ("train", "test"):
+        source = sources.open_source(f"folder:{tmp_path}/own", split)
+        names = sorted(name for name in rows if name.startswith(split))
+        for name, record in zip(names, source.records, strict=True):
+            with Image.open(tmp_path / "own" / name) as image:
+                np.testing.assert_array_equal(record["image"], np.asarray(image))
+        assert list(source.captions) == [rows[name]["caption"] for name in names]
+        assert len(names) > 1
+
+
+def test_rare_traits_are_copied(text_run, tmp_path):
+    assert copies_of_rare(np.array([[1, 0], [0, 1], [0, 1], [0, 1], [0, 0]], bool)).tolist() == [
+        2, 1, 1, 1, 1]
+    assert copies_of_rare(np.eye(2, dtype=bool)[[0] + 299 * [1]]).max() == module.MOST_COPIES
+    assert copies_of_rare(np.zeros((3, 2), bool)).tolist() == [1, 1, 1]
+    collect(text_run, str(tmp_path / "own"), request())
+    names = [name.split("/")[1][:7] for name in rows_of(tmp_path / "own")]
+    times = {number: names.count(f"{number:07d}") for number in range(NUM)}
+    # in train/ 5 samples of the first trait and 14 of the second; sample 9 is in test/
+    assert {number for number, count in times.items() if count > 1} == {1, 2, 10, 17, 18}
+    assert times[2] == round(9.5 / 5)
+
+
+def test_a_stopped_call_goes_on(text_run, tmp_path, monkeypatch):
+    collect(text_run, str(tmp_path / "at_once"), request())
+    write, calls = module._Collector.write_batch, []
+
+    def stopped(self, output, number, index):
+        calls.append(number)
+        if calls.count(2) == 1:
+            raise RuntimeError
+        write(self, output, number, index)
+
+    monkeypatch.setattr(module._Collector, "write_batch", stopped)
+    with pytest.raises(RuntimeError):
+        collect(text_run, str(tmp_path / "twice"), request())
+    assert not (tmp_path / "twice/metadata.jsonl").exists()
+    with pytest.raises(UserError, match=r"samples of --min_reward 0\.0, and this call has 1\.0"):
+        collect(text_run, str(tmp_path / "twice"), request(min_reward=1.0))
+    collect(text_run, str(tmp_path / "twice"), request())
+    assert calls == [0, 1, 2, 2]
+    assert contents(tmp_path / "twice") == contents(tmp_path / "at_once")
+    collect(text_run, str(tmp_path / "twice"), request())
+    assert calls == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"reward": ""}, "has no reward: name one, such as --reward=shapes"),
+    ({"reward": "best"}, "'best' is not known"),
+    ({"num": 0}, "num is 0: expected 1 or more"),
+    ({"min_reward": float("nan")}, "min_reward is nan: expected a finite number"),
+    ({"min_reward": 256.0}, f"no sample of {NUM} has a reward of 256.0 or more: lower --min_rew"),
+])
+def test_what_cannot_be_collected(text_run, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        collect(text_run, str(tmp_path / "own"), request(**changes))
+
+
+def test_only_captioned_images_are_collected(text_run, tmp_path):
+    gray = dataclasses.replace(text_run, spec=dataclasses.replace(text_run.spec, pixel_levels=17))
+    with pytest.raises(UserError, match="is not a model of captioned images of 256 pixel levels"):
+        collect(gray, str(tmp_path / "own"), request())
+    assert not (tmp_path / "own").exists()
