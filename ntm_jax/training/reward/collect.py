@@ -29,7 +29,7 @@ from ntm_jax.sampling.options import check_decoder, override
 from ntm_jax.sampling.output_folder import OutputFolder
 from ntm_jax.training.reward.scorer import Scorer
 
-MOST_COPIES = 64  # of a sample with rare traits
+MOST_COPIES = 256  # of a sample with rare traits
 _HELD_OUT = 10  # one in so many samples goes to test/
 _PIXEL_LEVELS = 256  # of image files
 
