@@ -106,7 +106,7 @@ def test_the_folder_is_a_source(text_run, tmp_path):
 def test_rare_traits_are_copied(text_run, tmp_path):
     assert copies_of_rare(np.array([[1, 0], [0, 1], [0, 1], [0, 1], [0, 0]], bool)).tolist() == [
         2, 1, 1, 1, 1]
-    assert copies_of_rare(np.eye(2, dtype=bool)[[0] + 299 * [1]]).max() == module.MOST_COPIES
+    assert copies_of_rare(np.eye(2, dtype=bool)[[0] + 999 * [1]]).max() == module.MOST_COPIES
     assert copies_of_rare(np.zeros((3, 2), bool)).tolist() == [1, 1, 1]
     collect(text_run, str(tmp_path / "own"), request())
     names = [name.split("/")[1][:7] for name in rows_of(tmp_path / "own")]
