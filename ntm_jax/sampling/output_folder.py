@@ -1,6 +1,8 @@
 """A folder that a program writes batch by batch, so that a stopped call can be resumed."""
 
 import dataclasses
+import time
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from ntm_jax import files
 from ntm_jax.errors import UserError
+from ntm_jax.progress import track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,31 @@ class OutputFolder:
             files.write_json(path, asked, sealed=True)
         return done
 
-    def release(self) -> None:
+    def fill(self, asked: dict, batches: Sequence[np.ndarray], title: str,
+             write_batch: Callable[[int, np.ndarray], None]) -> tuple[int, float | None]:
+        """Claims the folder and writes the batches of indices that it lacks.
+
+        write_batch(number, index) writes a batch, its `part` last. title: of the progress.
+
+        Returns how many items it wrote, and how many a second after the first batch, which
+        compiles; None where that was the only one.
+        """
+        done = self.claim(asked, len(batches))
+        begin, made, first = time.perf_counter(), 0, 0
+        for number, index in enumerate(track(batches, title, "batches")):
+            if done[number]:
+                continue
+            try:
+                write_batch(number, index)
+            except BaseException:
+                self._release()
+                raise
+            made += len(index)
+            if not first:
+                begin, first = time.perf_counter(), made
+        return made, (made - first) / (time.perf_counter() - begin) if made > first else None
+
+    def _release(self) -> None:
         """Undoes `claim` where no part was written, such as after an unknown word of a prompt."""
         path = self.folder / self.call
         if jax.process_index() == 0 and list(self.folder.iterdir()) == [path]:

@@ -4,9 +4,9 @@ Symbols: n images; H, W, C image height, width, channels; K levels.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
-import time
 from typing import cast
 
 import jax
@@ -17,7 +17,6 @@ from ntm_jax import files
 from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError, check_count
-from ntm_jax.progress import track
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
 from ntm_jax.runtime.processes import job
@@ -82,27 +81,14 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
         asked |= {"judge_checksum": checksums.digest(run.selection.judge.params)}
     batches = generate.in_batches(request.num, request.batch)
     output = OutputFolder(folder, "samples.json", "samples.npz")
-    done = output.claim(asked, len(batches))
-    begin, made, first = time.perf_counter(), 0, 0
-    for number, index in enumerate(track(batches, "sample", "batches")):
-        if done[number]:
-            continue
-        try:
-            work.write_batch(output, number, index)
-        except BaseException:
-            output.release()
-            raise
-        made += len(index)
-        if not first:  # the first batch compiled
-            begin, first = time.perf_counter(), made
+    made, per_second = output.fill(asked, batches, "sample", functools.partial(
+        work.write_batch, output))
     if jax.process_index():
         return
     if not output.finished:
         work.gather(output, len(batches))
-    seconds = time.perf_counter() - begin
-    rate, unit = "", "rows" if run.spec.columns else "images"
-    if made > first:
-        rate = f", {(made - first) / seconds:.1f} {unit}/s after the first batch"
+    unit = "rows" if run.spec.columns else "images"
+    rate = f", {per_second:.1f} {unit}/s after the first batch" if per_second else ""
     found = f", {request.num - made} of them found there" if made < request.num else ""
     print(f"{request.num} {unit} in {out}{found}{rate}, step {run.step}", flush=True)
 

@@ -7,6 +7,7 @@ Symbols: n samples, K traits; H, W, C image height, width, channels.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from etils import epath
 from ntm_jax import files
 from ntm_jax.data import images as image_files
 from ntm_jax.errors import UserError, check_count
-from ntm_jax.progress import track
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.processes import job
@@ -65,15 +65,7 @@ def collect(run: Run, out: str, request: CollectRequest) -> None:
     asked |= {"checksum": checksums.digest((run.params, run.denoiser and run.denoiser.params))}
     batches = generate.in_batches(request.num, request.batch)
     output = OutputFolder(folder, "collected.json", "metadata.jsonl")
-    done = output.claim(asked, len(batches))
-    for number, index in enumerate(track(batches, "collect", "batches")):
-        if done[number]:
-            continue
-        try:
-            collector.write_batch(output, number, index)
-        except BaseException:
-            output.release()
-            raise
+    output.fill(asked, batches, "collect", functools.partial(collector.write_batch, output))
     if jax.process_index():
         return
     if not output.finished:
@@ -105,7 +97,8 @@ class _Collector:
         self.options: SampleOptions = override(
             run.config, guidance=request.guidance, decoder=request.decoder)
         check_decoder(run, self.options.decoder)
-        source = run.config.data.open(self.split)
+        # without the encoder, which reads every caption; default_conditions opens it once
+        source = dataclasses.replace(run.config.data, text="").open(self.split)
         self.captions = cast(Sequence[str], source.captions)  # of a model of text
         self.scorer = Scorer(self.run, source)
 
@@ -161,8 +154,8 @@ class _Collector:
                 if number > 1:
                     files.write(folder / copy, content)
                 rows.append({"file_name": copy, "caption": str(caption), "reward": float(reward)})
-        output.remove_parts(batches)
         files.write(folder / output.last, "".join(json.dumps(row) + "\n" for row in rows))
+        output.remove_parts(batches)
 
 
 def _name(index: int) -> str:

@@ -132,6 +132,19 @@ def test_a_stopped_call_goes_on(text_run, tmp_path, monkeypatch):
     assert not (tmp_path / "twice/metadata.jsonl").exists()
     with pytest.raises(UserError, match=r"samples of --min_reward 0\.0, and this call has 1\.0"):
         collect(text_run, str(tmp_path / "twice"), request(min_reward=1.0))
+
+    write_file = module.files.write
+
+    def full_disk(path, content):
+        if path.name == "metadata.jsonl":
+            raise OSError(f"no space for {path}")
+        write_file(path, content)
+
+    with monkeypatch.context() as patch:  # while the list is written, after all batches
+        patch.setattr(module.files, "write", full_disk)
+        with pytest.raises(OSError, match="metadata"):
+            collect(text_run, str(tmp_path / "twice"), request())
+    assert calls == [0, 1, 2, 2]
     collect(text_run, str(tmp_path / "twice"), request())
     assert calls == [0, 1, 2, 2]
     assert contents(tmp_path / "twice") == contents(tmp_path / "at_once")
