@@ -83,6 +83,7 @@ SETTINGS = dict(
         clip=0.2,  # bounds the ratio of new to old density of a factor to 1 - clip, 1 + clip
         kl=0.0,  # weight of the divergence from the reference model, in rewards per nat; DPO's beta
         novelty=0.0,  # bonus for right samples with a rare trait, over how many show it
+        diversity=0.0,  # bonus for each sample's mean distance to its condition's others
         normalise=True,  # divides advantages by the std of a condition's rewards
         anchor=0.5,  # weight of the NLL on the batch's data, which keeps the model near them
         trains="predictor",  # what learns: predictor, transporter, both

@@ -2,7 +2,8 @@
 
 `--config.init_from=WORKDIR` names the run to improve; see docs/howto/reward.md. The reward is that
 of a classifier which the run trains at its start. Rewards are not normalised: among right samples
-differences of almost nothing would count as much as mistakes, and all would become alike.
+differences of almost nothing would count as much as mistakes, and all would become alike. A bonus
+for samples that differ from the others of their class keeps them as varied as before.
 """
 
 from ntm_jax.experiments import default, digits
@@ -14,7 +15,8 @@ def get_config(variant: str = ""):
     c.data.batch_size = 32
     c.train.update(
         objective="policy_gradient", steps=600, save_every=200, evaluate_every=200, log_every=10)
-    c.reward.update(name="classifier", samples=8, normalise=False, kl=0.02)
+    c.reward.update(name="classifier", samples=8, normalise=False, kl=0.03, diversity=4.0,
+                    anchor=0.05)
     c.optimizer.update(
-        learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.98)
+        learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.995)
     return c

@@ -173,6 +173,7 @@ class Reward:
     clip: float = 0.2
     kl: float = 0.0
     novelty: float = 0.0
+    diversity: float = 0.0
     normalise: bool = True
     anchor: float = 0.5
     trains: str = "predictor"
@@ -239,7 +240,7 @@ NON_NEGATIVE = (
     "train.level_power", "train.evaluate_every", "optimizer.floor", "optimizer.warmup_steps",
     "optimizer.weight_decay", "evaluate.images", "sample.guidance", "sample.num",
     "trajectory.t_min", "trajectory.t_min_range", "reward.anchor", "reward.kl",
-    "reward.novelty")
+    "reward.novelty", "reward.diversity")
 ANY_SIGN = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
 LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
 LARGEST_FLOAT = 3e38  # numbers are float32

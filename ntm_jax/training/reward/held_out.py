@@ -42,7 +42,7 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
                 tokens, _, compared = drawing.draw(run.params, first, root, batch, sampler=sampler,
                                                    names=names)
             scored = scorer(tokens, batch)
-            figures = {"reward": scored["rewards"].mean(1), "diversity": scored["distance"]}
+            figures = {"reward": scored["rewards"].mean(1), "diversity": scored["distance"].mean(1)}
             if names:
                 figures["kl"] = sharding.to_host(compared["divergence"]).sum(-1).mean(1)
             found.append({name: values[real] for name, values in figures.items()})

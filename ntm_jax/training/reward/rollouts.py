@@ -36,8 +36,9 @@ class RolloutUse:
 
     arrays(settings) -> the names of those of `compare` that its loss reads from a batch.
     weights(settings, rewards [P, G], bonus [P, G], future_divergence [P, G, S]) -> further arrays
-      of a batch, [P, G, ...]. bonus: that of novelty. future_divergence: of each factor, the
-      divergence from the reference of the factors that follow it, times config.reward.kl.
+      of a batch, [P, G, ...]. bonus: those of diversity and novelty. future_divergence: of each
+      factor, the divergence from the reference of the factors that follow it, times
+      config.reward.kl.
     needs_divergence: whether the weights depend on future_divergence; it is 0 otherwise.
     """
 
@@ -144,22 +145,25 @@ class Rollouts:
     def _scored(self, tokens, batch: dict, logged: bool) -> dict:
         """The scores of the samples, as Scorer gives them; of pairs only rewards, 1 and 0."""
         if self.scorer:
-            return self.scorer(tokens, batch, logged)
+            return self.scorer(tokens, batch, logged or bool(self.run.config.reward.diversity))
         return {"rewards": np.tile(np.array([1.0, 0.0]), (batch["index"].shape[0], 1))}
 
     def _bonus(self, scored: dict) -> np.ndarray:
-        """The bonus of each sample for rare traits, [P, G]; see policy.rarity.
+        """The bonus of each sample, [P, G]: for its distance to the others, and for rare traits.
 
-        Raises UserError if config.reward.novelty is positive and the reward gives no traits.
+        See scorer.mean_distances and policy.rarity. Raises UserError if config.reward.novelty is
+        positive and the reward gives no traits.
         """
-        settings = self.run.config.reward
+        settings, bonus = self.run.config.reward, np.zeros(scored["rewards"].shape, np.float32)
+        if settings.diversity:
+            bonus += settings.diversity * scored["distance"]
         if not settings.novelty:
-            return np.zeros(scored["rewards"].shape, np.float32)
+            return bonus
         if "traits" not in scored:
             raise UserError(f"config.reward.novelty is {settings.novelty}, and the reward "
                             f"{settings.name or 'of pairs'} gives no traits of samples: set it to "
                             "0, or return rewards.Scores with traits")
-        return settings.novelty * policy.rarity(scored["traits"])
+        return bonus + settings.novelty * policy.rarity(scored["traits"])
 
 
 def _scalars(scored: dict, divergences: np.ndarray) -> dict[str, float]:
@@ -230,6 +234,9 @@ def check(config: Config) -> None:
     if reward.ahead and not reward.name:
         raise UserError("config.reward.ahead=True draws samples while others are scored, and "
                         "config.reward.name is empty: name a reward, or set ahead to False")
+    if reward.diversity and not reward.name:
+        raise UserError(f"config.reward.diversity is {reward.diversity}: it is a bonus of samples, "
+                        "and config.reward.name is empty: name a reward, or set diversity to 0")
     levels, steps = reward.levels, config.sample.steps
     if levels and not (len(levels) == 2 and levels[0] < levels[1] <= steps):
         raise UserError(f"config.reward.levels is {levels}: expected the first and the last level, "

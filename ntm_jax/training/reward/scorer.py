@@ -67,9 +67,9 @@ class Scorer:
         """The scores of clean tokens [P, g, N, D], part by part, on every process.
 
         rewards [P, G], and traits [P, G, K] where the reward has them; if detailed also distance
-        [P], see mean_distances, and groups [P, G], names, where the reward has them. Every process
-        scores its share of the records. Raises UserError where the reward fails, or gives other
-        scores than `Scores` says.
+        [P, G], see mean_distances, and groups [P, G], names, where the reward has them. Every
+        process scores its share of the records. Raises UserError where the reward fails, or gives
+        other scores than `Scores` says.
         """
         mesh, given = self._run.mesh, self.conditions(batch)
         images, pending = [], []
@@ -215,7 +215,7 @@ def _bytes(names: Sequence[str], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def mean_distances(images: np.ndarray, pixel_levels: int) -> np.ndarray:
-    """The mean distance [p] between two of a record's samples, images [p, G, ...].
+    """The mean distance of each sample to its record's others, [p, G], of images [p, G, ...].
 
     A distance is the root of the mean squared difference of pixels in [0, 1], or of numbers. It
     falls where a reward makes all samples of a caption alike.
@@ -227,4 +227,4 @@ def mean_distances(images: np.ndarray, pixel_levels: int) -> np.ndarray:
     squared = squares[:, :, None] + squares[:, None, :] - 2 * products
     distances = np.sqrt(np.maximum(squared, 0) / values.shape[-1])
     count = images.shape[1]
-    return (distances.sum((1, 2)) / (count * (count - 1))).astype(np.float32)
+    return (distances.sum(2) / (count - 1)).astype(np.float32)

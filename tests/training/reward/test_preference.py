@@ -55,6 +55,8 @@ def test_mistakes_are_one_line():
         tiny_config(**SETTINGS | {"reward.kl": 0.0})
     with pytest.raises(UserError, match=r"reward\.ahead=True draws .* name a reward, or set ahead"):
         tiny_config(**SETTINGS | {"reward.name": "", "reward.ahead": True})
+    with pytest.raises(UserError, match=r"diversity is 2\.0: .* name a reward, or set diversity"):
+        tiny_config(**SETTINGS | {"reward.name": "", "reward.diversity": 2.0})
 
 
 @pytest.mark.slow

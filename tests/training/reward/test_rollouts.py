@@ -87,8 +87,9 @@ def test_a_rewards_groups_are_logged(run, monkeypatch):
 def test_the_mean_distance_of_samples():
     images = np.zeros((2, 3, 4, 4, 1), np.uint8)
     images[0, 0] = 16
-    np.testing.assert_allclose(scorer.mean_distances(images, 17), [2 / 3, 0])
-    np.testing.assert_allclose(scorer.mean_distances(images / 16.0, 0), [2 / 3, 0])
+    expected = [[1, 0.5, 0.5], [0, 0, 0]]
+    np.testing.assert_allclose(scorer.mean_distances(images, 17), expected)
+    np.testing.assert_allclose(scorer.mean_distances(images / 16.0, 0), expected)
 
 
 class Attached:
@@ -252,6 +253,22 @@ def test_the_scores_of_shapes_have_tasks(run):
                                  "color_attr"}
 
 
+def test_diversity_favours_samples_that_differ_from_the_others(run, monkeypatch):
+    monkeypatch.setattr(rewards, "of_run", lambda config: lambda images, given: [0] * len(images))
+    run = with_objective(run, "policy_gradient", diversity=2.0, normalise=False)
+    batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
+    drawing = made(run)
+    for logged in (True, False):
+        samples = drawing.begin(run.params, batch, 0, logged)
+        tokens = [np.asarray(samples.arrays[f"tokens_{part}"]) for part in range(2)]
+        images = run.spec.from_tokens(np.concatenate(tokens, 1))
+        distance = scorer.mean_distances(images, run.spec.pixel_levels)
+        others = (distance.sum(1, keepdims=True) - distance) / (distance.shape[1] - 1)
+        advantage = np.asarray(drawing.finish(samples)[0]["advantage"])
+        np.testing.assert_allclose(advantage[..., 0], 2 * (distance - others), atol=1e-6)
+        assert np.abs(advantage).max() > 0.01
+
+
 def test_novelty_favours_samples_with_rare_traits(run, monkeypatch):
     """The first sample of a batch alone shows the second trait, and no reward differs."""
     def score(images, conditions):
@@ -346,7 +363,9 @@ def test_held_out_samples_are_scored_by_the_reward_of_training(run, monkeypatch)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, evaluate=evaluate))
     held = run.config.data.open(run.config.evaluate.split)
     for _ in range(2):
-        assert held_out.scores(run, held)["reward"].tolist() == [0] * 4
+        found = held_out.scores(run, held)
+        assert found["reward"].tolist() == [0] * 4
+        assert found["diversity"].shape == (4,)  # a number for each condition, not for each sample
     assert opened == [("brightness", "train")]
     spread = [held.records[i]["label"] for i in (0, 6, 12, 19)]  # a split may be sorted by class
     assert asked[0][::2] == spread  # two of their three samples are scored first
