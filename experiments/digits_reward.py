@@ -3,8 +3,8 @@
 `--config.init_from=WORKDIR` names the run to improve; see docs/howto/reward.md. The reward is that
 of a classifier which the run trains at its start. Rewards are not normalised: among right samples
 differences of almost nothing would count as much as mistakes, and all would become alike. A bonus
-for samples that differ from the others of their class keeps them as far apart as before. The last two
-steps of four learn: they make the mistakes, and the others would add noise to the gradient.
+for samples that differ from the others of their class keeps them as far apart as before. The last
+two steps of four learn: they make the mistakes, and the others would add noise to the gradient.
 """
 
 from ntm_jax.experiments import default, digits
