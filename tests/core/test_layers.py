@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer import attention, layers
 from ntm_jax.core.transformer.attention import (
     blockwise_attention,
     plain_attention,
@@ -198,6 +198,37 @@ def test_rows_change_no_number():
     gradients = [jax.grad(lambda params, m=m: jnp.square(m.apply(params, x)).sum())(params)
                  for m in modules]
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *gradients)
+
+
+@pytest.mark.parametrize("copies_input", [False, True])
+@pytest.mark.parametrize("columns", [3, 5, 7])  # of a kernel of 5 rows
+def test_the_gradients_of_rows_are_those_of_a_product(columns, copies_input):
+    x, kernel, weight = normal(0, 2, 4, 5), normal(1, 5, columns), normal(2, 2, 4, columns)
+    rows = functools.partial(layers._rows_dot_general, dimensions=None, copies_input=copies_input)
+
+    def derivatives(product):
+        def loss(x, kernel):
+            return jnp.sum(weight * product(jnp.sin(x), kernel)**2)
+
+        return (jax.grad(loss, (0, 1))(x, kernel), jax.hessian(loss, (0, 1))(x, kernel),
+                jax.grad(loss)(x, kernel), jax.jacfwd(lambda x: product(x, kernel))(x))
+
+    # float32 sums of at most 40 terms
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+                 derivatives(rows), derivatives(jnp.matmul))
+
+
+def test_the_derivatives_of_attention_are_those_of_jax_softmax():
+    scores, weight = 3 * normal(0, 3, 5), normal(1, 3, 5)
+
+    def derivatives(softmax):
+        def loss(scores):
+            return jnp.sum(weight * softmax(scores)**2)
+
+        return softmax(scores), jax.grad(loss)(scores), jax.hessian(loss)(scores)
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+                 derivatives(attention._softmax), derivatives(jax.nn.softmax))
 
 
 def test_learned_positions_have_a_row_for_each_token_and_rotary_ones_no_weights():

@@ -21,27 +21,50 @@ from ntm_jax.core.transformer.precision import own_precision
 Array = jax.Array
 
 
-@jax.custom_vjp
-def _with_wide_gradient(kernel):
-    """The kernel, of more rows than columns, whose gradient is a transposed product.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _product(x, kernel, copies_input: bool, options: tuple):
+    """x [R, I] times kernel [I, O], with a fast gradient of the kernel on XLA's CPU backend.
 
-    XLA's CPU backend computes a gradient of 1024 x 256 at 80 GFLOP/s, and its transpose at 132.
+    A square kernel's gradient is a product with a transposed copy, of the rows' gradient or, with
+    copies_input, of x: 1.4 times as fast for 64 x 64. With more rows than columns it is computed
+    transposed: 1.7 times as fast for 1024 x 256. options: of jax.lax.dot_general, as pairs.
     """
-    return kernel
+    return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), **dict(options))
 
 
-_with_wide_gradient.defvjp(
-    lambda kernel: (kernel, None),
-    # without the barrier XLA merges the transpositions into the product
-    lambda _, gradient: (jax.lax.optimization_barrier(gradient.T).T,))
+def _product_jvp(copies_input: bool, options: tuple, values, tangents):
+    (x, kernel), (x_tangent, kernel_tangent) = values, tangents
+
+    def product(left, left_axis: int, right, right_axis: int):
+        dimensions = (((left_axis,), (right_axis,)), ((), ()))
+        return jax.lax.dot_general(left, right, dimensions, **dict(options))
+
+    # Without the barriers XLA merges the transpositions into the products.
+    barrier, terms, (rows, columns) = jax.lax.optimization_barrier, [], kernel.shape
+    if not _is_zero(x_tangent):
+        terms.append(product(x_tangent, 1, kernel, 0))
+    if not _is_zero(kernel_tangent):  # the transpose of this term is the kernel's gradient
+        if rows > columns:
+            terms.append(product(x, 1, barrier(kernel_tangent.T), 1))
+        elif rows < columns:
+            terms.append(product(x, 1, kernel_tangent, 0))
+        elif copies_input:
+            terms.append(product(barrier(x.T), 0, kernel_tangent, 0))
+        else:
+            terms.append(barrier(product(barrier(kernel_tangent.T), 1, x, 1)).T)
+    return product(x, 1, kernel, 0), sum(terms[1:], terms[0])
 
 
-def _rows_dot_general(x, kernel, dimensions, **options):
+def _is_zero(tangent) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+_product.defjvp(_product_jvp, symbolic_zeros=True)
+
+
+def _rows_dot_general(x, kernel, dimensions, copies_input: bool = False, **options):
     """x [B, N, W] times kernel, as a matrix of B N rows: twice as fast a gradient on a CPU."""
-    if kernel.shape[0] > kernel.shape[1]:
-        kernel = _with_wide_gradient(kernel)
-    flat, dimensions = x.reshape(-1, x.shape[-1]), (((1,), (0,)), ((), ()))
-    rows = jax.lax.dot_general(flat, kernel, dimensions, **options)
+    rows = _product(x.reshape(-1, x.shape[-1]), kernel, copies_input, tuple(options.items()))
     return rows.reshape(*x.shape[:-1], -1)
 
 
@@ -65,17 +88,19 @@ def partitioned(axes: tuple[str | None, ...], make: Callable, *arguments) -> Cal
 
 
 def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
-          scale: float = 1.0, bias: bool = True, rows: bool = False):
+          scale: float = 1.0, bias: bool = True, rows: bool = False, copies_input: bool = False):
     """A Dense layer with logical axes `axes` and initial variance scale/fan_in of its kernel.
 
-    scale=0 starts at zero. rows: merges all leading axes into one.
+    scale=0 starts at zero. rows: merges all leading axes into one. copies_input: see _product; it
+    pays where the input is a copy of other numbers already.
     """
     zeros, scaled = nn.initializers.zeros_init, nn.initializers.variance_scaling
     kernel_init = (partitioned(axes, scaled, scale, "fan_in", "truncated_normal") if scale
                    else partitioned(axes, zeros))
     return nn.Dense(
         features, use_bias=bias, dtype=dtype, precision=own_precision(dtype), name=name,
-        dot_general=_rows_dot_general if rows else None,
+        dot_general=(functools.partial(_rows_dot_general, copies_input=copies_input) if rows
+                     else None),
         kernel_init=kernel_init, bias_init=partitioned(axes[1:], zeros),
     )
 
@@ -142,7 +167,7 @@ class Attention(nn.Module):
             y = attend_to_cache(q, cache, index)
         y = checkpoint_name(y.reshape(*x.shape[:-1], -1), "narrow")
         y = dense(width, ("heads", "embed"), c.dtype, "out", scale=1 / c.depth, bias=False,
-                  rows=c.flat)(y)
+                  rows=c.flat, copies_input=True)(y)
         return checkpoint_name(y, "narrow"), cache
 
 
