@@ -116,7 +116,8 @@ def define_processes():
         "end within 10 s more, with status 1 or -6 (134 in a shell).", lower_bound=1)
     flags.DEFINE_string(
         "compilation_cache", None, "Folder that keeps compiled programs for later runs, by default "
-        "that of JAX_COMPILATION_CACHE_DIR, or else ~/.cache/ntm_jax/programs. Empty keeps none.")
+        "that of JAX_COMPILATION_CACHE_DIR, or else ~/.cache/ntm_jax/programs/CORES-cores. Empty "
+        "keeps none.")
 
 
 def asked_step(run) -> int | None:
@@ -220,7 +221,11 @@ def _keep_programs(folder: str | None):
     import jax
 
     if folder is None and jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = os.path.join(os.path.expanduser("~"), ".cache", "ntm_jax", "programs")
+        # XLA divides a program among the CPU's cores when it compiles it, and jax does not tell two
+        # such programs apart.
+        cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+        folder = os.path.join(
+            os.path.expanduser("~"), ".cache", "ntm_jax", "programs", f"{len(cores)}-cores")
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError:  # such as the home of a container's user

@@ -21,10 +21,12 @@ def kept(monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_the_default_is_the_users_cache(kept, tmp_path):
-    folder = tmp_path / ".cache/ntm_jax/programs"
-    assert kept(None) == str(folder)
-    assert folder.is_dir()
+def test_the_default_is_the_users_cache_for_this_number_of_cores(kept, tmp_path, monkeypatch):
+    for cores in (1, 2):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
+        folder = tmp_path / f".cache/ntm_jax/programs/{cores}-cores"
+        assert kept(None) == str(folder)
+        assert folder.is_dir()
 
 
 def test_a_flag_and_the_environment_come_first(kept):
