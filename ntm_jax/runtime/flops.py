@@ -17,9 +17,10 @@ MATRICES = (512, 1024, 2048, 4096)  # sizes tried for the highest rate
 def count(function, *args) -> int:
     """FLOPs of all matrix products in function(*args), 2 per multiply-add.
 
-    Includes recomputation under remat. args may be abstract. Counts the body of a `while` loop
-    once, since its number of iterations is unknown; the most expensive branch of a `cond`; and the
-    body of a Pallas kernel at every point of its grid.
+    Products with a vector, which are weighted sums, do not count. Includes recomputation under
+    remat. args may be abstract. Counts the body of a `while` loop once, since its number of
+    iterations is unknown; the most expensive branch of a `cond`; and the body of a Pallas kernel at
+    every point of its grid.
     """
     return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -37,8 +38,10 @@ def _of_equation(e, kernels: bool, highest: bool) -> int:
     if e.primitive.name == "dot_general":
         if kernels or (highest and not _at_highest(e)):
             return 0
-        (contracted, _), _ = e.params["dimension_numbers"]
-        left = e.invars[0].aval.shape
+        (contracted, _), (batch, _) = e.params["dimension_numbers"]
+        left, right = (v.aval.shape for v in e.invars)
+        if not contracted or len(contracted) + len(batch) in (len(left), len(right)):
+            return 0
         return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if e.primitive.name in CUDNN:
         return 0 if kernels or highest else CUDNN[e.primitive.name] * _attention_product(e)

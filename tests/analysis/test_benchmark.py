@@ -6,6 +6,7 @@ import re
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -339,3 +340,10 @@ def test_the_program_writes_rows(tmp_path):
     assert [list(row) for row in timed] == [KEYS]
     assert re.match(r"1 x \S.*, jax [\d.]+, medians of 1 runs\n", done.stdout)
     assert benchmark.table(timed) in done.stdout
+
+
+def test_weighted_sums_are_not_counted_as_products():
+    matrix, vector = jnp.ones((3, 4)), jnp.ones(4)
+    assert flops.count(jnp.matmul, matrix, vector) == 0
+    assert flops.count(lambda a, b: jnp.einsum("nc,kc->nkc", a, b), matrix, matrix) == 0
+    assert flops.count(jnp.matmul, matrix, vector[:, None]) == 2 * 3 * 4

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,11 +201,10 @@ def test_rows_change_no_number():
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *gradients)
 
 
-@pytest.mark.parametrize("copies_input", [False, True])
 @pytest.mark.parametrize("columns", [3, 5, 7])  # of a kernel of 5 rows
-def test_the_gradients_of_rows_are_those_of_a_product(columns, copies_input):
+def test_the_gradients_of_rows_are_those_of_a_product(columns):
     x, kernel, weight = normal(0, 2, 4, 5), normal(1, 5, columns), normal(2, 2, 4, columns)
-    rows = functools.partial(layers._rows_dot_general, dimensions=None, copies_input=copies_input)
+    rows = functools.partial(layers._rows_dot_general, dimensions=None)
 
     def derivatives(product):
         def loss(x, kernel):
@@ -229,6 +229,22 @@ def test_the_derivatives_of_attention_are_those_of_jax_softmax():
 
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
                  derivatives(attention._softmax), derivatives(jax.nn.softmax))
+
+
+def test_rms_norm_and_its_derivatives_are_those_of_flax():
+    x, scale, weight = 2 * normal(0, 2, 3, 2, 4), normal(1, 4), normal(2, 2, 3, 2, 4)
+
+    def derivatives(norm):
+        def loss(x, scale):
+            return jnp.sum(weight * norm(x, scale)**2)
+
+        return (norm(x, scale), jax.grad(loss, (0, 1))(x, scale),
+                jax.hessian(loss, (0, 1))(x, scale), jax.jacfwd(norm, (0, 1))(x, scale))
+
+    # float32, terms of up to 100
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+                 derivatives(attention.rms_norm),
+                 derivatives(lambda x, s: nn.RMSNorm().apply({"params": {"scale": s}}, x)))
 
 
 def test_learned_positions_have_a_row_for_each_token_and_rotary_ones_no_weights():

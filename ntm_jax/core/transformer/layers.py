@@ -15,24 +15,25 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ntm_jax.core.transformer.attention import attend_to_cache, rotary_2d, rotate
+from ntm_jax.core.transformer.attention import attend_to_cache, rms_norm, rotary_2d, rotate
 from ntm_jax.core.transformer.precision import own_precision
 
 Array = jax.Array
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _product(x, kernel, copies_input: bool, options: tuple):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(x, kernel, options: tuple):
     """x [R, I] times kernel [I, O], with a fast gradient of the kernel on XLA's CPU backend.
 
-    A square kernel's gradient is a product with a transposed copy, of the rows' gradient or, with
-    copies_input, of x: 1.4 times as fast for 64 x 64. With more rows than columns it is computed
-    transposed: 1.7 times as fast for 1024 x 256. options: of jax.lax.dot_general, as pairs.
+    The gradient of a square kernel is a product with a transposed copy of x, which query, key and
+    value share: on two cores 1.4 times as fast for 64 x 64. With more rows than columns it is
+    computed transposed: 1.7 times as fast for 1024 x 256. options: of jax.lax.dot_general, as
+    pairs.
     """
     return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), **dict(options))
 
 
-def _product_jvp(copies_input: bool, options: tuple, values, tangents):
+def _product_jvp(options: tuple, values, tangents):
     (x, kernel), (x_tangent, kernel_tangent) = values, tangents
 
     def product(left, left_axis: int, right, right_axis: int):
@@ -46,12 +47,10 @@ def _product_jvp(copies_input: bool, options: tuple, values, tangents):
     if not _is_zero(kernel_tangent):  # the transpose of this term is the kernel's gradient
         if rows > columns:
             terms.append(product(x, 1, barrier(kernel_tangent.T), 1))
-        elif rows < columns:
-            terms.append(product(x, 1, kernel_tangent, 0))
-        elif copies_input:
+        elif rows == columns:
             terms.append(product(barrier(x.T), 0, kernel_tangent, 0))
         else:
-            terms.append(barrier(product(barrier(kernel_tangent.T), 1, x, 1)).T)
+            terms.append(product(x, 1, kernel_tangent, 0))
     return product(x, 1, kernel, 0), sum(terms[1:], terms[0])
 
 
@@ -62,9 +61,9 @@ def _is_zero(tangent) -> bool:
 _product.defjvp(_product_jvp, symbolic_zeros=True)
 
 
-def _rows_dot_general(x, kernel, dimensions, copies_input: bool = False, **options):
+def _rows_dot_general(x, kernel, dimensions, **options):
     """x [B, N, W] times kernel, as a matrix of B N rows: twice as fast a gradient on a CPU."""
-    rows = _product(x.reshape(-1, x.shape[-1]), kernel, copies_input, tuple(options.items()))
+    rows = _product(x.reshape(-1, x.shape[-1]), kernel, tuple(options.items()))
     return rows.reshape(*x.shape[:-1], -1)
 
 
@@ -88,19 +87,17 @@ def partitioned(axes: tuple[str | None, ...], make: Callable, *arguments) -> Cal
 
 
 def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
-          scale: float = 1.0, bias: bool = True, rows: bool = False, copies_input: bool = False):
+          scale: float = 1.0, bias: bool = True, rows: bool = False):
     """A Dense layer with logical axes `axes` and initial variance scale/fan_in of its kernel.
 
-    scale=0 starts at zero. rows: merges all leading axes into one. copies_input: see _product; it
-    pays where the input is a copy of other numbers already.
+    scale=0 starts at zero. rows: merges all leading axes into one.
     """
     zeros, scaled = nn.initializers.zeros_init, nn.initializers.variance_scaling
     kernel_init = (partitioned(axes, scaled, scale, "fan_in", "truncated_normal") if scale
                    else partitioned(axes, zeros))
     return nn.Dense(
         features, use_bias=bias, dtype=dtype, precision=own_precision(dtype), name=name,
-        dot_general=(functools.partial(_rows_dot_general, copies_input=copies_input) if rows
-                     else None),
+        dot_general=_rows_dot_general if rows else None,
         kernel_init=kernel_init, bias_init=partitioned(axes[1:], zeros),
     )
 
@@ -110,6 +107,25 @@ def norm(dtype, name: str, learned: bool = False):
     scale_init = partitioned(("embed",), nn.initializers.ones_init)
     return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=learned, dtype=dtype,
                         scale_init=scale_init, name=name)
+
+
+def _modulated_norm(x, scale, shift):
+    """Layer norm of x [B, N, W] times 1 + scale, plus shift, [B, 1, W] each."""
+    layer_norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=scale.dtype,
+                              parent=None)
+    return layer_norm.apply({}, x) * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """RMS norm of queries or keys [B, N, H, C] in float32, cast to dtype, with a learned scale."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        ones = partitioned((None,), nn.initializers.ones_init)
+        return rms_norm(x.astype(jnp.float32), self.param("scale", ones, x.shape[-1:])
+                        ).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +139,8 @@ class LayerConfig:
     causal: bool
     dtype: Any
     attention: Callable  # a function like plain_attention
-    # Matrix products merge examples and tokens into one axis, which is faster on a CPU, but not for
-    # tokens sharded over a mesh axis.
+    # Matrix products merge examples and tokens into one axis, and gradients compute norms and GELU
+    # again: faster on a CPU, but not for tokens sharded over a mesh axis.
     flat: bool
 
 
@@ -149,9 +165,8 @@ class Attention(nn.Module):
 
         q = heads("query", width // c.head_size)
         k, v = heads("key", c.kv_heads), heads("value", c.kv_heads)
-        ones = partitioned((None,), nn.initializers.ones_init)
-        q = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name="query_norm")(q)
-        k = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name="key_norm")(k)
+        q = RMSNorm(c.dtype, name="query_norm")(q)
+        k = RMSNorm(c.dtype, name="key_norm")(k)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if cache is None:
@@ -167,7 +182,7 @@ class Attention(nn.Module):
             y = attend_to_cache(q, cache, index)
         y = checkpoint_name(y.reshape(*x.shape[:-1], -1), "narrow")
         y = dense(width, ("heads", "embed"), c.dtype, "out", scale=1 / c.depth, bias=False,
-                  rows=c.flat, copies_input=True)(y)
+                  rows=c.flat)(y)
         return checkpoint_name(y, "narrow"), cache
 
 
@@ -183,17 +198,20 @@ class Layer(nn.Module):
     def __call__(self, x, cache, modulation, angles, keys, index):
         """x [B, N, W], modulation [B, 6, W] -> (x, cache), as nn.scan requires."""
         c, width = self.config, x.shape[-1]
+        modulated_norm, gelu = _modulated_norm, nn.gelu
+        if c.flat:
+            modulated_norm, gelu = jax.checkpoint(modulated_norm), jax.checkpoint(gelu)
         zeros = partitioned((None, "embed"), nn.initializers.zeros_init)
         table = self.param("table", zeros, (6, width))
         own = (modulation + table[None])[:, :, None].astype(c.dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.moveaxis(own, 1, 0)
         x = nn.with_logical_constraint(x, ("batch", "tokens", "embed_activation"))
-        h = norm(c.dtype, "norm_1")(x) * (1 + scale_1) + shift_1
+        h = modulated_norm(x, scale_1, shift_1)
         h, cache = Attention(c, name="attention")(h, angles, keys, cache, index)
         x = x + (1 + gate_1) * h
-        h = norm(c.dtype, "norm_2")(x) * (1 + scale_2) + shift_2
+        h = modulated_norm(x, scale_2, shift_2)
         h = dense(c.mlp_ratio * width, ("embed", "mlp"), c.dtype, "up", rows=c.flat)(h)
-        h = nn.with_logical_constraint(nn.gelu(h), ("batch", "tokens", "mlp"))
+        h = nn.with_logical_constraint(gelu(h), ("batch", "tokens", "mlp"))
         h = dense(width, ("mlp", "embed"), c.dtype, "down", scale=1 / c.depth, rows=c.flat)(h)
         return x + (1 + gate_2) * checkpoint_name(h, "narrow"), cache
 
