@@ -2,13 +2,15 @@
 
 import jax
 
+from ntm_jax.runtime import flops
+
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
 
 
 def products(jaxpr):
-    """Every dot_general equation of a jaxpr, loops, gradients and Pallas kernels included."""
+    """Every matrix product of a jaxpr, loops, gradients and Pallas kernels included."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name == "dot_general" and flops.is_matrix_product(equation):
             yield equation
         for value in equation.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):

@@ -36,12 +36,10 @@ def of_jaxpr(jaxpr, kernels: bool = False, highest: bool = False) -> int:
 
 def _of_equation(e, kernels: bool, highest: bool) -> int:
     if e.primitive.name == "dot_general":
-        if kernels or (highest and not _at_highest(e)):
+        if kernels or not is_matrix_product(e) or (highest and not _at_highest(e)):
             return 0
-        (contracted, _), (batch, _) = e.params["dimension_numbers"]
-        left, right = (v.aval.shape for v in e.invars)
-        if not contracted or len(contracted) + len(batch) in (len(left), len(right)):
-            return 0
+        (contracted, _), _ = e.params["dimension_numbers"]
+        left = e.invars[0].aval.shape
         return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if e.primitive.name in CUDNN:
         return 0 if kernels or highest else CUDNN[e.primitive.name] * _attention_product(e)
@@ -56,6 +54,13 @@ def _of_equation(e, kernels: bool, highest: bool) -> int:
     if e.primitive.name == "shard_map":  # its jaxpr is that of one device
         return e.params["mesh"].size * sum(inner)
     return sum(inner)
+
+
+def is_matrix_product(e) -> bool:
+    """Whether the dot_general equation e is no outer product and has no vector as an operand."""
+    (contracted, _), (batch, _) = e.params["dimension_numbers"]
+    taken = len(contracted) + len(batch)
+    return bool(contracted) and all(v.aval.ndim > taken for v in e.invars)
 
 
 def _at_highest(e) -> bool:
