@@ -243,7 +243,7 @@ def test_rms_norm_and_its_derivatives_are_those_of_flax():
 
     # float32, terms of up to 100
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-                 derivatives(attention.rms_norm),
+                 derivatives(layers._rms_norm),
                  derivatives(lambda x, s: nn.RMSNorm().apply({"params": {"scale": s}}, x)))
 
 

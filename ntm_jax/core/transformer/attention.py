@@ -82,36 +82,6 @@ def _softmax_jvp(values, tangents):
     return probabilities, probabilities * (tangent - mean)
 
 
-@jax.custom_jvp
-def rms_norm(x, scale):
-    """x [B, N, H, C] / sqrt(mean(x^2) + 1e-6) * scale [C], as flax's RMSNorm.
-
-    Its gradient's sums over features are products with a vector, which XLA's CPU backend computes
-    in half the time.
-    """
-    return x * (_inverse_rms(x) * _row(scale))
-
-
-def _inverse_rms(x):
-    return jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
-
-
-def _row(scale):
-    return scale[None, None, None]
-
-
-@rms_norm.defjvp
-def _rms_norm_jvp(values, tangents):
-    (x, scale), (x_tangent, scale_tangent) = values, tangents
-    inverse = _inverse_rms(x)
-    inverse_tangent = -(inverse**3) * jnp.mean(x * x_tangent, -1, keepdims=True)
-
-    # The transpose of this outer product is the product with a vector.
-    change = jnp.einsum("bnh,c->bnhc", inverse_tangent[..., 0], scale, precision="highest")
-    change += inverse * _row(scale_tangent)
-    return rms_norm(x, scale), x_tangent * (inverse * _row(scale)) + x * change
-
-
 def rotary_2d(grid: tuple[int, int], head_size: int):
     """Rotation angles [N, head_size/2] of a row-major grid of tokens.
 

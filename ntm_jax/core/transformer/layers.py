@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ntm_jax.core.transformer.attention import attend_to_cache, rms_norm, rotary_2d, rotate
+from ntm_jax.core.transformer.attention import attend_to_cache, rotary_2d, rotate
 from ntm_jax.core.transformer.precision import own_precision
 
 Array = jax.Array
@@ -116,6 +116,35 @@ def _modulated_norm(x, scale, shift):
     return layer_norm.apply({}, x) * (1 + scale) + shift
 
 
+@jax.custom_jvp
+def _rms_norm(x, scale):
+    """x [B, N, H, C] / sqrt(mean(x^2) + 1e-6) * scale [C], as flax's RMSNorm.
+
+    Its gradient's sums over features are products with a vector, which XLA's CPU backend computes
+    in half the time.
+    """
+    return x * (_inverse_rms(x) * _row(scale))
+
+
+def _inverse_rms(x):
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+
+
+def _row(scale):
+    return scale[None, None, None]
+
+
+@_rms_norm.defjvp
+def _rms_norm_jvp(values, tangents):
+    (x, scale), (x_tangent, scale_tangent) = values, tangents
+    inverse = _inverse_rms(x)
+    inverse_tangent = -(inverse**3) * jnp.mean(x * x_tangent, -1, keepdims=True)
+    # The transpose of this outer product is the product with a vector.
+    change = jnp.einsum("bnh,c->bnhc", inverse_tangent[..., 0], scale, precision="highest")
+    change += inverse * _row(scale_tangent)
+    return _rms_norm(x, scale), x_tangent * (inverse * _row(scale)) + x * change
+
+
 class RMSNorm(nn.Module):
     """RMS norm of queries or keys [B, N, H, C] in float32, cast to dtype, with a learned scale."""
 
@@ -124,8 +153,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         ones = partitioned((None,), nn.initializers.ones_init)
-        return rms_norm(x.astype(jnp.float32), self.param("scale", ones, x.shape[-1:])
-                        ).astype(self.dtype)
+        scale = self.param("scale", ones, x.shape[-1:])
+        return _rms_norm(x.astype(jnp.float32), scale).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
