@@ -2,15 +2,13 @@
 
 import jax
 
-from ntm_jax.runtime import flops
-
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
 
 
 def products(jaxpr):
-    """Every matrix product of a jaxpr, loops, gradients and Pallas kernels included."""
+    """Every dot_general equation of a jaxpr, loops, gradients and Pallas kernels included."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general" and flops.is_matrix_product(equation):
+        if equation.primitive.name == "dot_general":
             yield equation
         for value in equation.params.values():
             for part in value if isinstance(value, (tuple, list)) else (value,):
@@ -19,13 +17,14 @@ def products(jaxpr):
                     yield from products(part)
 
 
-def precisions(traced) -> dict:
+def precisions(traced, counted=lambda equation: True) -> dict:
     """{(dtype, precision): number of products} of a traced function; dtype: the operands' narrower.
 
-    The gradient of bfloat16 attention has products of a float32 operand and a bfloat16 one.
+    counted: which equations count, all by default. The gradient of bfloat16 attention has products
+    of a float32 operand and a bfloat16 one.
     """
     found = {}
-    for equation in products(traced.jaxpr.jaxpr):
+    for equation in filter(counted, products(traced.jaxpr.jaxpr)):
         dtype = min((operand.aval.dtype for operand in equation.invars), key=lambda d: d.itemsize)
         precision = equation.params["precision"]
         # or None, or an algorithm of bfloat16's

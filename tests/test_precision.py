@@ -22,7 +22,7 @@ from ntm_jax.core.model import NTM, exact
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import measures, scoring
 from ntm_jax.export.write import programs
-from ntm_jax.runtime import chips, config, sharding
+from ntm_jax.runtime import chips, config, flops, sharding
 from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.run import Denoiser, Run, untrained
 from ntm_jax.sampling import generate
@@ -158,7 +158,10 @@ def test_a_training_step_has_the_default_precision():
     step, current = make_step(run), state.abstract(run)
     with sharding.use(run.mesh):
         traced = step.trace(current, sharding.to_global(batch, run.mesh), steps_of(run.config, 0))
-    assert set(precisions(traced)) == {("float32", "DEFAULT")}
+    matrix_products = precisions(traced, flops.is_matrix_product)
+    assert set(matrix_products) == {("float32", "DEFAULT")}
+    # the weighted sums of the norms' gradients are exact
+    assert set(precisions(traced)) == {("float32", "DEFAULT"), ("float32", "HIGHEST")}
 
 
 def test_a_denoisers_targets_are_exact_and_its_own_products_have_the_default_precision():

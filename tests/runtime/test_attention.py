@@ -105,7 +105,7 @@ def test_splash_has_the_precision_that_is_set(dtype, name, expected, gradient):
     found = precisions(function.trace(shape, shape, shape))
     assert {precision for _, precision in found} == {expected}
     # The products of the forward pass, and those that its gradient recomputes and computes.
-    assert sum(found.values()) == (9 if gradient else 2)
+    assert sum(found.values()) == (10 if gradient else 2)
 
 
 def mesh_of(*shape):
