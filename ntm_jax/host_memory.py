@@ -2,15 +2,18 @@
 
 XLA's CPU backend allocates a program's temporaries anew at every call. By default glibc returns
 them to the kernel after each call, and the next one waits while the kernel maps and clears them.
+The memory has pages of 2 MiB where Linux offers them, so that the processor looks up fewer.
 """
 
 import ctypes
+import mmap
 import os
+from pathlib import Path
 
-# mallopt's options in malloc.h: no allocation has pages of its own, none are returned, and all
+# mallopt's options in malloc.h: no allocation has pages of its own, none are ever returned, and all
 # threads share one pool. In a further pool, allocations of more than 64 MiB have pages of their own
 # all the same, and which pool a thread of XLA has differs from run to run.
-_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 1)}
+_OPTIONS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 _ACCELERATORS = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
 
 
@@ -24,6 +27,30 @@ def keep_freed() -> bool:
     on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu" or not any(map(os.path.exists, _ACCELERATORS))
     if not on_cpu or os.environ.get("NTM_JAX_KEEP_MEMORY") == "0":
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    accepted = [mallopt(*option) for option in _OPTIONS.values()] if mallopt else [False]
-    return all(accepted)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    kept = all(libc.mallopt(*option) for option in _OPTIONS.values())
+    if kept:
+        _use_huge_pages(libc)
+    return kept
+
+
+def _use_huge_pages(libc) -> None:
+    """Reserves half the machine's memory for the pool and asks for huge pages there.
+
+    No memory is used until the program writes to it. The reservation counts as used where the
+    kernel promises no more than it has (overcommit_memory is 2), so there is none there.
+    """
+    overcommit = Path("/proc/sys/vm/overcommit_memory")
+    if not overcommit.exists() or overcommit.read_text().strip() == "2":
+        return
+    page = mmap.PAGESIZE
+    size = os.sysconf("SC_PHYS_PAGES") // 2 * page
+    libc.malloc.restype = ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(size))
+    if block is not None:
+        skipped = -block % page
+        libc.madvise(ctypes.c_void_p(block + skipped), ctypes.c_size_t(size - page),
+                     mmap.MADV_HUGEPAGE)
+        libc.free(ctypes.c_void_p(block))
