@@ -138,11 +138,11 @@ def _row(scale):
 def _rms_norm_jvp(values, tangents):
     (x, scale), (x_tangent, scale_tangent) = values, tangents
     inverse = _inverse_rms(x)
-    inverse_tangent = -(inverse**3) * jnp.mean(x * x_tangent, -1, keepdims=True)
+    shrink = -(inverse**2) * jnp.mean(x * x_tangent, -1, keepdims=True)
     # The transpose of this outer product is the product with a vector.
-    change = jnp.einsum("bnh,c->bnhc", inverse_tangent[..., 0], scale, precision="highest")
-    change += inverse * _row(scale_tangent)
-    return _rms_norm(x, scale), x_tangent * (inverse * _row(scale)) + x * change
+    change = jnp.einsum("bnh,c->bnhc", shrink[..., 0], scale, precision="highest")
+    change += _row(scale_tangent)
+    return _rms_norm(x, scale), x_tangent * (inverse * _row(scale)) + x * inverse * change
 
 
 class RMSNorm(nn.Module):
