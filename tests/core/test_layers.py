@@ -231,20 +231,28 @@ def test_the_derivatives_of_attention_are_those_of_jax_softmax():
                  derivatives(attention._softmax), derivatives(jax.nn.softmax))
 
 
-def test_rms_norm_and_its_derivatives_are_those_of_flax():
-    x, scale, weight = 2 * normal(0, 2, 3, 2, 4), normal(1, 4), normal(2, 2, 3, 2, 4)
+def flax_rms_norm(x, scale):
+    return nn.RMSNorm().apply({"params": {"scale": scale}}, x)
+
+
+@pytest.mark.parametrize(("norm", "expected", "shapes"), [
+    (layers._rms_norm, flax_rms_norm, [(2, 3, 2, 4), (4,)]),
+    (layers._layer_norm_on_cpu, layers._layer_norm, [(2, 3, 4)]),
+])
+def test_norms_and_their_derivatives_are_those_of_flax(norm, expected, shapes):
+    arrays = [2 * normal(i, *shape) for i, shape in enumerate(shapes)]
+    weight, every = normal(9, *shapes[0]), tuple(range(len(shapes)))
 
     def derivatives(norm):
-        def loss(x, scale):
-            return jnp.sum(weight * norm(x, scale)**2)
+        def loss(*arrays):
+            return jnp.sum(weight * norm(*arrays)**2)
 
-        return (norm(x, scale), jax.grad(loss, (0, 1))(x, scale),
-                jax.hessian(loss, (0, 1))(x, scale), jax.jacfwd(norm, (0, 1))(x, scale))
+        return (norm(*arrays), jax.grad(loss, every)(*arrays),
+                jax.hessian(loss, every)(*arrays), jax.jacfwd(norm, every)(*arrays))
 
     # float32, terms of up to 100
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-                 derivatives(layers._rms_norm),
-                 derivatives(lambda x, s: nn.RMSNorm().apply({"params": {"scale": s}}, x)))
+                 derivatives(norm), derivatives(expected))
 
 
 def test_learned_positions_have_a_row_for_each_token_and_rotary_ones_no_weights():
