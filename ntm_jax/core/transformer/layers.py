@@ -25,10 +25,10 @@ Array = jax.Array
 def _product(x, kernel, options: tuple):
     """x [R, I] times kernel [I, O], with a fast gradient of the kernel on XLA's CPU backend.
 
-    The gradient of a square kernel is a product with a transposed copy of x, which query, key and
-    value share: on two cores 1.4 times as fast for 64 x 64. With more rows than columns it is
-    computed transposed: 1.7 times as fast for 1024 x 256. options: of jax.lax.dot_general, as
-    pairs.
+    The gradient of a small square kernel is a product with a transposed copy of x, which query, key
+    and value share: 1.4 times as fast for 64 x 64, but slower for 256 x 256. With more rows than
+    columns it is computed transposed: 1.7 times as fast for 1024 x 256. options: of
+    jax.lax.dot_general, as pairs.
     """
     return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), **dict(options))
 
@@ -47,7 +47,7 @@ def _product_jvp(options: tuple, values, tangents):
     if not _is_zero(kernel_tangent):  # the transpose of this term is the kernel's gradient
         if rows > columns:
             terms.append(product(x, 1, barrier(kernel_tangent.T), 1))
-        elif rows == columns:
+        elif rows == columns <= 128:
             terms.append(product(barrier(x.T), 0, kernel_tangent, 0))
         else:
             terms.append(product(x, 1, kernel_tangent, 0))
