@@ -247,8 +247,9 @@ def test_norms_and_their_derivatives_are_those_of_flax(norm, expected, shapes):
         def loss(*arrays):
             return jnp.sum(weight * norm(*arrays)**2)
 
-        return (norm(*arrays), jax.grad(loss, every)(*arrays),
-                jax.hessian(loss, every)(*arrays), jax.jacfwd(norm, every)(*arrays))
+        return jax.jit(lambda *arrays: (
+            norm(*arrays), jax.grad(loss, every)(*arrays), jax.hessian(loss, every)(*arrays),
+            jax.jacfwd(norm, every)(*arrays)))(*arrays)
 
     # float32, terms of up to 100
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),

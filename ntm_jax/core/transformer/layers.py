@@ -138,8 +138,7 @@ def _statistics(x):
 @_layer_norm_on_cpu.defjvp
 def _layer_norm_on_cpu_jvp(values, tangents):
     (x,), (x_tangent,) = values, tangents
-    inverse, mean = _statistics(x)
-    found = x * inverse - mean * inverse
+    (inverse, _), found = _statistics(x), _layer_norm_on_cpu(x)
     along = jnp.mean(found * x_tangent, -1, keepdims=True)
     return found, inverse * (x_tangent - jnp.mean(x_tangent, -1, keepdims=True) - found * along)
 
