@@ -2,13 +2,10 @@
 
 XLA's CPU backend allocates a program's temporaries anew at every call. By default glibc returns
 them to the kernel after each call, and the next one waits while the kernel maps and clears them.
-The memory has pages of 2 MiB where Linux offers them, so that the processor looks up fewer.
 """
 
 import ctypes
-import mmap
 import os
-from pathlib import Path
 
 # mallopt's options in malloc.h: no allocation has pages of its own, none are ever returned, and all
 # threads share one pool. In a further pool, allocations of more than 64 MiB have pages of their own
@@ -30,27 +27,4 @@ def keep_freed() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    kept = all(libc.mallopt(*option) for option in _OPTIONS.values())
-    if kept:
-        _use_huge_pages(libc)
-    return kept
-
-
-def _use_huge_pages(libc) -> None:
-    """Reserves half the machine's memory for the pool and asks for huge pages there.
-
-    No memory is used until the program writes to it. The reservation counts as used where the
-    kernel promises no more than it has (overcommit_memory is 2), so there is none there.
-    """
-    overcommit = Path("/proc/sys/vm/overcommit_memory")
-    if not overcommit.exists() or overcommit.read_text().strip() == "2":
-        return
-    page = mmap.PAGESIZE
-    size = os.sysconf("SC_PHYS_PAGES") // 2 * page
-    libc.malloc.restype = ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(size))
-    if block is not None:
-        skipped = -block % page
-        libc.madvise(ctypes.c_void_p(block + skipped), ctypes.c_size_t(size - page),
-                     mmap.MADV_HUGEPAGE)
-        libc.free(ctypes.c_void_p(block))
+    return all(libc.mallopt(*option) for option in _OPTIONS.values())

@@ -16,7 +16,6 @@ if (
 
 # These hold in the programs that tests start, too.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads would spin beside other tests
-os.environ["NTM_JAX_KEEP_MEMORY"] = "0"  # huge pages cost short programs more than they save
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # most tests compile longer than they run
 
