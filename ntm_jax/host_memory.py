@@ -44,8 +44,8 @@ def keep_freed() -> bool:
 def _retire_after_compilations() -> None:
     import jax
 
-    def compiled(event: str, seconds: float, **_):
-        if event == _COMPILED and seconds > 1:
+    def compiled(event: str, duration_secs: float, **_):
+        if event == _COMPILED and duration_secs > 1:
             retire_fragments()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)

@@ -225,10 +225,12 @@ def _score(setting: Setting) -> Case | None:
     if setting.solves_ode:
         return None
     _, y, t, us = setting.drawn
-    percentile = setting.run.config.sample.percentile
+    options = setting.run.config.sample.options
 
     def denoised(model, _, params, xs, t, y):
-        return score_denoise(model, params, xs, t, y, percentile)
+        sampler = generate.Sampler(model, setting.run.schedule, options, setting.run.mesh)
+        return score_denoise(
+            model, params, xs, t, y, options.percentile, sampler.slices(len(xs)))
 
     return _sampling(setting, denoised, us, t, y)
 

@@ -25,6 +25,7 @@ from ntm_jax.sampling import conditioning, inverses, selection
 from ntm_jax.sampling.options import check_decoder
 
 BATCH = 100  # images at a time, of pictures and of scores, so that one program serves both
+SLICE_TOKENS = 2048  # of all levels of the trajectories that a CPU denoises at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,18 @@ class Sampler:
     def inverse(self, rows: int) -> str:
         """The inverse of this many latents of all devices: parallel or sequential."""
         return inverses.choose(self.options.inverse, self.model.config, rows, self.mesh)
+
+    def slices(self, rows: int) -> int:
+        """In how many slices this many trajectories are denoised, one after the other.
+
+        On one CPU they have up to SLICE_TOKENS tokens, so that activations stay in a core's cache,
+        or a quarter where the batch has no larger divisor. 1 on other devices.
+        """
+        if self.mesh is None or self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
+            return 1
+        most = max(SLICE_TOKENS // (self.model.config.tokens * self.options.steps), 1)
+        sizes = range(max(most // 4, 1), most + 1)
+        return rows // max((size for size in sizes if rows % size == 0), default=rows)
 
 
 class Drawn(NamedTuple):

@@ -15,11 +15,14 @@ def test_gaussian_data_give_the_posterior_mean(tiny):
     # any numbers will do: the equality holds on every trajectory
     xs, _, _, label = new.inputs(4, steps=4)
     t = trajectory.levels(4, jnp.array([0.02, 0.05, 0.1, 0.3]), "linear", 0.0)
-    found = jax.jit(lambda xs: score_denoise(new.module, new.params, xs, t, label))(xs)
+    found, in_slices = jax.jit(lambda xs: tuple(
+        score_denoise(new.module, new.params, xs, t, label, slices=slices)
+        for slices in (1, 2)))(xs)
     t_0 = np.asarray(t, np.float64)[:, 0, None, None]
     expected = (1 - t_0) * r**2 / ((1 - t_0) ** 2 * r**2 + t_0**2) * xs[:, 0]
     # gradients of up to 3 / .02^2 times t_0^2, in float32: 3e-7 times some tens of terms
     np.testing.assert_allclose(found, expected, atol=2e-5)
+    np.testing.assert_allclose(in_slices, found, atol=1e-6)
 
 
 def test_every_level_of_gaussian_data_gives_the_posterior_mean_and_its_own_score_does_not(tiny):
@@ -53,7 +56,7 @@ def test_the_lowest_level_is_that_of_score_denoising(tiny, monkeypatch):
     random, asked = tiny(num_classes=2, steps=(2, 3)), []
     xs, t, _, label = random.inputs(2, steps=3)
 
-    def gradient(model, params, xs, t, y, percentile):
+    def gradient(model, params, xs, t, y, percentile, slices=1):
         asked.append(percentile)
         return jnp.sin(3 * xs)
 
