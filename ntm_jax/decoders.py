@@ -99,9 +99,9 @@ def _inverse(sampler, params, trajectory: Trajectory, denoiser_params):
 
 
 def _score(sampler, params, trajectory: Trajectory, denoiser_params):
-    _, xs, t, y = trajectory
+    us, xs, t, y = trajectory
     return denoising.score_denoise(
-        sampler.model, params, xs, t, y, sampler.options.percentile, sampler.slices(len(xs)))
+        sampler.model, params, xs, t, y, sampler.options.percentile, sampler.slices(len(us)))
 
 
 def _denoiser(sampler, params, trajectory: Trajectory, denoiser_params):

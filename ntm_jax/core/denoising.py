@@ -20,7 +20,8 @@ def _gradient(model: NTM, params, xs, t, y, percentile: float, slices: int = 1):
     """dL/dx_j of every level j, [B, K, N, D], clipped; see score_denoise."""
     if slices > 1:
         parts = jax.tree.map(lambda a: a.reshape(slices, -1, *a.shape[1:]), (xs, t, y))
-        found = jax.lax.map(lambda part: _gradient(model, params, *part, percentile), parts)
+        found = jax.lax.map(
+            lambda part: _gradient(model, params, *part, percentile=percentile), parts)
         return found.reshape(xs.shape)
     steps = jnp.full(len(xs), xs.shape[1] - 1)
 
