@@ -1,6 +1,7 @@
 """Sampled images: keyed by seed and index, on conditions, with checked options."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,7 +59,14 @@ def test_a_cpu_denoises_in_slices(run, rows, slices):
     assert sampler.slices(rows) == slices
     many = dataclasses.replace(sampler, options=dataclasses.replace(options, steps=1000))
     assert many.slices(rows) == rows
-    assert dataclasses.replace(sampler, mesh=None).slices(rows) == 1
+    for mesh in (None, devices("tpu"), devices("cpu", "cpu")):
+        assert dataclasses.replace(sampler, mesh=mesh).slices(rows) == 1
+
+
+def devices(*platforms: str):
+    """A mesh of devices, as far as Sampler.slices reads it."""
+    return SimpleNamespace(size=len(platforms), devices=SimpleNamespace(
+        flat=[SimpleNamespace(platform=platform) for platform in platforms]))
 
 
 class Seen(Exception):
