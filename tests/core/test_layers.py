@@ -235,25 +235,37 @@ def flax_rms_norm(x, scale):
     return nn.RMSNorm().apply({"params": {"scale": scale}}, x)
 
 
-@pytest.mark.parametrize(("norm", "expected", "shapes"), [
+@pytest.mark.parametrize(("function", "expected", "shapes"), [
     (layers._rms_norm, flax_rms_norm, [(2, 3, 2, 4), (4,)]),
     (layers._layer_norm_on_cpu, layers._layer_norm, [(2, 3, 4)]),
+    (layers._gelu_on_cpu, nn.gelu, [(3, 8)]),
 ])
-def test_norms_and_their_derivatives_are_those_of_flax(norm, expected, shapes):
+def test_functions_with_own_gradients_have_the_derivatives_of_flax(function, expected, shapes):
     arrays = [2 * normal(i, *shape) for i, shape in enumerate(shapes)]
     weight, every = normal(9, *shapes[0]), tuple(range(len(shapes)))
 
-    def derivatives(norm):
+    def derivatives(function):
         def loss(*arrays):
-            return jnp.sum(weight * norm(*arrays)**2)
+            return jnp.sum(weight * function(*arrays)**2)
 
         return jax.jit(lambda *arrays: (
-            norm(*arrays), jax.grad(loss, every)(*arrays), jax.hessian(loss, every)(*arrays),
-            jax.jacfwd(norm, every)(*arrays)))(*arrays)
+            function(*arrays), jax.grad(loss, every)(*arrays), jax.hessian(loss, every)(*arrays),
+            jax.jacfwd(function, every)(*arrays)))(*arrays)
 
     # float32, terms of up to 100
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-                 derivatives(norm), derivatives(expected))
+                 derivatives(function), derivatives(expected))
+
+
+def test_gelu_and_its_gradient_are_exact_at_zero_and_far_from_it():
+    x = np.array([-1e6, -100, -20, -6, -1e-30, 0, 1e-30, 6, 20, 100, 1e6])
+    c = math.sqrt(2 / math.pi)
+    tanh = np.tanh(c * (x + 0.044715 * x**3))  # in float64
+    value = 0.5 * x * (1 + tanh)
+    gradient = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * c * (1 + 3 * 0.044715 * x**2)
+    found = jax.vmap(jax.value_and_grad(layers._gelu_on_cpu))(jnp.asarray(x, jnp.float32))
+    for actual, desired in zip(found, (value, gradient), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-6, atol=1e-7)
 
 
 def test_learned_positions_have_a_row_for_each_token_and_rotary_ones_no_weights():
