@@ -190,7 +190,7 @@ def compile_and_check_memory(run: Run, step, *arguments) -> None:
         raise UserError(
             f"a step needs about {needed / 2**30:,.1f} GiB more, and {free / 2**30:,.1f} GiB are "
             "free: lower config.data.batch_size, raise config.train.accumulate, or set "
-            "config.model.remat=full")
+            "config.model.scan=True and config.model.remat=full")
 
 
 def steps_of(config: Config, step: int) -> int:

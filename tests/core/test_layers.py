@@ -130,6 +130,15 @@ def test_scan_and_remat_change_no_number(stacked, scan, remat):
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1, np.abs(b).max()))
 
 
+def test_xla_keeps_the_recomputation_of_unrolled_layers(stacked):
+    def products(remat):
+        compiled = loss.lower(stack(remat=remat), *stacked).compile()
+        return compiled.as_text().count(" dot(")
+
+    # both of attention, in three layers
+    assert products("dots") - products("none") == 3 * 2
+
+
 def test_a_layer_is_traced_once(stacked):
     traced = []
 

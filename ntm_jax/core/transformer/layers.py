@@ -313,7 +313,9 @@ def stacked(layer, depth: int, remat: str, scan: bool, inputs: int, initializing
     beside x, the same for all layers. initializing: whether it makes its parameters.
     """
     policy = REMAT[remat]
-    layer = layer if policy is None else nn.remat(layer, prevent_cse=False, policy=policy)
+    if policy is not None:
+        # XLA would merge the recomputation with the forward pass, but not across a scan's loops.
+        layer = nn.remat(layer, prevent_cse=not scan, policy=policy)
     return nn.scan(
         layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth,
         unroll=1 if scan else depth, in_axes=cast(Any, (nn.broadcast,) * inputs),
