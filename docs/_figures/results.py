@@ -11,6 +11,7 @@ import itertools
 import pathlib
 import re
 
+import numpy as np
 import style
 from matplotlib.ticker import NullLocator, ScalarFormatter
 from style import BAND, BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SKY, chart
@@ -270,11 +271,39 @@ def truth_errors():
     return figure
 
 
+GROWTH = {"Width": "width", "Tokens": "tokens", "Batch": "batch", "Steps": "T"}
+
+
+def growth():
+    """Times of a step by each setting, and of compilation by depth, on logarithmic axes."""
+    figure, ((left, right),) = chart(3.6, 1, 2)
+    depth = table("growth", "Depth", "predictor layers")
+    lines = {"predictor layers": depth} | {
+        key: table("growth", section, key) for section, key in GROWTH.items()}
+    for (text, source), marker, colour in zip(
+            lines.items(), "os^DP", (BLUE, ORANGE, GREEN, RED, PURPLE), strict=True):
+        factors, times = np.array(source.keys()), np.array(source.column("ms")[0])
+        left.plot(factors / factors[0], times / times[0], f"{marker}-", color=colour, label=text)
+    left.plot([1, 16], [1, 16], color=GREY, linestyle="--", label="linear")
+    left.set(title="digits: time of a step", xscale="log", yscale="log",
+             xlabel="factor of the setting", ylabel="factor of the time")
+    number_axis(left.xaxis, [1, 2, 4, 8, 16])
+    number_axis(left.yaxis, [1, 2, 4, 8, 16, 32])
+    left.legend()
+    for column, text, marker, colour in (("compilation, s", "unrolled", "o", BLUE),
+                                         ("scanned, compilation, s", "scanned", "s", ORANGE)):
+        right.plot(depth.keys(), depth.column(column)[0], f"{marker}-", color=colour, label=text)
+    right.set(title="Compilation", xlabel="predictor layers", ylabel="s", ylim=(0, 40),
+              xticks=depth.keys())
+    right.legend()
+    return figure
+
+
 CHARTS = {  # by the name of the picture
     "digits-trajectories-k": digits_trajectories_k, "digits-guidance": digits_guidance,
     "flow-matching-steps": flow_matching_steps, "flow-matching-guidance": flow_matching_guidance,
-    "pods-chips": pods_chips, "reward-updates": reward_updates, "shapes-guidance": shapes_guidance,
-    "truth-errors": truth_errors}
+    "growth": growth, "pods-chips": pods_chips, "reward-updates": reward_updates,
+    "shapes-guidance": shapes_guidance, "truth-errors": truth_errors}
 
 
 def main():
