@@ -275,7 +275,7 @@ GROWTH = {"Width": "width", "Tokens": "tokens", "Batch": "batch", "Steps": "T"}
 
 
 def growth():
-    """Times of a step by each setting, and of compilation by depth, on logarithmic axes."""
+    """Times of a step by each setting, on logarithmic axes, and of compilation by depth."""
     figure, ((left, right),) = chart(3.6, 1, 2)
     depth = table("growth", "Depth", "predictor layers")
     lines = {"predictor layers": depth} | {

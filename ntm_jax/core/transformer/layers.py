@@ -249,7 +249,7 @@ _GELU = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 def _gelu_on_cpu(x):
     """nn.gelu with a gradient that XLA's CPU backend computes faster, from x and the value.
 
-    Ending in a division, it is computed once for both of its uses, as XLA does not repeat one.
+    It ends in a division, so that XLA computes it once: cheaper ends are repeated in every use.
     """
     return x / (1 + jnp.exp(-x * (_GELU[0] + _GELU[1] * x**2)))
 
@@ -258,7 +258,7 @@ def _gelu_on_cpu(x):
 def _gelu_on_cpu_jvp(values, tangents):
     (x,), (x_tangent,) = values, tangents
     found = checkpoint_name(_gelu_on_cpu(x), "gelu")
-    share = jnp.where(x == 0, 0.5, found / x)  # the logistic function of the denominator
+    share = jnp.where(x == 0, 0.5, found / x)  # 1 / (1 + exp(...)) of the value
     slope = share + found * (1 - share) * (_GELU[0] + 3 * _GELU[1] * x**2)
     return found, x_tangent * slope
 
