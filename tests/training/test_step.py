@@ -10,7 +10,7 @@ from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Draws
 from ntm_jax.training.state import State
-from ntm_jax.training.step import _gradients, make_step, steps_of
+from ntm_jax.training.step import _finite, _gradients, make_step, steps_of
 from tests.common import as_run, batch_of, bits, norm, randomised, setup, tiny_config
 
 
@@ -117,3 +117,11 @@ def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
     assert drawn != [steps_of(other, step) for step in range(300)]
     pairs = tiny_config(**{"trajectory.steps": (2, 8, 4), "train.objective": "pairwise"})
     assert {steps_of(pairs, step) for step in range(10)} == {8}  # it draws T for each example
+
+
+@pytest.mark.parametrize(("number", "finite"), [
+    (3e38, True), (-0.0, True), (np.inf, False), (-np.inf, False), (np.nan, False),
+])
+def test_one_number_decides_whether_a_compiled_tree_is_finite(number, finite):
+    matrix = jnp.full((30, 70), 3e38).at[17, 5].set(number)
+    assert bool(jax.jit(_finite)({"matrix": matrix, "vector": jnp.ones(3)})) == finite
