@@ -40,7 +40,8 @@ class Trunk(nn.Module):
         c = self.config
         positions = layers.Positions(c.positions, c.grid, c.width, c.head_size, name="positions")
         table, angles = positions()
-        hidden = layers.dense(c.width, (None, "embed"), c.dtype, "embed")(u) + table
+        embed = layers.dense(c.width, (None, "embed"), c.dtype, "embed", rows=c.flat)
+        hidden = embed(u) + table
         keys = None
         if c.text_width:
             hidden, angles, keys = self._after_text(y, hidden, angles)
@@ -101,7 +102,8 @@ class Predictor(Trunk):
         t_, s_ = per_example(t, u), per_example(s, u)
         variance, spread = self.spread(t_)
         hidden = self.hidden(u / jnp.sqrt(variance), (t, s), len(c.steps) > 1, steps, y)
-        project = layers.dense(2 * c.dim, ("embed", None), c.dtype, "project", scale=0)
+        project = layers.dense(
+            2 * c.dim, ("embed", None), c.dtype, "project", scale=0, rows=c.flat)
         output = project(hidden).astype(jnp.float32)
         value, log_scale = jnp.split(output, 2, -1)
         log_scale = bounded(log_scale)

@@ -35,7 +35,7 @@ class Block(nn.Module):
     def setup(self):
         c, width = self.config, self.config.transporter_width
         dtype = c.transporter_dtype
-        self.embed = layers.dense(width, (None, "embed"), dtype, "embed")
+        self.embed = layers.dense(width, (None, "embed"), dtype, "embed", rows=c.flat)
         init = layers.partitioned(("embed",), nn.initializers.normal, 0.02)
         self.start = self.param("start", init, (width,))
         self.positions = layers.Positions(
@@ -45,7 +45,8 @@ class Block(nn.Module):
             mlp_ratio=c.mlp_ratio, causal=True, dtype=dtype, attention=self.attention,
             flat=c.flat), c.remat, c.scan)
         self.norm = layers.norm(dtype, "norm", learned=True)
-        self.project = layers.dense(2 * c.dim, ("embed", None), dtype, "project", scale=0)
+        self.project = layers.dense(
+            2 * c.dim, ("embed", None), dtype, "project", scale=0, rows=c.flat)
 
     def _order(self, x):
         """x, with its tokens on axis -2, in the block's own order, or back from it."""
