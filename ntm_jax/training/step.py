@@ -77,7 +77,8 @@ def make_step(run: Run, teacher: Run | None = None):
 def _finite(tree):
     """Whether all numbers of a tree are finite.
 
-    A sum of products with 0 is 0 or not a number. Comparisons write an array of integers first.
+    The products of a tree's numbers with 0 sum to 0 or to NaN. XLA multiplies and sums in one pass,
+    where comparisons would be written to memory as integers first.
     """
     zeros = [jnp.sum(a * 0) for a in jax.tree.leaves(tree)]
     return jnp.sum(jnp.stack(zeros)) == 0
