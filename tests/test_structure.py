@@ -1,17 +1,10 @@
-"""The structure that design keeps: floors, rooms, lengths, and names that stay in one place.
-
-Each test lists its offenders.
-"""
+"""The three rules of the house: imports point down, tools stay outside, launch/ reads the flags."""
 
 import ast
-import collections
 import pathlib
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGE = ROOT / "ntm_jax"
-FLOORS = (  # from the ground up; a file imports from its own room and from lower floors
+FLOORS = (  # from the ground up; a room imports from lower floors
     {"errors", "host_memory", "workers"},
     {"registry"},
     {"files", "progress"},
@@ -23,128 +16,52 @@ FLOORS = (  # from the ground up; a file imports from its own room and from lowe
     {"evaluation"},
     {"export"},
     {"training"},
-    {"analysis"},
     {"api"},
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-OBJECTIVES = {"end_to_end", "pairwise", "flow_matching", "denoiser"}
-MAY_COMPARE_OBJECTIVES = {"training/objectives.py"}
-FILES = sorted(PACKAGE.rglob("*.py"))
-PROGRAMS = sorted((ROOT / "launch").glob("*.py")) + sorted((ROOT / "experiments").glob("*.py"))
+OUTSIDE = {"analysis", "projects", "tools"}  # may import the building, which imports none of them
+FLAGS = ("absl.app", "absl.flags", "argparse", "ml_collections.config_flags")
 
 
-def module(path: pathlib.Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def imports(folder: str) -> dict[str, set[str]]:
+    """The modules and names that each Python file of a folder imports, anywhere in it."""
+    found = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        names = found[str(path.relative_to(ROOT))] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-MODULES = {module(path): path for path in FILES}
-TREES = {path: ast.parse(path.read_text()) for path in FILES + PROGRAMS}
+PACKAGE = imports("ntm_jax")
 
 
-def imported_modules(path: pathlib.Path, nested: bool = True) -> set[str]:
-    """The modules of this package that a file imports; without `nested` those at its top level."""
-    nodes = ast.walk(TREES[path]) if nested else TREES[path].body
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                found.add(full if full in MODULES else node.module)
-    return {name for name in found if name in MODULES and name != module(path)}
+def room(path: str) -> str:
+    """The room of a file or module: the part of its name after ntm_jax, api for ntm_jax itself."""
+    name = path.removesuffix(".py").replace("/", ".").split(".")[1]
+    return "api" if name in ("__init__", "experiment", "load", "train") else name
 
 
-def room(name: str) -> str:
-    return name.split(".")[1] if "." in name else "api"
+def imported_rooms() -> set[tuple[str, str, str]]:
+    """(file, its room, another room that it imports) of every file in ntm_jax/."""
+    return {(path, room(path), room(name)) for path, names in PACKAGE.items() for name in names
+            if name.startswith("ntm_jax.") and room(name) not in (room(path), "experiments")}
 
 
-def test_nothing_imports_upward():
-    offenders = [
-        f"{module(path)} imports {other}"
-        for path in FILES
-        for other in imported_modules(path)
-        if FLOOR[room(other)] > FLOOR[room(module(path))]
-        or (FLOOR[room(other)] == FLOOR[room(module(path))]
-        and room(other) != room(module(path)))
-    ]
-    assert offenders == []
+def test_imports_point_down():
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    building = [found for found in imported_rooms() if not OUTSIDE & {*found[1:]}]
+    assert {path for path, own, other in building if floor[other] >= floor[own]} == set()
 
 
-def test_no_import_circle():
-    graph = {
-        module(path): imported_modules(path) for path in FILES if path != PACKAGE / "__init__.py"
-    }
-    done, circles = set(), []
-
-    def visit(name, trail):
-        if name in trail:
-            circles.append(" -> ".join([*trail[trail.index(name) :], name]))
-        elif name not in done:
-            for other in sorted(graph.get(name, ())):
-                visit(other, [*trail, name])
-            done.add(name)
-
-    for name in sorted(graph):
-        visit(name, [])
-    assert circles == []
+def test_the_building_imports_no_project_and_no_tool():
+    assert {path for path, own, other in imported_rooms()
+            if other in OUTSIDE and own not in OUTSIDE} == set()
 
 
-def test_no_room_has_more_than_ten_files():
-    counts = collections.Counter(path.parent for path in FILES if path.name != "__init__.py")
-    assert {str(folder): count for folder, count in counts.items() if count > 10} == {}
-
-
-def functions():
-    for path, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node
-
-
-def test_no_function_is_longer_than_60_lines():
-    lengths = {name: node.end_lineno - node.lineno + 1 for name, node in functions()}
-    assert {name: length for name, length in lengths.items() if length > 60} == {}
-
-
-def test_no_function_has_more_than_eight_parameters():
-    def count(node):
-        names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        return len(names) - (names[:1] in (["self"], ["cls"]))
-
-    counts = {name: count(node) for name, node in functions()}
-    assert {name: number for name, number in counts.items() if number > 8} == {}
-
-
-def is_docstring(node, parents) -> bool:
-    return isinstance(parents.get(node), ast.Expr)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_objective_names_are_compared_in_one_place(path):
-    if str(path.relative_to(PACKAGE)) in MAY_COMPARE_OBJECTIVES:
-        return
-    offenders = []
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.Compare):
-            texts = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
-            attributes = {a.attr for a in ast.walk(node) if isinstance(a, ast.Attribute)}
-            if "objective" in attributes or texts & OBJECTIVES - {"denoiser"}:
-                offenders.append(f"line {node.lineno}")
-    assert offenders == []
-
-
-@pytest.mark.parametrize("path", FILES + PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_lines_are_at_most_100_columns(path):
-    lines = path.read_text().splitlines()
-    assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
-
-
-def test_every_module_says_what_it_is_for():
-    missing = [
-        str(path)
-        for path, tree in TREES.items()
-        if path.stat().st_size and not ast.get_docstring(tree)
-    ]
-    assert missing == []
+def test_only_launch_reads_flags():
+    readers = {path for path, names in (PACKAGE | imports("experiments")).items()
+               if any(name.startswith(FLAGS) for name in names)}
+    assert readers == set()
