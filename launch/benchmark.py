@@ -17,11 +17,6 @@ get them:
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m launch.benchmark --peers=../peers
 
-With --inverses it times the two inverses of the transporter on one device, at several batch sizes,
-tokens and widths, and prints which one --inverse=auto takes, here and on TPUs and GPUs:
-
-    OMP_NUM_THREADS=1 taskset -c 0 python -m launch.benchmark --inverses
-
 Other work on the machine, and threads that move between cores, disturb the figures. On a CPU,
 reserve cores for it:
 
@@ -46,20 +41,16 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "vary", None, "SETTING:VALUE,VALUE,...; times the train step of --config, and its compilation, "
     "at each value. Several settings, with commas between them, take the same value.")
-flags.DEFINE_bool(
-    "inverses", False, "Times both inverses of the transporter by batch size, tokens and width, "
-    "and predicts them for other chips.")
 flags.DEFINE_string("rows", "", "Only rows whose name contains this, such as train or inverse.")
 flags.DEFINE_string("json", None, "A file to write the rows to, as JSON.")
-UNREAD = (("vary", "rows"), ("vary", "batch"), ("inverses", "rows"), ("inverses", "batch"),
-          ("peers", "batch"))
+UNREAD = (("vary", "rows"), ("vary", "batch"), ("peers", "batch"))
 
 
 def main():
     f = program.FLAGS
-    if sum(map(bool, (f.config, f.workdir, f.peers, f.inverses))) != 1:
-        raise UserError("give one of --config, an experiment, --workdir, a run's folder, --peers, "
-                        "a folder of other flows, and --inverses")
+    if sum(map(bool, (f.config, f.workdir, f.peers))) != 1:
+        raise UserError("give one of --config, an experiment, --workdir, a run's folder, and "
+                        "--peers, a folder of other flows")
     if f.vary and not f.config:
         raise UserError("--vary changes a setting of --config: give an experiment")
     for mode, name in UNREAD:
@@ -67,8 +58,6 @@ def main():
             raise UserError(f"--{mode} does not read --{name}: leave one of them out")
     if f.peers:
         _compare()
-    elif f.inverses:
-        _inverses()
     else:
         _benchmark()
 
@@ -81,20 +70,6 @@ def _compare():
     print(f"{compare.machine()}, medians of {f.runs} runs in turn")
     print("\n".join([compare.table(rows), *compare.missing(f.peers)]), flush=True)
     _write(rows)
-
-
-def _inverses():
-    import jax
-
-    from ntm_jax.analysis import inverses
-
-    here, elsewhere = inverses.measured(program.FLAGS.runs), inverses.predicted()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, one block of two layers, "
-          "milliseconds")
-    print(inverses.measured_table(here))
-    print("\npredicted, milliseconds: sequential / parallel, and the choice, s or p")
-    print(inverses.predicted_table(elsewhere), flush=True)
-    _write([*here, *elsewhere])
 
 
 def _benchmark():

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from ntm_jax.analysis import benchmark, compile, inverses, profile
+from ntm_jax.analysis import benchmark, compile, profile
 from ntm_jax.analysis import report as compiled
 from ntm_jax.analysis.peers import compare
 from ntm_jax.core import denoising
@@ -103,8 +103,6 @@ KEYS = {
     "## launch.compile --json": lambda: (
         written(compile.compile_for, compile.vary, compile._report, compiled.figures)),
     "## launch.benchmark --json": lambda: written(benchmark.measure, benchmark.vary),
-    "## launch.benchmark --inverses --json": lambda: (
-        written(inverses.predicted, inverses._prediction, inverses._measure) - {"kernel"}),
     "## launch.benchmark --peers --json": lambda: written(compare._rows),
     "## launch.sbi": lambda: (
         written(posteriors._observation, posteriors._calibration, posteriors.benchmark,

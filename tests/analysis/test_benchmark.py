@@ -274,13 +274,13 @@ def test_product_rate_counts_half_precision():
 
 
 def test_flags_that_do_not_go_together_are_refused(tmp_path):
-    several = ("give one of --config, an experiment, --workdir, a run's folder, --peers, a folder "
-               "of other flows, and --inverses")
+    several = ("give one of --config, an experiment, --workdir, a run's folder, and --peers, a "
+               "folder of other flows")
     config = "--config=experiments/digits.py"
     for name, arguments, said in (
             ("benchmark", [], several), ("benchmark", [config, f"--workdir={tmp_path}"], several),
-            ("benchmark", ["--inverses", "--batch=4"],
-             "--inverses does not read --batch: leave one of them out"),
+            ("benchmark", ["--peers=x", "--batch=4"],
+             "--peers does not read --batch: leave one of them out"),
             ("compile", [config, "--topology=cpu:1", "--vary=seed:1", f"--dump={tmp_path}"],
              "--dump writes one program, and --vary compiles several: give one of them")):
         refused = python("-m", f"launch.{name}", *arguments, check=False)

@@ -2,14 +2,25 @@
 
 import dataclasses
 
-import jax
+import jax.numpy as jnp
 import pytest
 
-from ntm_jax.analysis import inverses as table
+from ntm_jax.core.config import ModelConfig
 from ntm_jax.runtime.chips import CPU, Chip, chip_of
 from ntm_jax.runtime.chips.gpu import CARDS
 from ntm_jax.runtime.chips.tpu import CHIPS
 from ntm_jax.sampling import inverses
+
+
+def model(tokens: int, width: int) -> ModelConfig:
+    """A transporter of one block of two layers, at the precision of exact inverses."""
+    head = min(width, 256) // 2
+    return ModelConfig(
+        grid=(1, tokens), dim=16, num_classes=0, steps=(4,), width=width, head_size=head,
+        kv_heads=width // head, mlp_ratio=4, positions="rotary", transporter_width=width,
+        transporter_blocks=1, transporter_layers=2, predictor_layers=1, head="direct",
+        log_scale_bound=2.0, data_std=1.0, dtype=jnp.float32, transporter_dtype=jnp.float32,
+        remat="none", scan=False, flat=True).exact()
 
 
 class Device:
@@ -31,7 +42,7 @@ V5P, H100 = Device("tpu", "TPU v5"), Device("gpu", "NVIDIA H100 80GB HBM3")
 
 def break_even(rows: int, chip: Chip, precision: str | None = "highest") -> float:
     """The sweeps that take as long as the sequential inverse of 256 tokens of width 2,048."""
-    config = dataclasses.replace(table.model(256, 2048), precision=precision)
+    config = dataclasses.replace(model(256, 2048), precision=precision)
     found = inverses.seconds(config, rows, chip, sweeps=1)
     return found["sequential"] / found["parallel"]
 
@@ -50,7 +61,7 @@ def test_the_break_even_is_that_of_the_ridge():
 
 
 def test_kernels_that_wait_for_each_other_bound_small_networks():
-    config, chip = table.model(64, 64), CHIPS["v5p"]
+    config, chip = model(64, 64), CHIPS["v5p"]
     found = inverses.seconds(config, 1, chip, sweeps=4)
     step = 2 * inverses.KERNELS_PER_LAYER * chip.latency
     assert found["parallel"] == pytest.approx(4 * step)
@@ -62,14 +73,14 @@ def test_kernels_that_wait_for_each_other_bound_small_networks():
     (H100, 4, {}, "sequential"), (V5P, 64, {"data": 8, "fsdp": 8}, "parallel"),
     (V5P, 65, {"data": 8, "fsdp": 8}, "sequential"), (Device("cpu", "cpu"), 1, {}, "sequential")])
 def test_auto_counts_the_rows_of_one_chip(device, rows, shape, chosen):
-    config, mesh = table.model(256, 2048), Mesh(device, **shape)
+    config, mesh = model(256, 2048), Mesh(device, **shape)
     assert inverses.choose("auto", config, rows, mesh) == chosen
     for named in ("parallel", "sequential"):
         assert inverses.choose(named, config, rows, mesh) == named
 
 
 def test_unknown_devices_invert_token_by_token():
-    assert inverses.choose("auto", table.model(256, 64), 1, None) == "sequential"
+    assert inverses.choose("auto", model(256, 64), 1, None) == "sequential"
 
 
 @pytest.mark.parametrize(("device", "chip"), [
@@ -78,23 +89,3 @@ def test_unknown_devices_invert_token_by_token():
     (Device("gpu", "NVIDIA A10"), CARDS["h100"].chip), (Device("tpu", "TPU v9"), CHIPS["v5p"])])
 def test_a_device_has_the_figures_of_its_kind(device, chip):
     assert chip_of(device) == chip
-
-
-def test_the_table_holds_every_prediction():
-    rows = table.predicted()
-    assert len(table.predicted_table(rows).splitlines()) == len(rows) + 1
-    (found,) = (row for row in rows if (row["tokens"], row["width"], row["rows"]) == (256, 2048, 1))
-    assert found["chips"]["v5p"]["auto"] == "parallel"
-
-
-@pytest.mark.slow
-def test_the_times_here_are_those_of_the_choice(monkeypatch):
-    monkeypatch.setattr(table, "SIZES", ((16, 64, 2),))
-    monkeypatch.setattr(table, "SECONDS", 0)
-    (row,) = table.measured(1)
-    assert row["auto"] == "sequential"
-    assert row["parallel"] == pytest.approx(8 * row["sweep"])
-    best = min(row["parallel"], row["sequential"])
-    assert row["lost"] == pytest.approx(row["sequential"] / best - 1)
-    assert row["predicted"] == inverses.seconds(table.model(16, 64), 2, chip_of(jax.devices()[0]))
-    assert "sequential" in table.measured_table([row])
