@@ -78,7 +78,7 @@ def other(key: str, value) -> tuple[str, typing.Any]:
 def test_the_variants_are_found():
     assert ("toy2d", "moons,no-transporter") in CASES
     assert ("flux2_klein", "runlocal-denoiser") in CASES
-    assert len(NAMES) == 21
+    assert len(NAMES) == 20
 
 
 def test_the_settings_are_those_of_the_dataclasses():
@@ -157,7 +157,7 @@ def test_an_experiment_of_another_folder_starts_from_the_defaults(monkeypatch, t
         "    c.data.source = variant\n"
         "    return c\n")
     monkeypatch.chdir(tmp_path)
-    assert parse(monkeypatch, "--config=own.py:emoji").data.source == "emoji"
+    assert parse(monkeypatch, "--config=own.py:shapes").data.source == "shapes"
 
 
 def refusal(*arguments: str, cwd=ROOT) -> str:

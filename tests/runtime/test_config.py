@@ -28,7 +28,7 @@ def refusal(values) -> str:
 
 @pytest.mark.parametrize("name", [
     ("digits",), ("digits", "gaussian"), ("mnist",), ("mnist", "gaussian"), ("toy2d",),
-    ("toy2d", "moons,no-transporter"), ("emoji",), ("emoji", "runlocal"), ("digits_fm",),
+    ("toy2d", "moons,no-transporter"), ("digits_fm",),
     ("mnist_fm",), ("digits_finetune", "free"), ("mnist_finetune", "free"), ("flux2_klein",),
     ("flux2_klein", "runlocal"), ("shapes",), ("shapes", "gaussian"), ("shapes", "runlocal"),
     ("sbi",), ("sbi", "slcp,no-transporter"), ("sbi", "slcp_moments")])

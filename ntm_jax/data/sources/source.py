@@ -121,7 +121,6 @@ SOURCES = Registry(
     {
         "digits": _lazy("digits", "open_digits"),
         "mnist_5k": _lazy("mnist", "open_mnist_5k"),
-        "emoji": _lazy("emoji", "open_emoji"),
         "shapes": _lazy("shapes", "open_shapes"),
         "tfds:NAME_OR_BUILDER_DIR": _lazy("tfds", "open_tfds"),
         "folder:PATH": _lazy("folder", "open_folder"),
@@ -170,7 +169,7 @@ def open_source(
 ) -> Source:
     """Opens a split of the data source `name`.
 
-    `name` is digits, mnist_5k, emoji, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH,
+    `name` is digits, mnist_5k, shapes, tfds:NAME_OR_BUILDER_DIR, folder:PATH, records:PATH,
     mock:SHAPE, toy:NAME, arrays, npz:PATH, parquet:PATH, sbi:TASK, or a registered name; each
     kind's module documents it.
     A source without splits of its own has train, test and all, cut from a fixed permutation of its
@@ -230,6 +229,9 @@ def open_as_stored(name: str, split: str) -> Source:
     Images are not resized, so they may have several sizes, and captions are not encoded. Raises
     UserError like `open_source`.
     """
+    if name == "emoji" and name not in SOURCES.names:  # of runs of earlier versions
+        raise UserError("data.source emoji no longer exists, nor does its experiment: its runs can "
+                        "be sampled from, not evaluated or trained on")
     open_function, argument = SOURCES.find(name)
     source = open_function(argument, split)
     if not isinstance(source, Source):

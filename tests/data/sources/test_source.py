@@ -65,9 +65,10 @@ def test_a_slice_is_part_of_its_split(split, first, last):
         (
             "cifar",
             "train",
-            "data.source 'cifar' is not known: expected one of digits, mnist_5k, emoji, shapes, "
+            "data.source 'cifar' is not known: expected one of digits, mnist_5k, shapes, "
             "tfds:NAME_OR_BUILDER_DIR",
         ),
+        ("emoji", "train", "data.source emoji no longer exists"),
         ("digits:8", "train", "is not known"),
         ("folder:", "train", "is not known"),
         ("folder:/no/such", "train", "folder:/no/such is not there"),
