@@ -1,8 +1,7 @@
 """Measures the speed of a run's parts, each beside the limit of this machine.
 
 The parts are the training step, the input pipeline, the held-out likelihood, and the sampler with
-its parts; rows.py has one function for each. Post-training also has rollouts and their scores
-(reward_rows.py).
+its parts; rows.py has one function for each.
 """
 
 import ast
@@ -43,9 +42,10 @@ def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "
 
 def _untrained(config: Config, batch: int | None = None) -> Setting:
     """An untrained run of a configuration, with its data."""
-    if objectives.find(config.train.objective).needs_teacher:
-        raise UserError(f"config.train.objective={config.train.objective} needs its teacher: give "
-                        "--workdir of the run in place of --config")
+    objective = objectives.find(config.train.objective)
+    if objective.needs_teacher or objective.rollout_use:
+        raise UserError(f"config.train.objective={config.train.objective} needs a trained run: "
+                        "give --workdir of the run in place of --config")
     objectives.checked(config)
     source, held_out = map(config.data.open, (config.data.split, config.evaluate.split))
     spec = pipeline.spec(source, config.data.patch_size)
@@ -83,7 +83,7 @@ def vary(values: dict, choices: str, runs: int) -> list[dict]:
         case = TRAINING["train step"](setting)
         jax.clear_caches()  # its FLOPs may have been counted on a trace of this very step
         first = flops.seconds(case.once, 1)
-        row = {"name": name} | measure(case, runs, setting)
+        row: dict = {"name": name} | measure(case, runs, setting)
         seconds = case.items / row["items_per_second"]
         rows.append(row | {"milliseconds": 1e3 * seconds, "compile_seconds": first - seconds,
                            "value": text})
@@ -188,12 +188,6 @@ def table(rows: list[dict]) -> str:
         appetite = rates["input pipeline"] / rates["train step"]
         lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a "
                      "train step takes")
-    if {"rollouts", "scoring", "rollouts and scoring"} <= rates.keys():
-        apart, scoring, both = (
-            1 / rates[name] for name in ("rollouts", "scoring", "rollouts and scoring"))
-        hidden = min(max((apart + scoring - both) / scoring, 0), 1)
-        lines.append(f"scoring takes {scoring / apart:.0%} of the time of rollouts; {hidden:.0%} "
-                     "of it is hidden, since samples are scored while others are drawn")
     if {"forward pass", "likelihood evaluation"} <= rates.keys():
         slower = rates["forward pass"] / rates["likelihood evaluation"]
         lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train "

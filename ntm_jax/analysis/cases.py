@@ -3,7 +3,6 @@
 Symbols: B batch, K levels, N tokens, D token channels.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Denoiser, Run
 from ntm_jax.sampling import conditioning
 from ntm_jax.training import objectives, state
-from ntm_jax.training.reward.rollouts import RolloutUse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +61,12 @@ class Setting:
                              model=exact(run.model), options=run.config.sample.options)
         return index, y, t, us
 
-    @property
-    def rollout_use(self) -> RolloutUse | None:
-        """What the run's objective learns from rollouts; None unless it is post-trained."""
-        return objectives.find(self.run.config.train.objective).rollout_use
-
     def batches(self) -> pipeline.TrainIterator:
         config = self.run.config
         assert self.source is not None  # of training rows
         return pipeline.train_iterator(
             self.source, config.data.patch_size, config.data.batch_size, config.seed,
             config.data.workers, *sharding.share(self.run.mesh))
-
-    def batch_of_training(self) -> dict:
-        """This process's share of the first training batch."""
-        with contextlib.closing(self.batches()) as batches:
-            return next(batches)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax import decoders
-from ntm_jax.analysis import reward_rows
 from ntm_jax.analysis.cases import Case, Setting, latents
 from ntm_jax.core import flow_matching, sampling
 from ntm_jax.core.denoising import score_denoise
@@ -34,28 +33,23 @@ TOKENS = 2048  # sweeps and round-trip errors use the first images with this man
 
 
 def _train_step(setting: Setting) -> Case:
-    """Training steps with the most levels, on one batch that is copied to the devices each time.
-
-    Those of post-training are updates on a batch with rollouts, which is on the devices already.
-    """
+    """Training steps with the most levels, on one batch that is copied to the devices each time."""
     run = setting.run
     check_batch(run.config, run.mesh)
-    if setting.rollout_use:
-        batch = reward_rows.batch_with_rollouts(setting)
-        place = dict  # they are on the devices
-    else:
-        batch = setting.batch_of_training()
-        place = functools.partial(sharding.to_global, mesh=run.mesh)
+    with contextlib.closing(setting.batches()) as batches:
+        batch = next(batches)
     step, current = make_step(run), state.initialize(run)
     reference, steps = _reference(run, current.ema), max(run.config.trajectory.steps)
 
     def once():
         nonlocal current
         with sharding.use(run.mesh):
-            current, metrics = step(current, place(batch), steps, reference, None)
+            batch_now = sharding.to_global(batch, run.mesh)
+            current, metrics = step(current, batch_now, steps, reference, None)
         return metrics
 
-    counted = flops_of_step(run, step, current, place(batch), None, reference)
+    counted = flops_of_step(
+        run, step, current, sharding.to_global(batch, run.mesh), None, reference)
     return Case(once, run.config.data.batch_size, flops=counted)
 
 
@@ -77,13 +71,8 @@ def _held_out(setting: Setting) -> tuple[dict, int]:
         return next(batches), size
 
 
-def _forward(setting: Setting) -> Case | None:
-    """The forward pass of the training loss, on a batch of the held-out likelihood.
-
-    None for post-training, whose loss is not on the data alone.
-    """
-    if setting.rollout_use:
-        return None
+def _forward(setting: Setting) -> Case:
+    """The forward pass of the training loss, on a batch of the held-out likelihood."""
     run, (batch, size) = setting.run, _held_out(setting)
     params, mesh = state.initialize(run).params, run.mesh
     objective = objectives.find(run.config.train.objective)
@@ -235,7 +224,7 @@ def _score(setting: Setting) -> Case | None:
     return _sampling(setting, denoised, us, t, y)
 
 
-TRAINING = {**reward_rows.REWARD, "train step": _train_step, "forward pass": _forward,
+TRAINING = {"train step": _train_step, "forward pass": _forward,
             "input pipeline": _input_pipeline, "likelihood evaluation": _likelihood}
 SAMPLING = {
     **{f"images, decoder {decoder}": functools.partial(_sampler, decoder)

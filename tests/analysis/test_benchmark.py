@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.analysis import benchmark, reward_rows, rows
+from ntm_jax.analysis import benchmark, rows
 from ntm_jax.core import sampling
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops
 from ntm_jax.training import state
-from ntm_jax.training.reward import rewards
 from tests.common import TINY, as_run, experiment, python, random_run, setup, tiny_config
-from tests.training.reward.common import Pairs
 
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
 
@@ -70,60 +68,6 @@ def test_rows_agree_with_themselves():
     assert f"gives {ratio:.1f} examples" in printed[-2]
     slower = forward["items_per_second"] / likelihood["items_per_second"]
     assert f"takes {slower:.2f} times as long as a train step's forward pass" in printed[-1]
-
-
-REWARDED = {"train.objective": "policy_gradient", "reward.name": "own", "reward.samples": 3,
-            "init_from": "x", "data.batch_size": 4}
-
-
-@pytest.fixture
-def own_reward(monkeypatch):
-    """The reward of every name: the mean pixel."""
-    monkeypatch.setattr(rewards, "find", lambda name, source: lambda images, given: images.mean(
-        (1, 2, 3)))
-
-
-@pytest.mark.slow
-def test_the_rows_of_post_training(own_reward, monkeypatch):
-    """An update is timed on a batch with rollouts."""
-    made, cases = setting(**REWARDED | {"reward.updates": 2}), {}
-    timed = benchmark._rows(kept(rows.TRAINING, cases), made, 2, "")
-    assert [row["name"] for row in timed] == [
-        "rollouts", "scoring", "rollouts and scoring", "train step", "input pipeline",
-        "likelihood evaluation"]
-    assert all(list(row) == KEYS for row in timed)
-    drawn, scored, both, step = (cases[row["name"]] for row in timed[:4])
-    assert drawn.items == scored.items == both.items == 4 * 3
-    assert step.items == 4
-    assert drawn.flops == both.flops > 0
-    assert scored.bytes == 4 * 3 * 64 * 4  # pixels in float32
-    assert set(both.once()[0]) == {"x", "label", "index", "rollout", "advantage", "old_nll"}
-    assert step.once()["finite"]
-    assert step.once()["finite"]  # on the same batch
-    monkeypatch.setattr(state, "initialize", state.abstract)
-    without = rows.TRAINING["train step"](setting(**{"data.batch_size": 4}))
-    assert step.flops > 2 * without.flops  # three samples of each record beside its data
-
-
-def test_rollouts_without_scores_have_one_row():
-    pairs = {"train.objective": "preference", "reward.name": "", "reward.kl": 0.1}
-    made = setting(**REWARDED | pairs)
-    assert made.source
-    pairs_of = dataclasses.replace(made.source, records=Pairs(made.source.records))
-    made = dataclasses.replace(made, source=pairs_of)
-    found = {name: rows.TRAINING[name](made) for name in reward_rows.REWARD}
-    assert [name for name, case in found.items() if case] == ["rollouts"]
-    assert found["rollouts"].items == 4 * 2
-    plain = setting()
-    assert not any(make(plain) for make in reward_rows.REWARD.values())
-
-
-def test_the_share_of_scoring_that_is_hidden():
-    rates = {"rollouts": 10.0, "scoring": 20.0, "rollouts and scoring": 8.0}
-    timed = [{"name": name, "items_per_second": rate, "flops_per_second": 1.0, "limit": 2.0,
-              "share_of_limit": 0.5, "runs": [rate]} for name, rate in rates.items()]
-    line = benchmark.table(timed).splitlines()[-1]
-    assert line.startswith("scoring takes 50% of the time of rollouts; 50% of it is hidden")
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +257,7 @@ def test_a_setting_varies(monkeypatch):
                         ("seed:0,1", "names seed, which is no setting of a section"),
                         ("init_from:a", "names init_from, which is no setting of a section"),
                         ("model.width:16,-1", "config.model.width is -1"),
-                        ("train.objective:denoiser", "objective=denoiser needs its teacher: give"),
+                        ("train.objective:denoiser", "denoiser needs a trained run: give"),
                         ("model.width", "has no values")):
         with pytest.raises(UserError, match=said):
             benchmark.vary(values.to_dict(), wrong, 1)
