@@ -55,7 +55,7 @@ def define_config(required: bool = True, flag_values: flags.FlagValues = FLAGS):
         "config", None, "An experiment: a name such as digits, or a file, each with an optional "
         ":variant. --config.section.key=value overrides a setting, such as "
         "--config.data.source=folder:PATH, --config.train.steps=4000, --config.data.batch_size=16, "
-        "--config.model.width=64, --config.seed=1; experiments/default.py lists all.",
+        "--config.model.width=64, --config.seed=1; --helpfull lists all.",
         flag_values=flag_values, lock_config=True)
     flag_values["config"].parser = ExperimentParser("config")
     if required:
@@ -164,13 +164,15 @@ def _import_modules(argv):
 
 def _settings() -> str:
     """Every setting with its default and its meaning, as --helpfull prints flags."""
-    from ntm_jax.experiments import default
+    from ntm_jax import typed
+    from ntm_jax.runtime import config
 
     lines = ["", "settings of --config:"]
-    for name, value, meaning in default.documented():
+    for name, _, field in typed.settings(config.config_class()):
+        meaning = field.metadata["setting"].documentation
         lines += textwrap.wrap(f"--config.{name}: {meaning}", 80, initial_indent="  ",
                                subsequent_indent="    ")
-        lines.append(f"    (default: {value})")
+        lines.append(f"    (default: {field.default!r})")
     return "\n".join(lines)
 
 

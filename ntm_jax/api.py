@@ -248,7 +248,7 @@ def _indices(index) -> np.ndarray:
         raise UserError(f"index is {shown(index)}: expected whole numbers [n]")
     check_count("the number of samples", len(found))
     low, high = found.min(), found.max()
-    if low < 0 or high > configuration.LARGEST_SIZE:
+    if low < 0 or high >= 2**31:
         raise UserError(f"index runs from {low} to {high}: expected 0 to 2^31 - 1")
     return found
 

@@ -92,7 +92,7 @@ def test_every_setting_is_on_its_page(site):
     text = html.unescape(re.sub(r"<[^>]+>", "", page))
     settings = config.flatten(default.get_config().to_dict())
     assert [key for key in settings if not re.search(rf"^{re.escape(key)}$", text, re.M)] == []
-    assert "peak learning rate, after the warmup" in text
+    assert "Peak learning rate, after the warmup" in text
 
 
 def test_every_experiment_and_program_has_a_section(site):

@@ -148,7 +148,7 @@ MISTAKES = {
     "tuple's element": (
         ["--config.trajectory.steps=(4,'a')"],
         "config.trajectory.steps is 'a', of type str: expected int"),
-    "negative": (["--config.train.steps=-1"], "config.train.steps is -1: expected more than 0"),
+    "negative": (["--config.train.steps=-1"], "config.train.steps is -1: expected at least 1"),
     "no data": (
         ["--config.data.source=folder:/nowhere"], "data.source folder:/nowhere is not there"),
     "indivisible batch": (

@@ -38,10 +38,12 @@ def write() -> None:
 
 
 def settings_page() -> str:
-    """Every setting of experiments/default.py with its default and the comment beside it."""
-    from ntm_jax.runtime.config import Config
+    """Every setting, made from its declaration."""
+    from ntm_jax import typed
+    from ntm_jax.runtime import config
 
-    kinds = typing.get_type_hints(Config)
+    kind = config.config_class()
+    kinds = typing.get_type_hints(kind)
     parts = [
         "# Settings",
         "Every setting of an experiment, its default and its meaning. Each is a flag of the "
@@ -55,23 +57,16 @@ def settings_page() -> str:
         "line that names what was expected. [Data sources and text encoders](sources.md) has the "
         "values of `data.source` and `data.text`.",
     ]
-    for section, rows in settings().items():
+    sections: dict[str, list[tuple[str, str, str]]] = {}
+    for name, _, field in typed.settings(kind):
+        meaning = prose(field.metadata["setting"].documentation)
+        sections.setdefault(name.rpartition(".")[0], []).append(
+            (f"`{name}`", f"`{field.default!r}`", meaning))
+    for section, rows in sections.items():
         title = f"`{section}`" if section else "Top level"
         about = kinds[section].__doc__ if section else "Settings outside the sections."
-        parts += [f"## {title}", prose(about),
-                  table(("setting", "default", "meaning"), rows)]
+        parts += [f"## {title}", docstring(about), table(("setting", "default", "meaning"), rows)]
     return page(parts)
-
-
-def settings() -> dict[str, list[tuple[str, str, str]]]:
-    """Rows (name, default, meaning) of Markdown by section; '' is the top level."""
-    from ntm_jax.experiments import default
-
-    rows = {}
-    for name, value, meaning in default.documented():
-        section = name.rpartition(".")[0]
-        rows.setdefault(section, []).append((f"`{name}`", f"`{value}`", prose(meaning)))
-    return rows
 
 
 def experiments_page() -> str:

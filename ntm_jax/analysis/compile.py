@@ -219,12 +219,17 @@ def vary(values: dict, choices: str, topology: str, program: str = "train") -> l
             for name, _, config in list(benchmark.varied(values, choices))]  # all read first
 
 
-def _report(config: Config, topology: chips.Topology, program: str,
-            dump: str | None) -> dict:
+def _objective(config: Config) -> objectives.Objective:
+    """The objective of a configuration. Raises UserError for one that cannot be compiled."""
     if objectives.find(config.train.objective).needs_teacher:
         raise UserError(f"config.train.objective={config.train.objective} needs its teacher's "
                         "model, which compilation does not load: compile another objective")
-    objectives.checked(config)
+    return objectives.checked(config)
+
+
+def _report(config: Config, topology: chips.Topology, program: str,
+            dump: str | None) -> dict:
+    objective = _objective(config)
     mesh, source = _mesh(config, topology.devices), open_data(config)
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, mesh)
@@ -241,7 +246,9 @@ def _report(config: Config, topology: chips.Topology, program: str,
     found |= report.figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
     found["at_roofline"] = report.at_roofline(found, made.examples, spec.tokens, chip)
     if not compiled.fits and program == "train":
-        found["advice"] = advice(config)
+        levels = max(config.trajectory.steps) if objective.whole_trajectories else 1
+        levels *= 1 + rollouts.samples_of(config) if objective.rollout_use else 1
+        found["advice"] = advice(run, levels, found["bytes_per_chip"])
     return found
 
 

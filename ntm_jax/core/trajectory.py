@@ -11,6 +11,8 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from ntm_jax.typed import setting
+
 LOG_2PI = math.log(2 * math.pi)
 
 
@@ -25,7 +27,7 @@ def per_example(t, like):
     return jnp.reshape(t, t.shape + (1,) * (like.ndim - t.ndim))
 
 
-def level(k, steps, t_min, schedule: str, shift: float):
+def level(k, steps, t_min, schedule: str, shift: float | None):
     """Noise level t_k of a trajectory of T = `steps` steps (C.1, C.2).
 
     t_0 = t_min and t_T = 1 exactly. 0 <= k <= steps need not be an integer; arguments broadcast.
@@ -36,6 +38,7 @@ def level(k, steps, t_min, schedule: str, shift: float):
     if schedule == "linear":
         t = t_min + (1 - t_min) * k / steps
     elif schedule == "shifted":
+        assert shift is not None  # of a section of settings, it may be
         t = shifted(steps / jnp.where(k == 0, 1, k), shift)
     else:
         raise ValueError(f"trajectory.schedule is {schedule!r}: expected 'linear' or 'shifted'")
@@ -52,28 +55,34 @@ def default_shift(tokens: int) -> float:
     return 0.5 + 0.65 * (tokens - 256) / (4096 - 256)
 
 
-def levels(steps: int, t_min, schedule: str, shift: float):
+def levels(steps: int, t_min, schedule: str, shift: float | None):
     """All levels of a trajectory: t_min [B] -> [B, T+1], ascending."""
     return level(jnp.arange(steps + 1)[None], steps, jnp.asarray(t_min)[:, None], schedule, shift)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The noise levels of a model's trajectories; a static argument of jitted functions."""
+    """The noise levels of trajectories. Hashable: a static argument of jitted functions."""
 
-    name: str  # linear, shifted; see level
-    shift: float  # m of the shifted schedule
-    steps: tuple[int, ...]  # the numbers of steps T that are trained together
-    t_min: float  # t_0 in evaluation and sampling
-    t_min_range: tuple[float, float]  # t_0 in training, uniform
+    schedule: str = setting(
+        "shifted", "Spacing of noise levels.", choices=("linear", "shifted"))
+    shift: float | None = setting(  # beyond 10, float32 does not tell the last levels from 1
+        None, "Shift of schedule=shifted; None derives it from the number of tokens.", low=-10,
+        high=10)
+    steps: tuple[int, ...] = setting(
+        (4,), "Tuple of step counts T, trained together.", low=1, high=10_000)
+    t_min: float = setting(
+        0.04, "Noise level of x_0 in evaluation and sampling.", above=0, below=1)
+    t_min_range: tuple[float, float] = setting(
+        (0.03, 0.05), "Range of the noise level of x_0 in training, uniform.", low=0, below=1)
 
     def level(self, k, steps, t_min):
         """Noise level t_k of trajectories of `steps` steps from t_min; see the function level."""
-        return level(k, steps, t_min, self.name, self.shift)
+        return level(k, steps, t_min, self.schedule, self.shift)
 
     def levels(self, steps: int, t_min):
         """All levels [B, steps + 1], ascending, of trajectories that start at t_min [B]."""
-        return levels(steps, t_min, self.name, self.shift)
+        return levels(steps, t_min, self.schedule, self.shift)
 
     def fixed_levels(self, steps: int, batch: int):
         """The levels [batch, steps + 1] of evaluation and sampling, from self.t_min to 1."""

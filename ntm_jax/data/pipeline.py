@@ -175,7 +175,7 @@ def spec_from_json(values: Any, name: str = "spec") -> DataSpec:
     Args:
       name: what errors call `values`.
     Raises:
-      UserError: as `typed.read`.
+      UserError: as `typed.parse_dataclass`.
     """
     if isinstance(values, Mapping) and _JSON_PIXEL_LEVELS in values:
         if "pixel_levels" in values:
@@ -184,7 +184,7 @@ def spec_from_json(values: Any, name: str = "spec") -> DataSpec:
             "pixel_levels" if key == _JSON_PIXEL_LEVELS else key: value
             for key, value in values.items()
         }
-    return typed.read(DataSpec, values, name)
+    return typed.parse_dataclass(DataSpec, values, name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ def read_export_info(folder) -> ExportInfo:
     names = {field.name for field in dataclasses.fields(ExportInfo)}
     known = {key: value for key, value in values.items() if key in names}
     try:
-        return typed.read(ExportInfo, known, CONFIG)
+        return typed.parse_dataclass(ExportInfo, known, CONFIG)
     except UserError as error:
         raise UserError(f"{path} cannot be used ({error}): {REMEDY}") from None
 
@@ -201,7 +201,7 @@ def _exported_spec(values: dict) -> DataSpec:
                         f"{spec.patch_size}: expected a patch that divides the image")
     numbers = (math.prod(spec.image_shape), spec.pixel_levels, spec.num_classes, spec.count,
                spec.text_tokens, spec.text_width, spec.condition_width)
-    largest = configuration.LARGEST_SIZE
+    largest = 2**31 - 1  # sizes and indices of arrays are int32
     if min(numbers) < 0 or max(numbers) > largest or len(spec.mean) != len(spec.std):
         raise UserError(f"spec has a number below 0 or above {largest}, or not as many means as "
                         "standard deviations")

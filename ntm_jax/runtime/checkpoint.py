@@ -362,12 +362,12 @@ class Checkpoints:
         before, now = run["settings"], self._settings
         if before is None or now is None:
             return
-        for key in sorted(before | now):
-            if before.get(key) != now.get(key):
+        for key in sorted(before.keys() & now):  # earlier versions left out those at defaults
+            if before[key] != now[key]:
                 raise UserError(
-                    f"checkpoint step {step} in {self.directory} was saved by a run with "
-                    f"{_setting(before, key)}, and config.json has {_setting(now, key)}: put the "
-                    "run's own config.json and checkpoints together again")
+                    f"checkpoint step {step} in {self.directory} was saved by a run with {key} = "
+                    f"{before[key]!r}, and config.json has {now[key]!r}: put the run's own "
+                    "config.json and checkpoints together again")
 
     def _damaged(self, step, reason: str) -> UserError:
         earlier, path = [s for s in self.steps() if s < step], self.directory / str(step)
@@ -375,10 +375,6 @@ class Checkpoints:
                   f"there is no earlier step: restore {path} from a copy, or start anew in another "
                   "--workdir")
         return UserError(f"checkpoint step {step} is damaged: {reason}; {remedy}")
-
-
-def _setting(settings: dict, key: str) -> str:
-    return f"{key} = {settings[key]!r}" if key in settings else f"{key} at its default"
 
 
 def _cause(error) -> str:

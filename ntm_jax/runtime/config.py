@@ -1,14 +1,18 @@
-"""An experiment's settings as frozen dataclasses, read from its ConfigDict and checked.
+"""Every setting of an experiment, declared once, and the configuration that holds their values.
 
-A ConfigDict does not go below this file. experiments/default.py documents every setting; every key
-is required but those with a default here, which older files lack, and unknown keys are errors. What
-an objective requires of a configuration is checked by training.objectives.
+A section is a dataclass whose fields are settings: default, meaning and values that it takes. The
+flags, --helpfull, the reference page and the checks are made from them. A config.json that lacks a
+newer setting has its default: changing that changes such a run. What an objective requires of a
+configuration is checked by training.objectives.
 """
 
 import dataclasses
-import math
+import functools
+import importlib
+import typing
+from typing import Any
 
-from ntm_jax import backbones, decoders, files, typed
+from ntm_jax import backbones, decoders, files
 from ntm_jax.core.config import HEADS, POSITIONS
 from ntm_jax.core.trajectory import Schedule, default_shift, shifted
 from ntm_jax.core.transformer.layers import REMAT
@@ -16,21 +20,34 @@ from ntm_jax.core.transporter import INVERSES
 from ntm_jax.data import sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
+from ntm_jax.typed import parse_dataclass, setting
+
+# Sections that projects declare, by name: MODULE:DATACLASS, imported when a configuration is made.
+SECTIONS = {"reward": "ntm_jax.training.reward.settings:Reward"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Where examples come from, and how they are batched."""
 
-    source: str
-    split: str
-    batch_size: int
-    patch_size: int
-    image_size: int
-    workers: int
-    mock: str
-    text: str = ""
-    token_size: int = 1
+    source: str = setting(
+        "mock:8x8x1,levels=17,classes=10",
+        "Data source: digits, folder:PATH, tfds:NAME, toy:NAME and others.")
+    split: str = setting(
+        "train", "Training split, with an optional slice such as train[:1350].")
+    batch_size: int = setting(32, "Examples per step, over all devices and processes.", low=1)
+    patch_size: int = setting(
+        1, "Side of the square of pixels or latents that forms one token.", low=1)
+    image_size: int = setting(
+        0, "Resizes images to this side, in pixels; 0 keeps the stored size.", low=0)
+    workers: int = setting(
+        0, "Processes that read data; 0 reads in the training process.", low=0, high=1024)
+    mock: str = setting(
+        "", "Made-up data of the same shape, for compiling where the source is absent.")
+    text: str = setting(
+        "", "Text encoder: words:M:VOCABULARY, minilm[:M], transformers:FOLDER or flux2:FOLDER.")
+    token_size: int = setting(
+        1, "Columns of an array [n, D] that form one token; divides their number.", low=1)
 
     def open(self, split: str, setting: str = "") -> Source:
         """A split of the source. Raises UserError like sources.open_source.
@@ -45,93 +62,116 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """The noise levels; see core.trajectory.Schedule."""
-
-    schedule: str
-    shift: float | None
-    steps: tuple[int, ...]
-    t_min: float
-    t_min_range: tuple[float, float]
-
-
-@dataclasses.dataclass(frozen=True)
 class Model:
     """Sizes and kinds of the networks; see core.config.ModelConfig."""
 
-    width: int
-    head_size: int
-    kv_heads: int
-    mlp_ratio: int
-    positions: str
-    transporter_width: int
-    transporter_blocks: int
-    transporter_layers: int
-    predictor_layers: int
-    head: str
-    log_scale_bound: float
-    data_std: float
-    condition: str
-    dtype: str
-    remat: str
-    scan: bool
-    backbone: str = "transformer"
-    double_layers: int = 0
-    transporter_text: bool = False
-    transporter_positions_std: float = 0.02
-    condition_layers: int = 0
-    condition_shift: bool = False
+    width: int = setting(128, "Width of the predictor, a multiple of head_size.", low=1)
+    head_size: int = setting(32, "Width of one attention head.", low=1)
+    kv_heads: int = setting(
+        4, "Key and value heads; divides the number of heads, width / head_size.", low=1)
+    mlp_ratio: int = setting(
+        4, "Hidden width of an MLP, in multiples of the layer's width.", low=1)
+    positions: str = setting("learned", "Position encoding.", choices=POSITIONS)
+    transporter_width: int = setting(
+        128, "Width of the transporter, a multiple of head_size.", low=1)
+    transporter_blocks: int = setting(
+        2, "Invertible blocks; 0 is Gaussian denoising without transporter.", low=0)
+    transporter_layers: int = setting(2, "Transformer layers in each block.", low=1)
+    transporter_text: bool = setting(
+        False, "With condition=text, conditions the transporter on the mean token.")
+    transporter_positions_std: float = setting(
+        0.02, "Initial std of the transporter's position table.", above=0)
+    predictor_layers: int = setting(4, "Transformer layers of the predictor.", low=1)
+    head: str = setting(
+        "preconditioned", "Parametrisation of the Gaussian; posterior is over a backbone.",
+        choices=HEADS)
+    log_scale_bound: float = setting(
+        3.0, "Largest absolute log-scale of a transporter block.", above=0)
+    data_std: float = setting(
+        1.0, "Standard deviation of the data, for preconditioning.", above=0)
+    condition: str = setting(
+        "class", "What the model is conditioned on.", choices=("none", "class", "text", "vector"))
+    condition_layers: int = setting(
+        0, "With condition=vector, residual MLPs that compute features of it.", low=0)
+    condition_shift: bool = setting(
+        False, "With condition=vector, first subtracts a linear function of it.")
+    backbone: str = setting(
+        "transformer", "Network of head=posterior: transformer, flow_map, flux2 or your own.")
+    double_layers: int = setting(
+        0, "Two-stream layers of backbone=flux2, before the predictor_layers.", low=0)
+    dtype: str = setting(
+        "float32", "Type of activations in training.", choices=("float32", "bfloat16"))
+    remat: str = setting("none", "What the backward pass recomputes.", choices=tuple(REMAT))
+    scan: bool = setting(
+        False, "Scans stacked layers: compiles faster; small models on CPUs run slower.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """What is minimised, for how long, and what is reported and saved on the way."""
 
-    objective: str
-    steps: int
-    save_every: int
-    evaluate_every: int
-    log_every: int
-    keep: int
-    accumulate: int
-    condition_dropout: float
-    align_weight: float = 0.0
-    level_power: float = 0.0
-    save_minutes: float = 10.0
+    objective: str = setting(
+        "end_to_end", "What is minimised: end_to_end, pairwise, flow_matching, flow_map, denoiser, "
+        "policy_gradient, preference or your own.")
+    steps: int = setting(2000, "Optimizer steps.", low=1)
+    save_every: int = setting(500, "Steps between checkpoints.", low=1)
+    save_minutes: float = setting(
+        10.0, "Longest time between checkpoints; 0 saves by steps alone.", low=0)
+    evaluate_every: int = setting(
+        500, "Steps between held-out evaluations; 0 evaluates at the end only.", low=0)
+    log_every: int = setting(50, "Steps between lines of metrics.", low=1)
+    keep: int = setting(
+        0, "Also keeps every Nth step's checkpoint; 0 keeps the last three and the best.", low=0)
+    accumulate: int = setting(
+        1, "Parts into which a batch is split to save memory; the step is the same.", low=1)
+    condition_dropout: float = setting(
+        0.1, "Probability of the null condition, needed for guidance.", low=0, below=1)
+    align_weight: float = setting(
+        0.0, "lambda, annealed to 0: keeps means near those of the init_from model.", low=0)
+    level_power: float = setting(
+        0.0, "p: weights each level's loss by t_k^p; 0 weights all levels equally.", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """AdamW with warm-up and cosine decay, and the decay of the parameters' moving average."""
 
-    learning_rate: float
-    floor: float
-    warmup_steps: int
-    weight_decay: float
-    clip: float
-    ema_decay: float
+    learning_rate: float = setting(2e-3, "Peak learning rate, after the warmup.", above=0)
+    floor: float = setting(1e-6, "Learning rate at the end, at most the peak.", low=0)
+    warmup_steps: int = setting(100, "Steps from 0 to the peak.", low=0)
+    weight_decay: float = setting(0.1, "Decoupled weight decay of AdamW.", low=0)
+    clip: float = setting(1.0, "Largest global norm of the gradient.", above=0)
+    ema_decay: float = setting(
+        0.999, "Decay of the parameters' moving average.", low=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """The sizes of the device mesh's axes; -1 infers one of them from the device count."""
 
-    slices: int
-    data: int
-    fsdp: int
-    tensor: int
-    sequence: int
+    slices: int = setting(
+        1, "TPU slices or NVLink domains; each holds 1/slices of the data axis.", low=1)
+    data: int = setting(
+        -1, "Devices that split the batch; -1 infers one axis from the device count.", low=-1)
+    fsdp: int = setting(
+        1, "Devices that split the batch, parameters and optimizer state.", low=-1)
+    tensor: int = setting(1, "Devices that split heads and MLPs.", low=-1)
+    sequence: int = setting(1, "Devices that split tokens.", low=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """The held-out evaluation."""
 
-    split: str
-    trajectories: int
-    batch_size: int
-    images: int
-    features: str = "none"
+    split: str = setting("test", "Held-out split, with an optional slice.")
+    trajectories: int = setting(
+        8, "Trajectories per example, for the importance-weighted bound.", low=1, high=1_000_000)
+    batch_size: int = setting(
+        100, "Examples per evaluation step, over all devices and processes.", low=1)
+    images: int = setting(
+        0, "Samples to score against the training images; 0 scores none.", low=0)
+    features: str = setting(
+        "none", "What scores compare.", choices=("none", "pixels", "cnn", "inception"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,12 +189,18 @@ class SampleOptions:
 class Sample:
     """How many images are made, and how."""
 
-    num: int
-    steps: int
-    guidance: float | tuple[float, ...]
-    decoder: str
-    inverse: str = "auto"
-    percentile: float = 100.0
+    num: int = setting(100, "Images of a grid or a call of launch.sample.", low=0)
+    steps: int = setting(
+        4, "Step count T, or steps of a flow-matching model's ODE solver.", low=1, high=100_000)
+    guidance: float | tuple[float, ...] = setting(
+        0.0, "Scale w, or one per step from noise down: (1.0, 0.5, 0.0, 0.0).", low=0)
+    decoder: str = setting(
+        "score", "Last step: inverse, score or denoiser; ODE of flow matching: euler or heun.")
+    inverse: str = setting(
+        "auto", "How the transporter is inverted.", choices=("auto", *INVERSES))
+    percentile: float = setting(
+        100.0, "Clips the gradient of decoder=score at this percentile; 100 clips none.", low=0,
+        high=100)
 
     @property
     def options(self) -> SampleOptions:
@@ -163,40 +209,27 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reward:
-    """Post-training on a reward; see training/reward."""
-
-    name: str = ""
-    samples: int = 8
-    updates: int = 1
-    ahead: bool = False
-    clip: float = 0.2
-    kl: float = 0.0
-    novelty: float = 0.0
-    diversity: float = 0.0
-    normalise: bool = True
-    anchor: float = 0.5
-    trains: str = "predictor"
-    levels: tuple[int, ...] = ()
-    workers: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
-    """All settings of one experiment by section; see experiments/default.py."""
+    """All settings of one experiment by section; `read` adds the sections of projects."""
 
-    seed: int
-    data: Data
-    trajectory: Trajectory
-    model: Model
-    train: Train
-    optimizer: Optimizer
-    mesh: Mesh
-    evaluate: Evaluate
-    sample: Sample
-    reward: Reward = Reward()
-    teacher: str = ""
-    init_from: str = ""
+    seed: int = setting(
+        0, "Seed of parameters, data order, noise and samples.", low=0, high=2**32 - 1)
+    init_from: str = setting(
+        "", "Starting point: run, WORKDIR/checkpoints/STEP, export, hf://OWNER/NAME or weights.")
+    teacher: str = setting(
+        "", "Run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP.")
+    data: Data = Data()
+    trajectory: Schedule = dataclasses.field(default_factory=Schedule)
+    model: Model = Model()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    evaluate: Evaluate = Evaluate()
+    sample: Sample = Sample()
+
+    if typing.TYPE_CHECKING:
+
+        def __getattr__(self, section: str) -> Any: ...  # a project's, such as config.reward
 
     @property
     def raw(self) -> dict:
@@ -210,10 +243,10 @@ class Config:
         return max(self.trajectory.steps) if solves_ode else self.sample.steps
 
     def schedule(self, tokens: int) -> Schedule:
-        """The noise levels for a sequence of `tokens` tokens."""
-        c = self.trajectory
-        shift = default_shift(tokens) if c.shift is None else c.shift
-        return Schedule(c.schedule, shift, c.steps, c.t_min, c.t_min_range)
+        """The noise levels for a sequence of `tokens` tokens, which a shift of None depends on."""
+        if self.trajectory.shift is not None:
+            return self.trajectory
+        return dataclasses.replace(self.trajectory, shift=default_shift(tokens))
 
     def with_sampling(self, **settings) -> "Config":
         """The configuration with other settings of its section `sample`."""
@@ -224,47 +257,19 @@ class Config:
         return dataclasses.replace(self, evaluate=dataclasses.replace(self.evaluate, **settings))
 
 
-CHOICES = {
-    "trajectory.schedule": ("linear", "shifted"),
-    "model.positions": POSITIONS,
-    "model.head": HEADS,
-    "model.condition": ("none", "class", "text", "vector"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": tuple(REMAT),
-    "sample.inverse": ("auto", *INVERSES),
-    "reward.trains": ("predictor", "transporter", "both"),
-    "evaluate.features": ("none", "pixels", "cnn", "inception"),
-}
-NON_NEGATIVE = (
-    "train.keep", "train.save_minutes", "train.condition_dropout", "train.align_weight",
-    "train.level_power", "train.evaluate_every", "optimizer.floor", "optimizer.warmup_steps",
-    "optimizer.weight_decay", "evaluate.images", "sample.guidance", "sample.num",
-    "trajectory.t_min", "trajectory.t_min_range", "reward.anchor", "reward.kl",
-    "reward.novelty", "reward.diversity")
-ANY_SIGN = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence")
-LARGEST_SIZE = 2**31 - 1  # sizes and indices of arrays are int32
-LARGEST_FLOAT = 3e38  # numbers are float32
-SMALLEST_LAST_STEP = 1e-5  # of noise levels up to 1; below it, rounding moves scales by percents
-RANGES = {  # the least and the largest value of settings with bounds of their own
-    "seed": (0, 2**32 - 1),  # a jax key takes 32 bits: a larger seed would repeat a smaller one
-    "optimizer.ema_decay": (0, math.nextafter(1, 0)),
-    "data.workers": (0, 1024),
-    "data.image_size": (0, 65_536),
-    "evaluate.trajectories": (1, 1_000_000),
-    "trajectory.steps": (1, 10_000),
-    "trajectory.shift": (-50, 50),  # beyond, its exponential leaves float32
-    "sample.steps": (1, 100_000),
-    "sample.percentile": (0, 100),
-    "reward.samples": (2, 65_536),
-    "reward.workers": (0, 1024),
-    "reward.levels": (0, 100_000),
-    "reward.clip": (1e-6, 1),
-    "model.predictor_layers": (1, 1000),
-    "model.double_layers": (0, 1000),
-    "model.condition_layers": (0, 100),
-    "model.transporter_layers": (1, 1000),
-    "model.transporter_blocks": (0, 100),
-}
+def config_class() -> type[Config]:
+    """Config with the sections of SECTIONS as further fields."""
+    return _with_sections(tuple(SECTIONS.items()))
+
+
+@functools.cache
+def _with_sections(sections: tuple[tuple[str, str], ...]) -> type[Config]:
+    fields = []
+    for name, path in sections:
+        module, _, kind = path.partition(":")
+        section = getattr(importlib.import_module(module), kind)
+        fields.append((name, section, section()))
+    return dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
 
 
 def read(config) -> Config:
@@ -273,9 +278,7 @@ def read(config) -> Config:
     Raises UserError that names the key, what was found and what was expected.
     """
     values = config.to_dict() if hasattr(config, "to_dict") else config
-    result = typed.read(Config, values, "config")
-    for key, value in flatten(result.raw).items():
-        check_value(key, value)
+    result = parse_dataclass(config_class(), values, "config")
     backbones.find(result.model.backbone)
     decoders.find(result.sample.decoder)
     _check_levels(result)
@@ -284,54 +287,23 @@ def read(config) -> Config:
     return result
 
 
-def check_value(key: str, value) -> None:
-    """Raises UserError where a setting, or an element of it, lies outside its choices or bounds."""
-    if key in CHOICES and value not in CHOICES[key]:
-        raise UserError(f"config.{key} is {value!r}: expected one of {', '.join(CHOICES[key])}")
-    for number in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            continue
-        if key in RANGES:
-            low, high = RANGES[key]
-            if not low <= number <= high:
-                most = "less than 1" if key == "optimizer.ema_decay" else f"at most {high}"
-                raise UserError(f"config.{key} is {number}: expected at least {low} and {most}")
-            continue
-        low = 0 if key in NON_NEGATIVE else None if key in ANY_SIGN else 1e-12
-        if low is not None and number < low:
-            expected = "a number that is not negative" if low == 0 else "more than 0"
-            raise UserError(f"config.{key} is {number}: expected {expected}")
-        largest = LARGEST_SIZE if isinstance(number, int) else LARGEST_FLOAT
-        if abs(number) > largest:
-            raise UserError(f"config.{key} is {number}: expected at most {largest}")
-
-
 def _check_training(config: Config) -> None:
-    train, optimizer, condition = config.train, config.optimizer, config.model.condition
-    dropout = train.condition_dropout
-    if dropout >= 1 or (dropout and condition == "none"):
-        raise UserError(f"config.train.condition_dropout is {dropout}: expected less than 1, and 0 "
-                        "where config.model.condition is none")
+    optimizer, model, dropout = config.optimizer, config.model, config.train.condition_dropout
+    if dropout and model.condition == "none":
+        raise UserError(f"config.train.condition_dropout is {dropout}: expected 0 where "
+                        "config.model.condition is none")
     if optimizer.floor > optimizer.learning_rate:
         raise UserError(f"config.optimizer.floor is {optimizer.floor}: expected at most "
                         f"config.optimizer.learning_rate, {optimizer.learning_rate}, from which "
                         "the rate falls to it")
-    if config.model.condition_layers and condition != "vector":
-        raise UserError("config.model.condition_layers compute features of a vector, and "
-                        f"config.model.condition is {condition}: set it to vector, or leave them "
-                        "at 0")
-    if config.model.condition_layers and config.model.head == "posterior":
-        raise UserError("config.model.condition_layers compute features, which the velocity of "
-                        "config.model.head=posterior does not take: leave them at 0, or take "
-                        "another head")
-    if config.model.condition_shift and condition != "vector":
-        raise UserError("config.model.condition_shift subtracts a function of a vector, and "
-                        f"config.model.condition is {condition}: set it to vector, or leave it "
-                        "out")
-    if config.model.transporter_text and condition != "text":
-        raise UserError("config.model.transporter_text conditions the transporter on text, and "
-                        f"config.model.condition is {condition}: set that to text, or "
-                        "transporter_text to False")
+    for name, kind in (("condition_layers", "vector"), ("condition_shift", "vector"),
+                       ("transporter_text", "text")):
+        if getattr(model, name) and model.condition != kind:
+            raise UserError(f"config.model.{name} is {getattr(model, name)}: it needs "
+                            f"config.model.condition={kind}, which is {model.condition}")
+    if model.condition_layers and model.head == "posterior":
+        raise UserError(f"config.model.condition_layers is {model.condition_layers}: expected 0 "
+                        "with config.model.head=posterior, which does not take their features")
 
 
 def _check_sampling(config: Config) -> None:
@@ -362,49 +334,38 @@ def _check_levels(config: Config) -> None:
     low, high = c.t_min_range
     if not c.steps:
         raise UserError("config.trajectory.steps is empty: give the numbers of steps, such as (4,)")
-    if not 0 <= low <= high < 1 or not 0 < c.t_min < 1:
-        raise UserError(f"config.trajectory.t_min_range is {low, high} and t_min {c.t_min}: "
-                        "expected 0 <= lo <= hi < 1 and 0 < t_min < 1")
+    if low > high:
+        raise UserError(f"config.trajectory.t_min_range is {low, high}: expected lo <= hi")
     if config.model.head != "direct" and low < 1e-3:
         raise UserError(f"config.trajectory.t_min_range starts at {low}: the {config.model.head} "
                         "head's scale vanishes with t_min, so lo must be at least 0.001 (or take "
                         "config.model.head=direct)")
     most = max(c.steps)
-    first = _shifted_level(c, 1, most)
-    if c.schedule == "shifted" and high >= first:
+    if high >= _first_level(c, most):
         raise UserError(f"config.trajectory.t_min_range ends at {high}: it must lie below the "
-                        f"first level {first:.4f} of {most} steps; lower it or raise "
-                        "config.trajectory.shift")
+                        f"first level {_first_level(c, most):.4f} of {most} steps; lower it or "
+                        "raise config.trajectory.shift")
     check_steps("config.trajectory.steps", most, c)
     check_steps("config.sample.steps", config.evaluation_steps, c)
 
 
-def _shifted_level(trajectory: Trajectory, k: int, steps: int) -> float:
-    """Level k > 0 of the shifted schedule of so many steps.
+def _first_level(trajectory: Schedule, steps: int) -> float:
+    """Level 1 of so many steps, where it does not depend on t_min.
 
     The default shift, and so this level, grows with the number of tokens: it is that of one token.
     """
-    shift = default_shift(1) if trajectory.shift is None else trajectory.shift
-    return shifted(steps / k, shift)
-
-
-def check_steps(name: str, steps: int, trajectory: Trajectory) -> None:
-    """Raises UserError where so many steps, called `name`, have levels that do not ascend.
-
-    Levels that float32 does not tell apart do not ascend.
-    """
     if trajectory.schedule != "shifted":
-        return
-    first, t_min = _shifted_level(trajectory, 1, steps), trajectory.t_min
+        return 1.0
+    return shifted(steps, default_shift(1) if trajectory.shift is None else trajectory.shift)
+
+
+def check_steps(name: str, steps: int, trajectory: Schedule) -> None:
+    """Raises UserError where so many steps, called `name`, have levels that do not ascend."""
+    first, t_min = _first_level(trajectory, steps), trajectory.t_min
     if t_min >= first:
         raise UserError(f"{name} is {steps}: the first level of so many steps, {first:.4f}, does "
                         f"not lie above config.trajectory.t_min, {t_min}; take fewer steps, or "
                         "train with a lower t_min or a higher config.trajectory.shift")
-    last_step = 1 - _shifted_level(trajectory, steps - 1, steps) if steps > 1 else 1
-    if last_step < SMALLEST_LAST_STEP:
-        raise UserError(f"{name} is {steps}: the last of so many steps goes up to level 1 by "
-                        f"{last_step:.1e}, too little for float32; take fewer steps, or train with "
-                        "a lower config.trajectory.shift")
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

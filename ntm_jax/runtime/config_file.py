@@ -7,7 +7,6 @@ what it is, from which a lost or damaged config.json is written again.
 import copy
 import dataclasses
 import shlex
-import typing
 
 import jax
 from etils import epath
@@ -18,7 +17,8 @@ from ntm_jax.data.pipeline import DataSpec, changed_data, spec_from_json, spec_t
 from ntm_jax.errors import UserError
 from ntm_jax.registry import NotRegistered
 from ntm_jax.runtime import checkpoint
-from ntm_jax.runtime.config import Config, flatten, read
+from ntm_jax.runtime.config import Config, config_class, flatten, read
+from ntm_jax.typed import settings
 
 CONFIG = "config.json"
 DAMAGED = ("give launch/train.py the run's own command, which writes it anew from the last "
@@ -29,19 +29,11 @@ RESUMABLE = (  # what a resumed run may change
     "evaluate.", "sample.", "spec.class_names", "spec.version")
 
 
-def _defaults(cls, prefix: str = "") -> dict:
-    """{"section.key": default} of the settings that may be left out."""
-    found = {}
-    for key, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            found |= _defaults(kind, f"{prefix}{key}.")
-    fields = {f"{prefix}{field.name}": field.default for field in dataclasses.fields(cls)}
-    return found | {key: value for key, value in fields.items()  # of a section's, its keys'
-                    if value is not dataclasses.MISSING and not dataclasses.is_dataclass(value)}
-
-
 def _flat_defaults() -> dict:
-    return files.plain(_defaults(Config) | _defaults(DataSpec, "spec."))
+    """{"section.key": default} of the settings, and those of the data's shape under `spec`."""
+    found = [*settings(config_class()), *settings(DataSpec, "spec.")]
+    return files.plain({key: field.default for key, _, field in found
+                        if field.default is not dataclasses.MISSING})
 
 
 def _content(config: Config, spec: DataSpec) -> dict:
@@ -49,19 +41,18 @@ def _content(config: Config, spec: DataSpec) -> dict:
 
 
 def fixed(config: Config, spec: DataSpec) -> dict:
-    """{"section.key": JSON value} of the data's shape and the settings fixed when a run resumes.
-
-    Settings at their defaults are left out, so that a later version may add one.
-    """
-    defaults = _flat_defaults()
+    """{"section.key": JSON value} of the data's shape and the settings fixed when a run resumes."""
     return {key: value for key, value in flatten(_content(config, spec)).items()
-            if not key.startswith(RESUMABLE) and (key not in defaults or defaults[key] != value)}
+            if not key.startswith(RESUMABLE)}
 
 
 def differences(before: dict, now: dict) -> list[tuple]:
-    """[(key, value before, value now)] of two flat dicts of settings, which may omit defaults."""
+    """[(key, value before, value now)] of two flat dicts of settings.
+
+    Those of an earlier version lack newer settings, which then have their defaults.
+    """
     defaults = _flat_defaults()
-    pairs = [(key, *(settings.get(key, defaults.get(key)) for settings in (before, now)))
+    pairs = [(key, *(one.get(key, defaults.get(key)) for one in (before, now)))
              for key in sorted(before | now)]
     return [(key, one, other) for key, one, other in pairs if one != other]
 

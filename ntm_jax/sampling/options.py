@@ -10,10 +10,10 @@ from ntm_jax import decoders, typed
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import (
     Config,
+    Sample,
     SampleOptions,
     check_guidance,
     check_steps,
-    check_value,
     guided,
 )
 from ntm_jax.runtime.run import Run
@@ -25,10 +25,8 @@ def override(config: Config, **given) -> SampleOptions:
     Raises UserError for an option that is unknown, or whose value its setting does not take.
     """
     given = {name: _plain(value) for name, value in given.items() if value is not None}
-    values = dataclasses.asdict(config.sample.options) | given
-    options = typed.read(SampleOptions, values, "sample")
-    for name in given:
-        check_value(f"sample.{name}", getattr(options, name))
+    values = dataclasses.asdict(config.sample) | given
+    options = typed.parse_dataclass(Sample, values, "config.sample").options
     check(config, options)
     return options
 

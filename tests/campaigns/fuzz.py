@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ntm_jax import typed
 from ntm_jax.data import pipeline
 from ntm_jax.runtime import config, sharding
 from ntm_jax.runtime.run import untrained
@@ -38,6 +39,8 @@ OTHERS = (True, False, None, (), (0,), (1,), (2, 4), (4, "a"), (1.5,), (0.02, 0.
 def overrides(draw: random.Random) -> dict:
     """One to three settings with new values, mostly of their type."""
     flat = config.flatten(experiment().to_dict() | {"teacher": "", "init_from": ""})
+    declared = {key: field.metadata["setting"]
+                for key, _, field in typed.settings(config.config_class())}
     chosen = {}
     for key in draw.sample(sorted(flat), draw.choice((1, 1, 2, 3))):
         now = flat[key]
@@ -45,7 +48,7 @@ def overrides(draw: random.Random) -> dict:
         if isinstance(now, (int, float)) and not isinstance(now, bool):
             part = now / 3 if isinstance(now, float) else now // 2
             alike = (*alike, *(now + 1, now * 2, now * 1000, part) * 5)
-        choices = list(config.CHOICES.get(key, ()))
+        choices = list(declared[key].choices)
         if choices and draw.random() < 0.7:
             candidates = choices
         else:

@@ -86,24 +86,24 @@ def test_unknown_schedule_is_named():
     with pytest.raises(ValueError, match=expected):
         trajectory.levels(4, jnp.array([0.02]), "cosine", 0.5)
     with pytest.raises(ValueError, match=expected):
-        dataclasses.replace(SHIFTED, name="cosine").fixed_levels(4, 2)
+        dataclasses.replace(SHIFTED, schedule="cosine").fixed_levels(4, 2)
 
 
 LINEAR = trajectory.Schedule("linear", 0.0, (4,), t_min=0.02, t_min_range=(0.01, 0.03))
 SHIFTED = trajectory.Schedule("shifted", math.log(3), (2, 4), t_min=0.02, t_min_range=(0.01, 0.03))
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.schedule)
 @pytest.mark.parametrize("steps", [1, 4, 7])
 def test_a_schedule_gives_the_levels_of_the_functions(schedule, steps):
     t_min = jnp.array([1e-3, 0.1])
     levels = schedule.levels(steps, t_min)
-    expected = trajectory.levels(steps, t_min, schedule.name, schedule.shift)
+    expected = trajectory.levels(steps, t_min, schedule.schedule, schedule.shift)
     np.testing.assert_array_equal(levels, expected)
     for k in range(steps + 1):
         np.testing.assert_array_equal(schedule.level(k, steps, t_min), expected[:, k])
     k, counts = jnp.array([0, 1, 2]), jnp.array([4, 2, 2])  # each example with its own T
-    single = trajectory.level(k, counts, 0.05, schedule.name, schedule.shift)
+    single = trajectory.level(k, counts, 0.05, schedule.schedule, schedule.shift)
     np.testing.assert_array_equal(schedule.level(k, counts, 0.05), single)
 
 
@@ -118,7 +118,7 @@ def test_fixed_levels_start_at_t_min_for_every_example(schedule, expected):
     np.testing.assert_array_equal(moved[:, 0], np.float32([0.1] * 3))
 
 
-@pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.schedule)
 def test_a_share_of_the_way_is_the_schedule_with_infinitely_many_steps(schedule):
     """The level at k / T is level k of T steps from t_min = 0, whatever the schedule's t_min."""
     fine = schedule.levels(64, jnp.zeros(1))[0]

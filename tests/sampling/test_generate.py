@@ -118,8 +118,7 @@ def test_guidance_is_one_scale_or_one_for_each_step(run):
                                         "scale, or 2, from pure noise down"):
         run.sample(2, guidance=(1.0, 0.5, 0.0))
     for wrong in (-1.0, (1.0, -0.5)):
-        with pytest.raises(UserError, match=r"guidance is -.*: expected a number that is not "
-                                            "negative"):
+        with pytest.raises(UserError, match=r"guidance is .*-.*: expected at least 0"):
             run.sample(2, guidance=wrong)
     scheduled = sampled_by(run, guidance=(0.0, 1.0))
     with pytest.raises(UserError, match="guidance has 2 scales, and there are 3 steps"):
@@ -157,7 +156,7 @@ def test_steps_whose_levels_would_not_ascend_are_refused(run):
     ({"steps": 0}, r"config\.sample\.steps is 0: expected at least 1"),
     ({"steps": 2.0}, r"sample\.steps is 2\.0, of type float: expected int"),
     ({"percentile": 101}, r"config\.sample\.percentile is 101\.0: expected at least 0 and"),
-    ({"temperature": 0.7}, r"sample\.temperature is not a setting; expected one of steps, "),
+    ({"temperature": 0.7}, r"sample\.temperature is not a setting; expected one of num, "),
 ])
 def test_a_wrong_option_is_named(run, option, message):
     with pytest.raises(UserError, match=message):

@@ -20,6 +20,7 @@ from ntm_jax.analysis.hlo.text import (
     called,
     numbers,
     parse,
+    places,
     replica_groups,
     root,
     search,
@@ -81,7 +82,7 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
     (n-1)/n of a gathered or scattered array, and twice that of a reduced one, as in a ring.
     """
     module, entry = parse(text)
-    parted = _remove_repeated_collectives(module)
+    place, parted = places(text), _remove_repeated_collectives(module)
 
     @functools.cache
     def work(name: str) -> Work:
@@ -91,7 +92,7 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
             if i.op == "while":
                 trips = trip_count(module, i)
                 total.add(work(called(i, "body")), trips or 1)
-                total.unknown += [i.op_name or i.name] if trips is None else []
+                total.unknown += [place(i)] if trips is None else []
             elif i.op == "conditional":
                 total.add(max(map(work, branches(i)), key=lambda w: w.flops + w.memory))
             elif i.op in ("call", "call-start"):  # the latter runs on a TPU's SparseCores
@@ -162,9 +163,13 @@ def _own(module, computation, i: Instruction, chips: int, slices: int) -> Work:
     elif i.op == "custom-call":
         flops = _library_call(computation, i)
     if flops:
-        part = "transporter" if "transporter" in i.op_name else "other"
-        work.products[part, _precision(computation, i)] += flops
+        work.products[_part(i), _precision(computation, i)] += flops
     return work
+
+
+def _part(i: Instruction) -> str:
+    name = re.search(r'op_name="([^"]*)"', i.attributes)
+    return "transporter" if name and "transporter" in name[1] else "other"
 
 
 def _precision(computation, i: Instruction) -> str:

@@ -72,7 +72,7 @@ def complete(root: epath.Path, shard: Shard, plan_hash: str) -> Tally | None:
     """The shard's tally, if the shard is complete and of this plan, judged by its file's size."""
     with contextlib.suppress(OSError, ValueError):
         content = files.parse_json(regular.read(root / f"{shard.name}.json"))
-        tally = typed.read(Tally, content, shard.name)
+        tally = typed.parse_dataclass(Tally, content, shard.name)
         file = root / f"{shard.name}.arrayrecord"
         sound = tally.plan == plan_hash and _is_sound(tally) and regular.is_regular(file)
         if sound and file.stat().length == tally.bytes:

@@ -153,10 +153,10 @@ def read_manifest(path: str) -> tuple[Layout, dict[str, dict[str, list]], str]:
             raise ValueError(f"not of format {_FORMAT}, or edited since it was written")
         splits = content.pop("splits")
         for name, split in _mapping(splits).items():
-            typed.read(_Split, split, f"splits.{name}")
+            typed.parse_dataclass(_Split, split, f"splits.{name}")
         if _PIXEL_LEVELS in content:
             content["pixel_levels"] = content.pop(_PIXEL_LEVELS)
-        return typed.read(Layout, content, "layout"), splits, written
+        return typed.parse_dataclass(Layout, content, "layout"), splits, written
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise UserError(

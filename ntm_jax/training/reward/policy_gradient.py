@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime.config import Config, Reward
+from ntm_jax.runtime.config import Config
 from ntm_jax.training.reward import drawing, policy, rollouts
 from ntm_jax.training.reward.drawing import flat
 from ntm_jax.training.reward.rollouts import RolloutUse
+from ntm_jax.training.reward.settings import Reward
 
 
 def _arrays(settings: Reward) -> tuple[str, ...]:

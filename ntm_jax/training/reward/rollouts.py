@@ -16,14 +16,14 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
-from ntm_jax.runtime.config import Reward as Settings
 from ntm_jax.runtime.run import Run
 from ntm_jax.training.reward import policy
 from ntm_jax.training.reward.drawing import PARTS, REJECTED, draw, sampler_of
 from ntm_jax.training.reward.scorer import Scorer
+from ntm_jax.training.reward.settings import Reward
 
 
-def compared(use: "RolloutUse", settings: Settings, logged: bool) -> tuple[str, ...]:
+def compared(use: "RolloutUse", settings: Reward, logged: bool) -> tuple[str, ...]:
     """The arrays of `compare` that an objective and the log need for one set of samples."""
     names = use.arrays(settings)
     needed = settings.kl and use.needs_divergence
@@ -42,8 +42,8 @@ class RolloutUse:
     needs_divergence: whether the weights depend on future_divergence; it is 0 otherwise.
     """
 
-    arrays: Callable[[Settings], tuple[str, ...]]
-    weights: Callable[[Settings, np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
+    arrays: Callable[[Reward], tuple[str, ...]]
+    weights: Callable[[Reward, np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
     needs_divergence: bool
 
 
