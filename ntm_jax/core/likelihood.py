@@ -1,4 +1,4 @@
-"""Likelihoods from a trajectory's terms: reconstruction, importance weights, bounds.
+"""The likelihood of a trajectory: its terms, reconstruction and weight.
 
 See docs/concepts.md, section 9. Symbols: B batch, T steps, K = T+1 levels ascending, N tokens,
 D token channels, V pixel levels. Sums are in nats per example.
@@ -6,8 +6,6 @@ D token channels, V pixel levels. Sums are in nats per example.
 
 import math
 
-import flax.struct
-import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 
@@ -82,114 +80,3 @@ def contributions(terms: Terms, xs, x, t, decoder_levels: int) -> dict:
 def log_weight(parts: dict):
     """log w, [B] nats: the sum of contributions."""
     return sum(part.reshape(len(part), -1).sum(1) for part in parts.values())
-
-
-GROUPS = 16  # of trajectories, which the error of the importance-weighted bound leaves out in turn
-
-
-@flax.struct.dataclass
-class Importance:
-    """Running sums over the trajectories of each example, in constant memory."""
-
-    count: jax.Array  # [] trajectories so far
-    log_sums: jax.Array  # [B, GROUPS] log sum w; trajectory i is in group i mod GROUPS
-    log_sum_squares: jax.Array  # [B] log sum w^2
-    bound: jax.Array  # [B] mean log w, nats: the evidence lower bound
-    deviations: jax.Array  # [B] sum of (log w - bound)^2
-
-    @classmethod
-    def empty(cls, batch: int):
-        """The sums before the first trajectory."""
-        none, zero = jnp.full((batch, GROUPS), -jnp.inf), jnp.zeros(batch)
-        return cls(jnp.zeros(()), none, none[:, 0], zero, zero)
-
-    def add(self, log_weight):
-        """The sums with one more trajectory for each example, of log-weights [B]."""
-        change = log_weight - self.bound
-        bound = self.bound + change / (self.count + 1)
-        mine = jnp.arange(GROUPS)[None] == self.count % GROUPS
-        with_it = jnp.logaddexp(self.log_sums, log_weight[:, None])
-        return Importance(
-            self.count + 1, jnp.where(mine, with_it, self.log_sums),
-            jnp.logaddexp(self.log_sum_squares, 2 * log_weight),
-            bound, self.deviations + change * (log_weight - bound))
-
-    @property
-    def importance_weighted(self):
-        """The tighter bound log of the mean w, [B] nats (Burda et al., arXiv 1509.00519)."""
-        return self._log_sum - jnp.log(self.count)
-
-    @property
-    def _log_sum(self):
-        return jax.nn.logsumexp(self.log_sums, 1)
-
-    @property
-    def effective_sample_size(self):
-        """(sum w)^2 / sum w^2, [B], between 1 and the number of trajectories."""
-        return jnp.exp(2 * self._log_sum - self.log_sum_squares)
-
-    @property
-    def bound_variance(self):
-        """Variance of `bound` over the noise, [B] nats^2; 0 with one trajectory."""
-        return self.deviations / (self.count * jnp.maximum(self.count - 1, 1))
-
-    @property
-    def weighted_variance(self):
-        """Variance of `importance_weighted` over the noise, [B] nats^2, by the jackknife.
-
-        It leaves out each group of trajectories in turn, or each trajectory where there are no more
-        than GROUPS. Where few weights count the delta method would say at most 1 nat^2; this is
-        right to about a fifth (tests/core/test_likelihood.py). 0 with one trajectory.
-        """
-        number = jnp.arange(GROUPS)[None]
-        sizes = jnp.maximum(jnp.ceil((self.count - number) / GROUPS), 0)
-        left = jnp.where(jnp.eye(GROUPS, dtype=bool)[None], -jnp.inf, self.log_sums[:, None])
-        without = jax.nn.logsumexp(left, 2) - jnp.log(self.count - sizes)  # [B, GROUPS]
-        groups, used = jnp.minimum(self.count, GROUPS), (sizes > 0) & (self.count > 1)
-        mean = jnp.sum(without, 1, where=used, keepdims=True) / groups
-        return jnp.sum((without - mean) ** 2, 1, where=used) * (groups - 1) / groups
-
-
-def reported_counts(trajectories: int) -> list[int]:
-    """The numbers of trajectories for which bounds are reported: 1, 4, 16, ... and all."""
-    powers = [4**i for i in range(trajectories.bit_length()) if 4**i < trajectories]
-    return [*powers, trajectories]
-
-
-def estimate_bounds(terms, draw, x, t, decoder_levels: int, trajectories: int) -> dict:
-    """Bounds on the log-likelihood of examples x [B, N, D] in nats, from several trajectories each.
-
-    draw(i): the i-th trajectories [B, K, N, D] at levels t [B, K]. terms(xs): the model's Terms [B,
-    T]. decoder_levels: see contributions.
-
-    Trajectories are drawn and weighed one after the other, so that memory does not grow with their
-    number. As in contributions, a trajectory may be the upper part of a longer one.
-
-    Returns bound, importance_weighted, effective_sample_size, and the bounds' variances over noise,
-    bound_variance and weighted_variance: [B]; weighted, the importance-weighted bound of the first
-    n trajectories for each n of reported_counts(trajectories), [B, counts]; means over
-    trajectories: nll [B, T] by level, clean to noisy, and contributions.
-    """
-    at, (n, count) = jnp.array(reported_counts(trajectories)), t.shape
-
-    def add(carry, number):
-        importance, sums, weighted = carry
-        xs = draw(number)
-        found = terms(xs)
-        parts = contributions(found, xs, x, t, decoder_levels)
-        sums = jax.tree.map(jnp.add, sums, {"nll": found.nll} | parts)
-        importance = importance.add(log_weight(parts))
-        so_far = importance.importance_weighted[:, None]
-        weighted = jnp.where(at[None] == importance.count, so_far, weighted)
-        return (importance, sums, weighted), None
-
-    zeros = {name: jnp.zeros((n, count - 1)) for name in ("nll", "predictor", "log_det")}
-    zeros |= {"forward": jnp.zeros((n, count)), "prior": jnp.zeros(n)}
-    if decoder_levels:
-        zeros["reconstruction"] = jnp.zeros(n)
-    carry = Importance.empty(n), zeros, jnp.zeros((n, len(at)))
-    (importance, sums, weighted), _ = jax.lax.scan(add, carry, jnp.arange(trajectories))
-    names = ("bound", "importance_weighted", "effective_sample_size", "bound_variance",
-             "weighted_variance")
-    means = jax.tree.map(lambda s: s / trajectories, sums)
-    return {name: getattr(importance, name) for name in names} | {"weighted": weighted} | means

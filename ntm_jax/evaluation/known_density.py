@@ -18,14 +18,14 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.backbones import flow_map
-from ntm_jax.core import flow_matching, likelihood, trajectory
+from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.model import exact
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data import pipeline, transforms
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import plots, scoring
+from ntm_jax.evaluation import importance, plots, scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
 from ntm_jax.runtime import build, sharding
@@ -78,7 +78,7 @@ def _log_density(params, root, batch, *, schedule: Schedule, model, steps, level
         return model.apply(params, xs, t, jnp.full(len(points), steps),
                            jnp.zeros(len(points), jnp.int32))
 
-    return likelihood.estimate_bounds(terms, draw, points, t, 0, trajectories)
+    return importance.estimate_bounds(terms, draw, points, t, 0, trajectories)
 
 
 def log_density(run: Run, points: np.ndarray, level: int, trajectories: int = TRAJECTORIES):

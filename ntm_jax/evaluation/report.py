@@ -12,11 +12,10 @@ import numpy as np
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.core import likelihood
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import image_scores, known_density, plots, tasks
+from ntm_jax.evaluation import image_scores, importance, known_density, plots, tasks
 from ntm_jax.evaluation.scoring import BOUNDS
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime import checksums
@@ -38,7 +37,7 @@ def summarize(table: dict, spec: DataSpec, trajectories: int) -> dict:
     change; it is 0 with one trajectory, where it cannot be estimated.
     """
     dimensions = spec.tokens * spec.dim
-    counts = likelihood.reported_counts(trajectories)
+    counts = importance.reported_counts(trajectories)
     result: dict = {"count": len(table["index"])}
     for unit, size in units(spec.pixel_levels).items():
         scale = 1 / (dimensions * size)

@@ -19,6 +19,7 @@ from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, as_array, check_count
+from ntm_jax.evaluation import importance
 from ntm_jax.progress import track
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.config import Config
@@ -40,7 +41,7 @@ def noised(root, x, t_0, index):
     "schedule", "model", "decoder_levels", "trajectories", "steps"))
 def bounds_of_batch(params, root, batch, *, schedule: Schedule, model, decoder_levels: int,
                     trajectories: int, steps: int) -> dict:
-    """likelihood.estimate_bounds of a batch's examples, in trajectories of `steps` steps.
+    """importance.estimate_bounds of a batch's examples, in trajectories of `steps` steps.
 
     decoder_levels: V of the discretised decoder p(x | x_0); UNBINNED: its density; 0: no decoder,
     so that the bound is on the data noised to t_0.
@@ -60,12 +61,12 @@ def bounds_of_batch(params, root, batch, *, schedule: Schedule, model, decoder_l
     def terms(xs):
         return model.apply(params, xs, t, jnp.full(len(x), steps), y)
 
-    return likelihood.estimate_bounds(terms, draw, x, t, decoder_levels, trajectories)
+    return importance.estimate_bounds(terms, draw, x, t, decoder_levels, trajectories)
 
 
 def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = None,
                 decoded: bool = False) -> dict:
-    """likelihood.estimate_bounds of this process's share of a batch -> global arrays.
+    """importance.estimate_bounds of this process's share of a batch -> global arrays.
 
     batch: x, its condition, index and mask, of which the last two are kept. seed: the run's by
     default. decoded: of continuous data, bounds the density of the data itself, not of the data

@@ -1,4 +1,4 @@
-"""Likelihoods: discretised pixels, a trajectory's contributions, exact cases, importance sums."""
+"""Likelihoods: discretised pixels, a trajectory's contributions, exact cases."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import log_ndtr, logsumexp
+from scipy.special import log_ndtr
 
 from ntm_jax.core import likelihood, trajectory
 from ntm_jax.core.model import Terms
@@ -173,120 +173,6 @@ def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_
     np.testing.assert_allclose((pixel - log_w) / 8, ratio / 8, atol=1e-5)
 
 
-def true_conditionals(t, mean, variance):
-    """In place of a model: xs -> Terms of the reverse conditionals of data N(mean, variance).
-
-    Written out by hand, in float32 (docs/concepts.md, section 9).
-    """
-    s, t = t[:, :-1, None, None], t[:, 1:, None, None]
-
-    def terms(xs):
-        a, b, c = trajectory.posterior(s, t)
-        spread = (1 - t) ** 2 * variance + t**2
-        clean = mean + (1 - t) * variance / spread * (xs[:, 1:] - (1 - t) * mean)
-        log_scale = 0.5 * jnp.log(c**2 + b**2 * variance * t**2 / spread) + 0 * clean
-        z = (xs[:, :-1] - a * xs[:, 1:] - b * clean) * jnp.exp(-log_scale)
-        constant = xs[0, 0].size / 2 * math.log(2 * math.pi)
-        quadratic = 0.5 * jnp.sum(z**2, (2, 3))
-        return Terms(quadratic, jnp.sum(log_scale, (2, 3)), jnp.zeros(z.shape[:2]), constant)
-
-    return terms
-
-
-@pytest.mark.parametrize(("steps", "schedule"), [(1, "linear"), (4, "shifted")])
-def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true(steps, schedule):
-    mean, variance, rng = 0.3, 0.4, np.random.default_rng(5)
-    x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
-    t = levels(steps, np.full(16, 0.02, np.float32), schedule, 0.5)
-    x_0 = start(x, t[:, 0], rng.normal(size=x.shape).astype(np.float32))
-
-    def draw(number):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (16, steps, 8, 3))
-        return trajectory.extend(x_0, t, noise)
-
-    expected = log_gaussian(x_0, 0.98 * mean, 0.98**2 * variance + 0.02**2) / 24
-    terms = true_conditionals(t, mean, variance)
-    for trajectories in (1, 4, 16):
-        scores = likelihood.estimate_bounds(terms, draw, x, t, 0, trajectories)
-        assert scores["weighted"].shape == (16, len(likelihood.reported_counts(trajectories)))
-        for bound in (scores["bound"], scores["importance_weighted"], *scores["weighted"].T):
-            # float32: some 4e-6 a dimension
-            np.testing.assert_allclose(bound / 24, expected, atol=1e-4)
-        np.testing.assert_allclose(scores["effective_sample_size"], trajectories, rtol=1e-3)
-        assert (scores["bound_variance"] < 1e-6).all()
-
-
-def test_with_the_bayes_decoder_the_bound_on_the_clean_data_is_exact(monkeypatch):
-    mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
-    x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
-    t = levels(4, np.full(16, t_0, np.float32), "linear", 0.0)
-    p = 1 / (1 / variance + (1 - t_0) ** 2 / t_0**2)
-
-    def bayes(x, x_0, t_0, pixel_levels):
-        t_0 = trajectory.per_example(t_0, x)
-        posterior_mean = p * (mean / variance + (1 - t_0) * x_0 / t_0**2)
-        return jnp.sum(trajectory.log_normal(x, posterior_mean, math.sqrt(p)), (1, 2))
-
-    def without_prior(x, x_0, t_0, pixel_levels):
-        t_0 = trajectory.per_example(t_0, x)
-        return jnp.sum(trajectory.log_normal(x, x_0 / (1 - t_0), t_0 / (1 - t_0)), (1, 2))
-
-    def draw(number):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (16, 5, 8, 3))
-        return trajectory.simulate(x, t, noise)
-
-    terms = true_conditionals(t, mean, variance)
-    monkeypatch.setattr(likelihood, "log_reconstruction", bayes)
-    scores = likelihood.estimate_bounds(terms, draw, x, t, 17, 4)
-    for bound in (scores["bound"], *scores["weighted"].T):
-        np.testing.assert_allclose(bound / 24, log_gaussian(x, mean, variance) / 24, atol=1e-4)
-    # the decoder that ignores the prior loses about half log(1 + t_0^2 / ((1-t_0)^2 v)) a dimension
-    monkeypatch.setattr(likelihood, "log_reconstruction", without_prior)
-    worse = likelihood.estimate_bounds(terms, draw, x, t, 17, 4)["bound"]
-    gap = float(jnp.mean(scores["bound"] - worse)) / 24
-    assert gap == pytest.approx(0.5 * math.log(1 + t_0**2 / ((1 - t_0) ** 2 * variance)), rel=0.5)
-
-
-def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
-    """The model's x is N(mean, variance + 2 s^2), s the decoder's deviation: the limit of many."""
-    mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
-    x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(64, 1, 2)), jnp.float32)
-    t = levels(4, np.full(64, t_0, np.float32), "linear", 0.0)
-    s = t_0 / (1 - t_0)
-
-    def draw(number):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (64, 5, 1, 2))
-        return trajectory.simulate(x, t, noise)
-
-    scores = likelihood.estimate_bounds(true_conditionals(t, mean, variance), draw, x, t,
-                                        likelihood.UNBINNED, 1000)
-    expected = np.asarray(log_gaussian(x, mean, variance + 2 * s**2))
-    error = scores["importance_weighted"] - expected
-    spread = np.sqrt(scores["weighted_variance"])
-    np.testing.assert_array_less(np.abs(error), 5 * spread + 1e-4)
-    assert (spread < 0.02).all()
-    # Given x, x_0 is normal: the mean of log w is -E[z^2] / 2, with z^2 of the data and one noise.
-    x, wide = np.asarray(x, np.float64), variance + s**2
-    bound = -0.5 * (((x - mean) ** 2 + s**2) / wide + np.log(2 * np.pi * wide)).sum((1, 2))
-    spread = np.sqrt(scores["bound_variance"])
-    np.testing.assert_array_less(np.abs(scores["bound"] - bound), 5 * spread + 1e-4)
-    assert scores["reconstruction"].shape == (64,)
-
-
-def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
-    mean, variance, rng = 0.3, 0.4, np.random.default_rng(7)
-    t = levels(4, np.full(6, 0.02, np.float32), "linear", 0.0)[:, 2:]
-    points = rng.normal(size=(6, 8, 3)).astype(np.float32)
-
-    def draw(number):
-        return trajectory.extend(points, t, jax.random.normal(jax.random.key(number), (6, 2, 8, 3)))
-
-    scores = likelihood.estimate_bounds(true_conditionals(t, mean, variance), draw, points, t, 0, 3)
-    level = float(t[0, 0])
-    expected = log_gaussian(points, (1 - level) * mean, (1 - level) ** 2 * variance + level**2)
-    np.testing.assert_allclose(scores["importance_weighted"] / 24, expected / 24, atol=1e-4)
-
-
 @pytest.mark.parametrize("schedule", ["linear", "shifted"])
 def test_a_new_model_weighs_gaussian_data_exactly(tiny, schedule):
     new = tiny(new=True, transporter_blocks=0)
@@ -305,56 +191,6 @@ def test_a_new_model_weighs_gaussian_data_exactly(tiny, schedule):
     # t_0 = .001, where z = 1e-7 / .001.
     np.testing.assert_allclose(log_w / (config.tokens * config.dim),
                                expected / (config.tokens * config.dim), atol=1e-4)
-
-
-def test_importance_sums_equal_the_direct_ones():
-    log_w = np.random.default_rng(4).normal(size=(6, 3)) * np.array([0.5, 3.0, 30.0]) - np.array(
-        [100.0, 5000.0, 0.0])
-    log_w = log_w.astype(np.float32)
-    sums = likelihood.Importance.empty(3)
-    for row in log_w:
-        sums = sums.add(jnp.asarray(row))
-    log_w = log_w.astype(np.float64)
-    assert sums.count == 6
-    # float32 sums of six terms; a logarithm of 10,000 is off by 5e-4, and its exponential by as
-    # much
-    rtol = 1e-6
-    np.testing.assert_allclose(sums.bound, log_w.mean(0), rtol=rtol)
-    np.testing.assert_allclose(sums.importance_weighted, logsumexp(log_w, 0) - math.log(6),
-                               rtol=rtol)
-    effective = np.exp(2 * logsumexp(log_w, 0) - logsumexp(2 * log_w, 0))
-    np.testing.assert_allclose(sums.effective_sample_size, effective, rtol=3e-3)
-    assert (sums.importance_weighted >= sums.bound).all()
-    # of numbers rounded by 5e-4
-    np.testing.assert_allclose(sums.bound_variance, log_w.var(0, ddof=1) / 6, rtol=1e-4)
-    without = [logsumexp(np.delete(log_w, i, 0), 0) - math.log(5) for i in range(6)]
-    np.testing.assert_allclose(sums.weighted_variance, 5 * np.var(without, 0), rtol=1e-3)
-
-
-@pytest.mark.parametrize(("deviation", "count"), [(0.3, 4), (3.0, 8), (10.0, 40)])
-def test_the_variance_of_the_weighted_bound_is_that_of_repetitions(deviation, count):
-    """Of log-normal weights, of which few count where they spread widely."""
-    log_w = deviation * np.random.default_rng(5).normal(size=(count, 4000)).astype(np.float32)
-    sums = likelihood.Importance.empty(4000)
-    for row in log_w:
-        sums = sums.add(jnp.asarray(row))
-    true = np.var(sums.importance_weighted)
-    assert float(sums.weighted_variance.mean()) == pytest.approx(true, rel=0.25)
-
-
-@pytest.mark.parametrize("weights", [[0.0], [-7.0, -7.0, -7.0, -7.0]])
-def test_equal_weights_count_in_full(weights):
-    sums = likelihood.Importance.empty(1)
-    for weight in weights:
-        sums = sums.add(jnp.array([weight]))
-    found = (sums.bound[0], sums.importance_weighted[0], sums.effective_sample_size[0])
-    # float32 logarithms of the sums
-    assert found == pytest.approx((weights[0], weights[0], len(weights)), rel=1e-5, abs=1e-6)
-
-
-def test_bounds_are_marked_at_powers_of_four():
-    assert [likelihood.reported_counts(n) for n in (1, 4, 5)] == [[1], [1, 4], [1, 4, 5]]
-    assert likelihood.reported_counts(10**6)[-3:] == [4**8, 4**9, 10**6]
 
 
 def test_bits_per_dim():
