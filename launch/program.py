@@ -216,9 +216,8 @@ def _join():
     """
     import jax
 
-    given = {name: FLAGS[name].value
-             for name in ("coordinator_address", "num_processes", "process_id")}
-    missing = [name for name, value in given.items() if value is None]
+    names = "coordinator_address", "num_processes", "process_id"
+    missing = [name for name in names if FLAGS[name].value is None]
     if len(missing) in (1, 2):
         raise UserError(f"--{missing[0]} is missing: give --coordinator_address, --num_processes "
                         "and --process_id together, or none")
@@ -230,7 +229,8 @@ def _join():
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
-            **given, initialization_timeout=FLAGS.join_timeout,
+            FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id,
+            initialization_timeout=FLAGS.join_timeout,
             heartbeat_timeout_seconds=FLAGS.heartbeat_timeout,
             # Under Slurm jax would otherwise give each process one of its node's GPUs.
             cluster_detection_method=None if missing else "deactivate")
