@@ -17,7 +17,7 @@ from PIL import Image
 from ntm_jax import files
 from ntm_jax.api import Run
 from ntm_jax.data import pipeline, sources
-from ntm_jax.runtime import build, config, config_file, sharding
+from ntm_jax.runtime import arithmetic, build, config, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, state
 from tests import forked
@@ -72,11 +72,8 @@ def tiny_config(**overrides) -> config.Config:
 def setup(settings: config.Config):
     """(the evaluation split, the model, a mesh of the devices there are) of a configuration."""
     source = sources.open_source(settings.data.source, settings.evaluate.split)
-    return (
-        source,
-        build.make_model(settings, pipeline.spec(source, settings.data.patch_size)),
-        sharding.make_mesh(settings.mesh),
-    )
+    spec, mesh = pipeline.spec(source, settings.data.patch_size), sharding.make_mesh(settings.mesh)
+    return source, build.make_model(settings, spec, arithmetic.choose(mesh, spec.tokens)), mesh
 
 
 def as_run(settings: config.Config, model, mesh, params=None) -> Run:

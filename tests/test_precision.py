@@ -19,6 +19,7 @@ from jax._src.lax import lax
 from ntm_jax.analysis import compile, hlo
 from ntm_jax.core import denoising
 from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.transformer.arithmetic import PLAIN
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import measures, scoring
 from ntm_jax.export.write import programs
@@ -183,7 +184,7 @@ def test_a_denoisers_targets_are_exact_and_its_own_products_have_the_default_pre
 
 
 @pytest.mark.parametrize("options", [
-    {"remat": "full"}, {"scan": True}, {"remat": "narrow", "scan": True, "flat": False}])
+    {"remat": "full"}, {"scan": True}, {"remat": "narrow", "scan": True, "arithmetic": PLAIN}])
 def test_scanned_and_recomputed_layers_keep_the_precision(options):
     run = run_of("float32")
     model = exact(run.model.clone(config=dataclasses.replace(run.model.config, **options)))

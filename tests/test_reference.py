@@ -21,6 +21,7 @@ from ntm_jax.core import likelihood, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.data import sources
+from ntm_jax.runtime import cpu_arithmetic
 from ntm_jax.training import loop
 from tests import reference
 from tests.common import batch_of, tiny_config
@@ -36,7 +37,8 @@ MODELS = {
     "rotary": {},
     "classes_learned_grouped_scanned": {
         "num_classes": 3, "positions": "learned", "kv_heads": 2, "head_size": 4, "width": 24,
-        "transporter_layers": 2, "predictor_layers": 2, "scan": True, "flat": True},
+        "transporter_layers": 2, "predictor_layers": 2, "scan": True,
+        "arithmetic": cpu_arithmetic.arithmetic(tokens=6)},
     "direct_several_steps": {
         "head": "direct", "steps": (2, 4), "kv_heads": 1, "predictor_layers": 2,
         "transporter_blocks": 3},

@@ -29,7 +29,7 @@ class Backbone:
 
 
 def _transformer(config: ModelConfig, extra: Mapping[str, Any], attention: Callable) -> Velocity:
-    return Velocity(config, attention)
+    return Velocity(config)
 
 
 def _flux2(config: ModelConfig, extra: Mapping[str, Any], attention: Callable):
@@ -47,7 +47,7 @@ def _read_flux2(path: str, parameters):
 def _flow_map(config: ModelConfig, extra: Mapping[str, Any], attention: Callable):
     from ntm_jax.backbones import flow_map
 
-    return flow_map.FlowMap(config, attention)
+    return flow_map.FlowMap(config)
 
 
 BACKBONES = Registry("config.model.backbone", Backbone, {

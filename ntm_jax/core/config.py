@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
 
 POSITIONS = ("learned", "rotary")
 HEADS = ("direct", "preconditioned", "posterior")  # posterior: over a backbone
@@ -40,11 +41,11 @@ class ModelConfig:
     # Initial deviation of the transporter's table of positions: near 1, a token's position counts
     # as much as its content.
     transporter_positions_std: float = 0.02
-    flat: bool = False  # see layers.LayerConfig
     condition_width: int = 0  # E of vector conditions; 0 without
     condition_layers: int = 0  # of the network of vector conditions; see conditions.VectorNetwork
     condition_shift: bool = False  # subtracts a linear function of the vector; see NTM._centre
     precision: str | None = None  # of float32 products; see precision and exact
+    arithmetic: Arithmetic = PLAIN
 
     def __post_init__(self):
         for name, value, choices in (

@@ -72,7 +72,7 @@ def make_denoiser(model: NTM) -> Predictor:
 
     It predicts the clean image, level s = 0, from the teacher's latent u_0 at t_0.
     """
-    return Predictor(dataclasses.replace(model.config, transporter_blocks=0), model.attention)
+    return Predictor(dataclasses.replace(model.config, transporter_blocks=0))
 
 
 def denoise(denoiser: Predictor, params, u_0, t_0, steps: int, y):

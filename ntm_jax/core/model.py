@@ -16,7 +16,6 @@ from ntm_jax.core.flow_matching import Posterior
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import LOG_2PI, log_normal, per_example
 from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.attention import plain_attention
 from ntm_jax.core.transformer.conditions import VectorNetwork
 from ntm_jax.core.transformer.precision import at_config_precision
 from ntm_jax.core.transporter import TOLERANCE, Transporter
@@ -49,12 +48,11 @@ class NTM(nn.Module):
     """A Normalizing Trajectory Model: p(x_0..x_T) = N(x_T; 0, I) prod_k p(x_k | x_{k+1})."""
 
     config: ModelConfig
-    attention: Any = plain_attention
     backbone: Any = None  # of the posterior head; see core.flow_matching
 
     def setup(self):
         if self.config.transporter_blocks:
-            self.transporter = Transporter(self.config, self.attention)
+            self.transporter = Transporter(self.config)
         if self.config.condition_shift:
             c = self.config
             self.shift = layers.dense(c.tokens * c.dim, (None, None), jnp.float32, "shift", scale=0)
@@ -62,7 +60,7 @@ class NTM(nn.Module):
             self.features = VectorNetwork(min(self.config.width, 512), self.config.condition_layers)
         posterior = self.config.head == "posterior"
         self.predictor = (Posterior(self.config, self.backbone) if posterior
-                          else Predictor(self.config, self.attention))
+                          else Predictor(self.config))
 
     def transport(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] < 1 -> (u [B, N, D], log|det du/dx| [B])."""

@@ -7,8 +7,6 @@ Symbols: B batch (levels folded in), N tokens, D token channels, W width, M text
 target's level, t = t_{k+1} the input's.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -30,7 +28,6 @@ class Trunk(nn.Module):
     """The deep transformer without a head. Text tokens precede the image's tokens."""
 
     config: ModelConfig
-    attention: Any
 
     def hidden(self, u, times, embed_steps, steps, y):
         """Last hidden states [B, N, W] of u [B, N, D] at the levels `times`, a tuple of [B].
@@ -40,7 +37,8 @@ class Trunk(nn.Module):
         c = self.config
         positions = layers.Positions(c.positions, c.grid, c.width, c.head_size, name="positions")
         table, angles = positions()
-        embed = layers.dense(c.width, (None, "embed"), c.dtype, "embed", rows=c.flat)
+        embed = layers.dense(c.width, (None, "embed"), c.dtype, "embed",
+                             product=c.arithmetic.product)
         hidden = embed(u) + table
         keys = None
         if c.text_width:
@@ -50,8 +48,8 @@ class Trunk(nn.Module):
         modulation = condition(times, steps, y)
         stack = layers.Stack(layers.LayerConfig(
             depth=c.predictor_layers, head_size=c.head_size, kv_heads=c.kv_heads,
-            mlp_ratio=c.mlp_ratio, causal=False, dtype=c.dtype, attention=self.attention,
-            flat=c.flat), c.remat, c.scan, name="stack")
+            mlp_ratio=c.mlp_ratio, causal=False, dtype=c.dtype, arithmetic=c.arithmetic),
+            c.remat, c.scan, name="stack")
         hidden = stack(hidden.astype(c.dtype), modulation, angles, keys)
         return layers.norm(c.dtype, "norm", learned=True)(hidden[:, -c.tokens :])
 
@@ -103,7 +101,8 @@ class Predictor(Trunk):
         variance, spread = self.spread(t_)
         hidden = self.hidden(u / jnp.sqrt(variance), (t, s), len(c.steps) > 1, steps, y)
         project = layers.dense(
-            2 * c.dim, ("embed", None), c.dtype, "project", scale=0, rows=c.flat)
+            2 * c.dim, ("embed", None), c.dtype, "project", scale=0,
+            product=c.arithmetic.product)
         output = project(hidden).astype(jnp.float32)
         value, log_scale = jnp.split(output, 2, -1)
         log_scale = bounded(log_scale)

@@ -30,23 +30,23 @@ class Block(nn.Module):
 
     config: ModelConfig
     reverse: bool
-    attention: Any
 
     def setup(self):
         c, width = self.config, self.config.transporter_width
         dtype = c.transporter_dtype
-        self.embed = layers.dense(width, (None, "embed"), dtype, "embed", rows=c.flat)
+        product = c.arithmetic.product
+        self.embed = layers.dense(width, (None, "embed"), dtype, "embed", product=product)
         init = layers.partitioned(("embed",), nn.initializers.normal, 0.02)
         self.start = self.param("start", init, (width,))
         self.positions = layers.Positions(
             c.positions, c.grid, width, c.head_size, c.transporter_positions_std)
         self.stack = layers.Stack(layers.LayerConfig(
             depth=c.transporter_layers, head_size=c.head_size, kv_heads=c.kv_heads,
-            mlp_ratio=c.mlp_ratio, causal=True, dtype=dtype, attention=self.attention,
-            flat=c.flat), c.remat, c.scan)
+            mlp_ratio=c.mlp_ratio, causal=True, dtype=dtype, arithmetic=c.arithmetic),
+            c.remat, c.scan)
         self.norm = layers.norm(dtype, "norm", learned=True)
         self.project = layers.dense(
-            2 * c.dim, ("embed", None), dtype, "project", scale=0, rows=c.flat)
+            2 * c.dim, ("embed", None), dtype, "project", scale=0, product=product)
 
     def _order(self, x):
         """x, with its tokens on axis -2, in the block's own order, or back from it."""
@@ -204,14 +204,13 @@ class Transporter(nn.Module):
     """
 
     config: ModelConfig
-    attention: Any
 
     def setup(self):
         c = self.config
         self.condition = Condition(
             c.transporter_width, c.num_classes, len(c.steps) > 1, embed_text=c.transporter_text,
             vector_width=c.condition_width)
-        self.blocks = [Block(c, i % 2 == 1, self.attention) for i in range(c.transporter_blocks)]
+        self.blocks = [Block(c, i % 2 == 1) for i in range(c.transporter_blocks)]
 
     @at_config_precision
     def __call__(self, x, t, steps, y):

@@ -1,4 +1,4 @@
-"""Attention chosen by the mesh's devices: splash on TPU, cuDNN on NVIDIA, else XLA's products.
+"""Attention by kernels of accelerators: splash on TPU, cuDNN on NVIDIA.
 
 An attention has the signature of plain_attention in core/transformer, and is sharded over the mesh.
 Shapes and dtypes that a kernel does not support use plain attention.
@@ -15,13 +15,12 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ntm_jax.core.transformer.attention import blockwise_attention, plain_attention
+from ntm_jax.core.transformer.attention import plain_attention
 from ntm_jax.core.transformer.precision import own_precision, precision
 from ntm_jax.runtime import sharding
 
 QUERIES = PartitionSpec(*sharding.BATCH, "sequence", "tensor")
 KEYS = PartitionSpec(*sharding.BATCH, None, "tensor")
-BLOCKWISE_TOKENS = 256  # from which blocks are faster on a CPU
 SPLASH_BLOCKS = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
                  "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
 
@@ -63,15 +62,6 @@ class Attention:
             fits = size % 8 == 0 and size <= 128
             supported = divides and axes["sequence"] == 1 and half and fits
         return self.kind if supported else "plain"
-
-
-def choose(mesh, tokens: int):
-    """The attention for a mesh, by the platform of its devices and the number of tokens."""
-    kind = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(mesh.devices.flat[0].platform)
-    if kind:
-        return Attention(kind, mesh)
-    many = tokens >= BLOCKWISE_TOKENS and mesh.shape["sequence"] == 1
-    return blockwise_attention if many else plain_attention
 
 
 def _keep_precision(attend, q, *others):

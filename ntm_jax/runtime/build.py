@@ -16,7 +16,7 @@ from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.flow_matching import BackboneError
 from ntm_jax.core.model import NTM
 from ntm_jax.core.predictor import Predictor
-from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
 from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
@@ -24,7 +24,7 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 
 
-def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM:
+def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -> NTM:
     """The model of a configuration for data of a shape. Raises UserError where they do not fit."""
     settings = dataclasses.asdict(config.model)
     condition, dtype = settings.pop("condition"), jnp.dtype(settings.pop("dtype"))
@@ -45,30 +45,31 @@ def make_model(config: Config, spec: DataSpec, attention=plain_attention) -> NTM
             num_classes=spec.num_classes if condition == "class" else 0,
             text_width=spec.text_width if condition == "text" else 0,
             condition_width=spec.condition_width if condition == "vector" else 0,
-            dtype=dtype, transporter_dtype=dtype,
-            flat=not config.model.scan and config.mesh.sequence == 1)
+            dtype=dtype, transporter_dtype=dtype, arithmetic=arithmetic)
     except ValueError as error:
         raise UserError(f"config.{error}") from None
     if model_config.head != "posterior":
-        return NTM(model_config, attention)
-    built = backbone.build(model_config, settings, attention)
+        return NTM(model_config)
+    built = backbone.build(model_config, settings, arithmetic.attention)
     if not isinstance(built, nn.Module):
         raise UserError(f"config.model.backbone={config.model.backbone} builds a "
                         f"{type(built).__name__}: expected its build function to return a "
                         "flax.linen.Module")
-    return NTM(model_config, attention, built)
+    return NTM(model_config, built)
 
 
 def plain(model):
-    """The same model with plain attention and no rematerialisation.
+    """The same model with plain arithmetic and no rematerialisation.
 
     Counting its FLOPs counts the model's own, and its exported program holds no custom kernel.
     """
     changes = {}
     if hasattr(getattr(model, "config", None), "remat"):
         changes["config"] = dataclasses.replace(model.config, remat="none")
-    if hasattr(model, "attention"):
-        changes["attention"] = plain_attention
+    if isinstance(getattr(model, "config", None), ModelConfig):
+        changes["config"] = dataclasses.replace(changes["config"], arithmetic=PLAIN)
+    if hasattr(model, "attention"):  # a backbone's
+        changes["attention"] = PLAIN.attention
     if getattr(model, "backbone", None):
         changes["backbone"] = plain(model.backbone)
     return model.clone(**changes)

@@ -17,7 +17,7 @@ from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, shown
-from ntm_jax.runtime import attention, build, checkpoint, config_file, sharding
+from ntm_jax.runtime import arithmetic, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config, Mesh
 
@@ -131,7 +131,7 @@ def untrained(config: Config, spec: DataSpec, mesh, workdir: str = "") -> Run:
 
     Raises UserError where the model does not fit the data.
     """
-    model = build.make_model(config, spec, attention.choose(mesh, spec.tokens))
+    model = build.make_model(config, spec, arithmetic.choose(mesh, spec.tokens))
     model = make_denoiser(model) if config.teacher else model
     return Run(config, spec, model, None, 0, mesh, workdir)
 

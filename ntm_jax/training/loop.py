@@ -21,7 +21,7 @@ from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, flops, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
 from ntm_jax.runtime.config import Config
-from ntm_jax.runtime.processes import locked, require_same_everywhere
+from ntm_jax.runtime.processes import job, workdir
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
 from ntm_jax.training import finetune, frozen, objectives, pictures, state
 from ntm_jax.training.metrics import MetricsReporter
@@ -53,7 +53,8 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     Returns the trained run and its evaluation, or None when stopped early.
     """
     folder = files.expanded(folder)
-    require_same_everywhere(configuration.flatten(config.raw) | {"--workdir": folder})
+    workdir.check(folder)
+    job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
     options = _Options(progress, until, tracer, find_writers(writers))
     mesh = sharding.make_mesh(config.mesh)
     objective = objectives.checked(config)
@@ -71,12 +72,14 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     config_file.claim(folder, config, spec)  # refuses before anything is written
     use = objective.rollout_use
     rollouts = Rollouts(run, source, use) if use else None  # may train and keep a classifier
-    with locked(folder):
+    with workdir.owned(folder):
         with contextlib.ExitStack() as stack:
             if rollouts:
                 stack.callback(rollouts.close)
             loop = _start(run, teacher, source, held_out, rollouts, options, stack)
-            if not loop.train():
+            done = loop.train()
+            job.restore_interrupts()
+            if not done:
                 return None
             drawn = [*loop.draw(config.train.steps), *loop.drawn_change()]
             loop.writer.message(f"trained to step {config.train.steps}; evaluating")
@@ -145,7 +148,9 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
     for line in (source.skipped, *changes):
         if line:
             writer.message(line)
-    stop = stack.enter_context(StopRequest())
+    stop = StopRequest()
+    if not job.several():  # in a job of several processes jax catches SIGTERM for all of them
+        stack.enter_context(stop)
     restored = None
     if isinstance(current, state.StateWithSamples):
         restored, current = current.samples, current.without_samples()
@@ -232,7 +237,8 @@ class _Loop:
         last = total if self.until is None else min(total, self.until)
         for step in range(self.start, total + 1):
             # The processes agree on one step, at which they must ask; the cycle may end later.
-            self.stopping = self.stopping or step >= last or self.stop.agreed(step)
+            self.stopping = (self.stopping or step >= last or self.stop.asked
+                             or job.stop_agreed(step))
             ending = self.stopping and step % self.cycle == 0
             if step > self.start:
                 self._evaluate_and_save(step, ending)
@@ -300,7 +306,7 @@ class _Loop:
         if not train.save_minutes or step % self.cycle:
             return False
         due = time.perf_counter() - self.saved >= 60 * train.save_minutes
-        if jax.process_count() == 1:
+        if not job.several():
             return due
         # The processes wait for each other here, so they ask rarely.
         return step % train.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
@@ -344,12 +350,12 @@ class _Loop:
         except UserError as error:
             if current == self.start:
                 raise
-            if jax.process_count() == 1:
+            if not job.several():
                 self._write_last(current)
                 self._save(current, batch or _Batch({}, position, None))
                 raise
             self.unread = error
-        if jax.process_count() > 1:
+        if job.several():
             complete = sharding.flag_by_process(self.unread is None, self.run.mesh)
         arrays, samples = sharding.to_global(self.local, self.run.mesh), None
         if self.rollouts:

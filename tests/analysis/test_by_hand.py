@@ -11,7 +11,6 @@ import pytest
 
 from ntm_jax.analysis import compile
 from ntm_jax.analysis.memory import bytes_per_chip
-from ntm_jax.core.transformer.attention import plain_attention
 from ntm_jax.data import pipeline
 from ntm_jax.runtime import build, config, flops, sharding
 from ntm_jax.runtime.run import Run
@@ -55,7 +54,7 @@ def planned(request):
     mesh = config.Mesh(slices=1, data=1, fsdp=1, tensor=1, sequence=1)
     settings = dataclasses.replace(settings, mesh=mesh)
     spec = pipeline.spec(compile.open_data(settings), settings.data.patch_size)
-    model = build.plain(build.make_model(settings, spec, plain_attention))
+    model = build.plain(build.make_model(settings, spec))
     run = Run(settings, spec, model, None, 0, sharding.make_mesh(mesh, jax.devices()[:1]))
     return run, SIZES[request.param]
 

@@ -19,11 +19,11 @@ from ntm_jax.analysis import compile, hlo
 from ntm_jax.analysis import report as report_of
 from ntm_jax.analysis.hlo.arrays import largest
 from ntm_jax.analysis.memory import advice, bytes_per_chip, check_fits, out_of_memory, saved
-from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.core.transformer.arithmetic import Arithmetic
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
-from ntm_jax.runtime import attention, build, chips, config, flops, sharding
+from ntm_jax.runtime import arithmetic, attention, build, chips, config, flops, sharding
 from ntm_jax.runtime.chips import gpu
 from ntm_jax.runtime.chips.gpu import CARDS
 from ntm_jax.runtime.chips.tpu import CHIPS
@@ -274,7 +274,7 @@ def test_amounts_have_a_prefix_of_any_size(value, text):
 def test_an_exact_program_is_at_highest(tmp_path, monkeypatch):
     """And float32 numbers are attended to without cuDNN's kernel."""
     monkeypatch.setattr(
-        attention, "choose", lambda mesh, tokens: attention.Attention("cudnn", mesh))
+        arithmetic, "choose", lambda mesh, tokens: Arithmetic(attention.Attention("cudnn", mesh)))
     found = compile.compile_for(small(), "cpu:1", "evaluate", str(tmp_path / "texts"))
     assert "evaluate, plain attention, remat none, global batch 297" in report_of.table(found)
     assert set(found["flops_by_precision_per_chip"]["transporter"]) == {"highest"}
@@ -329,8 +329,8 @@ def test_a_scan_counts_as_often_as_its_body_runs():
     ("train", {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}),
     ("sample", {"__cudnn$fmhaSoftmax"})])
 def test_programs_lower_for_nvidia_with_cudnns_attention(monkeypatch, program, kernels):
-    monkeypatch.setattr(attention, "choose",
-                        lambda mesh, tokens: attention.Attention("cudnn", mesh))
+    monkeypatch.setattr(arithmetic, "choose",
+                        lambda mesh, tokens: Arithmetic(attention.Attention("cudnn", mesh)))
     settings = small(**{"model.dtype": "bfloat16", "sample.inverse": "sequential"})
     with gpu.cudnn_assumed():
         run = planned_run(settings)
@@ -514,7 +514,7 @@ def test_the_experiments_shapes_are_those_of_the_method():
         spec = pipeline.spec(compile.open_data(settings), settings.data.patch_size)
         assert (spec.tokens, spec.dim) == (256, 32)
         settings = dataclasses.replace(settings, mesh=MESH)
-        model, mesh = build.make_model(settings, spec, plain_attention), sharding.make_mesh(MESH)
+        model, mesh = build.make_model(settings, spec), sharding.make_mesh(MESH)
         run = Run(settings, spec, model, None, 0, mesh)
         assert parameters_of(run) == pytest.approx(billions * 1e9, rel=0.03)
         optimizer.make(settings.optimizer, settings.train.steps)

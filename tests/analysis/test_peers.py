@@ -12,7 +12,7 @@ from ntm_jax.analysis import peers
 from ntm_jax.analysis.peers import compare
 from ntm_jax.analysis.peers.work import Peer, Sizes
 from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.core.transformer.arithmetic import PLAIN
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops
 from tests.common import python
@@ -123,7 +123,7 @@ def test_flops_of_a_layer():
     sizes = Sizes(images=3, tokens=16, width=32, head=8, blocks=1, layers=1)
     stack = layers.Stack(layers.LayerConfig(
         depth=1, head_size=8, kv_heads=4, mlp_ratio=4, causal=True, dtype=np.float32,
-        attention=plain_attention, flat=True), remat="none", scan=False)
+        arithmetic=PLAIN), remat="none", scan=False)
     x, modulation = np.zeros((3, 16, 32), np.float32), np.zeros((3, 6, 32), np.float32)
     counted = flops.count(
         lambda: stack.init_with_output(jax.random.key(0), x, modulation)[0])

@@ -7,12 +7,11 @@ import pytest
 
 from ntm_jax.backbones import flow_map
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.transformer.attention import plain_attention
 from tests.core.conftest import TINY
 
 R = TINY["data_std"]
 CONFIG = ModelConfig(**(TINY | {"head": "posterior"}))
-MAP = flow_map.FlowMap(CONFIG, plain_attention)
+MAP = flow_map.FlowMap(CONFIG)
 X = np.random.default_rng(0).normal(size=(2, 6, 2)).astype(np.float32)
 Y = np.zeros(2, np.int32)
 

@@ -136,10 +136,10 @@ class Tiny(Bound):
 
     @property
     def transporter(self) -> Bound:
-        return Bound(Transporter(self.config, self.module.attention), self.weights["transporter"])
+        return Bound(Transporter(self.config), self.weights["transporter"])
 
     def block(self, index: int) -> Bound:
-        block = Block(self.config, index % 2 == 1, self.module.attention)
+        block = Block(self.config, index % 2 == 1)
         return Bound(block, self.weights["transporter"][f"blocks_{index}"])
 
     def inputs(self, batch: int = 2, steps: int | None = None, seed: int = 1) -> Inputs:

@@ -15,12 +15,11 @@ import pytest
 from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
-from ntm_jax.core.transformer.attention import plain_attention
 from tests.core.conftest import TINY, Tiny, _inputs, _new_weights, _random_weights, compiled
 
 R = TINY["data_std"]
 CONFIG = ModelConfig(**(TINY | {"head": "posterior", "num_classes": 2}))
-MODEL = NTM(CONFIG, backbone=flow_matching.Velocity(CONFIG, plain_attention))
+MODEL = NTM(CONFIG, backbone=flow_matching.Velocity(CONFIG))
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,14 @@
 import functools
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core.transformer import attention, layers
-from ntm_jax.core.transformer.attention import (
-    blockwise_attention,
-    plain_attention,
-    rotary_2d,
-    rotate,
-)
+from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
+from ntm_jax.core.transformer.attention import plain_attention, rotary_2d, rotate
 from tests.core.conftest import compiled, random_parameters
 
 
@@ -51,36 +46,6 @@ def test_attention_by_its_formula(kv_heads, kind):
         np.testing.assert_allclose(out[i], attend(q[i], k[i], v[i], allowed), atol=2e-6)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
-def test_blockwise_attention_is_plain_attention(causal, masked):
-    """With tokens that four does not divide; and so are the gradients."""
-    arrays = normal(0, 2, 18, 4, 8), normal(1, 2, 18, 2, 8), normal(2, 2, 18, 2, 8)
-    keys = np.random.default_rng(3).random((2, 18)) < 0.7 if masked else None
-    if masked:
-        keys[:, 0] = True  # every query sees a key
-
-    def run(attention):
-        def value(*arrays):
-            y = attention(*arrays, causal=causal, keys=keys)
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(*arrays)
-
-    (_, found), gradients = run(blockwise_attention)
-    (_, expected), expected_gradients = run(plain_attention)
-    for a, b in zip((found, *gradients), (expected, *expected_gradients), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)  # float32 sums of 18 terms, in another order
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_blockwise_attention_takes_fewer_tokens_than_blocks(tokens):
-    q, k, v = (normal(i, 2, tokens, 2, 8) for i in range(3))
-    found, expected = (attention(q, k, v, causal=True)
-                       for attention in (blockwise_attention, plain_attention))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
 def test_rotation_keeps_lengths_and_depends_only_on_relative_positions():
     grid, size = (4, 5), 8
     angles = rotary_2d(grid, size)
@@ -101,7 +66,7 @@ def stack(causal=True, **changes):
     options = {"remat": "none", "scan": False} | {
         name: changes.pop(name) for name in ("remat", "scan") if name in changes}
     sizes = {"depth": 3, "head_size": 4, "kv_heads": 2, "mlp_ratio": 2, "causal": causal,
-             "dtype": jnp.float32, "attention": plain_attention, "flat": False}
+             "dtype": jnp.float32, "arithmetic": PLAIN}
     return layers.Stack(layers.LayerConfig(**(sizes | changes)), **options)
 
 
@@ -147,7 +112,7 @@ def test_a_layer_is_traced_once(stacked):
         return plain_attention(*arguments, **options)
 
     for scan in (False, True):
-        jax.eval_shape(stack(scan=scan, attention=attention).apply, *stacked)
+        jax.eval_shape(stack(scan=scan, arithmetic=Arithmetic(attention)).apply, *stacked)
         assert len(traced) == 1
         traced.clear()
 
@@ -196,85 +161,6 @@ def test_a_layer_adds_its_own_table_to_the_shared_modulation(stacked):
     np.testing.assert_allclose(run(jnp.broadcast_to(shift, (3, 6, 16))), expected, atol=2e-5)
     one = jnp.zeros((3, 6, 16)).at[1].set(shift)
     assert jnp.abs(run(one) - expected).max() > 1e-2
-
-
-def test_rows_change_no_number():
-    x = normal(0, 2, 3, 8)
-    modules = [layers.dense(5, ("embed", "mlp"), jnp.float32, "a", rows=rows)
-               for rows in (False, True)]
-    params = modules[0].init(jax.random.key(0), x)
-    # float32 sums of eight terms
-    np.testing.assert_allclose(modules[1].apply(params, x), modules[0].apply(params, x), atol=1e-6)
-    gradients = [jax.grad(lambda params, m=m: jnp.square(m.apply(params, x)).sum())(params)
-                 for m in modules]
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *gradients)
-
-
-@pytest.mark.parametrize("columns", [3, 5, 7])  # of a kernel of 5 rows
-def test_the_gradients_of_rows_are_those_of_a_product(columns):
-    x, kernel, weight = normal(0, 2, 4, 5), normal(1, 5, columns), normal(2, 2, 4, columns)
-    rows = functools.partial(layers._rows_dot_general, dimensions=None)
-
-    def derivatives(product):
-        def loss(x, kernel):
-            return jnp.sum(weight * product(jnp.sin(x), kernel)**2)
-
-        return (jax.grad(loss, (0, 1))(x, kernel), jax.hessian(loss, (0, 1))(x, kernel),
-                jax.grad(loss)(x, kernel), jax.jacfwd(lambda x: product(x, kernel))(x))
-
-    # float32 sums of at most 40 terms
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-                 derivatives(rows), derivatives(jnp.matmul))
-
-
-def test_the_derivatives_of_attention_are_those_of_jax_softmax():
-    scores, weight = 3 * normal(0, 3, 5), normal(1, 3, 5)
-
-    def derivatives(softmax):
-        def loss(scores):
-            return jnp.sum(weight * softmax(scores)**2)
-
-        return softmax(scores), jax.grad(loss)(scores), jax.hessian(loss)(scores)
-
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-                 derivatives(attention._softmax), derivatives(jax.nn.softmax))
-
-
-def flax_rms_norm(x, scale):
-    return nn.RMSNorm().apply({"params": {"scale": scale}}, x)
-
-
-@pytest.mark.parametrize(("function", "expected", "shapes"), [
-    (layers._rms_norm, flax_rms_norm, [(2, 3, 2, 4), (4,)]),
-    (layers._layer_norm_on_cpu, layers._layer_norm, [(2, 3, 4)]),
-    (layers._gelu_on_cpu, nn.gelu, [(3, 8)]),
-])
-def test_functions_with_own_gradients_have_the_derivatives_of_flax(function, expected, shapes):
-    arrays = [2 * normal(i, *shape) for i, shape in enumerate(shapes)]
-    weight, every = normal(9, *shapes[0]), tuple(range(len(shapes)))
-
-    def derivatives(function):
-        def loss(*arrays):
-            return jnp.sum(weight * function(*arrays)**2)
-
-        return jax.jit(lambda *arrays: (
-            function(*arrays), jax.grad(loss, every)(*arrays), jax.hessian(loss, every)(*arrays),
-            jax.jacfwd(function, every)(*arrays)))(*arrays)
-
-    # float32, terms of up to 100
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
-                 derivatives(function), derivatives(expected))
-
-
-def test_gelu_and_its_gradient_are_exact_at_zero_and_far_from_it():
-    x = np.array([-1e6, -100, -20, -6, -1e-30, 0, 1e-30, 6, 20, 100, 1e6])
-    c = math.sqrt(2 / math.pi)
-    tanh = np.tanh(c * (x + 0.044715 * x**3))  # in float64
-    value = 0.5 * x * (1 + tanh)
-    gradient = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * c * (1 + 3 * 0.044715 * x**2)
-    found = jax.vmap(jax.value_and_grad(layers._gelu_on_cpu))(jnp.asarray(x, jnp.float32))
-    for actual, desired in zip(found, (value, gradient), strict=True):
-        np.testing.assert_allclose(actual, desired, rtol=1e-6, atol=1e-7)
 
 
 def test_learned_positions_have_a_row_for_each_token_and_rotary_ones_no_weights():

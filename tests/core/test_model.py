@@ -12,6 +12,7 @@ import pytest
 
 from ntm_jax.core.model import NTM, log_prior
 from ntm_jax.core.trajectory import LOG_2PI
+from ntm_jax.core.transformer.arithmetic import Arithmetic
 from tests.core.conftest import Bound
 
 RICH = {"num_classes": 2, "steps": (2, 3)}
@@ -232,7 +233,8 @@ def test_the_attention_is_an_argument(random, asked):
         calls.append(causal)
         return q
 
-    jax.eval_shape(NTM(random.config, attention).apply, random.params, *asked)
+    config = dataclasses.replace(random.config, arithmetic=Arithmetic(attention))
+    jax.eval_shape(NTM(config).apply, random.params, *asked)
     # the transporter's layers and the predictor's; a layer may be traced more than once
     assert set(calls) == {True, False}
 

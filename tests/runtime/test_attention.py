@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from ntm_jax.core.transformer.attention import blockwise_attention, plain_attention
+from ntm_jax.core.transformer.attention import plain_attention
 from ntm_jax.core.transformer.precision import precision
 from ntm_jax.runtime import attention, config, sharding
 from tests.common import python
@@ -126,19 +125,6 @@ def mesh_of(*shape):
 ])
 def test_plain_attention_serves_what_a_kernel_cannot(kind, mesh, shape, dtype, expected):
     assert attention.Attention(kind, mesh_of(*mesh)).kind_for(shape, jnp.dtype(dtype)) == expected
-
-
-@pytest.mark.parametrize(("platform", "expected"), [
-    ("tpu", "splash"), ("gpu", "cudnn"), ("cuda", "cudnn")])
-def test_the_kernel_is_chosen_by_the_devices(platform, expected):
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
-    assert attention.choose(mesh, 64).kind == expected
-
-
-def test_a_cpu_takes_blockwise_attention_for_many_tokens():
-    mesh = sharding.make_mesh(config.Mesh(1, -1, 1, 1, 1))
-    assert attention.choose(mesh, 256) is blockwise_attention
-    assert attention.choose(mesh, 255) is plain_attention
 
 
 if __name__ == "__main__":

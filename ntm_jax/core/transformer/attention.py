@@ -11,7 +11,7 @@ from ntm_jax.core.transformer.precision import own_precision, precision
 HIDDEN = -1e30  # the score of a key that a query may not attend to
 
 
-def plain_attention(q, k, v, *, causal: bool, keys=None):
+def plain_attention(q, k, v, *, causal: bool, keys=None, softmax=jax.nn.softmax):
     """softmax(q k^T / sqrt(C)) v, for q [B, N, H, C], k and v [B, M, G, C], where G divides H.
 
     keys: [B, M], the keys that queries may attend to; all by default.
@@ -20,26 +20,7 @@ def plain_attention(q, k, v, *, causal: bool, keys=None):
     if causal:
         before = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
         mask = before if mask is None else mask & before
-    return _attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask)
-
-
-def blockwise_attention(q, k, v, *, causal: bool, keys=None):
-    """plain_attention in four blocks of queries, for causal attention to many tokens on a CPU.
-
-    Fewer than four tokens are a block each. Each block attends to the keys up to its end only, so
-    later ones are not computed and masked.
-    """
-    tokens, blocks = q.shape[1], min(4, q.shape[1])
-    if not causal or tokens != k.shape[1]:
-        return plain_attention(q, k, v, causal=causal, keys=keys)
-    k, v, found = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), []
-    for i in range(blocks):
-        begin, end = tokens * i // blocks, tokens * (i + 1) // blocks
-        mask = jnp.tri(end - begin, end, begin, dtype=bool)[None, None]
-        if keys is not None:
-            mask &= keys[:, None, None, :end]
-        found.append(_attend(q[:, begin:end], k[:, :, :end], v[:, :, :end], mask))
-    return jnp.concatenate(found, 1)
+    return attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask, softmax)
 
 
 def attend_to_cache(q, cache, index):
@@ -48,38 +29,19 @@ def attend_to_cache(q, cache, index):
     cache: keys and values, [B, G, M, C] each, in the order in which the products read them.
     """
     k, v = cache
-    return _attend(q, k, v, (jnp.arange(k.shape[2]) <= index)[None, None, None])
+    return attend(q, k, v, (jnp.arange(k.shape[2]) <= index)[None, None, None])
 
 
-def _attend(q, k, v, mask):
-    """Attention of q [B, N, H, C] to k and v [B, G, M, C]; mask: [B or 1, 1, N or 1, M].
-
-    The heads come before the tokens, which on a CPU is up to 1.7 times as fast as jax.nn's order.
-    """
+def attend(q, k, v, mask, softmax=jax.nn.softmax):
+    """Attention of q [B, N, H, C] to k and v [B, G, M, C]; mask: [B or 1, 1, N or 1, M]."""
     batch, tokens, heads, size = q.shape
     q = jnp.swapaxes(q * size**-0.5, 1, 2).reshape(batch, k.shape[1], -1, tokens, size)
     with precision(own_precision(q.dtype)):
         scores = jnp.einsum("bgrnc,bgmc->bgrnm", q, k, preferred_element_type=jnp.float32)
         if mask is not None:
             scores = jnp.where(mask[:, None], scores, HIDDEN)
-        found = jnp.einsum("bgrnm,bgmc->bgrnc", _softmax(scores).astype(v.dtype), v)
+        found = jnp.einsum("bgrnm,bgmc->bgrnc", softmax(scores).astype(v.dtype), v)
     return jnp.swapaxes(found.reshape(batch, heads, tokens, size), 1, 2)
-
-
-@jax.custom_jvp
-def _softmax(scores):
-    """jax.nn.softmax, with a gradient that XLA's CPU backend computes in a third of the time.
-
-    Its derivative is written so that its transpose is y g - y sum(y g), which shares a product.
-    """
-    return jax.nn.softmax(scores)
-
-
-@_softmax.defjvp
-def _softmax_jvp(values, tangents):
-    probabilities, (tangent,) = _softmax(*values), tangents
-    mean = jnp.sum(probabilities * tangent, -1, keepdims=True)
-    return probabilities, probabilities * (tangent - mean)
 
 
 def rotary_2d(grid: tuple[int, int], head_size: int):
