@@ -17,27 +17,23 @@ flags.DEFINE_string("reward", None, "A reward, such as shapes; config.reward.nam
                     "default.")
 flags.DEFINE_float("min_reward", None, "The lowest reward of the samples that are kept.")
 flags.DEFINE_integer("batch", 500, "Samples at a time.", lower_bound=1)
-flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down; "
-                  "the configuration's by default.")
-flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
 flags.DEFINE_integer("seed", None, "Sample i of a seed is the same sample in any batch size.")
 flags.DEFINE_string("out", None, "A new folder, or that of the same call, stopped.")
 flags.mark_flags_as_required(["min_reward", "out"])
 
 
 def main():
-    from ntm_jax import api
     from ntm_jax.sampling.options import parse_guidance
     from ntm_jax.training.reward.collect import CollectRequest
 
     f = program.FLAGS
-    api.load(f.workdir, f.step).collect(f.out, CollectRequest(
+    program.load_run().collect(f.out, CollectRequest(
         num=f.num, min_reward=f.min_reward, reward=f.reward, batch=f.batch,
         guidance=parse_guidance(f.guidance), decoder=f.decoder, seed=f.seed))
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
-    program.define_decoder()
+    program.define_run()
+    program.define_sampling()
     program.define_processes()
     program.run(main)

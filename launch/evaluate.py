@@ -7,14 +7,10 @@ from absl import flags
 
 from . import program
 
-flags.DEFINE_integer("step", None, "The checkpoint's step, written to evaluation-STEP.json; the "
-                     "latest by default.")
 flags.DEFINE_string("split", None, "The split, such as test or train[1350:], written to "
                     "evaluation-SPLIT.json; the configuration's by default.")
 flags.DEFINE_integer("trajectories", None, "Trajectories a record for the importance-weighted "
                      "bound.", lower_bound=1)
-flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average, "
-                  "into evaluation-raw.json.")
 flags.DEFINE_string("against", None, "Another run's folder, or WORKDIR/checkpoints/STEP, to "
                     "compare with on the same records.")
 flags.DEFINE_bool("per_example", False, "Also writes the scores of every record, as parquet.")
@@ -41,7 +37,7 @@ def main():
     from ntm_jax.sampling.options import override, parse_guidance
 
     f = program.FLAGS
-    run = api.load(f.workdir, f.step, f.raw).selecting(f.candidates, f.judge, f.enough)
+    run = program.load_run().selecting(f.candidates, f.judge, f.enough)
     own_steps = run.config.sample.steps
     sample = override(run.config, steps=f.steps)
     config = run.config.with_sampling(steps=sample.steps).with_evaluation(
@@ -67,7 +63,7 @@ def main():
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
+    program.define_run(raw=True)
     program.define_processes()
     program.define_selection()
     program.run(main)

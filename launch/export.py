@@ -11,12 +11,8 @@ from absl import flags
 from . import program
 
 flags.DEFINE_string("out", None, "A new folder.")
-flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
-flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
 flags.DEFINE_integer("steps", None, "Number of steps T; the configuration's by default.",
                      lower_bound=1)
-flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down: "
-                  "1,0.5,0,0.")
 flags.DEFINE_string("push", None, "OWNER/NAME, a repository on the Hugging Face Hub to upload the "
                     "folder to; created if needed. Needs the extra [hub] and `hf auth login`.")
 flags.DEFINE_bool("private", False, "With --push: creates a private repository.")
@@ -37,8 +33,7 @@ def main():
         raise UserError("--private is of an upload, and there is none: give --push=OWNER/NAME")
     if repository is not None:
         publish.check(repository)  # before the work
-    run = api.load(f.workdir, f.step, f.raw)
-    run.export(f.out, f.steps, parse_guidance(f.guidance), f.decoder)
+    program.load_run().export(f.out, f.steps, parse_guidance(f.guidance), f.decoder)
     if repository is not None:
         try:
             print(f"pushed: {api.push(f.out, repository, f.private)}", flush=True)
@@ -48,8 +43,7 @@ def main():
 
 
 if __name__ == "__main__":
-    program.define_decoder()
-    program.define_workdir("A run's folder, or an export or hf://OWNER/NAME, for other settings "
-                           "of sampling.")
+    program.define_run(raw=True)
+    program.define_sampling()
     program.define_processes()
     program.run(main)

@@ -37,16 +37,7 @@ class ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
                 known = ", ".join(sorted(file.stem for file in EXPERIMENTS.glob("[!_]*.py")))
                 raise ValueError(f"expected one of {known}, or a file such as my_experiment.py")
             path = f"{file}{colon}{variant}"
-        elif _is_other_file(name):
-            raise ValueError("it is no experiment: expected a Python file with a function "
-                             "get_config, such as experiments/digits.py")
         return super().parse(path)
-
-
-def _is_other_file(name: str) -> bool:
-    """Whether a file is there that cannot be an experiment."""
-    path = pathlib.Path(name)
-    return path.is_file() and b"get_config" not in path.read_bytes()
 
 
 def define_config(required: bool = True, flag_values: flags.FlagValues = FLAGS):
@@ -80,11 +71,30 @@ def define_workdir(help_text: str):
     flags.mark_flag_as_required("workdir")
 
 
-def define_decoder():
-    """Defines the decoder of samples; see ntm_jax/decoders.py."""
+def define_run(raw: bool = False):
+    """Defines the flags of a trained run, which `load_run` reads; raw: also --raw."""
+    define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
+    flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default. Figures of "
+                         "another step are written to files that have it in their name.")
+    if raw:
+        flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
+
+
+def load_run():
+    """Returns the api.Run of --workdir, --step and, where it is defined, --raw."""
+    from ntm_jax import api
+
+    return api.load(FLAGS.workdir, FLAGS.step, "raw" in FLAGS and FLAGS.raw)
+
+
+def define_sampling():
+    """Defines the decoder and the guidance of samples."""
     flags.DEFINE_string(
         "decoder", None, "How the last level becomes an image: inverse, score or denoiser; or how "
         "a flow-matching model's ODE is solved: euler or heun. Or one of your own, with --import.")
+    flags.DEFINE_list(
+        "guidance", None, "Guidance scale w, or one for each step, from pure noise down: "
+        "1,0.5,0,0; the configuration's by default.")
 
 
 def define_selection():
@@ -128,17 +138,6 @@ def asked_step(run) -> int | None:
     return None if latest else run.step
 
 
-def span(name: str) -> tuple[int, int] | None:
-    """Returns the flag `name`, START:STOP, as two numbers; ends with one line if it is neither."""
-    value = FLAGS[name].value
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+):(\d+)", value)
-    if not match or int(match[1]) >= int(match[2]):
-        _fail(f"--{name}={value}: expected START:STOP, two numbers of steps, the first the smaller")
-    return int(match[1]), int(match[2])
-
-
 def _fail(message: str) -> typing.NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
@@ -155,11 +154,9 @@ def _import_modules(argv):
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            where = "" if at.filename.startswith("<") else f", at {at.filename}:{at.lineno}"
-            _fail(f"--import={name} cannot be imported ({type(error).__name__}: {error}{where}): "
-                  f"expected a module in {os.getcwd()} or of an installed package")
+        except ImportError as error:
+            _fail(f"--import={name} cannot be imported ({error}): expected a module in "
+                  f"{os.getcwd()} or of an installed package")
 
 
 def _settings() -> str:
@@ -177,8 +174,8 @@ def _settings() -> str:
 
 
 def _parse(argv):
+    _import_modules(argv)
     try:
-        _import_modules(argv)
         rest = FLAGS(argv)
         if "config" in FLAGS and FLAGS.config:
             FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use

@@ -13,8 +13,6 @@ flags.DEFINE_integer("num", None, "Number of images; the configuration's by defa
                      lower_bound=1)
 flags.DEFINE_integer("batch", 500, "Images at a time.", lower_bound=1)
 flags.DEFINE_integer("steps", None, "Number of steps T.", lower_bound=1)
-flags.DEFINE_list("guidance", None, "Guidance scale w, or one for each step, from pure noise down: "
-                  "1,0.5,0,0.")
 flags.DEFINE_list("labels", None, "Classes, by name or number, repeated over the images in "
                   "turn; all by default.")
 flags.DEFINE_multi_string("prompts", None, "A prompt, a file with one a line or .jsonl with "
@@ -28,7 +26,6 @@ flags.DEFINE_string("encoder", None, "The prompts' text encoder, such as flux2:F
                     "folder has moved; the run's by default.")
 flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the transporter is "
                   "inverted: all tokens at once or in turn.")
-flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default.")
 flags.DEFINE_integer("seed", None, "Image i of a seed is the same image in any batch size.")
 flags.DEFINE_string("out", None, "A new folder, or that of the same call, stopped; WORKDIR/samples "
                     "by default.")
@@ -44,7 +41,6 @@ flags.DEFINE_bool("save_trajectories", False, "Also writes every image's levels 
 
 
 def main():
-    from ntm_jax import api
     from ntm_jax.errors import UserError
     from ntm_jax.sampling import prompts
     from ntm_jax.sampling.conditioning import parse_vectors
@@ -60,7 +56,7 @@ def main():
     if texts and f.num not in (None, number):
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
                         "it out, or change --per_prompt")
-    run = api.load(f.workdir, f.step).selecting(f.candidates, f.judge, f.enough)
+    run = program.load_run().selecting(f.candidates, f.judge, f.enough)
     run.write_samples(f.out or f"{run.workdir}/samples", SampleRequest(
         num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
         prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
@@ -70,8 +66,8 @@ def main():
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
-    program.define_decoder()
+    program.define_run()
+    program.define_sampling()
     program.define_processes()
     program.define_selection()
     program.run(main)

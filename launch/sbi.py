@@ -10,8 +10,6 @@ from absl import flags
 
 from . import program
 
-flags.DEFINE_integer("step", None, "The checkpoint's step, written to sbi-STEP.json; the latest by "
-                     "default.")
 flags.DEFINE_integer("observations", 10, "Observations of the benchmark that are scored.",
                      lower_bound=1, upper_bound=10)
 flags.DEFINE_integer("samples", 10_000, "Samples of each that are compared with its reference.",
@@ -26,15 +24,13 @@ flags.DEFINE_integer("draws", 100, "Draws of the posterior of each of these.", l
 
 
 def main():
-    from ntm_jax import api
     from ntm_jax.evaluation.posteriors.benchmark import Amounts, benchmark, write_benchmark
 
-    f = program.FLAGS
-    run = api.load(f.workdir, f.step)
+    f, run = program.FLAGS, program.load_run()
     amounts = Amounts(f.observations, f.samples, f.weighted, f.simulations, f.draws)
     write_benchmark(*benchmark(run, amounts, run.workdir), run.workdir, program.asked_step(run))
 
 
 if __name__ == "__main__":
-    program.define_workdir("A run's folder or an export, of data.source=sbi:TASK.")
+    program.define_run()
     program.run(main)

@@ -3,9 +3,12 @@
 The same command resumes a stopped run.
 """
 
+import re
 import sys
 
 from absl import flags
+
+from ntm_jax.errors import UserError
 
 from . import program
 
@@ -19,15 +22,25 @@ flags.DEFINE_multi_string("writer", [], "Also sends the metrics and pictures the
 
 
 def main():
-    from etils import epath
-
     from ntm_jax import api
-    from ntm_jax.analysis.profile import Trace
 
-    f, span = program.FLAGS, program.span("profile")
-    tracer = Trace(epath.Path(f.workdir) / "profile", span) if span else None
+    f = program.FLAGS
+    tracer = _tracer(f.profile, f.workdir) if f.profile else None
     if not api.train(program.read_config(f.workdir), f.workdir, tracer=tracer, writers=f.writer):
         sys.exit(f.stop_status)
+
+
+def _tracer(span: str, workdir: str):
+    """Returns what traces the steps START:STOP of a run."""
+    from etils import epath
+
+    from ntm_jax.analysis.profile import Trace
+
+    match = re.fullmatch(r"(\d+):(\d+)", span)
+    if not match or int(match[1]) >= int(match[2]):
+        raise UserError(f"--profile={span}: expected START:STOP, two numbers of steps, the first "
+                        "the smaller")
+    return Trace(epath.Path(workdir) / "profile", (int(match[1]), int(match[2])))
 
 
 if __name__ == "__main__":

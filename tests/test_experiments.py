@@ -154,17 +154,11 @@ def test_an_experiment_that_sets_an_unknown_key_is_refused(tmp_path):
     assert "own.py sets widht, which is not a setting. Did you mean \"width\"" in message
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "No module named 'module_of_a_test'"),
-    ("f = lambda: 1 / 0\nf()", "(ZeroDivisionError: division by zero, at "),
-])
-def test_a_module_that_cannot_be_imported_is_one_line(content, message, tmp_path):
-    if content:
-        (tmp_path / "module_of_a_test.py").write_text(content)
+def test_a_module_that_cannot_be_imported_is_one_line(tmp_path):
     found = refusal("--config=digits", "--import=module_of_a_test", cwd=tmp_path)
-    assert found.startswith("error: --import=module_of_a_test cannot be imported (")
-    assert message in found
-    assert f"expected a module in {tmp_path} or of an installed package" in found
+    assert found == (
+        "error: --import=module_of_a_test cannot be imported (No module named 'module_of_a_test'): "
+        f"expected a module in {tmp_path} or of an installed package\n")
 
 
 def test_modules_are_imported_in_turn_before_the_experiment(tmp_path):

@@ -141,7 +141,6 @@ MISTAKES = {
     "unknown flag": (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
     "no such experiment": (
         ["--config=experiments/digis.py"], "--config=experiments/digis.py cannot be read"),
-    "not an experiment": (["--config=README.md"], "--config=README.md: it is no experiment: "),
     "no such variant": (
         ["--config=experiments/digits.py:cats"],
         "digits.py:cats is not a variant: expected ntm or gaussian"),
