@@ -4,6 +4,8 @@ import errno
 import re
 import sys
 
+from ntm_jax.errors import UserError
+
 FOLDER = "a file stands where a folder is needed: give another folder"
 REMEDIES = {
     errno.ENOSPC: "free disk space there",
@@ -67,7 +69,19 @@ def _config_flag() -> str:
     return next((a for a in sys.argv if re.match(r"--?config=", a)), "--config")
 
 
-def of_the_file_system(error: OSError) -> str | None:
+def of_a_program(error: Exception) -> str | None:
+    """Returns the line for a mistake, a file system that fails or too little memory.
+
+    None for another error, which is a bug.
+    """
+    if isinstance(error, OSError):
+        line = _of_the_file_system(error)
+    else:
+        line = str(error) if isinstance(error, UserError) else _of_memory(error)
+    return line and " ".join(line.split())
+
+
+def _of_the_file_system(error: OSError) -> str | None:
     """Returns the line for an error of the file system, None for another error."""
     if error.errno not in REMEDIES or isinstance(error, ConnectionError):
         return None
@@ -76,7 +90,7 @@ def of_the_file_system(error: OSError) -> str | None:
         "written before is intact, and the same command goes on once that is mended")
 
 
-def of_memory(error: Exception) -> str | None:
+def _of_memory(error: Exception) -> str | None:
     """Returns the line for too little memory, None for another error."""
     if isinstance(error, MemoryError):
         return f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"

@@ -1,12 +1,15 @@
 """What every program starts with: flags, and mistakes that end in one line with status 2."""
 
+import faulthandler
 import gc
-import importlib
+import glob
+import importlib.util
 import os
 import pathlib
 import re
 import sys
 import textwrap
+import time
 import traceback
 import typing
 
@@ -113,17 +116,14 @@ def define_selection():
 def define_processes():
     """Defines how the processes of a job find each other; TPU hosts need none of these flags."""
     flags.DEFINE_string(
-        "coordinator_address", None, "HOST:PORT of process 0, for a job of several processes. "
-        "Processes that were started differently, or find the port taken, end within 10 s, with "
-        "status 2.")
+        "coordinator_address", None, "HOST:PORT of process 0, for a job of several processes.")
     flags.DEFINE_integer("num_processes", None, "Number of processes in the job.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
     flags.DEFINE_integer(
-        "join_timeout", 300, "Seconds to wait for all processes to start; then all end, with "
-        "status 2.", lower_bound=1)
+        "join_timeout", 300, "Seconds to wait for all processes to start.", lower_bound=1)
     flags.DEFINE_integer(
-        "heartbeat_timeout", 60, "Seconds after which a silent process counts as dead. The others "
-        "end within 10 s more, with status 1 or -6 (134 in a shell).", lower_bound=1)
+        "heartbeat_timeout", 60, "Seconds after which a silent process counts as lost. jax "
+        "then aborts the others, with status 134 in a shell.", lower_bound=1)
     flags.DEFINE_string(
         "compilation_cache", None, "Folder that keeps compiled programs for later runs, by default "
         "that of JAX_COMPILATION_CACHE_DIR, or else ~/.cache/ntm_jax/programs/CORES-cores. Empty "
@@ -198,21 +198,51 @@ def _parse(argv):
     return rest
 
 
-def _processes():
-    """Returns the module that joins the processes of a job; it imports jax."""
-    from ntm_jax.runtime.processes import job
-
-    return job
-
-
 def _start():
     """Sets up memory, the compilation cache and the job of several processes, before main()."""
     host_memory.keep_freed()
     if "coordinator_address" in FLAGS:
         _keep_programs(FLAGS.compilation_cache)
-        _processes().join(
-            FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.join_timeout,
-            FLAGS.heartbeat_timeout)
+        _join()
+
+
+def _join():
+    """Joins the processes of a job by the flags, or by the environment of a TPU host.
+
+    Does nothing for a single process elsewhere.
+    """
+    import jax
+
+    names = "coordinator_address", "num_processes", "process_id"
+    missing = [name for name in names if FLAGS[name].value is None]
+    if len(missing) in (1, 2):
+        raise UserError(f"--{missing[0]} is missing: give --coordinator_address, --num_processes "
+                        "and --process_id together, or none")
+    if missing and not _on_tpu():
+        return
+    faulthandler.disable()  # absl's; where jax aborts, its pages would bury jax's line
+    # Two programs that a CPU runs at once may start in another order in another process. Where
+    # their collectives wait for each other, the job hangs.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    try:
+        jax.distributed.initialize(
+            FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id,
+            initialization_timeout=FLAGS.join_timeout,
+            heartbeat_timeout_seconds=FLAGS.heartbeat_timeout,
+            # Under Slurm jax would otherwise give each process one of its node's GPUs.
+            cluster_detection_method=None if missing else "deactivate")
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"the processes of this job could not connect ({error}): give all of them the same "
+            "--coordinator_address=HOST:PORT of process 0 and the same --num_processes, and each "
+            "its own --process_id from 0") from None
+
+
+def _on_tpu() -> bool:
+    # Without libtpu, /dev/vfio may hold other hardware that a host passes to this machine.
+    return ("tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
+            and importlib.util.find_spec("libtpu") is not None
+            and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")))
 
 
 def _keep_programs(folder: str | None):
@@ -235,39 +265,23 @@ def _keep_programs(folder: str | None):
         jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
-def _mistaken(error: UserError):
-    """Prints one line and ends with status 2, at once.
-
-    An orderly end would wait for the job's other processes, or for a save that cannot succeed.
-    """
-    line = f"error: {' '.join(str(error).split())}"
-    _leave_job(2, line)
-    print(line, file=sys.stderr, flush=True)
+def _exit_now(status: int, text: str):
+    """Prints to standard error and exits, without waiting for a save or for other processes."""
+    print(text, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(2)
-
-
-def _leave_job(status: int, line: str):
-    """Ends this process at once with a line if it belongs to a job of several."""
-    if "jax" in sys.modules and _processes().joined():
-        _processes().leave(status, line)
-
-
-def _fail_in_job(error: Exception):
-    """Ends this process at once if it belongs to a job of several.
-
-    Prints one line if another process is gone, otherwise the traceback.
-    """
-    if "jax" in sys.modules and _processes().joined():
-        _processes().fail(error)
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized() and not jax.process_index():
+        time.sleep(1)  # jax aborts the others when process 0 ends, and they may say the same
+    os._exit(status)
 
 
 def run(main):
     """Parses the flags, runs main() and exits.
 
     The status is 0 when done, 2 with one line on stderr for a user's mistake, a file system that
-    cannot be written to, or too little memory, 130 when interrupted, and 141 when nobody reads its
-    output any more.
+    cannot be written to, or too little memory, 1 with a traceback for any other exception, 130 when
+    interrupted, and 141 when nobody reads its output any more. jax aborts a process, with status
+    134 in a shell, when another of its job is lost.
     """
     # Imports and tracing make so many objects that looking for garbage takes a tenth of a start.
     gc.set_threshold(50_000)
@@ -280,22 +294,12 @@ def run(main):
         try:
             _start()
             main()
-        except UserError as error:
-            _mistaken(error)
         except KeyboardInterrupt:
-            _leave_job(130, "interrupted")
-            print("interrupted", file=sys.stderr, flush=True)
-            sys.exit(130)
+            _exit_now(130, "interrupted")
         except BrokenPipeError:  # such as `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
-            _leave_job(141, "the reader of this program's output has gone")
-            sys.exit(141)  # what a shell reports of a program that SIGPIPE ends
+            os._exit(141)  # what a shell reports of a program that SIGPIPE ends
         except Exception as error:
-            is_os_error = isinstance(error, OSError)
-            line = mistakes.of_the_file_system(error) if is_os_error else mistakes.of_memory(error)
-            if line:
-                _mistaken(UserError(line))
-            _fail_in_job(error)
-            raise
+            line = mistakes.of_a_program(error)
+            _exit_now(2 if line else 1, f"error: {line}" if line else traceback.format_exc())
 
     app.run(call, flags_parser=_parse)

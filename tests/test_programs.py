@@ -220,7 +220,7 @@ def test_a_reader_that_goes_away_ends_a_program_quietly():
 def test_a_file_in_a_folders_place_is_named(tmp_path):
     (tmp_path / "file").touch()
     done = program("train", *CONFIG, f"--workdir={tmp_path}/file", check=False)
-    assert_refused(done, f"{tmp_path}/file is a file: ")
+    assert_refused(done, f"{tmp_path}/file: File exists: a file stands where a folder is needed")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from ntm_jax.evaluation import image_scores, known_density, measures, scoring, s
 from ntm_jax.evaluation.features import make_extractor
 from ntm_jax.evaluation.report import clean_figures, directions, provenance, summarize, units
 from ntm_jax.runtime.config import Evaluate
-from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
 
 
@@ -129,10 +129,11 @@ def _check(run: Run, source: Source, settings: Evaluate, guidance: tuple,
     if run.selection and not (config.evaluate.images and source.pixel_levels):
         raise UserError("--candidates selects samples, and none are scored: give --images and a "
                         "model of pixels, or leave --candidates out")
-    job.agree({f"--{name}": value for name, value in dataclasses.asdict(settings).items()} | {
-               "--step": run.step, "--steps": config.sample.steps, "--guidance": guidance,
-               "--candidates": image_scores.selected(run),
-               "--against": [against.workdir, against.step] if against else None})
+    require_same_everywhere(
+        {f"--{name}": value for name, value in dataclasses.asdict(settings).items()} |
+        {"--step": run.step, "--steps": config.sample.steps, "--guidance": guidance,
+         "--candidates": image_scores.selected(run),
+         "--against": [against.workdir, against.step] if against else None})
 
 
 def _check_comparable(run: Run, other: Run) -> None:

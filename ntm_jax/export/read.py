@@ -22,7 +22,7 @@ from ntm_jax.registry import NotRegistered
 from ntm_jax.runtime import build, checksums
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
-from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Denoiser, Run, load_workdir, run_mesh, untrained
 
 FORMAT = 1
@@ -135,7 +135,7 @@ def load_run(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     run, its files are damaged, or the processes of a job ask for different ones.
     """
     # Parts of two different arrays would look like a damaged checkpoint.
-    job.agree({"the run": str(workdir), "--step": step, "--raw": raw})
+    require_same_everywhere({"the run": str(workdir), "--step": step, "--raw": raw})
     if hub.is_address(workdir):
         run = _load_export(local_folder(workdir), step, raw)
         return dataclasses.replace(run, workdir=hub.results_folder(workdir))

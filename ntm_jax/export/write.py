@@ -35,7 +35,7 @@ from ntm_jax.export import card
 from ntm_jax.export.read import CONFIG, DENOISER, FORMAT, SCRIPT, WEIGHTS
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.checksums import array_checksums, named_leaves
-from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.options import check_decoder, override
@@ -190,8 +190,8 @@ def write_export(run: Run, out: str, steps: int | None = None,
     folder = epath.Path(files.expanded(out))
     if folder.exists():
         raise UserError(f"{out} is there: give a new folder as --out, nothing was overwritten")
-    job.agree({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps,
-               "--guidance": guidance, "--decoder": decoder})
+    require_same_everywhere({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps,
+                             "--guidance": guidance, "--decoder": decoder})
     run = configure(run, steps, guidance, decoder)
     checksums = array_checksums(parameters(run))
     flat = named_leaves(sharding.to_host(parameters(run)))

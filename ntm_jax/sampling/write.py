@@ -19,7 +19,7 @@ from ntm_jax.data import latents
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
-from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import conditioning, generate, prompts
 from ntm_jax.sampling.options import check_decoder, override
@@ -75,7 +75,7 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     folder, work = epath.Path(files.expanded(out)), _Work(run, request)
     asked = work.description()
     # No process has written yet: one that arrived late would find its own job's files.
-    job.agree({"--out": out} | asked)
+    require_same_everywhere({"--out": out} | asked)
     asked |= {"checksum": checksums.digest((run.params, run.denoiser and run.denoiser.params))}
     if run.selection:
         asked |= {"judge_checksum": checksums.digest(run.selection.judge.params)}

@@ -21,7 +21,7 @@ from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, flops, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
 from ntm_jax.runtime.config import Config
-from ntm_jax.runtime.processes import job, workdir
+from ntm_jax.runtime.processes import locked, require_same_everywhere
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
 from ntm_jax.training import finetune, frozen, objectives, pictures, state
 from ntm_jax.training.metrics import MetricsReporter
@@ -53,8 +53,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     Returns the trained run and its evaluation, or None when stopped early.
     """
     folder = files.expanded(folder)
-    workdir.check(folder)
-    job.agree(configuration.flatten(config.raw) | {"--workdir": folder})
+    require_same_everywhere(configuration.flatten(config.raw) | {"--workdir": folder})
     options = _Options(progress, until, tracer, find_writers(writers))
     mesh = sharding.make_mesh(config.mesh)
     objective = objectives.checked(config)
@@ -72,14 +71,12 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     config_file.claim(folder, config, spec)  # refuses before anything is written
     use = objective.rollout_use
     rollouts = Rollouts(run, source, use) if use else None  # may train and keep a classifier
-    with workdir.owned(folder):
+    with locked(folder):
         with contextlib.ExitStack() as stack:
             if rollouts:
                 stack.callback(rollouts.close)
             loop = _start(run, teacher, source, held_out, rollouts, options, stack)
-            done = loop.train()
-            job.restore_interrupts()
-            if not done:
+            if not loop.train():
                 return None
             drawn = [*loop.draw(config.train.steps), *loop.drawn_change()]
             loop.writer.message(f"trained to step {config.train.steps}; evaluating")
@@ -148,9 +145,7 @@ def _start(run: Run, teacher: Run | None, source: Source, held_out: Source,
     for line in (source.skipped, *changes):
         if line:
             writer.message(line)
-    stop = StopRequest()
-    if not job.several():  # in a job of several processes jax catches SIGTERM for all of them
-        stack.enter_context(stop)
+    stop = stack.enter_context(StopRequest())
     restored = None
     if isinstance(current, state.StateWithSamples):
         restored, current = current.samples, current.without_samples()
@@ -237,8 +232,7 @@ class _Loop:
         last = total if self.until is None else min(total, self.until)
         for step in range(self.start, total + 1):
             # The processes agree on one step, at which they must ask; the cycle may end later.
-            self.stopping = (self.stopping or step >= last or self.stop.asked
-                             or job.stop_agreed(step))
+            self.stopping = self.stopping or step >= last or self.stop.agreed(step)
             ending = self.stopping and step % self.cycle == 0
             if step > self.start:
                 self._evaluate_and_save(step, ending)
@@ -306,7 +300,7 @@ class _Loop:
         if not train.save_minutes or step % self.cycle:
             return False
         due = time.perf_counter() - self.saved >= 60 * train.save_minutes
-        if not job.several():
+        if jax.process_count() == 1:
             return due
         # The processes wait for each other here, so they ask rarely.
         return step % train.log_every == 0 and bool(multihost_utils.broadcast_one_to_all(due))
@@ -350,12 +344,12 @@ class _Loop:
         except UserError as error:
             if current == self.start:
                 raise
-            if not job.several():
+            if jax.process_count() == 1:
                 self._write_last(current)
                 self._save(current, batch or _Batch({}, position, None))
                 raise
             self.unread = error
-        if job.several():
+        if jax.process_count() > 1:
             complete = sharding.flag_by_process(self.unread is None, self.run.mesh)
         arrays, samples = sharding.to_global(self.local, self.run.mesh), None
         if self.rollouts:

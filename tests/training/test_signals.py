@@ -21,9 +21,9 @@ def handled():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks_and_the_second_acts_as_before(handled, number):
     with StopRequest() as stop:
-        assert not stop.asked
+        assert not stop.agreed(0)
         signal.raise_signal(number)
-        assert (stop.asked, handled) == (True, [])
+        assert (stop.agreed(0), handled) == (True, [])
         signal.raise_signal(number)
         assert handled == [number]
 
@@ -32,4 +32,4 @@ def test_an_ignored_hangup_stays_ignored(handled):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGHUP)
-        assert not stop.asked
+        assert not stop.agreed(0)

@@ -22,7 +22,7 @@ from ntm_jax.data import images as image_files
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import SampleOptions
-from ntm_jax.runtime.processes import job
+from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import conditioning, generate
 from ntm_jax.sampling.options import check_decoder, override
@@ -61,7 +61,7 @@ def collect(run: Run, out: str, request: CollectRequest) -> None:
     """
     folder, collector = epath.Path(files.expanded(out)), _Collector(run, request)
     asked = collector.description()
-    job.agree({"--out": out} | asked)
+    require_same_everywhere({"--out": out} | asked)
     asked |= {"checksum": checksums.digest((run.params, run.denoiser and run.denoiser.params))}
     batches = generate.in_batches(request.num, request.batch)
     output = OutputFolder(folder, "collected.json", "metadata.jsonl")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.common import tiny_config, write_run
-from tests.runtime.processes.common import SETTINGS, Job
+from tests.runtime.jobs import SETTINGS, Job
 
 REWARD = {"train.objective": "policy_gradient", "reward.name": "brightness", "reward.samples": 3,
           "reward.updates": 2, "reward.kl": 0.01, "reward.ahead": True, "train.steps": 6,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import socket
 
 from tests import common
@@ -10,8 +9,6 @@ from tests.common import TINY, environment
 
 SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "inverse",
                    "evaluate.batch_size": 20}  # TINY's split: one program scores any split
-GONE = (r"error: process \d stopped: another process of this job is gone; "
-        r"the last checkpoint is intact: start all again with the same command \(.*\)")
 
 
 def free_port() -> int:
@@ -60,26 +57,6 @@ class Job:
             lines = ((text.strip().splitlines() or [""])[-1] for text in texts)
             results.append((process.returncode, *lines))
         return results
-
-
-def ends(processes, timeout=60) -> list[tuple[int, str]]:
-    """(status, standard error) of every process."""
-    try:
-        errors = [process.communicate(timeout=timeout)[1].strip() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
-
-
-def assert_ended_by_another(found) -> None:
-    """Checks that the death of another process ended each of these, with one line.
-
-    A process meets a broken connection itself, or jax's runtime aborts it.
-    """
-    for status, error in found:
-        assert status in (1, -signal.SIGABRT), (status, error)
-        assert re.fullmatch(GONE, error), error
 
 
 def losses(workdir) -> dict[int, float]:
