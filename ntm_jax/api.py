@@ -293,8 +293,8 @@ def compare_with_truth(workdirs: Sequence[str], out: str, split: str | None = No
     """
     check_count("the number of runs", len(workdirs))
     runs = [load(workdir) for workdir in workdirs]
-    estimators = [objectives.find(run.config.train.objective).estimators(run, trajectories)
-                  for run in runs]
+    estimators = [known_density.estimators(
+        run, objectives.find(run.config.train.objective).trains, trajectories) for run in runs]
     result = known_density.benchmark(
         list(zip(runs, estimators, strict=True)), split or runs[0].config.evaluate.split)
     known_density.write_benchmark(result, out)

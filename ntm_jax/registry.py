@@ -3,9 +3,10 @@
 No jax is imported: grain's worker processes run this.
 """
 
+import importlib
 import re
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, cast
 
 from ntm_jax.errors import UserError, shown
 
@@ -23,10 +24,11 @@ class Registry(Generic[Part]):
       what: what errors call a part, such as "data.source".
       kind: what every part is an instance of: Callable, or a class.
       entries: {usage: part}. A usage is how errors list the part: `digits` takes no argument,
-        `folder:PATH` requires one, and `minilm[:M]` accepts one.
+        `folder:PATH` requires one, and `minilm[:M]` accepts one. A part of ours may be given as
+        "module:attribute", which is imported when it is first asked for.
     """
 
-    def __init__(self, what: str, kind: Any, entries: dict[str, Part]):
+    def __init__(self, what: str, kind: Any, entries: Mapping[str, Part | str]):
         self._what, self._kind = what, kind
         self._entries = {_name(usage): (usage, part) for usage, part in entries.items()}
 
@@ -69,6 +71,10 @@ class Registry(Generic[Part]):
             usage, part = found
             required, optional = ":" in usage, "[:" in usage
             if optional or (bool(argument) if required else not colon):
+                if isinstance(part, str):
+                    module, attribute = part.split(":")
+                    part = cast(Part, getattr(importlib.import_module(module), attribute))
+                    self._entries[name] = usage, part
                 return part, argument
         known = ", ".join(usage for usage, _ in self._entries.values())
         raise NotRegistered(

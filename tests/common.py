@@ -111,9 +111,14 @@ def write_run(folder, settings: config.Config):
 def without_an_ending(monkeypatch) -> None:
     """Trainings in this process end without pictures and evaluation, as nothing reads them."""
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
-    monkeypatch.setattr(loop._Loop, "drawn_change", lambda self: [])
+    monkeypatch.setattr(loop._Loop, "final_pictures", lambda self: [])
     monkeypatch.setattr(loop, "evaluate", lambda *_, **__: ({}, {}))
     monkeypatch.setattr(loop, "write_report", lambda *_, **__: None)
+
+
+def objective_of(run) -> objectives.Objective:
+    """The objective of a run or a configuration."""
+    return objectives.find(getattr(run, "config", run).train.objective)
 
 
 def batch_of(source, settings: config.Config, size: int) -> dict:

@@ -25,7 +25,7 @@ DOORS = {  # by module; of core every public function and class
     "ntm_jax.data": ["register"],
     "ntm_jax.data.sources": ["ArrayRecords", "Source", "check_split", "from_arrays", "open_source"],
     "ntm_jax.data.text": ["Encoder", "register"],
-    "ntm_jax.training.objectives": ["Draws", "Objective", "Setup", "register"],
+    "ntm_jax.training.objectives": ["LossContext", "Objective", "StepInputs", "register"],
     "ntm_jax.training.reward.rewards": ["Scores"],
     "ntm_jax.backbones": ["Backbone", "register"],
 }

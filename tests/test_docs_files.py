@@ -28,7 +28,7 @@ from ntm_jax.evaluation import (
 from ntm_jax.evaluation.posteriors import benchmark as posteriors
 from ntm_jax.evaluation.posteriors import scores
 from ntm_jax.export import read, write
-from ntm_jax.training import loop, metrics, objectives, step
+from ntm_jax.training import metrics, objectives
 from ntm_jax.training.reward import held_out, policy_gradient, preference, rollouts
 from tests.common import ROOT
 
@@ -78,19 +78,20 @@ def file_keys(cls) -> set[str]:
     return {"levels" if name == "pixel_levels" else name for name in fields(cls)}
 
 
-LOSSES = [policy_gradient.loss_with, preference.loss_with]
+LOSSES = [policy_gradient.loss, preference.loss]
 HELD = [objectives.held_out_bound, objectives.held_out_velocity, objectives.held_out_denoiser]
+LOGGED = [metrics.MetricsReporter.write, metrics.logged_scalars, metrics.Rates.read]
 KEYS = {
     "## evaluation.json": lambda: (
         written(evaluate, report, image_scores, statistics, tasks, denoising.denoiser_errors,
-                known_density.compare_with_true_density, objectives._measure_velocity,
+                known_density.compare_with_true_density, objectives.measure_velocity,
                 held_out.scores)
         | {*report.LOWER, *report.HIGHER, *report.CONTRIBUTIONS, *report.DENOISED, *scoring.BOUNDS}
         | {*report.FEATURE_SCORES, *report.MEASURES, *report.units(256)}
         | {f"rank_{k}" for k in image_scores.RANKS}),
     "## metrics.jsonl": lambda: (
-        written(metrics.MetricsReporter.write, step.logged_scalars, loop._Loop._read,
-                rollouts._scalars, *LOSSES, *HELD) - {f"evaluate/{LEVEL}", f"reward/{LEVEL}"}
+        written(*LOGGED, rollouts._scalars, *LOSSES, *HELD)
+        - {f"evaluate/{LEVEL}", f"reward/{LEVEL}"}
         | {f"evaluate/{unit}" for unit in report.NAMES} | {"loss", "grad_norm", "reward/GROUP"}),
     "### config.json": lambda: file_keys(pipeline.DataSpec),
     "### manifest.json": lambda: (

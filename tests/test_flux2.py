@@ -21,7 +21,7 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build, config, sharding
 from ntm_jax.runtime.run import Run, untrained
-from ntm_jax.training import finetune, frozen, loop, state
+from ntm_jax.training import finetune, loop, reference_model, state
 from tests.backbones.common import original, random_diffusers
 from tests.common import ROOT, bits, experiment, python, write_photos, write_run
 
@@ -167,7 +167,7 @@ def test_the_reference_parameters_are_the_checkpoints(rehearsed):
     run = ntm_jax.load(f"{folder}/runs/klein")
     current = state.abstract(run)
     fresh = finetune.start_from(run, current).params["params"]["backbone"]
-    kept = frozen.reference_params(run, dataclasses.replace(current, step=np.int32(4)))
+    kept = reference_model.reference_params(run, dataclasses.replace(current, step=np.int32(4)))
     assert bits(kept["params"]) == bits(fresh)
 
 

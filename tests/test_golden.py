@@ -20,7 +20,7 @@ import pytest
 from ntm_jax.runtime import sharding
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step
-from tests.common import as_run, batch_of, setup, tiny_config
+from tests.common import as_run, batch_of, objective_of, setup, tiny_config
 
 CONFIGURATIONS = {
     "end_to_end": {},
@@ -63,7 +63,7 @@ def three_steps(name: str) -> tuple[list[float], list[float], float]:
     settings = tiny_config(**CONFIGURATIONS[name])
     source, model, mesh = setup(settings)
     run = as_run(settings, model, mesh)
-    current, step, losses, norms = state.initialize(run), make_step(run), [], []
+    current, step, losses, norms = state.initialize(run), make_step(run, objective_of(run)), [], []
     batch = sharding.to_global(batch_of(source, settings, 16), mesh)
     for _ in range(3):
         with sharding.use(mesh):

@@ -28,12 +28,13 @@ from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.run import Denoiser, Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, state
-from ntm_jax.training.step import make_step, steps_of
+from ntm_jax.training.step import make_step
 from tests.common import (
     TINY,
     as_run,
     batch_of,
     experiment,
+    objective_of,
     python,
     randomised,
     setup,
@@ -156,9 +157,9 @@ def test_an_export_with_a_denoiser():
 def test_a_training_step_has_the_default_precision():
     run = run_of("float32")
     batch = batch_of(run.config.data.open("train"), run.config, 16)
-    step, current = make_step(run), state.abstract(run)
+    step, current = make_step(run, objective_of(run)), state.abstract(run)
     with sharding.use(run.mesh):
-        traced = step.trace(current, sharding.to_global(batch, run.mesh), steps_of(run.config, 0))
+        traced = step.trace(current, sharding.to_global(batch, run.mesh), 2)
     matrix_products = precisions(traced, flops.is_matrix_product)
     assert set(matrix_products) == {("float32", "DEFAULT")}
     # the weighted sums of the norms' gradients are exact

@@ -11,7 +11,7 @@ from ntm_jax.data import pipeline
 from ntm_jax.runtime import build, sharding
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step, steps_of
-from tests.common import as_run, tiny_config
+from tests.common import as_run, objective_of, tiny_config
 
 
 @pytest.mark.slow
@@ -26,13 +26,13 @@ def test_inverse_of_trained_weights():
     model = build.make_model(config, spec)
     assert model.config.tokens == 256
     run = as_run(config, model, mesh)
-    current, step = state.initialize(run), make_step(run)
+    current, step = state.initialize(run), make_step(run, objective_of(run))
     batches = pipeline.train_iterator(
         source, config.data.patch_size, config.data.batch_size, config.seed, config.data.workers)
     for n in range(config.train.steps):
         with sharding.use(mesh):
             batch = sharding.to_global(next(batches), mesh)
-            current, metrics = step(current, batch, steps_of(config, n))
+            current, metrics = step(current, batch, steps_of(config, objective_of(config), n))
     batches.close()
     assert float(np.max(np.abs(metrics["log_det"]))) > 0.05  # the transporter has learned something
 

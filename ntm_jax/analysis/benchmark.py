@@ -43,7 +43,7 @@ def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "
 def _untrained(config: Config, batch: int | None = None) -> Setting:
     """An untrained run of a configuration, with its data."""
     objective = objectives.find(config.train.objective)
-    if objective.needs_teacher or objective.rollout_use:
+    if {"teacher", "reference"} & set(objective.needs):
         raise UserError(f"config.train.objective={config.train.objective} needs a trained run: "
                         "give --workdir of the run in place of --config")
     objectives.checked(config)

@@ -20,6 +20,7 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Denoiser, Run
 from ntm_jax.sampling import conditioning
 from ntm_jax.training import objectives, state
+from ntm_jax.training.objectives import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +32,15 @@ class Setting:
     source: Source | None = None  # training data
     held_out: Source | None = None
 
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """The run's objective."""
+        return objectives.find(self.run.config.train.objective)
+
     @property
     def solves_ode(self) -> bool:
         """Whether the run is a flow-matching model, whose sampler solves an ODE."""
-        return objectives.find(self.run.config.train.objective).trains_velocity
+        return self.objective.trains == "velocity"
 
     @functools.cached_property
     def params(self):

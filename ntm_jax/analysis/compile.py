@@ -46,9 +46,9 @@ from ntm_jax.runtime import build, chips, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.sampling import generate
-from ntm_jax.training import frozen, objectives, state
+from ntm_jax.training import objectives, reference_model, state
 from ntm_jax.training.reward import drawing, rollouts
-from ntm_jax.training.reward.rollouts import RolloutUse
+from ntm_jax.training.reward.rollouts import RolloutSpec
 from ntm_jax.training.step import check_batch, make_step
 
 
@@ -83,18 +83,19 @@ def train_program(run: Run, source: Source) -> Program:
     """
     config, mesh = run.config, run.mesh
     batch, resident = _batch(run, source), ()
-    use = objectives.find(config.train.objective).rollout_use
-    if use:
-        batch |= rollouts.abstract(run, use)
-        resident = frozen.abstract_reference(run), _samples_ahead(run, use)
+    objective, spec = objectives.find(config.train.objective), _rollouts(config)
+    if spec:
+        batch |= rollouts.abstract(run, spec)
+        resident = reference_model.abstract_reference(run), _samples_ahead(run, spec)
     options: dict = {"steps": max(config.trajectory.steps)}
     if config.train.align_weight:
-        options["reference"] = frozen.abstract_reference(run)
+        options["reference"] = reference_model.abstract_reference(run)
     if len({device.process_index for device in mesh.devices.flat}) > 1:
         options["batch_complete"] = jax.ShapeDtypeStruct(
             (mesh.size,), jnp.bool_, sharding=sharding.by_device(mesh))
-    return Program(make_step(run), (state.abstract(run), batch), options, config.data.batch_size,
-                   resident)
+    arguments = state.abstract(run), batch
+    return Program(
+        make_step(run, objective), arguments, options, config.data.batch_size, resident)
 
 
 def rollout_program(run: Run, source: Source) -> Program:
@@ -103,27 +104,33 @@ def rollout_program(run: Run, source: Source) -> Program:
     Raises UserError for an objective that does not learn from rollouts, or a batch that does not
     divide over the mesh.
     """
-    config = run.config
-    use = objectives.find(config.train.objective).rollout_use
-    if not use:
+    config, spec = run.config, _rollouts(run.config)
+    if not spec:
         raise UserError(f"--program=rollout: config.train.objective={config.train.objective} does "
                         "not learn from samples of the model; compile train, or post-train, such "
                         "as with --config.train.objective=policy_gradient")
     current, settings = state.abstract(run), config.reward
-    arguments = current.params, frozen.abstract_reference(run), _abstract_key(), _batch(run, source)
+    arguments = (current.params, reference_model.abstract_reference(run), _abstract_key(),
+                 _batch(run, source))
     options = {"sampler": drawing.sampler_of(run),
-               "names": rollouts.compared(use, settings, logged=True),
+               "names": spec.needed_arrays(settings, logged=True),
                "recorded_pairs": not settings.name}
     examples = config.data.batch_size * rollouts.samples_of(config)
-    resident = current.opt_state, current.ema, _samples_ahead(run, use)
+    resident = current.opt_state, current.ema, _samples_ahead(run, spec)
     return Program(_draw, arguments, options, examples, resident)
 
 
-def _samples_ahead(run: Run, use: RolloutUse) -> dict:
+def _rollouts(config: Config) -> RolloutSpec | None:
+    """What a configuration's objective learns from rollouts; None unless it post-trains."""
+    extend = objectives.find(config.train.objective).extend
+    return extend if isinstance(extend, RolloutSpec) else None
+
+
+def _samples_ahead(run: Run, spec: RolloutSpec) -> dict:
     """The samples of another batch that the devices hold with config.reward.ahead."""
     if not run.config.reward.ahead:
         return {}
-    return rollouts.abstract_samples(run, rollouts.names_of_samples(run, use))
+    return rollouts.abstract_samples(run, rollouts.names_of_samples(run, spec))
 
 
 # The devices hold what the program does not read, such as the reference's transporter.
@@ -135,7 +142,7 @@ def _batch(run: Run, source: Source) -> dict:
     """The abstract arrays of a training batch. Raises UserError if it does not divide."""
     check_batch(run.config, run.mesh)
     batch = _records(run, source, run.config.data.batch_size)
-    if objectives.find(run.config.train.objective).rollout_use and not run.config.reward.name:
+    if _rollouts(run.config) and not run.config.reward.name:
         batch[drawing.REJECTED] = batch["x"]  # made-up data have no pairs
     return batch
 
@@ -219,17 +226,12 @@ def vary(values: dict, choices: str, topology: str, program: str = "train") -> l
             for name, _, config in list(benchmark.varied(values, choices))]  # all read first
 
 
-def _objective(config: Config) -> objectives.Objective:
-    """The objective of a configuration. Raises UserError for one that cannot be compiled."""
-    if objectives.find(config.train.objective).needs_teacher:
-        raise UserError(f"config.train.objective={config.train.objective} needs its teacher's "
-                        "model, which compilation does not load: compile another objective")
-    return objectives.checked(config)
-
-
 def _report(config: Config, topology: chips.Topology, program: str,
             dump: str | None) -> dict:
-    objective = _objective(config)
+    if "teacher" in objectives.find(config.train.objective).needs:
+        raise UserError(f"config.train.objective={config.train.objective} needs its teacher's "
+                        "model, which compilation does not load: compile another objective")
+    objectives.checked(config)
     mesh, source = _mesh(config, topology.devices), open_data(config)
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, mesh)
@@ -246,9 +248,7 @@ def _report(config: Config, topology: chips.Topology, program: str,
     found |= report.figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
     found["at_roofline"] = report.at_roofline(found, made.examples, spec.tokens, chip)
     if not compiled.fits and program == "train":
-        levels = max(config.trajectory.steps) if objective.whole_trajectories else 1
-        levels *= 1 + rollouts.samples_of(config) if objective.rollout_use else 1
-        found["advice"] = advice(run, levels, found["bytes_per_chip"])
+        found["advice"] = advice(config)
     return found
 
 

@@ -184,9 +184,8 @@ def operations(text: str) -> dict[str, tuple[str, str, str]]:
 
 def _source(module, i: Instruction) -> str:
     """The op_name of an instruction, its place in the program, or of one fused in it."""
-    found = re.search(r'op_name="([^"]*)"', i.attributes)
-    if found:
-        return found[1]
+    if i.op_name:
+        return i.op_name
     inner = module.get(called(i, "calls"), {})
     return next(filter(None, (_source(module, j) for j in reversed(inner.values()))), "")
 

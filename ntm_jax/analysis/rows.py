@@ -25,7 +25,7 @@ from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate, inverses
 from ntm_jax.training import objectives, state
-from ntm_jax.training.objectives import Draws
+from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.step import check_batch, flops_of_step, make_step
 
 TOLERANCES = (1e-3, 1e-5)  # at which the parallel inverse's sweeps are counted
@@ -38,7 +38,7 @@ def _train_step(setting: Setting) -> Case:
     check_batch(run.config, run.mesh)
     with contextlib.closing(setting.batches()) as batches:
         batch = next(batches)
-    step, current = make_step(run), state.initialize(run)
+    step, current = make_step(run, setting.objective), state.initialize(run)
     reference, steps = _reference(run, current.ema), max(run.config.trajectory.steps)
 
     def once():
@@ -49,7 +49,8 @@ def _train_step(setting: Setting) -> Case:
         return metrics
 
     counted = flops_of_step(
-        run, step, current, sharding.to_global(batch, run.mesh), None, reference)
+        run, setting.objective, step, current, sharding.to_global(batch, run.mesh), None,
+        reference)
     return Case(once, run.config.data.batch_size, flops=counted)
 
 
@@ -75,12 +76,12 @@ def _forward(setting: Setting) -> Case:
     """The forward pass of the training loss, on a batch of the held-out likelihood."""
     run, (batch, size) = setting.run, _held_out(setting)
     params, mesh = state.initialize(run).params, run.mesh
-    objective = objectives.find(run.config.train.objective)
+    objective = setting.objective
 
     def loss(model, params, root, batch, reference):
-        setup = objectives.setup(dataclasses.replace(run, model=model))
-        draws = Draws(root, batch, run.config.evaluation_steps, 0)
-        return objective.loss(setup, params, draws, reference)
+        context = objectives.loss_context(dataclasses.replace(run, model=model), objective)
+        inputs = StepInputs(root, batch, run.config.evaluation_steps, 0)
+        return objective.loss(context, params, inputs, reference)
 
     forward, root = jax.jit(loss, static_argnums=0), jax.random.key(0)
     reference = _reference(run, params)

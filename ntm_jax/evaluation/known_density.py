@@ -174,7 +174,7 @@ def _ode_estimator(run: Run, method: str, evaluations: int, heun: bool,
     return Estimator({method: evaluations}, compute)
 
 
-def solutions(run: Run, trajectories: int) -> list[Estimator]:
+def solutions(run: Run) -> list[Estimator]:
     """The change of variables along a flow-matching model's ODE, by solver and divergence.
 
     Exact divergences take further Jacobian-vector products, one for each dimension, and
@@ -185,7 +185,7 @@ def solutions(run: Run, trajectories: int) -> list[Estimator]:
             for count in EVALUATIONS if count > 1 or not heun]
 
 
-def flow_map_estimates(run: Run, trajectories: int) -> list[Estimator]:
+def flow_map_estimates(run: Run) -> list[Estimator]:
     """F2D2's estimate, and as a reference the ODE of the same network's velocity by Heun."""
     def estimator(evaluations: int) -> Estimator:
         def compute(root, x_0, batch):
@@ -200,6 +200,14 @@ def flow_map_estimates(run: Run, trajectories: int) -> list[Estimator]:
     reference = _ode_estimator(run, "F2D2's own velocity, Heun, exact divergence",
                                EVALUATIONS[-1], heun=True, exactly=True)
     return [estimator(count) for count in EVALUATIONS] + [reference]
+
+
+def estimators(run: Run, trains: str, trajectories: int) -> list[Estimator]:
+    """The estimators of a run's log-density; trains: see training.objectives.Objective."""
+    if trains != "velocity":
+        return bounds(run, trajectories)
+    flow = run.config.model.backbone == "flow_map"
+    return flow_map_estimates(run) if flow else solutions(run)
 
 
 def signed_errors(run: Run, source: Source, estimators: list[Estimator]) -> list[dict]:

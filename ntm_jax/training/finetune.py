@@ -21,7 +21,7 @@ from ntm_jax.export.read import (
 )
 from ntm_jax.runtime import build, checkpoint, checksums, config_file
 from ntm_jax.runtime.run import FROZEN, Run, restore_params
-from ntm_jax.training import frozen, objectives
+from ntm_jax.training import objectives, reference_model
 from ntm_jax.training.state import State
 
 
@@ -37,13 +37,13 @@ def start_from(run: Run, current: State) -> State:
     except UserError as error:
         raise UserError(f"config.init_from is {run.config.init_from}: {error}") from None
     if params is not None:
-        return dataclasses.replace(current, params=params, ema=frozen.copy(params))
+        return dataclasses.replace(current, params=params, ema=reference_model.copy(params))
 
     def put(tree, backbone):
         return {"params": tree["params"] | {"backbone": backbone}}
 
     return dataclasses.replace(current, params=put(current.params, backbone),
-                               ema=put(current.ema, frozen.copy(backbone)))
+                               ema=put(current.ema, reference_model.copy(backbone)))
 
 
 def _read_all(run: Run, where: str) -> dict:
@@ -67,8 +67,9 @@ def _read_all(run: Run, where: str) -> dict:
                         "WORKDIR/checkpoints/STEP")
     if run.spec.text:
         _check_encoder(run, config_file.load(str(workdir))[1].text)
-    has_teacher = frozen.has_teacher(str(workdir)) and config_file.load(str(workdir))[0].teacher
-    if has_teacher and not is_denoiser:
+    distilled = (reference_model.has_teacher(str(workdir))
+                 and config_file.load(str(workdir))[0].teacher)
+    if distilled and not is_denoiser:
         workdir, step = workdir / FROZEN, None
     return restore_params(run, step, folder=str(workdir))[1]
 
@@ -103,7 +104,7 @@ def _read_backbone(run: Run, where: str):
     theirs = (_exported_objective(folder) if exported
               else objectives.find(config_file.load(str(folder))[0].train.objective))
     own = objectives.find(config.train.objective)
-    if own.trains_velocity or not (theirs and theirs.trains_velocity):
+    if own.trains == "velocity" or not (theirs and theirs.trains == "velocity"):
         return None
     other = load_run(where)
     _check_data(run, other)

@@ -1,4 +1,4 @@
-"""Reports a run's metrics to the terminal and to its writers; see writers/__init__.py."""
+"""A run's metrics: read from its steps, and reported to the terminal and to its writers."""
 
 import contextlib
 import math
@@ -8,10 +8,17 @@ import time
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from etils import epath
 from tqdm import tqdm
 
 from ntm_jax import files
+from ntm_jax.core import trajectory
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import flops
+from ntm_jax.runtime.run import Run
+from ntm_jax.training.objectives import Objective
+from ntm_jax.training.step import steps_of
 from ntm_jax.training.writers import MetricsWriter
 from ntm_jax.training.writers.lines import Lines
 from ntm_jax.training.writers.tensorboard import TensorBoard
@@ -19,6 +26,13 @@ from ntm_jax.training.writers.tensorboard import TensorBoard
 BAR = "{n_fmt}/{total_fmt}{postfix}, {remaining} left |{bar}|"  # narrow terminals have no bar
 ON_BAR = (("loss", "loss {:.4g}"), ("examples_per_second", "{:.0f} images/s"))
 SHOWN = 6  # scalars on the terminal: the first ones in the caller's order
+LONG_HOURS = 8  # from which a run on a CPU is pointed out
+TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
+DIVERGED = (
+    "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
+    "--config.optimizer.clip; if it stops again at once, first remove the latest folder in "
+    "WORKDIR/checkpoints, to go on from the one before; to change config.trajectory.t_min_range, "
+    "start a new run with another --workdir and --config.init_from=WORKDIR")
 
 
 class MetricsReporter:
@@ -143,3 +157,72 @@ class MetricsReporter:
         hours, minutes = divmod(minutes, 60)
         left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
         return [f"{rate:.3g} steps/s", f"ETA {left}"]
+
+
+class Rates:
+    """How fast a run's steps are, from `step` on.
+
+    step_flops: the model's FLOPs in a step of the largest T; 0 where they are not reported.
+    """
+
+    def __init__(self, run: Run, objective: Objective, reporter: MetricsReporter, step: int,
+                 step_flops: int):
+        self._run, self._objective, self._reporter = run, objective, reporter
+        self._step_flops, self._peak = step_flops, 0.0
+        if step_flops:
+            self._peak = flops.matmul_rate_probe(run.config.model.dtype, run.mesh, 0.1)()
+        self._warned = False
+        self._clock = time.perf_counter(), step
+
+    def read(self, step: int) -> dict[str, float]:
+        """The scalars of the steps since the last call."""
+        config, now, (before, first) = self._run.config, time.perf_counter(), self._clock
+        speed, self._clock = (step - first) / (now - before), (now, step)
+        self._warn_of_a_long_run(step, speed)
+        scalars = {"examples_per_second": speed * config.data.batch_size}
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        if memory:
+            scalars["device_memory_gib"] = memory / 2**30
+        if self._step_flops:
+            drawn = np.mean([steps_of(config, self._objective, n) for n in range(first, step)])
+            rate = speed * self._step_flops * float(drawn) / max(config.trajectory.steps)
+            scalars |= {"flops_per_second": rate, "flop_share": rate / self._peak}
+        return scalars
+
+    def _warn_of_a_long_run(self, step: int, speed: float) -> None:
+        """Says once, on a CPU, that the run takes a day or so."""
+        hours = (self._run.config.train.steps - step) / speed / 3600
+        if hours < LONG_HOURS or self._warned or jax.default_backend() != "cpu":
+            return
+        self._warned = True
+        self._reporter.message(
+            f"a step takes {1 / speed:.2g} s, and the steps that are left about {hours:.0f} hours: "
+            "lower config.train.steps, config.data.batch_size or config.model.width, or raise "
+            "config.data.patch_size, in a new --workdir")
+
+
+def logged_scalars(metrics: dict, step: int) -> dict[str, float]:
+    """A step's metrics on the host -> scalars to log, among them all single numbers of the loss.
+
+    Raises UserError if one is not finite, naming the step, the level and the term.
+    """
+    single = [name for name, value in metrics.items() if not np.ndim(value) and name != "finite"]
+    scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm", *single)
+               if name in metrics}
+    terms = [name for name in TERMS if name in metrics]
+    if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
+        bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(metrics[term])
+               if not np.isfinite(value)]
+        first = bad[0] if bad else "the gradient or the update, every term being finite,"
+        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the "
+                        "last checkpoint is untouched. First check that the data hold finite "
+                        f"numbers only. {DIVERGED}")
+    # The terminal shows the first ones.
+    last = {name: scalars.pop(name) for name in ["learning_rate"] if name in scalars}
+    if "quadratic" not in terms:
+        return scalars | last
+    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
+    scalars |= {f"nll/level_{k}": float(value) for k, value in enumerate(nll)}
+    misalignment = metrics.get("misalignment", ())
+    scalars |= {f"misalignment/level_{k}": float(v) for k, v in enumerate(misalignment)}
+    return scalars | last

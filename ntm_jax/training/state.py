@@ -32,9 +32,9 @@ class State:
 
 @flax.struct.dataclass
 class StateWithSamples(State):
-    """A state that is saved with the samples of the next batch; see config.reward.ahead."""
+    """A state that is saved with the next batch's arrays of an extension; see extension.py."""
 
-    samples: dict  # see training.reward.rollouts.abstract_samples
+    samples: dict  # the key in checkpoints
 
     def without_samples(self) -> State:
         """The state that a step changes."""
@@ -42,7 +42,7 @@ class StateWithSamples(State):
 
 
 def with_samples(state: State, samples: dict) -> StateWithSamples:
-    """A state and the samples of the next batch, as they are saved."""
+    """A state and an extension's arrays of the next batch, as they are saved."""
     return StateWithSamples(state.step, state.params, state.opt_state, state.ema, samples)
 
 

@@ -5,7 +5,6 @@ Symbols: B batch, T steps, N tokens, D token channels.
 
 import dataclasses
 import functools
-import math
 from typing import cast
 
 import jax
@@ -13,29 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntm_jax.core import trajectory
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import objectives, optimizer, state
-from ntm_jax.training.objectives import Draws
+from ntm_jax.training.objectives import LossContext, Objective, StepInputs
 from ntm_jax.training.state import State
 
-TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
-DIVERGED = (
-    "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
-    "--config.optimizer.clip; if it stops again at once, first remove the latest folder in "
-    "WORKDIR/checkpoints, to go on from the one before; to change config.trajectory.t_min_range, "
-    "start a new run with another --workdir and --config.init_from=WORKDIR")
 
-
-def make_step(run: Run, teacher: Run | None = None):
+def make_step(run: Run, objective: Objective, teacher: Run | None = None):
     """The jitted step(state, batch, steps, reference, batch_complete) -> (state, metrics).
 
     steps, the T of the trajectories, is static; the state is donated. metrics: those of the
     objective's loss, grad_norm, learning_rate, and finite, whether all new parameters are.
-    reference: see Objective.
+    reference: see Objective. teacher: the run that a denoiser learns from.
 
     batch_complete: in a job of several processes, sharding.flag_by_process of whether a process has
     its share of the batch. Where one lacks its share, the state stays unchanged everywhere, and
@@ -45,8 +36,8 @@ def make_step(run: Run, teacher: Run | None = None):
     transform = optimizer.make(config.optimizer, config.train.steps)
     learning_rate = optimizer.schedule(config.optimizer, config.train.steps)
     decay = config.optimizer.ema_decay
-    gradients = _gradients(run, teacher)
-    fixed_parts = objectives.fixed_parts(run)
+    context = objectives.loss_context(run, objective, teacher)
+    gradients = _gradients(context, objective)
     # XLA would choose shardings for the new state other than the old one's: the second step would
     # compile again, and donation would save nothing.
     of_state = jax.tree.map(lambda a: a.sharding, state.abstract(run))
@@ -55,10 +46,11 @@ def make_step(run: Run, teacher: Run | None = None):
     @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=shardings)
     def step(current: State, batch, steps: int, reference=None, batch_complete=None):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
-        metrics, gradient = gradients(current, Draws(root, batch, steps, current.step), reference)
+        metrics, gradient = gradients(
+            current, StepInputs(root, batch, steps, current.step), reference)
         with jax.named_scope("optimizer"):
             updates, opt_state = transform.update(gradient, current.opt_state, current.params)
-            updates = _zero_updates(updates, fixed_parts)
+            updates = _zero_updates(updates, context.frozen_modules)
             params = cast(dict, optax.apply_updates(current.params, updates))
             ema = optimizer.update_ema(current.ema, params, current.step, decay)
             metrics = {"grad_norm": optax.tree.norm(gradient), "finite": _finite(params)} | metrics
@@ -84,42 +76,42 @@ def _finite(tree):
     return jnp.sum(jnp.stack(zeros)) == 0
 
 
-def _zero_updates(updates, fixed_parts: tuple[str, ...]):
-    """The updates, with those of the model's fixed parts set to 0.
+def _zero_updates(updates, frozen_modules: tuple[str, ...]):
+    """The updates, with those of the modules that do not learn set to 0.
 
     Weight decay moves parameters that have no gradient.
     """
-    kept = {name: jax.tree.map(jnp.zeros_like, tree) if name in fixed_parts else tree
+    kept = {name: jax.tree.map(jnp.zeros_like, tree) if name in frozen_modules else tree
             for name, tree in updates["params"].items()}
     return updates | {"params": kept}
 
 
-def _gradients(run: Run, teacher: Run | None):
-    """A function (state, draws, reference) -> (metrics, gradient) of a batch.
+def _gradients(context: LossContext, objective: Objective):
+    """A function (state, inputs, reference) -> (metrics, gradient) of a batch.
 
     The batch is taken in config.train.accumulate parts; noise is keyed by record, so the number of
     parts does not change the result.
     """
-    setup, parts = objectives.setup(run, teacher), run.config.train.accumulate
-    name = run.config.train.objective
-    loss = objectives.find(name).loss
+    train = context.config.train
+    parts = train.accumulate
 
-    def evaluate(current: State, draws: Draws, reference):
-        gradient = jax.grad(
-            lambda params: _checked(name, loss(setup, params, draws, reference)), has_aux=True)
-        return gradient(current.params)[::-1]
+    def evaluate(current: State, inputs: StepInputs, reference):
+        def loss(params):
+            return _checked(train.objective, objective.loss(context, params, inputs, reference))
+
+        return jax.grad(loss, has_aux=True)(current.params)[::-1]
 
     if parts == 1:
         return evaluate
 
-    def accumulated(current: State, draws: Draws, reference):
+    def accumulated(current: State, inputs: StepInputs, reference):
         # A part is every parts-th example, so that each device keeps the examples that it holds.
         split = jax.tree.map(
             lambda a: jnp.moveaxis(a.reshape(len(a) // parts, parts, *a.shape[1:]), 1, 0),
-            draws.batch)
+            inputs.batch)
 
         def part(batch):
-            return evaluate(current, dataclasses.replace(draws, batch=batch), reference)
+            return evaluate(current, dataclasses.replace(inputs, batch=batch), reference)
 
         def add(total, batch):
             return jax.tree.map(jnp.add, total, part(batch)), None
@@ -156,8 +148,8 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
 
 
-def flops_of_step(run: Run, step, current: State, batch, teacher: Run | None = None,
-                  reference=None) -> int:
+def flops_of_step(run: Run, objective: Objective, step, current: State, batch,
+                  teacher: Run | None = None, reference=None) -> int:
     """The model's FLOPs in a step at the largest T, on all devices, without recomputation.
 
     step: make_step's for the same run. It is traced itself where it recomputes nothing.
@@ -165,7 +157,7 @@ def flops_of_step(run: Run, step, current: State, batch, teacher: Run | None = N
     plain = build.plain(run.model)
     if teacher or plain != run.model:
         plain_teacher = teacher and dataclasses.replace(teacher, model=build.plain(teacher.model))
-        step = make_step(dataclasses.replace(run, model=plain), plain_teacher)
+        step = make_step(dataclasses.replace(run, model=plain), objective, plain_teacher)
     with sharding.use(run.mesh):
         traced = step.trace(current, batch, max(run.config.trajectory.steps), reference, None)
         return flops.of_jaxpr(traced.jaxpr.jaxpr)
@@ -194,13 +186,13 @@ def compile_and_check_memory(run: Run, step, *arguments) -> None:
             "config.model.scan=True and config.model.remat=full")
 
 
-def steps_of(config: Config, step: int) -> int:
+def steps_of(config: Config, objective: Objective, step: int) -> int:
     """T of a training step, drawn from the seed on the host, since shapes are static.
 
     The largest one for an objective whose shapes do not depend on T.
     """
     choices = config.trajectory.steps
-    if len(choices) == 1 or not objectives.find(config.train.objective).whole_trajectories:
+    if len(choices) == 1 or "trajectory" not in objective.needs:
         return max(choices)
     return int(np.random.default_rng((config.seed, step)).choice(choices))
 
@@ -213,30 +205,3 @@ def check_batch(config: Config, mesh) -> None:
         raise UserError(f"config.data.batch_size is {size}: expected a multiple of "
                         f"{shards * parts}, data x fsdp = {shards} times config.train.accumulate = "
                         f"{parts}")
-
-
-def logged_scalars(metrics: dict, step: int) -> dict[str, float]:
-    """A step's metrics on the host -> scalars to log, among them all single numbers of the loss.
-
-    Raises UserError if one is not finite, naming the step, the level and the term.
-    """
-    single = [name for name, value in metrics.items() if not np.ndim(value) and name != "finite"]
-    scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm", *single)
-               if name in metrics}
-    terms = [name for name in TERMS if name in metrics]
-    if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
-        bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(metrics[term])
-               if not np.isfinite(value)]
-        first = bad[0] if bad else "the gradient or the update, every term being finite,"
-        raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the "
-                        "last checkpoint is untouched. First check that the data hold finite "
-                        f"numbers only. {DIVERGED}")
-    # The terminal shows the first ones.
-    last = {name: scalars.pop(name) for name in ["learning_rate"] if name in scalars}
-    if "quadratic" not in terms:
-        return scalars | last
-    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
-    scalars |= {f"nll/level_{k}": float(value) for k, value in enumerate(nll)}
-    misalignment = metrics.get("misalignment", ())
-    scalars |= {f"misalignment/level_{k}": float(v) for k, v in enumerate(misalignment)}
-    return scalars | last

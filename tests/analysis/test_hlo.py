@@ -8,26 +8,6 @@ from ntm_jax.analysis import hlo
 from ntm_jax.analysis.hlo import text as hlo_text
 from ntm_jax.analysis.hlo.arrays import largest, short
 
-FRAMES = """HloModule m
-
-FileNames
-1 "/a/b.py"
-2 "/a/c.py"
-
-FunctionNames
-1 "step"
-
-FileLocations
-1 {file_name_id=1 function_name_id=1 line=5 end_line=5 column=62 end_column=62}
-2 {file_name_id=2 function_name_id=1 line=12 end_line=13 column=1 end_column=2}
-
-StackFrames
-1 {file_location_id=2 parent_frame_id=1}
-2 {file_location_id=1 parent_frame_id=2}
-
-
-"""
-
 
 @pytest.mark.parametrize(("bound", "step", "trips"), [(8, 2, 4), (9, 2, 5), (8, 1, 8)])
 def test_the_trips_of_a_loop_that_the_compiler_unrolled_are_read(bound, step, trips):
@@ -62,13 +42,8 @@ ENTRY %main (a: (f32[8,8], u32[])) -> (f32[8,8], u32[]) {{
     assert hlo.count(copied, 1).flops == work.flops
     unknown = text.replace("add(%i, %two)", "multiply(%i, %two)")
     assert hlo.count(unknown, 1).unknown == ["w"]
-    named = unknown.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/while"')
-    source = ' source_file="/a/b.py" source_line=7}'
-    assert hlo.count(named + "}", 1).unknown == ["jit(f)/while"]
-    assert hlo.count(named.replace('while"', 'while"' + source), 1).unknown == [
-        "jit(f)/while in b.py:7"]
-    frames = named.replace("HloModule m\n", FRAMES).replace('while"', 'while" stack_frame_id=1}')
-    assert hlo.count(frames, 1).unknown == ["jit(f)/while in c.py:12"]
+    named = unknown.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/while"}')
+    assert hlo.count(named, 1).unknown == ["jit(f)/while"]
 
 
 def library_call(target: str, operands: str, result: str, backend_config: str) -> str:

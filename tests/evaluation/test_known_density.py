@@ -13,7 +13,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate, known_density, scoring
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import sharding
-from ntm_jax.training import objectives, state
+from ntm_jax.training import state
 from tests.common import as_run, setup, tiny_config
 
 
@@ -88,8 +88,8 @@ def test_signed_errors_of_a_flow_map_and_of_its_ode(flow, monkeypatch):
     source = dataclasses.replace(flow.config.data.open("test[:50]"), log_density=log_normal)
     monkeypatch.setattr(known_density, "EVALUATIONS", (1, 16))
     monkeypatch.setattr(known_density, "MASS_SIDE", 31)
-    mapped = objectives.find("flow_map").estimators(flow, 2)
-    euler = objectives.find("flow_matching").estimators(flow, 2)[0]
+    mapped = known_density.flow_map_estimates(flow)
+    euler = known_density.solutions(flow)[0]
     one, many = known_density.signed_errors(flow, source, mapped[:2])
     own, first = known_density.signed_errors(
         flow, dataclasses.replace(source, planar_extent=0.0), [mapped[2], euler])
@@ -126,7 +126,7 @@ def test_a_mass_counts_every_point_once(run, monkeypatch):
 
 def test_signed_errors_of_an_ntm_are_those_of_its_bounds(run):
     source = dataclasses.replace(run.config.data.open("test[:50]"), log_density=log_normal)
-    estimators = objectives.find("end_to_end").estimators(run, 2)
+    estimators = known_density.bounds(run, 2)
     rows = known_density.signed_errors(run, source, estimators)
     assert [(row["method"], row["evaluations"]) for row in rows] == [
         ("NTM, bound", 3), ("NTM, importance-weighted, 2 trajectories", 6)]

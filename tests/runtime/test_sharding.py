@@ -26,6 +26,7 @@ from tests.common import (
     batch_of,
     bits,
     experiment,
+    objective_of,
     python,
     randomised,
     setup,
@@ -81,7 +82,7 @@ def take_steps(run, source):
                               ema=jax.device_put(random, homes))
     batch, found = sharding.to_global(batch_of(source, run.config, 16), run.mesh), {}
     with sharding.use(run.mesh):
-        lowered = make_step(run).lower(current, batch, 2)
+        lowered = make_step(run, objective_of(run)).lower(current, batch, 2)
         text, compiled = lowered.as_text(), lowered.compile()
         for number in range(3):  # compiled once: the new state is sharded as the old
             current, metrics = compiled(current, batch)
@@ -133,7 +134,7 @@ def others(out):
                 own, home = (tree["params"]["backbone"] for tree in (params, homes))
                 moved = jax.tree.map(lambda a: np.asarray(a) + 0.05, own)
                 reference = {"params": jax.device_put(moved, home)}
-            step = make_step(run)
+            step = make_step(run, objective_of(run))
             with sharding.use(mesh):
                 _, metrics = step(current, batch, max(settings.trajectory.steps), reference)
             arrays |= {f"{network}/{name}/{key}": np.asarray(value)

@@ -18,8 +18,8 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
 from ntm_jax.export import write
 from ntm_jax.runtime import build, checkpoint, config, config_file, sharding
-from ntm_jax.training import finetune, frozen, loop, objectives, state
-from ntm_jax.training.objectives import Draws
+from ntm_jax.training import finetune, loop, objectives, reference_model, state
+from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.step import make_step
 from tests.common import (
     TINY,
@@ -28,6 +28,7 @@ from tests.common import (
     bits,
     experiment,
     norm,
+    objective_of,
     setup,
     tiny_config,
     without_an_ending,
@@ -150,11 +151,11 @@ def test_a_new_run_is_the_flow_matching_model(untrained):
         assert bits(tree["params"]["backbone"]) == bits(expected)
     reference = {"params": current.params["params"]["backbone"]}
     batch = batch_of(run.config.data.open(run.config.evaluate.split), run.config, 4)
-    made = objectives.setup(run)
+    made = objectives.loss_context(run, objective_of(run))
 
     @jax.jit
     def misalignment_and_log_det(params, reference):
-        draws = Draws(jax.random.key(0), batch, 2, 0)
+        draws = StepInputs(jax.random.key(0), batch, 2, 0)
         terms = objectives.trajectory_terms(made, params, draws, reference)
         return terms.misalignment, terms.log_det
 
@@ -176,7 +177,7 @@ def test_an_export_of_a_flow_matching_run_starts_a_run_too(untrained, tmp_path, 
 def test_the_reference_is_kept_once_and_not_trained(run, flow):
     own = tuned_run(flow[0], run)
     current = state.abstract(own).replace(step=np.int32(4))
-    kept = frozen.reference_params(own, current)
+    kept = reference_model.reference_params(own, current)
     expected = ntm_jax.load(str(flow[0])).params["params"]["backbone"]
     assert bits(kept["params"]) == bits(expected)
     first, *_, last = metrics(run)
@@ -209,11 +210,11 @@ def test_the_alignments_weight_falls_by_a_cosine(name, terms_of):
         lambda a: jax.device_put(np.asarray(a) + 0.1, a.sharding),
         current.params["params"]["backbone"])}
     batch = batch_of(run.config.data.open(run.config.evaluate.split), run.config, 4)
-    draws = Draws(jax.random.fold_in(jax.random.key(run.config.seed), 1), batch, 2, 1)
+    draws = StepInputs(jax.random.fold_in(jax.random.key(run.config.seed), 1), batch, 2, 1)
     size = run.model.config.tokens * run.model.config.dim
 
     def losses(params):
-        terms = terms_of(objectives.setup(run), params, draws, reference)
+        terms = terms_of(objectives.loss_context(run, objective_of(run)), params, draws, reference)
         return jnp.stack([((terms.nll - terms.constant) / size).mean(), terms.misalignment.mean()])
 
     gradient = jax.jit(jax.grad(lambda params, weights: weights @ losses(params)))
@@ -221,7 +222,7 @@ def test_the_alignments_weight_falls_by_a_cosine(name, terms_of):
     weight = 1e4 * (1 + np.cos(np.pi / 4)) / 2
     expected = norm(jax.tree.map(lambda a, b: a + weight * b, nll, apart))
     assert weight * norm(apart) > 0.1 * norm(nll)
-    step = make_step(run)
+    step = make_step(run, objective_of(run))
     with sharding.use(run.mesh):
         _, found = step(current, batch, 2, reference)
     np.testing.assert_allclose(found["grad_norm"], expected, rtol=1e-4)
@@ -272,7 +273,7 @@ def test_a_resumed_run_without_its_reference_is_refused(tmp_path):
     current = state.abstract(run).replace(step=np.int32(4))
     message = f"^{tmp_path}/frozen, the model to which this run is held, is missing: restore it"
     with pytest.raises(UserError, match=message):
-        frozen.reference_params(run, current)
+        reference_model.reference_params(run, current)
 
 
 @pytest.mark.slow

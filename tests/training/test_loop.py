@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 import types
 
 import jax
@@ -16,7 +17,8 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, pictures, state
-from ntm_jax.training.step import logged_scalars, steps_of
+from ntm_jax.training.metrics import Rates, logged_scalars
+from ntm_jax.training.step import steps_of
 from tests.common import as_run, bits, figures, setup, tiny_config
 
 TERMS = ("quadratic", "log_scale", "log_det")
@@ -84,9 +86,9 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, monkeypatch):
     """A step gets nothing from the host but its batch, either: no implicit transfer, no wait."""
     settings, drawn_at, taken = tiny_config(), [], []
 
-    def draw(config, step):
+    def draw(config, objective, step):
         drawn_at.append(step)
-        return steps_of(config, step)
+        return steps_of(config, objective, step)
 
     monkeypatch.setattr(loop, "steps_of", draw)
     with monkeypatch.context() as patched:
@@ -144,29 +146,6 @@ def test_the_home_folder_is_one_folder_to_all(tmp_path, monkeypatch):
         ntm_jax.load("~/run")
 
 
-def test_metrics_are_on_disk_before_their_steps_are_saved():
-    """A run that is killed later resumes after them."""
-    calls = []
-    looping = types.SimpleNamespace(
-        current="state", batches=types.SimpleNamespace(get_state=dict),
-        writer=types.SimpleNamespace(flush=lambda: calls.append("flush")),
-        checkpoints=types.SimpleNamespace(save=lambda *_: calls.append("save")))
-    loop._Loop._save(looping, 3, None)
-    assert calls == ["flush", "save"]
-
-
-def test_the_memory_of_the_largest_number_of_steps_is_checked(monkeypatch):
-    checked = []
-    monkeypatch.setattr(
-        loop, "compile_and_check_memory", lambda *arguments: checked.append(arguments))
-    run = types.SimpleNamespace(config=tiny_config(**{"trajectory.steps": (2, 6, 4)}))
-    looping = types.SimpleNamespace(
-        run=run, start=0, step_function="step",
-        writer=types.SimpleNamespace(message=lambda line: None, shows=False))
-    loop._Loop._compile(looping, "state", "batch", 2, "reference", None)
-    assert checked == [(run, "step", "state", "batch", 6, "reference", None)]
-
-
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "batch_shards", lambda _: 3)
     message = r"config\.data\.batch_size is 16: expected a multiple of 3"
@@ -201,14 +180,12 @@ def test_settings_that_cannot_work_are_refused_and_nothing_written(name, tmp_pat
 def test_a_run_of_many_hours_is_pointed_out_once():
     lines = []
     config = tiny_config(**{"train.steps": 36_001})
-    looping = types.SimpleNamespace(
-        run=types.SimpleNamespace(config=config), warned=False,
-        writer=types.SimpleNamespace(message=lines.append))
-    warn = loop._Loop._warn_of_a_long_run
-    warn(looping, 1, 2.0)
-    assert not lines
-    warn(looping, 1, 0.5)
-    warn(looping, 2, 0.5)
+    run = types.SimpleNamespace(config=config)
+    rates = Rates(run, None, types.SimpleNamespace(message=lines.append), 0, 0)
+    for step, seconds in ((1, 0.5), (2, 2.0), (3, 2.0)):
+        assert len(lines) == (step > 2)
+        rates._clock = time.perf_counter() - seconds, step - 1
+        rates.read(step)
     assert len(lines) == 1
     assert lines[0].startswith("a step takes 2 s, and the steps that are left about 20 hours: "
                                "lower config.train.steps, ")

@@ -14,10 +14,10 @@ from ntm_jax.data.text import ENCODERS
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config
 from ntm_jax.training import objectives, state
-from ntm_jax.training.objectives import Draws
+from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.reward.rewards import REWARDS
 from ntm_jax.training.writers import WRITERS
-from tests.common import as_run, batch_of, experiment, randomised, setup, tiny_config
+from tests.common import as_run, batch_of, experiment, objective_of, randomised, setup, tiny_config
 
 TERMS = ("quadratic", "log_scale", "log_det")
 
@@ -66,9 +66,9 @@ def test_what_an_objective_cannot_train_is_refused(name, changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_an_objective_without_weights_of_levels_trains_the_steps_of_samples(monkeypatch):
+def test_an_objective_of_ones_own_trains_the_steps_of_samples(monkeypatch):
     monkeypatch.setattr(objectives.OBJECTIVES, "_entries", dict(objectives.OBJECTIVES._entries))
-    robust = objectives.Objective(lambda *_: None, whole_trajectories=True, has_levels=False)
+    robust = objectives.Objective(lambda *_: None, needs=("trajectory",))
     objectives.register("robust", robust)
     with pytest.raises(UserError, match="the run trains trajectories of 2 steps: set config"):
         tiny_config(**{"train.objective": "robust", "sample.steps": 3})
@@ -106,7 +106,7 @@ def drawn():
     _, model, _ = setup(DRAWS)
     label = np.arange(4000, dtype=np.int32) % 10
     batch = {"index": np.arange(4000, dtype=np.int32), "label": label}
-    draws = Draws(jax.random.key(3), batch, 2, 0)
+    draws = StepInputs(jax.random.key(3), batch, 2, 0)
     t_min = draws.t_min(DRAWS.schedule(model.config.tokens))
     condition = draws.condition(model, DRAWS.train.condition_dropout)
     return label, np.asarray(condition), np.asarray(t_min)
@@ -116,7 +116,7 @@ def test_keys_differ_by_name_and_record_and_do_not_depend_on_the_row():
     root, index = jax.random.key(0), jnp.array([5, 2, 9])
 
     def keys(name, index):
-        return np.asarray(jax.random.key_data(Draws(root, {"index": index}, 2, 0).keys(name)))
+        return np.asarray(jax.random.key_data(StepInputs(root, {"index": index}, 2, 0).keys(name)))
 
     data = {name: keys(name, index) for name in ("noise", "t_min")}
     assert len({key.tobytes() for rows in data.values() for key in rows}) == 6
@@ -143,7 +143,7 @@ def test_t_min_is_uniform_over_its_range(drawn):
 @functools.cache
 def compiled(terms_of, setup):
     return jax.jit(lambda params, root, batch, steps: terms_of(
-        setup, params, Draws(root, batch, steps, 0)), static_argnums=3)
+        setup, params, StepInputs(root, batch, steps, 0)), static_argnums=3)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def examples():
     source, model, mesh = setup(settings)
     run = as_run(DRAWS, model, mesh)
     params = randomised(state.initialize(run).params)
-    return objectives.setup(run), params, batch_of(source, DRAWS, 256)
+    return objectives.loss_context(run, objective_of(run)), params, batch_of(source, DRAWS, 256)
 
 
 @pytest.mark.parametrize("terms_of", [objectives.trajectory_terms, objectives.pair_terms])

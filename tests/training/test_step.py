@@ -8,10 +8,10 @@ import pytest
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives, state
-from ntm_jax.training.objectives import Draws
+from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.state import State
 from ntm_jax.training.step import _finite, _gradients, make_step, steps_of
-from tests.common import as_run, batch_of, bits, norm, randomised, setup, tiny_config
+from tests.common import as_run, batch_of, bits, norm, objective_of, randomised, setup, tiny_config
 
 
 def begin(settings):
@@ -36,7 +36,8 @@ def test_what_a_loss_returns_is_checked(monkeypatch, returned, found):
     own = objectives.Objective(lambda *arguments: returned)
     monkeypatch.setitem(objectives.OBJECTIVES._entries, "own", ("own", own))
     settings = tiny_config(**{"train.objective": "own"})
-    gradients = _gradients(as_run(settings, *setup(settings)[1:]), None)
+    run = as_run(settings, *setup(settings)[1:])
+    gradients = _gradients(objectives.loss_context(run, own), own)
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda params: gradients(State(0, params, None, None), None, None), {})
     assert str(error.value) == (
@@ -50,7 +51,8 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
     for parts in (1, 4):
         settings = tiny_config(**{"train.accumulate": parts})
         source, run, current = begin(settings)
-        batch, step = sharding.to_global(batch_of(source, settings, 16), run.mesh), make_step(run)
+        batch = sharding.to_global(batch_of(source, settings, 16), run.mesh)
+        step = make_step(run, objective_of(run))
         with sharding.use(run.mesh):
             current, metrics = step(current, batch, 2)
         found.append(jax.device_get((metrics, current.opt_state)))
@@ -63,7 +65,8 @@ def test_a_batch_taken_in_parts_makes_the_same_step():
 def test_a_step_that_lacks_a_part_of_its_batch_changes_nothing():
     settings = tiny_config()
     source, run, current = begin(settings)
-    step, batch = make_step(run), sharding.to_global(batch_of(source, settings, 16), run.mesh)
+    step = make_step(run, objective_of(run))
+    batch = sharding.to_global(batch_of(source, settings, 16), run.mesh)
     homes = jax.tree.map(lambda a: a.sharding, state.abstract(run))
     before = jax.device_get(current)
 
@@ -88,10 +91,11 @@ def test_levels_are_weighted_by_a_power_of_their_noise():
         "trajectory.t_min_range": (0.04, 0.04)})
     source, run, current = begin(settings)
     batch, steps = batch_of(source, settings, 16), settings.evaluation_steps
-    draws = Draws(jax.random.fold_in(jax.random.key(settings.seed), 1), batch, steps, 1)
+    draws = StepInputs(jax.random.fold_in(jax.random.key(settings.seed), 1), batch, steps, 1)
     weight = run.evaluated_levels()[:-1] ** 2
     weight /= weight.mean()
-    of_run, step = objectives.setup(run), make_step(run)
+    objective = objective_of(run)
+    of_run, step = objectives.loss_context(run, objective), make_step(run, objective)
 
     def loss(params, weight):
         terms = objectives.trajectory_terms(of_run, params, draws)
@@ -110,13 +114,17 @@ def test_levels_are_weighted_by_a_power_of_their_noise():
 
 def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
     settings = tiny_config(**{"trajectory.steps": (2, 4, 8)})
-    drawn = [steps_of(settings, step) for step in range(300)]
-    assert drawn == [steps_of(settings, step) for step in range(300)]
+
+    def drawn_steps(settings):
+        return [steps_of(settings, objective_of(settings), step) for step in range(300)]
+
+    drawn = drawn_steps(settings)
+    assert drawn == drawn_steps(settings)
     assert all(70 < drawn.count(steps) < 130 for steps in (2, 4, 8))
     other = tiny_config(seed=1, **{"trajectory.steps": (2, 4, 8)})
-    assert drawn != [steps_of(other, step) for step in range(300)]
+    assert drawn != drawn_steps(other)
     pairs = tiny_config(**{"trajectory.steps": (2, 8, 4), "train.objective": "pairwise"})
-    assert {steps_of(pairs, step) for step in range(10)} == {8}  # it draws T for each example
+    assert set(drawn_steps(pairs)) == {8}  # it draws T for each example
 
 
 @pytest.mark.parametrize(("number", "finite"), [

@@ -21,11 +21,12 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.run import untrained as new_run
 from ntm_jax.runtime.run import with_denoiser
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.training import finetune, frozen, loop, objectives, pictures, state
+from ntm_jax.training import finetune, loop, objectives, pictures, reference_model, state
 from tests.common import (
     as_run,
     batch_of,
     bits,
+    objective_of,
     random_run,
     randomised,
     setup,
@@ -92,7 +93,7 @@ def written(untrained, tmp_path_factory):
     """A denoiser's run of step 7, whose teacher is of step 4, loaded from its workdir."""
     _, teacher, _, _ = untrained
     settings, workdir = denoiser_config("gone"), str(tmp_path_factory.mktemp("written") / "run")
-    frozen.save_teacher(dataclasses.replace(teacher, step=4), workdir)
+    reference_model.save_teacher(dataclasses.replace(teacher, step=4), workdir)
     config_file.write(workdir, settings, teacher.spec)
     model = new_run(settings, teacher.spec, teacher.mesh).model
     abstract = build.abstract_params(model, teacher.mesh)
@@ -242,15 +243,16 @@ def test_a_teacher_of_other_data_is_refused(untrained, field, mine, theirs, mess
         run, model=run.model.clone(config=sizes), spec=dataclasses.replace(
             run.spec, **{field: value})) for value in (mine, theirs))
     with pytest.raises(UserError, match=f"the teacher  {message}"):
-        frozen.check_teacher(run, teacher)
-    frozen.check_teacher(run, run)
+        reference_model.check_teacher(run, teacher)
+    reference_model.check_teacher(run, run)
 
 
 @pytest.mark.parametrize("kind", ["workdir", "export"])
 def test_a_teacher_that_has_a_denoiser_is_kept_without_it(written, exported, tmp_path, kind):
     where = exported if kind == "export" else written.workdir
     run = new_run(denoiser_config(where), written.spec, written.mesh)
-    frozen.save_teacher(frozen.load_teacher(run), str(tmp_path))
+    distilled = reference_model.load_distilled(run, objective_of(run))
+    reference_model.save_teacher(distilled, str(tmp_path))
     kept = ntm_jax.load(str(tmp_path / "frozen"))
     assert (kept.step, kept.denoiser, bits(kept.params)) == (4, None, bits(written.params))
 
@@ -269,12 +271,12 @@ def test_new_runs_start_from_a_denoisers_run(written, exported, kind):
 def test_guidance_needs_a_teacher_with_condition_dropout(untrained):
     teacher = untrained[1]
     run = dataclasses.replace(teacher, config=denoiser_config("x", **{"sample.guidance": 1.0}))
-    frozen.check_teacher(run, teacher)
+    reference_model.check_teacher(run, teacher)
     train = dataclasses.replace(TEACHER.train, condition_dropout=0.0)
     teacher = dataclasses.replace(teacher, config=dataclasses.replace(TEACHER, train=train))
     message = r"config\.sample\.guidance is 1\.0, and the teacher x was trained without"
     with pytest.raises(UserError, match=message):
-        frozen.check_teacher(run, teacher)
+        reference_model.check_teacher(run, teacher)
 
 
 @pytest.mark.slow

@@ -3,24 +3,24 @@
 import re
 
 from ntm_jax.analysis.hlo.count import FREE
-from ntm_jax.analysis.hlo.text import branches, called, parse, places
+from ntm_jax.analysis.hlo.text import branches, called, parse
 
 
 def largest(text: str, count: int = 5) -> list[dict]:
     """The `count` largest arrays that a program writes to device memory, and as many arguments.
 
-    An array has bytes, shape as HLO writes it, place (see text.places), and argument. Arrays of one
+    An array has bytes, shape as HLO writes it, place (its op_name), and argument. Arrays of one
     shape and place count once. Two of them may share memory, one after the other.
     """
     module, entry = parse(text)
-    place, found = places(text), {}
+    found = {}
     for name in _outer(module, entry):
         for i in module[name].values():
             argument = i.op == "parameter" and name == entry
             if argument or i.op not in FREE:
                 for array in (array for array in i.arrays if array.in_memory):
                     shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
-                    where = place(i)
+                    where = i.op_name or i.name
                     found[where, shape] = {"bytes": array.bytes, "shape": shape, "place": where,
                                            "argument": argument}
     ordered = sorted(found.values(), key=lambda array: -array["bytes"])

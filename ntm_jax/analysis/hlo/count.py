@@ -20,7 +20,6 @@ from ntm_jax.analysis.hlo.text import (
     called,
     numbers,
     parse,
-    places,
     replica_groups,
     root,
     search,
@@ -82,7 +81,7 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
     (n-1)/n of a gathered or scattered array, and twice that of a reduced one, as in a ring.
     """
     module, entry = parse(text)
-    place, parted = places(text), _remove_repeated_collectives(module)
+    parted = _remove_repeated_collectives(module)
 
     @functools.cache
     def work(name: str) -> Work:
@@ -92,7 +91,7 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
             if i.op == "while":
                 trips = trip_count(module, i)
                 total.add(work(called(i, "body")), trips or 1)
-                total.unknown += [place(i)] if trips is None else []
+                total.unknown += [i.op_name or i.name] if trips is None else []
             elif i.op == "conditional":
                 total.add(max(map(work, branches(i)), key=lambda w: w.flops + w.memory))
             elif i.op in ("call", "call-start"):  # the latter runs on a TPU's SparseCores
@@ -163,13 +162,9 @@ def _own(module, computation, i: Instruction, chips: int, slices: int) -> Work:
     elif i.op == "custom-call":
         flops = _library_call(computation, i)
     if flops:
-        work.products[_part(i), _precision(computation, i)] += flops
+        part = "transporter" if "transporter" in i.op_name else "other"
+        work.products[part, _precision(computation, i)] += flops
     return work
-
-
-def _part(i: Instruction) -> str:
-    name = re.search(r'op_name="([^"]*)"', i.attributes)
-    return "transporter" if name and "transporter" in name[1] else "other"
 
 
 def _precision(computation, i: Instruction) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,8 +11,6 @@ import numpy as np
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}  # others: see Array
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_FRAMES = re.compile(r"^FileNames\n(.*?)\n\n.*?^FileLocations\n(.*?)\n\n.*?^StackFrames\n(.*?)\n\n",
-                     re.MULTILINE | re.DOTALL)
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 
@@ -42,6 +39,12 @@ class Instruction:
     attributes: str
     root: bool
 
+    @property
+    def op_name(self) -> str:
+        """Its place in the traced program, such as jit(step)/while; empty if the text has none."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """(computations {name: {name: instruction}}, the entry computation's name) of a module."""
@@ -58,32 +61,6 @@ def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
             root, name, rest = found.groups()
             current[name] = _instruction(name, rest, bool(root))
     return module, entry
-
-
-def places(text: str) -> Callable[[Instruction], str]:
-    """A function that names the place of an instruction of a module in the traced program.
-
-    As jit(step)/while in file.py:12, as far as the text has it; else the instruction's name.
-    """
-    tables = _FRAMES.search(text)
-    files, locations, frames = (
-        dict(re.findall(r"^(\d+) (.*)$", table, re.MULTILINE))
-        for table in (tables.groups() if tables else ("", "", "")))
-
-    def place(i: Instruction) -> str:
-        name = re.search(r'op_name="([^"]*)"', i.attributes)
-        found = re.search(r"stack_frame_id=(\d+)", i.attributes)
-        source = re.search(r'source_file="([^"]*)" source_line=(\d+)', i.attributes)
-        if found and found[1] in frames:
-            at = locations[search(r"file_location_id=(\d+)", frames[found[1]])[1]]
-            line, file = (search(rf"{key}=(\d+)", at)[1] for key in (" line", "file_name_id"))
-            file = files[file].strip('"')
-        else:
-            file, line = source.groups() if source else ("", "")
-        where = f" in {file.rpartition('/')[2]}:{line}" if file else ""
-        return (name[1] if name else i.name) + where
-
-    return place
 
 
 def _instruction(name: str, text: str, root: bool) -> Instruction:

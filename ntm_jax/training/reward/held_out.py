@@ -11,6 +11,8 @@ from ntm_jax.data.sources import Source
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
+from ntm_jax.training.objectives import HeldOutScore, held_out_bound
+from ntm_jax.training.reference_model import kept_reference
 from ntm_jax.training.reward import drawing
 from ntm_jax.training.reward.scorer import Scorer
 
@@ -49,12 +51,24 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
-def measure(run: Run, source: Source, reference: dict | None) -> dict:
+def held_out_reward(run: Run, source: Source) -> HeldOutScore:
+    """The bound, and the mean reward of held-out conditions, by which the best is chosen."""
+    bound = held_out_bound(run, source)
+    means = {name: float(np.mean(values)) for name, values in scores(run, source).items()}
+    if not means:
+        return bound
+    scalars = bound.scalars | {f"evaluate/{name}": value for name, value in means.items()}
+    return HeldOutScore(-means["reward"], scalars,
+                        f"{bound.message}, reward {means['reward']:.4f}")
+
+
+def measure(run: Run, source: Source, trajectories: int) -> dict:
     """Means and standard errors over held-out conditions of `scores`.
 
-    With reference parameters, those of the model before post-training, also reward_before and
-    diversity_before, of the same noise.
+    Where the run's folder has the parameters of the model before post-training, also reward_before
+    and diversity_before, of the same noise.
     """
+    reference = kept_reference(run)
     result = {name: mean_and_stderr(values)
               for name, values in scores(run, source, reference).items()}
     if reference is not None:

@@ -1,18 +1,16 @@
-"""The loss of config.train.objective=policy_gradient: a clipped policy gradient and an anchor.
+"""The objective `policy_gradient`: a clipped policy gradient and an anchor.
 
 Symbols: P records of a batch, G samples of each; B = P G; S factors that learn.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import Config
+from ntm_jax.training.objectives import LossContext, StepInputs, trajectory_loss
 from ntm_jax.training.reward import drawing, policy, rollouts
 from ntm_jax.training.reward.drawing import flat
-from ntm_jax.training.reward.rollouts import RolloutUse
 from ntm_jax.training.reward.settings import Reward
 
 
@@ -29,33 +27,27 @@ def _weights(settings: Reward, rewards, bonus, future_divergence) -> dict:
     return {"advantage": policy.advantages(rewards + bonus, future_divergence, settings.normalise)}
 
 
-USE = RolloutUse(_arrays, _weights, needs_divergence=True)
+def loss(context: LossContext, params, inputs: StepInputs, reference=None):
+    """The loss of rollouts, plus config.reward.anchor times the likelihood loss of the data."""
+    settings, batch, c = context.config.reward, inputs.batch, context.model.config
+    sampler = drawing.sampler_of(context.run)
+    params = policy.without_gradient(params, context.frozen_modules)
+    found = drawing.densities(sampler, params, batch, batch["rollout"])
+    nll = found["nll"]
+    old = flat(batch["old_nll"]) if "old_nll" in batch else jax.lax.stop_gradient(nll)
+    ratio = policy.log_ratio(nll, old)
+    gain = policy.clipped_surrogate(ratio, flat(batch["advantage"]), settings.clip)
+    objective = jnp.mean(_level_weights(sampler, context.config.train.level_power) * gain)
+    if settings.kl:
+        objective -= settings.kl * jnp.mean(_penalty(found, batch))
+    value, metrics = trajectory_loss(context, params, inputs, reference)
+    total = settings.anchor * value - objective / (c.tokens * c.dim)
+    return total, metrics | {"clipped": policy.clipped_share(ratio, settings.clip)}
 
 
-def loss_with(anchor: Callable) -> Callable:
-    """The loss of rollouts, plus config.reward.anchor times `anchor`, the loss on the data."""
-    def loss(setup, params, draws, reference=None):
-        settings, batch, c = setup.reward, draws.batch, setup.model.config
-        params = policy.without_gradient(params, setup.fixed_parts)
-        found = drawing.densities(setup.sampler, params, batch, batch["rollout"])
-        nll = found["nll"]
-        old = flat(batch["old_nll"]) if "old_nll" in batch else jax.lax.stop_gradient(nll)
-        ratio = policy.log_ratio(nll, old)
-        gain = policy.clipped_surrogate(ratio, flat(batch["advantage"]), settings.clip)
-        objective = jnp.mean(_level_weights(setup) * gain)
-        if settings.kl:
-            objective -= settings.kl * jnp.mean(_penalty(found, batch))
-        value, metrics = anchor(setup, params, draws, reference)
-        total = settings.anchor * value - objective / (c.tokens * c.dim)
-        return total, metrics | {"clipped": policy.clipped_share(ratio, settings.clip)}
-
-    return loss
-
-
-def _level_weights(setup):
-    """t_k^p of every factor [S], with mean 1, for p = config.train.level_power."""
-    t = setup.sampler.levels(1)[:, :-1]
-    weights = t**setup.train.level_power
+def _level_weights(sampler: drawing.RolloutSampler, power: float):
+    """t_k^power of every factor [S], with mean 1."""
+    weights = sampler.levels(1)[:, :-1] ** power
     return weights / jnp.mean(weights)
 
 
@@ -79,3 +71,7 @@ def check(config: Config) -> None:
         raise UserError("config.reward.name is empty: config.train.objective=policy_gradient needs "
                         "what it maximises, such as --config.reward.name=shapes")
     rollouts.check(config)
+
+
+OBJECTIVE = rollouts.objective(
+    loss, check, rollouts.RolloutSpec(_arrays, _weights, needs_divergence=True))

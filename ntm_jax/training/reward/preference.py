@@ -1,4 +1,4 @@
-"""The loss of config.train.objective=preference: direct preference optimisation and an anchor.
+"""The objective `preference`: direct preference optimisation and an anchor.
 
 The likelihood of a trajectory is exact, so the loss is that of arXiv 2305.18290 itself. A diffusion
 model has to bound it (Diffusion-DPO, arXiv 2311.12908).
@@ -6,14 +6,12 @@ model has to bound it (Diffusion-DPO, arXiv 2311.12908).
 Symbols: P records of a batch, G samples of each.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import Config
+from ntm_jax.training.objectives import LossContext, StepInputs, trajectory_loss
 from ntm_jax.training.reward import drawing, policy, rollouts
-from ntm_jax.training.reward.rollouts import RolloutUse
 from ntm_jax.training.reward.settings import Reward
 
 
@@ -25,27 +23,21 @@ def _weights(settings: Reward, rewards, bonus, future_divergence) -> dict:
     return {"pair_weight": policy.pair_weights(rewards, bonus)}
 
 
-USE = RolloutUse(_arrays, _weights, needs_divergence=False)
-
-
-def loss_with(anchor: Callable) -> Callable:
-    """The loss of pairs, plus config.reward.anchor times `anchor`, the loss on the data.
+def loss(context: LossContext, params, inputs: StepInputs, reference=None):
+    """The loss of pairs, plus config.reward.anchor times the likelihood loss of the data.
 
     It is divided by config.reward.kl and the dimensions, so that its gradient has the size of that
     of a likelihood per dimension.
     """
-    def loss(setup, params, draws, reference=None):
-        settings, batch, c = setup.reward, draws.batch, setup.model.config
-        params = policy.without_gradient(params, setup.fixed_parts)
-        found = drawing.densities(setup.sampler, params, batch, batch["rollout"])
-        nll = found["nll"].reshape(batch["reference_nll"].shape)
-        gain = jnp.sum(policy.log_ratio(nll, batch["reference_nll"]), -1)
-        lost, right = policy.preference_loss(gain, batch["pair_weight"], settings.kl)
-        value, metrics = anchor(setup, params, draws, reference)
-        total = settings.anchor * value + lost / (settings.kl * c.tokens * c.dim)
-        return total, metrics | {"preference_loss": lost, "preference_accuracy": right}
-
-    return loss
+    settings, batch, c = context.config.reward, inputs.batch, context.model.config
+    params = policy.without_gradient(params, context.frozen_modules)
+    found = drawing.densities(drawing.sampler_of(context.run), params, batch, batch["rollout"])
+    nll = found["nll"].reshape(batch["reference_nll"].shape)
+    gain = jnp.sum(policy.log_ratio(nll, batch["reference_nll"]), -1)
+    lost, right = policy.preference_loss(gain, batch["pair_weight"], settings.kl)
+    value, metrics = trajectory_loss(context, params, inputs, reference)
+    total = settings.anchor * value + lost / (settings.kl * c.tokens * c.dim)
+    return total, metrics | {"preference_loss": lost, "preference_accuracy": right}
 
 
 def check(config: Config) -> None:
@@ -54,3 +46,7 @@ def check(config: Config) -> None:
         raise UserError("config.reward.kl is 0: config.train.objective=preference needs the weight "
                         "of the divergence from the reference model, DPO's beta, such as 0.1")
     rollouts.check(config)
+
+
+OBJECTIVE = rollouts.objective(
+    loss, check, rollouts.RolloutSpec(_arrays, _weights, needs_divergence=False))

@@ -6,7 +6,7 @@ Symbols: P records of a batch, G samples of each; S factors that learn; N tokens
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +17,20 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
-from ntm_jax.training.reward import policy
+from ntm_jax.training import pictures
+from ntm_jax.training.extension import Extension
+from ntm_jax.training.objectives import Objective
+from ntm_jax.training.reward import held_out, policy
 from ntm_jax.training.reward.drawing import PARTS, REJECTED, draw, sampler_of
 from ntm_jax.training.reward.scorer import Scorer
 from ntm_jax.training.reward.settings import Reward
 
 
-def compared(use: "RolloutUse", settings: Reward, logged: bool) -> tuple[str, ...]:
-    """The arrays of `compare` that an objective and the log need for one set of samples."""
-    names = use.arrays(settings)
-    needed = settings.kl and use.needs_divergence
-    return (*names, "divergence") if logged or needed else names
-
-
 @dataclasses.dataclass(frozen=True)
-class RolloutUse:
+class RolloutSpec:
     """What an objective learns from rollouts.
 
-    arrays(settings) -> the names of those of `compare` that its loss reads from a batch.
+    arrays(settings) -> the names of those of `drawing.compare` that its loss reads from a batch.
     weights(settings, rewards [P, G], bonus [P, G], future_divergence [P, G, S]) -> further arrays
       of a batch, [P, G, ...]. bonus: those of diversity and novelty. future_divergence: of each
       factor, the divergence from the reference of the factors that follow it, times
@@ -45,6 +41,22 @@ class RolloutUse:
     arrays: Callable[[Reward], tuple[str, ...]]
     weights: Callable[[Reward, np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
     needs_divergence: bool
+
+    def __call__(self, run: Run, source: Source) -> "Rollouts":
+        """The extension of a run's batches."""
+        return Rollouts(run, source, self)
+
+    def needed_arrays(self, settings: Reward, logged: bool) -> tuple[str, ...]:
+        """The names of the arrays of `drawing.compare` that a batch and its log need."""
+        names = self.arrays(settings)
+        needed = settings.kl and self.needs_divergence
+        return (*names, "divergence") if logged or needed else names
+
+
+def objective(loss: Callable, check: Callable[[Config], None], spec: RolloutSpec) -> Objective:
+    """The objective of a loss that learns from rollouts."""
+    return Objective(loss, held_out.held_out_reward, check=check, needs=("trajectory", "reference"),
+                     measure=held_out.measure, frozen_modules=frozen_modules, extend=spec)
 
 
 class Samples(NamedTuple):
@@ -57,10 +69,6 @@ class Samples(NamedTuple):
     arrays: dict
     logged: bool
 
-    def to_save(self) -> dict:
-        """The arrays, with the index of the record of each row."""
-        return self.arrays | {"index": self.batch["index"]}
-
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _rows(arrays, rows, *, mesh):
@@ -68,52 +76,54 @@ def _rows(arrays, rows, *, mesh):
     return jax.lax.with_sharding_constraint(jax.tree.map(lambda a: a[rows], arrays), split)
 
 
-class Rollouts:
+class Rollouts(Extension):
     """Adds scored samples of a model to a batch: `begin` draws them, `finish` scores them.
 
     Sample g of a record is keyed by the step and the record's index, so it is the same on any mesh.
-    Without a reward, the samples are a batch's images and the rejected ones. `reference` is to be
-    set to the parameters that samples are compared with.
+    Without a reward, the samples are a batch's images and the rejected ones.
 
     Raises UserError where the reward does not go with the source.
     """
 
-    def __init__(self, run: Run, source: Source, use: RolloutUse, reference: dict | None = None):
-        self.run, self.reference, self.use = run, reference, use
-        self.sampler = sampler_of(run)
+    def __init__(self, run: Run, source: Source, spec: RolloutSpec):
+        self.run, self.spec, self.sampler = run, spec, sampler_of(run)
         if not run.config.reward.name and REJECTED not in source.records[0]:
             raise UserError(f"config.reward.name is empty, and the records of {source.name} have "
                             f"no image `{REJECTED}`: name a reward, or give pairs of images")
         settings = run.config.reward
+        self.updates, self.ahead = settings.updates, settings.ahead
         self.scorer = Scorer(run, source, settings.workers) if settings.name else None
-        self.names = use.arrays(settings)
 
     def close(self) -> None:
         """Ends the processes that score."""
         if self.scorer:
             self.scorer.close()
 
-    def __call__(self, params, batch: dict, step: int, logged: bool = True) -> tuple[dict, dict]:
-        """Draws and scores samples for the records of a batch; see `begin` and `finish`."""
-        return self.finish(self.begin(params, batch, step, logged))
-
-    def begin(self, params, batch: dict, step: int, logged: bool = True) -> Samples:
+    def begin(self, params, reference, batch: dict, step: int, logged: bool = True) -> Samples:
         """Dispatches the drawing of samples for the records of a batch, and does not wait for it.
 
         Each part can be scored while the devices draw the next. logged: False gives no scalars.
         """
         run = self.run
         root = jax.random.fold_in(jax.random.key(run.config.seed), step)
-        names = compared(self.use, run.config.reward, logged)
+        names = self.spec.needed_arrays(run.config.reward, logged)
         with sharding.use(run.mesh):
             tokens, rollout, found = draw(
-                params, self.reference, root, batch, sampler=self.sampler, names=names,
+                params, reference, root, batch, sampler=self.sampler, names=names,
                 recorded_pairs=not self.scorer)
         parts = {f"tokens_{part}": a for part, a in enumerate(tokens)}
         return Samples(batch, {"rollout": rollout} | found | parts, logged)
 
-    def restored(self, saved: dict, batch: dict, logged: bool) -> Samples:
-        """Samples that a checkpoint holds (Samples.to_save), for the same records in any order.
+    def to_save(self, pending: Samples) -> dict:
+        """The arrays of the samples, with the index of the record of each row."""
+        return pending.arrays | {"index": pending.batch["index"]}
+
+    def abstract(self, names: Iterable[str]) -> dict:
+        """The shapes and shardings of those arrays of `to_save`."""
+        return abstract_samples(self.run, names)
+
+    def restore(self, saved: dict, batch: dict, logged: bool) -> Samples:
+        """Samples that a checkpoint holds (`to_save`), for the same records in any order.
 
         The rows of a batch depend on the number of processes. Raises UserError if the records are
         others.
@@ -127,26 +137,31 @@ class Rollouts:
         logged = logged and "divergence" in arrays  # absent if config.train.log_every was another
         return Samples(batch, _rows(arrays, rows, mesh=self.run.mesh), logged)
 
-    def finish(self, samples: Samples) -> tuple[dict, dict]:
+    def finish(self, pending: Samples) -> tuple[dict, dict[str, float]]:
         """Scores samples: (the batch extended by the arrays that the loss reads, scalars)."""
-        settings, found = self.run.config.reward, samples.arrays
-        parts = [found[f"tokens_{part}"] for part in range(PARTS)] if self.scorer else []
-        scored = self._scored(parts, samples.batch, samples.logged)
+        settings, found = self.run.config.reward, pending.arrays
+        scored = self._scored(pending)
         rewards = scored["rewards"]
         divergences = sharding.to_host(found["divergence"]) if "divergence" in found else np.zeros(
             (*rewards.shape, self.sampler.factors), np.float32)
         future_divergence = settings.kl * (np.cumsum(divergences, -1) - divergences)
-        scalars = _scalars(scored, divergences) if samples.logged else {}
-        weights = sharding.place(self.use.weights(
+        scalars = _scalars(scored, divergences) if pending.logged else {}
+        weights = sharding.place(self.spec.weights(
             settings, rewards, self._bonus(scored), future_divergence), self.run.mesh)
-        kept = {name: found[name] for name in ("rollout", *self.names)}
-        return samples.batch | kept | weights, scalars
+        kept = {name: found[name] for name in ("rollout", *self.spec.arrays(settings))}
+        return pending.batch | kept | weights, scalars
 
-    def _scored(self, tokens, batch: dict, logged: bool) -> dict:
+    def pictures(self, run: Run, reference, held_out: Source) -> list[str]:
+        """Draws samples before and after post-training."""
+        return [pictures.draw_change(run, reference, held_out)]
+
+    def _scored(self, samples: Samples) -> dict[str, Any]:
         """The scores of the samples, as Scorer gives them; of pairs only rewards, 1 and 0."""
-        if self.scorer:
-            return self.scorer(tokens, batch, logged or bool(self.run.config.reward.diversity))
-        return {"rewards": np.tile(np.array([1.0, 0.0]), (batch["index"].shape[0], 1))}
+        if not self.scorer:
+            return {"rewards": np.tile(np.array([1.0, 0.0]), (samples.batch["index"].shape[0], 1))}
+        parts = [samples.arrays[f"tokens_{part}"] for part in range(PARTS)]
+        detailed = samples.logged or bool(self.run.config.reward.diversity)
+        return self.scorer(parts, samples.batch, detailed)
 
     def _bonus(self, scored: dict) -> np.ndarray:
         """The bonus of each sample, [P, G]: for its distance to the others, and for rare traits.
@@ -183,46 +198,35 @@ def samples_of(config: Config) -> int:
     return config.reward.samples if config.reward.name else 2
 
 
-def abstract(run: Run, use: RolloutUse) -> dict:
+def abstract(run: Run, spec: RolloutSpec) -> dict:
     """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
     config, settings = run.config, run.config.reward
     group, count = (config.data.batch_size, samples_of(config)), sampler_of(run).factors
-    weights = use.weights(settings, np.zeros(group), np.zeros(group), np.zeros((*group, count)))
-    shapes = {name: value.shape for name, value in weights.items()}
-    return _abstract(run, _shapes(run, use.arrays(settings)) | shapes)
+    weights = spec.weights(settings, np.zeros(group), np.zeros(group), np.zeros((*group, count)))
+    names = ("rollout", *spec.arrays(settings))
+    found = abstract_samples(run, names)
+    return found | {name: found["rollout"].update(shape=a.shape) for name, a in weights.items()}
 
 
 def abstract_samples(run: Run, names: Iterable[str]) -> dict:
-    """The shapes and shardings of the arrays of Samples.to_save that have these names."""
-    size, c = run.config.data.batch_size, run.model.config
-    parts = np.array_split(np.arange(samples_of(run.config)), PARTS)  # the first ones are larger
-    shapes = {f"tokens_{part}": (size, len(own), c.tokens, c.dim) for part, own in enumerate(parts)}
-    shapes = _shapes(run, names) | shapes | {"index": (size,)}
-    found = _abstract(run, {name: shapes[name] for name in names})
-    return found | {"index": found["index"].update(dtype=jnp.int32)}
-
-
-def names_of_samples(run: Run, use: RolloutUse) -> tuple[str, ...]:
-    """The names of the arrays of Samples.to_save in a cycle that is logged."""
-    parts = (f"tokens_{part}" for part in range(PARTS))
-    return ("index", "rollout", *parts, *compared(use, run.config.reward, logged=True))
-
-
-def _shapes(run: Run, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of rollouts and of these arrays of `compare`."""
-    c, count = run.model.config, sampler_of(run).factors
-    group = run.config.data.batch_size, samples_of(run.config)
-    latents = (*group, count, c.tokens, c.dim)
-    shapes = {name: latents if name in ("reference_mean", "reference_log_scale")
-              else (*group, count) for name in names}
-    return shapes | {"rollout": (*group, count + 1, c.tokens, c.dim)}
-
-
-def _abstract(run: Run, shapes: dict[str, tuple[int, ...]]) -> dict:
-    """Arrays of these shapes in float32, split over the examples of a batch."""
+    """The shapes and shardings of the arrays of Rollouts.to_save that have these names."""
+    c, size, count = run.model.config, run.config.data.batch_size, sampler_of(run).factors
+    group, tokens = samples_of(run.config), (c.tokens, c.dim)
+    shapes = {"index": (size,), "rollout": (size, group, count + 1, *tokens)}
+    shapes |= dict.fromkeys(("reference_mean", "reference_log_scale"),
+                            (size, group, count, *tokens))
+    parts = np.array_split(np.arange(group), PARTS)  # the first ones are larger
+    shapes |= {f"tokens_{part}": (size, len(own), *tokens) for part, own in enumerate(parts)}
     split = sharding.batch_sharding(run.mesh)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
-            for name, shape in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(
+        shapes.get(name, (size, group, count)), jnp.int32 if name == "index" else jnp.float32,
+        sharding=split) for name in names}
+
+
+def names_of_samples(run: Run, spec: RolloutSpec) -> tuple[str, ...]:
+    """The names of the arrays of Rollouts.to_save in a cycle that is logged."""
+    parts = (f"tokens_{part}" for part in range(PARTS))
+    return ("index", "rollout", *parts, *spec.needed_arrays(run.config.reward, logged=True))
 
 
 def check(config: Config) -> None:
@@ -258,7 +262,7 @@ def check(config: Config) -> None:
                             "between samples")
 
 
-def fixed_parts(config: Config, names) -> tuple[str, ...]:
+def frozen_modules(config: Config, names: Iterable[str]) -> tuple[str, ...]:
     """Those of the parameters' first `names` that config.reward.trains leaves as they are."""
     parts = {"predictor": {"transporter"}, "transporter": set(names) - {"transporter"},
              "both": set()}

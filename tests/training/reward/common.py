@@ -6,9 +6,7 @@ import jax
 import numpy as np
 
 from ntm_jax.runtime import sharding
-from ntm_jax.training import objectives
-from ntm_jax.training.reward.rollouts import Rollouts
-from tests.common import batch_of
+from tests.common import batch_of, objective_of
 
 
 def with_reward(run, **settings):
@@ -24,13 +22,12 @@ def with_objective(run, objective: str, **settings):
     return with_reward(dataclasses.replace(run, config=config), **settings)
 
 
-def made(run, reference=None):
-    """The Rollouts of a run; its reference is the run's own parameters by default."""
-    use = objectives.find(run.config.train.objective).rollout_use
+def made(run):
+    """The Rollouts of a run."""
     source = run.config.data.open("train")
     if not run.config.reward.name:
         source = dataclasses.replace(source, records=Pairs(source.records))
-    return Rollouts(run, source, use, reference or run.params)
+    return objective_of(run).extend(run, source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +47,9 @@ class Pairs:
 def rolled(run, reference=None, step: int = 0, records: int = 4, **more) -> tuple[dict, dict]:
     """(a batch of the first records with rollouts, the scalars to log); more: of the batch."""
     batch = batch_of(run.config.data.open("train"), run.config, records) | more
-    return made(run, reference)(run.params, sharding.to_global(batch, run.mesh), step)
+    rollouts = made(run)
+    return rollouts.finish(rollouts.begin(
+        run.params, reference or run.params, sharding.to_global(batch, run.mesh), step))
 
 
 def moved(params, size: float, seed: int = 7):

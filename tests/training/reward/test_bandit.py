@@ -19,11 +19,10 @@ from ntm_jax.data import pipeline
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import untrained
-from ntm_jax.training import objectives, state
+from ntm_jax.training import state
 from ntm_jax.training.reward import rewards
-from ntm_jax.training.reward.rollouts import Rollouts
 from ntm_jax.training.step import make_step
-from tests.common import experiment
+from tests.common import experiment, objective_of
 
 BETA, CURVATURE, CENTRE, SPREAD = 0.5, 1.0, np.array([0.8, -0.6]), 1.0
 STEPS = 150
@@ -81,12 +80,13 @@ def test_the_optimum_is_the_tilted_reference(monkeypatch):
     run = untrained(config, pipeline.spec(source, 1), sharding.make_mesh(config.mesh))
     current = state.initialize(run)
     reference = jax.tree.map(jnp.copy, current.params)
-    rollouts = Rollouts(run, source, objectives.find("policy_gradient").rollout_use, reference)
-    step = make_step(run)
+    rollouts = objective_of(run).extend(run, source)
+    step = make_step(run, objective_of(run))
     batches = pipeline.train_iterator(source, 1, 16, 0, 0)
     for number in range(STEPS):
         batch = sharding.to_global(next(batches), run.mesh)
-        batch, _ = rollouts(current.params, batch, number, logged=False)
+        batch, _ = rollouts.finish(
+            rollouts.begin(current.params, reference, batch, number, logged=False))
         with sharding.use(run.mesh):
             current, _ = step(current, batch, 2)
     batches.close()

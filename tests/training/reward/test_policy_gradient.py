@@ -15,9 +15,9 @@ from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures
-from ntm_jax.training.objectives import Draws
-from ntm_jax.training.reward import drawing, policy, policy_gradient, rollouts
-from tests.common import batch_of, bits, tiny_config, without_an_ending, write_run
+from ntm_jax.training.objectives import StepInputs
+from ntm_jax.training.reward import drawing, policy, rollouts
+from tests.common import batch_of, bits, objective_of, tiny_config, without_an_ending, write_run
 from tests.training.reward.common import flat, moved, rolled, with_reward
 
 SETTINGS = {"train.objective": "policy_gradient", "reward.name": "brightness", "init_from": "x",
@@ -28,8 +28,10 @@ TRAINS = pytest.mark.parametrize(
 
 def loss_of(run, batch):
     """The loss of a batch as a function of parameters."""
-    loss, setup = objectives.find(run.config.train.objective).loss, objectives.setup(run)
-    return lambda params: loss(setup, params, Draws(jax.random.key(0), batch, 2, 0))[0]
+    objective = objective_of(run)
+    context, inputs = objectives.loss_context(run, objective), StepInputs(
+        jax.random.key(0), batch, 2, 0)
+    return lambda params: objective.loss(context, params, inputs)[0]
 
 
 def gradient(function, params):
@@ -69,7 +71,7 @@ def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
     batch, _ = rolled(run)
     assert ("old_nll" in batch) == (updates > 1)
-    assert "old_nll" in rollouts.abstract(with_reward(run, ahead=True), policy_gradient.USE)
+    assert "old_nll" in rollouts.abstract(with_reward(run, ahead=True), objective_of(run).extend)
     found = gradient(loss_of(run, batch), run.params)
 
     def expected(params):
@@ -96,9 +98,9 @@ def test_what_is_frozen_has_no_gradient(run):
     """Not even from the data, since the gradient's norm is clipped."""
     rng, records = np.random.default_rng(0), batch_of(run.config.data.open("train"), run.config, 4)
     for trains, still in (("predictor", "transporter"), ("transporter", "predictor")):
-        changed = with_reward(run, trains=trains, updates=1)
+        changed, spec = with_reward(run, trains=trains, updates=1), objective_of(run).extend
         scored = {name: rng.normal(size=a.shape).astype(np.float32)
-                  for name, a in rollouts.abstract(changed, policy_gradient.USE).items()}
+                  for name, a in rollouts.abstract(changed, spec).items()}
         found = gradient(loss_of(changed, records | scored), run.params)
         largest = {name: max(np.abs(a).max() for a in jax.tree.leaves(tree))
                    for name, tree in found["params"].items()}
@@ -158,7 +160,7 @@ def failing_at(number: int):
 def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
     """With samples that are drawn ahead, and are saved."""
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
-    monkeypatch.setattr(loop._Loop, "drawn_change", lambda self: [])  # test_mesh.py draws it
+    monkeypatch.setattr(rollouts.Rollouts, "pictures", lambda *_: [])  # test_mesh.py draws it
     write_run(tmp_path / "base", tiny_config())
     settings = SETTINGS | {"init_from": str(tmp_path / "base"), "train.steps": 40,
                            "reward.updates": 2, "reward.samples": 8, "reward.anchor": 0.0,

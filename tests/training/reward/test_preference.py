@@ -11,8 +11,8 @@ from PIL import Image
 from ntm_jax.core import sampling
 from ntm_jax.errors import UserError
 from ntm_jax.training import loop, objectives
-from ntm_jax.training.objectives import Draws
-from tests.common import tiny_config, without_an_ending, write_run
+from ntm_jax.training.objectives import StepInputs
+from tests.common import objective_of, tiny_config, without_an_ending, write_run
 from tests.training.reward.common import flat, moved, rolled, with_objective
 
 SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_from": "x",
@@ -23,9 +23,9 @@ SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_
 def test_the_loss_is_that_of_exact_likelihoods(run, trains):
     run = with_objective(run, "preference", kl=0.05, trains=trains, anchor=0.0)
     batch, _ = rolled(run)
-    setup = objectives.setup(run)
-    draws = Draws(jax.random.key(0), batch, 2, 0)
-    loss = functools.partial(objectives.find("preference").loss, setup, draws=draws)
+    setup = objectives.loss_context(run, objective_of(run))
+    draws = StepInputs(jax.random.key(0), batch, 2, 0)
+    loss = functools.partial(objectives.find("preference").loss, setup, inputs=draws)
     graded = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (first, metrics), gradient = graded(run.params)
     assert metrics["preference_loss"] == pytest.approx(np.log(2), abs=1e-4)

@@ -17,11 +17,9 @@ from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import features
 from ntm_jax.runtime import sharding
-from ntm_jax.training import objectives
-from ntm_jax.training.reward import classifier, held_out, preference, rewards, rollouts, scorer
-from ntm_jax.training.reward.rollouts import Rollouts
+from ntm_jax.training.reward import classifier, held_out, rewards, rollouts, scorer
 from ntm_jax.training.reward.scorer import Scorer
-from tests.common import batch_of
+from tests.common import batch_of, objective_of
 from tests.training.reward.common import made, moved, rolled, with_objective, with_reward
 
 
@@ -38,8 +36,8 @@ def test_rollouts_are_the_same_twice_and_differ_by_step(run):
 @pytest.mark.parametrize("trains", ["predictor", "both"])
 def test_rollouts_have_the_shapes_that_compilation_takes(run, objective, trains):
     run = with_objective(run, objective, trains=trains, kl=0.1)
-    use = objectives.find(objective).rollout_use
-    shapes = rollouts.abstract(run, use)
+    spec = objective_of(run).extend
+    shapes = rollouts.abstract(run, spec)
     batch, _ = rolled(run)
     assert {name: a.shape for name, a in shapes.items()} == {
         name: batch[name].shape for name in shapes}
@@ -48,9 +46,10 @@ def test_rollouts_have_the_shapes_that_compilation_takes(run, objective, trains)
     program = compile.train_program(run, source)
     assert set(shapes) < set(program.arguments[1])
     ahead = with_reward(run, ahead=True)  # the devices hold the samples of another batch
-    kept = rollouts.abstract_samples(ahead, rollouts.names_of_samples(ahead, use))
+    kept = rollouts.abstract_samples(ahead, rollouts.names_of_samples(ahead, spec))
     given = {name: batch[name] for name in ("x", "label", "index")}
-    drawn = made(ahead).begin(run.params, given, 0).to_save()
+    drawing = made(ahead)
+    drawn = drawing.to_save(drawing.begin(run.params, run.params, given, 0))
     assert {name: (a.shape, a.dtype) for name, a in kept.items()} == {
         name: (a.shape, a.dtype) for name, a in drawn.items()}
     assert kept in compile.train_program(ahead, source).resident
@@ -65,7 +64,8 @@ def test_what_is_logged(run):
     assert scalars["diversity"] > 0.01
     assert rolled(run)[1]["kl"] == pytest.approx(0, abs=1e-3)
     batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
-    assert made(run)(run.params, batch, 0, logged=False)[1] == {}
+    drawing = made(run)
+    assert drawing.finish(drawing.begin(run.params, run.params, batch, 0, False))[1] == {}
 
 
 def test_a_rewards_groups_are_logged(run, monkeypatch):
@@ -215,7 +215,7 @@ def test_recorded_pairs_are_trajectories_of_the_same_noise(run, trains):
         found = np.asarray(batch["rollout"])
         np.testing.assert_allclose(found[:, 0] - images[0], found[:, 1] - images[1], atol=1e-5)
     with pytest.raises(UserError, match="have no image `rejected`: name a reward, or give pairs"):
-        Rollouts(run, run.config.data.open("train"), preference.USE)
+        objective_of(run).extend(run, run.config.data.open("train"))
 
 
 def test_rewards_are_found_by_name(run):
@@ -259,7 +259,7 @@ def test_diversity_favours_samples_that_differ_from_the_others(run, monkeypatch)
     batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
     drawing = made(run)
     for logged in (True, False):
-        samples = drawing.begin(run.params, batch, 0, logged)
+        samples = drawing.begin(run.params, run.params, batch, 0, logged)
         tokens = [np.asarray(samples.arrays[f"tokens_{part}"]) for part in range(2)]
         images = run.spec.from_tokens(np.concatenate(tokens, 1))
         distance = scorer.mean_distances(images, run.spec.pixel_levels)

@@ -22,6 +22,7 @@ from ntm_jax.runtime import build, config_file
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
 from ntm_jax.runtime.run import FROZEN, Run, different_data
+from ntm_jax.training.objectives import Objective
 from ntm_jax.training.state import State
 
 SHARED = (  # settings that a denoiser shares with its teacher
@@ -29,12 +30,14 @@ SHARED = (  # settings that a denoiser shares with its teacher
     "trajectory.shift", "trajectory.steps", "sample.steps", "model.condition", "model.data_std")
 
 
-def load_teacher(run: Run) -> Run:
+def load_distilled(run: Run, objective: Objective) -> Run | None:
     """The teacher of a denoiser's run: config.teacher's, or that of its workdir if it resumes.
 
-    Of a config.teacher that is itself a denoiser's run, the teacher of that run.
-    Raises UserError where it does not fit the run's settings and data.
+    Of a config.teacher that is itself a denoiser's run, the teacher of that run. None for an
+    objective that needs none. Raises UserError where it does not fit the run's settings and data.
     """
+    if "teacher" not in objective.needs:
+        return None
     kept = saved_settings(run.workdir) is not None and has_teacher(run.workdir)
     teacher = load_run(f"{run.workdir}/{FROZEN}" if kept else run.config.teacher)
     if teacher.denoiser:  # by itself it is neither sampled by the denoiser nor guided as that is
@@ -46,16 +49,16 @@ def load_teacher(run: Run) -> Run:
     return teacher
 
 
-def prepare(run: Run, current: State, teacher: Run | None, post_trained: bool,
+def prepare(run: Run, objective: Objective, current: State, teacher: Run | None,
             new: bool) -> dict | None:
     """Keeps a run's teacher or reference model in WORKDIR/frozen, and returns its parameters.
 
     Of a denoiser, those of its teacher. With config.train.align_weight, those of the flow-matching
-    network that the run starts from. Of a post-trained run, those of the model that it starts from.
-    None for other runs. new: the run has no checkpoint, and what lies in the folder is another's.
-    All processes call it.
+    network that the run starts from. Of an objective that needs a reference, those of the model
+    that the run starts from. None for other runs. new: the run has no checkpoint, and what lies in
+    the folder is another's. All processes call it.
     """
-    has_reference = bool(run.config.train.align_weight) or post_trained
+    has_reference = bool(run.config.train.align_weight) or "reference" in objective.needs
     if new and (teacher or has_reference):
         forget(run.workdir)
     if teacher:
