@@ -45,11 +45,15 @@ def check_variant(file: str, variant: str, *variants: str):
         raise ValueError(f"{file}:{variant} is not a variant: expected {expected}")
 
 
-def shrink(c: ml_collections.ConfigDict):
-    """Shrinks a run to four steps of few examples and one transporter block: seconds on a CPU."""
+def shrink(c: ml_collections.ConfigDict, **model):
+    """Shrinks a run to four steps of few examples and a tiny model: seconds on a CPU.
+
+    model: settings of the section `model`.
+    """
     c.update(
         data=dict(batch_size=8, workers=0, mock=""),
-        model=dict(dtype="float32", remat="none", scan=False, transporter_blocks=1),
+        model=dict(dtype="float32", remat="none", scan=False, transporter_blocks=1,
+                   transporter_layers=1, **model),
         train=dict(steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0),
         optimizer=dict(warmup_steps=1),
         mesh=dict(fsdp=1),

@@ -8,16 +8,22 @@ a deeper predictor and parameters within 2%: 2.36, 2.17 and 98%.
 from ntm_jax.experiments import default
 
 
-def get_config(variant: str = "ntm"):
-    default.check_variant(__file__, variant, "ntm", "gaussian")
+def base():
+    """Returns what all experiments of digits share: data, sizes and evaluation."""
     c = default.get_config()
     c.data.update(source="digits", patch_size=2)
+    c.model.update(width=64, head_size=16, transporter_width=64, predictor_layers=3, data_std=0.75)
+    c.evaluate.update(trajectories=32, batch_size=297, images=4500, features="cnn")
+    return c
+
+
+def get_config(variant: str = "ntm"):
+    default.check_variant(__file__, variant, "ntm", "gaussian")
+    c = base()
     # a third of the distance of pixel values: less makes the density spiky, more blurs the values
     c.trajectory.update(t_min=0.04, t_min_range=(0.03, 0.05))
-    c.model.update(width=64, head_size=16, transporter_width=64, predictor_layers=3, data_std=0.75)
     c.train.update(save_every=400, evaluate_every=400, log_every=20)
     c.optimizer.update(learning_rate=3e-3, weight_decay=0.3)
-    c.evaluate.update(trajectories=32, batch_size=297, images=4500, features="cnn")
     if variant == "gaussian":
         c.model.update(
             transporter_blocks=0, width=72, head_size=24, kv_heads=3, predictor_layers=6)

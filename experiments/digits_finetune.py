@@ -6,20 +6,18 @@ Expected, in 45 minutes of one CPU core: bound 2.08 bits/dim, class accuracy 99.
 (proxy features) 1.15.
 """
 
-from ntm_jax.experiments import default
+from ntm_jax.experiments import default, digits
 
 
 def get_config(variant: str = "aligned"):
     default.check_variant(__file__, variant, "aligned", "free")
-    c = default.get_config()
-    c.data.update(source="digits", patch_size=2)
+    c = digits.base()
     c.trajectory.shift = -0.5
     c.model.update(
-        width=64, head_size=16, transporter_width=64, transporter_blocks=4, transporter_layers=1,
-        transporter_positions_std=1.0, predictor_layers=3, head="posterior", data_std=0.75)
+        transporter_blocks=4, transporter_layers=1, transporter_positions_std=1.0,
+        head="posterior")
     c.train.update(
         steps=9000, save_every=1000, evaluate_every=1000, level_power=1.0,
         align_weight=2.5 if variant == "aligned" else 0.0)
     c.optimizer.update(warmup_steps=200, ema_decay=0.9995)
-    c.evaluate.update(trajectories=32, batch_size=297, images=4500, features="cnn")
     return c

@@ -7,13 +7,11 @@ for samples that differ from the others of their class keeps them as far apart a
 two steps of four learn: they make the mistakes, and the others would add noise to the gradient.
 """
 
-from ntm_jax.experiments import default, digits
+from ntm_jax.experiments import digits
 
 
-def get_config(variant: str = ""):
-    default.check_variant(__file__, variant, "")
+def get_config():
     c = digits.get_config()
-    c.data.batch_size = 32
     c.train.update(
         objective="policy_gradient", steps=3000, save_every=500, evaluate_every=500, log_every=10)
     c.reward.update(name="classifier", samples=8, normalise=False, kl=0.002, diversity=1.0,

@@ -51,12 +51,11 @@ def get_config(variant: str = ""):
         c.mesh.tensor = 8
         c.evaluate.images = 512
     if variant.startswith("runlocal"):
-        default.shrink(c)
+        default.shrink(
+            c, width=64, head_size=32, kv_heads=2, transporter_width=64, predictor_layers=1,
+            double_layers=1)
         c.init_from = ""
         c.data.source = "mock:4x4x16,text=8x16"
-        c.model.update(
-            width=64, head_size=32, kv_heads=2, transporter_width=64, transporter_layers=1,
-            predictor_layers=1, double_layers=1)
         c.train.align_weight = 0.0
         c.mesh.tensor = 1
         c.evaluate.images = min(c.evaluate.images, 16)

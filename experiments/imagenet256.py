@@ -34,9 +34,7 @@ def get_config(variant: str = ""):
         c.model.data_std = 0.5  # of pixels on [-1, 1]
         c.evaluate.split = "validation"
     if variant == "runlocal":
-        default.shrink(c)
+        default.shrink(
+            c, width=64, head_size=16, kv_heads=4, transporter_width=64, predictor_layers=2)
         c.data.source = "mock:16x16x32,classes=1000"
-        c.model.update(
-            width=64, head_size=16, kv_heads=4, transporter_width=64, transporter_layers=1,
-            predictor_layers=2)
     return c

@@ -8,15 +8,21 @@ accuracy 90%. `:gaussian` is the ablation without transporter, with parameters w
 from ntm_jax.experiments import default
 
 
-def get_config(variant: str = "ntm"):
-    default.check_variant(__file__, variant, "ntm", "gaussian")
+def base():
+    """Returns what all experiments of MNIST share: data, noise levels, scales and evaluation."""
     c = default.get_config()
     c.data.update(source="mnist_5k", patch_size=7)
     # with t_min = 0.003 the last step, to pixels nearly black or white, is not learned
     c.trajectory.update(schedule="linear", t_min=0.07, t_min_range=(0.05, 0.09))
     c.model.update(log_scale_bound=5.0, data_std=0.62)
-    c.train.update(steps=3000, evaluate_every=1000, log_every=20)
     c.evaluate.update(images=1000, features="cnn")
+    return c
+
+
+def get_config(variant: str = "ntm"):
+    default.check_variant(__file__, variant, "ntm", "gaussian")
+    c = base()
+    c.train.update(steps=3000, evaluate_every=1000, log_every=20)
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)
     return c

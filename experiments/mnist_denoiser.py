@@ -4,17 +4,13 @@ Needs `pip install -e '.[mnist]'`; see digits_denoiser.py. Expected: the teacher
 90%, and a Frechet distance (proxy features) within 10% of its own.
 """
 
-from ntm_jax.experiments import default
+from ntm_jax.experiments import mnist
 
 
 def get_config():
-    c = default.get_config()
-    c.data.update(source="mnist_5k", patch_size=7)
-    c.trajectory.update(schedule="linear", t_min=0.07, t_min_range=(0.05, 0.09))
-    c.model.update(
-        transporter_blocks=0, transporter_layers=1, log_scale_bound=5.0, data_std=0.62)
+    c = mnist.base()
+    c.model.update(transporter_blocks=0, transporter_layers=1)
     c.train.update(objective="denoiser", steps=4000, evaluate_every=1000, condition_dropout=0.0)
     c.optimizer.update(learning_rate=1e-3, weight_decay=1e-4)
-    c.evaluate.update(images=1000, features="cnn")
     c.sample.decoder = "denoiser"
     return c

@@ -7,17 +7,13 @@ one. Expected: class accuracy 82% in 50 steps, 87% in 8, 90% in 4 (--steps), hel
 0.232.
 """
 
-from ntm_jax.experiments import default
+from ntm_jax.experiments import mnist
 
 
 def get_config():
-    c = default.get_config()
-    c.data.update(source="mnist_5k", batch_size=128, patch_size=7)
-    c.trajectory.update(schedule="linear", t_min=0.07, t_min_range=(0.05, 0.09))
-    c.model.update(
-        transporter_blocks=0, transporter_layers=1, head="posterior", log_scale_bound=5.0,
-        data_std=0.62)
+    c = mnist.base()
+    c.data.batch_size = 128
+    c.model.update(transporter_blocks=0, transporter_layers=1, head="posterior")
     c.train.objective = "flow_matching"
-    c.evaluate.update(images=1000, features="cnn")
     c.sample.update(steps=50, decoder="euler")
     return c

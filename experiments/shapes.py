@@ -31,9 +31,7 @@ def get_config(variant: str = ""):
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)
     if variant == "runlocal":
-        default.shrink(c)
-        c.model.update(
-            width=32, head_size=16, kv_heads=2, transporter_width=32, transporter_layers=1,
-            predictor_layers=1)
+        default.shrink(
+            c, width=32, head_size=16, kv_heads=2, transporter_width=32, predictor_layers=1)
         c.evaluate.images = 16
     return c

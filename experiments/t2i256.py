@@ -28,9 +28,7 @@ def get_config(variant: str = ""):
     c.evaluate.batch_size = 1024
     c.sample.guidance = 0.5
     if variant == "runlocal":
-        default.shrink(c)
+        default.shrink(
+            c, width=64, head_size=16, kv_heads=2, transporter_width=64, predictor_layers=2)
         c.data.source = "mock:16x16x32,text=8x32"
-        c.model.update(
-            width=64, head_size=16, kv_heads=2, transporter_width=64, transporter_layers=1,
-            predictor_layers=2)
     return c

@@ -87,8 +87,8 @@ def experiments_page() -> str:
         module = importlib.import_module(f"ntm_jax.experiments.{name}")
         with mock.patch.object(default, "check_variant") as check:
             values = config.flatten(module.get_config().to_dict())
-        # An experiment checks its own variant first, then those that it starts from check theirs.
-        _, chosen, *variants = check.call_args_list[0].args if check.called else ("", "")
+        own = [call.args for call in check.call_args_list if call.args[0] == module.__file__]
+        _, chosen, *variants = own[0] if own else ("", "")
         others = ", ".join(f"`:{v}`" for v in variants if v not in ("", chosen)) or "none"
         rows.append((f"[`{name}`](#{name})", prose(module.__doc__.splitlines()[0])))
         changed = [(f"`{key}`", shown(value)) for key, value in values.items()
