@@ -12,6 +12,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from ntm_jax import files
@@ -175,6 +176,12 @@ def file_size_limit(size: int):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         sys.dont_write_bytecode = bytecode
+
+
+def needs_compiler(package: str) -> None:
+    """Skips a test where a compiler is not installed. In the gate, which has both, it fails."""
+    if "NTM_JAX_GATE" not in os.environ:
+        pytest.importorskip(package)
 
 
 def start(arguments, cwd=ROOT, env: dict | None = None) -> subprocess.Popen | forked.Program:

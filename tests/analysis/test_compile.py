@@ -31,6 +31,7 @@ from tests.common import (
     as_run,
     batch_of,
     experiment,
+    needs_compiler,
     objective_of,
     python,
     setup,
@@ -378,7 +379,7 @@ DEVICES = {  # package, devices, chips, unit, GiB, kind of attention
 @pytest.mark.parametrize("topology", DEVICES)
 def test_compiles_for_absent_devices(tmp_path, topology):
     package, devices, number, unit, memory, kernel = DEVICES[topology]
-    pytest.importorskip(package)
+    needs_compiler(package)
     out = tmp_path / "report.json"
     done = python(
         "-m", "launch.compile", "--config=experiments/imagenet256.py:runlocal",
@@ -396,6 +397,22 @@ def test_compiles_for_absent_devices(tmp_path, topology):
     assert found["bound_by"] in ("compute", "memory", "network")
     assert "fits           yes" in done.stdout
     assert os.path.getsize(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "package"), [
+    ("cpu:4", "jaxlib"), ("v5p:2x2x1", "libtpu"), ("h100:1x1x4", "jax_plugins.xla_cuda13")])
+def test_only_a_cpus_program_has_arithmetic_for_cpus(tmp_path, topology, package):
+    needs_compiler(package)
+    small = {"mesh.fsdp": 4, "model.scan": False, "model.predictor_layers": 2,
+             "model.transporter_blocks": 1, "model.width": 256, "model.transporter_width": 256,
+             "model.kv_heads": 2, "data.batch_size": 16, "trajectory.steps": "(1,)",
+             "sample.steps": 1}
+    python("-m", "launch.compile", "--config=imagenet256", f"--topology={topology}",
+           *(f"--config.{key}={value}" for key, value in small.items()), f"--dump={tmp_path}",
+           JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
+    text = (tmp_path / "program.hlo.txt").read_text()
+    assert ("cpu_arithmetic" in text) == topology.startswith("cpu")
 
 
 def test_what_does_not_fit_ends_in_one_line():
