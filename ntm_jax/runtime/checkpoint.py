@@ -6,14 +6,10 @@ error.
 """
 
 import contextlib
-import dataclasses
-import gc
 import logging
 import math
 import os
-import sys
-import time
-import warnings
+from typing import Any
 
 import jax
 from etils import epath
@@ -33,7 +29,6 @@ from ntm_jax.runtime.checksums import (
 DATA_NAME = "<data>"  # the data iterator's state
 RUN_NAME = "<run>"  # the step and the settings
 BEST_KEY = "bound"  # key in files; any held-out measure: a bound, an error, or minus a reward
-READ_ATTEMPTS = 30  # while a run saves and removes checkpoints
 
 
 def locate(where) -> tuple[epath.Path, int | None]:
@@ -51,30 +46,6 @@ def saved_settings(workdir) -> dict | None:
     """The settings saved with a workdir's last checkpoint; see Checkpoints.saved_settings."""
     with Checkpoints(workdir) as checkpoints:
         return checkpoints.saved_settings()
-
-
-def _best_step(checkpoints) -> int | None:
-    """The step with the lowest finite held-out measure; None if there is none."""
-    measures = {c.step: (c.metrics or {}).get(BEST_KEY, math.nan) for c in checkpoints}
-    finite = {step: value for step, value in measures.items() if math.isfinite(value)}
-    return min(finite, key=lambda step: finite[step]) if finite else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Retention:
-    """orbax's preservation policy: keeps the latest `last`, the best, and multiples of `every`.
-
-    It also keeps the steps that are symbolic links in the folder, which orbax does not remove.
-    """
-
-    folder: epath.Path
-    last: int
-    every: int
-
-    def should_preserve(self, checkpoints, *, context):
-        kept = {c.step for c in checkpoints[-self.last :]} | {_best_step(checkpoints)}
-        return [c.step in kept or (self.every > 0 and c.step % self.every == 0)
-                or os.path.islink(self.folder / str(c.step)) for c in checkpoints]
 
 
 class Checkpoints:
@@ -97,13 +68,16 @@ class Checkpoints:
 
     def __init__(self, workdir, keep_last: int = 3, keep_every: int = 0,
                  settings: dict | None = None):
-        if keep_last < 1:
-            raise UserError(f"keep_last is {keep_last}: keep at least 1 checkpoint")
         path = epath.Path(workdir)
         # orbax needs an absolute path; resolving an object-storage address would make it local.
         path = path if is_remote(path) else path.resolve()
         self.directory = path / "checkpoints"
-        self._retention = _Retention(self.directory, keep_last, keep_every)
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep_last), policies.BestN(
+            get_metric_fn=lambda metrics: -metrics[BEST_KEY], n=1,
+            keep_checkpoints_without_metrics=False)]
+        self._kept = policies.AnyPreservationPolicy(
+            kept + [policies.EveryNSteps(keep_every)] * bool(keep_every))
         self._settings = settings
         # Without these handlers orbax would take a dictionary of numbers for a tree of arrays.
         registry = ocp.handlers.local_registry()
@@ -114,8 +88,6 @@ class Checkpoints:
         # compile.
         self._context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
         self._context.checkpointables.registry = registry
-        self._partial = ocp.Context(self._context)
-        self._partial.pytree.loading.partial_load = True
         self._writes = False
         # One process decides for all: a faster one may already have created the folder.
         exists = multihost_utils.broadcast_one_to_all(self.directory.exists())
@@ -139,23 +111,33 @@ class Checkpoints:
           data_state: the data iterator's state, JSON.
           held_out: a held-out measure, lower is better, which selects the best checkpoint.
 
-        Raises UserError if the checkpoint, or the one before it, cannot be written.
+        Raises UserError if the checkpoint, or the one before it, cannot be written, or if another
+        run has saved a later one in the same folder.
         """
-        if not self._writes:
-            self.close()
-            with self._write_errors():
+        known = self.latest()
+        with self._write_errors():
+            if not self._writes:
+                self.close()
                 self._manager, self._writes = self._open(clean=True), True
+            assert self._manager is not None
+            self._manager.wait()
+            if jax.process_index() == 0:  # a network disk may show the others an older list
+                self._manager.reload()
+        if self.latest() != known:
+            raise UserError(
+                f"the latest checkpoint in {self.directory} is of step {self.latest()}, and this "
+                f"run's is of step {known}: another run saves there, so this one stops")
         if step in self.steps():
             return False
         run = {"step": step, "settings": self._settings}
         sums = {DATA_NAME: json_checksum(data_state), RUN_NAME: json_checksum(run)}
-        sums = {**array_checksums(state), **sums}
-        unit = {"state": state, "data": data_state, "run": run, "checksums": sums}
-        assert self._manager is not None  # opened above
+        unit = {"state": state, "data": data_state, "run": run,
+                "checksums": array_checksums(state) | sums}
+        metrics: Any = None  # orbax's type is that of all JSON
+        if held_out is not None and math.isfinite(held_out):
+            metrics = {BEST_KEY: float(held_out)}
         with self._write_errors():
-            self._manager.save_checkpointables_async(
-                step, unit, force=True,
-                metrics=None if held_out is None else {BEST_KEY: float(held_out)})
+            self._manager.save_checkpointables_async(step, unit, force=True, metrics=metrics)
         return True
 
     def steps(self) -> list[int]:
@@ -190,8 +172,8 @@ class Checkpoints:
         Raises UserError if there is no such step, if it belongs to another model (an array is
         missing, extra, or of another shape or dtype) or to another run, or if it is damaged.
         """
-        unit = {"state": abstract_state, "data": None}
-        step, unit = self._read(step, lambda found: self._load(found, unit, self._context, True))
+        step = self._existing(step)
+        unit = self._load(step, {"state": abstract_state, "data": None}, partial=False)
         return step, unit["state"], unit["data"]
 
     def restore_subtree(self, step: int | None, abstract_subtree):
@@ -200,9 +182,8 @@ class Checkpoints:
         Returns (step, the arrays in the structure of abstract_subtree). Arguments and errors are
         those of `restore`.
         """
-        unit = {"state": abstract_subtree}
-        step, unit = self._read(step, lambda found: self._load(found, unit, self._partial, False))
-        return step, unit["state"]
+        step = self._existing(step)
+        return step, self._load(step, {"state": abstract_subtree}, partial=True)["state"]
 
     def saved_settings(self) -> dict | None:
         """The settings saved with the last checkpoint, verified.
@@ -235,19 +216,14 @@ class Checkpoints:
 
     def _open(self, clean: bool):
         """orbax's manager of the folder; `clean` removes a killed run's temporary folders."""
-        for attempt in range(READ_ATTEMPTS):
-            try:
-                return ocp.training.Checkpointer(
-                    self.directory, context=self._context, preservation_policy=self._retention,
-                    cleanup_tmp_directories=clean)
-            except Exception as error:
-                if clean or attempt == READ_ATTEMPTS - 1:
-                    raise UserError(
-                        f"the checkpoints in {self.directory} cannot be listed ({_cause(error)}): "
-                        "make the folder readable, and writable to train, or give another "
-                        "--workdir") from error
-            time.sleep(0.1)  # another run may remove a step while orbax lists it
-        return None
+        try:
+            return ocp.training.Checkpointer(
+                self.directory, context=self._context, preservation_policy=self._kept,  # type: ignore[arg-type]
+                cleanup_tmp_directories=clean)
+        except Exception as error:
+            raise UserError(
+                f"the checkpoints in {self.directory} cannot be listed ({_cause(error)}): make the "
+                "folder readable, and writable to train, or give another --workdir") from error
 
     @contextlib.contextmanager
     def _write_errors(self):
@@ -262,28 +238,6 @@ class Checkpoints:
                 "space there, raise ulimit -f or make it writable; the checkpoints before it are "
                 "intact, and the same command resumes") from error
 
-    def _read(self, step, load):
-        """(step, load(step)) of an existing step, the latest if None.
-
-        Beside a run that removes checkpoints, the latest may vanish while it is read. Then this
-        reads the next latest.
-        """
-        for _ in range(READ_ATTEMPTS):
-            found = self._existing(step)
-            try:
-                return found, load(found)
-            except UserError:
-                if jax.process_count() > 1 or self._writes:
-                    raise
-                self.close()
-                self._manager = self._open(clean=False)
-                if found in self.steps() and (step is not None or found == self.latest()):
-                    raise
-        raise UserError(
-            f"the checkpoints in {self.directory} are replaced faster than they can be read: give "
-            "the step of one that is kept, as --step, or raise config.train.save_every of the run "
-            "that writes them")
-
     def _existing(self, step) -> int:
         """The given step, or the latest. Raises UserError if it is not saved."""
         self.wait()
@@ -296,38 +250,32 @@ class Checkpoints:
                             f"{', '.join(map(str, steps))}")
         return steps[-1] if step is None else step
 
-    def _load(self, step, abstract_unit, context, complete: bool) -> dict:
+    def _load(self, step: int, abstract_unit: dict, partial: bool) -> dict:
         """The entries of abstract_unit, with "checksums" and "run", loaded and verified.
 
-        complete: the checkpoint's state may hold no arrays besides those of abstract_unit.
+        partial: the checkpoint's state may hold other arrays besides those of abstract_unit.
         """
-        failure = ""
+        path, context = self.directory / str(step), ocp.Context(self._context)
+        context.pytree.loading.partial_load = partial
         try:
             with context:
-                path = self.directory / str(step)
                 stored = ocp.checkpointables_metadata(path).metadata
                 if stored["state"] is None:  # orbax only logs the reason
                     raise ValueError("its metadata are damaged")
-                self._check_model(step, stored["state"], abstract_unit["state"], complete)
-                extra = {"checksums": None}
-                if "run" in stored:  # earlier versions did not save it
-                    extra["run"] = None
-                unit = ocp.load_checkpointables(path, {**abstract_unit, **extra})
-                saved = dict(unit["checksums"])
+                self._check_model(step, stored["state"], abstract_unit["state"], partial)
+                extra = {name: None for name in ("checksums", "run") if name in stored}
+                unit = ocp.load_checkpointables(path, abstract_unit | extra)
         except (UserError, jax.errors.JaxRuntimeError):  # the latter means that a device failed
             raise
         except Exception as error:  # orbax raises many kinds for a missing or garbled file
-            failure = _cause(error)
-        if failure:
-            gc.collect()  # ends the other reads, which orbax has abandoned
-            raise self._damaged(step, f"it cannot be read ({failure})")
-        self._verify(step, unit, saved)
+            raise self._damaged(step, f"it cannot be read ({_cause(error)})") from None
+        self._verify(step, unit)
         return unit
 
-    def _check_model(self, step, stored, expected, complete: bool) -> None:
+    def _check_model(self, step: int, stored, expected, partial: bool) -> None:
         """Raises UserError if a checkpoint's arrays differ from the model's in name or shape."""
         stored, expected = named_leaves(stored), named_leaves(expected)
-        if not complete:
+        if partial:
             tops = {name.split("/")[0] for name in expected}
             stored = {name: leaf for name, leaf in stored.items() if name.split("/")[0] in tops}
         different = first_difference(stored, expected)
@@ -337,31 +285,18 @@ class Checkpoints:
                             f"array {name} is {there} in the checkpoint, {here} in this model; use "
                             "the configuration it was trained with, or another --workdir")
 
-    def _verify(self, step, unit: dict, saved: dict) -> None:
-        """Raises UserError if a loaded checkpoint is damaged or belongs to another run.
-
-        saved: the checksums stored with it.
-        """
-        found = array_checksums(unit["state"])
+    def _verify(self, step: int, unit: dict) -> None:
+        """Raises UserError if a loaded checkpoint is damaged or was saved with other settings."""
+        saved, found = unit["checksums"], array_checksums(unit["state"])
         if "data" in unit:
             found[DATA_NAME] = json_checksum(unit["data"])
-        if "run" in unit or RUN_NAME in saved:
+        if RUN_NAME in saved:  # earlier versions did not save it
             found[RUN_NAME] = json_checksum(unit.get("run"))
         for name, value in found.items():
             if saved.get(name) != value:
                 raise self._damaged(
                     step, f"{name} has checksum {value}, saved with {saved.get(name)}")
-        if "run" in unit:
-            self._check_run(step, unit["run"])
-
-    def _check_run(self, step, run: dict) -> None:
-        """Raises UserError if a checkpoint was saved at another step or with other settings."""
-        if run["step"] != step:
-            raise UserError(f"{self.directory / str(step)} holds the checkpoint of step "
-                            f"{run['step']}: give the folder that number again")
-        before, now = run["settings"], self._settings
-        if before is None or now is None:
-            return
+        before, now = unit.get("run", {}).get("settings") or {}, self._settings or {}
         for key in sorted(before.keys() & now):  # earlier versions left out those at defaults
             if before[key] != now[key]:
                 raise UserError(
@@ -384,27 +319,7 @@ def _cause(error) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _quiet_orbax() -> None:
-    """Silences what orbax prints about failures besides raising them.
-
-    Each of its threads logs a page, and it abandons its other reads and writes, which Python and
-    tensorstore's threads then report one by one.
-    """
-    logging.getLogger("absl").addFilter(
-        lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(
-        lambda record: "exception was never retrieved" not in record.getMessage())
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    previous = sys.unraisablehook
-    abandoned = "Event loop is closed", "cannot schedule new futures after"
-
-    def show(unraisable):
-        code = getattr(unraisable.object, "cr_code", None)  # set for a coroutine
-        from_orbax = code and f"{os.sep}orbax{os.sep}" in code.co_filename
-        if not (str(unraisable.exc_value).startswith(abandoned) or from_orbax):
-            previous(unraisable)
-
-    sys.unraisablehook = show
-
-
-_quiet_orbax()
+# orbax and its event loop log a page about each failure that they also raise.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+logging.getLogger("asyncio").addFilter(
+    lambda record: "exception was never retrieved" not in record.getMessage())
