@@ -135,11 +135,11 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp
 
 def test_the_home_folder_is_one_folder_to_all(tmp_path, monkeypatch):
     """Shells leave the ~ of --workdir=~/run as it is."""
-    def refuse(folder):
-        raise UserError(f"found {folder}")
+    def refuse(settings):
+        raise UserError(f"found {settings['--workdir']}")
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(loop.workdir, "check", refuse)
+    monkeypatch.setattr(loop, "require_same_everywhere", refuse)
     with pytest.raises(UserError, match=f"found {tmp_path}/run$"):
         loop.train(tiny_config(), "~/run", progress=False)
     with pytest.raises(UserError, match=f"{tmp_path}/run holds no run"):
