@@ -1,7 +1,7 @@
 """A workdir's config.json: the settings of its run and the shape of its data.
 
-The file is sealed with a checksum. Every checkpoint holds a copy of the settings that make a run
-what it is, from which a lost or damaged config.json is written again.
+The file ends in a checksum of its content. Every checkpoint holds a copy of the settings that make
+a run what it is, from which a lost or damaged config.json is written again.
 """
 
 import copy
@@ -46,81 +46,58 @@ def fixed(config: Config, spec: DataSpec) -> dict:
             if not key.startswith(RESUMABLE)}
 
 
-def differences(before: dict, now: dict) -> list[tuple]:
-    """[(key, value before, value now)] of two flat dicts of settings.
+def _recorded(workdir: str) -> tuple[dict | None, str]:
+    """(the flat settings of the run in a workdir, a line on a config.json that cannot be read).
 
-    Those of an earlier version lack newer settings, which then have their defaults.
+    None without a checkpoint. Without config.json these are the settings of which the last
+    checkpoint has a copy: those fixed when a run resumes.
     """
-    defaults = _flat_defaults()
-    pairs = [(key, *(one.get(key, defaults.get(key)) for one in (before, now)))
-             for key in sorted(before | now)]
-    return [(key, one, other) for key, one, other in pairs if one != other]
-
-
-def _recorded(workdir: str) -> tuple[dict | None, dict | None, UserError | None]:
-    """The flat settings of the run in a workdir: (those of config.json, those of its checkpoint).
-
-    The first are None if the file is missing or damaged, with the error for a damaged one. The
-    second are those fixed when a run resumes, without defaults; None if there is no checkpoint.
-    """
-    path = epath.Path(workdir) / CONFIG
     saved = checkpoint.saved_settings(workdir)
-    if saved is None or not path.exists():
-        return None, saved, None
+    if saved is None:
+        return None, ""
     try:
-        return flatten(files.read_json(path, DAMAGED)), saved, None
-    except UserError as error:
-        return None, saved, error
+        return flatten(files.read_json(epath.Path(workdir) / CONFIG, DAMAGED)), ""
+    except (FileNotFoundError, UserError) as error:
+        if not saved:
+            raise UserError(f"{workdir} holds checkpoints and no {CONFIG} that can be read: give "
+                            "another --workdir") from error
+    known = {key: value for key, value in (_flat_defaults() | saved).items()
+             if not key.startswith(RESUMABLE)}
+    return known, (f"{CONFIG} was missing or damaged and is written anew: the last checkpoint has "
+                   "the same settings")
 
 
-def _before(workdir: str, config: Config, spec: DataSpec) -> tuple[dict | None, list[str]]:
-    """(the flat settings of the run in a workdir, None without one; lines on what was damaged)."""
-    written, saved, damage = _recorded(workdir)
-    if saved is None or written is not None:
-        return written, []
-    if not saved:
-        raise damage or UserError(f"{workdir} holds checkpoints but no {CONFIG}: expected a run's "
-                                  "folder or a new one; give another --workdir")
-    resumable = {key: value for key, value in flatten(_content(config, spec)).items()
-                 if key.startswith(RESUMABLE)}
-    return saved | resumable, [f"{CONFIG} was {'damaged' if damage else 'missing'} and is written "
-                               "anew: the last checkpoint has the same settings"]
-
-
-def claim(workdir: str, config: Config, spec: DataSpec) -> list[str]:
-    """Checks that a workdir holds no run or one of this configuration; writes nothing.
+def check_resumable(workdir: str, config: Config, spec: DataSpec) -> list[str]:
+    """Checks that a workdir holds no run or one of this configuration.
 
     A run without a checkpoint does not count. Returns a line for each setting that changed since
-    the run began. If config.json is missing or damaged, this uses the copy of the settings in the
-    last checkpoint.
+    the run began.
 
     Raises UserError where the run there differs in more than a resume may change.
     """
-    before, lines = _before(workdir, config, spec)
+    before, damage = _recorded(workdir)
     if before is None:
-        return lines
-    for key, one, other in differences(before, flatten(_content(config, spec))):
+        return []
+    lines = [damage] if damage else []
+    now, defaults = flatten(_content(config, spec)), _flat_defaults()
+    for key in sorted(before | now):
+        # A run of an earlier version lacks newer settings, which then have their defaults.
+        one, other = (settings.get(key, defaults.get(key)) for settings in (before, now))
+        resumable = key.startswith(RESUMABLE)
+        if one == other or (damage and resumable):
+            continue
         if key == "spec.class_names" and not one:
             continue  # written before runs kept the names
         if key == "spec.version":
             lines += filter(None, [changed_data(config.data.source, one, other)])
             continue
         of_samples = config.reward.ahead and key == "sample.steps"  # which a checkpoint may hold
-        if not key.startswith(RESUMABLE) or key == "spec.class_names" or of_samples:
+        if not resumable or key == "spec.class_names" or of_samples:
             raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "
                             f"{other!r}: give another --workdir to start anew, or that "
                             "value to resume")
         lines.append(f"changed since the run began: {key}: {one!r} -> {other!r}")
     return lines
-
-
-def _known(workdir: str, keys: list[str]) -> dict:
-    """Those of the flat settings that a workdir's run is known to have; {} without a run."""
-    known, saved, _ = _recorded(workdir) if workdir else (None, None, None)
-    if known is None and saved:
-        known = {key: value for key, value in (_flat_defaults() | saved).items()
-                 if not key.startswith(RESUMABLE)}
-    return {key: known[key] for key in keys if known and known.get(key) is not None}
 
 
 def complete(values, workdir: str = "") -> tuple[Config, str]:
@@ -136,7 +113,8 @@ def complete(values, workdir: str = "") -> tuple[Config, str]:
     left_open = [key for key in choices.CHOICES if key in flat and flat[key] is None]
     if not left_open:
         return read(values), ""
-    before = _known(workdir, left_open)
+    recorded = (_recorded(workdir)[0] if workdir else None) or {}
+    before = {key: recorded[key] for key in left_open if recorded.get(key) is not None}
     chosen = before | choices.choose(flat | before, accelerator=jax.default_backend() != "cpu")
     whence = "chosen for the data" if len(before) < len(left_open) else "as the run there has them"
     for key, value in chosen.items():
@@ -147,10 +125,10 @@ def complete(values, workdir: str = "") -> tuple[Config, str]:
 
 
 def write(workdir: str, config: Config, spec: DataSpec) -> None:
-    """Writes workdir/config.json, sealed: the settings, and the data's shape under `spec`."""
-    folder = epath.Path(workdir)
+    """Writes workdir/config.json: the settings, the data's shape under `spec`, a checksum."""
+    folder, content = epath.Path(workdir), _content(config, spec)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / CONFIG, _content(config, spec), sealed=True)
+    files.write_json(folder / CONFIG, content | {files.SEAL: files.digest(content)})
 
 
 def load(workdir: str) -> tuple[Config, DataSpec]:

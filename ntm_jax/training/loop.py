@@ -68,7 +68,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     run = untrained(config, spec, mesh, folder)
     distilled = reference_model.load_distilled(run, objective)
     state.check_state_fits(run)
-    config_file.claim(folder, config, spec)  # refuses before anything is written
+    config_file.check_resumable(folder, config, spec)  # refuses before anything is written
     extension = objective.extend(run, source)
     with locked(folder):
         with contextlib.ExitStack() as stack:
@@ -105,7 +105,8 @@ class _Loop:
         self.run, self.objective, self.distilled = run, objective, distilled
         self.source, self.held_out, self.extension = source, held_out, extension
         self.tracer = tracer
-        changes = config_file.claim(folder, config, run.spec)  # what another owner has left
+        # Again, as another job may have trained here before this one held the lock.
+        changes = config_file.check_resumable(folder, config, run.spec)
         self.checkpoints = stack.enter_context(Checkpoints(
             folder, keep_every=config.train.keep, settings=config_file.fixed(config, run.spec)))
         latest = self.checkpoints.latest()

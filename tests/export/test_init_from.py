@@ -69,7 +69,7 @@ def test_a_run_from_before_init_from_is_resumed(tmp_path):
     del values["init_from"], values[files.SEAL]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert config_file.load(str(tmp_path))[0] == SETTINGS
-    assert config_file.claim(str(tmp_path), SETTINGS, spec) == []
+    assert config_file.check_resumable(str(tmp_path), SETTINGS, spec) == []
 
 
 REFUSED = {

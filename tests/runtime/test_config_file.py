@@ -25,15 +25,15 @@ def with_checkpoint(monkeypatch):
 
 def test_an_unchanged_run_is_claimed(with_checkpoint, tmp_path):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
-    assert config_file.claim(str(tmp_path), tiny_config(), SPEC) == []
+    assert config_file.check_resumable(str(tmp_path), tiny_config(), SPEC) == []
 
 
 def test_a_new_folder_is_claimed(tmp_path):
     settings = tiny_config()
-    assert config_file.claim(str(tmp_path / "new"), settings, SPEC) == []
+    assert config_file.check_resumable(str(tmp_path / "new"), settings, SPEC) == []
     assert not (tmp_path / "new").exists()
     config_file.write(str(tmp_path), settings, SPEC)
-    assert config_file.claim(str(tmp_path), settings, SPEC) == []
+    assert config_file.check_resumable(str(tmp_path), settings, SPEC) == []
     assert config_file.load(str(tmp_path)) == (settings, SPEC)
 
 
@@ -58,7 +58,7 @@ def test_a_run_whose_backbone_is_not_imported_is_not_called_damaged(tmp_path, mo
 def test_what_a_resumed_run_may_change_is_reported(with_checkpoint, tmp_path, key, value):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
     before = config.flatten(tiny_config().raw)[key]
-    assert config_file.claim(str(tmp_path), tiny_config(**{key: value}), SPEC) == [
+    assert config_file.check_resumable(str(tmp_path), tiny_config(**{key: value}), SPEC) == [
         f"changed since the run began: {key}: {before!r} -> {value!r}"]
 
 
@@ -72,7 +72,7 @@ def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, val
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     other = tiny_config(**{key: value})
     with pytest.raises(UserError) as error:
-        config_file.claim(str(tmp_path), other, SPEC)
+        config_file.check_resumable(str(tmp_path), other, SPEC)
     there, here = (config.flatten(c.raw)[key] for c in (tiny_config(), other))
     assert str(error.value).startswith(
         f"{tmp_path} holds a run with {key} = {there!r}, and this one has {here!r}")
@@ -82,7 +82,8 @@ def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, val
 def test_other_data_under_the_same_name_are_refused(with_checkpoint, tmp_path):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
     with pytest.raises(UserError, match=r"spec\.count = 1500, and this one has 1501"):
-        config_file.claim(str(tmp_path), tiny_config(), DataSpec((8, 8, 1), 2, 17, 10, 1501))
+        config_file.check_resumable(
+            str(tmp_path), tiny_config(), dataclasses.replace(SPEC, count=1501))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -90,13 +91,13 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         config_file.load(str(tmp_path))
     with Checkpoints(tmp_path) as checkpoints:  # as earlier versions saved them, without settings
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    with pytest.raises(UserError, match=r"holds checkpoints but no config\.json"):
-        config_file.claim(str(tmp_path), tiny_config(), SPEC)
-    (tmp_path / "config.json").write_text('{"seed": ')
-    for read in (lambda: config_file.claim(str(tmp_path), tiny_config(), SPEC),
-                 lambda: config_file.load(str(tmp_path))):
-        with pytest.raises(UserError, match="is not JSON"):
-            read()
+    for content in (None, '{"seed": '):
+        if content:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"holds checkpoints and no config\.json that can be"):
+            config_file.check_resumable(str(tmp_path), tiny_config(), SPEC)
+    with pytest.raises(UserError, match="is not JSON"):
+        config_file.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged"])
@@ -115,43 +116,44 @@ def test_the_last_checkpoint_mends_config_json(tmp_path, damage):
     other = tiny_config(**{"trajectory.t_min": 0.13})
     message = r"holds a run with trajectory\.t_min = 0\.03, and this one has 0\.13"
     with pytest.raises(UserError, match=message):
-        config_file.claim(str(tmp_path), other, SPEC)
+        config_file.check_resumable(str(tmp_path), other, SPEC)
     left_open = settings.raw
     left_open["data"] |= {"batch_size": None, "patch_size": None}
     left_open["evaluate"] |= {"batch_size": None}
     completed, line = config_file.complete(left_open, str(tmp_path))
     assert completed.data == settings.data
     assert line.startswith("chosen for the data: ")  # what a resume may change is not known
-    assert config_file.claim(str(tmp_path), settings, SPEC) == [
-        f"config.json was {damage} and is written anew: the last checkpoint has the same settings"]
+    assert config_file.check_resumable(str(tmp_path), settings, SPEC) == [
+        "config.json was missing or damaged and is written anew: the last checkpoint has the same "
+        "settings"]
 
 
 def test_a_run_without_a_checkpoint_leaves_its_folder_to_any_other(tmp_path):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
-    assert config_file.claim(str(tmp_path), tiny_config(seed=7), SPEC) == []
+    assert config_file.check_resumable(str(tmp_path), tiny_config(seed=7), SPEC) == []
     (tmp_path / "config.json").write_text("[]")
-    assert config_file.claim(str(tmp_path), tiny_config(), SPEC) == []
+    assert config_file.check_resumable(str(tmp_path), tiny_config(), SPEC) == []
 
 
 def test_class_names_may_come_and_not_change(with_checkpoint, tmp_path):
     one, other = (dataclasses.replace(SPEC, class_names=names) for names in (("a",), ("b",)))
     config_file.write(str(tmp_path), tiny_config(), SPEC)
-    assert config_file.claim(str(tmp_path), tiny_config(), one) == []
+    assert config_file.check_resumable(str(tmp_path), tiny_config(), one) == []
     config_file.write(str(tmp_path), tiny_config(), one)
     assert config_file.load(str(tmp_path))[1] == one
     with pytest.raises(UserError, match=r"spec\.class_names = \['a'\], and this one has \['b'\]"):
-        config_file.claim(str(tmp_path), tiny_config(), other)
+        config_file.check_resumable(str(tmp_path), tiny_config(), other)
     assert "spec.class_names" not in config_file.fixed(tiny_config(), one)
 
 
 def test_data_that_changed_since_a_run_began_are_named(with_checkpoint, tmp_path):
     one, other = (dataclasses.replace(SPEC, version=version) for version in ("a", "b"))
     config_file.write(str(tmp_path), tiny_config(), SPEC)  # as earlier versions, without one
-    assert config_file.claim(str(tmp_path), tiny_config(), one) == []
+    assert config_file.check_resumable(str(tmp_path), tiny_config(), one) == []
     config_file.write(str(tmp_path), tiny_config(), one)
     assert config_file.load(str(tmp_path))[1].version == "a"
-    assert config_file.claim(str(tmp_path), tiny_config(), one) == []
-    assert config_file.claim(str(tmp_path), tiny_config(), other) == [
+    assert config_file.check_resumable(str(tmp_path), tiny_config(), one) == []
+    assert config_file.check_resumable(str(tmp_path), tiny_config(), other) == [
         "digits changed since the run began, from version 'a' to 'b': its splits may hold other "
         "records, so held-out ones may be among those trained on"]
     assert "spec.version" not in config_file.fixed(tiny_config(), one)
@@ -193,5 +195,5 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(with_checkpoint, t
     found, _ = config_file.load(str(tmp_path))
     expected = settings.sample, "none", ""
     assert (found.sample, found.evaluate.features, found.init_from) == expected
-    assert config_file.claim(str(tmp_path), settings, SPEC) == [
+    assert config_file.check_resumable(str(tmp_path), settings, SPEC) == [
         "changed since the run began: evaluate.features: 'none' -> 'cnn'"]
