@@ -24,10 +24,6 @@ from ntm_jax.core.transformer.conditions import Condition
 from ntm_jax.core.transformer.precision import at_config_precision
 
 
-class BackboneError(ValueError):
-    """A backbone returned something other than a velocity and hidden states."""
-
-
 class Velocity(Trunk):
     """The predictor's transformer as a flow-matching network.
 
@@ -73,7 +69,7 @@ class Posterior(nn.Module):
 def checked(backbone, returned, x):
     """What a backbone returned for x [B, N, D]: the velocity [B, N, D] and hidden states [B, N, W].
 
-    Raises BackboneError for anything else. Shapes are static, so this costs nothing at run time.
+    Raises ValueError for anything else. Shapes are static, so this costs nothing at run time.
     """
     pair = returned if isinstance(returned, (tuple, list)) else (returned,)
     shapes = [getattr(array, "shape", None) for array in pair]
@@ -82,7 +78,7 @@ def checked(backbone, returned, x):
         return returned
     found = ", ".join(type(array).__name__ if shape is None else str(list(shape))
                       for array, shape in zip(pair, shapes, strict=True))
-    raise BackboneError(
+    raise ValueError(
         f"the backbone {type(backbone).__name__} returns ({found}): expected the velocity "
         f"{list(x.shape)} and the last hidden states [{x.shape[0]}, {x.shape[1]}, width]")
 

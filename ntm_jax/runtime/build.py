@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from ntm_jax import backbones
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.flow_matching import BackboneError
 from ntm_jax.core.model import NTM
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
@@ -50,12 +49,7 @@ def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -
         raise UserError(f"config.{error}") from None
     if model_config.head != "posterior":
         return NTM(model_config)
-    built = backbone.build(model_config, settings, arithmetic.attention)
-    if not isinstance(built, nn.Module):
-        raise UserError(f"config.model.backbone={config.model.backbone} builds a "
-                        f"{type(built).__name__}: expected its build function to return a "
-                        "flax.linen.Module")
-    return NTM(model_config, built)
+    return NTM(model_config, backbone.build(model_config, settings, arithmetic.attention))
 
 
 def plain(model):
@@ -92,10 +86,7 @@ def condition_arrays(y) -> dict:
 
 
 def initial_params(model: NTM | Predictor, key) -> dict:
-    """New parameters, boxed with their logical axis names.
-
-    Raises UserError if a backbone returns something other than a velocity and hidden states.
-    """
+    """New parameters, boxed with their logical axis names."""
     c, steps = model.config, model.config.steps[0]
     t = jnp.linspace(0.5, 1, steps + 1)[None]
     if isinstance(model, NTM):
@@ -105,10 +96,7 @@ def initial_params(model: NTM | Predictor, key) -> dict:
     text = Text(jnp.zeros((1, 1, c.text_width)), jnp.zeros((1, 1), bool))
     vector = Vector(jnp.zeros((1, c.condition_width)), jnp.ones(1, bool))
     y = text if c.text_width else vector if c.condition_width else jnp.zeros(1, jnp.int32)
-    try:
-        return cast(dict, model.init(key, *inputs, jnp.full(1, steps), y))
-    except BackboneError as error:
-        raise UserError(f"config.model.backbone: {error}") from None
+    return cast(dict, model.init(key, *inputs, jnp.full(1, steps), y))
 
 
 def abstract(initial, model: NTM | Predictor, mesh):

@@ -116,30 +116,20 @@ def shardings(abstract, mesh):
     """The shardings of a tree of abstract arrays, by the logical names that core boxed them with.
 
     Arrays without names are replicated. Raises UserError if an array does not divide over its mesh
-    axes, or two of its dimensions map to one mesh axis.
+    axes.
     """
-    names = nn.get_partition_spec(abstract)
-    tree = nn.logical_to_mesh_sharding(names, mesh, RULES)
-    arrays = jax.tree_util.tree_flatten_with_path(nn.unbox(abstract))[0]
-    logical = jax.tree.leaves(names, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
-    for (path, array), axes, sharding in zip(arrays, logical, jax.tree.leaves(tree), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        used = [mesh_axis for axis in axes for mesh_axis in _tuple(dict(RULES).get(axis))]
-        if len(used) != len(set(used)):  # flax would silently replicate the second dimension
-            raise UserError(f"the rules put two dimensions of {name}, {', '.join(map(str, axes))}, "
-                            "on one mesh axis: change RULES")
+    tree = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
+    arrays = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract))
+    for (path, array), sharding in zip(arrays, jax.tree.leaves(tree), strict=True):
         for size, entry in zip(array.shape, sharding.spec, strict=False):
-            parts = math.prod(mesh.shape[axis] for axis in _tuple(entry))
+            axes = (entry,) if isinstance(entry, str) else entry or ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
             if size % parts:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(f"{name} has a dimension of {size}, which does not divide over the "
                                 f"mesh axis {entry} of {parts}: change config.mesh or the model's "
                                 "sizes")
     return tree
-
-
-def _tuple(entry) -> tuple:
-    """The mesh axes in an entry of a PartitionSpec."""
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def to_global(batch: dict, mesh) -> dict:

@@ -1,12 +1,8 @@
 """The model of a configuration and the shape of its data."""
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import pytest
 
-from ntm_jax import backbones
-from ntm_jax.backbones import BACKBONES, Backbone
 from ntm_jax.core.model import exact
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
@@ -34,29 +30,3 @@ def test_what_does_not_fit_is_refused():
     message = r"config\.model\.width = 20 must be a multiple of head_size x kv_heads = 8 x 2"
     with pytest.raises(UserError, match=message):
         build.make_model(tiny_config(**{"model.width": 20}), DataSpec((8, 8, 1), 2, 17, 10, 10))
-
-
-class Flat(nn.Module):
-    """A backbone that returns no hidden states."""
-
-    def __call__(self, x, t, y):
-        return x
-
-
-@pytest.mark.parametrize(("made", "message"), [
-    (None, r"config\.model\.backbone=mine builds a NoneType: expected its build function to return "
-           r"a flax\.linen\.Module"),
-    (Flat(), r"config\.model\.backbone: the backbone Flat returns \(\[2, 16, 4\]\): expected the "),
-])
-def test_a_backbone_that_is_none_is_refused(monkeypatch, made, message):
-    monkeypatch.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))
-    backbones.register("mine", Backbone(lambda config, extra, attention: made))
-    settings = tiny_config(**{"model.backbone": "mine", "model.head": "posterior",
-                              "model.transporter_blocks": 0})
-
-    def init(key):
-        model = build.make_model(settings, DataSpec((8, 8, 1), 2, 17, 10, 10))
-        return build.initial_params(model, key)
-
-    with pytest.raises(UserError, match=message):
-        jax.eval_shape(init, jax.random.key(0))

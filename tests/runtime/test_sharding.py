@@ -6,11 +6,10 @@ import json
 import re
 import sys
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
@@ -81,17 +80,16 @@ def take_steps(run, source):
     current = current.replace(params=jax.device_put(random, homes),
                               ema=jax.device_put(random, homes))
     batch, found = sharding.to_global(batch_of(source, run.config, 16), run.mesh), {}
+    step = make_step(run, objective_of(run))
     with sharding.use(run.mesh):
-        lowered = make_step(run, objective_of(run)).lower(current, batch, 2)
-        text, compiled = lowered.as_text(), lowered.compile()
+        compiled = step.lower(current, batch, 2).compile()
         for number in range(3):  # compiled once: the new state is sharded as the old
             current, metrics = compiled(current, batch)
             found |= {f"{number}/{key}": np.asarray(value) for key, value in metrics.items()}
     where = {jax.tree_util.keystr(path, simple=True, separator="/"):
              [list(a.shape), list(a.addressable_shards[0].data.shape)]
              for path, a in jax.tree_util.tree_leaves_with_path(current)}
-    constraints = re.findall(r"sharding_constraint .*?<@mesh, (.*?)>", text)
-    return random, found, {"begun": begun, "constraints": constraints, "where": where}
+    return random, found, {"begun": begun, "where": where}
 
 
 ONE, SHARDED, SEQUENCE = "1x1x1x1", "2x2x2x1", "2x1x2x2"
@@ -227,26 +225,17 @@ def test_images_are_the_same_on_8_devices(runs):
     assert (one != many).mean() < 0.02
 
 
-@pytest.mark.parametrize("kernel", [
-    "predictor/stack/layers/up/kernel", "predictor/stack/layers/down/kernel",
-    "transporter/blocks_0/stack/layers/attention/query/kernel"])
-def test_parameters_moments_and_ema_stay_sharded(runs, kernel):
+def test_parameters_moments_and_ema_stay_sharded(runs):
     where = runs[1][SHARDED]["where"]
+    kernel = "transporter/blocks_0/stack/layers/attention/query/kernel"
     copies = {name: shapes for name, shapes in where.items() if name.endswith(kernel)}
     assert len(copies) == 4, list(copies)  # params, ema and Adam's two moments
     for whole, here in copies.values():
         np.testing.assert_array_equal(whole, np.array(here) * (1, 2, 2))
 
 
-def test_the_constraints_in_core_take_effect(runs):
-    constraints = runs[1][SHARDED]["constraints"]
-    assert any('{"data", "fsdp"}' in c for c in constraints), constraints
-    assert any('"tensor"' in c for c in constraints), constraints
-
-
 @pytest.mark.parametrize(("shape", "devices"), [
-    ((3, 1, 1, 1), 8), ((2, 2, 1, 1), 8), ((-1, 3, 1, 1), 8), ((-1, 1, 1, -1), 8),
-    ((0, 1, 1, 1), 1), ((-1, 16, 1, 1), 8), ((-2, 1, 1, 1), 2), ((-1, 0, 1, 1), 2)])
+    ((2, 2, 1, 1), 8), ((-1, 3, 1, 1), 8), ((-1, 1, 1, -1), 8), ((-1, 0, 1, 1), 2)])
 def test_a_mesh_that_does_not_fit_is_refused(shape, devices):
     named = " x ".join(f"{axis} {size}" for axis, size in zip(sharding.AXES, shape, strict=True))
     with pytest.raises(UserError, match=f"{named}: expected a product of {devices}"):
@@ -269,7 +258,7 @@ def test_only_the_data_axis_crosses_slices():
     np.testing.assert_array_equal(slices.reshape(4, 2), [[0, 0], [0, 0], [1, 1], [1, 1]])
 
 
-@pytest.mark.parametrize(("slices", "data", "fsdp"), [(2, 1, 8), (3, -1, 1), (4, 8, 1)])
+@pytest.mark.parametrize(("slices", "data", "fsdp"), [(2, 1, 8), (4, 8, 1)])
 def test_slices_that_do_not_fit_are_refused(slices, data, fsdp):
     message = f"config.mesh.slices is {slices}: expected a divisor of the data axis, .*belong to, 2"
     with pytest.raises(UserError, match=message):
@@ -287,9 +276,8 @@ class Device:
 
 
 @pytest.mark.parametrize(("process", "shape", "expected"), [
-    ([0, 0, 1, 1], (4, 1, 1, 1), (0, 2)), ([0, 0, 1, 1], (2, 1, 2, 1), (0, 2)),
-    ([1, 1, 0, 0], (2, 1, 2, 1), (1, 2)), ([0, 0, 1, 1], (1, 1, 4, 1), (0, 1)),
-    ([0, 1, 2, 3], (1, 2, 2, 1), (0, 2)), ([2, 3, 0, 1], (1, 2, 1, 2), (1, 2)),
+    ([0, 0, 1, 1], (4, 1, 1, 1), (0, 2)), ([1, 1, 0, 0], (2, 1, 2, 1), (1, 2)),
+    ([0, 0, 1, 1], (1, 1, 4, 1), (0, 1)), ([2, 3, 0, 1], (1, 2, 1, 2), (1, 2)),
 ])
 def test_processes_that_hold_the_same_examples_read_the_same_share(process, shape, expected):
     mesh = Mesh(np.array([Device(i) for i in process]).reshape(shape), sharding.AXES)
@@ -305,10 +293,6 @@ def test_shares_that_overlap_are_refused():
 
 def abstract_mesh(*shape):
     return AbstractMesh((*shape, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
-
-
-def named(shape, names):
-    return {"here": nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, "float32"), names)}
 
 
 def test_a_parameter_that_does_not_divide_is_refused_by_name():
@@ -327,14 +311,6 @@ def test_heads_that_do_not_divide_are_refused_by_name():
     message = r"config\.model\.kv_heads is 2: expected a multiple of 4, the mesh's tensor axis"
     with pytest.raises(UserError, match=message):
         state.abstract(as_run(settings, model, abstract_mesh(1, 1, 4)))
-
-
-def test_two_dimensions_on_one_axis_are_refused_by_name():
-    message = "two dimensions of here, heads, mlp, on one mesh axis"
-    with pytest.raises(UserError, match=message):
-        sharding.shardings(named((4, 4), ("heads", "mlp")), abstract_mesh(1, 1, 2))
-    tree = sharding.shardings(named((4, 4), ("embed", "mlp")), abstract_mesh(1, 2, 2))
-    assert tree["here"].spec == PartitionSpec("fsdp", "tensor")
 
 
 if __name__ == "__main__":
