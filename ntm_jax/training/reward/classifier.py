@@ -56,27 +56,19 @@ def _read(file: str, source: Source) -> dict:
         content = epath.Path(file).read_bytes()
         flat = safetensors.numpy.load(content)
         header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-        about = header.get("__metadata__", {})
-        names = json.loads(about.get("class_names", "[]"))  # earlier versions did not keep them
-    except (OSError, safetensors.SafetensorError, ValueError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{file} cannot be read ({error}): expected a classifier's safetensors; "
                         "without the file one is trained and written there") from None
     if {name: a.shape for name, a in flat.items()} != shapes:
         raise UserError(f"{file} holds another network than a classifier of the "
                         f"{source.num_classes} classes of {source.name}: {REMEDY}")
-    _check_data(file, about.get("classes_of", source.name), names, source)
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _check_data(file: str, theirs: str, names: list, source: Source) -> None:
-    """Raises UserError where the source `theirs`, with these names of classes, has other classes.
-
-    Sources of one kind, such as a folder that has moved, may have the same.
-    """
-    if theirs.partition(":")[0] != source.name.partition(":")[0]:
-        raise UserError(f"{file} holds a classifier of {theirs}, and the data here are "
+    # Sources of one kind, such as a folder that has moved, may have the same classes. Earlier
+    # versions did not keep the names.
+    about = header.get("__metadata__", {})
+    theirs = about.get("classes_of", source.name)
+    names = json.loads(about.get("class_names", "[]"))
+    other_names = names and source.class_names and names != list(source.class_names)
+    if other_names or theirs.partition(":")[0] != source.name.partition(":")[0]:
+        raise UserError(f"{file} holds a classifier of {theirs}, whose classes are not those of "
                         f"{source.name}: {REMEDY}")
-    for label, (there, here) in enumerate(zip(names, source.class_names, strict=False)):
-        if there != here:
-            raise UserError(f"{file} holds a classifier of {theirs} with class {label} named "
-                            f"{there}, and it is {here} in {source.name}: {REMEDY}")
+    return traverse_util.unflatten_dict(flat, sep="/")

@@ -96,15 +96,22 @@ def _of_data(name: str, data: Data) -> Reward:
 def find(name: str, source: Source) -> Reward:
     """The reward of a name for samples of a source. Raises UserError if it is unknown or fails."""
     make, argument = REWARDS.find(name)
-    expected = "make(argument, source) to return a function of (images, conditions)"
-    reward: Reward = call(name, expected, make, argument, source)
-    if not callable(reward):
-        raise UserError(f"config.reward.name={name}: make returned a {type(reward).__name__}: "
-                        f"expected {expected}")
-    return reward
+    return _call(name, make, argument, source)
 
 
-def call(name: str, expected: str, function: Callable, *arguments) -> Any:
+def scored(name: str, reward: Reward, images: np.ndarray, conditions: Sequence) -> Scores:
+    """The scores of n images, checked. UserError where the reward fails or gives others."""
+    found = _call(name, reward, images, conditions)
+    found = found if isinstance(found, Scores) else Scores(found)
+    values = _call(name, np.asarray, found.rewards, np.float32)
+    if values.shape != (len(images),) or not np.isfinite(values).all():
+        raise UserError(f"config.reward.name={name} gave an array of shape {values.shape}, "
+                        f"{np.isfinite(values).sum()} of them finite: expected {len(images)} "
+                        "finite numbers, one for each image, or rewards.Scores of them")
+    return dataclasses.replace(found, rewards=values)
+
+
+def _call(name: str, function: Callable, *arguments) -> Any:
     """What a function of the reward `name` returns. UserError, with the place, if it raises."""
     try:
         return function(*arguments)
@@ -114,4 +121,4 @@ def call(name: str, expected: str, function: Callable, *arguments) -> Any:
         frames = traceback.extract_tb(error.__traceback__)[1:]  # none if the arguments do not fit
         place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
         raise UserError(f"config.reward.name={name} raised {type(error).__name__}{place} "
-                        f"({first_line(error)}): expected {expected}") from error
+                        f"({first_line(error)})") from error
