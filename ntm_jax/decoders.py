@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import denoising, flow_matching, sampling
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import example_noise, per_example
 from ntm_jax.core.transformer.conditions import null
 from ntm_jax.core.transformer.precision import precision
@@ -106,8 +106,8 @@ def _score(sampler, params, trajectory: Trajectory, denoiser_params):
 
 def _denoiser(sampler, params, trajectory: Trajectory, denoiser_params):
     us, _, t, y = trajectory
-    return denoising.denoise(
-        exact(sampler.denoiser), denoiser_params, us[:, 0], t[:, 0], sampler.options.steps, y)
+    denoiser, steps = full_precision(sampler.denoiser), sampler.options.steps
+    return denoising.denoise(denoiser, denoiser_params, us[:, 0], t[:, 0], steps, y)
 
 
 def _solve(sampler, params, keys, y, denoiser_params, with_levels: bool, heun: bool) -> Decoded:

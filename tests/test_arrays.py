@@ -15,7 +15,7 @@ from scipy import stats
 
 import ntm_jax
 from ntm_jax.api import Run
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.transformer.conditions import Vector, null
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError
@@ -191,7 +191,8 @@ def recomputed(run, levels, condition):
     t = np.broadcast_to(run.sampled_levels(), xs.shape[:2]).astype(np.float32)
     values = (condition - np.array(run.spec.condition_mean)) / run.spec.condition_std
     y = Vector(np.broadcast_to(values, (n, 3)).astype(np.float32), np.ones(n, bool))
-    terms = jax.jit(exact(run.model).apply)(run.params, xs, t, np.full(n, xs.shape[1] - 1), y)
+    apply = jax.jit(full_precision(run.model).apply)
+    terms = apply(run.params, xs, t, np.full(n, xs.shape[1] - 1), y)
     prior = stats.norm.logpdf(xs[:, -1]).sum((1, 2))
     return np.concatenate([prior[:, None], -np.asarray(terms.nll)[:, ::-1]], 1)
 

@@ -18,7 +18,7 @@ from jax._src.lax import lax
 
 from ntm_jax.analysis import compile, hlo
 from ntm_jax.core import denoising
-from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.core.transformer.arithmetic import PLAIN
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import measures, scoring
@@ -188,7 +188,7 @@ def test_a_denoisers_targets_are_exact_and_its_own_products_have_the_default_pre
     {"remat": "full"}, {"scan": True}, {"remat": "narrow", "scan": True, "arithmetic": PLAIN}])
 def test_scanned_and_recomputed_layers_keep_the_precision(options):
     run = run_of("float32")
-    model = exact(run.model.clone(config=dataclasses.replace(run.model.config, **options)))
+    model = full_precision(run.model.clone(config=dataclasses.replace(run.model.config, **options)))
 
     def loss(params, xs, t):
         return jnp.sum(model.apply(params, xs, t, jnp.full(2, 2), jnp.zeros(2, jnp.int32)).nll)
@@ -233,7 +233,7 @@ def results(params, dtype: str, plain: bool = False) -> dict:
     """
     settings = tiny_config(**{"model.dtype": dtype})
     source, model, mesh = setup(settings)
-    model = model if plain else exact(model)
+    model = model if plain else full_precision(model)
     batch, count = batch_of(source, settings, 8), settings.sample.steps
 
     @jax.jit
@@ -316,7 +316,7 @@ def write_products(topology: str, out: str) -> None:
                    "trajectories": 2, "steps": 2}
         scores = {name: compile.Program(scoring.bounds_of_batch, (*sampler.arguments[:2], batch),
                                         options | {"model": model}, 4)
-                  for name, model in (("score", exact(run.model)), ("plain", run.model))
+                  for name, model in (("score", full_precision(run.model)), ("plain", run.model))
                   if name == "score" or dtype == "float32"}
         for name, program in ({"sample": sampler} | scores).items():
             with chosen.tracing(), sharding.use(mesh):

@@ -12,7 +12,7 @@ import numpy as np
 
 from ntm_jax.core import sampling
 from ntm_jax.core.denoising import make_denoiser
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import example_keys
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
@@ -64,7 +64,7 @@ class Setting:
         index, y = sharding.place((index, conditioning.default_conditions(run, index)), run.mesh)
         with sharding.use(run.mesh):
             t, us = latents(params, jax.random.key(0), index, y, schedule=run.schedule,
-                             model=exact(run.model), options=run.config.sample.options)
+                             model=full_precision(run.model), options=run.config.sample.options)
         return index, y, t, us
 
     def batches(self) -> pipeline.TrainIterator:

@@ -36,7 +36,7 @@ from ntm_jax.analysis import benchmark, hlo, report
 from ntm_jax.analysis.hlo.arrays import largest
 from ntm_jax.analysis.memory import advice, bytes_per_chip, out_of_memory
 from ntm_jax.analysis.report import Compiled
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
@@ -174,7 +174,7 @@ def sample_program(run: Run, source: Source) -> Program:
                    _abstract((size,), jnp.bool_, mesh))
     key = _abstract_key()
     params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
-    sampler = generate.Sampler(exact(model), run.schedule, run.config.sample.options, mesh)
+    sampler = generate.Sampler(full_precision(model), run.schedule, run.config.sample.options, mesh)
     return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler}, size)
 
 
@@ -184,7 +184,7 @@ def evaluate_program(run: Run, source: Source) -> Program:
     shards = sharding.batch_shards(mesh)
     size = -(-config.evaluate.batch_size // shards) * shards
     batch = _records(run, source, size)
-    options = {"schedule": run.schedule, "model": exact(run.model),
+    options = {"schedule": run.schedule, "model": full_precision(run.model),
                "decoder_levels": run.spec.pixel_levels,
                "trajectories": config.evaluate.trajectories, "steps": config.evaluation_steps}
     params = build.abstract_params(run.model, mesh)

@@ -18,7 +18,7 @@ from ntm_jax import decoders
 from ntm_jax.analysis.cases import Case, Setting, latents
 from ntm_jax.core import flow_matching, sampling
 from ntm_jax.core.denoising import score_denoise
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
@@ -110,8 +110,9 @@ def _likelihood(setting: Setting) -> Case:
     run = dataclasses.replace(setting.run, params=state.initialize(setting.run).ema)
     examples = {name: value for name, value in batch.items() if name != "mask"}
     score = functools.partial(
-        scoring.bounds_of_batch, schedule=run.schedule, model=exact(build.plain(run.model)),
-        decoder_levels=run.spec.pixel_levels, trajectories=1, steps=run.config.evaluation_steps)
+        scoring.bounds_of_batch, schedule=run.schedule,
+        model=full_precision(build.plain(run.model)), decoder_levels=run.spec.pixel_levels,
+        trajectories=1, steps=run.config.evaluation_steps)
     with sharding.use(run.mesh):
         counted = flops.count(score, run.params, jax.random.key(0),
                               sharding.to_global(examples, run.mesh))
@@ -125,7 +126,7 @@ def _sampling(setting: Setting, function, *arguments) -> Case:
     parallel inverse that repeat a token.
     """
     run, mesh = jax.jit(function, static_argnums=(0, 1)), setting.run.mesh
-    model = exact(setting.run.model)
+    model = full_precision(setting.run.model)
     inverse = setting.run.config.sample.inverse
 
     def once():
@@ -171,7 +172,7 @@ def _predictor(setting: Setting) -> Case | None:
 
 def _inverse(how: str, setting: Setting) -> Case | None:
     """The inverse of all levels of a trajectory, by a method; None without a transporter."""
-    model, mesh = exact(setting.run.model), setting.run.mesh
+    model, mesh = full_precision(setting.run.model), setting.run.mesh
     if not model.config.transporter_blocks:
         return None
     _, y, t, us = setting.drawn

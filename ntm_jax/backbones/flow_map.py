@@ -77,12 +77,12 @@ def errors(backbone, params, x, noise, probes, times, y):
 
     level, (low, high) = times
     fixed, dimensions = jax.lax.stop_gradient(params), x.shape[1] * x.shape[2]
-    x_t = trajectory.start(x, level, noise[0])
+    x_t = trajectory.noise_first_level(x, level, noise[0])
     velocity, divergence = average(params, x_t, level, level)
     _, own = flow_matching.value_and_divergence(
         lambda x: average(fixed, x, level, level)[0], x_t, probes)
 
-    x_low, middle = trajectory.start(x, low, noise[1]), (low + high) / 2
+    x_low, middle = trajectory.noise_first_level(x, low, noise[1]), (low + high) / 2
     first, first_divergence = average(fixed, x_low, low, middle)
     x_middle = x_low + per_example(middle - low, x) * first
     second, second_divergence = average(fixed, x_middle, middle, high)

@@ -3,8 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
 
@@ -44,7 +42,7 @@ class ModelConfig:
     condition_width: int = 0  # E of vector conditions; 0 without
     condition_layers: int = 0  # of the network of vector conditions; see conditions.VectorNetwork
     condition_shift: bool = False  # subtracts a linear function of the vector; see NTM._centre
-    precision: str | None = None  # of float32 products; see precision and exact
+    precision: str | None = None  # of float32 products; see transformer.precision
     arithmetic: Arithmetic = PLAIN
 
     def __post_init__(self):
@@ -67,10 +65,3 @@ class ModelConfig:
     def tokens(self) -> int:
         """N, the number of tokens."""
         return self.grid[0] * self.grid[1]
-
-    def exact(self) -> "ModelConfig":
-        """The same model for reported likelihoods and exact inverses.
-
-        The transporter runs in float32, and all float32 products at full precision.
-        """
-        return dataclasses.replace(self, transporter_dtype=jnp.float32, precision="highest")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.model import NTM, Terms, exact
+from ntm_jax.core.model import NTM, Terms, full_precision
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, covariance, per_example
 
@@ -96,7 +96,7 @@ def denoiser_errors(denoiser: Predictor, params, teacher: Teacher, teacher_param
     of the trajectory, its loss; to_data: the denoiser against x; target_to_data: the score
     denoising against x.
     """
-    model, steps = exact(teacher.model), teacher.steps
+    model, steps = full_precision(teacher.model), teacher.steps
     t = teacher.schedule.fixed_levels(steps, len(x))
     xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (steps + 1, *x.shape[1:])))
     target = jax.lax.stop_gradient(score_denoise(model, teacher_params, xs, t, y))

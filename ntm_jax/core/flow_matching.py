@@ -105,7 +105,7 @@ def velocity_errors(backbone, params, x, noise, t, y):
 
     x and noise: [B, N, D]; t: [B].
     """
-    velocity, _ = backbone.apply(params, trajectory.start(x, t, noise), t, y)
+    velocity, _ = backbone.apply(params, trajectory.noise_first_level(x, t, noise), t, y)
     return jnp.mean(jnp.square(velocity - (noise - x)), (1, 2))
 
 

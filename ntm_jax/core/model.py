@@ -4,6 +4,7 @@ Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
 labels [B], conditions.Text or conditions.Vector.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -72,7 +73,7 @@ class NTM(nn.Module):
     def invert(self, u, t, steps, y, how="sequential", tolerance=TOLERANCE):
         """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], sweeps [B, blocks], log|det dx/du| [B]).
 
-        x is exact to float32 rounding with config.exact(). how: parallel or sequential; see
+        x is exact to float32 rounding at full_precision. how: parallel or sequential; see
         core.transporter.
         """
         sweeps, log_det = jnp.zeros((u.shape[0], 0), jnp.int32), jnp.zeros(u.shape[0])
@@ -157,9 +158,13 @@ def repeat(tree, count: int):
     return jax.tree.map(lambda a: jnp.repeat(a, count, 0), tree)
 
 
-def exact(model):
-    """The NTM or denoiser for reported likelihoods and exact inverses; see ModelConfig.exact."""
-    return model.clone(config=model.config.exact())
+def full_precision(model):
+    """The NTM or denoiser for reported likelihoods and exact inverses.
+
+    The transporter runs in float32, and all float32 products at full precision.
+    """
+    return model.clone(config=dataclasses.replace(
+        model.config, transporter_dtype=jnp.float32, precision="highest"))
 
 
 def log_prior(x_T):

@@ -132,7 +132,7 @@ def covariance(t):
     return jnp.where(low == high, low * low, across)
 
 
-def extend(x_0, t, noise):
+def noise_forward(x_0, t, noise):
     """Runs the forward process up from x_0 [B, N, D] -> x_0..x_T, [B, T+1, N, D].
 
     noise: [B, T, N, D]; t: levels [B, T+1].
@@ -144,7 +144,7 @@ def extend(x_0, t, noise):
     return jnp.stack(xs, 1)
 
 
-def start(x, t_0, noise):
+def noise_first_level(x, t_0, noise):
     """x_0 = (1 - t_0) x + t_0 eps (eq. 2.1): x [B, N, D], t_0 [B], noise [B, N, D]."""
     return (1 - per_example(t_0, x)) * x + per_example(t_0, x) * noise
 
@@ -154,7 +154,7 @@ def simulate(x, t, noise):
 
     noise: standard normal, [B, K, N, D].
     """
-    return extend(start(x, t[:, 0], noise[:, 0]), t, noise[:, 1:])
+    return noise_forward(noise_first_level(x, t[:, 0], noise[:, 0]), t, noise[:, 1:])
 
 
 def log_reverse(xs, t, x_r, r=0.0):

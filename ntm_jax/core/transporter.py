@@ -199,8 +199,8 @@ def _grow(cache, more: int):
 class Transporter(nn.Module):
     """`transporter_blocks` blocks in alternating order, with one set of weights for all levels.
 
-    A new one is exactly the identity. inverse(forward(x)) == x to float32 rounding with
-    config.exact().
+    A new one is exactly the identity. inverse(forward(x)) == x to float32 rounding at
+    model.full_precision.
     """
 
     config: ModelConfig

@@ -19,7 +19,7 @@ from etils import epath
 from ntm_jax import files
 from ntm_jax.backbones import flow_map
 from ntm_jax.core import flow_matching, trajectory
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data import pipeline, transforms
@@ -72,7 +72,7 @@ def _log_density(params, root, batch, *, schedule: Schedule, model, steps, level
     def draw(number):
         own = trajectory.draw_keys(keys, number)
         noise = trajectory.example_noise(own, (t.shape[1] - 1, *points.shape[1:]))
-        return trajectory.extend(points, t, noise)
+        return trajectory.noise_forward(points, t, noise)
 
     def terms(xs):
         return model.apply(params, xs, t, jnp.full(len(points), steps),
@@ -91,7 +91,7 @@ def log_density(run: Run, points: np.ndarray, level: int, trajectories: int = TR
     with sharding.use(run.mesh):
         result = _log_density(
             run.params, jax.random.key(run.config.seed), batch, schedule=run.schedule,
-            model=exact(run.model), steps=run.config.evaluation_steps, level=level,
+            model=full_precision(run.model), steps=run.config.evaluation_steps, level=level,
             trajectories=trajectories)["importance_weighted"]
     return sharding.to_host(result)[: len(points)]
 
@@ -136,7 +136,7 @@ def bounds(run: Run, trajectories: int) -> list[Estimator]:
         def compute(root, x_0, batch):
             found = _log_density(
                 run.params, root, {"x": x_0, "index": batch["index"]}, schedule=run.schedule,
-                model=exact(run.model), steps=steps, level=0, trajectories=trajectories)
+                model=full_precision(run.model), steps=steps, level=0, trajectories=trajectories)
             return {"NTM, bound": found["bound"], weighted: found["importance_weighted"]}
 
         return Estimator({"NTM, bound": steps, weighted: steps * trajectories}, compute, True)

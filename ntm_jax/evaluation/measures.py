@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.denoising import Teacher
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data.sources import Source
@@ -38,7 +38,7 @@ def denoising_errors(run: Run, source: Source) -> dict:
     """
     config = run.config
     compute = functools.partial(
-        _denoising_errors, run.params, schedule=run.schedule, model=exact(run.model),
+        _denoising_errors, run.params, schedule=run.schedule, model=full_precision(run.model),
         steps=config.evaluation_steps, percentile=config.sample.percentile)
     found = scoring.per_record(run, source, compute)
     figures = {name: [mean_and_stderr(v) for v in values.T] for name, values in found.items()}
@@ -51,7 +51,7 @@ def _denoiser_errors(params, denoiser_params, root, batch, *, teacher: Teacher, 
     y = build.condition(teacher.model, batch)
     keys = trajectory.example_keys(root, "evaluate", batch["index"])
     return denoising.denoiser_errors(
-        exact(denoiser), denoiser_params, teacher, params, keys, batch["x"], y)
+        full_precision(denoiser), denoiser_params, teacher, params, keys, batch["x"], y)
 
 
 def denoiser_errors(run: Run, source: Source) -> dict:
@@ -86,5 +86,5 @@ def velocity_error(run: Run, source: Source, draws: int) -> dict:
     draws: the number of levels a record, spread evenly.
     """
     compute = functools.partial(_velocity_errors, run.params, schedule=run.schedule,
-                                model=exact(run.model), draws=draws)
+                                model=full_precision(run.model), draws=draws)
     return mean_and_stderr(scoring.per_record(run, source, compute)["velocity"])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core import likelihood, trajectory
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
@@ -34,7 +34,7 @@ def noised(root, x, t_0, index):
     It is drawn once for each record, independent of the number of trajectories.
     """
     keys = trajectory.example_keys(root, "evaluate/x_0", index)
-    return trajectory.start(x, t_0, trajectory.example_noise(keys, x.shape[1:]))
+    return trajectory.noise_first_level(x, t_0, trajectory.example_noise(keys, x.shape[1:]))
 
 
 @functools.partial(jax.jit, static_argnames=(
@@ -56,7 +56,7 @@ def bounds_of_batch(params, root, batch, *, schedule: Schedule, model, decoder_l
         noise = trajectory.example_noise(own, (t.shape[1], *x.shape[1:]))
         if decoder_levels:
             return trajectory.simulate(x, t, noise)
-        return trajectory.extend(start, t, noise[:, 1:])
+        return trajectory.noise_forward(start, t, noise[:, 1:])
 
     def terms(xs):
         return model.apply(params, xs, t, jnp.full(len(x), steps), y)
@@ -81,7 +81,7 @@ def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = Non
     with sharding.use(run.mesh):
         result = bounds_of_batch(
             run.params, jax.random.key(seed), batch | {"index": kept["index"]},
-            schedule=run.schedule, model=exact(run.model), decoder_levels=decoder_levels,
+            schedule=run.schedule, model=full_precision(run.model), decoder_levels=decoder_levels,
             trajectories=trajectories, steps=run.config.evaluation_steps)
     if run.spec.columns:
         result |= {name: result[name] - run.spec.log_unit

@@ -25,7 +25,7 @@ from etils import epath
 from flax import traverse_util
 
 from ntm_jax import decoders, files
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import DataSpec, spec_to_json
@@ -83,7 +83,8 @@ def _one(run: Run, condition: tuple):
 
 
 def _sampler(run: Run):
-    spec, options, model = run.spec, run.config.sample.options, exact(build.plain(run.model))
+    spec, options = run.spec, run.config.sample.options
+    model = full_precision(build.plain(run.model))
     denoiser = None
     if decoders.find(options.decoder).needs_denoiser:
         assert run.denoiser is not None  # see check_decoder
@@ -113,7 +114,7 @@ def _sampler(run: Run):
 
 
 def _log_likelihood(run: Run):
-    spec, model = run.spec, exact(build.plain(run.model))
+    spec, model = run.spec, full_precision(build.plain(run.model))
 
     def log_likelihood(parameters, seed, index, pixels, *condition):
         (params, _), root = _split_parameters(parameters), jax.random.key(seed)

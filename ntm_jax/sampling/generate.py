@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ntm_jax import decoders
-from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, example_keys
 from ntm_jax.core.transformer.conditions import Text, Vector
@@ -32,7 +32,7 @@ SLICE_TOKENS = 2048  # of all levels of the trajectories that a CPU denoises at 
 class Sampler:
     """The static arguments of sampling, for which the jitted function compiles once."""
 
-    model: NTM  # exact; see core.model.exact
+    model: NTM  # see core.model.full_precision
     schedule: Schedule
     options: SampleOptions
     mesh: jax.sharding.Mesh | None  # of the inverse `auto`; see inverses.choose
@@ -137,7 +137,7 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
     check_decoder(run, options.decoder)
     decoder = decoders.find(options.decoder)
     denoiser = run.denoiser if decoder.needs_denoiser else None
-    sampler = Sampler(exact(run.model), run.schedule, options, run.mesh,
+    sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh,
                       denoiser and denoiser.module)
     index = np.asarray(index, np.int32)
     y = conditioning.default_conditions(run, index) if condition is None else condition

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core import likelihood, sampling, trajectory
-from ntm_jax.core.model import exact, log_prior
+from ntm_jax.core.model import full_precision, log_prior
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
 from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
@@ -150,7 +150,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
 
 def _draw_all(run: Run, condition, n: int, options: SampleOptions, seed: int):
     """(tokens [n, N, D], log-ratios [n] float64), in batches of one size."""
-    sampler = Sampler(exact(run.model), run.schedule, options, run.mesh)
+    sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh)
     root, size = jax.random.key(seed), min(n, BATCH)
     y = jax.tree.map(lambda a: np.repeat(a, size, 0), condition)
     parts = []

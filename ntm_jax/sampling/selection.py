@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax import decoders
-from ntm_jax.core.model import NTM, Terms, exact
+from ntm_jax.core.model import NTM, Terms, full_precision
 from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
 from ntm_jax.core.transformer.conditions import null
 from ntm_jax.errors import UserError, check_count, shown
@@ -67,7 +67,7 @@ def information(judge: Run, images, index, y, seed: int) -> np.ndarray:
     arguments = sharding.place((index, judge.spec.to_tokens(images), y), judge.mesh)
     with sharding.use(judge.mesh):
         found = _information(
-            judge.params, jax.random.key(seed), *arguments, model=exact(judge.model),
+            judge.params, jax.random.key(seed), *arguments, model=full_precision(judge.model),
             schedule=judge.schedule, steps=judge.config.evaluation_steps)
     return sharding.to_host(found)[: len(images)]
 

@@ -26,7 +26,7 @@ log_reconstruction = jax.jit(likelihood.log_reconstruction, static_argnums=3)
 contributions = jax.jit(likelihood.contributions, static_argnums=4)
 log_weight = jax.jit(likelihood.log_weight)
 levels = jax.jit(trajectory.levels, static_argnums=(0, 2, 3))
-start, simulate = jax.jit(trajectory.start), jax.jit(trajectory.simulate)
+start, simulate = jax.jit(trajectory.noise_first_level), jax.jit(trajectory.simulate)
 
 
 def log_bins(mean, scale, pixel_levels):

@@ -279,11 +279,11 @@ def test_extend_starts_at_its_argument_and_simulate_from_the_marginal():
     rng = np.random.default_rng(3)
     x, noise = (jnp.asarray(rng.normal(size=shape), jnp.float32)
                 for shape in ((2, 3, 2), (2, 5, 3, 2)))
-    x_0 = trajectory.start(x, t[:, 0], noise[:, 0])
+    x_0 = trajectory.noise_first_level(x, t[:, 0], noise[:, 0])
     t_0 = np.asarray(t[:, 0])[:, None, None]
     # two float32 products of numbers below 4
     np.testing.assert_allclose(x_0, (1 - t_0) * x + t_0 * noise[:, 0], atol=1e-6)
-    xs = trajectory.extend(x_0, t, noise[:, 1:])
+    xs = trajectory.noise_forward(x_0, t, noise[:, 1:])
     np.testing.assert_array_equal(xs[:, 0], x_0)
     np.testing.assert_array_equal(xs, trajectory.simulate(x, t, noise))
     np.testing.assert_allclose(xs[:, -1], noise[:, -1], atol=1e-6)  # pure noise at t = 1

@@ -14,7 +14,7 @@ from ntm_jax.evaluation import importance
 
 # Compiled, since eager operations compile one by one.
 levels = jax.jit(trajectory.levels, static_argnums=(0, 2, 3))
-start = jax.jit(trajectory.start)
+start = jax.jit(trajectory.noise_first_level)
 
 
 def log_gaussian(x, mean, variance):
@@ -52,7 +52,7 @@ def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true
 
     def draw(number):
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (16, steps, 8, 3))
-        return trajectory.extend(x_0, t, noise)
+        return trajectory.noise_forward(x_0, t, noise)
 
     expected = log_gaussian(x_0, 0.98 * mean, 0.98**2 * variance + 0.02**2) / 24
     terms = true_conditionals(t, mean, variance)
@@ -129,7 +129,8 @@ def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
     points = rng.normal(size=(6, 8, 3)).astype(np.float32)
 
     def draw(number):
-        return trajectory.extend(points, t, jax.random.normal(jax.random.key(number), (6, 2, 8, 3)))
+        noise = jax.random.normal(jax.random.key(number), (6, 2, 8, 3))
+        return trajectory.noise_forward(points, t, noise)
 
     scores = importance.estimate_bounds(true_conditionals(t, mean, variance), draw, points, t, 0, 3)
     level = float(t[0, 0])

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build
@@ -16,8 +16,8 @@ def test_the_model_fits_the_data():
     c = model.config
     assert (c.grid, c.dim, c.num_classes, c.steps) == ((4, 2), 12, 7, (2,))
     assert c.dtype == c.transporter_dtype == jnp.bfloat16
-    assert exact(model).config.transporter_dtype == jnp.float32
-    assert exact(model).config.dtype == jnp.bfloat16
+    assert full_precision(model).config.transporter_dtype == jnp.float32
+    assert full_precision(model).config.dtype == jnp.bfloat16
     unlabelled = tiny_config(**{"model.condition": "none", "train.condition_dropout": 0.0})
     spec = DataSpec((8, 8, 1), 2, 17, 7, 10)
     assert build.make_model(unlabelled, spec).config.num_classes == 0

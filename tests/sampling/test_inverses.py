@@ -20,7 +20,7 @@ def model(tokens: int, width: int) -> ModelConfig:
         kv_heads=width // head, mlp_ratio=4, positions="rotary", transporter_width=width,
         transporter_blocks=1, transporter_layers=2, predictor_layers=1, head="direct",
         log_scale_bound=2.0, data_std=1.0, dtype=jnp.float32, transporter_dtype=jnp.float32,
-        remat="none", scan=False).exact()
+        remat="none", scan=False, precision="highest")
 
 
 class Device:

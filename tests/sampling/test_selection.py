@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core.model import exact
+from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import example_keys, example_noise, simulate
 from ntm_jax.errors import UserError
 from ntm_jax.sampling import generate, selection
@@ -25,7 +25,7 @@ def test_information_is_the_difference_of_the_likelihoods_terms(run, steps, firs
     found = selection.information(run, images, index, y, 3)
     x, t = run.spec.to_tokens(images), run.schedule.fixed_levels(steps, 3)
     keys = example_keys(jax.random.key(3), "select", index)
-    apply, count = exact(run.model).apply, jnp.full(3, steps)
+    apply, count = full_precision(run.model).apply, jnp.full(3, steps)
     nll = jax.jit(lambda xs, y: apply(run.params, xs, t, count, y).nll)
     expected = []
     for number in range(selection.TRAJECTORIES):

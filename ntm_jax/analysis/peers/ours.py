@@ -14,7 +14,7 @@ from ntm_jax.analysis import rows
 from ntm_jax.analysis.cases import Setting
 from ntm_jax.analysis.peers import jax_cpu
 from ntm_jax.analysis.peers.work import Sizes, Work
-from ntm_jax.core.model import NTM, exact
+from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.data import pipeline
 from ntm_jax.experiments import default
 from ntm_jax.runtime import config_file, sharding
@@ -56,7 +56,7 @@ def inverse(sizes: Sizes, how: str) -> Work:
     """The inverse of a transporter whose last projections are random."""
     setting = _setting(sizes, **{"data.batch_size": 1, "model.predictor_layers": 1,
                                  "model.transporter_blocks": sizes.blocks})
-    model = exact(setting.run.model)
+    model = full_precision(setting.run.model)
     params = jax.tree_util.tree_map_with_path(
         _act, state.initialize(dataclasses.replace(setting.run, model=model)).params)
     t, steps, y = jnp.full(sizes.images, 0.5), jnp.full(sizes.images, STEPS), jnp.zeros((), int)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import sampling, trajectory
-from ntm_jax.core.model import NTM, Terms, exact, repeat
+from ntm_jax.core.model import NTM, Terms, full_precision, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys, per_example
 from ntm_jax.runtime import build
 from ntm_jax.runtime.run import Run
@@ -75,7 +75,7 @@ def sample(params, root, batch, *, sampler: RolloutSampler, part: int):
     t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
     us = sampling.sample_latents(sampler.model, params, keys, t, y)
     inverted = sampler.steps if sampler.through_transporter else 1  # levels of each sample
-    model = exact(sampler.model)
+    model = full_precision(sampler.model)
     how = inverses.choose(sampler.inverse, model.config, inverted * len(us), sampler.mesh)
     if sampler.through_transporter:
         rollout = sampling.invert_trajectory(model, params, us, t, y, how)
@@ -101,7 +101,7 @@ def recorded(params, root, batch, *, sampler: RolloutSampler):
     found = trajectory.simulate(x, t, repeat(noise, 2))
     if not sampler.through_transporter:
         y = repeat(build.condition(sampler.model, batch), 2)
-        found = sampling.transport_trajectory(exact(sampler.model), params, found, t, y)
+        found = sampling.transport_trajectory(full_precision(sampler.model), params, found, t, y)
     found = sampler.trained_levels(found)
     return _split(found.reshape(-1, 2, *found.shape[1:]))
 
