@@ -1,4 +1,4 @@
-"""The likelihood of one example in float64 NumPy and plain loops.
+"""The likelihood of one example in float64 NumPy.
 
 It is written from the mathematics, docs/concepts.md, sections 3, 4 and 9, and shares no code with
 ntm_jax, so that the two agree only where both are right.
@@ -12,7 +12,7 @@ Units are nats. Models are conditioned on a class or nothing, not on text.
 import math
 
 import numpy as np
-from scipy.special import log_ndtr
+from scipy.special import log_ndtr, softmax
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -21,8 +21,8 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def log_normal(x, mean, scale):
-    """log N(x; mean, scale^2) of numbers."""
-    return -0.5 * ((x - mean) / scale) ** 2 - math.log(scale) - 0.5 * LOG_2PI
+    """Elementwise log N(x; mean, scale^2)."""
+    return -0.5 * ((x - mean) / scale) ** 2 - np.log(scale) - 0.5 * LOG_2PI
 
 
 def transition(s, t):
@@ -42,54 +42,43 @@ def forward_log_density(xs, x, t, pixels):
 
     xs: [K, N, D]; x: [N, D]; t: [K].
     """
-    xs, x, t = np.float64(xs), np.float64(x), np.float64(t)
-    total = 0.0
-    for n in range(x.shape[0]):
-        for d in range(x.shape[1]):
-            if pixels:
-                total += log_normal(xs[0, n, d], (1 - t[0]) * x[n, d], t[0])
-            for k in range(len(t) - 1):
-                a, sig = transition(t[k], t[k + 1])
-                total += log_normal(xs[k + 1, n, d], a * xs[k, n, d], sig)
+    total = np.sum(log_normal(xs[0], (1 - t[0]) * x, t[0])) if pixels else 0.0
+    for k in range(len(t) - 1):
+        a, sig = transition(t[k], t[k + 1])
+        total += np.sum(log_normal(xs[k + 1], a * xs[k], sig))
     return total
 
 
 def log_bin(x, mean, scale, pixel_levels):
-    """Log-probability of the bin of x, one of V values from -1 to 1, under N(mean, scale^2).
+    """Log-probability of the bins of x, of V values from -1 to 1, under N(mean, scale^2).
 
     The outermost bins are open.
     """
-    v = round((x + 1) / 2 * (pixel_levels - 1))
-    low, high = -math.inf, math.inf
-    if v > 0:
-        low = ((2 * v - 1) / (pixel_levels - 1) - 1 - mean) / scale
-    if v < pixel_levels - 1:
-        high = ((2 * v + 1) / (pixel_levels - 1) - 1 - mean) / scale
+    v, top = np.round((x + 1) / 2 * (pixel_levels - 1)), pixel_levels - 1
+    low = np.where(v > 0, ((2 * v - 1) / top - 1 - mean) / scale, -np.inf)
+    high = np.where(v < top, ((2 * v + 1) / top - 1 - mean) / scale, np.inf)
     # the same probability in the lower tail, where it is a difference of small numbers and not of
     # ones
-    if low > 0:
-        low, high = -high, -low
-    return log_ndtr(high) + math.log1p(-math.exp(log_ndtr(low) - log_ndtr(high)))
+    low, high = np.where(low > 0, -high, low), np.where(low > 0, -low, high)
+    return log_ndtr(high) + np.log1p(-np.exp(log_ndtr(low) - log_ndtr(high)))
 
 
 # The layers of a network
 
 
 def dense(p, x):
-    """A linear layer on a vector [inputs] -> [outputs]."""
-    y = x @ p["kernel"]
-    return y + p["bias"] if "bias" in p else y
+    """A linear layer [..., inputs] -> [..., outputs]."""
+    return x @ p["kernel"] + p.get("bias", 0)
 
 
 def layer_norm(x, scale=1.0):
-    """A vector [W] to mean 0 and variance 1."""
-    centred = x - np.mean(x)
-    return scale * centred / math.sqrt(np.mean(centred**2) + 1e-6)
+    """Vectors [..., W] to mean 0 and variance 1."""
+    return rms_norm(x - np.mean(x, -1, keepdims=True), scale)
 
 
 def rms_norm(x, scale):
-    """A head's query or key [C] to mean square 1."""
-    return scale * x / math.sqrt(np.mean(x**2) + 1e-6)
+    """Vectors to mean square 1."""
+    return scale * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6)
 
 
 def gelu(x):
@@ -105,52 +94,38 @@ def soft_bound(g, bound):
     return bound * np.tanh(g / bound)
 
 
-def rotate(x, row, column):
-    """Rotary position of a head's query or key [C].
+def rotate(x, rows, columns):
+    """Rotary positions of queries or keys [N, H, C] at places rows and columns [N].
 
     Pairs (i, i + C/2) are rotated, half of them by the row, half by the column.
     """
-    half, quarter = len(x) // 2, len(x) // 4
-    y = np.zeros(len(x))
-    for i in range(half):
-        place, j = (row, i) if i < quarter else (column, i - quarter)
-        angle = place * 100 ** (-j / quarter)
-        y[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        y[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
-    return y
+    quarter = x.shape[-1] // 4
+    frequencies = 100 ** (-np.arange(quarter) / quarter)
+    angles = np.concatenate([np.outer(rows, frequencies), np.outer(columns, frequencies)], 1)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    first, second = np.split(x, 2, -1)
+    return np.concatenate([first * cos - second * sin, first * sin + second * cos], -1)
 
 
 def attention(p, config, tokens, causal, order):
-    """Tokens, N vectors [W], -> N vectors [W].
+    """Tokens [N, W] -> [N, W].
 
     order: each token's row-major place in the image, for rotary positions.
     """
-    size, heads, kv_heads = config.head_size, len(tokens[0]) // config.head_size, config.kv_heads
-    queries, keys, values = [], [], []  # [N][H or G], vectors [C]
-    for x, place in zip(tokens, order, strict=True):
-        split = {name: dense(p[name], x).reshape(-1, size) for name in ("query", "key", "value")}
-        q = [rms_norm(head, p["query_norm"]["scale"]) for head in split["query"]]
-        k = [rms_norm(head, p["key_norm"]["scale"]) for head in split["key"]]
-        if config.positions == "rotary":
-            row, column = divmod(place, config.grid[1])
-            q, k = [rotate(head, row, column)
-                    for head in q], [rotate(head, row, column) for head in k]
-        queries.append(q)
-        keys.append(k)
-        values.append(split["value"])
-    out = []
-    for n in range(len(tokens)):
-        seen = range(n + 1) if causal else range(len(tokens))
-        results = []
-        for head in range(heads):
-            group = head // (heads // kv_heads)  # consecutive heads share a key and a value
-            scores = np.array([queries[n][head] @ keys[m][group] / math.sqrt(size) for m in seen])
-            weights = np.exp(scores - scores.max())
-            weights = weights / weights.sum()
-            results.append(
-                sum(weight * values[m][group] for weight, m in zip(weights, seen, strict=True)))
-        out.append(dense(p["out"], np.concatenate(results)))
-    return out
+    count, size = len(tokens), config.head_size
+    q, k, v = (dense(p[name], tokens).reshape(count, -1, size)
+               for name in ("query", "key", "value"))
+    q, k = rms_norm(q, p["query_norm"]["scale"]), rms_norm(k, p["key_norm"]["scale"])
+    if config.positions == "rotary":
+        places = np.divmod(order, config.grid[1])
+        q, k = rotate(q, *places), rotate(k, *places)
+    group = q.shape[1] // config.kv_heads  # consecutive heads share a key and a value
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    scores = np.einsum("nhc,mhc->hnm", q, k) / math.sqrt(size)
+    if causal:
+        scores = np.where(np.tri(count, dtype=bool), scores, -np.inf)
+    mixed = np.einsum("hnm,mhc->nhc", softmax(scores, -1), v)
+    return dense(p["out"], mixed.reshape(count, -1))
 
 
 def pick(p, index):
@@ -160,23 +135,21 @@ def pick(p, index):
 
 
 def transformer(p, config, depth, tokens, modulation, causal, order):
-    """`depth` pre-norm layers over N vectors [W]; modulation [6, W]."""
+    """`depth` pre-norm layers over tokens [N, W]; modulation [6, W]."""
     for index in range(depth):
         layer = pick(p["layers"], index)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation + layer["table"]
-        attended = attention(layer["attention"], config, [layer_norm(x) * (1 + scale_1) + shift_1
-                                                          for x in tokens], causal, order)
-        tokens = [x + (1 + gate_1) * h for x, h in zip(tokens, attended, strict=True)]
-        for n, x in enumerate(tokens):
-            h = layer_norm(x) * (1 + scale_2) + shift_2
-            tokens[n] = x + (1 + gate_2) * dense(layer["down"], gelu(dense(layer["up"], h)))
+        h = layer_norm(tokens) * (1 + scale_1) + shift_1
+        tokens = tokens + (1 + gate_1) * attention(layer["attention"], config, h, causal, order)
+        h = layer_norm(tokens) * (1 + scale_2) + shift_2
+        tokens = tokens + (1 + gate_2) * dense(layer["down"], gelu(dense(layer["up"], h)))
     return tokens
 
 
 def sinusoidal(value, width):
     """Cosines and sines [width] of a number at frequencies from 1 down towards 1/10,000."""
-    angles = [value * 10_000 ** (-i / (width // 2)) for i in range(width // 2)]
-    return np.array([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
+    angles = value * 10_000 ** (-np.arange(width // 2) / (width // 2))
+    return np.concatenate([np.cos(angles), np.sin(angles)])
 
 
 def condition(p, config, width, times, steps, label):
@@ -190,9 +163,9 @@ def condition(p, config, width, times, steps, label):
     inner = min(width, 512)
     total = np.zeros(inner)
     for name, value in scalars.items():
-        total = total + dense(p[f"{name}_out"],
-                              silu(dense(p[f"{name}_in"], sinusoidal(value, min(inner, 256)))))
-    if config.num_classes:
+        h = silu(dense(p[f"{name}_in"], sinusoidal(value, min(inner, 256))))
+        total = total + dense(p[f"{name}_out"], h)
+    if "class" in p:
         total = total + p["class"]["embedding"][label]
     return dense(p["modulation"], silu(total)).reshape(6, width)
 
@@ -205,23 +178,16 @@ def block(p, config, x, modulation, flipped):
 
     A token's shift and scale depend on the tokens before it.
     """
-    count = len(x)
-    # the image's places in the block's order
-    order = list(range(count - 1, -1, -1) if flipped else range(count))
-    inputs = [p["start"]] + [dense(p["embed"], x[place]) for place in order[:-1]]
+    order = np.arange(len(x))[:: -1 if flipped else 1]  # the image's places in the block's order
+    inputs = np.concatenate([p["start"][None], dense(p["embed"], x[order[:-1]])])
     if config.positions == "learned":
-        inputs = [h + p["positions"]["table"][place]
-                  for h, place in zip(inputs, order, strict=True)]
+        inputs = inputs + p["positions"]["table"][order]
     hidden = transformer(p["stack"], config, config.transporter_layers, inputs, modulation, True,
                          order)
-    u, log_det = np.zeros(x.shape), 0.0
-    for h, place in zip(hidden, order, strict=True):
-        output = dense(p["project"], layer_norm(h, p["norm"]["scale"]))
-        for d in range(config.dim):
-            m, g = output[d], soft_bound(output[config.dim + d], config.log_scale_bound)
-            u[place, d] = (x[place, d] - m) * math.exp(-g)
-            log_det += -g
-    return u, log_det
+    m, g = np.split(dense(p["project"], layer_norm(hidden, p["norm"]["scale"])), 2, -1)
+    g, u = soft_bound(g, config.log_scale_bound), np.zeros(x.shape)
+    u[order] = (x[order] - m) * np.exp(-g)
+    return u, -np.sum(g)
 
 
 def transport(params, config, x, t, steps, label):
@@ -242,30 +208,21 @@ def predict(params, config, u, t, s, steps, label):
     All are [N, D].
     """
     p, r = params["predictor"], config.data_std
-    places = list(range(len(u)))
     variance = (1 - t) ** 2 * r**2 + t**2  # of x_t, for Gaussian data
-    inputs = [dense(p["embed"], u[n] / math.sqrt(variance)) for n in places]
+    inputs = dense(p["embed"], u / math.sqrt(variance))
     if config.positions == "learned":
-        inputs = [h + p["positions"]["table"][n] for h, n in zip(inputs, places, strict=True)]
+        inputs = inputs + p["positions"]["table"]
     modulation = condition(p["condition"], config, config.width, [t, s], steps, label)
     hidden = transformer(p["stack"], config, config.predictor_layers, inputs, modulation, False,
-                         places)
-    mean, log_sigma = np.zeros(u.shape), np.zeros(u.shape)
-    for n in places:
-        output = dense(p["project"], layer_norm(hidden[n], p["norm"]["scale"]))
-        for d in range(config.dim):
-            value, delta = output[d], soft_bound(output[config.dim + d], 10.0)
-            if config.head == "direct":
-                mean[n, d], log_sigma[n, d] = value, delta
-            else:
-                a, b, c = posterior(s, t)
-                # r_t, the deviation of x given x_t for Gaussian data
-                spread = r * t / math.sqrt(variance)
-                # its mean, and what the network adds
-                clean = (1 - t) * r**2 / variance * u[n, d] + spread * value
-                mean[n, d] = a * u[n, d] + b * clean
-                log_sigma[n, d] = math.log(math.sqrt(c**2 + b**2 * spread**2)) + delta
-    return mean, log_sigma
+                         np.arange(len(u)))
+    value, delta = np.split(dense(p["project"], layer_norm(hidden, p["norm"]["scale"])), 2, -1)
+    delta = soft_bound(delta, 10.0)
+    if config.head == "direct":
+        return value, delta
+    a, b, c = posterior(s, t)
+    spread = r * t / math.sqrt(variance)  # r_t, the deviation of x given x_t for Gaussian data
+    clean = (1 - t) * r**2 / variance * u + spread * value  # its mean, and what the network adds
+    return a * u + b * clean, math.log(math.sqrt(c**2 + b**2 * spread**2)) + delta
 
 
 def float64(params):
@@ -279,28 +236,17 @@ def trajectory_nll(params, config, xs, t, steps, label):
 
     xs: [K, N, D] at levels t [K]. -log p = quadratic + log_scale - log_det + constant.
     """
-    if getattr(config, "text_width", 0):
-        raise ValueError("a model of text is not covered")
     params, xs, t = float64(params), np.float64(xs), np.float64(t)
     last = len(t) - 1
-    latents, log_dets = [], []
-    for k in range(last):
-        u, log_det = transport(params, config, xs[k], t[k], steps, label)
-        latents.append(u)
-        log_dets.append(log_det)
-    latents.append(xs[last])  # pure noise is its own latent
+    moved = [transport(params, config, xs[k], t[k], steps, label) for k in range(last)]
+    latents = [u for u, _ in moved] + [xs[last]]  # pure noise is its own latent
     factors = []
     for k in range(last):
         mean, log_sigma = predict(params, config, latents[k + 1], t[k + 1], t[k], steps, label)
-        quadratic = log_scale = constant = 0.0
-        for n in range(xs.shape[1]):
-            for d in range(xs.shape[2]):
-                quadratic += 0.5 * ((latents[k][n, d] - mean[n, d])
-                                    / math.exp(log_sigma[n, d])) ** 2
-                log_scale += log_sigma[n, d]
-                constant += 0.5 * LOG_2PI
-        factors.append({"quadratic": quadratic, "log_scale": log_scale, "log_det": log_dets[k],
-                        "constant": constant})
+        factors.append({
+            "quadratic": 0.5 * np.sum(((latents[k] - mean) / np.exp(log_sigma)) ** 2),
+            "log_scale": np.sum(log_sigma), "log_det": moved[k][1],
+            "constant": 0.5 * LOG_2PI * mean.size})
     return factors
 
 
@@ -317,9 +263,7 @@ def log_weight(params, config, xs, x, t, steps, label, pixel_levels):
     """
     xs, x, t = np.float64(xs), np.float64(x), np.float64(t)
     total = -sum(nll(factor) for factor in trajectory_nll(params, config, xs, t, steps, label))
-    for n in range(x.shape[0]):
-        for d in range(x.shape[1]):
-            total += log_normal(xs[-1, n, d], 0.0, 1.0)
-            if pixel_levels:
-                total += log_bin(x[n, d], xs[0, n, d] / (1 - t[0]), t[0] / (1 - t[0]), pixel_levels)
+    total += np.sum(log_normal(xs[-1], 0.0, 1.0))
+    if pixel_levels:
+        total += np.sum(log_bin(x, xs[0] / (1 - t[0]), t[0] / (1 - t[0]), pixel_levels))
     return total - forward_log_density(xs, x, t, pixel_levels > 0)

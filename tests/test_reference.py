@@ -41,12 +41,9 @@ MODELS = {
         "arithmetic": cpu_arithmetic.arithmetic(tokens=6)},
     "direct_several_steps": {
         "head": "direct", "steps": (2, 4), "kv_heads": 1, "predictor_layers": 2,
-        "transporter_blocks": 3},
+        "positions": "learned", "transporter_blocks": 3, "transporter_width": 32, "grid": (3, 1)},
     "no_transporter": {
         "transporter_blocks": 0, "num_classes": 2, "positions": "learned", "steps": (1, 2)},
-    "direct_learned": {
-        "head": "direct", "positions": "learned", "transporter_width": 32, "grid": (3, 1),
-        "scan": True},
     "wide": {
         "width": 544, "head_size": 136, "transporter_width": 272, "grid": (1, 2), "mlp_ratio": 1,
         "num_classes": 1},
