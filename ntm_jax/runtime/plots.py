@@ -25,6 +25,7 @@ SMOOTHING_POINTS = 50  # the smoothed loss averages over 1/50 of the points
 GRID_COLUMNS = 10  # images in a row of a grid of samples
 PAIRED_COLUMNS = 5  # of an array, of which a picture shows all pairs
 DPI = 120  # of all figures
+PIXELS_OF_A_LETTER = 9  # a capital, at the size of names beside rows
 
 
 def displayable(images, pixel_levels: int) -> np.ndarray:
@@ -114,29 +115,13 @@ def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> N
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font draws unsupported scripts as boxes
         for r, name in enumerate(names):
-            lines = _wrapped(name, margin - 6, style["fontsize"])
+            lines = textwrap.wrap(name, margin // PIXELS_OF_A_LETTER, max_lines=4,
+                                  placeholder=" ...")
             y = 1 - (top + (r + 0.5) * height) / size[1]
             plot.text((margin - 6) / size[0], y, "\n".join(lines), ha="right", **style)
         for column, title in titles.items():
             plot.text((margin + column * width) / size[0], 1 - top / 2 / size[1], title, **style)
         save_figure(plot, out_png)
-
-
-def _wrapped(text: str, pixels: float, fontsize: float) -> list[str]:
-    """A text as at most four lines that fit into this width."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
-
-    font, lines = FontProperties(size=fontsize), []
-
-    def width(line: str) -> float:
-        return text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] * DPI / 72
-
-    for characters in range(int(pixels // 2), 4, -1):  # no letter is narrower than 2 pixels
-        lines = textwrap.wrap(text, characters, max_lines=4, placeholder=" ...")
-        if all(width(line) <= pixels for line in lines):
-            break
-    return lines
 
 
 def save_png(path, image) -> None:
