@@ -41,9 +41,9 @@ flags.DEFINE_bool("save_trajectories", False, "Also writes every image's levels 
 
 
 def main():
+    from ntm_jax.data.conditions import vector
     from ntm_jax.errors import UserError
     from ntm_jax.sampling import prompts
-    from ntm_jax.sampling.conditioning import parse_vectors
     from ntm_jax.sampling.options import parse_guidance
     from ntm_jax.sampling.write import SampleRequest
 
@@ -62,7 +62,7 @@ def main():
         prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
         save_trajectories=f.save_trajectories, steps=f.steps,
         guidance=parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse,
-        seed=f.seed, log_prob=f.log_prob, condition=parse_vectors(f.condition)))
+        seed=f.seed, log_prob=f.log_prob, condition=vector.parse(f.condition)))
 
 
 if __name__ == "__main__":

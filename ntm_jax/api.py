@@ -38,7 +38,7 @@ from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, sharding
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
-from ntm_jax.sampling import conditioning, generate, prompts, selection
+from ntm_jax.sampling import generate, prompts, selection
 from ntm_jax.sampling.options import override
 from ntm_jax.sampling.reweight import Reweighted, reweight
 from ntm_jax.sampling.write import SampleRequest, write_samples
@@ -100,7 +100,7 @@ class Run(base.Run):
         Indices are 0 to 2^31 - 1. The images are drawn config.evaluate.batch_size at a time.
         """
         index = _indices(index)
-        condition = None if label is None else conditioning.check_condition(self, len(index), label)
+        condition = None if label is None else self.condition.validate(len(index), label)
         chosen = override(self.config, **options)
         self._check_decoder(options.get("decoder"))
 
@@ -155,7 +155,7 @@ class Run(base.Run):
         scoring.LevelTerms.
         """
         label, images = _one_condition(label, condition), as_images(self, images)
-        given = conditioning.check_condition(self, len(images), label)
+        given = self.condition.validate(len(images), label)
         if noised and self.spec.pixel_levels:
             raise UserError(f"noised is {shown(noised)}, and {self.workdir} is a model of pixels, "
                             "which have a probability of their own: leave it out")
@@ -179,7 +179,7 @@ class Run(base.Run):
             if name not in ("steps", "guidance", "inverse"):
                 raise UserError(f"{name} is no option of reweight: expected steps, guidance or "
                                 "inverse")
-        given = conditioning.check_condition(self, 1, _one_condition(label, condition))
+        given = self.condition.validate(1, _one_condition(label, condition))
         chosen = override(self.config, **options)
         return reweight(self, log_target, given, n, chosen, seed)
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import example_noise, per_example
-from ntm_jax.core.transformer.conditions import null
 from ntm_jax.core.transformer.precision import precision
 from ntm_jax.registry import Registry
 
@@ -117,7 +116,7 @@ def _solve(sampler, params, keys, y, denoiser_params, with_levels: bool, heun: b
     with precision(config.precision):
         xs = flow_matching.solve(
             functools.partial(sampler.model.backbone.apply, flow_matching.backbone_params(params)),
-            noise, t, y, null(y, config.num_classes), options.guidance, heun)
+            noise, t, y, config.condition.null(y), options.guidance, heun)
     return Decoded(xs[:, 0], xs, None)
 
 

@@ -16,12 +16,12 @@ from scipy import stats
 import ntm_jax
 from ntm_jax.api import Run
 from ntm_jax.core.model import full_precision
-from ntm_jax.core.transformer.conditions import Vector, null
+from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, config, plots, sharding
-from ntm_jax.sampling import conditioning, reweight
+from ntm_jax.sampling import reweight
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import objectives, pictures, state
 from tests.campaigns import exports
@@ -119,8 +119,8 @@ def test_many_conditions_have_samples_of_their_own(random):
     assert len(np.unique(found)) == found.size
     drawn = random.sample(3, condition=x, with_log_prob=True)
     assert (drawn.samples.shape, drawn.log_prob.shape) == ((3, 3, 2), (3, 3))
-    np.testing.assert_array_equal(conditioning.check_condition(random, 3, x > 0).values,
-                                  conditioning.check_condition(random, 3, 1.0 * (x > 0)).values)
+    np.testing.assert_array_equal(random.condition.validate(3, x > 0).values,
+                                  random.condition.validate(3, 1.0 * (x > 0)).values)
 
 
 def test_default_conditions_are_those_of_the_arrays_provided_last(random):
@@ -132,7 +132,7 @@ def test_default_conditions_are_those_of_the_arrays_provided_last(random):
         sources.provide(sources.from_arrays(theta, condition=x, held_out=0.0))
         expected = [run.config.data.open("train").records[i]["condition"] for i in (0, 1)]
         np.testing.assert_array_equal(
-            conditioning.default_conditions(run, np.arange(2)).values, expected)
+            run.default_condition(np.arange(2)).values, expected)
 
 
 def test_the_recipe_for_held_out_rows_gives_them_in_their_own_units(random):
@@ -165,7 +165,7 @@ def test_batches_give_the_same_as_all_at_once(random, monkeypatch):
 
 def test_the_condition_reaches_both_networks_and_may_be_absent(random):
     y = Vector(np.ones((2, 3), np.float32), np.ones(2, bool))
-    other, nothing = y._replace(values=2 * y.values), null(y, 0)
+    other, nothing = y._replace(values=2 * y.values), random.model.config.condition.null(y)
     assert not np.asarray(nothing.given).any()
     u, steps = np.ones((2, 2, 1), np.float32), np.full(2, 2)
     t, s = np.full(2, 0.6, np.float32), np.full(2, 0.3, np.float32)

@@ -19,7 +19,7 @@ from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import levels, posterior
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import build, config, sharding
+from ntm_jax.runtime import config, sharding
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.training import finetune, loop, reference_model, state
 from tests.backbones.common import original, random_diffusers
@@ -65,7 +65,7 @@ def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
     started = [finetune.start_from(run, new).params for run in runs]
     assert bits(started[0]["params"]["backbone"]) == bits(started[1]["params"]["backbone"])
     batch = next(pipeline.evaluation_batches(sources.open_source(MOCK, "train"), 1, 2))
-    y, t = build.condition(model, batch), levels(4, np.full(2, 0.02), "shifted", 0.5)
+    y, t = model.config.condition.stack(batch), levels(4, np.full(2, 0.02), "shifted", 0.5)
     predict = jax.jit(functools.partial(model.apply, method=NTM.predict))
     backbone = jax.jit(model.backbone.apply)
     transport = jax.jit(functools.partial(model.apply, method=NTM.transport))

@@ -20,6 +20,7 @@ import ntm_jax
 from ntm_jax.core import likelihood, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
+from ntm_jax.core.transformer.conditions import ClassCondition
 from ntm_jax.data import sources
 from ntm_jax.runtime import cpu_arithmetic
 from ntm_jax.training import loop
@@ -27,7 +28,7 @@ from tests import reference
 from tests.common import batch_of, tiny_config
 
 BASE = {
-    "grid": (2, 3), "dim": 3, "num_classes": 0, "steps": (3,), "width": 16, "head_size": 8,
+    "grid": (2, 3), "dim": 3, "steps": (3,), "width": 16, "head_size": 8,
     "kv_heads": 2, "mlp_ratio": 2, "positions": "rotary", "transporter_width": 16,
     "transporter_blocks": 2, "transporter_layers": 1, "predictor_layers": 1,
     "head": "preconditioned", "log_scale_bound": 1.0, "data_std": 0.7, "dtype": jnp.float32,
@@ -36,17 +37,18 @@ BASE = {
 MODELS = {
     "rotary": {},
     "classes_learned_grouped_scanned": {
-        "num_classes": 3, "positions": "learned", "kv_heads": 2, "head_size": 4, "width": 24,
-        "transporter_layers": 2, "predictor_layers": 2, "scan": True,
+        "condition": ClassCondition(3), "positions": "learned", "kv_heads": 2, "head_size": 4,
+        "width": 24, "transporter_layers": 2, "predictor_layers": 2, "scan": True,
         "arithmetic": cpu_arithmetic.arithmetic(tokens=6)},
     "direct_several_steps": {
         "head": "direct", "steps": (2, 4), "kv_heads": 1, "predictor_layers": 2,
         "positions": "learned", "transporter_blocks": 3, "transporter_width": 32, "grid": (3, 1)},
     "no_transporter": {
-        "transporter_blocks": 0, "num_classes": 2, "positions": "learned", "steps": (1, 2)},
+        "transporter_blocks": 0, "condition": ClassCondition(2), "positions": "learned",
+        "steps": (1, 2)},
     "wide": {
         "width": 544, "head_size": 136, "transporter_width": 272, "grid": (1, 2), "mlp_ratio": 1,
-        "num_classes": 1},
+        "condition": ClassCondition(1)},
 }
 # Relative to the total, or to a tenth of its terms' sizes where these cancel to less. Float32
 # rounds each number to 6e-8, and some tens to hundreds of such roundings, also of the angles
@@ -131,7 +133,7 @@ def compare(model, params, x, t, steps, label, pixel_levels):
 @pytest.mark.parametrize("name", MODELS)
 def test_small_models(name):
     config = ModelConfig(**BASE | MODELS[name])
-    steps, classes = config.steps[-1], config.num_classes
+    steps, classes = config.steps[-1], config.condition.width
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 6, (3, config.tokens, config.dim))  # 0 and 5 are the open bins
     label = np.arange(3) % (classes + 1)  # the last is the null class

@@ -67,7 +67,7 @@ def other_images(digits: np.ndarray) -> dict[str, np.ndarray]:
 def likelihoods(run, images, seed: int) -> dict[str, np.ndarray]:
     """log_prob [n], nll and rate [n, T] in nats, of the mean over the classes."""
     found = [run.log_prob_by_level(images, label, TRAJECTORIES, seed)
-             for label in range(run.model.config.num_classes)]
+             for label in range(run.spec.num_classes)]
     joint = np.stack([one.log_prob for one in found]) - np.log(len(found))
     weights = softmax(joint, 0)[..., None]
     return {"log_prob": logsumexp(joint, 0),

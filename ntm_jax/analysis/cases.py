@@ -18,7 +18,6 @@ from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Denoiser, Run
-from ntm_jax.sampling import conditioning
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Objective
 
@@ -61,7 +60,7 @@ class Setting:
         """Inputs of the sampler's parts, indices, condition, t [B, K] and u_0..u_T [B, K, N, D]."""
         run, params = self.run, self.params  # initialises new ones outside the mesh's context
         index = np.arange(self.batch, dtype=np.int32)
-        index, y = sharding.place((index, conditioning.default_conditions(run, index)), run.mesh)
+        index, y = sharding.place((index, run.default_condition(index)), run.mesh)
         with sharding.use(run.mesh):
             t, us = latents(params, jax.random.key(0), index, y, schedule=run.schedule,
                              model=full_precision(run.model), options=run.config.sample.options)

@@ -37,7 +37,6 @@ from ntm_jax.analysis.hlo.arrays import largest
 from ntm_jax.analysis.memory import advice, bytes_per_chip, out_of_memory
 from ntm_jax.analysis.report import Compiled
 from ntm_jax.core.model import full_precision
-from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, first_line
@@ -164,14 +163,9 @@ def sample_program(run: Run, source: Source) -> Program:
                         "is 0: set it to at least 1")
     shards, mesh, model = sharding.batch_shards(run.mesh), run.mesh, run.model
     size = -(-run.config.sample.num // shards) * shards
-    y = _abstract((size,), jnp.int32, mesh)
-    if model.config.text_width:
-        text = (size, source.text_tokens)
-        y = Text(_abstract((*text, source.text_width), jnp.float16, mesh),
-                 _abstract(text, jnp.bool_, mesh))
-    if model.config.condition_width:
-        y = Vector(_abstract((size, source.condition_width), jnp.float32, mesh),
-                   _abstract((size,), jnp.bool_, mesh))
+    kind = model.config.condition
+    y = jax.tree.map(lambda a: _abstract(a.shape, a.dtype, mesh), jax.eval_shape(
+        kind.stack, kind.shapes(size, source.text_tokens)))
     key = _abstract_key()
     params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
     sampler = generate.Sampler(full_precision(model), run.schedule, run.config.sample.options, mesh)

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.attention import plain_attention
-from ntm_jax.core.transformer.conditions import Text, sinusoidal
+from ntm_jax.core.transformer.conditions import Text, TextCondition, sinusoidal
 from ntm_jax.errors import UserError
 
 TIME_FEATURES = 256  # cosines and sines of 1000 t that embed t
@@ -256,13 +256,13 @@ class Flux2(nn.Module):
 
 def build(c: ModelConfig, double_layers: int, attention) -> Flux2:
     """FLUX.2's transformer with a model's sizes. Raises UserError for sizes that it cannot have."""
-    if not c.text_width or not double_layers or c.head_size % 8:
+    if not isinstance(c.condition, TextCondition) or not double_layers or c.head_size % 8:
         raise UserError("config.model.backbone=flux2 needs config.model.condition=text, "
                         "double_layers > 0 and a multiple of 8 as head_size: found text states of "
-                        f"width {c.text_width}, {double_layers} and {c.head_size}")
+                        f"width {c.condition.width}, {double_layers} and {c.head_size}")
     quarter = c.head_size // 4
     return Flux2(Flux2Config(
-        grid=c.grid, dim=c.dim, text_width=c.text_width, heads=c.width // c.head_size,
+        grid=c.grid, dim=c.dim, text_width=c.condition.width, heads=c.width // c.head_size,
         head_size=c.head_size, double_layers=double_layers, single_layers=c.predictor_layers,
         mlp_ratio=c.mlp_ratio, axes=(quarter, quarter, quarter, quarter), dtype=c.dtype,
         remat=c.remat, scan=c.scan), attention)

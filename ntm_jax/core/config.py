@@ -5,6 +5,7 @@ from typing import Any
 
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
+from ntm_jax.core.transformer.conditions import NOTHING, Condition
 
 POSITIONS = ("learned", "rotary")
 HEADS = ("direct", "preconditioned", "posterior")  # posterior: over a backbone
@@ -16,7 +17,6 @@ class ModelConfig:
 
     grid: tuple[int, int]  # tokens by row and column
     dim: int  # channels of a token
-    num_classes: int  # 0 without class conditioning
     steps: tuple[int, ...]  # the numbers of steps T trained together
     width: int
     head_size: int
@@ -34,14 +34,10 @@ class ModelConfig:
     transporter_dtype: Any  # float32 for reported likelihoods and exact inverses
     remat: str  # what the backward pass finds saved; see layers.REMAT
     scan: bool
-    text_width: int = 0  # E of the text states; 0 without text
-    transporter_text: bool = False  # conditions the transporter on the mean of the text states
+    condition: Condition = NOTHING  # what it is conditioned on
     # Initial deviation of the transporter's table of positions: near 1, a token's position counts
     # as much as its content.
     transporter_positions_std: float = 0.02
-    condition_width: int = 0  # E of vector conditions; 0 without
-    condition_layers: int = 0  # of the network of vector conditions; see conditions.VectorNetwork
-    condition_shift: bool = False  # subtracts a linear function of the vector; see NTM._centre
     precision: str | None = None  # of float32 products; see transformer.precision
     arithmetic: Arithmetic = PLAIN
 

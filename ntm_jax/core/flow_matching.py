@@ -20,7 +20,7 @@ from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.predictor import Trunk, bounded
 from ntm_jax.core.trajectory import per_example
 from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.conditions import Condition
+from ntm_jax.core.transformer.conditions import Modulation
 from ntm_jax.core.transformer.precision import at_config_precision
 
 
@@ -57,8 +57,8 @@ class Posterior(nn.Module):
     def __call__(self, u, t, s, steps, y):
         """u [B, N, D] at level t [B] -> mean and log-scale [B, N, D] at level s [B] < t."""
         velocity, hidden = checked(self.backbone, self.backbone(u, t, y), u)
-        condition = Condition(
-            hidden.shape[-1], 0, len(self.config.steps) > 1, rows=2, name="condition")
+        condition = Modulation(
+            hidden.shape[-1], len(self.config.steps) > 1, rows=2, name="condition")
         shift, scale = jnp.moveaxis(condition((t, s), steps, None)[:, :, None], 1, 0)
         project = layers.dense(self.config.dim, ("embed", None), jnp.float32, "project", scale=0)
         delta = project(hidden * (1 + scale) + shift)

@@ -1,7 +1,7 @@
 """NTM: transporter and predictor, wired into the log-likelihood terms of a trajectory.
 
-Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition:
-labels [B], conditions.Text or conditions.Vector.
+Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition;
+see transformer.conditions.
 """
 
 import dataclasses
@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.flow_matching import Posterior
 from ntm_jax.core.predictor import Predictor
-from ntm_jax.core.trajectory import LOG_2PI, log_normal, per_example
-from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.conditions import VectorNetwork
+from ntm_jax.core.trajectory import LOG_2PI, log_normal
 from ntm_jax.core.transformer.precision import at_config_precision
 from ntm_jax.core.transporter import TOLERANCE, Transporter
 
@@ -54,21 +52,19 @@ class NTM(nn.Module):
     def setup(self):
         if self.config.transporter_blocks:
             self.transporter = Transporter(self.config)
-        if self.config.condition_shift:
-            c = self.config
-            self.shift = layers.dense(c.tokens * c.dim, (None, None), jnp.float32, "shift", scale=0)
-        if self.config.condition_layers:
-            self.features = VectorNetwork(min(self.config.width, 512), self.config.condition_layers)
+        c = self.config
+        for name, network in c.condition.networks(c.width, c.tokens * c.dim).items():
+            setattr(self, name, network)
         posterior = self.config.head == "posterior"
         self.predictor = (Posterior(self.config, self.backbone) if posterior
                           else Predictor(self.config))
 
     def transport(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] < 1 -> (u [B, N, D], log|det du/dx| [B])."""
-        x = x - self._centre(x, t, y) if self.config.condition_shift else x
+        x = self._centre(x, t, y)
         if not self.config.transporter_blocks:
             return x, jnp.zeros(x.shape[0])
-        return self.transporter(x, t, steps, self._with_features(y))
+        return self.transporter(x, t, steps, self._prepared(y))
 
     def invert(self, u, t, steps, y, how="sequential", tolerance=TOLERANCE):
         """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], sweeps [B, blocks], log|det dx/du| [B]).
@@ -79,29 +75,24 @@ class NTM(nn.Module):
         sweeps, log_det = jnp.zeros((u.shape[0], 0), jnp.int32), jnp.zeros(u.shape[0])
         if self.config.transporter_blocks:
             u, sweeps, log_det = self.transporter.inverse(
-                u, t, steps, self._with_features(y), how, tolerance)
-        x = u + self._centre(u, t, y) if self.config.condition_shift else u
-        return x, sweeps, log_det
+                u, t, steps, self._prepared(y), how, tolerance)
+        return self._uncentre(u, t, y), sweeps, log_det
 
     @at_config_precision
-    def _centre(self, like, t, y):
-        """(1 - t) (W y + b) with W and b learned, [B, N, D].
+    def _centre(self, x, t, y):
+        return self.config.condition.centre(self, x, t, y)
 
-        x_k less this is the forward process of x - W y - b, which depends less on y.
-        """
-        shift = self.shift(y.values).reshape(like.shape)
-        return per_example((1 - t) * y.given, like) * shift
+    @at_config_precision
+    def _uncentre(self, x, t, y):
+        return self.config.condition.uncentre(self, x, t, y)
 
     def predict(self, u, t, s, steps, y):
         """Mean and log-scale [B, N, D] of the latent at level s given u [B, N, D] at level t."""
-        return self.predictor(u, t, s, steps, self._with_features(y))
+        return self.predictor(u, t, s, steps, self._prepared(y))
 
     @at_config_precision
-    def _with_features(self, y):
-        """A vector condition with its features, which are computed once for all levels."""
-        if not self.config.condition_layers or y.features is not None:
-            return y
-        return y._replace(features=self.features(y.values))
+    def _prepared(self, y):
+        return self.config.condition.prepare(self, y)
 
     def pair(self, x_s, x_t, s, t, top, steps, y, reference=None):
         """Terms [B] of log p(x_s | x_t) for consecutive levels, [B, N, D] each.
@@ -109,7 +100,7 @@ class NTM(nn.Module):
         Where top [B] is True, x_t is x_T, which is its own latent. reference: [B, N, D], compared
         with the means if given.
         """
-        y = self._with_features(y)
+        y = self._prepared(y)
         double = (x_s, s, steps, y), (x_t, jnp.where(top, s, t), steps, y)
         u, log_det = self.transport(*jax.tree.map(lambda *pair: jnp.concatenate(pair), *double))
         u_s, u_t = jnp.split(u, 2)
@@ -122,7 +113,7 @@ class NTM(nn.Module):
 
         steps: [B]; y: the condition; reference: [B, T, N, D], compared with the means if given.
         """
-        batch, count, y = xs.shape[0], xs.shape[1] - 1, self._with_features(y)
+        batch, count, y = xs.shape[0], xs.shape[1] - 1, self._prepared(y)
         low, repeated = _fold(t[:, :-1]), repeat((steps, y), count)
         u, log_det = self.transport(_fold(xs[:, :-1]), low, *repeated)
         us = jnp.concatenate([u.reshape(batch, count, *u.shape[1:]), xs[:, -1:]], 1)  # u_T = x_T
@@ -135,7 +126,7 @@ class NTM(nn.Module):
 
     def gaussians(self, us, t, steps, y):
         """Means and log-scales [B, T, N, D] of u_0..u_{T-1} given the latents us [B, K, N, D]."""
-        batch, count, y = us.shape[0], us.shape[1] - 1, self._with_features(y)
+        batch, count, y = us.shape[0], us.shape[1] - 1, self._prepared(y)
         repeated = repeat((steps, y), count)
         predicted = self.predict(_fold(us[:, 1:]), _fold(t[:, 1:]), _fold(t[:, :-1]), *repeated)
         return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), predicted)

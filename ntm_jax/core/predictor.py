@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.trajectory import per_example, posterior
 from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.conditions import Condition
+from ntm_jax.core.transformer.conditions import Modulation
 from ntm_jax.core.transformer.precision import at_config_precision
 
 LOG_SCALE_BOUND = 10.0  # soft; a clean level needs 5 or 6
@@ -25,7 +25,7 @@ def bounded(log_scale):
 
 
 class Trunk(nn.Module):
-    """The deep transformer without a head. Text tokens precede the image's tokens."""
+    """The deep transformer without a head. Tokens of the condition precede those of the image."""
 
     config: ModelConfig
 
@@ -40,11 +40,8 @@ class Trunk(nn.Module):
         embed = layers.dense(c.width, (None, "embed"), c.dtype, "embed",
                              product=c.arithmetic.product)
         hidden = embed(u) + table
-        keys = None
-        if c.text_width:
-            hidden, angles, keys = self._after_text(y, hidden, angles)
-        condition = Condition(
-            c.width, c.num_classes, embed_steps, vector_width=c.condition_width, name="condition")
+        hidden, angles, keys = c.condition.prepend(self, y, hidden, angles)
+        condition = Modulation(c.width, embed_steps, c.condition.embed, name="condition")
         modulation = condition(times, steps, y)
         stack = layers.Stack(layers.LayerConfig(
             depth=c.predictor_layers, head_size=c.head_size, kv_heads=c.kv_heads,
@@ -61,26 +58,6 @@ class Trunk(nn.Module):
         variance = jnp.square((1 - t) * self.config.data_std) + jnp.square(t)
         return variance, self.config.data_std * t / jnp.sqrt(variance)
 
-    def _after_text(self, text, hidden, angles):
-        """Prepends M text tokens to hidden [B, N, W] and its angles.
-
-        Returns them with the mask [B, M + N] of tokens that may be attended to. A text without
-        tokens, the null caption, is one learned token.
-        """
-        c = self.config
-        states = layers.norm(c.dtype, "text_norm")(text.states)
-        states = layers.dense(c.width, (None, "embed"), c.dtype, "text")(states)
-        init = layers.partitioned(("embed",), nn.initializers.normal, 0.02)
-        nothing = self.param("null_text", init, (c.width,))
-        first = jnp.arange(text.mask.shape[1])[None] == 0
-        empty = ~jnp.any(text.mask, 1, keepdims=True) & first
-        states = jnp.where(empty[..., None], nothing.astype(states.dtype)[None, None], states)
-        present = text.mask.astype(bool) | empty
-        keys = jnp.concatenate([present, jnp.ones(hidden.shape[:2], bool)], 1)
-        if angles is not None:  # the text states hold their own positions
-            angles = jnp.concatenate([jnp.zeros((text.mask.shape[1], angles.shape[1])), angles])
-        return jnp.concatenate([states.astype(hidden.dtype), hidden], 1), angles, keys
-
 
 class Predictor(Trunk):
     """The trunk with a head: `direct` projects mean and log-scale; `preconditioned` a clean image.
@@ -94,7 +71,7 @@ class Predictor(Trunk):
     def __call__(self, u, t, s, steps, y):
         """u [B, N, D] at level t [B] -> mean and log-scale of the latent at level s [B] < t.
 
-        Both are [B, N, D], float32. y: labels [B], Text or Vector.
+        Both are [B, N, D], float32. y: the condition.
         """
         c = self.config
         t_, s_ = per_example(t, u), per_example(s, u)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from ntm_jax.core.flow_matching import guidance_by_step
 from ntm_jax.core.model import NTM, log_prior, repeat
 from ntm_jax.core.trajectory import example_noise
-from ntm_jax.core.transformer.conditions import null
 from ntm_jax.core.transporter import TOLERANCE
 
 
@@ -64,7 +63,7 @@ def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, 
         inputs = u, t_above, t_below, steps, y
         if not guided:
             return gaussian(*inputs)
-        unconditional = *inputs[:-1], null(y, c.num_classes)
+        unconditional = *inputs[:-1], c.condition.null(y)
         both = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs, unconditional)
         mean, log_scale = gaussian(*both)
         return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)

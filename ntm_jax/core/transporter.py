@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.conditions import Condition
+from ntm_jax.core.transformer.conditions import Modulation
 from ntm_jax.core.transformer.precision import at_config_precision
 
 # parallel inverts all tokens at once, by sweeps; sequential token by token, with a KV cache.
@@ -207,9 +207,8 @@ class Transporter(nn.Module):
 
     def setup(self):
         c = self.config
-        self.condition = Condition(
-            c.transporter_width, c.num_classes, len(c.steps) > 1, embed_text=c.transporter_text,
-            vector_width=c.condition_width)
+        self.condition = Modulation(
+            c.transporter_width, len(c.steps) > 1, c.condition.embed_in_transporter)
         self.blocks = [Block(c, i % 2 == 1) for i in range(c.transporter_blocks)]
 
     @at_config_precision

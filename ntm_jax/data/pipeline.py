@@ -27,7 +27,6 @@ from ntm_jax.data.transforms import (
 )
 from ntm_jax.errors import UserError
 
-_NAMES_SHOWN = 20  # classes that an error lists
 # Grain's default keeps 500 elements ready, and here an element is a complete batch.
 _THREADS = min(8, os.cpu_count() or 1)
 _READ_OPTIONS = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
@@ -114,21 +113,6 @@ class DataSpec:
     def dim(self) -> int:
         """D, the channels of one token."""
         return self.patch_size**2 * self.image_shape[2]
-
-    def label_of(self, name: str) -> int:
-        """The label of the class of this name, or of this number where no class has the name.
-
-        Raises UserError, which lists the classes, for any other name.
-        """
-        if name in self.class_names:
-            return self.class_names.index(name)
-        if name.isdecimal() and int(name) < self.num_classes:
-            return int(name)
-        expected = f"0 to {self.num_classes - 1}" if self.num_classes else "none"
-        if self.class_names:
-            more = ", ..." if len(self.class_names) > _NAMES_SHOWN else ""
-            expected = f"{', '.join(self.class_names[:_NAMES_SHOWN])}{more}, or {expected}"
-        raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
 
 
 def spec(source: Source, patch_size: int) -> DataSpec:

@@ -83,7 +83,7 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
         result |= figures | {"measures": list(figures)}
     if against:
         result["against"] = _against(run, source, table, against, trajectories, progress)
-    if scores_images and (extractor or run.model.config.num_classes):
+    if scores_images and (extractor or run.condition.classes):
         result |= image_scores.image_scores(run, train, source, extractor, options.guidance,
                                             progress)
     if scores_images and image_scores.has_tasks(run, source):

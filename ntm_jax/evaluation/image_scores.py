@@ -50,12 +50,12 @@ def classifier(num_classes: int, pixel_levels: int, real: np.ndarray, labels: np
 
 def has_tasks(run: Run, source: Source) -> bool:
     """Whether the source can check samples against its captions."""
-    return bool(run.model.config.text_width and source.tasks)
+    return bool(run.condition.captioned and source.tasks)
 
 
 def check_guidance(run: Run, source: Source, guidance) -> None:
     """Raises UserError for scales of guidance where no score would compare them."""
-    classes = run.model.config.num_classes and run.spec.count <= MAX_RECORDS
+    classes = run.condition.classes and run.spec.count <= MAX_RECORDS
     scored = has_tasks(run, source) or classes
     if guidance and not (scored and run.spec.pixel_levels and run.config.evaluate.images):
         raise UserError("--guidance compares class accuracies of a model of classes and pixels "
@@ -105,9 +105,9 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     labels = np.array([r["label"] for r in records])
     known = labels >= 0
     learnable = len(train.records) <= MAX_RECORDS and len(set(labels[known])) > 1
-    if run.model.config.num_classes and learnable:
-        right = classifier(
-            run.model.config.num_classes, train.pixel_levels, real[known], labels[known])
+    classes = run.condition.classes
+    if classes and learnable:
+        right = classifier(classes, train.pixel_levels, real[known], labels[known])
         hits = {scale: right(sampled) for scale, sampled in images.items()}
         own = hits[config.sample.guidance]
         result["class_accuracy"] = mean_and_stderr(own) | made
@@ -132,7 +132,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
         result["features"] = made | {
             "name": extractor.name, "proxy": extractor.proxy, "digest": extractor.digest,
             "real_images": len(real), "real_split": train.split}
-        if train.captions is not None and run.model.config.text_width:
+        if train.captions is not None and run.condition.captioned:
             result |= retrieval(held_out, real, images[config.sample.guidance])
     return result
 
@@ -176,7 +176,7 @@ def retrieval(held_out: Source, real, images) -> dict:
 
     It is counted as found where it is the nearest, or among the five nearest, of all pictures: real
     [n, H, W, C] and held-out ones. Returns {} where there are too many. images [m, ...]: samples of
-    the held-out captions in turn, as default_conditions of sampling.conditioning orders them; the
+    the held-out captions in turn, as Run.default_condition orders them; the
     first of each counts.
     """
     records = held_out.records

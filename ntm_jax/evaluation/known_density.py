@@ -28,7 +28,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import importance, plots, scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
-from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
 
 SIDE = 64  # points a side of a picture of densities
@@ -169,7 +169,7 @@ def _ode_estimator(run: Run, method: str, evaluations: int, heun: bool,
         t = _uniform_levels(run, evaluations // (2 if heun else 1), len(x_0))
         with precision("highest"):
             return {method: flow_matching.ode_log_density(
-                _backbone(run), x_0, t, build.condition(run.model, batch), heun, probes)}
+                _backbone(run), x_0, t, run.model.config.condition.stack(batch), heun, probes)}
 
     return Estimator({method: evaluations}, compute)
 
@@ -193,7 +193,7 @@ def flow_map_estimates(run: Run) -> list[Estimator]:
                 return {"F2D2": flow_map.log_density(
                     run.model.backbone, flow_matching.backbone_params(run.params), x_0,
                     _uniform_levels(run, evaluations, len(x_0)),
-                    build.condition(run.model, batch))}
+                    run.model.config.condition.stack(batch))}
 
         return Estimator({"F2D2": evaluations}, compute)
 

@@ -16,13 +16,12 @@ from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data.sources import Source
 from ntm_jax.evaluation import scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr
-from ntm_jax.runtime import build
 from ntm_jax.runtime.run import Run
 
 
 @functools.partial(jax.jit, static_argnames=("schedule", "model", "steps", "percentile"))
 def _denoising_errors(params, root, batch, *, schedule: Schedule, model, steps, percentile):
-    x, y = batch["x"], build.condition(model, batch)
+    x, y = batch["x"], model.config.condition.stack(batch)
     keys = trajectory.example_keys(root, "evaluate", batch["index"])
     t = schedule.fixed_levels(steps, len(x))
     xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (t.shape[1], *x.shape[1:])))
@@ -48,7 +47,7 @@ def denoising_errors(run: Run, source: Source) -> dict:
 
 @functools.partial(jax.jit, static_argnames=("teacher", "denoiser"))
 def _denoiser_errors(params, denoiser_params, root, batch, *, teacher: Teacher, denoiser):
-    y = build.condition(teacher.model, batch)
+    y = teacher.model.config.condition.stack(batch)
     keys = trajectory.example_keys(root, "evaluate", batch["index"])
     return denoising.denoiser_errors(
         full_precision(denoiser), denoiser_params, teacher, params, keys, batch["x"], y)
@@ -65,7 +64,7 @@ def denoiser_errors(run: Run, source: Source) -> dict:
 
 @functools.partial(jax.jit, static_argnames=("schedule", "model", "draws"))
 def _velocity_errors(params, root, batch, *, schedule: Schedule, model, draws):
-    x, y = batch["x"], build.condition(model, batch)
+    x, y = batch["x"], model.config.condition.stack(batch)
     keys = trajectory.example_keys(root, "evaluate/velocity", batch["index"])
 
     def add(total, number):

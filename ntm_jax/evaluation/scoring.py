@@ -21,7 +21,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, as_array, check_count
 from ntm_jax.evaluation import importance
 from ntm_jax.progress import track
-from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, checked_seed
 
@@ -46,7 +46,7 @@ def bounds_of_batch(params, root, batch, *, schedule: Schedule, model, decoder_l
     decoder_levels: V of the discretised decoder p(x | x_0); UNBINNED: its density; 0: no decoder,
     so that the bound is on the data noised to t_0.
     """
-    x, y, index = batch["x"], build.condition(model, batch), batch["index"]
+    x, y, index = batch["x"], model.config.condition.stack(batch), batch["index"]
     t = schedule.fixed_levels(steps, len(x))
     keys = trajectory.example_keys(root, "evaluate", index)
     start = None if decoder_levels else noised(root, x, t[:, 0], index)
@@ -221,7 +221,8 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
     if not np.isfinite(x).all():
         raise UserError("the data hold numbers that are not finite, or that are too large for the "
                         "training data's deviation")
-    batch = {"x": x, "index": np.arange(len(x), dtype=np.int32)} | build.condition_arrays(condition)
+    batch = {"x": x, "index": np.arange(len(x), dtype=np.int32),
+             **run.model.config.condition.arrays(condition)}
     shards = sharding.batch_shards(run.mesh)
     size = -(-min(len(x), run.config.evaluate.batch_size) // shards) * shards
     (number, count), parts = sharding.share(run.mesh), []

@@ -7,23 +7,10 @@ import jax
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.errors import first_line, shown
+from ntm_jax.errors import first_line
 from ntm_jax.evaluation.report import NAMES
 from ntm_jax.runtime.run import Run
 
-# By config.model.condition: the names of the sampler's last arguments, and the Python that makes
-# them.
-CONDITIONS = {
-    "class": ("label", "label = index % {classes}  # each of the {classes} classes in turn"),
-    "none": ("label", "label = np.zeros(number, np.int32)  # ignored: the model has no condition"),
-    "vector": ("condition", """\
-x = np.tile(spec["condition_mean"], (number, 1))  # conditions in own units, [number, {vector}]
-condition = ((x - spec["condition_mean"]) / spec["condition_std"]).astype(np.float32)
-"""),
-    "text": ("text, text_mask", """\
-text = np.zeros((number, {tokens}, {width}), np.float16)  # a text encoder's states, then zeros
-text_mask = np.zeros((number, {tokens}), bool)  # true at its tokens; nowhere: the null caption"""),
-}
 EXAMPLE = """{json}import jax.export
 import numpy as np
 from safetensors.numpy import load_file
@@ -36,7 +23,6 @@ with open("sampler.bin", "rb") as file:
     sampler = jax.export.deserialize(bytearray(file.read()))
 images = np.asarray(sampler.call(parameters, np.uint32(seed), index, {names}))  # {meaning}
 {unscale}"""
-NAMES_SHOWN = 100  # classes that the card lists
 MEANING = {True: "[n, H, W, C], integers 0..{top}", False: "[n, H, W, C], latents"}
 READ_SPEC = """with open("config.json", "rb") as file:
     spec = json.load(file)["spec"]
@@ -46,9 +32,7 @@ decoded = images * np.{dtype}(spec["std"]) + np.{dtype}(spec["mean"])  # in the 
 """
 OWN_NATS = """own_nats = nats - np.log(spec["std"]).sum()  # of the density in the data's own units
 """
-# The Hub's names of tasks, and of data sets that sources read.
-TASKS = {"class": "unconditional-image-generation", "none": "unconditional-image-generation",
-         "text": "text-to-image", "vector": "other"}
+# The Hub's names of data sets that sources read.
 DATASETS = {"mnist_5k": "ylecun/mnist"}
 # The front matter is what the Hugging Face Hub reads.
 CARD = """---
@@ -109,43 +93,37 @@ whose terms may restrict their use. `sample.py` is part of ntm_jax, under Apache
 
 def example(run: Run) -> str:
     """The Python that samples an export, run in its folder."""
-    names, condition = CONDITIONS[run.config.model.condition]
-    spec = run.spec
-    reads_spec = bool(spec.mean) or run.config.model.condition == "vector"
+    spec, condition = run.spec, run.condition.example
+    reads_spec = bool(spec.mean) or "spec[" in condition
     part, dtype = ("column", "float64") if spec.columns else ("channel", "float32")
     pixels = MEANING[spec.pixel_levels > 0].format(top=spec.pixel_levels - 1)
     return EXAMPLE.format(
-        seed=run.config.seed, names=names,
+        seed=run.config.seed, names=_condition_names(run),
         meaning="[n, D], standardised" if spec.columns else pixels,
-        condition=condition.format(classes=run.model.config.num_classes, tokens=spec.text_tokens,
-                                   width=spec.text_width, vector=spec.condition_width),
+        condition=condition,
         unscale=UNSCALE.format(part=part, dtype=dtype) if spec.mean else "",
         json="import json\n\n" if reads_spec else "", read_spec=READ_SPEC if reads_spec else "")
+
+
+def _condition_names(run: Run) -> str:
+    """The sampler's arguments that hold the condition."""
+    return ", ".join(run.model.config.condition.shapes(1))
 
 
 def markdown(run: Run, parameters: int, platforms) -> str:
     """README.md of the export of a run with this number of parameters."""
     config, spec, sample = run.config, run.spec, run.config.sample
     average = f"their moving average (decay {config.optimizer.ema_decay})"
-    classes = f"one of {run.model.config.num_classes} classes"
-    if spec.class_names:
-        more = ", ..." if len(spec.class_names) > NAMES_SHOWN else ""
-        classes += f": {', '.join(spec.class_names[:NAMES_SHOWN])}{more}"
-    encoder = f"the text encoder `{shown(spec.text, str)}`" if spec.text else "a text encoder"
-    conditions = {"class": classes, "none": "none",
-                  "text": f"the states of {encoder}; `sample.py` draws without a caption",
-                  "vector": f"vectors of {spec.condition_width} numbers; `sample.py` takes one, "
-                            "in own units, as third argument, and their mean by default"}
     dataset = DATASETS.get(config.data.source)
     return CARD.format(
-        task=TASKS[config.model.condition],
+        task=run.condition.task,
         datasets=f"datasets:\n- {dataset}\n" if dataset else "",
         source=config.data.source, split=config.data.split, count=spec.count,
         shape=_shape(run), units=_units(run), own_nats=OWN_NATS if spec.columns else "",
-        condition=conditions[config.model.condition], parameters=parameters,
+        condition=run.condition.card(), parameters=parameters,
         kind="the raw ones" if run.raw else average, training=_training(run),
         steps=sample.steps, guidance=sample.guidance, decoder=sample.decoder, figures=figures(run),
-        example=example(run), names=CONDITIONS[config.model.condition][0],
+        example=example(run), names=_condition_names(run),
         likelihood=_likelihood(run), platforms=", ".join(platforms), jax=jax.__version__,
         version=importlib.metadata.version("ntm_jax"))
 

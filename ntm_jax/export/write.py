@@ -26,9 +26,8 @@ from flax import traverse_util
 
 from ntm_jax import decoders, files
 from ntm_jax.core.model import full_precision
-from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import transforms
-from ntm_jax.data.pipeline import DataSpec, spec_to_json
+from ntm_jax.data.pipeline import spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.export import card
@@ -76,10 +75,8 @@ def programs(run: Run) -> dict:
 
 def _one(run: Run, condition: tuple):
     """One example's condition, from its arrays, as a batch of one."""
-    condition = tuple(a[None] for a in condition)
-    if run.model.config.condition_width:
-        return Vector(condition[0], jnp.ones(1, bool))
-    return Text(*condition) if run.model.config.text_width else condition[0]
+    kind = run.model.config.condition
+    return kind.stack(dict(zip(kind.shapes(1), [a[None] for a in condition], strict=True)))
 
 
 def _sampler(run: Run):
@@ -126,7 +123,7 @@ def _log_likelihood(run: Run):
 
         def example(x, index, *condition):
             y = _one(run, condition)
-            batch = {"x": x[None], "index": index[None]} | build.condition_arrays(y)
+            batch = {"x": x[None], "index": index[None]} | run.model.config.condition.arrays(y)
             return scoring.bounds_of_batch(
                 params, root, batch, schedule=run.schedule, model=model, decoder_levels=levels,
                 trajectories=run.config.evaluate.trajectories,
@@ -148,17 +145,7 @@ def _arguments(run: Run, images: bool) -> dict:
     if images:
         dtype = jnp.uint8 if spec.pixel_levels else jnp.float32
         found["images"] = jax.ShapeDtypeStruct((batch, *spec.data_shape), dtype)
-    return found | _condition_arguments(run, spec, batch)
-
-
-def _condition_arguments(run: Run, spec: DataSpec, batch) -> dict:
-    if run.model.config.condition_width:
-        return {"condition": jax.ShapeDtypeStruct((batch, spec.condition_width), jnp.float32)}
-    if not run.model.config.text_width:
-        return {"label": jax.ShapeDtypeStruct((batch,), jnp.int32)}
-    tokens = (batch, spec.text_tokens)
-    return {"text": jax.ShapeDtypeStruct((*tokens, spec.text_width), jnp.float16),
-            "text_mask": jax.ShapeDtypeStruct(tokens, jnp.bool_)}
+    return found | run.model.config.condition.shapes(batch, spec.text_tokens)
 
 
 def compiled(function, arguments: dict) -> bytes:

@@ -16,7 +16,7 @@ from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
-from ntm_jax.core.transformer.conditions import Text, Vector
+from ntm_jax.data import conditions
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
@@ -26,25 +26,19 @@ from ntm_jax.runtime.config import Config
 def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -> NTM:
     """The model of a configuration for data of a shape. Raises UserError where they do not fit."""
     settings = dataclasses.asdict(config.model)
-    condition, dtype = settings.pop("condition"), jnp.dtype(settings.pop("dtype"))
+    kind, dtype = conditions.of(settings.pop("condition"), spec), jnp.dtype(settings.pop("dtype"))
     backbone = backbones.find(settings.pop("backbone"))
-    for kind, present, name in (("class", spec.num_classes, "labels"),
-                                ("text", spec.text_width, "text"),
-                                ("vector", spec.condition_width, "vectors as conditions")):
-        if condition == kind and not present:
-            give = "give condition=..., or " if kind == "vector" else ""
-            raise UserError(f"config.model.condition is {kind}, and {config.data.source} has no "
-                            f"{name}: {give}set it to none")
+    if kind.needs and not kind.width:
+        raise UserError(f"config.model.condition is {config.model.condition}, and "
+                        f"{config.data.source} has no {kind.needs}: {kind.remedy}set it to none")
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     rows, columns = (size // spec.patch_size for size in spec.image_shape[:2])
     try:
         model_config = ModelConfig(
             **{name: value for name, value in settings.items() if name in fields},
             grid=(rows, columns), dim=spec.dim, steps=config.trajectory.steps,
-            num_classes=spec.num_classes if condition == "class" else 0,
-            text_width=spec.text_width if condition == "text" else 0,
-            condition_width=spec.condition_width if condition == "vector" else 0,
-            dtype=dtype, transporter_dtype=dtype, arithmetic=arithmetic)
+            condition=kind.network(settings), dtype=dtype, transporter_dtype=dtype,
+            arithmetic=arithmetic)
     except ValueError as error:
         raise UserError(f"config.{error}") from None
     if model_config.head != "posterior":
@@ -69,22 +63,6 @@ def plain(model):
     return model.clone(**changes)
 
 
-def condition(model: NTM | Predictor, batch: dict):
-    """The condition of a batch's examples: text or vectors as the model is trained, else labels."""
-    if model.config.text_width:
-        return Text(batch["text"], batch["text_mask"])
-    if model.config.condition_width:
-        return Vector(batch["condition"], jnp.ones(batch["condition"].shape[:1], bool))
-    return batch["label"]
-
-
-def condition_arrays(y) -> dict:
-    """The arrays of a batch that hold the condition y: the inverse of `condition`."""
-    if isinstance(y, Text):
-        return {"text": y.states, "text_mask": y.mask}
-    return {"condition": y.values} if isinstance(y, Vector) else {"label": y}
-
-
 def initial_params(model: NTM | Predictor, key) -> dict:
     """New parameters, boxed with their logical axis names."""
     c, steps = model.config, model.config.steps[0]
@@ -93,9 +71,8 @@ def initial_params(model: NTM | Predictor, key) -> dict:
         inputs = jnp.zeros((1, steps + 1, c.tokens, c.dim)), t
     else:  # a denoiser
         inputs = jnp.zeros((1, c.tokens, c.dim)), t[:, 0], jnp.zeros(1)
-    text = Text(jnp.zeros((1, 1, c.text_width)), jnp.zeros((1, 1), bool))
-    vector = Vector(jnp.zeros((1, c.condition_width)), jnp.ones(1, bool))
-    y = text if c.text_width else vector if c.condition_width else jnp.zeros(1, jnp.int32)
+    y = c.condition.stack({name: jnp.zeros(a.shape, a.dtype)
+                           for name, a in c.condition.shapes(1).items()})
     return cast(dict, model.init(key, *inputs, jnp.full(1, steps), y))
 
 

@@ -18,6 +18,7 @@ from ntm_jax.core.trajectory import Schedule, default_shift, shifted
 from ntm_jax.core.transformer.layers import REMAT
 from ntm_jax.core.transporter import INVERSES
 from ntm_jax.data import sources
+from ntm_jax.data.conditions import KINDS, SETTINGS
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.typed import parse_dataclass, setting
@@ -90,7 +91,7 @@ class Model:
     data_std: float = setting(
         1.0, "Standard deviation of the data, for preconditioning.", above=0)
     condition: str = setting(
-        "class", "What the model is conditioned on.", choices=("none", "class", "text", "vector"))
+        "class", "What the model is conditioned on.", choices=tuple(KINDS))
     condition_layers: int = setting(
         0, "With condition=vector, residual MLPs that compute features of it.", low=0)
     condition_shift: bool = setting(
@@ -296,8 +297,7 @@ def _check_training(config: Config) -> None:
         raise UserError(f"config.optimizer.floor is {optimizer.floor}: expected at most "
                         f"config.optimizer.learning_rate, {optimizer.learning_rate}, from which "
                         "the rate falls to it")
-    for name, kind in (("condition_layers", "vector"), ("condition_shift", "vector"),
-                       ("transporter_text", "text")):
+    for name, kind in SETTINGS.items():
         if getattr(model, name) and model.condition != kind:
             raise UserError(f"config.model.{name} is {getattr(model, name)}: it needs "
                             f"config.model.condition={kind}, which is {model.condition}")

@@ -15,6 +15,8 @@ from ntm_jax import decoders
 from ntm_jax.core.denoising import Teacher, make_denoiser
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule
+from ntm_jax.data import conditions
+from ntm_jax.data.conditions import Kind
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, shown
 from ntm_jax.runtime import arithmetic, build, checkpoint, config_file, sharding
@@ -56,6 +58,20 @@ class Run:
     def schedule(self) -> Schedule:
         """The noise levels of the model's trajectories."""
         return self.config.schedule(self.model.config.tokens)
+
+    @property
+    def condition(self) -> Kind:
+        """The kind of condition of the model."""
+        return conditions.of(self.config.model.condition, self.spec)
+
+    def default_condition(self, index, split: str | None = None):
+        """The condition of these image indices where nobody gives one.
+
+        The classes in turn, or the texts or vectors of the records of a split in turn; the held-out
+        split by default.
+        """
+        return self.condition.default(
+            index, self.config.data, split or self.config.evaluate.split)
 
     @property
     def as_teacher(self) -> Teacher:
@@ -110,19 +126,16 @@ def different_data(run: Run, other: Run, own_units: bool = False) -> tuple[str, 
     None where one model can take the images and conditions of the other. own_units: arrays are
     handed over in their own units, and may be normalised differently.
     """
-    for name, of in (
-            ("images of shape", lambda r: r.spec.data_shape),
-            ("pixel levels", lambda r: r.spec.pixel_levels),
-            ("latents normalised by", lambda r: (
-                own_units and r.spec.columns) or (r.spec.mean, r.spec.std)),
-            ("classes", lambda r: r.model.config.num_classes),
-            ("classes named", lambda r: r.spec.class_names if r.model.config.num_classes else ()),
-            ("the text encoder", lambda r: r.spec.text if r.model.config.text_width else ""),
-            ("vectors of length", lambda r: r.model.config.condition_width),
-            ("vectors normalised by", lambda r: (r.spec.condition_mean, r.spec.condition_std))):
-        mine, theirs = of(run), of(other)
-        if mine != theirs:
-            return name, mine, theirs
+    def facts(r: Run) -> dict[str, Any]:
+        return {"images of shape": r.spec.data_shape, "pixel levels": r.spec.pixel_levels,
+                "latents normalised by": (
+                    own_units and r.spec.columns) or (r.spec.mean, r.spec.std),
+                **r.condition.facts()}
+
+    mine, theirs = facts(run), facts(other)
+    for name in mine | theirs:
+        if mine.get(name) != theirs.get(name):
+            return name, mine.get(name), theirs.get(name)
     return None
 
 

@@ -15,13 +15,12 @@ from ntm_jax import decoders
 from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, example_keys
-from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.data import transforms
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.run import Run, checked_seed
-from ntm_jax.sampling import conditioning, inverses, selection
+from ntm_jax.sampling import inverses, selection
 from ntm_jax.sampling.options import check_decoder
 
 BATCH = 100  # images at a time, of pictures and of scores, so that one program serves both
@@ -93,7 +92,7 @@ def sample_at(run: Run, index, condition=None, options: SampleOptions | None = N
               seed: int | None = None, with_levels: bool = False):
     """The images of these indices [n] on a condition.
 
-    condition: labels [n], Text or Vector, by default those of sampling.conditioning. options and
+    condition: labels [n], Text or Vector, those of Run.default_condition by default. options and
     seed: the configuration's by default. Returns images [n, H, W, C], uint8 0..V-1, or
     float32 latents, or rows [n, D] of an array in its units; with_levels also the levels from pure
     noise down, [n, K, ...], of an array in standardised units.
@@ -140,8 +139,7 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
     sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh,
                       denoiser and denoiser.module)
     index = np.asarray(index, np.int32)
-    y = conditioning.default_conditions(run, index) if condition is None else condition
-    y = y if isinstance(y, (Text, Vector)) else np.asarray(y, np.int32)
+    y = run.default_condition(index) if condition is None else condition
     placed = sharding.place((index, y), run.mesh)
     seed = checked_seed(run, seed)
     root = jax.random.key(seed)

@@ -90,15 +90,10 @@ def open_encoder(run: Run, name: str | None = None):
     Raises UserError where the model is not conditioned on text, where neither the run nor `name`
     names an encoder, or where its states do not fit the model.
     """
-    model = run.model.config
-    width = model.text_width
-    if not width:
-        condition = "is unconditional"
-        if model.num_classes or model.condition_width:
-            of = f"{model.num_classes} classes" if model.num_classes else "vectors"
-            condition = f"is conditioned on {of}"
-        raise UserError(f"prompts are given, and the model of {run.workdir} {condition}: leave "
-                        "them out")
+    width = run.condition.width
+    if not run.condition.captioned:
+        raise UserError(f"prompts are given, and the model of {run.workdir} "
+                        f"{run.condition.describe()}: leave them out")
     name = name or run.spec.text
     if not name:
         raise UserError("prompts are given, and the training records of "

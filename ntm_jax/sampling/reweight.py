@@ -112,7 +112,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
 
     log_target: samples as users have them [n, ...], float64 of an array, -> [n], the log of an
     unnormalised density of them, -inf where it is 0. condition: that of one sample, as
-    conditioning.check_condition gives it, for all n.
+    run.condition.validate gives it, for all n.
 
     Raises UserError for n below 1, a model of pixels, an ODE's solver, samples that are selected,
     and a target that is no function or whose values are no log-densities.

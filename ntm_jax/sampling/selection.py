@@ -27,7 +27,6 @@ import numpy as np
 from ntm_jax import decoders
 from ntm_jax.core.model import NTM, Terms, full_precision
 from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
-from ntm_jax.core.transformer.conditions import null
 from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run, Selection, different_data
@@ -52,7 +51,7 @@ def _information(params, root, index, x, y, *, model: NTM, schedule: Schedule, s
     def add(total, number):
         noise = example_noise(draw_keys(keys, number), (t.shape[1], *x.shape[1:]))
         xs = simulate(x, t, noise)[:, first:]
-        return total + nll(xs, null(y, model.config.num_classes)) - nll(xs, y), None
+        return total + nll(xs, model.config.condition.null(y)) - nll(xs, y), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(len(x)), jnp.arange(TRAJECTORIES))
     return total / TRAJECTORIES

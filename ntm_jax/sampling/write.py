@@ -7,21 +7,20 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import cast
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import Config, SampleOptions
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
-from ntm_jax.sampling import conditioning, generate, prompts
+from ntm_jax.sampling import generate, prompts
 from ntm_jax.sampling.options import check_decoder, override
 from ntm_jax.sampling.output_folder import OutputFolder
 from ntm_jax.sampling.prompts import Prompt
@@ -104,14 +103,18 @@ class _Work:
         check_decoder(run, self.options.decoder)
         if request.log_prob:
             generate.check_density(run, self.options)
-        if request.labels and run.model.config.text_width:
-            raise UserError(f"--labels are given, and the model of {run.workdir} is conditioned on "
-                            "text: give --prompts")
-        self.vectors = self._vectors()
-        self.labels = None
-        if request.labels:
-            labels = conditioning.check_condition(run, len(request.labels), request.labels)
-            self.labels = np.asarray(labels)
+        given = {"--labels": request.labels, "--condition": request.condition,
+                 "--prompts": request.prompts}
+        for flag, values in given.items():
+            if values and flag != run.condition.flag:
+                remedy = f"give {run.condition.flag}" if run.condition.flag else "leave it out"
+                raise UserError(f"{flag} is given, and the model of {run.workdir} "
+                                f"{run.condition.describe()}: {remedy}")
+        values = request.labels or request.condition
+        # the conditions that are given, in turn over the samples
+        self.given: Any = None
+        if values:
+            self.given = run.condition.validate(len(values), np.array(values))
         if request.autoencoder and run.spec.pixel_levels:
             raise UserError(f"{run.workdir} is a model of pixels, and an autoencoder decodes "
                             "latents: leave --autoencoder out")
@@ -133,7 +136,7 @@ class _Work:
         return selected | {
             "--workdir": self.run.workdir, "step": self.run.step, "--num": request.num,
             "--batch": request.batch, "--save_trajectories": request.save_trajectories,
-            "--labels": None if self.labels is None else self.labels.tolist(),
+            "--labels": self.given.tolist() if request.labels else None,
             "--autoencoder": request.autoencoder, "--layout": request.layout,
             "--prompts": request.prompts and _described(request.prompts),
             "--encoder": self.encoder and self.encoder.name, "--steps": self.options.steps,
@@ -145,37 +148,23 @@ class _Work:
 
     def _split(self) -> str | None:
         """The split whose texts or vectors the samples have; None where they have given ones."""
-        model = self.run.model.config
-        own = not self.request.prompts and (model.text_width or model.condition_width)
-        return self.run.config.evaluate.split if own and not self.request.condition else None
+        given = self.request.prompts or self.given is not None
+        own = self.run.condition.from_records and not given
+        return self.run.config.evaluate.split if own else None
 
-    def _vectors(self) -> Vector | None:
-        """The vectors of all samples, or None."""
-        run, given = self.run, self.request.condition
-        if not run.model.config.condition_width:
-            if given:
-                raise UserError(f"--condition is given, and the model of {run.workdir} is not "
-                                "conditioned on vectors: leave it out")
-            return None
-        if not given:
-            return cast(Vector, conditioning.default_conditions(run, np.arange(self.request.num)))
-        if len({len(vector) for vector in given}) > 1:
-            raise UserError("--condition has vectors of different lengths: expected "
-                            f"{run.model.config.condition_width} numbers in each")
-        y = conditioning.check_condition(run, len(given), np.array(given))
-        return jax.tree.map(
-            lambda a: np.resize(a, (self.request.num, *np.shape(a)[1:])), y)
+    def _condition(self, index):
+        """The condition of the samples of these indices."""
+        if self.request.prompts:
+            return prompts.states(self.encoder, [
+                self.request.prompts[i // self.request.per_prompt].text for i in index])
+        if self.given is None:
+            return self.run.default_condition(index)
+        return jax.tree.map(lambda a: a[index % len(a)], self.given)
 
     def write_batch(self, output: OutputFolder, number: int, index) -> None:
         """Makes the images of these indices and writes their files."""
         run, request = self.run, self.request
-        y = None if self.labels is None else np.resize(self.labels, request.num)[index]
-        if request.prompts:
-            texts = [request.prompts[i // request.per_prompt].text for i in index]
-            y = prompts.states(self.encoder, texts)
-        if self.vectors:
-            y = jax.tree.map(lambda a: a[index], self.vectors)
-        images, levels, density = self._draw(index, y)
+        images, levels, density = self._draw(index, self._condition(index))
         if jax.process_index():
             return
         if self.autoencoder:
@@ -231,14 +220,11 @@ class _Work:
 
     def _numbers(self) -> np.ndarray:
         """The label, the prompt's number, or the vector [E] in its own units, of every sample."""
-        if self.vectors:
-            return conditioning.own_conditions(self.run, self.vectors)
-        if self.labels is not None:
-            return np.resize(self.labels, self.request.num)
-        index = np.arange(self.request.num)
         if self.request.prompts:
-            return index // self.request.per_prompt
-        return index % max(self.run.model.config.num_classes, 1)
+            return np.arange(self.request.num) // self.request.per_prompt
+        batches = generate.in_batches(self.request.num, self.request.batch)
+        return np.concatenate([self.run.condition.numbers(self._condition(index))
+                               for index in batches])
 
 
 def _described(asked: list[Prompt]) -> str:

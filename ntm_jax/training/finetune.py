@@ -81,7 +81,7 @@ def _check_encoder(run: Run, theirs: str) -> None:
     meanings.
     """
     mine = run.spec.text
-    if run.model.config.text_width and mine and theirs and mine != theirs:
+    if run.condition.captioned and mine and theirs and mine != theirs:
         raise UserError(f"the model there learned the text encoder {theirs}, and the data here "
                         f"have {mine}: give --config.data.text='{theirs}', or leave init_from out")
 

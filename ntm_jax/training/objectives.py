@@ -21,7 +21,6 @@ from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.denoising import Teacher
 from ntm_jax.core.model import NTM, Terms, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys
-from ntm_jax.core.transformer.conditions import null
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures, scoring
@@ -79,11 +78,11 @@ class StepInputs:
 
     def condition(self, model, dropout: float):
         """The examples' condition, replaced by the null condition with probability `dropout`."""
-        y = build.condition(model, self.batch)
+        y = model.config.condition.stack(self.batch)
         if not dropout:
             return y
         drop = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(self.keys("dropout"))
-        null_condition = null(y, model.config.num_classes)
+        null_condition = model.config.condition.null(y)
         return jax.tree.map(
             lambda given, absent: jnp.where(trajectory.per_example(drop, given), absent, given),
             y, null_condition)
@@ -175,7 +174,7 @@ def denoiser_loss(context: LossContext, params, inputs: StepInputs, reference=No
     reference: the teacher's parameters.
     """
     assert context.teacher is not None
-    y = build.condition(context.model, inputs.batch)
+    y = context.model.config.condition.stack(inputs.batch)
     errors = denoising.denoiser_errors(context.model, params, context.teacher, reference,
                                        inputs.keys("noise"), inputs.batch["x"], y)
     value = jnp.mean(errors["to_target"])

@@ -160,8 +160,8 @@ def _count(run: Run) -> int:
 
 def _rows(run: Run, held_out: Source) -> list[_Row]:
     """The rows of samples.png, config.sample.num images in all, at most ten a row."""
-    num, classes = _count(run), run.model.config.num_classes
-    if run.model.config.text_width:
+    num, classes = _count(run), run.condition.classes
+    if run.condition.captioned:
         return _caption_rows(held_out, num)
     if not classes:
         index = np.arange(num)

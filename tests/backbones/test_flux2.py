@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from ntm_jax.backbones import flux2, flux2_weights
-from ntm_jax.core.transformer.conditions import Text, null
+from ntm_jax.core.transformer.conditions import Text, TextCondition
 from ntm_jax.runtime import config, sharding
 from tests.backbones.common import TINY, abstract, inputs, original, random_diffusers, weights
 from tests.common import python
@@ -81,7 +81,7 @@ def test_narrow_saves_products_of_the_width_and_not_the_wide_ones():
 
 def test_an_empty_mask_is_no_text_at_all():
     x, t, text = inputs()
-    nothing = null(text, 0)
+    nothing = TextCondition().null(text)
     (_, (velocity, hidden)), gradients = loss(NARROW, weights(), x, t, nothing)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((velocity, hidden, gradients)))
     none = Text(text.states[:, :0], text.mask[:, :0])

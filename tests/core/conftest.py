@@ -16,11 +16,11 @@ from flax import linen as nn
 
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
-from ntm_jax.core.transformer.conditions import Text, Vector
+from ntm_jax.core.transformer.conditions import Text, TextCondition, Vector, VectorCondition
 from ntm_jax.core.transporter import Block, Transporter
 
 TINY = {
-    "grid": (2, 3), "dim": 2, "num_classes": 0, "steps": (2,), "width": 16, "head_size": 8,
+    "grid": (2, 3), "dim": 2, "steps": (2,), "width": 16, "head_size": 8,
     "kv_heads": 2, "mlp_ratio": 2, "positions": "rotary", "transporter_width": 16,
     "transporter_blocks": 2, "transporter_layers": 1, "predictor_layers": 1,
     "head": "preconditioned", "log_scale_bound": 1.0, "data_std": 0.7, "dtype": jnp.float32,
@@ -40,13 +40,13 @@ def _inputs(config: ModelConfig, batch: int, steps: int | None = None, seed: int
     t = np.linspace([0.03] * batch, 1, steps + 1,
                     axis=1) + 0.01 * np.linspace(np.arange(batch), 0, steps + 1, axis=1)
     xs = rng.normal(size=(batch, steps + 1, config.tokens, config.dim))
-    y = np.arange(batch) % (config.num_classes + 1)
-    if config.text_width:
-        y = Text(rng.normal(size=(batch, 4, config.text_width)).astype(np.float32),
+    kind = config.condition
+    y = np.arange(batch) % (kind.width + 1)
+    if isinstance(kind, TextCondition):
+        y = Text(rng.normal(size=(batch, 4, kind.width)).astype(np.float32),
                  np.ones((batch, 4), bool))
-    if config.condition_width:
-        y = Vector(rng.normal(size=(batch, config.condition_width)).astype(np.float32),
-                   np.arange(batch) != 1)
+    if isinstance(kind, VectorCondition):
+        y = Vector(rng.normal(size=(batch, kind.width)).astype(np.float32), np.arange(batch) != 1)
     return Inputs(xs.astype(np.float32), t.astype(np.float32), np.full(batch, steps), y)
 
 
@@ -76,7 +76,7 @@ def _random_weights(model: NTM, seed: int):
 
     # Models that differ in these alone share the traced shapes of their weights.
     same = ["dtype", "transporter_dtype", "log_scale_bound", "data_std", "remat", "scan"]
-    if model.config.positions == "rotary" and not model.config.condition_shift:
+    if model.config.positions == "rotary" and not getattr(model.config.condition, "shift", False):
         same.append("grid")
     config = dataclasses.replace(model.config, **{name: TINY[name] for name in same})
     return jax.tree_util.tree_map_with_path(fill, _shapes(model.clone(config=config)))

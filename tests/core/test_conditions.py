@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from ntm_jax.core.transformer.conditions import (
-    Condition,
+    ClassCondition,
+    Modulation,
     Vector,
+    VectorCondition,
     VectorNetwork,
-    null,
     sinusoidal,
 )
 from tests.core.conftest import compiled, random_parameters
@@ -26,7 +27,7 @@ def test_sinusoidal_by_its_formula():
 
 
 def test_a_new_condition_modulates_nothing():
-    module = Condition(16, num_classes=3, embed_steps=True)
+    module = Modulation(16, True, ClassCondition(3).embed)
     args = (np.array([0.1, 0.2], np.float32),), np.array([4, 4]), np.array([1, 3])
     modulation = compiled(module)(compiled(module, "init")(jax.random.key(0), *args), *args)
     assert modulation.shape == (2, 6, 16)
@@ -35,7 +36,7 @@ def test_a_new_condition_modulates_nothing():
 
 @pytest.mark.parametrize("change", ["level", "steps", "label"])
 def test_a_condition_distinguishes_levels_steps_and_classes(change):
-    module = Condition(16, num_classes=3, embed_steps=True)
+    module = Modulation(16, True, ClassCondition(3).embed)
     inputs = {"level": jnp.array([0.1, 0.1]), "steps": jnp.array([4, 4]),
               "label": jnp.array([3, 3])}
     params = random_parameters(module, (inputs["level"],), inputs["steps"], inputs["label"])
@@ -63,7 +64,7 @@ def test_the_features_of_a_vector_by_their_formula():
         h = h + linear(f"down_{i}", wide / (1 + np.exp(-wide)))
     features = compiled(VectorNetwork(8, 2))(params, values)
     np.testing.assert_allclose(features, norm(h), atol=1e-5)
-    module, rest = Condition(16, 0, False, vector_width=2), ((jnp.full(2, 0.1),), None)
+    module, rest = Modulation(16, False, VectorCondition(2).embed), ((jnp.full(2, 0.1),), None)
     y = Vector(values, np.ones(2, bool), features)
     both = random_parameters(module, *rest, y)
     found = compiled(module)(both, *rest, y)
@@ -71,11 +72,12 @@ def test_the_features_of_a_vector_by_their_formula():
 
 
 def test_a_condition_distinguishes_vectors_and_their_absence():
-    module, times, steps = Condition(16, 0, False, vector_width=2), (jnp.full(3, 0.1),), None
+    kind, times, steps = VectorCondition(2), (jnp.full(3, 0.1),), None
+    module = Modulation(16, False, kind.embed)
     y = Vector(jnp.array([[0.5, -1], [0.5, 2], [0.5, 2]]), jnp.array([True, True, False]))
     params = random_parameters(module, times, steps, y)
     first, second, absent = compiled(module)(params, times, steps, y)
     for one, other in ((first, second), (first, absent), (second, absent)):
         assert jnp.abs(one - other).max() > 1e-3
-    nothing = compiled(module)(params, times, steps, null(y, 0))
+    nothing = compiled(module)(params, times, steps, kind.null(y))
     np.testing.assert_allclose(nothing, jnp.broadcast_to(absent, nothing.shape), atol=1e-6)

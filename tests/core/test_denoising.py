@@ -7,6 +7,7 @@ import pytest
 
 from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.denoising import denoise_levels, score_denoise
+from ntm_jax.core.transformer.conditions import ClassCondition
 
 
 def test_gaussian_data_give_the_posterior_mean(tiny):
@@ -53,7 +54,7 @@ def test_every_level_of_gaussian_data_gives_the_posterior_mean_and_its_own_score
 
 def test_the_lowest_level_is_that_of_score_denoising(tiny, monkeypatch):
     """Both take the gradient from one function, which is replaced here by any numbers."""
-    random, asked = tiny(num_classes=2, steps=(2, 3)), []
+    random, asked = tiny(condition=ClassCondition(2), steps=(2, 3)), []
     xs, t, _, label = random.inputs(2, steps=3)
 
     def gradient(model, params, xs, t, y, percentile, slices=1):
@@ -71,7 +72,7 @@ def test_the_lowest_level_is_that_of_score_denoising(tiny, monkeypatch):
 
 def test_it_moves_all_levels_by_their_covariance(tiny):
     """v . (x_0 - (1 - t_0) x) is the derivative of the NLL when every x_j moves by S_0j v."""
-    random = tiny(num_classes=2, steps=(2, 3), transporter_blocks=1)
+    random = tiny(condition=ClassCondition(2), steps=(2, 3), transporter_blocks=1)
     xs, t, steps, label = random.inputs(2, steps=3)
     found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
     v = np.random.default_rng(0).normal(size=found.shape)
@@ -87,7 +88,7 @@ def test_it_moves_all_levels_by_their_covariance(tiny):
 
 def test_one_step_is_tweedies_formula(tiny):
     """x = (x_0 + t_0^2 score(x_0)) / (1 - t_0) with the score of p(x_0 | x_1), x_1 = x_T."""
-    random = tiny(num_classes=2, steps=(1,), transporter_blocks=0)
+    random = tiny(condition=ClassCondition(2), steps=(1,), transporter_blocks=0)
     xs, t, steps, label = random.inputs(2, steps=1)
     found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
     score = jax.jit(jax.grad(lambda x_0: -random(jnp.asarray(xs).at[:, 0].set(x_0), t, steps,
@@ -99,7 +100,7 @@ def test_one_step_is_tweedies_formula(tiny):
 
 @pytest.mark.slow
 def test_the_gradient_is_clipped_at_a_percentile_of_each_example(tiny):
-    random = tiny(num_classes=2, steps=(2, 3), transporter_blocks=1)
+    random = tiny(condition=ClassCondition(2), steps=(2, 3), transporter_blocks=1)
     xs, t, steps, label = random.inputs(2, steps=3)
 
     @jax.jit

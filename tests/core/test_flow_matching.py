@@ -15,10 +15,11 @@ import pytest
 from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
+from ntm_jax.core.transformer.conditions import ClassCondition
 from tests.core.conftest import TINY, Tiny, _inputs, _new_weights, _random_weights, compiled
 
 R = TINY["data_std"]
-CONFIG = ModelConfig(**(TINY | {"head": "posterior", "num_classes": 2}))
+CONFIG = ModelConfig(**(TINY | {"head": "posterior", "condition": ClassCondition(2)}))
 MODEL = NTM(CONFIG, backbone=flow_matching.Velocity(CONFIG))
 
 

@@ -13,9 +13,10 @@ import pytest
 from ntm_jax.core.model import NTM, log_prior
 from ntm_jax.core.trajectory import LOG_2PI
 from ntm_jax.core.transformer.arithmetic import Arithmetic
+from ntm_jax.core.transformer.conditions import ClassCondition, VectorCondition
 from tests.core.conftest import Bound
 
-RICH = {"num_classes": 2, "steps": (2, 3)}
+RICH = {"condition": ClassCondition(2), "steps": (2, 3)}
 TERMS = ("quadratic", "log_scale", "log_det")
 
 
@@ -49,8 +50,7 @@ def assert_terms(found, expected, rtol=2e-5):
 
 
 @pytest.mark.parametrize("changes", [
-    {"num_classes": 2, "steps": (2, 3), "transporter_blocks": 3, "positions": "learned",
-     "head": "direct", "scan": True},
+    RICH | {"transporter_blocks": 3, "positions": "learned", "head": "direct", "scan": True},
     {"steps": (1,), "transporter_blocks": 1, "kv_heads": 1},
 ])
 def test_a_factor_is_a_gaussian_of_the_latent_times_the_jacobian(tiny, changes):
@@ -84,9 +84,9 @@ def test_a_factor_is_a_gaussian_of_the_latent_times_the_jacobian(tiny, changes):
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_a_shift_by_the_condition_leaves_a_model_of_the_rest(tiny, blocks):
     """The trajectory of x has the terms of that of x - W y - b; nothing is shifted without y."""
-    model = tiny(condition_width=3, condition_shift=True, condition_layers=1,
-                 transporter_blocks=blocks)
-    rest = Bound(NTM(dataclasses.replace(model.config, condition_shift=False)),
+    model = tiny(condition=VectorCondition(3, layers=1, shift=True), transporter_blocks=blocks)
+    unshifted = VectorCondition(3, layers=1)
+    rest = Bound(NTM(dataclasses.replace(model.config, condition=unshifted)),
                  {name: own for name, own in model.weights.items() if name != "shift"})
     assert "features" in model.weights  # and another width than y, so that all parts read them
     xs, t, steps, y = model.inputs()

@@ -7,7 +7,7 @@ import pytest
 
 from ntm_jax.core import trajectory
 from ntm_jax.core.predictor import LOG_SCALE_BOUND
-from ntm_jax.core.transformer.conditions import Text, null
+from ntm_jax.core.transformer.conditions import Text, TextCondition
 
 LEVELS = [(1.0, 0.75), (1.0, 0.02), (0.5, 0.265), (0.265, 0.02), (0.05, 0.001)]  # t, s
 
@@ -112,7 +112,7 @@ def test_the_network_reads_latents_of_unit_variance(tiny):
 @pytest.fixture(scope="module")
 def with_text(tiny):
     """A predictor with text of width 5, its inputs, and two texts, of 3 and 2 tokens of 4."""
-    random = tiny(text_width=5)
+    random = tiny(condition=TextCondition(5))
     xs, t, steps, _ = random.inputs()
     rng = np.random.default_rng(0)
     text = Text(rng.normal(size=(2, 4, 5)).astype(np.float32), np.arange(4) < np.array([[3], [2]]))
@@ -145,7 +145,7 @@ def test_more_padding_does_not_change_a_text(with_text):
 
 def test_the_null_caption_is_one_learned_token(with_text):
     random, inputs, text = with_text
-    empty = null(text, 0)
+    empty = TextCondition(5).null(text)
     mean, _ = random.predict(*inputs, empty)
     assert np.isfinite(mean).all()
     np.testing.assert_array_equal(

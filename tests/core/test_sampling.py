@@ -10,8 +10,9 @@ import pytest
 
 from ntm_jax.core import flow_matching, sampling, trajectory
 from ntm_jax.core.model import NTM
+from ntm_jax.core.transformer.conditions import ClassCondition
 
-RICH = {"num_classes": 2, "steps": (2, 3)}
+RICH = {"condition": ClassCondition(2), "steps": (2, 3)}
 
 
 def keys(count):
@@ -29,7 +30,7 @@ def _compiled(module, method, options):
 
 def drawn(model, method, batch=3, steps=3, **options):
     """(noise, levels, label, what `method` returns) for `batch` examples."""
-    t, label = levels(batch, steps), np.arange(batch) % (model.config.num_classes + 1)
+    t, label = levels(batch, steps), np.arange(batch) % (model.config.condition.width + 1)
     noise = trajectory.example_noise(keys(batch),
                                      (steps + 1, model.config.tokens, model.config.dim))
     run = _compiled(model.module, method, tuple(options.items()))

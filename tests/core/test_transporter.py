@@ -9,16 +9,16 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.transformer.conditions import ClassCondition, Text, TextCondition
 from ntm_jax.core.transporter import INVERSES, TOLERANCE, Transporter
 
 CONFIGS = [
     {},
     {"transporter_blocks": 1, "positions": "learned", "scan": True, "transporter_layers": 2},
-    {"transporter_blocks": 3, "num_classes": 3, "kv_heads": 1, "steps": (2, 4)},
-    {"positions": "learned", "num_classes": 2, "steps": (1,), "kv_heads": 1, "grid": (1, 5),
-     "dim": 3},
-    {"text_width": 5, "transporter_text": True},
+    {"transporter_blocks": 3, "condition": ClassCondition(3), "kv_heads": 1, "steps": (2, 4)},
+    {"positions": "learned", "condition": ClassCondition(2), "steps": (1,), "kv_heads": 1,
+     "grid": (1, 5), "dim": 3},
+    {"condition": TextCondition(5, True)},
 ]
 
 
@@ -78,7 +78,7 @@ def test_log_det_is_that_of_the_jacobian(tiny, changes):
 
 
 def test_a_new_transporter_is_the_identity(tiny):
-    new = tiny(new=True, num_classes=2)
+    new = tiny(new=True, condition=ClassCondition(2))
     x, *rest = clean(new)
     u, log_det = new.transport(x, *rest)
     np.testing.assert_array_equal(u, x)
@@ -100,7 +100,7 @@ def test_a_new_table_of_positions_is_of_the_size_asked_for(tiny):
 
 
 def test_a_text_counts_by_its_tokens_and_not_by_its_padding(tiny):
-    random = tiny(text_width=5, transporter_text=True)
+    random = tiny(condition=TextCondition(5, True))
     x, t, steps, text = clean(random)
     text = text._replace(mask=np.arange(4) < np.array([[3], [0]]))  # the second is the null caption
     u, _ = random.transporter(x, t, steps, text)
@@ -121,7 +121,7 @@ def test_a_text_counts_by_its_tokens_and_not_by_its_padding(tiny):
     assert by_token[0] > 1e-3
     assert by_token[1] == 0
     assert moved(text._replace(mask=np.ones((2, 4), bool))).min() > 1e-3
-    without = tiny(text_width=5)
+    without = tiny(condition=TextCondition(5))
     np.testing.assert_array_equal(without.transport(x, t, steps, text)[0],
                                   without.transport(x, t, steps, text._replace(states=token))[0])
 
@@ -361,7 +361,7 @@ def test_log_scales_are_softly_bounded(tiny):
 
 @pytest.mark.parametrize("change", ["level", "steps", "label"])
 def test_the_condition_reaches_the_output_and_the_inverse(tiny, change):
-    random = tiny(num_classes=2, steps=(2, 4))
+    random = tiny(condition=ClassCondition(2), steps=(2, 4))
     x, t, steps, label = clean(random)
     inputs = {"level": t, "steps": steps, "label": label}
     before = random.transport(x, *inputs.values())

@@ -14,13 +14,13 @@ def test_the_model_fits_the_data():
     spec = DataSpec((8, 4, 3), 2, 256, 7, 10)
     model = build.make_model(tiny_config(**{"model.dtype": "bfloat16"}), spec)
     c = model.config
-    assert (c.grid, c.dim, c.num_classes, c.steps) == ((4, 2), 12, 7, (2,))
+    assert (c.grid, c.dim, c.condition.width, c.steps) == ((4, 2), 12, 7, (2,))
     assert c.dtype == c.transporter_dtype == jnp.bfloat16
     assert full_precision(model).config.transporter_dtype == jnp.float32
     assert full_precision(model).config.dtype == jnp.bfloat16
     unlabelled = tiny_config(**{"model.condition": "none", "train.condition_dropout": 0.0})
     spec = DataSpec((8, 8, 1), 2, 17, 7, 10)
-    assert build.make_model(unlabelled, spec).config.num_classes == 0
+    assert build.make_model(unlabelled, spec).config.condition.width == 0
 
 
 def test_what_does_not_fit_is_refused():

@@ -179,8 +179,8 @@ def test_a_label_that_is_no_class_is_refused(run):
         for call in (run.sample, run.log_prob):
             with pytest.raises(UserError, match=r"label is .*: expected the number of a class, 0"):
                 call(1 if call == run.sample else images, other)
-    without = dataclasses.replace(run, model=run.model.clone(
-        config=dataclasses.replace(run.model.config, num_classes=0)))
+    without = dataclasses.replace(run, config=dataclasses.replace(
+        run.config, model=dataclasses.replace(run.config.model, condition="none")))
     with pytest.raises(UserError, match="label 3 is given, and the model has no classes"):
         without.log_prob(images, 3)
 

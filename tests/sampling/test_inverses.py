@@ -16,7 +16,7 @@ def model(tokens: int, width: int) -> ModelConfig:
     """A transporter of one block of two layers, at the precision of exact inverses."""
     head = min(width, 256) // 2
     return ModelConfig(
-        grid=(1, tokens), dim=16, num_classes=0, steps=(4,), width=width, head_size=head,
+        grid=(1, tokens), dim=16, steps=(4,), width=width, head_size=head,
         kv_heads=width // head, mlp_ratio=4, positions="rotary", transporter_width=width,
         transporter_blocks=1, transporter_layers=2, predictor_layers=1, head="direct",
         log_scale_bound=2.0, data_std=1.0, dtype=jnp.float32, transporter_dtype=jnp.float32,

@@ -13,7 +13,7 @@ from ntm_jax.data import sources, text
 from ntm_jax.data.records import pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
-from ntm_jax.sampling import conditioning, prompts
+from ntm_jax.sampling import prompts
 from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from tests.common import alike, as_run, random_run, setup, tiny_config
@@ -97,7 +97,7 @@ def test_default_texts_are_those_of_the_arrays_provided_last(run):
     of_arrays, images = dataclasses.replace(run, config=settings), np.zeros((4, 8, 8, 3), np.uint8)
     for caption in ("a red circle", "blue"):
         sources.provide(sources.from_arrays(images, captions=[caption] * 4, held_out=0.0))
-        found = conditioning.default_conditions(of_arrays, np.arange(2))
+        found = of_arrays.default_condition(np.arange(2))
         np.testing.assert_array_equal(found.states, run.text([caption] * 2).states)
 
 
@@ -140,7 +140,7 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
             write_samples(run, str(out), request)
         assert not out.exists()
 
-    refused("--labels are given, and the model of runs/tiny is conditioned on text: give --prompts",
+    refused("--labels is given, and the model of runs/tiny is conditioned on text: give --prompts",
             SampleRequest(1, 1, ["3"]))
     unnamed = dataclasses.replace(run, spec=dataclasses.replace(run.spec, text=""))
     refused("the training records of runs/tiny do not name the encoder of their text states: "
@@ -151,13 +151,14 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
             SampleRequest(1, 1, layout="dpg"))
     refused("layout is 'genevl': expected geneval or dpg",
             SampleRequest(1, 1, prompts=given, layout="genevl"))
-    for condition, sizes in (("is conditioned on 10 classes", {"num_classes": 10}),
-                             ("is conditioned on vectors", {"condition_width": 3}),
-                             ("is unconditional", {})):
-        config = dataclasses.replace(run.model.config, text_width=0, **sizes)
-        other = dataclasses.replace(run, model=run.model.clone(config=config))
-        with pytest.raises(UserError, match=f"the model of runs/tiny {condition}: leave them out"):
-            prompts.open_encoder(other)
+    for kind, condition in (("class", "is conditioned on 10 classes: give --labels"),
+                            ("vector", "is conditioned on vectors: give --condition"),
+                            ("none", "is unconditional: leave it out")):
+        model = dataclasses.replace(run.config.model, condition=kind)
+        other = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model),
+                                    spec=dataclasses.replace(run.spec, num_classes=10))
+        refused(f"--prompts is given, and the model of runs/tiny {condition}",
+                SampleRequest(1, 1, prompts=given), other)
     with pytest.raises(UserError, match="has the word 'fox', which the model does not know"):
         run.sample(1, prompts=["a fox"])
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ntm_jax import files
 from ntm_jax.errors import UserError
-from ntm_jax.sampling import conditioning, generate
+from ntm_jax.sampling import generate
 from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from tests.common import randomised
@@ -16,7 +16,7 @@ from tests.common import randomised
 
 def test_labels_are_names_or_numbers_of_classes(run):
     def found(labels, run=run):
-        return conditioning.check_condition(run, len(labels), labels).tolist()
+        return run.condition.validate(len(labels), labels).tolist()
 
     assert found(["3", "0", "9"]) == [3, 0, 9]
     for wrong in ("10", "-1", "cat", "1.0", ""):
@@ -26,7 +26,7 @@ def test_labels_are_names_or_numbers_of_classes(run):
     names = ("zero", "one", "0", *(f"class {i}" for i in range(3, 10)))
     named = dataclasses.replace(run, spec=dataclasses.replace(run.spec, class_names=names))
     assert found(["one", "0", "4"], named) == [1, 2, 4]  # a name goes before a number
-    assert conditioning.check_condition(named, 3, "one").tolist() == [1, 1, 1]
+    assert named.condition.validate(3, "one").tolist() == [1, 1, 1]
     with pytest.raises(UserError, match=r"expected zero, one, 0, class 3, .*class 9, or 0 to 9"):
         found(["two"], named)
 

@@ -238,10 +238,10 @@ def test_sampling(run, teacher):
 ])
 def test_a_teacher_of_other_data_is_refused(untrained, field, mine, theirs, message):
     run = untrained[1]
-    sizes = dataclasses.replace(run.model.config, num_classes=0, text_width=8)
-    run, teacher = (dataclasses.replace(
-        run, model=run.model.clone(config=sizes), spec=dataclasses.replace(
-            run.spec, **{field: value})) for value in (mine, theirs))
+    config = dataclasses.replace(
+        run.config, model=dataclasses.replace(run.config.model, condition="text"))
+    run, teacher = (dataclasses.replace(run, config=config, spec=dataclasses.replace(
+        run.spec, **{field: value})) for value in (mine, theirs))
     with pytest.raises(UserError, match=f"the teacher  {message}"):
         reference_model.check_teacher(run, teacher)
     reference_model.check_teacher(run, run)

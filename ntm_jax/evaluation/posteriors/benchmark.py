@@ -19,7 +19,7 @@ from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
 from ntm_jax.runtime import checksums, sharding
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import conditioning, generate
+from ntm_jax.sampling import generate
 from ntm_jax.sampling.reweight import Reweighted, reweight, systematic
 
 FIGURES = {  # of an observation, and their titles
@@ -124,7 +124,7 @@ def _weighted(run: Run, log_joint: Callable, x, amounts: Amounts) -> Reweighted:
     It is less where amounts.weighted samples, or twice amounts.samples, are too few for it.
     """
     def draw(n: int) -> Reweighted:
-        given = conditioning.check_condition(run, 1, x)
+        given = run.condition.validate(1, x)
         return reweight(run, log_joint, given, n, run.config.sample.options)
 
     n = PROPOSALS * amounts.samples
@@ -143,8 +143,8 @@ def posterior_draws(run: Run, task: str, amounts: Amounts, progress: bool = True
     at_once = max(1, BATCH // amounts.draws)
     batches, parts = sharding.equal_batches(len(x), at_once), []
     for index in track(batches, "calibration", "batches", show=progress):
-        given = conditioning.check_condition(
-            run, at_once * amounts.draws, np.repeat(x[index], amounts.draws, 0))
+        given = run.condition.validate(
+            at_once * amounts.draws, np.repeat(x[index], amounts.draws, 0))
         number = np.arange(len(index) * amounts.draws) + index[0] * amounts.draws
         drawn = np.asarray(generate.sample_at(run, number, given))
         parts.append(drawn.reshape(len(index), amounts.draws, -1))

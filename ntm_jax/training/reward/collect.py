@@ -24,7 +24,7 @@ from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
-from ntm_jax.sampling import conditioning, generate
+from ntm_jax.sampling import generate
 from ntm_jax.sampling.options import check_decoder, override
 from ntm_jax.sampling.output_folder import OutputFolder
 from ntm_jax.training.reward.scorer import Scorer
@@ -90,7 +90,7 @@ class _Collector:
             raise UserError(f"min_reward is {request.min_reward}: expected a finite number")
         if not name:
             raise UserError(f"{run.workdir} has no reward: name one, such as --reward=shapes")
-        if not run.model.config.text_width or run.spec.pixel_levels != _PIXEL_LEVELS:
+        if not run.condition.captioned or run.spec.pixel_levels != _PIXEL_LEVELS:
             raise UserError(f"{run.workdir} is not a model of captioned images of {_PIXEL_LEVELS} "
                             "pixel levels, and what is collected are image files with captions: "
                             "take a run with config.model.condition=text")
@@ -113,7 +113,7 @@ class _Collector:
 
     def write_batch(self, output: OutputFolder, number: int, index: np.ndarray) -> None:
         """Draws and scores the samples of these indices, and writes those that are kept."""
-        y = conditioning.default_conditions(self.run, index, self.split)
+        y = self.run.default_condition(index, self.split)
         images = cast(np.ndarray, generate.sample_at(
             self.run, index, y, self.options, self.request.seed))
         if jax.process_index():

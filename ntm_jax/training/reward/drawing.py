@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from ntm_jax.core import sampling, trajectory
 from ntm_jax.core.model import NTM, Terms, full_precision, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys, per_example
-from ntm_jax.runtime import build
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import inverses
 from ntm_jax.training.reward import policy
@@ -71,7 +70,7 @@ def sample(params, root, batch, *, sampler: RolloutSampler, part: int):
     count = min(count, sampler.samples - part * count)
     keys = example_keys(root, f"rollout {part}", batch["index"])
     keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
-    y = repeat(build.condition(sampler.model, batch), count)
+    y = repeat(sampler.model.config.condition.stack(batch), count)
     t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
     us = sampling.sample_latents(sampler.model, params, keys, t, y)
     inverted = sampler.steps if sampler.through_transporter else 1  # levels of each sample
@@ -100,7 +99,7 @@ def recorded(params, root, batch, *, sampler: RolloutSampler):
     t = sampler.schedule.fixed_levels(sampler.steps, len(x))
     found = trajectory.simulate(x, t, repeat(noise, 2))
     if not sampler.through_transporter:
-        y = repeat(build.condition(sampler.model, batch), 2)
+        y = repeat(sampler.model.config.condition.stack(batch), 2)
         found = sampling.transport_trajectory(full_precision(sampler.model), params, found, t, y)
     found = sampler.trained_levels(found)
     return _split(found.reshape(-1, 2, *found.shape[1:]))
@@ -122,7 +121,7 @@ def densities(sampler: RolloutSampler, params, batch: dict, rollout) -> dict[str
     Of latents also `mean` and `log_scale` [B, S, N, D] of their Gaussians.
     """
     samples, us = rollout.shape[1], flat(rollout)
-    y = repeat(build.condition(sampler.model, batch), samples)
+    y = repeat(sampler.model.config.condition.stack(batch), samples)
     arguments = us, sampler.levels(len(us)), jnp.full(len(us), sampler.steps), y
     if sampler.through_transporter:
         return {"nll": cast(Terms, sampler.model.apply(params, *arguments)).nll}

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from ntm_jax.data.sources import Source
-from ntm_jax.data.transforms import unstandardise
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
@@ -102,13 +101,9 @@ class Scorer:
 
         Vectors are in their own units.
         """
-        spec, model = self._run.spec, self._run.model.config
-        if model.condition_width:
-            vectors = sharding.to_local(batch["condition"])
-            return list(unstandardise(vectors, spec.condition_mean, spec.condition_std))
-        if self._source.captions is not None and model.text_width:
-            return [self._source.captions[int(i)] for i in sharding.to_local(batch["index"])]
-        return sharding.to_local(batch["label"]).tolist()
+        names = "label", "condition", "index"
+        local = {name: sharding.to_local(batch[name]) for name in names if name in batch}
+        return self._run.condition.given(local, self._source.captions)
 
     def _submit(self, images: np.ndarray, given: list):
         """A function that waits for the scores of images [p, g, H, W, C] or rows [p, g, D]."""

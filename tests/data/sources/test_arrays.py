@@ -49,7 +49,6 @@ def test_names_of_classes_are_numbered_in_sorted_order():
     provide(arrays)
     source = open_source("arrays", "all")
     assert (source.class_names, source.num_classes) == (("bar", "cross", "ring"), 3)
-    assert pipeline.spec(source, 1).label_of("ring") == 2
     order = np.random.RandomState(0).permutation(20)
     assert [source.class_names[label] for label in contents(source)[1]] == list(names[order])
     assert from_arrays(IMAGES, names.astype(object)).name == arrays.name  # as pandas has them

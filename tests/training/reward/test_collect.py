@@ -11,7 +11,7 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import build, sharding
-from ntm_jax.sampling import conditioning, generate
+from ntm_jax.sampling import generate
 from ntm_jax.training.reward import collect as module
 from ntm_jax.training.reward import rewards
 from ntm_jax.training.reward.collect import CollectRequest, collect, copies_of_rare
@@ -67,7 +67,7 @@ def test_samples_above_the_threshold_are_kept_with_their_captions(
     options = dataclasses.replace(text_run.config.sample.options, guidance=0.0)
 
     def samples(index):
-        y = conditioning.default_conditions(text_run, index, "train[:20]")
+        y = text_run.default_condition(index, "train[:20]")
         return generate.sample_at(text_run, index, y, options, 3)
 
     # Batches of another size are rounded differently.

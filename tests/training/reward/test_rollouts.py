@@ -139,8 +139,9 @@ def test_rows_of_an_array_are_scored_in_their_own_units(run):
     spec = dataclasses.replace(run.spec, image_shape=(1, 2, 1), patch_size=1, pixel_levels=0,
                                columns=2, mean=(5.0, -100.0), std=(0.5, 30.0),
                                condition_mean=(3.0,), condition_std=(2.0,))
-    sizes = dataclasses.replace(run.model.config, num_classes=0, condition_width=1)
-    run = dataclasses.replace(run, spec=spec, model=run.model.clone(config=sizes))
+    config = dataclasses.replace(
+        run.config, model=dataclasses.replace(run.config.model, condition="vector"))
+    run = dataclasses.replace(run, spec=spec, config=config)
     tokens = np.random.default_rng(0).normal(size=(4, 3, 2, 1)).astype(np.float32)
     given = {"index": np.arange(4), "label": np.full(4, -1, np.int32),
              "condition": np.arange(4, dtype=np.float32)[:, None]}

@@ -1,0 +1,82 @@
+"""Classes as conditions: labels 0..num_classes-1, or names of classes."""
+
+import numpy as np
+
+from ntm_jax.core.transformer import conditions
+from ntm_jax.data.conditions.kind import Kind
+from ntm_jax.errors import UserError, as_array, shown
+
+NAMES_SHOWN = 20  # classes that an error lists
+NAMES_ON_CARD = 100
+
+
+class Label(Kind):
+    """One class of each image."""
+
+    needs = "labels"
+    flag = "--labels"
+
+    @property
+    def width(self):
+        return self.spec.num_classes
+
+    @property
+    def classes(self):
+        return self.width
+
+    def network(self, settings):
+        return conditions.ClassCondition(self.width)
+
+    def facts(self):
+        return {"classes": self.width, "classes named": self.spec.class_names}
+
+    def describe(self):
+        return f"is conditioned on {self.width} classes"
+
+    def card(self):
+        names = self.spec.class_names
+        more = ", ..." if len(names) > NAMES_ON_CARD else ""
+        listed = f": {', '.join(names[:NAMES_ON_CARD])}{more}" if names else ""
+        return f"one of {self.width} classes{listed}"
+
+    @property
+    def example(self):
+        return f"label = index % {self.width}  # each of the {self.width} classes in turn"
+
+    def validate(self, n, given):
+        """Labels [n]. given: one label, or labels [n]: integers, or names of classes."""
+        each = f", or one for each of the {n} images" if n > 1 else ""
+        if given is None:
+            raise UserError(f"no label is given, and the model has {self.width} classes: give one "
+                            f"label{each}")
+        expected = f"the number of a class, 0 to {self.width - 1}, or its name"
+        label = as_array("label", given, expected)
+        if label.dtype == object:  # such as a column of pandas
+            label = as_array("label", label.tolist(), expected)
+        if label.dtype.kind == "U":
+            label = np.vectorize(lambda name: self._of_name(str(name)))(label)
+        if label.dtype.kind not in "iu":
+            raise UserError(f"label {shown(label.tolist())} is given: expected {expected}")
+        if label.shape not in ((), (1,), (n,)):
+            raise UserError(f"label has shape {label.shape}: expected one label{each}")
+        if not ((0 <= label) & (label < self.width)).all():
+            raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to "
+                            f"{self.width - 1}")
+        return np.broadcast_to(label, n).astype(np.int32)
+
+    def _of_name(self, name: str) -> int:
+        """The label of the class of this name, or of this number where no class has the name."""
+        names = self.spec.class_names
+        if name in names:
+            return names.index(name)
+        if name.isdecimal() and int(name) < self.width:
+            return int(name)
+        expected = f"0 to {self.width - 1}"
+        if names:
+            more = ", ..." if len(names) > NAMES_SHOWN else ""
+            expected = f"{', '.join(names[:NAMES_SHOWN])}{more}, or {expected}"
+        raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
+
+    def default(self, index, data, split):
+        """The classes in turn."""
+        return (np.asarray(index) % self.width).astype(np.int32)

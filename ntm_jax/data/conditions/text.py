@@ -1,0 +1,95 @@
+"""Texts as conditions: the states of their tokens, by a text encoder.
+
+Symbols: n images; M text tokens, E the width of their states.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from ntm_jax.core.transformer import conditions
+from ntm_jax.data.conditions.kind import Kind
+from ntm_jax.errors import UserError, as_array, shown
+
+
+class Text(Kind):
+    """The text of each image."""
+
+    needs = "text"
+    flag = "--prompts"
+    from_records = captioned = True
+    task = "text-to-image"
+
+    @property
+    def width(self):
+        return self.spec.text_width
+
+    def network(self, settings):
+        return conditions.TextCondition(self.width, settings["transporter_text"])
+
+    def facts(self):
+        return {"the text encoder": self.spec.text}
+
+    def describe(self):
+        return "is conditioned on text"
+
+    def card(self):
+        encoder = f"the text encoder `{shown(self.spec.text, str)}`" if self.spec.text else (
+            "a text encoder")
+        return f"the states of {encoder}; `sample.py` draws without a caption"
+
+    @property
+    def example(self):
+        tokens = self.spec.text_tokens
+        return f"""\
+text = np.zeros((number, {tokens}, {self.width}), np.float16)  # a text encoder's states, then zeros
+text_mask = np.zeros((number, {tokens}), bool)  # true at its tokens; nowhere: the null caption"""
+
+    def validate(self, n, given):
+        """A Text of n texts. given: a Text of n texts, or of one for all."""
+        each = f", or one for each of the {n} images" if n > 1 else ""
+        expected = ("the model is conditioned on text: give label=run.text(captions), with one "
+                    f"caption{each}, or your own Text(states [{n}, M, {self.width}], mask "
+                    f"[{n}, M])")
+        if not isinstance(given, conditions.Text):
+            raise UserError(expected)
+        states = as_array("Text.states", given.states, f"numbers [{n}, M, {self.width}]")
+        mask = as_array("Text.mask", given.mask, f"true or false [{n}, M]")
+        fits = states.ndim == 3 and len(states) in (1, n) and states.shape[2] == self.width
+        numbers = not {states.dtype.kind, mask.dtype.kind} & set("OSU")
+        if not fits or mask.shape != states.shape[:2] or not numbers:
+            raise UserError(expected)
+        with np.errstate(over="ignore"):  # which the next lines refuse
+            states = states.astype(np.float16)
+        if not np.isfinite(states).all():
+            raise UserError("the states of a text hold a number that is not finite in float16, "
+                            "whose largest is 65504: scale them as those of the training records")
+        return conditions.Text(np.broadcast_to(states, (n, *states.shape[1:])),
+                               np.broadcast_to(mask.astype(bool), (n, mask.shape[1])))
+
+    def default(self, index, data, split):
+        """The texts of the split's records in turn."""
+        in_memory = data.source.partition(":")[0] == "arrays"
+        version = dataclasses.replace(data, text="").open(split).version if in_memory else ""
+        records = _records(data, split, version)
+        chosen = [records[int(i) % len(records)] for i in index]
+        return conditions.Text(*(np.stack([record[name] for record in chosen])
+                                 for name in ("text", "text_mask")))
+
+    def given(self, batch, captions):
+        if captions is None:
+            return super().given(batch, captions)
+        return [captions[int(i)] for i in batch["index"]]
+
+    def numbers(self, y):
+        return np.zeros(len(y.mask), np.int64)
+
+
+@functools.lru_cache(maxsize=2)
+def _records(data, split: str, version: str):
+    """The records of a split with the states of their captions, encoded once for all batches.
+
+    version: of arrays in memory, in whose place others may have been provided.
+    """
+    return data.open(split).records
