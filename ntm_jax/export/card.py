@@ -1,37 +1,15 @@
 """The model card of an export, README.md: the model, its figures, and the code that runs it."""
 
 import importlib.metadata
-import warnings
 
 import jax
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.errors import first_line
 from ntm_jax.evaluation.report import NAMES
 from ntm_jax.runtime.run import Run
 
-EXAMPLE = """{json}import jax.export
-import numpy as np
-from safetensors.numpy import load_file
-
-{read_spec}number, seed = 16, {seed}
-index = np.arange(number, dtype=np.int32)  # image i of a seed is the same image in any batch
-{condition}
-parameters = load_file("model.safetensors")
-with open("sampler.bin", "rb") as file:
-    sampler = jax.export.deserialize(bytearray(file.read()))
-images = np.asarray(sampler.call(parameters, np.uint32(seed), index, {names}))  # {meaning}
-{unscale}"""
-MEANING = {True: "[n, H, W, C], integers 0..{top}", False: "[n, H, W, C], latents"}
-READ_SPEC = """with open("config.json", "rb") as file:
-    spec = json.load(file)["spec"]
-"""
-UNSCALE = """# The model's numbers have mean 0 and variance 1 by {part}.
-decoded = images * np.{dtype}(spec["std"]) + np.{dtype}(spec["mean"])  # in the data's own scale
-"""
-OWN_NATS = """own_nats = nats - np.log(spec["std"]).sum()  # of the density in the data's own units
-"""
+OWN_NATS = "own_nats = nats - {log_unit:.4f}  # of the density in the data's own units\n"
 # The Hub's names of data sets that sources read.
 DATASETS = {"mnist_5k": "ylecun/mnist"}
 # The front matter is what the Hugging Face Hub reads.
@@ -61,22 +39,23 @@ trajectories (Gu et al., [arXiv 2605.08078](https://arxiv.org/abs/2605.08078)), 
 {figures}
 ## Use
 `python sample.py 16 0` writes 16 images of seed 0 to `samples.npz` and, where they are pixels, as
-PNG files to `samples/`. It needs neither ntm_jax nor
-flax: `pip install jax numpy safetensors flatbuffers`. It first compares the files with their
-SHA-256 digests in `config.json`. The same without this check, in this folder:
-
-```python
-{example}```
+PNG files to `samples/`. It needs neither ntm_jax nor flax: `pip install jax flatbuffers numpy
+safetensors pillow`. It is short, and shows how to call `sampler.bin` from a program of yours.
 
 The compiled programs (StableHLO) run on {platforms}, on one device, with any number of images. They
 were made with jax {jax} and run with that version and later ones for at least six months;
 `config.json` lists their arguments. `log_likelihood.bin` gives {likelihood}, [n]:
 
 ```python
+import jax.export
+import numpy as np
+import safetensors.numpy
+
+parameters = safetensors.numpy.load_file("model.safetensors")
 with open("log_likelihood.bin", "rb") as file:
     log_likelihood = jax.export.deserialize(bytearray(file.read()))
-# The noise of image i is keyed by seed and index[i].
-nats = log_likelihood.call(parameters, np.uint32(seed), index, images, {names})
+# The noise of image i is keyed by the seed and index[i]; {names}: as in sample.py.
+nats = log_likelihood.call(parameters, np.uint32(0), index, images, {names})
 {own_nats}```
 
 `sample.py` and the two `.bin` files are programs: run them only if you trust their origin.
@@ -91,25 +70,6 @@ whose terms may restrict their use. `sample.py` is part of ntm_jax, under Apache
 """
 
 
-def example(run: Run) -> str:
-    """The Python that samples an export, run in its folder."""
-    spec, condition = run.spec, run.condition.example
-    reads_spec = bool(spec.mean) or "spec[" in condition
-    part, dtype = ("column", "float64") if spec.columns else ("channel", "float32")
-    pixels = MEANING[spec.pixel_levels > 0].format(top=spec.pixel_levels - 1)
-    return EXAMPLE.format(
-        seed=run.config.seed, names=_condition_names(run),
-        meaning="[n, D], standardised" if spec.columns else pixels,
-        condition=condition,
-        unscale=UNSCALE.format(part=part, dtype=dtype) if spec.mean else "",
-        json="import json\n\n" if reads_spec else "", read_spec=READ_SPEC if reads_spec else "")
-
-
-def _condition_names(run: Run) -> str:
-    """The sampler's arguments that hold the condition."""
-    return ", ".join(run.model.config.condition.shapes(1))
-
-
 def markdown(run: Run, parameters: int, platforms) -> str:
     """README.md of the export of a run with this number of parameters."""
     config, spec, sample = run.config, run.spec, run.config.sample
@@ -119,11 +79,12 @@ def markdown(run: Run, parameters: int, platforms) -> str:
         task=run.condition.task,
         datasets=f"datasets:\n- {dataset}\n" if dataset else "",
         source=config.data.source, split=config.data.split, count=spec.count,
-        shape=_shape(run), units=_units(run), own_nats=OWN_NATS if spec.columns else "",
+        shape=_shape(run), units=_units(run),
+        own_nats=OWN_NATS.format(log_unit=spec.log_unit) if spec.columns else "",
         condition=run.condition.card(), parameters=parameters,
         kind="the raw ones" if run.raw else average, training=_training(run),
         steps=sample.steps, guidance=sample.guidance, decoder=sample.decoder, figures=figures(run),
-        example=example(run), names=_condition_names(run),
+        names=", ".join(run.model.config.condition.shapes(1)),
         likelihood=_likelihood(run), platforms=", ".join(platforms), jax=jax.__version__,
         version=importlib.metadata.version("ntm_jax"))
 
@@ -169,31 +130,17 @@ def _likelihood(run: Run) -> str:
 
 
 def figures(run: Run) -> str:
-    """The card's table of the run's evaluation; empty without one of this step and parameters.
-
-    An evaluation that cannot be read is left out, with a warning.
-    """
+    """The card's table of the run's evaluation; empty without one of this step and parameters."""
     names = ["evaluation.json", f"evaluation-{run.step}.json"]
     if run.raw:
         names += ["evaluation-raw.json", f"evaluation-{run.step}-raw.json"]
     for name in names:
         path = epath.Path(run.workdir) / name
-        try:
-            result = files.parse_json(path.read_bytes()) if path.exists() else {}
-            if result and _is_of(result, run):
-                return _table(result, bool(run.spec.columns))
-        except (OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration,
-                OverflowError) as error:
-            warnings.warn(f"{path} is left out of the model card, since it cannot be used "
-                          f"({type(error).__name__}: {first_line(error)}): evaluate the run again "
-                          "to have its figures there", stacklevel=2)
+        result = files.read_json(path, "evaluate the run again") if path.exists() else None
+        if result and result["step"] == run.step and result["provenance"]["parameters"] == (
+                "raw" if run.raw else "ema"):
+            return _table(result, bool(run.spec.columns))
     return ""
-
-
-def _is_of(result: dict, run: Run) -> bool:
-    """Whether an evaluation is of the run's step and parameters."""
-    parameters = "raw" if run.raw else "ema"
-    return result["step"] == run.step and result["provenance"]["parameters"] == parameters
 
 
 def _table(result: dict, array: bool) -> str:

@@ -16,19 +16,7 @@ from ntm_jax.errors import UserError, first_line, shown
 PREFIX = "hf://"
 NAME = r"\w[\w.-]*/\w[\w.-]*"  # OWNER/NAME
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
-REMEDIES = {  # huggingface_hub's exceptions, the more specific before their bases
-    "GatedRepoError": f"its owner grants access to it: ask for it on its page, and {LOGIN}",
-    "RepositoryNotFoundError": "there is no such repository, or it is private: check the name, and "
-                               f"if it is private {LOGIN}",
-    "RevisionNotFoundError": "it has no such branch, tag or commit: check what follows @",
-    "LocalTokenNotFoundError": f"there is no token: {LOGIN}",
-    "LocalEntryNotFoundError": "the Hub cannot be reached, and no earlier download is in the "
-                               "cache: check the network, HF_ENDPOINT and HF_HUB_OFFLINE",
-    "OfflineModeIsEnabled": "the Hub is switched off: unset HF_HUB_OFFLINE",
-    "HfHubHTTPError": "the Hub refused it: check the name and that your token may read, or to push "
-                      "write, there",
-}
-UNREACHABLE = "check the network and HF_ENDPOINT, and try again"
+REMEDY = f"check the name, the network, and if the repository is private or gated {LOGIN}"
 
 
 def is_address(where) -> bool:
@@ -81,16 +69,9 @@ def library():
 
 @contextlib.contextmanager
 def mistakes(what: str) -> Iterator[None]:
-    """Turns huggingface_hub's errors in the block, and the network's, into UserError.
-
-    Errors of the local file system pass.
-    """
+    """Turns huggingface_hub's errors in the block, and the network's, into UserError."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-            raise
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        remedy = next((text for name, text in REMEDIES.items() if name in kinds), UNREACHABLE)
         raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}: "
-                        f"{remedy}") from error
+                        f"{REMEDY}") from error

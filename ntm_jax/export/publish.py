@@ -1,18 +1,14 @@
 """Uploads exports to the Hugging Face Hub, where hf://OWNER/NAME loads them; see hub.py."""
 
-import hashlib
 import importlib.metadata
+import pathlib
 import re
-
-from etils import epath
 
 from ntm_jax.errors import UserError, shown
 from ntm_jax.export import hub
-from ntm_jax.export.read import CONFIG, REMEDY, ExportInfo, read_export_info
-from ntm_jax.files import is_remote
+from ntm_jax.export.read import FILES, REMEDY, read_export_info
 
 VERSION = importlib.metadata.version("ntm_jax")
-CARD = "README.md"  # the one file of an export that its owner may edit, to name a licence
 
 
 def check(repository: str) -> None:
@@ -32,14 +28,14 @@ def push(folder: str, repository: str, private: bool = False) -> str:
     """Uploads an export's own files in one commit; returns its address, hf://OWNER/NAME@COMMIT.
 
     Creates the repository if needed; private: as a private one. Other files in the folder stay
-    there. Raises UserError if the folder is not an intact export, if the repository exists and is
+    there. Raises UserError if a file of the export is missing, if the repository exists and is
     public in spite of `private`, or for what the Hub refuses.
     """
-    if is_remote(folder):
-        raise UserError(f"{folder} is not a local folder: copy it to one to push it")
     check(repository)
     about = read_export_info(folder)
-    names = _intact_files(folder, about)
+    missing = [name for name in FILES if not (pathlib.Path(folder) / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} has no {missing[0]}: {REMEDY}")
     library = hub.library()
     api = library.HfApi(library_name="ntm_jax", library_version=VERSION)
     with hub.mistakes(f"an upload to {repository}"):
@@ -50,25 +46,8 @@ def push(folder: str, repository: str, private: bool = False) -> str:
                         "for: make it private on its page, or give another name; nothing was "
                         "uploaded")
     operations = [library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=f"{folder}/{name}")
-                  for name in names]
+                  for name in FILES]
     with hub.mistakes(f"an upload to {repository}"):
         done = api.create_commit(repository, operations, commit_message=(
             f"Export of step {about.step}, ntm_jax {VERSION}"))
     return f"{hub.PREFIX}{repository}@{done.oid}"
-
-
-def _intact_files(folder: str, about: ExportInfo) -> list[str]:
-    """The names of an export's files, once they are compared with their digests."""
-    if not about.files:
-        raise UserError(f"{folder} was exported by an earlier version of ntm_jax, without digests: "
-                        "export the run anew")
-    for name, digest in about.files.items():
-        path = epath.Path(folder) / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: {REMEDY}")
-        with path.open("rb") as file:
-            intact = hashlib.file_digest(file, "sha256").hexdigest() == digest
-        if not intact and name != CARD:
-            raise UserError(f"{path} was damaged or edited: its SHA-256 is not the one in "
-                            f"{CONFIG}; {REMEDY}")
-    return [*about.files, CONFIG]

@@ -1,18 +1,15 @@
 """Writes a run as a folder that needs none of this package to sample it or to score images.
 
 The folder holds the parameters as safetensors, compiled programs (StableHLO) that take them as an
-argument, the configuration, a model card and an example script. config.json holds the SHA-256 of
-every other file and is sealed itself. export.read reads such a folder.
+argument, the configuration, a model card and an example script. export.read reads such a folder.
 
 Symbols: b batch; H, W, C image height, width, channels; V pixel levels; M text tokens, E their
 width.
 """
 
-import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
-import os
+import json
 import pathlib
 import uuid
 
@@ -31,7 +28,7 @@ from ntm_jax.data.pipeline import spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.export import card
-from ntm_jax.export.read import CONFIG, DENOISER, FORMAT, SCRIPT, WEIGHTS
+from ntm_jax.export.read import CONFIG, DENOISER, FORMAT, WEIGHTS
 from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.checksums import array_checksums, named_leaves
 from ntm_jax.runtime.processes import require_same_everywhere
@@ -189,12 +186,14 @@ def write_export(run: Run, out: str, steps: int | None = None,
     contents = {f"{name}.bin": compiled(*program) for name, program in exported.items()}
     arrays = {name: np.ascontiguousarray(a) for name, a in flat.items()}
     contents[WEIGHTS] = safetensors.numpy.save(arrays, {"format": "ntm_jax"})
-    contents[SCRIPT] = pathlib.Path(__file__).with_name("sample_script.py").read_bytes()
+    contents["sample.py"] = pathlib.Path(__file__).with_name("sample_script.py").read_bytes()
     size = sum(a.size for a in flat.values())
     contents["README.md"] = card.markdown(run, size, PLATFORMS).encode()
     described = {name: _described(arguments) for name, (_, arguments) in exported.items()}
-    _write(folder, contents, _about(run) | {"programs": described, "checksums": checksums})
-    print(f"{len(contents) + 1} files in {out}, {sum(map(len, contents.values())) / 1e6:.1f} MB, "
+    about = _about(run) | {"programs": described, "checksums": checksums}
+    contents[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
+    _write(folder, contents)
+    print(f"{len(contents)} files in {out}, {sum(map(len, contents.values())) / 1e6:.1f} MB, "
           f"of step {run.step}", flush=True)
 
 
@@ -210,42 +209,22 @@ def _about(run: Run) -> dict:
     return about
 
 
-def _write(folder, contents: dict, about: dict) -> None:
-    """Writes a new folder of files, {name: bytes}, and config.json, completely or not at all."""
-    local = not files.is_remote(folder)
+def _write(folder, contents: dict) -> None:
+    """Writes a new folder of files, {name: bytes}, completely or not at all."""
     part = folder.parent / f"{files.PART}{folder.name}-{uuid.uuid4().hex[:12]}"
-    new_parents = [path for path in folder.parents if local and not path.exists()]
     try:
         part.mkdir(parents=True)
         for name, content in contents.items():
             files.write(part / name, content)
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-        files.write_json(part / CONFIG, about | {"files": digests}, sealed=True)
-        if local:
-            _flush(part)
         part.rename(folder)
-        if local:
-            _flush(folder.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.rmtree(missing_ok=True)
-        for path in new_parents:
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
+        if part.exists():
+            part.rmtree()
         if not isinstance(error, OSError):
             raise
         raise UserError(f"{folder} cannot be written ({error.strerror or error}): give a new "
                         "folder as --out, where you may write and the disk has space "
                         "left") from None
-
-
-def _flush(folder) -> None:
-    """Flushes a local folder's list of names to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _described(arguments: dict) -> dict:

@@ -33,10 +33,10 @@ def with_denoiser(folder):
 
 
 @pytest.mark.parametrize("kind", [
-    "export", "export without digests, with a denoiser", "workdir", "checkpoint"])
+    "export", "export with a denoiser", "workdir", "checkpoint"])
 def test_a_new_run_starts_from_an_export_or_a_run(workdir, exported, new, tmp_path, started, kind):
     source = {"export": exported, "workdir": workdir, "checkpoint": workdir / "checkpoints/2"}.get(
-        kind) or with_denoiser(copy_of(exported, tmp_path, "files"))
+        kind) or with_denoiser(copy_of(exported, tmp_path))
     settings = dataclasses.replace(SETTINGS, init_from=str(source))
     current, start = started(settings, tmp_path / "new")
     expected = bits(randomised(new.params, 2 if kind == "checkpoint" else 4))

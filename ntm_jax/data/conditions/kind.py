@@ -58,11 +58,6 @@ class Kind:
         """The conditions of an export, for its card."""
         return "none"
 
-    @property
-    def example(self) -> str:
-        """Python that makes `number` conditions of an export, for its card."""
-        return "label = np.zeros(number, np.int32)  # ignored: the model has no condition"
-
     def validate(self, n: int, given) -> Any:
         """The condition of n images as arrays, from what a user gives, or UserError.
 

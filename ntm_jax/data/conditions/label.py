@@ -39,10 +39,6 @@ class Label(Kind):
         listed = f": {', '.join(names[:NAMES_ON_CARD])}{more}" if names else ""
         return f"one of {self.width} classes{listed}"
 
-    @property
-    def example(self):
-        return f"label = index % {self.width}  # each of the {self.width} classes in turn"
-
     def validate(self, n, given):
         """Labels [n]. given: one label, or labels [n]: integers, or names of classes."""
         each = f", or one for each of the {n} images" if n > 1 else ""

@@ -39,13 +39,6 @@ class Text(Kind):
             "a text encoder")
         return f"the states of {encoder}; `sample.py` draws without a caption"
 
-    @property
-    def example(self):
-        tokens = self.spec.text_tokens
-        return f"""\
-text = np.zeros((number, {tokens}, {self.width}), np.float16)  # a text encoder's states, then zeros
-text_mask = np.zeros((number, {tokens}), bool)  # true at its tokens; nowhere: the null caption"""
-
     def validate(self, n, given):
         """A Text of n texts. given: a Text of n texts, or of one for all."""
         each = f", or one for each of the {n} images" if n > 1 else ""

@@ -41,13 +41,6 @@ class Vector(Kind):
         return (f"vectors of {self.width} numbers; `sample.py` takes one, in own units, as third "
                 "argument, and their mean by default")
 
-    @property
-    def example(self):
-        return f"""\
-x = np.tile(spec["condition_mean"], (number, 1))  # conditions in own units, [number, {self.width}]
-condition = ((x - spec["condition_mean"]) / spec["condition_std"]).astype(np.float32)
-"""
-
     def validate(self, n, given):
         """A Vector of n standardised vectors. given: [E] or [n, E] numbers in their own units."""
         one = f"{self.width} numbers [{self.width}]"
