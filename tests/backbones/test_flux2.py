@@ -62,23 +62,6 @@ def test_scan_and_remat_change_no_number_and_no_parameter():
     jax.tree.map(close, found, expected)
 
 
-def test_narrow_saves_products_of_the_width_and_not_the_wide_ones():
-    """The backward pass recomputes the MLP's two wide products in each of three streams.
-
-    It recomputes no other product of a layer with a parameter.
-    """
-    def products(remat):
-        settings = dataclasses.replace(TINY, remat=remat)
-
-        def total(params):
-            return jnp.sum(forward.__wrapped__(settings, params, *inputs())[0])
-
-        return str(jax.make_jaxpr(jax.grad(total))(weights())).count("dot_general[")
-
-    # and the attention's scores in the two kinds of layer
-    assert products("narrow") - products("none") == 6 + 2
-
-
 def test_an_empty_mask_is_no_text_at_all():
     x, t, text = inputs()
     nothing = TextCondition().null(text)

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 import ntm_jax
-from ntm_jax.analysis import compile, rows
-from ntm_jax.analysis.memory import bytes_per_chip
 from ntm_jax.core import flow_matching
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
@@ -228,24 +226,11 @@ def test_the_alignments_weight_falls_by_a_cosine(name, terms_of):
     np.testing.assert_allclose(found["grad_norm"], expected, rtol=1e-4)
 
 
-def test_the_references_memory_is_counted():
-    def held(weight):
-        run = tuned_run("x", **{"train.align_weight": weight})
-        made = compile.train_program(run, run.config.data.open("train"))
-        arguments = made.arguments, made.options.get("reference")
-        return sum(map(bytes_per_chip, jax.tree.leaves(arguments)))
-
-    backbone = state.abstract(tuned_run("x")).params["params"]["backbone"]
-    assert held(2.5) - held(0.0) == sum(4 * a.size for a in jax.tree.leaves(backbone))
-
-
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model.width": 32}, "the flow-matching model there is another network: array "
                           "condition/class/embedding is float32"),
     ({"model.data_std": 0.5}, "learned data of another kind: "
                               r"config\.model\.data_std is 0\.75 there and 0\.5 here"),
-    ({"data.patch_size": 4}, "learned data of another kind: "
-                             r"config\.data\.patch_size is 2 there and 4 here"),
 ])
 def test_another_flow_matching_model_is_refused(
         untrained, tmp_path, monkeypatch, changes, message):
@@ -255,42 +240,12 @@ def test_another_flow_matching_model_is_refused(
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
-@pytest.mark.slow
-def test_an_ntms_samples_do_not_solve_the_ode(run):
-    message = "decoder=euler solves the ODE of a flow-matching model: expected a decoder of inverse"
-    with pytest.raises(UserError, match=message):
-        ntm_jax.load(str(run)).sample(1, label=0, decoder="euler")
-
-
-def test_a_t_min_at_which_the_posteriors_scale_vanishes_is_refused():
-    message = r"t_min_range starts at 0\.0: the posterior head's scale vanishes with t_min"
-    with pytest.raises(UserError, match=message):
-        tuned("x", **{"trajectory.t_min_range": (0.0, 0.04)})
-
-
 def test_a_resumed_run_without_its_reference_is_refused(tmp_path):
     run = tuned_run("x", tmp_path)
     current = state.abstract(run).replace(step=np.int32(4))
     message = f"^{tmp_path}/frozen, the model to which this run is held, is missing: restore it"
     with pytest.raises(UserError, match=message):
         reference_model.reference_params(run, current)
-
-
-@pytest.mark.slow
-def test_the_benchmarks_rows_of_both(flow):
-    setting = rows.Setting(ntm_jax.load(str(flow[0])), batch=3)
-    cases = {name: make(setting) for name, make in rows.SAMPLING.items()}
-    euler, heun = (cases.pop(f"images, decoder {solver}") for solver in ("euler", "heun"))
-    assert not any(cases.values())
-    assert heun.flops == 2 * euler.flops > 0  # two passes a step
-    tokens, *_ = euler.once()
-    assert tokens.shape == (3, 16, 4)
-    source = FLOW.data.open(FLOW.evaluate.split)
-    runs = tuned_run("x"), tuned_run("x", **{"train.align_weight": 0.0})
-    aligned, free = (rows._train_step(rows.Setting(run, 16, source, source)) for run in runs)
-    assert aligned.flops > free.flops  # by the reference's pass
-    # The reference is not donated with the state.
-    assert all(np.isfinite(aligned.once()["loss"]) for _ in range(2))
 
 
 def test_the_same_model_with_another_vocabulary_is_refused(tmp_path):

@@ -78,19 +78,6 @@ def test_resuming_drops_what_will_be_logged_again(tmp_path):
     assert lines(tmp_path) == []
 
 
-DAMAGED = [b"\xff\n", b"[]\n", b"null\n", b"\n", b"[" * 100_000 + b"\n", b'{"step": "a"}\n',
-           b'{"step": [1]}\n', b'{"step": ' + b"1" * 5000 + b"}\n",
-           b'{"step": ' + b"1" * 4000 + b"}\n", b'{"loss": 1.0}\n', b'{"step": 3, "lo']
-
-
-def test_damaged_lines_are_dropped_when_a_run_resumes(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    good = [b'{"step": 1, "loss": 1.0}\n', b'{"step": 2, "loss": 2.0}\n']
-    path.write_bytes(good[0] + b"".join(DAMAGED[:-1]) + good[1] + DAMAGED[-1])
-    MetricsReporter(tmp_path, 10, start_step=2, quiet=True).close()
-    assert path.read_bytes() == b"".join(good)
-
-
 def test_a_full_disk_ends_the_run_with_the_files_name(tmp_path):
     with (MetricsReporter(tmp_path, 10, quiet=True) as writer, file_size_limit(1000),
           pytest.raises(OSError, match="File too large") as error):

@@ -92,40 +92,6 @@ def test_captions_have_a_row_beside_their_own_image(tmp_path, drawn):
             held_out.records[i]["image"], held_out.pixel_levels))
 
 
-def test_a_caption_of_several_images_has_one_row(tmp_path):
-    _, _, held_out = run_of("digits", tmp_path)
-    text = {"text": np.zeros((2, 3), np.float16), "text_mask": np.ones(2, bool)}
-    records = [held_out.records[i] | text for i in range(4)]
-    source = dataclasses.replace(held_out, records=records, captions=["a", "b", "a", ""])
-    rows = pictures._caption_rows(source, 12)
-    assert [row.name for row in rows] == ["a", "b", "record 3"]
-    assert np.concatenate([row.index for row in rows]).tolist() == list(range(12))
-    for row, i in zip(rows, (0, 1, 3), strict=True):
-        np.testing.assert_array_equal(row.real[0], records[i]["image"])
-
-
-def test_a_run_that_asks_for_no_samples_draws_one_point(monkeypatch, tmp_path):
-    run, train, _ = run_of("toy:moons", tmp_path, **{
-        "sample.num": 0, "data.patch_size": 1, "model.condition": "none",
-        "train.condition_dropout": 0.0})
-    monkeypatch.setattr(generate, "sample_at", lambda run, index, **_: (
-        np.zeros((len(index), 1, 1, 2)), np.zeros((len(index), 3, 1, 1, 2))))
-    pictures.draw(run, train, train, "loss")
-    assert (tmp_path / "samples.png").exists()
-
-
-def test_levels_that_are_all_noise_are_shown_once():
-    clean, levels = np.zeros((2, 8, 8, 1)), np.zeros((2, 5, 8, 8, 1))
-
-    class Levels:
-        def sampled_levels(self):
-            return np.array([0.0, 0.5, 0.92, 0.97, 1.0])
-
-    t, shown = pictures._shown_levels(Levels(), clean, levels)
-    assert t.tolist() == [1.0, 0.5, 0.0]
-    assert shown.shape == (2, 3, 8, 8, 1)
-
-
 def test_a_sheet_has_names_and_real_images(tmp_path):
     rng = np.random.default_rng(0)
     rows = [plots.SheetRow(name, rng.integers(0, 200, (3, 8, 8, 3), np.uint8),
