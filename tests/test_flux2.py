@@ -91,7 +91,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
                r"configured sizes")
     with pytest.raises(UserError, match=refused):
         finetune.start_from(wide, None)
-    refused = r"config\.init_from is .*does not exist: give a FLUX\.2 checkpoint"
+    refused = r"config\.init_from is .*nothing is no FLUX\.2 checkpoint"
     with pytest.raises(UserError, match=refused):
         loop.train(settings(init_from=str(tmp_path / "nothing")), new, progress=False)
     assert not (tmp_path / "new").exists()

@@ -101,10 +101,10 @@ def _read_backbone(run: Run, where: str):
                             "prepare them with --latent_scale=encoder")
         read = backbones.find(config.model.backbone).read
         return read(where, expected) if read else None
-    theirs = (_exported_objective(folder) if exported
-              else objectives.find(config_file.load(str(folder))[0].train.objective))
-    own = objectives.find(config.train.objective)
-    if own.trains == "velocity" or not (theirs and theirs.trains == "velocity"):
+    theirs = (read_export_info(folder).config["train"]["objective"] if exported
+              else config_file.load(str(folder))[0].train.objective)
+    own, theirs = (objectives.find(name).trains for name in (config.train.objective, theirs))
+    if own == "velocity" or theirs != "velocity":
         return None
     other = load_run(where)
     _check_data(run, other)
@@ -117,15 +117,6 @@ def _read_backbone(run: Run, where: str):
                         f"{there} there and {here} here; give its sizes, config.model.width, "
                         "predictor_layers and the rest")
     return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), found, expected)
-
-
-def _exported_objective(folder) -> objectives.Objective | None:
-    """The objective of an export's run; None if it is not registered here."""
-    name = read_export_info(folder).config.get("train", {}).get("objective", "")
-    try:
-        return objectives.find(name)
-    except UserError:
-        return None
 
 
 def _check_data(run: Run, other: Run) -> None:

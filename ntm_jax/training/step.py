@@ -92,12 +92,11 @@ def _gradients(context: LossContext, objective: Objective):
     The batch is taken in config.train.accumulate parts; noise is keyed by record, so the number of
     parts does not change the result.
     """
-    train = context.config.train
-    parts = train.accumulate
+    parts = context.config.train.accumulate
 
     def evaluate(current: State, inputs: StepInputs, reference):
         def loss(params):
-            return _checked(train.objective, objective.loss(context, params, inputs, reference))
+            return objective.loss(context, params, inputs, reference)
 
         return jax.grad(loss, has_aux=True)(current.params)[::-1]
 
@@ -121,31 +120,6 @@ def _gradients(context: LossContext, objective: Objective):
         return jax.tree.map(lambda a: a / parts, jax.lax.scan(add, zeros, split)[0])
 
     return accumulated
-
-
-def _checked(objective: str, returned):
-    """What an objective's loss returned: (the value that is minimised, metrics with "loss").
-
-    Raises UserError for anything else, when the step is traced.
-    """
-    pair = returned if isinstance(returned, (tuple, list)) else (returned,)
-    value, metrics = pair if len(pair) == 2 else (None, None)
-    if isinstance(metrics, dict) and _is_number(value) and _is_number(metrics.get("loss")):
-        return value, metrics
-
-    def described(part):
-        if isinstance(part, dict):
-            return f"metrics {', '.join(map(str, part)) or 'without a name'}"
-        return str(list(part.shape)) if hasattr(part, "shape") else type(part).__name__
-
-    raise UserError(
-        f"the loss of config.train.objective={objective} returns "
-        f"({', '.join(map(described, pair))}): expected the value to minimise, one number, and a "
-        'dictionary of metrics whose "loss" is one number')
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
 
 
 def flops_of_step(run: Run, objective: Objective, step, current: State, batch,

@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import StepInputs
-from ntm_jax.training.state import State
-from ntm_jax.training.step import _finite, _gradients, make_step, steps_of
+from ntm_jax.training.step import _finite, make_step, steps_of
 from tests.common import as_run, batch_of, bits, norm, objective_of, randomised, setup, tiny_config
 
 
@@ -22,27 +20,6 @@ def begin(settings):
     homes = jax.tree.map(lambda a: a.sharding, current.params)
     params = jax.device_put(randomised(current.params), homes)
     return source, run, current.replace(params=params, step=np.int32(1))
-
-
-@pytest.mark.parametrize(("returned", "found"), [
-    (np.float32(0), "[]"),
-    ((np.zeros(16), {"loss": np.float32(0)}), "[16], metrics loss"),
-    ((np.float32(0), {"nll": np.float32(0)}), "[], metrics nll"),
-    ((np.float32(0), {"loss": np.zeros(16)}), "[], metrics loss"),
-    ((np.float32(0), None), "[], NoneType"),
-    (None, "NoneType"),
-])
-def test_what_a_loss_returns_is_checked(monkeypatch, returned, found):
-    own = objectives.Objective(lambda *arguments: returned)
-    monkeypatch.setitem(objectives.OBJECTIVES._entries, "own", ("own", own))
-    settings = tiny_config(**{"train.objective": "own"})
-    run = as_run(settings, *setup(settings)[1:])
-    gradients = _gradients(objectives.loss_context(run, own), own)
-    with pytest.raises(UserError) as error:
-        jax.eval_shape(lambda params: gradients(State(0, params, None, None), None, None), {})
-    assert str(error.value) == (
-        f"the loss of config.train.objective=own returns ({found}): expected the value to "
-        'minimise, one number, and a dictionary of metrics whose "loss" is one number')
 
 
 @pytest.mark.slow

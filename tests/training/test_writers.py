@@ -133,5 +133,5 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         raise FakeError("nobody is logged in")
 
     wandb.init = refuse
-    with pytest.raises(UserError, match=r"wandb:mine cannot begin .*: log in with `wandb login`, o"):
+    with pytest.raises(UserError, match=r"wandb:mine cannot begin .*: log in with `wandb login`"):
         train(0, 2)

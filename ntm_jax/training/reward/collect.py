@@ -9,7 +9,6 @@ Symbols: n samples, K traits; H, W, C image height, width, channels.
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -19,7 +18,7 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.data import images as image_files
-from ntm_jax.errors import UserError, check_count
+from ntm_jax.errors import UserError
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.config import SampleOptions
 from ntm_jax.runtime.processes import require_same_everywhere
@@ -84,10 +83,6 @@ class _Collector:
         reward = dataclasses.replace(run.config.reward, name=name)
         self.run = dataclasses.replace(run, config=dataclasses.replace(run.config, reward=reward))
         self.request, self.split = request, run.config.data.split
-        check_count("num", request.num)
-        check_count("batch", request.batch)
-        if not math.isfinite(request.min_reward):
-            raise UserError(f"min_reward is {request.min_reward}: expected a finite number")
         if not name:
             raise UserError(f"{run.workdir} has no reward: name one, such as --reward=shapes")
         if not run.condition.captioned or run.spec.pixel_levels != _PIXEL_LEVELS:
