@@ -7,6 +7,7 @@ a run what it is, from which a lost or damaged config.json is written again.
 import copy
 import dataclasses
 import shlex
+from typing import Any
 
 import jax
 from etils import epath
@@ -82,7 +83,8 @@ def check_resumable(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     now, defaults = flatten(_content(config, spec)), _flat_defaults()
     for key in sorted(before | now):
         # A run of an earlier version lacks newer settings, which then have their defaults.
-        one, other = (settings.get(key, defaults.get(key)) for settings in (before, now))
+        one: Any = before.get(key, defaults.get(key))
+        other: Any = now.get(key, defaults.get(key))
         resumable = key.startswith(RESUMABLE)
         if one == other or (damage and resumable):
             continue
