@@ -3,15 +3,20 @@
     python -m launch.prepare --input=folder:/data/photos --out=/data/records --image_size=256
 
 Writes sharded ArrayRecord files of pixels or latents, text states, captions and labels, and a
-manifest. The same command resumes a stopped preparation. After a complete one it verifies every
-shard and makes again those that are missing, damaged or exchanged. Several processes share the work
-through the folder alone: give each --num_processes and its own --process_id.
+manifest. The same command resumes a stopped preparation. Several processes share the work through
+the folder alone: give each --num_processes and its own --process_id.
+
+    python -m launch.prepare --verify=/data/records
+
+compares every shard of finished records with the SHA-256 in their manifest.
 """
 
 import dataclasses
 import sys
 
 from absl import flags
+
+from ntm_jax.errors import UserError
 
 from . import program
 
@@ -56,13 +61,20 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "num_processes", 1, "Number of processes that share the work.", lower_bound=1)
 flags.DEFINE_integer("process_id", 0, "Number of this process, from 0.", lower_bound=0)
-flags.mark_flags_as_required(["input", "out"])
+flags.DEFINE_string(
+    "verify", None, "A folder of finished records: compares its shards with their manifest, and "
+    "prepares nothing.")
 
 
 def main():
-    from ntm_jax.data import prepare
+    from ntm_jax.data import prepare, records
 
     f = program.FLAGS
+    if f.verify:
+        print(f"{f.verify}: {records.verify(f.verify)} shards agree with their manifest")
+        return
+    if not f.input or not f.out:
+        raise UserError("--input and --out are missing: give both, or --verify=FOLDER")
     given = f.flag_values_dict()
     choices = prepare.Choices(
         **{field.name: given[field.name] for field in dataclasses.fields(prepare.Choices)})

@@ -1,8 +1,7 @@
 """Captioned images as input: a folder with a list of captions, a tfds data set, or tar files.
 
 inputs.open_input lists the items; `load`, in any process, turns one item into a square image, a
-caption and a label. Only regular files are read, images of at most 256 MiB and captions of at most
-16 MiB. S image side. No jax is imported: worker processes run this.
+caption and a label. S image side. No jax is imported: worker processes run this.
 """
 
 import re
@@ -17,7 +16,6 @@ from ntm_jax.errors import UserError, first_line, shown
 
 # The least number of classes that integer labels may span; more images may span more.
 _CLASSES = 100_000
-TEXT_LIMIT = 16 * 2**20  # bytes of a row of a list, or of a caption in a tar
 
 
 class Item(NamedTuple):
@@ -73,9 +71,6 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
     try:
         image, caption, label = read(item)
         image = images.decode(image, size) if isinstance(image, bytes) else image
-        if image.ndim != 3 or image.dtype != np.uint8 or image.shape[-1] not in (1, 3):
-            found = f"{image.dtype} {list(image.shape)}"
-            raise ValueError(f"{found}, expected uint8 of 1 or 3 channels")
         image = np.repeat(image, 3, -1) if image.shape[-1] == 1 else image
         image = images.resize(image, size)
     except FileNotFoundError:
@@ -109,39 +104,30 @@ def make_input(name: str, items: list[Item], read: Callable) -> Input:
     Integer labels stay; a name becomes its index among the sorted names. An empty label is none.
 
     Raises:
-      UserError: some items have a label and others none; a label of another type; integers out of
-        range.
+      UserError: some items have a label and others none, or one that is no number or name; integers
+        out of range.
     """
     items = [item._replace(label=None) if item.label == "" else item for item in items]
-    if all(item.label is None for item in items):
+    labels = {str(item.label) for item in items if item.label is not None}
+    if not labels:
         return Input(items, read, [])
-    for item in items:
-        if isinstance(item.label, bool) or not isinstance(item.label, (int, str)):
-            found = "None" if item.label is None else f"of type {type(item.label).__name__}"
-            raise UserError(
-                f"{name} has the label {found} for {shown(item.key, str)}, and others have labels: "
-                "give every row a name or a number"
-            )
-    labels = {str(item.label) for item in items}
+    wrong = next((item for item in items if not isinstance(item.label, (int, str))), None)
+    if wrong:
+        raise UserError(
+            f"{name} has the label {shown(wrong.label)} for {shown(wrong.key, str)}, and others "
+            "have labels: give every row a name or a number"
+        )
     if all(re.fullmatch(r"[+-]?\d+", label) for label in labels):
-        _check_numbers(name, items)
-        places = {label: int(label) for label in labels}
+        places, limit = {label: int(label) for label in labels}, max(_CLASSES, len(items))
+        beyond = next((label for label in places.values() if not 0 <= label < limit), None)
+        if beyond is not None:
+            raise UserError(
+                f"{name} has the label {beyond}: expected 0 to {limit - 1}, below the number of "
+                f"images or {_CLASSES}; write other labels as names"
+            )
         classes = [str(i) for i in range(max(places.values()) + 1)]
     else:
         classes = sorted(labels)
         places = {label: place for place, label in enumerate(classes)}
     items = [item._replace(label=places[str(item.label)]) for item in items]
     return Input(items, read, classes)
-
-
-def _check_numbers(name: str, items: Sequence[Item]) -> None:
-    """Raises UserError for an integer label that is out of range."""
-    limit = max(_CLASSES, len(items))
-    for item in items:
-        label = str(item.label)
-        if len(label) > 18 or not 0 <= int(label) < limit:
-            raise UserError(
-                f"{name} has the label {shown(item.label, str)} for {shown(item.key, str)}: "
-                f"expected 0 to {limit - 1}, below the number of images or {_CLASSES}; write other "
-                "labels as names"
-            )

@@ -4,7 +4,6 @@ A plan follows from the input and the choices alone, the same in every process. 
 plan.json holds it, so that a folder is never filled by two plans.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -111,10 +110,8 @@ def make_plan(choices: Choices, given: Input, autoencoder_sha256: str) -> dict[s
     }
 
 
-def claim(root: epath.Path, plan: dict, alone: bool) -> str:
+def claim(root: epath.Path, plan: dict) -> str:
     """Makes `plan` the folder's plan and returns its hash.
-
-    A folder in which a call of one process (`alone`) wrote no shard is free for another plan.
 
     Raises:
       UserError: the folder has another plan, or records that another program wrote.
@@ -128,8 +125,6 @@ def claim(root: epath.Path, plan: dict, alone: bool) -> str:
                 "it"
             )
         root.mkdir(parents=True, exist_ok=True)
-    elif alone and {path.name for path in root.iterdir()} == {_PLAN}:
-        files.write_json(root / _PLAN, plan, sealed=True)
     else:
         missing = object()
         for key in sorted(plan | existing):
@@ -140,19 +135,21 @@ def claim(root: epath.Path, plan: dict, alone: bool) -> str:
                     "was overwritten"
                 )
     if not (root / _PLAN).exists():
-        files.write_json(root / _PLAN, plan, sealed=True)
+        files.write_json(root / _PLAN, plan)
     return plan_hash
 
 
 def _existing_plan(root: epath.Path, plan: dict) -> dict | None:
     """The folder's plan, from its manifest if plan.json is missing; None if it has none."""
     if (root / _PLAN).exists():
-        return files.read_json(
+        existing = files.read_json(
             root / _PLAN,
             "remove it and give the same command again, which keeps the complete shards, or choose "
             "another --out",
         )
-    with contextlib.suppress(UserError):
-        made = read_manifest(str(root))[0].choices
-        return {key: made[key] for key in plan if key in made} or None
-    return None
+        existing.pop("content_sha256", None)  # which earlier versions wrote
+        return existing
+    if not (root / MANIFEST).exists():
+        return None
+    made = read_manifest(str(root))[0].choices
+    return {key: made[key] for key in plan if key in made} or None

@@ -13,7 +13,7 @@ imported: grain's worker processes run this.
 """
 
 from ntm_jax.data.records.layout import MANIFEST, Layout, read_manifest, write_manifest
-from ntm_jax.data.records.reading import Records, pad_text, sha256
+from ntm_jax.data.records.reading import Records, pad_text, sha256, verify
 from ntm_jax.data.records.writing import write_records, write_shard
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "pad_text",
     "read_manifest",
     "sha256",
+    "verify",
     "write_manifest",
     "write_records",
     "write_shard",

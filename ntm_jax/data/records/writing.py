@@ -78,9 +78,11 @@ def _write_array_records(
     writer = ArrayRecordWriter(path, f"group_size:1{compression}")
     try:
         for example in examples:
-            arrays, fault = _arrays(example, layout)
-            if fault:
-                raise UserError(f"example {count} of {name} {fault}")
+            try:
+                arrays = {key: _array(key, value) for key, value in example.items()}
+                layout.check(arrays)
+            except ValueError as error:
+                raise UserError(f"example {count} of {name} does not fit: {error}") from None
             with _write_errors(name):
                 writer.write(safetensors.numpy.save(arrays))
             count += 1
@@ -103,15 +105,6 @@ def _write_errors(name: str) -> Iterator[None]:
             f"the shard {name} cannot be written ({first_line(error)}): free space there, raise "
             "ulimit -f or make it writable; complete shards stay, and the same command goes on"
         ) from None
-
-
-def _arrays(example: Mapping[str, Any], layout: Layout) -> tuple[dict[str, np.ndarray], str | None]:
-    """The arrays of an example, and what is wrong with them; None if they fit."""
-    try:
-        arrays = {key: _array(key, value) for key, value in example.items()}
-    except UnicodeEncodeError:
-        return {}, "has a caption that UTF-8 cannot hold"
-    return arrays, layout.fault(arrays)
 
 
 def _array(key: str, value) -> np.ndarray:

@@ -18,7 +18,6 @@ import numpy as np
 from etils import epath
 from PIL import EpsImagePlugin
 
-from ntm_jax.data import regular
 from ntm_jax.data.sources.source import Source, SplitError, check_split
 from ntm_jax.errors import UserError, first_line
 
@@ -132,7 +131,7 @@ def _open(where: str):
     import tensorflow_datasets as tfds
 
     folder = epath.Path(where).expanduser()
-    if regular.is_regular(folder / "dataset_info.json"):
+    if (folder / "dataset_info.json").is_file():
         return tfds.builder_from_directory(os.fspath(folder))
     if not _NAME.fullmatch(where):
         raise ValueError("expected NAME, NAME/CONFIG or NAME/CONFIG:VERSION, or such a folder")
