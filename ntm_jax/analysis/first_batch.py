@@ -45,7 +45,7 @@ def _read_by_thread() -> int:
 
 
 def measure() -> dict[str, float]:
-    """{"mib": read by all workers before the first batch, "of_mib", "seconds", "shards", "workers"}.
+    """{"mib" that all workers read before the first batch, "of_mib", "seconds", ...}.
 
     The shards are one file under many names, so that they need little space.
     """
