@@ -115,7 +115,7 @@ def commands(text: str) -> list[list[str]]:
 def errors(calls: list[list[str]]) -> list[str]:
     """Returns the line with which each call is refused, '' for one that parses."""
     done = subprocess.run([sys.executable, "-c", PARSER], input=json.dumps(calls), cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
