@@ -1,5 +1,6 @@
 """Normalizing Trajectory Models in JAX: images in few steps, with exact trajectory likelihoods."""
 
+import importlib
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -7,8 +8,9 @@ from ntm_jax.errors import UserError
 
 if TYPE_CHECKING:
     from ntm_jax.api import Run, experiment, load, push, train
+    from ntm_jax.sampling import decoders
 
-__all__ = ["Run", "UserError", "experiment", "load", "push", "train"]
+__all__ = ["Run", "UserError", "decoders", "experiment", "load", "push", "train"]
 
 # setup.py installs launch/ and experiments/ as ntm_jax.launch and ntm_jax.experiments. A checkout
 # has them beside this package, where the same names find them.
@@ -18,7 +20,9 @@ if (_CHECKOUT / "experiments" / "default.py").is_file():
 
 
 def __getattr__(name: str):
-    """The functions of api.py, imported at first use: data workers need no jax."""
+    """What is public here, imported at first use: data workers need no jax."""
+    if name == "decoders":
+        return importlib.import_module("ntm_jax.sampling.decoders")
     if name in __all__:
         from ntm_jax import api
 

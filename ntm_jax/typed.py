@@ -50,15 +50,16 @@ class Setting:
             or (self.below is not None and value >= self.below))
 
 
-def setting(default, meaning: str, **values) -> Any:
+def setting(default, meaning: str, compare: bool = True, **values) -> Any:
     """A dataclass field that is a setting: its default, its meaning and the values that it takes.
 
         width: int = setting(128, "Width of the predictor.", low=1)
 
     values: `low` and `high`, inclusive bounds of a number; `above` and `below`, exclusive ones; or
-    `choices` of a text. They hold for each element of a tuple.
+    `choices` of a text. They hold for each element of a tuple. compare: as of dataclasses.field.
     """
-    return dataclasses.field(default=default, metadata={"setting": Setting(meaning, **values)})
+    metadata = {"setting": Setting(meaning, **values)}
+    return dataclasses.field(default=default, compare=compare, metadata=metadata)
 
 
 def settings(cls, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

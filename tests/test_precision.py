@@ -24,7 +24,7 @@ from ntm_jax.data import pipeline
 from ntm_jax.evaluation import measures, scoring
 from ntm_jax.export.write import programs
 from ntm_jax.runtime import chips, config, flops, sharding
-from ntm_jax.runtime.config import SampleOptions
+from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.run import Denoiser, Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, state
@@ -242,7 +242,7 @@ def results(params, dtype: str, plain: bool = False) -> dict:
         scored = scoring.bounds_of_batch(
             params, root, batch, schedule=schedule, model=model,
             decoder_levels=source.pixel_levels, trajectories=1, steps=count)
-        options = SampleOptions(count, 0.0, "score", "parallel", 100.0)
+        options = Sample(steps=count, inverse="parallel")
         denoised, sampled, _ = generate.generate_tokens(
             params, root, batch["index"], batch["label"],
             sampler=generate.Sampler(model, schedule, options, None), with_levels=True)

@@ -10,7 +10,7 @@ FLOORS = (  # from the ground up; a room imports from lower floors
     {"files", "progress"},
     {"typed"},
     {"core"},
-    {"backbones", "data", "decoders"},
+    {"backbones", "data"},
     {"runtime"},
     {"sampling"},
     {"evaluation"},

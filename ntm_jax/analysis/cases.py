@@ -63,7 +63,7 @@ class Setting:
         index, y = sharding.place((index, run.default_condition(index)), run.mesh)
         with sharding.use(run.mesh):
             t, us = latents(params, jax.random.key(0), index, y, schedule=run.schedule,
-                             model=full_precision(run.model), options=run.config.sample.options)
+                             model=full_precision(run.model), options=run.config.sample)
         return index, y, t, us
 
     def batches(self) -> pipeline.TrainIterator:

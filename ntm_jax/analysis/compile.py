@@ -168,7 +168,7 @@ def sample_program(run: Run, source: Source) -> Program:
         kind.stack, kind.shapes(size, source.text_tokens)))
     key = _abstract_key()
     params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
-    sampler = generate.Sampler(full_precision(model), run.schedule, run.config.sample.options, mesh)
+    sampler = generate.Sampler(full_precision(model), run.schedule, run.config.sample, mesh)
     return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler}, size)
 
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax import decoders
 from ntm_jax.analysis.cases import Case, Setting, latents
 from ntm_jax.core import flow_matching, sampling
 from ntm_jax.core.denoising import score_denoise
@@ -23,7 +22,7 @@ from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import generate, inverses
+from ntm_jax.sampling import decoders, generate, inverses
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.step import check_batch, flops_of_step, make_step
@@ -146,7 +145,7 @@ def _sampler(decoder: str, setting: Setting) -> Case | None:
         return None
     index, y, *_ = setting.drawn
     denoiser = setting.denoiser if needs.needs_denoiser else None
-    options = dataclasses.replace(setting.run.config.sample.options, decoder=decoder)
+    options = dataclasses.replace(setting.run.config.sample, decoder=decoder)
 
     def images(model, inverse, params, root, index, y, denoiser_params):
         sampler = generate.Sampler(
@@ -165,7 +164,7 @@ def _predictor(setting: Setting) -> Case | None:
 
     def predicted(model, _, params, root, index, y):
         return latents(params, root, index, y, schedule=setting.run.schedule, model=model,
-                        options=setting.run.config.sample.options)
+                        options=setting.run.config.sample)
 
     return _sampling(setting, predicted, jax.random.key(0), index, y)
 
@@ -216,7 +215,7 @@ def _score(setting: Setting) -> Case | None:
     if setting.solves_ode:
         return None
     _, y, t, us = setting.drawn
-    options = setting.run.config.sample.options
+    options = setting.run.config.sample
 
     def denoised(model, _, params, xs, t, y):
         sampler = generate.Sampler(model, setting.run.schedule, options, setting.run.mesh)

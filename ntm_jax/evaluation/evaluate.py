@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ntm_jax import decoders
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, check_count
@@ -16,6 +15,7 @@ from ntm_jax.evaluation.report import clean_figures, directions, provenance, sum
 from ntm_jax.runtime.config import Evaluate
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import decoders
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
-from ntm_jax import decoders, files
+from ntm_jax import files
 from ntm_jax.core.model import full_precision
 from ntm_jax.data import transforms
 from ntm_jax.data.pipeline import spec_to_json
@@ -33,7 +33,7 @@ from ntm_jax.runtime import build, sharding
 from ntm_jax.runtime.checksums import array_checksums, named_leaves
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import generate
+from ntm_jax.sampling import decoders, generate
 from ntm_jax.sampling.options import check_decoder, override
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -77,7 +77,7 @@ def _one(run: Run, condition: tuple):
 
 
 def _sampler(run: Run):
-    spec, options = run.spec, run.config.sample.options
+    spec, options = run.spec, run.config.sample
     model = full_precision(build.plain(run.model))
     denoiser = None
     if decoders.find(options.decoder).needs_denoiser:

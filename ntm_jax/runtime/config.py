@@ -12,7 +12,7 @@ import importlib
 import typing
 from typing import Any
 
-from ntm_jax import backbones, decoders, files
+from ntm_jax import backbones, files
 from ntm_jax.core.config import HEADS, POSITIONS
 from ntm_jax.core.trajectory import Schedule, default_shift, shifted
 from ntm_jax.core.transformer.layers import REMAT
@@ -176,21 +176,10 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    """How images are made. Hashable, so that the jitted sampler takes it as a static argument."""
-
-    steps: int  # T, or the steps of an ODE
-    guidance: float | tuple[float, ...]  # one scale, or one for each step from pure noise down
-    decoder: str
-    inverse: str
-    percentile: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Sample:
-    """How many images are made, and how."""
+    """How images are made, and how many. Static: all but `num` tell compiled samplers apart."""
 
-    num: int = setting(100, "Images of a grid or a call of launch.sample.", low=0)
+    num: int = setting(100, "Images of a grid or a call of launch.sample.", low=0, compare=False)
     steps: int = setting(
         4, "Step count T, or steps of a flow-matching model's ODE solver.", low=1, high=100_000)
     guidance: float | tuple[float, ...] = setting(
@@ -202,11 +191,6 @@ class Sample:
     percentile: float = setting(
         100.0, "Clips the gradient of decoder=score at this percentile; 100 clips none.", low=0,
         high=100)
-
-    @property
-    def options(self) -> SampleOptions:
-        """How images are made, without their number, which must not recompile the sampler."""
-        return SampleOptions(self.steps, self.guidance, self.decoder, self.inverse, self.percentile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +224,7 @@ class Config:
     @property
     def evaluation_steps(self) -> int:
         """The steps T of evaluated trajectories, those of sampling unless an ODE is sampled."""
-        solves_ode = decoders.find(self.sample.decoder).solves_ode
+        solves_ode = decoder(self.sample.decoder).solves_ode
         return max(self.trajectory.steps) if solves_ode else self.sample.steps
 
     def schedule(self, tokens: int) -> Schedule:
@@ -256,6 +240,11 @@ class Config:
     def with_evaluation(self, **settings) -> "Config":
         """The configuration with other settings of its section `evaluate`."""
         return dataclasses.replace(self, evaluate=dataclasses.replace(self.evaluate, **settings))
+
+
+def decoder(name: str) -> Any:
+    """The decoder of this name, from the table of sampling.decoders; UserError if there is none."""
+    return importlib.import_module("ntm_jax.sampling.decoders").find(name)
 
 
 def config_class() -> type[Config]:
@@ -281,7 +270,6 @@ def read(config) -> Config:
     values = config.to_dict() if hasattr(config, "to_dict") else config
     result = parse_dataclass(config_class(), values, "config")
     backbones.find(result.model.backbone)
-    decoders.find(result.sample.decoder)
     _check_levels(result)
     _check_training(result)
     _check_sampling(result)
@@ -307,7 +295,7 @@ def _check_training(config: Config) -> None:
 
 
 def _check_sampling(config: Config) -> None:
-    if decoders.find(config.sample.decoder).needs_denoiser and not config.teacher:
+    if decoder(config.sample.decoder).needs_denoiser and not config.teacher:
         raise UserError(f"config.sample.decoder={config.sample.decoder} needs a learned denoiser: "
                         "train one with config.train.objective=denoiser and --config.teacher")
     check_guidance("config.sample.guidance", config.sample.guidance, config.sample.steps)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from ntm_jax import decoders
 from ntm_jax.core.denoising import Teacher, make_denoiser
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule
@@ -21,7 +20,7 @@ from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, shown
 from ntm_jax.runtime import arithmetic, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.runtime.config import Config, Mesh
+from ntm_jax.runtime.config import Config, Mesh, decoder
 
 FROZEN = "frozen"  # the folder in a workdir of a teacher or a reference; see training.frozen
 
@@ -84,7 +83,7 @@ class Run:
 
     def sampled_levels(self) -> np.ndarray:
         """The levels [K] of sampling: those of evaluation, or an ODE's, from 0 to 1."""
-        if decoders.find(self.config.sample.decoder).solves_ode:
+        if decoder(self.config.sample.decoder).solves_ode:
             return self._levels(self.config.sample.steps, 0)
         return self.evaluated_levels()
 

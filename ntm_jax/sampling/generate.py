@@ -4,54 +4,24 @@ Symbols: n images; B batch, K levels, N tokens, D token channels; H, W, C image 
 channels; V pixel levels; M text tokens, E their width.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from ntm_jax import decoders
-from ntm_jax.core.model import NTM, full_precision
-from ntm_jax.core.predictor import Predictor
-from ntm_jax.core.trajectory import Schedule, example_keys
+from ntm_jax.core.model import full_precision
+from ntm_jax.core.trajectory import example_keys
 from ntm_jax.data import transforms
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.config import SampleOptions
+from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.run import Run, checked_seed
-from ntm_jax.sampling import inverses, selection
+from ntm_jax.sampling import decoders, selection
+from ntm_jax.sampling.decoders import Sampler
 from ntm_jax.sampling.options import check_decoder
 
 BATCH = 100  # images at a time, of pictures and of scores, so that one program serves both
-SLICE_TOKENS = 2048  # of all levels of the trajectories that a CPU denoises at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    """The static arguments of sampling, for which the jitted function compiles once."""
-
-    model: NTM  # see core.model.full_precision
-    schedule: Schedule
-    options: SampleOptions
-    mesh: jax.sharding.Mesh | None  # of the inverse `auto`; see inverses.choose
-    denoiser: Predictor | None = None  # of a decoder that needs one
-
-    def inverse(self, rows: int) -> str:
-        """The inverse of this many latents of all devices: parallel or sequential."""
-        return inverses.choose(self.options.inverse, self.model.config, rows, self.mesh)
-
-    def slices(self, rows: int) -> int:
-        """In how many slices this many trajectories are denoised, one after the other.
-
-        On one CPU they have up to SLICE_TOKENS tokens, so that activations stay in a core's cache,
-        or a quarter where the batch has no larger divisor. 1 on other devices.
-        """
-        if self.mesh is None or self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
-            return 1
-        most = max(SLICE_TOKENS // (self.model.config.tokens * self.options.steps), 1)
-        sizes = range(max(most // 4, 1), most + 1)
-        return rows // max((size for size in sizes if rows % size == 0), default=rows)
 
 
 class Drawn(NamedTuple):
@@ -88,7 +58,7 @@ def generate_tokens(params, root, index, y, denoiser_params=None, *, sampler: Sa
     return x, xs if with_levels else None, log_density if with_log_prob else None
 
 
-def sample_at(run: Run, index, condition=None, options: SampleOptions | None = None,
+def sample_at(run: Run, index, condition=None, options: Sample | None = None,
               seed: int | None = None, with_levels: bool = False):
     """The images of these indices [n] on a condition.
 
@@ -104,13 +74,13 @@ def sample_at(run: Run, index, condition=None, options: SampleOptions | None = N
     return spec.from_tokens(x), spec.from_tokens(xs, own_units=False)[:, ::-1]
 
 
-def draw_at(run: Run, index, condition=None, options: SampleOptions | None = None,
+def draw_at(run: Run, index, condition=None, options: Sample | None = None,
             seed: int | None = None) -> Drawn:
     """The samples of sample_at, with their levels and the log-density of their trajectories.
 
     Raises UserError where samples have no such density; see check_density.
     """
-    options, spec = options or run.config.sample.options, run.spec
+    options, spec = options or run.config.sample, run.spec
     check_density(run, options)
     x, xs, log_density = _tokens_at(
         run, index, condition, options, seed, with_levels=True, with_log_prob=True)
@@ -119,7 +89,7 @@ def draw_at(run: Run, index, condition=None, options: SampleOptions | None = Non
                  log_density[:, ::-1])
 
 
-def check_density(run: Run, options: SampleOptions) -> None:
+def check_density(run: Run, options: Sample) -> None:
     """Raises UserError for an ODE's solver, and where samples are selected."""
     if run.selection:
         raise UserError("a sample that is selected among candidates does not have the density of "
@@ -132,7 +102,7 @@ def check_density(run: Run, options: SampleOptions) -> None:
 def _tokens_at(run: Run, index, condition, options, seed: int | None, with_levels: bool,
                with_log_prob: bool = False) -> list:
     """generate_tokens of these indices [n], on the host."""
-    options = options or run.config.sample.options
+    options = options or run.config.sample
     check_decoder(run, options.decoder)
     decoder = decoders.find(options.decoder)
     denoiser = run.denoiser if decoder.needs_denoiser else None

@@ -6,32 +6,32 @@ import warnings
 
 import numpy as np
 
-from ntm_jax import decoders, typed
+from ntm_jax import typed
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import (
     Config,
     Sample,
-    SampleOptions,
     check_guidance,
     check_steps,
     guided,
 )
 from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import decoders
 
 
-def override(config: Config, **given) -> SampleOptions:
+def override(config: Config, **given) -> Sample:
     """The configuration's options of sampling with the given ones that are not None.
 
     Raises UserError for an option that is unknown, or whose value its setting does not take.
     """
     given = {name: _plain(value) for name, value in given.items() if value is not None}
     values = dataclasses.asdict(config.sample) | given
-    options = typed.parse_dataclass(Sample, values, "config.sample").options
+    options = typed.parse_dataclass(Sample, values, "config.sample")
     check(config, options)
     return options
 
 
-def check(config: Config, options: SampleOptions) -> None:
+def check(config: Config, options: Sample) -> None:
     """Checks options of sampling that differ from the configuration's.
 
     Raises UserError for guidance of another length than the steps, or that the model was not

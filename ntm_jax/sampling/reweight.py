@@ -24,7 +24,7 @@ from ntm_jax.core.model import full_precision, log_prior
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
 from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.config import SampleOptions
+from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling.generate import Sampler, check_density
 
@@ -106,7 +106,7 @@ def _draw(params, root, index, y, *, sampler: Sampler):
     return x, forward - jnp.sum(log_density, 1) - decoded
 
 
-def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleOptions,
+def reweight(run: Run, log_target: Callable, condition, n: int, options: Sample,
              seed: int | None = None) -> Reweighted:
     """n samples of a run on a condition, weighted to exp(log_target).
 
@@ -148,7 +148,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: SampleO
     return Reweighted(samples, log_weights, samples[chosen])
 
 
-def _draw_all(run: Run, condition, n: int, options: SampleOptions, seed: int):
+def _draw_all(run: Run, condition, n: int, options: Sample, seed: int):
     """(tokens [n, N, D], log-ratios [n] float64), in batches of one size."""
     sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh)
     root, size = jax.random.key(seed), min(n, BATCH)

@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax import decoders
 from ntm_jax.core.model import NTM, Terms, full_precision
 from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
 from ntm_jax.errors import UserError, check_count, shown
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run, Selection, different_data
+from ntm_jax.sampling import decoders
 
 TRAJECTORIES = 4  # of each candidate; more of them select hardly better
 

@@ -17,7 +17,7 @@ from ntm_jax import files
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import checksums, plots
-from ntm_jax.runtime.config import Config, SampleOptions
+from ntm_jax.runtime.config import Config, Sample
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import generate, prompts
@@ -51,7 +51,7 @@ class SampleRequest:
         """How many images each prompt has."""
         return self.num // len(self.prompts) if self.prompts else 1
 
-    def options(self, config: Config) -> SampleOptions:
+    def options(self, config: Config) -> Sample:
         """How the images are made. Raises UserError; see sampling.options."""
         return override(config, steps=self.steps, guidance=self.guidance,
                                  decoder=self.decoder, inverse=self.inverse)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntm_jax import decoders
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.denoising import Teacher
 from ntm_jax.core.model import NTM, Terms, repeat
@@ -29,6 +28,7 @@ from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
 from ntm_jax.runtime.config import Config, Model
 from ntm_jax.runtime.run import Run
+from ntm_jax.sampling import decoders
 from ntm_jax.training.extension import Extension
 
 

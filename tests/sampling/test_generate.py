@@ -54,7 +54,7 @@ def test_levels_that_nobody_asks_for_are_not_copied_to_the_host(run, monkeypatch
     (1, 1), (32, 1), (64, 2), (100, 4), (33, 3), (500, 20), (8, 1), (37, 1), (997, 1)])
 def test_a_cpu_denoises_in_slices(run, rows, slices):
     """Those of 2,048 tokens have 32 trajectories of 4 levels of 16 tokens, and at least 8."""
-    options = dataclasses.replace(run.config.sample.options, steps=4)
+    options = dataclasses.replace(run.config.sample, steps=4)
     sampler = generate.Sampler(run.model, run.schedule, options, run.mesh)
     assert sampler.slices(rows) == slices
     many = dataclasses.replace(sampler, options=dataclasses.replace(options, steps=1000))

@@ -81,8 +81,10 @@ def benchmark(run: Run, amounts: Amounts, folder: str | None = None,
 
 def _earlier(run: Run, amounts: Amounts, folder: str) -> kept.Kept:
     """What an interrupted call of the same run and amounts has scored, in a folder."""
+    options = dataclasses.asdict(run.config.sample)
+    del options["num"]
     asked = {"checksum": checksums.digest(run.params), "source": run.config.data.source,
-             "seed": run.config.seed, "options": dataclasses.asdict(run.config.sample.options),
+             "seed": run.config.seed, "options": options,
              "samples": amounts.samples, "weighted": amounts.weighted}
     return kept.Kept(folder, files.digest(asked))
 
@@ -125,7 +127,7 @@ def _weighted(run: Run, log_joint: Callable, x, amounts: Amounts) -> Reweighted:
     """
     def draw(n: int) -> Reweighted:
         given = run.condition.validate(1, x)
-        return reweight(run, log_joint, given, n, run.config.sample.options)
+        return reweight(run, log_joint, given, n, run.config.sample)
 
     n = PROPOSALS * amounts.samples
     found = draw(n)

@@ -20,7 +20,7 @@ from ntm_jax import files
 from ntm_jax.data import images as image_files
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import checksums, plots
-from ntm_jax.runtime.config import SampleOptions
+from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import generate
@@ -89,7 +89,7 @@ class _Collector:
             raise UserError(f"{run.workdir} is not a model of captioned images of {_PIXEL_LEVELS} "
                             "pixel levels, and what is collected are image files with captions: "
                             "take a run with config.model.condition=text")
-        self.options: SampleOptions = override(
+        self.options: Sample = override(
             run.config, guidance=request.guidance, decoder=request.decoder)
         check_decoder(run, self.options.decoder)
         # without the encoder, which reads every caption; default_conditions opens it once

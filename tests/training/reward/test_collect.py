@@ -64,7 +64,7 @@ def rows_of(folder) -> dict[str, dict]:
 
 def test_samples_above_the_threshold_are_kept_with_their_captions(
         text_run, mean_pixel, tmp_path, capsys):
-    options = dataclasses.replace(text_run.config.sample.options, guidance=0.0)
+    options = dataclasses.replace(text_run.config.sample, guidance=0.0)
 
     def samples(index):
         y = text_run.default_condition(index, "train[:20]")

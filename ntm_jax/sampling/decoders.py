@@ -16,10 +16,42 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import denoising, flow_matching, sampling
-from ntm_jax.core.model import full_precision
-from ntm_jax.core.trajectory import example_noise, per_example
+from ntm_jax.core.model import NTM, full_precision
+from ntm_jax.core.predictor import Predictor
+from ntm_jax.core.trajectory import Schedule, example_noise, per_example
 from ntm_jax.core.transformer.precision import precision
 from ntm_jax.registry import Registry
+from ntm_jax.runtime.config import Sample
+from ntm_jax.sampling import inverses
+
+SLICE_TOKENS = 2048  # of all levels of the trajectories that a CPU denoises at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The static arguments of sampling, for which the jitted function compiles once."""
+
+    model: NTM  # see core.model.full_precision
+    schedule: Schedule
+    options: Sample
+    mesh: jax.sharding.Mesh | None  # of the inverse `auto`; see inverses.choose
+    denoiser: Predictor | None = None  # of a decoder that needs one
+
+    def inverse(self, rows: int) -> str:
+        """The inverse of this many latents of all devices: parallel or sequential."""
+        return inverses.choose(self.options.inverse, self.model.config, rows, self.mesh)
+
+    def slices(self, rows: int) -> int:
+        """In how many slices this many trajectories are denoised, one after the other.
+
+        On one CPU they have up to SLICE_TOKENS tokens, so that activations stay in a core's cache,
+        or a quarter where the batch has no larger divisor. 1 on other devices.
+        """
+        if self.mesh is None or self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
+            return 1
+        most = max(SLICE_TOKENS // (self.model.config.tokens * self.options.steps), 1)
+        sizes = range(max(most // 4, 1), most + 1)
+        return rows // max((size for size in sizes if rows % size == 0), default=rows)
 
 
 class Decoded(NamedTuple):
@@ -53,7 +85,7 @@ class Decoder:
     """One way to make clean tokens.
 
     draw(sampler, params, keys, y, denoiser_params, with_levels) -> Decoded, of keys [B] and their
-    condition y. sampler: sampling.generate.Sampler. denoiser_params: None unless needs_denoiser.
+    condition y. denoiser_params: None unless needs_denoiser.
     `from_trajectory` makes such a function for an NTM.
     needs_levels: it has the levels anyway, so that asking for them costs nothing; its evaluation
     measures how well every level is denoised.
@@ -74,7 +106,7 @@ def from_trajectory(clean: Callable, needs_levels: bool = False, **facts) -> Dec
     clean(sampler, params, trajectory, denoiser_params) -> [B, N, D]. needs_levels: it uses
     trajectory.xs. facts: other fields of Decoder.
     """
-    def draw(sampler, params, keys, y, denoiser_params, with_levels: bool) -> Decoded:
+    def draw(sampler: Sampler, params, keys, y, denoiser_params, with_levels: bool) -> Decoded:
         model, steps = sampler.model, sampler.options.steps
         t = sampler.schedule.fixed_levels(steps, len(keys))
         us, log_density = sampling.draw_latents(
@@ -90,26 +122,27 @@ def from_trajectory(clean: Callable, needs_levels: bool = False, **facts) -> Dec
     return Decoder(draw, needs_levels, **facts)
 
 
-def _inverse(sampler, params, trajectory: Trajectory, denoiser_params):
+def _inverse(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
     us, xs, t, y = trajectory
     x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
         sampler.model, params, us, t, y, 0, sampler.inverse(len(us)))
     return x_0 / (1 - per_example(t[:, 0], x_0))
 
 
-def _score(sampler, params, trajectory: Trajectory, denoiser_params):
+def _score(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
     us, xs, t, y = trajectory
     return denoising.score_denoise(
         sampler.model, params, xs, t, y, sampler.options.percentile, sampler.slices(len(us)))
 
 
-def _denoiser(sampler, params, trajectory: Trajectory, denoiser_params):
+def _denoiser(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
     us, _, t, y = trajectory
     denoiser, steps = full_precision(sampler.denoiser), sampler.options.steps
     return denoising.denoise(denoiser, denoiser_params, us[:, 0], t[:, 0], steps, y)
 
 
-def _solve(sampler, params, keys, y, denoiser_params, with_levels: bool, heun: bool) -> Decoded:
+def _solve(sampler: Sampler, params, keys, y, denoiser_params, with_levels: bool,
+           heun: bool) -> Decoded:
     config, options = sampler.model.config, sampler.options
     noise = example_noise(keys, (config.tokens, config.dim))
     t = sampler.schedule.levels(options.steps, jnp.zeros(len(keys)))
