@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 
 PART = ".part-"  # the prefix of a file's name while it is being written
-SEAL = "content_sha256"  # in a sealed JSON file, the key of the digest of all other keys
+SEAL = "content_sha256"  # the key of the digest of all other keys, in config.json and older files
 
 
 def is_remote(path) -> bool:
@@ -97,23 +97,17 @@ def parse_object(text: bytes | str) -> dict:
     """The JSON object in a text. Raises ValueError, in one line, for anything else."""
     try:
         content = json.loads(text)
-    except UnicodeDecodeError:
-        raise ValueError("it is not UTF-8") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is not JSON: {error}") from None
-    except ValueError:  # Python's limit on the digits of an integer
-        raise ValueError("it holds a number of thousands of digits") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deeply
+        raise ValueError(f"it is not JSON: {first_line(error)}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"it is not a JSON object but {_kind(content)}")
+        raise ValueError("it is not a JSON object")
     return content
 
 
 def parse_json(text: bytes | str) -> dict:
-    """The JSON object in a text, without its seal.
+    """The JSON object in a text, without its checksum.
 
-    Raises ValueError, in one line, for anything else and for a digest that does not match.
+    Raises ValueError, in one line, for anything else and for a checksum that does not match.
     """
     content = parse_object(text)
     seal = content.pop(SEAL, None)
@@ -123,11 +117,10 @@ def parse_json(text: bytes | str) -> dict:
 
 
 def read_json(path, remedy: str) -> dict:
-    """The JSON object in an existing file, without its seal.
+    """The JSON object in an existing file, without its checksum.
 
-    Raises:
-      UserError: it cannot be parsed, or was damaged or edited since it was sealed. The line names
-        the file and ends with `remedy`.
+    Raises UserError if it cannot be parsed or does not match its checksum. The line names the file
+    and ends with `remedy`.
     """
     try:
         return parse_json(epath.Path(path).read_bytes())
@@ -145,8 +138,3 @@ def read_lines(path) -> list[dict]:
         with contextlib.suppress(ValueError):
             found.append(parse_json(line))
     return found
-
-
-def _kind(value) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

@@ -1,7 +1,6 @@
 """Files are written completely or not at all, and unusable JSON is refused with one line."""
 
 import errno
-import json
 import os
 
 import pytest
@@ -10,11 +9,8 @@ from ntm_jax import files
 from ntm_jax.errors import UserError
 from tests.common import file_size_limit
 
-HOSTILE = {
-    "empty": b"", "a list": b"[]", "null": b"null", "a number": b"3", "a string": b'"a"',
-    "not UTF-8": b"\xff", "truncated": b'{"a": 1', "deep lists": b"[" * 100_000,
-    "deep objects": b'{"a":' * 100_000, "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}",
-}
+HOSTILE = {"truncated": b'{"a": 1', "not UTF-8": b"\xff", "a list": b"[]",
+           "deep lists": b"[" * 100_000, "5,000 digits": b'{"a": ' + b"9" * 5000 + b"}"}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -29,26 +25,15 @@ def test_json_without_an_object_is_refused_in_one_line_that_names_the_file(tmp_p
     assert len(str(error.value)) < 300
 
 
-def test_a_sealed_file_shows_every_change_of_its_content(tmp_path):
+def test_a_changed_value_does_not_match_the_checksum(tmp_path):
     path, content = tmp_path / "side.json", {"b": [1, 2.5e-7, None], "a": {"c": "é"}}
-    files.write_json(path, content, sealed=True)
+    files.write_json(path, content | {files.SEAL: files.digest(content)})
     assert files.read_json(path, "") == content
-    assert list(json.loads(path.read_text())) == ["b", "a", files.SEAL]
-    sealed = path.read_bytes()
-    for place in range(8 * len(sealed)):
-        changed = bytearray(sealed)
-        changed[place // 8] ^= 1 << place % 8
-        try:
-            found = files.parse_json(bytes(changed))
-        except ValueError:
-            continue
-        # A flip within the seal's name leaves a file without a seal and a key that readers refuse.
-        assert found == content or len(found) == 3, bytes(changed)
-
-
-def test_a_file_without_a_seal_is_read(tmp_path):
-    files.write_json(tmp_path / "side.json", {"a": 1})
-    assert files.read_json(tmp_path / "side.json", "") == {"a": 1}
+    path.write_text(path.read_text().replace("2.5e-07", "2.6e-07"))
+    with pytest.raises(UserError, match="does not match its checksum"):
+        files.read_json(path, "")
+    files.write_json(path, content)
+    assert files.read_json(path, "") == content
 
 
 def test_a_file_written_aside_gets_its_name_at_the_end_or_never(tmp_path):

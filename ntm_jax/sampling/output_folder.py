@@ -52,7 +52,7 @@ class OutputFolder:
         done = multihost_utils.broadcast_one_to_all(done)
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, asked, sealed=True)
+            files.write_json(path, asked)
         return done
 
     def fill(self, asked: dict, batches: Sequence[np.ndarray], title: str,

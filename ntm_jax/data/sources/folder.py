@@ -369,5 +369,5 @@ def _write_manifest(root: epath.Path, entries: dict[str, list[int]]) -> None:
     for path in _manifests(root):
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, entries, sealed=True)
+            write_json(path, entries)
             return
