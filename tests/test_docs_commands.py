@@ -28,7 +28,8 @@ NAMED = re.compile(r"--config=(?:\w*|(?:\./)?experiments/\w+\.py)(?::\S*)?")
 PARSER = """
 import io, json, os, runpy, sys, warnings
 from absl import app
-from launch import program  # imported once, since every command below needs it
+from launch import program  # imported once, since every command below needs both
+from ntm_jax.experiments import default
 
 def parse(call, flags_parser):
     app.define_help_flags()
