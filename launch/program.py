@@ -1,5 +1,6 @@
 """What every program starts with: flags, and mistakes that end in one line with status 2."""
 
+import contextlib
 import faulthandler
 import gc
 import glob
@@ -253,12 +254,9 @@ def _keep_programs(folder: str | None):
         # XLA divides a program among the CPU's cores when it compiles it, and jax does not tell two
         # such programs apart.
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-        folder = os.path.join(
-            os.path.expanduser("~"), ".cache", "ntm_jax", "programs", f"{len(cores)}-cores")
-        try:
+        folder = os.path.expanduser(f"~/.cache/ntm_jax/programs/{len(cores)}-cores")
+        with contextlib.suppress(OSError):  # such as the home of a container's user
             os.makedirs(folder, exist_ok=True)
-        except OSError:  # such as the home of a container's user
-            return
         if not os.access(folder, os.W_OK):
             return
     if folder is not None:

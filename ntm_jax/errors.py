@@ -38,9 +38,6 @@ def first_line(error: Exception) -> str:
 
 def shown(value, show=repr) -> str:
     """The text `show(value)` cut to 80 printable characters, to quote in a message."""
-    try:
-        text = show(value)
-    except ValueError:  # an integer of thousands of digits
-        return "a number of thousands of digits"
+    text = show(value)
     text = text if len(text) <= 80 else f"{text[:77]}..."
     return text if text.isprintable() else text.encode("unicode_escape").decode()
