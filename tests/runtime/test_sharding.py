@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from ntm_jax.data import pipeline, sources
+from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, config, sharding
@@ -22,7 +22,6 @@ from ntm_jax.training.step import make_step
 from tests.common import (
     TINY,
     as_run,
-    batch_of,
     bits,
     experiment,
     objective_of,
@@ -35,178 +34,134 @@ from tests.common import (
 RELATIVE = 1e-5  # float32 sums in another order
 
 
-def sizes(name: str) -> tuple[int, ...]:
-    """The sizes of a mesh's axes: "4x2x1x1" -> (4, 2, 1, 1)."""
-    return tuple(map(int, name.split("x")))
+ONE, SHARDED, SEQUENCE, OTHER = "1x1x1x1", "2x2x2x1", "2x1x2x2", "1x2x2x2"
+SMALL = {key: TINY[key] for key in TINY if key.startswith(("model.", "train."))}
+SMALL |= {"model.transporter_blocks": 2}  # the second reverses the tokens
+NETWORKS = {  # the experiment, and what makes it tiny
+    "digits": (("digits",), TINY),
+    "text": (("t2i256", "runlocal"), SMALL | {"data.source": "mock:4x4x4,text=4x8"}),
+    "flux2": (("flux2_klein", "runlocal"), SMALL | {
+        "data.source": "mock:4x4x4,text=8x8", "init_from": "frozen", "train.align_weight": 2.5}),
+}
 
 
-def main(what, out, *names):
-    """Writes what the shipped functions compute on each of these meshes.
+def main(out, *cases):
+    """Writes what the shipped functions compute in each case, NETWORK/MESH[/scores].
 
-    what: "steps", or "all": also scores and images on ONE, which comes first, and SHARDED. Arrays
-    as OUT.npz, {mesh/number of the step/metric: value} and others; the rest as OUT.json.
+    Arrays as OUT.npz, {network/mesh/number of the step/metric: value}, and scores and images; facts
+    of the state as OUT.json.
     """
-    arrays, facts, random = {}, {}, None
-    for name in names:
-        shape = sizes(name)
-        axes = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, shape, strict=True)}
-        # One mesh spans two slices and takes its batch in two parts: the same numbers.
-        many = 2 if name == SEQUENCE else 1
-        settings = tiny_config(**axes, **{
-            "sample.decoder": "inverse", "mesh.slices": many, "train.accumulate": many})
-        source, model, _ = setup(
-            dataclasses.replace(settings, mesh=config.Mesh(1, -1, 1, 1, 1)))
-        mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
-        run = as_run(settings, model, mesh)
-        if (what, name) != ("all", SHARDED):  # whose steps the quick tests take
-            random, metrics, facts[name] = take_steps(run, source)
-            arrays |= {f"{name}/{key}": value for key, value in metrics.items()}
-        if what == "all" and name in (ONE, SHARDED):
-            homes = jax.tree.map(lambda a: a.sharding, state.abstract(run).params)
-            run = dataclasses.replace(run, params=jax.device_put(random, homes))
+    arrays, facts = {}, {}
+    for case in cases:
+        network, mesh, *scores = case.split("/")
+        run, source = tiny_run(network, mesh)
+        current = state.initialize(run)
+        begun = hashlib.sha256(repr(bits(current)).encode()).hexdigest()
+        homes = jax.tree.map(lambda a: a.sharding, current.params)
+        random = jax.device_put(randomised(current.params), homes)
+        if scores:
+            run = dataclasses.replace(run, params=random)
             table = scoring.score_records(run, source, 2)
-            arrays |= {f"{name}/scores/{key}": value for key, value in table.items()}
-            arrays[f"{name}/images"] = generate.sample_at(selecting(run, 2), np.arange(5))
+            arrays |= {f"{mesh}/scores/{key}": value for key, value in table.items()}
+            arrays[f"{mesh}/images"] = generate.sample_at(selecting(run, 2), np.arange(5))
+            continue
+        current = current.replace(
+            params=random, ema=jax.device_put(randomised(current.params), homes))
+        found, where = take_steps(run, source, current, 3 if network == "digits" else 1)
+        arrays |= {f"{network}/{mesh}/{key}": value for key, value in found.items()}
+        facts[mesh] = {"begun": begun, "where": where}
     np.savez(out + ".npz", **arrays)
     with open(out + ".json", "w") as file:
         json.dump(facts, file)
 
 
-def take_steps(run, source):
-    """(random parameters, the metrics of three steps from them, facts of the run's state)."""
-    current = state.initialize(run)
-    begun = hashlib.sha256(repr(bits(current)).encode()).hexdigest()
-    homes, random = jax.tree.map(lambda a: a.sharding, current.params), randomised(current.params)
-    current = current.replace(params=jax.device_put(random, homes),
-                              ema=jax.device_put(random, homes))
-    batch, found = sharding.to_global(batch_of(source, run.config, 16), run.mesh), {}
-    step = make_step(run, objective_of(run))
+def tiny_run(network, name):
+    """The tiny run of a network on a mesh, without parameters, and its held-out records."""
+    where, changes = NETWORKS[network]
+    values, sizes = experiment(*where), tuple(map(int, name.split("x")))
+    # One mesh spans two slices and takes its batch in two parts: the same numbers.
+    many = 2 if name == SEQUENCE else 1
+    values.update_from_flattened_dict(changes | {
+        "data.batch_size": 16, "mesh.slices": many, "train.accumulate": many})
+    values.mesh.update(dict(zip(sharding.AXES, sizes, strict=True)))
+    settings = config.read(values)
+    source = settings.data.open(settings.evaluate.split)
+    model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
+    mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(sizes)])
+    return as_run(settings, model, mesh), source
+
+
+def take_steps(run, source, current, count):
+    """({number/metric: value}, {name: [shape, shape of a device's part]} of the state)."""
+    batch = next(pipeline.evaluation_batches(source, run.config.data.patch_size, 16))
+    del batch["mask"]
+    batch, found, reference = sharding.to_global(batch, run.mesh), {}, None
+    if run.config.train.align_weight:
+        own = current.params["params"]["backbone"]
+        moved = jax.tree.map(lambda a: np.asarray(a) + 0.05, own)
+        reference = {"params": jax.device_put(moved, jax.tree.map(lambda a: a.sharding, own))}
+    step, steps = make_step(run, objective_of(run)), max(run.config.trajectory.steps)
     with sharding.use(run.mesh):
-        compiled = step.lower(current, batch, 2).compile()
-        for number in range(3):  # compiled once: the new state is sharded as the old
-            current, metrics = compiled(current, batch)
+        compiled = step.lower(current, batch, steps, reference).compile()
+        for number in range(count):  # compiled once: the new state is sharded as the old
+            current, metrics = compiled(current, batch, reference)
             found |= {f"{number}/{key}": np.asarray(value) for key, value in metrics.items()}
     where = {jax.tree_util.keystr(path, simple=True, separator="/"):
              [list(a.shape), list(a.addressable_shards[0].data.shape)]
              for path, a in jax.tree_util.tree_leaves_with_path(current)}
-    return random, found, {"begun": begun, "where": where}
+    return found, where
 
 
-ONE, SHARDED, SEQUENCE = "1x1x1x1", "2x2x2x1", "2x1x2x2"
-SMALL = {key: TINY[key] for key in TINY if key.startswith(("model.", "train."))}
-SMALL |= {"model.transporter_blocks": 2}  # the second reverses the tokens
-OTHERS = {  # the other networks: the experiment, and what makes it tiny
-    "text": (("t2i256", "runlocal"), {"data.source": "mock:4x4x4,text=4x8"}),
-    "flux2": (("flux2_klein", "runlocal"), {
-        "data.source": "mock:4x4x4,text=8x8", "init_from": "frozen", "train.align_weight": 2.5}),
-}
-
-
-def others(out):
-    """Writes a step's metrics of every one of OTHERS, on one device and on 8, as OUT.npz.
-
-    {network/mesh/metric: value}, with random parameters.
-    """
-    arrays = {}
-    for network, (where, changes) in OTHERS.items():
-        for name in (ONE, "1x2x2x2"):
-            values = experiment(*where)
-            values.update_from_flattened_dict(SMALL | {"data.batch_size": 16} | changes)
-            values.mesh.update(dict(zip(sharding.AXES, sizes(name), strict=True)))
-            settings = config.read(values)
-            source = sources.open_source(settings.data.source, "train")
-            model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
-            mesh = sharding.make_mesh(settings.mesh, jax.devices()[: np.prod(sizes(name))])
-            run = as_run(settings, model, mesh)
-            if name == ONE:
-                first = jax.device_get(state.initialize(run))
-                first = first.replace(params=randomised(first.params))
-            places = jax.tree.map(lambda a: a.sharding, state.abstract(run))
-            current, homes = jax.device_put(first, places), places.params
-            params = current.params
-            batch = next(pipeline.evaluation_batches(source, settings.data.patch_size, 16))
-            batch = sharding.to_global(
-                {key: value for key, value in batch.items() if key != "mask"}, mesh)
-            reference = None
-            if settings.train.align_weight:
-                own, home = (tree["params"]["backbone"] for tree in (params, homes))
-                moved = jax.tree.map(lambda a: np.asarray(a) + 0.05, own)
-                reference = {"params": jax.device_put(moved, home)}
-            step = make_step(run, objective_of(run))
-            with sharding.use(mesh):
-                _, metrics = step(current, batch, max(settings.trajectory.steps), reference)
-            arrays |= {f"{network}/{name}/{key}": np.asarray(value)
-                       for key, value in metrics.items()}
-    np.savez(out + ".npz", **arrays)
-
-
-def on_8_devices(*arguments):
-    python(__file__, *arguments, devices=8)
-
-
-@pytest.mark.slow
-def test_a_step_of_the_other_networks_is_the_same_on_any_mesh(tmp_path):
-    out = str(tmp_path / "out")
-    on_8_devices("others", out)
-    with np.load(out + ".npz") as file:
-        arrays = dict(file)
-    assert len([key for key in arrays if f"/{ONE}/" in key]) == 7 + 8
-    for key in arrays:
-        network, _, metric = key.split("/")
-        expected = arrays[f"{network}/{ONE}/{metric}"]
-        np.testing.assert_allclose(
-            arrays[key], expected, rtol=3 * RELATIVE, atol=1e-6, err_msg=key)
-
-
-def computed(folder, what, *names):
-    """(arrays, facts) that main writes."""
+def computed(folder, *cases):
+    """(arrays, facts) that main writes on 8 devices."""
     out = str(folder / "out")
-    on_8_devices(what, out, *names)
+    python(__file__, out, *cases, devices=8)
     with open(out + ".json") as file:
-        return np.load(out + ".npz"), json.load(file)
+        return dict(np.load(out + ".npz")), json.load(file)
 
 
 @pytest.fixture(scope="module")
-def two_meshes(tmp_path_factory):
-    return computed(tmp_path_factory.mktemp("two"), "steps", ONE, SHARDED)
+def steps(tmp_path_factory):
+    return computed(tmp_path_factory.mktemp("steps"), f"digits/{ONE}", f"digits/{SHARDED}")
 
 
 @pytest.fixture(scope="module")
-def all_meshes(tmp_path_factory):
-    return computed(tmp_path_factory.mktemp("all"), "all", ONE, SHARDED, SEQUENCE)
+def more(tmp_path_factory):
+    """What slow tests compute: other meshes and networks, scores and images."""
+    cases = [f"digits/{SEQUENCE}", f"digits/{ONE}/scores", f"digits/{SHARDED}/scores",
+             *(f"{network}/{mesh}" for network in ("text", "flux2") for mesh in (ONE, OTHER))]
+    return computed(tmp_path_factory.mktemp("more"), *cases)
 
 
-@pytest.fixture
-def runs(request):
-    """(arrays, facts) of one device and others; a slow test gets all meshes, with more computed."""
-    slow = request.node.get_closest_marker("slow")
-    return request.getfixturevalue("all_meshes" if slow else "two_meshes")
-
-
-MESHES = [SHARDED, pytest.param(SEQUENCE, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-def test_a_run_starts_from_the_same_bits_on_any_mesh(runs, mesh):
-    _, facts = runs
-    assert facts[mesh]["begun"] == facts[ONE]["begun"]
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-def test_steps_are_the_same_on_any_mesh(runs, mesh):
-    arrays, _ = runs
-    keys = [key.removeprefix(f"{mesh}/") for key in arrays if re.match(rf"{mesh}/\d/", key)]
-    assert len(keys) == 3 * 7
+def same_steps(arrays, expected, network, mesh, tolerance):
+    """Asserts that the metrics on a mesh are those on one device; returns how many there are."""
+    keys = [key for key in arrays if key.startswith(f"{network}/{mesh}/")]
     for key in keys:
-        np.testing.assert_allclose(
-            arrays[f"{mesh}/{key}"], arrays[f"{ONE}/{key}"], rtol=RELATIVE, atol=1e-6, err_msg=key)
-    assert np.abs(arrays[f"{mesh}/0/log_det"]).min() > 1e-3
-    assert arrays[f"{mesh}/1/loss"] != arrays[f"{mesh}/2/loss"]
+        np.testing.assert_allclose(arrays[key], expected[key.replace(mesh, ONE)], rtol=tolerance,
+                                   atol=1e-6, err_msg=key)
+    return len(keys)
+
+
+def test_a_step_is_the_same_on_8_devices(steps):
+    arrays, facts = steps
+    assert facts[SHARDED]["begun"] == facts[ONE]["begun"]
+    assert same_steps(arrays, arrays, "digits", SHARDED, RELATIVE) == 3 * 7
+    assert np.abs(arrays[f"digits/{ONE}/0/log_det"]).min() > 1e-3
+    assert arrays[f"digits/{ONE}/1/loss"] != arrays[f"digits/{ONE}/2/loss"]
 
 
 @pytest.mark.slow
-def test_scores_are_the_same_on_8_devices(runs):
-    arrays, _ = runs
+def test_a_step_is_the_same_on_other_meshes_and_of_other_networks(steps, more):
+    arrays, facts = more
+    assert facts[SEQUENCE]["begun"] == steps[1][ONE]["begun"]
+    assert same_steps(arrays, steps[0], "digits", SEQUENCE, RELATIVE) == 3 * 7
+    assert same_steps(arrays, arrays, "text", OTHER, 3 * RELATIVE) == 7
+    assert same_steps(arrays, arrays, "flux2", OTHER, 3 * RELATIVE) == 8
+
+
+@pytest.mark.slow
+def test_scores_are_the_same_on_8_devices(more):
+    arrays, _ = more
     prefix = f"{SHARDED}/scores/"
     names = [key.removeprefix(prefix) for key in arrays if key.startswith(prefix)]
     assert {"index", "bound", "importance_weighted", "nll"} <= set(names)
@@ -217,16 +172,16 @@ def test_scores_are_the_same_on_8_devices(runs):
 
 
 @pytest.mark.slow
-def test_images_are_the_same_on_8_devices(runs):
-    arrays, _ = runs
+def test_images_are_the_same_on_8_devices(more):
+    arrays, _ = more
     one, many = (arrays[f"{mesh}/images"].astype(int) for mesh in (ONE, SHARDED))
     assert one.shape == (5, 8, 8, 1)
     assert np.abs(one - many).max() <= 1  # rounding may fall on the other side
     assert (one != many).mean() < 0.02
 
 
-def test_parameters_moments_and_ema_stay_sharded(runs):
-    where = runs[1][SHARDED]["where"]
+def test_parameters_moments_and_ema_stay_sharded(steps):
+    where = steps[1][SHARDED]["where"]
     kernel = "transporter/blocks_0/stack/layers/attention/query/kernel"
     copies = {name: shapes for name, shapes in where.items() if name.endswith(kernel)}
     assert len(copies) == 4, list(copies)  # params, ema and Adam's two moments
@@ -314,4 +269,4 @@ def test_heads_that_do_not_divide_are_refused_by_name():
 
 
 if __name__ == "__main__":
-    others(sys.argv[2]) if sys.argv[1] == "others" else main(*sys.argv[1:])
+    main(*sys.argv[1:])
