@@ -1,7 +1,6 @@
 """Programs that test_checkpoint.py starts: python -m tests.runtime.checkpoint_programs NAME ...
 
-The states of `killed` and `shared` are integers, so that each process has the same bits, however it
-compiles.
+The state of `killed` is of integers, so that each process has the same bits, however it compiles.
 """
 
 import json
@@ -21,12 +20,12 @@ def integers() -> dict:
     return {str(i): jnp.arange(256.0 * 256).reshape(256, 256) + i for i in range(8)}
 
 
-def killed(folder: str, *kept: str) -> None:
+def killed(folder: str) -> None:
     """Saves in a loop until it is killed, from the latest checkpoint on; tells what it does."""
     state = integers()
     template = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    checkpoints = Checkpoints(folder, *map(int, kept))
+    checkpoints = Checkpoints(folder)
     step = 0
     if checkpoints.latest() is not None:
         step, state, data = checkpoints.restore(template)
@@ -56,22 +55,5 @@ def eight(folder: str, shapes: str) -> None:
     print(json.dumps(array_checksums(state)))
 
 
-def shared(folder: str, port: str, process: str) -> None:
-    """One of two processes that save and restore arrays sharded over both."""
-    jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    shardings = {"w": NamedSharding(mesh, P("data")), "step": NamedSharding(mesh, P())}
-    make = jax.jit(lambda: {"w": jnp.arange(128.0).reshape(8, 16), "step": jnp.int32(1)},
-                   out_shardings=shardings)
-    template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                            jax.eval_shape(make), shardings)
-    with Checkpoints(folder) as checkpoints:
-        assert checkpoints.latest() is None
-        for step in (1, 2):
-            checkpoints.save(step, make(), {"n": step})
-        step, state, data = checkpoints.restore(template)
-        assert (step, data, array_checksums(state)) == (2, {"n": 2}, array_checksums(make()))
-
-
 if __name__ == "__main__":
-    {"killed": killed, "eight": eight, "shared": shared}[sys.argv[1]](*sys.argv[2:])
+    {"killed": killed, "eight": eight}[sys.argv[1]](*sys.argv[2:])

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import random
 import shutil
 import signal
@@ -220,40 +219,24 @@ def test_a_damaged_checkpoint_is_refused_with_the_way_out(tmp_path):
         checkpoints.save(10, state, {"n": 1})
         checkpoints.save(20, state, {"n": 2})
     folder = tmp_path / "checkpoints"
-    sums = folder / "20" / "checksums" / "data.json"
-    whole = sums.read_text()
 
     def refusal():
         with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
             checkpoints.restore(abstract(state))
         return one_line(error)
 
+    sums = folder / "20" / "checksums" / "data.json"
+    whole = sums.read_text()
     sums.write_text(json.dumps({**json.loads(whole), "params/w": "0" * 16}))
     text = refusal()
     assert text.startswith("checkpoint step 20 is damaged: params/w has checksum ")
     assert text.endswith(f"resume from step 10 by removing {folder}/20")
-    sums.write_text(json.dumps({"params/w": json.loads(whole)["params/w"]}))
-    assert "<data> has checksum" in refusal()
     sums.write_text(whole)
-
-    iterator = folder / "20" / "data" / "data.json"
-    iterator.write_text('{"n": 3}')
+    (folder / "20" / "data" / "data.json").write_text('{"n": 3}')
     assert "<data> has checksum" in refusal()
-    iterator.write_text('{"n": 2}')
-
-    shardings = folder / "20" / "state" / "_sharding"
-    whole = shardings.read_text()
-    shardings.write_text(whole.replace("device_str", "device_sTr"))  # orbax only logs this one
-    assert "is damaged: it cannot be read (ValueError: its metadata are damaged)" in refusal()
-    shardings.write_text(whole)
-
-    found = [f for f in (folder / "20" / "state").rglob("*") if f.is_file()]
-    arrays = max(found, key=lambda f: f.stat().st_size)
+    arrays = max((folder / "20" / "state").rglob("*"), key=lambda path: path.stat().st_size)
     arrays.write_bytes(arrays.read_bytes()[:-1000])
     assert "cannot be read" in refusal()
-    arrays.unlink()
-    assert "cannot be read" in refusal()
-
     shutil.rmtree(folder / "20")  # the way out that the message gives
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(abstract(state))[::2] == (10, {"n": 1})
@@ -261,31 +244,20 @@ def test_a_damaged_checkpoint_is_refused_with_the_way_out(tmp_path):
 
 def test_another_model_is_refused_by_its_first_differing_array(tmp_path):
     state = make_state()
+    template = abstract(state)
+    fewer = {name: leaf for name, leaf in template.params.items() if name != "half"}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, state, {})
-
-        def refusal(template, read=None):
+        for other, message in (
+                (abstract(make_state(width=48)), "params/dense/bias is float32[32] in the "
+                 "checkpoint, float32[48] in this model"),
+                (template.replace(params=fewer), "params/half is bfloat16[5,32] in the checkpoint, "
+                 "absent in this model")):
             with pytest.raises(UserError) as error:
-                (read or checkpoints.restore)(template)
-            text = one_line(error)
-            assert text.startswith("checkpoint step 5 in ")
-            return text
-
-        assert ("params/dense/bias is float32[32] in the checkpoint, float32[48] in this model"
-                in refusal(abstract(make_state(width=48))))
-        template = abstract(state)
-        single = jax.ShapeDtypeStruct((5, 32), jnp.float32, sharding=state.step.sharding)
-        other = {**template.params, "half": single}
-        assert ("params/half is bfloat16[5,32] in the checkpoint, float32[5,32]"
-                in refusal(template.replace(params=other)))
-        more = {**template.params, "new": template.step}
-        assert ("params/new is absent in the checkpoint, int32[] in this model"
-                in refusal(template.replace(params=more)))
-        fewer = {name: leaf for name, leaf in template.params.items() if name != "half"}
-        assert ("params/half is bfloat16[5,32] in the checkpoint, absent in this model"
-                in refusal(template.replace(params=fewer)))
-        assert "ema/half is" in refusal(
-            {"ema": fewer}, lambda subtree: checkpoints.restore_subtree(5, subtree))
+                checkpoints.restore(other)
+            assert f" is of another model: array {message}; " in one_line(error)
+        with pytest.raises(UserError, match="array ema/half is"):
+            checkpoints.restore_subtree(5, {"ema": fewer})
         with pytest.raises(UserError, match=r"no checkpoint of step 6 in .*: it has 5$"):
             checkpoints.restore(template, 6)
 
@@ -311,9 +283,6 @@ def test_a_checkpoint_of_an_earlier_version_has_no_settings_and_loads(tmp_path):
     folder = tmp_path / "checkpoints" / "4"
     shutil.rmtree(folder / "run")
     sums = folder / "checksums" / "data.json"
-    refused = pytest.raises(UserError, match="<run> has checksum")
-    with Checkpoints(tmp_path, settings={"a": 2}) as checkpoints, refused:
-        checkpoints.restore(abstract({"x": jnp.ones(3)}))
     kept = {name: value for name, value in json.loads(sums.read_text()).items() if name != "<run>"}
     sums.write_text(json.dumps(kept))
     with Checkpoints(tmp_path, settings={"a": 2}) as checkpoints:
@@ -366,12 +335,3 @@ def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
         checkpoints.wait()
         folders = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
         assert folders == sorted(map(str, checkpoints.steps()))
-
-
-def test_two_processes_save_what_one_reads(tmp_path):
-    port = 20000 + os.getpid() % 20000
-    finish(*(run("shared", tmp_path, port, process, devices=2) for process in range(2)))
-    state = {"w": jnp.arange(128.0).reshape(8, 16), "step": jnp.int32(1)}
-    with Checkpoints(tmp_path) as checkpoints:
-        step, restored, data = checkpoints.restore(abstract(state))
-    assert (step, data, bits(restored)) == (2, {"n": 2}, bits(state))

@@ -23,18 +23,14 @@ def with_checkpoint(monkeypatch):
     monkeypatch.setattr(config_file.checkpoint, "saved_settings", lambda workdir: {})
 
 
-def test_an_unchanged_run_is_claimed(with_checkpoint, tmp_path):
-    config_file.write(str(tmp_path), tiny_config(), SPEC)
-    assert config_file.check_resumable(str(tmp_path), tiny_config(), SPEC) == []
-
-
-def test_a_new_folder_is_claimed(tmp_path):
+def test_the_same_run_and_a_new_folder_are_resumable(tmp_path, monkeypatch):
     settings = tiny_config()
     assert config_file.check_resumable(str(tmp_path / "new"), settings, SPEC) == []
     assert not (tmp_path / "new").exists()
     config_file.write(str(tmp_path), settings, SPEC)
-    assert config_file.check_resumable(str(tmp_path), settings, SPEC) == []
     assert config_file.load(str(tmp_path)) == (settings, SPEC)
+    monkeypatch.setattr(config_file.checkpoint, "saved_settings", lambda workdir: {})
+    assert config_file.check_resumable(str(tmp_path), settings, SPEC) == []
 
 
 def test_a_run_whose_backbone_is_not_imported_is_not_called_damaged(tmp_path, monkeypatch):
@@ -50,11 +46,8 @@ def test_a_run_whose_backbone_is_not_imported_is_not_called_damaged(tmp_path, mo
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("mesh.fsdp", 2), ("data.workers", 3), ("train.steps", 9), ("train.save_every", 7),
-    ("train.evaluate_every", 7), ("train.log_every", 7), ("train.keep", 7), ("evaluate.images", 7),
-    ("evaluate.split", "train"), ("sample.num", 7), ("sample.decoder", "score"),
-    ("optimizer.ema_decay", 0.5), ("optimizer.learning_rate", 1e-4),
-])
+    ("mesh.fsdp", 2), ("data.workers", 3), ("train.steps", 9), ("evaluate.split", "train"),
+    ("sample.decoder", "score"), ("optimizer.learning_rate", 1e-4)])
 def test_what_a_resumed_run_may_change_is_reported(with_checkpoint, tmp_path, key, value):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
     before = config.flatten(tiny_config().raw)[key]
@@ -63,9 +56,7 @@ def test_what_a_resumed_run_may_change_is_reported(with_checkpoint, tmp_path, ke
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("seed", 7), ("model.width", 32), ("data.batch_size", 32), ("data.split", "train[:1000]"),
-    ("trajectory.steps", (2, 4)), ("train.objective", "pairwise"), ("train.condition_dropout", 0.2),
-])
+    ("seed", 7), ("model.width", 32), ("data.split", "train[:1000]"), ("trajectory.steps", (2, 4))])
 @pytest.mark.usefixtures("with_checkpoint")
 def test_another_configuration_is_refused_and_nothing_written(tmp_path, key, value):
     config_file.write(str(tmp_path), tiny_config(), SPEC)
@@ -159,28 +150,11 @@ def test_data_that_changed_since_a_run_began_are_named(with_checkpoint, tmp_path
     assert "spec.version" not in config_file.fixed(tiny_config(), one)
 
 
-def test_settings_that_a_resume_may_change_are_left_out_of_a_checkpoint():
-    kept = config_file.fixed(tiny_config(), SPEC)
-    assert (kept["trajectory.t_min"], kept["spec.count"]) == (0.03, 1500)
-    assert not {"optimizer.learning_rate", "sample.num"} & kept.keys()
-
-
-UNREADABLE = {
-    "a list": b"[]", "null": b"null", "empty": b"", "not UTF-8": b"\xff", "deep": b"[" * 100_000,
-    "deep object": b'{"a":' * 100_000, "a long number": b'{"seed": ' + b"1" * 5000 + b"}",
-    "a large number": b'{"seed": ' + b"1" * 4000 + b"}", "a string": b'"a"', "no spec": b"{}",
-    "a section that is a number": b'{"data": 3}',
-}
-
-
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_an_unreadable_config_is_refused_in_one_line(tmp_path, name):
-    (tmp_path / "config.json").write_bytes(UNREADABLE[name])
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"data": 3}'])
+def test_an_unreadable_config_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"^[^\n]*config\.json cannot be used \([^\n]+$"):
         config_file.load(str(tmp_path))
-    assert str(error.value).startswith(f"{tmp_path}/config.json cannot be used (")
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 600
 
 
 def test_a_run_from_before_a_setting_goes_on_with_its_default(with_checkpoint, tmp_path):
