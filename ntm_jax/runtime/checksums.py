@@ -73,19 +73,14 @@ def _local_sums(x: jax.Array) -> list:
 
     A shard that is repeated on several devices may also be left out on all but one.
     """
-    if x.size <= ON_HOST and all(device.platform == "cpu" for device in x.sharding.device_set):
+    small = x.size <= ON_HOST and all(d.platform == "cpu" for d in x.sharding.device_set)
+    if small or not isinstance(x.sharding, NamedSharding):
         return [_both_sums(np.asarray(shard.data), [part.start or 0 for part in shard.index])[None]
                 for shard in x.addressable_shards if shard.replica_id == 0]
-    sums = _sharded_sums(x, x.sharding) if isinstance(x.sharding, NamedSharding) else _sums(x)
-    return [shard.data for shard in sums.addressable_shards]
+    return [shard.data for shard in _sharded_sums(x, x.sharding).addressable_shards]
 
 
-@jax.jit  # per array: one program for a tree of 240 arrays took 6 s to compile
-def _sums(x):
-    """uint32 [1, 2]: both sums of an array on one device."""
-    return _both_sums(x, [0] * x.ndim)[None]
-
-
+# For each array: one program for a tree of 240 arrays took 6 s to compile.
 @functools.partial(jax.jit, static_argnames="sharding")
 def _sharded_sums(x, sharding: NamedSharding):
     mesh = sharding.mesh
