@@ -15,8 +15,6 @@ import shlex
 import subprocess
 import sys
 
-import pytest
-
 from tests.common import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -160,26 +158,15 @@ python -m launch.train
 WRONG = {
     "trian --workdir=x": "No module named launch.trian",
     "train --config=digits --workdir=x --steps=3": "Unknown command line flag 'steps'",
-    "train --config=digits": "--workdir must be given",
     "train --config=digits --workdir=x --config.model.widht=3": "there is no widht",
-    "train --config=digits --workdir=x --config.train.steps=1e3": "expected a whole number",
     "train --config=digit --workdir=x": "expected one of arrays, captions, default, digits",
-    "train --config=experiments/digit.py --workdir=x": "cannot be read",
-    "train --config=digits:cats --workdir=x": "expected ntm or gaussian",
-    "train --config=folder:cats --workdir=x": "takes 0 positional arguments",
-    "evaluate --workdir=x --features=dino": "value should be one of <none|pixels|cnn|inception>",
-    "sample --workdir=x --num=0": "--num=0",
 }
 
 
-@pytest.fixture(scope="module")
-def refused():
-    return dict(zip(WRONG, errors([call.split() for call in WRONG]), strict=True))
-
-
-@pytest.mark.parametrize("call", WRONG)
-def test_a_wrong_command_is_refused(refused, call):
-    assert WRONG[call] in refused[call]
+def test_a_wrong_command_is_refused():
+    found = errors([call.split() for call in WRONG])
+    missing = [said for line, said in zip(found, WRONG.values(), strict=True) if said not in line]
+    assert not missing, found
 
 
 def test_the_experiments_take_the_variants_that_their_page_lists(monkeypatch):

@@ -1,13 +1,11 @@
 """The charts of the results pages follow the tables of the pages; the tables of outliers."""
 
 import importlib
-import re
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from tests.common import ROOT
@@ -31,29 +29,6 @@ def results(figures):
     return figures("results")
 
 
-def test_a_cell_is_a_number_with_an_error_or_refused(results):
-    cells = {"2.040 ± 0.016": (2.04, 0.016), "98.1 ± 0.2 %": (98.1, 0.2), "1,407": (1407, 0),
-             "-0.9925": (-0.9925, 0), "25.5 of 95": (25.5, 0)}
-    assert {cell: results.number(cell) for cell in cells} == cells
-    for cell in ("", "two", "0.931, 0.447", "2.04 ±", "1.2e-6", "313 / 206 / 16"):
-        with pytest.raises(ValueError, match="is not a number with an error"):
-            results.number(cell)
-
-
-def test_a_table_is_found_by_its_heading_and_columns(results):
-    page = (ROOT / "docs/results/digits.md").read_text()
-    (line,) = re.findall(r"^\| bits/dim \|.*$", page, re.M)
-    texts = re.findall(r"(\S+) ± (\S+)", line)
-    bounds = results.table("digits", "More trajectories tighten the bound", "K")
-    assert results.numbers(bounds.row("bits/dim")[1:]) == tuple(
-        [float(text) for text in column] for column in zip(*texts, strict=True))
-    for section, columns in (("Samples", ["K"]), ("Guidance", ["guidance", "recall"])):
-        with pytest.raises(ValueError, match=r"digits\.md has 0 tables"):
-            results.table("digits", section, *columns)
-    with pytest.raises(ValueError, match=r"flow-matching\.md has 2 tables"):
-        results.table("flow-matching", "Digits", "model")
-
-
 def test_every_chart_shows_its_table_and_is_on_a_page(results):
     """A chart that fails here is drawn again by `python docs/_figures/results.py`."""
     pages = "".join(path.read_text() for path in (ROOT / "docs/results").glob("*.md"))
@@ -73,17 +48,6 @@ def test_a_changed_cell_changes_its_chart(results, monkeypatch, tmp_path):
     stored = IMAGES / "digits-trajectories-k.png"
     assert Image.open(tmp_path / "chart.png").text[results.style.DRAWN] != Image.open(stored).text[
         results.style.DRAWN]
-
-
-def test_the_other_images_have_the_digits_shape_and_range(figures):
-    digits = load_digits().images[:40, ..., None].astype(np.uint8)
-    sets = figures("outliers").other_images(digits)
-    assert {images.shape for images in sets.values()} == {digits.shape}
-    assert {images.dtype for images in sets.values()} == {digits.dtype}
-    assert max(int(images.max()) for images in sets.values()) == 16
-    np.testing.assert_array_equal(sets["rotated by 180°"], digits[:, ::-1, ::-1])
-    assert (np.ptp(sets["constant"], axis=(1, 2)) == 0).all()
-    assert len(np.unique(sets["letters"], axis=0)) == 40
 
 
 def test_auroc_and_its_error(figures):
