@@ -77,7 +77,7 @@ class Run(base.Run):
         """
         check_count("n", n)
         if prompts is not None:
-            texts = _texts("prompts", prompts)
+            texts = _texts(prompts)
             if label is not None:
                 raise UserError("label and prompts are both given: expected one of them")
             label = self.text([texts[i % len(texts)] for i in range(n)])
@@ -99,7 +99,7 @@ class Run(base.Run):
 
         Indices are 0 to 2^31 - 1. The images are drawn config.evaluate.batch_size at a time.
         """
-        index = _indices(index)
+        index = np.asarray(index, np.int32)
         condition = None if label is None else self.condition.validate(len(index), label)
         chosen = override(self.config, **options)
         self._check_decoder(options.get("decoder"))
@@ -125,14 +125,11 @@ class Run(base.Run):
         Raises UserError where the judge cannot select.
         """
         other = load(judge) if isinstance(judge, (str, os.PathLike)) else judge
-        if other is not None and not isinstance(other, base.Run):
-            raise UserError(f"judge is {shown(judge)}: expected a run, or the folder of one")
         return _run(selection.selecting(self, candidates, other, enough))
 
     def text(self, captions):
         """The states of one or n captions, in the encoder of the run, as conditions.Text."""
-        captions = _texts("captions", captions)
-        return prompts.states(prompts.open_encoder(self), captions)
+        return prompts.states(prompts.open_encoder(self), _texts(captions))
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
                  condition=None, noised: bool | None = None) -> np.ndarray:
@@ -163,24 +160,21 @@ class Run(base.Run):
         return score_images(self, images, given, trajectories, seed, decoded)
 
     def reweight(self, log_target, *, condition=None, label=None, n: int = 1000,
-                 seed: int | None = None, **options) -> Reweighted:
+                 seed: int | None = None, steps: int | None = None, guidance=None,
+                 inverse: str | None = None) -> Reweighted:
         """n samples on one condition, with weights that correct them to a target density.
 
         log_target: a function of the samples, rows [n, D] of an array in its own units, float64, or
         latents [n, H, W, C], that returns the log of an unnormalised density, [n]: in inference
         from simulations the prior times the likelihood. condition, label: one for all samples, such
-        as a vector [E] or the text of one caption. options: steps, guidance, inverse, as in sample.
+        as a vector [E] or the text of one caption. steps, guidance, inverse: as in sample.
 
         Returns the samples, their log-weights, draws from the weighted samples, the effective
         sample size, and an unbiased estimate of the target's integral with its standard error.
-        Raises UserError for a model of pixels, for several conditions, and for other options.
+        Raises UserError for a model of pixels, and for several conditions.
         """
-        for name in options:
-            if name not in ("steps", "guidance", "inverse"):
-                raise UserError(f"{name} is no option of reweight: expected steps, guidance or "
-                                "inverse")
         given = self.condition.validate(1, _one_condition(label, condition))
-        chosen = override(self.config, **options)
+        chosen = override(self.config, steps=steps, guidance=guidance, inverse=inverse)
         return reweight(self, log_target, given, n, chosen, seed)
 
     def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
@@ -241,24 +235,9 @@ class Run(base.Run):
             objectives.check_decoder(self.config, decoder, "decoder")
 
 
-def _indices(index) -> np.ndarray:
-    """The indices of samples, [n]. Raises UserError for others than 0 to 2^31 - 1, and for none."""
-    found = as_array("index", index, "whole numbers [n]")
-    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
-        raise UserError(f"index is {shown(index)}: expected whole numbers [n]")
-    check_count("the number of samples", len(found))
-    low, high = found.min(), found.max()
-    if low < 0 or high >= 2**31:
-        raise UserError(f"index runs from {low} to {high}: expected 0 to 2^31 - 1")
-    return found
-
-
-def _texts(name: str, given) -> list[str]:
+def _texts(given) -> list[str]:
     """One text, or several, as a list."""
-    texts = [given] if isinstance(given, str) else list(given) if np.iterable(given) else None
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name} is {shown(given)}: expected a text, or one or more in a list")
-    return [str(text) for text in texts]
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _one_condition(label, condition):
@@ -279,8 +258,6 @@ def load(workdir: str | os.PathLike, step: int | None = None, raw: bool = False)
     the latest by default. raw: with the raw parameters in place of their moving average. Raises
     UserError if there is no run, or its files are damaged.
     """
-    if not isinstance(workdir, (str, os.PathLike)):
-        raise UserError(f"workdir is {shown(workdir)}: expected the folder of a run or an export")
     return _run(load_run(os.fspath(workdir), step, raw))
 
 

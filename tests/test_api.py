@@ -92,21 +92,11 @@ def test_an_experiment_that_lacks_a_package_names_the_package(monkeypatch):
         ntm_jax.experiment("digits")
 
 
-def test_runs_that_are_none_are_refused_in_one_line(tmp_path):
-    for wrong in (3, None):
-        with pytest.raises(ntm_jax.UserError, match=f"workdir is {wrong}: expected the folder of"):
-            ntm_jax.load(wrong)
-    with pytest.raises(ntm_jax.UserError, match="the number of runs is 0: expected 1 or more"):
-        api.compare_with_truth([], str(tmp_path / "out"))
-
-
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [
     ("digit", "", {}, r"there is no experiment 'digit': expected one of .*digits"),
-    (None, "", {}, "there is no experiment None: expected one of .*digits"),
     ("captions", "x", {}, "experiment 'captions': it has no variants, leave 'x' out"),
     ("digits", "huge", {}, "huge is not a variant: expected ntm or gaussian"),
     ("digits", "", {"train.step": 3}, "train.step is not a setting, did you mean train.steps"),
-    ("digits", "", {"train.steps": "many"}, "many"),
     ("digits", "", {"train.objective": "denoiser"}, "a denoiser, and nothing else, has a teacher"),
 ])
 def test_a_wrong_experiment_is_one_line(name, variant, overrides, words):

@@ -20,10 +20,10 @@ from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
-from ntm_jax.runtime import build, config, plots, sharding
+from ntm_jax.runtime import build, config, sharding
 from ntm_jax.sampling import reweight
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.training import objectives, pictures, state
+from ntm_jax.training import objectives, state
 from tests.common import ROOT, TINY, as_run, experiment, randomised
 from tests.export.common import run_script
 
@@ -93,13 +93,6 @@ def test_the_bound_on_the_density_itself_is_that_of_the_data_and_the_decoder(gau
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
-@pytest.mark.parametrize("noised", [True, False])
-def test_the_terms_of_one_trajectory_are_its_density_in_the_datas_own_units(random, noised):
-    theta, x = data(6)
-    found = random.log_prob_by_level(theta, condition=x, trajectories=1, noised=noised)
-    np.testing.assert_allclose(found.bound, found.log_prob, atol=1e-3)  # float32 sums of 100 nats
-
-
 def test_samples_are_in_the_datas_own_units(gaussian):
     one = gaussian.reweight(log_target, condition=[1.0, 2.0, 3.0], n=COUNT).samples
     assert one.shape == (COUNT, 2)
@@ -118,8 +111,6 @@ def test_many_conditions_have_samples_of_their_own(random):
     assert len(np.unique(found)) == found.size
     drawn = random.sample(3, condition=x, with_log_prob=True)
     assert (drawn.samples.shape, drawn.log_prob.shape) == ((3, 3, 2), (3, 3))
-    np.testing.assert_array_equal(random.condition.validate(3, x > 0).values,
-                                  random.condition.validate(3, 1.0 * (x > 0)).values)
 
 
 def test_default_conditions_are_those_of_the_arrays_provided_last(random):
@@ -209,17 +200,6 @@ def test_samples_have_the_density_of_their_saved_trajectory(random):
     assert drawn.log_prob.std() > 0.1
 
 
-def test_rows_are_drawn_before_and_after_post_training(gaussian, random, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_TABLE_ROWS", 9)
-    seen, run = [], dataclasses.replace(random, workdir=str(tmp_path))
-    monkeypatch.setattr(plots, "columns_picture", lambda rows, path: seen.append(rows))
-    pictures.draw_change(run, gaussian.params, run.config.data.open("train"))
-    assert {name: rows.shape for name, rows in seen[0].items()} == {
-        "held out": (9, 2), "before": (9, 2), "after": (9, 2)}
-    np.testing.assert_array_equal(seen[0]["after"], run.sample(9))
-    assert (seen[0]["after"] != seen[0]["before"]).any()
-
-
 @pytest.mark.slow
 def test_written_samples_hold_their_density(random, tmp_path, capsys):
     vectors = ((1.0, -3.0, 2.0), (0.0, 0.5, 9.0))
@@ -290,18 +270,6 @@ def test_the_evidence_of_a_linear_gaussian_model_is_unbiased(gaussian):
     assert found.evidence == pytest.approx(np.exp(EVIDENCE), rel=0.1)
 
 
-def test_a_target_that_changes_its_argument_leaves_the_samples(gaussian):
-    def in_place(theta):
-        found = log_target(theta)
-        theta[:] = 0
-        return found
-
-    given = {"condition": [1.0, 2.0, 3.0], "n": COUNT}
-    changed, kept = (gaussian.reweight(target, **given) for target in (in_place, log_target))
-    np.testing.assert_array_equal(changed.samples, kept.samples)
-    np.testing.assert_array_equal(changed.resampled, kept.resampled)
-
-
 @pytest.mark.parametrize("target_there", [-np.inf, 0.0])
 def test_a_diverged_sample_counts_nothing_only_where_the_target_is_0(
         gaussian, monkeypatch, target_there):
@@ -342,15 +310,6 @@ def test_weights_correct_a_wrong_model(random):
     assert np.abs(raw.std(0) - np.sqrt(1 / precision)).max() > 8 / size
 
 
-@pytest.mark.slow
-def test_batches_do_not_change_weights(gaussian, monkeypatch):
-    whole = gaussian.reweight(log_target, condition=[1.0, 2.0, 3.0], n=COUNT)
-    monkeypatch.setattr(reweight, "BATCH", 10)
-    parts = gaussian.reweight(log_target, condition=[1.0, 2.0, 3.0], n=25)
-    np.testing.assert_allclose(parts.samples, whole.samples[:25], rtol=1e-5)
-    np.testing.assert_allclose(parts.log_weights, whole.log_weights[:25], atol=1e-4)
-
-
 def test_one_weight_has_no_standard_error():
     one = reweight.Reweighted(np.zeros((1, 2)), np.zeros(1), np.zeros((1, 2)))
     assert one.evidence == 1
@@ -369,62 +328,22 @@ def test_resampling_is_proportional():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda run: run.sample(3, label=[1.0, 2.0]), "condition is float64 [2]: expected 3 numbers"),
     (lambda run: run.sample(3, condition=[1, 2, np.inf]), "condition holds a number that is not"),
-    (lambda run: run.sample(3, condition=[1, 2, 1e300]), "condition holds a number that is not"),
-    (lambda run: run.log_prob(MEAN[None] * 1e300, condition=[1, 2, 3]),
-     "the data hold numbers that are not finite, or that are too large"),
-    (lambda run: run.log_prob([["a", "b"]], condition=[1, 2, 3]), "data have dtype <U1: expected"),
-    (lambda run: run.log_prob(5.0, condition=[1, 2, 3]), "data have shape (): expected [n, 2]"),
-    (lambda run: run.reweight(MEAN, condition=[1, 2, 3], n=4), "log_target is array([ 5.e+00"),
-    (lambda run: run.reweight(lambda x: x[:, 0] * 1j, condition=[1, 2, 3], n=COUNT),
-     "log_target returned complex128: expected floating-point numbers"),
-    (lambda run: run.reweight(lambda x: ["a"] * COUNT, condition=[1, 2, 3], n=COUNT),
-     "log_target returned <U1: expected floating-point numbers"),
-    (lambda run: run.reweight(log_target, condition=[1, 2, 3], decoder="score"),
-     "decoder is no option of reweight: expected steps, guidance or inverse"),
+    (lambda run: run.sample(3, label=1, condition=[1, 2, 3]), "label and condition are both given"),
+    (lambda run: run.sample(0, condition=[1, 2, 3]), "n is 0: expected 1 or more"),
+    (lambda run: run.sample(2, seed=-1), "seed is -1: expected a whole number, 0 to 2^32 - 1"),
     (lambda run: run.log_prob(MEAN[None]), "no condition is given, and the model is"),
     (lambda run: run.log_prob(MEAN, condition=[1, 2, 3]), "data have shape (2,): expected [n, 2]"),
-    (lambda run: run.sample(3, label=1, condition=[1, 2, 3]), "label and condition are both given"),
-    (lambda run: run.reweight(lambda x: x, condition=[1, 2, 3], n=COUNT),
-     f"log_target returned [{COUNT}, 2]"),
-    (lambda run: run.reweight(lambda x: x[:, 0] * np.nan, condition=[1, 2, 3], n=COUNT),
-     f"{COUNT} NaN"),
-    (lambda run: run.reweight(lambda x: np.full(COUNT, -np.inf), condition=[1, 2, 3], n=COUNT),
-     "log_target is -inf at every sample"),
-    (lambda run: run.sample(0, condition=[1, 2, 3]), "n is 0: expected 1 or more"),
-    (lambda run: run.sample(-1, condition=[[1, 2, 3]]), "n is -1: expected 1 or more"),
-    (lambda run: run.sample(4, condition=np.zeros((0, 3))),
-     "the number of conditions is 0: expected 1 or more"),
-    (lambda run: run.sample("4"), "n is '4': expected a whole number"),
-    (lambda run: run.sample_at([1.5]), "index is [1.5]: expected whole numbers"),
-    (lambda run: run.sample_at(3), "index is 3: expected whole numbers [n]"),
-    (lambda run: run.sample_at(None), "index is None: expected whole numbers [n]"),
-    (lambda run: run.sample_at([1, [2]]), "index is [1, [2]]: expected whole numbers [n]"),
-    (lambda run: run.sample_at([[1, 2]]), "index is [[1, 2]]: expected whole numbers [n]"),
-    (lambda run: run.sample_at([0, 2**31]), "index runs from 0 to 2147483648: expected 0 to 2^31"),
-    (lambda run: run.sample_at([-1]), "index runs from -1 to -1: expected 0 to 2^31 - 1"),
-    (lambda run: run.sample(3, condition=[1, [2, 3], 4]), "condition is [1, [2, 3], 4]: expected"),
-    (lambda run: run.log_prob(MEAN[None], condition=[1, [2, 3], 4]),
-     "condition is [1, [2, 3], 4]: expected one condition, 3 numbers [3]"),
-    (lambda run: run.reweight(log_target, condition=[[1, 2, 3], [4, 5]], n=4),
-     "condition is [[1, 2, 3], [4, 5]]: expected one condition, 3 numbers [3]"),
-    (lambda run: run.sample(2, label=Vector(np.zeros((2, 3)), np.ones(2, bool))),
-     "condition is Vector("),
-    (lambda run: run.selecting(2).reweight(log_target, condition=[1, 2, 3], n=4),
-     "a sample that is selected among candidates does not have the density of its trajectory"),
-    (lambda run: run.sample(2, seed=1.5), "seed is 1.5: expected a whole number, 0 to 2^32 - 1"),
-    (lambda run: run.sample(2, seed=-1), "seed is -1: expected a whole number, 0 to 2^32 - 1"),
-    (lambda run: run.log_prob(MEAN[None], condition=[1, 2, 3], seed=2**32),
-     "seed is 4294967296: expected a whole number, 0 to 2^32 - 1"),
-    (lambda run: run.sample_at([]), "the number of samples is 0: expected 1 or more"),
-    (lambda run: run.log_prob(data()[0][:0], condition=[1, 2, 3]),
-     "the number of samples is 0: expected 1 or more"),
     (lambda run: run.log_prob(MEAN[None], condition=[1, 2, 3], trajectories=0),
      "trajectories is 0: expected 1 or more"),
-    (lambda run: run.reweight(log_target, condition=[1, 2, 3], n=0), "n is 0: expected 1 or more"),
+    (lambda run: run.reweight(lambda x: x, condition=[1, 2, 3], n=COUNT),
+     f"log_target returned [{COUNT}, 2]"),
+    (lambda run: run.reweight(lambda x: np.full(COUNT, -np.inf), condition=[1, 2, 3], n=COUNT),
+     "log_target is -inf at every sample"),
     (lambda run: run.reweight(log_target, condition=data()[1][:4], n=4),
      "condition is float64 [4, 3]: expected one condition, 3 numbers [3]"),
+    (lambda run: run.selecting(2).reweight(log_target, condition=[1, 2, 3], n=4),
+     "a sample that is selected among candidates does not have the density of its trajectory"),
 ])
 def test_mistakes_are_one_line(random, call, message):
-    with pytest.raises(ntm_jax.UserError, match=re.escape(message)) as error:
+    with pytest.raises(ntm_jax.UserError, match=re.escape(message)):
         call(random)
-    assert "\n" not in str(error.value)

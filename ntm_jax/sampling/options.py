@@ -22,34 +22,26 @@ from ntm_jax.sampling import decoders
 def override(config: Config, **given) -> Sample:
     """The configuration's options of sampling with the given ones that are not None.
 
-    Raises UserError for an option that is unknown, or whose value its setting does not take.
+    Raises UserError for an option that is unknown, or whose value its setting does not take, for
+    guidance of another length than the steps, or that the model was not trained for, and for more
+    steps than t_min allows. Warns of a number of steps that it was not trained with.
     """
     given = {name: _plain(value) for name, value in given.items() if value is not None}
     values = dataclasses.asdict(config.sample) | given
     options = typed.parse_dataclass(Sample, values, "config.sample")
-    check(config, options)
-    return options
-
-
-def check(config: Config, options: Sample) -> None:
-    """Checks options of sampling that differ from the configuration's.
-
-    Raises UserError for guidance of another length than the steps, or that the model was not
-    trained for, and for more steps than t_min allows. Warns of a number of steps that it was not
-    trained with.
-    """
     guidance, steps, own = options.guidance, options.steps, config.sample
     check_guidance("guidance", guidance, steps)
     if guidance != own.guidance and guided(guidance) and not config.train.condition_dropout:
         raise UserError(f"guidance is {guidance}, and the model was trained without condition "
                         "dropout: sample with guidance 0")
     if decoders.find(options.decoder).solves_ode:
-        return
+        return options
     check_steps("steps", steps, config.trajectory)
     trained = config.trajectory.steps
     if steps != own.steps and steps not in trained:
         warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: "
                       "expect worse images", stacklevel=2)
+    return options
 
 
 def _plain(option):

@@ -21,7 +21,7 @@ from ntm_jax import files
 from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.data import text
 from ntm_jax.data.records import pad_text
-from ntm_jax.errors import UserError, check_count, shown
+from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.runtime.run import Run
 
@@ -107,14 +107,6 @@ def open_encoder(run: Run, name: str | None = None):
     return found
 
 
-def check_number(number: int, prompts: Sequence[Prompt] | None) -> None:
-    """Raises UserError for a number of images below 1, or that prompts do not divide."""
-    check_count("num", number)
-    if prompts and number % len(prompts):
-        raise UserError(f"num is {number}: expected a multiple of {len(prompts)}, the number of "
-                        "prompts")
-
-
 def states(encoder, prompts: Sequence[str]) -> Text:
     """The states [P, M, E] of prompts and their mask [P, M].
 
@@ -134,8 +126,6 @@ def check_layout(layout: str | None, prompts: Sequence[Prompt] | None, per_promp
     """Raises UserError where prompts or images do not fit the benchmark `layout`."""
     if not layout:
         return
-    if layout not in ("geneval", "dpg"):
-        raise UserError(f"layout is {shown(layout)}: expected geneval or dpg")
     if not prompts:
         raise UserError(f"--layout={layout} writes a benchmark's folder: give its prompts as "
                         "--prompts")

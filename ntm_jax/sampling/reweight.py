@@ -22,7 +22,7 @@ import numpy as np
 from ntm_jax.core import likelihood, sampling, trajectory
 from ntm_jax.core.model import full_precision, log_prior
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
-from ntm_jax.errors import UserError, check_count, shown
+from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.run import Run, checked_seed
@@ -115,11 +115,9 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: Sample,
     run.condition.validate gives it, for all n.
 
     Raises UserError for n below 1, a model of pixels, an ODE's solver, samples that are selected,
-    and a target that is no function or whose values are no log-densities.
+    and a target whose values are no log-densities.
     """
     check_count("n", n)
-    if not callable(log_target):
-        raise UserError(f"log_target is {shown(log_target)}: expected a function of the samples")
     if run.spec.pixel_levels:
         raise UserError("the run has pixels: expected a model of continuous data, whose samples "
                         "have a density")
@@ -127,11 +125,7 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: Sample,
     seed = checked_seed(run, seed)
     x, log_ratio = _draw_all(run, condition, n, options, seed)
     samples = run.spec.from_tokens(x)
-    values = np.asarray(log_target(samples.copy()))  # it may change them
-    if values.dtype.kind not in "fiu":
-        raise UserError(f"log_target returned {values.dtype}: expected floating-point numbers, the "
-                        f"log-density of each of the {n} samples, [{n}]")
-    values = values.astype(np.float64)
+    values = np.asarray(log_target(samples.copy()), np.float64)  # it may change them
     if values.shape != (n,) or np.isnan(values).any() or np.isposinf(values).any():
         raise UserError(f"log_target returned {list(values.shape)}, with {np.isnan(values).sum()} "
                         f"NaN and {np.isposinf(values).sum()} inf: expected the log-density of "

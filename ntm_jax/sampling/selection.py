@@ -15,8 +15,6 @@ Symbols: n images; B batch, K levels, T steps, N tokens, D token channels.
 
 import dataclasses
 import functools
-import math
-import numbers
 from collections.abc import Callable
 from typing import cast
 
@@ -26,7 +24,7 @@ import numpy as np
 
 from ntm_jax.core.model import NTM, Terms, full_precision
 from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
-from ntm_jax.errors import UserError, check_count, shown
+from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run, Selection, different_data
 from ntm_jax.sampling import decoders
@@ -108,12 +106,10 @@ def selecting(run: Run, candidates: int, judge: Run | None = None,
     if candidates == 1 and (judge or enough is not None):
         raise UserError(f"candidates is {candidates}: expected at least 2 to select from, or 1 "
                         "without judge and enough")
-    if enough is not None and not (isinstance(enough, numbers.Real) and math.isfinite(enough)):
-        raise UserError(f"enough is {shown(enough)}: expected a number of nats, or none")
     if candidates == 1:
         return run
     judge = judge or run
-    if run.config.model.condition == "none":
+    if not run.condition.width:
         raise UserError(f"candidates is {candidates}: candidates are compared by what their "
                         f"condition explains, and the model of {run.workdir} has no condition; "
                         "take 1")
@@ -124,14 +120,9 @@ def selecting(run: Run, candidates: int, judge: Run | None = None,
         raise UserError(f"{judge.workdir} was trained without condition dropout and knows no null "
                         "condition to select by: give as judge a run trained with "
                         "config.train.condition_dropout above 0")
-    _check_same_data(run, judge)
-    return dataclasses.replace(run, selection=Selection(candidates, judge, enough))
-
-
-def _check_same_data(run: Run, judge: Run) -> None:
-    """Raises UserError where the judge does not know the images or conditions of a run."""
     different = different_data(run, judge, own_units=True)
     if different:
         name, mine, theirs = different
         raise UserError(f"the judge {judge.workdir} has {name} {theirs or 'none'}, and "
                         f"{run.workdir} {mine or 'none'}: give a run of the same data")
+    return dataclasses.replace(run, selection=Selection(candidates, judge, enough))

@@ -17,7 +17,6 @@ from ntm_jax import files
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import checksums, plots
-from ntm_jax.runtime.config import Config, Sample
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import generate, prompts
@@ -33,7 +32,7 @@ class SampleRequest:
     num: int
     batch: int = 500  # images at a time
     labels: list[str] | None = None  # classes by name or number, in turn over the images
-    prompts: list[Prompt] | None = None  # each has num / len(prompts) images
+    prompts: list[Prompt] | None = None  # each has num / len(prompts) images, a whole number
     layout: str | None = None  # geneval, dpg: the folders of a benchmark
     encoder: str | None = None  # of the prompts; see prompts.open_encoder
     autoencoder: str | None = None  # the folder of FLUX.2's, which decodes latents to images
@@ -50,11 +49,6 @@ class SampleRequest:
     def per_prompt(self) -> int:
         """How many images each prompt has."""
         return self.num // len(self.prompts) if self.prompts else 1
-
-    def options(self, config: Config) -> Sample:
-        """How the images are made. Raises UserError; see sampling.options."""
-        return override(config, steps=self.steps, guidance=self.guidance,
-                                 decoder=self.decoder, inverse=self.inverse)
 
 
 def write_samples(run: Run, out: str, request: SampleRequest) -> None:
@@ -97,9 +91,9 @@ class _Work:
 
     def __init__(self, run: Run, request: SampleRequest):
         self.run, self.request = run, request
-        prompts.check_number(request.num, request.prompts)
-        check_count("batch", request.batch)
-        self.options = request.options(run.config)
+        check_count("num", request.num)
+        self.options = override(run.config, steps=request.steps, guidance=request.guidance,
+                                decoder=request.decoder, inverse=request.inverse)
         check_decoder(run, self.options.decoder)
         if request.log_prob:
             generate.check_density(run, self.options)

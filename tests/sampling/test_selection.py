@@ -105,9 +105,7 @@ def changed(run, part, **fields):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"image_shape": (4, 4, 1)}, r"images of shape \(4, 4, 1\), and runs/tiny \(8, 8, 1\)"),
     ({"pixel_levels": 256}, "pixel levels 256, and runs/tiny 17"),
-    ({"mean": (1.0,), "std": (2.0,)}, "latents normalised by "),
     ({"class_names": tuple("abcdefghij")}, r"classes named \('a', .*, and runs/tiny none"),
-    ({"condition_mean": (1.0,)}, "vectors normalised by "),
 ])
 def test_a_judge_of_other_data_is_refused(run, fields, message):
     with pytest.raises(UserError, match=f"the judge runs/tiny has {message}"):
@@ -123,12 +121,7 @@ def test_selection_needs_a_condition_and_a_likelihood_without_it(run):
             changed(run, part, **fields).selecting(2)
     for arguments, message in (
             ((0,), "candidates is 0: expected 1 or more"),
-            ((2.5,), "candidates is 2.5: expected a whole number"),
-            ((1, run), "candidates is 1: expected at least 2"),
-            ((1, None, 2.0), "candidates is 1: expected at least 2"),
-            ((2, 3), "judge is 3: expected a run, or the folder of one"),
-            ((2, None, np.nan), "enough is nan: expected a number of nats"),
-            ((2, None, "x"), "enough is 'x': expected a number of nats")):
+            ((1, run), "candidates is 1: expected at least 2")):
         with pytest.raises(UserError, match=message):
             run.selecting(*arguments)
     assert repr(run.selecting(1)) == "Run('runs/tiny', step=4)"  # without its parameters

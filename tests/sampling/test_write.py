@@ -9,7 +9,6 @@ from PIL import Image
 from ntm_jax import files
 from ntm_jax.errors import UserError
 from ntm_jax.sampling import generate
-from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from tests.common import randomised
 
@@ -19,7 +18,7 @@ def test_labels_are_names_or_numbers_of_classes(run):
         return run.condition.validate(len(labels), labels).tolist()
 
     assert found(["3", "0", "9"]) == [3, 0, 9]
-    for wrong in ("10", "-1", "cat", "1.0", ""):
+    for wrong in ("10", "cat"):
         with pytest.raises(UserError, match=f"label '{wrong}' is not a class of the model: "
                                             "expected 0 to 9"):
             found(["1", wrong])
@@ -49,22 +48,6 @@ def test_written_samples(run, tmp_path, capsys):
     with Image.open(out / "grid.png") as grid:
         assert grid.size == (10 * 66 + 2, 2 * 66 + 2)
     assert f"11 images in {out}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"num": 10, "prompts": [Prompt("a")] * 3}, "num is 10: expected a multiple of 3, the number"),
-    ({"num": 0}, "num is 0: expected 1 or more"),
-    ({"num": 4.0}, "num is 4.0: expected a whole number"),
-    ({"num": None}, "num is None: expected a whole number"),
-    ({"num": 4, "batch": 0}, "batch is 0: expected 1 or more"),
-    ({"num": 4, "batch": -1}, "batch is -1: expected 1 or more"),
-    ({"num": 4, "batch": 2.5}, "batch is 2.5: expected a whole number"),
-    ({"num": 4, "decoder": 3}, "config.sample.decoder 3 is not known: expected one of inverse"),
-])
-def test_a_wrong_request_is_refused(run, tmp_path, fields, message):
-    with pytest.raises(UserError, match=message):
-        run.write_samples(str(tmp_path / "out"), SampleRequest(**fields))
-    assert not (tmp_path / "out").exists()
 
 
 def test_latents_of_one_channel_are_written_as_they_are(run, tmp_path, monkeypatch):
