@@ -32,27 +32,10 @@ def _transformer(config: ModelConfig, extra: Mapping[str, Any], attention: Calla
     return Velocity(config)
 
 
-def _flux2(config: ModelConfig, extra: Mapping[str, Any], attention: Callable):
-    from ntm_jax.backbones import flux2  # imported when it is chosen
-
-    return flux2.build(config, extra["double_layers"], attention)
-
-
-def _read_flux2(path: str, parameters):
-    from ntm_jax.backbones import flux2_weights
-
-    return flux2_weights.read(path, parameters)
-
-
-def _flow_map(config: ModelConfig, extra: Mapping[str, Any], attention: Callable):
-    from ntm_jax.backbones import flow_map
-
-    return flow_map.FlowMap(config)
-
-
-BACKBONES = Registry("config.model.backbone", Backbone, {
-    "transformer": Backbone(_transformer), "flow_map": Backbone(_flow_map),
-    "flux2": Backbone(_flux2, _read_flux2)})
+BACKBONES: Registry[Backbone] = Registry("config.model.backbone", Backbone, {
+    "transformer": Backbone(_transformer),
+    "flow_map": "ntm_jax.backbones.flow_map:BACKBONE",
+    "flux2": "ntm_jax.backbones.flux2:BACKBONE"})
 
 
 def register(name: str, backbone: Backbone) -> None:

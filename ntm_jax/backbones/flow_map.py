@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ntm_jax.backbones import Backbone
 from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.predictor import Trunk
 from ntm_jax.core.trajectory import per_example
@@ -109,3 +110,6 @@ def log_density(backbone, params, x, t, y):
 
     (last, log_det), _ = jax.lax.scan(step, (x, jnp.zeros(len(x))), (t.T[:-1], t.T[1:]))
     return jnp.sum(trajectory.log_normal(last, 0.0, 1.0), (1, 2)) + log_det
+
+
+BACKBONE = Backbone(lambda config, extra, attention: FlowMap(config))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from ntm_jax.backbones import Backbone, flux2_weights
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.attention import plain_attention
@@ -266,3 +267,8 @@ def build(c: ModelConfig, double_layers: int, attention) -> Flux2:
         head_size=c.head_size, double_layers=double_layers, single_layers=c.predictor_layers,
         mlp_ratio=c.mlp_ratio, axes=(quarter, quarter, quarter, quarter), dtype=c.dtype,
         remat=c.remat, scan=c.scan), attention)
+
+
+BACKBONE = Backbone(
+    lambda config, extra, attention: build(config, extra["double_layers"], attention),
+    flux2_weights.read)
