@@ -105,9 +105,3 @@ def test_the_other_programs_start(name, message, program):
     done = program(name, *flags, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr
-
-
-def test_a_module_in_the_current_folder_is_imported(program):
-    (program.folder / "module_of_a_test.py").write_text("raise ValueError('seen')")
-    done = program("train", "--config=digits", "--import=module_of_a_test", check=False)
-    assert "--import=module_of_a_test cannot be imported (ValueError: seen" in done.stderr

@@ -13,7 +13,6 @@ from ntm_jax.analysis.peers import compare
 from ntm_jax.analysis.peers.work import Peer, Sizes
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.arithmetic import PLAIN
-from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops
 from tests.common import python
 
@@ -75,25 +74,6 @@ def test_peers_are_timed_in_turn(folder, capsys):
     assert slow["share_of_limit"] == slow["flops_per_second"] / 4e3
     assert (rows[4]["error"], rows[4]["note"]) == (0.5, "quick")
     assert json.loads(json.dumps(rows)) == rows
-
-
-def test_a_row_is_chosen(folder):
-    assert {row["name"] for row in compare.compare(str(folder), 1, "step")} == {"train step"}
-    with pytest.raises(UserError, match="--rows=bread is in no row's name: expected a part of"):
-        compare.compare(str(folder), 1, "bread")
-
-
-def test_a_table_has_a_line_a_peer_and_their_notes():
-    row = {"name": "train step", "peer": "flow", "seconds": 0.5, "flops_per_second": 3e10,
-           "limit": 6e10, "share_of_limit": 0.5, "times_ours": 1.25, "runs": [0.4, 0.5, 0.7],
-           "error": None, "note": ""}
-    lines = compare.table([row, row | {"name": "inverse", "error": 1e-6, "note": "one pass"}])
-    heads, first, second, note = lines.splitlines()
-    assert heads.split() == ["ms", "lowest", "highest", "GFLOP/s", "products", "share", "x", "ours",
-                             "error"]
-    assert first.split()[2:] == ["flow", "500", "400", "700", "30.0", "60.0", "50.0%", "1.25"]
-    assert second.split()[-1] == "1.0e-06"
-    assert note == "flow, inverse: one pass"
 
 
 def test_what_is_missing_is_named(folder):
