@@ -29,10 +29,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ntm_jax.data import text
 from ntm_jax.data.sources.source import ArrayRecords, Source, check_split, permuted_splits
 from ntm_jax.data.transforms import standardise
-from ntm_jax.errors import UserError, first_line, shown
+from ntm_jax.errors import UserError, first_line
 
 _provided: dict[str, "Arrays"] = {}  # by version; under '', those provided last
 
@@ -132,12 +131,16 @@ def from_arrays(
     """
     pixel_levels, held_out, seed = map(_plain, (pixel_levels, held_out, seed))
     is_table = np.ndim(images) == 2
-    images, pixel_levels = (_check_rows if is_table else _check_images)(images, pixel_levels)
-    count = len(images)
-    condition = _check_condition(condition, count)
+    images = _check_numbers(images, "data", "[n, D]") if is_table else _check_images(images)
+    pixel_levels, count = _check_levels(images, pixel_levels), len(images)
+    if condition is not None:
+        condition = _check_numbers(condition, "condition", f"[{count}, E]", discrete=True)
     labels, names = _numbered(labels)
-    labels = _check_labels(labels, count)
-    captions = _check_captions(captions, count)
+    captions = None if captions is None else tuple(captions)
+    for name, given in (("condition", condition), ("labels", labels), ("captions", captions)):
+        if given is not None and len(given) != count:
+            raise UserError(f"{name} has {len(given)} rows: expected one for each of the {count} "
+                            "records")
     if not 0 <= held_out < 1:
         raise UserError(
             f"held_out is {held_out}: expected a share of the records, 0 or more and below 1"
@@ -225,13 +228,6 @@ def _read_file(
                         f"{source} names the array {key!r}: {path} has "
                         f"{', '.join(names)}; choose with {kind}:PATH,data=KEYS,condition=KEYS"
                     )
-                if names.count(key) > 1:
-                    raise UserError(
-                        f"{source} names the column {key!r}, and {path} has "
-                        f"{names.count(key)} of this name: rename them"
-                    )
-                if chosen.count(key) > 1:
-                    raise UserError(f"{source} names the array {key!r} twice: name it once")
             return {key: read(key) for key in chosen}
 
         continuous = "floating-point numbers, since whole numbers, dates and text have no density"
@@ -306,28 +302,6 @@ def _version(about: list, *arrays: np.ndarray | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_rows(values, pixel_levels: int | None) -> tuple[np.ndarray, int]:
-    """(an array [n, D], no pixel levels)."""
-    values = _check_numbers(values, "data", "[n, D]")
-    if pixel_levels:
-        raise UserError(
-            f"data is an array {list(values.shape)} and pixel_levels is {pixel_levels}: leave it "
-            "out"
-        )
-    return values, 0
-
-
-def _check_condition(condition, count: int) -> np.ndarray | None:
-    if condition is None:
-        return None
-    condition = _check_numbers(condition, "condition", f"[{count}, E]", discrete=True)
-    if len(condition) != count:
-        raise UserError(
-            f"condition has {len(condition)} rows: expected one for each of the {count} records"
-        )
-    return condition
-
-
 def _check_numbers(values, name: str, shape: str, discrete: bool = False) -> np.ndarray:
     """An array of two axes of finite floating-point numbers.
 
@@ -355,34 +329,22 @@ def _table(values: np.ndarray, train: np.ndarray, name: str = "") -> Table:
     name: of an array whose columns must vary, for its error; without it a constant column is left
     at 0.
     """
-    known, least = values[train].astype(np.float64), 2 if name else 1
-    if len(known) < least:
-        raise UserError(
-            f"{name or 'condition'} has {len(known)} training records: expected {least} or more"
-        )
+    known = values[train].astype(np.float64)
     equal = (known == known[0]).all(0)  # where the sums of mean and std round
-    with np.errstate(over="ignore", invalid="ignore"):
-        mean = np.where(equal, known[0], known.mean(0))
-        deviation = np.where(equal, 0.0, known.std(0))
-        constant = deviation <= 1e-14 * np.abs(mean)  # no more than float64 rounding
-        std = np.where(constant, 1.0, deviation)
-        standardised = standardise(values, mean, std)
-    finite = np.isfinite(deviation) & np.isfinite(standardised).all(0)
-    if not finite.all():
-        raise UserError(
-            f"{name or 'condition'} has numbers in column {int(np.argmin(finite))} that are too "
-            "large for their deviation: give them in another unit, or remove outliers"
-        )
+    mean = np.where(equal, known[0], known.mean(0))
+    deviation = np.where(equal, 0.0, known.std(0))
+    constant = deviation <= 1e-14 * np.abs(mean)  # no more than float64 rounding
     if name and constant.any():
         raise UserError(
             f"{name} has the constant column {int(np.argmax(constant))}, which has no density: "
             "leave it out"
         )
-    return Table(standardised, tuple(mean.tolist()), tuple(std.tolist()))
+    std = np.where(constant, 1.0, deviation)
+    return Table(standardise(values, mean, std), tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:
-    """(images [n, H, W, C], their pixel levels)."""
+def _check_images(images) -> np.ndarray:
+    """Images [n, H, W, C], uint8 or float32."""
     images = np.asarray(images)
     if images.ndim not in (3, 4) or not images.size:
         column = ", such as data[:, None] for one column" if images.ndim == 1 else ""
@@ -390,66 +352,47 @@ def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:
             f"images have shape {list(images.shape)}: expected [n, H, W, C] or [n, H, W], or an "
             f"array [n, D]{column}"
         )
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype == np.float32:
-        if pixel_levels:
-            raise UserError(
-                f"images are float32 latents and pixel_levels is {pixel_levels}: give pixels as "
-                "uint8, or leave pixel_levels out"
-            )
-        if not np.isfinite(images).all():
-            raise UserError("images hold a number that is not finite: remove these records")
-        return images, 0
-    if images.dtype != np.uint8:
+    if images.dtype not in (np.uint8, np.float32):
         raise UserError(
             f"images are {images.dtype}: expected pixels as uint8 or latents as float32; convert "
             "them with images.astype"
         )
+    if images.dtype == np.float32 and not np.isfinite(images).all():
+        raise UserError("images hold a number that is not finite: remove these records")
+    return images[..., None] if images.ndim == 3 else images
+
+
+def _check_levels(images: np.ndarray, pixel_levels: int | None) -> int:
+    """The pixel levels of images; 0 of latents and arrays."""
+    if images.dtype != np.uint8:
+        if pixel_levels:
+            raise UserError(
+                f"pixel_levels is {pixel_levels} and the data are {images.dtype}: give pixels as "
+                "uint8, or leave pixel_levels out"
+            )
+        return 0
     levels = 256 if pixel_levels is None else pixel_levels
     if not 2 <= levels <= 256 or images.max() >= levels:
         raise UserError(
             f"images have pixels up to {images.max()} and pixel_levels is {levels}: expected 2 to "
             "256, more than every pixel"
         )
-    return images, levels
+    return levels
 
 
-def _numbered(labels):
-    """(labels as numbers, the names of the classes); labels that are not names are unchanged."""
-    found = np.asarray(labels)
-    if found.dtype == object and all(isinstance(label, str) for label in found.flat):
-        found = found.astype(str)  # such as a column of pandas
-    if found.dtype.kind != "U":
-        return labels, ()
-    names, numbers = np.unique(found, return_inverse=True)
-    return numbers, tuple(map(str, names))
-
-
-def _check_labels(labels, count: int) -> np.ndarray | None:
+def _numbered(labels) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """(labels as numbers from 0, [n], the names of the classes if they were given as names)."""
     if labels is None:
-        return None
-    labels = np.asarray(labels)
-    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        return None, ()
+    labels, names = np.asarray(labels), ()
+    if labels.dtype == object and all(isinstance(label, str) for label in labels.flat):
+        labels = labels.astype(str)  # such as a column of pandas
+    if labels.dtype.kind == "U":
+        found, labels = np.unique(labels, return_inverse=True)
+        names = tuple(map(str, found))
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         raise UserError(
-            f"labels are {labels.dtype} {list(labels.shape)}: expected one integer or name for "
-            f"each of the {count} images"
+            f"labels are {labels.dtype} {list(labels.shape)}: expected a name for each image, or "
+            "one of 0 to the number of classes - 1"
         )
-    if labels.min() < 0 or labels.max() >= 2**31:
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise UserError(f"labels hold {wrong}: expected 0 to the number of classes - 1")
-    return labels.astype(np.int32)
-
-
-def _check_captions(captions, count: int) -> tuple[str, ...] | None:
-    if captions is None:
-        return None
-    if isinstance(captions, str) or len(captions) != count:
-        found = "one string" if isinstance(captions, str) else f"{len(captions)} strings"
-        raise UserError(f"captions are {found}: expected one for each of the {count} images")
-    for caption in captions:
-        if not isinstance(caption, str):
-            raise UserError(f"captions hold a {type(caption).__name__}: expected strings")
-        if not text.is_utf8(caption):
-            raise UserError(f"captions hold {shown(caption, str)}, which is not UTF-8: expected "
-                            "strings without surrogates")
-    return tuple(map(str, captions))
+    return labels.astype(np.int32), names
