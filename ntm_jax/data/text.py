@@ -19,7 +19,7 @@ import importlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -81,74 +81,34 @@ def register(name: str, open_function: Callable[[str], Encoder]) -> None:
 
 @functools.cache
 def open_encoder(name: str) -> Encoder:
-    """The encoder `name`, opened once.
-
-    UserError if it is unknown, lacks a file or package, or opens as no Encoder.
-    """
+    """The encoder `name`, opened once. UserError if it is unknown, or lacks a file or package."""
     open_function, argument = ENCODERS.find(name)
-    encoder = open_function(argument)
-    parts = ("name", "tokens", "width", "at_read", "encode")
-    lacking = [part for part in parts if not hasattr(encoder, part)]
-    if lacking:
-        raise UserError(
-            f"the text encoder {name!r} opens as a {type(encoder).__name__} without "
-            f"{', '.join(lacking)}: expected its open function to return a "
-            "ntm_jax.data.text.Encoder"
-        )
-    return encoder
+    return open_function(argument)
 
 
 def encode(
     encoder: Encoder, captions: Sequence[str]
 ) -> tuple[list[np.ndarray], Sequence[bool]]:
-    """`encoder.encode(captions)`, checked, and the states as float16.
+    """`encoder.encode(captions)`, with the states as float16.
 
-    UserError if it is not what `Encoder.encode` says, and for a caption that is not UTF-8.
+    UserError for states that are not what `Encoder.encode` says, and for a caption that is not
+    UTF-8.
     """
     wrong = next((caption for caption in captions if not is_utf8(caption)), None)
     if wrong is not None:
         raise UserError(f"the caption {shown(wrong, str)} is not UTF-8: write it in UTF-8")
-    found, name = encoder.encode(captions), f"the text encoder {encoder.name!r}"
-    count = len(captions)
-    if not isinstance(found, tuple) or [_length(part) for part in found] != [count, count]:
-        lengths = [_length(part) for part in found] if isinstance(found, tuple) else ""
-        gave = f"a tuple of lengths {lengths}" if lengths else f"a {type(found).__name__}"
-        raise UserError(
-            f"{name} gave {gave} for {count} captions: expected (states, cut), the states of each "
-            "and whether each was cut"
-        )
-    return [_checked(encoder, *pair) for pair in zip(captions, found[0], strict=True)], found[1]
-
-
-def _length(part) -> int | None:
-    return len(part) if hasattr(part, "__len__") else None
-
-
-def _checked(encoder: Encoder, caption: str, states: Any) -> np.ndarray:
-    """The states of a caption, [m, E] float16. UserError if they are none."""
-    gave = f"the text encoder {encoder.name!r} gave"
-    expected = f"[m, {encoder.width}] numbers, m <= {encoder.tokens}"
-    if not hasattr(states, "shape"):
-        raise UserError(
-            f"{gave} a {type(states).__name__} for the caption {shown(caption)}: expected an array "
-            f"{expected}"
-        )
-    states = np.asarray(states)
-    tokens, *width = states.shape or (0,)
-    numeric = states.dtype.kind in "biufV"  # V: bfloat16
-    if width != [encoder.width] or tokens > encoder.tokens or not numeric:
-        raise UserError(
-            f"{gave} states of shape {states.shape} and {states.dtype} for the caption "
-            f"{shown(caption)}: expected {expected}"
-        )
+    found, cut = encoder.encode(captions)
     with np.errstate(over="ignore"):
-        states = states.astype(np.float16, copy=False)
-    if not np.isfinite(states).all():
-        raise UserError(
-            f"{gave} states that are not finite in float16 for the caption {shown(caption)}: "
-            "expected numbers between -65504 and 65504"
-        )
-    return states
+        states = [np.asarray(own).astype(np.float16, copy=False) for own in found]
+    for caption, own in zip(captions, states, strict=True):
+        fits = own.ndim == 2 and own.shape[1] == encoder.width and len(own) <= encoder.tokens
+        if not fits or not np.isfinite(own).all():
+            raise UserError(
+                f"the text encoder {encoder.name!r} gave states of shape {own.shape} for the "
+                f"caption {shown(caption)}: expected [m, {encoder.width}] numbers that are finite "
+                f"in float16, m <= {encoder.tokens}"
+            )
+    return states, cut
 
 
 def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) -> None:

@@ -53,9 +53,10 @@ def test_captions_are_encoded_as_they_are_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("at_read", [True, False])
 def test_captions_states_are_checked(monkeypatch, at_read):
     encoder = text.Words("3:a")
-    encoder.at_read, encoder.encode = at_read, lambda captions: [np.zeros((1, 5))] * len(captions)
+    encoder.at_read = at_read
+    encoder.encode = lambda captions: ([np.zeros((1, 4))] * len(captions), [False] * len(captions))
     monkeypatch.setitem(text.ENCODERS._entries, "bad", ("bad", lambda argument: encoder))
-    with pytest.raises(UserError, match=r"^the text encoder 'words:3:a' gave a list"):
+    with pytest.raises(UserError, match=r"^the text encoder 'words:3:a' gave states"):
         encode_captions("", [{"caption": "a"}, {"caption": "b"}], "ab", "bad")[0][0]
     text.open_encoder.cache_clear()
 

@@ -33,7 +33,7 @@ from ntm_jax.data import images, regular, text
 from ntm_jax.data.prepare import from_folder
 from ntm_jax.data.sources.source import Source, check_split, permuted_splits
 from ntm_jax.errors import UserError, shown
-from ntm_jax.files import is_remote, parse_json, write_json
+from ntm_jax.files import is_remote, parse_object, write_json
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _THIRD = ("val", "valid", "validation")  # folders that others hold out beside or in place of test/
@@ -350,19 +350,8 @@ def _read_manifest(root: epath.Path) -> dict[str, list[int]]:
     for path in _manifests(root):
         # If it is absent, unreadable or damaged, the images are scanned again.
         with contextlib.suppress(OSError, ValueError):
-            entries = parse_json(regular.read(path))
-            return {file: entry for file, entry in entries.items() if _is_entry(entry)}
+            return parse_object(path.read_bytes())
     return {}
-
-
-def _is_entry(entry) -> bool:
-    """Whether a value from a manifest is [bytes, mtime, H, W, C]."""
-    if not isinstance(entry, list) or len(entry) != 5:
-        return False
-    stamp, shape = entry[:2], entry[2:]
-    if not all(type(value) in (int, float) for value in stamp):
-        return False
-    return all(type(value) is int and value > 0 for value in shape) and shape[-1] in (1, 3)
 
 
 def _write_manifest(root: epath.Path, entries: dict[str, list[int]]) -> None:

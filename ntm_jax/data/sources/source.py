@@ -9,14 +9,14 @@ worker processes run this.
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from ntm_jax.data import images
 from ntm_jax.data.captions import encode_captions
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError
 from ntm_jax.registry import Registry
 
 
@@ -241,24 +241,9 @@ def open_as_stored(name: str, split: str) -> Source:
         )
     if not len(source.records):
         raise SplitError(f"split {split!r} of {name} holds no records: it needs more")
-    _check_fields(name, source)
     # Names of folders that are not UTF-8 hold surrogates, which cannot be drawn or printed.
     names = (name.encode(errors="backslashreplace").decode() for name in source.class_names)
     return dataclasses.replace(source, class_names=tuple(names))
-
-
-def _check_fields(name: str, source: Source) -> None:
-    """Raises UserError where a source contradicts itself."""
-    count, names, captions = len(source.records), source.class_names, source.captions
-    if len(source.image_shape) != 3:
-        raise UserError(f"data.source {name} has image_shape {source.image_shape}: expected "
-                        "(H, W, C)")
-    if names and len(names) != source.num_classes:
-        raise UserError(f"data.source {name} has {len(names)} class_names: expected num_classes, "
-                        f"{source.num_classes}, or none")
-    if captions is not None and len(captions) != count:
-        raise UserError(f"data.source {name} has {len(captions)} captions: expected one for each "
-                        f"of its {count} records")
 
 
 # For the kinds of source.
@@ -335,40 +320,25 @@ class _Rows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record, name = self.records[self.rows[index]], f"record {self.rows[index]}"
-        if not isinstance(record, Mapping) or "image" not in record:
-            keys = f" of {', '.join(record)}" if isinstance(record, Mapping) else ""
-            raise UserError(
-                f"{name} is a {type(record).__name__}{keys}: expected a dict with an 'image'"
-            )
-        record = dict(record)
+        record, name = dict(self.records[self.rows[index]]), f"record {self.rows[index]}"
         name = record.pop("name", name)
         found = {"image": self._image(record["image"], name)}
         if "rejected" in record:
             found["rejected"] = self._image(record["rejected"], f"the image rejected for {name}")
-        label = self._label(record.get("label", -1), name)
-        return {**record, **found, "label": label}
-
-    def _label(self, label, name: str) -> int:
-        try:
-            label = int(label)
-        except (TypeError, ValueError):
-            raise UserError(f"{name} has label {shown(label)}: expected a whole number") from None
+        label = int(record.get("label", -1))
         if self.num_classes and not -1 <= label < self.num_classes:
             raise UserError(
                 f"{name} has label {label}: expected 0 to {self.num_classes - 1}, the number of "
                 "one of the source's classes, or -1 where it is unknown"
             )
-        return label
+        return {**record, **found, "label": label}
 
     def _image(self, image: np.ndarray, name: str) -> np.ndarray:
-        expected = np.uint8 if self.pixel_levels else np.float32
-        dtype = getattr(image, "dtype", type(image).__name__)
-        if dtype != expected:
-            raise UserError(f"{name} has an image of {dtype}: expected {expected.__name__}")
-        if not self.columns and (image.ndim != 3 or image.shape[2] != self.shape[2]):
-            raise UserError(f"{name} has an image of shape {list(image.shape)}: expected [H, W, C] "
-                            f"with C = {self.shape[2]}")
+        image, expected = np.asarray(image), np.uint8 if self.pixel_levels else np.float32
+        fits = self.columns or (image.ndim == 3 and image.shape[2] == self.shape[2])
+        if image.dtype != expected or not fits:
+            raise UserError(f"{name} has an image of {image.dtype} {list(image.shape)}: expected "
+                            f"{expected.__name__} [H, W, C] with C = {self.shape[2]}")
         if 0 < self.pixel_levels < 256 and image.max() >= self.pixel_levels:
             raise UserError(f"{name} has a pixel of {image.max()}: expected 0 to "
                             f"{self.pixel_levels - 1}, the source's pixel_levels - 1")

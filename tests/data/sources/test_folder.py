@@ -14,7 +14,6 @@ from PIL import Image
 from ntm_jax.data import pipeline, regular
 from ntm_jax.data.sources import folder, open_source
 from ntm_jax.errors import UserError
-from tests.data.common import NOT_AN_OBJECT
 from tests.data.sources.common import labels, save, values
 
 
@@ -327,32 +326,12 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         open_source(f"folder:{tmp_path}", "all")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        *NOT_AN_OBJECT,
-        b'{"0.png": 1}',
-        b'{"0.png": [SIZE, TIME, 8]}',
-        b'{"0.png": [SIZE, TIME, "8", null, []]}',
-        b'{"0.png": [SIZE, TIME, 9, 9, 2]}',
-        b'{"0.png": [SIZE, TIME, -8, 8, 1]}',
-    ],
-)
-def test_a_damaged_manifest_only_causes_another_scan(tmp_path, content):
+def test_a_damaged_manifest_only_causes_another_scan(tmp_path):
     save(tmp_path / "0.png", 7, mode="L")
-    version, cache = (
-        open_source(f"folder:{tmp_path}", "all").version,
-        tmp_path / ".ntm_manifest.json",
-    )
-    stat = (tmp_path / "0.png").stat()
-    cache.write_bytes(
-        content.replace(b"SIZE", str(stat.st_size).encode()).replace(
-            b"TIME", str(int(stat.st_mtime)).encode()
-        )
-    )
+    version = open_source(f"folder:{tmp_path}", "all").version
+    (tmp_path / ".ntm_manifest.json").write_bytes(b'{"0.p')
     source = open_source(f"folder:{tmp_path}", "all")
     assert (source.version, source.image_shape, values(source)) == (version, (8, 8, 1), [7])
-    assert json.loads(cache.read_text())["0.png"][2:] == [8, 8, 1]
 
 
 def test_an_empty_folder_is_refused_with_the_expected_suffixes(tmp_path):
