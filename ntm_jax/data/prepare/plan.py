@@ -142,13 +142,11 @@ def claim(root: epath.Path, plan: dict) -> str:
 def _existing_plan(root: epath.Path, plan: dict) -> dict | None:
     """The folder's plan, from its manifest if plan.json is missing; None if it has none."""
     if (root / _PLAN).exists():
-        existing = files.read_json(
+        return files.read_json(
             root / _PLAN,
             "remove it and give the same command again, which keeps the complete shards, or choose "
             "another --out",
         )
-        existing.pop("content_sha256", None)  # which earlier versions wrote
-        return existing
     if not (root / MANIFEST).exists():
         return None
     made = read_manifest(str(root))[0].choices

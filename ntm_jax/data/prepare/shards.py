@@ -49,7 +49,6 @@ def complete(root: epath.Path, shard: Shard, plan_hash: str) -> Tally | None:
     if not beside.exists() or not file.exists():
         return None
     content = files.read_json(beside, "remove it; the same command makes its shard again")
-    content.pop("content_sha256", None)  # which earlier versions wrote
     tally = typed.parse_dataclass(Tally, content, shard.name)
     return tally if tally.plan == plan_hash and file.stat().length == tally.bytes else None
 
