@@ -16,7 +16,7 @@ import safetensors.numpy
 
 import ntm_jax
 from ntm_jax.core.model import NTM
-from ntm_jax.core.trajectory import levels, posterior
+from ntm_jax.core.trajectory import Schedule, posterior
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, sharding
@@ -65,7 +65,8 @@ def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
     started = [finetune.start_from(run, new).params for run in runs]
     assert bits(started[0]["params"]["backbone"]) == bits(started[1]["params"]["backbone"])
     batch = next(pipeline.evaluation_batches(sources.open_source(MOCK, "train"), 1, 2))
-    y, t = model.config.condition.stack(batch), levels(4, np.full(2, 0.02), "shifted", 0.5)
+    y = model.config.condition.stack(batch)
+    t = Schedule("shifted", 0.5).levels(4, np.full(2, 0.02))
     predict = jax.jit(functools.partial(model.apply, method=NTM.predict))
     backbone = jax.jit(model.backbone.apply)
     transport = jax.jit(functools.partial(model.apply, method=NTM.transport))

@@ -92,4 +92,4 @@ def latents(params, root, index, y, *, schedule, model, options):
     """The predictor's part of sampling: (t [B, K], u_0..u_T [B, K, N, D])."""
     t = schedule.fixed_levels(options.steps, len(index))
     keys = example_keys(root, "sample", index)
-    return t, sampling.sample_latents(model, params, keys, t, y, options.guidance)
+    return t, sampling.draw_latents(model, params, keys, t, y, options.guidance)[0]

@@ -16,7 +16,6 @@ import numpy as np
 
 from ntm_jax.analysis.cases import Case, Setting, latents
 from ntm_jax.core import flow_matching, sampling
-from ntm_jax.core.denoising import score_denoise
 from ntm_jax.core.model import full_precision
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
@@ -219,8 +218,7 @@ def _score(setting: Setting) -> Case | None:
 
     def denoised(model, _, params, xs, t, y):
         sampler = generate.Sampler(model, setting.run.schedule, options, setting.run.mesh)
-        return score_denoise(
-            model, params, xs, t, y, options.percentile, sampler.slices(len(xs)))
+        return sampler.score_denoise(params, xs, t, y)
 
     return _sampling(setting, denoised, us, t, y)
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.backbones import Backbone
-from ntm_jax.core import flow_matching, trajectory
+from ntm_jax.backbones.divergence import value_and_divergence
+from ntm_jax.core import trajectory
 from ntm_jax.core.predictor import Trunk
 from ntm_jax.core.trajectory import per_example
 from ntm_jax.core.transformer import layers
@@ -80,7 +81,7 @@ def errors(backbone, params, x, noise, probes, times, y):
     fixed, dimensions = jax.lax.stop_gradient(params), x.shape[1] * x.shape[2]
     x_t = trajectory.noise_first_level(x, level, noise[0])
     velocity, divergence = average(params, x_t, level, level)
-    _, own = flow_matching.value_and_divergence(
+    _, own = value_and_divergence(
         lambda x: average(fixed, x, level, level)[0], x_t, probes)
 
     x_low, middle = trajectory.noise_first_level(x, low, noise[1]), (low + high) / 2

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
 from ntm_jax.core.transformer.conditions import NOTHING, Condition
 
@@ -42,13 +41,6 @@ class ModelConfig:
     arithmetic: Arithmetic = PLAIN
 
     def __post_init__(self):
-        for name, value, choices in (
-            ("positions", self.positions, POSITIONS),
-            ("head", self.head, HEADS),
-            ("remat", self.remat, tuple(layers.REMAT)),
-        ):
-            if value not in choices:
-                raise ValueError(f"model.{name} is {value!r}: expected one of {', '.join(choices)}")
         for name in ("width", "transporter_width") if self.transporter_blocks else ("width",):
             heads, rest = divmod(getattr(self, name), self.head_size)
             if rest or heads % self.kv_heads:

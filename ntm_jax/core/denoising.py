@@ -16,13 +16,8 @@ from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, covariance, per_example
 
 
-def _gradient(model: NTM, params, xs, t, y, percentile: float, slices: int = 1):
+def _gradient(model: NTM, params, xs, t, y, percentile: float):
     """dL/dx_j of every level j, [B, K, N, D], clipped; see score_denoise."""
-    if slices > 1:
-        parts = jax.tree.map(lambda a: a.reshape(slices, -1, *a.shape[1:]), (xs, t, y))
-        found = jax.lax.map(
-            lambda part: _gradient(model, params, *part, percentile=percentile), parts)
-        return found.reshape(xs.shape)
     steps = jnp.full(len(xs), xs.shape[1] - 1)
 
     def nll(xs):  # examples do not interact, so the gradient of the sum is each example's own
@@ -35,17 +30,16 @@ def _gradient(model: NTM, params, xs, t, y, percentile: float, slices: int = 1):
     return gradient
 
 
-def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0, slices: int = 1):
+def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0):
     """E[x | trajectory] under the model, [B, N, D].
 
     x = (x_0 - sum_j S_0j dL/dx_j) / (1 - t_0). The prior on x_T drops out since S_0T = 0. With one
     level it is Tweedie's formula.
 
     xs: trajectories [B, K, N, D] at levels t [B, K]; y: their condition. percentile: clips each
-    example's gradient at this percentile of its absolute entries; 100 clips nothing. slices: parts
-    of the batch whose gradients are computed one after the other; it divides B.
+    example's gradient at this percentile of its absolute entries; 100 clips nothing.
     """
-    gradient = _gradient(model, params, xs, t, y, percentile, slices)
+    gradient = _gradient(model, params, xs, t, y, percentile)
     correction = jnp.einsum("bk,bknd->bnd", covariance(t)[:, 0], gradient,
                             precision=model.config.precision)
     return (xs[:, 0] - correction) / (1 - per_example(t[:, 0], xs[:, 0]))

@@ -1,4 +1,4 @@
-"""Flow matching: the velocity network, its loss, ODE solvers, likelihood, and the posterior head.
+"""Flow matching: the velocity network, its loss, ODE solvers, and the posterior head.
 
 The posterior head makes any flow-matching network the predictor of an NTM (docs/concepts.md,
 section 7).
@@ -56,7 +56,13 @@ class Posterior(nn.Module):
     @at_config_precision
     def __call__(self, u, t, s, steps, y):
         """u [B, N, D] at level t [B] -> mean and log-scale [B, N, D] at level s [B] < t."""
-        velocity, hidden = checked(self.backbone, self.backbone(u, t, y), u)
+        returned = self.backbone(u, t, y)
+        shapes = [a.shape for a in jax.tree.leaves(returned)]
+        if len(shapes) != 2 or shapes[0] != u.shape or shapes[1][:-1] != u.shape[:2]:
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} returns arrays of shapes {shapes}: "
+                f"expected a velocity {u.shape} and hidden states {(*u.shape[:2], 'width')}")
+        velocity, hidden = returned
         condition = Modulation(
             hidden.shape[-1], len(self.config.steps) > 1, rows=2, name="condition")
         shift, scale = jnp.moveaxis(condition((t, s), steps, None)[:, :, None], 1, 0)
@@ -64,23 +70,6 @@ class Posterior(nn.Module):
         delta = project(hidden * (1 + scale) + shift)
         deviation = trajectory.posterior(per_example(s, u), per_example(t, u))[2]
         return posterior_mean(u, velocity, s, t), jnp.log(deviation) + bounded(delta)
-
-
-def checked(backbone, returned, x):
-    """What a backbone returned for x [B, N, D]: the velocity [B, N, D] and hidden states [B, N, W].
-
-    Raises ValueError for anything else. Shapes are static, so this costs nothing at run time.
-    """
-    pair = returned if isinstance(returned, (tuple, list)) else (returned,)
-    shapes = [getattr(array, "shape", None) for array in pair]
-    if (len(shapes) == 2 and shapes[0] == x.shape and shapes[1] is not None
-            and len(shapes[1]) == 3 and shapes[1][:2] == x.shape[:2]):
-        return returned
-    found = ", ".join(type(array).__name__ if shape is None else str(list(shape))
-                      for array, shape in zip(pair, shapes, strict=True))
-    raise ValueError(
-        f"the backbone {type(backbone).__name__} returns ({found}): expected the velocity "
-        f"{list(x.shape)} and the last hidden states [{x.shape[0]}, {x.shape[1]}, width]")
 
 
 def posterior_mean(x, velocity, s, t):
@@ -149,59 +138,3 @@ def solve(backbone, noise, t, y, null_condition=None, guidance: float | tuple[fl
     ladder = jnp.flip(t.T, 0)
     _, xs = jax.lax.scan(step, noise, (ladder[1:], ladder[:-1], jnp.asarray(scales)))
     return jnp.moveaxis(jnp.concatenate([jnp.flip(xs, 0), noise[None]]), 0, 1)
-
-
-def rademacher(keys, count: int, shape):
-    """Probes of Hutchinson's estimator, random signs [count, B, *shape] from keys [B]."""
-    signs = jax.vmap(lambda key: jax.random.rademacher(key, (count, *shape), jnp.float32))(keys)
-    return jnp.moveaxis(signs, 1, 0)
-
-
-def value_and_divergence(velocity, x, probes=None):
-    """v [B, N, D] and div v [B] of a function velocity(x) at x [B, N, D].
-
-    The exact divergence takes N D Jacobian-vector products. With probes [P, B, N, D] of mean 0 and
-    covariance I it is Hutchinson's unbiased estimate, of P products (Grathwohl et al., arXiv
-    1810.01367).
-    """
-    size = x.shape[1] * x.shape[2]
-    exact = probes is None
-    directions = jnp.eye(size).reshape(size, 1, *x.shape[1:]) if exact else probes
-    value, product = jax.linearize(velocity, x)
-
-    def add(total, direction):
-        direction = jnp.broadcast_to(direction, x.shape)
-        return total + jnp.sum(direction * product(direction), (1, 2)), None
-
-    total, _ = jax.lax.scan(add, jnp.zeros(len(x)), directions)
-    return value, total if exact else total / len(directions)
-
-
-def ode_log_density(backbone, x, t, y, heun: bool = False, probes=None):
-    """The log-density in nats, [B], that the ODE dx/dt = v gives to x [B, N, D] of level t_0.
-
-    log p(x) = log N(x_T; 0, I) + integral of div v dt from t_0 to 1 along the solution that starts
-    at x (Chen et al., arXiv 1806.07366). It is the density of the model's x_{t_0}, not of clean
-    data, and equals it in the limit of many steps only: with few steps it is neither a bound nor a
-    density, since the sum of divergences is not the log-determinant of the steps taken.
-
-    t: levels [B, K] ascending to 1. It takes K - 1 Euler steps of one evaluation each, or Heun's
-    second-order steps of two. backbone(x, t, y) -> (v, hidden states). probes: [P, B, N, D], the
-    same at every step, for Hutchinson's estimate; None computes the divergence exactly.
-    """
-    def rates(x, t):
-        return value_and_divergence(lambda x: backbone(x, t, y)[0], x, probes)
-
-    def step(carry, levels):
-        x, log_det = carry
-        low, high = levels
-        length, (slope, divergence) = high - low, rates(x, low)
-        up = x + per_example(length, x) * slope
-        if heun:
-            other, other_divergence = rates(up, high)
-            slope, divergence = (slope + other) / 2, (divergence + other_divergence) / 2
-            up = x + per_example(length, x) * slope
-        return (up, log_det + length * divergence), None
-
-    (last, log_det), _ = jax.lax.scan(step, (x, jnp.zeros(len(x))), (t.T[:-1], t.T[1:]))
-    return jnp.sum(trajectory.log_normal(last, 0.0, 1.0), (1, 2)) + log_det

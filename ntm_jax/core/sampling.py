@@ -30,14 +30,6 @@ def guide(mean_c, log_scale_c, mean_u, log_scale_u, w):
     return mean, log_scale_c - 0.5 * jnp.log(precision)
 
 
-def sample_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0):
-    """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], condition y.
-
-    guidance: see draw_latents.
-    """
-    return draw_latents(model, params, keys, t, y, guidance)[0]
-
-
 def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, ...] = 0.0):
     """Latents u_0..u_T [B, K, N, D] of keys [B] at levels t [B, K], and the log-density of each.
 

@@ -27,24 +27,6 @@ def per_example(t, like):
     return jnp.reshape(t, t.shape + (1,) * (like.ndim - t.ndim))
 
 
-def level(k, steps, t_min, schedule: str, shift: float | None):
-    """Noise level t_k of a trajectory of T = `steps` steps (C.1, C.2).
-
-    t_0 = t_min and t_T = 1 exactly. 0 <= k <= steps need not be an integer; arguments broadcast.
-    schedule: `linear`, t_k = t_min + (1 - t_min) k/T, or `shifted`,
-    t_k = e^m / (e^m + T/k - 1) with m = shift.
-    """
-    k, steps = jnp.asarray(k, jnp.float32), jnp.asarray(steps, jnp.float32)
-    if schedule == "linear":
-        t = t_min + (1 - t_min) * k / steps
-    elif schedule == "shifted":
-        assert shift is not None  # of a section of settings, it may be
-        t = shifted(steps / jnp.where(k == 0, 1, k), shift)
-    else:
-        raise ValueError(f"trajectory.schedule is {schedule!r}: expected 'linear' or 'shifted'")
-    return jnp.where(k == 0, t_min, jnp.where(k == steps, 1.0, t))
-
-
 def shifted(ratio, shift: float):
     """e^m / (e^m + T/k - 1), the level t_k of the `shifted` schedule (C.2), for ratio = T/k."""
     return math.exp(shift) / (math.exp(shift) + ratio - 1)
@@ -53,11 +35,6 @@ def shifted(ratio, shift: float):
 def default_shift(tokens: int) -> float:
     """The shift m of the `shifted` schedule for a sequence of `tokens` tokens (C.1)."""
     return 0.5 + 0.65 * (tokens - 256) / (4096 - 256)
-
-
-def levels(steps: int, t_min, schedule: str, shift: float | None):
-    """All levels of a trajectory: t_min [B] -> [B, T+1], ascending."""
-    return level(jnp.arange(steps + 1)[None], steps, jnp.asarray(t_min)[:, None], schedule, shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +54,23 @@ class Schedule:
         (0.03, 0.05), "Range of the noise level of x_0 in training, uniform.", low=0, below=1)
 
     def level(self, k, steps, t_min):
-        """Noise level t_k of trajectories of `steps` steps from t_min; see the function level."""
-        return level(k, steps, t_min, self.schedule, self.shift)
+        """Noise level t_k of a trajectory of T = `steps` steps (C.1, C.2).
+
+        t_0 = t_min and t_T = 1 exactly. 0 <= k <= steps need not be an integer; arguments
+        broadcast. `linear` is t_k = t_min + (1 - t_min) k/T; `shifted` is t_k = e^m / (e^m + T/k -
+        1) with m = self.shift.
+        """
+        k, steps = jnp.asarray(k, jnp.float32), jnp.asarray(steps, jnp.float32)
+        if self.schedule == "linear":
+            t = t_min + (1 - t_min) * k / steps
+        else:
+            assert self.shift is not None  # of a section of settings, it may be
+            t = shifted(steps / jnp.where(k == 0, 1, k), self.shift)
+        return jnp.where(k == 0, t_min, jnp.where(k == steps, 1.0, t))
 
     def levels(self, steps: int, t_min):
         """All levels [B, steps + 1], ascending, of trajectories that start at t_min [B]."""
-        return levels(steps, t_min, self.schedule, self.shift)
+        return self.level(jnp.arange(steps + 1)[None], steps, jnp.asarray(t_min)[:, None])
 
     def fixed_levels(self, steps: int, batch: int):
         """The levels [batch, steps + 1] of evaluation and sampling, from self.t_min to 1."""

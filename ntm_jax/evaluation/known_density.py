@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.backbones import flow_map
+from ntm_jax.backbones import divergence, flow_map
 from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import Schedule
@@ -145,15 +145,14 @@ def bounds(run: Run, trajectories: int) -> list[Estimator]:
 
 
 def _backbone(run: Run) -> Callable:
-    """A flow-matching network as flow_matching.ode_log_density takes it."""
+    """A flow-matching network as divergence.ode_log_density takes it."""
     return functools.partial(
         run.model.backbone.apply, flow_matching.backbone_params(run.params))
 
 
 def _uniform_levels(run: Run, steps: int, batch: int):
     """Levels [batch, steps + 1] that divide t_0..1 equally, in any number of steps."""
-    return trajectory.levels(
-        steps, jnp.full(batch, run.config.trajectory.t_min), "linear", 0.0)
+    return dataclasses.replace(run.schedule, schedule="linear").fixed_levels(steps, batch)
 
 
 def _ode_estimator(run: Run, method: str, evaluations: int, heun: bool,
@@ -164,11 +163,11 @@ def _ode_estimator(run: Run, method: str, evaluations: int, heun: bool,
     Hutchinson's estimates.
     """
     def compute(root, x_0, batch):
-        probes = None if exactly else flow_matching.rademacher(
+        probes = None if exactly else divergence.rademacher(
             trajectory.example_keys(root, "evaluate/probes", batch["index"]), 1, x_0.shape[1:])
         t = _uniform_levels(run, evaluations // (2 if heun else 1), len(x_0))
         with precision("highest"):
-            return {method: flow_matching.ode_log_density(
+            return {method: divergence.ode_log_density(
                 _backbone(run), x_0, t, run.model.config.condition.stack(batch), heun, probes)}
 
     return Estimator({method: evaluations}, compute)

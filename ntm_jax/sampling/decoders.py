@@ -53,6 +53,18 @@ class Sampler:
         sizes = range(max(most // 4, 1), most + 1)
         return rows // max((size for size in sizes if rows % size == 0), default=rows)
 
+    def score_denoise(self, params, xs, t, y):
+        """denoising.score_denoise of trajectories xs [B, K, N, D] at levels t, slice by slice."""
+        def denoise(part):
+            return denoising.score_denoise(
+                self.model, params, *part, percentile=self.options.percentile)
+
+        count = self.slices(len(xs))
+        if count == 1:
+            return denoise((xs, t, y))
+        parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), (xs, t, y))
+        return jax.lax.map(denoise, parts).reshape(xs[:, 0].shape)
+
 
 class Decoded(NamedTuple):
     """What a decoder draws.
@@ -130,9 +142,8 @@ def _inverse(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
 
 
 def _score(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
-    us, xs, t, y = trajectory
-    return denoising.score_denoise(
-        sampler.model, params, xs, t, y, sampler.options.percentile, sampler.slices(len(us)))
+    _, xs, t, y = trajectory
+    return sampler.score_denoise(params, xs, t, y)
 
 
 def _denoiser(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.backbones import flow_map
+from ntm_jax.backbones.divergence import rademacher
 from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.config import Config
@@ -28,7 +29,7 @@ def loss(context: LossContext, params, inputs: StepInputs, reference=None):
     times = [t_min + (1 - t_min) * share
              for share in (uniform("level"), place / count, (place + 1) / count)]
     noise = trajectory.example_noise(inputs.keys("noise"), (2, *x.shape[1:]))
-    probes = flow_matching.rademacher(inputs.keys("probes"), 1, x.shape[1:])
+    probes = rademacher(inputs.keys("probes"), 1, x.shape[1:])
     found = flow_map.errors(
         model.backbone, flow_matching.backbone_params(params), x, jnp.moveaxis(noise, 1, 0), probes,
         (times[0], times[1:]), y)

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
+from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transformer.conditions import Text, TextCondition, Vector, VectorCondition
 from ntm_jax.core.transporter import Block, Transporter
 
@@ -80,6 +81,12 @@ def _random_weights(model: NTM, seed: int):
         same.append("grid")
     config = dataclasses.replace(model.config, **{name: TINY[name] for name in same})
     return jax.tree_util.tree_map_with_path(fill, _shapes(model.clone(config=config)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def noise_levels(steps: int, t_min, schedule: str = "linear", shift: float = 0.0):
+    """All levels [B, steps + 1] of trajectories from t_min [B]."""
+    return Schedule(schedule, shift).levels(steps, t_min)
 
 
 @functools.cache

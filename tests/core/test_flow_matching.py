@@ -16,7 +16,15 @@ from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.core.transformer.conditions import ClassCondition
-from tests.core.conftest import TINY, Tiny, _inputs, _new_weights, _random_weights, compiled
+from tests.core.conftest import (
+    TINY,
+    Tiny,
+    _inputs,
+    _new_weights,
+    _random_weights,
+    compiled,
+    noise_levels,
+)
 
 R = TINY["data_std"]
 CONFIG = ModelConfig(**(TINY | {"head": "posterior", "condition": ClassCondition(2)}))
@@ -69,21 +77,15 @@ class Returning(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "found"), [
-    (lambda x: (x[..., :1], x), "[4, 6, 1], [4, 6, 2]"),  # would broadcast
-    (lambda x: (x, x[:, 0]), "[4, 6, 2], [4, 2]"),
-    (lambda x: (x, x[:, :1]), "[4, 6, 2], [4, 1, 2]"),  # would broadcast
-    (lambda x: (x, None), "[4, 6, 2], NoneType"),
-    (lambda x: x, "[4, 6, 2]"),
-    (lambda x: None, "NoneType"),
+    (lambda x: (x, x[:, :1]), "[(4, 6, 2), (4, 1, 2)]"),  # would broadcast
+    (lambda x: x, "[(4, 6, 2)]"),
 ])
 def test_what_a_backbone_returns_is_checked(make, found):
     head = flow_matching.Posterior(CONFIG, Returning(make))
     x, t = np.zeros((4, 6, 2), np.float32), np.full(4, 0.5, np.float32)
-    with pytest.raises(ValueError, match="the backbone") as error:
+    with pytest.raises(ValueError, match="the backbone Returning returns arrays") as error:
         jax.eval_shape(head.init, jax.random.key(0), x, t, t / 2, np.full(4, 2), np.zeros(4, int))
-    assert str(error.value) == (
-        f"the backbone Returning returns ({found}): expected the velocity [4, 6, 2] and the last "
-        "hidden states [4, 6, width]")
+    assert found in str(error.value)
 
 
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
@@ -91,7 +93,7 @@ def test_the_ode_carries_noise_to_gaussian_data(heun, order):
     """The solution is x_t = sqrt(Var x_t) x_1; half the step divides the error by 2^order."""
     noise, errors = np.array([[[1.5], [-0.3]]], np.float32), []
     for steps in (20, 40):
-        t = np.asarray(trajectory.levels(steps, np.zeros(1), "linear", 0.0))
+        t = np.asarray(noise_levels(steps, np.zeros(1), "linear", 0.0))
         xs = jax.jit(lambda noise, t: flow_matching.solve(
             exact_backbone, noise, t, None, heun=heun))(noise, t)
         exact = np.sqrt((1 - t) ** 2 * R**2 + t**2)[:, :, None, None] * noise[:, None]
@@ -197,59 +199,3 @@ def test_misalignment_is_the_means_distance_to_a_reference(started):
     np.testing.assert_allclose(moved.misalignment, np.tile([0.25, 4.0], (2, 1)), rtol=1e-4)
     np.testing.assert_allclose(moved.nll, plain.nll, rtol=1e-6)
     np.testing.assert_array_equal(plain.misalignment, 0.0)
-
-
-def _gaussian_density(x, t):
-    """log N(x; 0, (1-t)^2 R^2 + t^2) at x [B, N, D], [B]: independent Gaussian data noised to t."""
-    variance = (1 - t) ** 2 * R**2 + t**2
-    return np.sum(-0.5 * (np.asarray(x) ** 2 / variance + np.log(2 * np.pi * variance)), (1, 2))
-
-
-def _levels(low, steps):
-    return jnp.tile(jnp.linspace(low, 1, steps + 1), (2, 1))
-
-
-@pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
-def test_the_ode_log_density_converges_to_a_gaussians(heun, order):
-    """Half the step divides the error by 2^order."""
-    x = jnp.array([[[0.3, -0.9]], [[1.1, 0.2]]])
-    errors = []
-    for steps in (20, 40):
-        found = jax.jit(lambda x, t: flow_matching.ode_log_density(
-            exact_backbone, x, t, None, heun))(x, _levels(0.1, steps))
-        errors.append(np.abs(found - _gaussian_density(x, 0.1)))
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(errors[0] / errors[1], 2**order, rtol=0.15)
-    assert np.max(errors[1]) < (0.005 if heun else 0.1)
-
-
-def _rotation(x):
-    """A velocity with a full Jacobian, of tokens and channels, and its divergence."""
-    first, second = x[:, 0, 0], x[:, 1, 1]
-    value = jnp.zeros_like(x).at[:, 0, 0].set(jnp.sin(first) * second).at[:, 1, 1].set(
-        first * second**2)
-    return value.at[:, 1, 0].set(first + second), jnp.cos(first) * second + 2 * first * second
-
-
-def test_the_divergence_is_exact_or_hutchinsons():
-    x = np.random.default_rng(3).normal(size=(3, 2, 2)).astype(np.float32)
-    divergence = jax.jit(functools.partial(
-        flow_matching.value_and_divergence, lambda x: _rotation(x)[0]))
-    expected = jax.device_get(jax.jit(_rotation)(x))
-    for found, wanted in zip(divergence(x), expected, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-    probes = flow_matching.rademacher(jax.random.split(jax.random.key(0), 3), 2000, (2, 2))
-    assert set(np.unique(probes)) == {-1.0, 1.0}
-    _, estimate = divergence(x, probes)
-    np.testing.assert_allclose(estimate, expected[1], atol=0.15)
-    assert np.max(np.abs(estimate - expected[1])) > 1e-4
-
-
-def test_hutchinsons_estimate_is_exact_for_a_diagonal_jacobian():
-    """Signs square to 1, so that independent Gaussian data have no noise of the probes."""
-    x, t = jnp.array([[[0.3, -0.9]], [[1.1, 0.2]]]), _levels(0.1, 4)
-    probes = flow_matching.rademacher(jax.random.split(jax.random.key(1), 2), 1, (1, 2))
-    log_density = jax.jit(lambda *given: flow_matching.ode_log_density(
-        exact_backbone, x, t, None, True, *given))
-    exact, estimate = log_density(), log_density(probes)
-    np.testing.assert_allclose(estimate, exact, rtol=1e-5)

@@ -10,6 +10,7 @@ from scipy.special import log_ndtr
 
 from ntm_jax.core import likelihood, trajectory
 from ntm_jax.core.model import Terms
+from tests.core.conftest import noise_levels
 
 PIXEL_LEVELS = [2, 17, 256]
 MEANS = [0.0, 0.31, -1.0, 1.0, 1.7, -3.0]
@@ -25,7 +26,6 @@ log_discretized_normal = jax.jit(likelihood.log_discretized_normal, static_argnu
 log_reconstruction = jax.jit(likelihood.log_reconstruction, static_argnums=3)
 contributions = jax.jit(likelihood.contributions, static_argnums=4)
 log_weight = jax.jit(likelihood.log_weight)
-levels = jax.jit(trajectory.levels, static_argnums=(0, 2, 3))
 start, simulate = jax.jit(trajectory.noise_first_level), jax.jit(trajectory.simulate)
 
 
@@ -96,7 +96,7 @@ def log_gaussian(x, mean, variance):
 def drawn():
     """x of 17 pixel values [B, N, D], trajectories [B, K, N, D] of it and their levels [B, K]."""
     rng = np.random.default_rng(1)
-    t = levels(4, np.float32([0.02, 0.05, 0.2]), "linear", 0.0)
+    t = noise_levels(4, np.float32([0.02, 0.05, 0.2]), "linear", 0.0)
     x = pixels(17)[rng.integers(17, size=(3, 4, 2))]
     noise = rng.normal(size=(3, 5, 4, 2)).astype(np.float32)
     return x, simulate(x, t, noise), t
@@ -180,7 +180,7 @@ def test_a_new_model_weighs_gaussian_data_exactly(tiny, schedule):
     rng = np.random.default_rng(3)
     x, noise = (rng.normal(size=(8, *shape, config.tokens, config.dim)).astype(np.float32)
                 for shape in ((), (5,)))
-    t = levels(4, np.linspace(1e-3, 0.1, 8, dtype=np.float32), schedule,
+    t = noise_levels(4, np.linspace(1e-3, 0.1, 8, dtype=np.float32), schedule,
                trajectory.default_shift(config.tokens))
     xs = simulate(r * x, t, noise)
     log_w = log_weight(

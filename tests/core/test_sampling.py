@@ -11,6 +11,7 @@ import pytest
 from ntm_jax.core import flow_matching, sampling, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.core.transformer.conditions import ClassCondition
+from tests.core.conftest import noise_levels
 
 RICH = {"condition": ClassCondition(2), "steps": (2, 3)}
 
@@ -20,7 +21,7 @@ def keys(count):
 
 
 def levels(batch, steps):
-    return trajectory.levels(steps, jnp.linspace(0.03, 0.05, batch), "linear", 0.0)
+    return noise_levels(steps, jnp.linspace(0.03, 0.05, batch), "linear", 0.0)
 
 
 @functools.cache
@@ -190,14 +191,14 @@ def test_a_schedule_guides_its_own_steps_alone(random):
         np.testing.assert_allclose(us[:, k], mean + np.exp(log_scale) * noise[:, k], atol=1e-5)
         density = trajectory.log_normal(us[:, k], mean, np.exp(log_scale)).sum((1, 2))
         np.testing.assert_allclose(log_density[:, k], density, atol=1.2e-3)
-    plain = drawn(random, sampling.sample_latents)[-1]
+    plain = drawn(random, sampling.draw_latents)[-1][0]
     same = [(us[:, k] == plain[:, k]).all() for k in (2, 1, 0)]
     assert same == [True, False, False]  # to the bit until the first guided step
     assert label[2] == 2  # the null class is guided by itself: unchanged
     np.testing.assert_allclose(us[2], plain[2], atol=1e-5)
     assert (np.abs(us[:2] - plain[:2]).max((1, 2, 3)) > 1e-2).all()
     with pytest.raises(ValueError, match="2 guidance scales for 3 steps"):
-        drawn(random, sampling.sample_latents, guidance=(1.0, 1.0))
+        drawn(random, sampling.draw_latents, guidance=(1.0, 1.0))
     assert flow_matching.guidance_by_step(1.5, 3) == (1.5,) * 3
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import trajectory
+from tests.core.conftest import noise_levels
 
 PAPER = [  # t, s, A, B, C of the paper's formulas (docs/concepts.md, section 3), four decimals
     (1.0, 0.755, 0.0, 0.2450, 0.7550),
@@ -45,7 +46,7 @@ def forward_step(s, t):
 def test_levels_ascend_from_t_min_to_one_exactly(schedule, tokens):
     t_min, shift = np.array([1e-3, 0.01], np.float32), trajectory.default_shift(tokens)
     counts = (1, 2, 3, 4, 7, 16, 31, 100)
-    found = jax.jit(lambda t_min: [trajectory.levels(steps, t_min, schedule, shift)
+    found = jax.jit(lambda t_min: [noise_levels(steps, t_min, schedule, shift)
                                    for steps in counts])(t_min)
     for steps, t in zip(counts, found, strict=True):
         assert t.shape == (2, steps + 1)
@@ -59,10 +60,10 @@ def test_levels_by_hand():
     t_min = jnp.array([0.02, 0.1])
     # one rounding of a few float32 operations on numbers below 1: 3e-7
     expected = [[0.02, 0.265, 0.51, 0.755, 1.0], [0.1, 0.325, 0.55, 0.775, 1.0]]
-    np.testing.assert_allclose(trajectory.levels(4, t_min, "linear", 0.0), expected, atol=3e-7)
+    np.testing.assert_allclose(noise_levels(4, t_min, "linear", 0.0), expected, atol=3e-7)
     # m = log 3: s_k = 3/(3 + 4/k - 1), that is 3/6, 3/4, 3/(3 + 1/3), 1
     expected = [[0.02, 0.5, 0.75, 0.9, 1.0], [0.1, 0.5, 0.75, 0.9, 1.0]]
-    np.testing.assert_allclose(trajectory.levels(4, t_min, "shifted", math.log(3)), expected,
+    np.testing.assert_allclose(noise_levels(4, t_min, "shifted", math.log(3)), expected,
                                atol=3e-7)
 
 
@@ -72,39 +73,16 @@ def test_default_shift(tokens, shift):
     assert trajectory.default_shift(tokens) == pytest.approx(shift, abs=1e-12)
 
 
-def test_level_of_each_example_matches_levels():
-    k, steps = jnp.array([0, 1, 3, 4, 8]), jnp.array([4, 4, 4, 4, 8])
-    for schedule in ("linear", "shifted"):
-        single = trajectory.level(k, steps, 0.02, schedule, 0.5)
-        expected = [trajectory.levels(int(n), jnp.array([0.02]), schedule, 0.5)[0, int(i)]
-                    for i, n in zip(k, steps, strict=True)]
-        np.testing.assert_array_equal(single, jnp.stack(expected))
-
-
-def test_unknown_schedule_is_named():
-    expected = "^trajectory.schedule is 'cosine': expected 'linear' or 'shifted'$"
-    with pytest.raises(ValueError, match=expected):
-        trajectory.levels(4, jnp.array([0.02]), "cosine", 0.5)
-    with pytest.raises(ValueError, match=expected):
-        dataclasses.replace(SHIFTED, schedule="cosine").fixed_levels(4, 2)
-
-
 LINEAR = trajectory.Schedule("linear", 0.0, (4,), t_min=0.02, t_min_range=(0.01, 0.03))
 SHIFTED = trajectory.Schedule("shifted", math.log(3), (2, 4), t_min=0.02, t_min_range=(0.01, 0.03))
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.schedule)
-@pytest.mark.parametrize("steps", [1, 4, 7])
-def test_a_schedule_gives_the_levels_of_the_functions(schedule, steps):
-    t_min = jnp.array([1e-3, 0.1])
-    levels = schedule.levels(steps, t_min)
-    expected = trajectory.levels(steps, t_min, schedule.schedule, schedule.shift)
-    np.testing.assert_array_equal(levels, expected)
-    for k in range(steps + 1):
-        np.testing.assert_array_equal(schedule.level(k, steps, t_min), expected[:, k])
-    k, counts = jnp.array([0, 1, 2]), jnp.array([4, 2, 2])  # each example with its own T
-    single = trajectory.level(k, counts, 0.05, schedule.schedule, schedule.shift)
-    np.testing.assert_array_equal(schedule.level(k, counts, 0.05), single)
+def test_each_example_may_have_its_own_level_and_number_of_steps(schedule):
+    k, steps = jnp.array([0, 1, 3, 4, 8]), jnp.array([4, 4, 4, 4, 8])
+    expected = [schedule.levels(int(n), jnp.array([0.05]))[0, int(i)]
+                for i, n in zip(k, steps, strict=True)]
+    np.testing.assert_array_equal(schedule.level(k, steps, 0.05), jnp.stack(expected))
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [

@@ -11,9 +11,9 @@ from scipy.special import logsumexp
 from ntm_jax.core import likelihood, trajectory
 from ntm_jax.core.model import Terms
 from ntm_jax.evaluation import importance
+from tests.core.conftest import noise_levels
 
 # Compiled, since eager operations compile one by one.
-levels = jax.jit(trajectory.levels, static_argnums=(0, 2, 3))
 start = jax.jit(trajectory.noise_first_level)
 
 
@@ -47,7 +47,7 @@ def true_conditionals(t, mean, variance):
 def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true(steps, schedule):
     mean, variance, rng = 0.3, 0.4, np.random.default_rng(5)
     x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
-    t = levels(steps, np.full(16, 0.02, np.float32), schedule, 0.5)
+    t = noise_levels(steps, np.full(16, 0.02, np.float32), schedule, 0.5)
     x_0 = start(x, t[:, 0], rng.normal(size=x.shape).astype(np.float32))
 
     def draw(number):
@@ -69,7 +69,7 @@ def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true
 def test_with_the_bayes_decoder_the_bound_on_the_clean_data_is_exact(monkeypatch):
     mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
     x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
-    t = levels(4, np.full(16, t_0, np.float32), "linear", 0.0)
+    t = noise_levels(4, np.full(16, t_0, np.float32), "linear", 0.0)
     p = 1 / (1 / variance + (1 - t_0) ** 2 / t_0**2)
 
     def bayes(x, x_0, t_0, pixel_levels):
@@ -101,7 +101,7 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
     """The model's x is N(mean, variance + 2 s^2), s the decoder's deviation: the limit of many."""
     mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
     x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(64, 1, 2)), jnp.float32)
-    t = levels(4, np.full(64, t_0, np.float32), "linear", 0.0)
+    t = noise_levels(4, np.full(64, t_0, np.float32), "linear", 0.0)
     s = t_0 / (1 - t_0)
 
     def draw(number):
@@ -125,7 +125,7 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
 
 def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
     mean, variance, rng = 0.3, 0.4, np.random.default_rng(7)
-    t = levels(4, np.full(6, 0.02, np.float32), "linear", 0.0)[:, 2:]
+    t = noise_levels(4, np.full(6, 0.02, np.float32), "linear", 0.0)[:, 2:]
     points = rng.normal(size=(6, 8, 3)).astype(np.float32)
 
     def draw(number):

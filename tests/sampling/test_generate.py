@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -52,6 +53,16 @@ def test_a_cpu_denoises_in_slices(run, rows, slices):
     assert many.slices(rows) == rows
     for mesh in (None, devices("tpu"), devices("cpu", "cpu")):
         assert dataclasses.replace(sampler, mesh=mesh).slices(rows) == 1
+
+
+def test_slices_are_denoised_as_the_whole_batch_is(run):
+    xs = np.random.default_rng(0).normal(size=(64, 5, 16, 4)).astype(np.float32)
+    t, y = run.schedule.fixed_levels(4, 64), np.arange(64) % 10
+    options = dataclasses.replace(run.config.sample, steps=4)
+    sliced, whole = (
+        jax.jit(generate.Sampler(run.model, run.schedule, options, mesh).score_denoise)(
+            run.params, xs, t, y) for mesh in (run.mesh, None))
+    np.testing.assert_allclose(sliced, whole, atol=1e-5)
 
 
 def devices(*platforms: str):

@@ -72,7 +72,7 @@ def sample(params, root, batch, *, sampler: RolloutSampler, part: int):
     keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
     y = repeat(sampler.model.config.condition.stack(batch), count)
     t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
-    us = sampling.sample_latents(sampler.model, params, keys, t, y)
+    us, _ = sampling.draw_latents(sampler.model, params, keys, t, y)
     inverted = sampler.steps if sampler.through_transporter else 1  # levels of each sample
     model = full_precision(sampler.model)
     how = inverses.choose(sampler.inverse, model.config, inverted * len(us), sampler.mesh)

@@ -53,7 +53,7 @@ def log_density(run, params, points, samples: int = 4000):
         t = run.schedule.fixed_levels(2, samples)
         keys = example_keys(jax.random.key(5), "density", jnp.arange(samples))
         y = jnp.zeros(samples, jnp.int32)
-        us = sampling.sample_latents(run.model, params, keys, t, y)
+        us, _ = sampling.draw_latents(run.model, params, keys, t, y)
         mean, log_scale = run.model.apply(
             params, us, t, jnp.full(samples, 2), y, method=NTM.gaussians)
         return mean[:, 0].reshape(-1, 2), jnp.exp(log_scale[:, 0]).reshape(-1, 2)
