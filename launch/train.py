@@ -12,8 +12,8 @@ from ntm_jax.errors import UserError
 
 from . import program
 
-flags.DEFINE_string("profile", None, "START:STOP, steps that are traced; the trace, and a summary "
-                    "of where their time went, are written in WORKDIR/profile.")
+flags.DEFINE_string("profile", None, "START:STOP, steps that jax.profiler traces into "
+                    "WORKDIR/profile, for xprof and Perfetto.")
 flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM, SIGHUP or Ctrl-C "
                      "stopped early, for schedulers that restart a failed job.")
 flags.DEFINE_multi_string("writer", [], "Also sends the metrics and pictures there: wandb:PROJECT "
@@ -25,22 +25,18 @@ def main():
     from ntm_jax import api
 
     f = program.FLAGS
-    tracer = _tracer(f.profile, f.workdir) if f.profile else None
-    if not api.train(program.read_config(f.workdir), f.workdir, tracer=tracer, writers=f.writer):
+    span = _steps(f.profile) if f.profile else None
+    if not api.train(program.read_config(f.workdir), f.workdir, profile=span, writers=f.writer):
         sys.exit(f.stop_status)
 
 
-def _tracer(span: str, workdir: str):
-    """Returns what traces the steps START:STOP of a run."""
-    from etils import epath
-
-    from ntm_jax.analysis.profile import Trace
-
+def _steps(span: str) -> tuple[int, int]:
+    """The steps START:STOP."""
     match = re.fullmatch(r"(\d+):(\d+)", span)
     if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"--profile={span}: expected START:STOP, two numbers of steps, the first "
                         "the smaller")
-    return Trace(epath.Path(workdir) / "profile", (int(match[1]), int(match[2])))
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def train(config: Config, workdir: str, *, data=None, labels=None, condition=Non
 
     Options:
       until: stops at this step as a preemption would, saving.
-      tracer: an analysis.profile.Trace.
+      profile: the steps (start, stop) that jax.profiler traces into WORKDIR/profile.
       writers: where metrics go besides metrics.jsonl and TensorBoard, such as ["wandb:PROJECT"].
 
     Returns None when stopped early. Raises UserError where configuration, data and workdir do not

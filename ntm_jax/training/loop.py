@@ -43,12 +43,13 @@ from ntm_jax.training.writers import find as find_writers
 
 
 def train(config: Config, folder: str, *, progress: bool = True, until: int | None = None,
-          tracer=None, writers: Sequence[str] = ()) -> tuple[Run, dict] | None:
+          profile: tuple[int, int] | None = None,
+          writers: Sequence[str] = ()) -> tuple[Run, dict] | None:
     """Trains in a workdir, resuming what it holds; ends with the held-out evaluation and pictures.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps.
-    tracer: analysis.profile.Trace, or nothing. writers: further writers of metrics, by name; see
-    training/writers.
+    profile: the steps (start, stop) that jax.profiler traces into WORKDIR/profile.
+    writers: further writers of metrics, by name; see training/writers.
 
     Returns the trained run and its evaluation, or None when stopped early.
     """
@@ -74,7 +75,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         with contextlib.ExitStack() as stack:
             stack.callback(extension.close)
             loop = _Loop(run, objective, distilled, source, held_out, extension, stack,
-                         extra_writers, progress, tracer)
+                         extra_writers, progress, profile)
             last = config.train.steps if until is None else min(until, config.train.steps)
             loop.train(last)
             if loop.step < config.train.steps:
@@ -100,11 +101,11 @@ class _Loop:
 
     def __init__(self, run: Run, objective: Objective, distilled: Run | None, source: Source,
                  held_out: Source, extension: Extension, stack: contextlib.ExitStack,
-                 extra_writers: Sequence, progress: bool, tracer):
+                 extra_writers: Sequence, progress: bool, profile: tuple[int, int] | None):
         config, folder, total = run.config, run.workdir, run.config.train.steps
         self.run, self.objective, self.distilled = run, objective, distilled
         self.source, self.held_out, self.extension = source, held_out, extension
-        self.tracer = tracer
+        self.profile, self.tracing = profile or (0, 0), False
         # Again, as another job may have trained here before this one held the lock.
         changes = config_file.check_resumable(folder, config, run.spec)
         self.checkpoints = stack.enter_context(Checkpoints(
@@ -175,9 +176,7 @@ class _Loop:
             ending = stopping and between
             if self.step > start:
                 self._evaluate_and_save(ending)
-            if self.tracer:
-                self.tracer.at(self.step, self.pending and self.pending[0], ending, self._texts,
-                               self.reporter.message)
+            self._trace(ending)
             if ending:
                 break
             if between:
@@ -318,11 +317,19 @@ class _Loop:
             return {}
         return scalars | self.rates.read(self.step)
 
-    def _texts(self, first: int, end: int) -> list[str]:
-        """The compiled texts of steps first to end, which have run, so nothing is compiled."""
-        choices = sorted({steps_of(self.run.config, self.objective, step)
-                          for step in range(first, end)})
-        with sharding.use(self.run.mesh):
-            compiled = [self.step_function.lower(*self._arguments(steps)).compile()
-                        for steps in choices]
-        return [program.as_text() or "" for program in compiled]
+    def _trace(self, ending: bool) -> None:
+        """Starts the profiler before the first of the steps `profile`, and stops it after the last.
+
+        A run that ends between them stops it there.
+        """
+        begin, end = self.profile
+        inside = begin <= self.step < end and not ending
+        if inside == self.tracing:
+            return
+        self.tracing, folder = inside, f"{self.run.workdir}/profile"
+        jax.block_until_ready(self.pending and self.pending[0])
+        if inside:
+            jax.profiler.start_trace(folder)
+            return
+        jax.profiler.stop_trace()
+        self.reporter.message(f"traced in {folder}: pip install xprof && xprof --logdir={folder}")

@@ -105,6 +105,16 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, indices, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_the_asked_steps_are_traced(tmp_path, capsys):
+    loop.train(tiny_config(), tmp_path, until=3, profile=(1, 5))  # the run ends before step 5
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_serialized_xspace(trace.read_bytes()).planes
+    events = [event.name for plane in planes for line in plane.lines for event in line.events]
+    assert any("step" in name for name in events)
+    assert "xprof --logdir=" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw", lambda *_: [])  # tests/test_programs.py draws them
     settings = tiny_config(**{"train.steps": 2})
