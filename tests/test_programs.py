@@ -76,11 +76,8 @@ def test_a_run_leaves_all_its_files(run):
     assert re.search("bits/dim, importance-weighted over 2 trajectories +"
                      rf"{bound['mean']:.3f} ± {bound['stderr']:.3f}\n", printed)
     assert re.search(r"samples recognised as their class, %, of 20 +\d", printed)
-    ending = printed.partition("evaluating\n")[2].splitlines()
-    ending = [line for line in ending if "%|" not in line]
-    assert len(ending) <= 10
-    assert ending[-1].startswith(f"pictures: {workdir}/samples.png, ")
-    assert f"all figures: {workdir}/evaluation.json" in ending
+    assert f"pictures: {workdir}/samples.png, " in printed
+    assert f"all figures: {workdir}/evaluation.json\n" in printed
 
 
 @pytest.mark.slow
