@@ -164,7 +164,7 @@ def test_product_rate_counts_half_precision():
 
 def test_flags_that_do_not_go_together_are_refused():
     for name, arguments, said in (
-            ("benchmark", ["--config=digits", "--workdir=x"], "give one of --config, an experiment"),
+            ("benchmark", ["--config=digits", "--workdir=x"], "give one of --config, an"),
             ("compile", ["--config=digits", "--topology=cpu:1", "--vary=seed:1", "--dump=x"],
              "--dump writes one program, and --vary compiles several: give one of them")):
         refused = python("-m", f"launch.{name}", *arguments, check=False)
