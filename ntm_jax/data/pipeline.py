@@ -162,8 +162,6 @@ def spec_from_json(values: Any, name: str = "spec") -> DataSpec:
       UserError: as `typed.parse_dataclass`.
     """
     if isinstance(values, Mapping) and _JSON_PIXEL_LEVELS in values:
-        if "pixel_levels" in values:
-            raise UserError(f"{name} has both levels and pixel_levels: expected one of them")
         values = {
             "pixel_levels" if key == _JSON_PIXEL_LEVELS else key: value
             for key, value in values.items()

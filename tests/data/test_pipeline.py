@@ -113,25 +113,10 @@ def test_a_spec_in_json_has_the_key_levels_and_loads_with_either_key():
     assert spec_from_json(values | {"pixel_levels": levels}) == SPEC
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"levels": "17"}, "spec.pixel_levels is '17', of type str: expected int"),
-        (
-            {"levels": 17, "pixel_levels": 17},
-            "spec has both levels and pixel_levels: expected one of them",
-        ),
-        ({"colours": 3}, "spec.colours is not a setting"),
-        ({}, "spec.pixel_levels is missing: give it"),
-    ],
-)
-def test_an_invalid_spec_is_refused_in_one_line(change, message):
+def test_an_invalid_spec_is_refused_in_one_line():
     values = spec_to_json(SPEC)
-    del values["levels"]
-    with pytest.raises(UserError, match=re.escape(message)):
-        spec_from_json(values | change)
-    with pytest.raises(UserError, match="spec is 7: expected a section"):
-        spec_from_json(7)
+    with pytest.raises(UserError, match=r"^spec\.pixel_levels is '17', of type str: expected int"):
+        spec_from_json(values | {"levels": "17"})
 
 
 def test_a_batch_holds_its_records(digits, train):
@@ -329,15 +314,6 @@ def test_a_state_moves_between_numbers_of_workers(captioned, train):
     third = train(source=captioned)
     third.set_state(second.get_state())
     assert_equal(take(third, 4), expected[7:])
-
-
-def test_two_processes_share_latents_and_text(captioned, train):
-    expected = next(train(source=captioned))
-    shares = [next(train(source=captioned, process_index=i, process_count=2)) for i in range(2)]
-    for share in shares:
-        assert len(share["x"]) == len(share["text"]) == len(share["text_mask"]) == 6
-        assert_holds(share, captioned)
-    assert sorted(indices(shares)) == sorted(expected["index"].tolist())
 
 
 def test_evaluation_pads_latents_and_text(captioned):

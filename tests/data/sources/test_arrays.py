@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from absl import flags
 
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import arrays as module
@@ -137,21 +136,6 @@ def test_arrays_open_by_their_version_and_only_where_they_are_provided():
         )
     with pytest.raises(UserError, match=r"source arrays:0123 is not in this process's memory"):
         open_source("arrays:0123", "train")
-
-
-def test_worker_processes_read_the_same_arrays():
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
-    provide(from_arrays(IMAGES, LABELS))
-    source, batches = open_source("arrays", "train"), []
-    for workers in (0, 1):
-        iterator = pipeline.train_iterator(source, 2, 6, 0, workers, 0, 1)
-        batches.append([next(iterator) for _ in range(4)])
-        iterator.close()
-    for here, there in zip(*batches, strict=True):
-        assert here.keys() == there.keys() == {"x", "label", "index"}
-        for key in here:
-            np.testing.assert_array_equal(here[key], there[key])
 
 
 @pytest.mark.parametrize(

@@ -280,9 +280,3 @@ def test_sizes_that_a_source_leaves_open_are_those_of_its_first_record(registere
     ):
         open_source("mixed:a is 1x1, b is 2x2", "all")
     assert open_source("mixed:a is 1x1, b is 2x2", "all", image_size=2).mixed_sizes == ""
-
-
-def test_only_points_of_the_plane_are_drawn_on_an_extent():
-    assert open_source("toy:moons", "test").planar_extent == 3.0
-    for name in ("digits", "mock:1x2x1", "shapes"):
-        assert open_source(name, "test").planar_extent == 0.0

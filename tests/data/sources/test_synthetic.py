@@ -204,13 +204,6 @@ def test_a_source_can_be_pickled(sources):
         np.testing.assert_array_equal(again.log_density(where, 0.3), test.log_density(where, 0.3))
 
 
-def test_batches_hold_points_as_they_are(sources):
-    source = sources["gaussians"]["test"]
-    batch = next(pipeline.evaluation_batches(source, 1, 2_000))
-    np.testing.assert_array_equal(batch["x"][..., 0], points(source).astype(np.float32))
-    assert batch["x"].shape == (2_000, 2, 1)
-
-
 @pytest.mark.parametrize("t", [0.04, 0.5, 1.0])
 @pytest.mark.parametrize(("name", "shape"), [("mixture", (4, 4, 1)), ("field", (8, 8, 1))])
 def test_data_of_more_dimensions_have_mean_0_and_variance_1_and_their_density(name, shape, t):

@@ -70,11 +70,6 @@ def test_a_spec_of_an_earlier_version_has_no_columns():
     assert (spec.columns, spec.condition_width, spec.log_unit) == (0, 0, 0.0)
 
 
-def test_the_version_follows_the_conditions():
-    versions = {from_arrays(ROWS, condition=c).version for c in (None, VECTORS, VECTORS + 1)}
-    assert len(versions) == 3
-
-
 def assert_refused(mistakes):
     """Opening each of these sources is refused by a line that has its message."""
     for name, message in mistakes.items():
