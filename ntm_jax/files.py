@@ -87,10 +87,9 @@ def digest(content) -> str:
     return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path, content: dict, sealed: bool = False) -> None:
-    """Writes a JSON object. If sealed, it also holds its own digest, which `read_json` verifies."""
-    content = plain(content)
-    write(path, json.dumps(content | ({SEAL: digest(content)} if sealed else {}), indent=2) + "\n")
+def write_json(path, content: dict) -> None:
+    """Writes a JSON object."""
+    write(path, json.dumps(plain(content), indent=2) + "\n")
 
 
 def parse_object(text: bytes | str) -> dict:
@@ -104,18 +103,6 @@ def parse_object(text: bytes | str) -> dict:
     return content
 
 
-def parse_json(text: bytes | str) -> dict:
-    """The JSON object in a text, without its checksum.
-
-    Raises ValueError, in one line, for anything else and for a checksum that does not match.
-    """
-    content = parse_object(text)
-    seal = content.pop(SEAL, None)
-    if seal is not None and seal != digest(content):
-        raise ValueError("it was damaged or edited: its content does not match its checksum")
-    return content
-
-
 def read_json(path, remedy: str) -> dict:
     """The JSON object in an existing file, without its checksum.
 
@@ -123,7 +110,11 @@ def read_json(path, remedy: str) -> dict:
     and ends with `remedy`.
     """
     try:
-        return parse_json(epath.Path(path).read_bytes())
+        content = parse_object(epath.Path(path).read_bytes())
+        seal = content.pop(SEAL, None)
+        if seal is not None and seal != digest(content):
+            raise ValueError("it was damaged or edited: its content does not match its checksum")
+        return content
     except ValueError as error:
         raise UserError(f"{path} cannot be used ({error}): {remedy}") from None
 
@@ -136,5 +127,5 @@ def read_lines(path) -> list[dict]:
     path, found = epath.Path(path), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            found.append(parse_json(line))
+            found.append(parse_object(line))
     return found

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 
 from ntm_jax.errors import UserError
-from ntm_jax.files import parse_json
+from ntm_jax.files import parse_object
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 SHOWN = 10
@@ -174,7 +174,7 @@ def _files(path: Path) -> list[Path]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     if (folder / INDEX).is_file():
-        names = parse_json((folder / INDEX).read_bytes())["weight_map"].values()
+        names = parse_object((folder / INDEX).read_bytes())["weight_map"].values()
         files = [folder / name for name in sorted({Path(name).name for name in names})]
     absent = [file.name for file in files if not file.is_file()]
     if absent:

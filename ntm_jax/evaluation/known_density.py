@@ -277,7 +277,7 @@ def write_benchmark(result: dict, out: str) -> None:
     """Writes truth.json and truth.png in the folder `out`, and prints the table."""
     folder = epath.Path(files.expanded(out))
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "truth.json", result, sealed=True)
+    files.write_json(folder / "truth.json", result)
     plots.truth_plot(result, folder / "truth.png")
     print("evaluations  error in nats (above 0: too high)  mass   method")
     for run in result["runs"]:

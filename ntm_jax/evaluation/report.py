@@ -296,7 +296,7 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
             known_density.picture(run, source, path.with_name("densities.png"))
     if jax.process_index():
         return
-    files.write_json(path, _with_nulls(result), sealed=True)
+    files.write_json(path, _with_nulls(result))
     plots.levels_plot(result, path.with_suffix(".png"))
     if "against" in result:
         runs = (run.workdir, result["against"]["workdir"])

@@ -168,7 +168,7 @@ def write_benchmark(result: dict, drawn: plots.Drawn, out, step: int | None = No
     """
     folder, end = epath.Path(out), "" if step is None else f"-{step}"
     folder.mkdir(parents=True, exist_ok=True)  # new for a run on the Hub
-    files.write_json(folder / f"sbi{end}.json", result, sealed=True)
+    files.write_json(folder / f"sbi{end}.json", result)
     plots.posteriors(result, drawn, folder / f"posteriors{end}.png")
     plots.calibration(result, drawn, folder / f"calibration{end}.png")
     kept.remove(folder, (row["observation"] for row in result["observations"]))

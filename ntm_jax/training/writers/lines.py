@@ -70,6 +70,6 @@ class Lines:
 def _step(line) -> float:
     """The step of a line; infinity, so that it is dropped, for a truncated or damaged line."""
     try:
-        return float(files.parse_json(line)["step"])
+        return float(files.parse_object(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf

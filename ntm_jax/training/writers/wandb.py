@@ -72,5 +72,5 @@ class WandB:
 def _identity(path) -> str | None:
     """The id of the run that a workdir belongs to; None without one, or where it is damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return str(files.parse_json(path.read_bytes())["id"])
+        return str(files.parse_object(path.read_bytes())["id"])
     return None
