@@ -48,7 +48,7 @@ class Run:
     workdir: str = ""
     raw: bool = False
     denoiser: Denoiser | None = None
-    selection: "Selection | None" = None  # of samples; none of training's
+    selection: Any = None  # a sampling.selection.Selection of samples, if they are selected
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.workdir!r}, step={self.step})"  # not its parameters
@@ -104,19 +104,6 @@ def checked_seed(run: Run, seed: int | None) -> int:
     if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
         raise UserError(f"seed is {shown(seed)}: expected a whole number, 0 to 2^32 - 1")
     return int(seed)
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """How many candidates each sample is selected from, and whose likelihood selects it.
-
-    enough: the information in nats with which a candidate is kept without looking at further ones;
-    None compares all of them.
-    """
-
-    candidates: int
-    judge: Run
-    enough: float | None = None
 
 
 def different_data(run: Run, other: Run, own_units: bool = False) -> tuple[str, Any, Any] | None:

@@ -26,10 +26,23 @@ from ntm_jax.core.model import NTM, Terms, full_precision
 from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.run import Run, Selection, different_data
+from ntm_jax.runtime.run import Run, different_data
 from ntm_jax.sampling import decoders
 
 TRAJECTORIES = 4  # of each candidate; more of them select hardly better
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """How many candidates each sample is selected from, and whose likelihood selects it.
+
+    enough: the information in nats with which a candidate is kept without looking at further ones;
+    None compares all of them.
+    """
+
+    candidates: int
+    judge: Run
+    enough: float | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "schedule", "steps"))
@@ -78,8 +91,7 @@ def select(run: Run, index, y, seed: int, draw: Callable) -> list:
     which the first are tokens. y: the conditions of the images. A candidate that is not finite is
     kept only where none is.
     """
-    chosen = run.selection
-    assert chosen is not None
+    chosen: Selection = run.selection
     enough = np.inf if chosen.enough is None else chosen.enough
     best, most = draw(0), np.full(len(index), -np.inf)
     for number in range(chosen.candidates):

@@ -213,9 +213,10 @@ class _Work:
         output.remove_parts(batches)
 
     def _numbers(self) -> np.ndarray:
-        """The label, the prompt's number, or the vector [E] in its own units, of every sample."""
-        if self.request.prompts:
-            return np.arange(self.request.num) // self.request.per_prompt
+        """The label, the prompt's number or the vector [E] in its own units, of every sample."""
+        if self.run.condition.captioned:
+            number = np.arange(self.request.num) // self.request.per_prompt
+            return number if self.request.prompts else np.zeros_like(number)
         batches = generate.in_batches(self.request.num, self.request.batch)
         return np.concatenate([self.run.condition.numbers(self._condition(index))
                                for index in batches])

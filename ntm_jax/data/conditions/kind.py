@@ -84,4 +84,4 @@ class Kind:
 
     def numbers(self, y) -> np.ndarray:
         """The numbers that are written beside samples on y: labels [n], or vectors [n, E]."""
-        return np.asarray(y)
+        return np.asarray(y, np.int64)

@@ -75,9 +75,6 @@ class Text(Kind):
             return super().given(batch, captions)
         return [captions[int(i)] for i in batch["index"]]
 
-    def numbers(self, y):
-        return np.zeros(len(y.mask), np.int64)
-
 
 @functools.lru_cache(maxsize=2)
 def _records(data, split: str, version: str):
