@@ -21,20 +21,18 @@ from ntm_jax.core import denoising
 from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.core.transformer.arithmetic import PLAIN
 from ntm_jax.data import pipeline
-from ntm_jax.evaluation import measures, scoring
+from ntm_jax.evaluation import scoring
 from ntm_jax.export.write import programs
-from ntm_jax.runtime import chips, config, flops, sharding
+from ntm_jax.runtime import chips, config, sharding
 from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.run import Denoiser, Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, state
-from ntm_jax.training.step import make_step
 from tests.common import (
     TINY,
     as_run,
     batch_of,
     experiment,
-    objective_of,
     python,
     randomised,
     setup,
@@ -97,21 +95,6 @@ def recorded(monkeypatch, module, name: str, call):
     return seen[0]
 
 
-EVALUATIONS = {  # the functions that evaluation jits, and calls of them
-    "bounds_of_batch": (scoring, lambda run, source: scoring.score_records(run, source, 2)),
-    "_denoising_errors": (measures, measures.denoising_errors),
-    "_denoiser_errors": (measures, measures.denoiser_errors),
-    "_velocity_errors": (measures, lambda run, source: measures.velocity_error(run, source, 2)),
-}
-
-
-def traced_evaluation(run: Run, name: str, monkeypatch):
-    """A program that the evaluation of a run runs."""
-    source = run.config.data.open(run.config.evaluate.split)
-    module, call = EVALUATIONS[name]
-    return recorded(monkeypatch, module, name, lambda: call(run, source))
-
-
 def check(traced, dtype: str, least: int) -> None:
     """Asserts that at least `least` float32 products have the highest precision.
 
@@ -129,59 +112,17 @@ def test_samplers(dtype, decoder, inverse, monkeypatch):
     check(traced_sampler(with_decoder(run_of(dtype), decoder, inverse), monkeypatch), dtype, 8)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["bounds_of_batch", "_denoising_errors", "_denoiser_errors"])
-def test_evaluations(dtype, name, monkeypatch):
-    check(traced_evaluation(run_of(dtype), name, monkeypatch), dtype, 10)
-
-
 @pytest.mark.parametrize("decoder", ["euler", "heun"])
 def test_the_ode_of_a_flow_matching_run(decoder, monkeypatch):
     run = run_of("float32", flow_matching=True)
     check(traced_sampler(with_decoder(run, decoder), monkeypatch), "float32", 10)
-    check(traced_evaluation(run, "_velocity_errors", monkeypatch), "float32", 10)
-    check(traced_evaluation(run, "bounds_of_batch", monkeypatch), "float32", 10)
 
 
-@pytest.mark.parametrize("name", ["sampler", "log_likelihood"])
-def test_exports(name):
-    function, arguments = programs(with_decoder(run_of("float32"), "score"))[name]
+@pytest.mark.parametrize(("name", "decoder"), [
+    ("sampler", "score"), ("sampler", "denoiser"), ("log_likelihood", "score")])
+def test_exports(name, decoder):
+    function, arguments = programs(with_decoder(run_of("float32"), decoder))[name]
     check(jax.jit(function).trace(*arguments.values()), "float32", 10)
-
-
-def test_an_export_with_a_denoiser():
-    function, arguments = programs(with_decoder(run_of("float32"), "denoiser"))["sampler"]
-    check(jax.jit(function).trace(*arguments.values()), "float32", 10)
-
-
-def test_a_training_step_has_the_default_precision():
-    run = run_of("float32")
-    batch = batch_of(run.config.data.open("train"), run.config, 16)
-    step, current = make_step(run, objective_of(run)), state.abstract(run)
-    with sharding.use(run.mesh):
-        traced = step.trace(current, sharding.to_global(batch, run.mesh), 2)
-    matrix_products = precisions(traced, flops.is_matrix_product)
-    assert set(matrix_products) == {("float32", "DEFAULT")}
-    # the weighted sums of the norms' gradients are exact
-    assert set(precisions(traced)) == {("float32", "DEFAULT"), ("float32", "HIGHEST")}
-
-
-def test_a_denoisers_targets_are_exact_and_its_own_products_have_the_default_precision():
-    run = run_of("float32")
-    module, params = run.denoiser.module, run.denoiser.params
-    x, y, keys = jnp.zeros((2, 16, 4)), jnp.zeros(2, jnp.int32), jax.random.split(jax.random.key(0))
-
-    def errors(params, teacher_params):
-        return denoising.denoiser_errors(
-            module, params, run.as_teacher, teacher_params, keys, x, y)
-
-    def denoise(params):
-        return denoising.denoise(module, params, x, jnp.zeros(2), 2, y)
-
-    found = precisions(jax.jit(errors).trace(params, run.params))
-    own = precisions(jax.jit(denoise).trace(params))
-    assert found[("float32", "DEFAULT")] == own[("float32", "DEFAULT")] > 0
-    assert found[("float32", "HIGHEST")] > 20
 
 
 @pytest.mark.parametrize("options", [

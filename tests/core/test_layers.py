@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
+from ntm_jax.core.transformer.arithmetic import PLAIN
 from ntm_jax.core.transformer.attention import plain_attention, rotary_2d, rotate
 from tests.core.conftest import compiled, random_parameters
 
@@ -93,28 +93,6 @@ def test_scan_and_remat_change_no_number(stacked, scan, remat):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # float32 sums in another order: of the largest entry, as single entries cancel
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1, np.abs(b).max()))
-
-
-def test_xla_keeps_the_recomputation_of_unrolled_layers(stacked):
-    def products(remat):
-        compiled = loss.lower(stack(remat=remat), *stacked).compile()
-        return compiled.as_text().count(" dot(")
-
-    # both of attention, in three layers
-    assert products("dots") - products("none") == 3 * 2
-
-
-def test_a_layer_is_traced_once(stacked):
-    traced = []
-
-    def attention(*arguments, **options):
-        traced.append(arguments)
-        return plain_attention(*arguments, **options)
-
-    for scan in (False, True):
-        jax.eval_shape(stack(scan=scan, arithmetic=Arithmetic(attention)).apply, *stacked)
-        assert len(traced) == 1
-        traced.clear()
 
 
 def test_cached_steps_equal_the_full_sequence(stacked):

@@ -240,9 +240,6 @@ def test_the_attention_is_an_argument(random, asked):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"positions": "sine"}, "model.positions is 'sine': expected one of learned, rotary"),
-    ({"head": "velocity"}, "model.head is 'velocity'"),
-    ({"remat": "all"}, "model.remat is 'all'"),
     ({"width": 20}, "model.width = 20"),
     ({"transporter_width": 24}, "model.transporter_width = 24"),
     ({"head_size": 2, "kv_heads": 2}, "model.head_size = 2"),

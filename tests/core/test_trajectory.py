@@ -1,7 +1,6 @@
 """The forward process against Monte Carlo, Bayes' rule, and values worked out by hand."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -110,21 +109,6 @@ def test_at_by_hand():
     np.testing.assert_allclose(LINEAR.level_at_fraction(shares), shares, rtol=1e-7)
     # m = log 3: 3/(3 + 1/share - 1)
     np.testing.assert_allclose(SHIFTED.level_at_fraction(shares), [0.5, 0.75, 0.9], rtol=3e-7)
-
-
-def test_a_schedule_is_a_static_argument():
-    """Equal schedules share a compiled program, and another one compiles anew."""
-    traced = []
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def first(schedule, t_min):
-        traced.append(schedule)
-        return schedule.levels(2, t_min)[:, 1]
-
-    for schedule in (LINEAR, dataclasses.replace(LINEAR), SHIFTED):
-        np.testing.assert_allclose(first(schedule, jnp.array([0.02])), schedule.levels(
-            2, jnp.array([0.02]))[:, 1], rtol=3e-7)
-    assert traced == [LINEAR, SHIFTED]
 
 
 def test_simulated_mean_and_covariance():
