@@ -44,12 +44,17 @@ class Pairs:
         return record | {"rejected": 0 * record["image"]}
 
 
-def rolled(run, reference=None, step: int = 0, records: int = 4, **more) -> tuple[dict, dict]:
+def first_batch(run, records: int = 4) -> dict:
+    """The global batch of the first training records."""
+    return sharding.to_global(
+        batch_of(run.config.data.open("train"), run.config, records), run.mesh)
+
+
+def rolled(run, reference=None, step: int = 0, **more) -> tuple[dict, dict]:
     """(a batch of the first records with rollouts, the scalars to log); more: of the batch."""
-    batch = batch_of(run.config.data.open("train"), run.config, records) | more
     rollouts = made(run)
     return rollouts.finish(rollouts.begin(
-        run.params, reference or run.params, sharding.to_global(batch, run.mesh), step))
+        run.params, reference or run.params, first_batch(run) | more, step))
 
 
 def moved(params, size: float, seed: int = 7):

@@ -14,8 +14,15 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.training.reward import held_out, rewards, rollouts, scorer
 from ntm_jax.training.reward.scorer import Scorer
-from tests.common import batch_of, objective_of
-from tests.training.reward.common import made, moved, rolled, with_objective, with_reward
+from tests.common import objective_of
+from tests.training.reward.common import (
+    first_batch,
+    made,
+    moved,
+    rolled,
+    with_objective,
+    with_reward,
+)
 
 
 def test_rollouts_are_the_same_twice_and_differ_by_step(run):
@@ -58,7 +65,7 @@ def test_what_is_logged(run):
     assert scalars["kl"] > 0.1
     assert scalars["diversity"] > 0.01
     assert rolled(run)[1]["kl"] == pytest.approx(0, abs=1e-3)
-    batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
+    batch = first_batch(run)
     drawing = made(run)
     assert drawing.finish(drawing.begin(run.params, run.params, batch, 0, False))[1] == {}
 
@@ -94,32 +101,14 @@ def test_the_mean_distance_of_samples():
     (lambda images, _: {}["red"], r"raised KeyError at .*test_rollouts\.py:\d+ \('red'\)"),
 ])
 def test_scores_that_are_not_those_of_the_images_are_refused(run, reward, message):
-    source = run.config.data.open("train")
-    batch = sharding.to_global(batch_of(source, run.config, 4), run.mesh)
-    tokens, found = jax.numpy.zeros((4, 2, 16, 4)), Scorer(run, source)
+    tokens, found = jax.numpy.zeros((4, 2, 16, 4)), Scorer(run, run.config.data.open("train"))
     found._reward = reward
     with pytest.raises(UserError, match=rf"^config\.reward\.name=brightness .*{message}"):
-        found([tokens, tokens], batch)
-
-
-def test_a_reward_that_changes_its_images_changes_nothing_else(run):
-    source = run.config.data.open("train")
-    batch = sharding.to_global(batch_of(source, run.config, 4), run.mesh)
-    tokens = jax.numpy.asarray(np.random.default_rng(0).normal(size=(4, 3, 16, 4)))
-    found, distances = Scorer(run, source), []
-    for factor in (1, 0):
-        def reward(images, _, factor=factor):
-            images *= factor
-            return np.zeros(len(images))
-
-        found._reward = reward
-        distances.append(found([tokens], batch)["distance"])
-    np.testing.assert_array_equal(*distances)
-    assert (distances[0] > 0).all()
+        found([tokens, tokens], first_batch(run))
 
 
 def test_worker_processes_score_the_same(run):
-    batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
+    batch = first_batch(run)
     source = run.config.data.open("train")
     tokens = np.random.default_rng(0).normal(size=(4, 3, 16, 4))
     parts = [jax.numpy.asarray(tokens), jax.numpy.asarray(tokens[:, :2])]
@@ -200,7 +189,7 @@ def test_the_scores_of_shapes_have_tasks(run):
 def test_diversity_favours_samples_that_differ_from_the_others(run, monkeypatch):
     monkeypatch.setattr(rewards, "of_run", lambda config: lambda images, given: [0] * len(images))
     run = with_objective(run, "policy_gradient", diversity=2.0, normalise=False)
-    batch = sharding.to_global(batch_of(run.config.data.open("train"), run.config, 4), run.mesh)
+    batch = first_batch(run)
     drawing = made(run)
     for logged in (True, False):
         samples = drawing.begin(run.params, run.params, batch, 0, logged)
