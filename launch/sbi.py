@@ -2,7 +2,6 @@
 
     python -m launch.sbi --workdir=runs/two_moons
 
-The same command goes on after the observations that an interrupted one has scored.
 Needs the files of sbibm: pip install --no-deps sbibm.
 """
 
@@ -28,7 +27,7 @@ def main():
 
     f, run = program.FLAGS, program.load_run()
     amounts = Amounts(f.observations, f.samples, f.weighted, f.simulations, f.draws)
-    write_benchmark(*benchmark(run, amounts, run.workdir), run.workdir, program.asked_step(run))
+    write_benchmark(*benchmark(run, amounts), run.workdir, program.asked_step(run))
 
 
 if __name__ == "__main__":

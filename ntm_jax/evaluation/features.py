@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import warnings
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -20,7 +19,7 @@ import optax
 from etils import epath
 
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 from ntm_jax.runtime import plots
 
 _BATCH = 64  # images that an extractor takes at once
@@ -45,28 +44,17 @@ class Extractor:
 def make_extractor(name: str, source: Source, inception_weights: str | None = None) -> Extractor:
     """The extractor called pixels, cnn or inception, for images like those of the training split.
 
-    source: the training split. inception_weights: the file of Inception's weights. Raises UserError
-    for an unknown name, and where the extractor does not fit the images.
+    source: the training split, of pixels. inception_weights: the file of Inception's weights.
+    Raises UserError where the extractor does not fit the images.
     """
-    if not source.pixel_levels:
-        raise UserError(f"{source.name} holds latents, and image scores are of pixels: set "
-                        "config.evaluate.features=none")
-    match name:
-        case "pixels":
-            return pixels(source.pixel_levels)
-        case "cnn":
-            return cnn(source)
-        case "inception":
-            channels = source.image_shape[-1]
-            if channels not in (1, 3):
-                raise UserError(f"{source.name} has images of {channels} channels, and Inception "
-                                "takes 1 or 3: set config.evaluate.features=pixels")
-            if not inception_weights:
-                raise UserError("config.evaluate.features=inception needs its weights: give "
-                                f"--inception_weights=FILE, {_WEIGHTS}")
-            return inception(inception_weights, source.pixel_levels)
-    raise UserError(f"config.evaluate.features={name!r} is not known: expected pixels, cnn or "
-                    "inception")
+    if name == "pixels":
+        return pixels(source.pixel_levels)
+    if name == "cnn":
+        return cnn(source)
+    if not inception_weights:
+        raise UserError("config.evaluate.features=inception needs its weights: give "
+                        f"--inception_weights=FILE, {_WEIGHTS}")
+    return inception(inception_weights, source.pixel_levels)
 
 
 def pixels(pixel_levels: int) -> Extractor:
@@ -235,22 +223,24 @@ def inception(weights_file: str, pixel_levels: int = 256) -> Extractor:
     Raises UserError without torch-fidelity, and for a file of anything but the network's weights.
     """
     try:
+        import safetensors.torch
         import torch
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
         raise UserError("config.evaluate.features=inception needs torch-fidelity, which is not "
                         "installed: pip install -e '.[fid]'") from None
-    content, weights = _read_weights(weights_file)
-    safe = io.BytesIO()
-    torch.save(weights, safe)  # torch-fidelity would unpickle the user's file, or download its own
-    safe.seek(0)
+    content = epath.Path(weights_file).read_bytes()
     try:
+        weights = (safetensors.torch.load(content) if weights_file.endswith(".safetensors") else
+                   torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        safe = io.BytesIO()
+        torch.save(weights, safe)  # torch-fidelity would unpickle the user's file
+        safe.seek(0)
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
                                               feature_extractor_weights_path=safe)
-    except RuntimeError:  # names or shapes are not the network's
-        raise UserError(f"--inception_weights={weights_file} is of another network, with "
-                        f"{len(weights)} arrays, the first {next(iter(weights))!r}: expected "
-                        f"{_WEIGHTS}") from None
+    except Exception as error:  # torch raises a dozen kinds
+        raise UserError(f"--inception_weights={weights_file} cannot be used "
+                        f"({first_line(error)}): expected {_WEIGHTS} or its safetensors") from None
 
     def compute(images):
         images = plots.displayable(images, pixel_levels)
@@ -259,31 +249,3 @@ def inception(weights_file: str, pixel_levels: int = 256) -> Extractor:
             return network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
 
     return Extractor("inception", _digest(content), False, compute)
-
-
-def _read_weights(path: str) -> tuple[bytes, dict]:
-    """The bytes and tensors, by name, of a file that torch.save or safetensors wrote.
-
-    No code in the file is run.
-    """
-    import safetensors.torch
-    import torch
-
-    try:
-        content = epath.Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"--inception_weights={path} cannot be read ({error.strerror}): expected "
-                        f"{_WEIGHTS}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of a TorchScript file, then refuses it
-            weights = (safetensors.torch.load(content) if path.endswith(".safetensors") else
-                       torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-        named = all(isinstance(name, str) and torch.is_tensor(array)
-                    for name, array in weights.items())
-        if not weights or not named:
-            raise TypeError
-    except Exception:  # torch raises a dozen kinds on a file that is not its own
-        raise UserError(f"--inception_weights={path} is not a file of weights alone: expected "
-                        f"{_WEIGHTS} or its safetensors") from None
-    return content, dict(weights)

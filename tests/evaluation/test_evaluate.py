@@ -71,9 +71,6 @@ def test_options_replace_settings(run):
 @pytest.mark.parametrize(("overrides", "options", "message"), [
     ({}, {"features": "pixels"}, "--features compares samples, and none are scored: give --images"),
     ({"evaluate.images": 4}, {"features": "pixels"}, "20 images are compared with 4, and image sc"),
-    ({"evaluate.images": 9}, {"features": "pixels", "split": "test[:4]"}, "4 images are compared"),
-    ({}, {"split": ""}, "split"),
-    ({}, {"trajectories": 0}, "trajectories is 0: expected 1 or more"),
 ])
 def test_options_that_cannot_be_followed_are_refused_first(
         run, monkeypatch, overrides, options, message):

@@ -12,7 +12,6 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate, known_density, scoring
 from ntm_jax.evaluation.report import write_report
-from ntm_jax.runtime import sharding
 from ntm_jax.training import state
 from tests.common import as_run, setup, tiny_config
 
@@ -113,15 +112,6 @@ def test_signed_errors_of_a_flow_map_and_of_its_ode(flow, monkeypatch):
     expected = np.mean(estimate - log_normal(x, 0.03))
     assert first["error"]["mean"] == pytest.approx(expected, abs=1e-3)
     assert first["method"] == "flow matching, Euler, exact divergence"
-
-
-def test_a_mass_counts_every_point_once(run, monkeypatch):
-    """31 x 31 points are not a multiple of 7 shards, to which they are padded."""
-    monkeypatch.setattr(known_density, "MASS_SIDE", 31)
-    monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 7)
-    flat = known_density.Estimator({"flat": 1}, lambda root, x, batch: {"flat": 0 * x[:, 0, 0]})
-    found = known_density._masses(run, 3.0, flat)["flat"]
-    assert found == pytest.approx(0.2**2 * 31**2)
 
 
 def test_signed_errors_of_an_ntm_are_those_of_its_bounds(run):

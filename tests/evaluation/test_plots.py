@@ -55,16 +55,3 @@ def test_densities_run_from_noisy_to_clean_with_the_true_above_the_learned(tmp_p
             np.testing.assert_array_equal(image.get_array(), densities[level])
             assert (image.origin, list(image.get_extent())) == ("lower", [-3, 3, -3, 3])
             assert image.get_clim() == (0, max(true[level].max(), learned[level].max()))
-
-
-def test_many_densities_continue_below(monkeypatch):
-    true, learned = np.random.default_rng(4).random((2, 9, 8, 8))
-    figures = collect_figures(monkeypatch)
-    plots.density_picture(true, learned, np.arange(1, 10) / 10, 3.0, "unused")
-    axes = np.reshape(figures[0].axes, (4, 5))
-    assert [a.get_title() for a in axes[[0, 2]].flat] == [
-        *(f"t=0.{tenth}" for tenth in range(9, 0, -1)), ""]
-    assert [a.get_ylabel() for a in axes[:, 0]] == ["true", "learned"] * 2
-    for row, densities in ((2, true), (3, learned)):
-        np.testing.assert_array_equal(axes[row, 0].images[0].get_array(), densities[3])
-        assert not axes[row, 4].images

@@ -1,7 +1,6 @@
 """evaluation.json's likelihood figures, its table and its files."""
 
 import dataclasses
-import datetime
 import math
 import re
 
@@ -16,7 +15,6 @@ from ntm_jax.evaluation.report import (
     advice,
     check_unit,
     clean_figures,
-    directions,
     provenance,
     summarize,
     summary,
@@ -78,16 +76,6 @@ def test_figures_that_mislead_are_pointed_out(run, source, scores):
     assert second.startswith("the Fréchet distance is of 60 samples")
     result["features"]["images"] = 1000
     assert len(advice(result)) == 1
-
-
-def test_the_direction_of_every_figure_is_stated(run, source, scores):
-    result = summarize(scores, run.spec, 3) | {"precision": 0.5}
-    found = directions(result)
-    assert found["nats_per_dim"] == found["trajectory_nll"] == "lower is better"
-    assert found["precision"] == found["effective_sample_size"] == "higher is better"
-    stated = provenance(run, source)
-    assert datetime.datetime.fromisoformat(stated["date"]).tzinfo
-    assert re.fullmatch(r"([0-9a-f]{40}\+?)?", stated["commit"])
 
 
 def test_written_report(run, source, scores, tmp_path, capsys):

@@ -6,11 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.core import likelihood
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.evaluation.report import CONTRIBUTIONS
-from tests.common import batch_of
 
 
 def in_batches(run, size):
@@ -52,35 +50,6 @@ def test_one_trajectory_is_the_first_of_many_and_makes_both_bounds_equal(run, so
     one = scoring.score_records(run, source, 1)
     np.testing.assert_allclose(one["importance_weighted"], scores["weighted"][:, 0], rtol=1e-5)
     np.testing.assert_allclose(one["bound"], one["importance_weighted"], rtol=1e-6)
-
-
-def test_trajectories_of_continuous_data_share_their_x_0(run, source, monkeypatch):
-    """likelihood.contributions is spied on: it sees each trajectory.
-
-    No other test scores 4 records with 3 trajectories, so the program is compiled with the spy.
-    """
-    seen, contributions = [], likelihood.contributions
-
-    def spy(terms, xs, *rest):
-        jax.debug.callback(lambda x: seen.append(np.asarray(x)), xs, ordered=True)
-        return contributions(terms, xs, *rest)
-
-    monkeypatch.setattr(likelihood, "contributions", spy)
-    batch = batch_of(source, run.config, 4)
-    for pixel_levels in (0, 17):
-        spec = dataclasses.replace(run.spec, pixel_levels=pixel_levels)
-        result = scoring.score_batch(dataclasses.replace(run, spec=spec), batch, 3)
-        jax.effects_barrier()
-        assert ("reconstruction" in result) == (pixel_levels > 0)
-        assert np.isfinite(result["bound"]).all()
-    assert len(seen) == 6
-    continuous, pixels = np.stack(seen[:3]), np.stack(seen[3:])
-    np.testing.assert_array_equal(continuous[1:, :, 0], continuous[:-1, :, 0])
-    assert (continuous[1:, :, 1:] != continuous[:-1, :, 1:]).all()
-    assert (pixels[1:] != pixels[:-1]).all()
-    noise = (continuous[0, :, 0] - 0.97 * batch["x"]) / 0.03  # 256 draws
-    assert abs(noise.mean()) < 0.3
-    assert abs(noise.std() - 1) < 0.2
 
 
 def test_a_batch_beyond_the_memory_is_taken_in_parts(run, source, scores, monkeypatch):

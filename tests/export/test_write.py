@@ -1,22 +1,17 @@
 """The folder of an export: its files, and programs that give the run's own numbers."""
 
-import json
-import struct
 
 import numpy as np
 import pytest
 from etils import epath
-from flax import traverse_util
-from safetensors.numpy import load_file
 
 from ntm_jax import files
 from ntm_jax.core.transformer.conditions import Text
-from ntm_jax.data import sources
 from ntm_jax.data.pipeline import spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.export.write import _write, write_export
 from ntm_jax.runtime import config
-from tests.common import ROOT, alike, bits, file_size_limit
+from tests.common import ROOT, alike, file_size_limit
 from tests.export.common import FILES, assert_close, program
 
 
@@ -30,18 +25,6 @@ def test_the_folder(run, exported):
     assert about["spec"]["levels"] == 17  # the key by which sample.py and older readers know it
     assert about["programs"]["log_likelihood"] == {
         "seed": "uint32[]", "index": "int32[b]", "images": "uint8[b,8,8,1]", "label": "int32[b]"}
-
-
-def test_the_parameters(run, exported):
-    """model.safetensors holds a JSON header and the arrays' bytes, nothing that could run."""
-    found = load_file(exported / "model.safetensors")
-    assert bits(traverse_util.unflatten_dict(found, sep="/")) == bits(run.params)
-    content = (exported / "model.safetensors").read_bytes()
-    size, = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + size])
-    assert header.pop("__metadata__") == {"format": "ntm_jax"}
-    end = max(entry["data_offsets"][1] for entry in header.values())
-    assert len(content) - 8 - size == sum(a.nbytes for a in found.values()) == end
 
 
 @pytest.mark.parametrize("name", ["sampler", "log_likelihood"])
@@ -64,20 +47,6 @@ def test_the_sampler_gives_the_images_of_the_run(run, exported):
     assert (images.shape, images.dtype) == (expected.shape, np.uint8)
     assert alike(images, expected)
     assert (expected != run.sample_at(index, label, seed=4)).mean() > 0.1
-
-
-def test_the_likelihood_is_that_of_the_run(run, exported):
-    log_likelihood, parameters = program(exported, "log_likelihood")
-    records = sources.open_source("digits", "test[:5]").records
-    images, index = np.stack([records[i]["image"] for i in range(5)]), np.arange(5, dtype=np.int32)
-    expected = run.log_prob(images, index, trajectories=3)
-    for rows in (slice(5), slice(2)):
-        found = log_likelihood.call(
-            parameters, np.uint32(0), index[rows], images[rows], index[rows])
-        assert found.dtype == np.float32
-        # A few float32 roundings of sums.
-        np.testing.assert_allclose(found, expected[rows], rtol=1e-6)
-    assert np.abs(expected - run.log_prob(images, index, trajectories=3, seed=1)).min() > 0.01
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ from etils import epath
 from ntm_jax import files
 from ntm_jax.data.sources.sbi import references, source, tasks
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation.posteriors import kept, plots, scores
+from ntm_jax.evaluation.posteriors import plots, scores
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
-from ntm_jax.runtime import checksums, sharding
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.reweight import Reweighted, reweight, systematic
@@ -46,26 +46,20 @@ class Amounts:
     draws: int = 100
 
 
-def benchmark(run: Run, amounts: Amounts, folder: str | None = None,
-              progress: bool = True) -> tuple[dict, plots.Drawn]:
+def benchmark(run: Run, amounts: Amounts, progress: bool = True) -> tuple[dict, plots.Drawn]:
     """The content of sbi.json, and what its pictures show.
 
-    folder: where scored observations are kept until write_benchmark, so that an interrupted call
-    goes on. progress: prints a row for each observation once it is scored. Raises UserError for a
-    run of another source, and where the reference posteriors are missing.
+    progress: prints a row for each observation once it is scored. Raises UserError for a run of
+    another source, and where the reference posteriors are missing.
     """
     config = run.config
     task = source.task_of(config.data.source)
     given = [references.read(task, number + 1) for number in range(amounts.observations)]
-    earlier = _earlier(run, amounts, folder) if folder else None
     rows, samples = [], []
     if progress:
         _print_row("observation", FIGURES.values())
     for number, reference in enumerate(track(given, "observations", "done", show=progress), 1):
-        found = earlier.read(number) if earlier else None
-        row, drawn = found or _observation(run, task, reference, amounts)
-        if earlier and not found:
-            earlier.write(number, row, drawn)
+        row, drawn = _observation(run, task, reference, amounts)
         rows.append({"observation": number, **row})
         samples.append(drawn)
         if progress:
@@ -79,16 +73,6 @@ def benchmark(run: Run, amounts: Amounts, folder: str | None = None,
     return result, plots.Drawn([r.samples for r in given], samples, ranks, shares)
 
 
-def _earlier(run: Run, amounts: Amounts, folder: str) -> kept.Kept:
-    """What an interrupted call of the same run and amounts has scored, in a folder."""
-    options = dataclasses.asdict(run.config.sample)
-    del options["num"]
-    asked = {"checksum": checksums.digest(run.params), "source": run.config.data.source,
-             "seed": run.config.seed, "options": options,
-             "samples": amounts.samples, "weighted": amounts.weighted}
-    return kept.Kept(folder, files.digest(asked))
-
-
 def _observation(run: Run, task: str, reference: references.Reference, amounts: Amounts):
     """The scores of one observation, and its samples before and after weighting.
 
@@ -96,9 +80,6 @@ def _observation(run: Run, task: str, reference: references.Reference, amounts: 
     the classifier learns: `distinct` counts the others.
     """
     m = amounts.samples
-    if m > len(reference.samples):
-        raise UserError(f"{m} samples are compared with the reference posterior's "
-                        f"{len(reference.samples)}: expected at most as many")
     simulator, known = tasks.find(task), reference.samples[:m]
     log_joint = functools.partial(simulator.log_joint, reference.x)
     found = _weighted(run, log_joint, reference.x, amounts)
@@ -171,7 +152,6 @@ def write_benchmark(result: dict, drawn: plots.Drawn, out, step: int | None = No
     files.write_json(folder / f"sbi{end}.json", result)
     plots.posteriors(result, drawn, folder / f"posteriors{end}.png")
     plots.calibration(result, drawn, folder / f"calibration{end}.png")
-    kept.remove(folder, (row["observation"] for row in result["observations"]))
     _print_row("mean", [f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}"
                         for name in FIGURES])
     checks = result["calibration"]
