@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import multiprocessing
-import re
 
 import numpy as np
 import pytest
 from absl import flags
-from PIL import Image
 
 from ntm_jax.data.pipeline import (
     DataSpec,
@@ -29,6 +27,12 @@ def digits():
     return open_source("digits", "test[:60]")
 
 
+@pytest.fixture(scope="module")
+def captioned():
+    """20 records of latents, labels and text of 1 to 3 tokens."""
+    return open_source("mock:4x4x2,classes=3,text=3x8,count=20", "train")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _parsed_flags():
     """Grain's worker processes read absl flags, which launch/ parses."""
@@ -41,10 +45,8 @@ def train(digits):
     """Opens train iterators over 60 digits, and closes them."""
     opened = []
 
-    def open_one(batch_size=12, seed=0, workers=0, process_index=0, process_count=1, source=digits):
-        opened.append(
-            train_iterator(source, 2, batch_size, seed, workers, process_index, process_count)
-        )
+    def open_one(source=digits, batch_size=12, seed=0, workers=0, **share):
+        opened.append(train_iterator(source, 2, batch_size, seed, workers, **share))
         return opened[-1]
 
     yield open_one
@@ -68,20 +70,25 @@ def assert_equal(batches, others):
             np.testing.assert_array_equal(batch[key], other[key])
 
 
+def assert_holds(batch, source):
+    """The rows of a batch are the records at its indices."""
+    for row, index in enumerate(batch["index"]):
+        record = source.records[index]
+        image, levels = record["image"], source.pixel_levels
+        x = patchify(scale(image, levels) if levels else image, 2)
+        np.testing.assert_array_equal(batch["x"][row], x)
+        for key in batch.keys() - {"x", "index", "mask"}:
+            np.testing.assert_array_equal(batch[key][row], record[key])
+
+
 def test_spec(digits):
     assert spec(digits, 2) == DataSpec(
         image_shape=(8, 8, 1), patch_size=2, pixel_levels=17, num_classes=10, count=60
     )
     assert (spec(digits, 2).tokens, spec(digits, 2).dim) == (16, 4)
-    for patch_size in (3, 0, 16):
-        with pytest.raises(
-            UserError,
-            match=f"data.patch_size={patch_size} does not divide the 8x8 images of digits",
-        ):
-            spec(digits, patch_size)
-    for shape in ((8, 6, 1), (6, 8, 1)):
-        with pytest.raises(UserError, match=f"does not divide the {shape[0]}x{shape[1]} images"):
-            spec(dataclasses.replace(digits, image_shape=shape), 4)
+    for shape, patch_size in (((8, 8, 1), 0), ((8, 6, 1), 4), ((6, 8, 1), 4)):
+        with pytest.raises(UserError, match=f"data.patch_size={patch_size} does not divide the "):
+            spec(dataclasses.replace(digits, image_shape=shape), patch_size)
 
 
 SPEC = DataSpec((8, 8, 1), 2, 17, 10, 60, 4, 384, "minilm", (0.5,), (2.0,))
@@ -111,25 +118,25 @@ def test_a_spec_in_json_has_the_key_levels_and_loads_with_either_key():
     assert spec_from_json(json.loads(json.dumps(values))) == SPEC
     levels = values.pop("levels")
     assert spec_from_json(values | {"pixel_levels": levels}) == SPEC
-
-
-def test_an_invalid_spec_is_refused_in_one_line():
-    values = spec_to_json(SPEC)
     with pytest.raises(UserError, match=r"^spec\.pixel_levels is '17', of type str: expected int"):
         spec_from_json(values | {"levels": "17"})
 
 
-def test_a_batch_holds_its_records(digits, train):
-    batch = next(train())
-    assert {key: (type(value), value.shape, value.dtype) for key, value in batch.items()} == {
-        "x": (np.ndarray, (12, 16, 4), np.float32),
-        "label": (np.ndarray, (12,), np.int32),
-        "index": (np.ndarray, (12,), np.int32),
+def test_a_batch_holds_its_records(digits, captioned, train):
+    own = {
+        "x": ((12, 16, 4), np.float32),
+        "label": ((12,), np.int32),
+        "index": ((12,), np.int32),
     }
-    for x, label, index in zip(batch["x"], batch["label"], batch["index"], strict=True):
-        record = digits.records[index]
-        np.testing.assert_array_equal(x, patchify(scale(record["image"], 17), 2))
-        assert label == record["label"]
+    text = {
+        "x": ((12, 4, 8), np.float32),
+        "text": ((12, 3, 8), np.float16),
+        "text_mask": ((12, 3), bool),
+    }
+    for source, expected in ((digits, own), (captioned, own | text)):
+        batch = next(train(source))
+        assert {key: (value.shape, value.dtype) for key, value in batch.items()} == expected
+        assert_holds(batch, source)
 
 
 def test_every_epoch_covers_each_record_once_in_a_new_order(train):
@@ -180,23 +187,21 @@ def test_a_state_moves_between_numbers_of_processes(train):
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3])
-def test_evaluation_reads_each_record_once_in_order(digits, process_count):
-    processes = [
-        list(evaluation_batches(digits, 2, 18, i, process_count)) for i in range(process_count)
+def test_evaluation_reads_each_record_once_in_order(captioned, process_count):
+    shares = [
+        list(evaluation_batches(captioned, 2, 6, i, process_count)) for i in range(process_count)
     ]
-    assert [len(batches) for batches in processes] == [4] * process_count
+    assert [len(share) for share in shares] == [4] * process_count
     joined = [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        for parts in zip(*processes, strict=True)
+        for parts in zip(*shares, strict=True)
     ]
-    assert all(batch["x"].shape == (18, 16, 4) for batch in joined)
+    assert indices(joined) == [*range(20), *[0] * 4]
     mask = np.concatenate([batch["mask"] for batch in joined])
     assert mask.dtype == np.float32
-    np.testing.assert_array_equal(mask, np.arange(72) < 60)
-    assert indices(joined) == [*range(60), *[0] * 12]
-    np.testing.assert_array_equal(
-        joined[0]["x"][7], patchify(scale(digits.records[7]["image"], 17), 2)
-    )
+    np.testing.assert_array_equal(mask, np.arange(24) < 20)
+    for batch in joined:
+        assert_holds(batch, captioned)
 
 
 def test_evaluation_reads_chosen_records(digits):
@@ -204,14 +209,6 @@ def test_evaluation_reads_chosen_records(digits):
     assert [[batch["index"].tolist() for batch in part] for part in parts] == [
         [[5], [7]], [[59], [0]]]
     assert [batch["mask"].tolist() for batch in parts[1]] == [[1], [0]]
-
-
-def test_a_split_smaller_than_its_batch_still_gives_every_process_one(digits):
-    few = open_source("digits", "test[:2]")
-    masks = [
-        [batch["mask"].tolist() for batch in evaluation_batches(few, 2, 6, i, 3)] for i in range(3)
-    ]
-    assert masks == [[[1, 1]], [[0, 0]], [[0, 0]]]
 
 
 def test_processes_share_a_batch_evenly(digits):
@@ -225,127 +222,30 @@ def test_processes_share_a_batch_evenly(digits):
             open_one()
 
 
-def test_an_unreadable_record_ends_the_run_with_its_own_message(tmp_path, train):
-    for i in range(12):
-        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02}.png")
-    source = open_source(f"folder:{tmp_path}", "all")
-    bad = 5
-    (tmp_path / source.records.records.files[bad]).write_text("<html>")
-    iterator = train(batch_size=2, source=source)
-    seen = []
-    with pytest.raises(UserError) as error:
-        seen.extend(index for batch in iterator for index in batch["index"])
-    path = tmp_path / source.records.records.files[bad]
-    assert str(error.value) == f"image {path} cannot be decoded (not an image): remove it"
-    # The state is that of the last good batch, and the error repeats.
-    assert iterator.get_state() == {"global_next_index": len(seen)}
-    with pytest.raises(UserError) as again:
-        next(iterator)
-    assert str(again.value) == str(error.value)
-    with pytest.raises(UserError, match="cannot be decoded"):
-        list(evaluation_batches(source, 2, 4, 0, 1))
-
-
-# Latents and text
-
-
-@pytest.fixture(scope="module")
-def captioned(tmp_path_factory):
-    """20 records of latents, labels and text, in three shards; record i has i % 4 tokens."""
+def test_worker_processes_continue_a_state_and_end_with_a_records_own_error(tmp_path, train):
     random = np.random.default_rng(0)
-    examples = [
-        {
-            "image": random.normal(size=(4, 4, 2)).astype(np.float16),
-            "label": i % 3,
-            "text": random.normal(size=(i % 4, 8)).astype(np.float16),
-        }
-        for i in range(20)
-    ]
-    folder = tmp_path_factory.mktemp("captioned")
-    layout = Layout(
-        (4, 4, 2),
-        pixel_levels=0,
-        num_classes=3,
-        text_tokens=3,
-        text_width=8,
-        mean=(1.0, 2.0),
-        std=(2.0, 3.0),
-    )
-    write_records(folder, {"train": examples}, layout, shard_size=7)
-    return open_source(f"records:{folder}", "train")
-
-
-def assert_holds(batch, source):
-    """The rows of a batch are the records at its indices."""
-    for row, index in enumerate(batch["index"]):
-        record = source.records[index]
-        np.testing.assert_array_equal(batch["x"][row], patchify(record["image"], 2))
-        np.testing.assert_array_equal(batch["text"][row], record["text"])
-        np.testing.assert_array_equal(batch["text_mask"][row], record["text_mask"])
-        assert batch["label"][row] == record["label"]
-
-
-def test_a_batch_holds_its_latents_and_text(captioned, train):
-    batch = next(train(source=captioned))
-    assert {key: (type(value), value.shape, value.dtype) for key, value in batch.items()} == {
-        "x": (np.ndarray, (12, 4, 8), np.float32),
-        "label": (np.ndarray, (12,), np.int32),
-        "index": (np.ndarray, (12,), np.int32),
-        "text": (np.ndarray, (12, 3, 8), np.float16),
-        "text_mask": (np.ndarray, (12, 3), np.bool_),
-    }
-    assert_holds(batch, captioned)
-    np.testing.assert_array_equal(batch["text_mask"].sum(axis=1), batch["index"] % 4)
-
-
-def test_a_state_moves_between_numbers_of_workers(captioned, train):
-    """Worker processes read the same latents, labels and text."""
-    expected = take(train(source=captioned), 11)
-    first = train(source=captioned)
-    assert_equal(take(first, 3), expected[:3])
-    second = train(source=captioned, workers=2)
-    second.set_state(first.get_state())
-    batches = take(second, 4)
-    assert len(multiprocessing.active_children()) == 2
-    assert_equal(batches, expected[3:7])
-    assert_holds(batches[3], captioned)
-    # Plain arrays: grain's own lie in shared memory, which is unmapped with them.
-    assert {type(value) for batch in batches for value in batch.values()} == {np.ndarray}
-    third = train(source=captioned)
-    third.set_state(second.get_state())
-    assert_equal(take(third, 4), expected[7:])
-
-
-def test_evaluation_pads_latents_and_text(captioned):
-    shares = [list(evaluation_batches(captioned, 2, 12, i, 2)) for i in range(2)]
-    assert [[batch["index"].tolist() for batch in share] for share in shares] == [
-        [[0, 1, 2, 3, 4, 5], [12, 13, 14, 15, 16, 17]],
-        [[6, 7, 8, 9, 10, 11], [18, 19, 0, 0, 0, 0]],
-    ]
-    for batch in (*shares[0], *shares[1]):
-        assert batch.keys() == {"x", "label", "index", "text", "text_mask", "mask"}
-        assert (batch["text"].dtype, batch["text_mask"].dtype) == (np.float16, bool)
-        assert_holds(batch, captioned)
-    assert shares[1][1]["mask"].tolist() == [1, 1, 0, 0, 0, 0]
-
-
-def test_a_damaged_shard_ends_a_worker_with_its_own_message(tmp_path, train):
-    write_records(
-        tmp_path,
-        {"train": [{"image": np.zeros((4, 4, 1), np.uint8)}] * 8},
-        Layout((4, 4, 1), pixel_levels=2),
-        shard_size=4,
-    )
+    images = [{"image": random.integers(256, size=(4, 4, 1), dtype=np.uint8)} for _ in range(20)]
+    write_records(tmp_path, {"train": images}, Layout((4, 4, 1), pixel_levels=256), shard_size=1)
     source = open_source(f"records:{tmp_path}", "train")
-    (tmp_path / "train-00001.arrayrecord").write_text("<html>")
-    iterator, seen = train(batch_size=2, workers=1, source=source), []
-    with pytest.raises(UserError) as error:
-        seen.extend(index for batch in iterator for index in batch["index"])
-    assert re.match(
-        rf"record \d of {tmp_path}/train-00001\.arrayrecord cannot be read \(the file holds 0 ",
-        str(error.value),
-    )
-    assert iterator.get_state() == {"global_next_index": len(seen)}
-    with pytest.raises(UserError) as again:
-        next(iterator)
-    assert str(again.value) == str(error.value)
+    expected = take(train(source, batch_size=2), 9)
+    first = train(source, batch_size=2)
+    take(first, 3)
+    damaged = tmp_path / f"train-{expected[7]['index'][0]:05}.arrayrecord"
+    content = damaged.read_bytes()
+    damaged.write_text("<html>")
+    workers = train(source, batch_size=2, workers=2)
+    workers.set_state(first.get_state())
+    assert_equal(take(workers, 4), expected[3:7])
+    assert len(multiprocessing.active_children()) == 2
+    again = open_source(f"records:{tmp_path}", "train")
+    for read_on in (
+        lambda: next(workers),
+        lambda: next(workers),  # an error is final
+        lambda: list(evaluation_batches(again, 2, 2)),  # in this process
+    ):
+        with pytest.raises(UserError, match=f"^record 0 of {damaged} cannot be read"):
+            read_on()
+    damaged.write_bytes(content)
+    threads = train(open_source(f"records:{tmp_path}", "train"), batch_size=2)
+    threads.set_state(workers.get_state())  # that of the last good batch
+    assert_equal(take(threads, 2), expected[7:])

@@ -68,34 +68,14 @@ def test_pixels_are_read_as_they_were_written(tmp_path):
     shards = [f"train-0000{i}.arrayrecord" for i in range(3)]
     sha256 = [hashlib.sha256((tmp_path / shard).read_bytes()).hexdigest() for shard in shards]
     assert splits["train"] == {"shards": shards, "counts": [4, 4, 2], "sha256": sha256}
-    assert {file.name for file in tmp_path.iterdir()} == {
-        *splits["train"]["shards"],
-        *splits["test"]["shards"],
-        "manifest.json",
-    }
-    for split, examples in {
-        "train": train,
-        "test": test,
-        "all": train + test,
-        "train[3:9]": train[3:9],
-    }.items():
+    parts = {"train": train, "test": test, "all": train + test, "train[3:9]": train[3:9]}
+    for split, examples in parts.items():
         source = open_source(f"records:{tmp_path}", split)
-        assert_records(
-            source,
-            [example["image"] for example in examples],
-            [example["label"] for example in examples],
-        )
-        assert spec(source, 2) == DataSpec(
-            (4, 4, 3), 2, pixel_levels=256, num_classes=5, count=len(examples)
-        )
+        images, labels = zip(*[example.values() for example in examples], strict=True)
+        assert_records(pickle.loads(pickle.dumps(source)), images, labels)
+        assert spec(source, 2) == DataSpec((4, 4, 3), 2, 256, num_classes=5, count=len(examples))
         assert source.version == version
     assert source.records[0].keys() == {"image", "label"}
-
-
-def test_pixels_may_be_resized(tmp_path):
-    write_records(tmp_path, {"train": pixels(1)}, PIXELS)
-    source = open_source(f"records:{tmp_path}", "train", image_size=8)
-    assert source.image_shape == source.records[0]["image"].shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -104,11 +84,8 @@ def test_latents_are_read_in_unit_variance(tmp_path, dtype):
     write_records(tmp_path, {"train": examples}, LATENTS)
     source = open_source(f"records:{tmp_path}", "train")
     mean, std = np.array(LATENTS.mean, np.float32), np.array(LATENTS.std, np.float32)
-    assert_records(
-        source,
-        [(example["image"].astype(np.float32) - mean) / std for example in examples],
-        [-1] * 3,
-    )
+    images = [(example["image"].astype(np.float32) - mean) / std for example in examples]
+    assert_records(source, images, [-1] * 3)
     assert spec(source, 1) == DataSpec(
         (2, 2, 4), 1, pixel_levels=0, num_classes=0, count=3, mean=LATENTS.mean, std=LATENTS.std
     )
@@ -116,15 +93,11 @@ def test_latents_are_read_in_unit_variance(tmp_path, dtype):
 
 def test_latents_without_mean_and_std_are_read_as_they_are(tmp_path):
     # After a transposition, the order in memory is not that of the axes.
-    examples = [
-        {"image": example["image"].swapaxes(0, 2)} for example in latents(2, shape=(4, 2, 2))
-    ]
+    images = [example["image"].swapaxes(0, 2) for example in latents(2, shape=(4, 2, 2))]
+    examples = [{"image": image} for image in images]
     write_records(tmp_path, {"train": examples}, dataclasses.replace(LATENTS, mean=(), std=()))
-    assert_records(
-        open_source(f"records:{tmp_path}", "train"),
-        [example["image"].astype(np.float32) for example in examples],
-        [-1] * 2,
-    )
+    source = open_source(f"records:{tmp_path}", "train")
+    assert_records(source, [image.astype(np.float32) for image in images], [-1] * 2)
 
 
 def test_text_is_padded_with_zeros_and_masked(tmp_path):
@@ -134,55 +107,37 @@ def test_text_is_padded_with_zeros_and_masked(tmp_path):
     assert (spec(source, 1).text_tokens, spec(source, 1).text_width) == (6, 8)
     for i, example in enumerate(examples):
         record = source.records[i]
-        assert (record["text"].shape, record["text"].dtype, record["text_mask"].dtype) == (
-            (6, 8),
-            np.float16,
-            bool,
-        )
+        assert (record["text"].shape, record["text"].dtype) == ((6, 8), np.float16)
         np.testing.assert_array_equal(record["text"][:i], example["text"])
         assert not record["text"][i:].any()
-        assert record["text_mask"].tolist() == [True] * i + [False] * (6 - i)
+        np.testing.assert_array_equal(record["text_mask"], np.arange(6) < i)
 
 
 def test_the_hash_names_counts_shapes_and_choices(tmp_path):
     layouts = [
         PIXELS,
+        PIXELS,
         dataclasses.replace(PIXELS, choices={"size": 4, 1: "a"}),
         dataclasses.replace(PIXELS, num_classes=6),
-        PIXELS,
-        PIXELS,
     ]
-    for i, layout in enumerate(layouts):
+    for i, layout in enumerate([*layouts, PIXELS]):
         write_records(tmp_path / str(i), {"train": pixels(2 if i < 4 else 3)}, layout)
     versions = [read_manifest(str(tmp_path / str(i)))[2] for i in range(5)]
-    assert versions[0] == versions[3]
+    assert versions[0] == versions[1]
     assert len(set(versions)) == 4
-
-
-def test_an_opened_source_can_be_pickled(tmp_path):
-    write_records(tmp_path, {"train": pixels(3)}, PIXELS, shard_size=2)
-    source = open_source(f"records:{tmp_path}", "train")
-    first = source.records[2]["image"]
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).records[2]["image"], first)
 
 
 # Writing
 
 
 def test_incomplete_records_have_no_manifest(tmp_path):
-    with pytest.raises(
-        UserError,
-        match=re.escape(
-            "example 1 of train-00001.arrayrecord does not fit: image is [4, 4, 1] uint8, expected "
-            "[4, 4, 3] uint8"
-        ),
-    ):
-        write_records(
-            tmp_path,
-            {"train": [*pixels(3), {"image": np.zeros((4, 4, 1), np.uint8), "label": 0}]},
-            PIXELS,
-            shard_size=2,
-        )
+    examples = [*pixels(3), {"image": np.zeros((4, 4, 1), np.uint8), "label": 0}]
+    message = (
+        "example 1 of train-00001.arrayrecord does not fit: image is [4, 4, 1] uint8, expected "
+        "[4, 4, 3] uint8"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        write_records(tmp_path, {"train": examples}, PIXELS, shard_size=2)
     assert [file.name for file in tmp_path.iterdir()] == ["train-00000.arrayrecord"]
     write_records(tmp_path, {"train": pixels(3)}, PIXELS)
     with pytest.raises(UserError, match="holds prepared records already"):
@@ -190,33 +145,18 @@ def test_incomplete_records_have_no_manifest(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layout", "change", "message"),
+    ("layout", "example", "message"),
     [
-        (PIXELS, {"label": 5}, "label is 5, expected 0 to 4"),
-        (PIXELS, {"text": 0}, "it has image, label, text, expected image, label"),
-        (
-            dataclasses.replace(PIXELS, pixel_levels=17),
-            {"image": np.full((4, 4, 3), 17, np.uint8)},
-            "image has a pixel of 17, expected 0 to 16",
-        ),
-        (
-            TEXT,
-            {"image": np.zeros((2, 2, 4))},
-            "image is [2, 2, 4] float64, expected [2, 2, 4] float16 or bfloat16 or float32",
-        ),
-        (
-            TEXT,
-            {"text": np.zeros((7, 8), np.float16)},
-            "text is [7, 8] float16, expected [6, 8] float16",
-        ),
+        (PIXELS, pixels(1)[0] | {"label": 5}, "label is 5, expected 0 to 4"),
+        (PIXELS, pixels(1)[0] | {"text": 0}, "it has image, label, text, expected image, label"),
+        (TEXT, captioned(7)[6] | {"text": np.zeros((7, 8), np.float16)},
+         "text is [7, 8] float16, expected [6, 8] float16"),
     ],
 )
-def test_an_example_that_does_not_fit_is_not_written(tmp_path, layout, change, message):
-    example = captioned(2)[1] if layout is TEXT else pixels(1)[0]
-    with pytest.raises(
-        UserError, match=re.escape(f"example 0 of train-00000.arrayrecord does not fit: {message}")
-    ):
-        write_records(tmp_path, {"train": [example | change]}, layout)
+def test_an_example_that_does_not_fit_is_not_written(tmp_path, layout, example, message):
+    message = f"example 0 of train-00000.arrayrecord does not fit: {message}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        write_records(tmp_path, {"train": [example]}, layout)
 
 
 # Mistakes and damage
@@ -234,38 +174,40 @@ def assert_message(open_one, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_folder_or_manifest_or_split_is_named(folder):
+def test_a_missing_folder_manifest_split_or_shard_is_named(folder):
     (folder / "empty").mkdir()
+    (folder / "train-00001.arrayrecord").unlink()
     for where, split, message in (
         ("/no/such", "train", "data.source records:/no/such is not there: expected a folder that"),
         (f"{folder}/empty", "train", "empty has no manifest.json: expected a folder that"),
         (folder, "dev", f"records:{folder} has no split 'dev': it has train, test, all"),
+        (folder, "train", f"records:{folder} lacks 1 of the 2 shards in its manifest (train-00001"),
     ):
         assert_message(
             lambda where=where, split=split: open_source(f"records:{where}", split), message
         )
+    assert len(open_source(f"records:{folder}", "test").records) == 1
 
 
 def test_a_damaged_manifest_is_named(folder):
     file = folder / "manifest.json"
     text = file.read_text()
-    path_out = {"train": {"shards": ["../a"], "counts": [1]}}
-    for damaged, changes, reason in (
-        (text[:50], None, "it is not JSON"),
-        ("{}", None, "no 'hash'"),
-        (text.replace('"levels": 256', '"levels": 255'), None, "not of format 1, or edited since"),
-        (text, {"format": 2}, "not of format 1"),
-        (text, {"levels": 1}, "image_shape (4, 4, 3) and pixel levels 1"),
-        (text, {"mean": [0.0], "std": [1.0]}, "mean (0.0,) and std (1.0,), expected both"),
-        (text, {"splits": path_out}, "the shard '../a' is not a name of a file in the folder"),
+    for damaged, reason in (
+        (text[:50], "it is not JSON"),
+        ("{}", "no 'hash'"),
+        (text.replace('"levels": 256', '"levels": 255'), "not of format 1, or edited since"),
     ):
         file.write_text(damaged)
-        if changes:
-            rewrite_manifest(folder, **changes)
         assert_message(
             lambda: open_source(f"records:{folder}", "train"),
             f"manifest {file} is not understood ({reason}",
         )
+    file.write_text(text)
+    rewrite_manifest(folder, splits={"train": {"shards": ["../a"], "counts": [1]}})
+    assert_message(
+        lambda: open_source(f"records:{folder}", "train"),
+        "the shard '../a' is not a name of a file in the folder",
+    )
 
 
 def test_a_manifest_of_earlier_versions_is_read(folder):
@@ -282,23 +224,11 @@ def test_a_manifest_of_earlier_versions_is_read(folder):
         verify(str(folder))
 
 
-def test_a_missing_shard_is_named_before_anything_is_read(folder):
-    (folder / "train-00001.arrayrecord").unlink()
-    assert_message(
-        lambda: open_source(f"records:{folder}", "train"),
-        f"data.source records:{folder} lacks 1 of the 2 shards in its manifest "
-        "(train-00001.arrayrecord): copy it there again",
-    )
-    assert len(open_source(f"records:{folder}", "test").records) == 1
-
-
 def test_a_damaged_shard_or_record_is_named_when_it_is_read(folder):
     file = folder / "train-00001.arrayrecord"
     content, good = file.read_bytes(), {"image": pixels(1)[0]["image"], "label": np.array(1)}
-    fitting = safetensors.numpy.save(good | {"label": np.array(1, np.int32)})
     for damage, message in (
         (lambda: file.write_bytes(content[:1000]), "the file holds 0 records, its manifest says 3"),
-        (lambda: write_raw(file, fitting, fitting), "the file holds 2 records, its manifest s"),
         (lambda: write_raw(file, *[safetensors.numpy.save(good)] * 3), "'I64'"),
         (lambda: write_raw(file, *[pickle.dumps(good)] * 3), "Error while deserializing"),
     ):
