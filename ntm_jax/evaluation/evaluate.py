@@ -9,8 +9,7 @@ import numpy as np
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, check_count
-from ntm_jax.evaluation import image_scores, known_density, measures, scoring, statistics
-from ntm_jax.evaluation.features import make_extractor
+from ntm_jax.evaluation import image_scores, measures, scoring, statistics
 from ntm_jax.evaluation.report import clean_figures, directions, provenance, summarize, units
 from ntm_jax.runtime.config import Evaluate
 from ntm_jax.runtime.processes import require_same_everywhere
@@ -68,6 +67,8 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
         warnings.warn(changed, stacklevel=2)
     extractor = None  # made first, since it may refuse
     if scores_images and settings.features != "none":
+        from ntm_jax.evaluation.features import make_extractor
+
         real = min(len(train.records), len(source.records))
         statistics.check_enough(real, config.evaluate.images)
         extractor = make_extractor(settings.features, train, options.inception_weights)
@@ -101,6 +102,8 @@ def _errors(run: Run, source: Source, table: dict) -> dict:
     if run.denoiser:
         result["denoiser"] = measures.denoiser_errors(run, source)
     if source.log_density:
+        from ntm_jax.evaluation import known_density
+
         result["truth"] = known_density.compare_with_true_density(run, source, table)
     return result
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import statistics, tasks
+from ntm_jax.evaluation import statistics
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
 from ntm_jax.runtime.run import Run
@@ -148,6 +148,8 @@ def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -
     samples were made. guidance: scales or schedules, for each of which the list "by_guidance" holds
     the same, with "difference", by task, to the first one on the same noise, paired.
     """
+    from ntm_jax.evaluation import tasks
+
     config = run.config
     splits = [source]
     if source.unseen and not source.split.startswith(source.unseen):

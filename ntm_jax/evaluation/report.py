@@ -15,7 +15,7 @@ from ntm_jax import files
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import image_scores, importance, known_density, plots, tasks
+from ntm_jax.evaluation import image_scores, importance, plots
 from ntm_jax.evaluation.scoring import BOUNDS
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime import checksums
@@ -293,6 +293,8 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
     if "truth" in result:
         source = run.config.data.open(result["split"])
         if source.planar_extent:
+            from ntm_jax.evaluation import known_density
+
             known_density.picture(run, source, path.with_name("densities.png"))
     if jax.process_index():
         return
@@ -310,6 +312,8 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
     for line in advice(result):
         print(f"note: {line}", flush=True)
     if "tasks" in result and not brief:
+        from ntm_jax.evaluation import tasks
+
         print(tasks.table(result["tasks"]), flush=True)
 
 
