@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from ntm_jax.data import captions, text
-from ntm_jax.data.captions import encode_captions
 from ntm_jax.data.pipeline import spec
 from ntm_jax.data.records import Layout, write_records
 from ntm_jax.data.sources import open_source
@@ -27,19 +26,17 @@ def test_captions_are_encoded_as_they_are_read(tmp_path, monkeypatch):
     name = "words:4:a red circle"
     source = pickle.loads(pickle.dumps(open_source(f"records:{tmp_path}", "test[:2]", text=name)))
     assert list(source.captions) == ["a red circle", ""]
-    assert (spec(source, 1).text, spec(source, 1).text_tokens, spec(source, 1).text_width) == (
-        name,
-        4,
-        10,
-    )
+    found = spec(source, 1)
+    assert (found.text, found.text_tokens, found.text_width) == (name, 4, 10)
     first, empty = source.records[0], source.records[1]
-    assert (
-        first["caption"],
-        first["text"].shape,
-        first["text_mask"].sum(),
-        empty["text_mask"].sum(),
-    ) == ("a red circle", (4, 10), 3, 0)
+    assert (first["caption"], first["text"].shape) == ("a red circle", (4, 10))
+    assert (first["text_mask"].sum(), empty["text_mask"].sum()) == (3, 0)
     np.testing.assert_array_equal(first["text"].argmax(1)[:3], [0, 1, 2])
+    with monkeypatch.context() as patch:  # a slow encoder's states are made when it is opened
+        patch.setattr(text.Words, "at_read", False)
+        slow = open_source(f"records:{tmp_path}", "test[:2]", text=name)
+        patch.setattr(text.Words, "encode", None)
+        np.testing.assert_array_equal(slow.records[0]["text"], first["text"])
     with pytest.raises(UserError, match="'blau', which the model does not know"):
         open_source(f"records:{tmp_path}", "test", text=name)
     with pytest.warns(UserWarning, match=r"^1 of 2 captions are cut to the 2 tokens of words:2:"):
@@ -50,26 +47,12 @@ def test_captions_are_encoded_as_they_are_read(tmp_path, monkeypatch):
         source.records[2]
 
 
-@pytest.mark.parametrize("at_read", [True, False])
-def test_captions_states_are_checked(monkeypatch, at_read):
-    encoder = text.Words("3:a")
-    encoder.at_read = at_read
-    encoder.encode = lambda captions: ([np.zeros((1, 4))] * len(captions), [False] * len(captions))
-    monkeypatch.setitem(text.ENCODERS._entries, "bad", ("bad", lambda argument: encoder))
-    with pytest.raises(UserError, match=r"^the text encoder 'words:3:a' gave states"):
-        encode_captions("", [{"caption": "a"}, {"caption": "b"}], "ab", "bad")[0][0]
-    text.open_encoder.cache_clear()
-
-
 def test_states_of_another_encoder_are_refused(tmp_path):
     write_records(tmp_path, {"test": captioned(3)}, dataclasses.replace(TEXT, text="minilm"))
     assert spec(open_source(f"records:{tmp_path}", "test"), 1).text == "minilm"
-    with pytest.raises(
-        UserError,
-        match=r"config\.data\.text is 'words:4:a', and records:.* holds the states of 'minilm'",
+    for name, reason in (
+        (f"records:{tmp_path}", "records:.* holds the states of 'minilm'"),
+        ("digits", "digits has no captions"),
     ):
-        open_source(f"records:{tmp_path}", "test", text="words:4:a")
-    with pytest.raises(
-        UserError, match=r"config\.data\.text is 'words:4:a', and digits has no captions"
-    ):
-        open_source("digits", "test", text="words:4:a")
+        with pytest.raises(UserError, match=rf"config\.data\.text is 'words:4:a', and {reason}"):
+            open_source(name, "test", text="words:4:a")

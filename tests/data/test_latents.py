@@ -1,7 +1,5 @@
 """FLUX.2's latents, against the klein pipeline's own helpers with a tiny random autoencoder."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -23,12 +21,6 @@ def test_pack_orders_channels_before_neighbours():
         )
     np.testing.assert_array_equal(latents.unpack(packed), z)
     np.testing.assert_array_equal(transforms.patchify(packed, 1), packed.reshape(2, 6, 12))
-
-
-def test_a_missing_extra_is_named_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"package torch, .*pip install -e '\.\[flux2\]'$"):
-        latents.Autoencoder("/nowhere")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +91,7 @@ def test_other_images_are_refused(folder):
 
 
 def test_an_incomplete_folder_is_refused(folder, tmp_path):
-    """A missing folder; pickled weights, which are not opened; a missing tensor; a damaged file."""
+    """Pickled weights, which are not opened; a missing tensor; a damaged file."""
     import safetensors.torch
     import torch
 
@@ -108,19 +100,15 @@ def test_an_incomplete_folder_is_refused(folder, tmp_path):
     (tmp_path / "vae" / "config.json").write_bytes((original / "config.json").read_bytes())
     tensors = safetensors.torch.load_file(original / "diffusion_pytorch_model.safetensors")
     torch.save(tensors, tmp_path / "vae" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match=r"nothing is not there") as absent:
-        latents.Autoencoder(str(tmp_path / "nothing"))
-    with pytest.raises(
-        UserError, match=r"not read as a AutoencoderKLFlux2 in safetensors"
-    ) as pickled:
-        latents.Autoencoder(str(tmp_path))
-    tensors.pop("bn.running_mean")
-    safetensors.torch.save_file(tensors, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(
-        UserError, match=r"1 tensors are missing or of another shape, such as bn.running_mean"
-    ) as partial:
-        latents.Autoencoder(str(tmp_path))
-    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345")
-    with pytest.raises(UserError, match=r"not read as a AutoencoderKLFlux2") as damaged:
-        latents.Autoencoder(str(tmp_path))
-    assert not any("\n" in str(error.value) for error in (absent, pickled, partial, damaged))
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    incomplete = {name: tensors[name] for name in tensors if name != "bn.running_mean"}
+    for damage, message in (
+        (lambda: None, "not read as a AutoencoderKLFlux2 in safetensors"),
+        (lambda: safetensors.torch.save_file(incomplete, weights),
+         "1 tensors are missing or of another shape, such as bn.running_mean"),
+        (lambda: weights.write_bytes(b"12345"), "not read as a AutoencoderKLFlux2"),
+    ):
+        damage()
+        with pytest.raises(UserError, match=message) as error:
+            latents.Autoencoder(str(tmp_path))
+        assert "\n" not in str(error.value)

