@@ -1,6 +1,5 @@
 """Settings that are chosen for a data set."""
 
-import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -8,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ntm_jax.data import choices, pipeline, sources
+from ntm_jax.data import choices, pipeline
 from ntm_jax.data.records import Layout, write_records
 from ntm_jax.errors import UserError
-from ntm_jax.experiments import captions, default, folder
+from ntm_jax.experiments import captions, folder
 from ntm_jax.runtime import config, config_file
 from ntm_jax.runtime.checkpoint import Checkpoints
 from tests.common import tiny_config
@@ -65,30 +64,20 @@ def test_small_images_keep_their_size_and_given_settings_stay(tmp_path):
     assert (found["data.patch_size"], found["train.condition_dropout"]) == (2, 0.0)
 
 
-def test_images_of_several_sizes_need_a_size(tmp_path):
-    source = write_images(tmp_path, 10, (21, 22))
-    with pytest.raises(UserError, match=r"^images have different sizes \(.*\): set data"):
-        chosen(folder, source, **{"data.image_size": 0})
-
-
-def test_images_of_a_source_of_several_sizes_are_measured(tmp_path, monkeypatch):
-    source = sources.open_as_stored(write_images(tmp_path, 10), "train")
-    several = dataclasses.replace(source, image_shape=(None, None, 3), typical_side=None)
-    monkeypatch.setattr(sources, "open_as_stored", lambda *_: several)
-    found = chosen(folder, "tfds:any")
-    assert (found["data.image_size"], found["data.patch_size"]) == (32, 8)
-
-
 def captioned(tmp_path, text):
-    source = write_images(tmp_path, 20, classes=("all",))
+    """A folder of 20 images, the caption of image i `text(i)`."""
     lines = [{"file_name": f"all/{i}.png", "caption": text(i)} for i in range(20)]
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = write_images(tmp_path / "captioned", 20, classes=("all",))
+    (tmp_path / "captioned/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return source
 
 
-def test_few_words_become_a_vocabulary(tmp_path):
-    source = captioned(tmp_path, lambda i: f"A {'red' if i % 2 else 'blue, old'} house.")
-    assert chosen(captions, source)["data.text"] == "words:4:a blue house old red"
+@pytest.mark.parametrize(("text", "encoder"), [
+    (lambda i: f"A {'red' if i % 2 else 'blue, old'} house.", "words:4:a blue house old red"),
+    (lambda i: " ".join(f"w{20 * i + j}" for j in range(20)), "minilm"),  # for many words
+])
+def test_an_encoder_suits_the_words(tmp_path, text, encoder):
+    assert chosen(captions, captioned(tmp_path, text))["data.text"] == encoder
 
 
 def test_records_with_text_states_keep_their_encoder(tmp_path):
@@ -97,37 +86,18 @@ def test_records_with_text_states_keep_their_encoder(tmp_path):
     assert chosen(captions, f"records:{tmp_path}")["data.text"] == "minilm"
 
 
-def test_many_words_need_a_language_model(tmp_path):
-    source = captioned(tmp_path, lambda i: " ".join(f"w{20 * i + j}" for j in range(20)))
-    assert chosen(captions, source)["data.text"] == "minilm"
-
-
-def test_captions_without_a_word_are_refused(tmp_path):
+def test_mistakes_say_what_is_missing(tmp_path):
+    source = write_images(tmp_path, 5, (21, 22))
+    for experiment, given, message in (
+        (folder, {"data.source": ""}, r"give your images, --config\.data\.source=folder:PATH"),
+        (folder, {"data.image_size": 0}, r"^images have different sizes \(.*\): set data"),
+        (folder, {"evaluate.split": "t"}, r"^config\.evaluate\.split: .* it has train, test, all"),
+        (captions, {}, r"no captions \(there is no metadata\.jsonl or .* in it\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            chosen(experiment, source, **given)
     with pytest.raises(UserError, match=r"all captions of .* are empty: take --config=folder"):
         chosen(captions, captioned(tmp_path, lambda i: " "))
-
-
-def test_mistakes_say_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match=r"give your images, --config\.data\.source=folder:PATH"):
-        chosen(folder, "")
-    source = write_images(tmp_path, 5)
-    with pytest.raises(UserError, match=r"no captions \(there is no metadata\.jsonl or .* in it\)"):
-        chosen(captions, source)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cats/0.png", "caption": "a cat"}\n')
-    with pytest.raises(UserError, match=r"no row for 9 images: cats/1\.png, "):
-        chosen(captions, source)
-
-
-def test_too_few_images_and_a_wrong_split_name_the_setting(tmp_path):
-    source = write_images(tmp_path, 1, classes=("cats",))
-    with pytest.raises(UserError, match=r"^config\.data\.split: split 'train' .* no records: it "):
-        chosen(folder, source)
-    with pytest.raises(UserError, match=r"^config\.evaluate\.split: .* it has train, test, all"):
-        chosen(folder, "digits", **{"evaluate.split": "tset"})
-
-
-def test_nothing_is_chosen_where_nothing_is_open():
-    assert choices.choose(config.flatten(default.get_config().to_dict()), False) == {}
 
 
 def test_a_configuration_is_completed_and_printed_as_flags(tmp_path):
