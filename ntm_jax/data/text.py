@@ -15,7 +15,6 @@ run this.
 """
 
 import functools
-import importlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,15 +52,6 @@ class Encoder(Protocol):
         Other finite numbers become float16. Raises UserError for a caption that cannot be encoded.
         """
         ...
-
-
-def _network(name: str) -> Callable[[str], Encoder]:
-    """An open function of data/text_networks.py, which is imported when it is first called."""
-
-    def open_network(argument: str) -> Encoder:
-        return getattr(importlib.import_module("ntm_jax.data.text_networks"), name)(argument)
-
-    return open_network
 
 
 def register(name: str, open_function: Callable[[str], Encoder]) -> None:
@@ -179,13 +169,14 @@ class Words:
         return states, cut
 
 
+_NETWORKS = "ntm_jax.data.text_networks"
 ENCODERS = Registry(
     "the text encoder",
     Callable,
     {
         "words:M:VOCABULARY": Words,
-        "minilm[:M]": _network("MiniLM"),
-        "transformers:FOLDER[,tokens=M][,layers=A+B]": _network("open_transformers"),
-        "flux2:FOLDER": _network("open_flux2"),
+        "minilm[:M]": f"{_NETWORKS}:MiniLM",
+        "transformers:FOLDER[,tokens=M][,layers=A+B]": f"{_NETWORKS}:open_transformers",
+        "flux2:FOLDER": f"{_NETWORKS}:open_flux2",
     },
 )

@@ -52,11 +52,8 @@ def listed(root: epath.Path) -> tuple[dict[str, str] | None, dict[str, str]]:
             raise UserError(f"{line} has the file_name {shown(name, str)} again: leave one row for "
                             "each image")
         captions[name] = caption_of(caption)
-        if worse in (None, ""):
-            continue
-        if not isinstance(worse, str):
-            raise UserError(f"{line} has rejected {shown(worse)}: expected a file name")
-        rejected[name] = os.path.normpath(worse)
+        if worse:
+            rejected[name] = os.path.normpath(str(worse))
     return captions, rejected
 
 
@@ -78,16 +75,13 @@ def _find_list(root: epath.Path, captions: str) -> epath.Path:
 def _name_and_caption(row: dict, line: str) -> tuple[str, object]:
     """A row's file name and caption. UserError, which begins with `line`, if it has none."""
     missing = object()
-    name = row.get("file_name", row.get("image", missing))
+    name = row.get("file_name", row.get("image"))
     caption = row.get("caption", row.get("text", missing))
-    if not isinstance(name, str) or caption is missing:
-        found = shown(", ".join(map(str, row)) or "nothing", str)
+    if not isinstance(name, str) or not isinstance(caption, (str, list, type(None))):
         raise UserError(
-            f"{line} has {found}: expected file_name (or image) and caption (or text) of every "
-            "image"
+            f"{line} has {shown(row)}: expected texts as file_name (or image) and caption (or "
+            "text) of every image"
         )
-    if not isinstance(caption, (str, list, type(None))):
-        raise UserError(f"{line} has the caption {shown(caption)}: expected a text")
     return name, caption
 
 

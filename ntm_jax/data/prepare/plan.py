@@ -15,7 +15,7 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.data.prepare.captioned import Input, Item
-from ntm_jax.data.records import MANIFEST, read_manifest
+from ntm_jax.data.records import MANIFEST
 from ntm_jax.errors import UserError, shown
 
 _PLAN = "plan.json"
@@ -71,22 +71,16 @@ def make_shards(choices: Choices, items: Sequence[Item]) -> list[Shard]:
     values = [int.from_bytes(digest[:8], "big") for digest in digests]
     share = choices.test < 1
     number = round(choices.test * len(items)) if share else int(choices.test)
-    if not 0 <= number < len(items) or (not share and choices.test != number):
-        raise UserError(
-            f"--test={choices.test:g} holds out {choices.test:g} of {len(items)} images: expected "
-            f"a share below 1, or a whole number below {len(items)}"
-        )
-    last = sorted(values)[number - 1] if number else -1
+    last = sorted(values)[min(number, len(values)) - 1] if number else -1
     splits = {
         "train": [row for row, value in enumerate(values) if value > last],
         "test": [row for row, value in enumerate(values) if value <= last],
     }
-    if not splits["train"]:
-        count = len(set(values))
-        names = "one name" if count == 1 else f"{count} names"
+    if not splits["train"] or (not share and choices.test != number):
         raise UserError(
-            f"--test={choices.test:g} holds out all {len(items)} images, since they have {names}: "
-            "give --test=0 or images of more names"
+            f"--test={choices.test:g} holds out {len(splits['test'])} of {len(items)} images, "
+            "those of one name together: expected a share below 1, or a whole number, that leaves "
+            "some"
         )
     size = choices.shard_size
     return [
@@ -116,38 +110,24 @@ def claim(root: epath.Path, plan: dict) -> str:
     Raises:
       UserError: the folder has another plan, or records that another program wrote.
     """
-    plan_hash = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
-    existing = _existing_plan(root, plan)
-    if existing is None:
-        if (root / MANIFEST).exists():
-            raise UserError(
-                f"{root} holds records that another program wrote: choose another --out, or remove "
-                "it"
-            )
-        root.mkdir(parents=True, exist_ok=True)
-    else:
-        missing = object()
+    if (root / _PLAN).exists():
+        existing = files.read_json(
+            root / _PLAN,
+            "remove it and give the same command again, which keeps the complete shards, or choose "
+            "another --out",
+        )
         for key in sorted(plan | existing):
-            if plan.get(key, missing) != existing.get(key, missing):
+            if plan.get(key) != existing.get(key):
                 raise UserError(
                     f"{root} is being prepared with {key}={shown(existing.get(key))}, and this "
                     f"call has {shown(plan.get(key))}: choose another --out, or remove it; nothing "
                     "was overwritten"
                 )
-    if not (root / _PLAN).exists():
-        files.write_json(root / _PLAN, plan)
-    return plan_hash
-
-
-def _existing_plan(root: epath.Path, plan: dict) -> dict | None:
-    """The folder's plan, from its manifest if plan.json is missing; None if it has none."""
-    if (root / _PLAN).exists():
-        return files.read_json(
-            root / _PLAN,
-            "remove it and give the same command again, which keeps the complete shards, or choose "
-            "another --out",
+    elif (root / MANIFEST).exists():
+        raise UserError(
+            f"{root} holds records that another program wrote: choose another --out, or remove it"
         )
-    if not (root / MANIFEST).exists():
-        return None
-    made = read_manifest(str(root))[0].choices
-    return {key: made[key] for key in plan if key in made} or None
+    else:
+        root.mkdir(parents=True, exist_ok=True)
+        files.write_json(root / _PLAN, plan)
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]

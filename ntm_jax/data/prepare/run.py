@@ -4,11 +4,13 @@ Any number of processes work on their own shards of one plan. The process that f
 complete writes the manifest.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +18,16 @@ from etils import epath
 from tqdm import tqdm
 
 from ntm_jax import files
-from ntm_jax.data.prepare import captioned, inputs, loading, shards
-from ntm_jax.data.prepare.captioned import Loaded
+from ntm_jax.data.prepare import captioned, inputs, shards
+from ntm_jax.data.prepare.captioned import Item, Loaded
 from ntm_jax.data.prepare.encoder import Encoder
 from ntm_jax.data.prepare.plan import Choices, Shard, claim, make_plan, make_shards
 from ntm_jax.data.prepare.shards import Tally
 from ntm_jax.data.records import Layout, write_manifest
 from ntm_jax.errors import UserError
+from ntm_jax.workers import start as start_workers
+
+_AHEAD = 256  # images that worker processes decode before they are encoded
 
 
 def prepare(
@@ -67,27 +72,17 @@ def prepare(
 
     mine = everything[process_id::num_processes]
     done, load = tallies(mine), functools.partial(captioned.load, given.read, choices.image_size)
-    shards.check_bad(done.values(), limit)
-    total, count = (sum(len(shard.rows) for shard in some)
-                    for some in (mine, [shard for shard in mine if shard.name in done]))
-    first, begin = count, time.perf_counter()
-    with (
-        loading.make_pool(workers) as pool,
-        tqdm(desc="prepare", unit="image", total=total, initial=count, disable=None) as bar,
-    ):
-        for shard in mine:
-            if shard.name in done:
-                continue
+    left = [shard for shard in mine if shard.name not in done]
+    with start_workers(workers) if workers else contextlib.nullcontext() as pool:
+        for number, shard in enumerate(left, 1):
             items = [given.items[row] for row in shard.rows]
-            loaded = _watched(loading.load_items(pool, workers, load, items), bar)
+            loaded = tqdm(_loaded(pool, load, items), shard.name, len(items), disable=None)
             tally = Tally(plan_hash)
             flip = choices.flip and shard.split == "train"
-            examples = encoder.examples(loaded, tally, batch, flip)
+            examples = encoder.examples(iter(loaded), tally, batch, flip)
             shards.write(root, shard, examples, encoder.layout, tally)
-            done[shard.name], count = tally, count + len(items)
-            if bar.disable:  # not on a terminal
-                rate = (count - first) / (time.perf_counter() - begin)
-                print(f"{shard.name}: {count} of {total} images, {rate:.0f} images/s", flush=True)
+            done[shard.name] = tally
+            print(f"{shard.name}: {number} of {len(left)} shards", flush=True)
             shards.check_bad(done.values(), limit)
     done = tallies(everything)
     lacking = [shard.name for shard in everything if shard.name not in done]
@@ -103,10 +98,20 @@ def prepare(
     _finish(root, choices, plan, encoder.layout, made)
 
 
-def _watched(loaded: Iterator[Loaded], bar: tqdm) -> Iterator[Loaded]:
-    for item in loaded:
-        bar.update()
-        yield item
+def _loaded(
+    pool: concurrent.futures.Executor | None, load: Callable[[Item], Loaded], items: Sequence[Item]
+) -> Iterator[Loaded]:
+    """The items in order, loaded some ahead by the pool, or here if there is none."""
+    if pool is None:
+        yield from map(load, items)
+        return
+    ahead = collections.deque()
+    for item in items:
+        ahead.append(pool.submit(load, item))
+        if len(ahead) > _AHEAD:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _finish(

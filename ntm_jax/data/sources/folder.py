@@ -92,8 +92,14 @@ def open_folder(where: str, split: str) -> Source:
     root = epath.Path(where).expanduser()
     if not root.is_dir():
         raise UserError(f"data.source folder:{where} is not there: expected a folder of images")
-    presplit, ignored = _presplit(root, where)
-    files = _image_files(root, where, presplit)
+    presplit = _presplit(root, where)
+    parts = ("train/", "test/") if presplit else ("",)
+    files = sorted(file for part in parts for file in _walk(root / part, part))
+    if not files:
+        raise UserError(
+            f"data.source folder:{where} holds no images: expected files ending in "
+            f"{', '.join(_SUFFIXES)}"
+        )
     few = len(files) <= _SCAN_LIMIT
     scanned, bad = _scan(root, files if few else files[:: len(files) // _SAMPLE])
     listed, rejected = from_folder.listed(root)
@@ -106,9 +112,10 @@ def open_folder(where: str, split: str) -> Source:
     channels = max(entry[-1] for entry in scanned.values())
     chosen = [files[row] for row in splits[split]]
     sizes = {file: tuple(scanned[file][2:4]) for file in chosen if file in scanned}
-    one, size = next(iter(sizes.items()), (None, (None, None)))
-    other = next((file for file in sizes if sizes[file] != size), None)
-    mixed = f"{one} is {_text(size)}, {other} is {_text(sizes[other])}" if other else ""
+    different = {size: file for file, size in reversed(sizes.items())}  # the first file of each
+    size = next(iter(sizes.values()), (None, None))
+    several = [f"{file} is {height}x{width}" for (height, width), file in different.items()]
+    mixed = ", ".join(several[:2]) if len(several) > 1 else ""
 
     folders = [file.split("/")[presplit:-1] for file in files]
     names = sorted({folder[0] for folder in folders}) if all(folders) else []
@@ -134,34 +141,29 @@ def open_folder(where: str, split: str) -> Source:
         mixed_sizes=mixed,
         typical_side=int(np.median(sides)) if mixed else 0,
         skipped="; ".join(filter(None, (
-            f"{ignored}/ beside train/ and test/ is left out" if ignored else "",
             _few(bad, len(files) + len(bad), "images cannot be decoded and are left out"),
             _few(absent, len(listed or ()), "rows of its list name no image there"),
             _few(not_utf8, len(files), "captions are not UTF-8 and count as empty")))),
     )
 
 
-def _presplit(root: epath.Path, where: str) -> tuple[bool, str]:
-    """(whether train/ and test/ are the splits, a third split's folder that is left out or '').
+def _presplit(root: epath.Path, where: str) -> bool:
+    """Whether train/ and test/ are the splits.
 
     Raises UserError for train/ without test/ where they would become classes and are none.
     """
     train, test = ((root / part).is_dir() for part in ("train", "test"))
-    third = next((name for name in _THIRD if (root / name).is_dir()), "") if train else ""
     if not train or test:
-        return train and test, third
-    if third:
+        return train and test
+    if any((root / name).is_dir() for name in _THIRD) or any(
+        kind != "file" for _, kind in _entries(root / "train")
+    ):
         raise UserError(
-            f"data.source folder:{where} holds train/ and no test/: rename {third}/ to test/, or "
-            "link it under that name"
+            f"data.source folder:{where} holds train/ and no test/: rename or link a folder such "
+            f"as val/ to test/, or give folder:{where}/train for all of its images; rename train/ "
+            "if it is a class"
         )
-    if any(kind.endswith("folder") for _, kind in _entries(root / "train")):
-        raise UserError(
-            f"data.source folder:{where} holds train/ with sub-folders and no test/: add a folder "
-            f"test/, or give folder:{where}/train for all of its images; rename train/ if it is a "
-            "class"
-        )
-    return False, ""
+    return False
 
 
 def _captions(
@@ -199,24 +201,6 @@ def _without_rejected(files: list[str], rejected: dict[str, str], where: str) ->
     return kept
 
 
-def _text(size: Sequence) -> str:
-    return "x".join(map(str, size))
-
-
-def _image_files(root: epath.Path, where: str, presplit: bool) -> list[str]:
-    """The sorted names of all image files, relative to `root`. UserError if there are none."""
-    if presplit:
-        files = [file for part in ("train", "test") for file in _walk(root / part, f"{part}/")]
-    else:
-        files = _walk(root, "")
-    if not files:
-        raise UserError(
-            f"data.source folder:{where} holds no images: expected files ending in "
-            f"{', '.join(_SUFFIXES)}"
-        )
-    return sorted(files)
-
-
 def _splits(files: Sequence[str], presplit: bool) -> dict[str, np.ndarray]:
     """{split: indices of `files`}."""
     if not presplit:
@@ -231,40 +215,26 @@ def _walk(folder: epath.Path, prefix: str) -> list[str]:
 
     Hidden files are left out; links to files and folders are followed. Every folder is walked once,
     under its own name if it is also reached without a link: links may form loops.
-
-    Raises:
-      UserError: a name of an image file belongs to a pipe, a device, or a broken link.
     """
-    found, others, walked = [], [], set()
-    pending = [(folder, prefix)]
-    links = collections.deque()  # folders behind links, walked after all others
-    while pending or links:
-        here, before = pending.pop() if pending else links.popleft()
+    found, walked = [], set()
+    pending = collections.deque([(folder, prefix)])  # folders behind links come after all others
+    while pending:
+        here, before = pending.popleft()
         place = os.fspath(here) if is_remote(here) else os.path.realpath(here)
         if place in walked:
             continue
         walked.add(place)
-        try:
-            entries = sorted(_entries(here))
-        except FileNotFoundError:  # removed since it was listed
-            continue
-        for name, kind in entries:
-            if kind == "folder":
-                pending.append((here / name, f"{before}{name}/"))
-            elif kind == "linked folder":
-                links.append((here / name, f"{before}{name}/"))
-            elif name.lower().endswith(_SUFFIXES):
-                (found if kind == "file" else others).append(before + name)
-    if others:
-        raise UserError(
-            f"{len(others)} images in {folder} are not regular files ({_first(others)}): remove "
-            "them"
-        )
+        for name, kind in sorted(_entries(here)):
+            if kind == "file":
+                found += [before + name] if name.lower().endswith(_SUFFIXES) else []
+                continue
+            add = pending.append if kind == "linked folder" else pending.appendleft
+            add((here / name, f"{before}{name}/"))
     return found
 
 
 def _entries(folder: epath.Path) -> Iterator[tuple[str, str]]:
-    """(name, 'file', 'folder', 'linked folder' or 'other') of every visible entry of a folder."""
+    """(name, 'file', 'folder' or 'linked folder') of every visible entry of a folder."""
     if is_remote(folder):
         for path in folder.iterdir():
             if not path.name.startswith("."):
@@ -273,12 +243,9 @@ def _entries(folder: epath.Path) -> Iterator[tuple[str, str]]:
         return
     with os.scandir(folder) as entries:  # distinguishes files from folders without a call for each
         for entry in entries:
-            kind = "other"
-            with contextlib.suppress(OSError):  # a link to itself
-                if entry.is_dir():
-                    kind = "linked folder" if entry.is_symlink() else "folder"
-                elif entry.is_file():
-                    kind = "file"
+            kind = "folder" if entry.is_dir(follow_symlinks=False) else "file"
+            if entry.is_symlink() and os.path.isdir(entry):
+                kind = "linked folder"
             if not entry.name.startswith("."):
                 yield entry.name, kind
 
@@ -311,31 +278,28 @@ def _scan(root: epath.Path, files: Sequence[str]) -> tuple[dict[str, list[int]],
 
     def inspect(file: str) -> list[int] | None:
         try:
-            return list(_decode(root / file).shape)
+            stat = (root / file).stat()
+            found = cached.get(file, [])
+            if found[:2] == [stat.length, stat.mtime]:
+                return found
+            return [stat.length, stat.mtime, *_decode(root / file).shape]
         except Exception:  # PIL raises a dozen kinds on a damaged file
             return None
 
-    def stamp(file: str) -> list[int]:
-        stat = (root / file).stat()
-        return [stat.length, stat.mtime]
-
     cached = _read_manifest(root)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        entries = dict(zip(files, pool.map(stamp, files), strict=True))
-        new = [file for file in files if cached.get(file, [])[:2] != entries[file]]
-        results, title = pool.map(inspect, new), f"checking the images of {root}"
-        shapes = list(tqdm(results, title, len(new), disable=None if new else True))
-    bad = [file for file, shape in zip(new, shapes, strict=True) if shape is None]
+        found, title = pool.map(inspect, files), f"checking the images of {root}"
+        entries = dict(zip(files, tqdm(found, title, len(files), disable=None, delay=1),
+                           strict=True))
+    scanned = {file: entry for file, entry in entries.items() if entry}
+    bad = [file for file in files if file not in scanned]
     allowed = max(1, int(_MAX_BAD * len(files)))
-    if len(bad) > allowed or len(bad) == len(files):
+    if len(bad) > allowed or not scanned:
         raise UserError(
             f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({_first(bad)}): "
             f"remove them; at most {allowed} are left out"
         )
-    found = zip(new, shapes, strict=True)
-    cached.update((file, entries[file] + shape) for file, shape in found if shape)
-    scanned = {file: cached[file] for file in files if file not in set(bad)}
-    if len(new) > len(bad):
+    if scanned != cached:
         _write_manifest(root, scanned)
     return scanned, set(bad)
 

@@ -7,7 +7,6 @@ worker processes run this.
 """
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -105,32 +104,22 @@ class Source:
         return np.linspace(0, count - 1, min(count, most)).astype(int)
 
 
-def _lazy(module: str, function: str) -> Callable[[str, str], Source]:
-    """An open function of this package, whose module is imported when it is first called."""
-
-    def open_kind(argument: str, split: str) -> Source:
-        found = importlib.import_module(f"ntm_jax.data.sources.{module}")
-        return getattr(found, function)(argument, split)
-
-    return open_kind
-
-
 SOURCES = Registry(
     "data.source",
     Callable,
     {
-        "digits": _lazy("digits", "open_digits"),
-        "mnist_5k": _lazy("mnist", "open_mnist_5k"),
-        "shapes": _lazy("shapes", "open_shapes"),
-        "tfds:NAME_OR_BUILDER_DIR": _lazy("tfds", "open_tfds"),
-        "folder:PATH": _lazy("folder", "open_folder"),
-        "records:PATH": _lazy("prepared", "open_records"),
-        "mock:SHAPE": _lazy("synthetic", "open_mock"),
-        "toy:NAME": _lazy("synthetic", "open_toy"),
-        "arrays[:VERSION]": _lazy("arrays", "open_provided"),
-        "npz:PATH": _lazy("arrays", "open_npz"),
-        "parquet:PATH": _lazy("arrays", "open_parquet"),
-        "sbi:TASK": _lazy("sbi.source", "open_sbi"),
+        "digits": "ntm_jax.data.sources.digits:open_digits",
+        "mnist_5k": "ntm_jax.data.sources.mnist:open_mnist_5k",
+        "shapes": "ntm_jax.data.sources.shapes:open_shapes",
+        "tfds:NAME_OR_BUILDER_DIR": "ntm_jax.data.sources.tfds:open_tfds",
+        "folder:PATH": "ntm_jax.data.sources.folder:open_folder",
+        "records:PATH": "ntm_jax.data.sources.prepared:open_records",
+        "mock:SHAPE": "ntm_jax.data.sources.synthetic:open_mock",
+        "toy:NAME": "ntm_jax.data.sources.synthetic:open_toy",
+        "arrays[:VERSION]": "ntm_jax.data.sources.arrays:open_provided",
+        "npz:PATH": "ntm_jax.data.sources.arrays:open_npz",
+        "parquet:PATH": "ntm_jax.data.sources.arrays:open_parquet",
+        "sbi:TASK": "ntm_jax.data.sources.sbi.source:open_sbi",
     },
 )
 
@@ -204,7 +193,12 @@ def open_source(
     elif None in shape:
         shape = source.records[rows[0]]["image"].shape
     if token_size != 1:
-        shape = _grouped(source, name, token_size)
+        if not source.columns or source.columns % token_size:
+            raise UserError(
+                f"config.data.token_size is {token_size}, and a record of {name} has "
+                f"{source.columns} columns: set it to 1 or another divisor of their number"
+            )
+        shape = 1, source.columns // token_size, token_size
     shape = cast(tuple[int, int, int], tuple(shape))
     records = _Rows(
         source.records, rows, shape, image_size, source.pixel_levels, source.columns,
@@ -212,13 +206,7 @@ def open_source(
     )
     captions = None if source.captions is None else _CaptionRows(source.captions, rows)
     source = dataclasses.replace(
-        source,
-        name=name,
-        split=split,
-        records=records,
-        image_shape=shape,
-        captions=captions,
-        mixed_sizes="",
+        source, name=name, split=split, records=records, image_shape=shape, captions=captions
     )
     return _encode(source, text) if text else source
 
@@ -234,11 +222,6 @@ def open_as_stored(name: str, split: str) -> Source:
                         "be sampled from, not evaluated or trained on")
     open_function, argument = SOURCES.find(name)
     source = open_function(argument, split)
-    if not isinstance(source, Source):
-        raise UserError(
-            f"data.source {name} opens as a {type(source).__name__}: expected its open function to "
-            "return a ntm_jax.data.sources.Source"
-        )
     if not len(source.records):
         raise SplitError(f"split {split!r} of {name} holds no records: it needs more")
     # Names of folders that are not UTF-8 hold surrogates, which cannot be drawn or printed.
@@ -353,17 +336,6 @@ class _Rows:
                 "data.image_size"
             )
         return image
-
-
-def _grouped(source: Source, name: str, token_size: int) -> tuple[int, int, int]:
-    """The image shape of the columns of an array, `token_size` of them a token."""
-    if not source.columns or source.columns % token_size:
-        found = f"an array of {source.columns} columns" if source.columns else "not an array"
-        raise UserError(
-            f"config.data.token_size is {token_size}, and {name} is {found}: set it to 1"
-            + (" or another divisor of their number" if source.columns else "")
-        )
-    return 1, source.columns // token_size, token_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -189,7 +189,7 @@ def test_columns_far_from_zero_are_standardised():
 
 def test_a_token_size_fits_the_columns():
     provide(from_arrays(ROWS))
-    with pytest.raises(UserError, match="token_size is 4, and arrays is an array of 6 columns"):
+    with pytest.raises(UserError, match="token_size is 4, and a record of arrays has 6 columns"):
         open_source("arrays", "all", token_size=4)
-    with pytest.raises(UserError, match="token_size is 2, and digits is not an array: set it to 1"):
+    with pytest.raises(UserError, match="token_size is 2, and a record of digits has 0 columns"):
         open_source("digits", "test", token_size=2)
