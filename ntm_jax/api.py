@@ -102,7 +102,6 @@ class Run(base.Run):
         index = np.asarray(index, np.int32)
         condition = None if label is None else self.condition.validate(len(index), label)
         chosen = override(self.config, **options)
-        self._check_decoder(options.get("decoder"))
 
         def draw(places):
             own = None if condition is None else jax.tree.map(lambda a: a[places], condition)
@@ -216,23 +215,16 @@ class Run(base.Run):
 
     def write_samples(self, out: str, request: SampleRequest) -> None:
         """Writes images into a folder, resuming a stopped call; see sampling.write."""
-        self._check_decoder(request.decoder)
         write_samples(self, out, request)
 
     def collect(self, out: str, request: CollectRequest) -> None:
         """Writes samples that a reward accepts into a folder; see training.reward.collect."""
-        self._check_decoder(request.decoder)
         collect(self, out, request)
 
     def export(self, out: str, steps: int | None = None, guidance=None,
                decoder: str | None = None) -> None:
         """Writes the run as a folder that works without this package; see export.write."""
-        self._check_decoder(decoder)
         write_export(self, out, steps, guidance, decoder)
-
-    def _check_decoder(self, decoder: str | None) -> None:
-        if decoder:
-            objectives.check_decoder(self.config, decoder, "decoder")
 
 
 def _texts(given) -> list[str]:

@@ -15,10 +15,8 @@ import numpy as np
 import safetensors
 
 from ntm_jax.errors import UserError
-from ntm_jax.files import parse_object
 
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SHOWN = 10
+SHOWN = 10  # names of tensors in an error
 
 # A tensor's name, with * for the layer's number -> the parameters along its first axis, in order.
 # Tensors in ACROSS hold them along the second axis.
@@ -173,13 +171,6 @@ def _files(path: Path) -> list[Path]:
         return [path]
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    if (folder / INDEX).is_file():
-        names = parse_object((folder / INDEX).read_bytes())["weight_map"].values()
-        files = [folder / name for name in sorted({Path(name).name for name in names})]
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        raise UserError(f"{folder} lacks {_listed(absent)}, which its {INDEX} names: fetch it "
-                        "again")
     if not files:
         raise UserError(f"{path} is no FLUX.2 checkpoint: expected a .safetensors file, or a "
                         "folder with diffusion_pytorch_model*.safetensors")

@@ -217,10 +217,6 @@ def held_out_denoiser(run: Run, source: Source) -> HeldOutScore:
         f"held-out error to the target {error['mean']:.6f} ± {error['stderr']:.6f}")
 
 
-def _no_check(config: Config) -> None:
-    """Accepts every configuration."""
-
-
 def check_flow(config: Config) -> None:
     """Raises UserError for a configuration that does not train a flow-matching network alone."""
     model = config.model
@@ -256,7 +252,7 @@ class Objective:
     loss: Callable
     held_out: Callable[[Run, Source], HeldOutScore] = held_out_bound
     label: str = "training loss (nats per dimension)"
-    check: Callable[[Config], None] = _no_check
+    check: Callable[[Config], None] = lambda config: None
     needs: tuple[str, ...] = ()
     trains: str = "ntm"
     measure: Callable[[Run, Source, int], dict] | None = None
@@ -319,7 +315,11 @@ def checked(config: Config) -> Objective:
         raise UserError(f"config.model.backbone={config.model.backbone} is the network of "
                         f"config.model.head=posterior, found {config.model.head}: set that head, "
                         f"or config.model.backbone={Model.backbone}")
-    check_decoder(config, config.sample.decoder)
+    decoder = config.sample.decoder
+    if decoders.find(decoder).solves_ode and objective.trains != "velocity":
+        raise UserError(f"config.sample.decoder={decoder} solves the ODE of a flow-matching model: "
+                        "expected a decoder such as inverse or score, or another "
+                        "config.train.objective")
     # a denoiser has its teacher's steps, and an ODE is solved in any number of them
     if objective.trains == "ntm" and config.sample.steps not in config.trajectory.steps:
         expected = " or ".join(map(str, config.trajectory.steps))
@@ -331,16 +331,3 @@ def checked(config: Config) -> Objective:
                         "config.model.head=posterior near the flow-matching model that "
                         "config.init_from names; give both, or align_weight 0")
     return objective
-
-
-def check_decoder(config: Config, decoder: str, name: str = "config.sample.decoder") -> None:
-    """Raises UserError for a decoder that solves an ODE, where the objective trains no velocity.
-
-    name: what the error calls the decoder.
-    """
-    solves_ode = decoders.find(decoder).solves_ode
-    if solves_ode and find(config.train.objective).trains != "velocity":
-        names = decoders.DECODERS.names
-        others = ", ".join(name for name in names if not decoders.find(name).solves_ode)
-        raise UserError(f"{name}={decoder} solves the ODE of a flow-matching model: expected a "
-                        f"decoder of {others}, or another config.train.objective")

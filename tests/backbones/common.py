@@ -117,4 +117,5 @@ def write_folder(folder, tensors: dict, files: int = 2) -> None:
         part = {key: tensors[key] for key in list(tensors)[number::files]}
         safetensors.numpy.save_file(part, folder / name)
         index |= dict.fromkeys(part, name)
-    (folder / flux2_weights.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    content = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(content)

@@ -72,14 +72,6 @@ def test_an_empty_mask_is_no_text_at_all():
     assert np.abs(velocity - loss(NARROW, weights(), x, t, text)[0][1][0]).max() > 0.1
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"remat": "some"}, "none, full"), ({"axes": (4, 4, 4, 8)}, "sum to head_size = 16"),
-    ({"axes": (5, 3, 4, 4)}, "must be even")])
-def test_contradictions_are_refused(change, words):
-    with pytest.raises(ValueError, match=words):
-        dataclasses.replace(TINY, **change)
-
-
 SHAPES = ((1, 1, 1, 1), (1, 2, 2, 2))
 
 

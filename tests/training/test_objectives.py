@@ -37,8 +37,8 @@ TERMS = ("quadratic", "log_scale", "log_det")
      "config.model.backbone=flow_map is the network of config.model.head=posterior, found "
      "preconditioned: set that head, or config.model.backbone=transformer"),
     ("digits_finetune", {"init_from": "runs/digits_fm", "sample.decoder": "heun"},
-     "config.sample.decoder=heun solves the ODE of a flow-matching model: expected a decoder of "
-     "inverse, score, denoiser, or another config.train.objective"),
+     "config.sample.decoder=heun solves the ODE of a flow-matching model: expected a decoder such "
+     "as inverse or score, or another config.train.objective"),
     ("digits_finetune", {"init_from": ""},
      "config.train.align_weight is 2.5: it holds a model with config.model.head=posterior near "
      "the flow-matching model that config.init_from names; give both, or align_weight 0"),
