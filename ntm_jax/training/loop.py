@@ -286,7 +286,7 @@ class _Loop:
                 self.distilled, self.reference)
         longest = max(self.run.config.trajectory.steps)
         compile_and_check_memory(self.run, self.step_function, *self._arguments(longest))
-        self.rates = Rates(self.run, self.objective, self.reporter, self.step, step_flops)
+        self.rates = Rates(self.run, self.objective, self.step, step_flops)
 
     def _write_last(self) -> None:
         """Writes the metrics of the step before the present one, where they are not yet read."""

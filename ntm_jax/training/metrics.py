@@ -26,7 +26,6 @@ from ntm_jax.training.writers.tensorboard import TensorBoard
 BAR = "{n_fmt}/{total_fmt}{postfix}, {remaining} left |{bar}|"  # narrow terminals have no bar
 ON_BAR = (("loss", "loss {:.4g}"), ("examples_per_second", "{:.0f} images/s"))
 SHOWN = 6  # scalars on the terminal: the first ones in the caller's order
-LONG_HOURS = 8  # from which a run on a CPU is pointed out
 TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
 DIVERGED = (
     "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
@@ -52,33 +51,27 @@ class MetricsReporter:
 
     def __init__(self, workdir, total_steps: int, start_step: int = 0, quiet: bool = False,
                  extra_writers: Sequence[MetricsWriter] = (), settings: dict | None = None):
-        self._active = jax.process_index() == 0
-        if not self._active:
-            return
         workdir = epath.Path(workdir)
-        self._quiet, self._total = quiet, total_steps
+        self.shows = jax.process_index() == 0 and not quiet  # prints on the terminal
+        self._total = total_steps
         self._last = None  # (step, seconds) of the last report, for the rate
         self._bar = None
-        if sys.stderr.isatty() and not quiet:
+        if sys.stderr.isatty() and self.shows:
             self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True,
                              bar_format=BAR)
-        workdir.mkdir(parents=True, exist_ok=True)
-        remote = files.is_remote(workdir)
-        if remote:
+        self._lines, self._writers = Lines(), []
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._writers = [self._lines, TensorBoard(), *extra_writers]
+        if files.is_remote(workdir):
             self.message(f"no TensorBoard events: {workdir} is not a local folder; metrics.jsonl "
                          "has the same figures")
-        self._lines = Lines()
-        self._writers = [self._lines, *([] if remote else [TensorBoard()]), *extra_writers]
+            self._writers = [one for one in self._writers if not isinstance(one, TensorBoard)]
         with contextlib.ExitStack() as opened:
             for one in self._writers:
                 one.open(os.fspath(workdir), start_step, settings or {})
                 opened.callback(one.close)
             self._opened = opened.pop_all()
-
-    @property
-    def shows(self) -> bool:
-        """Whether this writer prints on the terminal."""
-        return self._active and not self._quiet
 
     def __enter__(self):
         return self
@@ -91,8 +84,6 @@ class MetricsReporter:
 
         Raises OSError, which names the file, if it cannot be written.
         """
-        if not self._active:
-            return
         scalars = {name: float(value) for name, value in scalars.items()}
         for one in self._writers:
             one.scalars(int(step), scalars)
@@ -103,7 +94,7 @@ class MetricsReporter:
                 self._bar.set_postfix_str(text, refresh=False)
             self.advance(step)
             self._bar.refresh()
-        elif not self._quiet:
+        elif self.shows:
             figures = [f"{name} {value}" for name, value in shown]
             print(" ".join([f"step {step}/{self._total}", *figures, *self._pace(step)]), flush=True)
 
@@ -112,8 +103,6 @@ class MetricsReporter:
 
         The first call starts the rate's clock, after the first step, which compiles.
         """
-        if not self._active:
-            return
         if self._last is None:
             self._last = (step, time.perf_counter())
         if self._bar is not None:
@@ -121,28 +110,22 @@ class MetricsReporter:
 
     def picture(self, step: int, path) -> None:
         """Sends a PNG file to the writers that take pictures, under its name without its ending."""
-        for one in self._writers if self._active else ():
+        for one in self._writers:
             one.picture(int(step), epath.Path(path))
 
     def message(self, text: str) -> None:
         """Prints a line on the terminal, above the progress bar if there is one."""
-        if not self.shows:
-            return
         if self._bar is not None:
             self._bar.write(text)
-        else:
+        elif self.shows:
             print(text, flush=True)
 
     def flush(self) -> None:
         """Writes the remaining lines, which a run that resumes after a kill does not repeat."""
-        if self._active:
-            self._lines.flush()
+        self._lines.flush()
 
     def close(self) -> None:
         """Writes the remaining lines and closes the files; a second call does nothing."""
-        if not self._active:
-            return
-        self._active = False
         self._opened.close()
         if self._bar is not None:
             self._bar.close()
@@ -165,20 +148,17 @@ class Rates:
     step_flops: the model's FLOPs in a step of the largest T; 0 where they are not reported.
     """
 
-    def __init__(self, run: Run, objective: Objective, reporter: MetricsReporter, step: int,
-                 step_flops: int):
-        self._run, self._objective, self._reporter = run, objective, reporter
+    def __init__(self, run: Run, objective: Objective, step: int, step_flops: int):
+        self._run, self._objective = run, objective
         self._step_flops, self._peak = step_flops, 0.0
         if step_flops:
             self._peak = flops.matmul_rate_probe(run.config.model.dtype, run.mesh, 0.1)()
-        self._warned = False
         self._clock = time.perf_counter(), step
 
     def read(self, step: int) -> dict[str, float]:
         """The scalars of the steps since the last call."""
         config, now, (before, first) = self._run.config, time.perf_counter(), self._clock
         speed, self._clock = (step - first) / (now - before), (now, step)
-        self._warn_of_a_long_run(step, speed)
         scalars = {"examples_per_second": speed * config.data.batch_size}
         memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if memory:
@@ -188,17 +168,6 @@ class Rates:
             rate = speed * self._step_flops * float(drawn) / max(config.trajectory.steps)
             scalars |= {"flops_per_second": rate, "flop_share": rate / self._peak}
         return scalars
-
-    def _warn_of_a_long_run(self, step: int, speed: float) -> None:
-        """Says once, on a CPU, that the run takes a day or so."""
-        hours = (self._run.config.train.steps - step) / speed / 3600
-        if hours < LONG_HOURS or self._warned or jax.default_backend() != "cpu":
-            return
-        self._warned = True
-        self._reporter.message(
-            f"a step takes {1 / speed:.2g} s, and the steps that are left about {hours:.0f} hours: "
-            "lower config.train.steps, config.data.batch_size or config.model.width, or raise "
-            "config.data.patch_size, in a new --workdir")
 
 
 def logged_scalars(metrics: dict, step: int) -> dict[str, float]:

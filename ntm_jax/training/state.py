@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import pathlib
 
 import flax.linen as nn
@@ -46,16 +45,16 @@ def with_samples(state: State, samples: dict) -> StateWithSamples:
     return StateWithSamples(state.step, state.params, state.opt_state, state.ema, samples)
 
 
-def _initial(model, settings: Optimizer, steps: int, key) -> State:
-    params = build.initial_params(model, key)
-    opt_state = optimizer.make(settings, steps).init(params)
-    return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
-
-
 @functools.lru_cache(maxsize=8)
 def _initial_program(model, settings: Optimizer, steps: int):
     """A jitted function of the seed's key, which is traced once for its shapes and its numbers."""
-    return jax.jit(lambda key: _initial(model, settings, steps, key))
+    @jax.jit
+    def initial(key) -> State:
+        params = build.initial_params(model, key)
+        opt_state = optimizer.make(settings, steps).init(params)
+        return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
+
+    return initial
 
 
 @functools.lru_cache(maxsize=8)  # tracing takes a while, and several parts of a run ask for it
@@ -71,31 +70,28 @@ def abstract(run: Run) -> State:
 
 def check_state_fits(run: Run) -> None:
     """Raises UserError if a state's arrays alone do not fit in the memory of the mesh's devices."""
-    device = run.mesh.local_devices[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None and device.platform == "cpu" and hasattr(os, "sysconf"):
-        pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = pages // len(run.mesh.local_devices)  # a CPU's devices share the machine's memory
     needed = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
                  for a in jax.tree.leaves(abstract(run)))
-    if limit and needed > limit:
+    free = free_bytes(run.mesh)
+    if free and needed > free:
         raise UserError(f"parameters and optimizer take {needed / 2**30:,.1f} GiB of a device, "
-                        f"which has {limit / 2**30:,.1f}: lower config.model.width or "
+                        f"and {free / 2**30:,.1f} GiB are free: lower config.model.width or "
                         "config.model.predictor_layers, or raise config.mesh.fsdp on more devices")
 
 
-def free_bytes(device) -> int:
-    """The memory that a device has left, or for a CPU the machine; 0 if that is not known."""
+def free_bytes(mesh) -> int:
+    """The memory that each of this process's devices has left; 0 if that is not known.
+
+    CPU devices share what the machine has.
+    """
+    device = mesh.local_devices[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if device.platform != "cpu":
+    if device.platform != "cpu" or not MEMINFO.exists():
         return 0
-    try:
-        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError, IndexError):
-        return 0  # not Linux
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0]) // len(mesh.local_devices)
 
 
 def initialize(run: Run) -> State:

@@ -149,10 +149,7 @@ def compile_and_check_memory(run: Run, step, *arguments) -> None:
         return
     needed = (memory.temp_size_in_bytes + memory.output_size_in_bytes
               - memory.alias_size_in_bytes)
-    local = run.mesh.local_devices
-    free = state.free_bytes(local[0])
-    if local[0].platform == "cpu":
-        needed *= len(local)  # they share the machine's memory
+    free = state.free_bytes(run.mesh)
     if free and needed > free:
         raise UserError(
             f"a step needs about {needed / 2**30:,.1f} GiB more, and {free / 2**30:,.1f} GiB are "

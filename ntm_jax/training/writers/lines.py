@@ -20,6 +20,8 @@ class Lines:
     rewritten every REMOTE_LINES lines, and when the run is saved.
     """
 
+    _unwritten = 0  # lines
+
     def open(self, workdir: str, start_step: int, settings: dict) -> None:
         """Opens the file; drops the lines of the steps that a resumed run repeats."""
         self._path = path = epath.Path(workdir) / NAME
@@ -29,7 +31,7 @@ class Lines:
         self._kept = [line for line in found if line.endswith("\n") and _step(line) <= start_step]
         if len(self._kept) < len(found):
             self._replace()
-        self._unwritten, self._file = 0, None
+        self._file = None
         if not files.is_remote(workdir):
             self._kept, self._file = [], open(path, "a")  # noqa: SIM115, open for the entire run
 
