@@ -1,19 +1,11 @@
 """Mock records: their shapes, values and options."""
 
-import re
-
 import numpy as np
 import pytest
 
 from ntm_jax.data.pipeline import DataSpec, spec
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
-
-
-def assert_message(open_one, message):
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        open_one()
-    assert "\n" not in str(error.value)
 
 
 def test_mock_latents_are_standard_normal_and_the_same_in_every_run():
@@ -31,10 +23,6 @@ def test_mock_test_records_differ_from_training_records():
     train, test = (open_source("mock:8x8x4,count=50", split) for split in ("train", "test"))
     assert (len(train.records), len(test.records)) == (50, 1000)
     assert not np.array_equal(train.records[0]["image"], test.records[0]["image"])
-    assert_message(
-        lambda: open_source("mock:8x8x4", "all"),
-        "mock:8x8x4 has no split 'all': it has train, test",
-    )
 
 
 def test_mock_pixels_and_labels_take_all_their_values():
@@ -61,23 +49,11 @@ def test_mock_text_has_any_number_of_tokens_and_stays_near_1():
     assert abs(values.mean()) < 0.02
 
 
-@pytest.mark.parametrize(
-    ("where", "part"),
-    [
-        ("16x16", "16x16"),
-        ("16x16x4,size=3", "size=3"),
-    ],
-)
-def test_a_mock_that_is_not_understood_is_named(where, part):
-    message = (
-        f"data.source mock:{where} is not understood at {part!r}: expected HxWxC and after "
-        "it any of ,levels=V"
-    )
-    assert_message(lambda: open_source(f"mock:{where}", "train"), message)
-
-
-def test_a_mock_has_at_most_256_pixel_levels():
-    assert_message(
-        lambda: open_source("mock:8x8x1,levels=257", "train"),
-        "data.source mock:8x8x1,levels=257 has levels=257: expected 2 to 256",
-    )
+@pytest.mark.parametrize(("name", "message"), [
+    ("mock:16x16", "is not understood at '16x16': expected HxWxC and after it any of ,levels=V"),
+    ("mock:16x16x4,size=3", "is not understood at 'size=3': expected HxWxC"),
+    ("mock:8x8x1,levels=257", "has levels=257: expected 2 to 256"),
+])
+def test_a_mistake_is_named(name, message):
+    with pytest.raises(UserError, match=f"^data.source {name} {message}"):
+        open_source(name, "train")
