@@ -2,22 +2,12 @@
 
 import os
 import re
-import tarfile
 
 import pytest
 
 from ntm_jax.data.records import Layout, write_records
 from ntm_jax.errors import UserError
-from tests.data.prepare.common import (
-    add,
-    encoded,
-    files,
-    picture,
-    pictures,
-    records,
-    run,
-    write_folder,
-)
+from tests.data.prepare.common import encoded, files, picture, pictures, records, run, write_folder
 
 
 def assert_refused(message, tmp_path, **given):
@@ -31,24 +21,15 @@ def row(label):
     return f'{{"file_name": "a.png", "caption": "a", "label": {label}}}\n'
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"file_name": "a.png"}', "line 1 has {'file_name': 'a.png'}: expected"),
-        ("a.jsonl", row(1) + '{"file', "line 2 is not understood (it is not JSON: Unterminated"),
-        ("a.jsonl", row(1) + row('""'), "has the label None for a.png, and others have labels"),
-        ("a.jsonl", row("9" * 20), "has the label 99999999999999999999: expected 0 to 99999"),
-        ("a.jsonl", "", "lists no images: expected at least one"),
-        (
-            "a.csv",
-            "file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b",
-            "a.csv line 3 is not understood (it has more fields than the header): expected .csv of "
-            "file_name, caption, and quotes around a caption with a comma or a quote",
-        ),
-        ("a.csv", 'file_name,caption\na.png,"a" b', "line 2 is not understood (',' expected after"),
-    ],
-    ids=range(7),
-)
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", '{"file_name": "a.png"}', "line 1 has {'file_name': 'a.png'}: expected"),
+    ("a.jsonl", row(1) + '{"file', "line 2 is not understood (it is not JSON: Unterminated"),
+    ("a.jsonl", row(1) + row('""'), "has the label None for a.png, and others have labels"),
+    ("a.jsonl", "", "lists no images: expected at least one"),
+    ("a.csv", "file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b",
+     "a.csv line 3 is not understood (it has more fields than the header): expected .csv of "
+     "file_name, caption, and quotes around a caption with a comma or a quote"),
+], ids=range(5))
 def test_an_invalid_list_is_refused(tmp_path, name, content, message):
     write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})
     (tmp_path / name).write_text(content)
@@ -58,9 +39,7 @@ def test_an_invalid_list_is_refused(tmp_path, name, content, message):
 def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
     (tmp_path / "empty").mkdir()
     pictures(tmp_path / "in", 3)
-    (tmp_path / "same.jsonl").write_text('{"file_name": "000.png", "caption": "a"}\n' * 3)
-    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
-        add(tar, "a.png", encoded(picture(1)))
+    (tmp_path / "packed.tar").write_bytes(b"\x1f\x8b")  # as gzip begins
     for given, message in (
         ({"input": "photos"}, "--input=photos is not known: expected folder:PATH"),
         ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
@@ -70,10 +49,7 @@ def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
         ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a complete, uncompr"),
         ({"input": f"tfds:{tfds_folder}"}, "has no feature 'caption' of captions: it has"),
         ({"latents": "vae:x"}, "--latents=vae:x is not known"),
-        ({"text": "bert"}, "the text encoder 'bert' is not known"),
         ({"test": 1.5}, "--test=1.5 holds out 1 of 3 images"),
-        ({"captions": f"{tmp_path}/same.jsonl", "test": 1}, "--test=1 holds out 3 of 3 images"),
-        ({"process_id": 1}, "--process_id=1: expected 0 to 0"),
     ):
         assert_refused(message, tmp_path, **given)
 
@@ -91,9 +67,7 @@ def test_files_outside_the_folder_are_read_only_with_follow_outside(tmp_path):
     outside = ["../elsewhere/a.png", str(elsewhere / "a.png"), "link.png", "linked/a.png"]
     for name in (*outside, "inside/../../elsewhere/a.png", "linked/absent.png"):
         lists("b.png", name)
-        assert_refused(f"metadata.jsonl line 2 has the file_name {name[:40]}", tmp_path)
-    assert_refused(f"lies outside {folder}: put the file into the folder, or give --follow_outside",
-                   tmp_path)
+        assert_refused(f"metadata.jsonl line 2 has the file_name {name}, which lies", tmp_path)
     lists("b.png", "inside/b.png", "../in/b.png", str(folder / "b.png"))
     assert len(records(run(tmp_path, folder, "within"))) == 4
     lists(*outside)
@@ -119,11 +93,7 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path, capsys):
 def test_a_folder_of_another_plan_is_refused(tmp_path):
     folder = pictures(tmp_path / "in", 6)
     before = files(run(tmp_path, folder))
-    with pytest.raises(
-        UserError,
-        match=r"is being prepared with image_size=8, and this call has 9: choose another --out, or "
-        r"remove it",
-    ):
+    with pytest.raises(UserError, match="is being prepared with image_size=8, and this call has 9"):
         run(tmp_path, folder, image_size=9)
     pictures(folder, 6, label=2)
     with pytest.raises(UserError, match=r"is being prepared with rows_sha256="):
