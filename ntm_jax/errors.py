@@ -17,10 +17,8 @@ class UserError(ValueError):
 
 def check_count(name: str, count: int) -> None:
     """Raises UserError for a number of things that is not a whole number, or below 1."""
-    if not isinstance(count, numbers.Integral):
-        raise UserError(f"{name} is {shown(count)}: expected a whole number")
-    if count < 1:
-        raise UserError(f"{name} is {count}: expected 1 or more")
+    if not isinstance(count, numbers.Integral) or count < 1:
+        raise UserError(f"{name} is {shown(count)}: expected a whole number, 1 or more")
 
 
 def as_array(name: str, values, expected: str) -> np.ndarray:

@@ -67,14 +67,9 @@ def aside(path) -> Iterator[BinaryIO]:
 
 
 def write(path, content: bytes | str) -> None:
-    """Writes `content` to `path` as `aside` does; leaves a file that holds it already untouched."""
-    data = content.encode() if isinstance(content, str) else content
-    path = epath.Path(path)
-    with contextlib.suppress(OSError):
-        if path.is_file() and path.stat().length == len(data) and path.read_bytes() == data:
-            return
+    """Writes `content` to `path` as `aside` does."""
     with aside(path) as file:
-        file.write(data)
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def plain(content) -> Any:

@@ -5,8 +5,8 @@ No jax is imported: grain's worker processes run this.
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Mapping
+from typing import Generic, TypeVar, cast
 
 from ntm_jax.errors import UserError, shown
 
@@ -22,36 +22,23 @@ class Registry(Generic[Part]):
 
     Args:
       what: what errors call a part, such as "data.source".
-      kind: what every part is an instance of: Callable, or a class.
       entries: {usage: part}. A usage is how errors list the part: `digits` takes no argument,
         `folder:PATH` requires one, and `minilm[:M]` accepts one. A part of ours may be given as
         "module:attribute", which is imported when it is first asked for.
     """
 
-    def __init__(self, what: str, kind: Any, entries: Mapping[str, Part | str]):
-        self._what, self._kind = what, kind
+    def __init__(self, what: str, entries: Mapping[str, Part | str]):
+        self._what = what
         self._entries = {_name(usage): (usage, part) for usage, part in entries.items()}
 
     def register(self, name: str, part: Part, argument: str = "") -> None:
         """Adds a part; argument: the end of its usage, such as "[:ARGUMENT]", if it accepts one.
 
-        Raises UserError if the name is taken or not valid, or the part is of another kind.
+        Raises UserError if the name is taken.
         """
-        if not isinstance(name, str) or not name or _name(name) != name:
-            raise UserError(
-                f"{self._what} cannot be registered as {shown(name)}: expected letters, digits, _, "
-                "- and ."
-            )
         if name in self._entries:
             raise UserError(
                 f"{self._what} {name!r} is registered already: register yours under another name"
-            )
-        if not isinstance(part, self._kind):
-            expected = ("a function" if self._kind is Callable
-                        else f"a {self._kind.__module__}.{self._kind.__name__}")
-            raise UserError(
-                f"{self._what} {name!r} cannot be registered as a {type(part).__name__}: expected "
-                f"{expected}"
             )
         self._entries[name] = (name + argument, part)
 
@@ -74,7 +61,6 @@ class Registry(Generic[Part]):
                 if isinstance(part, str):
                     module, attribute = part.split(":")
                     part = cast(Part, getattr(importlib.import_module(module), attribute))
-                    self._entries[name] = usage, part
                 return part, argument
         known = ", ".join(usage for usage, _ in self._entries.values())
         raise NotRegistered(

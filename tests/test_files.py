@@ -48,17 +48,6 @@ def test_a_file_written_aside_gets_its_name_at_the_end_or_never(tmp_path):
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"new", ["file"])
 
 
-def test_a_file_that_would_not_change_is_not_touched(tmp_path):
-    path = tmp_path / "file"
-    files.write(path, "a")
-    before = path.stat()
-    files.write(path, b"a")
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    files.write(path, "b")
-    assert path.stat().st_ino != before.st_ino
-    assert path.read_text() == "b"
-
-
 def test_a_failed_write_names_its_file_and_keeps_the_old_one(tmp_path):
     path = tmp_path / "file"
     files.write(path, "old")

@@ -32,7 +32,7 @@ def _transformer(config: ModelConfig, extra: Mapping[str, Any], attention: Calla
     return Velocity(config)
 
 
-BACKBONES: Registry[Backbone] = Registry("config.model.backbone", Backbone, {
+BACKBONES: Registry[Backbone] = Registry("config.model.backbone", {
     "transformer": Backbone(_transformer),
     "flow_map": "ntm_jax.backbones.flow_map:BACKBONE",
     "flux2": "ntm_jax.backbones.flux2:BACKBONE"})

@@ -172,7 +172,6 @@ class Words:
 _NETWORKS = "ntm_jax.data.text_networks"
 ENCODERS = Registry(
     "the text encoder",
-    Callable,
     {
         "words:M:VOCABULARY": Words,
         "minilm[:M]": f"{_NETWORKS}:MiniLM",

@@ -62,8 +62,6 @@ class Checkpoints:
       keep_every: steps that are multiples of this are always kept; 0 keeps no further ones.
       settings: flat JSON settings of the run, saved with every checkpoint. Restoring refuses a
         checkpoint that was saved with other settings.
-
-    Raises UserError if the folder exists and cannot be listed.
     """
 
     def __init__(self, workdir, keep_last: int = 3, keep_every: int = 0,
@@ -216,14 +214,9 @@ class Checkpoints:
 
     def _open(self, clean: bool):
         """orbax's manager of the folder; `clean` removes a killed run's temporary folders."""
-        try:
-            return ocp.training.Checkpointer(
-                self.directory, context=self._context, preservation_policy=self._kept,  # type: ignore[arg-type]
-                cleanup_tmp_directories=clean)
-        except Exception as error:
-            raise UserError(
-                f"the checkpoints in {self.directory} cannot be listed ({_cause(error)}): make the "
-                "folder readable, and writable to train, or give another --workdir") from error
+        return ocp.training.Checkpointer(
+            self.directory, context=self._context, preservation_policy=self._kept,  # type: ignore[arg-type]
+            cleanup_tmp_directories=clean)
 
     @contextlib.contextmanager
     def _write_errors(self):

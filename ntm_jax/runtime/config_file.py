@@ -93,8 +93,7 @@ def check_resumable(workdir: str, config: Config, spec: DataSpec) -> list[str]:
         if key == "spec.version":
             lines += filter(None, [changed_data(config.data.source, one, other)])
             continue
-        of_samples = config.reward.ahead and key == "sample.steps"  # which a checkpoint may hold
-        if not resumable or key == "spec.class_names" or of_samples:
+        if not resumable or key == "spec.class_names":
             raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "
                             f"{other!r}: give another --workdir to start anew, or that "
                             "value to resume")

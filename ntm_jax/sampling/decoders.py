@@ -164,7 +164,7 @@ def _solve(sampler: Sampler, params, keys, y, denoiser_params, with_levels: bool
     return Decoded(xs[:, 0], xs, None)
 
 
-DECODERS = Registry("config.sample.decoder", Decoder, {
+DECODERS: Registry[Decoder] = Registry("config.sample.decoder", {
     "inverse": from_trajectory(_inverse),
     "score": from_trajectory(_score, needs_levels=True),
     "denoiser": from_trajectory(_denoiser, needs_denoiser=True),

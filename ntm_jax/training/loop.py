@@ -69,7 +69,6 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     run = untrained(config, spec, mesh, folder)
     distilled = reference_model.load_distilled(run, objective)
     state.check_state_fits(run)
-    config_file.check_resumable(folder, config, spec)  # refuses before anything is written
     extension = objective.extend(run, source)
     with locked(folder):
         with contextlib.ExitStack() as stack:
@@ -106,7 +105,6 @@ class _Loop:
         self.run, self.objective, self.distilled = run, objective, distilled
         self.source, self.held_out, self.extension = source, held_out, extension
         self.profile, self.tracing = profile or (0, 0), False
-        # Again, as another job may have trained here before this one held the lock.
         changes = config_file.check_resumable(folder, config, run.spec)
         self.checkpoints = stack.enter_context(Checkpoints(
             folder, keep_every=config.train.keep, settings=config_file.fixed(config, run.spec)))

@@ -267,7 +267,7 @@ def measure_velocity(run: Run, source: Source, trajectories: int) -> dict:
 
 SQUARED = "training loss (mean squared error)"
 trajectory_loss = _likelihood_loss(trajectory_terms)
-OBJECTIVES: Registry[Objective] = Registry("config.train.objective", Objective, {
+OBJECTIVES: Registry[Objective] = Registry("config.train.objective", {
     "end_to_end": Objective(trajectory_loss, needs=("trajectory",)),
     "pairwise": Objective(_likelihood_loss(pair_terms)),
     "flow_matching": Objective(velocity_loss, held_out_velocity, SQUARED, check_flow,

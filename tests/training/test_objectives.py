@@ -66,14 +66,6 @@ def test_a_name_that_is_taken_is_not_registered_again():
         objectives.register("pairwise", objectives.find("pairwise"))
 
 
-def test_a_part_of_another_kind_is_not_registered():
-    with pytest.raises(UserError) as error:
-        objectives.register("mine", len)
-    assert str(error.value) == (
-        "config.train.objective 'mine' cannot be registered as a builtin_function_or_method: "
-        "expected a ntm_jax.training.objectives.Objective")
-
-
 DRAWS = tiny_config(**{
     "trajectory.steps": (2, 4), "trajectory.t_min_range": (0.02, 0.04),
     "train.condition_dropout": 0.3})

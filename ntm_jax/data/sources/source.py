@@ -106,7 +106,6 @@ class Source:
 
 SOURCES = Registry(
     "data.source",
-    Callable,
     {
         "digits": "ntm_jax.data.sources.digits:open_digits",
         "mnist_5k": "ntm_jax.data.sources.mnist:open_mnist_5k",

@@ -76,7 +76,7 @@ def _classifier(argument: str, source: Source) -> Reward:
     return score
 
 
-REWARDS: Registry[Callable[[str, Source], Reward]] = Registry("config.reward.name", Callable, {
+REWARDS: Registry[Callable[[str, Source], Reward]] = Registry("config.reward.name", {
     "shapes": _shapes,
     "classifier[:FILE]": _classifier,
 })

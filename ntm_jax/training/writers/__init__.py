@@ -39,7 +39,7 @@ class MetricsWriter(Protocol):
 # {usage: function from the text after the colon to a MetricsWriter}; it raises UserError where the
 # argument is wrong or a package is missing, before the run begins.
 WRITERS: Registry[Callable[[str], MetricsWriter]] = Registry(
-    "--writer", Callable, {"wandb[:PROJECT]": "ntm_jax.training.writers.wandb:WandB"})
+    "--writer", {"wandb[:PROJECT]": "ntm_jax.training.writers.wandb:WandB"})
 register = WRITERS.register
 
 
