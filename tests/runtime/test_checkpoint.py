@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import signal
+import sys
 import time
 
 import jax
@@ -13,13 +14,12 @@ import numpy as np
 import optax
 import pytest
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime.checkpoint import Checkpoints, locate
+from ntm_jax.runtime.checkpoint import Checkpoints, locate, saved_settings
 from ntm_jax.runtime.checksums import array_checksums
-from tests.common import bits, environment, start
-from tests.runtime.checkpoint_programs import integers
+from tests.common import bits, python, start
 
 
 @struct.dataclass
@@ -46,22 +46,19 @@ def abstract(tree, sharding=None):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), tree)
 
 
-def one_line(error):
-    text = str(error.value)
-    assert "\n" not in text
-    return text
+def save(folder, state, *steps, **options):
+    """Saves a state at these steps, with the data's state {"n": step}."""
+    with Checkpoints(folder, **options) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state, {"n": step})
 
 
-def run(program, *arguments, **variables):
-    """A process that runs a program of checkpoint_programs.py."""
-    module = ["-m", "tests.runtime.checkpoint_programs"]
-    return start([*module, program, *arguments], env=environment(**variables))
-
-
-def finish(*children):
-    outputs = [child.communicate(timeout=60) for child in children]
-    assert [child.returncode for child in children] == [0] * len(children), outputs
-    return [output for output, _ in outputs]
+def refusal(folder, template, step=None, **options):
+    """The line that refuses to restore a checkpoint."""
+    with Checkpoints(folder, **options) as checkpoints, pytest.raises(UserError) as error:
+        checkpoints.restore(template, step)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,20 +87,18 @@ def test_round_trip_is_bit_equal_and_keeps_the_structure(tmp_path):
 
 
 def test_reading_changes_nothing_on_disk(tmp_path):
-    refused = pytest.raises(UserError, match=r"there is no checkpoint in .*--workdir")
-    with Checkpoints(tmp_path / "none") as checkpoints, refused:
-        checkpoints.restore({})
+    state = {"x": jnp.ones(3)}
+    assert "there is no checkpoint in " in refusal(tmp_path / "none", abstract(state))
     assert list(tmp_path.iterdir()) == []
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"x": jnp.ones(3)}, {})
-    unfinished = next((tmp_path / "checkpoints").iterdir()).with_name("2.orbax-checkpoint-tmp")
+    save(tmp_path, state, 1)
+    unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     unfinished.mkdir()  # as another process that is saving now has it
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(abstract({"x": jnp.ones(3)}))[0] == 1
+        assert checkpoints.restore(abstract(state))[0] == 1
         assert checkpoints.steps() == [1]
         assert unfinished.exists()
         # The run itself saves, which has resumed: the unfinished save was a killed run's.
-        checkpoints.save(3, {"x": jnp.ones(3)}, {})
+        checkpoints.save(3, state, {})
         checkpoints.wait()
         assert not unfinished.exists()
 
@@ -118,12 +113,7 @@ def test_a_folder_with_the_name_of_a_checkpoint_may_be_a_runs(tmp_path):
 
 def test_a_save_beside_a_checkpoint_of_another_run_is_refused(tmp_path):
     state = {"x": jnp.ones(3)}
-    with Checkpoints(tmp_path) as first, Checkpoints(tmp_path) as second:
-        first.save(1, state, {})
-        first.wait()
-        message = r"checkpoint in .*/checkpoints is of step 1, and this run's is of step None: "
-        with pytest.raises(UserError, match=message):
-            second.save(2, state, {})
+    save(tmp_path, state, 1)
     with Checkpoints(tmp_path) as resumed, Checkpoints(tmp_path) as other:
         resumed.save(2, state, {})
         resumed.wait()
@@ -133,9 +123,7 @@ def test_a_save_beside_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 def test_a_saved_step_is_left_as_it_is(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.save(1, {"x": jnp.ones(3)}, {"n": 1})
-        assert not checkpoints.save(1, {"x": jnp.zeros(3)}, {"n": 2})
+    save(tmp_path, {"x": jnp.ones(3)}, 1)
     with Checkpoints(tmp_path) as checkpoints:
         assert not checkpoints.save(1, {"x": jnp.zeros(3)}, {"n": 2})
         _, state, data = checkpoints.restore(abstract({"x": jnp.ones(3)}))
@@ -178,116 +166,101 @@ def settled():
 def test_no_flipped_byte_is_ever_loaded_silently(tmp_path):
     state = {"noise": jax.random.normal(jax.random.key(0), (64, 64)),
              "half": jnp.ones((32, 33), jnp.bfloat16), "zeros": jnp.zeros(999)}
-    data, expected, template = {"n": 12345}, bits(state), abstract(state)
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, data)
-        checkpoints.save(2, state, data, 1.0)
+    template = abstract(state)
+    save(tmp_path, state, 1, 2)
     files = sorted(f for f in (tmp_path / "checkpoints" / "2").rglob("*")
                    if f.is_file() and f.stat().st_size)
-    draw, caught_by_checksum, refused = random.Random(0), 0, 0
-    for trial in range(18):
-        # Two in three in the file with the arrays; the rest in any: manifests, metadata, JSON.
-        file = max(files, key=lambda f: f.stat().st_size) if trial % 3 else draw.choice(files)
+    draw, refusals = random.Random(0), []
+    arrays = max(files, key=lambda file: file.stat().st_size)
+    for file in [arrays] * 12 + draw.choices(files, k=6):  # manifests, metadata, JSON
         whole = file.read_bytes()
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         file.write_bytes(damaged)
-        refusal = None
         try:
             with Checkpoints(tmp_path) as checkpoints:
-                _, loaded, loaded_data = checkpoints.restore(template)
+                _, loaded, data = checkpoints.restore(template)
+            assert (bits(loaded), data) == (bits(state), {"n": 2}), f"{file} loaded wrong"
         except UserError as error:
-            refusal = str(error)
+            refusals.append(str(error))
         file.write_bytes(whole)
-        if refusal is None:
-            assert (bits(loaded), loaded_data) == (expected, data), f"{file} loaded wrong"
-        else:
-            assert "\n" not in refusal
-            refused += 1
-            caught_by_checksum += "has checksum" in refusal
-    assert refused > 9
-    assert caught_by_checksum > 5
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(template)[0] == 2
+    assert len(refusals) > 9
+    assert sum("has checksum" in refusal for refusal in refusals) > 5
 
 
 @abandoned_reads
 @pytest.mark.usefixtures("settled")
 def test_a_damaged_checkpoint_is_refused_with_the_way_out(tmp_path):
     state = {"params": {"w": jax.random.normal(jax.random.key(0), (64, 64))}}
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(10, state, {"n": 1})
-        checkpoints.save(20, state, {"n": 2})
+    save(tmp_path, state, 10, 20)
     folder = tmp_path / "checkpoints"
-
-    def refusal():
-        with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
-            checkpoints.restore(abstract(state))
-        return one_line(error)
-
     sums = folder / "20" / "checksums" / "data.json"
     whole = sums.read_text()
     sums.write_text(json.dumps({**json.loads(whole), "params/w": "0" * 16}))
-    text = refusal()
+    text = refusal(tmp_path, abstract(state))
     assert text.startswith("checkpoint step 20 is damaged: params/w has checksum ")
     assert text.endswith(f"resume from step 10 by removing {folder}/20")
     sums.write_text(whole)
     (folder / "20" / "data" / "data.json").write_text('{"n": 3}')
-    assert "<data> has checksum" in refusal()
+    assert "<data> has checksum" in refusal(tmp_path, abstract(state))
     arrays = max((folder / "20" / "state").rglob("*"), key=lambda path: path.stat().st_size)
     arrays.write_bytes(arrays.read_bytes()[:-1000])
-    assert "cannot be read" in refusal()
+    assert "cannot be read" in refusal(tmp_path, abstract(state))
     shutil.rmtree(folder / "20")  # the way out that the message gives
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(abstract(state))[::2] == (10, {"n": 1})
+        assert checkpoints.restore(abstract(state))[::2] == (10, {"n": 10})
 
 
 def test_another_model_is_refused_by_its_first_differing_array(tmp_path):
     state = make_state()
     template = abstract(state)
     fewer = {name: leaf for name, leaf in template.params.items() if name != "half"}
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(5, state, {})
-        for other, message in (
-                (abstract(make_state(width=48)), "params/dense/bias is float32[32] in the "
-                 "checkpoint, float32[48] in this model"),
-                (template.replace(params=fewer), "params/half is bfloat16[5,32] in the checkpoint, "
-                 "absent in this model")):
-            with pytest.raises(UserError) as error:
-                checkpoints.restore(other)
-            assert f" is of another model: array {message}; " in one_line(error)
-        with pytest.raises(UserError, match="array ema/half is"):
-            checkpoints.restore_subtree(5, {"ema": fewer})
-        with pytest.raises(UserError, match=r"no checkpoint of step 6 in .*: it has 5$"):
-            checkpoints.restore(template, 6)
+    save(tmp_path, state, 5)
+    assert (" is of another model: array params/dense/bias is float32[32] in the checkpoint, "
+            "float32[48] in this model; ") in refusal(tmp_path, abstract(make_state(width=48)))
+    assert ("array params/half is bfloat16[5,32] in the checkpoint, absent in this model"
+            ) in refusal(tmp_path, template.replace(params=fewer))
+    assert "no checkpoint of step 6 in " in refusal(tmp_path, template, 6)
+    refused = pytest.raises(UserError, match="array ema/half is")
+    with Checkpoints(tmp_path) as checkpoints, refused:
+        checkpoints.restore_subtree(5, {"ema": fewer})
 
 
-@pytest.mark.parametrize(("mine", "message"), [
-    ({"a": 1}, None), (None, None), ({"a": 1, "newer": 3}, None),
-    ({"a": 2}, "a = 1, and config.json has 2")])
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, mine, message):
-    with Checkpoints(tmp_path, settings={"a": 1}) as checkpoints:
-        checkpoints.save(4, {"x": jnp.ones(3)}, {})
-    with Checkpoints(tmp_path, settings=mine) as checkpoints:
-        if message is None:
-            assert checkpoints.restore(abstract({"x": jnp.ones(3)}))[0] == 4
-            return
-        with pytest.raises(UserError) as error:
-            checkpoints.restore(abstract({"x": jnp.ones(3)}))
-    assert f"was saved by a run with {message}: put the run's own" in one_line(error)
-
-
-def test_a_checkpoint_of_an_earlier_version_has_no_settings_and_loads(tmp_path):
-    with Checkpoints(tmp_path, settings={"a": 1}) as checkpoints:
-        checkpoints.save(4, {"x": jnp.ones(3)}, {})
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    state = {"x": jnp.ones(3)}
+    save(tmp_path, state, 4, settings={"a": 1})
+    assert saved_settings(tmp_path) == {"a": 1}
+    text = refusal(tmp_path, abstract(state), settings={"a": 2})
+    assert "was saved by a run with a = 1, and config.json has 2: put the run's own" in text
+    for mine in ({"a": 1, "newer": 3}, None):
+        with Checkpoints(tmp_path, settings=mine) as checkpoints:
+            assert checkpoints.restore(abstract(state))[0] == 4
+    # Earlier versions saved no settings.
     folder = tmp_path / "checkpoints" / "4"
     shutil.rmtree(folder / "run")
-    sums = folder / "checksums" / "data.json"
-    kept = {name: value for name, value in json.loads(sums.read_text()).items() if name != "<run>"}
-    sums.write_text(json.dumps(kept))
+    sums = json.loads((folder / "checksums" / "data.json").read_text())
+    del sums["<run>"]
+    (folder / "checksums" / "data.json").write_text(json.dumps(sums))
+    assert saved_settings(tmp_path) == {}
     with Checkpoints(tmp_path, settings={"a": 2}) as checkpoints:
-        assert checkpoints.saved_settings() == {}
-        assert checkpoints.restore(abstract({"x": jnp.ones(3)}))[0] == 4
+        assert checkpoints.restore(abstract(state))[0] == 4
+
+
+SPECS = {"both": PartitionSpec("fsdp", "tensor"), "second": PartitionSpec(None, "fsdp"),
+         "joint": PartitionSpec(("fsdp", "tensor")), "half": PartitionSpec("tensor"),
+         "step": PartitionSpec()}
+
+
+def eight(folder: str, shapes: str) -> None:
+    """Restores onto a mesh of 8 devices, saves it as step 2 and prints the checksums."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with Checkpoints(folder) as checkpoints:
+        _, state, data = checkpoints.restore({
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SPECS[name]))
+            for name, (shape, dtype) in json.loads(shapes).items()})
+        assert all(state[name].sharding.spec == spec for name, spec in SPECS.items())
+        checkpoints.save(2, state, data)
+    print(json.dumps(array_checksums(state)))
 
 
 def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
@@ -295,22 +268,45 @@ def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
     state = {name: jax.random.normal(key, (16, 8))
              for name, key in zip(("both", "second", "joint"), keys, strict=False)}
     state |= {"half": jax.random.normal(keys[3], (6, 5), jnp.bfloat16), "step": jnp.int32(7)}
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, state, {"n": 4})
+    save(tmp_path, state, 1)
     shapes = json.dumps({name: (x.shape, str(x.dtype)) for name, x in state.items()})
-    [output] = finish(run("eight", tmp_path, shapes, devices=8))
+    output = python(__file__, "eight", str(tmp_path), shapes, devices=8).stdout
     assert json.loads(output.splitlines()[-1]) == array_checksums(state)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     replicated = NamedSharding(mesh, PartitionSpec())
     with Checkpoints(tmp_path) as checkpoints:  # written from eight devices, read on one
         step, restored, data = checkpoints.restore(abstract(state, replicated))
-    assert (step, data, bits(restored)) == (2, {"n": 4}, bits(state))
+    assert (step, data, bits(restored)) == (2, {"n": 1}, bits(state))
+
+
+def integers() -> dict:
+    """The state of `killed` before its first step, which adds 1 to all numbers, as every step.
+
+    They are whole numbers, so that each process has the same bits, however it compiles.
+    """
+    return {str(i): jnp.arange(256.0 * 256).reshape(256, 256) + i for i in range(8)}
+
+
+def killed(folder: str) -> None:
+    """Saves in a loop until it is killed, from the latest checkpoint on; tells what it does."""
+    state, step, checkpoints = integers(), 0, Checkpoints(folder)
+    if checkpoints.latest() is not None:
+        step, state, data = checkpoints.restore(abstract(state))
+        assert data == {"n": step}
+    print("restored", step, flush=True)
+    while True:
+        step += 1
+        state = jax.tree.map(lambda x: x + 1, state)
+        checkpoints.save(step, state, {"n": step})
+        print("saving", step, flush=True)
+        checkpoints.wait()
+        print("committed", step, flush=True)
 
 
 def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
     draw, committed = random.Random(0), 0
     for kill in range(3):
-        child = run("killed", tmp_path)
+        child = start([__file__, "killed", tmp_path])
         target = committed + 2 + kill
         for line in child.stdout:
             word, step = line.split()
@@ -335,3 +331,7 @@ def test_kill_in_the_middle_of_a_save_loses_nothing_committed(tmp_path):
         checkpoints.wait()
         folders = sorted(f.name for f in (tmp_path / "checkpoints").iterdir())
         assert folders == sorted(map(str, checkpoints.steps()))
+
+
+if __name__ == "__main__":
+    {"killed": killed, "eight": eight}[sys.argv[1]](*sys.argv[2:])

@@ -146,7 +146,7 @@ def test_a_step_is_the_same_on_8_devices(steps):
     arrays, facts = steps
     assert facts[SHARDED]["begun"] == facts[ONE]["begun"]
     assert same_steps(arrays, arrays, "digits", SHARDED, RELATIVE) == 3 * 7
-    assert np.abs(arrays[f"digits/{ONE}/0/log_det"]).min() > 1e-3
+    assert np.abs(arrays[f"digits/{ONE}/0/log_det"]).min() > 1e-3  # not zero at the start
     assert arrays[f"digits/{ONE}/1/loss"] != arrays[f"digits/{ONE}/2/loss"]
 
 
@@ -190,7 +190,7 @@ def test_parameters_moments_and_ema_stay_sharded(steps):
 
 
 @pytest.mark.parametrize(("shape", "devices"), [
-    ((2, 2, 1, 1), 8), ((-1, 3, 1, 1), 8), ((-1, 1, 1, -1), 8), ((-1, 0, 1, 1), 2)])
+    ((2, 2, 1, 1), 8), ((-1, 3, 1, 1), 8), ((-1, 1, 1, -1), 8)])
 def test_a_mesh_that_does_not_fit_is_refused(shape, devices):
     named = " x ".join(f"{axis} {size}" for axis, size in zip(sharding.AXES, shape, strict=True))
     with pytest.raises(UserError, match=f"{named}: expected a product of {devices}"):
@@ -213,11 +213,10 @@ def test_only_the_data_axis_crosses_slices():
     np.testing.assert_array_equal(slices.reshape(4, 2), [[0, 0], [0, 0], [1, 1], [1, 1]])
 
 
-@pytest.mark.parametrize(("slices", "data", "fsdp"), [(2, 1, 8), (4, 8, 1)])
-def test_slices_that_do_not_fit_are_refused(slices, data, fsdp):
-    message = f"config.mesh.slices is {slices}: expected a divisor of the data axis, .*belong to, 2"
+def test_slices_that_do_not_fit_are_refused():
+    message = "config.mesh.slices is 4: expected a divisor of the data axis, .*belong to, 2"
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(config.Mesh(slices, data, fsdp, 1, 1), [Chip(i) for i in range(8)])
+        sharding.make_mesh(config.Mesh(4, 8, 1, 1, 1), [Chip(i) for i in range(8)])
 
 
 def test_one_axis_is_inferred_from_the_device_count():
