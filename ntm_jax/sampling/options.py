@@ -1,20 +1,13 @@
 """Options of sampling that a call gives instead of the configuration's."""
 
 import dataclasses
-import math
 import warnings
 
 import numpy as np
 
 from ntm_jax import typed
 from ntm_jax.errors import UserError
-from ntm_jax.runtime.config import (
-    Config,
-    Sample,
-    check_guidance,
-    check_steps,
-    guided,
-)
+from ntm_jax.runtime.config import Config, Sample, check_guidance, check_steps, guided
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import decoders
 
@@ -66,14 +59,13 @@ def check_decoder(run: Run, decoder: str) -> None:
 def parse_guidance(scales) -> float | tuple[float, ...] | None:
     """Texts -> one guidance scale, or a tuple with one for each step; None without texts.
 
-    Raises UserError for a text that is not a number.
+    Raises UserError for a text that is not a number; `override` refuses one that is not finite.
     """
     if not scales:
         return None
     try:
         scales = tuple(float(scale) for scale in scales)
     except ValueError:
-        scales = (math.nan,)
-    if not all(map(math.isfinite, scales)):
-        raise UserError("--guidance takes a number, or one for each step, such as 1,0.5,0,0")
+        raise UserError("--guidance takes a number, or one for each step, such as "
+                        "1,0.5,0,0") from None
     return scales[0] if len(scales) == 1 else scales

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -12,6 +12,21 @@ from jax.experimental import multihost_utils
 from ntm_jax import files
 from ntm_jax.errors import UserError
 from ntm_jax.progress import track
+from ntm_jax.runtime import checksums
+from ntm_jax.runtime.processes import require_same_everywhere
+from ntm_jax.sampling.generate import in_batches
+
+
+class Work(Protocol):
+    """What makes the items of a folder."""
+
+    def write_batch(self, output: "OutputFolder", number: int, index: np.ndarray) -> None:
+        """Writes the batch of this number, items `index`, its `part` last."""
+        ...
+
+    def gather(self, output: "OutputFolder", batches: int) -> None:
+        """Writes the files of all items from the parts of the batches, which it removes."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +45,11 @@ class OutputFolder:
         """Whether the output is complete."""
         return (self.folder / self.last).exists()
 
-    def claim(self, asked: dict, batches: int) -> np.ndarray:
+    def _claim(self, asked: dict, batches: int) -> np.ndarray:
         """Which batches the folder holds already, bool [batches]; the same in every process.
 
-        asked: the call, by flag, which is recorded. Raises UserError where the folder holds
-        anything that was not asked for.
+        asked: what the folder records of the call. Raises UserError where it holds anything that
+        was not asked for.
         """
         folder, path = self.folder, self.folder / self.call
         if path.exists():
@@ -55,35 +70,37 @@ class OutputFolder:
             files.write_json(path, asked)
         return done
 
-    def fill(self, asked: dict, batches: Sequence[np.ndarray], title: str,
-             write_batch: Callable[[int, np.ndarray], None]) -> tuple[int, float | None]:
-        """Claims the folder and writes the batches of indices that it lacks.
+    def fill(self, asked: dict, num: int, batch: int, title: str, work: Work,
+             params: Any) -> tuple[int, float | None]:
+        """Claims the folder and makes what it lacks of items 0..num-1, `batch` at a time.
 
-        write_batch(number, index) writes a batch, its `part` last. title: of the progress.
+        asked: the call, by flag. title: of the progress. params: the arrays that the items depend
+        on, of which the folder records a checksum.
 
         Returns how many items it wrote, and how many a second after the first batch, which
         compiles; None where that was the only one.
         """
-        done = self.claim(asked, len(batches))
+        # No process has written yet: one that arrived late would find its own job's files.
+        require_same_everywhere({"--out": str(self.folder)} | asked)
+        batches = in_batches(num, batch)
+        done = self._claim(asked | {"checksum": checksums.digest(params)}, len(batches))
         begin, made, first = time.perf_counter(), 0, 0
         for number, index in enumerate(track(batches, title, "batches")):
             if done[number]:
                 continue
             try:
-                write_batch(number, index)
-            except BaseException:
-                self._release()
+                work.write_batch(self, number, index)
+            except BaseException:  # such as an unknown word of a prompt
+                path = self.folder / self.call
+                if jax.process_index() == 0 and list(self.folder.iterdir()) == [path]:
+                    path.unlink()
                 raise
             made += len(index)
             if not first:
                 begin, first = time.perf_counter(), made
+        if jax.process_index() == 0 and not self.finished:
+            work.gather(self, len(batches))
         return made, (made - first) / (time.perf_counter() - begin) if made > first else None
-
-    def _release(self) -> None:
-        """Undoes `claim` where no part was written, such as after an unknown word of a prompt."""
-        path = self.folder / self.call
-        if jax.process_index() == 0 and list(self.folder.iterdir()) == [path]:
-            path.unlink()
 
     def part(self, number: int) -> epath.Path:
         """The file of a batch. It is written last and atomically: its presence marks the batch."""

@@ -4,7 +4,6 @@ Symbols: n images; H, W, C image height, width, channels; K levels.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 from typing import Any
@@ -17,7 +16,6 @@ from ntm_jax import files
 from ntm_jax.data import latents
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import checksums, plots
-from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import generate, prompts
 from ntm_jax.sampling.options import check_decoder, override
@@ -65,21 +63,13 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     call makes it. Raises UserError where the folder holds anything else, other samples among it;
     nothing is overwritten.
     """
-    folder, work = epath.Path(files.expanded(out)), _Work(run, request)
+    work = _Work(run, request)
     asked = work.description()
-    # No process has written yet: one that arrived late would find its own job's files.
-    require_same_everywhere({"--out": out} | asked)
-    asked |= {"checksum": checksums.digest((run.params, run.denoiser and run.denoiser.params))}
-    if run.selection:
-        asked |= {"judge_checksum": checksums.digest(run.selection.judge.params)}
-    batches = generate.in_batches(request.num, request.batch)
-    output = OutputFolder(folder, "samples.json", "samples.npz")
-    made, per_second = output.fill(asked, batches, "sample", functools.partial(
-        work.write_batch, output))
+    output = OutputFolder(epath.Path(files.expanded(out)), "samples.json", "samples.npz")
+    made, per_second = output.fill(asked, request.num, request.batch, "sample", work,
+                                   (run.params, run.denoiser and run.denoiser.params))
     if jax.process_index():
         return
-    if not output.finished:
-        work.gather(output, len(batches))
     unit = "rows" if run.spec.columns else "images"
     rate = f", {per_second:.1f} {unit}/s after the first batch" if per_second else ""
     found = f", {request.num - made} of them found there" if made < request.num else ""
@@ -126,7 +116,8 @@ class _Work:
         selected = {}
         if selection:
             selected = {"--candidates": selection.candidates, "--judge": selection.judge.workdir,
-                        "judge_step": selection.judge.step, "--enough": selection.enough}
+                        "judge_step": selection.judge.step, "--enough": selection.enough,
+                        "judge_checksum": checksums.digest(selection.judge.params)}
         return selected | {
             "--workdir": self.run.workdir, "step": self.run.step, "--num": request.num,
             "--batch": request.batch, "--save_trajectories": request.save_trajectories,
@@ -188,7 +179,7 @@ class _Work:
         return images, levels, {}
 
     def gather(self, output: OutputFolder, batches: int) -> None:
-        """Writes the files of all images from those of the batches, which it removes."""
+        """Writes the files of all images."""
         run, request, folder = self.run, self.request, output.folder
         arrays = output.read_parts(batches)
         stored = images = arrays["arr_0"]

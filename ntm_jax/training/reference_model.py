@@ -69,12 +69,10 @@ def prepare(run: Run, objective: Objective, current: State, teacher: Run | None,
 
 
 def forget(workdir: str) -> None:
-    """Removes what a run that saved no checkpoint kept in WORKDIR/frozen. All processes call it."""
+    """Removes WORKDIR/frozen of a run that saved no checkpoint. All processes call it."""
     folder = epath.Path(workdir) / FROZEN
-    if jax.process_index() == 0:
-        for kept in (folder / "checkpoints", folder / "config.json"):
-            if kept.exists():
-                kept.rmtree() if kept.is_dir() else kept.unlink()
+    if jax.process_index() == 0 and folder.exists():
+        folder.rmtree()
     multihost_utils.sync_global_devices("frozen models removed")
 
 

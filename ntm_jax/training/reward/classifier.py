@@ -62,13 +62,9 @@ def _read(file: str, source: Source) -> dict:
     if {name: a.shape for name, a in flat.items()} != shapes:
         raise UserError(f"{file} holds another network than a classifier of the "
                         f"{source.num_classes} classes of {source.name}: {REMEDY}")
-    # Sources of one kind, such as a folder that has moved, may have the same classes. Earlier
-    # versions did not keep the names.
-    about = header.get("__metadata__", {})
-    theirs = about.get("classes_of", source.name)
-    names = json.loads(about.get("class_names", "[]"))
-    other_names = names and source.class_names and names != list(source.class_names)
-    if other_names or theirs.partition(":")[0] != source.name.partition(":")[0]:
+    # Sources of one kind, such as a folder that has moved, may have the same classes.
+    theirs = header.get("__metadata__", {}).get("classes_of", source.name)
+    if theirs.partition(":")[0] != source.name.partition(":")[0]:
         raise UserError(f"{file} holds a classifier of {theirs}, whose classes are not those of "
                         f"{source.name}: {REMEDY}")
     return traverse_util.unflatten_dict(flat, sep="/")

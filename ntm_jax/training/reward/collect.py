@@ -7,7 +7,6 @@ Symbols: n samples, K traits; H, W, C image height, width, channels.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from typing import cast
@@ -19,9 +18,8 @@ from etils import epath
 from ntm_jax import files
 from ntm_jax.data import images as image_files
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import checksums, plots
+from ntm_jax.runtime import plots
 from ntm_jax.runtime.config import Sample
-from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.options import check_decoder, override
@@ -59,16 +57,11 @@ def collect(run: Run, out: str, request: CollectRequest) -> None:
     or the folder holds anything else; nothing is overwritten.
     """
     folder, collector = epath.Path(files.expanded(out)), _Collector(run, request)
-    asked = collector.description()
-    require_same_everywhere({"--out": out} | asked)
-    asked |= {"checksum": checksums.digest((run.params, run.denoiser and run.denoiser.params))}
-    batches = generate.in_batches(request.num, request.batch)
     output = OutputFolder(folder, "collected.json", "metadata.jsonl")
-    output.fill(asked, batches, "collect", functools.partial(collector.write_batch, output))
+    output.fill(collector.description(), request.num, request.batch, "collect", collector,
+                (run.params, run.denoiser and run.denoiser.params))
     if jax.process_index():
         return
-    if not output.finished:
-        collector.gather(output, len(batches))
     rows = (folder / "metadata.jsonl").read_text().splitlines()
     kept = sum("-" not in json.loads(row)["file_name"] for row in rows)
     print(f"{kept} of {request.num} samples kept, {len(rows)} images with copies in {out}, "

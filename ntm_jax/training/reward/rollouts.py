@@ -235,12 +235,6 @@ def check(config: Config) -> None:
     if not config.init_from:
         raise UserError(f"config.init_from is empty: config.train.objective={train.objective} "
                         "improves a trained model; give its run, --config.init_from=WORKDIR")
-    if reward.ahead and not reward.name:
-        raise UserError("config.reward.ahead=True draws samples while others are scored, and "
-                        "config.reward.name is empty: name a reward, or set ahead to False")
-    if reward.diversity and not reward.name:
-        raise UserError(f"config.reward.diversity is {reward.diversity}: it is a bonus of samples, "
-                        "and config.reward.name is empty: name a reward, or set diversity to 0")
     levels, steps = reward.levels, config.sample.steps
     if levels and not (len(levels) == 2 and levels[0] < levels[1] <= steps):
         raise UserError(f"config.reward.levels is {levels}: expected the first and the last level, "

@@ -4,7 +4,6 @@ WORKDIR/wandb.json keeps the run's id there, so that a resumed run continues it.
 writes into WORKDIR/wandb, for `wandb sync`; WANDB_ENTITY and its other variables apply.
 """
 
-import contextlib
 import os
 import sys
 import uuid
@@ -70,7 +69,5 @@ class WandB:
 
 
 def _identity(path) -> str | None:
-    """The id of the run that a workdir belongs to; None without one, or where it is damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return str(files.parse_object(path.read_bytes())["id"])
-    return None
+    """The id of the run that a workdir belongs to; None without one."""
+    return files.parse_object(path.read_bytes())["id"] if path.exists() else None
