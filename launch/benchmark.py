@@ -46,48 +46,49 @@ flags.DEFINE_string(
     "at each value. Several settings, with commas between them, take the same value.")
 flags.DEFINE_string("rows", "", "Only rows whose name contains this, such as train or inverse.")
 flags.DEFINE_string("json", None, "A file to write the rows to, as JSON.")
-UNREAD = (("vary", "rows"), ("vary", "batch"), ("peers", "batch"))
 
 
 def main():
+    import json
+
+    import jax
+
+    from ntm_jax import files
+
     f = program.FLAGS
     if f.rows == "records" and not (f.config or f.workdir or f.peers):
-        _first_batch()
-        return
-    if sum(map(bool, (f.config, f.workdir, f.peers))) != 1:
-        raise UserError("give one of --config, an experiment, --workdir, a run's folder, and "
-                        "--peers, a folder of other flows")
-    if f.vary and not f.config:
-        raise UserError("--vary changes a setting of --config: give an experiment")
-    for mode, name in UNREAD:
-        if f[mode].value and f[name].value:
-            raise UserError(f"--{mode} does not read --{name}: leave one of them out")
-    if f.peers:
-        _compare()
+        rows, text = _first_batch()
+    elif sum(map(bool, (f.config, f.workdir, f.peers))) != 1 or (f.vary and not f.config):
+        raise UserError("give one of --config, an experiment, which --vary changes, --workdir, a "
+                        "run's folder, and --peers, a folder of other flows")
     else:
-        _benchmark()
+        rows, text = _compare() if f.peers else _benchmark()
+    if not f.peers and jax.process_index():
+        return
+    print(text, flush=True)
+    if f.json:
+        files.write(f.json, json.dumps(rows, indent=2) + "\n")
 
 
-def _first_batch():
+def _first_batch() -> tuple[list[dict], str]:
     from ntm_jax.analysis import first_batch
 
     row = first_batch.measure()
-    print(f"records: {row['mib']:.1f} MiB of {row['of_mib']:,} read before the first batch, by "
-          f"{row['workers']} workers from {row['shards']} shards, in {row['seconds']:.1f} s")
-    _write([{"name": "records"} | row])
+    return [{"name": "records"} | row], (
+        f"records: {row['mib']:.1f} MiB of {row['of_mib']:,} read before the first batch, by "
+        f"{row['workers']} workers from {row['shards']} shards, in {row['seconds']:.1f} s")
 
 
-def _compare():
+def _compare() -> tuple[list[dict], str]:
     from ntm_jax.analysis.peers import compare
 
     f = program.FLAGS
     rows = compare.compare(f.peers, f.runs, f.rows)
-    print(f"{compare.machine()}, medians of {f.runs} runs in turn")
-    print("\n".join([compare.table(rows), *compare.missing(f.peers)]), flush=True)
-    _write(rows)
+    return rows, "\n".join([f"{compare.machine()}, medians of {f.runs} runs in turn",
+                            compare.table(rows), *compare.missing(f.peers)])
 
 
-def _benchmark():
+def _benchmark() -> tuple[list[dict], str]:
     import jax
 
     from ntm_jax.analysis import benchmark
@@ -100,20 +101,9 @@ def _benchmark():
         rows = benchmark.benchmark_run(load_run(f.workdir), f.runs, f.batch, f.rows)
     else:
         rows = benchmark.benchmark(program.read_config(), f.runs, f.batch, f.rows)
-    if jax.process_index() == 0:
-        kind = jax.devices()[0].device_kind
-        print(f"{jax.device_count()} x {kind}, jax {jax.__version__}, medians of {f.runs} runs")
-        print((benchmark.growth if f.vary else benchmark.table)(rows), flush=True)
-        _write(rows)
-
-
-def _write(rows: list[dict]):
-    import json
-
-    from ntm_jax import files
-
-    if program.FLAGS.json:
-        files.write(program.FLAGS.json, json.dumps(rows, indent=2) + "\n")
+    heads = (f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, "
+             f"medians of {f.runs} runs")
+    return rows, f"{heads}\n{(benchmark.growth if f.vary else benchmark.table)(rows)}"
 
 
 if __name__ == "__main__":

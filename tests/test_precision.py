@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,6 @@ from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.export.write import programs
 from ntm_jax.runtime import chips, config, sharding
-from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.run import Denoiser, Run, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import objectives, state
@@ -40,7 +40,6 @@ from tests.common import (
 )
 from tests.precision import HIGHEST, precisions
 
-CHANGES = {"sample.guidance": 0.5}
 MANTISSA = 7  # bits that products keep, those of bfloat16
 
 
@@ -58,9 +57,9 @@ def flow_config():
 
 
 @functools.cache
-def run_of(dtype: str, flow_matching: bool = False) -> Run:
+def run_of(flow_matching: bool = False) -> Run:
     """A run of abstract parameters, with a denoiser."""
-    settings = flow_config() if flow_matching else tiny_config(**{"model.dtype": dtype} | CHANGES)
+    settings = flow_config() if flow_matching else tiny_config(**{"sample.guidance": 0.5})
     _, model, mesh = setup(settings)
     run = as_run(settings, model, mesh)
     module = denoising.make_denoiser(model)
@@ -69,66 +68,25 @@ def run_of(dtype: str, flow_matching: bool = False) -> Run:
     return dataclasses.replace(run, params=state.abstract(run).ema, denoiser=denoiser)
 
 
-def with_decoder(run: Run, decoder: str, inverse: str = "auto") -> Run:
-    settings = run.config.with_sampling(decoder=decoder, inverse=inverse)
-    return dataclasses.replace(run, config=settings)
-
-
-def traced_sampler(run: Run, monkeypatch):
-    """The program that generate.sample_at runs."""
-    return recorded(monkeypatch, generate, "generate_tokens",
-                    lambda: generate.sample_at(run, np.arange(2)))
-
-
-def recorded(monkeypatch, module, name: str, call):
-    """The traced program of a module's jitted function, with the arguments that call() passes."""
-    function, seen = getattr(module, name), []
-
-    def record(*arguments, **options):
-        seen.append(function.trace(*arguments, **options))
-        raise StopIteration
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, record)
-        with pytest.raises(StopIteration):
-            call()
-    return seen[0]
-
-
-def check(traced, dtype: str, least: int) -> None:
-    """Asserts that at least `least` float32 products have the highest precision.
-
-    No float32 product has another; products of bfloat16 keep the default.
-    """
+def check(traced, least: int) -> None:
+    """Asserts that at least `least` products are of float32 at the highest precision, and all."""
     found = precisions(traced)
     assert found.pop(("float32", "HIGHEST")) >= least
-    assert not found if dtype == "float32" else set(found) == {("bfloat16", "DEFAULT")}, found
+    assert not found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("decoder", "inverse"), [
-    ("inverse", "parallel"), ("score", "auto"), ("denoiser", "auto")])
-def test_samplers(dtype, decoder, inverse, monkeypatch):
-    check(traced_sampler(with_decoder(run_of(dtype), decoder, inverse), monkeypatch), dtype, 8)
-
-
-@pytest.mark.parametrize("decoder", ["euler", "heun"])
-def test_the_ode_of_a_flow_matching_run(decoder, monkeypatch):
-    run = run_of("float32", flow_matching=True)
-    check(traced_sampler(with_decoder(run, decoder), monkeypatch), "float32", 10)
-
-
-@pytest.mark.parametrize(("name", "decoder"), [
-    ("sampler", "score"), ("sampler", "denoiser"), ("log_likelihood", "score")])
-def test_exports(name, decoder):
-    function, arguments = programs(with_decoder(run_of("float32"), decoder))[name]
-    check(jax.jit(function).trace(*arguments.values()), "float32", 10)
+@pytest.mark.parametrize("decoder", ["inverse", "score", "denoiser", "euler", "heun"])
+def test_exported_samplers_and_likelihoods(decoder):
+    run = run_of(flow_matching=decoder in ("euler", "heun"))
+    run = dataclasses.replace(run, config=run.config.with_sampling(decoder=decoder))
+    for function, arguments in programs(run).values():
+        check(jax.jit(function).trace(*arguments.values()), 8)
 
 
 @pytest.mark.parametrize("options", [
     {"remat": "full"}, {"scan": True}, {"remat": "narrow", "scan": True, "arithmetic": PLAIN}])
 def test_scanned_and_recomputed_layers_keep_the_precision(options):
-    run = run_of("float32")
+    run = run_of()
     model = full_precision(run.model.clone(config=dataclasses.replace(run.model.config, **options)))
 
     def loss(params, xs, t):
@@ -136,7 +94,7 @@ def test_scanned_and_recomputed_layers_keep_the_precision(options):
 
     xs, t = jnp.zeros((2, 3, 16, 4)), jnp.full((2, 3), 0.5)
     traced = jax.jit(jax.grad(loss)).trace(run.params, xs, t)
-    check(traced, "float32", 40)
+    check(traced, 40)
     assert jax.config.jax_default_matmul_precision is None  # nothing leaks
 
 
@@ -168,34 +126,26 @@ def weights():
 
 
 def results(params, dtype: str, plain: bool = False) -> dict:
-    """The bound, samples, denoised images and inverses of a tiny model with these weights.
+    """The bound, samples with their levels, and inverses of a tiny model with these weights.
 
-    plain: without `exact`, unlike the programs.
+    plain: without `full_precision`, unlike the programs.
     """
-    settings = tiny_config(**{"model.dtype": dtype})
+    settings = tiny_config(**{
+        "model.dtype": dtype, "sample.decoder": "score", "sample.inverse": "parallel"})
     source, model, mesh = setup(settings)
-    model = model if plain else full_precision(model)
-    batch, count = batch_of(source, settings, 8), settings.sample.steps
-
-    @jax.jit
-    def compute(params, root):
-        schedule = settings.schedule(model.config.tokens)
-        scored = scoring.bounds_of_batch(
-            params, root, batch, schedule=schedule, model=model,
-            decoder_levels=source.pixel_levels, trajectories=1, steps=count)
-        options = Sample(steps=count, inverse="parallel")
-        denoised, sampled, _ = generate.generate_tokens(
-            params, root, batch["index"], batch["label"],
-            sampler=generate.Sampler(model, schedule, options, None), with_levels=True)
-        given = jnp.full(8, 0.5), jnp.full(8, count), batch["label"]
-        parallel, sequential = (
-            model.apply(params, batch["x"], *given, how=how, method=NTM.invert)
-            for how in ("parallel", "sequential"))
-        return {"bound": scored["bound"], "sampled": sampled, "denoised": denoised,
-                "parallel": parallel[0], "sweeps": parallel[1], "sequential": sequential[0]}
-
+    run, batch = as_run(settings, model, mesh, params), batch_of(source, settings, 8)
+    exact = (lambda model: model) if plain else full_precision
+    given = jnp.full(8, 0.5), jnp.full(8, settings.sample.steps), batch["label"]
+    with (mock.patch.object(scoring, "full_precision", exact),
+          mock.patch.object(generate, "full_precision", exact)):
+        found = {"bound": scoring.score_batch(run, batch, 1)["bound"],
+                 "levels": generate.draw_at(run, batch["index"]).levels}
+    invert = jax.jit(lambda how: exact(model).apply(
+        params, batch["x"], *given, how=how, method=NTM.invert), static_argnums=0)
     with sharding.use(mesh):
-        return jax.tree.map(np.ndarray.tolist, jax.device_get(compute(params, jax.random.key(0))))
+        found |= zip(("parallel", "sweeps"), invert("parallel"), strict=False)
+        found["sequential"] = invert("sequential")[0]
+    return jax.tree.map(np.ndarray.tolist, jax.device_get(found))
 
 
 def write_results(out: str) -> None:

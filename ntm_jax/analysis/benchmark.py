@@ -180,19 +180,18 @@ def copying() -> Callable[[], float]:
 
 
 def table(rows: list[dict]) -> str:
-    """The text of the rows, followed by ratios between them."""
+    """The text of the rows, and the sweeps and round-trip errors of the inverses."""
     heads = ("", "items/s", "lowest", "highest", "GFLOP/s", "limit", "share")
     lines = [aligned([heads, *map(_cells, rows)])]
-    rates = {row["name"]: row["items_per_second"] for row in rows}
-    if {"train step", "input pipeline"} <= rates.keys():
-        appetite = rates["input pipeline"] / rates["train step"]
-        lines.append(f"appetite: the input pipeline gives {appetite:.1f} examples for each that a "
-                     "train step takes")
-    if {"forward pass", "likelihood evaluation"} <= rates.keys():
-        slower = rates["forward pass"] / rates["likelihood evaluation"]
-        lines.append(f"a trajectory's evaluation takes {slower:.2f} times as long as a train "
-                     "step's forward pass in batches of that size")
-    return "\n".join([*lines, *_sampling_lines(rows, rates)])
+    for row in rows:
+        for tolerance, sweeps in row.get("sweeps", {}).items():
+            lines.append(
+                f"mean sweeps of the parallel inverse over {row['tokens']} tokens to {tolerance}, "
+                "clean to noisy: " + ", ".join(f"{v:.1f}" for v in sweeps))
+        if "round_trip_error" in row:
+            lines.append(f"{row['name']}: largest |x - inverse(forward(x))| "
+                         f"{row['round_trip_error']:.1e}")
+    return "\n".join(lines)
 
 
 def aligned(cells: list[tuple[str, ...]], names: int = 1) -> str:
@@ -211,27 +210,3 @@ def _cells(row: dict) -> tuple[str, ...]:
             "" if copies else f"{row['flops_per_second'] / 1e9:,.1f}",
             f"{row['limit'] / 1e9:,.1f} {'GB/s' if copies else 'GFLOP/s'}",
             f"{row['share_of_limit']:.1%}")
-
-
-def _sampling_lines(rows: list[dict], rates: dict) -> list[str]:
-    """Lines on the score decoder's parts and on the inverses, as far as the rows include them."""
-    inverses = {row["name"].split()[-1]: row for row in rows if row["name"].startswith("inverse")}
-    parts, lines = ["predictor's steps", "score denoising"], []
-    if len(inverses) == 2:
-        tokens = inverses["parallel"]["tokens"]
-        best = max(row["items_per_second"] for row in inverses.values())
-        parts.append(f"inverse, {inverses['parallel']['auto']}")
-        lines.append(f"--inverse=auto takes {parts[-1]}, {best / rates[parts[-1]]:.2f} times as "
-                     "long as the faster one")
-        for tolerance, sweeps in inverses["parallel"]["sweeps"].items():
-            lines.append(
-                f"mean sweeps of the parallel inverse over {tokens} tokens to {tolerance}, clean "
-                "to noisy: " + ", ".join(f"{v:.1f}" for v in sweeps))
-        errors = ", ".join(f"{how} {row['round_trip_error']:.1e}" for how, row in inverses.items())
-        lines.append(f"largest round-trip error |x - inverse(forward(x))|: {errors}")
-    if set(parts) <= rates.keys():
-        times = {name: 1 / rates[name] for name in parts}
-        total = sum(times.values())
-        shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in times.items())
-        lines.insert(0, f"score decoder, each part timed by itself: {shares}")
-    return lines

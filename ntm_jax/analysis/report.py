@@ -25,7 +25,6 @@ class Compiled:
 
     work: hlo.Work
     memory: dict
-    fits: bool
     traced_flops: float
     seconds: float
     cpu_seconds: float
@@ -48,8 +47,8 @@ def figures(compiled: Compiled, run: Run, chip: Chip) -> dict:
     return {
         "attention": compiled.attention, "remat": run.config.model.remat,
         "parameters": sum(a.size for a in parameters),
-        "fits": compiled.fits, "bytes_per_chip": compiled.memory,
-        "largest_arrays": compiled.arrays,
+        "fits": compiled.memory["peak"] <= compiled.memory["hbm"],
+        "bytes_per_chip": compiled.memory, "largest_arrays": compiled.arrays,
         "flops_per_chip": work.flops, "flops_traced_per_chip": compiled.traced_flops,
         "highest_flops_per_chip": highest,
         "flops_by_precision_per_chip": _by_part(work),

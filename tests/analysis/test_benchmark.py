@@ -37,12 +37,6 @@ def setting(**overrides) -> rows.Setting:
     return rows.Setting(run, config.sample.num, config.data.open(config.data.split), held_out)
 
 
-def kept(makers: dict, cases: dict) -> dict:
-    """Makers of rows that also put the cases that they make into `cases`, by name."""
-    return {name: lambda setting, name=name, make=make: cases.setdefault(name, make(setting))
-            for name, make in makers.items()}
-
-
 @pytest.mark.slow
 def test_rows_agree_with_themselves():
     timed = benchmark._rows(rows.TRAINING, setting(), 3, "")
@@ -55,17 +49,12 @@ def test_rows_agree_with_themselves():
         assert min(row["runs"]) > 0
         if row["flops_per_second"] is not None:
             assert row["share_of_limit"] == pytest.approx(row["flops_per_second"] / row["limit"])
-    step, forward, pipeline, likelihood = timed
+    pipeline = timed[2]
     assert pipeline["flops_per_second"] is None
     example = 64 * 4 + 4 + 4  # pixels in float32, the label and the index
     copied = pipeline["items_per_second"] * example
     assert pipeline["share_of_limit"] == pytest.approx(copied / pipeline["limit"])
-    printed = benchmark.table(timed).splitlines()
-    assert len(printed) == 7
-    ratio = pipeline["items_per_second"] / step["items_per_second"]
-    assert f"gives {ratio:.1f} examples" in printed[-2]
-    slower = forward["items_per_second"] / likelihood["items_per_second"]
-    assert f"takes {slower:.2f} times as long as a train step's forward pass" in printed[-1]
+    assert len(benchmark.table(timed).splitlines()) == 5
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +65,9 @@ def run():
     return random_run(as_run(config, model, mesh), step=4, workdir="runs/tiny")
 
 
-@pytest.fixture(scope="module")
-def sampled(run):
-    """(the rows of the run, the cases that were timed for them by name)."""
-    cases = {}
-    with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
-        patch.setattr(benchmark, "SAMPLING", kept(rows.SAMPLING, cases))
-        return benchmark.benchmark_run(run, 1, batch=6), cases
-
-
 @pytest.mark.slow
-def test_the_rows_of_a_run_measure_its_sampler(run, sampled):
-    timed, _ = sampled
+def test_the_rows_of_a_run_measure_its_sampler(run):
+    timed = benchmark.benchmark_run(run, 1, batch=6)
     names = ["images, decoder inverse", "images, decoder score", "images, decoder denoiser",
              "predictor's steps", "inverse, sequential", "inverse, parallel", "score denoising"]
     assert [row["name"] for row in timed] == names
@@ -109,25 +88,18 @@ def test_the_rows_of_a_run_measure_its_sampler(run, sampled):
     np.testing.assert_allclose(timed[5]["sweeps"]["0.001"], mean, atol=0.2)
     rough, fine = timed[5]["sweeps"].values()
     assert all(1 < a < b < 16 for a, b in zip(rough, fine, strict=True))
-    seconds = {row["name"]: 1 / row["items_per_second"] for row in timed}
-    predictor, sequential = seconds["predictor's steps"], seconds["inverse, sequential"]
-    total = predictor + sequential + seconds["score denoising"]
     printed = benchmark.table(timed).splitlines()
-    assert len(printed) == 8 + 5
-    assert f"predictor's steps {predictor / total:.0%}" in printed[8]
-    assert f"inverse, sequential {sequential / total:.0%}" in printed[8]
-    slower = max(1, sequential / seconds["inverse, parallel"])
-    assert f"takes inverse, sequential, {slower:.2f} times as long as the faster one" in printed[9]
-    assert f"to 0.001, clean to noisy: {rough[0]:.1f}, {rough[1]:.1f}" in printed[10]
+    assert len(printed) == 8 + 4
+    assert f"to 0.001, clean to noisy: {rough[0]:.1f}, {rough[1]:.1f}" in printed[9]
 
 
 @pytest.mark.slow
-def test_a_samplers_flops_are_those_of_its_parts(sampled):
+def test_a_samplers_flops_are_those_of_its_parts(run):
     """The inverse decoder inverts one of the two levels, the score decoder both.
 
     The denoiser is one more pass of the predictor.
     """
-    _, cases = sampled
+    cases = {name: make(rows.Setting(run, 6)) for name, make in rows.SAMPLING.items()}
     assert {name for name, case in cases.items() if case is None} == {
         f"images, decoder {solver}" for solver in ("euler", "heun")}
     inverse, score, denoiser, predictor, sequential, parallel, denoising = (
@@ -155,21 +127,6 @@ def test_a_step_is_three_evaluations(monkeypatch):
     assert step.items == forward.items == evaluation.items == 20
     assert 2.7 * forward.flops < step.flops < 3 * forward.flops
     assert evaluation.flops == forward.flops
-
-
-def test_product_rate_counts_half_precision():
-    rate = flops.matmul_rate_probe("bfloat16", setting().run.mesh, 0.02)
-    assert 1e6 < rate() < 1e16
-
-
-def test_flags_that_do_not_go_together_are_refused():
-    for name, arguments, said in (
-            ("benchmark", ["--config=digits", "--workdir=x"], "give one of --config, an"),
-            ("compile", ["--config=digits", "--topology=cpu:1", "--vary=seed:1", "--dump=x"],
-             "--dump writes one program, and --vary compiles several: give one of them")):
-        refused = python("-m", f"launch.{name}", *arguments, check=False)
-        assert refused.returncode == 2
-        assert refused.stderr.startswith(f"error: {said}")
 
 
 def test_a_setting_varies():

@@ -65,7 +65,7 @@ def test_peers_are_timed_in_turn(folder, capsys):
     log = (folder / "log").read_text()
     assert log.startswith(turn + 3 * turn)
     assert log.removeprefix(4 * turn) == 4 * "ours ours slow slow "
-    assert "left out: broken fails in prepare: OSError: no such thing" in capsys.readouterr().out
+    assert "left out: broken fails: OSError: no such thing" in capsys.readouterr().out
     ours, slow = rows[:2]
     assert ours["times_ours"] == 1
     assert slow["times_ours"] == pytest.approx(6, rel=0.5)  # 3 times as long for half the FLOPs

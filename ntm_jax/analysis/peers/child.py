@@ -1,4 +1,4 @@
-"""The process of one peer, which answers the parent's questions over a pipe.
+"""What runs in the process of one peer; the parent submits `prepare`, then `timed`.
 
 Each peer has its own, since the threads of PyTorch and of JAX disturb each other.
 """
@@ -7,67 +7,44 @@ import importlib
 import os
 import sys
 import time
-import traceback
-from multiprocessing.connection import Connection
+from typing import Any
 
-from ntm_jax.analysis.peers.work import Peer, Work
+from ntm_jax.analysis.peers.work import Peer
 
-
-def serve(connection: Connection, peer: Peer, folder: str) -> None:
-    """Answers (name of a method of Answers, arguments) with (its result, None) or (None, error).
-
-    Ends with the parent.
-    """
-    _only_these_cores()
-    if peer.url:
-        sys.path.insert(0, str(peer.path(folder)))
-    answers = Answers(peer)
-    try:
-        while True:
-            method, *arguments = connection.recv()
-            try:
-                connection.send((getattr(answers, method)(*arguments), None))
-            except Exception as error:
-                traceback.print_exc()
-                connection.send((None, f"{type(error).__name__}: {error}"))
-    except (EOFError, KeyboardInterrupt):
-        pass
+_here: dict[str, Any] = {}  # the peer's module, its products and the work of the row being timed
 
 
-def _only_these_cores() -> None:
-    """As many threads as this process has cores, before any framework starts its own."""
+def begin(peer: Peer, folder: str) -> None:
+    """Imports the peer, with as many threads as this process has cores."""
     cores = str(len(os.sched_getaffinity(0)))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = cores
     os.environ["JAX_PLATFORMS"] = "cpu"
+    if peer.url:
+        sys.path.insert(0, str(peer.path(folder)))
+    module = importlib.import_module(peer.module)
+    _here.update(module=module, products=module.products())
 
 
-class Answers:
-    """One peer's answers; it holds the work of one row at a time."""
+def prepare(method: str, *arguments) -> dict | None:
+    """Builds the work of a row and does it twice: its FLOPs, error, note and seconds.
 
-    def __init__(self, peer: Peer):
-        self.module = importlib.import_module(peer.module)
-        self.work: Work | None = None
-        self.products = self.module.products()
+    None if the peer has no such work.
+    """
+    _here.pop("work", None)  # frees the memory of the row before
+    work = getattr(_here["module"], method)(*arguments)
+    if work is None:
+        return None
+    _here["work"] = work
+    error = work.error() if work.error else None
+    work.once()
+    return {"flops": work.flops, "note": work.note, "error": error, "seconds": timed(1)[0]}
 
-    def prepare(self, method: str, *arguments) -> dict | None:
-        """Builds the work of a row and does it twice: its FLOPs, error, note and seconds.
 
-        None if the peer has no such work.
-        """
-        self.work = None  # frees the memory of the row before
-        self.work = work = getattr(self.module, method)(*arguments)
-        if work is None:
-            return None
-        error = work.error() if work.error else None
-        work.once()
-        return {"flops": work.flops, "note": work.note, "error": error, "seconds": self.time(1)[0]}
-
-    def time(self, count: int) -> tuple[float, float]:
-        """(seconds of each of `count` calls, FLOP/s of large products right before and after)."""
-        assert self.work is not None  # prepared
-        before, start = self.products(), time.perf_counter()
-        for _ in range(count):
-            self.work.once()
-        seconds = (time.perf_counter() - start) / count
-        return seconds, max(before, self.products())
+def timed(count: int) -> tuple[float, float]:
+    """(seconds of each of `count` calls, FLOP/s of large products right before and after)."""
+    before, start = _here["products"](), time.perf_counter()
+    for _ in range(count):
+        _here["work"].once()
+    seconds = (time.perf_counter() - start) / count
+    return seconds, max(before, _here["products"]())

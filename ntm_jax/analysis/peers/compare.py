@@ -6,13 +6,11 @@ import multiprocessing
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Iterator
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
 
 from ntm_jax.analysis.benchmark import aligned
-from ntm_jax.analysis.peers import OURS, PEERS
-from ntm_jax.analysis.peers.child import serve
-from ntm_jax.analysis.peers.work import Peer, Sizes
+from ntm_jax.analysis.peers import OURS, PEERS, child
+from ntm_jax.analysis.peers.work import Sizes
 from ntm_jax.errors import UserError
 
 SECONDS = 1.0  # the shortest timed run
@@ -23,46 +21,6 @@ ROWS = {  # name: the adapter's function and its arguments
     "inverse, sequential": ("inverse", INVERSE, "sequential"),
     "inverse, parallel": ("inverse", INVERSE, "parallel"),
 }
-
-
-class Child:
-    """The process of a peer, and the pipe to it."""
-
-    def __init__(self, peer: Peer, folder: str):
-        context = multiprocessing.get_context("spawn")  # a fork would share started threads
-        self.name = peer.name
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, peer, folder), daemon=True)
-        self.process.start()
-        other.close()  # so that reading fails once the child has ended
-
-    def ask(self, method: str, *arguments) -> Any:
-        """The child's answer. Raises UserError with its error, or if it has ended."""
-        try:
-            self.pipe.send((method, *arguments))
-            answer, error = self.pipe.recv()
-        except (EOFError, OSError):
-            error = "its process has ended"
-        if error:
-            raise UserError(f"{self.name} fails in {method}: {error}; see its output above")
-        return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.pipe.close()
-        self.process.join(10)
-        self.process.kill()
-
-
-@contextlib.contextmanager
-def started(peers: Iterable[Peer], folder: str) -> Iterator[list[Child]]:
-    """The children of the peers."""
-    with contextlib.ExitStack() as stack:
-        children = []
-        for peer in peers:
-            children.append(Child(peer, folder))
-            stack.callback(children[-1].close)
-        yield children
 
 
 def machine() -> str:
@@ -91,41 +49,46 @@ def compare(folder: str, runs: int, only: str = "") -> list[dict]:
     if not peers:
         raise UserError(f"--peers={folder} has no flow to compare with: "
                         + "; ".join(missing(folder)))
-    with started([OURS, *peers], folder) as children:
+    context = multiprocessing.get_context("spawn")  # a fork would share started threads
+    with contextlib.ExitStack() as stack:
+        pools = {peer.name: stack.enter_context(
+            ProcessPoolExecutor(1, context, child.begin, (peer, folder)))
+            for peer in (OURS, *peers)}
         return [row for name, request in chosen.items()
-                for row in _rows(name, request, children, runs)]
+                for row in _rows(name, request, pools, runs)]
 
 
-def _rows(name: str, request: tuple, children: list[Child], runs: int) -> list[dict]:
-    facts = {child: found for child in children if (found := _prepared(child, request))}
-    counts = {child: math.ceil(SECONDS / found["seconds"]) for child, found in facts.items()}
-    rounds = [{child: child.ask("time", counts[child]) for child in facts} for _ in range(runs)]
-    ours = children[0]
+def _rows(name: str, request: tuple, pools: dict[str, ProcessPoolExecutor],
+          runs: int) -> list[dict]:
+    facts = {}
+    for peer, pool in pools.items():
+        try:
+            found = pool.submit(child.prepare, *request).result()
+        except Exception as error:  # a peer's own, whose checkout may be another one
+            if peer == OURS.name:
+                raise
+            print(f"left out: {peer} fails: {type(error).__name__}: {error}", flush=True)
+            continue
+        if found:
+            facts[peer] = found
+    counts = {peer: math.ceil(SECONDS / found["seconds"]) for peer, found in facts.items()}
+    rounds = [{peer: pools[peer].submit(child.timed, counts[peer]).result() for peer in facts}
+              for _ in range(runs)]
 
-    def row(child: Child) -> dict:
-        work = facts[child]
-        seconds = [taken[child][0] for taken in rounds]
+    def row(peer: str) -> dict:
+        work = facts[peer]
+        seconds = [taken[peer][0] for taken in rounds]
+        limit = statistics.median(taken[peer][1] for taken in rounds)
+        ratios = [taken[peer][0] / taken[OURS.name][0] for taken in rounds]
+        equal = facts[OURS.name]["flops"] / work["flops"]
         median = statistics.median(seconds)
-        limit = statistics.median(taken[child][1] for taken in rounds)
-        ratios = [taken[child][0] / taken[ours][0] for taken in rounds]
-        equal = facts[ours]["flops"] / work["flops"]
         rate = work["flops"] / median
-        return {"name": name, "peer": child.name, "seconds": median, "flops": work["flops"],
+        return {"name": name, "peer": peer, "seconds": median, "flops": work["flops"],
                 "flops_per_second": rate, "limit": limit, "share_of_limit": rate / limit,
                 "times_ours": equal * statistics.median(ratios), "runs": seconds,
                 "error": work["error"], "note": work["note"]}
 
     return list(map(row, facts))
-
-
-def _prepared(child: Child, request: tuple) -> dict | None:
-    """What child.prepare gives; None for a peer that fails, whose checkout may be another one."""
-    try:
-        return child.ask("prepare", *request)
-    except UserError as error:
-        if child.name == OURS.name:
-            raise
-        print(f"left out: {error}", flush=True)
 
 
 def table(rows: list[dict]) -> str:

@@ -32,18 +32,10 @@ def train_step(sizes: Sizes) -> Work:
 
 def inverse(sizes: Sizes, how: str) -> Work:
     """Its sampler, token by token with a KV cache, or block-wise Jacobi sweeps at its tolerance."""
-    model, x, torch = _model(sizes), torch_cpu.images(sizes), torch_cpu.torch()
-    for block in model.blocks:
-        torch_cpu.act(block.proj_out)
-    if how == "parallel" and not torch.distributed.is_initialized():  # its sweeps end together
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    with torch.no_grad():
-        z = model(x)[0]
-
-    @torch.no_grad()
-    def once():
-        return model.reverse(z.clone(), jacobi=how == "parallel")
-
-    return Work(once, sizes.forward_flops(), error=lambda: float((once() - x).abs().max()),
-                note="stops at a relative squared change of 1e-3" if how == "parallel" else "")
+    if how != "parallel":
+        return torch_cpu.inverting(_model(sizes), sizes, jacobi=False)
+    distributed = torch_cpu.torch().distributed
+    if not distributed.is_initialized():  # its sweeps end together
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    return torch_cpu.inverting(
+        _model(sizes), sizes, "stops at a relative squared change of 1e-3", jacobi=True)

@@ -26,16 +26,4 @@ def train_step(sizes: Sizes) -> Work:
 
 def inverse(sizes: Sizes, how: str) -> Work | None:
     """Its sampler, token by token with a KV cache; it has no parallel one."""
-    if how != "sequential":
-        return None
-    model, x, torch = _model(sizes), torch_cpu.images(sizes), torch_cpu.torch()
-    for block in model.blocks:
-        torch_cpu.act(block.proj_out)
-    with torch.no_grad():
-        z = model(x)[0]
-
-    @torch.no_grad()
-    def once():
-        return model.reverse(z.clone())  # it writes to its argument
-
-    return Work(once, sizes.forward_flops(), error=lambda: float((once() - x).abs().max()))
+    return torch_cpu.inverting(_model(sizes), sizes) if how == "sequential" else None

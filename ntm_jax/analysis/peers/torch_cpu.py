@@ -40,13 +40,23 @@ def adamw(model, loss: Callable, count: int) -> Work:
     return Work(once, count)
 
 
-def act(projection) -> None:
-    """Random numbers in place of a zero-initialised last projection [2 D, W].
+def inverting(model, sizes: Sizes, note: str = "", **options) -> Work:
+    """model.reverse(z, **options) of a batch's z, with random last projections [2 D, W].
 
-    Outputs of size 0.3 for normalised inputs.
+    These are zero in a new model; their outputs get size 0.3 for normalised inputs.
     """
-    weight = projection.weight.data
-    weight.normal_(std=0.3 / weight.shape[1] ** 0.5)
+    for block in model.blocks:
+        weight = block.proj_out.weight.data
+        weight.normal_(std=0.3 / weight.shape[1] ** 0.5)
+    x = images(sizes)
+    with torch().no_grad():
+        z = model(x)[0]
+
+    def once():
+        with torch().no_grad():
+            return model.reverse(z.clone(), **options)  # it writes to its argument
+
+    return Work(once, sizes.forward_flops(), lambda: float((once() - x).abs().max()), note)
 
 
 def products() -> Callable[[], float]:
