@@ -1,6 +1,5 @@
 """The Python interface: the README's lines, and what they refuse."""
 
-import importlib
 import re
 
 import numpy as np
@@ -81,23 +80,10 @@ def test_conditions_that_the_model_does_not_use_are_refused(tmp_path):
         ntm_jax.experiment("arrays:unconditional")
 
 
-def test_an_experiment_that_lacks_a_package_names_the_package(monkeypatch):
-    found = importlib.import_module
-
-    def import_module(name):
-        return found("absent" if name.endswith(".digits") else name)
-
-    monkeypatch.setattr(importlib, "import_module", import_module)
-    with pytest.raises(ModuleNotFoundError, match="No module named 'absent'"):
-        ntm_jax.experiment("digits")
-
-
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [
     ("digit", "", {}, r"there is no experiment 'digit': expected one of .*digits"),
-    ("captions", "x", {}, "experiment 'captions': it has no variants, leave 'x' out"),
     ("digits", "huge", {}, "huge is not a variant: expected ntm or gaussian"),
     ("digits", "", {"train.step": 3}, "train.step is not a setting, did you mean train.steps"),
-    ("digits", "", {"train.objective": "denoiser"}, "a denoiser, and nothing else, has a teacher"),
 ])
 def test_a_wrong_experiment_is_one_line(name, variant, overrides, words):
     with pytest.raises(ntm_jax.UserError, match=words) as error:

@@ -253,9 +253,7 @@ def test_the_evidence_of_a_linear_gaussian_model_is_unbiased(gaussian):
     assert found.evidence == pytest.approx(np.exp(EVIDENCE), rel=0.1)
 
 
-@pytest.mark.parametrize("target_there", [-np.inf, 0.0])
-def test_a_diverged_sample_counts_nothing_only_where_the_target_is_0(
-        gaussian, monkeypatch, target_there):
+def test_a_diverged_sample_counts_nothing_only_where_the_target_is_0(gaussian, monkeypatch):
     draw_all = reweight._draw_all
 
     def diverged(*arguments):
@@ -263,14 +261,12 @@ def test_a_diverged_sample_counts_nothing_only_where_the_target_is_0(
         return x, np.where(np.arange(len(x)) == 1, np.nan, log_ratio)
 
     def target(theta):
-        return np.where(np.arange(len(theta)) == 1, target_there, log_target(theta))
+        return np.where(np.arange(len(theta)) == 1, -np.inf, log_target(theta))
 
     monkeypatch.setattr(reweight, "_draw_all", diverged)
     given = {"condition": [1.0, 2.0, 3.0], "n": COUNT}
-    if target_there == 0:
-        with pytest.raises(UserError, match=rf"1 of {COUNT} samples have no finite density under"):
-            gaussian.reweight(target, **given)
-        return
+    with pytest.raises(UserError, match=rf"1 of {COUNT} samples have no finite density under"):
+        gaussian.reweight(log_target, **given)
     found = gaussian.reweight(target, **given)
     assert found.weights[1] == 0
     assert abs(np.exp(found.log_evidence - EVIDENCE) - 1) < 4 * found.relative_error
@@ -293,12 +289,6 @@ def test_weights_correct_a_wrong_model(random):
     assert np.abs(raw.std(0) - np.sqrt(1 / precision)).max() > 8 / size
 
 
-def test_one_weight_has_no_standard_error():
-    one = reweight.Reweighted(np.zeros((1, 2)), np.zeros(1), np.zeros((1, 2)))
-    assert one.evidence == 1
-    assert np.isnan([one.relative_error, one.evidence_stderr]).all()
-
-
 def test_resampling_is_proportional():
     weights = np.repeat([0.5, 0.25, 0.0, 0.25], 4) / 4
     for count in (16, 8):
@@ -310,18 +300,11 @@ def test_resampling_is_proportional():
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda run: run.sample(3, label=[1.0, 2.0]), "condition is float64 [2]: expected 3 numbers"),
-    (lambda run: run.sample(3, condition=[1, 2, np.inf]), "condition holds a number that is not"),
     (lambda run: run.sample(3, label=1, condition=[1, 2, 3]), "label and condition are both given"),
-    (lambda run: run.sample(0, condition=[1, 2, 3]), "n is 0: expected 1 or more"),
-    (lambda run: run.sample(2, seed=-1), "seed is -1: expected a whole number, 0 to 2^32 - 1"),
     (lambda run: run.log_prob(MEAN[None]), "no condition is given, and the model is"),
     (lambda run: run.log_prob(MEAN, condition=[1, 2, 3]), "data have shape (2,): expected [n, 2]"),
-    (lambda run: run.log_prob(MEAN[None], condition=[1, 2, 3], trajectories=0),
-     "trajectories is 0: expected 1 or more"),
     (lambda run: run.reweight(lambda x: x, condition=[1, 2, 3], n=COUNT),
      f"log_target returned [{COUNT}, 2]"),
-    (lambda run: run.reweight(lambda x: np.full(COUNT, -np.inf), condition=[1, 2, 3], n=COUNT),
-     "log_target is -inf at every sample"),
     (lambda run: run.reweight(log_target, condition=data()[1][:4], n=4),
      "condition is float64 [4, 3]: expected one condition, 3 numbers [3]"),
     (lambda run: run.selecting(2).reweight(log_target, condition=[1, 2, 3], n=4),

@@ -129,32 +129,6 @@ def test_every_command_parses():
     assert not wrong, "\n".join(wrong)
 
 
-def test_commands_are_found_as_a_shell_reads_them():
-    page = """
-```sh
-FIRST=runs/a SAME="--config.seed=1 --config.train.steps=2"   # comment
-pip install x && python -m launch.train --config=digits --workdir=$FIRST \\
-  $SAME '--config.data.split=train[:9]' # and --config.nothing=1
-taskset -c 0 python -m ntm_jax.launch.benchmark --config=my.py; python other.py
-NAME=x FLAGS='--config=digits --workdir=gs://b/r' envsubst < launch/gke_jobset.yaml | kubectl apply
-launch/tpu_vm.sh tpu-vm n z --config=digits --workdir=r --import=mine
-for i in 0 1; do
-  python -m launch.export --workdir=r$i --out=e${i} &
-done
-```
-```python
-python -m launch.train
-```
-"""
-    assert commands(page) == [
-        ["train", "--config=digits", "--workdir=runs/a", "--config.seed=1",
-         "--config.train.steps=2", "--config.data.split=train[:9]"],
-        ["benchmark", "--config=default"],
-        ["train", "--config=digits", "--workdir=gs://b/r"],
-        ["train", "--config=digits", "--workdir=r"],
-        ["export", "--workdir=r0", "--out=e0"]]
-
-
 WRONG = {
     "trian --workdir=x": "No module named launch.trian",
     "train --config=digits --workdir=x --steps=3": "Unknown command line flag 'steps'",

@@ -98,13 +98,8 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
     run = new_run(settings(init_from=str(path)))
     scaled = dataclasses.replace(run.spec, mean=(0.0,) * 16, std=(2.0,) * 16)
-    refused = (r"normalised by their own mean and std, .*: prepare them with "
-               r"--latent_scale=encoder")
-    with pytest.raises(UserError, match=refused):
+    with pytest.raises(UserError, match=r"prepare them with --latent_scale=encoder"):
         finetune.start_from(dataclasses.replace(run, spec=scaled), None)
-    refused = r"backbone=flux2 needs config\.model\.condition=text, double_layers > 0"
-    with pytest.raises(UserError, match=refused):
-        new_run(settings(**{"model.double_layers": 0}))
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,3 @@ def test_a_flag_and_the_environment_come_first(kept):
     assert kept("/mine", environment="/elsewhere") == "/mine"
     assert kept("") is None
     assert kept("", environment="/elsewhere") is None
-
-
-def test_a_home_that_cannot_be_written_to_keeps_nothing(kept, tmp_path):
-    (tmp_path / ".cache").write_text("no folder")
-    assert kept(None) is None
