@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ntm_jax.data import images, sources, text
+from ntm_jax.data import sources, text
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 
@@ -85,15 +85,9 @@ def _batch_size(data: _Data) -> int:
 
 def _data_std(data: _Data) -> float:
     """The deviation of the pixels, in [-1, 1], or of the latents; of a few images."""
-    rows = np.linspace(0, len(data.train.records) - 1, _LOOKED_AT).astype(int)
-    shown = [data.train.records[int(row)]["image"] for row in np.unique(rows)]
-    size, levels = data.settings["data.image_size"], data.train.pixel_levels
-    if size and levels:
-        shown = [images.resize(image, size, levels) for image in shown]
-    shapes = sorted({image.shape for image in shown})
-    if len(shapes) > 1:
-        one, other = ("x".join(map(str, shape)) for shape in shapes[:2])
-        raise UserError(f"images have different sizes ({one}, {other}): set data.image_size")
+    base, levels = data.settings["data.split"].partition("[")[0], data.train.pixel_levels
+    source = sources.open_source(data.train.name, base, data.settings["data.image_size"])
+    shown = [source.records[row]["image"] for row in source.evenly_spread(_LOOKED_AT)]
     std = float(np.std(np.stack(shown).astype(np.float64)))
     return max(0.05, round(std * 2 / (levels - 1) if levels else std, 2))
 

@@ -142,15 +142,13 @@ def changed_data(name: str, before: str, now: str) -> str:
     )
 
 
-_JSON_PIXEL_LEVELS = "levels"  # the key of DataSpec.pixel_levels in files
+_KEYS_IN_FILES = {"pixel_levels": "levels"}
 
 
 def spec_to_json(spec: DataSpec) -> dict[str, Any]:
     """A DataSpec as a JSON object; its key "levels" is `pixel_levels`."""
     fields = dataclasses.asdict(spec)
-    return files.plain(
-        {_JSON_PIXEL_LEVELS if key == "pixel_levels" else key: fields[key] for key in fields}
-    )
+    return files.plain({_KEYS_IN_FILES.get(key, key): fields[key] for key in fields})
 
 
 def spec_from_json(values: Any, name: str = "spec") -> DataSpec:
@@ -161,11 +159,9 @@ def spec_from_json(values: Any, name: str = "spec") -> DataSpec:
     Raises:
       UserError: as `typed.parse_dataclass`.
     """
-    if isinstance(values, Mapping) and _JSON_PIXEL_LEVELS in values:
-        values = {
-            "pixel_levels" if key == _JSON_PIXEL_LEVELS else key: value
-            for key, value in values.items()
-        }
+    if isinstance(values, Mapping) and "levels" in values:
+        values = {**values, "pixel_levels": values["levels"]}
+        del values["levels"]
     return typed.parse_dataclass(DataSpec, values, name)
 
 
@@ -191,21 +187,6 @@ class _ReadTokens:
     def _tokens(self, image: np.ndarray) -> np.ndarray:
         x = patchify(image, self.patch_size)
         return scale(x, self.source.pixel_levels) if self.source.pixel_levels else x
-
-
-@dataclasses.dataclass(frozen=True)
-class _ReadMasked:
-    """Position in the padded sequence of chosen records -> its example with a mask.
-
-    Positions past the end repeat record 0 with mask 0.
-    """
-
-    read: _ReadTokens
-    chosen: Sequence[int]
-
-    def __call__(self, position: int) -> dict[str, np.ndarray | np.generic]:
-        real = position < len(self.chosen)
-        return {**self.read(self.chosen[position] if real else 0), "mask": np.float32(real)}
 
 
 class TrainIterator:
@@ -328,23 +309,22 @@ def evaluation_batches(
       process_index, process_count: this process among those that share a batch.
       chosen: the indices of the records; all by default.
     Raises:
-      UserError: as `train_iterator`.
+      UserError: as `train_iterator`, when the first batch is taken.
     """
     spec(source, patch_size)
     _check_share(batch_size, process_count)
     share = batch_size // process_count
     chosen = range(len(source.records)) if chosen is None else chosen
-    batches = -(-len(chosen) // batch_size)
-    positions = np.arange(batches * batch_size).reshape(batches, process_count, share)
-    own = cast(Sequence[int], positions[:, process_index].ravel())
-    read = _ReadMasked(_ReadTokens(source, patch_size), chosen)
-    dataset = grain.MapDataset.source(own).map(read)
-    return _closing(iter(dataset.batch(share).to_iter_dataset(_READ_OPTIONS)))
-
-
-def _closing(iterator: grain.DatasetIterator) -> Generator[Any, None, None]:
+    shape = -(-len(chosen) // batch_size), process_count, share
+    indices = np.zeros(shape, int)
+    indices.flat[: len(chosen)] = chosen
+    mask = (np.arange(indices.size) < len(chosen)).astype(np.float32).reshape(shape)
+    own = cast(Sequence[int], indices[:, process_index].ravel())
+    dataset = grain.MapDataset.source(own).map(_ReadTokens(source, patch_size))
+    iterator = iter(dataset.batch(share).to_iter_dataset(_READ_OPTIONS))
     try:
-        yield from iterator
+        for batch, real in zip(iterator, mask[:, process_index], strict=True):
+            yield {**batch, "mask": real}
     finally:
         iterator.close()
 

@@ -170,7 +170,7 @@ class Words:
 
 
 _NETWORKS = "ntm_jax.data.text_networks"
-ENCODERS = Registry(
+ENCODERS: Registry[Callable[[str], Encoder]] = Registry(
     "the text encoder",
     {
         "words:M:VOCABULARY": Words,

@@ -214,7 +214,7 @@ def test_evaluation_reads_chosen_records(digits):
 def test_processes_share_a_batch_evenly(digits):
     for open_one in (
         lambda: train_iterator(digits, 2, 10, 0, 0, 0, 4),
-        lambda: evaluation_batches(digits, 2, 10, 0, 4),
+        lambda: next(evaluation_batches(digits, 2, 10, 0, 4)),
     ):
         with pytest.raises(
             UserError, match="batch_size=10 must be a positive multiple of the 4 processes"

@@ -346,16 +346,12 @@ def _table(values: np.ndarray, train: np.ndarray, name: str = "") -> Table:
 def _check_images(images) -> np.ndarray:
     """Images [n, H, W, C], uint8 or float32."""
     images = np.asarray(images)
-    if images.ndim not in (3, 4) or not images.size:
-        column = ", such as data[:, None] for one column" if images.ndim == 1 else ""
+    fits = images.ndim in (3, 4) and images.size
+    if not fits or images.dtype not in (np.uint8, np.float32):
         raise UserError(
-            f"images have shape {list(images.shape)}: expected [n, H, W, C] or [n, H, W], or an "
-            f"array [n, D]{column}"
-        )
-    if images.dtype not in (np.uint8, np.float32):
-        raise UserError(
-            f"images are {images.dtype}: expected pixels as uint8 or latents as float32; convert "
-            "them with images.astype"
+            f"images are {images.dtype} {list(images.shape)}: expected uint8 pixels or float32 "
+            "latents [n, H, W, C] or [n, H, W], or an array [n, D], such as data[:, None] for one "
+            "column; convert them with images.astype"
         )
     if images.dtype == np.float32 and not np.isfinite(images).all():
         raise UserError("images hold a number that is not finite: remove these records")
@@ -364,18 +360,12 @@ def _check_images(images) -> np.ndarray:
 
 def _check_levels(images: np.ndarray, pixel_levels: int | None) -> int:
     """The pixel levels of images; 0 of latents and arrays."""
-    if images.dtype != np.uint8:
-        if pixel_levels:
-            raise UserError(
-                f"pixel_levels is {pixel_levels} and the data are {images.dtype}: give pixels as "
-                "uint8, or leave pixel_levels out"
-            )
-        return 0
-    levels = 256 if pixel_levels is None else pixel_levels
-    if not 2 <= levels <= 256 or images.max() >= levels:
+    is_pixels = images.dtype == np.uint8
+    levels = (256 if is_pixels else 0) if pixel_levels is None else pixel_levels
+    if not (2 <= levels <= 256 and images.max() < levels if is_pixels else levels == 0):
         raise UserError(
-            f"images have pixels up to {images.max()} and pixel_levels is {levels}: expected 2 to "
-            "256, more than every pixel"
+            f"pixel_levels is {levels}, and the data are {images.dtype} up to {images.max()}: "
+            "expected 2 to 256, more than every pixel of uint8, and nothing for other data"
         )
     return levels
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +25,6 @@ from ntm_jax.errors import UserError, first_line
 EpsImagePlugin.gs_binary = False
 # No namespace, which would make tfds download code, and no arguments of the builder.
 _NAME = re.compile(r"[a-z]\w*(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII | re.IGNORECASE)
-_LOCK = threading.Lock()  # one block of _without_imports at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +156,12 @@ def _without_imports() -> Iterator[list[str]]:
             raise ValueError(f"{python_class_name[:200]!r} is no feature of tfds")
         return FeatureConnector._registered_features[python_class_name]
 
-    with _LOCK:
-        importing = vars(FeatureConnector)["cls_from_name"]
-        FeatureConnector.cls_from_name = staticmethod(registered)
-        try:
-            yield refused
-        finally:
-            FeatureConnector.cls_from_name = importing
+    importing = vars(FeatureConnector)["cls_from_name"]
+    FeatureConnector.cls_from_name = staticmethod(registered)
+    try:
+        yield refused
+    finally:
+        FeatureConnector.cls_from_name = importing
 
 
 def _command(where: str) -> str:

@@ -131,13 +131,12 @@ def test_arrays_open_by_their_version_and_only_where_they_are_provided():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"images": IMAGES[:0]}, "images have shape [0, 4, 6, 3]: expected [n, H, W, C] or [n, H"),
-        ({"images": IMAGES / 255}, "images are float64: expected pixels as uint8"),
-        ({"pixel_levels": 17}, "images have pixels up to 255 and pixel_levels is 17: expected 2 t"),
+        ({"images": IMAGES[:0]}, "images are uint8 [0, 4, 6, 3]: expected uint8 pixels or"),
+        ({"pixel_levels": 17}, "pixel_levels is 17, and the data are uint8 up to 255: expected"),
         ({"labels": LABELS[1:]}, "labels has 19 rows: expected one for each of the 20 records"),
         ({"held_out": float("nan")}, "held_out is nan: expected a share of the records"),
     ],
-    ids=range(5),
+    ids=range(4),
 )
 def test_mistakes_are_refused_in_one_line(given, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:

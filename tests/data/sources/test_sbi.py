@@ -189,8 +189,6 @@ def test_references_are_read_without_an_import(tmp_path, monkeypatch):
     write_references(tmp_path, "slcp", samples, points)
     np.testing.assert_allclose(
         references.read("slcp_moments", 1).x, tasks.find("slcp_moments").summary(points[None])[0])
-    with pytest.raises(UserError, match="num_observation_2 cannot be read"):
-        references.read("two_moons", 2)
 
 
 def test_references_that_are_not_installed(monkeypatch):

@@ -138,8 +138,8 @@ def test_a_constant_column_of_many_records():
      "convert it with .astype(float)"),
     ({"images": np.where(ROWS > 100, np.nan, ROWS)}, "data holds a number that is not finite"),
     ({"images": np.ma.masked_greater(ROWS, 100)}, "data has masked entries: fill them in"),
-    ({"images": np.zeros(40)}, "images have shape [40]: expected [n, H, W, C] or [n, H, W], or an "
-     "array [n, D], such as data[:, None] for one column"),
+    ({"images": np.zeros(40)}, "images are float64 [40]: expected uint8 pixels or float32 latents "
+     "[n, H, W, C] or [n, H, W], or an array [n, D], such as data[:, None] for one column"),
 ])
 def test_mistakes_are_refused_in_one_line(given, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:

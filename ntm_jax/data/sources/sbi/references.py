@@ -32,13 +32,9 @@ def read(task: str, number: int) -> Reference:
     of_task = tasks.find(task)
     name = of_task.of_benchmark or task
     folder = _folder() / "tasks" / name / "files" / f"num_observation_{number}"
-    try:
-        with bz2.open(folder / "reference_posterior_samples.csv.bz2", "rt") as file:
-            samples = np.loadtxt(file, delimiter=",", skiprows=1)
-        x = np.loadtxt(folder / "observation.csv", delimiter=",", skiprows=1)
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"the reference posterior in {folder} cannot be read ({error}): install "
-                        "sbibm again: pip install --no-deps --force-reinstall sbibm") from None
+    with bz2.open(folder / "reference_posterior_samples.csv.bz2", "rt") as file:
+        samples = np.loadtxt(file, delimiter=",", skiprows=1)
+    x = np.loadtxt(folder / "observation.csv", delimiter=",", skiprows=1)
     return Reference(of_task.summary(x[None])[0] if of_task.summary else x, samples)
 
 
