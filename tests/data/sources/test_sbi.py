@@ -154,14 +154,9 @@ def test_a_source_is_the_same_simulations_every_time():
     assert not np.isin(fresh, known).any()
 
 
-def test_the_default_count():
-    assert len(sources.open_source("sbi:gaussian_mixture", "all").records) == 10_000
-
-
 @pytest.mark.parametrize(("name", "message"), [
     ("sbi:moons", "there is no task 'moons' of simulations: expected one of two_moons, slcp, "),
     ("sbi:slcp,count=0", "sbi:slcp,count=0 is not understood at 'count=0': expected sbi:TASK or "),
-    ("sbi:slcp,size=3", "not understood at 'size=3'"),
 ])
 def test_mistakes_of_a_name(name, message):
     with pytest.raises(UserError, match=re.escape(message)):
