@@ -53,9 +53,9 @@ def _parse_value(value: str) -> list[Prompt]:
         is_file = is_folder = False
     if is_folder:
         paths = sorted(file for file in path.iterdir() if file.suffix == ".txt" and file.is_file())
-        found = [Prompt(_read(file).strip(), name=file.stem) for file in paths]
+        found = [Prompt(file.read_text().strip(), name=file.stem) for file in paths]
     elif is_file:
-        lines = [line.strip() for line in _read(path).splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         found = [_from_json(line, path) if path.suffix == ".jsonl" else Prompt(line)
                  for line in lines]
     elif value.endswith((".txt", ".jsonl")):
@@ -67,13 +67,6 @@ def _parse_value(value: str) -> list[Prompt]:
         raise UserError(f"--prompts={value} holds no prompts: expected a file with one a line, or "
                         "a folder of .txt files with one each")
     return found
-
-
-def _read(path) -> str:
-    try:
-        return path.read_text()
-    except UnicodeDecodeError:
-        raise UserError(f"--prompts={path} is not UTF-8: save it as UTF-8 text") from None
 
 
 def _from_json(line: str, path) -> Prompt:

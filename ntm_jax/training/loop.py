@@ -255,7 +255,9 @@ class _Loop:
         """The batch of the present step. Where it fails, all steps before it are saved first."""
         try:
             return self.batches.next(self.step, self.current.params)
-        except UserError:
+        except jax.errors.JaxRuntimeError:  # a device failed
+            raise
+        except Exception:  # of a record, or of a reward
             if self.step > start and jax.process_count() == 1:
                 self._write_last()
                 self._save()

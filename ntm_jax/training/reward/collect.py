@@ -53,7 +53,7 @@ def collect(run: Run, out: str, request: CollectRequest) -> None:
     n of them show are copied until there are about mean(n) of it, MOST_COPIES times at most.
 
     What a stopped call has written is kept, and the same call goes on. Raises UserError where the
-    run is not one of captioned images of 256 pixel levels, the reward fails or accepts no sample,
+    run is not one of captioned images of 256 pixel levels, the reward accepts no sample,
     or the folder holds anything else; nothing is overwritten.
     """
     folder, collector = epath.Path(files.expanded(out)), _Collector(run, request)

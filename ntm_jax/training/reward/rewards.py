@@ -10,15 +10,12 @@ A reward of your own is registered in a module that --import names, by a functio
 
 import dataclasses
 import functools
-import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import UserError
 from ntm_jax.registry import Registry
 from ntm_jax.runtime.config import Config, Data
 from ntm_jax.training.reward import classifier
@@ -94,31 +91,18 @@ def _of_data(name: str, data: Data) -> Reward:
 
 
 def find(name: str, source: Source) -> Reward:
-    """The reward of a name for samples of a source. Raises UserError if it is unknown or fails."""
+    """The reward of a name for samples of a source. Raises UserError if it is unknown."""
     make, argument = REWARDS.find(name)
-    return _call(name, make, argument, source)
+    return make(argument, source)
 
 
 def scored(name: str, reward: Reward, images: np.ndarray, conditions: Sequence) -> Scores:
-    """The scores of n images, checked. UserError where the reward fails or gives others."""
-    found = _call(name, reward, images, conditions)
+    """The scores of n images. Raises UserError where there are others than one for each image."""
+    found = reward(images, conditions)
     found = found if isinstance(found, Scores) else Scores(found)
-    values = _call(name, np.asarray, found.rewards, np.float32)
+    values = np.asarray(found.rewards, np.float32)
     if values.shape != (len(images),) or not np.isfinite(values).all():
         raise UserError(f"config.reward.name={name} gave an array of shape {values.shape}, "
                         f"{np.isfinite(values).sum()} of them finite: expected {len(images)} "
                         "finite numbers, one for each image, or rewards.Scores of them")
     return dataclasses.replace(found, rewards=values)
-
-
-def _call(name: str, function: Callable, *arguments) -> Any:
-    """What a function of the reward `name` returns. UserError, with the place, if it raises."""
-    try:
-        return function(*arguments)
-    except (UserError, jax.errors.JaxRuntimeError):  # the latter means that a device failed
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)[1:]  # none if the arguments do not fit
-        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        raise UserError(f"config.reward.name={name} raised {type(error).__name__}{place} "
-                        f"({first_line(error)})") from error

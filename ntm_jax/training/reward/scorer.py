@@ -6,14 +6,12 @@ channels; H, W, C image height, width, channels. Of an array, samples are rows o
 
 import itertools
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 
 import cloudpickle
 import jax
 import numpy as np
 
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
 from ntm_jax.training.reward import rewards
@@ -61,8 +59,8 @@ class Scorer:
 
         rewards [P, G], and traits [P, G, K] where the reward has them; if detailed also distance
         [P, G], see mean_distances, and groups [P, G], names, where the reward has them. Every
-        process scores its share of the records. Raises UserError where the reward fails, or gives
-        other scores than one for each image.
+        process scores its share of the records. Raises UserError where the reward gives other
+        scores than one for each image.
         """
         spec, given = self._run.spec, self._conditions(batch)
         images, pending = [], []
@@ -118,13 +116,7 @@ class Scorer:
                    for a, b in itertools.pairwise(bounds) if a < b]
 
         def wait() -> Scores:
-            try:
-                found = [future.result() for future in futures]
-            except BrokenExecutor:
-                raise UserError(
-                    f"config.reward.name={self._name}: a process that scores has ended, perhaps "
-                    "for lack of memory: lower config.reward.workers, or set it to 0 to see the "
-                    "error") from None
+            found = [future.result() for future in futures]
             traits = [one.traits for one in found if one.traits is not None]
             return Scores(np.concatenate([one.rewards for one in found]),
                           [name for one in found for name in one.groups],

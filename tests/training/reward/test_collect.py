@@ -131,7 +131,7 @@ def test_a_stopped_call_goes_on(text_run, tmp_path):
     calls, failing = [], 0
     collect(text_run, str(tmp_path / "at_once"), request(reward="own"))
     calls, failing = [], 3
-    with pytest.raises(UserError, match="own raised RuntimeError"):
+    with pytest.raises(RuntimeError):
         collect(text_run, str(tmp_path / "twice"), request(reward="own"))
     assert not (tmp_path / "twice/metadata.jsonl").exists()
     with pytest.raises(UserError, match=r"samples of --min_reward 0\.0, and this call has 1\.0"):

@@ -97,8 +97,6 @@ def test_the_mean_distance_of_samples():
 @pytest.mark.parametrize(("reward", "message"), [
     (lambda images, _: np.full(8, np.nan), r"array of shape \(8,\), 0 of them finite: expected 8"),
     (lambda images, _: np.zeros(3), r"gave an array of shape \(3,\), .* 8 finite numbers, one for"),
-    (lambda images, _: (np.zeros(8), ["a"] * 8), "raised ValueError"),
-    (lambda images, _: {}["red"], r"raised KeyError at .*test_rollouts\.py:\d+ \('red'\)"),
 ])
 def test_scores_that_are_not_those_of_the_images_are_refused(run, reward, message):
     tokens, found = jax.numpy.zeros((4, 2, 16, 4)), Scorer(run, run.config.data.open("train"))
@@ -116,10 +114,6 @@ def test_worker_processes_score_the_same(run):
     try:
         rewarded = here(parts, batch)["rewards"]
         np.testing.assert_array_equal(rewarded, there(parts, batch)["rewards"])
-        for process in there._pool._processes.values():  # as a scheduler's signal to all does
-            process.kill()
-        with pytest.raises(UserError, match=r"process that scores has ended, .* lower config"):
-            there(parts, batch)
     finally:
         there.close()
 
