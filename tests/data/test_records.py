@@ -11,7 +11,6 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ntm_jax.data.pipeline import DataSpec, spec
@@ -48,14 +47,6 @@ def rewrite_manifest(path, **changes):
     del content["hash"]
     content["hash"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     (path / "manifest.json").write_text(json.dumps(content))
-
-
-def write_raw(path, *records):
-    """Writes a shard of bytes."""
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
 
 
 # Round trips
@@ -148,7 +139,6 @@ def test_incomplete_records_have_no_manifest(tmp_path):
     ("layout", "example", "message"),
     [
         (PIXELS, pixels(1)[0] | {"label": 5}, "label is 5, expected 0 to 4"),
-        (PIXELS, pixels(1)[0] | {"text": 0}, "it has image, label, text, expected image, label"),
         (TEXT, captioned(7)[6] | {"text": np.zeros((7, 8), np.float16)},
          "text is [7, 8] float16, expected [6, 8] float16"),
     ],
@@ -177,15 +167,14 @@ def assert_message(open_one, message):
 def test_a_missing_folder_manifest_split_or_shard_is_named(folder):
     (folder / "empty").mkdir()
     (folder / "train-00001.arrayrecord").unlink()
-    for where, split, message in (
+    for name, split, message in (
         ("/no/such", "train", "data.source records:/no/such is not there: expected a folder that"),
         (f"{folder}/empty", "train", "empty has no manifest.json: expected a folder that"),
         (folder, "dev", f"records:{folder} has no split 'dev': it has train, test, all"),
         (folder, "train", f"records:{folder} lacks 1 of the 2 shards in its manifest (train-00001"),
     ):
-        assert_message(
-            lambda where=where, split=split: open_source(f"records:{where}", split), message
-        )
+        with pytest.raises(UserError, match=re.escape(message)):
+            open_source(f"records:{name}", split)
     assert len(open_source(f"records:{folder}", "test").records) == 1
 
 
@@ -224,13 +213,20 @@ def test_a_manifest_of_earlier_versions_is_read(folder):
         verify(str(folder))
 
 
+def write_pickles(path):
+    """Writes a shard of three pickles, which nothing may load."""
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in pixels(3):
+        writer.write(pickle.dumps(record))
+    writer.close()
+
+
 def test_a_damaged_shard_or_record_is_named_when_it_is_read(folder):
     file = folder / "train-00001.arrayrecord"
-    content, good = file.read_bytes(), {"image": pixels(1)[0]["image"], "label": np.array(1)}
     for damage, message in (
-        (lambda: file.write_bytes(content[:1000]), "the file holds 0 records, its manifest says 3"),
-        (lambda: write_raw(file, *[safetensors.numpy.save(good)] * 3), "'I64'"),
-        (lambda: write_raw(file, *[pickle.dumps(good)] * 3), "Error while deserializing"),
+        (lambda: file.write_bytes(file.read_bytes()[:1000]),
+         "the file holds 0 records, its manifest says 3"),
+        (lambda: write_pickles(file), "Error while deserializing"),
     ):
         damage()
         source = open_source(f"records:{folder}", "train")
@@ -264,8 +260,7 @@ def test_flipped_bytes_of_a_shard_are_refused_or_change_no_record(tmp_path):
 
 def test_latents_cannot_be_resized(tmp_path):
     write_records(tmp_path, {"train": latents(1)}, LATENTS)
-    for name in (f"records:{tmp_path}", "mock:2x2x4"):
-        assert_message(
-            lambda name=name: open_source(name, "train", image_size=2),
-            f"data.image_size=2 does not go with {name}, whose latents",
-        )
+    assert_message(
+        lambda: open_source(f"records:{tmp_path}", "train", image_size=2),
+        f"data.image_size=2 does not go with records:{tmp_path}, whose latents",
+    )
