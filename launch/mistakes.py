@@ -10,14 +10,12 @@ FOLDER = "a file stands where a folder is needed: give another folder"
 REMEDIES = {
     errno.ENOSPC: "free disk space there",
     errno.EDQUOT: "free disk space there",
-    errno.EFBIG: "raise the limit on a file's size, ulimit -f",
     errno.EROFS: "make it writable, or give another folder",
     errno.EACCES: "make it readable and writable, or give another folder",
     errno.EPERM: "make it readable and writable, or give another folder",
     errno.ENOTDIR: FOLDER,
     errno.EEXIST: FOLDER,
     errno.EISDIR: "a folder stands where a file is needed: give another name",
-    errno.ENAMETOOLONG: "give a shorter name",
     errno.EIO: "the disk fails: give another folder",
     errno.ENOENT: "it is not there: expected a file or folder of that name",
     errno.ESTALE: "the network disk is gone: mount it again",
@@ -48,9 +46,6 @@ def of_flags(error) -> str:
     added = re.match(r'Key "(\w+)" does not exist .*?(Did you mean "\w+"|$)', text, re.S)
     if added:  # by get_config() itself
         return f"{_config_flag()} sets {added[1]}, which is not a setting. {added[2]}"
-    if "does not support indexing" in text:
-        return (f"config.{text.split()[-1]} is not a setting of the experiment: what comes before "
-                "its last dot is a value, not a section")
     missing = re.findall(r"--(\w+)=None: Flag", text)
     if missing:
         usage = (sys.modules["__main__"].__doc__ or "").partition("python -m ")[2].split("\n")[0]

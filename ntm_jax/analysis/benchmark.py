@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from ntm_jax.analysis.cases import Case, Setting
-from ntm_jax.analysis.rows import SAMPLING, TRAINING
+from ntm_jax.analysis.rows import SAMPLING, TRAINING, Case, Setting
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config_file, flops, sharding

@@ -259,18 +259,18 @@ def _compile(program: Program, run: Run, topology: chips.Topology,
     text = compiled.as_text() if compiled else ""
     if dump:
         write_texts(dump, lowered.as_text(), text)
-    if compiled is None:
-        memory = {"arguments": arguments + resident} | memory
-        memory["peak"] += resident
-        return Compiled(_unseen(jaxpr, mesh.size), memory, total, seconds, cpu, kernel)
-    m = compiled.memory_analysis()
-    arguments = m.argument_size_in_bytes + resident
-    peak = (arguments + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-            + m.generated_code_size_in_bytes)
-    memory = dict(arguments=arguments, temporaries=m.temp_size_in_bytes, peak=peak,
-                  hbm=topology.chip.hbm * 2**30)
-    work = _work(text, jaxpr, mesh.size, topology.domains)
-    return Compiled(work, memory, total, seconds, cpu, kernel, largest(text))
+    if compiled:
+        m = compiled.memory_analysis()
+        work = _work(text, jaxpr, mesh.size, topology.domains)
+        memory = {"arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
+                  "peak": (m.argument_size_in_bytes + m.output_size_in_bytes
+                           - m.alias_size_in_bytes + m.temp_size_in_bytes
+                           + m.generated_code_size_in_bytes), "hbm": topology.chip.hbm * 2**30}
+    else:
+        work, memory = _unseen(jaxpr, mesh.size), {"arguments": arguments} | memory
+    for name in ("arguments", "peak"):
+        memory[name] += resident
+    return Compiled(work, memory, total, seconds, cpu, kernel, largest(text) if text else [])
 
 
 def _kernel(jaxpr) -> str:

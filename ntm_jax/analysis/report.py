@@ -29,7 +29,7 @@ class Compiled:
     seconds: float
     cpu_seconds: float
     attention: str
-    arrays: list[dict] = dataclasses.field(default_factory=list)  # see hlo.arrays.largest
+    arrays: list[dict]  # see hlo.arrays.largest
 
 
 def figures(compiled: Compiled, run: Run, chip: Chip) -> dict:

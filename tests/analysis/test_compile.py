@@ -168,7 +168,7 @@ def test_products_at_highest_take_their_own_rate():
     work, chip = hlo.Work(), CHIPS["v5p"]
     work.products |= {("transporter", "highest"): 3e12, ("other", "highest"): 1e12,
                       ("other", "bf16"): 4e12, ("kernels", "other"): 1e12}
-    compiled = report_of.Compiled(work, {"peak": 1, "hbm": 2}, 9e12, 1, 1, "plain")
+    compiled = report_of.Compiled(work, {"peak": 1, "hbm": 2}, 9e12, 1, 1, "plain", [])
     found = report_of.figures(compiled, planned_run(small()), chip)
     assert found["highest_flops_per_chip"] == 4e12
     assert found["highest_seconds"] == pytest.approx(4e12 * 6 / 459e12)

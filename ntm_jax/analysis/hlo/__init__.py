@@ -1,5 +1,5 @@
 """What the text of a compiled program (HLO) tells: its work, products by precision, arrays."""
 
-from ntm_jax.analysis.hlo.count import COLLECTIVES, FREE, Work, count
+from ntm_jax.analysis.hlo.count import COLLECTIVES, Work, count
 
-__all__ = ["COLLECTIVES", "FREE", "Work", "count"]
+__all__ = ["COLLECTIVES", "Work", "count"]

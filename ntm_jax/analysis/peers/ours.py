@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from ntm_jax import host_memory
 from ntm_jax.analysis import rows
-from ntm_jax.analysis.cases import Setting
 from ntm_jax.analysis.peers import jax_cpu
 from ntm_jax.analysis.peers.work import Sizes, Work
 from ntm_jax.core.model import NTM, full_precision
@@ -26,7 +25,7 @@ STEPS = 4  # T
 products = jax_cpu.products
 
 
-def _setting(sizes: Sizes, **overrides) -> Setting:
+def _setting(sizes: Sizes, **overrides) -> rows.Setting:
     values = default.get_config()
     values.update_from_flattened_dict({
         "data.source": f"mock:{sizes.side}x{sizes.side}x3,levels=256",
@@ -38,7 +37,7 @@ def _setting(sizes: Sizes, **overrides) -> Setting:
     config, _ = config_file.complete(values)
     source = config.data.open(config.data.split)
     run = untrained(config, pipeline.spec(source, sizes.patch), sharding.make_mesh(config.mesh))
-    return Setting(run, sizes.images, source, source)
+    return rows.Setting(run, sizes.images, source, source)
 
 
 def train_step(sizes: Sizes) -> Work:
