@@ -36,7 +36,7 @@ def test_an_invalid_list_is_refused(tmp_path, name, content, message):
     assert_refused(message, tmp_path, captions=str(tmp_path / name))
 
 
-def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
+def test_an_invalid_input_is_refused(tmp_path, squares_dir):
     (tmp_path / "empty").mkdir()
     pictures(tmp_path / "in", 3)
     (tmp_path / "packed.tar").write_bytes(b"\x1f\x8b")  # as gzip begins
@@ -47,7 +47,7 @@ def test_an_invalid_input_is_refused(tmp_path, tfds_folder):
         ({"captions": "/no.csv"}, "/no.csv is no .jsonl or .csv that is there"),
         ({"input": f"tars:{tmp_path}/*.zip"}, "matches no file"),
         ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a complete, uncompr"),
-        ({"input": f"tfds:{tfds_folder}"}, "has no feature 'caption' of captions: it has"),
+        ({"input": f"tfds:{squares_dir}/squares/1.2.3"}, "has no feature 'caption' of captions: "),
         ({"latents": "vae:x"}, "--latents=vae:x is not known"),
         ({"test": 1.5}, "--test=1.5 holds out 1 of 3 images"),
     ):

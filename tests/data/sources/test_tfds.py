@@ -8,43 +8,12 @@ import shutil
 import subprocess
 
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from ntm_jax.data.prepare import inputs
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 from tests.data.sources.common import labels, values
-
-
-class Squares(tfds.core.GeneratorBasedBuilder):
-    """Grey levels as images: 10 to train on, 4 to test."""
-
-    VERSION = tfds.core.Version("1.2.3")
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(num_classes=3),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(0, 10), "test": self._generate_examples(10, 14)}
-
-    def _generate_examples(self, first, last):
-        for i in range(first, last):
-            file = io.BytesIO()
-            Image.new("RGB", (6, 6), (i, i, i)).save(file, "png")
-            file.seek(0)
-            yield i, {"image": file, "label": i % 3}
-
-
-@pytest.fixture(scope="module")
-def squares_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    Squares(data_dir=folder, file_format="array_record").download_and_prepare()
-    return folder
 
 
 def test_tfds_by_name_and_by_folder(squares_dir, monkeypatch):
