@@ -24,9 +24,8 @@ def picture(seed, size=(20, 30), detail=(3, 4)):
 
 def encoded(image, kind="png", **options):
     file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
-        file, kind, **options
-    )
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -35,25 +34,20 @@ def write_folder(folder, files, rows=None):
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    lines = [
-        json.dumps(row) for row in (rows or [{"file_name": name, "caption": "a"} for name in files])
-    ]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    rows = rows or [{"file_name": name, "caption": "a"} for name in files]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def pictures(folder, count, **keys):
     """A folder of `count` images with captions and labels."""
-    files = {f"{i:03}.png": encoded(picture(i)) for i in range(count)}
     captions = ["a green circle", "a red circle"]
-    return write_folder(
-        folder,
-        files,
-        [
-            {"file_name": name, "caption": captions[i % 2], "label": i % 3, **keys}
-            for i, name in enumerate(files)
-        ],
-    )
+    rows = [
+        {"file_name": f"{i:03}.png", "caption": captions[i % 2], "label": i % 3, **keys}
+        for i in range(count)
+    ]
+    files = {row["file_name"]: encoded(picture(i)) for i, row in enumerate(rows)}
+    return write_folder(folder, files, rows)
 
 
 def run(tmp_path, folder, out="out", **options):
@@ -66,8 +60,7 @@ def run(tmp_path, folder, out="out", **options):
 
 
 def records(folder, split="train"):
-    source = open_source(f"records:{folder}", split)
-    return [source.records[i] for i in range(len(source.records))]
+    return list(open_source(f"records:{folder}", split).records)
 
 
 def choices(folder):
