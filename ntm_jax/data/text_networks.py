@@ -192,7 +192,7 @@ class Language(_Network):
         mask padding, so all count as the caption's own. Its unconditional states are those of the
         caption "".
     Raises:
-      UserError: as `pretrained.load`; tokens or layers that the model does not have.
+      UserError: as `pretrained.load`.
     """
 
     def __init__(
@@ -213,12 +213,6 @@ class Language(_Network):
         states_of = model.get_encoder() if model.config.is_encoder_decoder else model
         self._model = states_of.to(self._device)
         config = model.config.get_text_config()
-        depth = config.num_hidden_layers
-        if tokens < 1 or not all(-depth - 1 <= layer <= depth for layer in layers):
-            raise UserError(
-                f"the text encoder {name!r} takes {tokens} tokens and layers {list(layers)}: "
-                f"expected at least 1, and {-depth - 1} to {depth}"
-            )
         self.name, self.tokens = name, tokens
         self.width, self.empty = config.hidden_size * len(layers), chat
         self._layers, self._chat = layers, chat

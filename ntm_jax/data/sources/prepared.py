@@ -3,24 +3,15 @@
 Splits: those in the manifest, and all.
 """
 
-import dataclasses
-from collections.abc import Sequence
+import functools
 
 from ntm_jax.data.records import Records, read_manifest
-from ntm_jax.data.sources.source import Source, check_split
+from ntm_jax.data.sources.source import Lazy, Source, check_split
 
 
-@dataclasses.dataclass(frozen=True)
-class _Captions(Sequence):
-    """The captions of records, each read with its record."""
-
-    records: Records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> str:
-        return self.records[index]["caption"]
+def _caption(records: Records, index: int) -> str:
+    """A record's caption, which is read with its record."""
+    return records[index]["caption"]
 
 
 def open_records(where: str, split: str) -> Source:
@@ -29,6 +20,7 @@ def open_records(where: str, split: str) -> Source:
     check_split(f"records:{where}", split, dict.fromkeys([*splits, "all"]))
     parts = [splits[split]] if split in splits else list(splits.values())
     records = Records(where, layout, parts)
+    captions = Lazy(functools.partial(_caption, records), range(len(records)))
     names = layout.choices.get("classes", ())
     named = len(names) == layout.num_classes and not all(str(name).isdecimal() for name in names)
     return Source(
@@ -41,7 +33,7 @@ def open_records(where: str, split: str) -> Source:
         text_tokens=layout.text_tokens,
         text_width=layout.text_width,
         text=layout.text,
-        captions=_Captions(records) if layout.captions else None,
+        captions=captions if layout.captions else None,
         mean=layout.mean,
         std=layout.std,
     )

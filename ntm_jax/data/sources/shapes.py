@@ -26,7 +26,7 @@ from typing import Any, cast
 import numpy as np
 from scipy import ndimage
 
-from ntm_jax.data.sources.source import Source, check_split
+from ntm_jax.data.sources.source import Lazy, Source, check_split
 
 TASKS = (  # GenEval's names; a record's label
     "single_object",
@@ -185,17 +185,9 @@ class _Scenes:
         return {"image": image, "label": TASKS.index(task_of(caption)), "caption": caption}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Captions(Sequence):
-    """The captions of a split, made without drawing the scenes."""
-
-    split: str
-
-    def __len__(self) -> int:
-        return SPLITS[self.split]
-
-    def __getitem__(self, index: int) -> str:
-        return _scene(self.split, range(len(self))[index])[0]
+def _caption(split: str, index: int) -> str:
+    """A record's caption, made without drawing its scene."""
+    return _scene(split, index)[0]
 
 
 def open_shapes(argument: str, split: str) -> Source:
@@ -207,7 +199,7 @@ def open_shapes(argument: str, split: str) -> Source:
         pixel_levels=256,
         num_classes=len(TASKS),
         version="2",
-        captions=_Captions(split),
+        captions=Lazy(functools.partial(_caption, split), range(SPLITS[split])),
         tasks=score,
         unseen="heldout",
     )
@@ -286,30 +278,22 @@ def find(images) -> list[list[Thing]]:
     colours = images[number, y, x][:, None].astype(int)
     distance = np.square(colours - list(COLOURS.values())).sum(-1)
     np.add.at(votes, (region, distance.argmin(-1)), 1)
-    drawings, _ = _drawings()
+    drawings, things = _drawings()
     for start in range(0, count, 1000):  # 12 MB of overlaps
         mask = masks[start : start + 1000]
         overlap = mask @ drawings
         union = mask.sum(1, keepdims=True) + drawings.sum(0) - overlap
         likeness = overlap / union
         for row, (best, alike) in enumerate(zip(likeness.argmax(1), likeness.max(1), strict=True)):
-            votes_of = votes[start + row]
-            if votes_of.sum() >= _SPECK:
-                found[owner[start + row]].append(_identify(best, alike, votes_of))
+            count_of = votes[start + row]  # of the region's pixels, by their nearest colour
+            if count_of.sum() < _SPECK:
+                continue
+            one_colour = count_of.max() >= _OF_ONE_COLOUR * count_of.sum()
+            colour = list(COLOURS)[count_of.argmax()] if one_colour else None
+            shape = things[best].shape if alike >= _LIKENESS else None
+            thing = dataclasses.replace(things[best], colour=colour, shape=shape)
+            found[owner[start + row]].append(thing)
     return found
-
-
-def _identify(best: int, likeness: float, votes: np.ndarray) -> Thing:
-    """The thing that a region shows.
-
-    best, likeness: the most similar drawing, and how similar it is. votes: the number of the
-    region's pixels that are nearest to each colour.
-    """
-    thing = _drawings()[1][best]
-    one_colour = votes.max() >= _OF_ONE_COLOUR * votes.sum()
-    colour = list(COLOURS)[votes.argmax()] if one_colour else None
-    shape = thing.shape if likeness >= _LIKENESS else None
-    return dataclasses.replace(thing, colour=colour, shape=shape)
 
 
 def _shows(found: Sequence[Thing], described: Sequence[Thing], relation: str | None) -> bool:

@@ -203,7 +203,9 @@ def open_source(
         source.records, rows, shape, image_size, source.pixel_levels, source.columns,
         source.num_classes
     )
-    captions = None if source.captions is None else _CaptionRows(source.captions, rows)
+    captions = None
+    if source.captions is not None:
+        captions = Lazy(source.captions.__getitem__, rows)
     source = dataclasses.replace(
         source, name=name, split=split, records=records, image_shape=shape, captions=captions
     )
@@ -261,6 +263,20 @@ class ArrayRecords:
         if self.conditions is not None:
             record["condition"] = self.conditions[row]
         return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy(Sequence):
+    """Values that are made when they are asked for: get(row) of some rows."""
+
+    get: Callable[[int], Any]
+    rows: range
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.get(self.rows[index])
 
 
 def permuted_splits(count: int, train: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -335,20 +351,6 @@ class _Rows:
                 "data.image_size"
             )
         return image
-
-
-@dataclasses.dataclass(frozen=True)
-class _CaptionRows(Sequence):
-    """A slice of captions."""
-
-    captions: Sequence[str]
-    rows: range
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> str:
-        return self.captions[self.rows[index]]
 
 
 def _parse_split(split: str) -> tuple[str, str | None, str | None]:

@@ -68,17 +68,12 @@ def open_mock(where: str, split: str) -> Source:
     check_split(name, split, _SPLITS)
     given = _mock_options(where)
     (pixel_levels,), (classes,), (count,) = given["levels"], given["classes"], given["count"]
-    if pixel_levels and not 2 <= pixel_levels <= 256:
-        raise UserError(
-            f"data.source {name} has levels={pixel_levels}: expected 2 to 256, or none for latents"
-        )
-    stream = _SPLITS.index(split)
     height, width, channels = given["shape"]
     tokens, text_width = given["text"]
     shape, text = (height, width, channels), (tokens, text_width)
     count = 1000 if split == "test" else count
     return Source(
-        _RandomRecords(stream, count, shape, pixel_levels, classes, text),
+        _RandomRecords(_SPLITS.index(split), count, shape, pixel_levels, classes, text),
         shape,
         pixel_levels=pixel_levels,
         num_classes=classes,

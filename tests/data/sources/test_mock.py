@@ -52,7 +52,6 @@ def test_mock_text_has_any_number_of_tokens_and_stays_near_1():
 @pytest.mark.parametrize(("name", "message"), [
     ("mock:16x16", "is not understood at '16x16': expected HxWxC and after it any of ,levels=V"),
     ("mock:16x16x4,size=3", "is not understood at 'size=3': expected HxWxC"),
-    ("mock:8x8x1,levels=257", "has levels=257: expected 2 to 256"),
 ])
 def test_a_mistake_is_named(name, message):
     with pytest.raises(UserError, match=f"^data.source {name} {message}"):
