@@ -62,7 +62,7 @@ def test_own_images_are_one_command_and_the_readme_shows_what_follows(tmp_path):
     assert f"pictures: {tmp_path}/run/samples.png, " in printed
     readme_command("-m launch.sample", places)
     assert len(list((tmp_path / "run/samples").glob("[0-9]*.png"))) == 100
-    assert "  class accuracy of rings, % " in readme_command("-m launch.evaluate", places)
+    assert "  class_accuracy.by_class.rings " in readme_command("-m launch.evaluate", places)
     readme_command("-m launch.export", places)
     assert "one of 2 classes: cards, rings" in (tmp_path / "export/README.md").read_text()
     readme_command("exports/mine/sample.py", places | {"cwd": tmp_path}, "0", "cards")

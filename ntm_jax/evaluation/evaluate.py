@@ -58,9 +58,12 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     split, trajectories = settings.split, settings.trajectories
     source, train = config.data.open(split), config.data.open(config.data.split)
     scores_images = config.evaluate.images and train.pixel_levels
-    if options.features not in (None, "none") and not scores_images:
-        raise UserError("--features compares samples, and none are scored: give --images and a "
-                        "model of pixels, or leave --features out")
+    features = options.features not in (None, "none")
+    for name, given in (("features", features), ("guidance", options.guidance),
+                        ("candidates", run.selection)):
+        if given and not scores_images:
+            raise UserError(f"--{name} is about samples, and none are scored: give --images and a "
+                            f"model of pixels, or leave --{name} out")
     _check(run, source, settings, options.guidance, against)
     changed = pipeline.changed_data(source.name, run.spec.version, source.version)
     if changed:
@@ -129,9 +132,6 @@ def _check(run: Run, source: Source, settings: Evaluate, guidance: tuple,
     if against:
         _check_comparable(run, against)
     image_scores.check_guidance(run, source, guidance)
-    if run.selection and not (config.evaluate.images and source.pixel_levels):
-        raise UserError("--candidates selects samples, and none are scored: give --images and a "
-                        "model of pixels, or leave --candidates out")
     require_same_everywhere(
         {f"--{name}": value for name, value in dataclasses.asdict(settings).items()} |
         {"--step": run.step, "--steps": config.sample.steps, "--guidance": guidance,
@@ -141,13 +141,9 @@ def _check(run: Run, source: Source, settings: Evaluate, guidance: tuple,
 
 def _check_comparable(run: Run, other: Run) -> None:
     """Raises UserError where the figures of two runs on the same records do not compare."""
-    def settings(c):
-        pairs = {"data.source": c.data.source, "data.image_size": c.data.image_size}
-        return pairs if run.spec.pixel_levels else pairs | {"trajectory.t_min": c.trajectory.t_min}
-
-    mine, theirs = settings(run.config), settings(other.config)
-    for key in mine:
-        if mine[key] != theirs[key]:
-            raise UserError(f"--against={other.workdir} has {key} = {theirs[key]}, and this run "
-                            f"has {mine[key]}: their figures do not compare; give a run with the "
-                            f"same {key}")
+    for section, key in (("data", "source"), ("data", "image_size"), ("trajectory", "t_min")):
+        mine, theirs = (getattr(getattr(r.config, section), key) for r in (run, other))
+        if mine != theirs and not (key == "t_min" and run.spec.pixel_levels):
+            raise UserError(f"--against={other.workdir} has {section}.{key} = {theirs}, and this "
+                            f"run has {mine}: their figures do not compare; give a run with the "
+                            f"same {section}.{key}")

@@ -56,12 +56,10 @@ def has_tasks(run: Run, source: Source) -> bool:
 def check_guidance(run: Run, source: Source, guidance) -> None:
     """Raises UserError for scales of guidance where no score would compare them."""
     classes = run.condition.classes and run.spec.count <= MAX_RECORDS
-    scored = has_tasks(run, source) or classes
-    if guidance and not (scored and run.spec.pixel_levels and run.config.evaluate.images):
-        raise UserError("--guidance compares class accuracies of a model of classes and pixels "
-                        f"with at most {MAX_RECORDS} training images, or tasks of a model of "
-                        "captions whose source checks images: neither applies here, or "
-                        "config.evaluate.images is 0; leave --guidance out")
+    if guidance and not (has_tasks(run, source) or classes):
+        raise UserError("--guidance compares class accuracies of a model of classes with at most "
+                        f"{MAX_RECORDS} training images, or tasks of a model of captions whose "
+                        "source checks images: neither applies here; leave --guidance out")
     for scale in guidance:
         override(run.config, guidance=scale)
 

@@ -30,12 +30,12 @@ def summarize(log_weights) -> dict:
     """
     count = len(log_weights)
     from_first = log_weights - log_weights[:1]  # which float32 resolves better than sums of log w
-    log_sum = logsumexp(log_weights, 0)
+    weights = jnp.exp(log_weights - log_weights.max(0, keepdims=True))  # the largest is 1
     weighted = [logsumexp(log_weights[:n], 0) - jnp.log(n) for n in reported_counts(count)]
     return {
         "bound": log_weights[0] + from_first.mean(0),
         "importance_weighted": weighted[-1],
-        "effective_sample_size": jnp.exp(2 * log_sum - logsumexp(2 * log_weights, 0)),
+        "effective_sample_size": jnp.square(weights.sum(0)) / jnp.square(weights).sum(0),
         "bound_variance": from_first.var(0) / max(count - 1, 1),
         "weighted_variance": _jackknife(log_weights),
         "weighted": jnp.stack(weighted, 1)}

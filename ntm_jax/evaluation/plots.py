@@ -1,4 +1,4 @@
-"""Plots of an evaluation: the cost of each level, two runs' losses, and densities of the plane.
+"""Plots of an evaluation: the cost of each level, and densities of the plane.
 
 Symbols: K levels, m points along one side of a density's grid.
 """
@@ -6,45 +6,10 @@ Symbols: K levels, m points along one side of a density's grid.
 import itertools
 
 import numpy as np
-from etils import epath
 
-from ntm_jax import files
-from ntm_jax.runtime.plots import figure, is_number, metric_points, save_figure, smoothed
+from ntm_jax.runtime.plots import figure, save_figure
 
 COLUMNS = 8  # noise levels side by side in a picture of densities
-
-
-def losses_plot(runs: dict, out_png) -> None:
-    """Draws the smoothed training losses of runs, {name: path of its metrics.jsonl}.
-
-    Below them it draws the squared distance of the means to those of the frozen flow-matching
-    model, averaged over levels, if a run logs it. Runs without the file are left out.
-    """
-    curves = {name: _loss_and_distance(path) for name, path in runs.items()
-              if epath.Path(path).exists()}
-    panels = 2 if any(distance[0] for _, distance in curves.values()) else 1
-    plot, axes = figure(7, 3 * panels + 0.5, panels, 1)
-    for name, both in curves.items():
-        for (axis,), (steps, values) in zip(axes, both, strict=False):
-            axis.plot(steps, smoothed(values), label=name if axis is axes[0, 0] else None)
-    losses, last = axes[0, 0], axes[-1, 0]
-    wide = np.abs(losses.dataLim.intervaly).max() > 10
-    losses.set(ylabel="training loss", yscale="symlog" if wide else "linear")
-    if panels == 2:
-        last.set(ylabel="distance of the means, squared", yscale="log")
-    last.set_xlabel("step")
-    plot.legend(loc="outside upper left")
-    save_figure(plot, out_png)
-
-
-def _loss_and_distance(path) -> tuple[tuple[list, list], tuple[list, list]]:
-    """(steps, values) of the loss in a metrics.jsonl, and of the means' distance over levels."""
-    lines = files.read_lines(path)
-    for line in lines:
-        distances = [value for key, value in line.items()
-                     if key.startswith("misalignment/") and is_number(value)]
-        line["distance"] = sum(distances) / len(distances) if distances else None
-    return metric_points(lines, "loss"), metric_points(lines, "distance")
 
 
 def levels_plot(result: dict, out_png) -> None:

@@ -1,4 +1,4 @@
-"""evaluation.json: its figures, computed from scores, and the tables and plots that show them."""
+"""evaluation.json: its figures, computed from scores, and the table that shows them."""
 
 import datetime
 import importlib.metadata
@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import subprocess
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -15,8 +16,7 @@ from ntm_jax import files
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import image_scores, importance, plots
-from ntm_jax.evaluation.scoring import BOUNDS
+from ntm_jax.evaluation import importance, plots
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime import checksums
 from ntm_jax.runtime.run import Run
@@ -93,14 +93,12 @@ def _commit() -> str:
     root = pathlib.Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
-    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    command = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40",
+               "--dirty=+"]
     try:
-        commit, changed = (subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10,
-            check=True).stdout.strip() for command in commands)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
         return ""
-    return commit + ("+" if changed else "")
 
 
 LOWER = (  # figures of evaluation.json
@@ -117,20 +115,9 @@ def directions(result: dict) -> dict:
 
 
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
+HIDDEN = {"mean", "stderr", "noise_stderr", "stderr_by_level", "provenance"}  # of the table
 MUCH_RECONSTRUCTION = 0.5  # share of the bound from which a line points it out
-CLASSES_SHOWN = 10  # in the table; evaluation.json has all
 FEW_SAMPLES = 1000  # for a Fréchet distance
-FEATURE_SCORES = ("frechet", "frechet_held_out", "precision", "recall")
-MEASURES = {  # figures of objectives
-    "velocity_error": "mean squared error of the velocity",
-    "reward": "reward of samples of held-out conditions",
-    "reward_before": "reward before post-training",
-    "diversity": "mean distance of samples of one condition",
-    "diversity_before": "mean distance before post-training",
-    "kl": "divergence from the model before, nats a trajectory"}
-DENOISED = {"as_it_is": "squared error by level, x_k / (1 - t_k)",
-            "own_score": "squared error by level, its own score",
-            "trajectory_score": "squared error by level, trajectory score"}
 
 
 def check_unit(unit: str, run: Run) -> None:
@@ -141,96 +128,39 @@ def check_unit(unit: str, run: Run) -> None:
                         f"t_0 = {run.config.trajectory.t_min}, comparable at equal t_0 and scale")
 
 
-def _bound_rows(figures: dict, name: str, noised: str = "") -> list[tuple]:
-    rows = [(f"bound{noised}, {name}", figures["bound"])]
-    rows += [(f"importance-weighted bound{noised} ({k} trajectories), {name}", value)
-             for k, value in figures["importance_weighted"]["by_trajectories"].items()]
-    return rows
+def table(result: dict, unit: str) -> str:
+    """All figures of evaluation.json under their keys, likelihoods in one of its units."""
+    rows = list(_rows(result, "", HIDDEN | NAMES.keys() - {unit}))
+    width = max(len(name) for name, _ in rows)
+    compared = [f"  samples are compared by {found['name']} features{', a proxy' * found['proxy']}"
+                for found in [result.get("features")] if found]
+    return "\n".join([
+        f"{result['split']} split, {result['count']} records, step {result['step']}", *compared,
+        *(f"  {name:<{width}}  {shown}" for name, shown in rows),
+        "  better if lower: bounds, NLL, errors, distances; if higher: effective sample size, "
+        "accuracy, precision, recall"])
 
 
-def _likelihood_rows(result: dict, unit: str) -> list[tuple]:
-    name, noised, rows = NAMES[unit], "", []
-    if "clean_nats_per_dim" in result:
-        noised, rows = " at t_0", _bound_rows(result["clean_nats_per_dim"], name)
-    rows += _bound_rows(result[unit], name, noised)
-    rows.append(("effective sample size", result["effective_sample_size"]))
-    rows.append(("trajectory NLL, nats/dim", result["trajectory_nll"]))
-    if "truth" in result:
-        truth = result["truth"]
-        rows.append(("true mean log-density of the data noised to t_0, nats", truth["log_density"]))
-        rows += [(f"{kind} less the true log-density, nats", truth[key])
-                 for key, kind in BOUNDS.items()]
-    rows += [(f"mean squared error, {key.replace('_', ' ')}", value)
-             for key, value in result.get("denoiser", {}).items()]
-    rows += [(MEASURES.get(key, key.replace("_", " ")), result[key])
-             for key in result.get("measures", ())]
-    if "against" in result:
-        other = f"{result['against']['workdir']} at step {result['against']['step']}"
-        rows += [(f"{kind}{noised} less that of {other}, {name}", result["against"][unit][key])
-                 for key, kind in BOUNDS.items()]
-    return rows
+def _rows(part, name: str, hidden) -> Iterator[tuple[str, str]]:
+    """(keys joined by dots, numbers) of each figure in a part of evaluation.json."""
+    if isinstance(part, dict):
+        if "mean" in part:
+            pairs = np.transpose([part["mean"], part["stderr"]]).reshape(-1, 2)
+            yield name, "  ".join(f"{mean:8.4f} ± {stderr:.4f}" for mean, stderr in pairs)
+        for key in part:
+            if key not in hidden:
+                yield from _rows(part[key], f"{name}.{key}".lstrip("."), hidden)
+    elif isinstance(part, list | tuple) and part and isinstance(part[0], dict):
+        for number, each in enumerate(part):
+            yield from _rows(each, f"{name}[{number}]", hidden)
+    elif isinstance(part, list | tuple | float):
+        numbers = [number for number in np.ravel(part) if isinstance(number, float)]
+        if numbers:
+            yield name, "  ".join(f"{number:8.4f}" for number in numbers)
 
 
 def _percent(figure: dict) -> dict:
     return {key: 100 * figure[key] for key in ("mean", "stderr")}
-
-
-def _sample_rows(result: dict) -> list[tuple]:
-    rows = []
-    if "class_accuracy" in result:
-        accuracy = result["class_accuracy"]
-        rows.append((f"class accuracy of {accuracy['images']} samples, %", _percent(accuracy)))
-        by_class = list(accuracy.get("by_class", {}).items())
-        rows += [(f"class accuracy of {name}, %", 100 * share)
-                 for name, share in by_class[:CLASSES_SHOWN]]
-    guided = result.get("guidance", ())
-    for number, score in enumerate(guided if "class_accuracy" in result else ()):
-        rows.append((f"class accuracy of guidance {score['guidance']}, %", _percent(score)))
-        if number:
-            first = f"less that of guidance {guided[0]['guidance']}"
-            rows.append((f"class accuracy of guidance {score['guidance']} {first}, %",
-                         _percent(score["difference"])))
-    if "features" in result:
-        features = result["features"]
-        kind = f"{features['name']} features" + (", a proxy" if features["proxy"] else "")
-        rows += [(f"{key.replace('_', ' ')} ({kind})", result[key]) for key in FEATURE_SCORES]
-        rows += [(f"{key} ({kind}) of guidance {score['guidance']}", score[key])
-                 for key in FEATURE_SCORES for score in guided if key in score]
-    for k in image_scores.RANKS if "retrieval" in result else ():
-        found = result["retrieval"]
-        chance = 100 * found["chance"][f"rank_{k}"]
-        rows.append((f"own picture among the {k} nearest of {found['candidates']} (a proxy; chance "
-                     f"{chance:.2g}), %", _percent(found[f"rank_{k}"])))
-    return rows
-
-
-def table(result: dict, unit: str) -> str:
-    """The figures of evaluation.json as a table, likelihoods in one of its units."""
-    rows = _likelihood_rows(result, unit) + _sample_rows(result)
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{result['split']} split, {result['count']} records, step {result['step']}"]
-    scored = [result[key] for key in ("class_accuracy", "tasks", "features") if key in result]
-    made = scored[0] if scored else {}
-    if "candidates" in made:
-        judge = made["judge"]
-        kept = "best" if made["enough"] is None else f"first with {made['enough']:g} nats, or best,"
-        lines.append(f"  samples: the {kept} of {made['candidates']} candidates by the likelihood "
-                     f"of {judge['workdir']}, step {judge['step']}")
-    for name, value in rows:
-        value = value if isinstance(value, dict) else {"mean": value}
-        error = f" ± {value['stderr']:.4f}" if "stderr" in value else ""
-        lines.append(f"  {name:<{width}}  {value['mean']:8.4f}{error}")
-    by_level = (("NLL", result["trajectory_nll"]["by_level"]), ("rate", result["rate_by_level"]))
-    for label, values in by_level:
-        name = f"{label} by level, clean to noisy, nats/dim"
-        lines.append(f"  {name:<{width}}  " + "  ".join(f"{v:.4f}" for v in values))
-    for name, errors in result.get("denoising", {}).items():
-        by_level = zip(errors["mean"], errors["stderr"], strict=True)
-        cells = (f"{mean:.5f} ± {stderr:.5f}" for mean, stderr in by_level)
-        lines.append(f"  {DENOISED[name]:<{width}}  " + "  ".join(cells))
-    lines.append("  better if lower: bounds, NLL, errors, distances; if higher: effective sample "
-                 "size, accuracy, precision, recall")
-    return "\n".join(lines)
 
 
 def summary(result: dict, path) -> str:
@@ -243,15 +173,13 @@ def summary(result: dict, path) -> str:
     if trajectories > 1:
         rows.append((f"{NAMES[unit]}, importance-weighted over {trajectories} trajectories",
                      figures["importance_weighted"]))
-    rows += [(MEASURES.get(key, key.replace("_", " ")), result[key])
-             for key in result.get("measures", ())]
+    rows += [(key.replace("_", " "), result[key]) for key in result.get("measures", ())]
     if "class_accuracy" in result:
         accuracy = result["class_accuracy"]
         rows.append((f"samples recognised as their class, %, of {accuracy['images']:,}",
                      _percent(accuracy)))
     if "tasks" in result:
-        tasks_shown = result["tasks"].get("by_guidance", [result["tasks"]])[0]
-        rows.append(("samples that show what was asked, %", _percent(tasks_shown["overall"])))
+        rows.append(("samples that show what was asked, %", _percent(result["tasks"]["overall"])))
     width = max(len(name) for name, _ in rows)
     lines = [f"step {result['step']}, {result['count']:,} held-out records ({result['split']}):"]
     lines += [f"  {name:<{width}}  {figure['mean']:8.3f} ± {figure['stderr']:.3f}"
@@ -286,8 +214,7 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
 
     brief: prints the summary instead of the table. scored: the scores of every record, which only
     per_example needs. The files are a picture of what each level costs (.png); with per_example the
-    scores of each record in nats (.parquet); for planar data of known density densities.png; and in
-    a comparison with another run losses.png.
+    scores of each record in nats (.parquet); and for planar data of known density densities.png.
     """
     path = epath.Path(path)
     if "truth" in result:
@@ -300,10 +227,6 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
         return
     files.write_json(path, _with_nulls(result))
     plots.levels_plot(result, path.with_suffix(".png"))
-    if "against" in result:
-        runs = (run.workdir, result["against"]["workdir"])
-        metrics = {str(folder): epath.Path(folder) / "metrics.jsonl" for folder in runs}
-        plots.losses_plot(metrics, path.with_name("losses.png"))
     if per_example:
         assert scored is not None, "per_example writes the scores of every record: give them"
         write_scores(scored, path.with_suffix(".parquet"))
@@ -311,10 +234,6 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
     print(summary(result, path) if brief else table(result, shown), flush=True)
     for line in advice(result):
         print(f"note: {line}", flush=True)
-    if "tasks" in result and not brief:
-        from ntm_jax.evaluation import tasks
-
-        print(tasks.table(result["tasks"]), flush=True)
 
 
 def _with_nulls(result: dict) -> dict:

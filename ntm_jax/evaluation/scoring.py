@@ -25,7 +25,7 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, checked_seed
 
-BOUNDS = {"bound": "bound", "importance_weighted": "importance-weighted bound"}
+BOUNDS = ("bound", "importance_weighted")
 
 
 def noised(root, x, t_0, index):
@@ -216,8 +216,7 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
         if images.dtype.kind not in "iu" or low < 0 or high > last:
             raise UserError(f"images are {images.dtype} of values from {low} to {high}: expected "
                             f"integers 0 to {last}")
-    with np.errstate(over="ignore"):  # which the next line refuses
-        x = spec.to_tokens(images)
+    x = spec.to_tokens(images)
     if not np.isfinite(x).all():
         raise UserError("the data hold numbers that are not finite, or that are too large for the "
                         "training data's deviation")

@@ -50,9 +50,8 @@ def frechet(real, generated) -> float:
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), which with Inception's features is the FID (Heusel
     et al. 2017, arXiv 1706.08500, eq. 6). With S = R'R, the eigenvalues of (S1 S2)^(1/2) are the
     singular values of R1 R2': none is complex, and none loses digits where S is singular, as it is
-    with fewer images than features. Raises UserError with fewer than 5 images of either kind.
+    with fewer images than features.
     """
-    check_enough(len(real), len(generated))
     (mean1, root1), (mean2, root2) = _gaussian(real), _gaussian(generated)
     distance = np.square(mean1 - mean2).sum() + np.square(root1).sum() + np.square(root2).sum()
     return max(float(distance - 2 * np.linalg.norm(root1 @ root2.T, "nuc")), 0.0)

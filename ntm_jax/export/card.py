@@ -10,8 +10,6 @@ from ntm_jax.evaluation.report import NAMES
 from ntm_jax.runtime.run import Run
 
 OWN_NATS = "own_nats = nats - {log_unit:.4f}  # of the density in the data's own units\n"
-# The Hub's names of data sets that sources read.
-DATASETS = {"mnist_5k": "ylecun/mnist"}
 # The front matter is what the Hugging Face Hub reads.
 CARD = """---
 # license: name one here, such as apache-2.0; see "Licence" below
@@ -22,7 +20,7 @@ tags:
 - normalizing-trajectory-model
 - image-generation
 - jax
-{datasets}---
+---
 # A Normalizing Trajectory Model of {source}
 
 A generative model that makes an image in {steps} steps and has an exact likelihood of its
@@ -74,10 +72,8 @@ def markdown(run: Run, parameters: int, platforms) -> str:
     """README.md of the export of a run with this number of parameters."""
     config, spec, sample = run.config, run.spec, run.config.sample
     average = f"their moving average (decay {config.optimizer.ema_decay})"
-    dataset = DATASETS.get(config.data.source)
     return CARD.format(
         task=run.condition.task,
-        datasets=f"datasets:\n- {dataset}\n" if dataset else "",
         source=config.data.source, split=config.data.split, count=spec.count,
         shape=_shape(run), units=_units(run),
         own_nats=OWN_NATS.format(log_unit=spec.log_unit) if spec.columns else "",

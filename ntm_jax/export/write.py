@@ -157,14 +157,6 @@ def compiled(function, arguments: dict) -> bytes:
         jax.config.update(setting, before)
 
 
-def configure(run: Run, steps: int | None = None, guidance: float | tuple[float, ...] | None = None,
-              decoder: str | None = None) -> Run:
-    """The run with the given settings of sampling. Raises UserError; see sampling.options."""
-    options = override(run.config, steps=steps, guidance=guidance, decoder=decoder)
-    check_decoder(run, options.decoder)
-    return dataclasses.replace(run, config=run.config.with_sampling(**dataclasses.asdict(options)))
-
-
 def write_export(run: Run, out: str, steps: int | None = None,
                  guidance: float | tuple[float, ...] | None = None,
                  decoder: str | None = None) -> None:
@@ -177,7 +169,9 @@ def write_export(run: Run, out: str, steps: int | None = None,
         raise UserError(f"{out} is there: give a new folder as --out, nothing was overwritten")
     require_same_everywhere({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps,
                              "--guidance": guidance, "--decoder": decoder})
-    run = configure(run, steps, guidance, decoder)
+    options = override(run.config, steps=steps, guidance=guidance, decoder=decoder)
+    check_decoder(run, options.decoder)
+    run = dataclasses.replace(run, config=run.config.with_sampling(**dataclasses.asdict(options)))
     checksums = array_checksums(parameters(run))
     flat = named_leaves(sharding.to_host(parameters(run)))
     if jax.process_index():

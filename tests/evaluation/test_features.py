@@ -1,7 +1,6 @@
 """Extractors of features: what they compute, their digests, and what they refuse."""
 
 import dataclasses
-import json
 import sys
 
 import numpy as np
@@ -11,16 +10,6 @@ from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import features, statistics
 from ntm_jax.evaluation.features import inception, make_extractor, pixels
-from tests.common import python
-
-PROGRAM = """
-import json, jax, numpy as np
-from ntm_jax.data import sources
-from ntm_jax.evaluation import features
-extractor = features.cnn(sources.open_source("digits", "train"))
-found = extractor(np.arange(16 * 64).reshape(16, 8, 8, 1).astype(np.uint8) % 17)
-print(json.dumps([jax.device_count(), extractor.digest, found.tolist()]))
-"""
 
 
 def images_of(source, count=None):
@@ -64,15 +53,6 @@ def test_the_classifier_separates_digits_from_other_images(train, cnn, monkeypat
     classify = features._classify
     monkeypatch.setattr(features, "_classify", lambda *arguments: classify(*arguments)[::-1])
     assert (cnn(images).argmax(-1) == labels).mean() >= 0.95  # logits in place of features
-
-
-@pytest.mark.slow
-def test_the_classifier_is_the_same_every_time_and_in_a_job_of_many_devices(cnn):
-    devices, digest, found = json.loads(python(
-        "-c", PROGRAM, devices=8, JAX_DISABLE_MOST_OPTIMIZATIONS="0").stdout)
-    assert (devices, digest) == (8, cnn.digest)
-    images = np.arange(16 * 64).reshape(16, 8, 8, 1).astype(np.uint8) % 17
-    np.testing.assert_allclose(found, cnn(images), rtol=1e-3, atol=1e-3)
 
 
 def test_records_of_unknown_class_are_not_learned(train):

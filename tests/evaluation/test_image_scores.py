@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate, image_scores, scoring, statistics
 from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.evaluation.features import pixels
-from ntm_jax.evaluation.report import summarize, table
 from ntm_jax.runtime import build
 from ntm_jax.runtime import config as configuration
 from tests.common import as_run, random_run, tiny_config
@@ -45,7 +43,7 @@ def guided_scores(run, source, monkeypatch):
     return run, train, result, made
 
 
-def test_guidance_is_compared_on_the_same_noise(guided_scores, scores):
+def test_guidance_is_compared_on_the_same_noise(guided_scores):
     run, train, result, made = guided_scores
     own, other = made
     expected = run.sample(30, np.arange(30) % 10, guidance=other)
@@ -66,15 +64,6 @@ def test_guidance_is_compared_on_the_same_noise(guided_scores, scores):
         assert found["frechet"] == pytest.approx(statistics.frechet(real, flat[scale]))
     assert result["class_accuracy"]["mean"] == result["guidance"][0]["mean"]
 
-    result |= {"split": "test", "step": 3} | summarize(scores, run.spec, 3)
-    # An untrained model's difference may be 0.
-    result["guidance"][1]["difference"] = {"mean": -0.125, "stderr": 0.0625}
-    printed = table(result, "bits_per_dim")
-    assert printed.count("less that of guidance") == 1  # the first scale has no difference
-    row = re.search(r"frechet \(pixels features, a proxy\) of guidance \(3\.0.*", printed)[0]
-    assert f"{result['guidance'][1]['frechet']:.4f}" in row
-    assert re.search(r"of guidance \(3\.0, 0\.0\) less that of guidance 0\.0, % +"
-                     r"-12\.5000 ± 6\.2500", printed)
 
 
 @pytest.mark.parametrize("known", [300, 1, 0])
@@ -99,9 +88,7 @@ def test_guidance_that_cannot_be_compared_is_refused(run, monkeypatch):
     with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
         evaluate.evaluate(sampled(run, **{"evaluate.images": 30}),
                           EvaluationOptions(guidance=(0.0, (1.0, 1.0, 1.0))))
-    message = (r"--guidance compares class accuracies .* neither applies here, or "
-               r"config\.evaluate\.images is 0; leave --guidance out")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="--guidance is about samples, and none are scored: give"):
         evaluate.evaluate(run, EvaluationOptions(guidance=(1.0,)))
 
 
@@ -129,7 +116,7 @@ def captioned(run, pictures, tmp_path_factory):
     return random_run(new, step=3)
 
 
-def test_retrieval_of_captioned_pictures(captioned, pictures, scores, monkeypatch):
+def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):
     """A sample retrieves its caption's own picture among those of both splits.
 
     Samples of an untrained model retrieve by chance, the held-out pictures themselves always.
@@ -150,29 +137,12 @@ def test_retrieval_of_captioned_pictures(captioned, pictures, scores, monkeypatc
     monkeypatch.setattr(image_scores, "generated", lambda *_: own)
     found = image_scores.image_scores(captioned, train, source, extractor)
     assert found["retrieval"]["rank_1"] == {"mean": 1.0, "stderr": 0.0}
-    found |= {"split": "test", "step": 3} | summarize(scores, captioned.spec, 3)
-    assert re.search(r"own picture among the 5 nearest of 60 \(a proxy; chance 8\.3\), % +"
-                     r"100\.0000 ± 0\.0000", table(found, "bits_per_dim"))
     assert "retrieval" not in image_scores.image_scores(captioned, train, source, None)
-    asked = []
-    monkeypatch.setattr(image_scores, "generated",
-                        lambda run, _: asked.append(run.config.evaluate.split) or own)
-    part = captioned.config.data.open("test[:7]")
-    found = image_scores.image_scores(captioned, train, part, extractor)["retrieval"]
-    assert (asked, found["captions"], found["candidates"]) == (["test[:7]"], 7, 47)
-    guided = image_scores.image_scores(captioned, train, source, extractor, (0.0, 1.0))
-    assert [list(figure)[:2] for figure in guided["guidance"]] == [["guidance", "frechet"]] * 2
-    guided |= {"split": "test", "step": 3} | summarize(scores, captioned.spec, 3)
-    assert re.search(r"frechet \(pixels features, a proxy\) of guidance 1\.0 +[0-9]",
-                     table(guided, "bits_per_dim"))
     compared = []  # of a long split, which may be sorted by class, the records are spread over it
     watched = dataclasses.replace(extractor, compute=lambda images: (
         compared.append(images) or extractor.compute(images)))
-    with monkeypatch.context() as few:
-        few.setattr(image_scores, "MAX_RECORDS", 10)
-        image_scores.image_scores(captioned, train, source, watched)
+    monkeypatch.setattr(image_scores, "MAX_RECORDS", 10)
+    image_scores.image_scores(captioned, train, source, watched)
     for found, first, last in zip(compared, (0, 40), (39, 59), strict=False):
         np.testing.assert_array_equal(found[[0, -1]], pictures[[first, last]])
         assert len(found) == 10
-    monkeypatch.setattr(image_scores, "MAX_CANDIDATES", 59)
-    assert "retrieval" not in image_scores.image_scores(captioned, train, source, extractor)

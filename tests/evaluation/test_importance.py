@@ -66,37 +66,6 @@ def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true
         assert (scores["bound_variance"] < 1e-6).all()
 
 
-def test_with_the_bayes_decoder_the_bound_on_the_clean_data_is_exact(monkeypatch):
-    mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
-    x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
-    t = noise_levels(4, np.full(16, t_0, np.float32), "linear", 0.0)
-    p = 1 / (1 / variance + (1 - t_0) ** 2 / t_0**2)
-
-    def bayes(x, x_0, t_0, pixel_levels):
-        t_0 = trajectory.per_example(t_0, x)
-        posterior_mean = p * (mean / variance + (1 - t_0) * x_0 / t_0**2)
-        return jnp.sum(trajectory.log_normal(x, posterior_mean, math.sqrt(p)), (1, 2))
-
-    def without_prior(x, x_0, t_0, pixel_levels):
-        t_0 = trajectory.per_example(t_0, x)
-        return jnp.sum(trajectory.log_normal(x, x_0 / (1 - t_0), t_0 / (1 - t_0)), (1, 2))
-
-    def draw(number):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (16, 5, 8, 3))
-        return trajectory.simulate(x, t, noise)
-
-    terms = true_conditionals(t, mean, variance)
-    monkeypatch.setattr(likelihood, "log_reconstruction", bayes)
-    scores = importance.estimate_bounds(terms, draw, x, t, 17, 4)
-    for bound in (scores["bound"], *scores["weighted"].T):
-        np.testing.assert_allclose(bound / 24, log_gaussian(x, mean, variance) / 24, atol=1e-4)
-    # the decoder that ignores the prior loses about half log(1 + t_0^2 / ((1-t_0)^2 v)) a dimension
-    monkeypatch.setattr(likelihood, "log_reconstruction", without_prior)
-    worse = importance.estimate_bounds(terms, draw, x, t, 17, 4)["bound"]
-    gap = float(jnp.mean(scores["bound"] - worse)) / 24
-    assert gap == pytest.approx(0.5 * math.log(1 + t_0**2 / ((1 - t_0) ** 2 * variance)), rel=0.5)
-
-
 def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
     """The model's x is N(mean, variance + 2 s^2), s the decoder's deviation: the limit of many."""
     mean, variance, t_0, rng = 0.3, 0.4, 0.05, np.random.default_rng(6)
@@ -153,7 +122,7 @@ def test_the_bounds_equal_direct_sums():
         np.testing.assert_allclose(found["weighted"][:, number], expected, rtol=rtol)
     np.testing.assert_array_equal(found["importance_weighted"], found["weighted"][:, -1])
     effective = np.exp(2 * logsumexp(log_w, 0) - logsumexp(2 * log_w, 0))
-    np.testing.assert_allclose(found["effective_sample_size"], effective, rtol=3e-3)
+    np.testing.assert_allclose(found["effective_sample_size"], effective, rtol=1e-5)
     # of numbers rounded by 5e-4
     np.testing.assert_allclose(found["bound_variance"], log_w.var(0, ddof=1) / 6, rtol=1e-4)
     without = [logsumexp(np.delete(log_w, i, 0), 0) - math.log(5) for i in range(6)]

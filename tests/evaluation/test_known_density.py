@@ -45,15 +45,6 @@ def test_the_density_at_every_level(run, level):
     np.testing.assert_allclose(found, log_normal(points, t), atol=1e-4)
 
 
-def test_bounds_beside_the_true_density(run):
-    source = sources.open_source(run.config.data.source, "test[:50]")
-    source = dataclasses.replace(source, log_density=log_normal)
-    scores = scoring.score_records(run, source, 2)
-    found = known_density.compare_with_true_density(run, source, scores)
-    assert found["importance_weighted"]["mean"] == pytest.approx(0, abs=1e-4)
-    assert found["bound"]["mean"] == pytest.approx(0, abs=1e-4)
-
-
 def test_the_true_density_is_that_of_images_not_of_tokens(run, monkeypatch):
     """The tokens of squares have another order than the numbers of an image."""
     monkeypatch.setattr(scoring, "noised", lambda root, x, t, index: x)

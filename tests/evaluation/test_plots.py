@@ -1,6 +1,5 @@
 """Plots of an evaluation, read back from matplotlib: curves of two runs, and densities."""
 
-import json
 
 import numpy as np
 from PIL import Image
@@ -13,29 +12,6 @@ def collect_figures(monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
     return figures
-
-
-def write_metrics(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_losses_of_runs_share_their_axes(tmp_path, monkeypatch):
-    one = write_metrics(tmp_path / "one.jsonl", [{"step": s, "loss": 10.0 / s} for s in (1, 2, 3)])
-    other = write_metrics(tmp_path / "other.jsonl", [
-        {"step": s, "loss": -1.0, "misalignment/level_0": 1.0, "misalignment/level_1": 3.0}
-        for s in (1, 2)])
-    figures = collect_figures(monkeypatch)
-    plots.losses_plot({"one": one, "two": other, "missing": tmp_path / "none"}, "unused")
-    losses, distances = figures[0].axes
-    assert [line.get_label() for line in losses.lines] == ["one", "two"]
-    assert losses.lines[1].get_xydata().tolist() == [[1, -1], [2, -1]]
-    assert distances.lines[1].get_xydata().tolist() == [[1, 2], [2, 2]]
-    assert len(distances.lines[0].get_xydata()) == 0
-    write_metrics(other, [{"step": 1, "loss": -1.0}, {"step": 2, "loss": 1000.0}])
-    plots.losses_plot({"wide": other}, "unused")
-    assert len(figures[1].axes) == 1  # no panel of distances, which it does not log
-    assert (losses.get_yscale(), figures[1].axes[0].get_yscale()) == ("linear", "symlog")
 
 
 def test_densities_run_from_noisy_to_clean_with_the_true_above_the_learned(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from ntm_jax.errors import UserError
 from ntm_jax.evaluation import statistics
 
 SHAPES = [  # n, m, d, seed
@@ -100,11 +99,6 @@ def test_precision_and_recall_by_hand():
     assert statistics.precision_recall(real, real + 1000, 3) == (0, 0)
     # One image, generated again and again, has balls of radius 0.
     assert statistics.precision_recall(real, np.array([[3.0]] * 5), 3) == (1, 1 / 4)
-
-
-def test_too_few_images_are_refused():
-    with pytest.raises(UserError, match="4 images are compared with 50, and image scores need 5"):
-        statistics.feature_scores(np.zeros((4, 2)), np.zeros((50, 2)))
 
 
 def test_retrieval_ranks_pictures_by_layout_and_colour():

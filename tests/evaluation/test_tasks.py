@@ -11,8 +11,7 @@ from ntm_jax import files
 from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.data import pipeline, text
 from ntm_jax.data.records import pad_text
-from ntm_jax.data.sources import shapes
-from ntm_jax.evaluation import evaluate, image_scores
+from ntm_jax.evaluation import evaluate, image_scores, tasks
 from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import build, sharding
@@ -42,11 +41,11 @@ def guided(run, scale):
 def test_samples_are_checked_against_the_captions_that_they_were_made_from(run):
     held_out, checked = run.config.data.open("heldout[3:11]"), {}
 
-    def tasks(images, captions):
+    def check(images, captions):
         checked.update(images=images, captions=captions)
         return {"task": np.array(["any"] * 16), "right": np.ones(16, bool)}
 
-    source = dataclasses.replace(held_out, tasks=tasks)
+    source = dataclasses.replace(held_out, tasks=check)
     found = image_scores.task_scores(guided(run, 0.0), source)
     assert (found["split"], found["overall"]["mean"]) == ("heldout[3:11]", 1)
     assert checked["captions"] == [held_out.captions[i % 8] for i in range(16)]
@@ -58,81 +57,53 @@ def test_samples_are_checked_against_the_captions_that_they_were_made_from(run):
     assert (checked["images"] != of_test).any()
 
 
-SCALES = (0.0, 1.0, 2.0)
-
-
-def pretended(run, progress=False):
-    """Samples whose quality is known: true scenes, of which guidance spoils some.
-
-    A guidance of 2 paints the left half of every third image black, one of 1 that of every image.
-    """
-    scale, split = run.config.sample.guidance, run.config.evaluate.split
-    records = run.config.data.open(split).records
-    images = np.stack([records[i % len(records)]["image"]
-                       for i in range(run.config.evaluate.images)])
-    images[:: {0.0: 100, 1.0: 1, 2.0: 3}[scale], :, :12] = 0
-    return images
+def test_figures_by_task_and_their_paired_differences():
+    task = np.array(["one", "two", "one", "two", "two"])
+    rows = {"task": task, "right": np.array([1, 1, 0, 1, 0]), "traits": None,
+            "colour": np.array([1.0, np.nan, 0.0, np.nan, np.nan])}
+    found = tasks.figures(rows, {"right": np.array([1, 0, 1, 0, 0])})
+    errors = [math.sqrt(1 / 2 / 2), math.sqrt(1 / 3 / 3)]  # unbiased, of two and of three values
+    assert found["one"] == {"mean": 0.5, "stderr": pytest.approx(errors[0]), "count": 2}
+    assert found["two"] == {"mean": pytest.approx(2 / 3), "stderr": pytest.approx(errors[1]),
+                            "count": 3}
+    assert found["overall"] == {"mean": pytest.approx(7 / 12),
+                                "stderr": pytest.approx(math.hypot(*errors) / 2)}
+    assert found["shares"] == {"colour": {"mean": 0.5, "stderr": pytest.approx(0.5)}}
+    assert found["difference"]["one"]["mean"] == -0.5
+    assert found["difference"]["two"]["mean"] == pytest.approx(2 / 3)
+    assert found["difference"]["overall"]["mean"] == pytest.approx(1 / 12)
+    assert "difference" not in tasks.figures(rows, None)
 
 
 @pytest.mark.slow
 def test_tasks_by_guidance_and_split(run, tmp_path, monkeypatch, capsys):
+    """Of true scenes, of which guidance paints the left half of every other one black."""
     calls = []
 
     def generated(run, progress=False):
-        calls.append((run.config.evaluate.split, run.config.sample.guidance))
-        return pretended(run)
+        scale, split = run.config.sample.guidance, run.config.evaluate.split
+        calls.append((split, scale))
+        records = run.config.data.open(split).records
+        images = np.stack([records[i % len(records)]["image"] for i in range(16)])
+        images[:: 2 if scale else 100, :, :12] = 0
+        return images
 
     monkeypatch.setattr(image_scores, "generated", generated)
     result, scores = evaluate.evaluate(run, EvaluationOptions(guidance=(2.0, 0.0)))
-    splits = ("heldout", "test[:16]")
-    assert sorted(calls) == [(split, scale) for split in splits for scale in SCALES]
-    assert "class_accuracy" not in result
-    check_figures(result["tasks"], run)
+    found = result["tasks"]
+    assert sorted(calls) == [(split, scale) for split in ("heldout", "test[:16]")
+                             for scale in (0.0, 1.0, 2.0)]
+    assert (found["split"], found["images"], found["guidance"]) == ("test[:16]", 16, 1.0)
+    first, second = found["by_guidance"]
+    assert (first["guidance"], second["guidance"]) == (2.0, 0.0)
+    assert found["overall"] == first["overall"]
+    assert 0 < first["overall"]["mean"] < second["overall"]["mean"]
+    assert first["difference"]["overall"] == {"mean": 0, "stderr": 0}
+    assert second["difference"]["overall"]["mean"] == pytest.approx(
+        second["overall"]["mean"] - first["overall"]["mean"])
+    assert second["unseen"]["split"] == "heldout"
     write_report(run, result, scores, tmp_path / "evaluation.json")
     assert files.read_json(tmp_path / "evaluation.json", "") == result
-    printed = capsys.readouterr().out
-    assert re.search("samples of test.:16. that show what was asked, % +guidance 2.0  guidance 0.0",
-                     printed)
-    assert re.search("samples of heldout that show what was asked, %", printed)
-    calls.clear()
+    assert re.search(r"tasks\.by_guidance\[1\]\.unseen\.overall +[01]\.", capsys.readouterr().out)
     alone, _ = evaluate.evaluate(run, EvaluationOptions(split="heldout[:16]"))
-    assert calls == [("heldout[:16]", 1.0)]
-    assert {"unseen", "by_guidance", "difference"} & set(alone["tasks"]) == set()
-
-
-def check_figures(tasks: dict, run) -> None:
-    """Asserts that evaluation.json's tasks follow from shapes.score of the pretended samples."""
-    made = {name: tasks[name] for name in ("split", "guidance", "images", "steps", "decoder")}
-    assert made == {"split": "test[:16]", "guidance": 1.0, "images": 16, "steps": 2,
-                    "decoder": "inverse"}
-    captions = [run.config.data.open("test[:16]").captions[i] for i in range(16)]
-    task = np.array([shapes.task_of(caption) for caption in captions])
-    rows = {scale: shapes.score(pretended(guided(run, scale)), captions) for scale in SCALES}
-    right = {scale: row["right"].astype(float) for scale, row in rows.items()}
-
-    def expected(values):
-        means = {name: values[task == name].mean() for name in shapes.TASKS}
-        return pytest.approx(means | {"overall": np.mean(list(means.values()))})
-
-    def means(figures):
-        return {name: figures[name]["mean"] for name in (*shapes.TASKS, "overall")}
-
-    for found, scale in ((tasks, 1.0), *zip(tasks["by_guidance"], (2.0, 0.0), strict=True)):
-        assert found["guidance"] == scale
-        assert means(found) == expected(right[scale])
-        assert means(found["difference"]) == expected(right[scale] - right[2.0])
-        counts = {name: found[name]["count"] for name in shapes.TASKS}
-        assert counts == {name: (task == name).sum() for name in shapes.TASKS}
-        assert found["shares"]["empty"]["mean"] == rows[scale]["empty"].mean()
-        colour = np.nanmean(rows[scale]["colour"])
-        assert found["shares"]["colour"]["mean"] == pytest.approx(colour)
-    errors = [right[2.0][task == name].std(ddof=1) / math.sqrt((task == name).sum())
-              for name in shapes.TASKS]
-    first, second = tasks["by_guidance"]
-    stderr = math.sqrt(np.square(errors).sum()) / 6
-    assert first["overall"]["stderr"] == pytest.approx(stderr)
-    assert 0 < first["overall"]["mean"] < 1
-    unseen = second["unseen"]
-    assert unseen["split"] == "heldout"
-    assert "single_object" not in unseen
-    assert unseen["color_attr"] == {"mean": 1.0, "stderr": 0.0, "count": 4}
+    assert not {"unseen", "by_guidance", "difference"} & set(alone["tasks"])

@@ -58,16 +58,13 @@ def test_the_card_of_an_array_says_which_figure_is_in_which_units(run, tmp_path)
     spec = dataclasses.replace(run.spec, pixel_levels=0, columns=2, mean=(0.5, 1), std=(2.0, 0.1))
     run = dataclasses.replace(run, spec=spec, workdir=str(tmp_path))
     text = card.markdown(run, 1234, PLATFORMS)
-    assert "records of 2 columns |" in text
-    assert "log density of the standardised columns noised" in text
-    assert "in own units is the standardised one less sum(log(std)) = -1.6094 nats |" in text
-    assert "| bound, nats/dim, in own units | 3.0000" in text
-    assert "| bound at t_0, nats/dim, in own units | 2.0000" in text
-    for noised in ("", " at t_0"):
-        name = f"importance-weighted bound{noised} (32 trajectories), nats/dim, in own units"
-        assert f"| {name} | 2.0" in text
-    assert "| trajectory NLL, nats/dim, standardised | 2.0000" in text
-    assert "\nown_nats = nats - -1.6094" in text
+    for said in ("records of 2 columns |", "log density of the standardised columns noised",
+                 "in own units is the standardised one less sum(log(std)) = -1.6094 nats |",
+                 "| bound, nats/dim, in own units | 3.0000",
+                 "| bound at t_0, nats/dim, in own units | 2.0000",
+                 "| trajectory NLL, nats/dim, standardised | 2.0000",
+                 "\nown_nats = nats - -1.6094"):
+        assert said in text
 
 
 def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path):

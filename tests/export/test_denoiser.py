@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -72,14 +71,3 @@ def test_the_script_with_a_learned_denoiser(denoised):
     expected = run.sample_at(index, index % 3, seed=3)
     tolerance = 4e-6 * np.abs(expected).max()
     np.testing.assert_allclose(images, expected * (0.5, 4) + (1, -2), atol=tolerance)
-
-
-@pytest.mark.slow
-def test_the_card_of_a_run_with_a_learned_denoiser(denoised):
-    run, folder = denoised
-    text = (folder / "README.md").read_text()
-    size = sum(a.size for a in jax.tree.leaves(run.denoiser.params))
-    assert ("| training | 4 steps of 16 examples, end_to_end; then 6 steps of a denoiser, "
-            f"{size:,} of the parameters |") in text
-    assert "guidance (0.5, 0.0), decoder denoiser" in text
-    assert "density of the latents, of mean 0 and variance 1 by channel, noised to" in text

@@ -1,55 +1,71 @@
-"""Exports on the Hugging Face Hub, against a stand-in server: pushed, loaded by name, refused."""
+"""Exports on the Hugging Face Hub, with its calls replaced: pushed, loaded by name, refused."""
 
 import dataclasses
-import json
+import pathlib
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import ntm_jax
 from ntm_jax.errors import UserError
-from ntm_jax.export import hub, publish
-from tests.common import bits, python
-from tests.export.common import SETTINGS, copy_of, refused_by_training
-from tests.export.hub_server import TOKEN, Hub
+from ntm_jax.export import publish
+from tests.common import bits
+from tests.export.common import FILES, SETTINGS, copy_of, refused_by_training
 
-pytest.importorskip("huggingface_hub")
-FILES = {"README.md", "config.json", "log_likelihood.bin", "model.safetensors", "sample.py",
-         "sampler.bin"}
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 
-def environment(url: str, home, token: str = TOKEN) -> dict:
-    """The variables that point huggingface_hub at a server, with a cache and a token of its own."""
-    return {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": token, "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1"}
+class Hub:
+    """Repositories in memory, as huggingface_hub's calls of these names have them.
+
+    commits: {OWNER/NAME: [{file: content} of each commit]}; a revision is a commit's number.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.private, self.commits, self.downloaded = folder, {}, {}, []
+
+    def whoami(self, api):
+        return {"name": "me"}
+
+    def create_repo(self, api, repo_id, private=None, exist_ok=False):
+        assert exist_ok or repo_id not in self.commits
+        self.private.setdefault(repo_id, bool(private))
+        self.commits.setdefault(repo_id, [])
+
+    def repo_info(self, api, repo_id):
+        return SimpleNamespace(private=self.private[repo_id])
+
+    def create_commit(self, api, repo_id, operations, commit_message):
+        self.commits[repo_id].append({
+            each.path_in_repo: pathlib.Path(each.path_or_fileobj).read_bytes()
+            for each in operations})
+        return SimpleNamespace(oid=str(len(self.commits[repo_id]) - 1))
+
+    def snapshot_download(self, repo_id, revision, allow_patterns):
+        if repo_id not in self.commits:
+            raise FileNotFoundError(f"404: {repo_id}\nand more")
+        commit = self.commits[repo_id][-1 if revision is None else int(revision)]
+        folder = self.folder / repo_id / str(revision)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in commit.keys() & set(allow_patterns):
+            (folder / name).write_bytes(commit[name])
+            self.downloaded.append(name)
+        return str(folder)
 
 
 @pytest.fixture
-def anew(monkeypatch, tmp_path):
-    """A function: huggingface_hub is imported anew at its next use, with these variables."""
-    def start(url: str, token: str = TOKEN, **variables):
-        for name, value in (environment(url, tmp_path / "home", token) | variables).items():
-            monkeypatch.setenv(name, value)
-        for name in list(sys.modules):
-            if name.partition(".")[0] == "huggingface_hub":
-                monkeypatch.delitem(sys.modules, name)
-
-    return start
-
-
-@pytest.fixture
-def server(anew):
-    """The stand-in for the Hub, which this process now uses."""
-    with Hub() as server:
-        anew(server.url)
-        yield server
-
-
-@pytest.fixture
-def pushed(server, exported):
-    """The address of the export at its commit, hf://me/digits@COMMIT."""
-    return ntm_jax.push(str(exported), "me/digits")
+def server(tmp_path):
+    """The Hub that huggingface_hub's calls now speak to; they have its own signatures."""
+    found, api = Hub(tmp_path / "cache"), huggingface_hub.HfApi
+    with mock.patch.multiple(api, **{
+            name: mock.create_autospec(getattr(api, name), side_effect=getattr(found, name))
+            for name in ("whoami", "create_repo", "repo_info", "create_commit")}), \
+         mock.patch.object(huggingface_hub, "snapshot_download", autospec=True,
+                           side_effect=found.snapshot_download):
+        yield found
 
 
 def refused(address: str, message: str) -> None:
@@ -60,51 +76,39 @@ def refused(address: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_pushed_export_is_loaded_by_name(server, pushed, exported, tmp_path, started):
-    commit, files = server.find("me/digits", "main")
-    assert pushed == f"hf://me/digits@{commit}"
-    assert files == {file.name: file.read_bytes() for file in exported.iterdir()}
-    assert set(files) == FILES
+def test_a_pushed_export_is_loaded_by_name_and_revision(server, exported, tmp_path, started):
+    copy = copy_of(exported, tmp_path)
+    (copy / "README.md").write_text("---\nlicense: mit\n---\n")  # its owner may
+    (copy / "notes.txt").write_text("private")
+    assert ntm_jax.push(str(exported), "me/digits") == "hf://me/digits@0"
+    assert ntm_jax.push(str(copy), "me/digits") == "hf://me/digits@1"
+    first, second = server.commits["me/digits"]
+    assert first == {file.name: file.read_bytes() for file in exported.iterdir()}
+    assert sorted(second) == FILES
+    assert second["README.md"].startswith(b"---\nlicense")
     original = ntm_jax.load(str(exported))
-    for address, folder in (("hf://me/digits", "hub/me/digits"),
-                            (pushed, f"hub/me/digits@{commit}")):
-        found = ntm_jax.load(address)
-        assert (found.workdir, found.step, found.config) == (folder, 4, original.config)
+    for address in ("me/digits", "me/digits@0"):
+        found = ntm_jax.load(f"hf://{address}")
+        assert (found.workdir, found.step) == (f"hub/{address}", 4)
+        assert found.config == original.config
         assert bits(found.params) == bits(original.params)
     np.testing.assert_array_equal(found.sample(4, seed=7), original.sample(4, seed=7))
-    # Programs are not even downloaded, and the rest is downloaded once.
-    wanted = [path for path in server.requested if "/resolve/" in path]
-    assert {path.rpartition("/")[2] for path in wanted} == {"config.json", "model.safetensors"}
+    assert set(server.downloaded) == {"config.json", "model.safetensors"}  # and no programs
     settings = dataclasses.replace(SETTINGS, init_from="hf://me/digits")
     current, _ = started(settings, tmp_path / "new")
     assert bits(current.params) == bits(original.params)
-    assert [path for path in server.requested if "/resolve/" in path] == wanted
 
 
-def test_an_earlier_revision_is_loaded(server, pushed, exported, tmp_path):
-    again = copy_of(exported, tmp_path)
-    (again / "README.md").write_text("---\nlicense: mit\n---\n")  # its owner may
-    newer = ntm_jax.push(str(again), "me/digits")
-    assert newer != pushed
-    for address, card in ((pushed, (exported / "README.md").read_bytes()), (newer, b"---\nlic")):
-        assert server.find(*hub.parse(address))[1]["README.md"].startswith(card)
-        assert ntm_jax.load(address).step == 4
-    refused("hf://me/digits@v2", "RevisionNotFoundError: ")
-
-
-@pytest.mark.usefixtures("pushed")
-def test_a_download_is_verified(server, tmp_path):
-    commit, files = server.find("me/digits", "main")
-    weights = bytearray(files["model.safetensors"])
+def test_a_download_is_verified(server, exported, tmp_path):
+    ntm_jax.push(str(exported), "me/damaged")
+    weights = bytearray((exported / "model.safetensors").read_bytes())
     weights[-1] ^= 1
-    damaged = {**files, "model.safetensors": bytes(weights)}
-    server.repositories["me/damaged"] = {"private": False, "commits": [(commit, damaged)]}
+    server.commits["me/damaged"][0]["model.safetensors"] = bytes(weights)
     refused("hf://me/damaged", "model.safetensors is damaged: params/")
     refused_by_training(SETTINGS, "hf://me/damaged", tmp_path, "is damaged: params/")
-    other = {"config.json": b"{}", "pytorch_model.bin": b"\x80"}
-    server.repositories["me/other"] = {"private": False, "commits": [(commit, other)]}
+    server.commits["me/other"] = [{"config.json": b"{}", "pytorch_model.bin": b"\x80"}]
     refused("hf://me/other", "holds no export of ntm_jax, since it has no model.safetensors")
-    refused("hf://me/none", "RepositoryNotFoundError: ")
+    refused("hf://me/none", "hf://me/none: FileNotFoundError: 404: me/none: check the name")
 
 
 @pytest.mark.parametrize("address", ["hf://digits", "hf://../digits", "hf://me/digits@"])
@@ -112,55 +116,29 @@ def test_addresses_have_an_owner_and_a_name(address):
     refused(address, "is no address on the Hub: expected hf://OWNER/NAME, or")
 
 
-def test_an_export_is_pushed_whole_and_nothing_else(server, exported, tmp_path):
+def test_a_private_repository_stays_private(server, exported):
+    ntm_jax.push(str(exported), "me/secret", private=True)
+    ntm_jax.push(str(exported), "me/secret")
+    ntm_jax.push(str(exported), "me/open")
+    assert server.private == {"me/secret": True, "me/open": False}
+    with pytest.raises(UserError, match="me/open exists and is public"):
+        ntm_jax.push(str(exported), "me/open", private=True)
+    assert len(server.commits["me/open"]) == 1
+
+
+def test_what_cannot_be_pushed_is_refused(server, exported, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="is no repository on the Hub: expected OWNER/NAME"):
+        publish.check("digits")
     copy = copy_of(exported, tmp_path)
-    (copy / "notes.txt").write_text("private")
-    ntm_jax.push(str(copy), "me/digits")
-    assert set(server.find("me/digits", "main")[1]) == FILES
     (copy / "sampler.bin").unlink()
     with pytest.raises(UserError, match=r"copy has no sampler\.bin"):
         ntm_jax.push(str(copy), "me/digits")
-    assert len(server.repositories["me/digits"]["commits"]) == 1
-
-
-def test_a_private_repository_stays_private(server, exported):
-    ntm_jax.push(str(exported), "me/secret", private=True)
-    assert server.repositories["me/secret"]["private"]
-    ntm_jax.push(str(exported), "me/secret")
-    assert server.repositories["me/secret"]["private"]
-    ntm_jax.push(str(exported), "me/open")
-    assert not server.repositories["me/open"]["private"]
-    with pytest.raises(UserError, match="me/open exists and is public"):
-        ntm_jax.push(str(exported), "me/open", private=True)
-    assert len(server.repositories["me/open"]["commits"]) == 1
-
-
-def test_without_a_token_or_the_package_nothing_is_pushed(server, anew, exported, monkeypatch):
-    with pytest.raises(UserError, match="is no repository on the Hub: expected OWNER/NAME"):
-        publish.check("digits")
-    anew(server.url, token="")
-    with pytest.raises(UserError, match=r"LocalTokenNotFoundError: .* log in with `hf auth login`"):
+    error = huggingface_hub.errors.LocalTokenNotFoundError("no token")
+    with mock.patch.object(huggingface_hub.HfApi, "whoami", side_effect=error), pytest.raises(
+            UserError, match=r"LocalTokenNotFoundError: .* log in with `hf auth login`"):
         ntm_jax.push(str(exported), "me/digits")
-    assert not server.repositories
+    assert not server.commits
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for call in (lambda: publish.check("me/digits"), lambda: ntm_jax.load("hf://me/digits")):
         with pytest.raises(UserError, match=r"pip install huggingface_hub \(the extra \[hub\]\)"):
             call()
-
-
-@pytest.mark.slow
-def test_the_programs_push_and_read_a_run_on_the_hub(workdir, tmp_path):
-    with Hub() as server:
-        variables = environment(server.url, tmp_path / "home")
-
-        def program(name, *flags):
-            return python("-m", f"launch.{name}", *flags, cwd=tmp_path, **variables)
-
-        done = program("export", f"--workdir={workdir}", "--out=out", "--push=me/digits")
-        commit, _ = server.find("me/digits", "main")
-        assert done.stdout.splitlines()[-1] == f"pushed: hf://me/digits@{commit}"
-        program("sample", "--workdir=hf://me/digits", "--num=2")
-        program("evaluate", "--workdir=hf://me/digits", "--trajectories=1")
-    results = tmp_path / "hub/me/digits"
-    assert json.loads((results / "evaluation.json").read_text())["step"] == 4
-    assert (results / "samples/samples.npz").exists()

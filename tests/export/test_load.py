@@ -86,12 +86,8 @@ def test_the_recipe_for_outliers_scores_every_image(loaded, monkeypatch):
 def test_images_and_labels_that_do_not_fit_are_refused(loaded):
     with pytest.raises(UserError, match=r"images have shape \(2, 8, 8\): expected \[n, 8, 8, 1\]"):
         loaded.log_prob(np.zeros((2, 8, 8)), 3)
-    for label, message in (
-            ([3, 10], "labels run from 3 to 10: expected 0 to 9"),
-            ([1, 2, 3], r"label has shape \(3,\): expected one label, or one for each of the 2"),
-            (None, "no label is given, and the model has 10 classes: give one label, or one for")):
-        with pytest.raises(UserError, match=message):
-            loaded.log_prob(np.zeros((2, 8, 8, 1)), label)
+    with pytest.raises(UserError, match="labels run from 3 to 10: expected 0 to 9"):
+        loaded.log_prob(np.zeros((2, 8, 8, 1)), [3, 10])
 
 
 def test_sample(loaded):
@@ -112,9 +108,8 @@ def test_missing_runs_and_steps_are_refused(workdir, source, tmp_path):
         ntm_jax.load(str(tmp_path))
 
 
-@pytest.mark.parametrize("mesh", [config.Mesh(1, 8, 1, 1, 1), config.Mesh(1, -1, 4, 2, 1)])
-def test_a_run_of_more_devices_is_loaded_on_the_present_ones(workdir, source, tmp_path, mesh):
-    more = dataclasses.replace(SETTINGS, mesh=mesh)
+def test_a_run_of_more_devices_is_loaded_on_the_present_ones(workdir, source, tmp_path):
+    more = dataclasses.replace(SETTINGS, mesh=config.Mesh(1, -1, 4, 2, 1))
     config_file.write(str(tmp_path), more, pipeline.spec(source, 2))
     (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
     assert ntm_jax.load(str(tmp_path)).step == 4

@@ -135,5 +135,5 @@ def test_a_refused_call_leaves_nothing(run, tmp_path):
     with pytest.raises(UserError, match=message):
         run.selecting(2).write_samples(str(tmp_path / "out"), SampleRequest(2, log_prob=True))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="--candidates selects samples, and none are scored: give"):
+    with pytest.raises(UserError, match="--candidates is about samples, and none are scored: give"):
         changed(run.selecting(2), "evaluate", images=0).evaluate()

@@ -22,9 +22,7 @@ from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.reweight import Reweighted, reweight, systematic
 
-FIGURES = {  # of an observation, and their titles
-    "c2st": "C2ST", "c2st_reweighted": "reweighted", "effective_share": "effective share",
-    "share_in_prior": "share in prior", "log_evidence": "log evidence"}
+FIGURES = ("c2st", "c2st_reweighted", "effective_share", "share_in_prior", "log_evidence")
 BATCH = 2000  # draws at once
 PROPOSALS = 2  # weighted samples for each one that is drawn by weight, at least
 MARGIN = 1.1  # more samples than their effective share asks for
@@ -46,25 +44,20 @@ class Amounts:
     draws: int = 100
 
 
-def benchmark(run: Run, amounts: Amounts, progress: bool = True) -> tuple[dict, plots.Drawn]:
+def benchmark(run: Run, amounts: Amounts) -> tuple[dict, plots.Drawn]:
     """The content of sbi.json, and what its pictures show.
 
-    progress: prints a row for each observation once it is scored. Raises UserError for a run of
-    another source, and where the reference posteriors are missing.
+    Raises UserError for a run of another source, and where the reference posteriors are missing.
     """
     config = run.config
     task = source.task_of(config.data.source)
     given = [references.read(task, number + 1) for number in range(amounts.observations)]
     rows, samples = [], []
-    if progress:
-        _print_row("observation", FIGURES.values())
-    for number, reference in enumerate(track(given, "observations", "done", show=progress), 1):
+    for number, reference in enumerate(track(given, "observations", "done"), 1):
         row, drawn = _observation(run, task, reference, amounts)
         rows.append({"observation": number, **row})
         samples.append(drawn)
-        if progress:
-            _print_row(number, [f"{row[name]:.3f}" for name in FIGURES])
-    theta, draws = posterior_draws(run, task, amounts, progress)
+    theta, draws = posterior_draws(run, task, amounts)
     ranks, shares = scores.ranks(theta, draws), scores.shares_nearer(theta, draws)
     means = {name: mean_and_stderr([row[name] for row in rows]) for name in FIGURES}
     result = {"task": task, "source": config.data.source, "workdir": run.workdir, "step": run.step,
@@ -120,12 +113,12 @@ def _weighted(run: Run, log_joint: Callable, x, amounts: Amounts) -> Reweighted:
     return found
 
 
-def posterior_draws(run: Run, task: str, amounts: Amounts, progress: bool = True):
+def posterior_draws(run: Run, task: str, amounts: Amounts):
     """Fresh parameters [n, D], and draws [n, L, D] of the run's posteriors of their simulations."""
     theta, x = source.simulate(task, amounts.simulations, source.FRESH)
     at_once = max(1, BATCH // amounts.draws)
     batches, parts = sharding.equal_batches(len(x), at_once), []
-    for index in track(batches, "calibration", "batches", show=progress):
+    for index in track(batches, "calibration", "batches"):
         given = run.condition.validate(
             at_once * amounts.draws, np.repeat(x[index], amounts.draws, 0))
         number = np.arange(len(index) * amounts.draws) + index[0] * amounts.draws
@@ -152,8 +145,9 @@ def write_benchmark(result: dict, drawn: plots.Drawn, out, step: int | None = No
     files.write_json(folder / f"sbi{end}.json", result)
     plots.posteriors(result, drawn, folder / f"posteriors{end}.png")
     plots.calibration(result, drawn, folder / f"calibration{end}.png")
-    _print_row("mean", [f"{result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}"
-                        for name in FIGURES])
+    for name in FIGURES:
+        each = " ".join(f"{row[name]:.3f}" for row in result["observations"])
+        print(f"{name:<16} {result[name]['mean']:.3f} ± {result[name]['stderr']:.3f}: {each}")
     checks = result["calibration"]
     p_values = [check["p_value"] for check in checks["ranks"]]
     print(f"{checks['simulations']} fresh simulations, p-values: {min(p_values):.3g}, the smallest "
@@ -161,7 +155,3 @@ def write_benchmark(result: dict, drawn: plots.Drawn, out, step: int | None = No
           f"{checks['coverage']['p_value']:.3g} of the coverage (wrong below 0.01)")
     print(f"wrote {folder / f'sbi{end}.json'}, posteriors{end}.png and calibration{end}.png",
           flush=True)
-
-
-def _print_row(first, rest) -> None:
-    print(f"{first:>11}" + "".join(f"{text:>18}" for text in rest), flush=True)
