@@ -132,21 +132,14 @@ def write_photos(folder, count: int, side: int) -> None:
     """A folder of captioned JPEGs, circles in red and blue, for launch/prepare.py."""
     rows, column = np.mgrid[:side, :side]
     folder.mkdir()
-    with (folder / "metadata.jsonl").open("w") as file:
-        for i in range(count):
-            inside = (
-                np.hypot(rows - side * (0.3 + i % 5 / 10), column - side / 2)[..., None] < side / 4
-            )
-            image = np.where(inside, ((220, 30, 30), (30, 30, 220))[i % 2], 200 + i % 50).astype(
-                np.uint8
-            )
-            Image.fromarray(image).save(folder / f"{i}.jpg")
-            file.write(
-                json.dumps(
-                    {"file_name": f"{i}.jpg", "caption": f"a {('red', 'blue')[i % 2]} circle"}
-                )
-                + "\n"
-            )
+    lines = []
+    for i in range(count):
+        name, colour = (("red", (220, 30, 30)), ("blue", (30, 30, 220)))[i % 2]
+        distance = np.hypot(rows - side * (0.3 + i % 5 / 10), column - side / 2)[..., None]
+        image = np.where(distance < side / 4, colour, 200 + i % 50).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.jpg")
+        lines.append(json.dumps({"file_name": f"{i}.jpg", "caption": f"a {name} circle"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def environment(devices: int = 0, **variables) -> dict:

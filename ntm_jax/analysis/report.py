@@ -171,11 +171,7 @@ def _highest(report: dict) -> str:
     """The share of products at precision highest; empty without any."""
     if not report["highest_flops_per_chip"]:
         return ""
-    share = report["highest_flops_per_chip"] / report["flops_per_chip"]
-    own = report["flops_by_precision_per_chip"].get("transporter", {})
-    text = f"{share:.0%} of the FLOPs"
-    if own:
-        text += f" ({own.get('highest', 0) / sum(own.values()):.0%} of the transporter's)"
+    text = f"{report['highest_flops_per_chip'] / report['flops_per_chip']:.0%} of the FLOPs"
     if report["highest_seconds"] is None:
         return text
     compute = report["roofline_seconds"]["compute"]

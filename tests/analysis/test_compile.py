@@ -157,10 +157,7 @@ def test_a_program_that_does_not_fit_has_its_traced_products(monkeypatch):
     assert seconds["compute"] == pytest.approx(found["flops_per_chip"] * 6 / 459e12)
     assert seconds["memory"] is seconds["network"] is found["exposed_network_seconds"] is None
     assert set(found["collective_bytes_per_chip"].values()) == {None}
-    lines = report_of.table(found).splitlines()
-    assert "sent a chip    unknown" in lines
-    assert "at highest     100% of the FLOPs (100% of the transporter's)" not in lines
-    assert "at highest     100% of the FLOPs, 100% of the compute time" in lines
+    assert "sent a chip    unknown" in report_of.table(found).splitlines()
     json.dumps(found, allow_nan=False)
 
 
@@ -178,8 +175,7 @@ def test_products_at_highest_take_their_own_rate():
     assert bound == pytest.approx({
         "seconds": seconds, "examples_per_second": 10 / seconds,
         "tokens_per_second": 160 / seconds, "mfu": 6e12 / (seconds * 459e12)})
-    share = report_of._highest(found)
-    assert share == "44% of the FLOPs (100% of the transporter's), 83% of the compute time"
+    assert report_of._highest(found) == "44% of the FLOPs, 83% of the compute time"
     assert CARDS["h100"].chip.rate("highest") == pytest.approx(66.9e12, rel=1e-3)
 
 
@@ -257,7 +253,6 @@ def test_collectives_are_found_on_eight_devices():
 
 @pytest.mark.parametrize(("topology", "program", "change", "message"), [
     ("v9:4x4", "train", {}, "--topology=v9:4x4 is not known: expected v5p:8x8x8, v5e:16x16"),
-    ("cpu:64", "train", {}, "CPU devices; set XLA_FLAGS"),
     ("h100:8x1x8", "train", {}, "slices is 1: expected 8, the NVLink domains of --topology"),
     ("cpu:1", "rollout", {}, "config.train.objective=end_to_end does not learn from samples"),
     ("cpu:1", "train", {"train.objective": "denoiser"}, "needs its teacher's model")])
