@@ -277,21 +277,14 @@ def read(config) -> Config:
 
 
 def _check_training(config: Config) -> None:
-    optimizer, model, dropout = config.optimizer, config.model, config.train.condition_dropout
+    model, dropout = config.model, config.train.condition_dropout
     if dropout and model.condition == "none":
         raise UserError(f"config.train.condition_dropout is {dropout}: expected 0 where "
                         "config.model.condition is none")
-    if optimizer.floor > optimizer.learning_rate:
-        raise UserError(f"config.optimizer.floor is {optimizer.floor}: expected at most "
-                        f"config.optimizer.learning_rate, {optimizer.learning_rate}, from which "
-                        "the rate falls to it")
     for name, kind in SETTINGS.items():
         if getattr(model, name) and model.condition != kind:
             raise UserError(f"config.model.{name} is {getattr(model, name)}: it needs "
                             f"config.model.condition={kind}, which is {model.condition}")
-    if model.condition_layers and model.head == "posterior":
-        raise UserError(f"config.model.condition_layers is {model.condition_layers}: expected 0 "
-                        "with config.model.head=posterior, which does not take their features")
 
 
 def _check_sampling(config: Config) -> None:
@@ -320,8 +313,6 @@ def check_guidance(name: str, guidance, steps: int) -> None:
 def _check_levels(config: Config) -> None:
     c = config.trajectory
     low, high = c.t_min_range
-    if not c.steps:
-        raise UserError("config.trajectory.steps is empty: give the numbers of steps, such as (4,)")
     if low > high:
         raise UserError(f"config.trajectory.t_min_range is {low, high}: expected lo <= hi")
     if config.model.head != "direct" and low < 1e-3:

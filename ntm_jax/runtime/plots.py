@@ -15,12 +15,6 @@ import numpy as np
 
 from ntm_jax import files
 
-HELD_OUT = {  # labels of figures that choose the best checkpoint; of those logged, the first counts
-    "evaluate/reward": "held-out reward",
-    "evaluate/bits_per_dim": "held-out bound (bits per dimension)",
-    "evaluate/nats_per_dim": "held-out bound (nats per dimension)",
-    "evaluate/mse": "held-out mean squared error",
-    "evaluate/velocity_error": "held-out mean squared error"}
 SMOOTHING_POINTS = 50  # the smoothed loss averages over 1/50 of the points
 GRID_COLUMNS = 10  # images in a row of a grid of samples
 PAIRED_COLUMNS = 5  # of an array, of which a picture shows all pairs
@@ -136,15 +130,15 @@ def save_png(path, image) -> None:
 def loss_plot(metrics_path, out_png, loss_label: str) -> bool:
     """Draws a metrics.jsonl's loss over the steps, raw and smoothed; returns whether it has one.
 
-    Draws in a panel below the first held-out figure of HELD_OUT that is logged, or that of an
-    objective of the user's own, `evaluate/NAME`. Writes no file without a finite loss.
+    Draws in a panel below the first held-out figure that is logged, `evaluate/NAME`. Writes no file
+    without a finite loss.
     """
     lines = files.read_lines(metrics_path)
     steps, losses = metric_points(lines, "loss")
     if not steps:
         return False
-    own = [key for line in lines for key in line if re.fullmatch("evaluate/[^/]+", key)]
-    key = next((key for key in (*HELD_OUT, *own) if metric_points(lines, key)[0]), None)
+    keys = (key for line in lines for key in line)
+    key = next((key for key in keys if re.fullmatch("evaluate/[^/]+", key)), None)
     plot, panels = figure(7, 6 if key else 3.5, 2 if key else 1)
     top, bottom = panels[0, 0], panels[-1, 0]
     marker = "o" if len(steps) == 1 else None  # a line of one point cannot be seen
@@ -154,8 +148,7 @@ def loss_plot(metrics_path, out_png, loss_label: str) -> bool:
     plot.legend(loc="outside upper right", ncols=2)
     if key:
         bottom.plot(*metric_points(lines, key), color="tab:orange", marker="o", markersize=4)
-        name = key.removeprefix("evaluate/").replace("_", " ")
-        bottom.set_ylabel(HELD_OUT.get(key, f"held-out {name}"))
+        bottom.set_ylabel("held-out " + key.removeprefix("evaluate/").replace("_", " "))
         bottom.sharex(top)
     bottom.set_xlabel("step")
     save_figure(plot, out_png)

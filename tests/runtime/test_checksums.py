@@ -84,19 +84,6 @@ def test_a_checksum_sees_every_bit_and_every_exchange(dtype, sums):
     assert checksum() == original
 
 
-def test_a_checksum_sees_two_signs_exchanged():
-    # A sum of bits * odd number misses these flips of the top bit, whichever odd numbers it takes.
-    x = np.ones((6, 6), np.float32)
-    seen = set()
-    for i in range(36):
-        for j in range(i):
-            x.reshape(-1)[[i, j]] = -1
-            seen.add(array_checksums({"x": x})["x"])
-            x[:] = 1
-    assert len(seen) == 36 * 35 // 2
-    assert array_checksums({"x": x})["x"] not in seen
-
-
 def test_checksums_of_scalars_empty_and_huge_arrays(sums):
     assert sums({"a": jnp.int32(3)}) != sums({"a": jnp.int32(4)})
     assert sums({"a": jnp.zeros((0, 4))}) == {"a": "0" * 16}

@@ -77,23 +77,18 @@ def test_an_interrupted_run_goes_on_with_other_devices(stopped, alone, tmp_path)
     assert read == several["provenance"]["checksum"] != one["provenance"]["checksum"]
 
 
-@pytest.fixture(scope="module")
-def evaluated(alone):
-    """[(evaluation.json, the scores of all 297 held-out digits)] of one and of two processes."""
+@pytest.mark.slow
+def test_evaluation_is_the_same_on_more_devices_and_processes(alone):
     run = ntm_jax.load(str(alone), 12)
     figures = run.scores(EvaluationOptions(split="test", trajectories=2))
     run.report("one.json", *figures, per_example=True)
     ends = Job(alone, 2, program="evaluate", flags=(
         "--split=test", "--trajectories=2", "--per_example", "--step=12")).end()
     assert [status for status, *_ in ends] == [0, 0], ends
-    return [(json.loads((alone / f"{name}.json").read_text()),
-             pyarrow.parquet.read_table(alone / f"{name}.parquet").to_pydict())
-            for name in ("one", "evaluation-12-test")]
-
-
-@pytest.mark.slow
-def test_evaluation_is_the_same_on_more_devices_and_processes(evaluated):
-    (one, scores), (other, other_scores) = evaluated
+    (one, scores), (other, other_scores) = (
+        (json.loads((alone / f"{name}.json").read_text()),
+         pyarrow.parquet.read_table(alone / f"{name}.parquet").to_pydict())
+        for name in ("one", "evaluation-12-test"))
     assert one["count"] == other["count"] == 297
     assert scores["index"] == other_scores["index"] == list(range(297))
     for name, values in scores.items():

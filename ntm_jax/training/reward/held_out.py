@@ -57,8 +57,8 @@ def held_out_reward(run: Run, source: Source) -> HeldOutScore:
     means = {name: float(np.mean(values)) for name, values in scores(run, source).items()}
     if not means:
         return bound
-    scalars = bound.scalars | {f"evaluate/{name}": value for name, value in means.items()}
-    return HeldOutScore(-means["reward"], scalars,
+    scalars = {f"evaluate/{name}": value for name, value in means.items()}
+    return HeldOutScore(-means["reward"], scalars | bound.scalars,
                         f"{bound.message}, reward {means['reward']:.4f}")
 
 
