@@ -43,9 +43,22 @@ def locate(where) -> tuple[epath.Path, int | None]:
 
 
 def saved_settings(workdir) -> dict | None:
-    """The settings saved with a workdir's last checkpoint; see Checkpoints.saved_settings."""
+    """The settings saved with a workdir's last checkpoint, verified.
+
+    {} if the checkpoint has none or they are damaged, None if there is no checkpoint.
+    """
     with Checkpoints(workdir) as checkpoints:
-        return checkpoints.saved_settings()
+        step = checkpoints.latest()
+        if step is None:
+            return None
+        path = checkpoints.directory / str(step)
+        try:
+            with checkpoints._context:
+                unit = ocp.load_checkpointables(path, {"run": None, "checksums": None})
+            intact = unit["checksums"].get(RUN_NAME) == json_checksum(unit["run"])
+            return (unit["run"]["settings"] if intact else None) or {}
+        except Exception:  # orbax raises many kinds for a missing, truncated or garbled file
+            return {}
 
 
 class Checkpoints:
@@ -182,22 +195,6 @@ class Checkpoints:
         """
         step = self._existing(step)
         return step, self._load(step, {"state": abstract_subtree}, partial=True)["state"]
-
-    def saved_settings(self) -> dict | None:
-        """The settings saved with the last checkpoint, verified.
-
-        {} if the checkpoint has none or they are damaged, None if there is no checkpoint.
-        """
-        if self.latest() is None:
-            return None
-        path = self.directory / str(self.latest())
-        try:
-            with self._context:
-                unit = ocp.load_checkpointables(path, {"run": None, "checksums": None})
-                intact = unit["checksums"].get(RUN_NAME) == json_checksum(unit["run"])
-                return (unit["run"]["settings"] if intact else None) or {}
-        except Exception:  # orbax raises many kinds for a missing, truncated or garbled file
-            return {}
 
     def wait(self) -> None:
         """Waits until the save in progress is committed. Raises UserError if it fails."""
