@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import re
-import shutil
 import signal
 
 import numpy as np
@@ -34,36 +33,23 @@ def alone(tmp_path_factory):
     return workdir
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """(workdir, ends) of two processes, of which the second is interrupted after a step.
-
-    It is sent early, since a busy machine may send it many of the short steps later.
-    """
-    workdir = tmp_path_factory.mktemp("stopped") / "run"
-    job = Job(workdir, 2)
-    job.read_until(r"step 1/")
-    job.processes[1].send_signal(signal.SIGINT)
-    return workdir, job.end()
-
-
 @pytest.mark.slow
-def test_ctrl_c_in_one_process_stops_all_at_one_step_saved(stopped):
-    workdir, ends = stopped
+def test_an_interrupted_job_goes_on_with_other_devices(alone, tmp_path):
+    """Two processes with 4 devices, then two with 8, train as one with one device does.
+
+    Ctrl-C in the second stops both at one step, and one process with one device reads what they
+    saved.
+    """
+    workdir = tmp_path / "run"
+    job = Job(workdir, 2)
+    job.read_until(r"step 1/")  # early: a busy machine may send it many of the short steps later
+    job.processes[1].send_signal(signal.SIGINT)
+    ends = job.end()
     assert [status for status, *_ in ends] == [0, 0], ends
     said = re.fullmatch(r"stopped at step (\d+), saved; the same command resumes", ends[0][1])
     assert said, ends
     assert int(said[1]) < SETTINGS["train.steps"]
     assert (workdir / "checkpoints" / said[1]).exists()
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_goes_on_with_other_devices(stopped, alone, tmp_path):
-    """Two processes with 4 devices, then two with 8, train as one with one device does.
-
-    One process with one device reads what they saved.
-    """
-    workdir = shutil.copytree(stopped[0], tmp_path / "run")
     ends = Job(workdir, 2, devices=4).end()
     assert [status for status, *_ in ends] == [0, 0], ends
     one, several = losses(alone), losses(workdir)
