@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from ntm_jax.runtime.processes import LOCK
 from tests.common import ROOT, TINY, environment, figures, python, start
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
@@ -153,10 +154,14 @@ def test_a_mistake_is_one_line_with_status_2_and_writes_nothing(tmp_path, name):
 
 @pytest.mark.slow
 def test_another_experiment_leaves_a_run_as_it_is(run):
-    before = {path: path.stat().st_mtime_ns for path in run[0].rglob("*")}
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in run[0].rglob("*") if path.name != LOCK}
+
+    before = written()
     done = program("train", f"--workdir={run[0]}", *CONFIG, "--config.model.width=32", check=False)
     assert_refused(done, "holds a run with model.width = 16, and this one has 32")
-    assert {path: path.stat().st_mtime_ns for path in run[0].rglob("*")} == before
+    assert written() == before
 
 
 def test_a_missing_flag_is_named():
