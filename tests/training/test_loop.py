@@ -148,7 +148,8 @@ def test_settings_that_cannot_work_are_refused_and_nothing_written(overrides, me
 @pytest.mark.slow
 def test_a_step_without_enough_memory_is_refused_and_leaves_the_folder_free(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(state, "free_bytes", lambda mesh: 1000)
+        free = iter((2**40, 1000))  # for the state, and then for the step
+        patched.setattr(state, "free_bytes", lambda mesh: next(free))
         with pytest.raises(UserError, match=r"a step needs about .* and 0\.0 GiB are free"):
             loop.train(tiny_config(), str(tmp_path), progress=False)
     assert state.free_bytes(sharding.make_mesh(tiny_config().mesh)) > 2**20
