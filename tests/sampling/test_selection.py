@@ -120,7 +120,7 @@ def test_selection_needs_a_condition_and_a_likelihood_without_it(run):
         with pytest.raises(UserError, match=message):
             changed(run, part, **fields).selecting(2)
     for arguments, message in (
-            ((0,), "candidates is 0: expected 1 or more"),
+            ((0,), "candidates is 0: expected a whole number, 1 or more"),
             ((1, run), "candidates is 1: expected at least 2")):
         with pytest.raises(UserError, match=message):
             run.selecting(*arguments)
