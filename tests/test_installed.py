@@ -90,7 +90,7 @@ def test_a_run_is_exported_and_the_export_samples(run, program):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("prepare", "--input and --out must be given, such as python -m "),
+    ("prepare", "--input and --out are missing: give both, or --verify=FOLDER"),
     ("compile", "--topology and --config must be given, such as python -m "),
     ("benchmark", "give one of --config"),
     ("evaluate", "nowhere holds no run (no config.json there)"),
