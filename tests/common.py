@@ -17,7 +17,7 @@ from PIL import Image
 
 from ntm_jax import files
 from ntm_jax.api import Run
-from ntm_jax.data import pipeline, sources
+from ntm_jax.data import pipeline
 from ntm_jax.runtime import arithmetic, build, config, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, state
@@ -63,8 +63,13 @@ def experiment(name: str = "digits", *variant: str):
 
 def tiny_config(**overrides) -> config.Config:
     """experiments/digits.py shrunk by TINY, then with `overrides`: {"train.steps": 4}."""
-    values = experiment()
-    values.update_from_flattened_dict(TINY | overrides)
+    return configured("digits", TINY | overrides)
+
+
+def configured(name: str, changes: dict) -> config.Config:
+    """The configuration of an experiment file, with changes: {"train.steps": 4}."""
+    values = experiment(name)
+    values.update_from_flattened_dict(changes)
     settings = config.read(values)
     objectives.checked(settings)
     return settings
@@ -72,7 +77,7 @@ def tiny_config(**overrides) -> config.Config:
 
 def setup(settings: config.Config):
     """(the evaluation split, the model, a mesh of the devices there are) of a configuration."""
-    source = sources.open_source(settings.data.source, settings.evaluate.split)
+    source = settings.data.open(settings.evaluate.split)
     spec, mesh = pipeline.spec(source, settings.data.patch_size), sharding.make_mesh(settings.mesh)
     return source, build.make_model(settings, spec, arithmetic.choose(mesh, spec.tokens)), mesh
 
@@ -89,6 +94,12 @@ def randomised(params, seed: int = 0):
     return jax.tree.map(
         lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype(np.float32), params
     )
+
+
+def new_run(settings: config.Config) -> Run:
+    """A run before it has parameters."""
+    _, model, mesh = setup(settings)
+    return as_run(settings, model, mesh)
 
 
 def random_run(run: Run, seed: int = 0, **changes) -> Run:
@@ -202,6 +213,13 @@ def python(
         f"{arguments} exited with {process.returncode}\n{output}\n{errors}"
     )
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+
+def logged(workdir) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without what a clock gives."""
+    timed = "wall_time", "examples_per_second", "flops_per_second", "flop_share"
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in line if key not in timed} for line in lines]
 
 
 def figures(path) -> dict:

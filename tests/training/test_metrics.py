@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event
 
 from ntm_jax import files
 from ntm_jax.training import metrics
@@ -30,24 +30,19 @@ def steps(workdir):
     return [line["step"] for line in lines(workdir)]
 
 
-def recorded(workdir):
-    """The events in the TensorBoard files.
+def events(workdir):
+    """All values in the TensorBoard files: {tag: [(step, value)]}.
 
     A record is a length, its checksum, the event and its checksum.
     """
+    found = {}
     for file in sorted(workdir.glob("events*")):
         data = io.BytesIO(file.read_bytes())
         while header := data.read(12):
-            yield Event.FromString(data.read(struct.unpack("<Q", header[:8])[0]))
+            event = Event.FromString(data.read(struct.unpack("<Q", header[:8])[0]))
             data.read(4)
-
-
-def events(workdir):
-    """All values in the TensorBoard files: {tag: [(step, value)]}."""
-    found = {}
-    for event in recorded(workdir):
-        for value in event.summary.value:
-            found.setdefault(value.tag, []).append((event.step, value))
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value))
     return found
 
 
@@ -103,14 +98,6 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     assert [step for step, _ in found["gray"]] == [4]
 
 
-@pytest.mark.parametrize("start", [0, 4])
-def test_tensorboard_hides_what_an_earlier_process_logged_after_the_start(tmp_path, start):
-    MetricsReporter(tmp_path, 10, start, quiet=True).close()
-    found = [(event.step, event.session_log.status) for event in recorded(tmp_path)
-             if event.HasField("session_log")]
-    assert found == [(start + 1, SessionLog.START)]
-
-
 def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     clock = iter([100.0, 110.0, 120.0, 130.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
@@ -130,19 +117,6 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
     assert captured.err == ""
 
 
-def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with MetricsReporter(tmp_path, 20, start_step=10) as writer:
-        writer.advance(12)
-        writer.write(15, {"grad_norm": 2.0, "loss": 0.61234, "examples_per_second": 123.4})
-        writer.message("saved")
-    captured = capsys.readouterr()
-    assert "15/20, loss 0.6123, 123 images/s, " in captured.err
-    assert " left" in captured.err
-    assert captured.out == "saved\n"
-    assert steps(tmp_path) == [15]
-
-
 def test_other_processes_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with MetricsReporter(tmp_path / "run", 10) as writer:
@@ -154,14 +128,10 @@ def test_other_processes_write_nothing(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.fixture
-def as_if_remote(monkeypatch):
+def test_object_storage_is_written_every_so_many_lines_and_at_the_end(
+        tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(files, "is_remote", lambda path: True)
     monkeypatch.setattr(lines_file, "REMOTE_LINES", 3)
-
-
-@pytest.mark.usefixtures("as_if_remote")
-def test_object_storage_is_written_every_so_many_lines_and_at_the_end(tmp_path, capsys):
     with MetricsReporter(tmp_path, 10) as writer:
         assert "no TensorBoard events" in capsys.readouterr().out
         for step in (1, 2, 3, 4):

@@ -8,7 +8,7 @@ import pytest
 from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import StepInputs
-from ntm_jax.training.step import _finite, make_step, steps_of
+from ntm_jax.training.step import make_step, steps_of
 from tests.common import as_run, batch_of, bits, norm, objective_of, randomised, setup, tiny_config
 
 
@@ -102,11 +102,3 @@ def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
     assert drawn != drawn_steps(other)
     pairs = tiny_config(**{"trajectory.steps": (2, 8, 4), "train.objective": "pairwise"})
     assert set(drawn_steps(pairs)) == {8}  # it draws T for each example
-
-
-@pytest.mark.parametrize(("number", "finite"), [
-    (3e38, True), (-0.0, True), (np.inf, False), (-np.inf, False), (np.nan, False),
-])
-def test_one_number_decides_whether_a_compiled_tree_is_finite(number, finite):
-    matrix = jnp.full((30, 70), 3e38).at[17, 5].set(number)
-    assert bool(jax.jit(_finite)({"matrix": matrix, "vector": jnp.ones(3)})) == finite

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ntm_jax.errors import UserError
-from ntm_jax.training import loop, writers
+from ntm_jax.training import loop
 from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.writers.wandb import WandB
 from tests.common import ROOT, TINY, python, tiny_config
@@ -27,11 +27,6 @@ class Recorder:
         return lambda *arguments: self.calls.append((name, *arguments))
 
 
-class Broken(Recorder):
-    def open(self, *_):
-        raise UserError("nobody is logged in")
-
-
 def test_every_writer_gets_every_call(tmp_path):
     one, other = Recorder(), Recorder()
     with MetricsReporter(tmp_path, 10, 4, quiet=True, extra_writers=[one, other],
@@ -46,13 +41,6 @@ def test_every_writer_gets_every_call(tmp_path):
     assert one.calls[4:] == other.calls[4:] == [("close",)]
 
 
-def test_what_is_open_is_closed_where_a_writer_cannot_begin(tmp_path):
-    first = Recorder()
-    with pytest.raises(UserError, match="nobody is logged in"):
-        MetricsReporter(tmp_path, 10, quiet=True, extra_writers=[first, Broken()])
-    assert first.calls[-1] == ("close",)
-
-
 def test_writers_are_found_before_a_run_begins(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     for name, message in (
@@ -61,15 +49,6 @@ def test_writers_are_found_before_a_run_begins(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             loop.train(tiny_config(), str(tmp_path / "run"), progress=False, writers=[name])
     assert not list(tmp_path.iterdir())
-
-
-def test_the_pages_writer_takes_its_argument(tmp_path, monkeypatch):
-    monkeypatch.setattr(writers, "register", lambda name, make, usage: made.append(make))
-    made = []
-    exec(EXAMPLE, {})
-    with MetricsReporter(tmp_path, 10, quiet=True, extra_writers=[made[0]("losses")]) as writer:
-        writer.write(1, {"loss": 0.5})
-    assert (tmp_path / "losses.csv").read_text().splitlines() == ["1,loss,0.5"]
 
 
 @pytest.mark.slow
