@@ -17,14 +17,13 @@ def products(jaxpr):
                     yield from products(part)
 
 
-def precisions(traced, counted=lambda equation: True) -> dict:
+def precisions(traced) -> dict:
     """{(dtype, precision): number of products} of a traced function; dtype: the operands' narrower.
 
-    counted: which equations count, all by default. The gradient of bfloat16 attention has products
-    of a float32 operand and a bfloat16 one.
+    The gradient of bfloat16 attention has products of a float32 operand and a bfloat16 one.
     """
     found = {}
-    for equation in filter(counted, products(traced.jaxpr.jaxpr)):
+    for equation in products(traced.jaxpr.jaxpr):
         dtype = min((operand.aval.dtype for operand in equation.invars), key=lambda d: d.itemsize)
         precision = equation.params["precision"]
         # or None, or an algorithm of bfloat16's

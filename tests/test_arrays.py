@@ -14,24 +14,21 @@ import pytest
 from scipy import stats
 
 import ntm_jax
-from ntm_jax.api import Run
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
-from ntm_jax.runtime import build, config, sharding
 from ntm_jax.sampling import reweight
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.training import objectives, state
-from tests.common import ROOT, TINY, as_run, experiment, randomised
+from ntm_jax.training import state
+from tests.common import ROOT, TINY, configured, new_run, randomised
 from tests.export.common import run_script
 
 MEAN, STD = np.array([5.0, -1e4]), np.array([0.01, 300.0])
 T_0 = TINY["trajectory.t_min"]
 S = T_0 / (1 - T_0)
 COUNT = reweight.BATCH
-SIZES = TINY | {"data.batch_size": 8, "train.steps": 2, "train.condition_dropout": 0.1}
 
 
 def data(n: int = 400):
@@ -42,28 +39,14 @@ def data(n: int = 400):
     return MEAN + STD * theta, x
 
 
-def settings(**overrides) -> config.Config:
-    values = experiment("arrays")
-    theta, x = data()
-    arrays = sources.from_arrays(theta, condition=x, held_out=0.0)
-    sources.provide(arrays)
-    values.update_from_flattened_dict(
-        SIZES | {"data.source": arrays.name, "evaluate.split": "train"} | overrides)
-    found = config.read(values)
-    objectives.checked(found)
-    return found
-
-
-def new_run(**overrides) -> Run:
-    chosen = settings(**overrides)
-    run = as_run(chosen, None, sharding.make_mesh(chosen.mesh))
-    return dataclasses.replace(run, model=build.make_model(chosen, run.spec))
-
-
 @pytest.fixture(scope="module")
 def gaussian():
     """A new run: exact for its data."""
-    run = new_run()
+    theta, x = data()
+    arrays = sources.from_arrays(theta, condition=x, held_out=0.0)
+    sources.provide(arrays)
+    run = new_run(configured("arrays", TINY | {
+        "data.source": arrays.name, "evaluate.split": "train", "train.condition_dropout": 0.1}))
     return dataclasses.replace(run, params=state.initialize(run).params)
 
 

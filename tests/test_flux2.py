@@ -21,9 +21,9 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, sharding
 from ntm_jax.runtime.run import Run, untrained
-from ntm_jax.training import finetune, loop, reference_model, state
+from ntm_jax.training import finetune, reference_model, state
 from tests.backbones.common import original, random_diffusers
-from tests.common import ROOT, bits, experiment, python, write_photos, write_run
+from tests.common import ROOT, bits, experiment, logged, python, write_photos, write_run
 
 MOCK = "mock:4x4x16,text=8x16"
 SHORT = {"trajectory.steps": (2,), "sample.steps": 2}
@@ -42,25 +42,19 @@ def new_run(c: config.Config) -> Run:
     return untrained(c, spec, sharding.make_mesh(c.mesh))
 
 
-def write_checkpoint(folder, names=lambda tensors: tensors):
-    """Writes a checkpoint of the runlocal network and returns its path.
-
-    It is a folder in diffusers' layout, or one file of the original names.
-    """
-    tensors = names(random_diffusers(new_run(settings()).model.backbone.config))
-    folder.mkdir(parents=True)
-    if "x_embedder.weight" in tensors:
-        safetensors.numpy.save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-        return folder
-    safetensors.numpy.save_file(tensors, folder / "klein.safetensors")
-    return folder / "klein.safetensors"
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Checkpoints of the runlocal network: a folder in diffusers' layout, a file of other names."""
+    folder = tmp_path_factory.mktemp("klein")
+    tensors = random_diffusers(new_run(settings()).model.backbone.config)
+    safetensors.numpy.save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    safetensors.numpy.save_file(original(tensors), folder / "klein.safetensors")
+    return folder, folder / "klein.safetensors"
 
 
 @pytest.mark.slow
-def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
-    paths = [write_checkpoint(tmp_path / "klein" / "transformer"),
-             write_checkpoint(tmp_path / "original", original)]
-    runs = [new_run(settings(init_from=str(path))) for path in paths]
+def test_step_0_is_the_checkpoints_posterior_whatever_its_names(checkpoints):
+    runs = [new_run(settings(init_from=str(path))) for path in checkpoints]
     new, model = state.initialize(runs[0]), runs[0].model
     started = [finetune.start_from(run, new).params for run in runs]
     assert bits(started[0]["params"]["backbone"]) == bits(started[1]["params"]["backbone"])
@@ -85,28 +79,18 @@ def test_step_0_is_the_checkpoints_posterior_whatever_its_names(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
-    path, new = write_checkpoint(tmp_path / "original", original), str(tmp_path / "new")
-    wide = new_run(settings(init_from=str(path), **{"model.width": 128}))
-    refused = (r"config\.init_from is .*klein\.safetensors is not a FLUX\.2 checkpoint of the "
-               r"configured sizes")
-    with pytest.raises(UserError, match=refused):
-        finetune.start_from(wide, None)
-    refused = r"config\.init_from is .*nothing is no FLUX\.2 checkpoint"
-    with pytest.raises(UserError, match=refused):
-        loop.train(settings(init_from=str(tmp_path / "nothing")), new, progress=False)
-    assert not (tmp_path / "new").exists()
-    run = new_run(settings(init_from=str(path)))
+def test_a_checkpoint_of_another_kind_is_refused(checkpoints):
+    path = str(checkpoints[1])
+    run = new_run(settings(init_from=path))
     scaled = dataclasses.replace(run.spec, mean=(0.0,) * 16, std=(2.0,) * 16)
     with pytest.raises(UserError, match=r"prepare them with --latent_scale=encoder"):
         finetune.start_from(dataclasses.replace(run, spec=scaled), None)
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory):
-    """(folder, outputs) after every command of the page's first block has run in turn."""
+@pytest.mark.slow
+def test_the_pages_commands_go_from_a_checkpoint_to_an_export(tmp_path):
+    """Every command of the page's first block, in turn."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("klein")
     c = new_run(settings()).model.backbone.config
     torch.manual_seed(0)
     transformer = diffusers.Flux2Transformer2DModel(
@@ -115,52 +99,36 @@ def rehearsed(tmp_path_factory):
         num_attention_heads=c.heads, joint_attention_dim=c.text_width,
         timestep_guidance_channels=256, mlp_ratio=float(c.mlp_ratio), axes_dims_rope=c.axes,
         rope_theta=c.theta, guidance_embeds=False)
-    transformer.save_pretrained(folder / "FLUX.2-klein" / "transformer")
+    transformer.save_pretrained(tmp_path / "FLUX.2-klein" / "transformer")
     autoencoder = diffusers.AutoencoderKLFlux2(
         block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=4, norm_num_groups=2)
-    autoencoder.save_pretrained(folder / "FLUX.2-klein" / "vae")
-    write_photos(folder / "photos", 48, 80)
+    autoencoder.save_pretrained(tmp_path / "FLUX.2-klein" / "vae")
+    write_photos(tmp_path / "photos", 48, 80)
     page = (ROOT / "docs/howto/flux2.md").read_text()
     block = re.search(r"```sh\n(FLUX2=/data/FLUX.2-klein RECORDS.*?)```", page, re.S)[1]
-    places = {"$FLUX2": f"{folder}/FLUX.2-klein", "$RECORDS": f"{folder}/records",
-              "/data/photos": f"{folder}/photos", "runs/": f"{folder}/runs/",
-              "exports/": f"{folder}/exports/"}
+    for name, place in (("$FLUX2", "FLUX.2-klein"), ("$RECORDS", "records"), ("runs/", "runs/"),
+                        ("exports/", "exports/"), ("/data/photos", "photos")):
+        block = block.replace(name, f"{tmp_path}/{place}")
     printed = []
-    for line in block.replace("\\\n", " ").splitlines():
-        if line.startswith("python "):
-            line = line.partition("  #")[0]
-            for name in ("runs/", "exports/", "$FLUX2", "$RECORDS", "/data/photos"):
-                line = line.replace(name, places[name])
-            # An export's script writes its images into the current folder.
-            cwd = folder if "sample.py" in line else ROOT
-            flags = FLAGS if "launch.train" in line else ()
-            if "init_from" in line:
-                flags = (*FLAGS, "--config.sample.decoder=inverse")  # compiles in less time
-            printed.append(python(*shlex.split(line)[1:], *flags, cwd=cwd).stdout)
-    return folder, printed
-
-
-@pytest.mark.slow
-def test_the_pages_commands_go_from_a_checkpoint_to_an_export(rehearsed):
-    folder, printed = rehearsed
+    for line in re.findall(r"^python (.*?)(?:  #.*)?$", block.replace("\\\n", " "), re.M):
+        flags = FLAGS if "launch.train" in line else ()
+        if "init_from" in line:
+            flags = (*FLAGS, "--config.sample.decoder=inverse")  # compiles in less time
+        # An export's script writes its images into the current folder.
+        cwd = tmp_path if "sample.py" in line else ROOT
+        printed.append(python(*shlex.split(line), *flags, cwd=cwd).stdout)
     assert len(printed) == 6
-    metrics = (folder / "runs/klein/metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in metrics.splitlines()]
-    assert lines[0]["misalignment/level_0"] < 1e-9 < lines[-1]["misalignment/level_0"]
-    run = ntm_jax.load(f"{folder}/runs/klein")
-    assert run.config.train.align_weight == 2.5
-    assert (folder / "runs/klein/frozen").exists()
-    images = np.load(folder / "runs/klein-denoiser/samples/samples.npz")["arr_0"]
-    assert (images.shape, images.dtype) == ((4, 64, 64, 3), np.uint8)  # 16 pixels a token
-    exported = {path.name for path in (folder / "exports/klein").iterdir()}
-    assert {"model.safetensors", "sampler.bin", "sample.py"} <= exported
     assert "16 images float32[4, 4, 16]" in printed[-1]
-
-
-@pytest.mark.slow
-def test_the_reference_parameters_are_the_checkpoints(rehearsed):
-    folder, _ = rehearsed
-    run = ntm_jax.load(f"{folder}/runs/klein")
+    folder = tmp_path / "runs/klein"
+    first, *_, last = logged(folder)
+    assert first["misalignment/level_0"] < 1e-9 < last["misalignment/level_0"]
+    images = np.load(f"{folder}-denoiser/samples/samples.npz")["arr_0"]
+    assert (images.shape, images.dtype) == ((4, 64, 64, 3), np.uint8)  # 16 pixels a token
+    exported = {path.name for path in (tmp_path / "exports/klein").iterdir()}
+    assert {"model.safetensors", "sampler.bin", "sample.py"} <= exported
+    # The reference parameters are the checkpoint's.
+    run = ntm_jax.load(str(folder))
+    assert run.config.train.align_weight == 2.5
     current = state.abstract(run)
     fresh = finetune.start_from(run, current).params["params"]["backbone"]
     kept = reference_model.reference_params(run, dataclasses.replace(current, step=np.int32(4)))
@@ -186,8 +154,7 @@ def test_post_training_is_rehearsed(tmp_path):
     python("-m", "launch.train", "--config=flux2_klein:runlocal-reward", "--import=own", *FLAGS,
            f"--config.init_from={base}", f"--workdir={folder}", "--config.sample.decoder=inverse",
            cwd=tmp_path)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "kl" in line]
+    steps = [line for line in logged(folder) if "kl" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-3)  # of the model that it starts from
     assert all(line["reward"] < 0 < line["diversity"] for line in steps)

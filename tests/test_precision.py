@@ -24,15 +24,16 @@ from ntm_jax.core.transformer.arithmetic import PLAIN
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.export.write import programs
-from ntm_jax.runtime import chips, config, sharding
+from ntm_jax.runtime import chips, sharding
 from ntm_jax.runtime.run import Denoiser, Run, untrained
 from ntm_jax.sampling import generate
-from ntm_jax.training import objectives, state
+from ntm_jax.training import state
 from tests.common import (
     TINY,
     as_run,
     batch_of,
-    experiment,
+    configured,
+    new_run,
     python,
     randomised,
     setup,
@@ -46,23 +47,15 @@ MANTISSA = 7  # bits that products keep, those of bfloat16
 # 1. Every product of the programs that report or invert
 
 
-def flow_config():
-    """experiments/digits_fm.py, shrunk."""
-    values = experiment("digits_fm")
-    small = {key: value for key, value in TINY.items() if key != "model.transporter_blocks"}
-    values.update_from_flattened_dict(small | {"trajectory.schedule": "shifted"})
-    settings = config.read(values)
-    objectives.checked(settings)
-    return settings
-
-
 @functools.cache
 def run_of(flow_matching: bool = False) -> Run:
     """A run of abstract parameters, with a denoiser."""
-    settings = flow_config() if flow_matching else tiny_config(**{"sample.guidance": 0.5})
-    _, model, mesh = setup(settings)
-    run = as_run(settings, model, mesh)
-    module = denoising.make_denoiser(model)
+    settings = tiny_config(**{"sample.guidance": 0.5})
+    if flow_matching:
+        settings = configured("digits_fm", TINY | {
+            "model.transporter_blocks": 0, "trajectory.schedule": "shifted"})
+    run = new_run(settings)
+    module = denoising.make_denoiser(run.model)
     params = state.abstract(dataclasses.replace(run, model=module)).ema
     denoiser = Denoiser(module, params, settings, 0)
     return dataclasses.replace(run, params=state.abstract(run).ema, denoiser=denoiser)
@@ -119,9 +112,7 @@ def emulate() -> None:
 
 def weights():
     """Random float32 weights of a tiny model, near the identity, so that few sweeps invert it."""
-    settings = tiny_config()
-    _, model, mesh = setup(settings)
-    new = jax.device_get(state.initialize(as_run(settings, model, mesh)).params)
+    new = jax.device_get(state.initialize(new_run(tiny_config())).params)
     return jax.tree.map(lambda a, b: a + np.float32(0.2) * (b - a), new, randomised(new))
 
 

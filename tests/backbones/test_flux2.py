@@ -38,7 +38,7 @@ def loss(settings, params, x, t, text):
 
 
 def test_outputs_are_a_velocity_and_the_states_that_it_projects():
-    settings, params = dataclasses.replace(TINY, dtype=jnp.bfloat16), weights()
+    settings, params = dataclasses.replace(NARROW, dtype=jnp.bfloat16), weights()
     velocity, hidden = forward(settings, params, *inputs())
     assert velocity.shape == (2, 15, 6)
     assert velocity.dtype == jnp.float32
@@ -68,7 +68,7 @@ def test_an_empty_mask_is_no_text_at_all():
     (_, (velocity, hidden)), gradients = loss(NARROW, weights(), x, t, nothing)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((velocity, hidden, gradients)))
     none = Text(text.states[:, :0], text.mask[:, :0])
-    np.testing.assert_allclose(velocity, forward(TINY, weights(), x, t, none)[0], atol=ATOL)
+    np.testing.assert_allclose(velocity, forward(NARROW, weights(), x, t, none)[0], atol=ATOL)
     assert np.abs(velocity - loss(NARROW, weights(), x, t, text)[0][1][0]).max() > 0.1
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.runtime.chips import CPU, Chip, chip_of
+from ntm_jax.runtime.chips import Chip
 from ntm_jax.runtime.chips.gpu import CARDS
 from ntm_jax.runtime.chips.tpu import CHIPS
 from ntm_jax.sampling import inverses
@@ -60,32 +60,12 @@ def test_the_break_even_is_that_of_the_ridge():
     assert break_even(1, CARDS["h100"].chip) == pytest.approx(2 * 66.9 / 3.352, rel=0.02)
 
 
-def test_kernels_that_wait_for_each_other_bound_small_networks():
-    config, chip = model(64, 64), CHIPS["v5p"]
-    found = inverses.seconds(config, 1, chip, sweeps=4)
-    step = 2 * inverses.KERNELS_PER_LAYER * chip.latency
-    assert found["parallel"] == pytest.approx(4 * step)
-    assert found["sequential"] == pytest.approx(64 * step, rel=0.01)
-
-
 @pytest.mark.parametrize(("device", "rows", "shape", "chosen"), [
     (V5P, 1, {}, "parallel"), (V5P, 4, {}, "sequential"), (H100, 1, {}, "parallel"),
-    (H100, 4, {}, "sequential"), (V5P, 64, {"data": 8, "fsdp": 8}, "parallel"),
-    (V5P, 65, {"data": 8, "fsdp": 8}, "sequential"), (Device("cpu", "cpu"), 1, {}, "sequential")])
+    (V5P, 64, {"data": 8, "fsdp": 8}, "parallel"), (V5P, 65, {"data": 8, "fsdp": 8}, "sequential"),
+    (Device("cpu", "cpu"), 1, {}, "sequential")])
 def test_auto_counts_the_rows_of_one_chip(device, rows, shape, chosen):
     config, mesh = model(256, 2048), Mesh(device, **shape)
     assert inverses.choose("auto", config, rows, mesh) == chosen
     for named in ("parallel", "sequential"):
         assert inverses.choose(named, config, rows, mesh) == named
-
-
-def test_unknown_devices_invert_token_by_token():
-    assert inverses.choose("auto", model(256, 64), 1, None) == "sequential"
-
-
-@pytest.mark.parametrize(("device", "chip"), [
-    (V5P, CHIPS["v5p"]), (Device("tpu", "TPU v6 lite"), CHIPS["v6e"]), (H100, CARDS["h100"].chip),
-    (Device("gpu", "NVIDIA B200"), CARDS["b200"].chip), (Device("cpu", "cpu"), CPU),
-    (Device("gpu", "NVIDIA A10"), CARDS["h100"].chip), (Device("tpu", "TPU v9"), CHIPS["v5p"])])
-def test_a_device_has_the_figures_of_its_kind(device, chip):
-    assert chip_of(device) == chip

@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, pictures, state
 from ntm_jax.training.metrics import logged_scalars

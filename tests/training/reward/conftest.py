@@ -5,7 +5,7 @@ import re
 import pytest
 
 from ntm_jax.training.reward import rewards
-from tests.common import ROOT, as_run, random_run, setup, tiny_config
+from tests.common import ROOT, new_run, random_run, tiny_config
 
 PAGE = (ROOT / "docs/howto/reward.md").read_text()
 EXAMPLE = re.search(r"```python\n# my_reward\.py\n(.*?)```", PAGE, re.S)[1]
@@ -24,5 +24,4 @@ def run():
     settings = tiny_config(**{"reward.name": "brightness", "reward.samples": 3,
                               "reward.updates": 2, "train.objective": "policy_gradient",
                               "init_from": "x", "data.batch_size": 4})
-    _, model, mesh = setup(settings)
-    return random_run(as_run(settings, model, mesh), 0)
+    return random_run(new_run(settings), 0)

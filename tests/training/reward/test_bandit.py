@@ -16,13 +16,12 @@ from ntm_jax.core import sampling
 from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import example_keys
 from ntm_jax.data import pipeline
-from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import untrained
 from ntm_jax.training import state
 from ntm_jax.training.reward import rewards
 from ntm_jax.training.step import make_step
-from tests.common import experiment, objective_of
+from tests.common import configured, objective_of
 
 BETA, CURVATURE, CENTRE, SPREAD = 0.5, 1.0, np.array([0.8, -0.6]), 1.0
 STEPS = 150
@@ -66,8 +65,7 @@ def log_density(run, params, points, samples: int = 4000):
 @pytest.mark.slow
 def test_the_optimum_is_the_tilted_reference(monkeypatch):
     monkeypatch.setitem(rewards.REWARDS._entries, "quadratic", ("quadratic", quadratic))
-    values = experiment("toy2d")
-    values.update_from_flattened_dict({
+    config = configured("toy2d", {
         "trajectory.steps": (2,), "trajectory.t_min": 0.1, "trajectory.t_min_range": (0.1, 0.1),
         "trajectory.schedule": "linear", "sample.steps": 2, "model.transporter_blocks": 0,
         "model.width": 32, "model.predictor_layers": 1, "model.data_std": SPREAD,
@@ -75,7 +73,6 @@ def test_the_optimum_is_the_tilted_reference(monkeypatch):
         "init_from": "x", "reward.name": "quadratic", "reward.samples": 16, "reward.kl": BETA,
         "reward.normalise": False, "reward.anchor": 0.0, "optimizer.learning_rate": 6e-3,
         "optimizer.warmup_steps": 10, "optimizer.weight_decay": 0.0, "optimizer.ema_decay": 0.98})
-    config = configuration.read(values)
     source = config.data.open("train")
     run = untrained(config, pipeline.spec(source, 1), sharding.make_mesh(config.mesh))
     current = state.initialize(run)

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ntm_jax.data import pipeline, sources
+from ntm_jax.data import sources
 from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import build, sharding
 from ntm_jax.sampling import generate
 from ntm_jax.training.reward import collect as module
 from ntm_jax.training.reward import rewards
 from ntm_jax.training.reward.collect import CollectRequest, collect, copies_of_rare
-from tests.common import as_run, random_run, tiny_config
+from tests.common import new_run, random_run, tiny_config
 
 NUM = 24
 
@@ -27,9 +26,7 @@ def text_run():
         "data.source": "shapes", "data.patch_size": 6, "model.condition": "text",
         "data.text": f"words:7:{' '.join(shapes.VOCABULARY)}", "data.split": "train[:20]",
         "evaluate.split": "test[:4]"})
-    spec = pipeline.spec(settings.data.open("test[:4]"), settings.data.patch_size)
-    model, mesh = build.make_model(settings, spec), sharding.make_mesh(settings.mesh)
-    return random_run(as_run(settings, model, mesh), step=4, workdir="runs/tiny")
+    return random_run(new_run(settings), step=4, workdir="runs/tiny")
 
 
 @pytest.fixture(autouse=True)
@@ -89,22 +86,16 @@ def test_samples_above_the_threshold_are_kept_with_their_captions(
             np.testing.assert_array_equal(np.asarray(image), images[number])
         assert row["caption"] == captions[number]
         assert row["reward"] == pytest.approx(means[number])
+    for split in ("train", "test"):  # the folder is a source
+        source = sources.open_source(f"folder:{tmp_path}/own", split)
+        names = sorted(name for name in rows if name.startswith(split))
+        numbers = [int(name.split("/")[1][:7]) for name in names]
+        assert list(source.captions) == [rows[name]["caption"] for name in names]
+        found = [record["image"] for record in source.records]
+        np.testing.assert_array_equal(found, images[numbers])
     assert f"{len(kept)} of {NUM} samples kept, {len(rows)} images with" in capsys.readouterr().out
     with Image.open(tmp_path / "own/grid.png") as grid:
         assert grid.size[0] > 24
-
-
-def test_the_folder_is_a_source(text_run, tmp_path):
-    collect(text_run, str(tmp_path / "own"), request())
-    rows = rows_of(tmp_path / "own")
-    for split in ("train", "test"):
-        source = sources.open_source(f"folder:{tmp_path}/own", split)
-        names = sorted(name for name in rows if name.startswith(split))
-        for name, record in zip(names, source.records, strict=True):
-            with Image.open(tmp_path / "own" / name) as image:
-                np.testing.assert_array_equal(record["image"], np.asarray(image))
-        assert list(source.captions) == [rows[name]["caption"] for name in names]
-        assert len(names) > 1
 
 
 def test_rare_traits_are_copied(text_run, tmp_path):
@@ -142,18 +133,10 @@ def test_a_stopped_call_goes_on(text_run, tmp_path):
         assert contents(tmp_path / "twice") == contents(tmp_path / "at_once")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"reward": ""}, "has no reward: name one, such as --reward=shapes"),
-    ({"reward": "best"}, "'best' is not known"),
-    ({"min_reward": 256.0}, f"no sample of {NUM} has a reward of 256.0 or more: lower --min_rew"),
-])
-def test_what_cannot_be_collected(text_run, tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        collect(text_run, str(tmp_path / "own"), request(**changes))
-
-
-def test_only_captioned_images_are_collected(text_run, tmp_path):
+def test_what_cannot_be_collected(text_run, tmp_path):
     gray = dataclasses.replace(text_run, spec=dataclasses.replace(text_run.spec, pixel_levels=17))
-    with pytest.raises(UserError, match="is not a model of captioned images of 256 pixel levels"):
-        collect(gray, str(tmp_path / "own"), request())
-    assert not (tmp_path / "own").exists()
+    for run, changes, message in (
+            (text_run, {"min_reward": 256.0}, f"no sample of {NUM} has a reward of 256.0 or more"),
+            (gray, {}, "is not a model of captioned images of 256 pixel levels")):
+        with pytest.raises(UserError, match=message):
+            collect(run, str(tmp_path / "own"), request(**changes))

@@ -1,8 +1,5 @@
 """The policy gradient: exact ratios, the score-function gradient, and a reward that rises."""
 
-import itertools
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +8,12 @@ import pytest
 import ntm_jax
 from ntm_jax.core import sampling
 from ntm_jax.core.model import NTM
-from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures
 from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.reward import drawing, policy, rollouts
-from tests.common import batch_of, bits, objective_of, tiny_config, without_an_ending, write_run
+from tests.common import bits, logged, objective_of, tiny_config, without_an_ending, write_run
 from tests.training.reward.common import flat, moved, rolled, with_reward
 
 SETTINGS = {"train.objective": "policy_gradient", "reward.name": "brightness", "init_from": "x",
@@ -64,8 +60,8 @@ def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
 
 
 @pytest.mark.parametrize(("updates", "trains"), [
-    (1, "predictor"), pytest.param(2, "predictor", marks=pytest.mark.slow),
-    pytest.param(2, "both", marks=pytest.mark.slow)])
+    (1, "predictor"), pytest.param(2, "both", marks=pytest.mark.slow),
+    pytest.param(2, "transporter", marks=pytest.mark.slow)])
 def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     """That of advantage * log p(x_k | x_{k+1}), and 0 for what is frozen."""
     run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
@@ -77,7 +73,7 @@ def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     def expected(params):
         t, xs = run.schedule.fixed_levels(2, 12), flat(batch["rollout"])
         arguments = xs, t, jnp.full(12, 2), np.repeat(batch["label"], 3)
-        if trains == "both":
+        if trains != "predictor":
             nll = run.model.apply(params, *arguments).nll
         else:
             nll = policy.gaussian_nll(xs, *run.model.apply(params, *arguments,
@@ -86,26 +82,10 @@ def test_the_first_gradient_is_the_score_functions(run, updates, trains):
 
     wanted = gradient(expected, run.params)
     for name, tree in found["params"].items():
-        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(wanted["params"][name]),
-                        strict=True):
-            b = 0 * b if trains == "predictor" and name == "transporter" else b
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+        scale = trains in (name, "both")  # not even the data's gradient, since its norm is clipped
+        jax.tree.map(lambda a, b, scale=scale: np.testing.assert_allclose(
+            a, scale * b, rtol=1e-3, atol=1e-6), tree, wanted["params"][name])
     assert any(np.abs(a).max() > 1e-4 for a in jax.tree.leaves(found))
-
-
-@pytest.mark.slow
-def test_what_is_frozen_has_no_gradient(run):
-    """Not even from the data, since the gradient's norm is clipped."""
-    rng, records = np.random.default_rng(0), batch_of(run.config.data.open("train"), run.config, 4)
-    for trains, still in (("predictor", "transporter"), ("transporter", "predictor")):
-        changed, spec = with_reward(run, trains=trains, updates=1), objective_of(run).extend
-        scored = {name: rng.normal(size=a.shape).astype(np.float32)
-                  for name, a in rollouts.abstract(changed, spec).items()}
-        found = gradient(loss_of(changed, records | scored), run.params)
-        largest = {name: max(np.abs(a).max() for a in jax.tree.leaves(tree))
-                   for name, tree in found["params"].items()}
-        assert largest[still] == 0
-        assert largest[trains] > 1e-4
 
 
 @pytest.mark.slow
@@ -137,25 +117,6 @@ def test_the_divergence_is_penalised(run, trains):
                          found["params"][name], wanted["params"][name])
 
 
-def metrics(workdir) -> list[dict]:
-    """Each step's scalars, except those that a clock gives."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [{key: line[key] for key in line if key not in ("wall_time", "examples_per_second")}
-            for line in lines]
-
-
-def failing_at(number: int):
-    """TrainIterator.__next__, which cannot read batch `number` of those to come, from 1."""
-    counted, read = itertools.count(1), pipeline.TrainIterator.__next__
-
-    def read_next(self):
-        if next(counted) == number:
-            raise UserError("no such record")
-        return read(self)
-
-    return read_next
-
-
 @pytest.mark.slow
 def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
     """With samples that are drawn ahead, and are saved."""
@@ -170,7 +131,7 @@ def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, mon
                            "reward.ahead": True}
     config = tiny_config(**settings)
     _, result = loop.train(config, str(tmp_path / "whole"), progress=False)
-    lines = metrics(tmp_path / "whole")
+    lines = logged(tmp_path / "whole")
     rewarded = [line["reward"] for line in lines if "reward" in line]
     assert np.mean(rewarded[-8:]) > np.mean(rewarded[:8]) + 0.003  # of about 0.02
     assert result["reward"]["mean"] > result["reward_before"]["mean"] + 0.003
@@ -183,16 +144,11 @@ def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, mon
     parts = str(tmp_path / "parts")
     # A cycle of two updates ends one step later.
     assert loop.train(config, parts, progress=False, until=9) is None
-    with monkeypatch.context() as patch:  # the batch of step 14 is read at step 12
-        patch.setattr(pipeline.TrainIterator, "__next__", failing_at(3))
-        with pytest.raises(UserError, match="no such record"):
-            loop.train(config, parts, progress=False)
     with Checkpoints(parts) as saved:
-        assert saved.latest() == 12
-        assert "rollout" in saved.entries(12, "samples")
-        assert saved.entries(12, "step") == ()
+        assert saved.latest() == 10
+        assert "rollout" in saved.entries(10, "samples")
     assert loop.train(config, parts, progress=False, until=13) is None
-    assert metrics(tmp_path / "parts") == lines[:14]
+    assert logged(tmp_path / "parts") == lines[:14]
     # What is frozen does not move, in spite of weight decay.
     before, after = (ntm_jax.load(str(tmp_path / name), raw=raw).params["params"]
                      for name, raw in (("base", False), ("whole", True)))
@@ -214,7 +170,7 @@ def test_a_run_of_new_samples_resumes_bit_for_bit(tmp_path, monkeypatch):
         assert saved.latest() == 4  # a cycle of two updates ends one step later
         assert saved.entries(4, "samples") == ()
     loop.train(config, parts, progress=False)
-    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
     both = [ntm_jax.load(folder, raw=True).params for folder in (whole, parts)]
     assert bits(both[0]) == bits(both[1])
 
@@ -224,8 +180,6 @@ def test_mistakes_are_one_line():
             ({"reward.name": ""}, "reward.name is empty"),
             ({"init_from": ""}, "init_from is empty"),
             ({"reward.levels": (1, 3)}, r"levels is \(1, 3\): expected the first and the last"),
-            ({"reward.levels": (0, 1), "reward.trains": "both"}, "the last level is pure noise, 2"),
-            ({"reward.trains": "both", "model.transporter_blocks": 0}, "needs a transporter"),
             ({"reward.updates": 4, "train.steps": 6}, "train.steps is 6: expected a multiple of")):
         with pytest.raises(UserError, match=words):
             tiny_config(**SETTINGS | changes)

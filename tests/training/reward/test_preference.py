@@ -12,7 +12,7 @@ from ntm_jax.core import sampling
 from ntm_jax.errors import UserError
 from ntm_jax.training import loop, objectives
 from ntm_jax.training.objectives import StepInputs
-from tests.common import objective_of, tiny_config, without_an_ending, write_run
+from tests.common import logged, objective_of, tiny_config, without_an_ending, write_run
 from tests.training.reward.common import flat, moved, rolled, with_objective
 
 SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_from": "x",
@@ -75,9 +75,7 @@ def test_a_folder_of_pairs_is_learned_from(tmp_path, monkeypatch):
     assert config.data.open("train").records[0]["rejected"].mean() < 100
     without_an_ending(monkeypatch)
     run, _ = loop.train(config, str(tmp_path / "tuned"), progress=False)
-    lines = [json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text()
-             .splitlines()]
-    lines = [line for line in lines if "preference_loss" in line]
+    lines = [line for line in logged(tmp_path / "tuned") if "preference_loss" in line]
     assert lines[0]["preference_loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert lines[-1]["preference_loss"] < 0.5
     assert lines[-1]["preference_accuracy"] == 1

@@ -12,7 +12,7 @@ from ntm_jax.data import sources
 from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
-from ntm_jax.training.reward import held_out, rewards, rollouts, scorer
+from ntm_jax.training.reward import rewards, rollouts, scorer
 from ntm_jax.training.reward.scorer import Scorer
 from tests.common import objective_of
 from tests.training.reward.common import (
@@ -34,8 +34,8 @@ def test_rollouts_are_the_same_twice_and_differ_by_step(run):
     assert len(np.unique(flat, axis=0)) == 24
 
 
-@pytest.mark.parametrize("objective", ["policy_gradient", "preference"])
-@pytest.mark.parametrize("trains", ["predictor", "both"])
+@pytest.mark.parametrize(("objective", "trains"), [
+    ("policy_gradient", "predictor"), ("preference", "both")])
 def test_rollouts_have_the_shapes_that_compilation_takes(run, objective, trains):
     run = with_objective(run, objective, trains=trains, kl=0.1)
     spec = objective_of(run).extend
@@ -157,14 +157,6 @@ def test_recorded_pairs_are_trajectories_of_the_same_noise(run, trains):
         objective_of(run).extend(run, run.config.data.open("train"))
 
 
-def test_rewards_are_found_by_name(run):
-    source = run.config.data.open("train")
-    with pytest.raises(UserError, match="shapes needs a source that checks images against"):
-        rewards.find("shapes", source)
-    with pytest.raises(UserError, match=r"'best' is not known: expected one of shapes, classif"):
-        rewards.find("best", source)
-
-
 def test_the_scores_of_shapes_have_tasks(run):
     source = sources.open_source("shapes", "test[:8]")
     images = np.stack([source.records[i]["image"] for i in range(8)])
@@ -223,17 +215,14 @@ def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(first.rewards, again.rewards)
     assert first.groups[0] == f"class_{labels[0]}"
     (tmp_path / "other").write_bytes(b"no classifier")
-    with pytest.raises(UserError, match=r"reward.name=classifier: .*other cannot be read"):
-        rewards.find(f"classifier:{tmp_path}/other", source)
-    with pytest.raises(UserError, match="by their class, and a record of digits has none: leave"):
-        rewards.find(f"classifier:{file}", source)(images, [*labels[:-1], -1])
-    with pytest.raises(UserError, match="holds another network"):
-        rewards.find(f"classifier:{file}", dataclasses.replace(source, num_classes=9))
-    with pytest.raises(UserError, match="digits has no classes"):
-        rewards.find("classifier", dataclasses.replace(source, num_classes=0))
     folder = dataclasses.replace(source, name="folder:/here")
-    with pytest.raises(UserError, match="classifier of digits, whose classes are not those of fol"):
-        rewards.find(f"classifier:{file}", folder)
+    for name, other, message in (
+            (f"classifier:{tmp_path}/other", source, "other cannot be read"),
+            (f"classifier:{file}", folder, "of digits, whose classes are not those of folder"),
+            ("shapes", source, "shapes needs a source that checks images against"),
+            ("best", source, "'best' is not known: expected one of shapes, classif")):
+        with pytest.raises(UserError, match=message):
+            rewards.find(name, other)
 
 
 @pytest.mark.parametrize(("trains", "levels"), [
@@ -246,24 +235,3 @@ def test_a_range_of_levels_has_the_densities_of_all(run, trains, levels):
     for name in ("old_nll", "advantage"):
         assert one[name].shape == (4, 3, 1)
         np.testing.assert_allclose(one[name], all_levels[name][..., first:last], rtol=1e-5)
-
-
-def test_held_out_samples_are_scored_by_the_reward_of_training(run, monkeypatch):
-    """A classifier is trained once, on the training split, for all evaluations."""
-    opened, asked = [], []
-
-    def find(name, source):
-        opened.append((name, source.split))
-        return lambda images, labels: asked.append(labels) or np.zeros(len(images))
-
-    monkeypatch.setattr(rewards, "find", find)
-    evaluate = dataclasses.replace(run.config.evaluate, images=12)
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, evaluate=evaluate))
-    held = run.config.data.open(run.config.evaluate.split)
-    for _ in range(2):
-        found = held_out.scores(run, held)
-        assert found["reward"].tolist() == [0] * 4
-        assert found["diversity"].shape == (4,)  # a number for each condition, not for each sample
-    assert opened == [("brightness", "train")]
-    spread = [held.records[i]["label"] for i in (0, 6, 12, 19)]  # a split may be sorted by class
-    assert asked[0][::2] == spread  # two of their three samples are scored first
