@@ -4,6 +4,7 @@ The programs print its single line and exit with status 2.
 """
 
 import numbers
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,3 +40,9 @@ def shown(value, show=repr) -> str:
     text = show(value)
     text = text if len(text) <= 80 else f"{text[:77]}..."
     return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """The first `most` of some names, separated by commas, to quote in a message."""
+    listed = ", ".join(shown(name, str) for name in names[:most])
+    return listed + (", ..." if len(names) > most else "")

@@ -72,8 +72,6 @@ def _text(data: _Data) -> str:
     captions = [*data.train.captions, *(data.held_out.captions or [])]
     words = [text.split(caption) for caption in captions]
     vocabulary = sorted({word for caption in words for word in caption})
-    if not vocabulary:
-        raise UserError(f"all captions of {data.train.name} are empty: take --config=folder")
     if len(vocabulary) > _MAX_WORDS:
         return "minilm"
     return f"words:{max(map(len, words))}:{' '.join(vocabulary)}"

@@ -4,14 +4,14 @@ torch, diffusers and transformers are imported here on first use. The training j
 them; the extras [text] and [flux2] install them.
 """
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from ntm_jax.errors import UserError, first_line
 
 _EXPECTED = "a folder in the layout of diffusers or transformers"
-# Both libraries raise many kinds of error on absent or damaged files.
-_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)
 
 
 def module(name: str, install: str = "-e '.[flux2]'"):
@@ -35,15 +35,10 @@ def load(package: str, name: str, path: str, part: str, **options):
         there (other formats are never opened); or the package cannot be imported.
     """
     kind, folder = getattr(module(package), name), find(path, part)
-    try:
+    with _reading(folder, f"{name} in safetensors"):
         model, info = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except _ERRORS as error:
-        raise UserError(
-            f"{folder} is not read as a {name} in safetensors ({first_line(error)}): give "
-            f"{_EXPECTED}"
-        ) from None
     lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if lacking:  # they would stay random, with a warning
         raise UserError(
@@ -59,12 +54,19 @@ def tokenizer(path: str, part: str):
     Raises UserError as `load`.
     """
     folder = find(path, part)
-    try:
-        auto = module("transformers").AutoTokenizer
+    auto = module("transformers").AutoTokenizer
+    with _reading(folder, "tokenizer"):
         return auto.from_pretrained(folder, local_files_only=True)
-    except _ERRORS as error:
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, what: str) -> Iterator[None]:
+    """Turns the errors of both libraries, of many kinds on absent or damaged files, into one."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} is not read as a tokenizer ({first_line(error)}): give {_EXPECTED}"
+            f"{folder} is not read as a {what} ({first_line(error)}): give {_EXPECTED}"
         ) from None
 
 

@@ -95,8 +95,6 @@ def test_mistakes_say_what_is_missing(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             chosen(experiment, source, **given)
-    with pytest.raises(UserError, match=r"all captions of .* are empty: take --config=folder"):
-        chosen(captions, captioned(tmp_path, lambda i: " "))
 
 
 def test_a_configuration_is_completed_and_printed_as_flags(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 
 from ntm_jax.core.transformer import conditions
 from ntm_jax.data.conditions.kind import Kind
-from ntm_jax.errors import UserError, as_array, shown
+from ntm_jax.errors import UserError, as_array, few, shown
 
 NAMES_SHOWN = 20  # classes that an error lists
 NAMES_ON_CARD = 100
@@ -35,8 +35,7 @@ class Label(Kind):
 
     def card(self):
         names = self.spec.class_names
-        more = ", ..." if len(names) > NAMES_ON_CARD else ""
-        listed = f": {', '.join(names[:NAMES_ON_CARD])}{more}" if names else ""
+        listed = f": {few(names, NAMES_ON_CARD)}" if names else ""
         return f"one of {self.width} classes{listed}"
 
     def validate(self, n, given):
@@ -69,8 +68,7 @@ class Label(Kind):
             return int(name)
         expected = f"0 to {self.width - 1}"
         if names:
-            more = ", ..." if len(names) > NAMES_SHOWN else ""
-            expected = f"{', '.join(names[:NAMES_SHOWN])}{more}, or {expected}"
+            expected = f"{few(names, NAMES_SHOWN)}, or {expected}"
         raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
 
     def default(self, index, data, split):

@@ -24,7 +24,7 @@ from ntm_jax.data.prepare.encoder import Encoder
 from ntm_jax.data.prepare.plan import Choices, Shard, claim, make_plan, make_shards
 from ntm_jax.data.prepare.shards import Tally
 from ntm_jax.data.records import Layout, write_manifest
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, few
 from ntm_jax.workers import start as start_workers
 
 _AHEAD = 256  # images that worker processes decode before they are encoded
@@ -156,7 +156,7 @@ def _finish(
     print(
         f"records: {counts}; {len(tallies)} shards, {size:.1f} MiB\n"
         f"bad images left out: {len(bad)} of {plan['images']}{': ' if bad else ''}"
-        f"{shards.few(bad)}\n"
+        f"{few(bad, shards.NAMED)}\n"
         f"null captions: {null}\n"
         f"captions cut: {found['cut_captions']}\n"
         f"to train on them: --config.data.source=records:{root}{text}",

@@ -12,10 +12,10 @@ from etils import epath
 from ntm_jax import files, typed
 from ntm_jax.data.prepare.plan import Shard
 from ntm_jax.data.records import Layout, sha256, write_shard
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, few
 
 NULL_REASONS = ("empty", "not UTF-8")  # why a caption is the null caption
-_NAMED = 10  # bad images that a message names
+NAMED = 10  # bad images that a message names
 
 
 @dataclasses.dataclass
@@ -72,17 +72,12 @@ def check_bad(tallies: Iterable[Tally], limit: float) -> None:
     bad = bad_images(tallies)
     if len(bad) > limit:
         raise UserError(
-            f"{len(bad)} images are bad, and --max_bad allows {int(limit)}: {few(bad)}; mend them "
-            "and give another --out, or allow more, to leave them out; complete shards stay"
+            f"{len(bad)} images are bad, and --max_bad allows {int(limit)}: {few(bad, NAMED)}; "
+            "mend them and give another --out, or allow more, to leave them out; complete shards "
+            "stay"
         )
 
 
 def bad_images(tallies: Iterable[Tally]) -> list[str]:
-    """"key (reason)" of every bad image, in characters that can be printed in one line."""
-    texts = [f"{key} ({reason})" for tally in tallies for key, reason in tally.bad]
-    return [text if text.isprintable() else ascii(text)[1:-1] for text in texts]
-
-
-def few(names: list[str]) -> str:
-    """The first names, for a message."""
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    """"key (reason)" of every bad image."""
+    return [f"{key} ({reason})" for tally in tallies for key, reason in tally.bad]

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
 from ntm_jax.data.records.layout import DTYPES, Layout, read_manifest
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import UserError, few, first_line
 
 _REMEDY = (
     "copy it there again, or remove it and give the same launch/prepare.py command, which makes it "
@@ -121,7 +121,7 @@ def verify(path: str) -> int:
                 wrong.append(shard)
     if wrong:
         raise UserError(f"{len(wrong)} of {count} shards of {root} are damaged, missing or "
-                        f"another's ({', '.join(wrong[:10])}{', ...' if wrong[10:] else ''}): "
+                        f"another's ({few(wrong, 10)}): "
                         f"{_REMEDY}")
     return count
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ntm_jax.data import images, regular, text
 from ntm_jax.data.prepare import from_folder
 from ntm_jax.data.sources.source import Source, check_split, permuted_splits
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, few
 from ntm_jax.files import is_remote, parse_object, write_json
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -100,8 +100,8 @@ def open_folder(where: str, split: str) -> Source:
             f"data.source folder:{where} holds no images: expected files ending in "
             f"{', '.join(_SUFFIXES)}"
         )
-    few = len(files) <= _SCAN_LIMIT
-    scanned, bad = _scan(root, files if few else files[:: len(files) // _SAMPLE])
+    every = 1 if len(files) <= _SCAN_LIMIT else len(files) // _SAMPLE
+    scanned, bad = _scan(root, files[::every])
     listed, rejected = from_folder.listed(root)
     absent = sorted(set(listed or ()) - {*files, *bad})
     files = _without_rejected([file for file in files if file not in bad], rejected, where)
@@ -141,9 +141,9 @@ def open_folder(where: str, split: str) -> Source:
         mixed_sizes=mixed,
         typical_side=int(np.median(sides)) if mixed else 0,
         skipped="; ".join(filter(None, (
-            _few(bad, len(files) + len(bad), "images cannot be decoded and are left out"),
-            _few(absent, len(listed or ()), "rows of its list name no image there"),
-            _few(not_utf8, len(files), "captions are not UTF-8 and count as empty")))),
+            _count(bad, len(files) + len(bad), "images cannot be decoded and are left out"),
+            _count(absent, len(listed or ()), "rows of its list name no image there"),
+            _count(not_utf8, len(files), "captions are not UTF-8 and count as empty")))),
     )
 
 
@@ -178,7 +178,7 @@ def _captions(
         return None, f"there is no {' or '.join(from_folder.LISTS)} in it", []
     missing = [file for file in files if file not in found]
     if missing:
-        return None, f"the list in it has no row for {len(missing)} images: {_first(missing)}", []
+        return None, f"the list in it has no row for {len(missing)} images: {few(missing, 3)}", []
     bad = {file for file in files if not text.is_utf8(found[file])}
     return ["" if file in bad else found[file] for file in files], "", sorted(bad)
 
@@ -195,7 +195,7 @@ def _without_rejected(files: list[str], rejected: dict[str, str], where: str) ->
     missing = [rejected[file] for file in kept if rejected[file] not in known]
     if missing or not kept:
         raise UserError(
-            f"data.source folder:{where} has a list of rejected images, and {_first(missing)} of "
+            f"data.source folder:{where} has a list of rejected images, and {few(missing, 3)} of "
             "it cannot be decoded or is not there: mend the list"
         )
     return kept
@@ -250,13 +250,9 @@ def _entries(folder: epath.Path) -> Iterator[tuple[str, str]]:
                 yield entry.name, kind
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(shown(name, str) for name in names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _few(names: Collection[str], total: int, what: str) -> str:
+def _count(names: Collection[str], total: int, what: str) -> str:
     """"3 of `total` `what`: the names"; '' without names."""
-    return f"{len(names)} of {total} {what}: {_first(sorted(names))}" if names else ""
+    return f"{len(names)} of {total} {what}: {few(sorted(names), 3)}" if names else ""
 
 
 def _decode(path: epath.Path) -> np.ndarray:
@@ -296,7 +292,7 @@ def _scan(root: epath.Path, files: Sequence[str]) -> tuple[dict[str, list[int]],
     allowed = max(1, int(_MAX_BAD * len(files)))
     if len(bad) > allowed or not scanned:
         raise UserError(
-            f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({_first(bad)}): "
+            f"{len(bad)} of {len(files)} images in {root} cannot be decoded ({few(bad, 3)}): "
             f"remove them; at most {allowed} are left out"
         )
     if scanned != cached:
