@@ -20,8 +20,8 @@ import ntm_jax
 from ntm_jax.core import likelihood, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
-from ntm_jax.core.transformer.conditions import ClassCondition
 from ntm_jax.data import sources
+from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.runtime import cpu_arithmetic
 from ntm_jax.training import loop
 from tests import reference

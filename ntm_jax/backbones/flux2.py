@@ -22,7 +22,7 @@ from ntm_jax.backbones import Backbone, flux2_weights
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.attention import plain_attention
-from ntm_jax.core.transformer.conditions import Text, TextCondition, sinusoidal
+from ntm_jax.core.transformer.conditions import Text, sinusoidal
 from ntm_jax.errors import UserError
 
 TIME_FEATURES = 256  # cosines and sines of 1000 t that embed t
@@ -251,7 +251,7 @@ class Flux2(nn.Module):
 
 def build(c: ModelConfig, double_layers: int, attention) -> Flux2:
     """FLUX.2's transformer with a model's sizes. Raises UserError for sizes that it cannot have."""
-    if not isinstance(c.condition, TextCondition) or not double_layers or c.head_size % 8:
+    if "text" not in c.condition.shapes(1) or not double_layers or c.head_size % 8:
         raise UserError("config.model.backbone=flux2 needs config.model.condition=text, "
                         "double_layers > 0 and a multiple of 8 as head_size: found text states of "
                         f"width {c.condition.width}, {double_layers} and {c.head_size}")

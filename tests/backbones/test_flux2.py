@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 
 from ntm_jax.backbones import flux2, flux2_weights
-from ntm_jax.core.transformer.conditions import Text, TextCondition
+from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.data.conditions.text import TextCondition
 from ntm_jax.runtime import config, sharding
 from tests.backbones.common import TINY, abstract, inputs, original, random_diffusers, weights
 from tests.common import python

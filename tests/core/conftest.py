@@ -17,8 +17,10 @@ from flax import linen as nn
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import Schedule
-from ntm_jax.core.transformer.conditions import Text, TextCondition, Vector, VectorCondition
+from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.core.transporter import Block, Transporter
+from ntm_jax.data.conditions.text import TextCondition
+from ntm_jax.data.conditions.vector import VectorCondition
 
 TINY = {
     "grid": (2, 3), "dim": 2, "steps": (2,), "width": 16, "head_size": 8,

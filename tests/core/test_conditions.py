@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from ntm_jax.core.transformer.conditions import (
-    ClassCondition,
     Modulation,
     Vector,
-    VectorCondition,
-    VectorNetwork,
     sinusoidal,
 )
+from ntm_jax.data.conditions.label import ClassCondition
+from ntm_jax.data.conditions.vector import VectorCondition, VectorNetwork
 from tests.core.conftest import compiled, random_parameters
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.denoising import denoise_levels, score_denoise
-from ntm_jax.core.transformer.conditions import ClassCondition
+from ntm_jax.data.conditions.label import ClassCondition
 from tests.core.conftest import noise_levels
 
 

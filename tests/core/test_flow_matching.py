@@ -15,7 +15,7 @@ import pytest
 from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
-from ntm_jax.core.transformer.conditions import ClassCondition
+from ntm_jax.data.conditions.label import ClassCondition
 from tests.core.conftest import (
     TINY,
     Tiny,

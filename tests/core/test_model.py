@@ -13,7 +13,8 @@ import pytest
 from ntm_jax.core.model import NTM, log_prior
 from ntm_jax.core.trajectory import LOG_2PI
 from ntm_jax.core.transformer.arithmetic import Arithmetic
-from ntm_jax.core.transformer.conditions import ClassCondition, VectorCondition
+from ntm_jax.data.conditions.label import ClassCondition
+from ntm_jax.data.conditions.vector import VectorCondition
 from tests.core.conftest import Bound
 
 RICH = {"condition": ClassCondition(2), "steps": (2, 3)}

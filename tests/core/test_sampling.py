@@ -10,7 +10,7 @@ import pytest
 
 from ntm_jax.core import flow_matching, sampling, trajectory
 from ntm_jax.core.model import NTM
-from ntm_jax.core.transformer.conditions import ClassCondition
+from ntm_jax.data.conditions.label import ClassCondition
 from tests.core.conftest import noise_levels
 
 RICH = {"condition": ClassCondition(2), "steps": (2, 3)}

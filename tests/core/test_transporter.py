@@ -9,8 +9,10 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
 
-from ntm_jax.core.transformer.conditions import ClassCondition, Text, TextCondition
+from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.core.transporter import INVERSES, TOLERANCE, Transporter
+from ntm_jax.data.conditions.label import ClassCondition
+from ntm_jax.data.conditions.text import TextCondition
 
 CONFIGS = [
     {},

@@ -1,13 +1,26 @@
 """Classes as conditions: labels 0..num_classes-1, or names of classes."""
 
+import math
+
+import flax.linen as nn
 import numpy as np
 
 from ntm_jax.core.transformer import conditions
+from ntm_jax.core.transformer.layers import partitioned
 from ntm_jax.data.conditions.kind import Kind
 from ntm_jax.errors import UserError, as_array, few, shown
 
 NAMES_SHOWN = 20  # classes that an error lists
 NAMES_ON_CARD = 100
+
+
+class ClassCondition(conditions.Condition):
+    """A class: labels [B] in 0..width; the label width is the null class."""
+
+    def embed(self, module, y, total):
+        inner = total.shape[-1]
+        init = partitioned((None, "embed"), nn.initializers.normal, 0.02 * math.sqrt(inner))
+        return total + nn.Embed(self.width + 1, inner, embedding_init=init, name="class")(y)
 
 
 class Label(Kind):
@@ -25,7 +38,7 @@ class Label(Kind):
         return self.width
 
     def network(self, settings):
-        return conditions.ClassCondition(self.width)
+        return ClassCondition(self.width)
 
     def facts(self):
         return {"classes": self.width, "classes named": self.spec.class_names}
