@@ -1,13 +1,10 @@
-"""The sizes and choices of a model, and the checks that need no data."""
+"""The sizes and choices of a model."""
 
 import dataclasses
 from typing import Any
 
 from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
 from ntm_jax.core.transformer.conditions import NOTHING, Condition
-
-POSITIONS = ("learned", "rotary")
-HEADS = ("direct", "preconditioned", "posterior")  # posterior: over a backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +18,12 @@ class ModelConfig:
     head_size: int
     kv_heads: int
     mlp_ratio: int
-    positions: str  # one of POSITIONS
+    positions: str  # learned or rotary
     transporter_width: int
     transporter_blocks: int  # 0 is the identity: Gaussian denoising
     transporter_layers: int
     predictor_layers: int
-    head: str  # one of HEADS
+    head: str  # direct, preconditioned, or posterior: over a backbone
     log_scale_bound: float
     data_std: float  # standard deviation of the clean tokens, r
     dtype: Any
@@ -39,15 +36,6 @@ class ModelConfig:
     transporter_positions_std: float = 0.02
     precision: str | None = None  # of float32 products; see transformer.precision
     arithmetic: Arithmetic = PLAIN
-
-    def __post_init__(self):
-        for name in ("width", "transporter_width") if self.transporter_blocks else ("width",):
-            heads, rest = divmod(getattr(self, name), self.head_size)
-            if rest or heads % self.kv_heads:
-                raise ValueError(f"model.{name} = {getattr(self, name)} must be a multiple of "
-                                 f"head_size x kv_heads = {self.head_size} x {self.kv_heads}")
-        if self.head_size % 4:
-            raise ValueError(f"model.head_size = {self.head_size} must be a multiple of 4")
 
     @property
     def tokens(self) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ntm_jax.core import trajectory
 from ntm_jax.core.model import NTM, Terms, full_precision
 from ntm_jax.core.predictor import Predictor
-from ntm_jax.core.trajectory import Schedule, covariance, per_example
+from ntm_jax.core.trajectory import covariance, per_example
 
 
 def _gradient(model: NTM, params, xs, t, y, percentile: float):
@@ -74,28 +74,18 @@ def denoise(denoiser: Predictor, params, u_0, t_0, steps: int, y):
     return denoiser.apply(params, u_0, t_0, jnp.zeros_like(t_0), jnp.full(len(u_0), steps), y)[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A model that a denoiser learns from, in trajectories of `steps` steps. Static."""
-
-    model: NTM
-    schedule: Schedule
-    steps: int
-
-
-def denoiser_errors(denoiser: Predictor, params, teacher: Teacher, teacher_params, keys, x, y):
+def denoiser_errors(denoiser: Predictor, params, teacher: NTM, teacher_params, keys, x, t, y):
     """Mean squared errors per dimension of examples x [B, N, D], dict of [B].
 
-    Each example has one trajectory. to_target: the denoiser against the teacher's score denoising
-    of the trajectory, its loss; to_data: the denoiser against x; target_to_data: the score
-    denoising against x.
+    Each example has one trajectory, at levels t [B, K]. to_target: the denoiser against the
+    teacher's score denoising of the trajectory, its loss; to_data: the denoiser against x;
+    target_to_data: the score denoising against x.
     """
-    model, steps = full_precision(teacher.model), teacher.steps
-    t = teacher.schedule.fixed_levels(steps, len(x))
+    teacher, steps = full_precision(teacher), t.shape[1] - 1
     xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (steps + 1, *x.shape[1:])))
-    target = jax.lax.stop_gradient(score_denoise(model, teacher_params, xs, t, y))
+    target = jax.lax.stop_gradient(score_denoise(teacher, teacher_params, xs, t, y))
     inputs = xs[:, 0], t[:, 0], jnp.full(len(x), steps), y
-    u_0, _ = model.apply(teacher_params, *inputs, method=NTM.transport)
+    u_0, _ = teacher.apply(teacher_params, *inputs, method=NTM.transport)
     found = denoise(denoiser, params, u_0, t[:, 0], steps, y)
     pairs = {"to_target": (found, target), "to_data": (found, x), "target_to_data": (target, x)}
     return {name: jnp.mean(jnp.square(a - b), (1, 2)) for name, (a, b) in pairs.items()}

@@ -99,11 +99,8 @@ def velocity_errors(backbone, params, x, noise, t, y):
 
 
 def guidance_by_step(guidance: float | tuple[float, ...], steps: int) -> tuple[float, ...]:
-    """One guidance scale for each step, from pure noise down; another number raises ValueError."""
-    scales = guidance if isinstance(guidance, tuple) else (guidance,) * steps
-    if len(scales) != steps:
-        raise ValueError(f"{len(scales)} guidance scales for {steps} steps")
-    return scales
+    """One guidance scale for each step, from pure noise down."""
+    return guidance if isinstance(guidance, tuple) else (guidance,) * steps
 
 
 def solve(backbone, noise, t, y, null_condition=None, guidance: float | tuple[float, ...] = 0.0,

@@ -50,22 +50,22 @@ class NTM(nn.Module):
     backbone: Any = None  # of the posterior head; see core.flow_matching
 
     def setup(self):
-        if self.config.transporter_blocks:
-            self.transporter = Transporter(self.config)
         c = self.config
+        if c.transporter_blocks:
+            self.transporter = Transporter(c)
         for name, network in c.condition.networks(c.width, c.tokens * c.dim).items():
             setattr(self, name, network)
-        posterior = self.config.head == "posterior"
-        self.predictor = (Posterior(self.config, self.backbone) if posterior
-                          else Predictor(self.config))
+        self.predictor = Posterior(c, self.backbone) if c.head == "posterior" else Predictor(c)
 
+    @at_config_precision
     def transport(self, x, t, steps, y):
         """x [B, N, D] at levels t [B] < 1 -> (u [B, N, D], log|det du/dx| [B])."""
-        x = self._centre(x, t, y)
+        x = self.config.condition.centre(self, x, t, y)
         if not self.config.transporter_blocks:
             return x, jnp.zeros(x.shape[0])
         return self.transporter(x, t, steps, self._prepared(y))
 
+    @at_config_precision
     def invert(self, u, t, steps, y, how="sequential", tolerance=TOLERANCE):
         """u [B, N, D] at levels t [B] < 1 -> (x [B, N, D], sweeps [B, blocks], log|det dx/du| [B]).
 
@@ -76,15 +76,7 @@ class NTM(nn.Module):
         if self.config.transporter_blocks:
             u, sweeps, log_det = self.transporter.inverse(
                 u, t, steps, self._prepared(y), how, tolerance)
-        return self._uncentre(u, t, y), sweeps, log_det
-
-    @at_config_precision
-    def _centre(self, x, t, y):
-        return self.config.condition.centre(self, x, t, y)
-
-    @at_config_precision
-    def _uncentre(self, x, t, y):
-        return self.config.condition.uncentre(self, x, t, y)
+        return self.config.condition.uncentre(self, u, t, y), sweeps, log_det
 
     def predict(self, u, t, s, steps, y):
         """Mean and log-scale [B, N, D] of the latent at level s given u [B, N, D] at level t."""
@@ -126,10 +118,8 @@ class NTM(nn.Module):
 
     def gaussians(self, us, t, steps, y):
         """Means and log-scales [B, T, N, D] of u_0..u_{T-1} given the latents us [B, K, N, D]."""
-        batch, count, y = us.shape[0], us.shape[1] - 1, self._prepared(y)
-        repeated = repeat((steps, y), count)
-        predicted = self.predict(_fold(us[:, 1:]), _fold(t[:, 1:]), _fold(t[:, :-1]), *repeated)
-        return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), predicted)
+        levels = us[:, 1:], t[:, 1:], t[:, :-1]
+        return by_level(self.predict, levels, steps, self._prepared(y))
 
     def _terms(self, u, log_det, mean, log_scale, level, reference):
         z = (u - mean) * jnp.exp(-log_scale)
@@ -137,6 +127,16 @@ class NTM(nn.Module):
         constant = u.shape[1] * u.shape[2] / 2 * LOG_2PI
         return Terms(jnp.sum(0.5 * z * z, (1, 2)), jnp.sum(log_scale, (1, 2)), log_det, constant,
                      misalignment, level)
+
+
+def by_level(function, arrays, *rest):
+    """function(*arrays, *rest) of T levels as one batch; each result is [B, T, ...].
+
+    arrays: a tuple of [B, T, ...]; rest: trees of [B, ...], the same for all levels.
+    """
+    batch, count = arrays[0].shape[:2]
+    found = function(*map(_fold, arrays), *repeat(rest, count))
+    return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), found)
 
 
 def _fold(a):

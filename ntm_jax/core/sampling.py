@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core.flow_matching import guidance_by_step
-from ntm_jax.core.model import NTM, log_prior, repeat
+from ntm_jax.core.model import NTM, by_level, log_prior
 from ntm_jax.core.trajectory import example_noise
 from ntm_jax.core.transporter import TOLERANCE
 
@@ -51,18 +51,17 @@ def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, 
     def gaussian(*inputs) -> tuple[jax.Array, jax.Array]:
         return cast(Any, model.apply(params, *inputs, method=NTM.predict))
 
-    def predict(u, t_above, t_below, w, guided: bool):
-        inputs = u, t_above, t_below, steps, y
-        if not guided:
-            return gaussian(*inputs)
-        unconditional = *inputs[:-1], c.condition.null(y)
-        both = jax.tree.map(lambda *pair: jnp.concatenate(pair), inputs, unconditional)
-        mean, log_scale = gaussian(*both)
-        return guide(mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)
-
     def transition(u, inputs, guided: bool):
         t_above, t_below, w, noise = inputs
-        mean, log_scale = predict(u, t_above, t_below, w, guided)
+        conditional = u, t_above, t_below, steps, y
+        if guided:
+            unconditional = *conditional[:-1], c.condition.null(y)
+            both = jax.tree.map(lambda *pair: jnp.concatenate(pair), conditional, unconditional)
+            mean, log_scale = gaussian(*both)
+            mean, log_scale = guide(
+                mean[:batch], log_scale[:batch], mean[batch:], log_scale[batch:], w)
+        else:
+            mean, log_scale = gaussian(*conditional)
         u = mean + jnp.exp(log_scale) * noise
         return u, (u, log_prior(noise) - jnp.sum(log_scale, (1, 2)))
 
@@ -70,30 +69,20 @@ def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, 
     parts = [(u[None], log_prior(u)[None])]
     down = t.T[::-1]
     transitions = down[:-1], down[1:], jnp.asarray(scales, jnp.float32), noise[1:]
-    start = 0
-    for guided, same in itertools.groupby(scales, bool):  # one scan each: a schedule has few
-        end = start + len(list(same))
-        some = tuple(a[start:end] for a in transitions)
+    # one scan for each run of guided or unguided transitions: a schedule has few
+    for guided, run in itertools.groupby(range(count), lambda i: bool(scales[i])):
+        same = [*run]
+        some = tuple(a[same[0] : same[-1] + 1] for a in transitions)
         u, part = jax.lax.scan(functools.partial(transition, guided=guided), u, some)
         parts.append(part)
-        start = end
     us, log_density = jax.tree.map(lambda *part: jnp.concatenate(part)[::-1], *parts)
     return jnp.moveaxis(us, 0, 1), log_density.T
 
 
-def _apply_to_levels(method, model: NTM, params, a, t, y, **options):
+def _by_level(method, model: NTM, params, a, t, y, **options):
     """A method's results [B, T, ...] for the levels 0..T-1 of a [B, K, N, D], as one batch."""
-    batch, count = a.shape[0], a.shape[1] - 1
-    fold = a[:, :-1].reshape(batch * count, *a.shape[2:])
-    steps, y = jnp.full(batch * count, count), repeat(y, count)
-    levels = t[:, :-1].reshape(-1)
-    found = model.apply(params, fold, levels, steps, y, method=method, **options)
-    return jax.tree.map(lambda a: a.reshape(batch, count, *a.shape[1:]), found)
-
-
-def _invert(model: NTM, params, us, t, y, **options):
-    """(x_0..x_{T-1} [B, T, N, D], sweeps [B, T, blocks], log|det dx/du| [B, T])."""
-    return _apply_to_levels(NTM.invert, model, params, us, t, y, **options)
+    apply = functools.partial(model.apply, params, method=method, **options)
+    return by_level(apply, (a[:, :-1], t[:, :-1]), jnp.full(len(a), a.shape[1] - 1), y)
 
 
 def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "sequential"):
@@ -106,7 +95,7 @@ def invert_trajectory(model: NTM, params, us, t, y, inverse: str = "sequential")
 
 def invert_with_log_det(model: NTM, params, us, t, y, inverse: str = "sequential"):
     """invert_trajectory's x_0..x_T [B, K, N, D], and log|det dx_k/du_k| [B, K], 0 at level T."""
-    xs, _, log_det = _invert(model, params, us, t, y, how=inverse)
+    xs, _, log_det = _by_level(NTM.invert, model, params, us, t, y, how=inverse)
     return jnp.concatenate([xs, us[:, -1:]], 1), jnp.pad(log_det, ((0, 0), (0, 1)))
 
 
@@ -121,7 +110,7 @@ def inverse_sweeps(model: NTM, params, us, t, y, tolerance: float = TOLERANCE):
 
     They end when nothing changes by more than tolerance. The last block is inverted first.
     """
-    return _invert(model, params, us, t, y, how="parallel", tolerance=tolerance)[1]
+    return _by_level(NTM.invert, model, params, us, t, y, how="parallel", tolerance=tolerance)[1]
 
 
 def transport_trajectory(model: NTM, params, xs, t, y):
@@ -129,7 +118,7 @@ def transport_trajectory(model: NTM, params, xs, t, y):
 
     The inverse of invert_trajectory.
     """
-    us, _ = _apply_to_levels(NTM.transport, model, params, xs, t, y)
+    us, _ = _by_level(NTM.transport, model, params, xs, t, y)
     return jnp.concatenate([us, xs[:, -1:]], 1)
 
 

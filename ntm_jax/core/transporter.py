@@ -4,7 +4,6 @@ See docs/concepts.md, section 4. No other file depends on the log-determinant's 
 batch (levels folded in), N tokens, D token channels, W width.
 """
 
-import functools
 from typing import Any, cast
 
 import flax.linen as nn
@@ -101,11 +100,9 @@ class Block(nn.Module):
         """
         block, variables = self.unbind()  # bound modules cannot be used inside lax control flow
         variables = _gathered(block, variables, u, modulation)
-        found = {
-            "parallel": functools.partial(
-                block.apply, variables, tolerance=tolerance, method=Block._all_at_once),
-            "sequential": functools.partial(block.apply, variables, method=Block._one_by_one)}
-        return found[how](u, modulation)
+        if how == "parallel":
+            return block.apply(variables, u, modulation, tolerance, method=Block._all_at_once)
+        return block.apply(variables, u, modulation, method=Block._one_by_one)
 
     def _all_at_once(self, u, modulation, tolerance):
         """The fixed point of x <- m(x) + exp(g(x)) u by sweeps over all tokens, from x = u.
@@ -162,7 +159,8 @@ class Block(nn.Module):
         caches, found, begin = [(empty, empty)] * len(weights), [], 0
         carry = jnp.zeros((batch, dim)), jnp.zeros(batch), caches
         for end in cache_sizes(tokens):
-            grown = jax.tree.map(lambda a, more=end - begin: _grow(a, more), carry[2])
+            room = (0, 0), (0, 0), (0, end - begin), (0, 0)
+            grown = jax.tree.map(lambda cache, room=room: jnp.pad(cache, room), carry[2])
             n = jnp.arange(begin, end)
             carry, x = jax.lax.scan(step, (*carry[:2], grown), (n, u[begin:end]))
             found.append(x)
@@ -189,11 +187,6 @@ def cache_sizes(tokens: int) -> list[int]:
     """The sizes of the KV cache in turn: attention reads all of it, so a long one grows in four."""
     stages = 4 if tokens >= 256 else 1
     return [-(-tokens * i // stages) for i in range(1, stages + 1)]
-
-
-def _grow(cache, more: int):
-    """A cache [B, G, M, C] with room for `more` tokens."""
-    return jnp.pad(cache, ((0, 0), (0, 0), (0, more), (0, 0)))
 
 
 class Transporter(nn.Module):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import denoising, flow_matching, trajectory
-from ntm_jax.core.denoising import Teacher
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transformer.precision import precision
@@ -45,19 +44,21 @@ def denoising_errors(run: Run, source: Source) -> dict:
             for name, by_level in figures.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("teacher", "denoiser"))
-def _denoiser_errors(params, denoiser_params, root, batch, *, teacher: Teacher, denoiser):
-    y = teacher.model.config.condition.stack(batch)
+@functools.partial(jax.jit, static_argnames=("schedule", "model", "steps", "denoiser"))
+def _denoiser_errors(params, denoiser_params, root, batch, *, schedule: Schedule, model, steps,
+                     denoiser):
+    x, y = batch["x"], model.config.condition.stack(batch)
     keys = trajectory.example_keys(root, "evaluate", batch["index"])
-    return denoising.denoiser_errors(
-        full_precision(denoiser), denoiser_params, teacher, params, keys, batch["x"], y)
+    return denoising.denoiser_errors(full_precision(denoiser), denoiser_params, model, params, keys,
+                                     x, schedule.fixed_levels(steps, len(x)), y)
 
 
 def denoiser_errors(run: Run, source: Source) -> dict:
     """Figures of denoising.denoiser_errors for a run with a denoiser, one trajectory a record."""
     assert run.denoiser is not None
-    compute = functools.partial(_denoiser_errors, run.params, run.denoiser.params,
-                                teacher=run.as_teacher, denoiser=run.denoiser.module)
+    compute = functools.partial(
+        _denoiser_errors, run.params, run.denoiser.params, schedule=run.schedule, model=run.model,
+        steps=run.config.sample.steps, denoiser=run.denoiser.module)
     found = scoring.per_record(run, source, compute)
     return {name: mean_and_stderr(values) for name, values in found.items()}
 

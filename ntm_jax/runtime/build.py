@@ -33,17 +33,25 @@ def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -
                         f"{config.data.source} has no {kind.needs}: {kind.remedy}set it to none")
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     rows, columns = (size // spec.patch_size for size in spec.image_shape[:2])
-    try:
-        model_config = ModelConfig(
-            **{name: value for name, value in settings.items() if name in fields},
-            grid=(rows, columns), dim=spec.dim, steps=config.trajectory.steps,
-            condition=kind.network(settings), dtype=dtype, transporter_dtype=dtype,
-            arithmetic=arithmetic)
-    except ValueError as error:
-        raise UserError(f"config.{error}") from None
+    model_config = ModelConfig(
+        **{name: value for name, value in settings.items() if name in fields},
+        grid=(rows, columns), dim=spec.dim, steps=config.trajectory.steps,
+        condition=kind.network(settings), dtype=dtype, transporter_dtype=dtype,
+        arithmetic=arithmetic)
+    _check_heads(model_config)
     if model_config.head != "posterior":
         return NTM(model_config)
     return NTM(model_config, backbone.build(model_config, settings, arithmetic.attention))
+
+
+def _check_heads(c: ModelConfig) -> None:
+    for name in ("width", "transporter_width") if c.transporter_blocks else ("width",):
+        width = getattr(c, name)
+        if width % (c.head_size * c.kv_heads):
+            raise UserError(f"config.model.{name} = {width} must be a multiple of "
+                            f"head_size x kv_heads = {c.head_size} x {c.kv_heads}")
+    if c.head_size % 4:
+        raise UserError(f"config.model.head_size = {c.head_size} must be a multiple of 4")
 
 
 def plain(model):

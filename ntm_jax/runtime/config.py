@@ -13,7 +13,6 @@ import typing
 from typing import Any
 
 from ntm_jax import backbones, files
-from ntm_jax.core.config import HEADS, POSITIONS
 from ntm_jax.core.trajectory import Schedule, default_shift, shifted
 from ntm_jax.core.transformer.layers import REMAT
 from ntm_jax.core.transporter import INVERSES
@@ -72,7 +71,7 @@ class Model:
         4, "Key and value heads; divides the number of heads, width / head_size.", low=1)
     mlp_ratio: int = setting(
         4, "Hidden width of an MLP, in multiples of the layer's width.", low=1)
-    positions: str = setting("learned", "Position encoding.", choices=POSITIONS)
+    positions: str = setting("learned", "Position encoding.", choices=("learned", "rotary"))
     transporter_width: int = setting(
         128, "Width of the transporter, a multiple of head_size.", low=1)
     transporter_blocks: int = setting(
@@ -85,7 +84,7 @@ class Model:
     predictor_layers: int = setting(4, "Transformer layers of the predictor.", low=1)
     head: str = setting(
         "preconditioned", "Parametrisation of the Gaussian; posterior is over a backbone.",
-        choices=HEADS)
+        choices=("direct", "preconditioned", "posterior"))
     log_scale_bound: float = setting(
         3.0, "Largest absolute log-scale of a transporter block.", above=0)
     data_std: float = setting(

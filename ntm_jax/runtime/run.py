@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ntm_jax.core.denoising import Teacher, make_denoiser
+from ntm_jax.core.denoising import make_denoiser
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import conditions
@@ -71,11 +71,6 @@ class Run:
         """
         return self.condition.default(
             index, self.config.data, split or self.config.evaluate.split)
-
-    @property
-    def as_teacher(self) -> Teacher:
-        """What a denoiser learns from this run."""
-        return Teacher(self.model, self.schedule, self.config.sample.steps)
 
     def evaluated_levels(self) -> np.ndarray:
         """The levels [K] of evaluation, from t_min to 1."""

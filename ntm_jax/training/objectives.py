@@ -17,7 +17,6 @@ import numpy as np
 import optax
 
 from ntm_jax.core import denoising, flow_matching, trajectory
-from ntm_jax.core.denoising import Teacher
 from ntm_jax.core.model import NTM, Terms, repeat
 from ntm_jax.core.trajectory import Schedule, example_keys
 from ntm_jax.data.sources import Source
@@ -37,7 +36,7 @@ class LossContext:
     """What a loss is made from, besides parameters and examples. Static."""
 
     run: Run
-    teacher: Teacher | None = None
+    teacher: NTM | None = None
     frozen_modules: tuple[str, ...] = ()  # top-level names of parameters that do not learn
     mean_level_power: Any = 1.0  # the mean of t_k^level_power over the evaluated levels
 
@@ -174,9 +173,10 @@ def denoiser_loss(context: LossContext, params, inputs: StepInputs, reference=No
     reference: the teacher's parameters.
     """
     assert context.teacher is not None
-    y = context.model.config.condition.stack(inputs.batch)
-    errors = denoising.denoiser_errors(context.model, params, context.teacher, reference,
-                                       inputs.keys("noise"), inputs.batch["x"], y)
+    x, y = inputs.batch["x"], context.model.config.condition.stack(inputs.batch)
+    t = context.schedule.fixed_levels(context.config.sample.steps, len(x))  # also the teacher's
+    errors = denoising.denoiser_errors(
+        context.model, params, context.teacher, reference, inputs.keys("noise"), x, t, y)
     value = jnp.mean(errors["to_target"])
     return value, {"loss": value}
 
@@ -295,7 +295,7 @@ def loss_context(run: Run, objective: Objective, teacher: Run | None = None) -> 
     power = run.config.train.level_power
     mean = np.mean(run.evaluated_levels()[:-1] ** power) if power else 1.0
     names = build.abstract_params(run.model, run.mesh)["params"]
-    return LossContext(run, teacher and teacher.as_teacher,
+    return LossContext(run, teacher and teacher.model,
                        objective.frozen_modules(run.config, names), mean)
 
 

@@ -238,13 +238,3 @@ def test_the_attention_is_an_argument(random, asked):
     jax.eval_shape(NTM(config).apply, random.params, *asked)
     # the transporter's layers and the predictor's; a layer may be traced more than once
     assert set(calls) == {True, False}
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"width": 20}, "model.width = 20"),
-    ({"transporter_width": 24}, "model.transporter_width = 24"),
-    ({"head_size": 2, "kv_heads": 2}, "model.head_size = 2"),
-])
-def test_a_bad_configuration_is_named(tiny, changes, message):
-    with pytest.raises(ValueError, match=message):
-        tiny(**changes)

@@ -112,9 +112,10 @@ def test_the_target_is_the_teachers_score_denoising_of_the_same_trajectory(untra
     batch = batch_of(source, TEACHER, 4)
     x, y, keys = batch["x"], batch["label"], jax.random.split(jax.random.key(0), 4)
 
+    t = run.schedule.levels(2, np.full(4, 0.03, np.float32))
+
     @jax.jit
     def expected(frozen, params):
-        t = run.schedule.levels(2, np.full(4, 0.03, np.float32))
         xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (3, *x.shape[1:])))
         target = denoising.score_denoise(run.model, frozen, xs, t, y)
         u_0, _ = run.model.apply(
@@ -126,7 +127,7 @@ def test_the_target_is_the_teachers_score_denoising_of_the_same_trajectory(untra
     def errors_and_gradient(frozen, params):
         def to_target(frozen):
             errors = denoising.denoiser_errors(
-                denoiser, params, run.as_teacher, frozen, keys, x, y)
+                denoiser, params, run.model, frozen, keys, x, t, y)
             return errors["to_target"].sum(), errors
 
         return jax.grad(to_target, has_aux=True)(frozen)

@@ -13,18 +13,14 @@ from ntm_jax.core.transformer.attention import plain_attention
 EPSILON = 1e-6  # added to the variance or mean square of a norm
 
 
-def layer_norm(x):
-    """Layer norm of x [..., W] without learned parameters."""
-    norm = nn.LayerNorm(epsilon=EPSILON, use_bias=False, use_scale=False, parent=None)
-    return cast(jax.Array, norm.apply({}, x))
-
-
 def modulated_norm(x, scale, shift):
     """Layer norm in float32 of x [B, N, W], times 1 + scale, plus shift, [B, 1, W] each.
 
     The result has the dtype of scale and shift.
     """
-    return layer_norm(x.astype(jnp.float32)).astype(scale.dtype) * (1 + scale) + shift
+    norm = nn.LayerNorm(epsilon=EPSILON, use_bias=False, use_scale=False, parent=None)
+    normal = cast(jax.Array, norm.apply({}, x.astype(jnp.float32)))
+    return normal.astype(scale.dtype) * (1 + scale) + shift
 
 
 def rms_norm(x, scale):
