@@ -1,10 +1,5 @@
-"""The reader of FLUX.2's checkpoints: both namings, bad files, and the host's memory."""
+"""The reader of FLUX.2's checkpoints: both namings, dtypes, and bad files."""
 
-import json
-import math
-import os
-import sys
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +9,9 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from ntm_jax.backbones import flux2, flux2_weights
+from ntm_jax.backbones import flux2_weights
 from ntm_jax.errors import UserError
 from tests.backbones.common import abstract, original, random_diffusers, write_folder
-from tests.common import python
 
 
 def test_both_namings_are_the_same_parameters(tmp_path):
@@ -79,75 +73,3 @@ def test_a_bad_checkpoint_is_one_line(tmp_path, make, words):
         flux2_weights.read(str(path), abstract())
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), error.value
-
-
-# 200 MB in bfloat16, in klein's proportions
-LARGE = flux2.Flux2Config(
-    (16, 16), text_width=512, heads=8, double_layers=1, single_layers=4)
-
-
-def write_random(folder) -> float:
-    """Writes a checkpoint of random bfloat16 numbers, a file for each tensor; returns their sum."""
-    shapes = flux2_weights._places(flux2_weights.DIFFUSERS,
-                                   flatten_dict(abstract(LARGE), sep="/"))[1]
-    block = np.random.default_rng(0).normal(size=1 << 20).astype(ml_dtypes.bfloat16)
-    folder.mkdir()
-    total = 0.0
-    for number, (name, shape) in enumerate(shapes.items()):
-        values = np.resize(np.roll(block, number)[: min(block.size, math.prod(shape))], shape)
-        total += values.astype(np.float64).sum()
-        safetensors.numpy.save_file({name: values},
-                                    folder / f"diffusion_pytorch_model-{number:05d}.safetensors")
-    return total
-
-
-def anonymous() -> int:
-    """This process's anonymous memory, bytes."""
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-
-
-def main(folder):
-    """Reads a checkpoint onto 8 devices and prints the memory that this took, as JSON."""
-    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-    def home(a):
-        split = len(a.shape) > 1 and min(a.shape[-2:]) > 200
-        axes = (None,) * (len(a.shape) - 2) + ("fsdp", "tensor") if split else ()
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-
-    wanted = jax.tree.map(home, abstract(LARGE))
-    sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(wanted)]
-    jax.block_until_ready([jax.device_put(np.zeros(1), device) for device in jax.devices()])
-    peak, start, done = 0, anonymous(), threading.Event()
-
-    def sample():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    params = flux2_weights.read(folder, wanted)
-    done.set()
-    thread.join()
-    shards = (s.data for a in jax.tree.leaves(params)
-              for s in a.addressable_shards if s.replica_id == 0)
-    total = sum(np.asarray(data, np.float64).sum() for data in shards)
-    print(json.dumps({"peak": peak - start, "model": sum(sizes), "largest": max(sizes),
-                      "sum": float(total)}))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"),
-                    reason="asks Linux what memory a process has")
-def test_the_host_never_holds_the_model(tmp_path):
-    total = write_random(tmp_path / "model")
-    found = json.loads(python(__file__, str(tmp_path / "model"), devices=8).stdout)
-    assert found["model"] < found["peak"] <= found["model"] + 1.5 * found["largest"]
-    np.testing.assert_allclose(found["sum"], total, rtol=1e-9)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

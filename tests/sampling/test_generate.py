@@ -31,12 +31,6 @@ def test_labels_are_all_classes_in_turn_by_default(run):
     assert not alike(run.sample_at([10, 11, 3], [5, 5, 5]), images[[10, 11, 3]])
 
 
-def test_guidance_and_decoder_change_the_image(run):
-    images = run.sample(3)
-    assert not alike(run.sample(3, guidance=2.0), images)
-    assert not alike(run.sample(3, decoder="score"), images)
-
-
 def test_slices_are_denoised_as_the_whole_batch_is(run):
     xs = np.random.default_rng(0).normal(size=(64, 5, 16, 4)).astype(np.float32)
     t, y = run.schedule.fixed_levels(4, 64), np.arange(64) % 10
@@ -83,11 +77,6 @@ def test_guidance_of_the_flag():
             parse_guidance(wrong)
 
 
-def test_an_untrained_number_of_steps_is_warned_of(run):
-    with pytest.warns(UserWarning, match="3 steps were not trained, only 2: expect worse images"):
-        override(run.config, steps=3, guidance=None)
-
-
 def test_steps_whose_levels_would_not_ascend_are_refused(run):
     """The first shifted level of 64 steps is 1/64, below t_min, and its posterior's C was NaN."""
     trajectory = dataclasses.replace(run.config.trajectory, schedule="shifted", shift=0.0)
@@ -101,13 +90,9 @@ def test_steps_whose_levels_would_not_ascend_are_refused(run):
     (lambda run: run.sample(2, decoder="scores"), "config.sample.decoder 'scores' is not known"),
     (lambda run: run.sample(2, steps=0), "config.sample.steps is 0: expected at least 1"),
     (lambda run: run.sample(2, guidance=(1, -1)), "guidance is (1.0, -1.0): expected at least 0"),
-    (lambda run: run.sample(2, temperature=0.7), "temperature is not a setting; expected one of"),
     (lambda run: run.sample(3, 2.7), "is given: expected the number of a class, 0 to 9"),
     (lambda run: run.log_prob(np.full((1, 8, 8, 1), 0.5), 3),
      "images are float64 of values from 0.0 to 0.5: expected integers"),
-    (lambda run: run.log_prob(7, 3), "images have shape (): expected [n, 8, 8, 1]"),
-    (lambda run: run.log_prob(np.zeros((1, 8, 8, 1), np.uint8), 3, condition=[1.0]),
-     "label and condition are both given"),
 ])
 def test_a_mistake_is_one_line(run, call, message):
     with pytest.raises(UserError, match=re.escape(message)):

@@ -113,13 +113,6 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
     unnamed = dataclasses.replace(run, spec=dataclasses.replace(run.spec, text=""))
     refused("do not name the encoder of their text states: name it with --encoder",
             SampleRequest(1, 1, prompts=given), unnamed)
-    refused(rf"'words:1:a' makes states of width 3, and .* was trained on {WORDS} of width 14",
-            SampleRequest(1, 1, prompts=given, encoder="words:1:a"))
-    model = dataclasses.replace(run.config.model, condition="class")
-    other = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model),
-                                spec=dataclasses.replace(run.spec, num_classes=10))
-    refused("--prompts is given, and the model of runs/tiny is conditioned on 10 classes: give",
-            SampleRequest(1, 1, prompts=given), other)
     with pytest.raises(UserError, match="has the word 'fox', which the model does not know"):
         run.sample(1, prompts=["a fox"])
 

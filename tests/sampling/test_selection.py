@@ -95,16 +95,9 @@ def test_another_run_may_be_the_judge(run):
 
 
 def changed(run, part, **fields):
-    """The run with other fields of its configuration's part or of its data's."""
-    if part == "spec":
-        return dataclasses.replace(run, spec=dataclasses.replace(run.spec, **fields))
+    """The run with other fields in a part of its configuration."""
     settings = dataclasses.replace(getattr(run.config, part), **fields)
     return dataclasses.replace(run, config=dataclasses.replace(run.config, **{part: settings}))
-
-
-def test_a_judge_of_other_data_is_refused(run):
-    with pytest.raises(UserError, match="the judge runs/tiny has pixel levels 256, and runs/tiny"):
-        run.selecting(2, changed(run, "spec", pixel_levels=256))
 
 
 def test_selection_needs_a_condition_and_a_likelihood_without_it(run):

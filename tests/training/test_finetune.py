@@ -13,7 +13,6 @@ from ntm_jax.core import flow_matching
 from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
-from ntm_jax.export import write
 from ntm_jax.runtime import checkpoint, config, config_file, sharding
 from ntm_jax.training import finetune, loop, objectives, reference_model, state
 from ntm_jax.training.objectives import StepInputs
@@ -147,15 +146,6 @@ def test_a_new_run_is_the_flow_matching_model(untrained):
     np.testing.assert_array_equal(log_det, 0)
 
 
-def test_an_export_of_a_flow_matching_run_starts_a_run_too(untrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "programs", lambda run: {})  # they take a minute to compile
-    loaded = ntm_jax.load(str(untrained))
-    loaded.export(str(tmp_path / "export"))
-    run = tuned_run(tmp_path / "export")
-    current = finetune.start_from(run, state.abstract(run))
-    assert bits(current.params["params"]["backbone"]) == bits(loaded.params["params"]["backbone"])
-
-
 @pytest.mark.slow
 def test_the_reference_is_kept_once_and_not_trained(run, flow):
     own = tuned_run(flow[0], run)
@@ -218,13 +208,6 @@ def test_the_alignments_weight_falls_by_a_cosine():
 def test_another_flow_matching_model_is_refused(untrained, changes, message):
     with pytest.raises(UserError, match=f"config.init_from is .*{message}"):
         finetune.start_from(tuned_run(untrained, **changes), None)
-
-
-def test_a_resumed_run_without_its_reference_is_refused(tmp_path):
-    run = tuned_run("x", tmp_path)
-    current = state.abstract(run).replace(step=np.int32(4))
-    with pytest.raises(UserError, match="/frozen, the model to which this run is held, is missing"):
-        reference_model.reference_params(run, current)
 
 
 def test_the_same_model_with_another_vocabulary_is_refused(tmp_path):

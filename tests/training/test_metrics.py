@@ -1,8 +1,7 @@
-"""The metrics writer: the file's lines, resuming, TensorBoard events read back, the terminal."""
+"""The metrics writer: the file's lines, resuming, TensorBoard events read back, object storage."""
 
 import io
 import json
-import re
 import struct
 
 import jax
@@ -12,7 +11,6 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from ntm_jax import files
-from ntm_jax.training import metrics
 from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.writers import lines as lines_file
 from tests.common import file_size_limit
@@ -96,36 +94,6 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     encoded = io.BytesIO(value.image.encoded_image_string)
     np.testing.assert_array_equal(np.asarray(Image.open(encoded)), image)
     assert [step for step, _ in found["gray"]] == [4]
-
-
-def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):
-    clock = iter([100.0, 110.0, 120.0, 130.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    with MetricsReporter(tmp_path, 2000) as writer:
-        writer.advance(1)
-        writer.advance(2)
-        more = {f"more_{i}": 1.0 for i in range(9)}
-        writer.write(401, {"loss": 0.61234, "bits_per_dim": 3.0} | more)
-        writer.message("saved")
-        writer.write(411, {"loss": 0.5})
-    captured = capsys.readouterr()
-    first, said, second = captured.out.splitlines()
-    assert re.fullmatch(
-        r"step 401/2000 loss 0.6123 bits_per_dim 3( more_\d 1){4} 40 steps/s ETA 0:40", first)
-    assert said == "saved"
-    assert second == "step 411/2000 loss 0.5 1 steps/s ETA 26:29"
-    assert captured.err == ""
-
-
-def test_other_processes_write_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with MetricsReporter(tmp_path / "run", 10) as writer:
-        writer.write(1, {"loss": 1.0})
-        writer.advance(2)
-        writer.picture(1, tmp_path / "samples.png")
-        writer.message("saved")
-    assert not (tmp_path / "run").exists()
-    assert capsys.readouterr() == ("", "")
 
 
 def test_object_storage_is_written_every_so_many_lines_and_at_the_end(

@@ -4,7 +4,6 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,28 +26,16 @@ TERMS = ("quadratic", "log_scale", "log_det")
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), [
-    ("digits", {"train.objective": "both"},
-     "config.train.objective 'both' is not known: expected one of end_to_end, pairwise, "),
     ("digits", {"train.objective": "denoiser", "train.condition_dropout": 0.0},
      "a denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR of the run to"),
     ("digits_fm", {"model.head": "direct"},
      "expected config.model.head=posterior and config.model.transporter_blocks=0, found direct"),
-    ("digits_finetune", {"init_from": "runs/digits_fm", "sample.decoder": "heun"},
-     "config.sample.decoder=heun solves the ODE of a flow-matching model: expected a decoder"),
     ("digits_finetune", {"init_from": ""},
      "config.train.align_weight is 2.5: it holds a model with config.model.head=posterior near "),
 ])
 def test_what_an_objective_cannot_train_is_refused(name, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         configured(name, changes)
-
-
-def test_an_objective_of_ones_own_trains_the_steps_of_samples(monkeypatch):
-    monkeypatch.setattr(objectives.OBJECTIVES, "_entries", dict(objectives.OBJECTIVES._entries))
-    robust = objectives.Objective(lambda *_: None, needs=("trajectory",))
-    objectives.register("robust", robust)
-    with pytest.raises(UserError, match="the run trains trajectories of 2 steps: set config"):
-        tiny_config(**{"train.objective": "robust", "sample.steps": 3})
 
 
 DRAWS = tiny_config(**{
@@ -66,17 +53,6 @@ def drawn():
     t_min = draws.t_min(DRAWS.schedule(model.config.tokens))
     condition = draws.condition(model, DRAWS.train.condition_dropout)
     return label, np.asarray(condition), np.asarray(t_min)
-
-
-def test_keys_differ_by_name_and_record_and_do_not_depend_on_the_row():
-    root, index = jax.random.key(0), jnp.array([5, 2, 9])
-
-    def keys(name, index):
-        return np.asarray(jax.random.key_data(StepInputs(root, {"index": index}, 2, 0).keys(name)))
-
-    data = {name: keys(name, index) for name in ("noise", "t_min")}
-    assert len({key.tobytes() for rows in data.values() for key in rows}) == 6
-    np.testing.assert_array_equal(keys("noise", index[::-1]), data["noise"][::-1])
 
 
 def test_conditions_are_dropped_one_by_one_at_the_given_rate(drawn):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from ntm_jax.training import optimizer
 from tests.common import tiny_config
@@ -19,10 +18,6 @@ def test_the_rate_rises_from_0_to_the_peak_and_falls_to_the_floor():
     rate = [float(optimizer.schedule(SETTINGS, 100)(step)) for step in (0, 5, 10, 55, 100, 1000)]
     middle = (1e-3 + 1e-5) / 2
     np.testing.assert_allclose(rate, [0, 5e-4, 1e-3, middle, 1e-5, 1e-5], rtol=1e-5, atol=1e-12)
-
-
-def test_a_run_shorter_than_its_warm_up_has_a_schedule():
-    assert float(optimizer.schedule(SETTINGS, 5)(5)) == pytest.approx(5e-4)
 
 
 def test_the_ema_warms_up():

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from ntm_jax.data import pipeline
-from ntm_jax.data.sources import shapes
 from ntm_jax.runtime import plots, sharding
 from ntm_jax.runtime.run import untrained
 from ntm_jax.sampling import generate
@@ -54,24 +53,6 @@ def test_each_class_has_a_row_of_samples_beside_its_own_images(tmp_path, drawn):
     assert (len(levels), names) == (10, tuple("abcdefghij"))
     assert (t[0], t[1] < 1, t[-1]) == (1, True, 0)
     np.testing.assert_array_equal(levels[:, -1].shape, (10, 8, 8, 1))
-
-
-def test_captions_have_a_row_beside_their_own_image(tmp_path, drawn, monkeypatch):
-    def sample_at(run, index, condition=None, with_levels=False):
-        clean = np.zeros((len(index), *run.spec.image_shape), np.uint8)
-        return clean, np.stack([clean] * len(run.sampled_levels()), 1)
-
-    monkeypatch.setattr(generate, "sample_at", sample_at)
-    run, train, held_out = run_of("shapes", tmp_path, **{
-        "sample.num": 12, "model.condition": "text", "data.patch_size": 6,
-        "data.text": f"words:7:{' '.join(shapes.VOCABULARY)}"})
-    pictures.draw(run, train, held_out, "loss")
-    rows, _ = drawn["contact_sheet"]
-    assert [row.name for row in rows] == [held_out.captions[i] for i in range(10)]
-    for i, row in enumerate(rows):
-        assert len(row.samples) == 1
-        np.testing.assert_array_equal(row.beside[0], plots.displayable(
-            held_out.records[i]["image"], held_out.pixel_levels))
 
 
 def test_a_sheet_has_names_and_real_images(tmp_path):

@@ -17,30 +17,6 @@ PAGE = (ROOT / "docs/howto/track.md").read_text()
 [EXAMPLE] = re.findall(r"```python\n# my_writer\.py\n(.*?)```", PAGE, re.S)
 
 
-class Recorder:
-    """Keeps the calls that a writer gets."""
-
-    def __init__(self, argument=""):
-        self.calls = [argument]
-
-    def __getattr__(self, name):
-        return lambda *arguments: self.calls.append((name, *arguments))
-
-
-def test_every_writer_gets_every_call(tmp_path):
-    one, other = Recorder(), Recorder()
-    with MetricsReporter(tmp_path, 10, 4, quiet=True, extra_writers=[one, other],
-                         settings={"seed": 1}) as writer:
-        Image.new("RGB", (2, 2)).save(tmp_path / "samples.png")
-        writer.write(5, {"loss": 1})
-        writer.picture(5, tmp_path / "samples.png")
-        assert one.calls == other.calls == [
-            "", ("open", str(tmp_path), 4, {"seed": 1}), ("scalars", 5, {"loss": 1.0}),
-            ("picture", 5, tmp_path / "samples.png")]
-    writer.close()
-    assert one.calls[4:] == other.calls[4:] == [("close",)]
-
-
 def test_writers_are_found_before_a_run_begins(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     for name, message in (
@@ -76,10 +52,6 @@ class FakeRun:
         self.status = exit_code
 
 
-class FakeError(Exception):
-    pass
-
-
 def test_weights_and_biases(tmp_path, monkeypatch):
     """A resumed run continues under the id that its folder keeps, and repeats no step."""
     def init(id, **_):
@@ -87,7 +59,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         return began[-1][1]
 
     began = []
-    wandb = types.SimpleNamespace(init=init, Settings=dict, Error=FakeError, Image=str)
+    wandb = types.SimpleNamespace(init=init, Settings=dict, Image=str)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
 
     def train(start, *steps):
@@ -107,10 +79,3 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     assert first == second != third
     assert (one.sent, one.status) == ([(2, "loss"), (4, "loss"), (4, "samples")], 0)
     assert (two.sent, two.status) == ([(6, "loss"), (6, "samples")], 1)
-
-    def refuse(**_):
-        raise FakeError("nobody is logged in")
-
-    wandb.init = refuse
-    with pytest.raises(UserError, match=r"wandb:mine cannot begin .*: log in with `wandb login`"):
-        train(0, 2)

@@ -178,8 +178,6 @@ def test_a_run_of_new_samples_resumes_bit_for_bit(tmp_path, monkeypatch):
 def test_mistakes_are_one_line():
     for changes, words in (
             ({"reward.name": ""}, "reward.name is empty"),
-            ({"init_from": ""}, "init_from is empty"),
-            ({"reward.levels": (1, 3)}, r"levels is \(1, 3\): expected the first and the last"),
             ({"reward.updates": 4, "train.steps": 6}, "train.steps is 6: expected a multiple of")):
         with pytest.raises(UserError, match=words):
             tiny_config(**SETTINGS | changes)

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from ntm_jax.core import sampling
-from ntm_jax.errors import UserError
 from ntm_jax.training import loop, objectives
 from ntm_jax.training.objectives import StepInputs
 from tests.common import logged, objective_of, tiny_config, without_an_ending, write_run
@@ -48,11 +47,6 @@ def test_the_loss_is_that_of_exact_likelihoods(run, trains):
     assert abs(wanted - np.log(2)) > 1e-3
     frozen = max(np.abs(a).max() for a in jax.tree.leaves(gradient["params"]["transporter"]))
     assert (frozen == 0) == (trains == "predictor")
-
-
-def test_mistakes_are_one_line():
-    with pytest.raises(UserError, match=r"reward\.kl is 0: .*objective=preference needs"):
-        tiny_config(**SETTINGS | {"reward.kl": 0.0})
 
 
 @pytest.mark.slow

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.analysis import compile
 from ntm_jax.core.trajectory import simulate
 from ntm_jax.data import sources
 from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
-from ntm_jax.training.reward import rewards, rollouts, scorer
+from ntm_jax.training.reward import rewards, scorer
 from ntm_jax.training.reward.scorer import Scorer
 from tests.common import objective_of
 from tests.training.reward.common import (
@@ -34,30 +33,6 @@ def test_rollouts_are_the_same_twice_and_differ_by_step(run):
     assert len(np.unique(flat, axis=0)) == 24
 
 
-@pytest.mark.parametrize(("objective", "trains"), [
-    ("policy_gradient", "predictor"), ("preference", "both")])
-def test_rollouts_have_the_shapes_that_compilation_takes(run, objective, trains):
-    run = with_objective(run, objective, trains=trains, kl=0.1)
-    spec = objective_of(run).extend
-    shapes = rollouts.abstract(run, spec)
-    batch, _ = rolled(run)
-    assert {name: a.shape for name, a in shapes.items()} == {
-        name: batch[name].shape for name in shapes}
-    assert set(batch) - set(shapes) == {"x", "label", "index"}
-    source = run.config.data.open("train")
-    program = compile.train_program(run, source)
-    assert set(shapes) < set(program.arguments[1])
-    ahead = with_reward(run, ahead=True)  # the devices hold the samples of another batch
-    kept = rollouts.abstract_samples(ahead, rollouts.names_of_samples(ahead, spec))
-    given = {name: batch[name] for name in ("x", "label", "index")}
-    drawing = made(ahead)
-    drawn = drawing.to_save(drawing.begin(run.params, run.params, given, 0))
-    assert {name: (a.shape, a.dtype) for name, a in kept.items()} == {
-        name: (a.shape, a.dtype) for name, a in drawn.items()}
-    assert kept in compile.train_program(ahead, source).resident
-    assert kept in compile.rollout_program(ahead, source).resident
-
-
 def test_what_is_logged(run):
     _, scalars = rolled(run, moved(run.params, 0.05))
     assert list(scalars) == ["reward", "kl", "diversity"]
@@ -70,22 +45,6 @@ def test_what_is_logged(run):
     assert drawing.finish(drawing.begin(run.params, run.params, batch, 0, False))[1] == {}
 
 
-def test_a_rewards_groups_are_logged(run, monkeypatch):
-    first = run.config.data.open("train").records[0]["label"]
-
-    def scores(images, labels):
-        values = images.mean((1, 2, 3)) / 255
-        names = ["a" + "é" * 30 if label == first else "other" for label in labels]
-        return rewards.Scores(values, names)  # a name is cut after 48 bytes
-
-    monkeypatch.setattr(rewards, "find", lambda name, source: scores)
-    batch, scalars = rolled(run)
-    share = np.mean(np.asarray(batch["label"]) == first)
-    assert share < 1
-    together = share * scalars["reward/a" + "é" * 23] + (1 - share) * scalars["reward/other"]
-    assert scalars["reward"] == pytest.approx(together)
-
-
 def test_the_mean_distance_of_samples():
     images = np.zeros((2, 3, 4, 4, 1), np.uint8)
     images[0, 0] = 16
@@ -96,7 +55,6 @@ def test_the_mean_distance_of_samples():
 
 @pytest.mark.parametrize(("reward", "message"), [
     (lambda images, _: np.full(8, np.nan), r"array of shape \(8,\), 0 of them finite: expected 8"),
-    (lambda images, _: np.zeros(3), r"gave an array of shape \(3,\), .* 8 finite numbers, one for"),
 ])
 def test_scores_that_are_not_those_of_the_images_are_refused(run, reward, message):
     tokens, found = jax.numpy.zeros((4, 2, 16, 4)), Scorer(run, run.config.data.open("train"))
