@@ -61,9 +61,6 @@ class Program:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    def poll(self) -> int | None:
-        return self.returncode
-
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
             os.kill(self.pid, number)

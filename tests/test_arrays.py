@@ -119,27 +119,6 @@ def test_batches_give_the_same_as_all_at_once(random):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_the_condition_reaches_both_networks_and_may_be_absent(random):
-    y = Vector(np.ones((2, 3), np.float32), np.ones(2, bool))
-    other, nothing = y._replace(values=2 * y.values), random.model.config.condition.null(y)
-    assert not np.asarray(nothing.given).any()
-    u, steps = np.ones((2, 2, 1), np.float32), np.full(2, 2)
-    t, s = np.full(2, 0.6, np.float32), np.full(2, 0.3, np.float32)
-
-    @jax.jit
-    def outputs(params, y):
-        model = random.model
-        return (model.apply(params, u, t, s, steps, y, method=type(model).predict)[0],
-                model.apply(params, u, s, steps, y, method=type(model).transport)[0])
-
-    found = [outputs(random.params, condition) for condition in (y, other, nothing)]
-    for network in zip(*found, strict=True):
-        for i, j in ((0, 1), (0, 2), (1, 2)):
-            assert np.abs(network[i] - network[j]).max() > 1e-4
-    same = outputs(random.params, nothing._replace(values=5 * y.values))
-    np.testing.assert_array_equal(found[2][0], same[0])  # an absent vector's numbers do not count
-
-
 def recomputed(run, levels, condition):
     """log p(x_0..x_T | y) by factor, from noise down, of such levels by the model's own terms."""
     n = len(levels)
@@ -283,13 +262,10 @@ def test_resampling_is_proportional():
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda run: run.sample(3, label=[1.0, 2.0]), "condition is float64 [2]: expected 3 numbers"),
-    (lambda run: run.sample(3, label=1, condition=[1, 2, 3]), "label and condition are both given"),
     (lambda run: run.log_prob(MEAN[None]), "no condition is given, and the model is"),
     (lambda run: run.log_prob(MEAN, condition=[1, 2, 3]), "data have shape (2,): expected [n, 2]"),
     (lambda run: run.reweight(lambda x: x, condition=[1, 2, 3], n=COUNT),
      f"log_target returned [{COUNT}, 2]"),
-    (lambda run: run.reweight(log_target, condition=data()[1][:4], n=4),
-     "condition is float64 [4, 3]: expected one condition, 3 numbers [3]"),
     (lambda run: run.selecting(2).reweight(log_target, condition=[1, 2, 3], n=4),
      "a sample that is selected among candidates does not have the density of its trajectory"),
 ])

@@ -120,17 +120,3 @@ def test_a_module_that_cannot_be_imported_is_one_line(tmp_path):
     assert found == (
         "error: --import=module_of_a_test cannot be imported (No module named 'module_of_a_test'): "
         f"expected a module in {tmp_path} or of an installed package\n")
-
-
-def test_modules_are_imported_in_turn_before_the_experiment(tmp_path):
-    folder = tmp_path / "package_of_a_test"
-    folder.mkdir()
-    (folder / "one.py").write_text("seen = ['one']")
-    (tmp_path / "two.py").write_text(
-        "from package_of_a_test import one\none.seen.append('two')")
-    (tmp_path / "own.py").write_text(
-        "import sys\n"
-        "def get_config():\n"
-        "    raise ValueError(str(sys.modules['package_of_a_test.one'].seen))\n")
-    arguments = ["--config=own.py", "--import=package_of_a_test.one", "--import=two"]
-    assert "own.py: ['one', 'two']" in refusal(*arguments, cwd=tmp_path)

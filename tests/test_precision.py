@@ -20,7 +20,6 @@ from jax._src.lax import lax
 from ntm_jax.analysis import compile, hlo
 from ntm_jax.core import denoising
 from ntm_jax.core.model import NTM, full_precision
-from ntm_jax.core.transformer.arithmetic import PLAIN
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.export.write import programs
@@ -74,21 +73,6 @@ def test_exported_samplers_and_likelihoods(decoder):
     run = dataclasses.replace(run, config=run.config.with_sampling(decoder=decoder))
     for function, arguments in programs(run).values():
         check(jax.jit(function).trace(*arguments.values()), 8)
-
-
-@pytest.mark.parametrize("options", [
-    {"remat": "full"}, {"scan": True}, {"remat": "narrow", "scan": True, "arithmetic": PLAIN}])
-def test_scanned_and_recomputed_layers_keep_the_precision(options):
-    run = run_of()
-    model = full_precision(run.model.clone(config=dataclasses.replace(run.model.config, **options)))
-
-    def loss(params, xs, t):
-        return jnp.sum(model.apply(params, xs, t, jnp.full(2, 2), jnp.zeros(2, jnp.int32)).nll)
-
-    xs, t = jnp.zeros((2, 3, 16, 4)), jnp.full((2, 3), 0.5)
-    traced = jax.jit(jax.grad(loss)).trace(run.params, xs, t)
-    check(traced, 40)
-    assert jax.config.jax_default_matmul_precision is None  # nothing leaks
 
 
 # 2. The same numbers where products round their operands

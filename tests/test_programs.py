@@ -193,12 +193,6 @@ def test_a_reader_that_goes_away_ends_a_program_quietly():
     assert process.wait(60) == 141
 
 
-def test_a_file_in_a_folders_place_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    done = program("train", *CONFIG, f"--workdir={tmp_path}/file", check=False)
-    assert_refused(done, f"{tmp_path}/file: File exists: a file stands where a folder is needed")
-
-
 @pytest.mark.slow
 def test_an_experiment_of_latents_runs_from_start_to_end(tmp_path):
     few = ["--config.train.steps=2", "--config.evaluate.trajectories=2",

@@ -15,9 +15,3 @@ def test_nothing_is_shown_where_nothing_is_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     assert list(progress.track([1, 2, 3], "evaluate", "batches", show=False)) == [1, 2, 3]
     assert capsys.readouterr().err == ""
-
-
-def test_a_bar_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert list(progress.track([1, 2, 3], "evaluate", "batches")) == [1, 2, 3]
-    assert "evaluate" in capsys.readouterr().err

@@ -145,17 +145,6 @@ def test_a_setting_varies():
             list(benchmark.varied(values.to_dict(), wrong))
 
 
-def test_the_growth_of_a_step():
-    timed = [{"name": "model.width", "value": value, "milliseconds": ms, "flops_per_second": 1e9,
-              "limit": 2e9, "share_of_limit": 0.5, "compile_seconds": 3.0}
-             for value, ms in (("16", 10.0), ("32", 40.0), ("wide", 50.0))]
-    lines = benchmark.growth(timed).splitlines()
-    assert [line.split() for line in lines[1:]] == [
-        ["model.width", "10.0", "1.0", "2.0", "50.0%", "3.0"],
-        ["model.width", "40.0", "2.00", "1.0", "2.0", "50.0%", "3.0"],
-        ["model.width", "50.0", "1.0", "2.0", "50.0%", "3.0"]]
-
-
 @pytest.mark.slow
 def test_the_program_writes_rows(tmp_path):
     done = python("-m", "launch.benchmark", "--config=experiments/digits.py", "--runs=1",

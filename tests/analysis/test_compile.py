@@ -12,12 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.analysis import compile, hlo
 from ntm_jax.analysis import report as report_of
-from ntm_jax.analysis.hlo.arrays import largest
 from ntm_jax.analysis.memory import bytes_per_chip, check_fits, out_of_memory
-from ntm_jax.core.transformer.arithmetic import Arithmetic
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import arithmetic, attention, chips, config, flops, sharding
+from ntm_jax.runtime import chips, config, flops, sharding
 from ntm_jax.runtime.chips.gpu import CARDS
 from ntm_jax.runtime.chips.tpu import CHIPS
 from ntm_jax.runtime.run import Run, untrained
@@ -177,22 +175,6 @@ def test_products_at_highest_take_their_own_rate():
         "tokens_per_second": 160 / seconds, "mfu": 6e12 / (seconds * 459e12)})
     assert report_of._highest(found) == "44% of the FLOPs, 83% of the compute time"
     assert CARDS["h100"].chip.rate("highest") == pytest.approx(66.9e12, rel=1e-3)
-
-
-@pytest.mark.slow
-def test_an_exact_program_is_at_highest(tmp_path, monkeypatch):
-    """And float32 numbers are attended to without cuDNN's kernel."""
-    monkeypatch.setattr(
-        arithmetic, "choose", lambda mesh, tokens: Arithmetic(attention.Attention("cudnn", mesh)))
-    found = compile.compile_for(small(), "cpu:1", "evaluate", str(tmp_path / "texts"))
-    assert "evaluate, plain attention, remat none, global batch 297" in report_of.table(found)
-    assert set(found["flops_by_precision_per_chip"]["transporter"]) == {"highest"}
-    assert found["highest_flops_per_chip"] == found["flops_per_chip"]
-    assert not found["exposed_network_seconds"]
-    assert "at highest     100% of the FLOPs" in report_of.table(found)
-    text = (tmp_path / "texts" / "program.hlo.txt").read_text()
-    assert found["largest_arrays"] == largest(text)
-    assert "stablehlo.dot_general" in (tmp_path / "texts" / "program.stablehlo.mlir").read_text()
 
 
 def stacked(x, w, unroll):

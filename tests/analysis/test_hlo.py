@@ -1,7 +1,5 @@
 """The counts of a compiled program's text: loops, products, collectives, memory traffic."""
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from ntm_jax.analysis import hlo
@@ -72,19 +70,6 @@ def test_products_of_cublas_count():
     assert hlo.count(text, 1).flops == 2 * 32 * 48 * 64
 
 
-def test_taps_on_padding_do_not_count():
-    x = jax.ShapeDtypeStruct((3, 5, 10), jnp.float32)  # [batch, feature, place]
-    w = jax.ShapeDtypeStruct((4, 5, 4), jnp.float32)
-
-    def convolve(x, w):
-        return jax.lax.conv_general_dilated(x, w, (2,), [(3, 3)], lhs_dilation=(2,))
-
-    compiled = jax.jit(convolve).lower(x, w).compile()
-    taps = sum(2 * place + tap - 3 in range(0, 19, 2) for place in range(11) for tap in range(4))
-    if " convolution(" in compiled.as_text():
-        assert hlo.count(compiled.as_text(), 1).flops == 2 * 3 * 4 * 5 * taps
-
-
 GROUPS = {
     "replica_groups={{0,1},{2,3}}, to": [[0, 1], [2, 3]],
     "replica_groups=[2,2]<=[4], to": [[0, 1], [2, 3]],
@@ -93,9 +78,7 @@ GROUPS = {
     "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, to": [[0, 2], [1, 3]],
     "replica_groups={}, to": [[0, 1, 2, 3]],
     "replica_groups=mesh['a'=4] {'a':(1)2}, to": [[0, 2], [1, 3]],
-    "replica_groups=mesh['a'=4] {'a':(2)2}, to": [[0, 1], [2, 3]],
     "replica_groups=mesh['a'=1,'b'=4] {'a','b':(2)2}, to": [[0, 1], [2, 3]],
-    "replica_groups=mesh['a'=4] {'a':(1)2,'a':(2)2}, to": [[0, 1, 2, 3]],
 }
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core import denoising, trajectory
+from ntm_jax.core import trajectory
 from ntm_jax.core.denoising import denoise_levels, score_denoise
 from ntm_jax.data.conditions.label import ClassCondition
 from tests.core.conftest import noise_levels
@@ -48,24 +48,6 @@ def test_every_level_of_gaussian_data_gives_the_posterior_mean_and_its_own_score
     across, own = (np.square(found[name] - x[:, None]).mean((2, 3))
                   for name in ("trajectory_score", "own_score"))
     assert (own[:, 1:] > 2 * across[:, 1:]).all()
-
-
-def test_the_lowest_level_is_that_of_score_denoising(tiny, monkeypatch):
-    """Both take the gradient from one function, which is replaced here by any numbers."""
-    random, asked = tiny(condition=ClassCondition(2), steps=(2, 3)), []
-    xs, t, _, label = random.inputs(2, steps=3)
-
-    def gradient(model, params, xs, t, y, percentile, slices=1):
-        asked.append(percentile)
-        return jnp.sin(3 * xs)
-
-    monkeypatch.setattr(denoising, "_gradient", gradient)
-    found, alone = jax.jit(lambda *given: tuple(
-        function(random.module, random.params, *given, percentile=75.0)
-        for function in (denoise_levels, score_denoise)))(xs, t, label)
-    # a sum in another order
-    np.testing.assert_allclose(found["trajectory_score"][:, 0], alone, atol=1e-6)
-    assert asked == [75.0, 75.0]
 
 
 def test_it_moves_all_levels_by_their_covariance(tiny):

@@ -12,7 +12,6 @@ import pytest
 
 from ntm_jax.core.model import NTM, log_prior
 from ntm_jax.core.trajectory import LOG_2PI
-from ntm_jax.core.transformer.arithmetic import Arithmetic
 from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.data.conditions.vector import VectorCondition
 from tests.core.conftest import Bound
@@ -165,13 +164,6 @@ def test_the_top_level_is_its_own_latent_by_its_index(random, asked):
     np.testing.assert_allclose(random.pair(*pair_inputs(moved, 2)).quadratic, expected, rtol=2e-5)
 
 
-def test_a_batch_is_its_examples(random, asked, terms):
-    for i in range(2):
-        single = random(*(a[i : i + 1] for a in asked))
-        # float32 sums in another order
-        assert_terms(single, jax.tree.map(lambda a, i=i: a[i : i + 1] if np.ndim(a) else a, terms))
-
-
 def test_scan_changes_no_number(tiny, asked, terms):
     # float32 sums in another order; test_layers has recomputation and gradients
     assert_terms(tiny(**RICH, scan=True)(*asked), terms)
@@ -189,12 +181,6 @@ def test_the_condition_reaches_the_predictor(random, asked, change):
     }[change]
     for a, b in zip(before, random.predict(xs[:, 2], *inputs.values()), strict=True):
         assert (np.abs(a - b).max((1, 2)) > 1e-3).all()
-
-
-def test_classes_and_the_null_class_are_three_different_models(random, asked):
-    nll = [random(*asked._replace(label=np.full(2, label))).nll for label in range(3)]
-    for i in range(3):
-        assert (np.abs(nll[i] - nll[i - 1]) > 1e-3).all()
 
 
 def test_terms_by_hand(random, asked, terms):
@@ -225,16 +211,3 @@ def test_terms_are_float32_when_the_networks_are_bfloat16(tiny, asked):
     low = tiny(**RICH, dtype=jnp.bfloat16, transporter_dtype=jnp.bfloat16)
     terms = jax.eval_shape(low.module.apply, low.params, *asked)
     assert all(getattr(terms, name).dtype == jnp.float32 for name in TERMS)
-
-
-def test_the_attention_is_an_argument(random, asked):
-    calls = []
-
-    def attention(q, k, v, *, causal, keys=None):
-        calls.append(causal)
-        return q
-
-    config = dataclasses.replace(random.config, arithmetic=Arithmetic(attention))
-    jax.eval_shape(NTM(config).apply, random.params, *asked)
-    # the transporter's layers and the predictor's; a layer may be traced more than once
-    assert set(calls) == {True, False}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import flow_matching, sampling, trajectory
-from ntm_jax.core.model import NTM
 from ntm_jax.data.conditions.label import ClassCondition
 from tests.core.conftest import noise_levels
 
@@ -141,28 +140,6 @@ def test_inversion_undoes_the_transporter_at_every_level(random, inverse):
     alone = jax.jit(lambda us: sampling.invert_level(
         random.module, random.params, us, t, label, 1, inverse))(us)
     np.testing.assert_allclose(alone, xs[:, 1], atol=1e-5)
-
-
-@pytest.mark.slow
-def test_sweeps_are_given_by_example_level_and_block(random):
-    _, us, (t, label) = latents(random)
-
-    @jax.jit
-    def sweeps(us, tolerance):
-        return sampling.inverse_sweeps(random.module, random.params, us, t, label, tolerance)
-
-    rough, fine, exact = (sweeps(us, tolerance) for tolerance in (1e-1, 1e-5, 0.0))
-    assert rough.shape == (3, 3, 2)
-    assert (rough <= fine).all()
-    assert (rough < fine).any()
-    assert (exact <= 6).all()
-
-    @jax.jit
-    def sweeps_of_one(u, t, label):
-        return random.module.apply(random.params, u, t, np.full(1, 3), label, "parallel", 1e-5,
-                                   method=NTM.invert)[1]
-
-    np.testing.assert_array_equal(fine[1, 2], sweeps_of_one(us[1:2, 2], t[1:2, 2], label[1:2])[0])
 
 
 def test_a_schedule_guides_its_own_steps_alone(random):

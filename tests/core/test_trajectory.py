@@ -201,11 +201,6 @@ def test_transition_keeps_the_marginals(t, s):
     np.testing.assert_allclose((a, sig**2), (step, variance), rtol=rtol)
 
 
-def test_the_top_transition_is_pure_noise():
-    found = trajectory.transition(jnp.float32(0.7), jnp.float32(1.0))
-    assert tuple(map(float, found)) == pytest.approx((0, 1), abs=1.2e-7)
-
-
 def log_gaussian(x, mean, variance):
     return (-0.5 * ((x - mean) ** 2 / variance + np.log(2 * math.pi * variance))).sum()
 
@@ -234,21 +229,6 @@ def test_log_reverse_sums_to_the_joint_density_given_x_r(r):
             mean = a * x_r[i] + gain * (xs[i, k + 1].astype(float) - b * x_r[i])
             assert reverse[i, k] == pytest.approx(
                 log_gaussian(xs[i, k].astype(float), mean, low - gain * (b / a) * low), rel=2e-5)
-
-
-def test_extend_starts_at_its_argument_and_simulate_from_the_marginal():
-    t = uneven_levels()
-    rng = np.random.default_rng(3)
-    x, noise = (jnp.asarray(rng.normal(size=shape), jnp.float32)
-                for shape in ((2, 3, 2), (2, 5, 3, 2)))
-    x_0 = trajectory.noise_first_level(x, t[:, 0], noise[:, 0])
-    t_0 = np.asarray(t[:, 0])[:, None, None]
-    # two float32 products of numbers below 4
-    np.testing.assert_allclose(x_0, (1 - t_0) * x + t_0 * noise[:, 0], atol=1e-6)
-    xs = trajectory.noise_forward(x_0, t, noise[:, 1:])
-    np.testing.assert_array_equal(xs[:, 0], x_0)
-    np.testing.assert_array_equal(xs, trajectory.simulate(x, t, noise))
-    np.testing.assert_allclose(xs[:, -1], noise[:, -1], atol=1e-6)  # pure noise at t = 1
 
 
 def test_noise_is_keyed_per_example():

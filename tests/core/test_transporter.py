@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from jax.sharding import AbstractMesh, AxisType
 
 from ntm_jax.core.transformer.conditions import Text
-from ntm_jax.core.transporter import INVERSES, TOLERANCE, Transporter
+from ntm_jax.core.transporter import TOLERANCE
 from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.data.conditions.text import TextCondition
 
@@ -152,26 +150,6 @@ def test_both_inverses_undo_the_transporter(tiny, changes, grid):
     assert errors["parallel"] < 2 * errors["sequential"]
 
 
-@pytest.mark.parametrize("how", INVERSES)
-@pytest.mark.parametrize("scan", [False, True])
-def test_loops_of_the_inverse_read_gathered_parameters(tiny, how, scan):
-    """Parameters are split over 8 devices, and no loop of the inverse gathers them anew."""
-    random = tiny(scan=scan)
-    module, leaves = random.transporter.module, jax.tree.leaves(random.transporter.weights)
-    tree = jax.tree.structure(random.transporter.weights)
-    mesh = AbstractMesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules([("embed", "fsdp")]):
-        jaxpr = jax.make_jaxpr(lambda *leaves: module.apply(
-            {"params": tree.unflatten(leaves)}, *clean(random), how=how, method="inverse"))(
-                *leaves).jaxpr
-    loops = [step for step in jaxpr.eqns if step.primitive.name in ("while", "scan")]
-    gathers = [step for step in jaxpr.eqns if step.primitive.name == "sharding_constraint"]
-    assert len(loops) == 2
-    assert not {id(value) for loop in loops for value in loop.invars} & set(map(id, jaxpr.invars))
-    assert len(gathers) >= len(jax.tree.leaves(random.transporter.weights["blocks_0"]))
-    assert all(step.params["sharding"].is_fully_replicated for step in gathers)
-
-
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_parallel_inverse_keeps_its_tolerance(tiny, index):
     """Its residual is within the tolerance, and a smaller tolerance takes more sweeps."""
@@ -268,21 +246,6 @@ def test_a_latent_that_is_not_finite_harms_only_its_own_example(tiny):
     np.testing.assert_array_equal(sweeps[1], 0)
 
 
-def test_the_parallel_inverse_maps_over_further_axes(tiny):
-    random = tiny(grid=(4, 4))
-    xs, t, steps, label = random.inputs(4)
-    u, t = xs[:, 0], t[:, 0]
-    transporter = random.transporter
-    run = functools.partial(transporter.module.apply, {"params": transporter.weights},
-                            method=Transporter.inverse, how="parallel")
-    pairs = [a.reshape(2, 2, *a.shape[1:]) for a in (u, t, steps, label)]
-    # float32 sums in another order, of 64 log-scales in the log-determinant, the last output
-    for found, expected, error in zip(
-            jax.jit(jax.vmap(run))(*pairs), jax.jit(run)(u, t, steps, label), (1e-6, 0, 5e-6),
-            strict=True):
-        np.testing.assert_allclose(found.reshape(expected.shape), expected, atol=error)
-
-
 @pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("changes", CONFIGS[:3])
 def test_cached_decoding_equals_the_conditioner(tiny, index, changes):
@@ -344,11 +307,6 @@ def test_channels_of_a_token_do_not_depend_on_each_other(tiny):
     for i, n in np.ndindex(g.shape[:2]):
         # one float32 exponential
         np.testing.assert_allclose(jacobian[i, n, :, i, n], np.diag(np.exp(-g[i, n])), rtol=1e-6)
-
-
-def test_in_two_blocks_every_token_depends_on_every_other(tiny):
-    x, *rest = clean(tiny())
-    assert (seen(lambda x: tiny().transporter(x, *rest)[0], x) > 1e-5).all()
 
 
 def test_log_scales_are_softly_bounded(tiny):

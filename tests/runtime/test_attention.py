@@ -10,10 +10,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from ntm_jax.core.transformer.attention import plain_attention
-from ntm_jax.core.transformer.precision import precision
 from ntm_jax.runtime import attention, config, sharding
 from tests.common import python
-from tests.precision import precisions
 
 TOKENS = 256
 # (the shape of a mesh, causal, masked)
@@ -71,26 +69,6 @@ def test_splash_is_plain_attention_and_so_are_its_gradients(tmp_path, which):
     for case, differences in found.items():
         assert len(differences) == 4
         assert max(differences) < 1e-5, case  # float32 sums of 256 terms in another order
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize(("dtype", "name", "expected"), [
-    ("float32", None, "DEFAULT"), ("float32", "highest", "HIGHEST"),
-    ("bfloat16", "highest", "DEFAULT")])
-def test_splash_has_the_precision_that_is_set(dtype, name, expected, gradient):
-    """Mosaic compiles no kernel whose bfloat16 products have a precision."""
-    mesh = sharding.make_mesh(config.Mesh(1, 1, 1, 1, 1))
-    splash = attention.Attention("splash", mesh, interpret=True)
-
-    def total(q, k, v):
-        with precision(name):
-            y = splash(q, k, v, causal=True)
-        return jnp.sum(y.astype(jnp.float32))
-
-    shape = jax.ShapeDtypeStruct((1, 128, 2, 128), dtype)
-    function = jax.jit(jax.grad(total, (0, 1, 2)) if gradient else total)
-    found = precisions(function.trace(shape, shape, shape))
-    assert {precision for _, precision in found} == {expected}
 
 
 def mesh_of(*shape):

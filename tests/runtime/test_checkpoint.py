@@ -17,7 +17,7 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime.checkpoint import Checkpoints, locate, saved_settings
+from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
 from ntm_jax.runtime.checksums import array_checksums
 from tests.common import bits, python, start
 
@@ -101,14 +101,6 @@ def test_reading_changes_nothing_on_disk(tmp_path):
         checkpoints.save(3, state, {})
         checkpoints.wait()
         assert not unfinished.exists()
-
-
-def test_a_folder_with_the_name_of_a_checkpoint_may_be_a_runs(tmp_path):
-    folder = tmp_path / "run/checkpoints/4"
-    folder.mkdir(parents=True)
-    assert locate(folder) == (tmp_path / "run", 4)
-    (folder / "config.json").touch()
-    assert locate(folder) == (folder, None)
 
 
 def test_a_save_beside_a_checkpoint_of_another_run_is_refused(tmp_path):

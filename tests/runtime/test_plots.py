@@ -66,24 +66,3 @@ def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     assert held_out.get_ylabel() == "held-out bits per dim"
 
 
-def test_loss_plot_without_a_loss_draws_nothing(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
-    assert not plots.loss_plot(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "loss")
-    assert not (tmp_path / "loss.png").exists()
-
-
-def test_trajectories_run_from_noise_on_the_left_to_clean(tmp_path, monkeypatch):
-    images = np.random.default_rng(2).integers(0, 200, (2, 3, 4, 5, 1), np.uint8)
-    levels = np.array([0.05, 0.5, 1.0])
-    plots.trajectory_picture(images, levels, tmp_path / "t.png", ("one", "two"))
-    assert read(tmp_path / "t.png").shape[1] > 200
-    figures = drawn(monkeypatch)
-    plots.trajectory_picture(images, levels, "unused", ("one", "two"))
-    plots.trajectory_picture(images.repeat(3, axis=-1), levels, "unused")
-    texts = [text.get_text() for text in figures[0].texts]
-    assert texts == ["one", "two", "t=1", "t=0.5", "t=0.05"]
-    sheet, height, width = figures[0].axes[0].images[0].get_array(), 4 * 13 + 3, 5 * 13 + 3
-    for row in range(2):
-        for column in range(3):
-            shown = sheet[row * height :: 13, column * width :: 13][:4, :5]
-            np.testing.assert_array_equal(shown, images[row, 2 - column, ..., 0])

@@ -1,7 +1,5 @@
 """Several processes take the same steps as one, stop together, and one job owns a folder."""
 
-import errno
-import fcntl
 import json
 import re
 import signal
@@ -20,7 +18,7 @@ from ntm_jax.runtime.processes import locked
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import loop, state
 from tests.common import as_run, python, setup, start, tiny_config
-from tests.runtime.jobs import SETTINGS, Job, free_port, losses
+from tests.runtime.jobs import SETTINGS, Job, losses
 
 SUM = dict(rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
@@ -157,22 +155,6 @@ def test_flags_of_a_job_that_lack_one_are_refused(tmp_path):
     assert done.stderr.startswith("error: --coordinator_address is missing: give ")
 
 
-JOIN = """
-import jax
-from launch import program
-program.define_processes()
-program.run(lambda: print(jax.config._read("jax_cuda_visible_devices")))
-"""
-
-
-def test_a_process_under_slurm_has_all_gpus_of_its_node():
-    slurm = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "STEP_NUM_TASKS": "1", "NTASKS": "1",
-             "PROCID": "0", "LOCALID": "0"}
-    done = python("-c", JOIN, f"--coordinator_address=localhost:{free_port()}", "--num_processes=1",
-                  "--process_id=0", **{f"SLURM_{name}": value for name, value in slurm.items()})
-    assert done.stdout.strip() == "all"  # not "0"
-
-
 HOLD = """
 import sys, time
 from ntm_jax.runtime.processes import locked
@@ -193,15 +175,6 @@ def test_a_second_job_is_refused_until_the_first_is_killed(tmp_path):
     owner.communicate()
     with locked(folder):
         pass
-
-
-def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys):
-    def without(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "lockf", without)
-    with locked(str(tmp_path)):
-        assert "on a file system without locks: start no second run" in capsys.readouterr().out
 
 
 def test_a_new_folder_that_nothing_came_into_is_removed_again(tmp_path):
