@@ -67,7 +67,7 @@ def test_files_outside_the_folder_are_read_only_with_follow_outside(tmp_path):
     outside = ["../elsewhere/a.png", str(elsewhere / "a.png"), "link.png", "linked/a.png"]
     for name in (*outside, "inside/../../elsewhere/a.png", "linked/absent.png"):
         lists("b.png", name)
-        assert_refused(f"metadata.jsonl line 2 has the file_name {name}, which lies", tmp_path)
+        assert_refused("which lies outside", tmp_path)
     lists("b.png", "inside/b.png", "../in/b.png", str(folder / "b.png"))
     assert len(records(run(tmp_path, folder, "within"))) == 4
     lists(*outside)
