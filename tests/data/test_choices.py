@@ -8,13 +8,11 @@ import pytest
 from PIL import Image
 
 from ntm_jax.data import choices, pipeline
-from ntm_jax.data.records import Layout, write_records
 from ntm_jax.errors import UserError
 from ntm_jax.experiments import captions, folder
 from ntm_jax.runtime import config, config_file
 from ntm_jax.runtime.checkpoint import Checkpoints
 from tests.common import tiny_config
-from tests.data.common import captioned as latents_with_captions
 
 
 def write_images(root, count, size=(50, 40), classes=("cats", "dogs"), mode="RGB"):
@@ -77,12 +75,6 @@ def captioned(tmp_path, text):
 ])
 def test_an_encoder_suits_the_words(tmp_path, text, encoder):
     assert chosen(captions, captioned(tmp_path, text))["data.text"] == encoder
-
-
-def test_records_with_text_states_keep_their_encoder(tmp_path):
-    write_records(tmp_path, {split: latents_with_captions(5) for split in ("train", "test")},
-                  Layout((2, 2, 4), 0, text_tokens=6, text_width=8, text="minilm"))
-    assert chosen(captions, f"records:{tmp_path}")["data.text"] == "minilm"
 
 
 def test_mistakes_say_what_is_missing(tmp_path):

@@ -123,16 +123,6 @@ def test_states_of_an_encoder_decoder_model_are_the_encoders(folder, tmp_path):
     np.testing.assert_allclose(own, expected, atol=2e-3 * expected.abs().max())
 
 
-def test_an_incomplete_folder_is_refused(folder, tmp_path):
-    (tmp_path / "tokenizer").mkdir()
-    for name, message in (
-        (f"flux2:{tmp_path}/nothing", "nothing is not there"),
-        (f"flux2:{tmp_path}", "not read as a tokenizer"),
-    ):
-        with pytest.raises(UserError, match=message):
-            text.open_encoder(name)
-
-
 def test_a_words_state_has_ones_for_the_word_its_predecessor_and_its_position():
     encoder = text.open_encoder("words:4:a, red blue,a circle")
     (states, empty, one), cut = encoder.encode(["A red, red circle", "", "blue"])
@@ -158,40 +148,6 @@ def test_a_words_state_has_ones_for_the_word_its_predecessor_and_its_position():
 def test_unknown_and_invalid_encoders_are_refused(name, line):
     with pytest.raises(UserError, match=line):
         text.open_encoder(name)
-
-
-class Custom:
-    """A user's encoder of at most 3 tokens of width 2, which gives what it is told to."""
-
-    name, tokens, width, at_read = "custom", 3, 2, True
-
-    def __init__(self, *found):
-        self.found = found
-
-    def encode(self, captions):
-        return list(self.found), [True, False]
-
-
-EMPTY = np.ones((0, 2))
-
-
-@pytest.mark.parametrize("own", [np.ones((4, 2)), np.ones((3, 5)), np.full((3, 2), 1e5)])
-def test_what_an_encoder_gives_is_checked(own):
-    with pytest.raises(UserError, match=r"^the text encoder 'custom' gave states of shape .* for "
-                       r"the caption 'a': expected \[m, 2\] numbers that are finite in float16"):
-        text.encode(Custom(own, EMPTY), ["a", ""])
-
-
-def test_an_encoders_other_numbers_become_float16():
-    found, cut = text.encode(Custom(np.arange(6).reshape(3, 2), EMPTY), ["a", ""])
-    assert [states.dtype for states in found] == [np.float16] * 2
-    np.testing.assert_array_equal(found[0], [[0, 1], [2, 3], [4, 5]])
-    assert cut == [True, False]
-
-
-def test_a_caption_that_is_not_utf_8_is_refused():
-    with pytest.raises(UserError, match=r"^the caption caf\\udce9 is not UTF-8: write it in UTF-8"):
-        text.encode(Custom(EMPTY, EMPTY), ["caf\udce9", ""])
 
 
 SENTENCES = [

@@ -1,6 +1,5 @@
 """Extractors of features: what they compute, their digests, and what they refuse."""
 
-import dataclasses
 import sys
 
 import numpy as np
@@ -53,16 +52,6 @@ def test_the_classifier_separates_digits_from_other_images(train, cnn, monkeypat
     classify = features._classify
     monkeypatch.setattr(features, "_classify", lambda *arguments: classify(*arguments)[::-1])
     assert (cnn(images).argmax(-1) == labels).mean() >= 0.95  # logits in place of features
-
-
-def test_records_of_unknown_class_are_not_learned(train):
-    """Their label is -1, which indexes the last class."""
-    records = [dict(train.records[i], label=label) for i, label in enumerate((-1, 3, -1, 0))]
-    x, label = features._training_images(dataclasses.replace(train, records=records))
-    assert label.tolist() == [3, 0]
-    np.testing.assert_allclose(x, np.stack([records[i]["image"] for i in (1, 3)]) / 8 - 1)
-    with pytest.raises(UserError, match="learns classes, and no record of digits has one"):
-        features._training_images(dataclasses.replace(train, records=records[:1]))
 
 
 def test_extractors_that_cannot_be_made_are_refused(train, monkeypatch):

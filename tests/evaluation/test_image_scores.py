@@ -9,9 +9,7 @@ from sklearn.svm import SVC
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.records import Layout, write_records
-from ntm_jax.errors import UserError
-from ntm_jax.evaluation import evaluate, image_scores, scoring, statistics
-from ntm_jax.evaluation.evaluate import EvaluationOptions
+from ntm_jax.evaluation import image_scores, statistics
 from ntm_jax.evaluation.features import pixels
 from ntm_jax.runtime import build
 from ntm_jax.runtime import config as configuration
@@ -65,7 +63,6 @@ def test_guidance_is_compared_on_the_same_noise(guided_scores):
     assert result["class_accuracy"]["mean"] == result["guidance"][0]["mean"]
 
 
-
 @pytest.mark.parametrize("known", [300, 1, 0])
 def test_records_of_unknown_class_do_not_train_the_classifier(run, source, monkeypatch, known):
     """Half of the records are of unknown class, or all but one, or all."""
@@ -81,15 +78,6 @@ def test_records_of_unknown_class_do_not_train_the_classifier(run, source, monke
     else:
         result = image_scores.image_scores(run, changed, source, None)
         assert result["class_accuracy"]["mean"] == 1
-
-
-def test_guidance_that_cannot_be_compared_is_refused(run, monkeypatch):
-    monkeypatch.setattr(scoring, "score_records", None)  # refused before anything is scored
-    with pytest.raises(UserError, match="guidance has 3 scales, and there are 2 steps"):
-        evaluate.evaluate(sampled(run, **{"evaluate.images": 30}),
-                          EvaluationOptions(guidance=(0.0, (1.0, 1.0, 1.0))))
-    with pytest.raises(UserError, match="--guidance is about samples, and none are scored: give"):
-        evaluate.evaluate(run, EvaluationOptions(guidance=(1.0,)))
 
 
 @pytest.fixture(scope="module")

@@ -143,8 +143,3 @@ def test_one_trajectory_has_no_error():
     assert {name: float(value.item()) for name, value in found.items()} == {
         "bound": -7, "importance_weighted": -7, "effective_sample_size": 1, "bound_variance": 0,
         "weighted_variance": 0, "weighted": -7}
-
-
-def test_bounds_are_marked_at_powers_of_four():
-    assert [importance.reported_counts(n) for n in (1, 4, 5)] == [[1], [1, 4], [1, 4, 5]]
-    assert importance.reported_counts(10**6)[-3:] == [4**8, 4**9, 10**6]

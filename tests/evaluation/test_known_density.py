@@ -121,10 +121,6 @@ def test_runs_that_do_not_compare_are_refused(run):
     other = dataclasses.replace(run, config=dataclasses.replace(run.config, trajectory=trajectory))
     with pytest.raises(UserError, match=r"trajectory\.t_min=0\.02, and runs/toy toy:gaussians and"):
         known_density.benchmark([(run, []), (other, [])], "test[:50]")
-    data = dataclasses.replace(run.config.data, source="mock:1x2x1")
-    unknown = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
-    with pytest.raises(UserError, match=r"data\.source=mock:1x2x1 is not known: expected runs of"):
-        known_density.benchmark([(unknown, [])], "test[:50]")
 
 
 def test_a_benchmark_is_written_and_drawn(tmp_path, capsys):

@@ -119,14 +119,6 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
     assert "the smallest of the ranks of 2 parameters (wrong below 0.01 / 2)" in printed
 
 
-@pytest.mark.parametrize("most", [240, 20_000])
-def test_so_many_samples_are_weighted_that_the_wanted_number_counts(run, most):
-    amounts = benchmark.Amounts(samples=120, weighted=most)
-    found = benchmark._weighted(run, lambda theta: -40 * np.sum(theta**2, 1), [0.1, 0.3], amounts)
-    assert 240 <= len(found.samples) <= most
-    assert (found.effective_sample_size >= 120) == (most > 240)
-
-
 def test_draws_belong_to_their_simulation_in_any_batch(run, monkeypatch):
     theta, one = benchmark.posterior_draws(run, "two_moons", AMOUNTS)
     monkeypatch.setattr(benchmark, "BATCH", 12)

@@ -12,7 +12,6 @@ from ntm_jax import files
 from ntm_jax.core import likelihood
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation.report import (
-    advice,
     check_unit,
     clean_figures,
     provenance,
@@ -63,21 +62,6 @@ def test_figures_by_level(run, scores):
     assert paid == pytest.approx(result["nats_per_dim"]["bound"]["mean"], rel=1e-5)
 
 
-def test_figures_that_mislead_are_pointed_out(run, source, scores):
-    result = summarize(scores, run.spec, 3) | {"provenance": provenance(run, source)}
-    nats = result["nats_per_dim"]["bound"]["mean"]
-    result["contributions"]["reconstruction"] = -0.4 * nats
-    assert advice(result) == []
-    result["contributions"]["reconstruction"] = -0.76 * nats
-    result |= {"frechet": 3.0, "features": {"images": 60}}
-    first, second = advice(result)
-    assert first.startswith("76% of the bound is reconstruction, ")
-    assert "t_min = 0.03" in first
-    assert second.startswith("the Fréchet distance is of 60 samples")
-    result["features"]["images"] = 1000
-    assert len(advice(result)) == 1
-
-
 def test_written_report(run, source, scores, tmp_path, capsys):
     result = {"split": "test[:20]", "step": 3, "provenance": provenance(run, source)}
     result |= summarize(scores, run.spec, 3)
@@ -91,24 +75,6 @@ def test_written_report(run, source, scores, tmp_path, capsys):
     np.testing.assert_array_equal(np.float32(rows["nll_1"]), scores["nll"][:, 1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "evaluation.json", "evaluation.parquet", "evaluation.png"]
-
-
-def test_the_summary_of_a_runs_end_is_short(run, scores):
-    result = {"split": "test[:20]", "step": 3} | summarize(scores, run.spec, 3)
-    accuracy = {"mean": 0.981, "stderr": 0.0021, "images": 4500}
-    tasks = {"overall": {"mean": 0.5, "stderr": 0.01}}
-    result |= {"class_accuracy": accuracy, "tasks": tasks, "measures": ["velocity_error"],
-               "velocity_error": {"mean": 0.25, "stderr": 0.01}}
-    lines = summary(result, "runs/digits/evaluation.json").splitlines()
-    assert lines[0] == "step 3, 20 held-out records (test[:20]):"
-    bounds = [result["bits_per_dim"][name] for name in ("bound", "importance_weighted")]
-    shown = [f"{figure['mean']:.3f} ± {figure['stderr']:.3f}" for figure in bounds]
-    shown += ["0.250 ± 0.010", "98.100 ± 0.210", "50.000 ± 1.000"]
-    assert [line.rpartition("  ")[2].strip() for line in lines[1:-1]] == shown
-    assert lines[-1] == "all figures: runs/digits/evaluation.json"
-    latents = dataclasses.replace(run.spec, pixel_levels=0)
-    result = {"split": "test", "step": 3} | summarize(scores, latents, 3)
-    assert summary(result, "").splitlines()[1].startswith("  nats/dim, an upper bound")
 
 
 def test_the_table_has_every_figure_of_one_unit_under_its_keys():

@@ -8,8 +8,6 @@ import numpy as np
 
 from ntm_jax.export import card
 from ntm_jax.export.write import PLATFORMS
-from tests.common import as_run, setup
-from tests.export.common import TEXTS
 
 FIGURE = {"mean": 2.0, "stderr": 0.5}
 EVALUATION = {
@@ -38,15 +36,6 @@ def test_the_example_of_the_card_gives_the_likelihood(run, exported, monkeypatch
     exec(example, names)
     np.testing.assert_allclose(
         names["nats"], run.log_prob(names["images"], index, trajectories=3), rtol=1e-6)
-
-
-def test_the_card_of_a_model_of_texts_and_latents(tmp_path):
-    _, model, mesh = setup(TEXTS)
-    run = dataclasses.replace(as_run(TEXTS, model, mesh), step=4, workdir=str(tmp_path))
-    text = card.markdown(run, 1234, PLATFORMS)
-    assert "| the states of a text encoder; `sample.py` draws without a caption |" in text
-    assert "index, images, text, text_mask)" in text
-    assert "log density of the latents noised to 0.03 in nats" in text
 
 
 def test_the_card_of_an_array_says_which_figure_is_in_which_units(run, tmp_path):

@@ -3,9 +3,7 @@
 import dataclasses
 
 import jax
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
@@ -13,7 +11,7 @@ from ntm_jax.runtime import config_file
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, state
 from tests.common import as_run, bits, randomised, setup, tiny_config
-from tests.export.common import SETTINGS, copy_of, refused_by_training
+from tests.export.common import SETTINGS, refused_by_training
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +21,9 @@ def new():
     return state.initialize(as_run(SETTINGS, model, mesh))
 
 
-def with_denoiser(folder):
-    """The folder of an export, with an array of a denoiser more."""
-    file = folder / "model.safetensors"
-    save_file(load_file(file) | {"denoiser/w": np.ones(2, np.float32)}, file)
-    return folder
-
-
-@pytest.mark.parametrize("kind", [
-    "export", "export with a denoiser", "workdir", "checkpoint"])
+@pytest.mark.parametrize("kind", ["export", "workdir", "checkpoint"])
 def test_a_new_run_starts_from_an_export_or_a_run(workdir, exported, new, tmp_path, started, kind):
-    source = {"export": exported, "workdir": workdir, "checkpoint": workdir / "checkpoints/2"}.get(
-        kind) or with_denoiser(copy_of(exported, tmp_path))
+    source = {"export": exported, "workdir": workdir, "checkpoint": workdir / "checkpoints/2"}[kind]
     settings = dataclasses.replace(SETTINGS, init_from=str(source))
     current, start = started(settings, tmp_path / "new")
     expected = bits(randomised(new.params, 2 if kind == "checkpoint" else 4))

@@ -7,7 +7,6 @@ import pytest
 
 import ntm_jax
 from ntm_jax import files
-from ntm_jax.backbones import BACKBONES
 from ntm_jax.errors import UserError
 from tests.common import bits
 from tests.export.common import (
@@ -32,14 +31,6 @@ def test_the_export_of_a_run_is_that_run(run, exported):
     with pytest.raises(UserError, match="tiny is an export of the moving average of the parameters"
                                         ", and --raw asks for the raw ones: leave --raw out"):
         ntm_jax.load(str(exported), raw=True)
-
-
-def test_a_part_that_is_not_imported_is_named(exported, monkeypatch):
-    """The export is not damaged: its backbone, here one of the package, is not in the table."""
-    monkeypatch.delitem(BACKBONES._entries, "transformer")
-    message = "^config.model.backbone 'transformer' is not known: .* import the module that regis"
-    with pytest.raises(UserError, match=message):
-        ntm_jax.load(str(exported))
 
 
 def test_an_export_of_e7b899a_is_read(run, exported, tmp_path):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import tarfile
 import zlib
@@ -232,15 +231,3 @@ def test_missing_and_invalid_captions_become_the_null_caption(tmp_path, capsys):
     assert [record["caption"] for record in made] == ["a circle", "", "", "", "", "a a red circle"]
     assert [int(record["text_mask"].sum()) for record in made] == [2, 0, 0, 0, 0, 3]
     assert "null captions: 2 empty, 2 not UTF-8\ncaptions cut: 1\n" in capsys.readouterr().out
-
-
-def test_a_file_name_that_is_not_utf_8_is_read(tmp_path):
-    folder = write_folder(tmp_path / "in", {})
-    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
-        file.write(encoded(picture(1)))
-    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "caf\xe9.png", "caption": "a"}\n')
-    assert len(records(run(tmp_path, folder))) == 1
-    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
-        file.write(b"<html>")
-    with pytest.raises(UserError, match=r"caf\\udce9\.png \(not an image\)"):
-        run(tmp_path, folder, "bad")

@@ -23,13 +23,11 @@ def row(label):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", '{"file_name": "a.png"}', "line 1 has {'file_name': 'a.png'}: expected"),
-    ("a.jsonl", row(1) + '{"file', "line 2 is not understood (it is not JSON: Unterminated"),
     ("a.jsonl", row(1) + row('""'), "has the label None for a.png, and others have labels"),
-    ("a.jsonl", "", "lists no images: expected at least one"),
     ("a.csv", "file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b",
      "a.csv line 3 is not understood (it has more fields than the header): expected .csv of "
      "file_name, caption, and quotes around a caption with a comma or a quote"),
-], ids=range(5))
+], ids=range(3))
 def test_an_invalid_list_is_refused(tmp_path, name, content, message):
     write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})
     (tmp_path / name).write_text(content)
@@ -44,12 +42,8 @@ def test_an_invalid_input_is_refused(tmp_path, squares_dir):
         ({"input": "photos"}, "--input=photos is not known: expected folder:PATH"),
         ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
         ({"input": f"folder:{tmp_path}/empty"}, "has no metadata.jsonl or metadata.csv: give -"),
-        ({"captions": "/no.csv"}, "/no.csv is no .jsonl or .csv that is there"),
-        ({"input": f"tars:{tmp_path}/*.zip"}, "matches no file"),
         ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a complete, uncompr"),
         ({"input": f"tfds:{squares_dir}/squares/1.2.3"}, "has no feature 'caption' of captions: "),
-        ({"latents": "vae:x"}, "--latents=vae:x is not known"),
-        ({"test": 1.5}, "--test=1.5 holds out 1 of 3 images"),
     ):
         assert_refused(message, tmp_path, **given)
 

@@ -1,11 +1,9 @@
 """Mock records: their shapes, values and options."""
 
 import numpy as np
-import pytest
 
 from ntm_jax.data.pipeline import DataSpec, spec
 from ntm_jax.data.sources import open_source
-from ntm_jax.errors import UserError
 
 
 def test_mock_latents_are_standard_normal_and_the_same_in_every_run():
@@ -47,12 +45,3 @@ def test_mock_text_has_any_number_of_tokens_and_stays_near_1():
     )
     assert 0.5 <= np.abs(values).min() < np.abs(values).max() <= 1
     assert abs(values.mean()) < 0.02
-
-
-@pytest.mark.parametrize(("name", "message"), [
-    ("mock:16x16", "is not understood at '16x16': expected HxWxC and after it any of ,levels=V"),
-    ("mock:16x16x4,size=3", "is not understood at 'size=3': expected HxWxC"),
-])
-def test_a_mistake_is_named(name, message):
-    with pytest.raises(UserError, match=f"^data.source {name} {message}"):
-        open_source(name, "train")

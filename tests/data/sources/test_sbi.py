@@ -4,9 +4,7 @@ Symbols: n draws, D parameters, E numbers of x.
 """
 
 import bz2
-import importlib.util
 import math
-import re
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from scipy import stats
 
 from ntm_jax.data import sources
 from ntm_jax.data.sources.sbi import references, source, tasks
-from ntm_jax.errors import UserError
 
 SIZES = {"two_moons": (2, 2), "slcp": (5, 8), "slcp_moments": (5, 5), "gaussian_mixture": (2, 2),
          "bernoulli_glm": (10, 10)}
@@ -154,15 +151,6 @@ def test_a_source_is_the_same_simulations_every_time():
     assert not np.isin(fresh, known).any()
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("sbi:moons", "there is no task 'moons' of simulations: expected one of two_moons, slcp, "),
-    ("sbi:slcp,count=0", "sbi:slcp,count=0 is not understood at 'count=0': expected sbi:TASK or "),
-])
-def test_mistakes_of_a_name(name, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        sources.open_source(name, "train")
-
-
 def write_references(root, task: str, samples, x) -> None:
     """The files of a package sbibm in `root`, with one observation's reference posterior."""
     folder = root / "sbibm" / "tasks" / task / "files" / "num_observation_1"
@@ -184,9 +172,3 @@ def test_references_are_read_without_an_import(tmp_path, monkeypatch):
     write_references(tmp_path, "slcp", samples, points)
     np.testing.assert_allclose(
         references.read("slcp_moments", 1).x, tasks.find("slcp_moments").summary(points[None])[0])
-
-
-def test_references_that_are_not_installed(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="not installed: pip install --no-deps sbibm"):
-        references.read("two_moons", 1)

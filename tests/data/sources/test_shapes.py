@@ -12,7 +12,6 @@ import pytest
 from ntm_jax.data.sources import open_source, shapes
 from ntm_jax.data.sources.shapes import COLOURS, SHAPES, TASKS
 from ntm_jax.data.transforms import scale, unscale
-from ntm_jax.errors import UserError
 from tests.common import experiment
 
 COUNT = 1600  # records of a split: 145 of a task at least
@@ -71,17 +70,6 @@ def test_a_record_is_a_function_of_its_split_and_index(splits):
         if TASKS[label] not in ("single_object", "colors")
     ]
     assert len(set(several)) > 0.9 * len(several)  # a single object has only 288 pictures
-    with pytest.raises(UserError, match="shapes has no split 'all': it has train, test, heldout"):
-        open_source("shapes", "all")
-
-
-def test_every_slice_of_8_has_all_tasks_and_the_label_is_the_captions_task(splits):
-    for name, (_, captions, labels) in splits.items():
-        found = [TASKS[label] for label in labels]
-        assert found == [shapes.task_of(caption) for caption in captions]
-        assert set(found[:8]) == set(TASKS) - ({"single_object"} if name == "heldout" else set())
-    counts = {name: np.bincount(splits[name][2][:88]).tolist() for name in ("train", "test")}
-    assert counts == {"train": [8, 8, 16, 8, 16, 32], "test": [11, 11, 22, 11, 11, 22]}
 
 
 def combinations(things, relation=None):

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from ntm_jax.data import pipeline, sources, text
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
-from tests.data.sources.common import labels, save, values
+from tests.data.sources.common import labels, values
 
 # Splits
 
@@ -100,14 +100,6 @@ def test_resized_digits_keep_their_pixel_levels():
     assert images.max() == 16
 
 
-def test_different_sizes_need_an_image_size(tmp_path):
-    save(tmp_path / "a.png", "red", (8, 8))
-    save(tmp_path / "b.png", "red", (8, 9))
-    with pytest.raises(UserError, match=r"different sizes \(\w.png is 8x., \w.png is 8x.\): set "):
-        open_source(f"folder:{tmp_path}", "all")
-    assert open_source(f"folder:{tmp_path}", "all", image_size=4).image_shape == (4, 4, 3)
-
-
 # Sources of a user's own
 
 
@@ -173,8 +165,6 @@ def test_a_registered_source_takes_an_argument_slices_sizes_and_text(registered)
     assert values(source) == list(range(110, 120))
     assert labels(source) == [-1] * 10
     assert [float(source.records[i]["text"][0, 0]) for i in range(3)] == [0, 1, 0]
-    with pytest.raises(UserError, match="squares has no split 'dev': it has train, test"):
-        open_source("squares", "dev")
 
 
 def test_worker_processes_read_a_registered_source_and_encoder(registered):
@@ -212,7 +202,6 @@ IMAGE = np.ones((4, 4, 1), np.uint8)
 
 
 @pytest.mark.parametrize(("record", "message"), [
-    ({"image": IMAGE.astype(float)}, r"record 1 has an image of float64 \[4, 4, 1\]: expected"),
     ({"image": IMAGE * 2}, "record 1 has a pixel of 2: expected 0 to 1, the source's pixel_levels"),
     ({"image": IMAGE, "label": 3}, "record 1 has label 3: expected 0 to 2, the number of one of"),
 ])

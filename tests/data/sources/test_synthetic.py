@@ -10,7 +10,6 @@ from scipy.special import logsumexp
 
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import open_source, synthetic
-from ntm_jax.errors import UserError
 
 NAMES = ("moons", "checkerboard", "gaussians")
 LEVELS = (0.02, 0.3, 0.999999, 1.0)
@@ -144,8 +143,3 @@ def test_data_of_more_dimensions_have_mean_0_and_variance_1_and_their_density(na
     second = x.T @ x / len(x)  # of the samples, against the density's
     wanted = covariance + means.T @ means / len(means)
     assert np.abs(second - wanted).max() < 6 / math.sqrt(2_000)
-
-
-def test_a_mistake_is_named_in_one_line():
-    with pytest.raises(UserError, match=r"^data\.source toy:spiral is not known: expected toy"):
-        open_source("toy:spiral", "train")
