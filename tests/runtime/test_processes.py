@@ -1,5 +1,7 @@
 """Several processes take the same steps as one, stop together, and one job owns a folder."""
 
+import errno
+import fcntl
 import json
 import re
 import signal
@@ -18,9 +20,34 @@ from ntm_jax.runtime.processes import locked
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import loop, state
 from tests.common import as_run, python, setup, start, tiny_config
-from tests.runtime.jobs import SETTINGS, Job, losses
+from tests.runtime.jobs import SETTINGS, Job, free_port, losses
 
 SUM = dict(rtol=1e-5, atol=1e-6)  # float32 sums in another order
+
+
+JOIN = """
+import jax
+from launch import program
+program.define_processes()
+program.run(lambda: print(jax.config._read("jax_cuda_visible_devices")))
+"""
+
+
+def test_a_process_under_slurm_has_all_gpus_of_its_node():
+    slurm = {"JOB_ID": "7", "STEP_NODELIST": "localhost", "STEP_NUM_TASKS": "1", "NTASKS": "1",
+             "PROCID": "0", "LOCALID": "0"}
+    done = python("-c", JOIN, f"--coordinator_address=localhost:{free_port()}", "--num_processes=1",
+                  "--process_id=0", **{f"SLURM_{name}": value for name, value in slurm.items()})
+    assert done.stdout.strip() == "all"  # not "0"
+
+
+def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys):
+    def without(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", without)
+    with locked(str(tmp_path)):
+        assert "on a file system without locks: start no second run" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
