@@ -80,9 +80,12 @@ def _first_batch() -> tuple[list[dict], str]:
 
 
 def _compare() -> tuple[list[dict], str]:
-    from ntm_jax.analysis.peers import compare
-
     f = program.FLAGS
+    try:
+        from tests.peers import compare
+    except ImportError:
+        raise UserError("--peers needs the adapters in tests/peers: run it in a checkout of this "
+                        "package's repository") from None
     rows = compare.compare(f.peers, f.runs, f.rows)
     return rows, "\n".join([f"{compare.machine()}, medians of {f.runs} runs in turn",
                             compare.table(rows), *compare.missing(f.peers)])

@@ -92,12 +92,13 @@ def test_a_run_is_exported_and_the_export_samples(run, program):
 @pytest.mark.parametrize(("name", "message"), [
     ("prepare", "--input and --out are missing: give both, or --verify=FOLDER"),
     ("compile", "--topology and --config must be given, such as python -m "),
-    ("benchmark", "give one of --config"),
+    ("benchmark", "--peers needs the adapters in tests/peers: run it in a checkout"),
     ("evaluate", "nowhere holds no run (no config.json there)"),
     ("sample", "nowhere holds no run (no config.json there)"),
 ])
 def test_the_other_programs_start(name, message, program):
-    flags = ["--workdir=nowhere"] if name in ("evaluate", "sample") else []
+    flags = {"benchmark": ["--peers=nowhere"], "evaluate": ["--workdir=nowhere"],
+             "sample": ["--workdir=nowhere"]}.get(name, [])
     done = program(name, *flags, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr

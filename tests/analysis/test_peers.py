@@ -6,17 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.analysis import peers
-from ntm_jax.analysis.peers import compare
-from ntm_jax.analysis.peers.work import Peer, Sizes
 from ntm_jax.core.transformer import layers
 from ntm_jax.core.transformer.arithmetic import PLAIN
 from ntm_jax.runtime import flops
+from tests import peers
 from tests.common import python
+from tests.peers import compare
+from tests.peers.work import Peer, Sizes
 
 STAND_IN = """
 import pathlib, time
-from ntm_jax.analysis.peers.work import Work
+from tests.peers.work import Work
 log = pathlib.Path(__file__).parents[1] / "log"
 
 def note(word):

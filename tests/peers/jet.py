@@ -6,8 +6,8 @@ import types
 
 import jax
 
-from ntm_jax.analysis.peers import jax_cpu
-from ntm_jax.analysis.peers.work import Sizes, Work
+from tests.peers import jax_cpu
+from tests.peers.work import Sizes, Work
 
 products = jax_cpu.products
 

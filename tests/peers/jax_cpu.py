@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntm_jax.analysis.peers.work import Sizes, Work
 from ntm_jax.runtime import flops, sharding
 from ntm_jax.runtime.config import Mesh
+from tests.peers.work import Sizes, Work
 
 
 def noise(sizes: Sizes, *shape: int) -> jax.Array:

@@ -2,8 +2,8 @@
 
 import importlib
 
-from ntm_jax.analysis.peers import torch_cpu
-from ntm_jax.analysis.peers.work import Sizes, Work
+from tests.peers import torch_cpu
+from tests.peers.work import Sizes, Work
 
 products = torch_cpu.products
 

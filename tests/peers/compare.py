@@ -9,9 +9,9 @@ import statistics
 from concurrent.futures import ProcessPoolExecutor
 
 from ntm_jax.analysis.benchmark import aligned
-from ntm_jax.analysis.peers import OURS, PEERS, child
-from ntm_jax.analysis.peers.work import Sizes
 from ntm_jax.errors import UserError
+from tests.peers import OURS, PEERS, child
+from tests.peers.work import Sizes
 
 SECONDS = 1.0  # the shortest timed run
 STEP = Sizes(images=32, tokens=64, width=256, head=64, blocks=4, layers=2)

@@ -4,16 +4,16 @@ Each peer has one file, whose functions `train_step` and `inverse` build its own
 sizes. Nothing of a peer is part of this package: its checkout lies in a folder that the user names.
 """
 
-from ntm_jax.analysis.peers.work import Peer
+from tests.peers.work import Peer
 
-OURS = Peer("ntm_jax", "ntm_jax.analysis.peers.ours")
+OURS = Peer("ntm_jax", "tests.peers.ours")
 PEERS = (  # beside ours, in the order of the table
-    Peer("ml-tarflow", "ntm_jax.analysis.peers.tarflow", "https://github.com/apple/ml-tarflow",
+    Peer("ml-tarflow", "tests.peers.tarflow", "https://github.com/apple/ml-tarflow",
          packages=("torch",)),
-    Peer("ml-starflow", "ntm_jax.analysis.peers.starflow",
+    Peer("ml-starflow", "tests.peers.starflow",
          "https://github.com/apple/ml-starflow", packages=("torch", "einops", "tqdm")),
-    Peer("big_vision", "ntm_jax.analysis.peers.jet",
+    Peer("big_vision", "tests.peers.jet",
          "https://github.com/google-research/big_vision", packages=("einops",)),
-    Peer("GenSBI", "ntm_jax.analysis.peers.gensbi", "https://github.com/aurelio-amerio/GenSBI",
+    Peer("GenSBI", "tests.peers.gensbi", "https://github.com/aurelio-amerio/GenSBI",
          packages=("einops",), source="src"),
 )

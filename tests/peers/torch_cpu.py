@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ntm_jax.analysis.peers.work import Sizes, Work
+from tests.peers.work import Sizes, Work
 
 MATRICES = (512, 1024, 2048)  # sizes tried for the highest rate
 SECONDS = 0.1  # of products in a measurement

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from ntm_jax import host_memory
 from ntm_jax.analysis import rows
-from ntm_jax.analysis.peers import jax_cpu
-from ntm_jax.analysis.peers.work import Sizes, Work
 from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.data import pipeline
 from ntm_jax.experiments import default
 from ntm_jax.runtime import config_file, sharding
 from ntm_jax.runtime.run import untrained
 from ntm_jax.training import state
+from tests.peers import jax_cpu
+from tests.peers.work import Sizes, Work
 
 host_memory.keep_freed()  # as our programs do
 STEPS = 4  # T

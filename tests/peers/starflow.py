@@ -5,8 +5,8 @@ Its options are those that its Jacobi sampler requires, rotary positions and a s
 
 import importlib
 
-from ntm_jax.analysis.peers import torch_cpu
-from ntm_jax.analysis.peers.work import Sizes, Work
+from tests.peers import torch_cpu
+from tests.peers.work import Sizes, Work
 
 products = torch_cpu.products
 

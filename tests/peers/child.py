@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from ntm_jax.analysis.peers.work import Peer
+from tests.peers.work import Peer
 
 _here: dict[str, Any] = {}  # the peer's module, its products and the work of the row being timed
 
