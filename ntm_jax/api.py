@@ -13,7 +13,6 @@ width. Models of an array have rows of D numbers in place of images, and conditi
 import dataclasses
 import difflib
 import importlib
-import inspect
 import math
 import os
 import pkgutil
@@ -297,13 +296,9 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
             raise
         package = importlib.import_module("ntm_jax.experiments")
         names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-        base, _, own = str(name).partition(":")
-        meant = f"did you mean experiment({base!r}, {own!r})? " if own and base in names else ""
-        raise UserError(f"there is no experiment {name!r}: {meant}expected one of "
+        raise UserError(f"there is no experiment {name!r}: expected one of "
                         f"{', '.join(names)}") from None
     try:
-        if variant and not inspect.signature(module.get_config).parameters:
-            raise ValueError(f"it has no variants, leave {variant!r} out")
         values = module.get_config(variant) if variant else module.get_config()
         names = configuration.flatten(values.to_dict())
         for key in overrides:

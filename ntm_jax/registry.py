@@ -4,7 +4,6 @@ No jax is imported: grain's worker processes run this.
 """
 
 import importlib
-import re
 from collections.abc import Mapping
 from typing import Generic, TypeVar, cast
 
@@ -29,7 +28,8 @@ class Registry(Generic[Part]):
 
     def __init__(self, what: str, entries: Mapping[str, Part | str]):
         self._what = what
-        self._entries = {_name(usage): (usage, part) for usage, part in entries.items()}
+        self._entries = {usage.partition(":")[0].rstrip("["): (usage, part)
+                         for usage, part in entries.items()}
 
     def register(self, name: str, part: Part, argument: str = "") -> None:
         """Adds a part; argument: the end of its usage, such as "[:ARGUMENT]", if it accepts one.
@@ -67,10 +67,3 @@ class Registry(Generic[Part]):
             f"{self._what} {shown(given)} is not known: expected one of {known}; for one of your "
             "own, import the module that registers it, or give --import=MODULE"
         )
-
-
-def _name(usage: str) -> str:
-    """The name that a usage begins with: `folder` in `folder:PATH`, `minilm` in `minilm[:M]`."""
-    match = re.match(r"[\w.-]*", usage)
-    assert match  # of no characters at least
-    return match[0]

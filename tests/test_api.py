@@ -76,8 +76,6 @@ def test_conditions_that_the_model_does_not_use_are_refused(tmp_path):
     config = ntm_jax.experiment("arrays", "unconditional", data=theta)
     with pytest.raises(ntm_jax.UserError, match=words):
         ntm_jax.train(config, str(tmp_path), data=theta, condition=theta)
-    with pytest.raises(ntm_jax.UserError, match=r"did you mean experiment\('arrays', 'uncondi"):
-        ntm_jax.experiment("arrays:unconditional")
 
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [

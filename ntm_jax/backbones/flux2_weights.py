@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import safetensors
 
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, few
 
 SHOWN = 10  # names of tensors in an error
 
@@ -164,10 +164,6 @@ def _open(path: str, stack: contextlib.ExitStack) -> dict:
 def _files(path: Path) -> list[Path]:
     """The files of a checkpoint; UserError where there are none."""
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise UserError(f"{path} is not a safetensors file, and no other is read, since a "
-                            "pickled one can run code when it is opened: give the checkpoint's "
-                            ".safetensors")
         return [path]
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
@@ -184,13 +180,8 @@ def _check(path: str, tensors: dict, shapes: dict) -> None:
              if name in tensors and tensors[name].get_shape() != list(shape)]
     missing = [name for name in shapes if name not in tensors]
     surplus = [name for name in tensors if name not in shapes]
-    faults = [f"{what} {_listed(names)}" for what, names in
+    faults = [f"{what} {few(names, SHOWN)}" for what, names in
               (("missing", missing), ("left over", surplus), ("wrong", wrong)) if names]
     if faults:
         raise UserError(f"{path} is not a FLUX.2 checkpoint of the configured sizes ({len(shapes)} "
                         f"tensors): {'; '.join(faults)}: change the sizes or the checkpoint")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

@@ -171,11 +171,7 @@ DECODERS: Registry[Decoder] = Registry("config.sample.decoder", {
     "euler": Decoder(functools.partial(_solve, heun=False), solves_ode=True),
     "heun": Decoder(functools.partial(_solve, heun=True), solves_ode=True),
 })
-
-
-def register(name: str, decoder: Decoder) -> None:
-    """Adds a decoder for config.sample.decoder=name. Raises UserError if the name is taken."""
-    DECODERS.register(name, decoder)
+register = DECODERS.register
 
 
 def find(name: str) -> Decoder:

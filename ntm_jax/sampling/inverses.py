@@ -37,13 +37,7 @@ def choose(inverse: str, config: ModelConfig, rows: int, mesh) -> str:
     return "parallel" if predicted["parallel"] < 0.95 * predicted["sequential"] else "sequential"
 
 
-def typical_sweeps(tokens: int) -> float:
-    """The sweeps assumed of the parallel inverse, which depend on the parameters."""
-    return min(tokens, 4 + tokens / 4, MAX_TYPICAL_SWEEPS)
-
-
-def seconds(config: ModelConfig, rows: float, chip: Chip, sweeps: float | None = None,
-            parts: int = 1) -> dict[str, float]:
+def seconds(config: ModelConfig, rows: float, chip: Chip, parts: int = 1) -> dict[str, float]:
     """Predicted seconds of a block's inverse on one chip, {"sequential": s, "parallel": s}.
 
     Both read the weights of L layers once a pass and multiply every row's tokens with them. The
@@ -64,11 +58,12 @@ def seconds(config: ModelConfig, rows: float, chip: Chip, sweeps: float | None =
     the two is the rule that sweeps win where R S < (bytes of a weight) / 2 x flops / memory: the
     chip's ridge. At precision `highest` flops are a sixth on a TPU, and so is the number of rows.
 
-    sweeps: S, typical_sweeps by default. parts: devices that the weights are split over.
+    S depends on the parameters; here it follows from N. parts: devices that the weights are split
+    over.
     """
     c, tokens = config, config.tokens
     width, layers = c.transporter_width, c.transporter_layers
-    sweeps = typical_sweeps(tokens) if sweeps is None else sweeps
+    sweeps = min(tokens, 4 + tokens / 4, MAX_TYPICAL_SWEEPS)
     size = jnp.dtype(c.transporter_dtype).itemsize
     flops = chip.rate("highest" if c.precision == "highest" and size == 4 else "default")
     keys = c.kv_heads * c.head_size

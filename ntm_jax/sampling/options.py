@@ -19,7 +19,8 @@ def override(config: Config, **given) -> Sample:
     guidance of another length than the steps, or that the model was not trained for, and for more
     steps than t_min allows. Warns of a number of steps that it was not trained with.
     """
-    given = {name: _plain(value) for name, value in given.items() if value is not None}
+    given = {name: np.asarray(value).tolist() for name, value in given.items()
+             if value is not None}
     values = dataclasses.asdict(config.sample) | given
     options = typed.parse_dataclass(Sample, values, "config.sample")
     guidance, steps, own = options.guidance, options.steps, config.sample
@@ -35,13 +36,6 @@ def override(config: Config, **given) -> Sample:
         warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: "
                       "expect worse images", stacklevel=2)
     return options
-
-
-def _plain(option):
-    """An option of sampling, NumPy's numbers as Python's."""
-    if isinstance(option, (np.generic, np.ndarray)):
-        return option.tolist()
-    return [_plain(one) for one in option] if isinstance(option, (tuple, list)) else option
 
 
 def check_decoder(run: Run, decoder: str) -> None:

@@ -114,16 +114,15 @@ def states(encoder, prompts: Sequence[str]) -> Text:
                   for key in ("text", "text_mask")))
 
 
-def check_layout(layout: str | None, prompts: Sequence[Prompt] | None, per_prompt: int,
-                 image_shape) -> None:
-    """Raises UserError where prompts or images do not fit the benchmark `layout`."""
+def check_layout(layout: str | None, prompts: Sequence[Prompt] | None) -> None:
+    """Raises UserError where prompts do not fit the benchmark `layout`."""
     if not layout:
         return
     if not prompts:
         raise UserError(f"--layout={layout} writes a benchmark's folder: give its prompts as "
                         "--prompts")
     if layout == "geneval":
-        lacking = [prompt.text for prompt in prompts if not _has_metadata(prompt)]
+        lacking = [prompt.text for prompt in prompts if not prompt.line]
         if lacking:
             raise UserError("--layout=geneval copies the metadata of every prompt, and "
                             f"{len(lacking)} of {len(prompts)} prompts have none, such as "
@@ -134,15 +133,6 @@ def check_layout(layout: str | None, prompts: Sequence[Prompt] | None, per_promp
         if not all(names) or len(set(names)) < len(names):
             raise UserError("--layout=dpg names a picture after the file of its prompt: give "
                             "DPG-Bench's folder of .txt files as --prompts")
-        height, width = image_shape[:2]
-        if per_prompt > 4 or height != width:
-            raise UserError("--layout=dpg lays four squares in a picture, and there are "
-                            f"{per_prompt} images of {width} x {height}: give --per_prompt=4 of a "
-                            "model of square images")
-
-
-def _has_metadata(prompt: Prompt) -> bool:
-    return bool(prompt.line) and {"tag", "prompt"} <= files.parse_object(prompt.line).keys()
 
 
 def image_path(folder, layout: str | None, number: int, per_prompt: int, count: int):

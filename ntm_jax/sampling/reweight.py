@@ -132,12 +132,10 @@ def reweight(run: Run, log_target: Callable, condition, n: int, options: Sample,
                         f"each of the {n} samples, [{n}]")
     # A sample that diverged has no density, and needs none where the target is 0.
     log_weights = np.where(np.isneginf(values), -np.inf, values + log_ratio + run.spec.log_unit)
-    if np.isnan(log_weights).any():
-        raise UserError(f"{np.isnan(log_weights).sum()} of {n} samples have no finite density "
-                        "under the model: train the run for longer, or lower the guidance")
-    if not np.isfinite(log_weights).any():
-        raise UserError("log_target is -inf at every sample: the model gives no mass to the "
-                        "target, or the condition is another one")
+    if np.isnan(log_weights).any() or np.isneginf(log_weights).all():
+        raise UserError(f"{np.isfinite(log_weights).sum()} of {n} samples have a finite weight: "
+                        "train the run for longer, lower the guidance, or give the target's own "
+                        "condition")
     chosen = systematic(_normalised(log_weights), n, np.random.default_rng(seed))
     return Reweighted(samples, log_weights, samples[chosen])
 

@@ -50,7 +50,7 @@ class SampleRequest:
 
 
 def write_samples(run: Run, out: str, request: SampleRequest) -> None:
-    """Writes images of a run into a folder, and prints how many and how fast.
+    """Writes images of a run into a folder, and prints how many.
 
     PNG files; grid.png; samples.npz, in ADM's layout: arr_0 uint8 [n, H, W, 3], or latents as they
     are, arr_1 labels, prompts' numbers or vectors; with log_prob also log_prob [n] and
@@ -66,14 +66,13 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     work = _Work(run, request)
     asked = work.description()
     output = OutputFolder(epath.Path(files.expanded(out)), "samples.json", "samples.npz")
-    made, per_second = output.fill(asked, request.num, request.batch, "sample", work,
-                                   (run.params, run.denoiser and run.denoiser.params))
+    made = output.fill(asked, request.num, request.batch, "sample", work,
+                       (run.params, run.denoiser and run.denoiser.params))
     if jax.process_index():
         return
     unit = "rows" if run.spec.columns else "images"
-    rate = f", {per_second:.1f} {unit}/s after the first batch" if per_second else ""
     found = f", {request.num - made} of them found there" if made < request.num else ""
-    print(f"{request.num} {unit} in {out}{found}{rate}, step {run.step}", flush=True)
+    print(f"{request.num} {unit} in {out}{found}, step {run.step}", flush=True)
 
 
 class _Work:
@@ -99,16 +98,12 @@ class _Work:
         self.given: Any = None
         if values:
             self.given = run.condition.validate(len(values), np.array(values))
-        if request.autoencoder and run.spec.pixel_levels:
-            raise UserError(f"{run.workdir} is a model of pixels, and an autoencoder decodes "
-                            "latents: leave --autoencoder out")
         self.encoder = prompts.open_encoder(run, request.encoder) if request.prompts else None
         self.autoencoder = None
         if request.autoencoder and jax.process_index() == 0:
             self.autoencoder = latents.Autoencoder(request.autoencoder)
         self.pixel_levels = latents.PIXEL_LEVELS if request.autoencoder else run.spec.pixel_levels
-        prompts.check_layout(request.layout, request.prompts, request.per_prompt,
-                             run.spec.image_shape)
+        prompts.check_layout(request.layout, request.prompts)
 
     def description(self) -> dict:
         """What the folder's samples.json records, so that only the same call resumes it."""

@@ -6,8 +6,6 @@ import jax.numpy as jnp
 from ntm_jax.backbones import flow_map
 from ntm_jax.backbones.divergence import rademacher
 from ntm_jax.core import flow_matching, trajectory
-from ntm_jax.errors import UserError
-from ntm_jax.runtime.config import Config
 from ntm_jax.training import objectives
 from ntm_jax.training.objectives import LossContext, StepInputs
 
@@ -39,14 +37,6 @@ def loss(context: LossContext, params, inputs: StepInputs, reference=None):
     return value, metrics | {"loss": value}
 
 
-def check(config: Config) -> None:
-    """Raises UserError for a configuration that does not train a flow map alone."""
-    objectives.check_flow(config)
-    if config.model.backbone != "flow_map":
-        raise UserError("config.train.objective=flow_map trains config.model.backbone=flow_map, "
-                        f"found {config.model.backbone}")
-
-
 OBJECTIVE = objectives.Objective(
-    loss, objectives.held_out_velocity, objectives.SQUARED, check, trains="velocity",
-    measure=objectives.measure_velocity)
+    loss, objectives.held_out_velocity, objectives.SQUARED, objectives.check_flow,
+    trains="velocity", measure=objectives.measure_velocity)

@@ -62,11 +62,8 @@ class MetricsReporter:
         self._lines, self._writers = Lines(), []
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
-            self._writers = [self._lines, TensorBoard(), *extra_writers]
-        if files.is_remote(workdir):
-            self.message(f"no TensorBoard events: {workdir} is not a local folder; metrics.jsonl "
-                         "has the same figures")
-            self._writers = [one for one in self._writers if not isinstance(one, TensorBoard)]
+            events = [] if files.is_remote(workdir) else [TensorBoard()]
+            self._writers = [self._lines, *events, *extra_writers]
         with contextlib.ExitStack() as opened:
             for one in self._writers:
                 one.open(os.fspath(workdir), start_step, settings or {})
@@ -77,7 +74,9 @@ class MetricsReporter:
         return self
 
     def __exit__(self, *_):
-        self.close()
+        self._opened.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Reports all scalars of a step, once per step; the terminal shows the first few.
@@ -87,7 +86,6 @@ class MetricsReporter:
         scalars = {name: float(value) for name, value in scalars.items()}
         for one in self._writers:
             one.scalars(int(step), scalars)
-        shown = [(name, f"{value:.4g}") for name, value in list(scalars.items())[:SHOWN]]
         if self._bar is not None:
             text = ", ".join(form.format(scalars[name]) for name, form in ON_BAR if name in scalars)
             if text:
@@ -95,7 +93,7 @@ class MetricsReporter:
             self.advance(step)
             self._bar.refresh()
         elif self.shows:
-            figures = [f"{name} {value}" for name, value in shown]
+            figures = [f"{name} {value:.4g}" for name, value in list(scalars.items())[:SHOWN]]
             print(" ".join([f"step {step}/{self._total}", *figures, *self._pace(step)]), flush=True)
 
     def advance(self, step: int) -> None:
@@ -124,21 +122,13 @@ class MetricsReporter:
         """Writes the remaining lines, which a run that resumes after a kill does not repeat."""
         self._lines.flush()
 
-    def close(self) -> None:
-        """Writes the remaining lines and closes the files; a second call does nothing."""
-        self._opened.close()
-        if self._bar is not None:
-            self._bar.close()
-
     def _pace(self, step):
-        """The rate since the last report, as ["35.1 steps/s", "ETA 0:45"]; [] at the first."""
+        """The rate since the last report, as ["35.1 steps/s", "ETA 00:45"]; [] at the first."""
         last, self._last = self._last, (step, time.perf_counter())
         if last is None or step <= last[0]:
             return []
         rate = (step - last[0]) / max(self._last[1] - last[1], 1e-9)
-        minutes, seconds = divmod(math.ceil((self._total - step) / rate), 60)
-        hours, minutes = divmod(minutes, 60)
-        left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        left = tqdm.format_interval(math.ceil((self._total - step) / rate))
         return [f"{rate:.3g} steps/s", f"ETA {left}"]
 
 

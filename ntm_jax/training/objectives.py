@@ -278,11 +278,7 @@ OBJECTIVES: Registry[Objective] = Registry("config.train.objective", {
     "denoiser": Objective(
         denoiser_loss, held_out_denoiser, SQUARED, needs=("teacher",), trains="denoiser"),
 })
-
-
-def register(name: str, objective: Objective) -> None:
-    """Adds an objective for config.train.objective=name. Raises UserError if the name is taken."""
-    OBJECTIVES.register(name, objective)
+register = OBJECTIVES.register
 
 
 def find(name: str) -> Objective:
@@ -307,9 +303,6 @@ def checked(config: Config) -> Objective:
         raise UserError(f"config.teacher is {config.teacher!r}, config.train.objective {name}: a "
                         "denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR "
                         "of the run to distil")
-    if train.level_power and objective.trains != "ntm":
-        raise UserError(f"config.train.level_power is {train.level_power}: it weights the levels "
-                        f"of a trajectory, and config.train.objective={name} has none; set it to 0")
     objective.check(config)
     if config.model.backbone != Model.backbone and config.model.head != "posterior":
         raise UserError(f"config.model.backbone={config.model.backbone} is the network of "

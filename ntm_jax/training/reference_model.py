@@ -64,7 +64,7 @@ def prepare(run: Run, objective: Objective, current: State, teacher: Run | None,
     if teacher:
         save_teacher(teacher, run.workdir)
     if has_reference:
-        return reference_params(run, current)
+        return reference_params(run, current, new)
     return teacher.params if teacher else None
 
 
@@ -135,18 +135,10 @@ def abstract_reference(run: Run) -> dict:
         params["params"]["backbone"])}
 
 
-def reference_params(run: Run, current: State) -> dict:
-    """The reference parameters, from WORKDIR/frozen; a run at step 0 writes them there first.
-
-    Raises UserError where a run beyond step 0 lacks them.
-    """
-    folder = f"{run.workdir}/{FROZEN}"
-    with Checkpoints(folder) as checkpoints:
-        if checkpoints.latest() is None:
-            if int(current.step):
-                raise UserError(f"{folder}, the model to which this run is held, is missing: "
-                                "restore it from a copy of the run's folder, or start anew in "
-                                "another --workdir")
+def reference_params(run: Run, current: State, new: bool) -> dict:
+    """The reference parameters, from WORKDIR/frozen; a new run writes them there first."""
+    with Checkpoints(f"{run.workdir}/{FROZEN}") as checkpoints:
+        if new:
             found = current.params
             if run.config.train.align_weight:
                 found = {"params": copy(found["params"]["backbone"], run.config.model.dtype)}

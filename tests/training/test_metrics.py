@@ -67,7 +67,8 @@ def test_resuming_drops_what_will_be_logged_again(tmp_path):
     found = [(line["step"], line["loss"]) for line in lines(tmp_path)]
     assert found == [(2, 2.0), (4, 4.0), (6, 0.0)]
     assert not list(tmp_path.glob("*.new"))
-    MetricsReporter(tmp_path, 10, quiet=True).close()  # a run that starts over
+    with MetricsReporter(tmp_path, 10, quiet=True):  # a run that starts over
+        pass
     assert lines(tmp_path) == []
 
 
@@ -96,12 +97,10 @@ def test_tensorboard_gets_scalars_and_images(tmp_path):
     assert [step for step, _ in found["gray"]] == [4]
 
 
-def test_object_storage_is_written_every_so_many_lines_and_at_the_end(
-        tmp_path, capsys, monkeypatch):
+def test_object_storage_is_written_every_so_many_lines_and_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "is_remote", lambda path: True)
     monkeypatch.setattr(lines_file, "REMOTE_LINES", 3)
     with MetricsReporter(tmp_path, 10) as writer:
-        assert "no TensorBoard events" in capsys.readouterr().out
         for step in (1, 2, 3, 4):
             writer.write(step, {"loss": 1.0})
         writer.picture(4, tmp_path / "samples.png")

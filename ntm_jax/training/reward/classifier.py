@@ -8,7 +8,6 @@ import json
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from etils import epath
 from flax import traverse_util
@@ -52,13 +51,9 @@ def _flat(params) -> dict:
 
 def _read(file: str, source: Source) -> dict:
     shapes = {name: a.shape for name, a in _flat(features.abstract_classifier(source)).items()}
-    try:
-        content = epath.Path(file).read_bytes()
-        flat = safetensors.numpy.load(content)
-        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} cannot be read ({error}): expected a classifier's safetensors; "
-                        "without the file one is trained and written there") from None
+    content = epath.Path(file).read_bytes()
+    flat = safetensors.numpy.load(content)
+    header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
     if {name: a.shape for name, a in flat.items()} != shapes:
         raise UserError(f"{file} holds another network than a classifier of the "
                         f"{source.num_classes} classes of {source.name}: {REMEDY}")

@@ -6,8 +6,6 @@ Symbols: P records of a batch, G samples of each; B = P G; S factors that learn.
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.errors import UserError
-from ntm_jax.runtime.config import Config
 from ntm_jax.training.objectives import LossContext, StepInputs, trajectory_loss
 from ntm_jax.training.reward import drawing, policy, rollouts
 from ntm_jax.training.reward.drawing import flat
@@ -65,13 +63,5 @@ def _penalty(found: dict, batch: dict):
     return divergences if "mean" in found else 0.5 * jnp.square(divergences)
 
 
-def check(config: Config) -> None:
-    """Raises UserError for a configuration that a policy gradient cannot train."""
-    if not config.reward.name:
-        raise UserError("config.reward.name is empty: config.train.objective=policy_gradient needs "
-                        "what it maximises, such as --config.reward.name=shapes")
-    rollouts.check(config)
-
-
 OBJECTIVE = rollouts.objective(
-    loss, check, rollouts.RolloutSpec(_arrays, _weights, needs_divergence=True))
+    loss, rollouts.check, rollouts.RolloutSpec(_arrays, _weights, needs_divergence=True))

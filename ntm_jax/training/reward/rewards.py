@@ -55,10 +55,7 @@ def _shapes(argument: str, source: Source) -> Reward:
 
 def _classifier(argument: str, source: Source) -> Reward:
     """The log-probability of an image's class under a classifier, in nats; see classifier.py."""
-    try:
-        log_probabilities = classifier.saved(argument, source)
-    except UserError as error:
-        raise UserError(f"config.reward.name=classifier: {error}") from None
+    log_probabilities = classifier.saved(argument, source)
     names = source.class_names or [f"class_{label}" for label in range(source.num_classes)]
 
     def score(images, labels):

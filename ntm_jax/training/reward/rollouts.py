@@ -166,19 +166,14 @@ class Rollouts(Extension):
     def _bonus(self, scored: dict) -> np.ndarray:
         """The bonus of each sample, [P, G]: for its distance to the others, and for rare traits.
 
-        See scorer.mean_distances and policy.rarity. Raises UserError if config.reward.novelty is
-        positive and the reward gives no traits.
+        See scorer.mean_distances and policy.rarity.
         """
         settings, bonus = self.run.config.reward, np.zeros(scored["rewards"].shape, np.float32)
         if settings.diversity:
             bonus += settings.diversity * scored["distance"]
-        if not settings.novelty:
-            return bonus
-        if "traits" not in scored:
-            raise UserError(f"config.reward.novelty is {settings.novelty}, and the reward "
-                            f"{settings.name or 'of pairs'} gives no traits of samples: set it to "
-                            "0, or return rewards.Scores with traits")
-        return bonus + settings.novelty * policy.rarity(scored["traits"])
+        if settings.novelty:
+            bonus += settings.novelty * policy.rarity(scored["traits"])
+        return bonus
 
 
 def _scalars(scored: dict, divergences: np.ndarray) -> dict[str, float]:
@@ -245,10 +240,6 @@ def check(config: Config) -> None:
     if reward.trains != "predictor" and not model.transporter_blocks:
         raise UserError(f"config.reward.trains={reward.trains} needs a transporter, and "
                         "config.model.transporter_blocks is 0: set it to predictor")
-    if train.align_weight:
-        raise UserError(f"config.train.align_weight is {train.align_weight}: with "
-                        f"config.train.objective={train.objective} config.reward.kl holds the "
-                        "model near the first one; set align_weight to 0")
     for name in ("steps", "save_every", "evaluate_every"):
         if getattr(train, name) % reward.updates:
             raise UserError(f"config.train.{name} is {getattr(train, name)}: expected a multiple "

@@ -45,5 +45,4 @@ register = WRITERS.register
 
 def find(names: Sequence[str]) -> list[MetricsWriter]:
     """The writers that --writer names, not yet opened. Raises UserError for an unknown one."""
-    found = [WRITERS.find(name) for name in names]
-    return [make(argument) for make, argument in found]
+    return [make(argument) for make, argument in map(WRITERS.find, names)]

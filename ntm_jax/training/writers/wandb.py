@@ -27,7 +27,7 @@ class WandB:
 
     def __init__(self, project: str = ""):
         self._wandb = pretrained.module("wandb", "wandb (the extra [wandb])")
-        self._project, self._run = project or PROJECT, None
+        self._project = project or PROJECT
 
     def open(self, workdir: str, start_step: int, settings: dict) -> None:
         """Begins a run, or continues the one in WORKDIR/wandb.json where training resumes.
@@ -35,8 +35,9 @@ class WandB:
         Raises UserError where W&B cannot be reached or nobody is logged in.
         """
         path = epath.Path(workdir) / IDENTITY
-        identity = _identity(path) if start_step else None
-        identity = identity or uuid.uuid4().hex[:12]
+        identity = uuid.uuid4().hex[:12]
+        if start_step and path.exists():
+            identity = files.parse_object(path.read_bytes())["id"]
         local = None if files.is_remote(workdir) else workdir
         try:
             self._run = self._wandb.init(
@@ -59,15 +60,8 @@ class WandB:
 
     def close(self) -> None:
         """Sends what is left, and marks the run as failed where an exception ends it."""
-        if self._run:
-            self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
-            self._run = None
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
     def _log(self, step: int, values: dict) -> None:
-        if self._run and step >= self._run.starting_step:
+        if step >= self._run.starting_step:
             self._run.log(values, step=step)
-
-
-def _identity(path) -> str | None:
-    """The id of the run that a workdir belongs to; None without one."""
-    return files.parse_object(path.read_bytes())["id"] if path.exists() else None

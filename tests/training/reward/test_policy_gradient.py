@@ -176,8 +176,5 @@ def test_a_run_of_new_samples_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_mistakes_are_one_line():
-    for changes, words in (
-            ({"reward.name": ""}, "reward.name is empty"),
-            ({"reward.updates": 4, "train.steps": 6}, "train.steps is 6: expected a multiple of")):
-        with pytest.raises(UserError, match=words):
-            tiny_config(**SETTINGS | changes)
+    with pytest.raises(UserError, match=r"train\.steps is 6: expected a multiple of"):
+        tiny_config(**SETTINGS | {"reward.updates": 4, "train.steps": 6})

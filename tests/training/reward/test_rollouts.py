@@ -154,8 +154,6 @@ def test_novelty_favours_samples_with_rare_traits(run, monkeypatch):
         return rewards.Scores(np.ones(len(images)), traits=np.stack([~first, first], 1))
 
     calls, run = [], with_objective(run, "preference", kl=0.1, novelty=5.0)
-    with pytest.raises(UserError, match=r"novelty is 5\.0, and the reward brightness gives no tra"):
-        rolled(run)
     monkeypatch.setattr(rewards, "of_run", lambda config: score)
     weight = np.asarray(rolled(run)[0]["pair_weight"])
     assert np.count_nonzero(weight) == run.config.reward.samples - 1
@@ -172,10 +170,8 @@ def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
     again = rewards.find(f"classifier:{file}", source)(images, labels)
     np.testing.assert_array_equal(first.rewards, again.rewards)
     assert first.groups[0] == f"class_{labels[0]}"
-    (tmp_path / "other").write_bytes(b"no classifier")
     folder = dataclasses.replace(source, name="folder:/here")
     for name, other, message in (
-            (f"classifier:{tmp_path}/other", source, "other cannot be read"),
             (f"classifier:{file}", folder, "of digits, whose classes are not those of folder"),
             ("shapes", source, "shapes needs a source that checks images against"),
             ("best", source, "'best' is not known: expected one of shapes, classif")):
