@@ -23,23 +23,16 @@ def main():
     import jax
 
     from ntm_jax import api
-    from ntm_jax.errors import UserError
     from ntm_jax.export import publish
     from ntm_jax.sampling.options import parse_guidance
 
     f = program.FLAGS
     repository = f.push if jax.process_index() == 0 else None
-    if f.private and f.push is None:
-        raise UserError("--private is of an upload, and there is none: give --push=OWNER/NAME")
     if repository is not None:
         publish.check(repository)  # before the work
     program.load_run().export(f.out, f.steps, parse_guidance(f.guidance), f.decoder)
     if repository is not None:
-        try:
-            print(f"pushed: {api.push(f.out, repository, f.private)}", flush=True)
-        except UserError as error:
-            again = f"ntm_jax.push({f.out!r}, {repository!r}{', private=True' * f.private})"
-            raise UserError(f"{error}; {f.out} is complete: {again} uploads it") from None
+        print(f"pushed: {api.push(f.out, repository, f.private)}", flush=True)
 
 
 if __name__ == "__main__":

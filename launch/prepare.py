@@ -12,7 +12,6 @@ compares every shard of finished records with the SHA-256 in their manifest.
 """
 
 import dataclasses
-import sys
 
 from absl import flags
 
@@ -78,12 +77,9 @@ def main():
     given = f.flag_values_dict()
     choices = prepare.Choices(
         **{field.name: given[field.name] for field in dataclasses.fields(prepare.Choices)})
-    try:
-        prepare.prepare(
-            choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id,
-            f.follow_outside)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command resumes")
+    prepare.prepare(
+        choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id,
+        f.follow_outside)
 
 
 if __name__ == "__main__":

@@ -216,10 +216,7 @@ def _join():
 
     names = "coordinator_address", "num_processes", "process_id"
     missing = [name for name in names if FLAGS[name].value is None]
-    if len(missing) in (1, 2):
-        raise UserError(f"--{missing[0]} is missing: give --coordinator_address, --num_processes "
-                        "and --process_id together, or none")
-    if missing and not _on_tpu():
+    if len(missing) == len(names) and not _on_tpu():
         return
     faulthandler.disable()  # absl's; where jax aborts, its pages would bury jax's line
     # Two programs that a CPU runs at once may start in another order in another process. Where

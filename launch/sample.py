@@ -49,9 +49,6 @@ def main():
 
     f = program.FLAGS
     texts = prompts.parse(f.prompts) if f.prompts else None
-    if not texts and (f.per_prompt or f.encoder):
-        raise UserError("--per_prompt and --encoder need prompts, and there are none: give "
-                        "--prompts, or leave them out")
     number = len(texts) * (f.per_prompt or (4 if f.layout else 1)) if texts else None
     if texts and f.num not in (None, number):
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "

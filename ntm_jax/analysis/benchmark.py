@@ -49,21 +49,17 @@ def _untrained(config: Config, batch: int | None = None) -> Setting:
     source, held_out = map(config.data.open, (config.data.split, config.evaluate.split))
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, sharding.make_mesh(config.mesh))
-    return Setting(run, batch or config.sample.num, source, held_out)
+    return Setting(run, batch or max(config.sample.num, 1), source, held_out)
 
 
 def benchmark_run(run: Run, runs: int, batch: int | None = None, only: str = "") -> list[dict]:
     """The rows of SAMPLING for a trained run; arguments as in benchmark."""
-    return _rows(SAMPLING, Setting(run, batch or run.config.sample.num), runs, only)
+    return _rows(SAMPLING, Setting(run, batch or max(run.config.sample.num, 1)), runs, only)
 
 
 def _rows(makers: dict[str, Callable], setting: Setting, runs: int, only: str) -> list[dict]:
-    chosen = {name: make for name, make in makers.items() if only in name}
-    if not setting.batch and chosen.keys() & SAMPLING.keys():
-        raise UserError("config.sample.num is 0, and the sampler's rows draw images: give --batch, "
-                        "or --rows to time others")
     rows = [{"name": name} | measure(case, runs, setting)
-            for name, make in chosen.items() if (case := make(setting))]
+            for name, make in makers.items() if only in name and (case := make(setting))]
     if not rows:
         raise UserError(f"--rows={only} is in no row's name: leave it out to see them all")
     return rows
@@ -92,10 +88,7 @@ def vary(values: dict, choices: str, runs: int) -> list[dict]:
 def varied(values: dict, choices: str) -> Iterator[tuple[str, str, Config]]:
     """(settings=value, value, configuration) for each value; see `vary`. Raises UserError."""
     names, _, texts = choices.partition(":")
-    if not texts.replace(",", ""):
-        raise UserError(f"--vary={choices} has no values: expected SETTING:VALUE,VALUE, such as "
-                        "model.predictor_layers:3,6,12")
-    for text in filter(None, texts.split(",")):
+    for text in texts.split(","):
         changed = copy.deepcopy(values)
         for name in names.split(","):
             _change(changed, name, text)
@@ -107,8 +100,8 @@ def _change(values: dict, name: str, text: str) -> None:
     section, _, key = name.partition(".")
     settings = values.get(section)
     if not isinstance(settings, dict) or key not in settings:
-        raise UserError(f"--vary names {name}, which is no setting of a section: expected one such "
-                        "as model.predictor_layers")
+        raise UserError(f"--vary names {name}, which is no setting of a section: expected "
+                        "SETTING:VALUE,VALUE, such as model.predictor_layers:3,6,12")
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -117,27 +110,13 @@ def _change(values: dict, name: str, text: str) -> None:
 
 
 def growth(rows: list[dict]) -> str:
-    """The text of the rows of `vary`.
-
-    The power is that of the setting's value by which a step's time has grown since the row before.
-    """
-    lines = [("", "ms/step", "power", "GFLOP/s", "limit", "share", "compile s")]
-    for before, row in zip([None, *rows], rows, strict=False):
+    """The text of the rows of `vary`."""
+    lines = [("", "ms/step", "GFLOP/s", "limit", "share", "compile s")]
+    for row in rows:
         rate, limit = (f"{row[key] / 1e9:,.1f}" for key in ("flops_per_second", "limit"))
-        lines.append((row["name"], f"{row['milliseconds']:,.1f}", _power(before, row), rate, limit,
+        lines.append((row["name"], f"{row['milliseconds']:,.1f}", rate, limit,
                       f"{row['share_of_limit']:.1%}", f"{row['compile_seconds']:.1f}"))
     return aligned(lines)
-
-
-def _power(before: dict | None, row: dict) -> str:
-    """log(ratio of times) / log(ratio of values); empty where values are not numbers that grow."""
-    try:
-        grown = float(row["value"]) / float(before["value"]) if before else 1
-    except (ValueError, ZeroDivisionError):
-        return ""
-    if not before or grown <= 0 or grown == 1:
-        return ""
-    return f"{math.log(row['milliseconds'] / before['milliseconds']) / math.log(grown):.2f}"
 
 
 def measure(case: Case, runs: int, setting: Setting) -> dict:
@@ -179,7 +158,7 @@ def copying() -> Callable[[], float]:
 
 
 def table(rows: list[dict]) -> str:
-    """The text of the rows, and the sweeps and round-trip errors of the inverses."""
+    """The text of the rows, and the sweeps of the parallel inverse."""
     heads = ("", "items/s", "lowest", "highest", "GFLOP/s", "limit", "share")
     lines = [aligned([heads, *map(_cells, rows)])]
     for row in rows:
@@ -187,9 +166,6 @@ def table(rows: list[dict]) -> str:
             lines.append(
                 f"mean sweeps of the parallel inverse over {row['tokens']} tokens to {tolerance}, "
                 "clean to noisy: " + ", ".join(f"{v:.1f}" for v in sweeps))
-        if "round_trip_error" in row:
-            lines.append(f"{row['name']}: largest |x - inverse(forward(x))| "
-                         f"{row['round_trip_error']:.1e}")
     return "\n".join(lines)
 
 

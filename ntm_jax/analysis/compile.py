@@ -34,7 +34,7 @@ from etils import epath
 from ntm_jax import files
 from ntm_jax.analysis import benchmark, hlo, report
 from ntm_jax.analysis.hlo.arrays import largest
-from ntm_jax.analysis.memory import advice, bytes_per_chip, out_of_memory
+from ntm_jax.analysis.memory import ADVICE, bytes_per_chip, out_of_memory
 from ntm_jax.analysis.report import Compiled
 from ntm_jax.core.model import full_precision
 from ntm_jax.data import pipeline, sources
@@ -196,7 +196,7 @@ def compile_for(config: Config, topology: str, program: str = "train",
     """The report of a program compiled for a topology, as JSON values; see the module's docstring.
 
     program: a key of PROGRAMS. topology: see chips.find. dump: a folder to write the program's
-    texts to; see write_texts. Raises UserError if the configuration does not fit the topology or
+    texts to. Raises UserError if the configuration does not fit the topology or
     its data.
     """
     found = chips.find(topology, config.mesh.slices)
@@ -220,7 +220,7 @@ def _report(config: Config, topology: chips.Topology, program: str,
         raise UserError(f"config.train.objective={config.train.objective} needs its teacher's "
                         "model, which compilation does not load: compile another objective")
     objectives.checked(config)
-    mesh, source = _mesh(config, topology.devices), open_data(config)
+    mesh, source = sharding.make_mesh(config.mesh, topology.devices), open_data(config)
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, mesh)
     made = PROGRAMS[program](run, source)
@@ -236,7 +236,7 @@ def _report(config: Config, topology: chips.Topology, program: str,
     found |= report.figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
     found["at_roofline"] = report.at_roofline(found, made.examples, spec.tokens, chip)
     if not found["fits"] and program == "train":
-        found["advice"] = advice(config)
+        found["advice"] = ADVICE
     return found
 
 
@@ -258,7 +258,12 @@ def _compile(program: Program, run: Run, topology: chips.Topology,
     total, kernel = flops.of_jaxpr(jaxpr) / mesh.size, _kernel(jaxpr)
     text = compiled.as_text() if compiled else ""
     if dump:
-        write_texts(dump, lowered.as_text(), text)
+        # Not a serialised executable: jax reads one with pickle, and only with the version and the
+        # devices that it was compiled for.
+        epath.Path(dump).mkdir(parents=True, exist_ok=True)
+        files.write(epath.Path(dump) / "program.stablehlo.mlir", lowered.as_text())
+        if compiled:
+            files.write(epath.Path(dump) / "program.hlo.txt", text)
     if compiled:
         m = compiled.memory_analysis()
         work = _work(text, jaxpr, mesh.size, topology.domains)
@@ -312,23 +317,3 @@ def _unseen(jaxpr, devices: int) -> hlo.Work:
                     {"ici": math.nan, "dcn": math.nan})
 
 
-def write_texts(folder: str, lowered: str, compiled: str) -> None:
-    """Writes a program before and after compilation: program.stablehlo.mlir and program.hlo.txt.
-
-    The second is missing where the program does not fit: `compiled` is then empty. A serialised
-    executable is not written: jax reads one with pickle, and only with the version and the devices
-    that it was compiled for.
-    """
-    out = epath.Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    files.write(out / "program.stablehlo.mlir", lowered)
-    if compiled:
-        files.write(out / "program.hlo.txt", compiled)
-
-
-def _mesh(config: Config, devices):
-    try:
-        return sharding.make_mesh(config.mesh, devices)
-    except NotImplementedError:
-        raise UserError("config.mesh does not fit the topology's torus: make each axis a product "
-                        "of the torus's sides") from None

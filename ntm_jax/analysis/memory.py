@@ -6,9 +6,11 @@ import re
 import jax
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime.config import Config
 
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+ADVICE = (  # where a training step does not fit, in the order to try
+    "recompute more (--vary=model.remat:none,dots,narrow,full compares), take a batch in more "
+    "parts (config.train.accumulate), or split the state over more devices (config.mesh.fsdp)")
 _TEMPORARIES = re.compile(
     r"temporaries \(([\d.]+)([BKMGT])\) exceeds available HBM \(([\d.]+)([BKMGT])\)")
 _TOTAL = re.compile(r"Used ([\d.]+)([BKMGT]) of ([\d.]+)([BKMGT]) hbm")
@@ -36,27 +38,14 @@ def out_of_memory(error, arguments: float) -> dict:
     return {"temporaries": used - arguments, "peak": used, "hbm": hbm}
 
 
-def advice(config: Config) -> str:
-    """What to change where a training step does not fit, in the order to try."""
-    policies = ["none", "dots", "narrow", "full"]  # from the least recomputation to the most
-    more = policies[policies.index(config.model.remat) + 1 :]
-    recompute = f"recompute more (--vary=model.remat:{','.join(more)} compares), " if more else ""
-    return (f"{recompute}take a batch in parts (config.train.accumulate="
-            f"{2 * config.train.accumulate}), or split the state over more devices "
-            "(config.mesh.fsdp)")
-
-
 def check_fits(report: dict) -> None:
     """Raises UserError, with advice, if a report's program does not fit."""
     if not report["fits"]:
         memory = report["bytes_per_chip"]
-        several = {"rollout": "config.reward.samples or config.data.batch_size",
-                   "evaluate": "config.evaluate.batch_size"}
-        remedy = report.get("advice", f"make {several.get(report['program'], 'config.sample.num')} "
-                            "smaller, or config.mesh.fsdp larger")
+        remedy = report.get("advice", "make its batch smaller, or config.mesh.fsdp larger")
         raise UserError(f"the {report['program']} program needs {gib(memory['peak'])} a "
-                        f"{report.get('unit', 'chip')} of "
-                        f"{report['topology']}, which has {gib(memory['hbm'])}: {remedy}")
+                        f"{report['unit']} of {report['topology']}, which has "
+                        f"{gib(memory['hbm'])}: {remedy}")
 
 
 def gib(value) -> str:

@@ -106,8 +106,7 @@ def table(report: dict) -> str:
         "note": f"the length of {report['unknown_loops']} loops is unknown; memory and network "
                 "count one iteration, and so do FLOPs unless the trace shows the length: "
                 f"{'; '.join(report['unknown_loop_places'])}" if report["unknown_loops"] else "",
-        "compiled in": f"{report['compile_seconds']:.0f} s, {report['compile_cpu_seconds']:.0f} s "
-                       f"of CPU, {gib(report['host_peak_bytes'])} of this host's memory",
+        "compiled in": f"{report['compile_seconds']:.0f} s",
         "fits": "yes" if report["fits"] else f"no{advice}",
     }
     return "\n".join(f"{name:<14} {value}" for name, value in rows.items() if value)
@@ -115,8 +114,7 @@ def table(report: dict) -> str:
 
 def _program_rows(report: dict) -> dict[str, str]:
     unit = report["unit"]
-    chips = {"core": f"{report['chips']} chips, {report['devices']} cores",
-             "GPU": f"{report['chips']} GPUs"}.get(unit, f"{report['chips']} chips")
+    chips = f"{report['devices']} {unit}s"
     if report["slices"] > 1:
         chips += f" in {report['slices']} {'NVLink domains' if unit == 'GPU' else 'slices'}"
     return {
@@ -159,23 +157,11 @@ def _work_rows(report: dict, unit: str) -> dict[str, str]:
     bound = report["bound_by"]
     return {
         f"FLOPs a {unit}": f"{counted}; as traced {traced}, of the model {model}",
-        "at highest": _highest(report),
         f"sent a {unit}": _sent(report, unit),
         "at its peak": ", ".join(f"{name} {amount(v, 's')}"
                                  for name, v in report["roofline_seconds"].items())
                        + (f": bound by {bound}" if bound else ""),
         "at most": _at_most(report["at_roofline"])}
-
-
-def _highest(report: dict) -> str:
-    """The share of products at precision highest; empty without any."""
-    if not report["highest_flops_per_chip"]:
-        return ""
-    text = f"{report['highest_flops_per_chip'] / report['flops_per_chip']:.0%} of the FLOPs"
-    if report["highest_seconds"] is None:
-        return text
-    compute = report["roofline_seconds"]["compute"]
-    return f"{text}, {report['highest_seconds'] / compute:.0%} of the compute time"
 
 
 def _at_most(bound: dict) -> str:

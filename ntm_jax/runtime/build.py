@@ -50,8 +50,6 @@ def _check_heads(c: ModelConfig) -> None:
         if width % (c.head_size * c.kv_heads):
             raise UserError(f"config.model.{name} = {width} must be a multiple of "
                             f"head_size x kv_heads = {c.head_size} x {c.kv_heads}")
-    if c.head_size % 4:
-        raise UserError(f"config.model.head_size = {c.head_size} must be a multiple of 4")
 
 
 def plain(model):

@@ -99,7 +99,7 @@ def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> N
     longest = max(map(len, names), default=0)
     margin, top = (150 if longest > 14 else 100) if longest else 0, 22 if titles else 0
     size = sheet.shape[1] + margin + gap, sheet.shape[0] + top
-    plot, axes = figure(size[0] / DPI, size[1] / DPI)
+    plot, ((axes,),) = figure(size[0] / DPI, size[1] / DPI)
     plot.set_layout_engine("none")
     axes.set_position((margin / size[0], 0, sheet.shape[1] / size[0], sheet.shape[0] / size[1]))
     axes.set_axis_off()
@@ -199,13 +199,8 @@ def columns_picture(rows: dict[str, np.ndarray], out_png) -> None:
 def metric_points(lines: list[dict], key: str) -> tuple[list, list]:
     """(steps, values) of the metrics' lines that have a finite value under the key."""
     pairs = [(line["step"], line[key]) for line in lines
-             if is_number(line.get("step")) and is_number(line.get(key))]
+             if isinstance(line.get(key), (int, float)) and abs(line[key]) < 1e300]  # not NaN
     return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-def is_number(value) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, (int, float)) and abs(value) < 1e300  # false for NaN
 
 
 def smoothed(values: list) -> list[float]:
@@ -214,15 +209,12 @@ def smoothed(values: list) -> list[float]:
     return [float(np.mean(values[max(0, i - half) : i + half + 1])) for i in range(len(values))]
 
 
-def figure(width: float, height: float, rows: int | None = None,
-           columns: int = 1) -> tuple[Any, Any]:
-    """(figure, axes) of a size in inches: one axes, or an array of axes [rows, columns]."""
+def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """(figure, an array of its axes [rows, columns]) of a size in inches."""
     from matplotlib.figure import Figure
 
     # Not pyplot's, which opens a window system and keeps a global list of figures.
     made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    if rows is None:
-        return made, made.subplots()
     return made, made.subplots(rows, columns, squeeze=False)
 
 

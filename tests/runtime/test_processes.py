@@ -175,13 +175,6 @@ def test_processes_started_differently_all_stop_and_name_the_key(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_flags_of_a_job_that_lack_one_are_refused(tmp_path):
-    done = python("-m", "launch.evaluate", f"--workdir={tmp_path}", "--num_processes=2",
-                  "--process_id=0", check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: --coordinator_address is missing: give ")
-
-
 HOLD = """
 import sys, time
 from ntm_jax.runtime.processes import locked

@@ -9,24 +9,19 @@ specs of OpenXLA (xla/backends/gpu/target_config/specs).
 import contextlib
 import dataclasses
 import importlib
-import importlib.util
 import os
 import re
 from unittest import mock
 
 from jax.experimental import topologies
 
-from ntm_jax.errors import UserError, first_line
 from ntm_jax.runtime.chips.chip import Chip
 
-EXAMPLES = "h100:8x1x8, h200:8x1x8, b200:8x1x8"
-NAME = re.compile(r"(h100|h200|b200):([1-9]\d*)x([1-9]\d*)x([1-9]\d*)")
+NAME = re.compile(r"(h100|h200|b200):([1-9]\d*)x[1-9]\d*x[1-9]\d*")  # and its NVLink domains
 UNITS = 128  # float32 multiply-adds of a multiprocessor in one cycle: at `highest`, without TF32
 CUDNN = (9, 10, 0)  # the version that tracing and the compiler assume
 MEMORY_FRACTION = 0.75  # of a card, which JAX takes at its start
-INSTALL = "pip install -e '.[cuda13-compile]'"
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}  # there is no GPU to time kernels on
-PACKAGES = ("jax_plugins.xla_cuda13", "nvidia.cu13")
 # What all cards have in common.
 SPEC = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -77,8 +72,7 @@ class Card:
     @property
     def chip(self) -> Chip:
         """What a report compares with; hbm is the share of memory that JAX takes."""
-        names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
-        share = next(filter(None, map(os.environ.get, names)), MEMORY_FRACTION)
+        share = os.environ.get("XLA_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
         return Chip(float(share) * self.memory / 2**30, self.flops, self.bandwidth, self.nvlink,
                     50e9, unit="GPU", near="over NVLink", far="over the network",
                     highest=self.cores * UNITS * 2 * self.gigahertz * 1e9, latency=2e-6)
@@ -94,32 +88,11 @@ CARDS = {
 }
 
 
-def domains(topology: str) -> int:
-    """The NVLink domains of a topology."""
-    return int(topology.split(":")[1].split("x")[0])
-
-
 def devices(topology: str) -> list:
-    """The devices of a topology. Raises UserError without the compiler, or if it refuses."""
+    """The devices of a topology. Raises an error of several kinds if the compiler refuses."""
     card, grid = topology.split(":")
-    missing = [package for package in PACKAGES if not _installed(package)]
-    if missing:
-        raise UserError(f"--topology={topology} needs the CUDA compiler, and {missing[0]} is not "
-                        f"installed: {INSTALL}")
-    try:
-        return list(topologies.get_topology_desc(
-            platform="cuda", topology=grid, target_config=CARDS[card].spec).devices)
-    except Exception as error:  # the plugin raises several kinds
-        raise UserError(f"--topology={topology} is refused by the CUDA compiler "
-                        f"({first_line(error)}): expected {EXAMPLES}, and jax-cuda13-plugin of "
-                        "jax's version") from None
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # its parent
-        return False
+    return list(topologies.get_topology_desc(
+        platform="cuda", topology=grid, target_config=CARDS[card].spec).devices)
 
 
 @contextlib.contextmanager

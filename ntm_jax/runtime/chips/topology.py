@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Callable
 
 import jax
 
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 from ntm_jax.runtime.chips import gpu, tpu
 from ntm_jax.runtime.chips.chip import CPU, UNKNOWN_CHIP, Chip
 
-EXAMPLES = f"{tpu.EXAMPLES}, {gpu.EXAMPLES}, cpu:8 or local"
+EXAMPLES = ("v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8x1x8, h200:8x1x8, "
+            "b200:8x1x8, cpu:8 or local")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +57,22 @@ def find(name: str, slices: int = 1) -> Topology:
     simulated = re.fullmatch(r"cpu:([1-9]\d*)", name)
     if simulated:
         return Topology(jax.devices("cpu")[: int(simulated[1])], UNKNOWN_CHIP, slices)
-    if tpu.NAME.fullmatch(name):
-        return Topology(tpu.devices(name, slices), tpu.CHIPS[name.split(":")[0]], slices)
-    if gpu.NAME.fullmatch(name):
-        if slices != gpu.domains(name):
-            raise UserError(f"config.mesh.slices is {slices}: expected {gpu.domains(name)}, the "
-                            f"NVLink domains of --topology={name}")
-        return Topology(gpu.devices(name), gpu.CARDS[name.split(":")[0]].chip, slices,
-                        gpu.cudnn_assumed, gpu.COMPILER_OPTIONS)
-    raise UserError(f"--topology={name} is not known: expected {EXAMPLES}")
+    of_tpus, of_gpus = tpu.NAME.fullmatch(name), gpu.NAME.fullmatch(name)
+    if not of_tpus and not of_gpus:
+        raise UserError(f"--topology={name} is not known: expected {EXAMPLES}")
+    if of_gpus and slices != int(of_gpus[2]):
+        raise UserError(f"config.mesh.slices is {slices}: expected {of_gpus[2]}, the NVLink "
+                        f"domains of --topology={name}")
+    compiler, extra = ("libtpu", "tpu") if of_tpus else ("jax_cuda13_plugin", "cuda13-compile")
+    if importlib.util.find_spec(compiler) is None:
+        raise UserError(f"--topology={name} needs the compiler {compiler}, which is not installed: "
+                        f"pip install -e '.[{extra}]'")
+    try:
+        devices = tpu.devices(name, slices) if of_tpus else gpu.devices(name)
+    except Exception as error:  # compilers raise several kinds
+        raise UserError(f"--topology={name} is refused by {compiler} ({first_line(error)}): "
+                        f"expected {EXAMPLES}, and a compiler of jax's version") from None
+    kind = name.split(":")[0]
+    if of_tpus:
+        return Topology(devices, tpu.CHIPS[kind], slices)
+    return Topology(devices, gpu.CARDS[kind].chip, slices, gpu.cudnn_assumed, gpu.COMPILER_OPTIONS)
