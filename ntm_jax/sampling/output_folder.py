@@ -1,6 +1,7 @@
 """A folder that a program writes batch by batch, so that a stopped call can be resumed."""
 
 import dataclasses
+import time
 from typing import Any, Protocol
 
 import jax
@@ -70,17 +71,20 @@ class OutputFolder:
         return done
 
     def fill(self, asked: dict, num: int, batch: int, title: str, work: Work,
-             params: Any) -> int:
+             params: Any) -> tuple[int, float | None]:
         """Claims the folder and makes what it lacks of items 0..num-1, `batch` at a time.
 
         asked: the call, by flag. title: of the progress. params: the arrays that the items depend
-        on, of which the folder records a checksum. Returns how many items it wrote.
+        on, of which the folder records a checksum.
+
+        Returns how many items it wrote, and how many a second after the first batch, which
+        compiles; None where that was the only one.
         """
         # No process has written yet: one that arrived late would find its own job's files.
         require_same_everywhere({"--out": str(self.folder)} | asked)
         batches = in_batches(num, batch)
         done = self._claim(asked | {"checksum": checksums.digest(params)}, len(batches))
-        made = 0
+        begin, made, first = time.perf_counter(), 0, 0
         for number, index in enumerate(track(batches, title, "batches")):
             if done[number]:
                 continue
@@ -92,9 +96,11 @@ class OutputFolder:
                     path.unlink()
                 raise
             made += len(index)
+            if not first:
+                begin, first = time.perf_counter(), made
         if jax.process_index() == 0 and not self.finished:
             work.gather(self, len(batches))
-        return made
+        return made, (made - first) / (time.perf_counter() - begin) if made > first else None
 
     def part(self, number: int) -> epath.Path:
         """The file of a batch. It is written last and atomically: its presence marks the batch."""

@@ -50,7 +50,7 @@ class SampleRequest:
 
 
 def write_samples(run: Run, out: str, request: SampleRequest) -> None:
-    """Writes images of a run into a folder, and prints how many.
+    """Writes images of a run into a folder, and prints how many and how fast.
 
     PNG files; grid.png; samples.npz, in ADM's layout: arr_0 uint8 [n, H, W, 3], or latents as they
     are, arr_1 labels, prompts' numbers or vectors; with log_prob also log_prob [n] and
@@ -66,13 +66,14 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     work = _Work(run, request)
     asked = work.description()
     output = OutputFolder(epath.Path(files.expanded(out)), "samples.json", "samples.npz")
-    made = output.fill(asked, request.num, request.batch, "sample", work,
-                       (run.params, run.denoiser and run.denoiser.params))
+    made, per_second = output.fill(asked, request.num, request.batch, "sample", work,
+                                   (run.params, run.denoiser and run.denoiser.params))
     if jax.process_index():
         return
     unit = "rows" if run.spec.columns else "images"
+    rate = f", {per_second:.1f} {unit}/s after the first batch" if per_second else ""
     found = f", {request.num - made} of them found there" if made < request.num else ""
-    print(f"{request.num} {unit} in {out}{found}, step {run.step}", flush=True)
+    print(f"{request.num} {unit} in {out}{found}{rate}, step {run.step}", flush=True)
 
 
 class _Work:

@@ -14,10 +14,6 @@ from ntm_jax import files
 from ntm_jax.data import pretrained
 from ntm_jax.errors import UserError, first_line
 
-PROJECT = "ntm_jax"
-IDENTITY = "wandb.json"
-LOGIN = "log in with `wandb login`, or set WANDB_MODE=offline"
-
 
 class WandB:
     """Sends a run's metrics, pictures and settings to a project of Weights & Biases.
@@ -27,14 +23,14 @@ class WandB:
 
     def __init__(self, project: str = ""):
         self._wandb = pretrained.module("wandb", "wandb (the extra [wandb])")
-        self._project = project or PROJECT
+        self._project = project or "ntm_jax"
 
     def open(self, workdir: str, start_step: int, settings: dict) -> None:
         """Begins a run, or continues the one in WORKDIR/wandb.json where training resumes.
 
         Raises UserError where W&B cannot be reached or nobody is logged in.
         """
-        path = epath.Path(workdir) / IDENTITY
+        path = epath.Path(workdir) / "wandb.json"
         identity = uuid.uuid4().hex[:12]
         if start_step and path.exists():
             identity = files.parse_object(path.read_bytes())["id"]
@@ -45,7 +41,8 @@ class WandB:
                 resume="allow", dir=local, settings=self._wandb.Settings(console="off"))
         except self._wandb.Error as error:
             raise UserError(f"--writer=wandb:{self._project} cannot begin "
-                            f"({first_line(error)}): {LOGIN}") from None
+                            f"({first_line(error)}): log in with `wandb login`, or set "
+                            "WANDB_MODE=offline") from None
         files.write_json(path, {"id": identity})
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
@@ -54,7 +51,6 @@ class WandB:
 
     def picture(self, step: int, path) -> None:
         """Sends a picture under its file's name."""
-        path = epath.Path(path)
         if not files.is_remote(path):  # W&B reads local files only
             self._log(step, {path.stem: self._wandb.Image(os.fspath(path))})
 
