@@ -86,7 +86,7 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     workdir, _, _ = run
     ended = (workdir / "evaluation.json").read_bytes()
     done = program("evaluate", f"--workdir={workdir}", f"--step={STEPS}")
-    assert "bound, bits/dim" in done.stdout
+    assert "bits_per_dim.bound" in done.stdout
     assert figures(workdir / f"evaluation-{STEPS}.json") == figures(workdir / "evaluation.json")
     program("evaluate", f"--workdir={workdir}", "--split=train[:20]", "--images=0", "--raw")
     other = figures(workdir / "evaluation-raw-train-to20.json")
