@@ -64,7 +64,10 @@ def encode_captions(
     encoder = text.open_encoder(encoder_name)
     if encoder.at_read:
         if len(captions) <= _MAX_CAPTIONS:
-            _check_all(encoder, sorted(set(captions)))
+            some, cut = sorted(set(captions)), []
+            for start in range(0, len(some), _AT_ONCE):
+                cut += text.encode(encoder, some[start : start + _AT_ONCE])[1]
+            text.warn_of_cut(encoder, some, cut)
         return _EncodedCaptions(records, encoder.tokens, encoder, {}), encoder
     if len(captions) > _MAX_CAPTIONS:
         raise UserError(
@@ -73,13 +76,6 @@ def encode_captions(
         )
     states = _encode_all(encoder_name, tuple(sorted(set(captions))))
     return _EncodedCaptions(records, encoder.tokens, None, states), encoder
-
-
-def _check_all(encoder: text.Encoder, captions: Sequence[str]) -> None:
-    cut = []
-    for start in range(0, len(captions), _AT_ONCE):
-        cut += text.encode(encoder, captions[start : start + _AT_ONCE])[1]
-    text.warn_of_cut(encoder, captions, cut)
 
 
 @functools.cache

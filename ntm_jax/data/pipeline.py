@@ -16,15 +16,8 @@ import grain.experimental
 import numpy as np
 
 from ntm_jax import files, typed
+from ntm_jax.data import transforms
 from ntm_jax.data.sources import Source
-from ntm_jax.data.transforms import (
-    patchify,
-    scale,
-    standardise,
-    unpatchify,
-    unscale,
-    unstandardise,
-)
 from ntm_jax.errors import UserError
 
 # Grain's default keeps 500 elements ready, and here an element is a complete batch.
@@ -84,9 +77,11 @@ class DataSpec:
     def to_tokens(self, values: np.ndarray) -> np.ndarray:
         """Records as users have them, [n, *data_shape] -> tokens [n, N, D] float32."""
         if self.columns:
-            values = standardise(values, self.mean, self.std).reshape(-1, *self.image_shape)
-        x = scale(values, self.pixel_levels) if self.pixel_levels else values.astype(np.float32)
-        return patchify(x, self.patch_size)
+            values = transforms.standardise(values, self.mean, self.std)
+            values = values.reshape(-1, *self.image_shape)
+        levels = self.pixel_levels
+        x = transforms.scale(values, levels) if levels else values.astype(np.float32)
+        return transforms.patchify(x, self.patch_size)
 
     def from_tokens(self, tokens: np.ndarray, own_units: bool = True) -> np.ndarray:
         """Tokens [..., N, D] -> records as users have them, [..., *data_shape].
@@ -94,15 +89,15 @@ class DataSpec:
         Pixels are uint8, latents float32, arrays float64 in their own units, or as the model has
         them, standardised in float32, with own_units=False.
         """
-        values = unpatchify(tokens, self.image_shape, self.patch_size)
+        values = transforms.unpatchify(tokens, self.image_shape, self.patch_size)
         if self.pixel_levels:
-            return unscale(values, self.pixel_levels)
+            return transforms.unscale(values, self.pixel_levels)
         if not self.columns:
             return values
         values = values.reshape(*values.shape[:-3], self.columns)
         if not own_units:
             return values
-        return unstandardise(values, self.mean, self.std)
+        return transforms.unstandardise(values, self.mean, self.std)
 
     @property
     def tokens(self) -> int:
@@ -185,8 +180,9 @@ class _ReadTokens:
         }
 
     def _tokens(self, image: np.ndarray) -> np.ndarray:
-        x = patchify(image, self.patch_size)
-        return scale(x, self.source.pixel_levels) if self.source.pixel_levels else x
+        x = transforms.patchify(image, self.patch_size)
+        levels = self.source.pixel_levels
+        return transforms.scale(x, levels) if levels else x
 
 
 class TrainIterator:
@@ -260,18 +256,16 @@ def train_iterator(
     batch, so a batch may be larger than the source.
 
     Args:
-      batch_size: global, B.
+      batch_size: global, B, a multiple of the processes.
       workers: the number of processes that read records; 0 reads in this process's threads. With
         workers absl flags must be parsed and __main__ guarded, and `source` is pickled to each of
         them.
       process_index, process_count: this process among those that share a batch.
     Raises:
-      UserError: the patch does not divide the image, or the processes do not divide the batch.
-        While iterating: a record cannot be read, with the same message from a thread or a worker
-        process.
+      UserError: the patch does not divide the image. While iterating: a record cannot be read,
+        with the same message from a thread or a worker process.
     """
     spec(source, patch_size)
-    _check_share(batch_size, process_count)
     # The data set is a range of indices, read by the map, because grain's own sources would not
     # give an example its record index.
     indices = grain.MapDataset.range(len(source.records))
@@ -305,14 +299,13 @@ def evaluation_batches(
     every process gets the same number of batches.
 
     Args:
-      batch_size: global, B.
+      batch_size: global, B, a multiple of the processes.
       process_index, process_count: this process among those that share a batch.
       chosen: the indices of the records; all by default.
     Raises:
       UserError: as `train_iterator`, when the first batch is taken.
     """
     spec(source, patch_size)
-    _check_share(batch_size, process_count)
     share = batch_size // process_count
     chosen = range(len(source.records)) if chosen is None else chosen
     shape = -(-len(chosen) // batch_size), process_count, share
@@ -327,12 +320,3 @@ def evaluation_batches(
             yield {**batch, "mask": real}
     finally:
         iterator.close()
-
-
-def _check_share(batch_size: int, process_count: int) -> None:
-    """Raises UserError if the processes do not divide the batch."""
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} must be a positive multiple of the {process_count} processes "
-            "that share it"
-        )

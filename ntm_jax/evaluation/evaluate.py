@@ -47,8 +47,7 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     against: another run, scored on the same records. measure: the objective's own held-out figures;
     see training.objectives.Objective.
 
-    Raises UserError where the split has another shape than the training split, or the figures of
-    the two runs do not compare.
+    Raises UserError where the figures of the two runs do not compare.
     """
     config = run.config
     options = options or EvaluationOptions()
@@ -125,10 +124,6 @@ def _check(run: Run, source: Source, settings: Evaluate, guidance: tuple,
     """Raises UserError where an evaluation cannot be done, or differs between processes."""
     config = run.config
     check_count("trajectories", settings.trajectories)
-    spec = pipeline.spec(source, config.data.patch_size)
-    if spec.image_shape != run.spec.image_shape:
-        raise UserError(f"split {settings.split} of {config.data.source} has images of shape "
-                        f"{spec.image_shape}, not the training split's shape")
     if against:
         _check_comparable(run, against)
     image_scores.check_guidance(run, source, guidance)

@@ -59,10 +59,9 @@ def make_extractor(name: str, source: Source, inception_weights: str | None = No
 
 def pixels(pixel_levels: int) -> Extractor:
     """The extractor of the pixels themselves in [0, 1], d = H W C."""
-    def compute(images):
-        return images.reshape(len(images), -1).astype(np.float32) / (pixel_levels - 1)
-
-    return Extractor("pixels", _digest(f"pixels {pixel_levels}".encode()), True, compute)
+    return Extractor(
+        "pixels", _digest(f"pixels {pixel_levels}".encode()), True,
+        lambda images: images.reshape(len(images), -1).astype(np.float32) / (pixel_levels - 1))
 
 
 def _digest(content: bytes) -> str:

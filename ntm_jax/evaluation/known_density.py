@@ -31,13 +31,12 @@ from ntm_jax.progress import track
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
 
-SIDE = 64  # points a side of a picture of densities
+SIDE = 64  # points a side of the grid on which densities are drawn and integrated
 TRAJECTORIES = 16  # a point
 EVALUATIONS = (1, 2, 4, 8, 16, 64)  # of a flow-matching network, for one log-density
 VARIANTS = (  # of the ODE's solution: its name, whether by Heun, and with exact divergences
     ("Euler, exact divergence", False, True), ("Euler, Hutchinson", False, False),
     ("Heun, exact divergence", True, True))
-MASS_SIDE = 64  # points a side of the grid on which an estimate is integrated
 
 
 def compare_with_true_density(run: Run, source: Source, scored: dict) -> dict:
@@ -236,7 +235,7 @@ def signed_errors(run: Run, source: Source, estimators: list[Estimator]) -> list
 
 def _masses(run: Run, extent: float, estimator: Estimator) -> dict[str, float]:
     """The integrals of exp(estimate) over the square [-extent, extent]^2 at level t_0."""
-    side, step = np.linspace(-extent, extent, MASS_SIDE, retstep=True)
+    side, step = np.linspace(-extent, extent, SIDE, retstep=True)
     x = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2).astype(np.float32)
     shape = len(x), run.model.config.tokens, run.model.config.dim
     batch = {"index": np.arange(len(x), dtype=np.int32), "label": np.zeros(len(x), np.int32)}
@@ -285,4 +284,3 @@ def write_benchmark(result: dict, out: str) -> None:
             error, mass = row["error"], f"{row['mass']:.3f}" if "mass" in row else "-"
             shown = f"{error['mean']:+.4f} ± {error['stderr']:.4f}"
             print(f"{row['evaluations']:>11}  {shown:>33}  {mass:>6}  {row['method']}")
-    print(f"wrote {folder / 'truth.json'} and {folder / 'truth.png'}", flush=True)

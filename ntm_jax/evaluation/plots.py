@@ -30,9 +30,6 @@ def levels_plot(result: dict, out_png) -> None:
         right.bar(np.arange(len(rate)) + (i - 1) * 0.25, values, 0.25, label=name.replace("_", "-"),
                   alpha=0.6)
     right.plot(np.arange(len(rate)), rate, "ko-", label="rate: their sum")
-    if "reconstruction" in terms:
-        right.axhline(-terms["reconstruction"], color="tab:red", linestyle="--",
-                      label="reconstruction")
     right.set_xticks(np.arange(len(rate)), names)
     right.set(title="contributions to the bound on -log p", ylabel="nats per dimension")
     right.axhline(0, color="black", linewidth=0.5)
@@ -55,11 +52,7 @@ def truth_plot(result: dict, out_png) -> None:
                           [e["stderr"] for e in error], fmt="o-", markersize=4, label=method)
     axis.set_xscale("log", base=2)
     axis.set_yscale("symlog", linthresh=0.1)
-    low, high = axis.get_ylim()
-    high = max(high, 0.1)  # the line is always in the picture
-    axis.axhspan(0, high, color="tab:red", alpha=0.07)
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.set_ylim(low, high)
     axis.set(xlabel="network evaluations for one log-density",
              ylabel="estimate less true log-density, nats",
              title=f"{result['source']}: above 0 an estimate is too high")
@@ -80,14 +73,12 @@ def density_picture(true, learned, levels, extent: float, out_png) -> None:
     plot, axes = figure(1.3 * columns + 0.4, 3 * bands, 2 * bands, columns)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
     for place, level in enumerate(np.argsort(-levels)):
         band, column = divmod(place, columns)
         pair = axes[2 * band : 2 * band + 2, column]
         pair[0].set_title(f"t={levels[level]:.2g}")
         brightest = max(np.max(true[level]), np.max(learned[level]))
         for axis, density in zip(pair, (true[level], learned[level]), strict=True):
-            axis.set_frame_on(True)
             axis.imshow(density, cmap="Blues", vmin=0, vmax=brightest, origin="lower",
                         extent=(-extent, extent) * 2)
     for row, axis in enumerate(axes[:, 0]):

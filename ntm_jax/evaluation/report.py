@@ -136,9 +136,7 @@ def table(result: dict, unit: str) -> str:
                 for found in [result.get("features")] if found]
     return "\n".join([
         f"{result['split']} split, {result['count']} records, step {result['step']}", *compared,
-        *(f"  {name:<{width}}  {shown}" for name, shown in rows),
-        "  better if lower: bounds, NLL, errors, distances; if higher: effective sample size, "
-        "accuracy, precision, recall"])
+        *(f"  {name:<{width}}  {shown}" for name, shown in rows)])
 
 
 def _rows(part, name: str, hidden) -> Iterator[tuple[str, str]]:
@@ -225,7 +223,8 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
             known_density.picture(run, source, path.with_name("densities.png"))
     if jax.process_index():
         return
-    files.write_json(path, _with_nulls(result))
+    # JSON lacks numbers that are not finite: null takes their place.
+    files.write_json(path, json.loads(json.dumps(result), parse_constant=lambda _: None))
     plots.levels_plot(result, path.with_suffix(".png"))
     if per_example:
         assert scored is not None, "per_example writes the scores of every record: give them"
@@ -234,11 +233,6 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
     print(summary(result, path) if brief else table(result, shown), flush=True)
     for line in advice(result):
         print(f"note: {line}", flush=True)
-
-
-def _with_nulls(result: dict) -> dict:
-    """The result with null in place of numbers that are not finite, which JSON lacks."""
-    return json.loads(json.dumps(result), parse_constant=lambda _: None)
 
 
 def write_scores(scored: dict, path) -> None:

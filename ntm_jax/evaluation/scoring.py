@@ -7,7 +7,6 @@ transporter in float32. Symbols: B batch, N tokens, D token channels; n images, 
 
 import dataclasses
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -106,42 +105,18 @@ def map_records(run: Run, source: Source, score, progress: bool = False) -> dict
     """Applies score() to all records of a split -> {name: [records, ...]}, ordered by index.
 
     score(part) takes this process's share of a batch and returns global arrays, index and mask
-    among them. A batch that does not fit in memory is taken in parts. Raises UserError where a
-    single record does not fit.
+    among them.
     """
     config, mesh = run.config, run.mesh
-    shards, (number, count) = sharding.batch_shards(mesh), sharding.share(mesh)
     batch_size = padded_batch_size(config, source, mesh)
-    batches = pipeline.evaluation_batches(source, config.data.patch_size, batch_size, number, count)
-    # This process's share of a batch, and the smallest share: one record for each of its shards.
-    least, share = shards // count, batch_size // count
-    kept, total = [], -(-len(source.records) // batch_size)
-    for batch in track(batches, "evaluate", "batches", total, progress):
-        done = 0
-        while done < len(batch["x"]):
-            part = {name: values[done : done + share] for name, values in batch.items()}
-            try:
-                kept.append(sharding.to_host(score(part)))
-                done += share
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                if share == least:
-                    raise UserError("one record a device does not fit in its memory: raise "
-                                    f"config.mesh.fsdp ({error})") from None
-                share = share // least // 2 * least
-                warnings.warn(f"config.evaluate.batch_size = {batch_size} does not fit in memory: "
-                              f"{share * count} at a time", stacklevel=2)
-    return _ordered(kept)
-
-
-def _ordered(parts: list[dict]) -> dict:
-    """The arrays of all parts, sorted by record index, without padding.
-
-    The shares of processes come in any order.
-    """
+    batches = pipeline.evaluation_batches(
+        source, config.data.patch_size, batch_size, *sharding.share(mesh))
+    total = -(-len(source.records) // batch_size)
+    parts = [sharding.to_host(score(batch))
+             for batch in track(batches, "evaluate", "batches", total, progress)]
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    real = table.pop("mask") > 0
+    real = table.pop("mask") > 0  # without padding
+    # The shares of processes come in any order.
     order = np.argsort(table["index"][real])
     return {name: values[real][order] for name, values in table.items()}
 
@@ -185,13 +160,11 @@ class LevelTerms:
 def as_images(run: Run, images) -> np.ndarray:
     """Images [n, H, W, C], or rows [n, D] of an array, as an array.
 
-    Raises UserError for no images, images of another shape, and what is not numbers.
+    Raises UserError for no images and for images of another shape.
     """
     name = "data" if run.spec.columns else "images"
     shape = f"[n, {', '.join(map(str, run.spec.data_shape))}]"
     images = as_array(name, images, f"numbers {shape}")
-    if images.dtype.kind not in "fiu":
-        raise UserError(f"{name} have dtype {images.dtype}: expected numbers {shape}")
     if not images.ndim or images.shape[1:] != run.spec.data_shape:
         raise UserError(f"{name} have shape {images.shape}: expected {shape}")
     check_count("the number of samples", len(images))

@@ -109,10 +109,7 @@ def _training(run: Run) -> str:
     config, denoiser = run.config, run.denoiser
     steps = denoiser.teacher_step if denoiser else run.step
     text = f"{steps:,} steps of {config.data.batch_size} examples, {config.train.objective}"
-    if not denoiser:
-        return text
-    size = sum(a.size for a in jax.tree.leaves(denoiser.params))
-    return f"{text}; then {run.step:,} steps of a denoiser, {size:,} of the parameters"
+    return f"{text}; then {run.step:,} steps of a denoiser" if denoiser else text
 
 
 def _likelihood(run: Run) -> str:
@@ -148,14 +145,10 @@ def _table(result: dict, array: bool) -> str:
         if key in result:
             weighted = result[key]["importance_weighted"]
             kind = f"importance-weighted bound{noised} ({weighted['trajectories']} trajectories)"
-            rows += [(f"bound{noised}, {name}{own}", result[key]["bound"], 1),
-                     (f"{kind}, {name}{own}", weighted, 1)]
-    rows += [(f"trajectory NLL, nats/dim{standardised}", result["trajectory_nll"], 1)]
-    if "class_accuracy" in result:
-        accuracy = result["class_accuracy"]
-        rows.append((f"class accuracy of {accuracy['images']:,} samples, %", accuracy, 100))
+            rows += [(f"bound{noised}, {name}{own}", result[key]["bound"]),
+                     (f"{kind}, {name}{own}", weighted)]
+    rows += [(f"trajectory NLL, nats/dim{standardised}", result["trajectory_nll"])]
     steps = result["provenance"]["config"]["sample"]["steps"]
     head = f"| {result['count']:,} records of split {result['split']}, {steps} steps | |"
-    lines = [f"| {text} | {scale * value['mean']:.4f} ± {scale * value['stderr']:.4f} |"
-             for text, value, scale in rows]
+    lines = [f"| {text} | {value['mean']:.4f} ± {value['stderr']:.4f} |" for text, value in rows]
     return "\n" + "\n".join([head, "|---|---|", *lines]) + "\n"

@@ -1,12 +1,11 @@
 """Uploads exports to the Hugging Face Hub, where hf://OWNER/NAME loads them; see hub.py."""
 
 import importlib.metadata
-import pathlib
 import re
 
 from ntm_jax.errors import UserError, shown
 from ntm_jax.export import hub
-from ntm_jax.export.read import FILES, REMEDY, read_export_info
+from ntm_jax.export.read import FILES, read_export_info
 
 VERSION = importlib.metadata.version("ntm_jax")
 
@@ -28,14 +27,11 @@ def push(folder: str, repository: str, private: bool = False) -> str:
     """Uploads an export's own files in one commit; returns its address, hf://OWNER/NAME@COMMIT.
 
     Creates the repository if needed; private: as a private one. Other files in the folder stay
-    there. Raises UserError if a file of the export is missing, if the repository exists and is
-    public in spite of `private`, or for what the Hub refuses.
+    there. Raises UserError if the repository exists and is public in spite of `private`, or for
+    what the Hub refuses.
     """
     check(repository)
     about = read_export_info(folder)
-    missing = [name for name in FILES if not (pathlib.Path(folder) / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} has no {missing[0]}: {REMEDY}")
     library = hub.library()
     api = library.HfApi(library_name="ntm_jax", library_version=VERSION)
     with hub.mistakes(f"an upload to {repository}"):
@@ -45,9 +41,10 @@ def push(folder: str, repository: str, private: bool = False) -> str:
         raise UserError(f"{repository} exists and is public, and a private repository is asked "
                         "for: make it private on its page, or give another name; nothing was "
                         "uploaded")
-    operations = [library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=f"{folder}/{name}")
-                  for name in FILES]
     with hub.mistakes(f"an upload to {repository}"):
+        operations = [
+            library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=f"{folder}/{name}")
+            for name in FILES]
         done = api.create_commit(repository, operations, commit_message=(
             f"Export of step {about.step}, ntm_jax {VERSION}"))
     return f"{hub.PREFIX}{repository}@{done.oid}"

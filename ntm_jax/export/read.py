@@ -16,7 +16,6 @@ from ntm_jax import files, typed
 from ntm_jax.data.pipeline import spec_from_json
 from ntm_jax.errors import UserError, first_line
 from ntm_jax.export import hub
-from ntm_jax.registry import NotRegistered
 from ntm_jax.runtime import build, checksums
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
@@ -59,11 +58,8 @@ def read_export_info(folder) -> ExportInfo:
         raise UserError(f"{path} is of format {values.get('format')}, and this version of ntm_jax "
                         f"reads {FORMAT}: expected the folder that launch.export wrote")
     names = {field.name for field in dataclasses.fields(ExportInfo)}
-    try:
-        return typed.parse_dataclass(
-            ExportInfo, {key: values[key] for key in values if key in names}, CONFIG)
-    except UserError as error:
-        raise UserError(f"{path} cannot be used ({error}): {REMEDY}") from None
+    return typed.parse_dataclass(
+        ExportInfo, {key: values[key] for key in values if key in names}, str(path))
 
 
 def read_parameters(folder, about: ExportInfo, abstract, skip: str | None = None) -> dict:
@@ -126,20 +122,14 @@ def _load_export(folder: str, step: int | None, raw: bool) -> Run:
     if raw and about.parameters != "raw":
         raise UserError(f"{folder} is an export of the moving average of the parameters, and --raw "
                         "asks for the raw ones: leave --raw out, or give the workdir of the run")
-    try:
-        spec = spec_from_json(about.spec)
-        config, denoiser_config = _exported_configs(about)
-        run = untrained(config, spec, run_mesh(config.mesh), folder)
-        abstract = build.abstract_params(run.model, run.mesh)
-        if denoiser_config:
-            own = untrained(denoiser_config, spec, run_mesh(denoiser_config.mesh))
-            # abstract_params returns one dict to all callers, which must not change.
-            abstract = abstract | {
-                DENOISER: build.abstract_params(own.model, own.mesh)["params"]}
-    except NotRegistered:
-        raise  # the file is whole, and the line names the remedy
-    except UserError as error:
-        raise UserError(f"{folder}/{CONFIG} cannot be used ({error}): {REMEDY}") from None
+    spec = spec_from_json(about.spec)
+    config, denoiser_config = _exported_configs(about)
+    run = untrained(config, spec, run_mesh(config.mesh), folder)
+    abstract = build.abstract_params(run.model, run.mesh)
+    if denoiser_config:
+        own = untrained(denoiser_config, spec, run_mesh(denoiser_config.mesh))
+        # abstract_params returns one dict to all callers, which must not change.
+        abstract = abstract | {DENOISER: build.abstract_params(own.model, own.mesh)["params"]}
     params, denoiser = read_parameters(folder, about, abstract), None
     if denoiser_config:
         denoiser = Denoiser(own.model, {"params": params.pop(DENOISER)}, denoiser_config,

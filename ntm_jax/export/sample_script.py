@@ -23,9 +23,6 @@ BATCH = 100  # the number of images made at a time
 def main(arguments: list[str]) -> None:
     about = json.loads((FOLDER / "config.json").read_text())
     spec, kind = about["spec"], about["config"]["model"]["condition"]
-    if len(arguments) > 3:
-        refuse(f"{len(arguments)} arguments are given: expected at most three, "
-               "python sample.py [NUMBER [SEED [CLASSES or CONDITION]]]")
     number = integer("NUMBER", arguments[0], 1, 1_000_000) if arguments else 16
     seed = integer("SEED", arguments[1], 0, 2**32 - 1) if arguments[1:] else about["config"]["seed"]
     choose = conditions(kind, spec, arguments[2] if arguments[2:] else None)

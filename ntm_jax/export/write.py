@@ -211,14 +211,10 @@ def _write(folder, contents: dict) -> None:
         for name, content in contents.items():
             files.write(part / name, content)
         part.rename(folder)
-    except BaseException as error:
+    except BaseException:
         if part.exists():
             part.rmtree()
-        if not isinstance(error, OSError):
-            raise
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): give a new "
-                        "folder as --out, where you may write and the disk has space "
-                        "left") from None
+        raise
 
 
 def _described(arguments: dict) -> dict:

@@ -211,17 +211,6 @@ def test_evaluation_reads_chosen_records(digits):
     assert [batch["mask"].tolist() for batch in parts[1]] == [[1], [0]]
 
 
-def test_processes_share_a_batch_evenly(digits):
-    for open_one in (
-        lambda: train_iterator(digits, 2, 10, 0, 0, 0, 4),
-        lambda: next(evaluation_batches(digits, 2, 10, 0, 4)),
-    ):
-        with pytest.raises(
-            UserError, match="batch_size=10 must be a positive multiple of the 4 processes"
-        ):
-            open_one()
-
-
 def test_worker_processes_continue_a_state_and_end_with_a_records_own_error(tmp_path, train):
     random = np.random.default_rng(0)
     images = [{"image": random.integers(256, size=(4, 4, 1), dtype=np.uint8)} for _ in range(20)]

@@ -97,9 +97,3 @@ def test_runs_of_other_data_are_not_compared(run):
     with pytest.raises(UserError, match=r"has data\.source = mnist_5k, and this run has digits: "
                                         "their figures do not compare"):
         evaluate.evaluate(run, against=elsewhere)
-
-
-def test_a_split_of_other_images_is_refused(run):
-    with pytest.raises(UserError, match=r"has images of shape \(4, 4, 1\), not the training "
-                                        "split's shape"):
-        evaluate.evaluate(configured(run, **{"data.image_size": 4}))

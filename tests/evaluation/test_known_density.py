@@ -77,7 +77,7 @@ def test_signed_errors_of_a_flow_map_and_of_its_ode(flow, monkeypatch):
     """The map is exact in one step; one step of Euler is not."""
     source = dataclasses.replace(flow.config.data.open("test[:50]"), log_density=log_normal)
     monkeypatch.setattr(known_density, "EVALUATIONS", (1, 16))
-    monkeypatch.setattr(known_density, "MASS_SIDE", 31)
+    monkeypatch.setattr(known_density, "SIDE", 31)
     mapped = known_density.flow_map_estimates(flow)
     euler = known_density.solutions(flow)[0]
     one, many = known_density.signed_errors(flow, source, mapped[:2])

@@ -2,11 +2,8 @@
 
 import dataclasses
 
-import jax
 import numpy as np
-import pytest
 
-from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.evaluation.report import CONTRIBUTIONS
 
@@ -50,25 +47,3 @@ def test_one_trajectory_is_the_first_of_many_and_makes_both_bounds_equal(run, so
     one = scoring.score_records(run, source, 1)
     np.testing.assert_allclose(one["importance_weighted"], scores["weighted"][:, 0], rtol=1e-5)
     np.testing.assert_allclose(one["bound"], one["importance_weighted"], rtol=1e-6)
-
-
-def test_a_batch_beyond_the_memory_is_taken_in_parts(run, source, scores, monkeypatch):
-    score_batch, tried = scoring.score_batch, []
-
-    def limited(run, batch, *rest):
-        tried.append(len(batch["x"]))
-        if tried[-1] > most:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte.")
-        return score_batch(run, batch, *rest)
-
-    monkeypatch.setattr(scoring, "score_batch", limited)
-    most = 7
-    with pytest.warns(UserWarning, match="does not fit in memory: 7 at a time"):
-        found = scoring.score_records(in_batches(run, 14), source, 3)
-    assert tried == [14, 7, 7, 7, 7]
-    for name, values in scores.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-5, atol=1e-3, err_msg=name)
-    most = 0
-    with (pytest.warns(UserWarning, match="does not fit"),
-          pytest.raises(UserError, match="one record a device does not fit in its memory: raise")):
-        scoring.score_records(run, source, 3)

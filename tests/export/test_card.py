@@ -12,7 +12,6 @@ from ntm_jax.export.write import PLATFORMS
 FIGURE = {"mean": 2.0, "stderr": 0.5}
 EVALUATION = {
     "step": 4, "split": "test", "count": 297, "trajectory_nll": FIGURE,
-    "class_accuracy": {"mean": 0.9, "stderr": 0.01, "images": 20},
     "bits_per_dim": {"bound": FIGURE, "importance_weighted": FIGURE | {"trajectories": 32}},
     "nats_per_dim": {},
     "provenance": {"parameters": "ema", "config": {"sample": {"steps": 2}}}}
@@ -63,7 +62,6 @@ def test_the_card_has_the_figures_of_the_same_step_and_parameters(run, tmp_path)
     text = card.markdown(run, 1234, PLATFORMS)
     assert "| 297 records of split test, 2 steps | |" in text
     assert "| importance-weighted bound (32 trajectories), bits/dim | 2.0000 ± 0.5000 |" in text
-    assert "| class accuracy of 20 samples, % | 90.0000 ± 1.0000 |" in text
     raw = dataclasses.replace(run, raw=True)
     for other in (dataclasses.replace(run, step=6), raw):
         assert "bits/dim" not in card.markdown(other, 1234, PLATFORMS)

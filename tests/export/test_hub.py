@@ -129,10 +129,6 @@ def test_a_private_repository_stays_private(server, exported):
 def test_what_cannot_be_pushed_is_refused(server, exported, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is no repository on the Hub: expected OWNER/NAME"):
         publish.check("digits")
-    copy = copy_of(exported, tmp_path)
-    (copy / "sampler.bin").unlink()
-    with pytest.raises(UserError, match=r"copy has no sampler\.bin"):
-        ntm_jax.push(str(copy), "me/digits")
     error = huggingface_hub.errors.LocalTokenNotFoundError("no token")
     with mock.patch.object(huggingface_hub.HfApi, "whoami", side_effect=error), pytest.raises(
             UserError, match=r"LocalTokenNotFoundError: .* log in with `hf auth login`"):

@@ -47,7 +47,7 @@ def test_an_export_of_e7b899a_is_read(run, exported, tmp_path):
 @pytest.mark.parametrize(("change", "message"), [
     (lambda about: {"model_type": "llama"}, "is of format None, and this version of ntm_jax reads"),
     (lambda about: about | {"format": 2}, "is of format 2, and this version of ntm_jax reads 1"),
-    (lambda about: {"format": 1, "step": 4}, "cannot be used (config.json")])
+    (lambda about: {"format": 1, "step": 4}, "config.json.parameters is missing")])
 def test_another_config_is_refused(exported, tmp_path, change, message):
     copy = copy_of(exported, tmp_path)
     edit_config(copy, change)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from ntm_jax.data import regular
+from ntm_jax.data import images
 from ntm_jax.data.prepare.captioned import Input, Item, caption_of, make_input
 from ntm_jax.errors import UserError, first_line, shown
 from ntm_jax.files import is_remote, parse_object
@@ -134,4 +134,4 @@ def _rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
 
 
 def _read_file(root: str, item: Item):
-    return regular.read(epath.Path(root) / item.image), item.caption, item.label
+    return images.read(epath.Path(root) / item.image), item.caption, item.label

@@ -9,7 +9,7 @@ import glob
 import os
 import tarfile
 
-from ntm_jax.data import regular
+from ntm_jax.data import images
 from ntm_jax.data.prepare.captioned import Input, Item, caption_of, make_input
 from ntm_jax.errors import UserError, first_line
 from ntm_jax.files import parse_object
@@ -76,7 +76,7 @@ def _read_member(item: Item):
     if item.image is None:
         raise FileNotFoundError
     path, offset, size = item.image
-    regular.check_size(size)
+    images.check_size(size)
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size), item.caption, item.label

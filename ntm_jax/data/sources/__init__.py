@@ -5,7 +5,6 @@ No jax is imported: grain's worker processes run this.
 
 from ntm_jax.data.sources.arrays import from_arrays, provide
 from ntm_jax.data.sources.source import (
-    SOURCES,
     ArrayRecords,
     Source,
     SplitError,
@@ -17,7 +16,6 @@ from ntm_jax.data.sources.source import (
 )
 
 __all__ = [
-    "SOURCES",
     "ArrayRecords",
     "Source",
     "SplitError",

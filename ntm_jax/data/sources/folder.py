@@ -29,7 +29,7 @@ from etils import epath
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data import images, regular, text
+from ntm_jax.data import images, text
 from ntm_jax.data.prepare import from_folder
 from ntm_jax.data.sources.source import Source, check_split, permuted_splits
 from ntm_jax.errors import UserError, few
@@ -70,7 +70,7 @@ class _Files:
     def _image(self, file: str) -> np.ndarray:
         path = self.root / file
         try:
-            image = _decode(path)
+            image = images.decode(images.read(path))
         except Exception as error:  # PIL raises a dozen kinds on a damaged file
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"image {path} cannot be decoded ({reason}): remove it") from error
@@ -255,11 +255,6 @@ def _count(names: Collection[str], total: int, what: str) -> str:
     return f"{len(names)} of {total} {what}: {few(sorted(names), 3)}" if names else ""
 
 
-def _decode(path: epath.Path) -> np.ndarray:
-    """The image in a regular file, as `images.decode` returns it."""
-    return images.decode(regular.read(path))
-
-
 # Scanning: every file is decoded once, and a manifest keeps what was found.
 
 
@@ -278,7 +273,8 @@ def _scan(root: epath.Path, files: Sequence[str]) -> tuple[dict[str, list[int]],
             found = cached.get(file, [])
             if found[:2] == [stat.length, stat.mtime]:
                 return found
-            return [stat.length, stat.mtime, *_decode(root / file).shape]
+            shape = images.decode(images.read(root / file)).shape
+            return [stat.length, stat.mtime, *shape]
         except Exception:  # PIL raises a dozen kinds on a damaged file
             return None
 

@@ -68,12 +68,10 @@ def open_mock(where: str, split: str) -> Source:
     check_split(name, split, _SPLITS)
     given = _mock_options(where)
     (pixel_levels,), (classes,), (count,) = given["levels"], given["classes"], given["count"]
-    height, width, channels = given["shape"]
-    tokens, text_width = given["text"]
-    shape, text = (height, width, channels), (tokens, text_width)
+    shape, (tokens, text_width) = given["shape"], given["text"]
     count = 1000 if split == "test" else count
     return Source(
-        _RandomRecords(_SPLITS.index(split), count, shape, pixel_levels, classes, text),
+        _RandomRecords(_SPLITS.index(split), count, shape, pixel_levels, classes, given["text"]),
         shape,
         pixel_levels=pixel_levels,
         num_classes=classes,
@@ -83,7 +81,7 @@ def open_mock(where: str, split: str) -> Source:
     )
 
 
-def _mock_options(where: str) -> dict[str, tuple[int, ...]]:
+def _mock_options(where: str) -> dict[str, Any]:
     """The numbers of each option and of "shape" in the text after `mock:`."""
     number = "([1-9][0-9]{0,8})"
     syntax = {
@@ -93,7 +91,7 @@ def _mock_options(where: str) -> dict[str, tuple[int, ...]]:
         "count": number,
         "text": f"{number}x{number}",
     }
-    given = {"count": (10_000,), "levels": (0,), "classes": (0,), "text": (0, 0)}
+    given: dict[str, Any] = {"count": (10_000,), "levels": (0,), "classes": (0,), "text": (0, 0)}
     for option in f"shape={where}".split(","):
         key, _, value = option.partition("=")
         match = re.fullmatch(syntax.get(key, "(?!)"), value)

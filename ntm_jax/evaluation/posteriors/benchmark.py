@@ -13,7 +13,6 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.data.sources.sbi import references, source, tasks
-from ntm_jax.errors import UserError
 from ntm_jax.evaluation.posteriors import plots, scores
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
@@ -77,9 +76,6 @@ def _observation(run: Run, task: str, reference: references.Reference, amounts: 
     log_joint = functools.partial(simulator.log_joint, reference.x)
     found = _weighted(run, log_joint, reference.x, amounts)
     in_prior = np.isfinite(simulator.log_prior(found.samples))
-    if in_prior.sum() < scores.FOLDS:
-        raise UserError(f"{in_prior.sum()} of {len(in_prior)} samples lie in the prior's support: "
-                        "train the run for longer")
     # Fewer copies than of `resampled`, which has as many samples as were weighted.
     drawn = systematic(found.weights, m, np.random.default_rng(run.config.seed))
     before, after = found.samples[in_prior][:m], found.samples[drawn]
@@ -153,5 +149,3 @@ def write_benchmark(result: dict, drawn: plots.Drawn, out, step: int | None = No
     print(f"{checks['simulations']} fresh simulations, p-values: {min(p_values):.3g}, the smallest "
           f"of the ranks of {len(p_values)} parameters (wrong below 0.01 / {len(p_values)}); "
           f"{checks['coverage']['p_value']:.3g} of the coverage (wrong below 0.01)")
-    print(f"wrote {folder / f'sbi{end}.json'}, posteriors{end}.png and calibration{end}.png",
-          flush=True)

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from ntm_jax.data import pipeline
+from ntm_jax.data import images, pipeline
 from ntm_jax.data.sources import folder, open_source
 from ntm_jax.errors import UserError
 from tests.data.sources.common import labels, save, values
@@ -65,8 +65,8 @@ def test_folder_without_sub_folders_has_no_labels(tmp_path):
 
 def test_a_scanned_folder_is_decoded_once(tmp_path, monkeypatch):
     decoded = []
-    decode = folder._decode
-    monkeypatch.setattr(folder, "_decode", lambda path: decoded.append(path.name) or decode(path))
+    read = images.read
+    monkeypatch.setattr(images, "read", lambda path: decoded.append(path.name) or read(path))
     root = tmp_path / "images"
     manifest = root / ".ntm_manifest.json"
 

@@ -148,7 +148,7 @@ text.register("parity", Parity)
 @pytest.fixture
 def registered(tmp_path, monkeypatch):
     """Imports a user's module, which registers the source squares and the encoder parity."""
-    for table in (sources.SOURCES, text.ENCODERS):
+    for table in (sources.source.SOURCES, text.ENCODERS):
         monkeypatch.setattr(table, "_entries", dict(table._entries))
     (tmp_path / "users_module.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
