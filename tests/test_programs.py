@@ -93,10 +93,8 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     assert other["split"] == "train[:20]"
     assert "class_accuracy" not in other
     judge = f"{workdir}/checkpoints/{STEPS}"
-    done = program("evaluate", f"--workdir={workdir}", "--images=8", "--features=none",
-                   "--candidates=2", f"--judge={judge}", "--enough=2.5")
-    assert ("samples: the first with 2.5 nats, or best, of 2 candidates by the likelihood of "
-            f"{workdir}, step") in done.stdout
+    program("evaluate", f"--workdir={workdir}", "--images=8", "--features=none",
+            "--candidates=2", f"--judge={judge}", "--enough=2.5")
     scored = figures(workdir / "evaluation-2candidates.json")["class_accuracy"]
     assert (scored["images"], scored["candidates"]) == (8, 2)
     assert scored["judge"] == {"workdir": str(workdir), "step": STEPS}
