@@ -31,6 +31,8 @@ def of_flags(error) -> str:
     if "Failed loading config file" in text:
         return (f"{_config_flag()} cannot be read: expected an experiment file, such as "
                 "--config=experiments/digits.py")
+    if isinstance(error, SyntaxError):
+        return f"{_config_flag()} is not a Python file: {text}"
     if "Traceback" in text:  # an exception that get_config() raised
         return f"{_config_flag()}: {text.strip().splitlines()[-1].partition(': ')[2]}"
     unknown = re.match(r"""'(\w+)'\s*(?:Did you mean "(\w+)")?""", text)
@@ -39,6 +41,9 @@ def of_flags(error) -> str:
         wrong = rf"--?(no)?config\..*\b{unknown[1]}\b"
         full = next((a for a in sys.argv if re.match(wrong, a)), unknown[1])
         return f"{full} is not a setting of the experiment: there is no {unknown[1]}{meant}"
+    added = re.match(r'Key "(\w+)" does not exist .*?(Did you mean "\w+"|$)', text, re.S)
+    if added:  # by get_config() itself
+        return f"{_config_flag()} sets {added[1]}, which is not a setting. {added[2]}"
     missing = re.findall(r"--(\w+)=None: Flag", text)
     if missing:
         usage = (sys.modules["__main__"].__doc__ or "").partition("python -m ")[2].split("\n")[0]
