@@ -174,7 +174,8 @@ def write_products(topology: str, out: str) -> None:
         mesh = sharding.make_mesh(settings.mesh, chosen.devices)
         source = settings.data.open(settings.evaluate.split)
         run = untrained(settings, pipeline.spec(source, settings.data.patch_size), mesh)
-        sampler = compile.sample_program(run, source)
+        with chosen.tracing():
+            sampler = compile.sample_program(run, source)
         home = sharding.batch_sharding(mesh)
         batch = {name: jax.ShapeDtypeStruct((4, *a.shape[1:]), a.dtype, sharding=home)
                  for name, a in batch_of(source, settings, 4).items()}

@@ -36,7 +36,11 @@ BACKBONES: Registry[Backbone] = Registry("config.model.backbone", {
     "transformer": Backbone(_transformer),
     "flow_map": "ntm_jax.backbones.flow_map:BACKBONE",
     "flux2": "ntm_jax.backbones.flux2:BACKBONE"})
-register = BACKBONES.register
+
+
+def register(name: str, backbone: Backbone) -> None:
+    """Adds a backbone for config.model.backbone=name. Raises UserError if the name is taken."""
+    BACKBONES.register(name, backbone)
 
 
 def find(name: str) -> Backbone:
