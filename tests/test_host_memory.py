@@ -13,7 +13,7 @@ import resource
 import threading
 import numpy as np
 from ntm_jax import host_memory
-print(host_memory.keep_freed())
+host_memory.keep_freed()
 def fill():
     array = np.empty(5 * 2**26)
     array[:2**23] = 1
@@ -31,20 +31,42 @@ thread.join()
 """
 
 
-def pages(keep: str) -> tuple[str, int]:
-    """(what keep_freed returned, the number of pages) with NTM_JAX_KEEP_MEMORY=keep."""
+# Frees every other one of many arrays, after which a long compilation ends. Prints how many new
+# arrays take the place of a freed one, and whether the others are as before.
+FRAGMENTS = """
+import jax
+import numpy as np
+from ntm_jax import host_memory
+host_memory.keep_freed()
+arrays = [np.full(12500 + 250 * i, i) for i in range(400)]
+freed = {array.ctypes.data for array in arrays[::2]}
+del arrays[::2]
+jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 2.0)
+new = [np.empty(12500 + 250 * i) for i in range(0, 400, 2)]
+print(len(freed & {array.ctypes.data for array in new}))
+print(all((array == 2 * i + 1).all() for i, array in enumerate(arrays)))
+"""
+
+on_glibc = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(os, "confstr_names")
+    or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
+
+
+def printed(program: str, keep: str) -> list[str]:
+    """What a program prints with NTM_JAX_KEEP_MEMORY=keep."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "NTM_JAX_KEEP_MEMORY": keep}
-    printed = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True,
-                             capture_output=True, text=True).stdout.split()
-    return printed[0], int(printed[1])
+    return subprocess.run([sys.executable, "-c", program], env=environment, check=True,
+                          capture_output=True, text=True).stdout.split()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "confstr_names")
-                    or "CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
+@on_glibc
 def test_freed_memory_is_kept():
-    kept, few = pages("1")
-    returned, many = pages("0")
-    assert (kept, returned) == ("True", "False")
     # 64 MiB are 32 huge pages or 16,384 small ones.
-    assert few < 16
-    assert many >= 8 * 32
+    assert int(printed(PROGRAM, "1")[0]) < 16
+    assert int(printed(PROGRAM, "0")[0]) >= 8 * 32
+
+
+@on_glibc
+def test_the_fragments_of_a_compilation_are_not_used_again():
+    reused, intact = printed(FRAGMENTS, "1")
+    assert (int(reused), intact) == (0, "True")
