@@ -1,7 +1,6 @@
 """Programs compiled for TPUs and GPUs that are not there."""
 
 import json
-import os
 
 import pytest
 
@@ -9,39 +8,31 @@ from tests.common import needs_compiler, python
 
 pytestmark = pytest.mark.slow
 
-DEVICES = {  # package, devices, chips, unit, GiB, kind of attention
-    "v5e:2x2": ("libtpu", 4, 4, "chip", 15.75, "splash"),
-    "tpu7x:2x2x1": ("libtpu", 8, 4, "core", 94.74, "splash"),
-    "h100:1x1x2": ("jax_plugins.xla_cuda13", 2, 2, "GPU", 59.33, "cudnn"),
-}
 
-
-@pytest.mark.parametrize("topology", DEVICES)
-def test_compiles_for_absent_devices(tmp_path, topology):
-    package, devices, number, unit, memory, kernel = DEVICES[topology]
-    needs_compiler(package)
+def test_compiles_for_absent_tpus(tmp_path):
+    """Of a TPU7x each chip is two devices. H100s are in test_by_hand.py."""
+    needs_compiler("libtpu")
     out = tmp_path / "report.json"
     done = python(
         "-m", "launch.compile", "--config=experiments/imagenet256.py:runlocal",
-        f"--topology={topology}", "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2",
+        "--topology=tpu7x:2x2x1", "--config.model.dtype=bfloat16", "--config.mesh.fsdp=2",
         "--config.model.scan", f"--json={out}",  # of two layers, so that trips are counted
         JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
     found = json.loads(out.read_text())
-    assert (found["devices"], found["chips"], found["unit"]) == (devices, number, unit)
-    assert found["attention"] == kernel
+    assert (found["devices"], found["chips"], found["unit"]) == (8, 4, "core")
+    assert found["attention"] == "splash"
     assert found["fits"]
     assert not found["unknown_loops"]
-    assert found["bytes_per_chip"]["hbm"] == pytest.approx(memory * 2**30, rel=1e-4)
+    assert found["bytes_per_chip"]["hbm"] == pytest.approx(94.74 * 2**30, rel=1e-4)
     assert found["flops_per_chip"] == pytest.approx(found["flops_traced_per_chip"], rel=0.1)
     assert found["collective_bytes_per_chip"]["all-gather"] > 0
     assert found["bound_by"] in ("compute", "memory", "network")
     assert "fits           yes" in done.stdout
-    assert os.path.getsize(out)
 
 
 @pytest.mark.parametrize(("topology", "package"), [
-    ("cpu:4", "jaxlib"), ("v5p:2x2x1", "libtpu"), ("h100:1x1x4", "jax_plugins.xla_cuda13")])
-def test_only_a_cpus_program_has_arithmetic_for_cpus(tmp_path, topology, package):
+    ("v5p:2x2x1", "libtpu"), ("h100:1x1x4", "jax_plugins.xla_cuda13")])
+def test_a_program_for_accelerators_has_no_arithmetic_for_cpus(tmp_path, topology, package):
     needs_compiler(package)
     small = {"mesh.fsdp": 4, "model.scan": False, "model.predictor_layers": 2,
              "model.transporter_blocks": 1, "model.width": 256, "model.transporter_width": 256,
@@ -51,5 +42,4 @@ def test_only_a_cpus_program_has_arithmetic_for_cpus(tmp_path, topology, package
            *(f"--config.{key}={value}" for key, value in small.items()), f"--dump={tmp_path}",
            JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
     text = (tmp_path / "program.hlo.txt").read_text()
-    assert ("cpu_arithmetic" in text) == topology.startswith("cpu")
-
+    assert "attention" in text and "cpu_arithmetic" not in text

@@ -80,7 +80,8 @@ def test_what_h100s_compute_and_send_is_arithmetic(tmp_path):
            f"--config.mesh.slices={nodes}", "--config.mesh.fsdp=8", f"--json={out}",
            JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
     found, size = json.loads(out.read_text()), 2 * parameters(**sizes)
-    assert found["fits"]
+    assert (found["unit"], found["attention"], found["fits"]) == ("GPU", "cudnn", True)
+    assert found["bytes_per_chip"]["hbm"] == pytest.approx(59.33 * 2**30, rel=1e-4)
     assert not found["unknown_loops"]
     state_bytes = 16 * parameters(**sizes) / 8
     assert found["bytes_per_chip"]["arguments"] == pytest.approx(state_bytes, rel=0.02)
