@@ -5,7 +5,6 @@ They run on a tiny network with random weights.
 
 import dataclasses
 import functools
-import json
 import re
 import shlex
 
@@ -23,7 +22,7 @@ from ntm_jax.runtime import config, sharding
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.training import finetune, reference_model, state
 from tests.backbones.common import original, random_diffusers
-from tests.common import ROOT, bits, experiment, logged, python, write_photos, write_run
+from tests.common import ROOT, bits, experiment, logged, python, write_photos
 
 MOCK = "mock:4x4x16,text=8x16"
 SHORT = {"trajectory.steps": (2,), "sample.steps": 2}
@@ -133,31 +132,3 @@ def test_the_pages_commands_go_from_a_checkpoint_to_an_export(tmp_path):
     fresh = finetune.start_from(run, current).params["params"]["backbone"]
     kept = reference_model.reference_params(run, current, new=False)
     assert bits(kept["params"]) == bits(fresh)
-
-
-REWARD = """
-from ntm_jax.training.reward import rewards
-
-
-def small(argument, source):
-    return lambda latents, captions: -(latents**2).mean((1, 2, 3))
-
-
-rewards.register("my_reward", small)
-"""
-
-
-@pytest.mark.slow
-def test_post_training_is_rehearsed(tmp_path):
-    (tmp_path / "own.py").write_text(REWARD)
-    base, folder = write_run(tmp_path / "base", settings(**SHORT)), tmp_path / "run"
-    python("-m", "launch.train", "--config=flux2_klein:runlocal-reward", "--import=own", *FLAGS,
-           f"--config.init_from={base}", f"--workdir={folder}", "--config.sample.decoder=inverse",
-           cwd=tmp_path)
-    steps = [line for line in logged(folder) if "kl" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    assert steps[0]["kl"] == pytest.approx(0, abs=1e-3)  # of the model that it starts from
-    assert all(line["reward"] < 0 < line["diversity"] for line in steps)
-    found = json.loads((folder / "evaluation.json").read_text())
-    assert found["reward"]["mean"] < 0 < found["kl"]["mean"]
-    assert {"reward_before", "diversity_before"} <= set(found["measures"])

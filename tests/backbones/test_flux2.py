@@ -22,8 +22,6 @@ from tests.common import python
 # float32 sums in another order, through four layers, of values and gradients up to about 10
 ATOL = 2e-5
 NARROW = dataclasses.replace(TINY, scan=True, remat="narrow")
-# 12 image and 4 text tokens: they divide over two devices
-SHARDED = dataclasses.replace(TINY, grid=(3, 4))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -73,57 +71,37 @@ def test_an_empty_mask_is_no_text_at_all():
     assert np.abs(velocity - loss(NARROW, weights(), x, t, text)[0][1][0]).max() > 0.1
 
 
-SHAPES = ((1, 1, 1, 1), (1, 2, 2, 2))
-
-
 def main(path, out):
-    """Reads a checkpoint onto each mesh and computes values and gradients there.
+    """Reads a checkpoint onto 8 devices, and writes the parameters and the shapes of their shards.
 
-    Writes them to OUT.npz, and the shapes of the parameters' shards to OUT.json.
+    To OUT.npz and OUT.json.
     """
-    arrays, shards = {}, {}
-    boxed = jax.eval_shape(flux2.Flux2(SHARDED).init, jax.random.key(0),
-                           *inputs(SHARDED, 1))["params"]
-    for shape in SHAPES:
-        mesh = sharding.make_mesh(config.Mesh(1, *shape), jax.devices()[: np.prod(shape)])
-        homes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                             nn.unbox(boxed), sharding.shardings(boxed, mesh))
-        params = flux2_weights.read(path, homes)
-        x, t, text = inputs(SHARDED, 4)
-        batch = sharding.place(
-            (x, t, text._replace(mask=np.arange(4) < np.array([[4], [2], [3], [0]]))), mesh)
-        with sharding.use(mesh):
-            found = loss(SHARDED, params, *batch)
-        for at, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "found": found}):
-            path_of_leaf = jax.tree_util.keystr(at, simple=True, separator="/")
-            name = f"{'x'.join(map(str, shape))}/{path_of_leaf}"
-            arrays[name] = np.asarray(leaf)
-            shards[name] = [leaf.shape, leaf.addressable_shards[0].data.shape]
-    np.savez(f"{out}.npz", **arrays)
+    boxed = jax.eval_shape(flux2.Flux2(TINY).init, jax.random.key(0), *inputs(TINY, 1))["params"]
+    mesh = sharding.make_mesh(config.Mesh(1, 1, 2, 2, 2))
+    homes = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                         nn.unbox(boxed), sharding.shardings(boxed, mesh))
+    leaves = {jax.tree_util.keystr(at, simple=True, separator="/"): leaf for at, leaf in
+              jax.tree_util.tree_leaves_with_path(flux2_weights.read(path, homes))}
+    np.savez(f"{out}.npz", **{name: np.asarray(leaf) for name, leaf in leaves.items()})
     with open(f"{out}.json", "w") as file:
-        json.dump(shards, file)
+        json.dump({name: [leaf.shape, leaf.addressable_shards[0].data.shape]
+                   for name, leaf in leaves.items()}, file)
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_no_number(tmp_path):
-    """Parameters read onto 8 simulated devices give the same numbers there as on one."""
+def test_a_checkpoint_is_read_onto_a_mesh(tmp_path):
+    """That a step is the same there is in tests/runtime/test_sharding.py."""
     path, out = str(tmp_path / "tiny.safetensors"), str(tmp_path / "out")
-    safetensors.numpy.save_file(original(random_diffusers(SHARDED)), path)
+    safetensors.numpy.save_file(original(random_diffusers(TINY)), path)
     python(__file__, path, out, devices=8)
-    arrays = np.load(f"{out}.npz")
-    with open(f"{out}.json") as file:
-        shards = json.load(file)
-    one = {name.removeprefix("1x1x1x1/"): arrays[name]
-           for name in arrays if name.startswith("1x1x1x1/")}
-    assert np.abs(one["found/0/1/0"]).max() > 0.3
-    for shape in SHAPES[1:]:
-        name = "x".join(map(str, shape))
-        for key, value in one.items():
-            exact = key.startswith("params")
-            np.testing.assert_allclose(arrays[f"{name}/{key}"], value, atol=0 if exact else ATOL,
-                                       rtol=0 if exact else 1e-5, err_msg=key)
-        assert shards[f"{name}/params/double/text_query/kernel"] == [[2, 32, 32], [2, 16, 16]]
-        assert shards[f"{name}/params/single/mlp_down/kernel"] == [[2, 96, 32], [2, 48, 16]]
+    one = flux2_weights.read(path, abstract())
+    found, shards = np.load(f"{out}.npz"), json.loads((tmp_path / "out.json").read_text())
+    assert len(found) == len(jax.tree.leaves(one))
+    for at, leaf in jax.tree_util.tree_leaves_with_path(one):
+        name = jax.tree_util.keystr(at, simple=True, separator="/")
+        np.testing.assert_array_equal(found[name], leaf)
+    assert shards["double/text_query/kernel"] == [[2, 32, 32], [2, 16, 16]]
+    assert shards["single/mlp_down/kernel"] == [[2, 96, 32], [2, 48, 16]]
 
 
 if __name__ == "__main__":
