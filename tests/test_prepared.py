@@ -86,6 +86,7 @@ def test_text_to_image_from_photographs_to_photographs(prepared):
     train(prepared, f"--config.data.text={WORDS}")
     spec = json.loads((prepared / "run" / "config.json").read_text())["spec"]
     layout = read_manifest(f"{prepared}/records")[0]
+    assert "bits_per_dim" not in json.loads((prepared / "run" / "evaluation.json").read_text())
     assert (spec["text"], spec["text_tokens"], spec["text_width"]) == (WORDS, 8, 16)
     assert (tuple(spec["mean"]), tuple(spec["std"])) == (layout.mean, layout.std)
     run, autoencoder = ntm_jax.load(f"{prepared}/run"), f"{prepared}/autoencoder"

@@ -189,21 +189,3 @@ def test_a_reader_that_goes_away_ends_a_program_quietly():
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(60) == 141
-
-
-@pytest.mark.slow
-def test_an_experiment_of_latents_runs_from_start_to_end(tmp_path):
-    few = ["--config.train.steps=2", "--config.evaluate.trajectories=2",
-           "--config.evaluate.split=test[:16]", "--config.sample.num=4",
-           "--config.trajectory.steps=(2,)", "--config.sample.steps=2",
-           "--config.train.log_every=1", "--config.sample.decoder=inverse",
-           *(f"--config.{key}={TINY[key]}" for key in TINY if key.startswith("model."))]
-    program("train", "--config=experiments/imagenet256.py:runlocal",
-            f"--workdir={tmp_path}/run", *few)
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"samples.png", "trajectories.png", "loss.png", "evaluation.json",
-            "evaluation.png"} <= names
-    assert "densities.png" not in names  # of planar data alone
-    assert "bits_per_dim" not in json.loads((tmp_path / "run/evaluation.json").read_text())
-    refused = program("evaluate", f"--workdir={tmp_path}/run", "--unit=bits", check=False)
-    assert_refused(refused, "take nats/dim, a bound on the density of the data")

@@ -1,7 +1,6 @@
-"""Post-training takes the same steps on one device as on 8 of two processes, and resumes there."""
+"""Post-training takes the same steps on one device as on 8 of two processes."""
 
 import json
-import shutil
 
 import pytest
 
@@ -30,9 +29,6 @@ def test_the_steps_are_the_same_on_any_mesh(tmp_path):
     base = write_run(tmp_path / "base", tiny_config(**values))
     one, evaluation = trained(tmp_path / "one", base, 1, 1, {})
     assert_same((one, evaluation), trained(tmp_path / "eight", base, 2, 4, MESH))
-    for step in ("4", "6"):  # the rows of step 2's samples have another order on one device
-        shutil.rmtree(tmp_path / "eight" / "checkpoints" / step)
-    assert_same((one, evaluation), trained(tmp_path / "eight", base, 1, 1, {}))
     assert max(line["kl"] for line in one if "kl" in line) > 1e-3
 
 
