@@ -32,13 +32,13 @@ def keep_freed() -> None:
         jax.monitoring.register_event_duration_secs_listener(functools.partial(_retire, libc))
 
 
-def _retire(libc: ctypes.CDLL, event: str, seconds: float, **_) -> None:
+def _retire(libc: ctypes.CDLL, event: str, duration_secs: float, **_) -> None:
     """Takes the fragments that a long compilation leaves out of the pool, and frees their pages.
 
     They are hundreds of MiB. Temporaries that lie scattered in them make a step on two cores a
     quarter slower.
     """
-    if event.endswith("backend_compile_duration") and seconds > 1:
+    if event.endswith("backend_compile_duration") and duration_secs > 1:
         libc.malloc.restype, block, row = ctypes.c_void_p, 0, 0
         while row < 128:  # blocks of 32 KiB one after another; malloc takes small fragments first
             last, block = block, libc.malloc(2**15 - 16)
