@@ -72,14 +72,17 @@ def test_the_state_and_the_models_flops_are_those_of_its_layers(planned):
 def test_what_h100s_compute_and_send_is_arithmetic(tmp_path):
     """Nodes of 8 GPUs gather the weights twice and scatter their gradients, all in bfloat16.
 
-    Between nodes each GPU reduces its own eighth of the gradients.
+    Between nodes each GPU reduces its own eighth of the gradients. Nothing is a CPU's arithmetic.
     """
     needs_compiler("jax_plugins.xla_cuda13")
-    out, sizes, nodes = tmp_path / "report.json", SIZES["imagenet256"], 8
+    sizes, nodes = SIZES["imagenet256"] | {"predictor": 2}, 8
     python("-m", "launch.compile", "--config=imagenet256", f"--topology=h100:{nodes}x1x8",
-           f"--config.mesh.slices={nodes}", "--config.mesh.fsdp=8", f"--json={out}",
+           f"--config.mesh.slices={nodes}", "--config.mesh.fsdp=8",
+           "--config.model.predictor_layers=2", "--config.model.scan=False",
+           f"--json={tmp_path}/report.json", f"--dump={tmp_path}",
            JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
-    found, size = json.loads(out.read_text()), 2 * parameters(**sizes)
+    assert "cpu_arithmetic" not in (tmp_path / "program.hlo.txt").read_text()
+    found, size = json.loads((tmp_path / "report.json").read_text()), 2 * parameters(**sizes)
     assert (found["unit"], found["attention"], found["fits"]) == ("GPU", "cudnn", True)
     assert found["bytes_per_chip"]["hbm"] == pytest.approx(59.33 * 2**30, rel=1e-4)
     assert not found["unknown_loops"]
@@ -87,6 +90,7 @@ def test_what_h100s_compute_and_send_is_arithmetic(tmp_path):
     assert found["bytes_per_chip"]["arguments"] == pytest.approx(state_bytes, rel=0.02)
     work = step_flops(**sizes) / found["devices"]
     assert found["model_flops_per_chip"] == pytest.approx(work, rel=0.02)
-    assert found["slice_network_bytes_per_chip"] == pytest.approx(3 * size * 7 / 8, rel=0.02)
+    # Small parameters, of which the formula knows nothing, are a larger share of two layers.
+    assert found["slice_network_bytes_per_chip"] == pytest.approx(3 * size * 7 / 8, rel=0.03)
     between = 2 * size / 8 * (nodes - 1) / nodes
-    assert found["data_centre_bytes_per_chip"] == pytest.approx(between, rel=0.02)
+    assert found["data_centre_bytes_per_chip"] == pytest.approx(between, rel=0.06)
