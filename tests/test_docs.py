@@ -58,11 +58,11 @@ def cells(path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder of the built site; its notebooks are not executed."""
+    """The folder of the built site; its notebooks are not executed, and its theme is plain."""
     out = tmp_path_factory.mktemp("site")
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", out / "doctrees",
-         "docs", out / "html"],
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-D", "html_theme=basic",
+         "-d", out / "doctrees", "docs", out / "html"],
         cwd=ROOT, env=environment(NTM_JAX_NOTEBOOKS="off"), capture_output=True, text=True,
         check=False)
     assert done.returncode == 0, done.stderr

@@ -66,8 +66,9 @@ def program(wheel, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(program):
     """The folder of a tiny run of the experiment `digits`, found by its name."""
-    overrides = [f"--config.{key}={value}" for key, value in (TINY | {"train.steps": 2}).items()]
-    program("train", "--config=digits", "--workdir=run", *overrides)
+    settings = TINY | {"train.steps": 2, "evaluate.trajectories": 1}
+    program("train", "--config=digits", "--workdir=run",
+            *(f"--config.{key}={value}" for key, value in settings.items()))
     return program.folder / "run"
 
 

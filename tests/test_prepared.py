@@ -1,9 +1,7 @@
-"""From captioned photographs to generated ones.
+"""From captioned photographs to latents in records, and from samples of a model of them back.
 
-The photographs become records, on which the text-to-image experiment's variant runlocal trains.
+That a run trains on such records is in test_flux2.py.
 """
-
-import json
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from ntm_jax.data.prepare import Choices, captioned, inputs, prepare
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
 from ntm_jax.sampling.write import SampleRequest
-from tests.common import python, write_photos
+from tests.common import tiny_config, write_photos, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # diffusers' deprecations
 WORDS = "words:8:a red blue circle"
@@ -40,17 +38,6 @@ def prepared(tmp_path_factory):
         latents=f"flux2:{folder}/autoencoder")
     prepare(choices, f"{folder}/records", workers=1)
     return folder
-
-
-def train(folder, *arguments, **options):
-    return python(
-        "-m", "launch.train", "--config=experiments/t2i256.py:runlocal",
-        f"--config.data.source=records:{folder}/records", f"--workdir={folder}/run",
-        "--config.model.width=32", "--config.model.transporter_width=32", "--config.train.steps=2",
-        "--config.evaluate.trajectories=1", "--config.sample.decoder=inverse",
-        "--config.model.transporter_blocks=1", "--config.model.predictor_layers=1",
-        "--config.trajectory.steps=(2,)", "--config.sample.steps=2", *arguments,
-        **options)
 
 
 def test_latents_have_mean_0_and_variance_1_over_the_training_records(prepared):
@@ -82,14 +69,15 @@ def test_records_are_the_autoencoders_latents(prepared):
     assert record["text"].argmax(1)[1] == ["a", "red", "blue"].index(colour)
 
 
-def test_text_to_image_from_photographs_to_photographs(prepared):
-    train(prepared, f"--config.data.text={WORDS}")
-    spec = json.loads((prepared / "run" / "config.json").read_text())["spec"]
-    layout = read_manifest(f"{prepared}/records")[0]
-    assert "bits_per_dim" not in json.loads((prepared / "run" / "evaluation.json").read_text())
-    assert (spec["text"], spec["text_tokens"], spec["text_width"]) == (WORDS, 8, 16)
-    assert (tuple(spec["mean"]), tuple(spec["std"])) == (layout.mean, layout.std)
-    run, autoencoder = ntm_jax.load(f"{prepared}/run"), f"{prepared}/autoencoder"
+def test_samples_are_photographs_again(prepared):
+    settings = tiny_config(**{
+        "data.source": f"records:{prepared}/records", "data.text": WORDS, "data.patch_size": 1,
+        "model.condition": "text"})
+    run = ntm_jax.load(str(write_run(prepared / "run", settings)))
+    layout, autoencoder = read_manifest(f"{prepared}/records")[0], f"{prepared}/autoencoder"
+    assert (run.spec.text, run.spec.text_tokens, run.spec.text_width) == (WORDS, 8, 16)
+    assert (run.spec.mean, run.spec.std) == (layout.mean, layout.std)
+    assert "bits_per_dim" not in run.evaluate()
     run.write_samples(f"{prepared}/images", SampleRequest(3, autoencoder=autoencoder))
     run.write_samples(f"{prepared}/raw", SampleRequest(3))
     images, raw = (np.load(prepared / name / "samples.npz")["arr_0"] for name in ("images", "raw"))

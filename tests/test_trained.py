@@ -19,15 +19,15 @@ def test_inverse_of_trained_weights(tmp_path, monkeypatch):
         "data.image_size": 16, "data.patch_size": 1, "data.batch_size": 3,
         "model.positions": "rotary", "model.transporter_blocks": 2, "train.steps": 20,
         "optimizer.learning_rate": 4e-3, "train.save_every": 20,
-        "trajectory.steps": (4,), "sample.steps": 4})
+        "trajectory.steps": (2,), "sample.steps": 2})
     loop.train(config, str(tmp_path), progress=False)
     run = ntm_jax.load(str(tmp_path), raw=True)
     assert run.model.config.tokens == 256
 
     batch = batch_of(config.data.open(config.data.split), config, 3)
-    t, noise = run.schedule.fixed_levels(4, 3), jax.random.normal(jax.random.key(0), (3, 5, 256, 1))
-    xs = trajectory.simulate(batch["x"], t, noise)[:, :4].reshape(12, 256, 1)
-    arguments = t[:, :4].reshape(-1), jnp.full(12, 4), jnp.repeat(batch["label"], 4)
+    t, noise = run.schedule.fixed_levels(2, 3), jax.random.normal(jax.random.key(0), (3, 3, 256, 1))
+    xs = trajectory.simulate(batch["x"], t, noise)[:, :2].reshape(6, 256, 1)
+    arguments = t[:, :2].reshape(-1), jnp.full(6, 2), jnp.repeat(batch["label"], 2)
     us, _ = run.model.apply(run.params, xs, *arguments, method=NTM.transport)
     assert float(jnp.max(jnp.abs(us - xs))) > 0.1  # the transporter has learned something
     errors = {}

@@ -52,15 +52,19 @@ def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The workdir of a finished run of one process with one device."""
+    """The workdir of a finished run of one process with one device.
+
+    On more devices the programs that read it split its parameters over them.
+    """
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    assert loop.train(tiny_config(**SETTINGS), str(workdir), progress=False)
+    settings = SETTINGS | {"mesh.data": 1, "mesh.fsdp": -1}
+    assert loop.train(tiny_config(**settings), str(workdir), progress=False)
     return workdir
 
 
 @pytest.mark.slow
 def test_an_interrupted_job_goes_on_with_other_devices(alone, tmp_path):
-    """Two processes with 4 devices, then two with 8, train as one with one device does.
+    """Two processes with 4 devices, then two with 8 of another mesh, train as one device does.
 
     Ctrl-C in the second stops both at one step, and one process with one device reads what they
     saved.
@@ -75,7 +79,8 @@ def test_an_interrupted_job_goes_on_with_other_devices(alone, tmp_path):
     assert said, ends
     assert int(said[1]) < SETTINGS["train.steps"]
     assert (workdir / "checkpoints" / said[1]).exists()
-    ends = Job(workdir, 2, devices=4).end()
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    ends = Job(workdir, 2, devices=4, settings=(mesh,)).end()
     assert [status for status, *_ in ends] == [0, 0], ends
     one, several = losses(alone), losses(workdir)
     assert list(one) == list(several) == list(range(1, 13))
@@ -116,8 +121,9 @@ def test_evaluation_is_the_same_on_more_devices_and_processes(alone):
 
 @pytest.mark.slow
 def test_two_processes_sample_as_one_does(alone, tmp_path):
-    ntm_jax.load(str(alone)).write_samples(f"{tmp_path}/1", SampleRequest(6))
-    ends = Job(alone, 2, program="sample", flags=[f"--out={tmp_path}/2", "--num=6"]).end()
+    run, flags = ntm_jax.load(str(alone)), [f"--out={tmp_path}/2", "--num=6", "--candidates=2"]
+    run.selecting(2).write_samples(f"{tmp_path}/1", SampleRequest(6))
+    ends = Job(alone, 2, program="sample", flags=flags).end()
     assert [status for status, *_ in ends] == [0, 0], ends
     images = [np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in "12"]
     assert images[0].shape == (6, 8, 8, 3)
@@ -158,13 +164,25 @@ def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path):
     assert max(losses(workdir)) == step  # the step that lacked a part was not logged
 
 
+WAIT = """
+import time
+from launch import program
+program.define_processes()
+program.run(lambda: (print("joined", flush=True), time.sleep(120)))
+"""
+
+
 @pytest.mark.slow
-def test_a_dead_process_ends_the_others(tmp_path):
-    job = Job(tmp_path / "run", 2, settings=({"train.steps": 100000},))
-    job.read_until(r"step 6/")
-    job.processes[1].kill()
-    (status, *_), _ = job.end(timeout=60)
-    assert status in (1, -signal.SIGABRT)
+def test_a_dead_process_ends_the_others():
+    port = free_port()
+    processes = [start(["-c", WAIT, f"--coordinator_address=localhost:{port}", "--num_processes=2",
+                        f"--process_id={i}", "--heartbeat_timeout=10"]) for i in range(2)]
+    for process in processes:
+        assert process.stdout.readline() == "joined\n"
+    processes[1].kill()
+    assert processes[0].wait(60) == -signal.SIGABRT
+    for process in processes:
+        process.communicate()
 
 
 def test_processes_started_differently_all_stop_and_name_the_key(tmp_path):

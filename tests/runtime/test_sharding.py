@@ -1,6 +1,8 @@
-"""The same numbers on every mesh of 8 simulated devices: the shipped step, scores and sampler."""
+"""The shipped step has the same numbers on every mesh of 8 simulated devices.
 
-import dataclasses
+That scores and samples have them is in test_processes.py.
+"""
+
 import hashlib
 import json
 import re
@@ -13,10 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, config, sharding
-from ntm_jax.sampling import generate
-from ntm_jax.sampling.selection import selecting
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step
 from tests.common import (
@@ -46,27 +45,20 @@ NETWORKS = {  # the experiment, and what makes it tiny
 
 
 def main(out, *cases):
-    """Writes what the shipped functions compute in each case, NETWORK/MESH[/scores].
+    """Writes what the shipped step computes in each case, NETWORK/MESH.
 
-    Arrays as OUT.npz, {network/mesh/number of the step/metric: value}, and scores and images; facts
-    of the state as OUT.json.
+    Metrics as OUT.npz, {network/mesh/number of the step/metric: value}; facts of the state as
+    OUT.json.
     """
     arrays, facts = {}, {}
     for case in cases:
-        network, mesh, *scores = case.split("/")
+        network, mesh = case.split("/")
         run, source = tiny_run(network, mesh)
         current = state.initialize(run)
         begun = hashlib.sha256(repr(bits(current)).encode()).hexdigest()
         homes = jax.tree.map(lambda a: a.sharding, current.params)
         random = jax.device_put(randomised(current.params), homes)
-        if scores:
-            run = dataclasses.replace(run, params=random)
-            table = scoring.score_records(run, source, 2)
-            arrays |= {f"{mesh}/scores/{key}": value for key, value in table.items()}
-            arrays[f"{mesh}/images"] = generate.sample_at(selecting(run, 2), np.arange(5))
-            continue
-        current = current.replace(
-            params=random, ema=jax.device_put(randomised(current.params), homes))
+        current = current.replace(params=random)
         found, where = take_steps(run, source, current, 3 if network == "digits" else 1)
         arrays |= {f"{network}/{mesh}/{key}": value for key, value in found.items()}
         facts[mesh] = {"begun": begun, "where": where}
@@ -127,8 +119,8 @@ def steps(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    """What slow tests compute: other meshes and networks, scores and images."""
-    cases = [f"digits/{SEQUENCE}", f"digits/{ONE}/scores", f"digits/{SHARDED}/scores",
+    """What the slow test computes: another mesh and other networks."""
+    cases = [f"digits/{SEQUENCE}",
              *(f"{network}/{mesh}" for network in ("text", "flux2") for mesh in (ONE, OTHER))]
     return computed(tmp_path_factory.mktemp("more"), *cases)
 
@@ -157,27 +149,6 @@ def test_a_step_is_the_same_on_other_meshes_and_of_other_networks(steps, more):
     assert same_steps(arrays, steps[0], "digits", SEQUENCE, RELATIVE) == 3 * 7
     assert same_steps(arrays, arrays, "text", OTHER, 3 * RELATIVE) == 7
     assert same_steps(arrays, arrays, "flux2", OTHER, 3 * RELATIVE) == 8
-
-
-@pytest.mark.slow
-def test_scores_are_the_same_on_8_devices(more):
-    arrays, _ = more
-    prefix = f"{SHARDED}/scores/"
-    names = [key.removeprefix(prefix) for key in arrays if key.startswith(prefix)]
-    assert {"index", "bound", "importance_weighted", "nll"} <= set(names)
-    for name in names:
-        np.testing.assert_allclose(arrays[prefix + name], arrays[f"{ONE}/scores/{name}"],
-                                   rtol=3e-5, atol=1e-3, err_msg=name)
-    np.testing.assert_array_equal(arrays[prefix + "index"], np.arange(20))
-
-
-@pytest.mark.slow
-def test_images_are_the_same_on_8_devices(more):
-    arrays, _ = more
-    one, many = (arrays[f"{mesh}/images"].astype(int) for mesh in (ONE, SHARDED))
-    assert one.shape == (5, 8, 8, 1)
-    assert np.abs(one - many).max() <= 1  # rounding may fall on the other side
-    assert (one != many).mean() < 0.02
 
 
 def test_parameters_moments_and_ema_stay_sharded(steps):

@@ -62,16 +62,6 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, monkeypatch):
     assert bits(first.params) != bits(first.ema)
 
 
-@pytest.mark.slow
-def test_the_asked_steps_are_traced(tmp_path, capsys):
-    loop.train(tiny_config(), tmp_path, until=3, profile=(1, 5))  # the run ends before step 5
-    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
-    planes = jax.profiler.ProfileData.from_serialized_xspace(trace.read_bytes()).planes
-    events = [event.name for plane in planes for line in plane.lines for event in line.events]
-    assert any("step" in name for name in events)
-    assert "xprof --logdir=" in capsys.readouterr().out
-
-
 def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw", lambda *_: [])  # tests/test_programs.py draws them
     settings = tiny_config(**{"train.steps": 2})
@@ -105,18 +95,25 @@ def test_settings_that_cannot_work_are_refused_and_nothing_written(overrides, me
 
 
 @pytest.mark.slow
-def test_a_step_without_enough_memory_is_refused_and_leaves_the_folder_free(tmp_path, monkeypatch):
+def test_a_step_without_enough_memory_is_refused_and_leaves_the_folder_free(
+        tmp_path, monkeypatch, capsys):
+    """Another command takes the folder, saves by time, and traces the steps that it is asked to."""
     with monkeypatch.context() as patched:
         free = iter((2**40, 1000))  # for the state, and then for the step
         patched.setattr(state, "free_bytes", lambda mesh: next(free))
         with pytest.raises(UserError, match=r"a step needs about .* and 0\.0 GiB are free"):
             loop.train(tiny_config(), str(tmp_path), progress=False)
     assert state.free_bytes(sharding.make_mesh(tiny_config().mesh)) > 2**20
-    # Another command may take the folder, and saves by time.
-    settings = {"trajectory.t_min": 0.031, "train.save_every": 100, "train.save_minutes": 1e-9}
-    assert loop.train(tiny_config(**settings), str(tmp_path), progress=False, until=3) is None
+    settings = tiny_config(**{
+        "trajectory.t_min": 0.031, "train.save_every": 100, "train.save_minutes": 1e-9})
+    loop.train(settings, str(tmp_path), until=3, profile=(1, 5))  # it ends before step 5
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1, 2, 3]
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_serialized_xspace(trace.read_bytes()).planes
+    events = [event.name for plane in planes for line in plane.lines for event in line.events]
+    assert any("step" in name for name in events)
+    assert "xprof --logdir=" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -132,8 +129,6 @@ def test_a_run_that_diverges_stops_and_leaves_its_last_checkpoint(tmp_path):
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(last.params))
     # What the message advises.
     lower = tiny_config(**{"train.save_every": 1})
-    with pytest.raises(UserError, match=r"step 3: .* is not a finite number"):
-        loop.train(lower, tmp_path, progress=False)
     shutil.rmtree(tmp_path / "checkpoints" / "2")
     assert loop.train(lower, tmp_path, progress=False, until=4) is None
     assert saved(lower, tmp_path)[0] == 4

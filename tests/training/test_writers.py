@@ -1,6 +1,5 @@
-"""The writers of metrics: Weights & Biases offline, and one of a user's own, from its page."""
+"""The writers of metrics: Weights & Biases offline. One of a user's own is in test_doors.py."""
 
-import re
 import sys
 import types
 
@@ -11,10 +10,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.training import loop
 from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.writers.wandb import WandB
-from tests.common import ROOT, TINY, python, tiny_config
-
-PAGE = (ROOT / "docs/howto/track.md").read_text()
-[EXAMPLE] = re.findall(r"```python\n# my_writer\.py\n(.*?)```", PAGE, re.S)
+from tests.common import tiny_config
 
 
 def test_writers_are_found_before_a_run_begins(tmp_path, monkeypatch):
@@ -25,18 +21,6 @@ def test_writers_are_found_before_a_run_begins(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             loop.train(tiny_config(), str(tmp_path / "run"), progress=False, writers=[name])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_a_writer_from_outside_the_package_gets_a_runs_metrics(tmp_path):
-    (tmp_path / "my_writer.py").write_text(EXAMPLE)
-    smaller = TINY | {"train.steps": 2, "model.transporter_blocks": 0, "evaluate.trajectories": 1}
-    settings = [f"--config.{key}={value}" for key, value in smaller.items()]
-    python("-m", "launch.train", "--config=digits", *settings, "--import=my_writer",
-           "--writer=table:losses", f"--workdir={tmp_path}/run", cwd=tmp_path)
-    rows = [row.split(",") for row in (tmp_path / "run/losses.csv").read_text().splitlines()]
-    assert [row[0] for row in rows if row[1] == "loss"] == ["1", "2"]
-    assert any(row[1] == "picture" for row in rows)
 
 
 class FakeRun:
