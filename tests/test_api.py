@@ -10,7 +10,7 @@ from ntm_jax import api
 from tests.common import ROOT, TINY
 
 LINES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[0]
-SHRUNK = TINY | {"train.steps": 2, "evaluate.split": "test"}
+SHRUNK = TINY | {"train.steps": 2, "evaluate.split": "test", "model.transporter_blocks": 0}
 
 
 def images_and_labels(n: int = 60):

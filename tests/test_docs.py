@@ -28,7 +28,7 @@ DOORS = {  # by module
 
 
 FEW = {"train.steps": 8, "evaluate.trajectories": 2, "evaluate.split": "test[:20]",
-       "model.transporter_blocks": 1, "model.predictor_layers": 1, "model.width": 16,
+       "model.transporter_blocks": 0, "model.predictor_layers": 1, "model.width": 16,
        "model.head_size": 8, "model.kv_heads": 2, "model.transporter_width": 16}
 
 

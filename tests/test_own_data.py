@@ -15,7 +15,7 @@ QUICK = [f"--config.{setting}" for setting in (
     "train.steps=20", "train.evaluate_every=20", "train.save_every=10", "model.width=32",
     "model.kv_heads=1", "model.transporter_width=32", "model.predictor_layers=1",
     "model.transporter_layers=1", "data.image_size=16", "evaluate.trajectories=1",
-    "evaluate.images=100", "sample.num=100", "sample.decoder=inverse", "model.transporter_blocks=1",
+    "evaluate.images=100", "sample.num=100", "sample.decoder=inverse", "model.transporter_blocks=0",
     "trajectory.steps=(2,)", "sample.steps=2")]
 README = (ROOT / "README.md").read_text()
 DRAWN = {"rings": "ellipse", "cards": "rectangle"}

@@ -15,7 +15,7 @@ from tests.common import ROOT, TINY, environment, figures, python, start
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
 STEPS = 100
-SETTINGS = TINY | {"train.save_every": 30}
+SETTINGS = TINY | {"train.save_every": 30, "model.transporter_blocks": 0}
 CONFIG = ["--config=experiments/digits.py",
           *(f"--config.{key}={value}" for key, value in SETTINGS.items())]
 

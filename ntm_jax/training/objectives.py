@@ -24,10 +24,10 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures, scoring
 from ntm_jax.evaluation.report import NAMES, summarize
 from ntm_jax.registry import Registry
-from ntm_jax.runtime import build
 from ntm_jax.runtime.config import Config, Model
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import decoders
+from ntm_jax.training import state
 from ntm_jax.training.extension import Extension
 
 
@@ -290,7 +290,7 @@ def loss_context(run: Run, objective: Objective, teacher: Run | None = None) -> 
     """The context of a run's loss; teacher: the run that a denoiser learns from."""
     power = run.config.train.level_power
     mean = np.mean(run.evaluated_levels()[:-1] ** power) if power else 1.0
-    names = build.abstract_params(run.model, run.mesh)["params"]
+    names = state.abstract(run).params["params"]
     return LossContext(run, teacher and teacher.model,
                        objective.frozen_modules(run.config, names), mean)
 

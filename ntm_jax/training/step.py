@@ -126,12 +126,14 @@ def flops_of_step(run: Run, objective: Objective, step, current: State, batch,
                   teacher: Run | None = None, reference=None) -> int:
     """The model's FLOPs in a step at the largest T, on all devices, without recomputation.
 
-    step: make_step's for the same run. It is traced itself where it recomputes nothing.
+    step: make_step's for the same run. It is counted itself where it recomputes nothing and has no
+    kernels: on CPUs, whose arithmetic has the products of plain jax.numpy.
     """
-    plain = build.plain(run.model)
-    if teacher or plain != run.model:
-        plain_teacher = teacher and dataclasses.replace(teacher, model=build.plain(teacher.model))
-        step = make_step(dataclasses.replace(run, model=plain), objective, plain_teacher)
+    runs = [run, teacher] if teacher else [run]
+    on_cpus = run.mesh.devices.flat[0].platform == "cpu"
+    if not on_cpus or any(r.config.model.remat != "none" for r in runs):
+        plain = [dataclasses.replace(r, model=build.plain(r.model)) for r in runs]
+        step = make_step(plain[0], objective, *plain[1:])
     with sharding.use(run.mesh):
         traced = step.trace(current, batch, max(run.config.trajectory.steps), reference, None)
         return flops.of_jaxpr(traced.jaxpr.jaxpr)

@@ -141,7 +141,8 @@ def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path):
         Image.fromarray(pixels).save(images / str(i % 10) / f"{i}.png")
     bad = images / "7" / "7.png"
     changed = {"data.source": f"folder:{images}", "data.split": "all", "evaluate.split": "all",
-               "data.image_size": 8, "train.steps": 100000, "train.save_every": 100000}
+               "data.image_size": 8, "train.steps": 100000, "train.save_every": 100000,
+               "model.transporter_blocks": 0}
     job = Job(workdir, 2, settings=(changed,))
     job.read_until(r"step 3/")
     good = bad.read_bytes()

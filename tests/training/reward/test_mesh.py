@@ -1,12 +1,18 @@
-"""Post-training takes the same steps on one device as on 8 of two processes."""
+"""Post-training takes the same steps on one device as on 8 of two processes.
+
+The model has no transporter, since the sampler then compiles in less time: test_processes.py draws
+samples with one.
+"""
 
 import json
 
 import pytest
 
 from tests.common import logged, tiny_config, write_run
-from tests.runtime.jobs import SETTINGS, Job
+from tests.runtime.jobs import SETTINGS as OF_JOBS
+from tests.runtime.jobs import Job
 
+SETTINGS = OF_JOBS | {"model.transporter_blocks": 0}
 REWARD = {"train.objective": "policy_gradient", "reward.name": "brightness", "reward.samples": 3,
           "reward.updates": 2, "reward.kl": 0.01, "reward.ahead": True, "train.steps": 6,
           "train.save_every": 2, "evaluate.images": 48,
@@ -16,7 +22,7 @@ MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulate": 2}
 
 def trained(folder, base, count: int, devices: int, changes: dict):
     """(the lines of metrics.jsonl, evaluation.json) of a job of so many processes and devices."""
-    job = Job(folder, count, devices, (REWARD | changes | {"init_from": base},),
+    job = Job(folder, count, devices, (SETTINGS | REWARD | changes | {"init_from": base},),
               flags=("--import=tests.training.reward.brightness",))
     ended = job.end()
     assert [status for status, *_ in ended] == [0] * count, ended
