@@ -105,7 +105,7 @@ def test_a_step_without_enough_memory_is_refused_and_leaves_the_folder_free(
             loop.train(tiny_config(), str(tmp_path), progress=False)
     assert state.free_bytes(sharding.make_mesh(tiny_config().mesh)) > 2**20
     settings = tiny_config(**{
-        "trajectory.t_min": 0.031, "train.save_every": 100, "train.save_minutes": 1e-9})
+        "data.split": "train[:64]", "train.save_every": 100, "train.save_minutes": 1e-9})
     loop.train(settings, str(tmp_path), until=3, profile=(1, 5))  # it ends before step 5
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1, 2, 3]
