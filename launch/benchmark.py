@@ -71,7 +71,7 @@ def main():
 
 
 def _first_batch() -> tuple[list[dict], str]:
-    from ntm_jax.analysis import first_batch
+    from ntm_jax.tools.rates import first_batch
 
     row = first_batch.measure()
     return [{"name": "records"} | row], (
@@ -94,8 +94,8 @@ def _compare() -> tuple[list[dict], str]:
 def _benchmark() -> tuple[list[dict], str]:
     import jax
 
-    from ntm_jax.analysis import benchmark
     from ntm_jax.export.read import load_run
+    from ntm_jax.tools.rates import benchmark
 
     f = program.FLAGS
     if f.vary:

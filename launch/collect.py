@@ -23,8 +23,8 @@ flags.mark_flags_as_required(["min_reward", "out"])
 
 
 def main():
+    from ntm_jax.projects.reward.collect import CollectRequest
     from ntm_jax.sampling.options import parse_guidance
-    from ntm_jax.training.reward.collect import CollectRequest
 
     f = program.FLAGS
     program.load_run().collect(f.out, CollectRequest(

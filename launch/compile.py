@@ -48,8 +48,8 @@ def main():
         jax.config.update("jax_num_cpu_devices", int(simulated[1]))
 
     from ntm_jax import files
-    from ntm_jax.analysis import compile, report
-    from ntm_jax.analysis.memory import check_fits
+    from ntm_jax.tools.pods import compile, report
+    from ntm_jax.tools.pods.memory import check_fits
 
     f, found = program.FLAGS, []
     if f.vary:

@@ -66,7 +66,8 @@ flags.DEFINE_string(
 
 
 def main():
-    from ntm_jax.data import prepare, records
+    from ntm_jax.data import records
+    from ntm_jax.tools import prepare
 
     f = program.FLAGS
     if f.verify:

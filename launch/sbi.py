@@ -23,7 +23,7 @@ flags.DEFINE_integer("draws", 100, "Draws of the posterior of each of these.", l
 
 
 def main():
-    from ntm_jax.evaluation.posteriors.benchmark import Amounts, benchmark, write_benchmark
+    from ntm_jax.projects.sbi.benchmark import Amounts, benchmark, write_benchmark
 
     f, run = program.FLAGS, program.load_run()
     amounts = Amounts(f.observations, f.samples, f.weighted, f.simulations, f.draws)

@@ -17,10 +17,10 @@ flags.DEFINE_integer("trajectories", 32, "Trajectories a record for the bounds o
 
 
 def main():
-    from ntm_jax import api
+    from ntm_jax.projects.densities.known_density import compare_with_truth
 
     f = program.FLAGS
-    api.compare_with_truth(f.workdir, f.out, f.split, f.trajectories)
+    compare_with_truth(f.workdir, f.out, f.split, f.trajectories)
 
 
 if __name__ == "__main__":

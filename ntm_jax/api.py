@@ -16,7 +16,6 @@ import importlib
 import math
 import os
 import pkgutil
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -26,23 +25,21 @@ from ntm_jax import host_memory
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError, as_array, check_count, first_line, shown
-from ntm_jax.evaluation import known_density
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
 from ntm_jax.evaluation.scoring import LevelTerms, as_images, score_images
 from ntm_jax.export import publish
 from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
+from ntm_jax.registry import load as load_part
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, sharding
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts, selection
 from ntm_jax.sampling.options import override
-from ntm_jax.sampling.reweight import Reweighted, reweight
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
-from ntm_jax.training.reward.collect import CollectRequest, collect
 
 host_memory.keep_freed()
 
@@ -82,14 +79,14 @@ class Run(base.Run):
             label = self.text([texts[i % len(texts)] for i in range(n)])
         given = None if condition is None else as_array("condition", condition, "vectors [m, E]")
         if given is None or given.ndim < 2:
-            label = _one_condition(label, condition)
+            label = base.one_condition(label, condition)
             return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)
         many = len(given)
         check_count("the number of conditions", many)
         # Sample i of condition j has index i m + j: the same in any n, and no noise is shared.
         index = np.arange(n * many).reshape(n, many).T.ravel()
-        found = self.sample_at(index, _one_condition(label, given.repeat(n, 0)), seed, with_levels,
-                               with_log_prob, **options)
+        condition = base.one_condition(label, given.repeat(n, 0))
+        found = self.sample_at(index, condition, seed, with_levels, with_log_prob, **options)
         return jax.tree.map(lambda a: a.reshape(many, n, *a.shape[1:]), found)
 
     def sample_at(self, index, label=None, seed: int | None = None, with_levels: bool = False,
@@ -149,7 +146,7 @@ class Run(base.Run):
         It takes the arguments of log_prob, and as much time. Terms are in nats; see
         scoring.LevelTerms.
         """
-        label, images = _one_condition(label, condition), as_images(self, images)
+        label, images = base.one_condition(label, condition), as_images(self, images)
         given = self.condition.validate(len(images), label)
         if noised and self.spec.pixel_levels:
             raise UserError(f"noised is {shown(noised)}, and {self.workdir} is a model of pixels, "
@@ -157,23 +154,9 @@ class Run(base.Run):
         decoded = bool(self.spec.columns) if noised is None else not noised
         return score_images(self, images, given, trajectories, seed, decoded)
 
-    def reweight(self, log_target, *, condition=None, label=None, n: int = 1000,
-                 seed: int | None = None, steps: int | None = None, guidance=None,
-                 inverse: str | None = None) -> Reweighted:
-        """n samples on one condition, with weights that correct them to a target density.
-
-        log_target: a function of the samples, rows [n, D] of an array in its own units, float64, or
-        latents [n, H, W, C], that returns the log of an unnormalised density, [n]: in inference
-        from simulations the prior times the likelihood. condition, label: one for all samples, such
-        as a vector [E] or the text of one caption. steps, guidance, inverse: as in sample.
-
-        Returns the samples, their log-weights, draws from the weighted samples, the effective
-        sample size, and an unbiased estimate of the target's integral with its standard error.
-        Raises UserError for a model of pixels, and for several conditions.
-        """
-        given = self.condition.validate(1, _one_condition(label, condition))
-        chosen = override(self.config, steps=steps, guidance=guidance, inverse=inverse)
-        return reweight(self, log_target, given, n, chosen, seed)
+    def reweight(self, log_target, **options):
+        """Samples with weights that correct them to a target density; see projects.weighing."""
+        return load_part("ntm_jax.projects.weighing.reweight:reweight")(self, log_target, **options)
 
     def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
                      condition=None) -> np.ndarray:
@@ -216,9 +199,9 @@ class Run(base.Run):
         """Writes images into a folder, resuming a stopped call; see sampling.write."""
         write_samples(self, out, request)
 
-    def collect(self, out: str, request: CollectRequest) -> None:
-        """Writes samples that a reward accepts into a folder; see training.reward.collect."""
-        collect(self, out, request)
+    def collect(self, out: str, request) -> None:
+        """Writes samples that a reward accepts into a folder; see projects.reward.collect."""
+        load_part("ntm_jax.projects.reward.collect:collect")(self, out, request)
 
     def export(self, out: str, steps: int | None = None, guidance=None,
                decoder: str | None = None) -> None:
@@ -229,13 +212,6 @@ class Run(base.Run):
 def _texts(given) -> list[str]:
     """One text, or several, as a list."""
     return [given] if isinstance(given, str) else list(given)
-
-
-def _one_condition(label, condition):
-    """A label or a vector condition, whichever is given."""
-    if label is not None and condition is not None:
-        raise UserError("label and condition are both given: expected one of them")
-    return label if condition is None else condition
 
 
 def _run(run: base.Run) -> Run:
@@ -250,23 +226,6 @@ def load(workdir: str | os.PathLike, step: int | None = None, raw: bool = False)
     UserError if there is no run, or its files are damaged.
     """
     return _run(load_run(os.fspath(workdir), step, raw))
-
-
-def compare_with_truth(workdirs: Sequence[str], out: str, split: str | None = None,
-                       trajectories: int = 32) -> dict:
-    """Compares runs of one known density with it, and writes truth.json and truth.png to `out`.
-
-    split: the first run's by default. trajectories: for each record, of an NTM's bounds. Returns
-    the content of truth.json. Raises UserError where the runs do not compare.
-    """
-    check_count("the number of runs", len(workdirs))
-    runs = [load(workdir) for workdir in workdirs]
-    estimators = [known_density.estimators(
-        run, objectives.find(run.config.train.objective).trains, trajectories) for run in runs]
-    result = known_density.benchmark(
-        list(zip(runs, estimators, strict=True)), split or runs[0].config.evaluate.split)
-    known_density.write_benchmark(result, out)
-    return result
 
 
 def push(export: str, repository: str, private: bool = False) -> str:

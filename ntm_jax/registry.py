@@ -4,12 +4,36 @@ No jax is imported: grain's worker processes run this.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from ntm_jax.errors import UserError, shown
 
 Part = TypeVar("Part")
+
+
+def load(place: str) -> Any:
+    """The object at MODULE:NAME, a part that is imported when it is first asked for.
+
+    Raises UserError where the module's folder was left out of this copy of the package.
+    """
+    module, name = place.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if not module.startswith(f"{error.name}."):
+            raise
+        raise UserError(f"{module} is needed, and this copy of ntm_jax has no {error.name}: "
+                        "install the whole package") from None
+
+
+def present(place: str) -> bool:
+    """Whether this copy of the package has the module of MODULE:NAME; imports its folders alone."""
+    try:
+        return importlib.util.find_spec(place.split(":")[0]) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 class NotRegistered(UserError):
@@ -58,10 +82,7 @@ class Registry(Generic[Part]):
             usage, part = found
             required, optional = ":" in usage, "[:" in usage
             if optional or (bool(argument) if required else not colon):
-                if isinstance(part, str):
-                    module, attribute = part.split(":")
-                    part = cast(Part, getattr(importlib.import_module(module), attribute))
-                return part, argument
+                return (load(part) if isinstance(part, str) else cast(Part, part)), argument
         known = ", ".join(usage for usage, _ in self._entries.values())
         raise NotRegistered(
             f"{self._what} {shown(given)} is not known: expected one of {known}; for one of your "

@@ -19,7 +19,7 @@ from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
-from ntm_jax.sampling import reweight
+from ntm_jax.projects.weighing import reweight
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import state
 from tests.common import ROOT, TINY, configured, new_run, randomised

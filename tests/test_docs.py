@@ -21,7 +21,7 @@ DOORS = {  # by module
     "ntm_jax.data.sources": ["ArrayRecords", "Source", "check_split", "from_arrays", "open_source"],
     "ntm_jax.data.text": ["Encoder", "register"],
     "ntm_jax.training.objectives": ["LossContext", "Objective", "StepInputs", "register"],
-    "ntm_jax.training.reward.rewards": ["Scores"],
+    "ntm_jax.projects.reward.rewards": ["Scores"],
     "ntm_jax.backbones": ["Backbone", "register"],
 }
 

@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from ntm_jax import files
-from ntm_jax.data.prepare import inputs
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate
 from ntm_jax.export.read import load_run
 from ntm_jax.runtime import config
+from ntm_jax.tools.prepare import inputs
 from ntm_jax.training import loop, objectives
 from tests.common import tiny_config, write_run
 

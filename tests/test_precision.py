@@ -17,15 +17,16 @@ import pytest
 from jax._src.interpreters import mlir
 from jax._src.lax import lax
 
-from ntm_jax.analysis import compile, hlo
 from ntm_jax.core import denoising
 from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.data import pipeline
 from ntm_jax.evaluation import scoring
 from ntm_jax.export.write import programs
-from ntm_jax.runtime import chips, sharding
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Denoiser, Run, untrained
 from ntm_jax.sampling import generate
+from ntm_jax.tools.pods import compile, hlo
+from ntm_jax.tools.pods import topology as topologies
 from ntm_jax.training import state
 from tests.common import (
     TINY,
@@ -159,9 +160,9 @@ def test_without_the_highest_precision_every_result_moves(found):
 def write_products(topology: str, out: str) -> None:
     """Writes FLOPs by kind in programs compiled for a topology, as JSON.
 
-    A kind is "transporter" or "other", then the precision; see analysis.hlo.Work.
+    A kind is "transporter" or "other", then the precision; see tools.pods.hlo.Work.
     """
-    found, chosen = {}, chips.find(topology)
+    found, chosen = {}, topologies.find(topology)
     for dtype in ("float32", "bfloat16"):
         settings = tiny_config(**{
             "model.dtype": dtype, "sample.decoder": "score", "sample.inverse": "parallel"})

@@ -8,10 +8,10 @@ import pytest
 
 import ntm_jax
 from ntm_jax.data import latents
-from ntm_jax.data.prepare import Choices, captioned, inputs, prepare
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
 from ntm_jax.sampling.write import SampleRequest
+from ntm_jax.tools.prepare import Choices, captioned, inputs, prepare
 from tests.common import tiny_config, write_photos, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # diffusers' deprecations

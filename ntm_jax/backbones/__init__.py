@@ -34,8 +34,8 @@ def _transformer(config: ModelConfig, extra: Mapping[str, Any], attention: Calla
 
 BACKBONES: Registry[Backbone] = Registry("config.model.backbone", {
     "transformer": Backbone(_transformer),
-    "flow_map": "ntm_jax.backbones.flow_map:BACKBONE",
-    "flux2": "ntm_jax.backbones.flux2:BACKBONE"})
+    "flow_map": "ntm_jax.projects.densities.flow_map:BACKBONE",
+    "flux2": "ntm_jax.projects.flux2.network:BACKBONE"})
 
 
 def register(name: str, backbone: Backbone) -> None:

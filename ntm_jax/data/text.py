@@ -166,6 +166,6 @@ ENCODERS: Registry[Callable[[str], Encoder]] = Registry(
         "words:M:VOCABULARY": Words,
         "minilm[:M]": f"{_NETWORKS}:MiniLM",
         "transformers:FOLDER[,tokens=M][,layers=A+B]": f"{_NETWORKS}:open_transformers",
-        "flux2:FOLDER": f"{_NETWORKS}:open_flux2",
+        "flux2:FOLDER": "ntm_jax.projects.flux2.text_encoder:Qwen3",
     },
 )

@@ -150,10 +150,6 @@ class MiniLM(_Network):
         return run
 
 
-FLUX2_TOKENS = 512
-FLUX2_LAYERS = (9, 18, 27)  # their states are concatenated: E is three times Qwen3's width
-
-
 def open_transformers(argument: str) -> "Language":
     """The encoder `transformers:FOLDER[,tokens=M][,layers=A+B]`."""
     name = f"transformers:{argument}"
@@ -168,13 +164,6 @@ def open_transformers(argument: str) -> "Language":
     return Language(name, folder, int(tokens or 128), layers)
 
 
-def open_flux2(folder: str) -> "Language":
-    """The encoder `flux2:FOLDER`."""
-    return Language(
-        f"flux2:{folder}", folder, FLUX2_TOKENS, FLUX2_LAYERS, kind="Qwen3Model", chat=True
-    )
-
-
 class Language(_Network):
     """Hidden states of a language model of transformers in PyTorch, with its tokenizer.
 
@@ -186,44 +175,38 @@ class Language(_Network):
       tokens: M.
       layers: the layers whose states are concatenated; 0 is the embeddings, -1 the last layer.
       kind: the class in transformers.
-      chat: as FLUX.2 klein encodes prompts (diffusers' Flux2KleinPipeline; black-forest-labs/flux2,
-        src/flux2/text_encoder.py). A caption is a user's turn of a chat without thinking, padded to
-        M tokens. FLUX.2 was trained on the states of all M positions, since its attention does not
-        mask padding, so all count as the caption's own. Its unconditional states are those of the
-        caption "".
     Raises:
       UserError: as `pretrained.load`.
     """
 
+    masked = True  # whether padding is masked; else all M positions count as the caption's own
+
     def __init__(
-        self,
-        name: str,
-        path: str,
-        tokens: int,
-        layers: Sequence[int],
-        kind: str = "AutoModel",
-        chat: bool = False,
+        self, name: str, path: str, tokens: int, layers: Sequence[int], kind: str = "AutoModel"
     ):
         self._torch = pretrained.module("torch", "-e '.[text]'")
-        self._tokenizer = pretrained.tokenizer(path, "tokenizer")
-        self._tokenizer.padding_side = "right"  # positions count from the caption's beginning
-        self._tokenizer.pad_token = self._tokenizer.pad_token or self._tokenizer.eos_token
+        self.tokenizer = pretrained.tokenizer(path, "tokenizer")
+        self.tokenizer.padding_side = "right"  # positions count from the caption's beginning
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         model = pretrained.load("transformers", kind, path, "text_encoder", dtype="auto")
         self._device = "cuda" if self._torch.cuda.is_available() else "cpu"
         states_of = model.get_encoder() if model.config.is_encoder_decoder else model
         self._model = states_of.to(self._device)
         config = model.config.get_text_config()
         self.name, self.tokens = name, tokens
-        self.width, self.empty = config.hidden_size * len(layers), chat
-        self._layers, self._chat = layers, chat
+        self.width, self._layers = config.hidden_size * len(layers), layers
+
+    def turns(self, captions: Sequence[str]) -> list[str]:
+        """The texts that the model reads for captions."""
+        return list(captions)
 
     def places(self, captions: Sequence[str]):
-        texts = [self._turn(caption) for caption in captions] if self._chat else list(captions)
-        cut = [len(ids) > self.tokens for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
-        tokens = self._tokenizer(
+        texts = self.turns(captions)
+        cut = [len(ids) > self.tokens for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        tokens = self.tokenizer(
             texts,
             return_tensors="pt",
-            padding="max_length" if self._chat else True,
+            padding=True if self.masked else "max_length",
             truncation=True,
             max_length=self.tokens,
         ).to(self._device)
@@ -232,13 +215,4 @@ class Language(_Network):
             chosen = [output.hidden_states[layer] for layer in self._layers]
             states = self._torch.cat(chosen, -1).float().cpu().numpy()
         mask = tokens["attention_mask"].bool().cpu().numpy()
-        return states, mask | self._chat, cut
-
-    def _turn(self, caption: str) -> str:
-        """The caption as a user's turn of a chat."""
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": caption}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
+        return states, mask | (not self.masked), cut

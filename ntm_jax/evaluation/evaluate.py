@@ -11,10 +11,15 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.evaluation import image_scores, measures, scoring, statistics
 from ntm_jax.evaluation.report import clean_figures, directions, provenance, summarize, units
+from ntm_jax.registry import load
 from ntm_jax.runtime.config import Evaluate
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import decoders
+
+# Figures of what only some sources know, made by projects.
+COMPARE_DENSITY = "ntm_jax.projects.densities.known_density:compare_with_true_density"
+SCORE_TASKS = "ntm_jax.projects.scenes.tasks:task_scores"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,7 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
         result |= image_scores.image_scores(run, train, source, extractor, options.guidance,
                                             progress)
     if scores_images and image_scores.has_tasks(run, source):
-        result["tasks"] = image_scores.task_scores(run, source, options.guidance, progress)
+        result["tasks"] = load(SCORE_TASKS)(run, source, options.guidance, progress)
     result["directions"] = directions(result)
     result["provenance"] = provenance(run, source)
     return result, table
@@ -104,9 +109,7 @@ def _errors(run: Run, source: Source, table: dict) -> dict:
     if run.denoiser:
         result["denoiser"] = measures.denoiser_errors(run, source)
     if source.log_density:
-        from ntm_jax.evaluation import known_density
-
-        result["truth"] = known_density.compare_with_true_density(run, source, table)
+        result["truth"] = load(COMPARE_DENSITY)(run, source, table)
     return result
 
 

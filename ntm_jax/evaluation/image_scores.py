@@ -135,42 +135,6 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
     return result
 
 
-def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -> dict:
-    """evaluation.json's `tasks`: the share of samples that show what their captions ask for.
-
-    For config.evaluate.images prompts of the split, and as many of the source's unseen
-    combinations.
-
-    Returns {task: mean, stderr and count; "overall": mean over tasks with its stderr; "shares":
-    mean and stderr of further rates; "split"; "unseen": the same for that split}, and how the
-    samples were made. guidance: scales or schedules, for each of which the list "by_guidance" holds
-    the same, with "difference", by task, to the first one on the same noise, paired.
-    """
-    from ntm_jax.evaluation import tasks
-
-    config = run.config
-    splits = [source]
-    if source.unseen and not source.split.startswith(source.unseen):
-        splits.append(config.data.open(source.unseen))
-
-    def checked(scale, asked):
-        images = generated(guided(run, scale, split=asked.split), progress)
-        captions = [asked.captions[i % len(asked.captions)] for i in range(len(images))]
-        return asked.tasks(images, captions)
-
-    rows = {scale: [checked(scale, asked) for asked in splits]
-            for scale in dict.fromkeys((config.sample.guidance, *guidance))}
-
-    def figures(scale):
-        first = rows[guidance[0]] if guidance else [None] * len(splits)
-        seen, *unseen = [{"split": asked.split} | tasks.figures(found, compared)
-                         for asked, found, compared in zip(splits, rows[scale], first, strict=True)]
-        return {"guidance": scale} | seen | ({"unseen": unseen[0]} if unseen else {})
-
-    result = settings(run) | figures(config.sample.guidance)
-    return result | {"by_guidance": [figures(scale) for scale in guidance]} if guidance else result
-
-
 def retrieval(held_out: Source, real, images) -> dict:
     """evaluation.json's retrieval: how often a held-out caption's own picture is near its sample.
 

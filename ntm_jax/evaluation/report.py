@@ -18,6 +18,7 @@ from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import importance, plots
 from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.registry import load
 from ntm_jax.runtime import checksums
 from ntm_jax.runtime.run import Run
 
@@ -218,9 +219,8 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
     if "truth" in result:
         source = run.config.data.open(result["split"])
         if source.planar_extent:
-            from ntm_jax.evaluation import known_density
-
-            known_density.picture(run, source, path.with_name("densities.png"))
+            draw = load("ntm_jax.projects.densities.known_density:picture")
+            draw(run, source, path.with_name("densities.png"))
     if jax.process_index():
         return
     # JSON lacks numbers that are not finite: null takes their place.

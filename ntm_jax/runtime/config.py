@@ -20,10 +20,11 @@ from ntm_jax.data import sources
 from ntm_jax.data.conditions import KINDS, SETTINGS
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
+from ntm_jax.registry import present
 from ntm_jax.typed import parse_dataclass, setting
 
 # Sections that projects declare, by name: MODULE:DATACLASS, imported when a configuration is made.
-SECTIONS = {"reward": "ntm_jax.training.reward.settings:Reward"}
+SECTIONS = {"reward": "ntm_jax.projects.reward.settings:Reward"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +248,8 @@ def decoder(name: str) -> Any:
 
 
 def config_class() -> type[Config]:
-    """Config with the sections of SECTIONS as further fields."""
-    return _with_sections(tuple(SECTIONS.items()))
+    """Config with the sections of SECTIONS as further fields, but for those of absent projects."""
+    return _with_sections(tuple(item for item in SECTIONS.items() if present(item[1])))
 
 
 @functools.cache

@@ -180,3 +180,10 @@ def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Ru
     step, params = restore_params(run, step, raw, settings=config_file.fixed(config, spec))
     run = dataclasses.replace(run, params=params, step=step, raw=raw)
     return with_denoiser(load_workdir(f"{workdir}/{FROZEN}"), run) if config.teacher else run
+
+
+def one_condition(label, condition):
+    """A label or a vector condition, whichever is given."""
+    if label is not None and condition is not None:
+        raise UserError("label and condition are both given: expected one of them")
+    return label if condition is None else condition

@@ -272,9 +272,9 @@ OBJECTIVES: Registry[Objective] = Registry("config.train.objective", {
     "pairwise": Objective(_likelihood_loss(pair_terms)),
     "flow_matching": Objective(velocity_loss, held_out_velocity, SQUARED, check_flow,
                                trains="velocity", measure=measure_velocity),
-    "flow_map": "ntm_jax.training.flow_map:OBJECTIVE",
-    "policy_gradient": "ntm_jax.training.reward.policy_gradient:OBJECTIVE",
-    "preference": "ntm_jax.training.reward.preference:OBJECTIVE",
+    "flow_map": "ntm_jax.projects.densities.objective:OBJECTIVE",
+    "policy_gradient": "ntm_jax.projects.reward.policy_gradient:OBJECTIVE",
+    "preference": "ntm_jax.projects.reward.preference:OBJECTIVE",
     "denoiser": Objective(
         denoiser_loss, held_out_denoiser, SQUARED, needs=("teacher",), trains="denoiser"),
 })

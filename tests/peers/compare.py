@@ -8,8 +8,8 @@ import platform
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 
-from ntm_jax.analysis.benchmark import aligned
 from ntm_jax.errors import UserError
+from ntm_jax.tools.rates.benchmark import aligned
 from tests.peers import OURS, PEERS, child
 from tests.peers.work import Sizes
 

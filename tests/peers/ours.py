@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax import host_memory
-from ntm_jax.analysis import rows
 from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.data import pipeline
 from ntm_jax.experiments import default
 from ntm_jax.runtime import config_file, sharding
 from ntm_jax.runtime.run import untrained
+from ntm_jax.tools.rates import rows
 from ntm_jax.training import state
 from tests.peers import jax_cpu
 from tests.peers.work import Sizes, Work

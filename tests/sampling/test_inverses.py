@@ -6,9 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.runtime.chips import Chip
-from ntm_jax.runtime.chips.gpu import CARDS
-from ntm_jax.runtime.chips.tpu import CHIPS
+from ntm_jax.runtime.chips import CARDS, CHIPS, Chip
 from ntm_jax.sampling import inverses
 
 

@@ -10,9 +10,9 @@ import pytest
 
 import ntm_jax
 from ntm_jax.core import flow_matching
-from ntm_jax.data.sources import shapes
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
+from ntm_jax.projects.scenes import shapes
 from ntm_jax.runtime import checkpoint, config, config_file, sharding
 from ntm_jax.training import finetune, loop, objectives, reference_model, state
 from ntm_jax.training.objectives import StepInputs

@@ -29,8 +29,7 @@ from etils import epath
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from ntm_jax.data import images, text
-from ntm_jax.data.prepare import from_folder
+from ntm_jax.data import caption_lists, images, text
 from ntm_jax.data.sources.source import Source, check_split, permuted_splits
 from ntm_jax.errors import UserError, few
 from ntm_jax.files import is_remote, parse_object, write_json
@@ -102,7 +101,7 @@ def open_folder(where: str, split: str) -> Source:
         )
     every = 1 if len(files) <= _SCAN_LIMIT else len(files) // _SAMPLE
     scanned, bad = _scan(root, files[::every])
-    listed, rejected = from_folder.listed(root)
+    listed, rejected = caption_lists.listed(root)
     absent = sorted(set(listed or ()) - {*files, *bad})
     files = _without_rejected([file for file in files if file not in bad], rejected, where)
     splits = _splits(files, presplit)
@@ -175,7 +174,7 @@ def _captions(
     their files are returned.
     """
     if found is None:
-        return None, f"there is no {' or '.join(from_folder.LISTS)} in it", []
+        return None, f"there is no {' or '.join(caption_lists.LISTS)} in it", []
     missing = [file for file in files if file not in found]
     if missing:
         return None, f"the list in it has no row for {len(missing)} images: {few(missing, 3)}", []

@@ -109,16 +109,16 @@ SOURCES = Registry(
     {
         "digits": "ntm_jax.data.sources.digits:open_digits",
         "mnist_5k": "ntm_jax.data.sources.mnist:open_mnist_5k",
-        "shapes": "ntm_jax.data.sources.shapes:open_shapes",
+        "shapes": "ntm_jax.projects.scenes.shapes:open_shapes",
         "tfds:NAME_OR_BUILDER_DIR": "ntm_jax.data.sources.tfds:open_tfds",
         "folder:PATH": "ntm_jax.data.sources.folder:open_folder",
         "records:PATH": "ntm_jax.data.sources.prepared:open_records",
-        "mock:SHAPE": "ntm_jax.data.sources.synthetic:open_mock",
-        "toy:NAME": "ntm_jax.data.sources.synthetic:open_toy",
+        "mock:SHAPE": "ntm_jax.data.sources.mock:open_mock",
+        "toy:NAME": "ntm_jax.projects.densities.toys:open_toy",
         "arrays[:VERSION]": "ntm_jax.data.sources.arrays:open_provided",
         "npz:PATH": "ntm_jax.data.sources.arrays:open_npz",
         "parquet:PATH": "ntm_jax.data.sources.arrays:open_parquet",
-        "sbi:TASK": "ntm_jax.data.sources.sbi.source:open_sbi",
+        "sbi:TASK": "ntm_jax.projects.sbi.source:open_sbi",
     },
 )
 

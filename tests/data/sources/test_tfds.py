@@ -10,9 +10,9 @@ import subprocess
 import pytest
 from PIL import Image
 
-from ntm_jax.data.prepare import inputs
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
+from ntm_jax.tools.prepare import inputs
 from tests.data.sources.common import labels, values
 
 

@@ -1,9 +1,0 @@
-"""Captioned images to records of pixels or latents, text states, captions and labels.
-
-This is what launch/prepare.py runs: `prepare(Choices(...), folder)`.
-"""
-
-from ntm_jax.data.prepare.plan import Choices
-from ntm_jax.data.prepare.run import prepare
-
-__all__ = ["Choices", "prepare"]

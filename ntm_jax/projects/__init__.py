@@ -1,0 +1,1 @@
+"""Applications of NTMs: each imports the building, which imports none of them."""

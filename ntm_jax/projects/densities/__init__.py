@@ -1,0 +1,1 @@
+"""Data of known density, flow maps, and the likelihood of an ODE."""

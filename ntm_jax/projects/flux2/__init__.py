@@ -1,0 +1,1 @@
+"""FLUX.2's network and the reader of its checkpoints."""

@@ -1,0 +1,1 @@
+"""Post-training on rewards and preferences, and collecting samples that a reward accepts."""

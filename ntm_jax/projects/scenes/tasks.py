@@ -1,0 +1,70 @@
+"""Figures of how often images show what their captions describe, by task."""
+
+import math
+
+import numpy as np
+
+from ntm_jax.data.sources import Source
+from ntm_jax.evaluation import image_scores
+from ntm_jax.evaluation.statistics import mean_and_stderr
+from ntm_jax.runtime.run import Run
+
+
+def _over_tasks(task, values) -> dict:
+    """{task: mean, stderr and count} of values [n] by their task's name [n], and their mean.
+
+    The mean over tasks, "overall", is GenEval's overall score.
+    """
+    found = {name: mean_and_stderr(values[task == name]) | {"count": int(np.sum(task == name))}
+             for name in dict.fromkeys(task.tolist())}
+    stderr = math.sqrt(sum(figure["stderr"] ** 2 for figure in found.values())) / len(found)
+    mean = float(np.mean([figure["mean"] for figure in found.values()]))
+    return found | {"overall": {"mean": mean, "stderr": stderr}}
+
+
+def figures(rows: dict, first: dict | None) -> dict:
+    """Figures of a source's tasks, arrays [n], and their paired difference to those of `first`."""
+    others = {name: values[~np.isnan(values)] for name, values in rows.items()
+              if name not in ("task", "right", "traits")}
+    result = _over_tasks(rows["task"], rows["right"])
+    result["shares"] = {name: mean_and_stderr(values)
+                        for name, values in others.items() if len(values)}
+    if first is None:
+        return result
+    change = rows["right"].astype(int) - first["right"]
+    return result | {"difference": _over_tasks(rows["task"], change)}
+
+
+def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -> dict:
+    """evaluation.json's `tasks`: the share of samples that show what their captions ask for.
+
+    For config.evaluate.images prompts of the split, and as many of the source's unseen
+    combinations.
+
+    Returns {task: mean, stderr and count; "overall": mean over tasks with its stderr; "shares":
+    mean and stderr of further rates; "split"; "unseen": the same for that split}, and how the
+    samples were made. guidance: scales or schedules, for each of which the list "by_guidance" holds
+    the same, with "difference", by task, to the first one on the same noise, paired.
+    """
+    config = run.config
+    splits = [source]
+    if source.unseen and not source.split.startswith(source.unseen):
+        splits.append(config.data.open(source.unseen))
+
+    def checked(scale, asked):
+        own = image_scores.guided(run, scale, split=asked.split)
+        images = image_scores.generated(own, progress)
+        captions = [asked.captions[i % len(asked.captions)] for i in range(len(images))]
+        return asked.tasks(images, captions)
+
+    rows = {scale: [checked(scale, asked) for asked in splits]
+            for scale in dict.fromkeys((config.sample.guidance, *guidance))}
+
+    def compared(scale):
+        first = rows[guidance[0]] if guidance else [None] * len(splits)
+        seen, *unseen = [{"split": asked.split} | figures(found, other)
+                         for asked, found, other in zip(splits, rows[scale], first, strict=True)]
+        return {"guidance": scale} | seen | ({"unseen": unseen[0]} if unseen else {})
+
+    result = image_scores.settings(run) | compared(config.sample.guidance)
+    return result | {"by_guidance": [compared(scale) for scale in guidance]} if guidance else result

@@ -1,0 +1,1 @@
+"""Samples weighted to a target density."""

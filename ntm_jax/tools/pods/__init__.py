@@ -1,0 +1,1 @@
+"""Compiles programs for absent machines, and reports what limits them."""

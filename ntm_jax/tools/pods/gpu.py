@@ -1,0 +1,71 @@
+"""The devices of a cluster of NVIDIA GPUs that need not exist.
+
+A topology is NVLink domains x hosts in a domain x GPUs in a host: h100:8x1x8 is eight HGX nodes.
+What the compiler asks of a card follows the specs of OpenXLA
+(xla/backends/gpu/target_config/specs).
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import re
+from unittest import mock
+
+from jax.experimental import topologies
+
+from ntm_jax.runtime.chips import CARDS, UNITS, Card
+
+NAME = re.compile(r"(h100|h200|b200):([1-9]\d*)x[1-9]\d*x[1-9]\d*")  # and its NVLink domains
+CUDNN = (9, 10, 0)  # the version that tracing and the compiler assume
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}  # there is no GPU to time kernels on
+# What all cards have in common.
+SPEC = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 fpus_per_core: {units}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64 ecc_enabled: true
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  device_interconnect_info {{ active_links: 18 }}
+  name: "{name}" core_count: {cores} clock_rate_ghz: {gigahertz}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory}
+  l2_cache_size: {cache} pcie_bandwidth: {pcie}
+  cuda_compute_capability {{ major: {capability} feature_extension: ACCELERATED_FEATURES }}
+  dnn_version: "{dnn[0]}.{dnn[1]}.{dnn[2]}"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {dnn[0]} minor: {dnn[1]} patch: {dnn[2]} }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+def spec(card: Card) -> str:
+    """The compiler's description of a card, a GpuTargetConfigProto as text."""
+    values = dataclasses.asdict(card) | {
+        "bandwidth": int(card.bandwidth), "dnn": CUDNN, "units": UNITS}
+    return SPEC.format(**values)
+
+
+def devices(topology: str) -> list:
+    """The devices of a topology. Raises an error of several kinds if the compiler refuses."""
+    card, grid = topology.split(":")
+    return list(topologies.get_topology_desc(
+        platform="cuda", topology=grid, target_config=spec(CARDS[card])).devices)
+
+
+@contextlib.contextmanager
+def cudnn_assumed():
+    """Lets cuDNN's attention be traced on a machine without cuDNN or a GPU of its generation.
+
+    JAX chooses the kernel while it traces, and asks the installed library and device.
+    """
+    module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    major, minor, patch = CUDNN
+    with mock.patch.multiple(
+            module, check_cudnn_version=lambda: 10_000 * major + 100 * minor + patch,
+            check_compute_capability=lambda capability: float(capability) <= 9):
+        yield

@@ -1,0 +1,108 @@
+"""Loaded images and captions to the examples that records hold: pixels or latents, and text states.
+
+S image side, C channels, M, E text tokens and width.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from ntm_jax.data import latents, pretrained, text
+from ntm_jax.data.records import Layout
+from ntm_jax.errors import UserError
+from ntm_jax.tools.prepare.captioned import Loaded
+from ntm_jax.tools.prepare.plan import Choices
+from ntm_jax.tools.prepare.shards import Tally
+
+
+class Encoder:
+    """Encodes images and captions as the choices say.
+
+    layout: of the records, without the mean and std of latents. digest: SHA-256 of the
+    autoencoder's files, '' without one.
+
+    Raises UserError for latents or a text encoder that are unknown or not there.
+    """
+
+    def __init__(self, choices: Choices, classes: Sequence[str]):
+        kind, _, folder = choices.latents.partition(":")
+        if choices.latents and (kind != "flux2" or not folder):
+            raise UserError(
+                f"--latents={choices.latents} is not known: expected flux2:FOLDER, or nothing for "
+                "pixels"
+            )
+        self._autoencoder, self.digest = None, ""
+        if folder:
+            device = "cuda" if pretrained.module("torch").cuda.is_available() else "cpu"
+            self._autoencoder = latents.Autoencoder(folder, device)
+            self.digest = _digest(pretrained.find(folder, "vae").glob("*.safetensors"))
+        self._text = text.open_encoder(choices.text) if choices.text else None
+        blank = np.zeros((1, choices.image_size, choices.image_size, 3), np.uint8)
+        self.layout = Layout(
+            self._encode_images(blank).shape[1:],
+            pixel_levels=0 if folder else 256,
+            num_classes=len(classes),
+            text_tokens=self._text.tokens if self._text else 0,
+            text_width=self._text.width if self._text else 0,
+            text=choices.text,
+            captions=True,
+        )
+
+    def examples(
+        self, loaded: Iterator[Loaded], tally: Tally, batch: int, flip: bool
+    ) -> Iterator[dict[str, Any]]:
+        """The examples of a shard, `batch` images encoded at a time, counted in `tally`."""
+        channels = self.layout.image_shape[-1]
+        sums, squares = np.zeros(channels), np.zeros(channels)
+        while several := list(itertools.islice(loaded, batch)):
+            tally.images += len(several)
+            tally.bad += [[item.key, item.bad] for item in several if item.bad]
+            good = [item for item in several if not item.bad]
+            if not good:
+                continue
+            for item in good:
+                if item.null:
+                    tally.null_captions[item.null] += 1
+            images = np.stack([cast(np.ndarray, item.image) for item in good])
+            views = [images, images[:, :, ::-1]] if flip else [images]
+            views = [self._encode_images(view) for view in views]
+            states = self._encode_captions([item.caption for item in good], tally)
+            for i, item in enumerate(good):
+                example: dict[str, Any] = {"caption": item.caption}
+                if self.layout.num_classes:
+                    example["label"] = item.label
+                if states is not None:
+                    example["text"] = states[i]
+                for view in views:
+                    tally.records += 1
+                    if self._autoencoder:
+                        values = view[i].reshape(-1, channels).astype(np.float64)
+                        sums, squares = sums + values.sum(0), squares + (values**2).sum(0)
+                    yield {"image": view[i], **example}
+        if self._autoencoder:
+            tally.sums, tally.squares = sums.tolist(), squares.tolist()
+
+    def _encode_images(self, images: np.ndarray) -> np.ndarray:
+        """[n, S, S, 3] uint8 -> the same, or latents [n, h, w, C] float16."""
+        if self._autoencoder is None:
+            return images
+        return self._autoencoder.encode(images).astype(np.float16)
+
+    def _encode_captions(self, captions: list[str], tally: Tally) -> list[np.ndarray] | None:
+        """The states [m, E] float16 of each caption; None without an encoder."""
+        if not self._text:
+            return None
+        states, cut = text.encode(self._text, captions)
+        tally.cut_captions += sum(cut)
+        return states
+
+
+def _digest(paths) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,51 @@
+"""The input `folder:PATH`: image files with a .jsonl or .csv list of captions."""
+
+import functools
+import os
+from collections.abc import Callable
+
+from etils import epath
+
+from ntm_jax.data import caption_lists, images
+from ntm_jax.errors import UserError, shown
+from ntm_jax.files import is_remote
+from ntm_jax.tools.prepare.captioned import Input, Item, make_input
+
+
+def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
+    """Lists the images of the folder; see inputs.open_input."""
+    root = epath.Path(where).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--input=folder:{root} is not there: expected a folder of images")
+    file = caption_lists.find_list(root, captions)
+    items, outside = [], _outside(root)
+    for number, row in caption_lists.rows(file):
+        line = f"{file} line {number}"
+        name, caption = caption_lists.name_and_caption(row, line)
+        if not follow_outside and outside(name):
+            raise UserError(
+                f"{line} has the file_name {shown(name, str)}, which lies outside {root}: put the "
+                "file into the folder, or give --follow_outside if you trust the list"
+            )
+        items.append(Item(name, name, caption_lists.caption_of(caption), row.get("label")))
+    return make_input(str(file), items, functools.partial(_read_file, os.fspath(root)))
+
+
+def _outside(root: epath.Path) -> Callable[[str], bool]:
+    """A function of a name relative to `root`: whether that file, links followed, lies outside."""
+    base = os.path.realpath(root)
+    resolved = functools.cache(os.path.realpath)  # of the few folders that hold the many files
+
+    def outside(name: str) -> bool:
+        if is_remote(root):
+            first = os.path.normpath(name).split("/")[0]
+            return "://" in name or os.path.isabs(name) or first == ".."
+        folder, last = os.path.split(os.path.join(base, name))
+        path = os.path.normpath(os.path.join(resolved(folder), last))
+        return os.path.commonpath([base, os.path.realpath(path)]) != base
+
+    return outside
+
+
+def _read_file(root: str, item: Item):
+    return images.read(epath.Path(root) / item.image), item.caption, item.label

@@ -1,0 +1,53 @@
+"""The input `tfds:NAME_OR_BUILDER_DIR`: a TensorFlow data set with a feature of captions."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from ntm_jax.data.caption_lists import caption_of
+from ntm_jax.data.sources import tfds as source
+from ntm_jax.errors import UserError
+from ntm_jax.tools.prepare.captioned import Input, Item
+
+
+def open_tfds(where: str, split: str, feature: str) -> Input:
+    """Lists the records of a split; see inputs.open_input."""
+    builder = source.builder_of(where)
+    name, features = f"tfds:{where}", builder.info.features
+    if "image" not in features:
+        raise UserError(f"{name} has no feature 'image': its features are {', '.join(features)}")
+    inner = features
+    for part in feature.split("/"):
+        if part not in inner:
+            raise UserError(
+                f"{name} has no feature {feature!r} of captions: it has {', '.join(features)}; "
+                "give --caption_feature"
+            )
+        inner = getattr(inner[part], "feature", inner[part])  # a sequence's element
+        inner = inner if hasattr(inner, "keys") else {}
+    count = len(_examples(where, split))
+    classes = features["label"].names if source.num_classes(features) else []
+    read = functools.partial(_read_example, where, split, feature.split("/"), bool(classes))
+    return Input([Item(str(i), i) for i in range(count)], read, classes)
+
+
+@functools.cache
+def _examples(where: str, split: str):
+    import tensorflow_datasets as tfds
+
+    return source.data_source(where, split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def _read_example(
+    where: str, split: str, feature: Sequence[str], labelled: bool, item: Item
+) -> tuple[bytes, str, int | None]:
+    example = caption = _examples(where, split)[item.image]
+    for part in feature:
+        caption = _first(caption[part])
+    label = int(example["label"]) if labelled else None
+    return example["image"], caption_of(caption), label
+
+
+def _first(value: Any) -> Any:
+    """The first element of a list that has any; other values as they are."""
+    return value[0] if isinstance(value, (list, tuple)) and value else value

@@ -1,0 +1,75 @@
+"""The reader of FLUX.2's checkpoints: both namings, dtypes, and bad files."""
+
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax.traverse_util import flatten_dict
+
+from ntm_jax.errors import UserError
+from ntm_jax.projects.flux2 import weights as flux2_weights
+from tests.projects.flux2.common import abstract, original, random_diffusers, write_folder
+
+
+def test_both_namings_are_the_same_parameters(tmp_path):
+    tensors = random_diffusers()
+    write_folder(tmp_path / "klein" / "transformer", tensors)
+    safetensors.numpy.save_file(original(tensors), tmp_path / "klein" / "tiny.safetensors")
+    found = [flux2_weights.read(str(tmp_path / path), abstract())
+             for path in ("klein", "klein/transformer", "klein/tiny.safetensors")]
+    flat = [flatten_dict(jax.device_get(params), sep="/") for params in found]
+    for other in flat[1:]:
+        assert all(np.array_equal(other[name], a) for name, a in flat[0].items())
+    last = tensors["single_transformer_blocks.1.attn.to_qkv_mlp_proj.weight"][-96:]
+    np.testing.assert_array_equal(flat[0]["single/mlp_up/kernel"][1], last.T)
+    np.testing.assert_array_equal(flat[0]["final_scale_modulation/kernel"],
+                                  tensors["norm_out.linear.weight"][:32].T)
+    # no tensor serves two parameters
+    assert len({a.tobytes() for a in flat[0].values()}) == len(flat[0])
+
+
+def test_dtypes_are_the_ones_asked_for(tmp_path):
+    tensors = {name: a.astype(ml_dtypes.bfloat16) for name, a in random_diffusers().items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), abstract())
+    for wanted in (abstract(), half):
+        params = flux2_weights.read(str(tmp_path), wanted)
+        found, expected = ({a.dtype for a in jax.tree.leaves(tree)} for tree in (params, wanted))
+        assert found == expected
+        np.testing.assert_array_equal(params["image_in"]["kernel"],
+                                      tensors["x_embedder.weight"].T.astype(np.float32))
+
+
+def missing(folder):
+    tensors = random_diffusers()
+    del tensors["transformer_blocks.1.ff.linear_in.weight"]
+    tensors["proj_out.weight"] = np.zeros((7, 32), np.float32)
+    write_folder(folder, tensors)
+
+
+def pickled(folder):
+    folder.with_suffix(".pt").write_bytes(b"\x80\x04.")
+    return folder.with_suffix(".pt")
+
+
+def truncated(folder):
+    file = folder.with_suffix(".safetensors")
+    safetensors.numpy.save_file(random_diffusers(), file)
+    file.write_bytes(file.read_bytes()[:-1])
+    return file
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (missing, ["missing transformer_blocks.1.ff.linear_in.weight", "change the sizes",
+               "wrong proj_out.weight is [7, 32], expected [6, 32]"]),
+    (pickled, ["model.pt is not a complete safetensors file"]),
+    (truncated, ["model.safetensors", "not a complete safetensors file"])])
+def test_a_bad_checkpoint_is_one_line(tmp_path, make, words):
+    path = make(tmp_path / "model") or tmp_path / "model"
+    with pytest.raises(UserError) as error:
+        flux2_weights.read(str(path), abstract())
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), error.value

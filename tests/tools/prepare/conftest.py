@@ -1,0 +1,3 @@
+"""A data set that tfds prepared."""
+
+from tests.data.conftest import squares_dir  # noqa: F401

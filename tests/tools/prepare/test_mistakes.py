@@ -1,0 +1,98 @@
+"""Preparing records from invalid inputs: each is refused in one line."""
+
+import os
+import re
+
+import pytest
+
+from ntm_jax.data.records import Layout, write_records
+from ntm_jax.errors import UserError
+from tests.tools.prepare.common import encoded, files, picture, pictures, records, run, write_folder
+
+
+def assert_refused(message, tmp_path, **given):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        run(tmp_path, tmp_path / "in", **given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def row(label):
+    return f'{{"file_name": "a.png", "caption": "a", "label": {label}}}\n'
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", '{"file_name": "a.png"}', "line 1 has {'file_name': 'a.png'}: expected"),
+    ("a.jsonl", row(1) + row('""'), "has the label None for a.png, and others have labels"),
+    ("a.csv", "file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b",
+     "a.csv line 3 is not understood (it has more fields than the header): expected .csv of "
+     "file_name, caption, and quotes around a caption with a comma or a quote"),
+], ids=range(3))
+def test_an_invalid_list_is_refused(tmp_path, name, content, message):
+    write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})
+    (tmp_path / name).write_text(content)
+    assert_refused(message, tmp_path, captions=str(tmp_path / name))
+
+
+def test_an_invalid_input_is_refused(tmp_path, squares_dir):
+    (tmp_path / "empty").mkdir()
+    pictures(tmp_path / "in", 3)
+    (tmp_path / "packed.tar").write_bytes(b"\x1f\x8b")  # as gzip begins
+    for given, message in (
+        ({"input": "photos"}, "--input=photos is not known: expected folder:PATH"),
+        ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
+        ({"input": f"folder:{tmp_path}/empty"}, "has no metadata.jsonl or metadata.csv: give -"),
+        ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a complete, uncompr"),
+        ({"input": f"tfds:{squares_dir}/squares/1.2.3"}, "has no feature 'caption' of captions: "),
+    ):
+        assert_refused(message, tmp_path, **given)
+
+
+def test_files_outside_the_folder_are_read_only_with_follow_outside(tmp_path):
+    elsewhere = write_folder(tmp_path / "elsewhere", {"a.png": encoded(picture(1))})
+    folder = write_folder(tmp_path / "in", {"b.png": encoded(picture(2))})
+    (folder / "link.png").symlink_to(elsewhere / "a.png")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "inside").symlink_to(folder)
+
+    def lists(*names):
+        return write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
+
+    outside = ["../elsewhere/a.png", str(elsewhere / "a.png"), "link.png", "linked/a.png"]
+    for name in (*outside, "inside/../../elsewhere/a.png", "linked/absent.png"):
+        lists("b.png", name)
+        assert_refused("which lies outside", tmp_path)
+    lists("b.png", "inside/b.png", "../in/b.png", str(folder / "b.png"))
+    assert len(records(run(tmp_path, folder, "within"))) == 4
+    lists(*outside)
+    assert len(records(run(tmp_path, folder, follow_outside=True))) == 4
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path, capsys):
+    folder = pictures(tmp_path / "in", 1)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    (folder / "zero.png").symlink_to("/dev/zero")
+    with open(folder / "sparse.png", "wb") as file:
+        file.truncate(10**12)
+    names = ["000.png", "pipe.png", "folder.png", "zero.png", "sparse.png"]
+    write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
+    assert len(records(run(tmp_path, folder, max_bad=0.9, follow_outside=True))) == 1
+    printed = capsys.readouterr().out
+    for name in names[1:4]:
+        assert f"{name} (not a regular file)" in printed
+    assert "sparse.png (larger than 256 MiB, 1000000000000 bytes)" in printed
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path):
+    folder = pictures(tmp_path / "in", 6)
+    before = files(run(tmp_path, folder))
+    with pytest.raises(UserError, match="is being prepared with image_size=8, and this call has 9"):
+        run(tmp_path, folder, image_size=9)
+    pictures(folder, 6, label=2)
+    with pytest.raises(UserError, match=r"is being prepared with rows_sha256="):
+        run(tmp_path, folder)
+    assert files(tmp_path / "out") == before
+    write_records(str(tmp_path / "others"), {"train": []}, Layout((4, 4, 3), pixel_levels=256))
+    with pytest.raises(UserError, match="holds records that another program wrote"):
+        run(tmp_path, folder, "others")

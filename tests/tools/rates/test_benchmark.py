@@ -1,0 +1,162 @@
+"""The benchmark: its rows, the FLOPs that they count, and the program."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ntm_jax.core import sampling
+from ntm_jax.errors import UserError
+from ntm_jax.runtime import flops
+from ntm_jax.tools.rates import benchmark, rows
+from ntm_jax.training import state
+from tests.common import TINY, as_run, experiment, python, random_run, setup, tiny_config
+
+KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
+
+
+def quicken(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(benchmark, "SECONDS", 0.02)
+    patch.setattr(flops, "MATRICES", (64, 128))
+    patch.setattr(benchmark, "COPIED", 1 << 20)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    quicken(monkeypatch)
+
+
+def setting(**overrides) -> rows.Setting:
+    """The setting of an untrained run with its data."""
+    config = tiny_config(**overrides)
+    held_out, model, mesh = setup(config)
+    run = as_run(config, model, mesh)
+    return rows.Setting(run, config.sample.num, config.data.open(config.data.split), held_out)
+
+
+@pytest.mark.slow
+def test_rows_agree_with_themselves():
+    timed = benchmark._rows(rows.TRAINING, setting(), 3, "")
+    assert [row["name"] for row in timed] == [
+        "train step", "forward pass", "input pipeline", "likelihood evaluation"]
+    for row in timed:
+        assert list(row) == KEYS
+        assert len(row["runs"]) == 3
+        assert row["items_per_second"] == np.median(row["runs"])
+        assert min(row["runs"]) > 0
+        if row["flops_per_second"] is not None:
+            assert row["share_of_limit"] == pytest.approx(row["flops_per_second"] / row["limit"])
+    pipeline = timed[2]
+    assert pipeline["flops_per_second"] is None
+    example = 64 * 4 + 4 + 4  # pixels in float32, the label and the index
+    copied = pipeline["items_per_second"] * example
+    assert pipeline["share_of_limit"] == pytest.approx(copied / pipeline["limit"])
+    assert len(benchmark.table(timed).splitlines()) == 5
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A run of random weights, whose inverse takes sweeps."""
+    config = tiny_config()
+    _, model, mesh = setup(config)
+    return random_run(as_run(config, model, mesh), step=4, workdir="runs/tiny")
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_run_measure_its_sampler(run):
+    timed = benchmark.benchmark_run(run, 1, batch=6)
+    names = ["images, decoder inverse", "images, decoder score", "images, decoder denoiser",
+             "predictor's steps", "inverse, sequential", "inverse, parallel", "score denoising"]
+    assert [row["name"] for row in timed] == names
+    extra = {"inverse, sequential": ["tokens", "auto", "round_trip_error"],
+             "inverse, parallel": ["tokens", "auto", "round_trip_error", "sweeps"]}
+    for row in timed:
+        assert list(row) == KEYS + extra.get(row["name"], [])
+        assert row["items_per_second"] > 0
+        assert row["share_of_limit"] == pytest.approx(row["flops_per_second"] / row["limit"])
+    for row in timed[4:6]:
+        assert row["tokens"] == 16
+        assert 0 < row["round_trip_error"] < 1e-4  # float32 rounding of numbers of order 1
+    us, t = rows.Setting(run, 6).drawn[-1], np.tile(run.sampled_levels(), (6, 1))
+    sweeps = jax.jit(lambda us: sampling.inverse_sweeps(
+        run.model, run.params, us, t, np.arange(6), 1e-3))(us)
+    mean = np.mean(np.asarray(sweeps), (0, 2))
+    # Rounding may change one sweep of one example in six.
+    np.testing.assert_allclose(timed[5]["sweeps"]["0.001"], mean, atol=0.2)
+    rough, fine = timed[5]["sweeps"].values()
+    assert all(1 < a < b < 16 for a, b in zip(rough, fine, strict=True))
+    printed = benchmark.table(timed).splitlines()
+    assert len(printed) == 8 + 2
+    assert f"to 0.001, clean to noisy: {rough[0]:.1f}, {rough[1]:.1f}" in printed[8]
+
+
+@pytest.mark.slow
+def test_a_samplers_flops_are_those_of_its_parts(run):
+    """The inverse decoder inverts one of the two levels, the score decoder both.
+
+    The denoiser is one more pass of the predictor.
+    """
+    cases = {name: make(rows.Setting(run, 6)) for name, make in rows.SAMPLING.items()}
+    assert {name for name, case in cases.items() if case is None} == {
+        f"images, decoder {solver}" for solver in ("euler", "heun")}
+    inverse, score, denoiser, predictor, sequential, parallel, denoising = (
+        case.flops for case in cases.values() if case)
+    assert sequential == parallel == 2 * (inverse - predictor) > 0
+    assert score == predictor + sequential + denoising
+    assert denoiser == predictor * 3 / 2
+
+
+@pytest.mark.slow
+def test_recomputation_is_not_counted(monkeypatch):
+    monkeypatch.setattr(state, "initialize", state.abstract)
+    none, full = (rows._train_step(setting(**{"model.remat": remat})).flops
+                  for remat in ("none", "full"))
+    assert none == full
+
+
+@pytest.mark.slow
+def test_a_step_is_three_evaluations(monkeypatch):
+    """The gradient of a product is two products, which the first layers' inputs do not need."""
+    monkeypatch.setattr(state, "initialize", state.abstract)
+    tiny = setting(**{"data.batch_size": 20, "evaluate.batch_size": 20})
+    step, forward, evaluation = (
+        make(tiny) for make in (rows._train_step, rows._forward, rows._likelihood))
+    assert step.items == forward.items == evaluation.items == 20
+    assert 2.7 * forward.flops < step.flops < 3 * forward.flops
+    assert evaluation.flops == forward.flops
+
+
+def test_a_setting_varies():
+    values = experiment()
+    values.update_from_flattened_dict(TINY)
+    found = list(benchmark.varied(values.to_dict(), "model.width,model.transporter_width:16,32"))
+    assert [name for name, *_ in found] == [
+        f"model.width,model.transporter_width={value}" for value in (16, 32)]
+    assert [(c.model.width, c.model.transporter_width) for *_, c in found] == [(16, 16), (32, 32)]
+    ((*_, made),) = benchmark.varied(values.to_dict(), "trajectory.steps,sample.steps:3")
+    assert (made.trajectory.steps, made.sample.steps) == ((3,), 3)
+    for wrong, said in (("seed:0,1", "names seed, which is no setting of a section"),
+                        ("model.width:16,-1", "config.model.width is -1")):
+        with pytest.raises(UserError, match=said):
+            list(benchmark.varied(values.to_dict(), wrong))
+
+
+@pytest.mark.slow
+def test_the_program_writes_rows(tmp_path):
+    done = python("-m", "launch.benchmark", "--config=experiments/digits.py", "--runs=1",
+                  "--rows=pipeline", *(f"--config.{key}={value}" for key, value in TINY.items()),
+                  f"--json={tmp_path / 'rows.json'}")
+    timed = json.loads((tmp_path / "rows.json").read_text())
+    assert [list(row) for row in timed] == [KEYS]
+    assert re.match(r"1 x \S.*, jax [\d.]+, medians of 1 runs\n", done.stdout)
+    assert benchmark.table(timed) in done.stdout
+
+
+def test_weighted_sums_are_not_counted_as_products():
+    matrix, vector = jnp.ones((3, 4)), jnp.ones(4)
+    assert flops.count(jnp.matmul, matrix, vector) == 0
+    assert flops.count(lambda a, b: jnp.einsum("nc,kc->nkc", a, b), matrix, matrix) == 0
+    assert flops.count(jnp.matmul, matrix, vector[:, None]) == 2 * 3 * 4
