@@ -3,6 +3,13 @@
 import ast
 import pathlib
 
+import pytest
+
+from ntm_jax.errors import UserError
+from ntm_jax.projects.reward import rewards
+from ntm_jax.registry import load, present
+from ntm_jax.training.reward.rewards import Scores
+
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = (  # from the ground up; a room imports from lower floors
     {"errors", "host_memory", "workers"},
@@ -65,3 +72,15 @@ def test_only_launch_reads_flags():
     readers = {path for path, names in (PACKAGE | imports("experiments")).items()
                if any(name.startswith(FLAGS) for name in names)}
     assert readers == set()
+
+
+def test_a_missing_project_is_one_line():
+    place = "ntm_jax.projects.nowhere.part:function"
+    with pytest.raises(UserError, match=r"this copy of ntm_jax has no ntm_jax\.projects\.nowhere"):
+        load(place)
+    assert not present(place)
+    assert present("ntm_jax.projects.reward.settings:Reward")
+
+
+def test_rewards_are_found_under_their_earlier_name():
+    assert Scores is rewards.Scores

@@ -14,7 +14,6 @@ from ntm_jax.files import parse_object
 LISTS = ("metadata.jsonl", "metadata.csv")
 
 
-
 def listed(root: epath.Path) -> tuple[dict[str, str] | None, dict[str, str]]:
     """What the list in a folder says: (captions, rejected files), {file name: ...} each.
 

@@ -17,7 +17,7 @@ from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import decoders
 
-# Figures of what only some sources know, made by projects.
+# Functions of projects: they compare with a known density, and check samples against captions.
 COMPARE_DENSITY = "ntm_jax.projects.densities.known_density:compare_with_true_density"
 SCORE_TASKS = "ntm_jax.projects.scenes.tasks:task_scores"
 

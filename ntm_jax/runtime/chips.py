@@ -40,11 +40,10 @@ UNKNOWN_CHIP = Chip(math.inf, math.nan, math.nan, math.nan, math.nan)  # cpu and
 # One core of a server's CPU, about; memory is its caches, which hold small networks. Several cores
 # have as much more of both, so that their ratio stays. No kernel is launched.
 CPU = Chip(math.inf, 100e9, 50e9, math.nan, math.nan, highest=100e9, latency=0.0)
-# Figures of TPUs are from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, whose ICI figures
-# count both directions. DCN figures of v5p, v6e and tpu7x are from the tpu7x page's comparison
-# (50 Gbit/s for a v5p chip, 100 for a v6e or tpu7x chip); those of v4 and v5e are from
-# jax-ml.github.io/scaling-book/tpus. Memory is what the compiler lets a program use, as its error
-# about a larger one states it.
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, where ICI counts both directions. DCN
+# of v5p, v6e and tpu7x: the comparison on the tpu7x page (50 Gbit/s for a v5p chip, 100 for a v6e
+# or tpu7x chip); DCN of v4 and v5e: jax-ml.github.io/scaling-book/tpus. Memory: the limit that the
+# compiler states when a program exceeds it.
 CHIPS = {
     # Two cores as one device; 6 links of 50 GB/s.
     "v4": Chip(30.75, 275e12, 1228e9, 300e9, 6.25e9),

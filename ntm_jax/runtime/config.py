@@ -8,7 +8,6 @@ configuration is checked by training.objectives.
 
 import dataclasses
 import functools
-import importlib
 import typing
 from typing import Any
 
@@ -20,7 +19,7 @@ from ntm_jax.data import sources
 from ntm_jax.data.conditions import KINDS, SETTINGS
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.registry import present
+from ntm_jax.registry import load, present
 from ntm_jax.typed import parse_dataclass, setting
 
 # Sections that projects declare, by name: MODULE:DATACLASS, imported when a configuration is made.
@@ -244,20 +243,19 @@ class Config:
 
 def decoder(name: str) -> Any:
     """The decoder of this name, from the table of sampling.decoders; UserError if there is none."""
-    return importlib.import_module("ntm_jax.sampling.decoders").find(name)
+    return load("ntm_jax.sampling.decoders:find")(name)
 
 
 def config_class() -> type[Config]:
-    """Config with the sections of SECTIONS as further fields, but for those of absent projects."""
+    """Config with the sections of the projects that are installed as further fields."""
     return _with_sections(tuple(item for item in SECTIONS.items() if present(item[1])))
 
 
 @functools.cache
 def _with_sections(sections: tuple[tuple[str, str], ...]) -> type[Config]:
     fields = []
-    for name, path in sections:
-        module, _, kind = path.partition(":")
-        section = getattr(importlib.import_module(module), kind)
+    for name, place in sections:
+        section = load(place)
         fields.append((name, section, section()))
     return dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
 

@@ -19,6 +19,7 @@ from ntm_jax.errors import UserError
 
 _SPLITS = ("train", "test")
 
+
 @dataclasses.dataclass(frozen=True)
 class _RandomRecords:
     """Random records, each a function of `stream` and its index alone."""

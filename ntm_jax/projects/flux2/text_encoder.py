@@ -11,9 +11,9 @@ LAYERS = (9, 18, 27)  # their states are concatenated: the width is three times 
 class Qwen3(Language):
     """Qwen3, reading a caption as a user's turn of a chat without thinking, padded to TOKENS.
 
-    So encode diffusers' Flux2KleinPipeline and black-forest-labs/flux2, src/flux2/text_encoder.py.
-    FLUX.2 was trained on the states of all positions, since its attention does not mask padding, so
-    all count as the caption's own. Its unconditional states are those of the caption "".
+    diffusers' Flux2KleinPipeline and black-forest-labs/flux2 (src/flux2/text_encoder.py) encode
+    captions in this way. FLUX.2's attention does not mask padding, so the states of all positions
+    are kept. The empty caption gives the unconditional states.
     """
 
     masked = False

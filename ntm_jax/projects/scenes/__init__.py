@@ -1,1 +1,1 @@
-"""Drawn scenes with captions, and exact checks of what a sample shows."""
+"""Drawn scenes with captions, and exact checks of samples against their captions."""

@@ -23,7 +23,11 @@ def _over_tasks(task, values) -> dict:
 
 
 def figures(rows: dict, first: dict | None) -> dict:
-    """Figures of a source's tasks, arrays [n], and their paired difference to those of `first`."""
+    """The figures of evaluation.json for one guidance.
+
+    rows, first: what Source.tasks returns for this guidance and for the one that it is compared
+    with, {name: [n]}; with `first` the paired difference is added.
+    """
     others = {name: values[~np.isnan(values)] for name, values in rows.items()
               if name not in ("task", "right", "traits")}
     result = _over_tasks(rows["task"], rows["right"])

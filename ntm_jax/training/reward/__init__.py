@@ -1,0 +1,1 @@
+"""The earlier place of projects.reward, kept for modules of users."""
