@@ -13,27 +13,23 @@ from ntm_jax.errors import UserError, shown
 Part = TypeVar("Part")
 
 
-def load(place: str) -> Any:
-    """The object at MODULE:NAME, a part that is imported when it is first asked for.
-
-    Raises UserError where the module's folder was left out of this copy of the package.
-    """
-    module, name = place.split(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if not module.startswith(f"{error.name}."):
-            raise
-        raise UserError(f"{module} is needed, and this copy of ntm_jax has no {error.name}: "
-                        "install the whole package") from None
-
-
 def present(place: str) -> bool:
     """Whether this copy of the package has the module of MODULE:NAME; imports its folders alone."""
     try:
         return importlib.util.find_spec(place.split(":")[0]) is not None
     except ModuleNotFoundError:
         return False
+
+
+def load(place: str) -> Any:
+    """The object at MODULE:NAME, a part of ours that is imported when it is first asked for.
+
+    Raises UserError where this copy of the package was made without the module.
+    """
+    module, name = place.split(":")
+    if not present(place):
+        raise UserError(f"this copy of ntm_jax has no {module}: install the whole package")
+    return getattr(importlib.import_module(module), name)
 
 
 class NotRegistered(UserError):

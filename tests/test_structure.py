@@ -76,7 +76,7 @@ def test_only_launch_reads_flags():
 
 def test_a_missing_project_is_one_line():
     place = "ntm_jax.projects.nowhere.part:function"
-    with pytest.raises(UserError, match=r"this copy of ntm_jax has no ntm_jax\.projects\.nowhere"):
+    with pytest.raises(UserError, match=r"has no ntm_jax\.projects\.nowhere\.part: install the"):
         load(place)
     assert not present(place)
     assert present("ntm_jax.projects.reward.settings:Reward")

@@ -159,13 +159,13 @@ class Words:
         return states, cut
 
 
-_NETWORKS = "ntm_jax.data.text_networks"
 ENCODERS: Registry[Callable[[str], Encoder]] = Registry(
     "the text encoder",
     {
         "words:M:VOCABULARY": Words,
-        "minilm[:M]": f"{_NETWORKS}:MiniLM",
-        "transformers:FOLDER[,tokens=M][,layers=A+B]": f"{_NETWORKS}:open_transformers",
+        "minilm[:M]": "ntm_jax.data.text_networks:MiniLM",
+        "transformers:FOLDER[,tokens=M][,layers=A+B]":
+            "ntm_jax.data.text_networks:open_transformers",
         "flux2:FOLDER": "ntm_jax.projects.flux2.text_encoder:Qwen3",
     },
 )

@@ -279,11 +279,9 @@ class _Loop:
         """Compiles the first step, counts its FLOPs, and checks the memory of the largest T."""
         self.reporter.message("compiling the first step; a model of the default size takes about "
                               "half a minute on a CPU")
-        step_flops = 0
-        if self.reporter.shows:
-            step_flops = flops_of_step(
-                self.run, self.objective, self.step_function, self.current, self.batch.arrays,
-                self.distilled, self.reference)
+        step_flops = flops_of_step(
+            self.run, self.objective, self.step_function, self.current, self.batch.arrays,
+            self.distilled, self.reference) if self.reporter.shows else 0
         longest = max(self.run.config.trajectory.steps)
         compile_and_check_memory(self.run, self.step_function, *self._arguments(longest))
         self.rates = Rates(self.run, self.objective, self.step, step_flops)

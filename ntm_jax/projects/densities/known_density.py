@@ -23,7 +23,7 @@ from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transformer.precision import precision
 from ntm_jax.data import pipeline, transforms
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError, check_count
+from ntm_jax.errors import UserError
 from ntm_jax.evaluation import importance, plots, scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.export.read import load_run
@@ -295,7 +295,6 @@ def compare_with_truth(workdirs: Sequence[str], out: str, split: str | None = No
     split: the first run's by default. trajectories: for each record, of an NTM's bounds. Returns
     the content of truth.json. Raises UserError where the runs do not compare.
     """
-    check_count("the number of runs", len(workdirs))
     runs = [load_run(workdir, None, False) for workdir in workdirs]
     result = benchmark([(run, estimators(run, objectives.find(run.config.train.objective).trains,
                                          trajectories)) for run in runs],
