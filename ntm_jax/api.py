@@ -48,7 +48,7 @@ class Run(base.Run):
     """A trained run: its parameters at a step, and what can be asked of them.
 
     Conditions: label is one class, by its name or number, classes [n], or for a model of texts
-    core.transformer.conditions.Text with states [n, M, E] and mask [n, M], of n texts or of one.
+    core.conditions.Text with states [n, M, E] and mask [n, M], of n texts or of one.
     condition is one vector [E] or vectors [n, E] in their own units, for a model that is
     conditioned on vectors. All methods raise UserError for a condition that the model does not
     have, and for images or options that do not fit.

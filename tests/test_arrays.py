@@ -14,8 +14,8 @@ import pytest
 from scipy import stats
 
 import ntm_jax
+from ntm_jax.core.conditions import Vector
 from ntm_jax.core.model import full_precision
-from ntm_jax.core.transformer.conditions import Vector
 from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring

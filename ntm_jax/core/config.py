@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
-from ntm_jax.core.transformer.conditions import NOTHING, Condition
+from ntm_jax.core.conditions import NOTHING, Condition
+from ntm_jax.core.transformer import PLAIN, Arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModelConfig:
     data_std: float  # standard deviation of the clean tokens, r
     dtype: Any
     transporter_dtype: Any  # float32 for reported likelihoods and exact inverses
-    remat: str  # what the backward pass finds saved; see layers.REMAT
+    remat: str  # what the backward pass finds saved; see transformer.REMAT
     scan: bool
     condition: Condition = NOTHING  # what it is conditioned on
     # Initial deviation of the transporter's table of positions: near 1, a token's position counts

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import trajectory
+from ntm_jax.core.conditions import Modulation
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.predictor import Trunk, bounded
 from ntm_jax.core.trajectory import per_example
-from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.conditions import Modulation
-from ntm_jax.core.transformer.precision import at_config_precision
+from ntm_jax.core.transformer import at_config_precision, dense
 
 
 class Velocity(Trunk):
@@ -36,7 +35,7 @@ class Velocity(Trunk):
         c, t_ = self.config, per_example(t, x)
         variance, _ = self.spread(t_)
         hidden = self.hidden(x / jnp.sqrt(variance), (t,), False, None, y)
-        project = layers.dense(c.dim, ("embed", None), c.dtype, "project", scale=0)
+        project = dense(c.dim, ("embed", None), c.dtype, "project", scale=0)
         value = project(hidden).astype(jnp.float32)
         linear = (t_ - (1 - t_) * c.data_std**2) / variance
         return linear * x - c.data_std / jnp.sqrt(variance) * value, hidden
@@ -66,7 +65,7 @@ class Posterior(nn.Module):
         condition = Modulation(
             hidden.shape[-1], len(self.config.steps) > 1, rows=2, name="condition")
         shift, scale = jnp.moveaxis(condition((t, s), steps, None)[:, :, None], 1, 0)
-        project = layers.dense(self.config.dim, ("embed", None), jnp.float32, "project", scale=0)
+        project = dense(self.config.dim, ("embed", None), jnp.float32, "project", scale=0)
         delta = project(hidden * (1 + scale) + shift)
         deviation = trajectory.posterior(per_example(s, u), per_example(t, u))[2]
         return posterior_mean(u, velocity, s, t), jnp.log(deviation) + bounded(delta)

@@ -1,7 +1,7 @@
 """NTM: transporter and predictor, wired into the log-likelihood terms of a trajectory.
 
 Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition;
-see transformer.conditions.
+see conditions.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.flow_matching import Posterior
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import LOG_2PI, log_normal
-from ntm_jax.core.transformer.precision import at_config_precision
+from ntm_jax.core.transformer import at_config_precision
 from ntm_jax.core.transporter import TOLERANCE, Transporter
 
 

@@ -10,11 +10,10 @@ target's level, t = t_{k+1} the input's.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ntm_jax.core.conditions import Modulation
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.trajectory import per_example, posterior
-from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.conditions import Modulation
-from ntm_jax.core.transformer.precision import at_config_precision
+from ntm_jax.core.transformer import LayerConfig, Positions, Stack, at_config_precision, dense, norm
 
 LOG_SCALE_BOUND = 10.0  # soft; a clean level needs 5 or 6
 
@@ -35,20 +34,19 @@ class Trunk(nn.Module):
         They are conditioned on y and, with embed_steps, on the number of steps [B].
         """
         c = self.config
-        positions = layers.Positions(c.positions, c.grid, c.width, c.head_size, name="positions")
+        positions = Positions(c.positions, c.grid, c.width, c.head_size, name="positions")
         table, angles = positions()
-        embed = layers.dense(c.width, (None, "embed"), c.dtype, "embed",
-                             product=c.arithmetic.product)
+        embed = dense(c.width, (None, "embed"), c.dtype, "embed", product=c.arithmetic.product)
         hidden = embed(u) + table
         hidden, angles, keys = c.condition.prepend(self, y, hidden, angles)
         condition = Modulation(c.width, embed_steps, c.condition.embed, name="condition")
         modulation = condition(times, steps, y)
-        stack = layers.Stack(layers.LayerConfig(
+        stack = Stack(LayerConfig(
             depth=c.predictor_layers, head_size=c.head_size, kv_heads=c.kv_heads,
             mlp_ratio=c.mlp_ratio, causal=False, dtype=c.dtype, arithmetic=c.arithmetic),
             c.remat, c.scan, name="stack")
         hidden = stack(hidden.astype(c.dtype), modulation, angles, keys)
-        return layers.norm(c.dtype, "norm", learned=True)(hidden[:, -c.tokens :])
+        return norm(c.dtype, "norm", learned=True)(hidden[:, -c.tokens :])
 
     def spread(self, t):
         """The variance of x_t, and the deviation r_t of x given x_t, for independent Gaussian data.
@@ -77,7 +75,7 @@ class Predictor(Trunk):
         t_, s_ = per_example(t, u), per_example(s, u)
         variance, spread = self.spread(t_)
         hidden = self.hidden(u / jnp.sqrt(variance), (t, s), len(c.steps) > 1, steps, y)
-        project = layers.dense(
+        project = dense(
             2 * c.dim, ("embed", None), c.dtype, "project", scale=0,
             product=c.arithmetic.product)
         output = project(hidden).astype(jnp.float32)

@@ -10,10 +10,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ntm_jax.core.conditions import Modulation
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.conditions import Modulation
-from ntm_jax.core.transformer.precision import at_config_precision
+from ntm_jax.core.transformer import (
+    LayerConfig,
+    Positions,
+    Stack,
+    at_config_precision,
+    dense,
+    norm,
+    partitioned,
+)
 
 # parallel inverts all tokens at once, by sweeps; sequential token by token, with a KV cache.
 INVERSES = ("parallel", "sequential")
@@ -34,17 +41,17 @@ class Block(nn.Module):
         c, width = self.config, self.config.transporter_width
         dtype = c.transporter_dtype
         product = c.arithmetic.product
-        self.embed = layers.dense(width, (None, "embed"), dtype, "embed", product=product)
-        init = layers.partitioned(("embed",), nn.initializers.normal, 0.02)
+        self.embed = dense(width, (None, "embed"), dtype, "embed", product=product)
+        init = partitioned(("embed",), nn.initializers.normal, 0.02)
         self.start = self.param("start", init, (width,))
-        self.positions = layers.Positions(
+        self.positions = Positions(
             c.positions, c.grid, width, c.head_size, c.transporter_positions_std)
-        self.stack = layers.Stack(layers.LayerConfig(
+        self.stack = Stack(LayerConfig(
             depth=c.transporter_layers, head_size=c.head_size, kv_heads=c.kv_heads,
             mlp_ratio=c.mlp_ratio, causal=True, dtype=dtype, arithmetic=c.arithmetic),
             c.remat, c.scan)
-        self.norm = layers.norm(dtype, "norm", learned=True)
-        self.project = layers.dense(
+        self.norm = norm(dtype, "norm", learned=True)
+        self.project = dense(
             2 * c.dim, ("embed", None), dtype, "project", scale=0, product=product)
 
     def _order(self, x):
@@ -80,7 +87,7 @@ class Block(nn.Module):
     def decode(self, x_previous, weights, modulation, caches, n):
         """One step of the inverse, from x_{n-1} [B, D] and the KV caches -> (m_n, g_n, caches).
 
-        x_{n-1} is ignored at n = 0. weights, caches: by layer; see layers.Stack.decode.
+        x_{n-1} is ignored at n = 0. weights, caches: by layer; see Stack.decode.
         """
         table, angles = self._positions()
         start = self.start.astype(self.config.transporter_dtype)[None]

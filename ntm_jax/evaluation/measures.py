@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import Schedule
-from ntm_jax.core.transformer.precision import precision
+from ntm_jax.core.transformer import precision
 from ntm_jax.data.sources import Source
 from ntm_jax.evaluation import scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr

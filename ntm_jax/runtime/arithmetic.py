@@ -1,6 +1,6 @@
-"""The arithmetic chosen by the mesh's devices; see core.transformer.arithmetic."""
+"""The arithmetic chosen by the mesh's devices; see core.transformer."""
 
-from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
+from ntm_jax.core.transformer import PLAIN, Arithmetic
 from ntm_jax.runtime import cpu_arithmetic
 from ntm_jax.runtime.attention import Attention
 

@@ -15,8 +15,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ntm_jax.core.transformer.attention import plain_attention
-from ntm_jax.core.transformer.precision import own_precision, precision
+from ntm_jax.core.transformer import own_precision, plain_attention, precision
 from ntm_jax.runtime import sharding
 
 QUERIES = PartitionSpec(*sharding.BATCH, "sequence", "tensor")
@@ -27,7 +26,7 @@ SPLASH_BLOCKS = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "bloc
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Attention by a kernel, called as core.transformer.attention.plain_attention is.
+    """Attention by a kernel, called as core.transformer.plain_attention is.
 
     kind: splash or cudnn. interpret: runs splash without a TPU, for tests.
     """

@@ -15,7 +15,7 @@ from ntm_jax import backbones
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.core.predictor import Predictor
-from ntm_jax.core.transformer.arithmetic import PLAIN, Arithmetic
+from ntm_jax.core.transformer import PLAIN, Arithmetic
 from ntm_jax.data import conditions
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError

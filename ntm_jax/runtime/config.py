@@ -13,7 +13,7 @@ from typing import Any
 
 from ntm_jax import backbones, files
 from ntm_jax.core.trajectory import Schedule, default_shift, shifted
-from ntm_jax.core.transformer.layers import REMAT
+from ntm_jax.core.transformer import REMAT
 from ntm_jax.core.transporter import INVERSES
 from ntm_jax.data import sources
 from ntm_jax.data.conditions import KINDS, SETTINGS

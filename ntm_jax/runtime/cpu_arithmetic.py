@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ntm_jax.core.transformer.arithmetic import EPSILON, Arithmetic, inverse_rms
-from ntm_jax.core.transformer.attention import attend, plain_attention
+from ntm_jax.core.transformer import EPSILON, Arithmetic, attend, inverse_rms, plain_attention
 
 BLOCKWISE_TOKENS = 256  # from which blocks are faster
 named = jax.named_scope("cpu_arithmetic")

@@ -19,7 +19,7 @@ from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, example_noise, per_example
-from ntm_jax.core.transformer.precision import precision
+from ntm_jax.core.transformer import precision
 from ntm_jax.registry import Registry
 from ntm_jax.runtime.config import Sample
 from ntm_jax.sampling import inverses

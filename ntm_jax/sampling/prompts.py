@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.data import text
 from ntm_jax.data.records import pad_text
 from ntm_jax.errors import UserError

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.data.sources import Source
 from ntm_jax.data.transforms import unstandardise
 from ntm_jax.runtime import plots

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from ntm_jax.core.conditions import Text, Vector
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import Schedule
-from ntm_jax.core.transformer.conditions import Text, Vector
 from ntm_jax.core.transporter import Block, Transporter
 from ntm_jax.data.conditions.text import TextCondition
 from ntm_jax.data.conditions.vector import VectorCondition

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core.transformer.conditions import (
+from ntm_jax.core.conditions import (
     Modulation,
     Vector,
     sinusoidal,

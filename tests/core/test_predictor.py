@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import trajectory
+from ntm_jax.core.conditions import Text
 from ntm_jax.core.predictor import LOG_SCALE_BOUND
-from ntm_jax.core.transformer.conditions import Text
 from ntm_jax.data.conditions.text import TextCondition
 
 LEVELS = [(1.0, 0.75), (1.0, 0.02), (0.5, 0.265), (0.265, 0.02), (0.05, 0.001)]  # t, s

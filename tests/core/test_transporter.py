@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.core.transporter import TOLERANCE
 from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.data.conditions.text import TextCondition

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.export import sample_script
 from ntm_jax.runtime import plots
 from tests.common import alike

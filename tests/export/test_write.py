@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ntm_jax import files
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.data.pipeline import spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.export.write import write_export

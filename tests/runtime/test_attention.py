@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.core.transformer import plain_attention
 from ntm_jax.runtime import attention, config, sharding
 from tests.common import python
 

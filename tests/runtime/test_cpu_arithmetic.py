@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core.transformer.arithmetic import PLAIN
-from ntm_jax.core.transformer.attention import plain_attention
+from ntm_jax.core.transformer import PLAIN, plain_attention
 from ntm_jax.runtime import arithmetic, config, cpu_arithmetic, sharding
 
 CPU = cpu_arithmetic.arithmetic(tokens=16)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.sampling import generate

@@ -1,7 +1,7 @@
 """The kinds of condition: the table that config.model.condition chooses from.
 
 A kind knows what data hold for it, what users may give, how it is described, and how it enters the
-networks: its core.transformer.conditions.Condition. A new kind is one file here and its line in
+networks: its core.conditions.Condition. A new kind is one file here and its line in
 KINDS.
 """
 

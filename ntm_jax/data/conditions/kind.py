@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ntm_jax.core.transformer import conditions
+from ntm_jax.core import conditions
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, shown
 

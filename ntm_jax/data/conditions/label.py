@@ -5,8 +5,8 @@ import math
 import flax.linen as nn
 import numpy as np
 
-from ntm_jax.core.transformer import conditions
-from ntm_jax.core.transformer.layers import partitioned
+from ntm_jax.core import conditions
+from ntm_jax.core.transformer import partitioned
 from ntm_jax.data.conditions.kind import Kind
 from ntm_jax.errors import UserError, as_array, few, shown
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ntm_jax.core import conditions
 from ntm_jax.core.trajectory import per_example
-from ntm_jax.core.transformer import conditions
-from ntm_jax.core.transformer.layers import dense, norm, partitioned
+from ntm_jax.core.transformer import dense, norm, partitioned
 from ntm_jax.data import transforms
 from ntm_jax.data.conditions.kind import Kind
 from ntm_jax.errors import UserError, as_array

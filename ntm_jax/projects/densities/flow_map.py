@@ -19,7 +19,7 @@ from ntm_jax.backbones import Backbone
 from ntm_jax.core import trajectory
 from ntm_jax.core.predictor import Trunk
 from ntm_jax.core.trajectory import per_example
-from ntm_jax.core.transformer import layers
+from ntm_jax.core.transformer import dense
 from ntm_jax.projects.densities.divergence import value_and_divergence
 
 FINEST = 6  # an interval of training is 2^-i of the whole, i = 0..FINEST
@@ -46,7 +46,7 @@ class FlowMap(Trunk):
         variance, target = self.spread(t_)[0], self.spread(s_)[0]
         change = t_ + s_ - c.data_std**2 * (2 - t_ - s_)  # (target - variance) / (s - t)
         hidden = self.hidden(x / jnp.sqrt(variance), (t, s), False, None, y)
-        project = layers.dense(c.dim + 1, ("embed", None), c.dtype, "project", scale=0)
+        project = dense(c.dim + 1, ("embed", None), c.dtype, "project", scale=0)
         output = project(hidden).astype(jnp.float32)
         slope = change / (jnp.sqrt(variance) * (jnp.sqrt(variance) + jnp.sqrt(target)))
         average = slope * x - c.data_std / jnp.sqrt(variance) * output[..., :-1]

@@ -20,7 +20,7 @@ from ntm_jax import files
 from ntm_jax.core import flow_matching, trajectory
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import Schedule
-from ntm_jax.core.transformer.precision import precision
+from ntm_jax.core.transformer import precision
 from ntm_jax.data import pipeline, transforms
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError

@@ -19,10 +19,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ntm_jax.backbones import Backbone
+from ntm_jax.core.conditions import Text, sinusoidal
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.attention import plain_attention
-from ntm_jax.core.transformer.conditions import Text, sinusoidal
+from ntm_jax.core.transformer import dense, norm, partitioned, plain_attention, stacked
 from ntm_jax.errors import UserError
 from ntm_jax.projects.flux2 import weights as flux2_weights
 
@@ -46,7 +45,7 @@ class Flux2Config:
     # numbers of sum head_size.
     axes: tuple[int, int, int, int] = (32, 32, 32, 32)
     dtype: Any = jnp.bfloat16
-    remat: str = "none"  # none, full, narrow, dots: see layers.REMAT
+    remat: str = "none"  # none, full, narrow, dots: see core.transformer.REMAT
     scan: bool = True
 
     @property
@@ -73,7 +72,7 @@ def rotary(config: Flux2Config, text_tokens: int):
 def rotate(x, turn):
     """x [B, S, H, C] rotated by (cos, sin) [S, C/2]; channels 2i and 2i+1 are a pair.
 
-    In core.transformer.attention.rotate channels i and i + C/2 are.
+    In core.transformer.rotate channels i and i + C/2 are.
     """
     cos, sin = (a[None, :, None] for a in turn)
     first, second = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
@@ -111,20 +110,20 @@ class _Layer(nn.Module):
     attention: Callable
 
     def _norm(self, x, shift, scale, name: str):
-        return layers.norm(self.config.dtype, name)(x) * (1 + scale) + shift
+        return norm(self.config.dtype, name)(x) * (1 + scale) + shift
 
     def _heads(self, x, stream: str):
         """x [B, S, W] -> queries, keys and values [B, S, H, C]; queries and keys are normalised."""
         c = self.config
 
         def heads(name):
-            project = layers.dense(
+            project = dense(
                 c.width, ("embed", "heads"), c.dtype, f"{stream}{name}", bias=False)
             y = checkpoint_name(project(x), "narrow")
             return y.reshape(*x.shape[:-1], c.heads, c.head_size)
 
         q, k, v = heads("query"), heads("key"), heads("value")
-        ones = layers.partitioned((None,), nn.initializers.ones_init)
+        ones = partitioned((None,), nn.initializers.ones_init)
         q = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name=f"{stream}query_norm")(q)
         k = nn.RMSNorm(dtype=c.dtype, scale_init=ones, name=f"{stream}key_norm")(k)
         return q, k, v
@@ -139,19 +138,19 @@ class _Layer(nn.Module):
 
     def _out(self, y, stream: str):
         c = self.config
-        project = layers.dense(c.width, ("heads", "embed"), c.dtype, f"{stream}out", bias=False)
+        project = dense(c.width, ("heads", "embed"), c.dtype, f"{stream}out", bias=False)
         return checkpoint_name(project(y), "narrow")
 
     def _mlp(self, x, stream: str):
         c = self.config
 
         def wide(name):
-            return layers.dense(c.mlp_ratio * c.width, ("embed", "mlp"), c.dtype, f"{stream}{name}",
-                                bias=False)(x)
+            return dense(c.mlp_ratio * c.width, ("embed", "mlp"), c.dtype, f"{stream}{name}",
+                         bias=False)(x)
 
         gate, up = wide("mlp_gate"), wide("mlp_up")
         h = laid_out(nn.silu(gate) * up, "mlp")
-        down = layers.dense(c.width, ("mlp", "embed"), c.dtype, f"{stream}mlp_down", bias=False)
+        down = dense(c.width, ("mlp", "embed"), c.dtype, f"{stream}mlp_down", bias=False)
         return checkpoint_name(down(h), "narrow")
 
 
@@ -208,8 +207,8 @@ class Flux2(nn.Module):
         """
         c = self.config
         vector = self._time(t)
-        text = layers.dense(c.width, (None, "embed"), c.dtype, "text_in", bias=False)(y.states)
-        image = layers.dense(c.width, (None, "embed"), c.dtype, "image_in", bias=False)(x)
+        text = dense(c.width, (None, "embed"), c.dtype, "text_in", bias=False)(y.states)
+        image = dense(c.width, (None, "embed"), c.dtype, "image_in", bias=False)(x)
         turn = rotary(c, text.shape[1])
         keys = jnp.concatenate([y.mask.astype(bool), jnp.ones(x.shape[:2], bool)], 1)
         modulations = tuple(self._modulation(vector, 6, f"double_{stream}")
@@ -222,23 +221,23 @@ class Flux2(nn.Module):
         shift, scale = (self._modulation(vector, 1, f"final_{name}").astype(c.dtype)
                         for name in ("shift", "scale"))
         _, hidden = parted(hidden, text.shape[1], "embed_activation")
-        hidden = layers.norm(c.dtype, "norm")(hidden)
+        hidden = norm(c.dtype, "norm")(hidden)
         hidden = laid_out(hidden * (1 + scale) + shift, "embed_activation")
-        velocity = layers.dense(c.dim, ("embed", None), c.dtype, "project", bias=False)(hidden)
+        velocity = dense(c.dim, ("embed", None), c.dtype, "project", bias=False)(hidden)
         return velocity.astype(jnp.float32), hidden
 
     def _time(self, t):
         """t [B] -> silu of its embedding, [B, W] float32, from which modulations are projected."""
         width, features = self.config.width, sinusoidal(1000 * t, TIME_FEATURES)
-        h = layers.dense(width, (None, "embed"), jnp.float32, "time_in", bias=False)(features)
-        out = layers.dense(width, ("embed", "embed_out"), jnp.float32, "time_out", bias=False)
+        h = dense(width, (None, "embed"), jnp.float32, "time_in", bias=False)(features)
+        out = dense(width, ("embed", "embed_out"), jnp.float32, "time_out", bias=False)
         h = out(nn.silu(h))
         return nn.with_logical_constraint(nn.silu(h), ("batch", "embed_activation"))
 
     def _modulation(self, vector, parts: int, name: str):
         """The modulation that the layers of a stack share, [B, parts, W] float32."""
         width = self.config.width
-        project = layers.dense(
+        project = dense(
             parts * width, ("embed", "mlp"), jnp.float32, f"{name}_modulation", bias=False)
         out = project(vector).reshape(-1, parts, width)
         return nn.with_logical_constraint(out, ("batch", None, "embed_activation"))
@@ -246,7 +245,7 @@ class Flux2(nn.Module):
     def _stack(self, layer, depth: int, name: str):
         """`depth` layers of a class, scanned or unrolled."""
         c = self.config
-        stack = layers.stacked(layer, depth, c.remat, c.scan, 3, self.is_initializing())
+        stack = stacked(layer, depth, c.remat, c.scan, 3, self.is_initializing())
         return stack(c, self.attention, name=name)
 
 

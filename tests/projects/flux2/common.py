@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.projects.flux2 import network as flux2
 from ntm_jax.projects.flux2 import weights as flux2_weights
 

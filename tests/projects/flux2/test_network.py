@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.data.conditions.text import TextCondition
 from ntm_jax.projects.flux2 import network as flux2
 from ntm_jax.projects.flux2 import weights as flux2_weights

@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.projects.flux2 import network as flux2
 from ntm_jax.projects.flux2 import weights as flux2_weights
 from tests.projects.flux2.common import TINY, abstract, inputs, original

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ntm_jax import files
-from ntm_jax.core.transformer.conditions import Text
+from ntm_jax.core.conditions import Text
 from ntm_jax.data import pipeline, text
 from ntm_jax.data.records import pad_text
 from ntm_jax.evaluation import evaluate, image_scores

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.arithmetic import PLAIN
+from ntm_jax.core import transformer
+from ntm_jax.core.transformer import PLAIN
 from ntm_jax.runtime import flops
 from tests import peers
 from tests.common import python
@@ -91,7 +91,7 @@ def test_the_program_needs_a_peer(tmp_path):
 
 def test_flops_of_a_layer():
     sizes = Sizes(images=3, tokens=16, width=32, head=8, blocks=1, layers=1)
-    stack = layers.Stack(layers.LayerConfig(
+    stack = transformer.Stack(transformer.LayerConfig(
         depth=1, head_size=8, kv_heads=4, mlp_ratio=4, causal=True, dtype=np.float32,
         arithmetic=PLAIN), remat="none", scan=False)
     x, modulation = np.zeros((3, 16, 32), np.float32), np.zeros((3, 6, 32), np.float32)

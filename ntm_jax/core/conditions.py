@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.core.transformer.layers import dense
+from ntm_jax.core.transformer import dense
 
 
 class Text(NamedTuple):

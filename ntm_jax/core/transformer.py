@@ -1,9 +1,10 @@
-"""Transformer layers: attention with an explicit KV cache, MLP, modulation, positions.
+"""The transformer that all networks are made of: products and norms, attention, layers, positions.
 
-Symbols: B batch, N tokens, W width, H heads, G key-value heads, C head size, L layers.
+Symbols: B batch, N tokens, W width, H heads, G key-value heads, C head size, M keys, L layers.
 Parameters and activations carry logical axis names; runtime/sharding.py maps them to a mesh.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,11 +16,126 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ntm_jax.core.transformer.arithmetic import Arithmetic
-from ntm_jax.core.transformer.attention import attend_to_cache, rotary_2d, rotate
-from ntm_jax.core.transformer.precision import own_precision
-
 Array = jax.Array
+HIDDEN = -1e30  # the score of a key that a query may not attend to
+EPSILON = 1e-6  # added to the variance or mean square of a norm
+
+
+def precision(name: str | None):
+    """Context that sets the precision of the float32 matrix products traced in it, by jax's names.
+
+    Their gradients keep it. None changes nothing; jax's own default is the fastest, one bfloat16
+    pass on a TPU and TF32 on an NVIDIA GPU.
+    """
+    return jax.default_matmul_precision(name) if name else contextlib.nullcontext()
+
+
+def at_config_precision(method):
+    """Decorates a module's method to use self.config.precision for float32 products."""
+    @functools.wraps(method)
+    def precise(self, *args, **options):
+        with precision(self.config.precision):
+            return method(self, *args, **options)
+
+    return precise
+
+
+def own_precision(dtype) -> str | None:
+    """The precision that products of a dtype need: None, the one set around them, for float32.
+
+    Products of bfloat16 numbers are exact at the lowest precision. At a higher one XLA has fewer
+    kernels for GPUs, and a Pallas kernel for TPUs does not compile.
+    """
+    return None if jnp.dtype(dtype) == jnp.float32 else "default"
+
+
+def plain_attention(q, k, v, *, causal: bool, keys=None, softmax=jax.nn.softmax):
+    """softmax(q k^T / sqrt(C)) v, for q [B, N, H, C], k and v [B, M, G, C], where G divides H.
+
+    keys: [B, M], the keys that queries may attend to; all by default.
+    """
+    mask = None if keys is None else keys[:, None, None]
+    if causal:
+        before = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
+        mask = before if mask is None else mask & before
+    return attend(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask, softmax)
+
+
+def attend_to_cache(q, cache, index):
+    """plain_attention of one query [B, 1, H, C] to the keys up to `index` of a cache.
+
+    cache: keys and values, [B, G, M, C] each, in the order in which the products read them.
+    """
+    k, v = cache
+    return attend(q, k, v, (jnp.arange(k.shape[2]) <= index)[None, None, None])
+
+
+def attend(q, k, v, mask, softmax=jax.nn.softmax):
+    """Attention of q [B, N, H, C] to k and v [B, G, M, C]; mask: [B or 1, 1, N or 1, M]."""
+    batch, tokens, heads, size = q.shape
+    q = jnp.swapaxes(q * size**-0.5, 1, 2).reshape(batch, k.shape[1], -1, tokens, size)
+    with precision(own_precision(q.dtype)):
+        scores = jnp.einsum("bgrnc,bgmc->bgrnm", q, k, preferred_element_type=jnp.float32)
+        if mask is not None:
+            scores = jnp.where(mask[:, None], scores, HIDDEN)
+        found = jnp.einsum("bgrnm,bgmc->bgrnc", softmax(scores).astype(v.dtype), v)
+    return jnp.swapaxes(found.reshape(batch, heads, tokens, size), 1, 2)
+
+
+def rotary_2d(grid: tuple[int, int], head_size: int):
+    """Rotation angles [N, head_size/2] of a row-major grid of tokens.
+
+    The first half of the angles grows with the row, the second with the column.
+    """
+    frequencies = 1 / 100 ** (jnp.arange(head_size // 4) / (head_size // 4))
+    row, column = jnp.divmod(jnp.arange(grid[0] * grid[1]), grid[1])
+    return jnp.concatenate([jnp.outer(row, frequencies), jnp.outer(column, frequencies)], -1)
+
+
+def rotate(x, angles):
+    """Rotary position embedding: x [B, N, H, C], angles [N, C/2]."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x.dtype)
+
+
+def modulated_norm(x, scale, shift):
+    """Layer norm in float32 of x [B, N, W], times 1 + scale, plus shift, [B, 1, W] each.
+
+    The result has the dtype of scale and shift.
+    """
+    norm = nn.LayerNorm(epsilon=EPSILON, use_bias=False, use_scale=False, parent=None)
+    normal = cast(jax.Array, norm.apply({}, x.astype(jnp.float32)))
+    return normal.astype(scale.dtype) * (1 + scale) + shift
+
+
+def rms_norm(x, scale):
+    """x [B, N, H, C] / sqrt(mean(x^2) + epsilon) * scale [C]."""
+    return x * (inverse_rms(x) * scale[None, None, None])
+
+
+def inverse_rms(x):
+    """1 / sqrt(mean(x^2) + epsilon) of x [..., C], [..., 1]."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + EPSILON)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """Functions given to a model: plain by default, or what a device computes faster. Static.
+
+    Each has the arguments and, up to rounding, the value of its default.
+    """
+
+    attention: Callable = plain_attention
+    # x [..., I] times kernel [I, O], called as flax.linen.Dense calls jax.lax.dot_general.
+    product: Callable = jax.lax.dot_general
+    modulated_norm: Callable = modulated_norm
+    rms_norm: Callable = rms_norm
+    gelu: Callable = nn.gelu
+
+
+PLAIN = Arithmetic()
 
 
 @functools.cache
@@ -60,7 +176,7 @@ def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,
 def norm(dtype, name: str, learned: bool = False):
     """Layer norm in float32, cast to dtype; `learned` adds a scale."""
     scale_init = partitioned(("embed",), nn.initializers.ones_init)
-    return nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=learned, dtype=dtype,
+    return nn.LayerNorm(epsilon=EPSILON, use_bias=False, use_scale=learned, dtype=dtype,
                         scale_init=scale_init, name=name)
 
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core.transformer import layers
-from ntm_jax.core.transformer.arithmetic import PLAIN
-from ntm_jax.core.transformer.attention import plain_attention, rotary_2d, rotate
+from ntm_jax.core import transformer
+from ntm_jax.core.transformer import PLAIN, plain_attention, rotary_2d, rotate
 from tests.core.conftest import compiled, random_parameters
 
 
@@ -64,9 +63,9 @@ def test_rotation_keeps_lengths_and_depends_only_on_relative_positions():
 
 def stack(remat="none", scan=False):
     """A causal stack of three layers."""
-    config = layers.LayerConfig(depth=3, head_size=4, kv_heads=2, mlp_ratio=2, causal=True,
+    config = transformer.LayerConfig(depth=3, head_size=4, kv_heads=2, mlp_ratio=2, causal=True,
                                 dtype=jnp.float32, arithmetic=PLAIN)
-    return layers.Stack(config, remat, scan)
+    return transformer.Stack(config, remat, scan)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,7 @@ def loss(module, params, x, *args):
 @pytest.mark.parametrize(("scan", "remat"), [
     (False, "dots"), *((True, remat) for remat in ("none", "full", "narrow", "dots"))])
 def test_scan_and_remat_change_no_number(stacked, scan, remat):
-    assert set(layers.REMAT) == {"none", "full", "narrow", "dots"}
+    assert set(transformer.REMAT) == {"none", "full", "narrow", "dots"}
     expected, found = (jax.device_get(loss(module, *stacked))
                        for module in (stack(), stack(scan=scan, remat=remat)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -97,8 +96,8 @@ def test_scan_and_remat_change_no_number(stacked, scan, remat):
 def test_cached_steps_equal_the_full_sequence(stacked):
     params, x, modulation, angles = stacked
     expected = compiled(stack())(params, x, modulation, angles)
-    weights = stack().apply(params, method=layers.Stack.weights_by_layer)
-    decode = jax.jit(functools.partial(stack().apply, method=layers.Stack.decode))
+    weights = stack().apply(params, method=transformer.Stack.weights_by_layer)
+    decode = jax.jit(functools.partial(stack().apply, method=transformer.Stack.decode))
     caches = [(np.zeros((2, 2, 6, 4), np.float32),) * 2] * 3
     for n in range(6):
         y, caches = decode(params, x[:, n : n + 1], weights, modulation, angles[n : n + 1],
