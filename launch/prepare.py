@@ -76,10 +76,10 @@ def main():
     if not f.input or not f.out:
         raise UserError("--input and --out are missing: give both, or --verify=FOLDER")
     given = f.flag_values_dict()
-    choices = prepare.Choices(
-        **{field.name: given[field.name] for field in dataclasses.fields(prepare.Choices)})
+    options = prepare.PrepareOptions(
+        **{field.name: given[field.name] for field in dataclasses.fields(prepare.PrepareOptions)})
     prepare.prepare(
-        choices, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id,
+        options, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id,
         f.follow_outside)
 
 

@@ -11,7 +11,7 @@ from ntm_jax.data import latents
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
 from ntm_jax.sampling.write import SampleRequest
-from ntm_jax.tools.prepare import Choices, captioned, inputs, prepare
+from ntm_jax.tools.prepare import PrepareOptions, captioned, inputs, prepare
 from tests.common import tiny_config, write_photos, write_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # diffusers' deprecations
@@ -33,10 +33,10 @@ def prepared(tmp_path_factory):
     model.bn.running_var *= 0.01 + torch.rand(32)
     model.save_pretrained(folder / "autoencoder")
     write_photos(folder / "photos", 40, 300)
-    choices = Choices(
+    options = PrepareOptions(
         f"folder:{folder}/photos", image_size=128, flip=True, test=16, shard_size=9, text=WORDS,
         latents=f"flux2:{folder}/autoencoder")
-    prepare(choices, f"{folder}/records", workers=1)
+    prepare(options, f"{folder}/records", workers=1)
     return folder
 
 

@@ -74,7 +74,7 @@ class Condition:
         """The arrays of a batch that hold the condition y by name, the inverse of `stack`."""
         return {"label": y}
 
-    def null(self, y) -> Any:
+    def null_condition(self, y) -> Any:
         """The null condition of guidance and dropout, in the shape of y."""
         return jnp.full_like(y, self.width)
 

@@ -55,7 +55,7 @@ def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, 
         t_above, t_below, w, noise = inputs
         conditional = u, t_above, t_below, steps, y
         if guided:
-            unconditional = *conditional[:-1], c.condition.null(y)
+            unconditional = *conditional[:-1], c.condition.null_condition(y)
             both = jax.tree.map(lambda *pair: jnp.concatenate(pair), conditional, unconditional)
             mean, log_scale = gaussian(*both)
             mean, log_scale = guide(

@@ -139,7 +139,7 @@ PLAIN = Arithmetic()
 
 
 @functools.cache
-def _traced_once(make: Callable, *arguments) -> Callable:
+def cached_initializer(make: Callable, *arguments) -> Callable:
     """The initialiser make(*arguments), which jax traces once for each shape.
 
     flax traces the initialiser of every parameter whenever it traces a module, to check the shape.
@@ -154,7 +154,7 @@ def partitioned(axes: tuple[str | None, ...], make: Callable, *arguments) -> Cal
     Such as partitioned(("embed",), nn.initializers.normal, 0.02).
     """
     # flax boxes and unboxes the arrays
-    return cast(Any, nn.with_logical_partitioning(_traced_once(make, *arguments), axes))
+    return cast(Any, nn.with_logical_partitioning(cached_initializer(make, *arguments), axes))
 
 
 def dense(features: int, axes: tuple[str | None, str | None], dtype, name: str,

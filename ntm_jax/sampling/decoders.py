@@ -160,7 +160,7 @@ def _solve(sampler: Sampler, params, keys, y, denoiser_params, with_levels: bool
     with precision(config.precision):
         xs = flow_matching.solve(
             functools.partial(sampler.model.backbone.apply, flow_matching.backbone_params(params)),
-            noise, t, y, config.condition.null(y), options.guidance, heun)
+            noise, t, y, config.condition.null_condition(y), options.guidance, heun)
     return Decoded(xs[:, 0], xs, None)
 
 

@@ -62,7 +62,7 @@ def _information(params, root, index, x, y, *, model: NTM, schedule: Schedule, s
     def add(total, number):
         noise = example_noise(draw_keys(keys, number), (t.shape[1], *x.shape[1:]))
         xs = simulate(x, t, noise)[:, first:]
-        return total + nll(xs, model.config.condition.null(y)) - nll(xs, y), None
+        return total + nll(xs, model.config.condition.null_condition(y)) - nll(xs, y), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(len(x)), jnp.arange(TRAJECTORIES))
     return total / TRAJECTORIES

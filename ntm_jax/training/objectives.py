@@ -81,10 +81,9 @@ class StepInputs:
         if not dropout:
             return y
         drop = jax.vmap(lambda key: jax.random.bernoulli(key, dropout))(self.keys("dropout"))
-        null_condition = model.config.condition.null(y)
         return jax.tree.map(
             lambda given, absent: jnp.where(trajectory.per_example(drop, given), absent, given),
-            y, null_condition)
+            y, model.config.condition.null_condition(y))
 
 
 def _reference_mean(context: LossContext, reference, x, s, t, y):

@@ -65,5 +65,5 @@ def test_a_condition_distinguishes_vectors_and_their_absence():
     first, second, absent = compiled(module)(params, times, steps, y)
     for one, other in ((first, second), (first, absent), (second, absent)):
         assert jnp.abs(one - other).max() > 1e-3
-    nothing = compiled(module)(params, times, steps, kind.null(y))
+    nothing = compiled(module)(params, times, steps, kind.null_condition(y))
     np.testing.assert_allclose(nothing, jnp.broadcast_to(absent, nothing.shape), atol=1e-6)

@@ -119,7 +119,7 @@ def test_predictions_depend_on_text_and_not_on_its_padding(with_text):
 
 def test_the_null_caption_is_one_learned_token(with_text):
     random, inputs, text = with_text
-    empty = TextCondition(5).null(text)
+    empty = TextCondition(5).null_condition(text)
     mean, _ = random.predict(*inputs, empty)
     assert np.isfinite(mean).all()
     np.testing.assert_array_equal(

@@ -25,7 +25,7 @@ STEPS = 4  # T
 products = jax_cpu.products
 
 
-def _setting(sizes: Sizes, **overrides) -> rows.Setting:
+def _setting(sizes: Sizes, **overrides) -> rows.BenchmarkInput:
     values = default.get_config()
     values.update_from_flattened_dict({
         "data.source": f"mock:{sizes.side}x{sizes.side}x3,levels=256",
@@ -37,7 +37,7 @@ def _setting(sizes: Sizes, **overrides) -> rows.Setting:
     config, _ = config_file.complete(values)
     source = config.data.open(config.data.split)
     run = untrained(config, pipeline.spec(source, sizes.patch), sharding.make_mesh(config.mesh))
-    return rows.Setting(run, sizes.images, source, source)
+    return rows.BenchmarkInput(run, sizes.images, source, source)
 
 
 def train_step(sizes: Sizes) -> Work:

@@ -37,7 +37,7 @@ class TextCondition(conditions.Condition):
     def arrays(self, y):
         return {"text": y.states, "text_mask": y.mask}
 
-    def null(self, y) -> conditions.Text:
+    def null_condition(self, y) -> conditions.Text:
         return y._replace(mask=jnp.zeros_like(y.mask))
 
     def embed_in_transporter(self, module, y, total):

@@ -56,7 +56,7 @@ class VectorCondition(conditions.Condition):
     def arrays(self, y):
         return {"condition": y.values}
 
-    def null(self, y) -> conditions.Vector:
+    def null_condition(self, y) -> conditions.Vector:
         return y._replace(given=jnp.zeros_like(y.given))
 
     def embed(self, module, y, total):

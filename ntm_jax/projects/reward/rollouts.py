@@ -52,6 +52,34 @@ class RolloutSpec:
         needed = settings.kl and self.needs_divergence
         return (*names, "divergence") if logged or needed else names
 
+    def abstract(self, run: Run) -> dict:
+        """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
+        config, settings = run.config, run.config.reward
+        group, factors = (config.data.batch_size, samples_of(config)), sampler_of(run).factors
+        one, by_factor = np.zeros(group), np.zeros((*group, factors))
+        weights = self.weights(settings, one, one, by_factor)
+        found = abstract_samples(run, ("rollout", *self.arrays(settings)))
+        return found | {name: found["rollout"].update(shape=a.shape) for name, a in weights.items()}
+
+    def abstract_ahead(self, run: Run) -> dict:
+        """Those of another batch's samples that the devices hold with config.reward.ahead."""
+        if not run.config.reward.ahead:
+            return {}
+        parts = (f"tokens_{part}" for part in range(PARTS))
+        return abstract_samples(run, ("index", "rollout", *parts, *self.needed_arrays(
+            run.config.reward, logged=True)))
+
+    def drawing(self, run: Run) -> tuple[Callable, dict, int]:
+        """(`draw`, jitted; its options in a cycle that is logged; a batch's number of samples)."""
+        settings = run.config.reward
+        options = {"sampler": sampler_of(run), "recorded_pairs": not settings.name,
+                   "names": self.needed_arrays(settings, logged=True)}
+        return _draw, options, run.config.data.batch_size * samples_of(run.config)
+
+
+# The devices hold what the program does not read, such as the reference's transporter.
+_draw = jax.jit(draw, static_argnames=("sampler", "names", "recorded_pairs"), keep_unused=True)
+
 
 def objective(loss: Callable, check: Callable[[Config], None], spec: RolloutSpec) -> Objective:
     """The objective of a loss that learns from rollouts."""
@@ -193,16 +221,6 @@ def samples_of(config: Config) -> int:
     return config.reward.samples if config.reward.name else 2
 
 
-def abstract(run: Run, spec: RolloutSpec) -> dict:
-    """The shapes and shardings of the arrays that Rollouts adds to a batch, by name."""
-    config, settings = run.config, run.config.reward
-    group, count = (config.data.batch_size, samples_of(config)), sampler_of(run).factors
-    weights = spec.weights(settings, np.zeros(group), np.zeros(group), np.zeros((*group, count)))
-    names = ("rollout", *spec.arrays(settings))
-    found = abstract_samples(run, names)
-    return found | {name: found["rollout"].update(shape=a.shape) for name, a in weights.items()}
-
-
 def abstract_samples(run: Run, names: Iterable[str]) -> dict:
     """The shapes and shardings of the arrays of Rollouts.to_save that have these names."""
     c, size, count = run.model.config, run.config.data.batch_size, sampler_of(run).factors
@@ -216,12 +234,6 @@ def abstract_samples(run: Run, names: Iterable[str]) -> dict:
     return {name: jax.ShapeDtypeStruct(
         shapes.get(name, (size, group, count)), jnp.int32 if name == "index" else jnp.float32,
         sharding=split) for name in names}
-
-
-def names_of_samples(run: Run, spec: RolloutSpec) -> tuple[str, ...]:
-    """The names of the arrays of Rollouts.to_save in a cycle that is logged."""
-    parts = (f"tokens_{part}" for part in range(PARTS))
-    return ("index", "rollout", *parts, *spec.needed_arrays(run.config.reward, logged=True))
 
 
 def check(config: Config) -> None:

@@ -37,8 +37,6 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
-from ntm_jax.projects.reward import drawing, rollouts
-from ntm_jax.projects.reward.rollouts import RolloutSpec
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
@@ -84,10 +82,10 @@ def train_program(run: Run, source: Source) -> Program:
     """
     config, mesh = run.config, run.mesh
     batch, resident = _batch(run, source), ()
-    objective, spec = objectives.find(config.train.objective), _rollouts(config)
-    if spec:
-        batch |= rollouts.abstract(run, spec)
-        resident = reference_model.abstract_reference(run), _samples_ahead(run, spec)
+    objective, rollouts = objectives.find(config.train.objective), _rollouts(config)
+    if rollouts:
+        batch |= rollouts.abstract(run)
+        resident = reference_model.abstract_reference(run), rollouts.abstract_ahead(run)
     options: dict = {"steps": max(config.trajectory.steps)}
     if config.train.align_weight:
         options["reference"] = reference_model.abstract_reference(run)
@@ -105,38 +103,26 @@ def rollout_program(run: Run, source: Source) -> Program:
     Raises UserError for an objective that does not learn from rollouts, or a batch that does not
     divide over the mesh.
     """
-    config, spec = run.config, _rollouts(run.config)
-    if not spec:
+    config, rollouts = run.config, _rollouts(run.config)
+    if not rollouts:
         raise UserError(f"--program=rollout: config.train.objective={config.train.objective} does "
                         "not learn from samples of the model; compile train, or post-train, such "
                         "as with --config.train.objective=policy_gradient")
-    current, settings = state.abstract(run), config.reward
+    current = state.abstract(run)
     arguments = (current.params, reference_model.abstract_reference(run), _abstract_key(),
                  _batch(run, source))
-    options = {"sampler": drawing.sampler_of(run),
-               "names": spec.needed_arrays(settings, logged=True),
-               "recorded_pairs": not settings.name}
-    examples = config.data.batch_size * rollouts.samples_of(config)
-    resident = current.opt_state, current.ema, _samples_ahead(run, spec)
-    return Program(_draw, arguments, options, examples, resident)
+    resident = current.opt_state, current.ema, rollouts.abstract_ahead(run)
+    function, options, examples = rollouts.drawing(run)
+    return Program(function, arguments, options, examples, resident)
 
 
-def _rollouts(config: Config) -> RolloutSpec | None:
-    """What a configuration's objective learns from rollouts; None unless it post-trains."""
+def _rollouts(config: Config) -> Any:
+    """The RolloutSpec of projects/reward by which a configuration post-trains; None if it does not.
+
+    The project is not imported for other objectives, and a copy of the package may lack it.
+    """
     extend = objectives.find(config.train.objective).extend
-    return extend if isinstance(extend, RolloutSpec) else None
-
-
-def _samples_ahead(run: Run, spec: RolloutSpec) -> dict:
-    """The samples of another batch that the devices hold with config.reward.ahead."""
-    if not run.config.reward.ahead:
-        return {}
-    return rollouts.abstract_samples(run, rollouts.names_of_samples(run, spec))
-
-
-# The devices hold what the program does not read, such as the reference's transporter.
-_draw = jax.jit(drawing.draw, static_argnames=("sampler", "names", "recorded_pairs"),
-                keep_unused=True)
+    return extend if hasattr(extend, "drawing") else None
 
 
 def _batch(run: Run, source: Source) -> dict:
@@ -144,7 +130,7 @@ def _batch(run: Run, source: Source) -> dict:
     check_batch(run.config, run.mesh)
     batch = _records(run, source, run.config.data.batch_size)
     if _rollouts(run.config) and not run.config.reward.name:
-        batch[drawing.REJECTED] = batch["x"]  # made-up data have no pairs
+        batch["rejected"] = batch["x"]  # made-up data have no pairs
     return batch
 
 

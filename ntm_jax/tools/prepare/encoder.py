@@ -14,12 +14,12 @@ from ntm_jax.data import latents, pretrained, text
 from ntm_jax.data.records import Layout
 from ntm_jax.errors import UserError
 from ntm_jax.tools.prepare.captioned import Loaded
-from ntm_jax.tools.prepare.plan import Choices
+from ntm_jax.tools.prepare.plan import PrepareOptions
 from ntm_jax.tools.prepare.shards import Tally
 
 
 class Encoder:
-    """Encodes images and captions as the choices say.
+    """Encodes images and captions as the options say.
 
     layout: of the records, without the mean and std of latents. digest: SHA-256 of the
     autoencoder's files, '' without one.
@@ -27,11 +27,11 @@ class Encoder:
     Raises UserError for latents or a text encoder that are unknown or not there.
     """
 
-    def __init__(self, choices: Choices, classes: Sequence[str]):
-        kind, _, folder = choices.latents.partition(":")
-        if choices.latents and (kind != "flux2" or not folder):
+    def __init__(self, options: PrepareOptions, classes: Sequence[str]):
+        kind, _, folder = options.latents.partition(":")
+        if options.latents and (kind != "flux2" or not folder):
             raise UserError(
-                f"--latents={choices.latents} is not known: expected flux2:FOLDER, or nothing for "
+                f"--latents={options.latents} is not known: expected flux2:FOLDER, or nothing for "
                 "pixels"
             )
         self._autoencoder, self.digest = None, ""
@@ -39,15 +39,15 @@ class Encoder:
             device = "cuda" if pretrained.module("torch").cuda.is_available() else "cpu"
             self._autoencoder = latents.Autoencoder(folder, device)
             self.digest = _digest(pretrained.find(folder, "vae").glob("*.safetensors"))
-        self._text = text.open_encoder(choices.text) if choices.text else None
-        blank = np.zeros((1, choices.image_size, choices.image_size, 3), np.uint8)
+        self._text = text.open_encoder(options.text) if options.text else None
+        blank = np.zeros((1, options.image_size, options.image_size, 3), np.uint8)
         self.layout = Layout(
             self._encode_images(blank).shape[1:],
             pixel_levels=0 if folder else 256,
             num_classes=len(classes),
             text_tokens=self._text.tokens if self._text else 0,
             text_width=self._text.width if self._text else 0,
-            text=choices.text,
+            text=options.text,
             captions=True,
         )
 

@@ -1,6 +1,6 @@
 """The plan of a preparation: which records are made, in which shards.
 
-A plan follows from the input and the choices alone, the same in every process. The folder's
+A plan follows from the input and the options alone, the same in every process. The folder's
 plan.json holds it, so that a folder is never filled by two plans.
 """
 
@@ -22,7 +22,7 @@ _PLAN = "plan.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Choices:
+class PrepareOptions:
     """What determines the records: the flags of launch/prepare.py, and keys in the manifest.
 
     input, captions, caption_feature, tfds_split: see inputs.open_input.
@@ -61,7 +61,7 @@ class Shard:
     rows: Sequence[int]
 
 
-def make_shards(choices: Choices, items: Sequence[Item]) -> list[Shard]:
+def make_shards(options: PrepareOptions, items: Sequence[Item]) -> list[Shard]:
     """The training and test shards.
 
     The hash of its key alone decides an item's split, so that all items of one key have the same
@@ -69,20 +69,20 @@ def make_shards(choices: Choices, items: Sequence[Item]) -> list[Shard]:
     """
     digests = [hashlib.sha256(item.key.encode(errors="surrogateescape")).digest() for item in items]
     values = [int.from_bytes(digest[:8], "big") for digest in digests]
-    share = choices.test < 1
-    number = round(choices.test * len(items)) if share else int(choices.test)
+    share = options.test < 1
+    number = round(options.test * len(items)) if share else int(options.test)
     last = sorted(values)[min(number, len(values)) - 1] if number else -1
     splits = {
         "train": [row for row, value in enumerate(values) if value > last],
         "test": [row for row, value in enumerate(values) if value <= last],
     }
-    if not splits["train"] or (not share and choices.test != number):
+    if not splits["train"] or (not share and options.test != number):
         raise UserError(
-            f"--test={choices.test:g} holds out {len(splits['test'])} of {len(items)} images, "
+            f"--test={options.test:g} holds out {len(splits['test'])} of {len(items)} images, "
             "those of one name together: expected a share below 1, or a whole number, that leaves "
             "some"
         )
-    size = choices.shard_size
+    size = options.shard_size
     return [
         Shard(f"{split}-{i:05}", split, rows[start : start + size])
         for split, rows in splits.items()
@@ -90,12 +90,12 @@ def make_shards(choices: Choices, items: Sequence[Item]) -> list[Shard]:
     ]
 
 
-def make_plan(choices: Choices, given: Input, autoencoder_sha256: str) -> dict[str, Any]:
+def make_plan(options: PrepareOptions, given: Input, autoencoder_sha256: str) -> dict[str, Any]:
     """Everything that determines the records, as JSON."""
     rows = hashlib.sha256()
     for item in given.items:
         rows.update(json.dumps([item.key, item.caption, item.label]).encode())
-    return dataclasses.asdict(choices) | {
+    return dataclasses.asdict(options) | {
         "images": len(given.items),
         "rows_sha256": rows.hexdigest(),
         "classes": list(given.classes),
@@ -104,7 +104,7 @@ def make_plan(choices: Choices, given: Input, autoencoder_sha256: str) -> dict[s
     }
 
 
-def claim(root: epath.Path, plan: dict) -> str:
+def lock_plan(root: epath.Path, plan: dict) -> str:
     """Makes `plan` the folder's plan and returns its hash.
 
     Raises:

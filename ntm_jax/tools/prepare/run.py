@@ -23,7 +23,7 @@ from ntm_jax.errors import UserError, few
 from ntm_jax.tools.prepare import captioned, inputs, shards
 from ntm_jax.tools.prepare.captioned import Item, Loaded
 from ntm_jax.tools.prepare.encoder import Encoder
-from ntm_jax.tools.prepare.plan import Choices, Shard, claim, make_plan, make_shards
+from ntm_jax.tools.prepare.plan import PrepareOptions, Shard, lock_plan, make_plan, make_shards
 from ntm_jax.tools.prepare.shards import Tally
 from ntm_jax.workers import start as start_workers
 
@@ -31,7 +31,7 @@ _AHEAD = 256  # images that worker processes decode before they are encoded
 
 
 def prepare(
-    choices: Choices,
+    options: PrepareOptions,
     out: str,
     max_bad: float = 0.01,
     batch: int = 32,
@@ -60,25 +60,25 @@ def prepare(
             f"--num_processes={num_processes}"
         )
     given = inputs.open_input(
-        choices.input, choices.captions, choices.caption_feature, choices.tfds_split, follow_outside
+        options.input, options.captions, options.caption_feature, options.tfds_split, follow_outside
     )
-    encoder, everything = Encoder(choices, given.classes), make_shards(choices, given.items)
-    plan, limit = make_plan(choices, given, encoder.digest), max_bad * len(given.items)
-    plan_hash = claim(root, plan)
+    encoder, everything = Encoder(options, given.classes), make_shards(options, given.items)
+    plan, limit = make_plan(options, given, encoder.digest), max_bad * len(given.items)
+    plan_hash = lock_plan(root, plan)
 
     def tallies(some: Sequence[Shard]) -> dict[str, Tally]:
         found = {shard.name: shards.complete(root, shard, plan_hash) for shard in some}
         return {name: tally for name, tally in found.items() if tally}
 
     mine = everything[process_id::num_processes]
-    done, load = tallies(mine), functools.partial(captioned.load, given.read, choices.image_size)
+    done, load = tallies(mine), functools.partial(captioned.load, given.read, options.image_size)
     left = [shard for shard in mine if shard.name not in done]
     with start_workers(workers) if workers else contextlib.nullcontext() as pool:
         for number, shard in enumerate(left, 1):
             items = [given.items[row] for row in shard.rows]
             loaded = tqdm(_loaded(pool, load, items), shard.name, len(items), disable=None)
             tally = Tally(plan_hash)
-            flip = choices.flip and shard.split == "train"
+            flip = options.flip and shard.split == "train"
             examples = encoder.examples(iter(loaded), tally, batch, flip)
             shards.write(root, shard, examples, encoder.layout, tally)
             done[shard.name] = tally
@@ -95,7 +95,7 @@ def prepare(
         return
     shards.check_bad(done.values(), limit)
     made = [(shard, done[shard.name]) for shard in everything]
-    _finish(root, choices, plan, encoder.layout, made)
+    _finish(root, options, plan, encoder.layout, made)
 
 
 def _loaded(
@@ -116,7 +116,7 @@ def _loaded(
 
 def _finish(
     root: epath.Path,
-    choices: Choices,
+    options: PrepareOptions,
     plan: dict[str, Any],
     layout: Layout,
     made: Sequence[tuple[Shard, Tally]],
@@ -138,10 +138,10 @@ def _finish(
             for reason in shards.NULL_REASONS
         },
     }
-    if choices.latents:
+    if options.latents:
         mean, std = _moments([tally for shard, tally in made if shard.split == "train"], layout)
         found |= {"latent_mean": mean, "latent_std": std}
-        if choices.latent_scale == "measured":
+        if options.latent_scale == "measured":
             layout = dataclasses.replace(layout, mean=mean, std=std)
     together = hashlib.sha256("".join(tally.sha256 for tally in tallies).encode()).hexdigest()
     about = plan | found | {"records_sha256": together}
@@ -152,7 +152,7 @@ def _finish(
     counts = ", ".join(f"{sum(part['counts'])} in {split}" for split, part in splits.items())
     size, bad = sum(tally.bytes for tally in tallies) / 2**20, shards.bad_images(tallies)
     null = ", ".join(f"{count} {reason}" for reason, count in found["null_captions"].items())
-    text = f" '--config.data.text={choices.text}'" if choices.text else ""
+    text = f" '--config.data.text={options.text}'" if options.text else ""
     print(
         f"records: {counts}; {len(tallies)} shards, {size:.1f} MiB\n"
         f"bad images left out: {len(bad)} of {plan['images']}{': ' if bad else ''}"

@@ -18,7 +18,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import config_file, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, untrained
-from ntm_jax.tools.rates.rows import SAMPLING, TRAINING, Case, Setting
+from ntm_jax.tools.rates.rows import SAMPLING, TRAINING, BenchmarkInput, Case
 from ntm_jax.training import objectives
 
 SECONDS = 0.5  # the shortest timed run
@@ -39,7 +39,7 @@ def benchmark(config: Config, runs: int, batch: int | None = None, only: str = "
     return _rows(TRAINING | SAMPLING, _untrained(config, batch), runs, only)
 
 
-def _untrained(config: Config, batch: int | None = None) -> Setting:
+def _untrained(config: Config, batch: int | None = None) -> BenchmarkInput:
     """An untrained run of a configuration, with its data."""
     objective = objectives.find(config.train.objective)
     if {"teacher", "reference"} & set(objective.needs):
@@ -49,17 +49,17 @@ def _untrained(config: Config, batch: int | None = None) -> Setting:
     source, held_out = map(config.data.open, (config.data.split, config.evaluate.split))
     spec = pipeline.spec(source, config.data.patch_size)
     run = untrained(config, spec, sharding.make_mesh(config.mesh))
-    return Setting(run, batch or max(config.sample.num, 1), source, held_out)
+    return BenchmarkInput(run, batch or max(config.sample.num, 1), source, held_out)
 
 
 def benchmark_run(run: Run, runs: int, batch: int | None = None, only: str = "") -> list[dict]:
     """The rows of SAMPLING for a trained run; arguments as in benchmark."""
-    return _rows(SAMPLING, Setting(run, batch or max(run.config.sample.num, 1)), runs, only)
+    return _rows(SAMPLING, BenchmarkInput(run, batch or max(run.config.sample.num, 1)), runs, only)
 
 
-def _rows(makers: dict[str, Callable], setting: Setting, runs: int, only: str) -> list[dict]:
-    rows = [{"name": name} | measure(case, runs, setting)
-            for name, make in makers.items() if only in name and (case := make(setting))]
+def _rows(makers: dict[str, Callable], given: BenchmarkInput, runs: int, only: str) -> list[dict]:
+    rows = [{"name": name} | measure(case, runs, given)
+            for name, make in makers.items() if only in name and (case := make(given))]
     if not rows:
         raise UserError(f"--rows={only} is in no row's name: leave it out to see them all")
     return rows
@@ -74,11 +74,11 @@ def vary(values: dict, choices: str, runs: int) -> list[dict]:
     """
     rows = []
     for name, text, config in list(varied(values, choices)):  # all values are read first
-        setting = _untrained(config)
-        case = TRAINING["train step"](setting)
+        given = _untrained(config)
+        case = TRAINING["train step"](given)
         jax.clear_caches()  # its FLOPs may have been counted on a trace of this very step
         first = flops.seconds(case.once, 1)
-        row: dict = {"name": name} | measure(case, runs, setting)
+        row: dict = {"name": name} | measure(case, runs, given)
         seconds = case.items / row["items_per_second"]
         rows.append(row | {"milliseconds": 1e3 * seconds, "compile_seconds": first - seconds,
                            "value": text})
@@ -119,7 +119,7 @@ def growth(rows: list[dict]) -> str:
     return aligned(lines)
 
 
-def measure(case: Case, runs: int, setting: Setting) -> dict:
+def measure(case: Case, runs: int, given: BenchmarkInput) -> dict:
     """Times a case: its row without the name; see benchmark.
 
     The limit is the median of measurements before and after every run, so that other work on the
@@ -127,7 +127,7 @@ def measure(case: Case, runs: int, setting: Setting) -> dict:
     """
     copies = case.flops is None
     limit = copying() if copies else flops.matmul_rate_probe(
-        setting.run.config.model.dtype, setting.run.mesh, SECONDS)
+        given.run.config.model.dtype, given.run.mesh, SECONDS)
     try:
         jax.block_until_ready(case.once())  # compiles
         count, limits = case.least, [limit()]

@@ -1,7 +1,7 @@
 """The rows of a benchmark: parts of a run as functions to time, with their FLOPs.
 
-A row is a function Setting -> Case, listed in TRAINING or SAMPLING; None where a run has no such
-part.
+A row is a function BenchmarkInput -> Case, listed in TRAINING or SAMPLING; None where a run has no
+such part.
 
 Symbols: B batch, T steps, K levels, N tokens, D token channels.
 """
@@ -34,7 +34,7 @@ TOKENS = 2048  # sweeps and round-trip errors use the first images with this man
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class BenchmarkInput:
     """The input of the rows: a run with its parameters, or an untrained run with its data."""
 
     run: Run
@@ -106,13 +106,13 @@ def latents(params, root, index, y, *, schedule, model, options):
     return t, sampling.draw_latents(model, params, keys, t, y, options.guidance)[0]
 
 
-def _train_step(setting: Setting) -> Case:
+def _train_step(given: BenchmarkInput) -> Case:
     """Training steps with the most levels, on one batch that is copied to the devices each time."""
-    run = setting.run
+    run = given.run
     check_batch(run.config, run.mesh)
-    with contextlib.closing(setting.batches()) as batches:
+    with contextlib.closing(given.batches()) as batches:
         batch = next(batches)
-    step, current = make_step(run, setting.objective), state.initialize(run)
+    step, current = make_step(run, given.objective), state.initialize(run)
     reference, steps = _reference(run, current.ema), max(run.config.trajectory.steps)
 
     def once():
@@ -123,7 +123,7 @@ def _train_step(setting: Setting) -> Case:
         return metrics
 
     counted = flops_of_step(
-        run, setting.objective, step, current, sharding.to_global(batch, run.mesh), None,
+        run, given.objective, step, current, sharding.to_global(batch, run.mesh), None,
         reference)
     return Case(once, run.config.data.batch_size, flops=counted)
 
@@ -136,9 +136,9 @@ def _reference(run: Run, params):
     return jax.tree.map(lambda a: jax.device_put(np.asarray(a), a.sharding), backbone)
 
 
-def _held_out(setting: Setting) -> tuple[dict, int]:
+def _held_out(given: BenchmarkInput) -> tuple[dict, int]:
     """(this process's share of an evaluation batch, the batch's global size)."""
-    config, mesh, source = setting.run.config, setting.run.mesh, setting.held_out
+    config, mesh, source = given.run.config, given.run.mesh, given.held_out
     assert source is not None  # of training rows
     size = scoring.padded_batch_size(config, source, mesh)
     with contextlib.closing(pipeline.evaluation_batches(
@@ -146,11 +146,11 @@ def _held_out(setting: Setting) -> tuple[dict, int]:
         return next(batches), size
 
 
-def _forward(setting: Setting) -> Case:
+def _forward(given: BenchmarkInput) -> Case:
     """The forward pass of the training loss, on a batch of the held-out likelihood."""
-    run, (batch, size) = setting.run, _held_out(setting)
+    run, (batch, size) = given.run, _held_out(given)
     params, mesh = state.initialize(run).params, run.mesh
-    objective = setting.objective
+    objective = given.objective
 
     def loss(model, params, root, batch, reference):
         context = objectives.loss_context(dataclasses.replace(run, model=model), objective)
@@ -170,18 +170,18 @@ def _forward(setting: Setting) -> Case:
     return Case(once, size, flops=counted)
 
 
-def _input_pipeline(setting: Setting) -> Case:
+def _input_pipeline(given: BenchmarkInput) -> Case:
     """This process's share of training batches, on the host."""
-    batches = setting.batches()
+    batches = given.batches()
     size = sum(a.nbytes for a in next(batches).values())
-    return Case(lambda: next(batches), setting.run.config.data.batch_size, bytes=size, least=4,
+    return Case(lambda: next(batches), given.run.config.data.batch_size, bytes=size, least=4,
                 close=batches.close)
 
 
-def _likelihood(setting: Setting) -> Case:
+def _likelihood(given: BenchmarkInput) -> Case:
     """The held-out likelihood with one trajectory per record, as during training."""
-    batch, size = _held_out(setting)
-    run = dataclasses.replace(setting.run, params=state.initialize(setting.run).ema)
+    batch, size = _held_out(given)
+    run = dataclasses.replace(given.run, params=state.initialize(given.run).ema)
     examples = {name: value for name, value in batch.items() if name != "mask"}
     score = functools.partial(
         scoring.bounds_of_batch, schedule=run.schedule,
@@ -193,78 +193,78 @@ def _likelihood(setting: Setting) -> Case:
     return Case(functools.partial(scoring.score_batch, run, batch, 1), size, flops=counted)
 
 
-def _sampling(setting: Setting, function, *arguments) -> Case:
+def _sampling(given: BenchmarkInput, function, *arguments) -> Case:
     """The case of function(model, inverse, parameters, *arguments) on a batch of images, jitted.
 
     Its FLOPs are the model's own, with every token inverted once: they exclude sweeps of the
     parallel inverse that repeat a token.
     """
-    run, mesh = jax.jit(function, static_argnums=(0, 1)), setting.run.mesh
-    model = full_precision(setting.run.model)
-    inverse = setting.run.config.sample.inverse
+    run, mesh = jax.jit(function, static_argnums=(0, 1)), given.run.mesh
+    model = full_precision(given.run.model)
+    inverse = given.run.config.sample.inverse
 
     def once():
         with sharding.use(mesh):
-            return run(model, inverse, setting.params, *arguments)
+            return run(model, inverse, given.params, *arguments)
 
     with sharding.use(mesh):
         counted = flops.count(functools.partial(function, build.plain(model), "sequential"),
-                              setting.params, *arguments)
-    return Case(once, len(setting.drawn[0]), flops=counted)
+                              given.params, *arguments)
+    return Case(once, len(given.drawn[0]), flops=counted)
 
 
-def _sampler(decoder: str, setting: Setting) -> Case | None:
+def _sampler(decoder: str, given: BenchmarkInput) -> Case | None:
     """Images sampled with a decoder; None if the model does not support it."""
     needs = decoders.find(decoder)
-    if needs.solves_ode != setting.solves_ode:
+    if needs.solves_ode != given.solves_ode:
         return None
-    index, y, *_ = setting.drawn
-    denoiser = setting.denoiser if needs.needs_denoiser else None
-    options = dataclasses.replace(setting.run.config.sample, decoder=decoder)
+    index, y, *_ = given.drawn
+    denoiser = given.denoiser if needs.needs_denoiser else None
+    options = dataclasses.replace(given.run.config.sample, decoder=decoder)
 
     def images(model, inverse, params, root, index, y, denoiser_params):
         sampler = generate.Sampler(
-            model, setting.run.schedule, dataclasses.replace(options, inverse=inverse),
-            setting.run.mesh, denoiser and denoiser.module)
+            model, given.run.schedule, dataclasses.replace(options, inverse=inverse),
+            given.run.mesh, denoiser and denoiser.module)
         return generate.generate_tokens(params, root, index, y, denoiser_params, sampler=sampler)
 
-    return _sampling(setting, images, jax.random.key(0), index, y, denoiser and denoiser.params)
+    return _sampling(given, images, jax.random.key(0), index, y, denoiser and denoiser.params)
 
 
-def _predictor(setting: Setting) -> Case | None:
+def _predictor(given: BenchmarkInput) -> Case | None:
     """The predictor's steps from pure noise to u_0."""
-    if setting.solves_ode:
+    if given.solves_ode:
         return None
-    index, y, _, _ = setting.drawn
+    index, y, _, _ = given.drawn
 
     def predicted(model, _, params, root, index, y):
-        return latents(params, root, index, y, schedule=setting.run.schedule, model=model,
-                        options=setting.run.config.sample)
+        return latents(params, root, index, y, schedule=given.run.schedule, model=model,
+                        options=given.run.config.sample)
 
-    return _sampling(setting, predicted, jax.random.key(0), index, y)
+    return _sampling(given, predicted, jax.random.key(0), index, y)
 
 
-def _inverse(how: str, setting: Setting) -> Case | None:
+def _inverse(how: str, given: BenchmarkInput) -> Case | None:
     """The inverse of all levels of a trajectory, by a method; None without a transporter."""
-    model, mesh = full_precision(setting.run.model), setting.run.mesh
+    model, mesh = full_precision(given.run.model), given.run.mesh
     if not model.config.transporter_blocks:
         return None
-    _, y, t, us = setting.drawn
+    _, y, t, us = given.drawn
     invert = functools.partial(_inverted, model=model, how=how)
     case = _sampling(
-        setting, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
+        given, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
     auto = inverses.choose("auto", model.config, us.shape[0] * (us.shape[1] - 1), mesh)
     first = max(TOKENS // model.config.tokens, mesh.size)
     us, t, y = jax.tree.map(lambda a: a[:first], (us, t, y))
     with sharding.use(mesh):
-        xs = invert(setting.params, us, t, y)
-        back = invert(setting.params, _transported(setting.params, xs, t, y, model=model), t, y)
+        xs = invert(given.params, us, t, y)
+        back = invert(given.params, _transported(given.params, xs, t, y, model=model), t, y)
         facts = {"tokens": model.config.tokens, "auto": auto,
                  "round_trip_error": float(jnp.max(jnp.abs(back - xs)))}
         if how == "parallel":
             facts["sweeps"] = {
                 f"{tolerance:g}": sharding.to_host(
-                    _sweeps(setting.params, us, t, y, tolerance, model=model)).tolist()
+                    _sweeps(given.params, us, t, y, tolerance, model=model)).tolist()
                 for tolerance in TOLERANCES}
     return dataclasses.replace(case, facts=facts)
 
@@ -285,18 +285,18 @@ def _sweeps(params, us, t, y, tolerance, *, model):
     return jnp.mean(sampling.inverse_sweeps(model, params, us, t, y, tolerance), (0, 2))
 
 
-def _score(setting: Setting) -> Case | None:
+def _score(given: BenchmarkInput) -> Case | None:
     """Trajectory score denoising of inverted levels."""
-    if setting.solves_ode:
+    if given.solves_ode:
         return None
-    _, y, t, us = setting.drawn
-    options = setting.run.config.sample
+    _, y, t, us = given.drawn
+    options = given.run.config.sample
 
     def denoised(model, _, params, xs, t, y):
-        sampler = generate.Sampler(model, setting.run.schedule, options, setting.run.mesh)
+        sampler = generate.Sampler(model, given.run.schedule, options, given.run.mesh)
         return sampler.score_denoise(params, xs, t, y)
 
-    return _sampling(setting, denoised, us, t, y)
+    return _sampling(given, denoised, us, t, y)
 
 
 TRAINING = {"train step": _train_step, "forward pass": _forward,

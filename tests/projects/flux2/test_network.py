@@ -64,7 +64,7 @@ def test_scan_and_remat_change_no_number_and_no_parameter():
 
 def test_an_empty_mask_is_no_text_at_all():
     x, t, text = inputs()
-    nothing = TextCondition().null(text)
+    nothing = TextCondition().null_condition(text)
     (_, (velocity, hidden)), gradients = loss(NARROW, weights(), x, t, nothing)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((velocity, hidden, gradients)))
     none = Text(text.states[:, :0], text.mask[:, :0])

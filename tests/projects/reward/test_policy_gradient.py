@@ -69,7 +69,7 @@ def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
     batch, _ = rolled(run)
     assert ("old_nll" in batch) == (updates > 1)
-    assert "old_nll" in rollouts.abstract(with_reward(run, ahead=True), objective_of(run).extend)
+    assert "old_nll" in objective_of(run).extend.abstract(with_reward(run, ahead=True))
     found = gradient(loss_of(run, batch), run.params)
 
     def expected(params):

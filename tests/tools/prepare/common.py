@@ -11,7 +11,7 @@ from PIL import Image
 
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
-from ntm_jax.tools.prepare import Choices, prepare
+from ntm_jax.tools.prepare import PrepareOptions, prepare
 
 WORDS = "words:3:a red green circle"
 
@@ -51,11 +51,11 @@ def pictures(folder, count, **keys):
 
 
 def run(tmp_path, folder, out="out", **options):
-    choices = {field.name for field in dataclasses.fields(Choices)}
+    choices = {field.name for field in dataclasses.fields(PrepareOptions)}
     given = {"image_size": 8, "test": 0, "input": f"folder:{folder}"} | {
         key: options.pop(key) for key in choices & options.keys()
     }
-    prepare(Choices(**given), str(tmp_path / out), **options)
+    prepare(PrepareOptions(**given), str(tmp_path / out), **options)
     return tmp_path / out
 
 

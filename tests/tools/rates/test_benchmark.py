@@ -29,12 +29,13 @@ def _quick(monkeypatch):
     quicken(monkeypatch)
 
 
-def setting(**overrides) -> rows.Setting:
+def setting(**overrides) -> rows.BenchmarkInput:
     """The setting of an untrained run with its data."""
     config = tiny_config(**overrides)
     held_out, model, mesh = setup(config)
     run = as_run(config, model, mesh)
-    return rows.Setting(run, config.sample.num, config.data.open(config.data.split), held_out)
+    source = config.data.open(config.data.split)
+    return rows.BenchmarkInput(run, config.sample.num, source, held_out)
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_the_rows_of_a_run_measure_its_sampler(run):
     for row in timed[4:6]:
         assert row["tokens"] == 16
         assert 0 < row["round_trip_error"] < 1e-4  # float32 rounding of numbers of order 1
-    us, t = rows.Setting(run, 6).drawn[-1], np.tile(run.sampled_levels(), (6, 1))
+    us, t = rows.BenchmarkInput(run, 6).drawn[-1], np.tile(run.sampled_levels(), (6, 1))
     sweeps = jax.jit(lambda us: sampling.inverse_sweeps(
         run.model, run.params, us, t, np.arange(6), 1e-3))(us)
     mean = np.mean(np.asarray(sweeps), (0, 2))
@@ -99,7 +100,7 @@ def test_a_samplers_flops_are_those_of_its_parts(run):
 
     The denoiser is one more pass of the predictor.
     """
-    cases = {name: make(rows.Setting(run, 6)) for name, make in rows.SAMPLING.items()}
+    cases = {name: make(rows.BenchmarkInput(run, 6)) for name, make in rows.SAMPLING.items()}
     assert {name for name, case in cases.items() if case is None} == {
         f"images, decoder {solver}" for solver in ("euler", "heun")}
     inverse, score, denoiser, predictor, sequential, parallel, denoising = (
