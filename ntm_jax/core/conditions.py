@@ -1,4 +1,4 @@
-"""What a model is conditioned on: noise levels, the number of steps, and one kind of condition.
+"""The condition of a model beside noise levels and the number of steps: none, or one kind.
 
 The kinds are in data.conditions, one file each, with what users and data sources give for them.
 
@@ -7,15 +7,11 @@ W width.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from ntm_jax.core.transformer import dense
 
 
 class Text(NamedTuple):
@@ -38,16 +34,6 @@ class Vector(NamedTuple):
     values: Any  # a jax or NumPy array, or a ShapeDtypeStruct
     given: Any
     features: Any = None
-
-
-def sinusoidal(t, width: int):
-    """Features [..., width] of t [...]: cosines and sines at `width`/2 frequencies.
-
-    The frequencies fall geometrically from 1 to 1/10,000.
-    """
-    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(width // 2) / (width // 2))
-    angles = jnp.multiply.outer(t, frequencies)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,37 +97,3 @@ class Condition:
 
 
 NOTHING = Condition()
-
-
-class Modulation(nn.Module):
-    """Embeds noise levels, step count and the condition into the modulation of all layers.
-
-    The modulation is [B, rows, W] (docs/concepts.md, section 4). Embeddings are summed at a width
-    of at most 512.
-    """
-
-    width: int
-    embed_steps: bool  # the step count, where it varies
-    embed: Callable = NOTHING.embed  # adds the condition; see Condition
-    rows: int = 6
-
-    @nn.compact
-    def __call__(self, times, steps, y):
-        """-> [B, rows, W]. times: noise levels, a tuple of [B]; steps [B]; y: the condition."""
-        inner = min(self.width, 512)
-        scalars = {f"level_{i}": 1000 * t for i, t in enumerate(times)}
-        if self.embed_steps:
-            scalars["steps"] = 10 * steps
-        total = 0
-        for name, value in scalars.items():
-            features = sinusoidal(value, min(inner, 256))
-            h = dense(inner, (None, "embed"), jnp.float32, f"{name}_in")(features)
-            total += dense(inner, ("embed", "embed_out"), jnp.float32, f"{name}_out")(nn.silu(h))
-        total = self.embed(self, y, total)
-        # Without this constraint XLA's partitioner splits the sum over two mesh axes and gets the
-        # loss wrong by 1e-4 and gradients by half.
-        total = nn.with_logical_constraint(total, ("batch", "embed_activation"))
-        project = dense(self.rows * self.width, ("embed", "mlp"), jnp.float32, "modulation",
-                        scale=0)
-        modulation = project(nn.silu(total))
-        return modulation.reshape(-1, self.rows, self.width)

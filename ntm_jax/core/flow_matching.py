@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from ntm_jax.core import trajectory
-from ntm_jax.core.conditions import Modulation
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.predictor import Trunk, bounded
 from ntm_jax.core.trajectory import per_example
-from ntm_jax.core.transformer import at_config_precision, dense
+from ntm_jax.core.transformer import Modulation, at_config_precision, dense
 
 
 class Velocity(Trunk):

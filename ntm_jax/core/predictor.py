@@ -10,10 +10,17 @@ target's level, t = t_{k+1} the input's.
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ntm_jax.core.conditions import Modulation
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.trajectory import per_example, posterior
-from ntm_jax.core.transformer import LayerConfig, Positions, Stack, at_config_precision, dense, norm
+from ntm_jax.core.transformer import (
+    LayerConfig,
+    Modulation,
+    Positions,
+    Stack,
+    at_config_precision,
+    dense,
+    norm,
+)
 
 LOG_SCALE_BOUND = 10.0  # soft; a clean level needs 5 or 6
 

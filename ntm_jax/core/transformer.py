@@ -1,4 +1,4 @@
-"""The transformer that all networks are made of: products and norms, attention, layers, positions.
+"""The transformer that all networks are made of: norms, attention, layers, positions, modulation.
 
 Symbols: B batch, N tokens, W width, H heads, G key-value heads, C head size, M keys, L layers.
 Parameters and activations carry logical axis names; runtime/sharding.py maps them to a mesh.
@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from ntm_jax.core.conditions import NOTHING
 
 Array = jax.Array
 HIDDEN = -1e30  # the score of a key that a query may not attend to
@@ -358,3 +360,47 @@ class Positions(nn.Module):
             return 0.0, rotary_2d(self.grid, self.head_size)
         init = partitioned((None, "embed"), nn.initializers.normal, self.std)
         return self.param("table", init, (math.prod(self.grid), self.width))[None], None
+
+
+def sinusoidal(t, width: int):
+    """Features [..., width] of t [...]: cosines and sines at `width`/2 frequencies.
+
+    The frequencies fall geometrically from 1 to 1/10,000.
+    """
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(width // 2) / (width // 2))
+    angles = jnp.multiply.outer(t, frequencies)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+class Modulation(nn.Module):
+    """Embeds noise levels, step count and the condition into the modulation of all layers.
+
+    The modulation is [B, rows, W] (docs/concepts.md, section 4). Embeddings are summed at a width
+    of at most 512.
+    """
+
+    width: int
+    embed_steps: bool  # the step count, where it varies
+    embed: Callable = NOTHING.embed  # adds the condition; see Condition
+    rows: int = 6
+
+    @nn.compact
+    def __call__(self, times, steps, y):
+        """-> [B, rows, W]. times: noise levels, a tuple of [B]; steps [B]; y: the condition."""
+        inner = min(self.width, 512)
+        scalars = {f"level_{i}": 1000 * t for i, t in enumerate(times)}
+        if self.embed_steps:
+            scalars["steps"] = 10 * steps
+        total = 0
+        for name, value in scalars.items():
+            features = sinusoidal(value, min(inner, 256))
+            h = dense(inner, (None, "embed"), jnp.float32, f"{name}_in")(features)
+            total += dense(inner, ("embed", "embed_out"), jnp.float32, f"{name}_out")(nn.silu(h))
+        total = self.embed(self, y, total)
+        # Without this constraint XLA's partitioner splits the sum over two mesh axes and gets the
+        # loss wrong by 1e-4 and gradients by half.
+        total = nn.with_logical_constraint(total, ("batch", "embed_activation"))
+        project = dense(self.rows * self.width, ("embed", "mlp"), jnp.float32, "modulation",
+                        scale=0)
+        modulation = project(nn.silu(total))
+        return modulation.reshape(-1, self.rows, self.width)

@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ntm_jax.core.conditions import Modulation
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.transformer import (
     LayerConfig,
+    Modulation,
     Positions,
     Stack,
     at_config_precision,

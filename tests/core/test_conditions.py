@@ -5,11 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core.conditions import (
-    Modulation,
-    Vector,
-    sinusoidal,
-)
+from ntm_jax.core.conditions import Vector
+from ntm_jax.core.transformer import Modulation, sinusoidal
 from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.data.conditions.vector import VectorCondition, VectorNetwork
 from tests.core.conftest import compiled, random_parameters

@@ -19,9 +19,16 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ntm_jax.backbones import Backbone
-from ntm_jax.core.conditions import Text, sinusoidal
+from ntm_jax.core.conditions import Text
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.core.transformer import dense, norm, partitioned, plain_attention, stacked
+from ntm_jax.core.transformer import (
+    dense,
+    norm,
+    partitioned,
+    plain_attention,
+    sinusoidal,
+    stacked,
+)
 from ntm_jax.errors import UserError
 from ntm_jax.projects.flux2 import weights as flux2_weights
 
