@@ -7,7 +7,6 @@ import numpy as np
 
 from ntm_jax.core.conditions import Vector
 from ntm_jax.core.transformer import Modulation, sinusoidal
-from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.data.conditions.vector import VectorCondition, VectorNetwork
 from tests.core.conftest import compiled, random_parameters
 
@@ -19,14 +18,6 @@ def test_sinusoidal_by_its_formula():
     # the float32 product of 700 and a frequency is off by up to 6e-5
     np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], 1),
                                atol=1e-4)
-
-
-def test_a_new_condition_modulates_nothing():
-    module = Modulation(16, True, ClassCondition(3).embed)
-    args = (np.array([0.1, 0.2], np.float32),), np.array([4, 4]), np.array([1, 3])
-    modulation = compiled(module)(compiled(module, "init")(jax.random.key(0), *args), *args)
-    assert modulation.shape == (2, 6, 16)
-    np.testing.assert_array_equal(modulation, 0)
 
 
 def test_the_features_of_a_vector_by_their_formula():

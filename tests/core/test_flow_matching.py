@@ -4,7 +4,6 @@ Also the posterior head as fine-tuning begins: the rest new, over a backbone wit
 """
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -67,25 +66,18 @@ def test_a_new_network_is_right_for_gaussian_data():
     assert hidden.shape == (4, 6, TINY["width"])
 
 
-class Returning(nn.Module):
-    """A backbone that returns what a function makes of x_t."""
-
-    make: Callable
+class Broadcasting(nn.Module):
+    """A backbone whose hidden states have one token alone."""
 
     def __call__(self, x, t, y):
-        return self.make(x)
+        return x, x[:, :1]
 
 
-@pytest.mark.parametrize(("make", "found"), [
-    (lambda x: (x, x[:, :1]), "[(4, 6, 2), (4, 1, 2)]"),  # would broadcast
-    (lambda x: x, "[(4, 6, 2)]"),
-])
-def test_what_a_backbone_returns_is_checked(make, found):
-    head = flow_matching.Posterior(CONFIG, Returning(make))
+def test_what_a_backbone_returns_is_checked():
+    head = flow_matching.Posterior(CONFIG, Broadcasting())
     x, t = np.zeros((4, 6, 2), np.float32), np.full(4, 0.5, np.float32)
-    with pytest.raises(ValueError, match="the backbone Returning returns arrays") as error:
+    with pytest.raises(ValueError, match=r"Broadcasting returns arrays .*\(4, 6, 2\), \(4, 1, 2\)"):
         jax.eval_shape(head.init, jax.random.key(0), x, t, t / 2, np.full(4, 2), np.zeros(4, int))
-    assert found in str(error.value)
 
 
 @pytest.mark.parametrize(("heun", "order"), [(False, 1), (True, 2)])
@@ -149,25 +141,6 @@ def test_step_0_is_the_flow_matching_models_posterior(started):
         np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=2e-6)
         log_c = np.broadcast_to(np.log(c), log_scale.shape)
         np.testing.assert_allclose(log_scale, log_c, rtol=1e-6, atol=1e-6)
-
-
-def test_new_on_gaussian_data_it_is_the_exact_posterior_given_the_clean_image():
-    """With the exact velocity, x_t - t v is E[x | x_t], so the mean is E[x_s | x_t].
-
-    Only the scale lacks the clean image's own spread.
-    """
-    x = np.random.default_rng(0).normal(size=(2, 6, 2)).astype(np.float32)
-    s, t = np.full(2, 0.3, np.float32), np.full(2, 0.8, np.float32)
-    new = Tiny(MODEL, _new_weights(MODEL, 0))
-    mean, log_scale = new.predict(x, t, s, np.full(2, 2), np.zeros(2, int))
-    variance = (0.2 * R) ** 2 + 0.8**2  # of x_t
-    covariance = 0.7 * 0.2 * R**2 + 0.2 / 0.7 * 0.3**2  # of x_s and x_t = (0.2/0.7) x_s + ...
-    np.testing.assert_allclose(mean, covariance / variance * x, rtol=1e-5)
-    _, b, c = trajectory.posterior(0.3, 0.8)
-    spread = R * 0.8 / np.sqrt(variance)
-    conditional = (0.7 * R) ** 2 + 0.3**2 - covariance**2 / variance
-    np.testing.assert_allclose(conditional, c**2 + (b * spread) ** 2, rtol=1e-5)
-    assert np.exp(log_scale).max() == pytest.approx(float(c), rel=1e-5)
 
 
 def test_misalignment_is_the_means_distance_to_a_reference(started):

@@ -1,4 +1,4 @@
-"""Likelihoods: discretised pixels, a trajectory's contributions, exact cases."""
+"""The pixels and contributions of a likelihood, and a new model's on Gaussian data."""
 
 import math
 
@@ -38,15 +38,6 @@ def log_bins(mean, scale, pixel_levels):
     low, high = np.where(low > 0, -high, low), np.where(low > 0, -low, high)
     with np.errstate(divide="ignore"):
         return log_ndtr(high) + np.log(-np.expm1(log_ndtr(low) - log_ndtr(high)))
-
-
-@pytest.mark.parametrize("pixel_levels", PIXEL_LEVELS)
-def test_probabilities_sum_to_one_over_all_levels(pixel_levels):
-    mean, scale = (jnp.asarray(a, jnp.float32).reshape(-1, 1) for a in np.meshgrid(MEANS, SCALES))
-    log_p = log_discretized_normal(pixels(pixel_levels)[None], mean, scale, pixel_levels)
-    assert jnp.isfinite(log_p).all()
-    total = np.exp(np.asarray(log_p, np.float64)).sum(1)
-    np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("pixel_levels", PIXEL_LEVELS)
@@ -129,41 +120,6 @@ def test_contributions_by_hand(drawn, pixel_levels):
     total = sum(np.asarray(value).reshape(3, -1).sum(1) for value in expected.values())
     # terms of up to 400
     np.testing.assert_allclose(log_weight(parts), total, rtol=1e-5, atol=1e-4)
-
-
-def gaussian_terms(xs, t, mean, variance):
-    """Terms of the true reverse conditionals of data N(mean, variance), in float64.
-
-    Each conditions the joint Gaussian of two neighbouring levels.
-    """
-    xs, t = np.asarray(xs, np.float64), np.asarray(t, np.float64)
-    s, t = t[:, :-1], t[:, 1:]
-    covariance = (1 - s) * (1 - t) * variance + s**2 * (1 - t) / (1 - s)
-    var_s, var_t = ((1 - a) ** 2 * variance + a**2 for a in (s, t))
-    gain = covariance / var_t
-    deviation = np.sqrt(var_s - gain * covariance)
-    s, t, gain, scale = (a[:, :, None, None] for a in (s, t, gain, deviation))
-    z = (xs[:, :-1] - (1 - s) * mean - gain * (xs[:, 1:] - (1 - t) * mean)) / scale
-    dimensions = z[0, 0].size
-    terms = 0.5 * (z**2).sum((2, 3)), dimensions * np.log(deviation), np.zeros_like(deviation)
-    constant = dimensions / 2 * math.log(2 * math.pi)
-    return Terms(*(jnp.asarray(a, jnp.float32) for a in terms), constant)
-
-
-def test_with_the_true_conditionals_every_weight_is_the_likelihood_of_the_noisy_data(drawn):
-    x, xs, t = drawn
-    mean, variance = 0.3, 0.4
-    terms = gaussian_terms(xs, t, mean, variance)
-    log_w = log_weight(contributions(terms, xs, x, t, 0))
-    t_0 = np.asarray(t, np.float64)[:, 0, None, None]
-    expected = log_gaussian(xs[:, 0], (1 - t_0) * mean, (1 - t_0) ** 2 * variance + t_0**2)
-    # float32 sums of some tens of nats over 8 dimensions, each off by about 4e-6
-    np.testing.assert_allclose(log_w / 8, expected / 8, atol=1e-5)
-    # pixels add the ratio of decoder and encoder
-    pixel = log_weight(contributions(terms, xs, x, t, 17))
-    encoder = log_gaussian(xs[:, 0], (1 - t_0) * np.asarray(x), t_0**2)
-    ratio = log_reconstruction(x, xs[:, 0], t[:, 0], 17) - encoder
-    np.testing.assert_allclose((pixel - log_w) / 8, ratio / 8, atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "shifted"])

@@ -175,21 +175,3 @@ def test_a_schedule_guides_its_own_steps_alone(random):
     np.testing.assert_allclose(us[2], plain[2], atol=1e-5)
     assert (np.abs(us[:2] - plain[:2]).max((1, 2, 3)) > 1e-2).all()
     assert flow_matching.guidance_by_step(1.5, 3) == (1.5,) * 3
-
-
-def test_a_gaussian_model_samples_its_gaussian(tiny):
-    """A new model without transporter is exact for N(0, r^2) data, with known covariances."""
-    new = tiny(new=True, transporter_blocks=0)
-    _, t, _, (xs, _) = drawn(new, sampling.sample_with_log_prob, batch=2000)
-    # levels differ between examples
-    deviations = xs / np.sqrt((0.7 * (1 - t)) ** 2 + t**2)[:, :, None, None]
-    values = np.moveaxis(deviations, 1, 0).reshape(4, -1)
-    count = values.shape[1]  # 24,000
-    # five standard errors, here and below
-    assert (np.abs(values.mean(1)) < 5 / np.sqrt(count)).all()
-    assert (np.abs(values.var(1) - 1) < 5 * np.sqrt(2 / count)).all()
-    middle = np.asarray(t[1000], np.float64)
-    joint = np.outer(1 - middle, 1 - middle) * 0.49 + np.asarray(trajectory.covariance(t[1000]))
-    correlation = joint / np.sqrt(np.outer(np.diag(joint), np.diag(joint)))
-    # levels differ by .01 from the middle's, and a correlation's slope in t_0 is below .5
-    assert (np.abs(np.corrcoef(values) - correlation) < 5 / np.sqrt(count) + 0.005).all()

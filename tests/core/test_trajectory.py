@@ -1,6 +1,5 @@
-"""The forward process against Monte Carlo, Bayes' rule, and values worked out by hand."""
+"""The forward process: its linear map, conditioning of joint Gaussians, values by hand."""
 
-import dataclasses
 import math
 
 import jax
@@ -25,10 +24,6 @@ PAIRS = [(t, s) for t, s, *_ in PAPER] + [(0.9, 0.001), (0.3, 0.299), (1.0, 0.02
 def uneven_levels():
     """Levels [B, K] of two examples, unevenly spaced."""
     return jnp.array([[0.02, 0.3, 0.45, 0.9, 1.0], [0.1, 0.11, 0.5, 0.7, 1.0]], jnp.float32)
-
-
-def gaussian(x, mean, variance):
-    return np.exp(-0.5 * (x - mean) ** 2 / variance) / np.sqrt(2 * math.pi * variance)
 
 
 def forward_step(s, t):
@@ -64,6 +59,7 @@ def test_levels_by_hand():
     expected = [[0.02, 0.5, 0.75, 0.9, 1.0], [0.1, 0.5, 0.75, 0.9, 1.0]]
     np.testing.assert_allclose(noise_levels(4, t_min, "shifted", math.log(3)), expected,
                                atol=3e-7)
+    np.testing.assert_allclose(SHIFTED.fixed_levels(4, 3), expected[:1] * 3, atol=3e-7)
 
 
 @pytest.mark.parametrize(("tokens", "shift"),
@@ -84,17 +80,6 @@ def test_each_example_may_have_its_own_level_and_number_of_steps(schedule):
     np.testing.assert_array_equal(schedule.level(k, steps, 0.05), jnp.stack(expected))
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [
-    (LINEAR, [0.02, 0.265, 0.51, 0.755, 1.0]), (SHIFTED, [0.02, 0.5, 0.75, 0.9, 1.0])],
-    ids=["linear", "shifted"])
-def test_fixed_levels_start_at_t_min_for_every_example(schedule, expected):
-    found = schedule.fixed_levels(4, 3)
-    np.testing.assert_allclose(found, [expected] * 3, atol=3e-7)  # a few float32 roundings below 1
-    np.testing.assert_array_equal(found, schedule.levels(4, jnp.full(3, 0.02)))
-    moved = dataclasses.replace(schedule, t_min=0.1).fixed_levels(4, 3)
-    np.testing.assert_array_equal(moved[:, 0], np.float32([0.1] * 3))
-
-
 @pytest.mark.parametrize("schedule", [LINEAR, SHIFTED], ids=lambda schedule: schedule.schedule)
 def test_a_share_of_the_way_is_the_schedule_with_infinitely_many_steps(schedule):
     """The level at k / T is level k of T steps from t_min = 0, whatever the schedule's t_min."""
@@ -102,27 +87,6 @@ def test_a_share_of_the_way_is_the_schedule_with_infinitely_many_steps(schedule)
     found = schedule.level_at_fraction(jnp.arange(65) / 64)
     np.testing.assert_allclose(found, fine, rtol=3e-7)  # roundings
     np.testing.assert_array_equal(schedule.level_at_fraction(jnp.array([0.0, 1.0])), [0, 1])
-
-
-def test_at_by_hand():
-    shares = jnp.array([0.25, 0.5, 0.75])
-    np.testing.assert_allclose(LINEAR.level_at_fraction(shares), shares, rtol=1e-7)
-    # m = log 3: 3/(3 + 1/share - 1)
-    np.testing.assert_allclose(SHIFTED.level_at_fraction(shares), [0.5, 0.75, 0.9], rtol=3e-7)
-
-
-def test_simulated_mean_and_covariance():
-    t, draws, x = np.asarray(uneven_levels()), 40_000, 0.8
-    rng = np.random.default_rng(0)
-    for row in t:
-        noise = rng.normal(size=(draws, t.shape[1], 1, 1)).astype(np.float32)
-        xs = np.asarray(simulate(np.full((draws, 1, 1), x, np.float32), np.tile(row, (draws, 1)),
-                                 noise))[..., 0, 0]
-        expected = np.asarray(covariance(row), np.float64)
-        # five standard errors of a sample mean and of a sample covariance
-        assert (np.abs(xs.mean(0) - (1 - row) * x) < 5 * row / math.sqrt(draws)).all()
-        error = np.sqrt((expected**2 + np.outer(row**2, row**2)) / draws)
-        assert (np.abs(np.cov(xs.T) - expected) < 5 * error).all()
 
 
 def test_simulation_is_linear_with_exactly_this_mean_and_covariance():
@@ -160,22 +124,6 @@ def test_posterior_by_the_paper(t, s, a, b, c):
 
 
 @pytest.mark.parametrize(("t", "s"), PAIRS)
-def test_posterior_by_bayes_rule_on_a_grid(t, s):
-    a, b, c = (float(v) for v in trajectory.posterior(jnp.float32(s), jnp.float32(t)))
-    x, x_t = 0.6, -0.4
-    grid = np.linspace(-9, 9, 4001) * c + a * x_t + b * x
-    step, variance = forward_step(s, t)
-    density = gaussian(grid, (1 - s) * x, s**2) * gaussian(x_t, step * grid, variance)
-    density /= density.sum()
-    mean = (density * grid).sum()
-    # The grid's sums are exact to 1e-12. A, B and C are a few float32 operations on factors below
-    # 1, and t - s loses an ulp of t, 6e-8, of .001 where the levels are closest.
-    rtol = 1e-6 + 1.2e-7 / (t - s)
-    assert mean == pytest.approx(a * x_t + b * x, abs=rtol)
-    assert math.sqrt((density * (grid - mean) ** 2).sum()) == pytest.approx(c, rel=rtol)
-
-
-@pytest.mark.parametrize(("t", "s"), PAIRS)
 def test_posterior_by_joint_conditioning(t, s):
     covariance = s * s * (1 - t) / (1 - s)  # of x_s and x_t given x
     a = covariance / t**2
@@ -183,14 +131,6 @@ def test_posterior_by_joint_conditioning(t, s):
     # as above; 1e-7 absolute where A is zero
     np.testing.assert_allclose(trajectory.posterior(jnp.float32(s), jnp.float32(t)), expected,
                                rtol=1e-6 + 1.2e-7 / (t - s), atol=1e-7)
-
-
-def test_transitions_compose():
-    s, t, r = 0.2, 0.5, 0.8
-    (a, sig), (a_next, sig_next) = trajectory.transition(s, t), trajectory.transition(t, r)
-    composed = a * a_next, math.hypot(a_next * sig, sig_next)
-    # a few float32 roundings
-    np.testing.assert_allclose(composed, trajectory.transition(s, r), rtol=5e-7)
 
 
 @pytest.mark.parametrize(("t", "s"), PAIRS)
