@@ -14,5 +14,5 @@ def get_config():
     c.model.condition = "text"
     c.train.update(condition_dropout=0.1, steps=1000)
     c.sample.guidance = 1.0
-    default.leave_open(c, "data.text")
+    default.leave_open(c, "data.text_encoder")
     return c

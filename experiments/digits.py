@@ -13,7 +13,7 @@ def base():
     c = default.get_config()
     c.data.update(source="digits", patch_size=2)
     c.model.update(width=64, head_size=16, transporter_width=64, predictor_layers=3, data_std=0.75)
-    c.evaluate.update(trajectories=32, batch_size=297, images=4500, features="cnn")
+    c.evaluate.update(trajectories=32, batch_size=297, num_samples=4500, features="cnn")
     return c
 
 

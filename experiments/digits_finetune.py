@@ -15,9 +15,9 @@ def get_config(variant: str = "aligned"):
     c.trajectory.shift = -0.5
     c.model.update(
         transporter_blocks=4, transporter_layers=1, transporter_positions_std=1.0,
-        head="posterior")
+        head="flow_matching")
     c.train.update(
-        steps=9000, save_every=1000, evaluate_every=1000, level_power=1.0,
+        steps=9000, save_every=1000, evaluate_every=1000, level_weight_power=1.0,
         align_weight=2.5 if variant == "aligned" else 0.0)
     c.optimizer.update(warmup_steps=200, ema_decay=0.9995)
     return c

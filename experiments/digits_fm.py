@@ -11,7 +11,7 @@ from ntm_jax.experiments import digits
 def get_config():
     c = digits.base()
     c.data.batch_size = 128
-    c.model.update(transporter_blocks=0, transporter_layers=1, head="posterior")
+    c.model.update(transporter_blocks=0, transporter_layers=1, head="flow_matching")
     c.train.objective = "flow_matching"
     c.optimizer.update(learning_rate=3e-3, weight_decay=0.3)
     c.sample.update(steps=50, decoder="euler")

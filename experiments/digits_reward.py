@@ -15,7 +15,7 @@ def get_config():
     c.train.update(
         objective="policy_gradient", steps=3000, save_every=500, evaluate_every=500, log_every=10)
     c.reward.update(name="classifier", samples=8, normalise=False, kl=0.002, diversity=1.0,
-                    anchor=0.05, levels=(0, 2))
+                    data_loss_weight=0.05, levels=(0, 2))
     c.optimizer.update(
         learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.998)
     return c

@@ -31,7 +31,7 @@ def get_config(variant: str = ""):
     c.model.update(
         width=3072, head_size=128, kv_heads=24, mlp_ratio=3, positions="rotary",
         transporter_width=3072, transporter_layers=4, predictor_layers=20, double_layers=5,
-        backbone="flux2", head="posterior", condition="text", dtype="bfloat16", remat="full",
+        backbone="flux2", head="flow_matching", condition="text", dtype="bfloat16", remat="full",
         scan=True)
     c.train.update(
         steps=50_000, save_every=2500, evaluate_every=5000, keep=10_000, align_weight=2.5)
@@ -49,7 +49,7 @@ def get_config(variant: str = ""):
         c.reward.update(name="my_reward", samples=8, kl=1e-3)
         c.optimizer.update(learning_rate=1e-5, warmup_steps=20, weight_decay=0.0, ema_decay=0.99)
         c.mesh.tensor = 8
-        c.evaluate.images = 512
+        c.evaluate.num_samples = 512
     if variant.startswith("runlocal"):
         default.shrink(
             c, width=64, head_size=32, kv_heads=2, transporter_width=64, predictor_layers=1,
@@ -58,7 +58,7 @@ def get_config(variant: str = ""):
         c.data.source = "mock:4x4x16,text=8x16"
         c.train.align_weight = 0.0
         c.mesh.tensor = 1
-        c.evaluate.images = min(c.evaluate.images, 16)
+        c.evaluate.num_samples = min(c.evaluate.num_samples, 16)
     if variant.endswith("denoiser"):
         c.init_from = ""
         c.model.update(

@@ -13,7 +13,7 @@ from ntm_jax.experiments import mnist
 def get_config():
     c = mnist.base()
     c.data.batch_size = 128
-    c.model.update(transporter_blocks=0, transporter_layers=1, head="posterior")
+    c.model.update(transporter_blocks=0, transporter_layers=1, head="flow_matching")
     c.train.objective = "flow_matching"
     c.sample.update(steps=50, decoder="euler")
     return c

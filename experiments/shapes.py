@@ -16,7 +16,7 @@ WORDS = (
 def get_config(variant: str = ""):
     default.check_variant(__file__, variant, "gaussian", "runlocal", "")
     c = default.get_config()
-    c.data.update(source="shapes", batch_size=8, patch_size=6, text=f"words:7:{WORDS}")
+    c.data.update(source="shapes", batch_size=8, patch_size=6, text_encoder=f"words:7:{WORDS}")
     # a shift above what 16 tokens would give: layouts are decided in noise
     c.trajectory.update(shift=1.5, t_min=0.08, t_min_range=(0.06, 0.1))
     c.model.update(
@@ -26,12 +26,12 @@ def get_config(variant: str = ""):
         steps=30_000, save_every=2000, evaluate_every=10_000, log_every=100,
         condition_dropout=0.15)
     c.optimizer.update(learning_rate=1.5e-3, warmup_steps=200, ema_decay=0.9997)
-    c.evaluate.update(split="test[:800]", batch_size=200, images=800)
+    c.evaluate.update(split="test[:800]", batch_size=200, num_samples=800)
     c.sample.update(num=80, guidance=2.0)
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)
     if variant == "runlocal":
         default.shrink(
             c, width=32, head_size=16, kv_heads=2, transporter_width=32, predictor_layers=1)
-        c.evaluate.images = 16
+        c.evaluate.num_samples = 16
     return c

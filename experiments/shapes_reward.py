@@ -16,7 +16,7 @@ def get_config(variant: str = ""):
     c.train.update(
         objective="preference", steps=1700, save_every=425, evaluate_every=425, log_every=10)
     # a larger anchor drowns the gradient of the pairs in that of 24 images
-    c.reward.update(name="shapes", samples=8, levels=(1, 3), kl=0.1, anchor=0.05)
+    c.reward.update(name="shapes", samples=8, levels=(1, 3), kl=0.1, data_loss_weight=0.05)
     c.optimizer.update(
         learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.99)
     c.sample.guidance = 0.0

@@ -32,7 +32,7 @@ def get_config(variant: str = "gaussians"):
     if kind:
         c.model.update(transporter_blocks=0, predictor_layers=6)
     if kind in ("flow-matching", "flow-map"):
-        c.model.update(head="posterior",
+        c.model.update(head="flow_matching",
                        backbone="flow_map" if kind == "flow-map" else "transformer")
         c.train.objective = kind.replace("-", "_")
         c.data.batch_size = 256  # each example trains one level

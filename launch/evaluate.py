@@ -16,8 +16,8 @@ flags.DEFINE_string("against", None, "Another run's folder, or WORKDIR/checkpoin
 flags.DEFINE_bool("per_example", False, "Also writes the scores of every record, as parquet.")
 flags.DEFINE_integer("steps", None, "Number of steps T, or of the ODE for samples, into "
                      "evaluation-Nsteps.json; the configuration's by default.", lower_bound=1)
-flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.images by default.",
-                     lower_bound=0)
+flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.num_samples by "
+                     "default.", lower_bound=0)
 flags.DEFINE_multi_string("guidance", None, "Also scores samples at this guidance. Repeat it to "
                           "compare several with the first.")
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
@@ -37,11 +37,11 @@ def main():
     from ntm_jax.sampling.options import override, parse_guidance
 
     f = program.FLAGS
-    run = program.load_run().selecting(f.candidates, f.judge, f.enough)
+    run = program.load_run().selecting(f.candidates, f.judge, f.stop_nats)
     own_steps = run.config.sample.steps
     sample = override(run.config, steps=f.steps)
     config = run.config.with_sampling(steps=sample.steps).with_evaluation(
-        images=run.config.evaluate.images if f.images is None else f.images)
+        images=run.config.evaluate.num_samples if f.images is None else f.images)
     run = dataclasses.replace(run, config=config)
     unit = f"{f.unit}_per_dim" if f.unit else None
     if unit:

@@ -46,7 +46,8 @@ flags.DEFINE_enum(
     "latent_scale", "measured", ["measured", "encoder"], "measured normalises each latent channel "
     "to mean 0 and variance 1; encoder keeps the autoencoder's scale, as FLUX.2 expects.")
 flags.DEFINE_string(
-    "text", "", "The captions' text encoder, as --config.data.text; captions alone by default.")
+    "text", "", "The captions' text encoder, as --config.data.text_encoder; captions alone by "
+    "default.")
 flags.DEFINE_float(
     "test", 0.05, "Held-out images, the split test: their share if below 1, otherwise their "
     "number.", lower_bound=0)

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 
 from ntm_jax import files, host_memory
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import renamed
 
 from . import mistakes
 
@@ -110,7 +111,7 @@ def define_selection():
         "judge", None, "Another run's folder or export, whose likelihood selects among candidates; "
         "the run's own by default.")
     flags.DEFINE_float(
-        "enough", None, "Threshold in nats: the first candidate whose information reaches it is "
+        "stop_nats", None, "Threshold in nats: the first candidate whose information reaches it is "
         "kept; by default all candidates are compared.")
 
 
@@ -175,6 +176,8 @@ def _settings() -> str:
 
 
 def _parse(argv):
+    argv = [renamed.argument(given) for given in argv]
+    sys.argv[1:] = argv[1:]  # where config_flags looks for settings
     _import_modules(argv)
     try:
         rest = FLAGS(argv)

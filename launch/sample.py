@@ -53,7 +53,7 @@ def main():
     if texts and f.num not in (None, number):
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
                         "it out, or change --per_prompt")
-    run = program.load_run().selecting(f.candidates, f.judge, f.enough)
+    run = program.load_run().selecting(f.candidates, f.judge, f.stop_nats)
     run.write_samples(f.out or f"{run.workdir}/samples", SampleRequest(
         num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
         prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,

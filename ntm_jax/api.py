@@ -33,7 +33,7 @@ from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
 from ntm_jax.registry import load as load_part
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime import config_file, sharding
+from ntm_jax.runtime import config_file, renamed, sharding
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts, selection
@@ -110,17 +110,17 @@ class Run(base.Run):
         return jax.tree.map(lambda *found: np.concatenate(found)[:count], *parts)
 
     def selecting(self, candidates: int, judge: "str | os.PathLike | base.Run | None" = None,
-                  enough: float | None = None) -> "Run":
+                  stop_nats: float | None = None) -> "Run":
         """This run with samples that are selected, each from so many candidates, by likelihood.
 
         Of an image's candidates the one that its condition explains best is kept; see
         sampling.selection. judge: whose likelihood selects, another run of the same data or what
-        `load` takes; the run itself by default. enough: the information in nats with which a
+        `load` takes; the run itself by default. stop_nats: the information in nats with which a
         candidate is kept without comparing it with further ones; all are compared by default.
         Raises UserError where the judge cannot select.
         """
         other = load(judge) if isinstance(judge, (str, os.PathLike)) else judge
-        return _run(selection.selecting(self, candidates, other, enough))
+        return _run(selection.selecting(self, candidates, other, stop_nats))
 
     def text(self, captions):
         """The states of one or n captions, in the encoder of the run, as conditions.Text."""
@@ -259,7 +259,7 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
                         f"{', '.join(names)}") from None
     try:
         values = module.get_config(variant) if variant else module.get_config()
-        names = configuration.flatten(values.to_dict())
+        names, overrides = configuration.flatten(values.to_dict()), renamed.current(overrides)
         for key in overrides:
             if key not in names:
                 close = ", ".join(difflib.get_close_matches(key, names, 3)) or "section.key"

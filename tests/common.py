@@ -46,7 +46,7 @@ TINY = {
     "train.log_every": 1,
     "optimizer.warmup_steps": 2,
     "evaluate.split": "test[:20]",
-    "evaluate.images": 0,
+    "evaluate.num_samples": 0,
     "evaluate.trajectories": 2,
 }
 

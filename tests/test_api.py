@@ -52,7 +52,7 @@ def test_an_experiment_suits_arrays_in_memory():
     images, labels = images_and_labels()
     config = ntm_jax.experiment("folder", data=images, labels=labels, **{"train.steps": 3})
     assert (config.data.image_size, config.data.patch_size) == (8, 2)
-    assert (config.model.condition, config.evaluate.images) == ("class", 1000)
+    assert (config.model.condition, config.evaluate.num_samples) == ("class", 1000)
     source = config.data.open("all")
     np.testing.assert_array_equal(sorted(r["label"] for r in source.records), sorted(labels))
     given = api.with_arrays(config, images, labels).data  # what `data` of train does

@@ -13,13 +13,14 @@ SETTINGS = {  # modules that train together: settings that use their parts
     ("my_source", "my_backbone"): [
         "--config=digits", *(f"--config.{key}={value}" for key, value in TINY.items()),
         "--config.data.source=stripes:3", "--config.evaluate.split=test",
-        "--config.model.backbone=mixer", "--config.model.head=posterior",
+        "--config.model.backbone=mixer", "--config.model.head=flow_matching",
         "--config.train.objective=flow_matching", "--config.model.transporter_blocks=0",
         "--config.sample.decoder=euler"],
     ("my_encoder", "my_decoder", "my_objective", "my_writer"): [
-        "--config=shapes:runlocal", "--config.data.text=letters:6", "--config.train.log_every=1",
+        "--config=shapes:runlocal", "--config.data.text_encoder=letters:6",
         "--config.sample.decoder=level_0", "--config.trajectory.steps=(2,)",
-        "--config.train.objective=robust", "--config.sample.steps=2", "--config.evaluate.images=0",
+        "--config.train.objective=robust", "--config.sample.steps=2",
+        "--config.evaluate.num_samples=0", "--config.train.log_every=1",
         "--config.model.transporter_blocks=0", "--writer=table:losses"],
 }
 

@@ -92,8 +92,9 @@ def test_an_experiment_of_another_folder_starts_from_the_defaults(monkeypatch, t
     assert parse(monkeypatch, "--config=own.py:shapes").data.source == "shapes"
 
 
-def refusal(*arguments: str, cwd=ROOT) -> str:
-    done = python("-m", "ntm_jax.launch.train", "--workdir=x", *arguments, cwd=cwd, check=False)
+def refusal(*arguments: str, cwd=ROOT, program="train") -> str:
+    done = python("-m", f"ntm_jax.launch.{program}", "--workdir=x", *arguments, cwd=cwd,
+                  check=False)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, ""), done.stderr
     return done.stderr
 
@@ -113,6 +114,16 @@ def test_an_experiment_that_sets_an_unknown_key_is_refused(tmp_path):
         "    c.model.update(widht=3)\n")
     message = refusal("--config=own.py", cwd=tmp_path)
     assert "own.py sets widht, which is not a setting. Did you mean \"width\"" in message
+
+
+@pytest.mark.parametrize(("program", "arguments", "message"), [
+    ("train", ["--config=digits", "--config.evaluate.images=-1"], "config.evaluate.num_samples is"),
+    ("train", ["--config=digits", "--noconfig.reward.ahead", "--config.reward.anchor=-1"],
+     "config.reward.data_loss_weight is"),
+    ("sample", ["--enough=much"], "--stop_nats=much"),
+])
+def test_flags_of_an_earlier_version_are_those_of_now(program, arguments, message):
+    assert message in refusal(*arguments, program=program)
 
 
 def test_a_module_that_cannot_be_imported_is_one_line(tmp_path):

@@ -65,7 +65,8 @@ def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path):
         inputs.open_input(hostile)
 
 
-@pytest.mark.parametrize("key", ["data.source", "data.text", "model.backbone", "train.objective"])
+@pytest.mark.parametrize(
+    "key", ["data.source", "data.text_encoder", "model.backbone", "train.objective"])
 def test_a_module_as_a_setting_is_not_imported(hostile, key):
     section, _, name = key.partition(".")
     for value in (MODULE, f"{MODULE}:Feature", f"transformers:{MODULE}"):

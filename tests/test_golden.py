@@ -24,10 +24,10 @@ from tests.common import as_run, batch_of, objective_of, setup, tiny_config
 
 CONFIGURATIONS = {
     "end_to_end": {},
-    "weighted": {"train.level_power": 1.0},
+    "weighted": {"train.level_weight_power": 1.0},
     "pairwise": {"train.objective": "pairwise"},
     "flow_matching": {
-        "train.objective": "flow_matching", "model.head": "posterior",
+        "train.objective": "flow_matching", "model.head": "flow_matching",
         "model.transporter_blocks": 0,
         "sample.decoder": "euler", "sample.steps": 5},
 }

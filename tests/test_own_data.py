@@ -15,8 +15,8 @@ QUICK = [f"--config.{setting}" for setting in (
     "train.steps=20", "train.evaluate_every=20", "train.save_every=10", "model.width=32",
     "model.kv_heads=1", "model.transporter_width=32", "model.predictor_layers=1",
     "model.transporter_layers=1", "data.image_size=16", "evaluate.trajectories=1",
-    "evaluate.images=100", "sample.num=100", "sample.decoder=inverse", "model.transporter_blocks=0",
-    "trajectory.steps=(2,)", "sample.steps=2")]
+    "evaluate.num_samples=100", "sample.num=100", "sample.decoder=inverse", "sample.steps=2",
+    "model.transporter_blocks=0", "trajectory.steps=(2,)")]
 README = (ROOT / "README.md").read_text()
 DRAWN = {"rings": "ellipse", "cards": "rectangle"}
 COLOURS = ("red", "blue")
@@ -79,7 +79,7 @@ def test_own_captions_are_one_command(tmp_path):
     (tmp_path / "in/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     printed = train(tmp_path / "run", "--config=captions",
                     f"--config.data.source=folder:{tmp_path}/in")
-    assert " --config.data.text='words:3:a blue card red ring' " in printed
+    assert " --config.data.text_encoder='words:3:a blue card red ring' " in printed
     (tmp_path / "more.txt").write_text("a blue card\n")
     flags = ["-m", "launch.sample", f"--workdir={tmp_path}/run", "--prompts=a red ring",
              f"--prompts={tmp_path}/more.txt", "--per_prompt=3"]

@@ -71,8 +71,8 @@ def test_records_are_the_autoencoders_latents(prepared):
 
 def test_samples_are_photographs_again(prepared):
     settings = tiny_config(**{
-        "data.source": f"records:{prepared}/records", "data.text": WORDS, "data.patch_size": 1,
-        "model.condition": "text", "evaluate.split": "test"})
+        "data.source": f"records:{prepared}/records", "data.text_encoder": WORDS,
+        "data.patch_size": 1, "model.condition": "text", "evaluate.split": "test"})
     run = ntm_jax.load(str(write_run(prepared / "run", settings)))
     layout, autoencoder = read_manifest(f"{prepared}/records")[0], f"{prepared}/autoencoder"
     assert (run.spec.text, run.spec.text_tokens, run.spec.text_width) == (WORDS, 8, 16)

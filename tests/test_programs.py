@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     """(workdir, lines of a start that SIGTERM stops, output of another, which finishes)."""
     workdir = tmp_path_factory.mktemp("programs") / "run"
     arguments = [*CONFIG, f"--workdir={workdir}", f"--config.train.steps={STEPS}",
-                 "--config.evaluate.images=20", "--config.sample.num=20",
+                 "--config.evaluate.num_samples=20", "--config.sample.num=20",
                  "--config.evaluate.features=pixels"]
     process = start(["-m", "launch.train", *arguments, "--stop_status=75"])
     lines = []
@@ -94,7 +94,7 @@ def test_evaluate_gives_the_same_figures_as_the_run(run):
     assert "class_accuracy" not in other
     judge = f"{workdir}/checkpoints/{STEPS}"
     program("evaluate", f"--workdir={workdir}", "--images=8", "--features=none",
-            "--candidates=2", f"--judge={judge}", "--enough=2.5")
+            "--candidates=2", f"--judge={judge}", "--stop_nats=2.5")
     scored = figures(workdir / "evaluation-2candidates.json")["class_accuracy"]
     assert (scored["images"], scored["candidates"]) == (8, 2)
     assert scored["judge"] == {"workdir": str(workdir), "step": STEPS}

@@ -55,7 +55,7 @@ def settings_page() -> str:
         "A switch is written `--config.model.scan` or `--noconfig.model.scan`, and a tuple in "
         "quotes. Unknown settings, other types and values out of range end the program with one "
         "line that names what was expected. [Data sources and text encoders](sources.md) has the "
-        "values of `data.source` and `data.text`.",
+        "values of `data.source` and `data.text_encoder`.",
     ]
     sections: dict[str, list[tuple[str, str, str]]] = {}
     for name, _, field in typed.settings(kind):

@@ -1,6 +1,6 @@
-"""Flow matching: the velocity network, its loss, ODE solvers, and the posterior head.
+"""Flow matching: the velocity network, its loss, ODE solvers, and an NTM's head over it.
 
-The posterior head makes any flow-matching network the predictor of an NTM (docs/concepts.md,
+The head `flow_matching` makes any flow-matching network the predictor of an NTM (docs/concepts.md,
 section 7).
 
 Symbols: B batch, K levels ascending, N tokens, D token channels, W width; x_t = (1-t) x + t eps,
@@ -41,7 +41,7 @@ class Velocity(Trunk):
 
 
 class Posterior(nn.Module):
-    """The head `posterior`: mean A u + B (u - t v) and scale C exp(delta).
+    """The head `flow_matching`: mean A u + B (u - t v) and scale C exp(delta).
 
     delta is a projection of the backbone's last hidden states, zero at first. The backbone depends
     on t alone; s enters as a modulation of the projected states.
@@ -81,7 +81,7 @@ def posterior_mean(x, velocity, s, t):
 
 
 def backbone_params(params):
-    """The backbone's parameters, as it takes them, of a model with the posterior head."""
+    """The backbone's parameters, as it takes them, of a model with the head `flow_matching`."""
     return {"params": params["params"]["backbone"]}
 
 

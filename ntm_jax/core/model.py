@@ -47,7 +47,7 @@ class NTM(nn.Module):
     """A Normalizing Trajectory Model: p(x_0..x_T) = N(x_T; 0, I) prod_k p(x_k | x_{k+1})."""
 
     config: ModelConfig
-    backbone: Any = None  # of the posterior head; see core.flow_matching
+    backbone: Any = None  # of the head `flow_matching`; see core.flow_matching
 
     def setup(self):
         c = self.config
@@ -55,7 +55,7 @@ class NTM(nn.Module):
             self.transporter = Transporter(c)
         for name, network in c.condition.networks(c.width, c.tokens * c.dim).items():
             setattr(self, name, network)
-        self.predictor = Posterior(c, self.backbone) if c.head == "posterior" else Predictor(c)
+        self.predictor = Posterior(c, self.backbone) if c.head == "flow_matching" else Predictor(c)
 
     @at_config_precision
     def transport(self, x, t, steps, y):

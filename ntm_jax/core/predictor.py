@@ -90,7 +90,7 @@ class Predictor(Trunk):
         log_scale = bounded(log_scale)
         if c.head == "direct":
             return value, log_scale
-        # preconditioned; also the denoiser of a model whose head is posterior
+        # preconditioned; also the denoiser of a model whose head is flow_matching
         a, b, c_ = posterior(s_, t_)
         clean = (1 - t_) * c.data_std * c.data_std / variance * u + spread * value
         prior = 0.5 * jnp.log(jnp.square(c_) + jnp.square(b * spread))

@@ -55,7 +55,7 @@ class Encoder(Protocol):
 
 
 def register(name: str, open_function: Callable[[str], Encoder]) -> None:
-    """Registers a text encoder, which `data.text=name` or `data.text=name:ARGUMENT` opens.
+    """Registers a text encoder, which `data.text_encoder=name` or `name:ARGUMENT` opens.
 
     The programs register it with --import=MODULE, the module that calls this function.
 

@@ -61,7 +61,7 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
         **{name: value for name, value in asked.items() if value is not None}).evaluate
     split, trajectories = settings.split, settings.trajectories
     source, train = config.data.open(split), config.data.open(config.data.split)
-    scores_images = config.evaluate.images and train.pixel_levels
+    scores_images = config.evaluate.num_samples and train.pixel_levels
     features = options.features not in (None, "none")
     for name, given in (("features", features), ("guidance", options.guidance),
                         ("candidates", run.selection)):
@@ -77,7 +77,7 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
         from ntm_jax.evaluation.features import make_extractor
 
         real = min(len(train.records), len(source.records))
-        statistics.check_enough(real, config.evaluate.images)
+        statistics.check_enough(real, config.evaluate.num_samples)
         extractor = make_extractor(settings.features, train, options.inception_weights)
     table = scoring.score_records(run, source, trajectories, progress)
     result = {"step": run.step, "split": split}

@@ -22,8 +22,8 @@ MAX_CANDIDATES = 10_000  # pictures that retrieval chooses from
 
 
 def generated(run: Run, progress: bool = False) -> np.ndarray:
-    """The samples that are scored, config.evaluate.images of them: [n, H, W, C], 0..V-1."""
-    batches = track(generate.in_batches(run.config.evaluate.images, generate.BATCH), "samples",
+    """The samples that are scored, config.evaluate.num_samples of them: [n, H, W, C], 0..V-1."""
+    batches = track(generate.in_batches(run.config.evaluate.num_samples, generate.BATCH), "samples",
                     "batches", show=progress)
     return np.concatenate([generate.sample_at(run, index) for index in batches])
 
@@ -67,16 +67,16 @@ def check_guidance(run: Run, source: Source, guidance) -> None:
 def settings(run: Run) -> dict:
     """How the scored samples were made."""
     sample = run.config.sample
-    return {"images": run.config.evaluate.images, "decoder": sample.decoder,
+    return {"images": run.config.evaluate.num_samples, "decoder": sample.decoder,
             "guidance": sample.guidance, "steps": sample.steps} | selected(run)
 
 
 def selected(run: Run) -> dict:
-    """How samples are selected: candidates, enough and judge; {} where they are not."""
+    """How samples are selected: candidates, stop_nats and judge; {} where they are not."""
     if not run.selection:
         return {}
     judge = run.selection.judge
-    return {"candidates": run.selection.candidates, "enough": run.selection.enough,
+    return {"candidates": run.selection.candidates, "enough": run.selection.stop_nats,
             "judge": {"workdir": judge.workdir, "step": judge.step}}
 
 

@@ -41,7 +41,7 @@ def check_enough(real: int, generated: int) -> None:
     """Raises UserError for numbers of images that have no precision and recall."""
     if min(real, generated) < 5:
         raise UserError(f"{real} images are compared with {generated}, and image scores need 5 of "
-                        "each: raise config.evaluate.images, or take larger splits")
+                        "each: raise config.evaluate.num_samples, or take larger splits")
 
 
 def frechet(real, generated) -> float:

@@ -39,7 +39,7 @@ def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -
         condition=kind.network(settings), dtype=dtype, transporter_dtype=dtype,
         arithmetic=arithmetic)
     _check_heads(model_config)
-    if model_config.head != "posterior":
+    if model_config.head != "flow_matching":
         return NTM(model_config)
     return NTM(model_config, backbone.build(model_config, settings, arithmetic.attention))
 

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from ntm_jax.errors import UserError, first_line
 from ntm_jax.files import is_remote
+from ntm_jax.runtime import renamed
 from ntm_jax.runtime.checksums import (
     array_checksums,
     first_difference,
@@ -286,7 +287,8 @@ class Checkpoints:
             if saved.get(name) != value:
                 raise self._damaged(
                     step, f"{name} has checksum {value}, saved with {saved.get(name)}")
-        before, now = unit.get("run", {}).get("settings") or {}, self._settings or {}
+        before = renamed.current(unit.get("run", {}).get("settings") or {})
+        now = self._settings or {}
         for key in sorted(before.keys() & now):  # earlier versions left out those at defaults
             if before[key] != now[key]:
                 raise UserError(

@@ -20,6 +20,7 @@ from ntm_jax.data.conditions import KINDS, SETTINGS
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.registry import load, present
+from ntm_jax.runtime import renamed
 from ntm_jax.typed import parse_dataclass, setting
 
 # Sections that projects declare, by name: MODULE:DATACLASS, imported when a configuration is made.
@@ -44,7 +45,7 @@ class Data:
         0, "Processes that read data; 0 reads in the training process.", low=0, high=1024)
     mock: str = setting(
         "", "Made-up data of the same shape, for compiling where the source is absent.")
-    text: str = setting(
+    text_encoder: str = setting(
         "", "Text encoder: words:M:VOCABULARY, minilm[:M], transformers:FOLDER or flux2:FOLDER.")
     token_size: int = setting(
         1, "Columns of an array [n, D] that form one token; divides their number.", low=1)
@@ -56,7 +57,7 @@ class Data:
         """
         try:
             return sources.open_source(
-                self.source, split, self.image_size, self.text, self.token_size)
+                self.source, split, self.image_size, self.text_encoder, self.token_size)
         except sources.SplitError as error:
             raise UserError(f"{setting}: {error}" if setting else str(error)) from None
 
@@ -83,8 +84,8 @@ class Model:
         0.02, "Initial std of the transporter's position table.", above=0)
     predictor_layers: int = setting(4, "Transformer layers of the predictor.", low=1)
     head: str = setting(
-        "preconditioned", "Parametrisation of the Gaussian; posterior is over a backbone.",
-        choices=("direct", "preconditioned", "posterior"))
+        "preconditioned", "Parametrisation of the Gaussian; flow_matching is over a backbone.",
+        choices=("direct", "preconditioned", "flow_matching"))
     log_scale_bound: float = setting(
         3.0, "Largest absolute log-scale of a transporter block.", above=0)
     data_std: float = setting(
@@ -96,7 +97,7 @@ class Model:
     condition_shift: bool = setting(
         False, "With condition=vector, first subtracts a linear function of it.")
     backbone: str = setting(
-        "transformer", "Network of head=posterior: transformer, flow_map, flux2 or your own.")
+        "transformer", "Network of head=flow_matching: transformer, flow_map, flux2 or your own.")
     double_layers: int = setting(
         0, "Two-stream layers of backbone=flux2, before the predictor_layers.", low=0)
     dtype: str = setting(
@@ -128,7 +129,7 @@ class Train:
         0.1, "Probability of the null condition, needed for guidance.", low=0, below=1)
     align_weight: float = setting(
         0.0, "lambda, annealed to 0: keeps means near those of the init_from model.", low=0)
-    level_power: float = setting(
+    level_weight_power: float = setting(
         0.0, "p: weights each level's loss by t_k^p; 0 weights all levels equally.", low=0)
 
 
@@ -137,7 +138,7 @@ class Optimizer:
     """AdamW with warm-up and cosine decay, and the decay of the parameters' moving average."""
 
     learning_rate: float = setting(2e-3, "Peak learning rate, after the warmup.", above=0)
-    floor: float = setting(1e-6, "Learning rate at the end, at most the peak.", low=0)
+    min_learning_rate: float = setting(1e-6, "Learning rate at the end, at most the peak.", low=0)
     warmup_steps: int = setting(100, "Steps from 0 to the peak.", low=0)
     weight_decay: float = setting(0.1, "Decoupled weight decay of AdamW.", low=0)
     clip: float = setting(1.0, "Largest global norm of the gradient.", above=0)
@@ -168,7 +169,7 @@ class Evaluate:
         8, "Trajectories per example, for the importance-weighted bound.", low=1, high=1_000_000)
     batch_size: int = setting(
         100, "Examples per evaluation step, over all devices and processes.", low=1)
-    images: int = setting(
+    num_samples: int = setting(
         0, "Samples to score against the training images; 0 scores none.", low=0)
     features: str = setting(
         "none", "What scores compare.", choices=("none", "pixels", "cnn", "inception"))
@@ -266,7 +267,7 @@ def read(config) -> Config:
     Raises UserError that names the key, what was found and what was expected.
     """
     values = config.to_dict() if hasattr(config, "to_dict") else config
-    result = parse_dataclass(config_class(), values, "config")
+    result = parse_dataclass(config_class(), renamed.current(values), "config")
     backbones.find(result.model.backbone)
     _check_levels(result)
     _check_training(result)

@@ -17,7 +17,7 @@ from ntm_jax.data import choices
 from ntm_jax.data.pipeline import DataSpec, changed_data, spec_from_json, spec_to_json
 from ntm_jax.errors import UserError
 from ntm_jax.registry import NotRegistered
-from ntm_jax.runtime import checkpoint
+from ntm_jax.runtime import checkpoint, renamed
 from ntm_jax.runtime.config import Config, config_class, flatten, read
 from ntm_jax.typed import settings
 
@@ -57,12 +57,13 @@ def _recorded(workdir: str) -> tuple[dict | None, str]:
     if saved is None:
         return None, ""
     try:
-        return flatten(files.read_json(epath.Path(workdir) / CONFIG, DAMAGED)), ""
+        written = files.read_json(epath.Path(workdir) / CONFIG, DAMAGED)
+        return flatten(renamed.current(written)), ""
     except (FileNotFoundError, UserError) as error:
         if not saved:
             raise UserError(f"{workdir} holds checkpoints and no {CONFIG} that can be read: give "
                             "another --workdir") from error
-    known = {key: value for key, value in (_flat_defaults() | saved).items()
+    known = {key: value for key, value in (_flat_defaults() | renamed.current(saved)).items()
              if not key.startswith(RESUMABLE)}
     return known, (f"{CONFIG} was missing or damaged and is written anew: the last checkpoint has "
                    "the same settings")

@@ -36,13 +36,13 @@ TRAJECTORIES = 4  # of each candidate; more of them select hardly better
 class Selection:
     """How many candidates each sample is selected from, and whose likelihood selects it.
 
-    enough: the information in nats with which a candidate is kept without looking at further ones;
-    None compares all of them.
+    stop_nats: the information in nats with which a candidate is kept without looking at further
+    ones; None compares all of them.
     """
 
     candidates: int
     judge: Run
-    enough: float | None = None
+    stop_nats: float | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "schedule", "steps"))
@@ -85,21 +85,21 @@ def information(judge: Run, images, index, y, seed: int) -> np.ndarray:
 def select(run: Run, index, y, seed: int, draw: Callable) -> list:
     """The parts of the selected candidate of each of the n images.
 
-    It is the first one with enough information, or else the one with the most.
+    It is the first one that reaches stop_nats, or else the one with the most.
 
     draw(number): the parts of all images' candidates of that number, arrays [n, ...] or None, of
     which the first are tokens. y: the conditions of the images. A candidate that is not finite is
     kept only where none is.
     """
     chosen: Selection = run.selection
-    enough = np.inf if chosen.enough is None else chosen.enough
+    stop_nats = np.inf if chosen.stop_nats is None else chosen.stop_nats
     best, most = draw(0), np.full(len(index), -np.inf)
     for number in range(chosen.candidates):
-        if (most >= enough).all():
+        if (most >= stop_nats).all():
             break
         parts = draw(number) if number else best
         found = information(chosen.judge, run.spec.from_tokens(parts[0]), index, y, seed)
-        better = (found > most) & (most < enough)  # False for NaN
+        better = (found > most) & (most < stop_nats)  # False for NaN
         most = np.where(better, found, most)
         best = [kept if part is None else
                 np.where(better.reshape(-1, *[1] * (part.ndim - 1)), part, kept)
@@ -108,16 +108,16 @@ def select(run: Run, index, y, seed: int, draw: Callable) -> list:
 
 
 def selecting(run: Run, candidates: int, judge: Run | None = None,
-              enough: float | None = None) -> Run:
+              stop_nats: float | None = None) -> Run:
     """The run with samples that are selected, each from so many candidates; see api.Run.selecting.
 
     Raises UserError for a model without a condition, and for a judge that has no likelihood, no
     null condition, or other data.
     """
     check_count("candidates", candidates)
-    if candidates == 1 and (judge or enough is not None):
+    if candidates == 1 and (judge or stop_nats is not None):
         raise UserError(f"candidates is {candidates}: expected at least 2 to select from, or 1 "
-                        "without judge and enough")
+                        "without judge and stop_nats")
     if candidates == 1:
         return run
     judge = judge or run
@@ -137,4 +137,4 @@ def selecting(run: Run, candidates: int, judge: Run | None = None,
         name, mine, theirs = different
         raise UserError(f"the judge {judge.workdir} has {name} {theirs or 'none'}, and "
                         f"{run.workdir} {mine or 'none'}: give a run of the same data")
-    return dataclasses.replace(run, selection=Selection(candidates, judge, enough))
+    return dataclasses.replace(run, selection=Selection(candidates, judge, stop_nats))

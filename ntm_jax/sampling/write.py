@@ -112,7 +112,7 @@ class _Work:
         selected = {}
         if selection:
             selected = {"--candidates": selection.candidates, "--judge": selection.judge.workdir,
-                        "judge_step": selection.judge.step, "--enough": selection.enough,
+                        "judge_step": selection.judge.step, "--enough": selection.stop_nats,
                         "judge_checksum": checksums.digest(selection.judge.params)}
         return selected | {
             "--workdir": self.run.workdir, "step": self.run.step, "--num": request.num,

@@ -1,7 +1,7 @@
 """Fine-tuning and post-training: where a new run's parameters come from.
 
 A run or an export of the same model gives all parameters. A flow-matching model, ours or a public
-checkpoint, gives the backbone of the posterior head (docs/concepts.md, section 7).
+checkpoint, gives the backbone of the head flow_matching (docs/concepts.md, section 7).
 """
 
 import dataclasses
@@ -83,14 +83,15 @@ def _check_encoder(run: Run, theirs: str) -> None:
     mine = run.spec.text
     if run.condition.captioned and mine and theirs and mine != theirs:
         raise UserError(f"the model there learned the text encoder {theirs}, and the data here "
-                        f"have {mine}: give --config.data.text='{theirs}', or leave init_from out")
+                        f"have {mine}: give --config.data.text_encoder='{theirs}', or leave "
+                        "init_from out")
 
 
 def _read_backbone(run: Run, where: str):
     """The backbone's parameters from a flow-matching model; None where `where` is not one."""
     config = run.config
     folder, _ = checkpoint.locate(where)
-    if config.model.head != "posterior":
+    if config.model.head != "flow_matching":
         return None
     exported = is_export(folder)
     expected = build.abstract_params(run.model, run.mesh)["params"]["backbone"]

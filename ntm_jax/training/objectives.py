@@ -38,7 +38,7 @@ class LossContext:
     run: Run
     teacher: NTM | None = None
     frozen_modules: tuple[str, ...] = ()  # top-level names of parameters that do not learn
-    mean_level_power: Any = 1.0  # the mean of t_k^level_power over the evaluated levels
+    mean_level_power: Any = 1.0  # the mean of t_k^level_weight_power over the evaluated levels
 
     @property
     def model(self) -> Any:
@@ -141,9 +141,9 @@ def _likelihood_loss(terms_of: Callable) -> Callable:
                    for name in ("log_det", "log_scale", "quadratic")}
         value = jnp.mean(metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"])
         metrics["loss"] = value
-        if train.level_power:
+        if train.level_weight_power:
             nll = terms.quadratic + terms.log_scale - terms.log_det
-            weighted = jnp.mean(terms.level**train.level_power * nll)
+            weighted = jnp.mean(terms.level**train.level_weight_power * nll)
             value = weighted / context.mean_level_power / dimensions
         if train.align_weight:
             metrics["misalignment"] = jnp.mean(terms.misalignment, 0)
@@ -219,9 +219,9 @@ def held_out_denoiser(run: Run, source: Source) -> HeldOutScore:
 def check_flow(config: Config) -> None:
     """Raises UserError for a configuration that does not train a flow-matching network alone."""
     model = config.model
-    if model.head != "posterior" or model.transporter_blocks:
+    if model.head != "flow_matching" or model.transporter_blocks:
         raise UserError(f"config.train.objective={config.train.objective} trains a backbone alone: "
-                        "expected config.model.head=posterior and "
+                        "expected config.model.head=flow_matching and "
                         "config.model.transporter_blocks=0, found "
                         f"{model.head} and {model.transporter_blocks}")
 
@@ -287,7 +287,7 @@ def find(name: str) -> Objective:
 
 def loss_context(run: Run, objective: Objective, teacher: Run | None = None) -> LossContext:
     """The context of a run's loss; teacher: the run that a denoiser learns from."""
-    power = run.config.train.level_power
+    power = run.config.train.level_weight_power
     mean = np.mean(run.evaluated_levels()[:-1] ** power) if power else 1.0
     names = state.abstract(run).params["params"]
     return LossContext(run, teacher and teacher.model,
@@ -303,10 +303,10 @@ def checked(config: Config) -> Objective:
                         "denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR "
                         "of the run to distil")
     objective.check(config)
-    if config.model.backbone != Model.backbone and config.model.head != "posterior":
+    if config.model.backbone != Model.backbone and config.model.head != "flow_matching":
         raise UserError(f"config.model.backbone={config.model.backbone} is the network of "
-                        f"config.model.head=posterior, found {config.model.head}: set that head, "
-                        f"or config.model.backbone={Model.backbone}")
+                        f"config.model.head=flow_matching, found {config.model.head}: set that "
+                        f"head, or config.model.backbone={Model.backbone}")
     decoder = config.sample.decoder
     if decoders.find(decoder).solves_ode and objective.trains != "velocity":
         raise UserError(f"config.sample.decoder={decoder} solves the ODE of a flow-matching model: "
@@ -317,9 +317,9 @@ def checked(config: Config) -> Objective:
         expected = " or ".join(map(str, config.trajectory.steps))
         raise UserError(f"config.sample.steps is {config.sample.steps}, and the run trains "
                         f"trajectories of {expected} steps: set config.sample.steps={expected}")
-    aligns_means = config.model.head == "posterior" and objective.trains != "velocity"
+    aligns_means = config.model.head == "flow_matching" and objective.trains != "velocity"
     if train.align_weight and not (aligns_means and config.init_from):
         raise UserError(f"config.train.align_weight is {train.align_weight}: it holds a model with "
-                        "config.model.head=posterior near the flow-matching model that "
+                        "config.model.head=flow_matching near the flow-matching model that "
                         "config.init_from names; give both, or align_weight 0")
     return objective

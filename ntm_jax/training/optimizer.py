@@ -14,11 +14,11 @@ def schedule(settings: Optimizer, steps: int):
     """The learning rate by step.
 
     It rises linearly to settings.learning_rate over settings.warmup_steps, then falls along a
-    cosine to settings.floor at `steps`.
+    cosine to settings.min_learning_rate at `steps`.
     """
     return optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, settings.warmup_steps, max(steps, settings.warmup_steps + 1),
-        end_value=settings.floor)
+        end_value=settings.min_learning_rate)
 
 
 def make(settings: Optimizer, steps: int) -> optax.GradientTransformation:

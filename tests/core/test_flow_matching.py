@@ -1,6 +1,6 @@
 """Flow matching on Gaussian data, whose velocity, ODE and posteriors are known in closed form.
 
-Also the posterior head as fine-tuning begins: the rest new, over a backbone with random weights.
+Also its head as fine-tuning begins: the rest new, over a backbone with random weights.
 """
 
 import functools
@@ -26,7 +26,7 @@ from tests.core.conftest import (
 )
 
 R = TINY["data_std"]
-CONFIG = ModelConfig(**(TINY | {"head": "posterior", "condition": ClassCondition(2)}))
+CONFIG = ModelConfig(**(TINY | {"head": "flow_matching", "condition": ClassCondition(2)}))
 MODEL = NTM(CONFIG, backbone=flow_matching.Velocity(CONFIG))
 
 

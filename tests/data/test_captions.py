@@ -50,5 +50,5 @@ def test_states_of_another_encoder_are_refused(tmp_path):
         (f"records:{tmp_path}", "records:.* holds the states of 'minilm'"),
         ("digits", "digits has no captions"),
     ):
-        with pytest.raises(UserError, match=rf"config\.data\.text is 'words:4:a', and {reason}"):
+        with pytest.raises(UserError, match=rf"\.text_encoder is 'words:4:a', and {reason}"):
             open_source(name, "test", text="words:4:a")

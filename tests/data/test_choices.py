@@ -39,7 +39,7 @@ def test_settings_suit_a_folder_of_images_with_classes(tmp_path):
     assert found == {
         "data.image_size": 32, "data.patch_size": 8, "data.batch_size": 32,
         "model.data_std": found["model.data_std"], "model.condition": "class",
-        "train.condition_dropout": 0.1, "evaluate.images": 200, "evaluate.batch_size": 6,
+        "train.condition_dropout": 0.1, "evaluate.num_samples": 200, "evaluate.batch_size": 6,
         "sample.num": 20, "sample.guidance": 1.0}
     assert 0.1 < found["model.data_std"] < 0.7  # uniform pixels have 0.58, and resizing blurs
 
@@ -49,7 +49,7 @@ def test_an_accelerator_takes_larger_images_and_batches(tmp_path):
     found = chosen(folder, source, accelerator=True)
     assert (found["data.image_size"], found["data.patch_size"]) == (64, 8)
     assert found["data.batch_size"] == 90  # the training images
-    assert (found["model.condition"], found["evaluate.images"]) == ("none", 0)
+    assert (found["model.condition"], found["evaluate.num_samples"]) == ("none", 0)
 
 
 def test_small_images_keep_their_size_and_given_settings_stay(tmp_path):
@@ -74,7 +74,7 @@ def captioned(tmp_path, text):
     (lambda i: " ".join(f"w{20 * i + j}" for j in range(20)), "minilm"),  # for many words
 ])
 def test_an_encoder_suits_the_words(tmp_path, text, encoder):
-    assert chosen(captions, captioned(tmp_path, text))["data.text"] == encoder
+    assert chosen(captions, captioned(tmp_path, text))["data.text_encoder"] == encoder
 
 
 def test_mistakes_say_what_is_missing(tmp_path):

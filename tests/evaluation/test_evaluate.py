@@ -22,7 +22,7 @@ def configured(run, **overrides):
 
 
 def test_the_figures_and_the_table_of_an_evaluation(run, tmp_path, capsys):
-    run = configured(run, **{"evaluate.images": 20, "evaluate.split": "test[:12]",
+    run = configured(run, **{"evaluate.num_samples": 20, "evaluate.split": "test[:12]",
                              "evaluate.features": "pixels", "sample.decoder": "score"})
     result, scores = evaluate.evaluate(run)
     assert (result["step"], result["split"], result["count"]) == (3, "test[:12]", 12)
@@ -47,7 +47,7 @@ def test_the_figures_and_the_table_of_an_evaluation(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(("overrides", "options", "message"), [
     ({}, {"features": "pixels"}, "--features is about samples, and none are scored: give --images"),
-    ({"evaluate.images": 4}, {"features": "pixels"}, "20 images are compared with 4, and image sc"),
+    ({"evaluate.num_samples": 4}, {"features": "pixels"}, "20 images are compared with 4, and im"),
 ])
 def test_options_that_cannot_be_followed_are_refused_first(
         run, monkeypatch, overrides, options, message):

@@ -25,7 +25,8 @@ def sampled(run, **overrides):
 @pytest.fixture
 def guided_scores(run, source, monkeypatch):
     """(run, training split, image scores at two scales of guidance, the samples by scale)."""
-    run, train = sampled(run, **{"evaluate.images": 30}), sources.open_source("digits", "train")
+    run = sampled(run, **{"evaluate.num_samples": 30})
+    train = sources.open_source("digits", "train")
     made, generated = {}, image_scores.generated
 
     def kept(run, progress=False):
@@ -66,7 +67,8 @@ def test_guidance_is_compared_on_the_same_noise(guided_scores):
 @pytest.mark.parametrize("known", [300, 1, 0])
 def test_records_of_unknown_class_do_not_train_the_classifier(run, source, monkeypatch, known):
     """Half of the records are of unknown class, or all but one, or all."""
-    run, train = sampled(run, **{"evaluate.images": 30}), sources.open_source("digits", "train")
+    run = sampled(run, **{"evaluate.num_samples": 30})
+    train = sources.open_source("digits", "train")
     records = [record if i < known else record | {"label": -1}
                for i, record in enumerate(train.records[i] for i in range(600))]
     monkeypatch.setattr(image_scores, "generated", lambda run, _: np.stack(
@@ -96,7 +98,7 @@ def captioned(run, pictures, tmp_path_factory):
     write_records(str(folder), {"train": examples[:40], "test": examples[40:]},
                   Layout((8, 8, 1), 16, captions=True))
     values = sampled(run, **{"data.source": f"records:{folder}", "model.condition": "text",
-                             "evaluate.images": 30}).config.raw
+                             "evaluate.num_samples": 30}).config.raw
     values["data"]["text"] = f"words:3:{words}"
     settings = configuration.read(values)
     spec = pipeline.spec(settings.data.open("test"), 2)

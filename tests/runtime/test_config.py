@@ -68,7 +68,7 @@ def test_a_project_declares_a_section_of_its_own(monkeypatch):
     ("trajectory.steps", 4, "config.trajectory.steps is 4: expected a tuple of int"),
     ("seed", 2**32, "config.seed is 4294967296: expected at least 0 and at most 4294967295"),
     ("model.head", "gaussian",
-     "config.model.head is 'gaussian': expected one of direct, preconditioned, posterior"),
+     "config.model.head is 'gaussian': expected one of direct, preconditioned, flow_matching"),
     ("trajectory.t_min_range", (0.04, 0.02), "expected lo <= hi"),
     ("sample.steps", 64,
      "config.sample.steps is 64: the first level of so many steps, 0.0245, does not lie above "

@@ -39,7 +39,7 @@ def test_a_run_whose_backbone_is_not_imported_is_not_called_damaged(tmp_path, mo
     with monkeypatch.context() as registered:
         registered.setattr(BACKBONES, "_entries", dict(BACKBONES._entries))
         backbones.register("mixer", backbones.find("transformer"))
-        settings = tiny_config(**{"model.backbone": "mixer", "model.head": "posterior"})
+        settings = tiny_config(**{"model.backbone": "mixer", "model.head": "flow_matching"})
         config_file.write(str(tmp_path), settings, SPEC)
     message = (r"^config\.model\.backbone 'mixer' is not known: .* import the module that "
                "registers it, or give --import=MODULE$")
@@ -96,6 +96,31 @@ def test_the_last_checkpoint_mends_config_json(tmp_path, damage):
     assert check(str(tmp_path)) == [
         "config.json was missing or damaged and is written anew: the last checkpoint has the same "
         "settings"]
+
+
+def test_a_run_with_settings_names_of_an_earlier_version_is_read_and_resumed(tmp_path):
+    settings = tiny_config(**{
+        "model.head": "flow_matching", "data.text_encoder": "words:1:a", "evaluate.num_samples": 5,
+        "train.level_weight_power": 2.0, "optimizer.min_learning_rate": 1e-5,
+        "reward.prefetch": True, "reward.data_loss_weight": 0.25, "reward.trainable": "both"})
+    config_file.write(str(tmp_path), settings, SPEC)
+    path = tmp_path / "config.json"
+    text = path.read_text().replace('"flow_matching"', '"posterior"')
+    fixed = json.dumps(config_file.fixed(settings, SPEC)).replace("flow_matching", "posterior")
+    for new, old in {"text_encoder": "text", "num_samples": "images", "trainable": "trains",
+                     "level_weight_power": "level_power", "min_learning_rate": "floor",
+                     "prefetch": "ahead", "data_loss_weight": "anchor"}.items():
+        text, fixed = text.replace(f'"{new}"', f'"{old}"'), fixed.replace(f'.{new}"', f'.{old}"')
+    content = {key: value for key, value in json.loads(text).items() if key != files.SEAL}
+    files.write_json(path, content | {files.SEAL: files.digest(content)})
+    with Checkpoints(tmp_path, settings=json.loads(fixed)) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    assert config_file.load(str(tmp_path)) == (settings, SPEC)
+    with Checkpoints(tmp_path, settings=config_file.fixed(settings, SPEC)) as checkpoints:
+        checkpoints.restore({"x": jnp.ones(3)})
+    assert config_file.check_resumable(str(tmp_path), settings, SPEC) == []
+    path.unlink()  # the checkpoint's copy takes its place
+    assert len(config_file.check_resumable(str(tmp_path), settings, SPEC)) == 1
 
 
 def test_a_run_without_a_checkpoint_leaves_its_folder_to_any_other(tmp_path):

@@ -61,9 +61,9 @@ def test_a_candidate_that_is_not_finite_is_not_kept(run, monkeypatch):
 
 def test_the_first_candidate_with_enough_information_is_kept(run, monkeypatch):
     found = [[1.0, 2.0, 0.0], [3.0, 9.0, 1.0], [4.0, 9.0, 0.5]]
-    assert kept_of(run.selecting(3, enough=2.0), monkeypatch, found) == [1, 0, 1]
+    assert kept_of(run.selecting(3, stop_nats=2.0), monkeypatch, found) == [1, 0, 1]
     # The third candidates are not even drawn once all images have enough.
-    assert kept_of(run.selecting(3, enough=1.0), monkeypatch, found[:2]) == [0, 0, 1]
+    assert kept_of(run.selecting(3, stop_nats=1.0), monkeypatch, found[:2]) == [0, 0, 1]
 
 
 def kept_of(run, monkeypatch, found):

@@ -178,7 +178,7 @@ def test_the_alignments_weight_falls_by_a_cosine():
     The weight is lambda (1 + cos(pi step / steps)) / 2.
     """
     run = tuned_run("x", **{"train.objective": "pairwise", "optimizer.clip": 1e9,
-                            "train.align_weight": 1e4, "train.level_power": 0.0})
+                            "train.align_weight": 1e4, "train.level_weight_power": 0.0})
     current = state.initialize(run).replace(step=np.int32(1))
     reference = {"params": jax.tree.map(
         lambda a: jax.device_put(np.asarray(a) + 0.1, a.sharding),
@@ -217,7 +217,7 @@ def test_the_same_model_with_another_vocabulary_is_refused(tmp_path):
     def run_of(words, init_from=""):
         return new_run(tiny_config(init_from=init_from, **{
             "data.source": "shapes", "data.patch_size": 6, "model.condition": "text",
-            "data.text": f"words:7:{' '.join(words)}", "evaluate.split": "test[:4]"}))
+            "data.text_encoder": f"words:7:{' '.join(words)}", "evaluate.split": "test[:4]"}))
 
     (tmp_path / "checkpoints").mkdir()
     first = run_of(shapes.VOCABULARY)

@@ -29,9 +29,9 @@ TERMS = ("quadratic", "log_scale", "log_det")
     ("digits", {"train.objective": "denoiser", "train.condition_dropout": 0.0},
      "a denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR of the run to"),
     ("digits_fm", {"model.head": "direct"},
-     "expected config.model.head=posterior and config.model.transporter_blocks=0, found direct"),
+     "config.model.head=flow_matching and config.model.transporter_blocks=0, found direct"),
     ("digits_finetune", {"init_from": ""},
-     "config.train.align_weight is 2.5: it holds a model with config.model.head=posterior near "),
+     "align_weight is 2.5: it holds a model with config.model.head=flow_matching near "),
 ])
 def test_what_an_objective_cannot_train_is_refused(name, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):

@@ -10,7 +10,7 @@ import optax
 from ntm_jax.training import optimizer
 from tests.common import tiny_config
 
-SETTINGS = dataclasses.replace(tiny_config().optimizer, learning_rate=1e-3, floor=1e-5,
+SETTINGS = dataclasses.replace(tiny_config().optimizer, learning_rate=1e-3, min_learning_rate=1e-5,
                                warmup_steps=10, clip=1.0, weight_decay=0.1)
 
 

@@ -64,7 +64,7 @@ def test_levels_are_weighted_by_a_power_of_their_noise():
     w_k = t_k^2 over the mean of t_k^2.
     """
     settings = tiny_config(**{
-        "train.level_power": 2.0, "optimizer.clip": 1e9, "trajectory.t_min": 0.04,
+        "train.level_weight_power": 2.0, "optimizer.clip": 1e9, "trajectory.t_min": 0.04,
         "trajectory.t_min_range": (0.04, 0.04)})
     source, run, current = begin(settings)
     batch, steps = batch_of(source, settings, 16), settings.evaluation_steps

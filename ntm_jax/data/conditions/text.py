@@ -118,7 +118,8 @@ class Text(Kind):
     def default(self, index, data, split):
         """The texts of the split's records in turn."""
         in_memory = data.source.partition(":")[0] == "arrays"
-        version = dataclasses.replace(data, text="").open(split).version if in_memory else ""
+        images = dataclasses.replace(data, text_encoder="")
+        version = images.open(split).version if in_memory else ""
         records = _records(data, split, version)
         chosen = [records[int(i) % len(records)] for i in index]
         return conditions.Text(*(np.stack([record[name] for record in chosen])

@@ -34,7 +34,7 @@ class Layout:
     pixel_levels: V; 0 for continuous latents. The manifest calls it levels.
     num_classes: 0 without labels.
     text_tokens, text_width: M and E; 0 without text.
-    text: the encoder that made the text states, see data.text.
+    text: the encoder that made the text states, see data.text_encoder.
     captions: whether records hold their captions.
     mean, std: by channel; latents are read as (latent - mean) / std, or as stored if empty.
     choices: how the records were made, any JSON.

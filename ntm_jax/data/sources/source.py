@@ -136,10 +136,10 @@ def register(name: str, open_function: Callable[[str, str], Source]) -> None:
 
         ntm_jax.data.register("squares", open_squares)  # data.source=squares:/data/squares
 
-    Slices such as `train[:90%]`, data.image_size and data.text apply to the source as to any other.
-    With data.workers > 0 each worker process gets a copy of the source, pickled by cloudpickle:
-    records may be of a class that a script or notebook defines, but must not hold open files,
-    locks or sessions. Open these when a record is read, and drop them in `__getstate__`.
+    Slices such as `train[:90%]`, data.image_size and data.text_encoder apply to the source as to
+    any other. With data.workers > 0 each worker process gets a copy of the source, pickled by
+    cloudpickle: records may be of a class that a script or notebook defines, but must not hold open
+    files, locks or sessions. Open these when a record is read, and drop them in `__getstate__`.
 
     Args:
       name: letters, digits, underscores, dots and hyphens.
@@ -168,8 +168,8 @@ def open_source(
         'test[10%:]'.
       image_size: 0 keeps the images' size, which must then be the same for all; otherwise each
         image's central square is resized to this side. Latents cannot be resized.
-      text: the encoder of captions, see data.text; '' for none. Prepared records that hold text
-        states accept only the encoder that made these.
+      text: the encoder of captions, see data.text_encoder; '' for none. Prepared records that hold
+        text states accept only the encoder that made these.
       token_size: the columns of an array that form one token.
     Raises:
       UserError: unknown source or split, a slice that is empty or out of range, missing or
@@ -389,14 +389,15 @@ def _encode(source: Source, name: str) -> Source:
     if source.text_width:
         if source.text and source.text != name:
             raise UserError(
-                f"config.data.text is {name!r}, and {source.name} holds the states of "
+                f"config.data.text_encoder is {name!r}, and {source.name} holds the states of "
                 f"{source.text!r}: give that, or prepare the records again"
             )
         return dataclasses.replace(source, text=name)
     if source.captions is None:
         why = f" ({source.no_captions})" if source.no_captions else ""
         raise UserError(
-            f"config.data.text is {name!r}, and {source.name} has no captions{why}: leave it empty"
+            f"config.data.text_encoder is {name!r}, and {source.name} has no captions{why}: "
+            "leave it empty"
         )
     records, encoder = encode_captions(source.name, source.records, source.captions, name)
     return dataclasses.replace(

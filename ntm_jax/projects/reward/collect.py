@@ -86,7 +86,7 @@ class _Collector:
             run.config, guidance=request.guidance, decoder=request.decoder)
         check_decoder(run, self.options.decoder)
         # without the encoder, which reads every caption; default_condition opens it once
-        source = dataclasses.replace(run.config.data, text="").open(self.split)
+        source = dataclasses.replace(run.config.data, text_encoder="").open(self.split)
         self.captions = cast(Sequence[str], source.captions)  # of a model of text
         self.scorer = Scorer(self.run, source)
 

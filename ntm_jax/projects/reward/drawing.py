@@ -57,7 +57,7 @@ def sampler_of(run: Run) -> RolloutSampler:
     first, last = config.reward.levels or (0, config.sample.steps)
     return RolloutSampler(
         run.model, run.schedule, config.sample.steps, config.reward.samples,
-        config.reward.trains != "predictor", first, last, config.sample.inverse, run.mesh)
+        config.reward.trainable != "predictor", first, last, config.sample.inverse, run.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "part"))

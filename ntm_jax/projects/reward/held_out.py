@@ -21,11 +21,11 @@ def scores(run: Run, source: Source, reference: dict | None = None) -> dict[str,
     """{name: [conditions]} of config.reward.samples samples each of held-out conditions.
 
     reward, diversity; with reference parameters also kl, in nats a trajectory. There are
-    config.evaluate.images samples, up to a batch; {} where these are 0 or there is no reward. The
-    conditions are of records that are evenly spread over the split.
+    config.evaluate.num_samples samples, up to a batch; {} where these are 0 or there is no reward.
+    The conditions are of records that are evenly spread over the split.
     """
     config, mesh = run.config, run.mesh
-    wanted = config.evaluate.images // config.reward.samples
+    wanted = config.evaluate.num_samples // config.reward.samples
     if not (config.reward.name and wanted):
         return {}
     sampler, scorer = drawing.sampler_of(run), Scorer(run, source)

@@ -14,11 +14,11 @@ from ntm_jax.training.objectives import LossContext, StepInputs, trajectory_loss
 
 def _arrays(settings: Reward) -> tuple[str, ...]:
     """Old densities are not needed where all ratios are 1: in the first update on new samples."""
-    old = ("old_nll",) if settings.updates > 1 or settings.ahead else ()
+    old = ("old_nll",) if settings.updates > 1 or settings.prefetch else ()
     if not settings.kl:
         return old
     latents = ("reference_mean", "reference_log_scale")
-    return (*old, *(latents if settings.trains == "predictor" else ("reference_nll",)))
+    return (*old, *(latents if settings.trainable == "predictor" else ("reference_nll",)))
 
 
 def _weights(settings: Reward, rewards, bonus, future_divergence) -> dict:
@@ -26,7 +26,7 @@ def _weights(settings: Reward, rewards, bonus, future_divergence) -> dict:
 
 
 def loss(context: LossContext, params, inputs: StepInputs, reference=None):
-    """The loss of rollouts, plus config.reward.anchor times the likelihood loss of the data."""
+    """The loss of rollouts, plus reward.data_loss_weight times the likelihood loss of data."""
     settings, batch, c = context.config.reward, inputs.batch, context.model.config
     sampler = drawing.sampler_of(context.run)
     params = policy.without_gradient(params, context.frozen_modules)
@@ -35,11 +35,11 @@ def loss(context: LossContext, params, inputs: StepInputs, reference=None):
     old = flat(batch["old_nll"]) if "old_nll" in batch else jax.lax.stop_gradient(nll)
     ratio = policy.log_ratio(nll, old)
     gain = policy.clipped_surrogate(ratio, flat(batch["advantage"]), settings.clip)
-    objective = jnp.mean(_level_weights(sampler, context.config.train.level_power) * gain)
+    objective = jnp.mean(_level_weights(sampler, context.config.train.level_weight_power) * gain)
     if settings.kl:
         objective -= settings.kl * jnp.mean(_penalty(found, batch))
     value, metrics = trajectory_loss(context, params, inputs, reference)
-    total = settings.anchor * value - objective / (c.tokens * c.dim)
+    total = settings.data_loss_weight * value - objective / (c.tokens * c.dim)
     return total, metrics | {"clipped": policy.clipped_share(ratio, settings.clip)}
 
 
@@ -54,7 +54,7 @@ def _penalty(found: dict, batch: dict):
 
     Of latents it is exact. Of trajectories it is half the squared log-ratio, whose gradient is the
     divergence's in the mean over samples of the present parameters; its value is not. In further
-    updates on the same samples, and with config.reward.ahead, its gradient is that for older
+    updates on the same samples, and with config.reward.prefetch, its gradient is that for older
     samples.
     """
     first = {name: flat(batch[f"reference_{name}"]) for name in ("nll", "mean", "log_scale")

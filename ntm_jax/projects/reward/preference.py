@@ -24,7 +24,7 @@ def _weights(settings: Reward, rewards, bonus, future_divergence) -> dict:
 
 
 def loss(context: LossContext, params, inputs: StepInputs, reference=None):
-    """The loss of pairs, plus config.reward.anchor times the likelihood loss of the data.
+    """The loss of pairs, plus config.reward.data_loss_weight times the likelihood loss of the data.
 
     It is divided by config.reward.kl and the dimensions, so that its gradient has the size of that
     of a likelihood per dimension.
@@ -36,7 +36,7 @@ def loss(context: LossContext, params, inputs: StepInputs, reference=None):
     gain = jnp.sum(policy.log_ratio(nll, batch["reference_nll"]), -1)
     lost, right = policy.preference_loss(gain, batch["pair_weight"], settings.kl)
     value, metrics = trajectory_loss(context, params, inputs, reference)
-    total = settings.anchor * value + lost / (settings.kl * c.tokens * c.dim)
+    total = settings.data_loss_weight * value + lost / (settings.kl * c.tokens * c.dim)
     return total, metrics | {"preference_loss": lost, "preference_accuracy": right}
 
 

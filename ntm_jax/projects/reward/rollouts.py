@@ -62,8 +62,8 @@ class RolloutSpec:
         return found | {name: found["rollout"].update(shape=a.shape) for name, a in weights.items()}
 
     def abstract_ahead(self, run: Run) -> dict:
-        """Those of another batch's samples that the devices hold with config.reward.ahead."""
-        if not run.config.reward.ahead:
+        """Those of another batch's samples that the devices hold with config.reward.prefetch."""
+        if not run.config.reward.prefetch:
             return {}
         parts = (f"tokens_{part}" for part in range(PARTS))
         return abstract_samples(run, ("index", "rollout", *parts, *self.needed_arrays(
@@ -119,7 +119,7 @@ class Rollouts(Extension):
             raise UserError(f"config.reward.name is empty, and the records of {source.name} have "
                             f"no image `{REJECTED}`: name a reward, or give pairs of images")
         settings = run.config.reward
-        self.updates, self.ahead = settings.updates, settings.ahead
+        self.updates, self.ahead = settings.updates, settings.prefetch
         self.scorer = Scorer(run, source, settings.workers) if settings.name else None
 
     def close(self) -> None:
@@ -246,11 +246,11 @@ def check(config: Config) -> None:
     if levels and not (len(levels) == 2 and levels[0] < levels[1] <= steps):
         raise UserError(f"config.reward.levels is {levels}: expected the first and the last level, "
                         f"(0, {steps}) at most, or () for all")
-    if levels and levels[1] < steps and reward.trains != "predictor":
+    if levels and levels[1] < steps and reward.trainable != "predictor":
         raise UserError(f"config.reward.levels is {levels}: where the transporter learns, the last "
-                        f"level is pure noise, {steps}; or set config.reward.trains=predictor")
-    if reward.trains != "predictor" and not model.transporter_blocks:
-        raise UserError(f"config.reward.trains={reward.trains} needs a transporter, and "
+                        f"level is pure noise, {steps}; or set config.reward.trainable=predictor")
+    if reward.trainable != "predictor" and not model.transporter_blocks:
+        raise UserError(f"config.reward.trainable={reward.trainable} needs a transporter, and "
                         "config.model.transporter_blocks is 0: set it to predictor")
     for name in ("steps", "save_every", "evaluate_every"):
         if getattr(train, name) % reward.updates:
@@ -260,7 +260,7 @@ def check(config: Config) -> None:
 
 
 def frozen_modules(config: Config, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of the parameters' first `names` that config.reward.trains leaves as they are."""
+    """Those of the parameters' first `names` that config.reward.trainable leaves as they are."""
     parts = {"predictor": {"transporter"}, "transporter": set(names) - {"transporter"},
              "both": set()}
-    return tuple(name for name in names if name in parts[config.reward.trains])
+    return tuple(name for name in names if name in parts[config.reward.trainable])

@@ -14,7 +14,7 @@ class Reward:
     samples: int = setting(
         8, "Samples of each condition of a batch, whose rewards are compared.", low=2, high=65_536)
     updates: int = setting(1, "Optimizer steps on the same samples.", low=1)
-    ahead: bool = setting(
+    prefetch: bool = setting(
         False, "Draws the next batch's samples while the present ones are scored.")
     clip: float = setting(
         0.2, "Bounds the ratio of new to old density of a factor to 1 - clip, 1 + clip.", above=0,
@@ -27,9 +27,9 @@ class Reward:
     diversity: float = setting(
         0.0, "Bonus for each sample's mean distance to its condition's others.", low=0)
     normalise: bool = setting(True, "Divides advantages by the std of a condition's rewards.")
-    anchor: float = setting(
+    data_loss_weight: float = setting(
         0.5, "Weight of the NLL on the batch's data, which keeps the model near them.", low=0)
-    trains: str = setting(
+    trainable: str = setting(
         "predictor", "What learns.", choices=("predictor", "transporter", "both"))
     levels: tuple[int, ...] = setting(
         (), "First and last level, between which steps learn from rewards; () for all.", low=0)

@@ -42,7 +42,7 @@ def figures(rows: dict, first: dict | None) -> dict:
 def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -> dict:
     """evaluation.json's `tasks`: the share of samples that show what their captions ask for.
 
-    For config.evaluate.images prompts of the split, and as many of the source's unseen
+    For config.evaluate.num_samples prompts of the split, and as many of the source's unseen
     combinations.
 
     Returns {task: mean, stderr and count; "overall": mean over tasks with its stderr; "shares":

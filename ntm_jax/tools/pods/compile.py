@@ -14,7 +14,7 @@ has, for one chip and one step (of a TPU with two cores a chip, for one core):
 - bytes: memory that the compiler reserves; peak = arguments + outputs that are not donated
   arguments + temporaries + code. Arguments include what post-training keeps on the devices besides:
   the reference during an update; the optimizer's state and the EMA during rollouts; the samples of
-  another batch during both with config.reward.ahead.
+  another batch during both with config.reward.prefetch.
 - collective bytes: bytes that a chip sends.
 - roofline seconds: the time that each resource takes at its peak rate, as if the others were free.
   Products of float32 numbers at precision `highest` take the rate of that precision: on a TPU a

@@ -152,7 +152,7 @@ def _finish(
     counts = ", ".join(f"{sum(part['counts'])} in {split}" for split, part in splits.items())
     size, bad = sum(tally.bytes for tally in tallies) / 2**20, shards.bad_images(tallies)
     null = ", ".join(f"{count} {reason}" for reason, count in found["null_captions"].items())
-    text = f" '--config.data.text={options.text}'" if options.text else ""
+    text = f" '--config.data.text_encoder={options.text}'" if options.text else ""
     print(
         f"records: {counts}; {len(tallies)} shards, {size:.1f} MiB\n"
         f"bad images left out: {len(bad)} of {plan['images']}{': ' if bad else ''}"

@@ -10,7 +10,7 @@ from ntm_jax.projects.densities import flow_map
 from tests.core.conftest import TINY
 
 R = TINY["data_std"]
-CONFIG = ModelConfig(**(TINY | {"head": "posterior"}))
+CONFIG = ModelConfig(**(TINY | {"head": "flow_matching"}))
 MAP = flow_map.FlowMap(CONFIG)
 X = np.random.default_rng(0).normal(size=(2, 6, 2)).astype(np.float32)
 Y = np.zeros(2, np.int32)

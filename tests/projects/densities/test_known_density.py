@@ -66,7 +66,7 @@ def flow():
     settings = tiny_config(**{
         "data.source": "toy:gaussians", "data.patch_size": 1, "model.condition": "none",
         "train.condition_dropout": 0.0, "model.transporter_blocks": 0, "model.data_std": 1.0,
-        "model.head": "posterior", "model.backbone": "flow_map", "train.objective": "flow_map",
+        "model.head": "flow_matching", "model.backbone": "flow_map", "train.objective": "flow_map",
         "sample.decoder": "euler", "evaluate.split": "test[:50]"})
     _, model, mesh = setup(settings)
     new = as_run(settings, model, mesh)

@@ -25,7 +25,7 @@ from tests.common import ROOT, bits, experiment, logged, python, write_photos
 from tests.projects.flux2.common import original, random_diffusers
 
 MOCK = "mock:4x4x16,text=8x16"
-SHORT = {"trajectory.steps": (2,), "sample.steps": 2, "evaluate.images": 0,
+SHORT = {"trajectory.steps": (2,), "sample.steps": 2, "evaluate.num_samples": 0,
          "evaluate.trajectories": 1}
 FLAGS = [f"--config.{key}={value}" for key, value in SHORT.items()]
 

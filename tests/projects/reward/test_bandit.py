@@ -71,7 +71,7 @@ def test_the_optimum_is_the_tilted_reference(monkeypatch):
         "model.width": 32, "model.predictor_layers": 1, "model.data_std": SPREAD,
         "data.batch_size": 16, "train.steps": STEPS, "train.objective": "policy_gradient",
         "init_from": "x", "reward.name": "quadratic", "reward.samples": 16, "reward.kl": BETA,
-        "reward.normalise": False, "reward.anchor": 0.0, "optimizer.learning_rate": 6e-3,
+        "reward.normalise": False, "reward.data_loss_weight": 0.0, "optimizer.learning_rate": 6e-3,
         "optimizer.warmup_steps": 10, "optimizer.weight_decay": 0.0, "optimizer.ema_decay": 0.98})
     source = config.data.open("train")
     run = untrained(config, pipeline.spec(source, 1), sharding.make_mesh(config.mesh))

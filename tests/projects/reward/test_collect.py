@@ -24,7 +24,7 @@ def text_run():
     """A run of captioned shapes with random parameters."""
     settings = tiny_config(**{
         "data.source": "shapes", "data.patch_size": 6, "model.condition": "text",
-        "data.text": f"words:7:{' '.join(shapes.VOCABULARY)}", "data.split": "train[:20]",
+        "data.text_encoder": f"words:7:{' '.join(shapes.VOCABULARY)}", "data.split": "train[:20]",
         "evaluate.split": "test[:4]"})
     return random_run(new_run(settings), step=4, workdir="runs/tiny")
 

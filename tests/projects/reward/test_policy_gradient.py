@@ -39,7 +39,7 @@ def gradient(function, params):
 @TRAINS
 def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
     """Exact, through the transporter where it trains; of latents where it is frozen."""
-    run = with_reward(run, trains=trains)
+    run = with_reward(run, trainable=trains)
     batch, _ = rolled(run)
     t, y, steps = run.schedule.fixed_levels(2, 12), np.repeat(batch["label"], 3), jnp.full(12, 2)
     xs, new_params = flat(batch["rollout"]), moved(run.params, 0.01)
@@ -66,10 +66,10 @@ def test_ratios_are_those_of_log_likelihoods_of_the_trajectories(run, trains):
     pytest.param(2, "transporter", marks=pytest.mark.slow)])
 def test_the_first_gradient_is_the_score_functions(run, updates, trains):
     """That of advantage * log p(x_k | x_{k+1}), and 0 for what is frozen."""
-    run = with_reward(run, trains=trains, anchor=0.0, updates=updates)
+    run = with_reward(run, trainable=trains, data_loss_weight=0.0, updates=updates)
     batch, _ = rolled(run)
     assert ("old_nll" in batch) == (updates > 1)
-    assert "old_nll" in objective_of(run).extend.abstract(with_reward(run, ahead=True))
+    assert "old_nll" in objective_of(run).extend.abstract(with_reward(run, prefetch=True))
     found = gradient(loss_of(run, batch), run.params)
 
     def expected(params):
@@ -94,7 +94,7 @@ def test_the_first_gradient_is_the_score_functions(run, updates, trains):
 @pytest.mark.parametrize("trains", ["predictor", "both"])
 def test_the_divergence_is_penalised(run, trains):
     """Its gradient is that of the exact divergence, or of half the squared log-ratio."""
-    run = with_reward(run, trains=trains, anchor=0.0, updates=1, kl=0.3)
+    run = with_reward(run, trainable=trains, data_loss_weight=0.0, updates=1, kl=0.3)
     reference = moved(run.params, 0.05)
     if trains == "predictor":
         reference["params"]["transporter"] = run.params["params"]["transporter"]
@@ -126,11 +126,11 @@ def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, mon
     monkeypatch.setattr(rollouts.Rollouts, "pictures", lambda *_: [])  # test_mesh.py draws it
     write_run(tmp_path / "base", tiny_config())
     settings = SETTINGS | {"init_from": str(tmp_path / "base"), "train.steps": 40,
-                           "reward.updates": 2, "reward.samples": 8, "reward.anchor": 0.0,
-                           "reward.kl": 0.001, "data.batch_size": 8, "evaluate.images": 80,
+                           "reward.updates": 2, "reward.samples": 8, "reward.data_loss_weight": 0.0,
+                           "reward.kl": 0.001, "data.batch_size": 8, "evaluate.num_samples": 80,
                            "evaluate.features": "none", "optimizer.learning_rate": 2e-3,
                            "optimizer.weight_decay": 0.5, "train.save_every": 20,
-                           "reward.ahead": True}
+                           "reward.prefetch": True}
     config = tiny_config(**settings)
     _, result = loop.train(config, str(tmp_path / "whole"), progress=False)
     lines = logged(tmp_path / "whole")
@@ -158,7 +158,7 @@ def test_a_reward_rises_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, mon
 
 @pytest.mark.slow
 def test_a_run_of_new_samples_resumes_bit_for_bit(tmp_path, monkeypatch):
-    """Without reward.ahead: no samples are saved, and the present parameters draw them again."""
+    """Without reward.prefetch: no samples are saved, and the present parameters draw them again."""
     without_an_ending(monkeypatch)
     plain = {"model.transporter_blocks": 0}
     write_run(tmp_path / "base", tiny_config(**plain))

@@ -20,7 +20,7 @@ SETTINGS = {"train.objective": "preference", "reward.name": "brightness", "init_
 
 @pytest.mark.parametrize("trains", ["predictor", pytest.param("both", marks=pytest.mark.slow)])
 def test_the_loss_is_that_of_exact_likelihoods(run, trains):
-    run = with_objective(run, "preference", kl=0.05, trains=trains, anchor=0.0)
+    run = with_objective(run, "preference", kl=0.05, trainable=trains, data_loss_weight=0.0)
     batch, _ = rolled(run)
     setup = objectives.loss_context(run, objective_of(run))
     draws = StepInputs(jax.random.key(0), batch, 2, 0)
@@ -65,7 +65,7 @@ def test_a_folder_of_pairs_is_learned_from(tmp_path, monkeypatch):
     write_run(tmp_path / "base", tiny_config(**shared))
     config = tiny_config(**shared | {
         "train.objective": "preference", "init_from": str(tmp_path / "base"), "reward.kl": 0.1,
-        "train.steps": 20, "reward.trains": "both"})
+        "train.steps": 20, "reward.trainable": "both"})
     assert config.data.open("train").records[0]["rejected"].mean() < 100
     without_an_ending(monkeypatch)
     run, _ = loop.train(config, str(tmp_path / "tuned"), progress=False)

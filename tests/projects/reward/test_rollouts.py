@@ -99,7 +99,7 @@ def test_rows_of_an_array_are_scored_in_their_own_units(run):
 
 @pytest.mark.parametrize("trains", ["predictor", "both"])
 def test_recorded_pairs_are_trajectories_of_the_same_noise(run, trains):
-    run = with_objective(run, "preference", trains=trains, kl=0.1, name="")
+    run = with_objective(run, "preference", trainable=trains, kl=0.1, name="")
     rejected = np.zeros((4, 16, 4), np.float32)
     batch, scalars = rolled(run, rejected=rejected)
     assert batch["rollout"].shape == (4, 2, 3, 16, 4)
@@ -182,7 +182,7 @@ def test_a_classifier_is_kept_in_its_file(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("trains", "levels"), [
     ("predictor", (0, 1)), pytest.param("both", (1, 2), marks=pytest.mark.slow)])
 def test_a_range_of_levels_has_the_densities_of_all(run, trains, levels):
-    whole = with_reward(run, trains=trains)
+    whole = with_reward(run, trainable=trains)
     all_levels, one = rolled(whole)[0], rolled(with_reward(whole, levels=levels))[0]
     first, last = levels
     np.testing.assert_array_equal(one["rollout"], all_levels["rollout"][:, :, first : last + 1])

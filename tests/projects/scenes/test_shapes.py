@@ -222,7 +222,7 @@ def test_blank_images_are_empty_and_wrong():
 
 
 def test_the_experiments_encoder_knows_every_caption(splits):
-    encoder = experiment("shapes").data.text
+    encoder = experiment("shapes").data.text_encoder
     assert set(encoder.split(":")[2].split()) == set(shapes.VOCABULARY)
     source = open_source("shapes", "train", text=encoder)
     captions = [caption for _, captions, _ in splits.values() for caption in captions]

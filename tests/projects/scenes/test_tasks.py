@@ -50,7 +50,7 @@ def test_samples_are_checked_against_the_captions_that_they_were_made_from(run):
     found = tasks.task_scores(guided(run, 0.0), source)
     assert (found["split"], found["overall"]["mean"]) == ("heldout[3:11]", 1)
     assert checked["captions"] == [held_out.captions[i % 8] for i in range(16)]
-    states, _ = text.open_encoder(run.config.data.text).encode(checked["captions"])
+    states, _ = text.open_encoder(run.config.data.text_encoder).encode(checked["captions"])
     padded = [pad_text(own, 7) for own in states]
     y = Text(*(np.stack([p[name] for p in padded]) for name in ("text", "text_mask")))
     np.testing.assert_array_equal(checked["images"], run.sample(16, y, guidance=0.0))

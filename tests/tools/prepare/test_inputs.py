@@ -54,7 +54,7 @@ def test_a_folder_becomes_records(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "records: 10 in train; 3 shards" in printed
     assert "bad images left out: 0 of 10\nnull captions: 0 empty, 0 not UTF-8\n" in printed
-    assert f"--config.data.source=records:{out} '--config.data.text={WORDS}'" in printed
+    assert f"--config.data.source=records:{out} '--config.data.text_encoder={WORDS}'" in printed
 
 
 def test_a_csv_and_names_of_classes(tmp_path):

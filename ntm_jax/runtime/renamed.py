@@ -1,0 +1,34 @@
+"""Names that earlier versions had, which their files and command lines are still read with."""
+
+import re
+
+NAMES = {  # settings by section.key, and flags
+    "data.text": "data.text_encoder",
+    "train.level_power": "train.level_weight_power",
+    "optimizer.floor": "optimizer.min_learning_rate",
+    "evaluate.images": "evaluate.num_samples",
+    "reward.ahead": "reward.prefetch",
+    "reward.anchor": "reward.data_loss_weight",
+    "reward.trains": "reward.trainable",
+    "enough": "stop_nats",
+}
+VALUES = {"model.head=posterior": "flow_matching"}
+
+
+def current(settings: dict, section: str = "") -> dict:
+    """Settings, nested by section or flat by section.key, under their present names."""
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found[key] = current(value, f"{key}.")
+        else:
+            name = NAMES.get(f"{section}{key}", f"{section}{key}")
+            found[name.removeprefix(section)] = VALUES.get(f"{name}={value}", value)
+    return found
+
+
+def argument(given: str) -> str:
+    """An argument of a command line, --flag=value or --config.section.key=value, likewise."""
+    found = re.match(r"--?(?:no)?(?:config\.)?([\w.]+)", given)
+    name = found[1] if found else ""
+    return given.replace(name, NAMES[name], 1) if name in NAMES else given
