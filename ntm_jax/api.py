@@ -24,7 +24,7 @@ from etils import epath
 from ntm_jax import host_memory
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources
-from ntm_jax.errors import UserError, as_array, check_count, first_line, shown
+from ntm_jax.errors import UserError, abbreviate, as_array, check_count, first_line
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
 from ntm_jax.evaluation.scoring import LevelTerms, as_images, score_images
@@ -149,8 +149,8 @@ class Run(base.Run):
         label, images = base.one_condition(label, condition), as_images(self, images)
         given = self.condition.validate(len(images), label)
         if noised and self.spec.pixel_levels:
-            raise UserError(f"noised is {shown(noised)}, and {self.workdir} is a model of pixels, "
-                            "which have a probability of their own: leave it out")
+            raise UserError(f"noised is {abbreviate(noised)}, and {self.workdir} is a model of "
+                            "pixels, which have a probability of their own: leave it out")
         decoded = bool(self.spec.columns) if noised is None else not noised
         return score_images(self, images, given, trajectories, seed, decoded)
 

@@ -19,7 +19,7 @@ class UserError(ValueError):
 def check_count(name: str, count: int) -> None:
     """Raises UserError for a number of things that is not a whole number, or below 1."""
     if not isinstance(count, numbers.Integral) or count < 1:
-        raise UserError(f"{name} is {shown(count)}: expected a whole number, 1 or more")
+        raise UserError(f"{name} is {abbreviate(count)}: expected a whole number, 1 or more")
 
 
 def as_array(name: str, values, expected: str) -> np.ndarray:
@@ -27,7 +27,7 @@ def as_array(name: str, values, expected: str) -> np.ndarray:
     try:
         return np.asarray(values)
     except (TypeError, ValueError):
-        raise UserError(f"{name} is {shown(values)}: expected {expected}") from None
+        raise UserError(f"{name} is {abbreviate(values)}: expected {expected}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -35,7 +35,7 @@ def first_line(error: Exception) -> str:
     return (str(error) or repr(error)).splitlines()[0][:200]
 
 
-def shown(value, show=repr) -> str:
+def abbreviate(value, show=repr) -> str:
     """The text `show(value)` cut to 80 printable characters, to quote in a message."""
     text = show(value)
     text = text if len(text) <= 80 else f"{text[:77]}..."
@@ -44,5 +44,5 @@ def shown(value, show=repr) -> str:
 
 def few(names: Sequence[str], most: int) -> str:
     """The first `most` of some names, separated by commas, to quote in a message."""
-    listed = ", ".join(shown(name, str) for name in names[:most])
+    listed = ", ".join(abbreviate(name, str) for name in names[:most])
     return listed + (", ..." if len(names) > most else "")

@@ -41,7 +41,7 @@ def naming(path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def aside(path) -> Iterator[BinaryIO]:
+def atomic_writer(path) -> Iterator[BinaryIO]:
     """Yields a binary file that becomes `path` when the block ends, and is removed if it raises.
 
     On a local disk the content is flushed to the disk before the rename; on object storage it is
@@ -67,24 +67,24 @@ def aside(path) -> Iterator[BinaryIO]:
 
 
 def write(path, content: bytes | str) -> None:
-    """Writes `content` to `path` as `aside` does."""
-    with aside(path) as file:
+    """Writes `content` to `path` as `atomic_writer` does."""
+    with atomic_writer(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def plain(content) -> Any:
+def to_json(content) -> Any:
     """A value after a round trip through JSON: tuples become lists, keys become strings."""
     return json.loads(json.dumps(content))
 
 
 def digest(content) -> str:
     """SHA-256, in hexadecimal, of a JSON value, for any order of its keys."""
-    return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(to_json(content), sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path, content: dict) -> None:
     """Writes a JSON object."""
-    write(path, json.dumps(plain(content), indent=2) + "\n")
+    write(path, json.dumps(to_json(content), indent=2) + "\n")
 
 
 def parse_object(text: bytes | str) -> dict:

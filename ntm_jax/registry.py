@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, cast
 
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, abbreviate
 
 Part = TypeVar("Part")
 
@@ -81,6 +81,6 @@ class Registry(Generic[Part]):
                 return (load(part) if isinstance(part, str) else cast(Part, part)), argument
         known = ", ".join(usage for usage, _ in self._entries.values())
         raise NotRegistered(
-            f"{self._what} {shown(given)} is not known: expected one of {known}; for one of your "
-            "own, import the module that registers it, or give --import=MODULE"
+            f"{self._what} {abbreviate(given)} is not known: expected one of {known}; for one of "
+            "your own, import the module that registers it, or give --import=MODULE"
         )

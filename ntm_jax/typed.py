@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, abbreviate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +84,13 @@ def parse_dataclass(cls, values, name: str) -> Any:
         finite, a value that its setting does not take.
     """
     if not isinstance(values, collections.abc.Mapping):
-        raise UserError(f"{name} is {shown(values)}: expected a section")
+        raise UserError(f"{name} is {abbreviate(values)}: expected a section")
     kinds = typing.get_type_hints(cls)
     unknown = next((key for key in values if key not in kinds), None)
     if unknown is not None:
         raise UserError(
-            f"{name}.{shown(unknown, str)} is not a setting; expected one of {', '.join(kinds)}")
+            f"{name}.{abbreviate(unknown, str)} is not a setting; expected one of "
+            f"{', '.join(kinds)}")
     given = {}
     for field in dataclasses.fields(cls):
         full = f"{name}.{field.name}"
@@ -97,7 +98,7 @@ def parse_dataclass(cls, values, name: str) -> Any:
             value = _value(kinds[field.name], values[field.name], full)
             declared = field.metadata.get("setting")
             if declared and not declared.allows(value):
-                raise UserError(f"{full} is {shown(value)}: expected {declared.expected}")
+                raise UserError(f"{full} is {abbreviate(value)}: expected {declared.expected}")
             given[field.name] = value
         elif dataclasses.MISSING is field.default is field.default_factory:
             raise UserError(f"{full} is missing: give it")
@@ -115,7 +116,7 @@ def _value(kind, value, name: str):
         if not isinstance(value, (tuple, list)) or (rest != [...] and len(value) != 1 + len(rest)):
             length = "" if rest == [...] else f", {1 + len(rest)} long"
             raise UserError(
-                f"{name} is {shown(value)}: expected a tuple of {element.__name__}{length}")
+                f"{name} is {abbreviate(value)}: expected a tuple of {element.__name__}{length}")
         return tuple(_value(element, v, name) for v in value)
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (origin or kind,)
     several = next((option for option in options if typing.get_origin(option) is tuple), None)
@@ -128,7 +129,7 @@ def _value(kind, value, name: str):
     if (is_bool and bool not in accepted) or not isinstance(value, accepted):
         expected = kind if isinstance(kind, types.UnionType) else accepted[0].__name__
         raise UserError(
-            f"{name} is {shown(value)}, of type {type(value).__name__}: expected {expected}")
+            f"{name} is {abbreviate(value)}, of type {type(value).__name__}: expected {expected}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}: expected a finite number")
     return value

@@ -32,10 +32,10 @@ def test_a_changed_value_does_not_match_the_checksum(tmp_path):
 def test_a_file_written_aside_gets_its_name_at_the_end_or_never(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError), files.aside(path) as file:
+    with pytest.raises(KeyError), files.atomic_writer(path) as file:
         {}[file.write(b"half")]
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"old", ["file"])
-    with files.aside(path) as file:
+    with files.atomic_writer(path) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert (path.read_bytes(), os.listdir(tmp_path)) == (b"new", ["file"])

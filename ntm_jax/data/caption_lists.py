@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
-from ntm_jax.errors import UserError, first_line, shown
+from ntm_jax.errors import UserError, abbreviate, first_line
 from ntm_jax.files import parse_object
 
 LISTS = ("metadata.jsonl", "metadata.csv")
@@ -28,8 +28,8 @@ def listed(root: epath.Path) -> tuple[dict[str, str] | None, dict[str, str]]:
         name, caption = name_and_caption(row, line)
         name = os.path.normpath(name)
         if name in captions:
-            raise UserError(f"{line} has the file_name {shown(name, str)} again: leave one row for "
-                            "each image")
+            raise UserError(f"{line} has the file_name {abbreviate(name, str)} again: leave one "
+                            "row for each image")
         captions[name] = caption_of(caption)
         if worse:
             rejected[name] = os.path.normpath(str(worse))
@@ -58,7 +58,7 @@ def name_and_caption(row: dict, line: str) -> tuple[str, object]:
     caption = row.get("caption", row.get("text", missing))
     if not isinstance(name, str) or not isinstance(caption, (str, list, type(None))):
         raise UserError(
-            f"{line} has {shown(row)}: expected texts as file_name (or image) and caption (or "
+            f"{line} has {abbreviate(row)}: expected texts as file_name (or image) and caption (or "
             "text) of every image"
         )
     return name, caption

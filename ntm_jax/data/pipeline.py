@@ -143,7 +143,7 @@ _KEYS_IN_FILES = {"pixel_levels": "levels"}
 def spec_to_json(spec: DataSpec) -> dict[str, Any]:
     """A DataSpec as a JSON object; its key "levels" is `pixel_levels`."""
     fields = dataclasses.asdict(spec)
-    return files.plain({_KEYS_IN_FILES.get(key, key): fields[key] for key in fields})
+    return files.to_json({_KEYS_IN_FILES.get(key, key): fields[key] for key in fields})
 
 
 def spec_from_json(values: Any, name: str = "spec") -> DataSpec:

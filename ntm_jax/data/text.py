@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.registry import Registry
 
 
@@ -85,7 +85,7 @@ def encode(
     """
     wrong = next((caption for caption in captions if not is_utf8(caption)), None)
     if wrong is not None:
-        raise UserError(f"the caption {shown(wrong, str)} is not UTF-8: write it in UTF-8")
+        raise UserError(f"the caption {abbreviate(wrong, str)} is not UTF-8: write it in UTF-8")
     found, cut = encoder.encode(captions)
     states = [np.asarray(own).astype(np.float16, copy=False) for own in found]
     return states, cut
@@ -97,7 +97,7 @@ def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) 
     if long:
         warnings.warn(
             f"{len(long)} of {len(captions)} captions are cut to the {encoder.tokens} tokens of "
-            f"{shown(encoder.name, str)}, such as {shown(long[0])}",
+            f"{abbreviate(encoder.name, str)}, such as {abbreviate(long[0])}",
             stacklevel=2,
         )
 

@@ -246,5 +246,5 @@ def write_scores(scored: dict, path) -> None:
             continue
         by_level = {f"{name}_{k}": v for k, v in enumerate(values.T)} if values.ndim > 1 else {}
         columns |= by_level or {name: values}
-    with files.aside(path) as file:
+    with files.atomic_writer(path) as file:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)

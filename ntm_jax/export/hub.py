@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from ntm_jax import files
 from ntm_jax.data import pretrained
-from ntm_jax.errors import UserError, first_line, shown
+from ntm_jax.errors import UserError, abbreviate, first_line
 
 PREFIX = "hf://"
 NAME = r"\w[\w.-]*/\w[\w.-]*"  # OWNER/NAME
@@ -31,7 +31,7 @@ def parse(address: str) -> tuple[str, str | None]:
     """
     match = re.fullmatch(rf"{PREFIX}({NAME})(?:@(\S+))?", str(address), re.ASCII)
     if not match:
-        raise UserError(f"{shown(str(address), str)} is no address on the Hub: expected "
+        raise UserError(f"{abbreviate(str(address), str)} is no address on the Hub: expected "
                         f"{PREFIX}OWNER/NAME, or {PREFIX}OWNER/NAME@REVISION with a branch, tag or "
                         "commit")
     return match[1], match[2]

@@ -3,7 +3,7 @@
 import importlib.metadata
 import re
 
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.export import hub
 from ntm_jax.export.read import FILES, read_export_info
 
@@ -16,8 +16,8 @@ def check(repository: str) -> None:
     Raises UserError.
     """
     if not re.fullmatch(hub.NAME, repository, re.ASCII):
-        raise UserError(f"--push={shown(repository, str)} is no repository on the Hub: expected "
-                        "OWNER/NAME")
+        raise UserError(f"--push={abbreviate(repository, str)} is no repository on the Hub: "
+                        "expected OWNER/NAME")
     api = hub.library().HfApi()
     with hub.mistakes(f"an upload to {repository}"):
         api.whoami()

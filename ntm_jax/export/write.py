@@ -78,11 +78,11 @@ def _one(run: Run, condition: tuple):
 
 def _sampler(run: Run):
     spec, options = run.spec, run.config.sample
-    model = full_precision(build.plain(run.model))
+    model = full_precision(build.reference_variant(run.model))
     denoiser = None
     if decoders.find(options.decoder).needs_denoiser:
         assert run.denoiser is not None  # see check_decoder
-        denoiser = build.plain(run.denoiser.module)
+        denoiser = build.reference_variant(run.denoiser.module)
     static = generate.Sampler(model, run.schedule, options, None, denoiser)
 
     def images(tokens):
@@ -108,7 +108,7 @@ def _sampler(run: Run):
 
 
 def _log_likelihood(run: Run):
-    spec, model = run.spec, full_precision(build.plain(run.model))
+    spec, model = run.spec, full_precision(build.reference_variant(run.model))
 
     def log_likelihood(parameters, seed, index, pixels, *condition):
         (params, _), root = _split_parameters(parameters), jax.random.key(seed)

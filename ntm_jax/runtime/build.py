@@ -52,7 +52,7 @@ def _check_heads(c: ModelConfig) -> None:
                             f"head_size x kv_heads = {c.head_size} x {c.kv_heads}")
 
 
-def plain(model):
+def reference_variant(model):
     """The same model with plain arithmetic and no rematerialisation.
 
     Counting its FLOPs counts the model's own, and its exported program holds no custom kernel.
@@ -65,7 +65,7 @@ def plain(model):
     if hasattr(model, "attention"):  # a backbone's
         changes["attention"] = PLAIN.attention
     if getattr(model, "backbone", None):
-        changes["backbone"] = plain(model.backbone)
+        changes["backbone"] = reference_variant(model.backbone)
     return model.clone(**changes)
 
 

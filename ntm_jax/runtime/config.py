@@ -219,7 +219,7 @@ class Config:
     @property
     def raw(self) -> dict:
         """The same as plain JSON values."""
-        return files.plain(dataclasses.asdict(self))
+        return files.to_json(dataclasses.asdict(self))
 
     @property
     def evaluation_steps(self) -> int:

@@ -33,7 +33,7 @@ RESUMABLE = (  # what a resumed run may change
 def _flat_defaults() -> dict:
     """{"section.key": default} of the settings, and those of the data's shape under `spec`."""
     found = [*settings(config_class()), *settings(DataSpec, "spec.")]
-    return files.plain({key: field.default for key, _, field in found
+    return files.to_json({key: field.default for key, _, field in found
                         if field.default is not dataclasses.MISSING})
 
 

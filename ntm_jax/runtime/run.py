@@ -17,7 +17,7 @@ from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import conditions
 from ntm_jax.data.conditions import Kind
 from ntm_jax.data.pipeline import DataSpec
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.runtime import arithmetic, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config, Mesh, decoder
@@ -97,7 +97,7 @@ def checked_seed(run: Run, seed: int | None) -> int:
     """
     seed = run.config.seed if seed is None else seed
     if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
-        raise UserError(f"seed is {shown(seed)}: expected a whole number, 0 to 2^32 - 1")
+        raise UserError(f"seed is {abbreviate(seed)}: expected a whole number, 0 to 2^32 - 1")
     return int(seed)
 
 

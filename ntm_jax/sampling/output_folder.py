@@ -55,7 +55,7 @@ class OutputFolder:
         if path.exists():
             before = files.read_json(path, "give another --out")
             for key in sorted(before | asked):
-                if before.get(key) != files.plain(asked.get(key)):
+                if before.get(key) != files.to_json(asked.get(key)):
                     raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and "
                                     f"this call has {asked.get(key)!r}: give another --out, or the "
                                     "same settings to go on; nothing was overwritten")

@@ -159,7 +159,7 @@ class _Work:
         for path, image in zip(paths, shown, strict=False):
             plots.save_png(path, image)
         # Written last and atomically: its presence marks the batch as complete.
-        with files.aside(output.part(number)) as file:
+        with files.atomic_writer(output.part(number)) as file:
             np.savez(file, images, *levels, **density)
 
     def _draw(self, index, y) -> tuple[np.ndarray, list, dict]:
@@ -181,7 +181,7 @@ class _Work:
         stored = images = arrays["arr_0"]
         if "arr_1" in arrays:
             levels, pixels = arrays["arr_1"], 0 if request.log_prob else run.spec.pixel_levels
-            with files.aside(folder / "trajectories.npz") as file:
+            with files.atomic_writer(folder / "trajectories.npz") as file:
                 np.savez(file, plots.displayable(levels, pixels) if pixels else levels)
         if not run.spec.columns:
             shown = plots.displayable(images, self.pixel_levels)
@@ -195,7 +195,7 @@ class _Work:
         if request.log_prob:
             factors = arrays["log_prob_by_factor"]
             density = {"log_prob": factors.sum(1, dtype=np.float64), "log_prob_by_factor": factors}
-        with files.aside(folder / "samples.npz") as file:
+        with files.atomic_writer(folder / "samples.npz") as file:
             np.savez(file, stored, self._numbers(), **density)
         output.remove_parts(batches)
 

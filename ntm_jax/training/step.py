@@ -132,7 +132,7 @@ def flops_of_step(run: Run, objective: Objective, step, current: State, batch,
     runs = [run, teacher] if teacher else [run]
     on_cpus = run.mesh.devices.flat[0].platform == "cpu"
     if not on_cpus or any(r.config.model.remat != "none" for r in runs):
-        plain = [dataclasses.replace(r, model=build.plain(r.model)) for r in runs]
+        plain = [dataclasses.replace(r, model=build.reference_variant(r.model)) for r in runs]
         step = make_step(plain[0], objective, *plain[1:])
     with sharding.use(run.mesh):
         traced = step.trace(current, batch, max(run.config.trajectory.steps), reference, None)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ntm_jax.core import conditions
 from ntm_jax.data.pipeline import DataSpec
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, abbreviate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Kind:
         given: one for all images, or one for each.
         """
         if given is not None:
-            raise UserError(f"label {shown(given)} is given, and the model has no classes: leave "
-                            "it out")
+            raise UserError(f"label {abbreviate(given)} is given, and the model has no classes: "
+                            "leave it out")
         return np.zeros(n, np.int32)
 
     def default(self, index, data, split: str) -> Any:

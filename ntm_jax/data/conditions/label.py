@@ -8,7 +8,7 @@ import numpy as np
 from ntm_jax.core import conditions
 from ntm_jax.core.transformer import partitioned
 from ntm_jax.data.conditions.kind import Kind
-from ntm_jax.errors import UserError, as_array, few, shown
+from ntm_jax.errors import UserError, abbreviate, as_array, few
 
 NAMES_SHOWN = 20  # classes that an error lists
 NAMES_ON_CARD = 100
@@ -64,7 +64,7 @@ class Label(Kind):
         if label.dtype.kind == "U":
             label = np.vectorize(lambda name: self._of_name(str(name)))(label)
         if label.dtype.kind not in "iu":
-            raise UserError(f"label {shown(label.tolist())} is given: expected {expected}")
+            raise UserError(f"label {abbreviate(label.tolist())} is given: expected {expected}")
         if label.shape not in ((), (1,), (n,)):
             raise UserError(f"label has shape {label.shape}: expected one label{each}")
         if not ((0 <= label) & (label < self.width)).all():

@@ -14,7 +14,7 @@ import numpy as np
 from ntm_jax.core import conditions
 from ntm_jax.core.transformer import dense, norm, partitioned
 from ntm_jax.data.conditions.kind import Kind
-from ntm_jax.errors import UserError, as_array, shown
+from ntm_jax.errors import UserError, abbreviate, as_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Text(Kind):
         return "is conditioned on text"
 
     def card(self):
-        encoder = f"the text encoder `{shown(self.spec.text, str)}`" if self.spec.text else (
+        encoder = f"the text encoder `{abbreviate(self.spec.text, str)}`" if self.spec.text else (
             "a text encoder")
         return f"the states of {encoder}; `sample.py` draws without a caption"
 

@@ -141,7 +141,7 @@ def write_manifest(path: str, layout: Layout, splits: Mapping[str, Mapping[str, 
         _PIXEL_LEVELS if key == "pixel_levels" else key: value
         for key, value in dataclasses.asdict(layout).items()
     }
-    content = files.plain({"format": _FORMAT, "splits": splits, **fields})
+    content = files.to_json({"format": _FORMAT, "splits": splits, **fields})
     files.write_json(epath.Path(path).expanduser() / MANIFEST, content | {"hash": _hash(content)})
 
 

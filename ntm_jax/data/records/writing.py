@@ -57,7 +57,7 @@ def write_records(
 def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], layout: Layout) -> int:
     """Writes one shard and returns the number of its records. UserError as `write_records`."""
     name = epath.Path(file).name
-    with files.aside(file) as target:
+    with files.atomic_writer(file) as target:
         if not files.is_remote(file):
             return _write_array_records(target.name, name, examples, layout)
         # array_record reads object storage, but writes only to a disk.

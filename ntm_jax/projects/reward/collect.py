@@ -117,7 +117,7 @@ class _Collector:
                  "captions": np.array([captions[row] for row in kept], np.str_)}
         if scores.traits is not None:
             found["traits"] = scores.traits[kept]
-        with files.aside(output.part(number)) as file:
+        with files.atomic_writer(output.part(number)) as file:
             np.savez(file, **found)
 
     def gather(self, output: OutputFolder, batches: int) -> None:

@@ -213,7 +213,8 @@ def _report(config: Config, topology: Topology, program: str,
     run = untrained(config, spec, mesh)
     made = PROGRAMS[program](run, source)
     compiled = _compile(made, run, topology, dump)
-    plain = PROGRAMS[program](dataclasses.replace(run, model=build.plain(run.model)), source)
+    reference = dataclasses.replace(run, model=build.reference_variant(run.model))
+    plain = PROGRAMS[program](reference, source)
     with sharding.use(mesh):
         traced = plain.trace()
         model_flops = flops.of_jaxpr(traced.jaxpr.jaxpr) / mesh.size

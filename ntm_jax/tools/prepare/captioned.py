@@ -12,7 +12,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from ntm_jax.data import images, text
-from ntm_jax.errors import UserError, first_line, shown
+from ntm_jax.errors import UserError, abbreviate, first_line
 
 # The least number of classes that integer labels may span; more images may span more.
 _CLASSES = 100_000
@@ -105,8 +105,8 @@ def make_input(name: str, items: list[Item], read: Callable) -> Input:
     wrong = next((item for item in items if not isinstance(item.label, (int, str))), None)
     if wrong:
         raise UserError(
-            f"{name} has the label {shown(wrong.label)} for {shown(wrong.key, str)}, and others "
-            "have labels: give every row a name or a number"
+            f"{name} has the label {abbreviate(wrong.label)} for {abbreviate(wrong.key, str)}, and "
+            "others have labels: give every row a name or a number"
         )
     if all(re.fullmatch(r"[+-]?\d+", label) for label in labels):
         places, limit = {label: int(label) for label in labels}, max(_CLASSES, len(items))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from etils import epath
 
 from ntm_jax.data import caption_lists, images
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.files import is_remote
 from ntm_jax.tools.prepare.captioned import Input, Item, make_input
 
@@ -24,8 +24,8 @@ def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
         name, caption = caption_lists.name_and_caption(row, line)
         if not follow_outside and outside(name):
             raise UserError(
-                f"{line} has the file_name {shown(name, str)}, which lies outside {root}: put the "
-                "file into the folder, or give --follow_outside if you trust the list"
+                f"{line} has the file_name {abbreviate(name, str)}, which lies outside {root}: put "
+                "the file into the folder, or give --follow_outside if you trust the list"
             )
         items.append(Item(name, name, caption_lists.caption_of(caption), row.get("label")))
     return make_input(str(file), items, functools.partial(_read_file, os.fspath(root)))

@@ -15,7 +15,7 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.data.records import MANIFEST
-from ntm_jax.errors import UserError, shown
+from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.tools.prepare.captioned import Input, Item
 
 _PLAN = "plan.json"
@@ -119,9 +119,9 @@ def lock_plan(root: epath.Path, plan: dict) -> str:
         for key in sorted(plan | existing):
             if plan.get(key) != existing.get(key):
                 raise UserError(
-                    f"{root} is being prepared with {key}={shown(existing.get(key))}, and this "
-                    f"call has {shown(plan.get(key))}: choose another --out, or remove it; nothing "
-                    "was overwritten"
+                    f"{root} is being prepared with {key}={abbreviate(existing.get(key))}, and "
+                    f"this call has {abbreviate(plan.get(key))}: choose another --out, or remove "
+                    "it; nothing was overwritten"
                 )
     elif (root / MANIFEST).exists():
         raise UserError(

@@ -165,8 +165,8 @@ def _forward(given: BenchmarkInput) -> Case:
             return forward(run.model, params, root, sharding.to_global(batch, mesh), reference)
 
     with sharding.use(mesh):
-        counted = flops.count(functools.partial(loss, build.plain(run.model)), params, root,
-                              sharding.to_global(batch, mesh), reference)
+        counted = flops.count(functools.partial(loss, build.reference_variant(run.model)), params,
+                              root, sharding.to_global(batch, mesh), reference)
     return Case(once, size, flops=counted)
 
 
@@ -185,8 +185,8 @@ def _likelihood(given: BenchmarkInput) -> Case:
     examples = {name: value for name, value in batch.items() if name != "mask"}
     score = functools.partial(
         scoring.bounds_of_batch, schedule=run.schedule,
-        model=full_precision(build.plain(run.model)), decoder_levels=run.spec.pixel_levels,
-        trajectories=1, steps=run.config.evaluation_steps)
+        model=full_precision(build.reference_variant(run.model)),
+        decoder_levels=run.spec.pixel_levels, trajectories=1, steps=run.config.evaluation_steps)
     with sharding.use(run.mesh):
         counted = flops.count(score, run.params, jax.random.key(0),
                               sharding.to_global(examples, run.mesh))
@@ -208,8 +208,8 @@ def _sampling(given: BenchmarkInput, function, *arguments) -> Case:
             return run(model, inverse, given.params, *arguments)
 
     with sharding.use(mesh):
-        counted = flops.count(functools.partial(function, build.plain(model), "sequential"),
-                              given.params, *arguments)
+        reference = functools.partial(function, build.reference_variant(model), "sequential")
+        counted = flops.count(reference, given.params, *arguments)
     return Case(once, len(given.drawn[0]), flops=counted)
 
 

@@ -100,7 +100,7 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
     result, drawn = benchmark.benchmark(run, AMOUNTS)
     benchmark.write_benchmark(result, drawn, tmp_path)
     printed = capsys.readouterr().out
-    assert files.read_json(tmp_path / "sbi.json", "run again") == files.plain(result)
+    assert files.read_json(tmp_path / "sbi.json", "run again") == files.to_json(result)
     for name in ("posteriors.png", "calibration.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (result["task"], result["calibration"]["simulations"]) == ("two_moons", 11)

@@ -54,7 +54,7 @@ def planned(request):
     mesh = config.Mesh(slices=1, data=1, fsdp=1, tensor=1, sequence=1)
     settings = dataclasses.replace(settings, mesh=mesh)
     spec = pipeline.spec(compile.open_data(settings), settings.data.patch_size)
-    model = build.plain(build.make_model(settings, spec))
+    model = build.reference_variant(build.make_model(settings, spec))
     run = Run(settings, spec, model, None, 0, sharding.make_mesh(mesh, jax.devices()[:1]))
     return run, SIZES[request.param]
 
