@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import ntm_jax
-from ntm_jax.data import latents
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
+from ntm_jax.projects.flux2.autoencoder import Autoencoder
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.tools.prepare import PrepareOptions, captioned, inputs, prepare
 from tests.common import tiny_config, write_photos, write_run
@@ -61,7 +61,7 @@ def test_records_are_the_autoencoders_latents(prepared):
     stored = record["image"] * np.float32(source.std) + np.float32(source.mean)
     given = inputs.open_input(f"folder:{prepared}/photos")
     photos = [captioned.load(given.read, 128, item).image for item in given.items]
-    found = latents.Autoencoder(str(prepared / "autoencoder")).encode(np.stack(photos))
+    found = Autoencoder(str(prepared / "autoencoder")).encode(np.stack(photos))
     errors = np.abs(found - stored).max((1, 2, 3))
     assert errors.min() < 0.01 < np.sort(errors)[1]  # one photograph's in float16, and no other's
     colour = ("red", "blue")[int(errors.argmin()) % 2]
@@ -83,5 +83,5 @@ def test_samples_are_photographs_again(prepared):
     assert (images.shape, images.dtype) == ((3, 128, 128, 3), np.uint8)
     assert raw.shape == (3, 8, 8, 32)
     scaled = raw * np.float32(layout.std) + np.float32(layout.mean)
-    expected = latents.Autoencoder(autoencoder).decode(scaled)
+    expected = Autoencoder(autoencoder).decode(scaled)
     assert np.abs(images.astype(int) - expected).max() <= 1  # rounding to a level

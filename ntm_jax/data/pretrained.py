@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.registry import Registry
 
+# A part is Autoencoder(FOLDER, device) with encode(images) and decode(latents).
+AUTOENCODERS: Registry = Registry(
+    "--latents", {"flux2:FOLDER": "ntm_jax.projects.flux2.autoencoder:Autoencoder"})
 _EXPECTED = "a folder in the layout of diffusers or transformers"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.data import latents
+from ntm_jax.data import pretrained
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.run import Run, checked_seed
@@ -102,8 +102,9 @@ class _Work:
         self.encoder = prompts.open_encoder(run, request.encoder) if request.prompts else None
         self.autoencoder = None
         if request.autoencoder and jax.process_index() == 0:
-            self.autoencoder = latents.Autoencoder(request.autoencoder)
-        self.pixel_levels = latents.PIXEL_LEVELS if request.autoencoder else run.spec.pixel_levels
+            make, folder = pretrained.AUTOENCODERS.find(f"flux2:{request.autoencoder}")
+            self.autoencoder = make(folder)
+        self.pixel_levels = 256 if request.autoencoder else run.spec.pixel_levels
         prompts.check_layout(request.layout, request.prompts)
 
     def description(self) -> dict:

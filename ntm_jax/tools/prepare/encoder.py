@@ -10,9 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ntm_jax.data import latents, pretrained, text
+from ntm_jax.data import pretrained, text
 from ntm_jax.data.records import Layout
-from ntm_jax.errors import UserError
 from ntm_jax.tools.prepare.captioned import Loaded
 from ntm_jax.tools.prepare.plan import PrepareOptions
 from ntm_jax.tools.prepare.shards import Tally
@@ -28,22 +27,17 @@ class Encoder:
     """
 
     def __init__(self, options: PrepareOptions, classes: Sequence[str]):
-        kind, _, folder = options.latents.partition(":")
-        if options.latents and (kind != "flux2" or not folder):
-            raise UserError(
-                f"--latents={options.latents} is not known: expected flux2:FOLDER, or nothing for "
-                "pixels"
-            )
         self._autoencoder, self.digest = None, ""
-        if folder:
+        if options.latents:
+            make, folder = pretrained.AUTOENCODERS.find(options.latents)
             device = "cuda" if pretrained.module("torch").cuda.is_available() else "cpu"
-            self._autoencoder = latents.Autoencoder(folder, device)
+            self._autoencoder = make(folder, device)
             self.digest = _digest(pretrained.find(folder, "vae").glob("*.safetensors"))
         self._text = text.open_encoder(options.text) if options.text else None
         blank = np.zeros((1, options.image_size, options.image_size, 3), np.uint8)
         self.layout = Layout(
             self._encode_images(blank).shape[1:],
-            pixel_levels=0 if folder else 256,
+            pixel_levels=0 if options.latents else 256,
             num_classes=len(classes),
             text_tokens=self._text.tokens if self._text else 0,
             text_width=self._text.width if self._text else 0,

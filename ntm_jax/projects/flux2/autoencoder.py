@@ -7,14 +7,12 @@ network: its channels run (channel, row, column), and `transforms.patchify` by 2
 (row, column, channel). Source: diffusers' Flux2KleinPipeline. H, W image height and width.
 """
 
-import contextlib
-
 import numpy as np
 
 from ntm_jax.data import pretrained, transforms
 from ntm_jax.errors import UserError
 
-PIXEL_LEVELS = 256  # of the images
+_PIXEL_LEVELS = 256  # of the images
 PATCH = 2  # neighbours a side in a place
 
 
@@ -56,27 +54,25 @@ class Autoencoder:
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Images [n, H, W, 3] uint8 -> the means of their latents [n, H/16, W/16, 128] float32.
 
-        Raises UserError for images of another shape or dtype.
+        Raises UserError for sides that are not multiples of 16.
         """
-        fits = images.ndim == 4 and images.shape[3] == 3 and images.dtype == np.uint8
-        if not fits or any(size % self.scale for size in images.shape[1:3]):
+        height, width = images.shape[1:3]
+        if height % self.scale or width % self.scale:
             raise UserError(
-                f"images are {images.dtype} {list(images.shape)}: expected uint8 [n, H, W, 3], "
-                f"{self.scale} dividing H and W"
+                f"images of {height}x{width} pixels cannot be encoded: expected multiples of "
+                f"{self.scale}"
             )
-        x = transforms.scale(images, PIXEL_LEVELS).transpose(0, 3, 1, 2)
-        with self._on_device(x) as x:
-            z = self._model.encode(x).latent_dist.mode().cpu().numpy()
+        x = transforms.scale(images, _PIXEL_LEVELS).transpose(0, 3, 1, 2)
+        with self._torch.inference_mode():
+            z = self._model.encode(self._tensor(x)).latent_dist.mode().cpu().numpy()
         return (pack(z) - self._mean) / self._std
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [n, h, w, 128] -> images [n, 16 h, 16 w, 3] uint8."""
-        with self._on_device(unpack(latents * self._std + self._mean)) as z:
-            x = self._model.decode(z).sample.cpu().numpy()
-        return transforms.unscale(x.transpose(0, 2, 3, 1), PIXEL_LEVELS)
-
-    @contextlib.contextmanager
-    def _on_device(self, array: np.ndarray):
+        z = unpack(latents * self._std + self._mean)
         with self._torch.inference_mode():
-            array = np.ascontiguousarray(array, np.float32)
-            yield self._torch.from_numpy(array).to(self._device)
+            x = self._model.decode(self._tensor(z)).sample.cpu().numpy()
+        return transforms.unscale(x.transpose(0, 2, 3, 1), _PIXEL_LEVELS)
+
+    def _tensor(self, array: np.ndarray):
+        return self._torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device)
