@@ -261,7 +261,7 @@ def test_resampling_is_proportional():
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda run: run.sample(3, label=[1.0, 2.0]), "condition is float64 [2]: expected 3 numbers"),
+    (lambda run: run.sample(3, label=[1.0, 2.0]), "condition is float64 [2]: expected 3 finite"),
     (lambda run: run.log_prob(MEAN[None]), "no condition is given, and the model is"),
     (lambda run: run.log_prob(MEAN, condition=[1, 2, 3]), "data have shape (2,): expected [n, 2]"),
     (lambda run: run.reweight(lambda x: x, condition=[1, 2, 3], n=COUNT),

@@ -77,7 +77,7 @@ def markdown(run: Run, parameters: int, platforms) -> str:
         source=config.data.source, split=config.data.split, count=spec.count,
         shape=_shape(run), units=_units(run),
         own_nats=OWN_NATS.format(log_unit=spec.log_unit) if spec.columns else "",
-        condition=run.condition.card(), parameters=parameters,
+        condition=run.condition.describe(), parameters=parameters,
         kind="the raw ones" if run.raw else average, training=_training(run),
         steps=sample.steps, guidance=sample.guidance, decoder=sample.decoder, figures=figures(run),
         names=", ".join(run.model.config.condition.shapes(1)),

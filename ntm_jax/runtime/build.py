@@ -30,7 +30,7 @@ def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -
     backbone = backbones.find(settings.pop("backbone"))
     if kind.needs and not kind.width:
         raise UserError(f"config.model.condition is {config.model.condition}, and "
-                        f"{config.data.source} has no {kind.needs}: {kind.remedy}set it to none")
+                        f"{config.data.source} has no {kind.needs}: set it to none")
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     rows, columns = (size // spec.patch_size for size in spec.image_shape[:2])
     model_config = ModelConfig(

@@ -15,7 +15,6 @@ from ntm_jax.core.denoising import make_denoiser
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import conditions
-from ntm_jax.data.conditions import Kind
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.runtime import arithmetic, build, checkpoint, config_file, sharding
@@ -59,7 +58,7 @@ class Run:
         return self.config.schedule(self.model.config.tokens)
 
     @property
-    def condition(self) -> Kind:
+    def condition(self) -> conditions.Kind:
         """The kind of condition of the model."""
         return conditions.of(self.config.model.condition, self.spec)
 
@@ -107,16 +106,14 @@ def different_data(run: Run, other: Run, own_units: bool = False) -> tuple[str, 
     None where one model can take the images and conditions of the other. own_units: arrays are
     handed over in their own units, and may be normalised differently.
     """
-    def facts(r: Run) -> dict[str, Any]:
-        return {"images of shape": r.spec.data_shape, "pixel levels": r.spec.pixel_levels,
-                "latents normalised by": (
-                    own_units and r.spec.columns) or (r.spec.mean, r.spec.std),
-                **r.condition.facts()}
-
-    mine, theirs = facts(run), facts(other)
-    for name in mine | theirs:
-        if mine.get(name) != theirs.get(name):
-            return name, mine.get(name), theirs.get(name)
+    kinds = run.config.model.condition, other.config.model.condition
+    if kinds[0] != kinds[1]:
+        return "condition", *kinds
+    normalised = () if own_units and run.spec.columns else ("mean", "std")
+    for name in ("data_shape", "pixel_levels", *normalised, *run.condition.shared):
+        mine, theirs = getattr(run.spec, name), getattr(other.spec, name)
+        if mine != theirs:
+            return name, mine, theirs
     return None
 
 

@@ -86,7 +86,7 @@ def open_encoder(run: Run, name: str | None = None):
     width = run.condition.width
     if not run.condition.captioned:
         raise UserError(f"prompts are given, and the model of {run.workdir} "
-                        f"{run.condition.describe()}: leave them out")
+                        f"is conditioned on {run.condition.describe()}: leave them out")
     name = name or run.spec.text
     if not name:
         raise UserError("prompts are given, and the training records of "

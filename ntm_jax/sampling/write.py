@@ -93,7 +93,7 @@ class _Work:
             if values and flag != run.condition.flag:
                 remedy = f"give {run.condition.flag}" if run.condition.flag else "leave it out"
                 raise UserError(f"{flag} is given, and the model of {run.workdir} "
-                                f"{run.condition.describe()}: {remedy}")
+                                f"is conditioned on {run.condition.describe()}: {remedy}")
         values = request.labels or request.condition
         # the conditions that are given, in turn over the samples
         self.given: Any = None

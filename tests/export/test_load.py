@@ -86,7 +86,7 @@ def test_the_recipe_for_outliers_scores_every_image(loaded, monkeypatch):
 def test_images_and_labels_that_do_not_fit_are_refused(loaded):
     with pytest.raises(UserError, match=r"images have shape \(2, 8, 8\): expected \[n, 8, 8, 1\]"):
         loaded.log_prob(np.zeros((2, 8, 8)), 3)
-    with pytest.raises(UserError, match="labels run from 3 to 10: expected 0 to 9"):
+    with pytest.raises(UserError, match=r"label \[3, 10\] .*: expected the number of a class, 0"):
         loaded.log_prob(np.zeros((2, 8, 8, 1)), [3, 10])
 
 

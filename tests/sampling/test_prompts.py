@@ -108,7 +108,7 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
             write_samples(run, str(out), request)
         assert not out.exists()
 
-    refused("--labels is given, and the model of runs/tiny is conditioned on text: give --prompts",
+    refused("--labels is given, and the model of runs/tiny is conditioned on .*: give --prompts",
             SampleRequest(1, 1, ["3"]))
     unnamed = dataclasses.replace(run, spec=dataclasses.replace(run.spec, text=""))
     refused("do not name the encoder of their text states: name it with --encoder",

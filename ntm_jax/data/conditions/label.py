@@ -7,11 +7,10 @@ import numpy as np
 
 from ntm_jax.core import conditions
 from ntm_jax.core.transformer import partitioned
-from ntm_jax.data.conditions.kind import Kind
+from ntm_jax.data.conditions import Kind
 from ntm_jax.errors import UserError, abbreviate, as_array, few
 
-NAMES_SHOWN = 20  # classes that an error lists
-NAMES_ON_CARD = 100
+NAMES_SHOWN = 20  # classes that an error or a model card lists
 
 
 class ClassCondition(conditions.Condition):
@@ -28,6 +27,7 @@ class Label(Kind):
 
     needs = "labels"
     flag = "--labels"
+    shared = ("num_classes", "class_names")
 
     @property
     def width(self):
@@ -40,36 +40,24 @@ class Label(Kind):
     def network(self, settings):
         return ClassCondition(self.width)
 
-    def facts(self):
-        return {"classes": self.width, "classes named": self.spec.class_names}
-
     def describe(self):
-        return f"is conditioned on {self.width} classes"
-
-    def card(self):
         names = self.spec.class_names
-        listed = f": {few(names, NAMES_ON_CARD)}" if names else ""
+        listed = f": {few(names, NAMES_SHOWN)}" if names else ""
         return f"one of {self.width} classes{listed}"
 
     def validate(self, n, given):
         """Labels [n]. given: one label, or labels [n]: integers, or names of classes."""
-        each = f", or one for each of the {n} images" if n > 1 else ""
+        expected = f"the number of a class, 0 to {self.width - 1}, or its name" + (
+            f", or one for each of the {n} images" if n > 1 else "")
         if given is None:
-            raise UserError(f"no label is given, and the model has {self.width} classes: give one "
-                            f"label{each}")
-        expected = f"the number of a class, 0 to {self.width - 1}, or its name"
-        label = as_array("label", given, expected)
-        if label.dtype == object:  # such as a column of pandas
-            label = as_array("label", label.tolist(), expected)
+            raise UserError(f"no label is given: expected {expected}")
+        label = np.array(as_array("label", given, expected).tolist())  # pandas' are objects
         if label.dtype.kind == "U":
             label = np.vectorize(lambda name: self._of_name(str(name)))(label)
-        if label.dtype.kind not in "iu":
-            raise UserError(f"label {abbreviate(label.tolist())} is given: expected {expected}")
-        if label.shape not in ((), (1,), (n,)):
-            raise UserError(f"label has shape {label.shape}: expected one label{each}")
-        if not ((0 <= label) & (label < self.width)).all():
-            raise UserError(f"labels run from {label.min()} to {label.max()}: expected 0 to "
-                            f"{self.width - 1}")
+        fits = label.dtype.kind in "iu" and label.shape in ((), (1,), (n,))
+        if not fits or not ((0 <= label) & (label < self.width)).all():
+            raise UserError(f"label {abbreviate(label.tolist())} of shape {label.shape} is given: "
+                            f"expected {expected}")
         return np.broadcast_to(label, n).astype(np.int32)
 
     def _of_name(self, name: str) -> int:
@@ -79,10 +67,9 @@ class Label(Kind):
             return names.index(name)
         if name.isdecimal() and int(name) < self.width:
             return int(name)
-        expected = f"0 to {self.width - 1}"
-        if names:
-            expected = f"{few(names, NAMES_SHOWN)}, or {expected}"
-        raise UserError(f"label {name!r} is not a class of the model: expected {expected}")
+        listed = f"{few(names, NAMES_SHOWN)}, or " if names else ""
+        raise UserError(f"label {name!r} is not a class of the model: expected {listed}"
+                        f"0 to {self.width - 1}")
 
     def default(self, index, data, split):
         """The classes in turn."""

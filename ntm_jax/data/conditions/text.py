@@ -4,7 +4,6 @@ Symbols: B batch, or n images; M text tokens, E the width of their states; N ima
 """
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -13,8 +12,8 @@ import numpy as np
 
 from ntm_jax.core import conditions
 from ntm_jax.core.transformer import dense, norm, partitioned
-from ntm_jax.data.conditions.kind import Kind
-from ntm_jax.errors import UserError, abbreviate, as_array
+from ntm_jax.data.conditions import Kind, stacked
+from ntm_jax.errors import UserError, abbreviate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +72,7 @@ class Text(Kind):
     needs = "text"
     flag = "--prompts"
     from_records = captioned = True
+    shared = ("text",)
     task = "text-to-image"
 
     @property
@@ -82,59 +82,28 @@ class Text(Kind):
     def network(self, settings):
         return TextCondition(self.width, settings["transporter_text"])
 
-    def facts(self):
-        return {"the text encoder": self.spec.text}
-
     def describe(self):
-        return "is conditioned on text"
-
-    def card(self):
-        encoder = f"the text encoder `{abbreviate(self.spec.text, str)}`" if self.spec.text else (
-            "a text encoder")
-        return f"the states of {encoder}; `sample.py` draws without a caption"
+        encoder = f" `{abbreviate(self.spec.text, str)}`" if self.spec.text else ""
+        return f"the states of a text encoder{encoder}"
 
     def validate(self, n, given):
         """A Text of n texts. given: a Text of n texts, or of one for all."""
+        if isinstance(given, conditions.Text):
+            states, mask = np.asarray(given.states, np.float16), np.asarray(given.mask, bool)
+            fits = states.ndim == 3 and len(states) in (1, n) and states.shape[2] == self.width
+            if fits and mask.shape == states.shape[:2]:
+                return conditions.Text(np.broadcast_to(states, (n, *states.shape[1:])),
+                                       np.broadcast_to(mask, (n, mask.shape[1])))
         each = f", or one for each of the {n} images" if n > 1 else ""
-        expected = ("the model is conditioned on text: give label=run.text(captions), with one "
-                    f"caption{each}, or your own Text(states [{n}, M, {self.width}], mask "
-                    f"[{n}, M])")
-        if not isinstance(given, conditions.Text):
-            raise UserError(expected)
-        states = as_array("Text.states", given.states, f"numbers [{n}, M, {self.width}]")
-        mask = as_array("Text.mask", given.mask, f"true or false [{n}, M]")
-        fits = states.ndim == 3 and len(states) in (1, n) and states.shape[2] == self.width
-        numbers = not {states.dtype.kind, mask.dtype.kind} & set("OSU")
-        if not fits or mask.shape != states.shape[:2] or not numbers:
-            raise UserError(expected)
-        with np.errstate(over="ignore"):  # which the next lines refuse
-            states = states.astype(np.float16)
-        if not np.isfinite(states).all():
-            raise UserError("the states of a text hold a number that is not finite in float16, "
-                            "whose largest is 65504: scale them as those of the training records")
-        return conditions.Text(np.broadcast_to(states, (n, *states.shape[1:])),
-                               np.broadcast_to(mask.astype(bool), (n, mask.shape[1])))
+        raise UserError("the model is conditioned on text: give label=run.text(captions), with one "
+                        f"caption{each}, or your own Text(states [{n}, M, {self.width}], mask "
+                        f"[{n}, M])")
 
     def default(self, index, data, split):
         """The texts of the split's records in turn."""
-        in_memory = data.source.partition(":")[0] == "arrays"
-        images = dataclasses.replace(data, text_encoder="")
-        version = images.open(split).version if in_memory else ""
-        records = _records(data, split, version)
-        chosen = [records[int(i) % len(records)] for i in index]
-        return conditions.Text(*(np.stack([record[name] for record in chosen])
-                                 for name in ("text", "text_mask")))
+        return conditions.Text(*stacked(index, data, split, "text", "text_mask"))
 
     def given(self, batch, captions):
         if captions is None:
             return super().given(batch, captions)
         return [captions[int(i)] for i in batch["index"]]
-
-
-@functools.lru_cache(maxsize=2)
-def _records(data, split: str, version: str):
-    """The records of a split with the states of their captions, encoded once for all batches.
-
-    version: of arrays in memory, in whose place others may have been provided.
-    """
-    return data.open(split).records

@@ -15,7 +15,7 @@ from ntm_jax.core import conditions
 from ntm_jax.core.trajectory import per_example
 from ntm_jax.core.transformer import dense, norm, partitioned
 from ntm_jax.data import transforms
-from ntm_jax.data.conditions.kind import Kind
+from ntm_jax.data.conditions import Kind, stacked
 from ntm_jax.errors import UserError, as_array
 
 
@@ -95,10 +95,10 @@ class VectorCondition(conditions.Condition):
 class Vector(Kind):
     """The vector of each image or row."""
 
-    needs = "vectors as conditions"
-    remedy = "give condition=..., or "
+    needs = "vectors as conditions (condition=... of arrays)"
     flag = "--condition"
     from_records = True
+    shared = ("condition_width", "condition_mean", "condition_std")
     task = "other"
 
     @property
@@ -109,41 +109,28 @@ class Vector(Kind):
         return VectorCondition(
             self.width, settings["condition_layers"], settings["condition_shift"])
 
-    def facts(self):
-        return {"vectors of length": self.width,
-                "vectors normalised by": (self.spec.condition_mean, self.spec.condition_std)}
-
     def describe(self):
-        return "is conditioned on vectors"
-
-    def card(self):
-        return (f"vectors of {self.width} numbers; `sample.py` takes one, in own units, as third "
-                "argument, and their mean by default")
+        return f"vectors of {self.width} numbers"
 
     def validate(self, n, given):
         """A Vector of n standardised vectors. given: [E] or [n, E] numbers in their own units."""
-        one = f"{self.width} numbers [{self.width}]"
-        expected = f"{one}, or [{n}, {self.width}]" if n > 1 else f"one condition, {one}"
+        expected = f"{self.width} finite numbers [{self.width}]" + (
+            f", or [{n}, {self.width}]" if n > 1 else "")
         if given is None:
             raise UserError("no condition is given, and the model is conditioned on vectors: "
                             f"expected {expected}")
         values = as_array("condition", given, expected)
         shapes = (self.width,), (1, self.width), (n, self.width)
-        if values.dtype.kind not in "fiub" or values.shape not in shapes:
+        fits = values.dtype.kind in "fiub" and values.shape in shapes
+        if not fits or not np.isfinite(values).all():
             raise UserError(f"condition is {values.dtype} {list(values.shape)}: expected "
                             f"{expected}")
-        with np.errstate(over="ignore"):  # which the next line refuses
-            values = transforms.standardise(
-                values, self.spec.condition_mean, self.spec.condition_std)
-        if not np.isfinite(values).all():
-            raise UserError("condition holds a number that is not finite, or that is too large for "
-                            "the training conditions' deviation")
+        values = transforms.standardise(values, self.spec.condition_mean, self.spec.condition_std)
         return conditions.Vector(np.broadcast_to(values, (n, self.width)), np.ones(n, bool))
 
     def default(self, index, data, split):
         """The vectors of the split's records in turn."""
-        records = data.open(split).records
-        values = np.stack([records[int(i) % len(records)]["condition"] for i in index])
+        values, = stacked(index, data, split, "condition")
         return conditions.Vector(values, np.ones(len(values), bool))
 
     def given(self, batch, captions):
@@ -158,9 +145,7 @@ class Vector(Kind):
 
 def parse(texts) -> tuple[tuple[float, ...], ...] | None:
     """Texts such as 0.5,-1.2 -> vectors; None without texts. UserError for other texts."""
-    if not texts:
-        return None
     try:
-        return tuple(tuple(map(float, text.split(","))) for text in texts)
+        return tuple(tuple(map(float, text.split(","))) for text in texts or ()) or None
     except ValueError:
         raise UserError("--condition takes numbers separated by commas, such as 0.5,-1.2") from None
