@@ -8,60 +8,48 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from ntm_jax.data.text import is_utf8
 from ntm_jax.errors import UserError, abbreviate, first_line
 from ntm_jax.files import parse_object
 
-LISTS = ("metadata.jsonl", "metadata.csv")
+
+def find_list(root: epath.Path) -> epath.Path | None:
+    """The list in the folder `root`, if one is there."""
+    names = ("metadata.jsonl", "metadata.csv")
+    return next((root / name for name in names if (root / name).exists()), None)
 
 
-def listed(root: epath.Path) -> tuple[dict[str, str] | None, dict[str, str]]:
+def listed(root: epath.Path) -> tuple[dict[str, str], dict[str, str]]:
     """What the list in a folder says: (captions, rejected files), {file name: ...} each.
 
-    Names are relative to the folder. Rejected files are those of the rows that have `rejected`.
-    Captions are None without a list. Raises UserError for a list that is not understood.
+    Names are relative to the folder. A caption that is not UTF-8 is empty. Rejected files are those
+    of the rows that have `rejected`. Both are empty without a list. Raises UserError for a list
+    that is not understood.
     """
-    if not any((root / name).exists() for name in LISTS):
-        return None, {}
-    file, captions, rejected = find_list(root, ""), {}, {}
-    for number, row in rows(file):
-        line, worse = f"{file} line {number}", row.get("rejected")
+    file, captions, rejected = find_list(root), {}, {}
+    for number, row in rows(file) if file else ():
+        line = f"{file} line {number}"
         name, caption = name_and_caption(row, line)
         name = os.path.normpath(name)
         if name in captions:
             raise UserError(f"{line} has the file_name {abbreviate(name, str)} again: leave one "
                             "row for each image")
-        captions[name] = caption_of(caption)
-        if worse:
-            rejected[name] = os.path.normpath(str(worse))
+        captions[name] = caption if is_utf8(caption) else ""
+        if row.get("rejected"):
+            rejected[name] = os.path.normpath(str(row["rejected"]))
     return captions, rejected
 
 
-def find_list(root: epath.Path, captions: str) -> epath.Path:
-    """The list of captions. UserError if there is none."""
-    given = [epath.Path(captions).expanduser()] if captions else [root / name for name in LISTS]
-    file = next((path for path in given if path.exists()), None)
-    if file is None or file.suffix not in (".jsonl", ".csv"):
-        found = f"{root} has no {' or '.join(LISTS)}"
-        if captions:
-            found = f"{captions} is no .jsonl or .csv that is there"
-        raise UserError(
-            f"{found}: give --captions=FILE, a row for each image with file_name, caption and, if "
-            "wished, label"
-        )
-    return file
-
-
-def name_and_caption(row: dict, line: str) -> tuple[str, object]:
+def name_and_caption(row: dict, line: str) -> tuple[str, str]:
     """A row's file name and caption. UserError, which begins with `line`, if it has none."""
-    missing = object()
     name = row.get("file_name", row.get("image"))
-    caption = row.get("caption", row.get("text", missing))
+    caption = row.get("caption", row.get("text", 0))  # null is the null caption, 0 is none
     if not isinstance(name, str) or not isinstance(caption, (str, list, type(None))):
         raise UserError(
             f"{line} has {abbreviate(row)}: expected texts as file_name (or image) and caption (or "
             "text) of every image"
         )
-    return name, caption
+    return name, caption_of(caption)
 
 
 def caption_of(value) -> str:
@@ -78,7 +66,7 @@ def rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
 
     Bytes that are not UTF-8 become surrogates, which still name the same file.
     """
-    number, expected = 1, f"{file.suffix} of file_name, caption"
+    number = 1
     try:
         with (
             file.open("rb") as raw,
@@ -86,20 +74,20 @@ def rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
                 raw, encoding="utf-8-sig", errors="surrogateescape", newline=""
             ) as text,
         ):
-            if file.suffix == ".csv":
-                expected += ", and quotes around a caption with a comma or a quote"
-                reader, number = csv.DictReader(text, strict=True), 2
-                for row in reader:
-                    number = reader.line_num
-                    if None in row:  # the fields beyond the header
-                        raise ValueError("it has more fields than the header")
-                    yield number, {key: value for key, value in row.items() if value is not None}
-                    number += 1
+            if file.suffix == ".jsonl":
+                for number, line in enumerate(text, 1):
+                    if line.strip():
+                        yield number, parse_object(line)
                 return
-            for number, line in enumerate(text, 1):
-                if line.strip():
-                    yield number, parse_object(line)
+            reader = csv.DictReader(text, strict=True)
+            for row in reader:
+                number = reader.line_num
+                if None in row:  # the fields beyond the header
+                    raise ValueError("it has more fields than the header")
+                yield number, {key: value for key, value in row.items() if value is not None}
     except (ValueError, csv.Error) as error:
         raise UserError(
-            f"{file} line {number} is not understood ({first_line(error)}): expected {expected}"
+            f"{file} line {number} is not understood ({first_line(error)}): expected a "
+            ".jsonl or .csv of file_name, caption, and quotes around a caption with a comma or a "
+            "quote"
         ) from None

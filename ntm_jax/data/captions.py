@@ -6,7 +6,7 @@ run this.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,34 +16,25 @@ from ntm_jax.data.records import pad_text
 from ntm_jax.errors import UserError
 
 _MAX_CAPTIONS = 100_000  # that are encoded when a source is opened
-_AT_ONCE = 1_000  # captions whose states are in memory while captions are checked
 
 
 @dataclasses.dataclass(frozen=True)
 class _EncodedCaptions:
     """Records with the text states of their captions, M = `tokens`.
 
-    encoder: encodes captions as they are read; None if `states` holds the states of all captions,
-    {caption: [m, E]}.
+    states: caption -> [m, E]. It is pickled to worker processes.
     """
 
     records: Any
     tokens: int
-    encoder: text.Encoder | None
-    states: dict[str, np.ndarray]
+    states: Callable[[str], np.ndarray]
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
-        caption = record["caption"]
-        encoder = self.encoder
-        if encoder is None:
-            own = self.states[caption]
-        else:
-            (own,), _ = text.encode(encoder, [caption])
-        return record | pad_text(own, self.tokens)
+        return record | pad_text(self.states(record["caption"]), self.tokens)
 
 
 def encode_captions(
@@ -62,20 +53,23 @@ def encode_captions(
         slow encoder. With more captions than are encoded here, reading a record raises the second.
     """
     encoder = text.open_encoder(encoder_name)
+    distinct = tuple(sorted(set(captions))) if len(captions) <= _MAX_CAPTIONS else ()
     if encoder.at_read:
-        if len(captions) <= _MAX_CAPTIONS:
-            some, cut = sorted(set(captions)), []
-            for start in range(0, len(some), _AT_ONCE):
-                cut += text.encode(encoder, some[start : start + _AT_ONCE])[1]
-            text.warn_of_cut(encoder, some, cut)
-        return _EncodedCaptions(records, encoder.tokens, encoder, {}), encoder
-    if len(captions) > _MAX_CAPTIONS:
+        cut = [text.encode(encoder, [caption])[1][0] for caption in distinct]
+        text.warn_of_cut(encoder, distinct, cut)
+        states = functools.partial(_encode_one, encoder)
+    elif distinct:
+        states = _encode_all(encoder_name, distinct).__getitem__
+    else:
         raise UserError(
             f"{name} has {len(captions)} captions, and {encoder_name} encodes at most "
             f"{_MAX_CAPTIONS} when a source is opened: prepare them with launch/prepare.py"
         )
-    states = _encode_all(encoder_name, tuple(sorted(set(captions))))
-    return _EncodedCaptions(records, encoder.tokens, None, states), encoder
+    return _EncodedCaptions(records, encoder.tokens, states), encoder
+
+
+def _encode_one(encoder: text.Encoder, caption: str) -> np.ndarray:
+    return text.encode(encoder, [caption])[0][0]
 
 
 @functools.cache

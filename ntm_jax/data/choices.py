@@ -31,6 +31,20 @@ class _Data:
     accelerator: bool
     settings: dict[str, Any]
 
+    @property
+    def classes(self) -> int:
+        """The classes that the model is conditioned on."""
+        return self.train.num_classes if self.settings["model.condition"] == "class" else 0
+
+
+def _some_images(source: Source) -> list[np.ndarray]:
+    return [source.records[row]["image"] for row in source.evenly_spread(_LOOKED_AT)]
+
+
+def _side(data: _Data) -> int:
+    """The images' shorter side; the median where they have several sizes."""
+    return int(np.median([min(image.shape[:2]) for image in _some_images(data.train)]))
+
 
 def _image_size(data: _Data) -> int:
     """The images' own size up to a limit for the device: 32 pixels on a CPU, 64 on others.
@@ -39,24 +53,17 @@ def _image_size(data: _Data) -> int:
     """
     if not data.train.pixel_levels:
         return 0
-    side = data.train.typical_side or _side(data.train)
-    return max(4, min(side, 64 if data.accelerator else 32) // 4 * 4)
-
-
-def _side(source: Source) -> int:
-    """The shorter side of the images; of the first one where the source has several sizes."""
-    sides = source.image_shape[:2]
-    return min(source.records[0]["image"].shape[:2] if None in sides else sides)
+    return max(4, min(_side(data), 64 if data.accelerator else 32) // 4 * 4)
 
 
 def _patch_size(data: _Data) -> int:
     """Cuts an image into about 4 x 4 tokens on a CPU, 8 x 8 on others."""
-    side = data.settings["data.image_size"] or _side(data.train)
+    side = data.settings["data.image_size"] or _side(data)
     divisors = [size for size in range(1, side + 1) if side % size == 0]
     return min(divisors, key=lambda size: abs(side / size - (8 if data.accelerator else 4)))
 
 
-def _text(data: _Data) -> str:
+def _text_encoder(data: _Data) -> str:
     """The encoder of the records' text states, where they hold any.
 
     Otherwise an embedding of the captions' words where these are few, and MiniLM for more.
@@ -65,9 +72,8 @@ def _text(data: _Data) -> str:
         return data.train.text
     if data.train.captions is None:
         raise UserError(
-            f"{data.train.name} has no captions ({data.train.no_captions or 'of any kind'}): "
-            "put a metadata.jsonl into it, one line {\"file_name\": ..., \"caption\": ...} for "
-            "each image, or take --config=folder"
+            f"{data.train.name} has no captions: put a metadata.jsonl into it, one line "
+            "{\"file_name\": ..., \"caption\": ...} for each image, or take --config=folder"
         )
     captions = [*data.train.captions, *(data.held_out.captions or [])]
     words = [text.split(caption) for caption in captions]
@@ -77,60 +83,30 @@ def _text(data: _Data) -> str:
     return f"words:{max(map(len, words))}:{' '.join(vocabulary)}"
 
 
-def _batch_size(data: _Data) -> int:
-    return min(128 if data.accelerator else 32, max(1, len(data.train.records)))
-
-
 def _data_std(data: _Data) -> float:
     """The deviation of the pixels, in [-1, 1], or of the latents; of a few images."""
-    base, levels = data.settings["data.split"].partition("[")[0], data.train.pixel_levels
-    source = sources.open_source(data.train.name, base, data.settings["data.image_size"])
-    shown = [source.records[row]["image"] for row in source.evenly_spread(_LOOKED_AT)]
-    std = float(np.std(np.stack(shown).astype(np.float64)))
+    source, levels = data.train, data.train.pixel_levels
+    resized = sources.open_source(source.name, source.split, data.settings["data.image_size"])
+    std = float(np.std(np.stack(_some_images(resized)).astype(np.float64)))
     return max(0.05, round(std * 2 / (levels - 1) if levels else std, 2))
-
-
-def _condition(data: _Data) -> str:
-    return "class" if data.train.num_classes > 1 else "none"
-
-
-def _dropout(data: _Data) -> float:
-    return 0.0 if data.settings["model.condition"] == "none" else 0.1
-
-
-def _guidance(data: _Data) -> float:
-    return 1.0 if data.settings["train.condition_dropout"] else 0.0
-
-
-def _images(data: _Data) -> int:
-    """Samples to score: 100 of each class for its accuracy, none where nothing scores them."""
-    classes = data.train.num_classes if data.settings["model.condition"] == "class" else 0
-    return min(1000, 100 * classes) if data.train.pixel_levels else 0
-
-
-def _scored_at_once(data: _Data) -> int:
-    return min(100, len(data.held_out.records))
-
-
-def _grid(data: _Data) -> int:
-    """Ten samples of each class, at most ten classes."""
-    classed = data.settings["model.condition"] == "class"
-    return 10 * min(10, data.train.num_classes) if classed else 64
 
 
 # In order: a choice may look at those before it.
 CHOICES: dict[str, Callable[[_Data], Any]] = {
     "data.image_size": _image_size,
     "data.patch_size": _patch_size,
-    "data.text_encoder": _text,
-    "data.batch_size": _batch_size,
+    "data.text_encoder": _text_encoder,
+    "data.batch_size": lambda data: min(128 if data.accelerator else 32, len(data.train.records)),
     "model.data_std": _data_std,
-    "model.condition": _condition,
-    "train.condition_dropout": _dropout,
-    "evaluate.num_samples": _images,
-    "evaluate.batch_size": _scored_at_once,
-    "sample.num": _grid,
-    "sample.guidance": _guidance,
+    "model.condition": lambda data: "class" if data.train.num_classes > 1 else "none",
+    "train.condition_dropout":
+        lambda data: 0.0 if data.settings["model.condition"] == "none" else 0.1,
+    # 100 samples of each class for its accuracy, none where nothing scores them.
+    "evaluate.num_samples":
+        lambda data: min(1000, 100 * data.classes) if data.train.pixel_levels else 0,
+    "evaluate.batch_size": lambda data: min(100, len(data.held_out.records)),
+    "sample.num": lambda data: 10 * min(10, data.classes) or 64,  # ten of each class
+    "sample.guidance": lambda data: 1.0 if data.settings["train.condition_dropout"] else 0.0,
 }
 
 
@@ -151,17 +127,10 @@ def choose(settings: dict[str, Any], accelerator: bool) -> dict[str, Any]:
         raise UserError(
             "config.data.source is empty: give your images, --config.data.source=folder:PATH"
         )
-    train, held_out = (_open(name, key, settings[key]) for key in ("data.split", "evaluate.split"))
+    train, held_out = (  # without slices
+        sources.open_as_stored(name, settings[key].partition("[")[0])
+        for key in ("data.split", "evaluate.split"))
     data = _Data(train, held_out, accelerator, dict(settings))
     for key in left_open:
         data.settings[key] = CHOICES[key](data)
     return {key: data.settings[key] for key in left_open}
-
-
-def _open(name: str, key: str, split: str) -> Source:
-    """The source's split that the setting `key` names, without its slice, as it is stored."""
-    try:
-        return dataclasses.replace(
-            sources.open_as_stored(name, split.partition("[")[0]), name=name)
-    except sources.SplitError as error:
-        raise UserError(f"config.{key}: {error}") from None

@@ -16,7 +16,6 @@ from ntm_jax.files import is_remote
 
 # Decoding other formats, such as EPS, may start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-_PNG_GREY_ALPHA = 4  # the colour type in a PNG's header, its byte 25
 _LIMIT = 256 * 2**20  # bytes of the largest file, or member of a tar, that is read as an image
 
 
@@ -46,8 +45,8 @@ def decode(data: bytes, size: int = 0) -> np.ndarray:
     """The image in a file's bytes, [H, W, C] uint8; C is 1 if the file is grey, else 3.
 
     EXIF rotation is applied, transparent images are composited on white, 16-bit grey values are
-    rounded to 8 bits, of 16-bit colours and grey with alpha Pillow keeps the upper 8 bits, and of
-    an animation the first frame is taken.
+    rounded to 8 bits, of 16-bit colours Pillow keeps the upper 8 bits, and of an animation the
+    first frame is taken.
 
     Args:
       size: if positive, a JPEG may be decoded at a fraction of its size, with both sides still at
@@ -63,15 +62,13 @@ def decode(data: bytes, size: int = 0) -> np.ndarray:
             if size:
                 file.draft(None, (2 * size, 2 * size))
             image = ImageOps.exif_transpose(file)
-            # Pillow opens grey with alpha of 16 bits as RGBA.
-            grey_png = file.format == "PNG" and data[25] == _PNG_GREY_ALPHA
     if image.mode.startswith("I"):
         low, high = cast(tuple[float, float], image.getextrema())  # of its one channel
         if low >= 0 and high < 1 << 16:
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode[0] in "IF":
         raise ValueError("its pixels have more than 16 bits")
-    mode = "L" if grey_png or image.mode in ("1", "L", "LA", "La") else "RGB"
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -91,13 +88,10 @@ def resize(image: np.ndarray, size: int, pixel_levels: int = 256) -> np.ndarray:
     left, top = (width - side) // 2, (height - side) // 2
     # Cropped first: PIL's own box lets pixels outside it bleed in.
     square = image[top : top + side, left : left + side]
-    planes = [
-        np.asarray(
-            Image.fromarray(square[..., channel]).resize(
-                (size, size), Image.Resampling.BICUBIC, reducing_gap=3.0
-            )
-        )
-        for channel in range(channels)
+    planes = (Image.fromarray(square[..., channel]) for channel in range(channels))
+    small = [
+        np.asarray(plane.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0))
+        for plane in planes
     ]
     # Bicubic interpolation overshoots at edges, and PIL clips at 255, not at the last pixel level.
-    return np.minimum(np.stack(planes, axis=-1), np.uint8(pixel_levels - 1))
+    return np.minimum(np.stack(small, axis=-1), np.uint8(pixel_levels - 1))

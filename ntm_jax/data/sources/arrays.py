@@ -16,7 +16,6 @@ worker processes run this. Symbols: n records; H, W, C image height, width, chan
 an array; E numbers of a condition.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +24,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,65 +36,25 @@ _provided: dict[str, "Arrays"] = {}  # by version; under '', those provided last
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """Numbers by column: values [n, D] float32, standardised; what they were normalised by, [D]."""
-
-    values: np.ndarray
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Arrays:
     """A data set in memory, made by `from_arrays`.
 
-    images: [n, H, W, C], uint8 pixels or float32 latents, among them the columns of `table`.
-    labels: [n] ints, or None.
-    captions: n strings, or None.
-    pixel_levels: the number of values that a pixel can take; 0 for latents.
+    source: all its records, in the order of the arrays.
     splits: the rows of train, test and all.
-    version: a hash of the content and its splits.
-    class_names: the name of every class; empty if labels were given as numbers.
-    table: an array's columns, or None for images.
-    condition: what records are conditioned on, or None.
     """
 
-    images: np.ndarray
-    labels: np.ndarray | None
-    captions: tuple[str, ...] | None
-    pixel_levels: int
+    source: Source
     splits: dict[str, np.ndarray]
-    version: str
-    class_names: tuple[str, ...] = ()
-    table: Table | None = None
-    condition: Table | None = None
 
     @property
     def name(self) -> str:
         """The data.source that opens these arrays and no others, once they are provided."""
-        return f"arrays:{self.version}"
+        return f"arrays:{self.source.version}"
 
     def open(self, split: str) -> Source:
         """The Source of 'train', 'test' or 'all'. UserError for another split."""
         check_split("arrays", split, self.splits)
-        rows, captions = self.splits[split], self.captions
-        table, given = self.table, self.condition
-        conditions = None if given is None else given.values
-        return Source(
-            ArrayRecords(self.images, self.labels, captions, rows, conditions),
-            self.images.shape[1:],
-            pixel_levels=self.pixel_levels,
-            num_classes=0 if self.labels is None else int(self.labels.max()) + 1,
-            class_names=self.class_names,
-            version=self.version,
-            captions=None if captions is None else [captions[row] for row in rows],
-            mean=() if table is None else table.mean,
-            std=() if table is None else table.std,
-            columns=0 if table is None else len(table.mean),
-            condition_width=0 if given is None else len(given.mean),
-            condition_mean=() if given is None else given.mean,
-            condition_std=() if given is None else given.std,
-        )
+        return dataclasses.replace(self.source, rows=self.splits[split])
 
 
 def from_arrays(
@@ -129,7 +88,6 @@ def from_arrays(
       UserError: another shape, dtype or length; pixels out of range; numbers that are not finite;
         a column of an array that is constant; negative labels; a share out of range.
     """
-    pixel_levels, held_out, seed = map(_plain, (pixel_levels, held_out, seed))
     is_table = np.ndim(images) == 2
     images = _check_numbers(images, "data", "[n, D]") if is_table else _check_images(images)
     pixel_levels, count = _check_levels(images, pixel_levels), len(images)
@@ -149,12 +107,32 @@ def from_arrays(
     about = [images.shape, images.dtype.name, captions, pixel_levels, held_out, seed]
     about += [names] if names else []
     about += [] if condition is None else [condition.shape, condition.dtype.name]
-    version = _version(about, images, labels, condition)
-    table = _table(images, splits["train"], "data") if is_table else None
-    images = images if table is None else table.values.reshape(count, 1, -1, 1)
-    given = None if condition is None else _table(condition, splits["train"])
+    digest = hashlib.sha256(json.dumps(about, default=np.generic.item).encode())
+    for array in (images, labels, condition):
+        digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+    mean = std = condition_mean = condition_std = ()
+    if is_table:
+        values, mean, std = _standardised(images, splits["train"], "data")
+        images = values.reshape(count, 1, -1, 1)
+    if condition is not None:
+        condition, condition_mean, condition_std = _standardised(condition, splits["train"])
     return Arrays(
-        images, labels, captions, pixel_levels, splits, version, names, table, given
+        Source(
+            ArrayRecords(images, labels, captions, condition),
+            images.shape[1:],
+            pixel_levels=pixel_levels,
+            num_classes=0 if labels is None else int(labels.max()) + 1,
+            class_names=names,
+            version=digest.hexdigest()[:16],
+            captions=captions,
+            mean=mean,
+            std=std,
+            columns=len(mean),
+            condition_width=len(condition_mean),
+            condition_mean=condition_mean,
+            condition_std=condition_std,
+        ),
+        splits,
     )
 
 
@@ -164,7 +142,7 @@ def provide(arrays: Arrays) -> None:
     The name `arrays` opens those that were provided last, `arrays:VERSION` only those of this
     version. The process keeps all arrays that it was provided with.
     """
-    _provided[""] = _provided[arrays.version] = arrays
+    _provided[""] = _provided[arrays.source.version] = arrays
 
 
 def open_provided(version: str, split: str) -> Source:
@@ -181,27 +159,26 @@ def open_provided(version: str, split: str) -> Source:
 
 def open_npz(argument: str, split: str) -> Source:
     """Opens a split of the arrays of a file; argument: PATH[,data=KEYS][,condition=KEYS]."""
-    return _open_file("npz", argument, split)
+    return _open_file("npz", _npz, "a file of numpy.savez", argument, split)
 
 
 def open_parquet(argument: str, split: str) -> Source:
     """Opens a split of a Parquet file; argument: PATH[,data=COLUMNS][,condition=COLUMNS]."""
-    return _open_file("parquet", argument, split)
+    expected = "a Parquet file whose lists, if any, have one length"
+    return _open_file("parquet", _parquet, expected, argument, split)
 
 
-def _open_file(kind: str, argument: str, split: str) -> Source:
+def _open_file(kind: str, reader: Callable, expected: str, argument: str, split: str) -> Source:
     path, keys = argument, {"data": "data", "condition": ""}
     while match := re.fullmatch(r"(.*),(data|condition)=([^,=]+)", path):
         path = match[1]
         keys[match[2]] = match[3]
     try:
-        found = os.stat(path)
-        changed = found.st_mtime_ns, found.st_size
-        return _read_file(kind, argument, path, *keys.values(), *changed).open(split)
+        changed = os.stat(path).st_mtime_ns
+        return _read_file(f"{kind}:{path}", reader, path, **keys, changed=changed).open(split)
     except UserError:  # of what the file holds
         raise
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        expected = _READERS[kind][1]
         raise UserError(
             f"data.source {kind}:{path} cannot be read ({first_line(error)}): expected {expected}"
         ) from None
@@ -209,97 +186,54 @@ def _open_file(kind: str, argument: str, split: str) -> Source:
 
 @functools.lru_cache(maxsize=4)
 def _read_file(
-    kind: str, name: str, path: str, data: str, condition: str, *changed: int
+    name: str, reader: Callable, path: str, data: str, condition: str, changed: int
 ) -> Arrays:
     """The arrays of a file under these keys, joined by +; '' takes `condition` where it is there.
 
-    changed: of the file, so that a new one is read anew.
+    reader: of path; the names of the file's arrays, and a function that reads one. changed: the
+    file's time, so that a new one is read anew.
     """
-    source = f"data.source {kind}:{name}"
-    with _READERS[kind][0](path) as (names, read):
-        if not condition and "condition" in names:
-            condition = "condition"
+    names, read = reader(path)
 
-        def columns(keys: str) -> dict[str, np.ndarray]:
-            chosen = keys.split("+")
-            for key in chosen:
-                if key not in names:
-                    raise UserError(
-                        f"{source} names the array {key!r}: {path} has "
-                        f"{', '.join(names)}; choose with {kind}:PATH,data=KEYS,condition=KEYS"
-                    )
-            return {key: read(key) for key in chosen}
+    def columns(keys: str) -> dict[str, np.ndarray]:
+        missing = [key for key in keys.split("+") if key not in names]
+        if missing:
+            raise UserError(
+                f"data.source {name} has no array {missing[0]!r}: it has {', '.join(names)}; add "
+                ",data=KEYS or ,condition=KEYS to choose"
+            )
+        return {key: read(key) for key in keys.split("+")}
 
-        continuous = "floating-point numbers, since whole numbers, dates and text have no density"
-        values = _joined(source, columns(data), "f", continuous)
-        given = _joined(source, columns(condition), "fiub", "numbers") if condition else None
-        return from_arrays(values, condition=given)
-
-
-def _joined(
-    source: str, parts: dict[str, np.ndarray], kinds: str, expected: str
-) -> np.ndarray:
-    """Arrays [n] or [n, D] of a file side by side; a single array of more axes, such as images.
-
-    kinds: the kinds of dtype that columns may have, which `expected` describes.
-    """
-    for key, part in parts.items():
-        if part.ndim < 3 and part.dtype.kind not in kinds:
-            raise UserError(f"{source}: the array {key!r} is {part.dtype}: expected {expected}")
-    first, *others = parts.values()
-    if not others and first.ndim > 1:
-        return first
-    if any(part.ndim not in (1, 2) or len(part) != len(first) for part in parts.values()):
-        shapes = ", ".join(str(list(part.shape)) for part in parts.values())
-        raise UserError(
-            f"{source} joins arrays of shapes {shapes}: expected columns [n] or [n, D] with one n"
-        )
-    return np.concatenate([part.reshape(len(part), -1) for part in parts.values()], 1)
+    values, given = columns(data), None
+    for key, part in values.items():
+        if part.ndim < 3 and part.dtype.kind != "f":
+            raise UserError(
+                f"data.source {name}: the array {key!r} is {part.dtype}: expected floating-point "
+                "numbers, since whole numbers, dates and text have no density"
+            )
+    if condition or "condition" in names:
+        given = np.column_stack(list(columns(condition or "condition").values()))
+    return from_arrays(np.column_stack(list(values.values())), condition=given)
 
 
-@contextlib.contextmanager
 def _npz(path: str):
-    """The names of a file's arrays, and a function that reads one."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):  # which numpy would take for a pickle
         raise ValueError("it is no archive")
-    with np.load(path, allow_pickle=False) as file:
-        yield file.files, file.__getitem__
+    file = np.load(path, allow_pickle=False)
+    return file.files, file.__getitem__
 
 
-@contextlib.contextmanager
 def _parquet(path: str):
-    """The names of a table's columns, and a function that reads one: [n], or [n, D] of lists."""
-    from pyarrow import parquet, types
+    from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
+    file = parquet.ParquetFile(path)
 
-        def read(name: str) -> np.ndarray:
-            column = file.read([name]).column(0).combine_chunks()
-            if not types.is_nested(column.type):
-                return column.to_numpy(zero_copy_only=False)
-            return np.stack(column.to_numpy(zero_copy_only=False))
+    def read(name: str) -> np.ndarray:
+        """[n], or [n, D] of lists."""
+        column = file.read([name]).column(0).to_numpy()
+        return np.stack(list(column)) if column.dtype == object else column
 
-        yield file.schema_arrow.names, read
-
-
-_READERS = {  # kinds of files, and what to expect of one
-    "npz": (_npz, "a file of numpy.savez"),
-    "parquet": (_parquet, "a Parquet file whose lists, if any, have one length"),
-}
-
-
-def _plain(number):
-    """A scalar of NumPy as a number of Python; others as they are."""
-    return number.item() if isinstance(number, np.generic) else number
-
-
-def _version(about: list, *arrays: np.ndarray | None) -> str:
-    """A hash of facts, of which json has plain values, and of arrays."""
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for array in arrays:
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:16]
+    return file.schema_arrow.names, read
 
 
 def _check_numbers(values, name: str, shape: str, discrete: bool = False) -> np.ndarray:
@@ -313,18 +247,17 @@ def _check_numbers(values, name: str, shape: str, discrete: bool = False) -> np.
     if discrete and values.dtype.kind in "iub":
         values = values.astype(np.float64)
     if values.ndim != 2 or not values.size or values.dtype.kind != "f":
-        convert = "; convert it with .astype(float)" if values.dtype.kind in "iubO" else ""
-        raise UserError(
-            f"{name} is {values.dtype} {list(values.shape)}: expected floating-point numbers "
-            f"{shape}{convert}"
-        )
+        raise UserError(f"{name} is {values.dtype} {list(values.shape)}: expected floating-point "
+                        f"numbers {shape}; convert it with .astype(float)")
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds a number that is not finite: remove these records")
     return values
 
 
-def _table(values: np.ndarray, train: np.ndarray, name: str = "") -> Table:
-    """Standardises numbers [n, D] by the mean and deviation of the rows `train`.
+def _standardised(
+    values: np.ndarray, train: np.ndarray, name: str = ""
+) -> tuple[np.ndarray, tuple[float, ...], tuple[float, ...]]:
+    """(numbers [n, D] standardised by the rows `train`, float32, their mean [D], deviation [D]).
 
     name: of an array whose columns must vary, for its error; without it a constant column is left
     at 0.
@@ -340,7 +273,7 @@ def _table(values: np.ndarray, train: np.ndarray, name: str = "") -> Table:
             "leave it out"
         )
     std = np.where(constant, 1.0, deviation)
-    return Table(standardise(values, mean, std), tuple(mean.tolist()), tuple(std.tolist()))
+    return standardise(values, mean, std), tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _check_images(images) -> np.ndarray:
@@ -361,7 +294,7 @@ def _check_images(images) -> np.ndarray:
 def _check_levels(images: np.ndarray, pixel_levels: int | None) -> int:
     """The pixel levels of images; 0 of latents and arrays."""
     is_pixels = images.dtype == np.uint8
-    levels = (256 if is_pixels else 0) if pixel_levels is None else pixel_levels
+    levels = (256 if is_pixels else 0) if pixel_levels is None else int(pixel_levels)
     if not (2 <= levels <= 256 and images.max() < levels if is_pixels else levels == 0):
         raise UserError(
             f"pixel_levels is {levels}, and the data are {images.dtype} up to {images.max()}: "
@@ -375,8 +308,8 @@ def _numbered(labels) -> tuple[np.ndarray | None, tuple[str, ...]]:
     if labels is None:
         return None, ()
     labels, names = np.asarray(labels), ()
-    if labels.dtype == object and all(isinstance(label, str) for label in labels.flat):
-        labels = labels.astype(str)  # such as a column of pandas
+    if labels.dtype == object:  # such as a column of pandas
+        labels = np.asarray(labels.tolist())
     if labels.dtype.kind == "U":
         found, labels = np.unique(labels, return_inverse=True)
         names = tuple(map(str, found))

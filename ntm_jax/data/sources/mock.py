@@ -8,7 +8,6 @@ imported: grain's worker processes run this.
 """
 
 import dataclasses
-import re
 from typing import Any
 
 import numpy as np
@@ -54,42 +53,32 @@ class _RandomRecords:
 
 def open_mock(where: str, split: str) -> Source:
     """Opens a split of the random records that `where`, HxWxC with options, describes."""
-    name = f"mock:{where}"
-    check_split(name, split, _SPLITS)
-    given = _mock_options(where)
-    (pixel_levels,), (classes,), (count,) = given["levels"], given["classes"], given["count"]
-    shape, (tokens, text_width) = given["shape"], given["text"]
-    count = 1000 if split == "test" else count
+    check_split(f"mock:{where}", split, _SPLITS)
+    size, *options = where.split(",")
+    given = {"levels": "0", "classes": "0", "count": "10000", "text": "0x0"}
+    try:
+        height, width, channels = map(int, size.split("x"))
+        for option in options:
+            key, value = option.split("=")
+            given |= {key: value}
+        levels, classes, count, text = given.values()  # too many if a key is unknown
+        tokens, text_width = map(int, text.split("x"))
+        shape = (height, width, channels)
+        records = _RandomRecords(
+            _SPLITS.index(split), 1000 if split == "test" else int(count), shape, int(levels),
+            int(classes), (tokens, text_width)
+        )
+    except ValueError:
+        raise UserError(
+            f"data.source mock:{where} is not understood: expected HxWxC and after it any of "
+            ",levels=V ,classes=K ,count=N ,text=MxE"
+        ) from None
     return Source(
-        _RandomRecords(_SPLITS.index(split), count, shape, pixel_levels, classes, given["text"]),
+        records,
         shape,
-        pixel_levels=pixel_levels,
-        num_classes=classes,
+        pixel_levels=records.pixel_levels,
+        num_classes=records.classes,
         version="1",
         text_tokens=tokens,
         text_width=text_width,
     )
-
-
-def _mock_options(where: str) -> dict[str, Any]:
-    """The numbers of each option and of "shape" in the text after `mock:`."""
-    number = "([1-9][0-9]{0,8})"
-    syntax = {
-        "shape": f"{number}x{number}x{number}",
-        "levels": number,
-        "classes": number,
-        "count": number,
-        "text": f"{number}x{number}",
-    }
-    given: dict[str, Any] = {"count": (10_000,), "levels": (0,), "classes": (0,), "text": (0, 0)}
-    for option in f"shape={where}".split(","):
-        key, _, value = option.partition("=")
-        match = re.fullmatch(syntax.get(key, "(?!)"), value)
-        if not match:
-            wrong = option.removeprefix("shape=")
-            raise UserError(
-                f"data.source mock:{where} is not understood at {wrong!r}: expected HxWxC and "
-                "after it any of ,levels=V ,classes=K ,count=N ,text=MxE"
-            )
-        given[key] = tuple(map(int, match.groups()))
-    return given

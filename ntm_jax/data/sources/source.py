@@ -9,7 +9,7 @@ worker processes run this.
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +47,8 @@ class Source:
     text_tokens, text_width: M and E; 0 without text states.
     text: the name of the encoder that made the text states; '' if unknown.
     captions: the caption of every record, or None.
-    no_captions: why there are none, for errors; '' if there is nothing to say.
+    rows: what an open function gives to take a part of `records` and `captions`, these rows in this
+      order; None for all, and once the source is opened.
     log_density: the known density of the data, or None: a function of points [n, H W C] float64 and
       a noise level t, 0 < t <= 1, that returns the exact log-density in nats, [n] float64, of
       x_t = (1-t) x + t eps.
@@ -64,8 +65,7 @@ class Source:
     unseen: the split whose captions combine what no training caption combines; '' if there is none.
     mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.
-    typical_side: the median of the images' shorter sides, of images of several sizes; 0 otherwise.
-    skipped: says what of the data is left out or not understood; '' if nothing is.
+    skipped: says which images are left out; '' if none are.
     planar_extent: how the data are drawn. 0: as images. Positive: each record is a point of the
       plane, latents of shape 1 x 2 x 1, drawn in scatter plots on the square [-planar_extent,
       planar_extent]^2.
@@ -83,14 +83,13 @@ class Source:
     text_width: int = 0
     text: str = ""
     captions: Sequence[str] | None = None
-    no_captions: str = ""
+    rows: Sequence[int] | np.ndarray | None = None
     log_density: Callable | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     tasks: Callable | None = None
     unseen: str = ""
     mixed_sizes: str = ""
-    typical_side: int = 0
     skipped: str = ""
     planar_extent: float = 0.0
     columns: int = 0
@@ -108,7 +107,7 @@ SOURCES = Registry(
     "data.source",
     {
         "digits": "ntm_jax.data.sources.digits:open_digits",
-        "mnist_5k": "ntm_jax.data.sources.mnist:open_mnist_5k",
+        "mnist_5k": "ntm_jax.data.sources.digits:open_mnist_5k",
         "shapes": "ntm_jax.projects.scenes.shapes:open_shapes",
         "tfds:NAME_OR_BUILDER_DIR": "ntm_jax.data.sources.tfds:open_tfds",
         "folder:PATH": "ntm_jax.data.sources.folder:open_folder",
@@ -176,38 +175,34 @@ def open_source(
         unprepared data, undecodable images, images of different sizes. Reading a record raises it
         for what can only be found out then.
     """
-    base, first, last = _parse_split(split)
-    source = open_as_stored(name, base)
+    source = open_as_stored(name, split.partition("[")[0])
+    rows = _rows(split, len(source.records))
     if source.mixed_sizes and not image_size:
         raise UserError(f"images have different sizes ({source.mixed_sizes}): set data.image_size")
-    rows = _slice(split, first, last, len(source.records))
+    if image_size and not source.pixel_levels:
+        raise UserError(
+            f"data.image_size={image_size} does not go with {name}, whose latents cannot be "
+            "resized: set data.image_size=0"
+        )
+    if token_size != 1 and (not source.columns or source.columns % token_size):
+        raise UserError(
+            f"config.data.token_size is {token_size}, and a record of {name} has {source.columns} "
+            "columns: set it to 1 or another divisor of their number"
+        )
     shape = source.image_shape
     if image_size:
-        if not source.pixel_levels:
-            raise UserError(
-                f"data.image_size={image_size} does not go with {name}, whose latents cannot be "
-                "resized: set data.image_size=0"
-            )
-        shape = (image_size, image_size, shape[-1])
+        shape = (image_size, image_size, shape[2])
+    elif source.columns:
+        shape = (1, source.columns // token_size, token_size)
     elif None in shape:
         shape = source.records[rows[0]]["image"].shape
-    if token_size != 1:
-        if not source.columns or source.columns % token_size:
-            raise UserError(
-                f"config.data.token_size is {token_size}, and a record of {name} has "
-                f"{source.columns} columns: set it to 1 or another divisor of their number"
-            )
-        shape = 1, source.columns // token_size, token_size
-    shape = cast(tuple[int, int, int], tuple(shape))
     records = _Rows(
         source.records, rows, shape, image_size, source.pixel_levels, source.columns,
         source.num_classes
     )
-    captions = None
-    if source.captions is not None:
-        captions = Lazy(source.captions.__getitem__, rows)
+    captions = _take(source.captions, rows)
     source = dataclasses.replace(
-        source, name=name, split=split, records=records, image_shape=shape, captions=captions
+        source, split=split, records=records, image_shape=shape, captions=captions
     )
     return _encode(source, text) if text else source
 
@@ -218,16 +213,14 @@ def open_as_stored(name: str, split: str) -> Source:
     Images are not resized, so they may have several sizes, and captions are not encoded. Raises
     UserError like `open_source`.
     """
-    if name == "emoji" and name not in SOURCES.names:  # of runs of earlier versions
-        raise UserError("data.source emoji no longer exists, nor does its experiment: its runs can "
-                        "be sampled from, not evaluated or trained on")
     open_function, argument = SOURCES.find(name)
     source = open_function(argument, split)
+    if source.rows is not None:
+        records, captions = (_take(all_, source.rows) for all_ in (source.records, source.captions))
+        source = dataclasses.replace(source, records=records, captions=captions, rows=None)
     if not len(source.records):
-        raise SplitError(f"split {split!r} of {name} holds no records: it needs more")
-    # Names of folders that are not UTF-8 hold surrogates, which cannot be drawn or printed.
-    names = (name.encode(errors="backslashreplace").decode() for name in source.class_names)
-    return dataclasses.replace(source, class_names=tuple(names))
+        raise SplitError(f"the split {split!r} of {name} is empty: it needs more records")
+    return dataclasses.replace(source, name=name, split=split)
 
 
 # For the kinds of source.
@@ -240,29 +233,21 @@ class ArrayRecords:
     images: [n, H, W, C].
     labels: [n] ints, or None.
     captions: n strings, or None.
-    rows: the rows of the arrays that are records, in order; None for all.
     conditions: [n, E] float32, standardised, or None.
     """
 
     images: np.ndarray
     labels: np.ndarray | None = None
     captions: Sequence[str] | None = None
-    rows: np.ndarray | None = None
     conditions: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.images if self.rows is None else self.rows)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = index if self.rows is None else self.rows[index]
-        record = {"image": self.images[row]}
-        if self.labels is not None:
-            record["label"] = self.labels[row]
-        if self.captions is not None:
-            record["caption"] = self.captions[row]
-        if self.conditions is not None:
-            record["condition"] = self.conditions[row]
-        return record
+        given = {"image": self.images, "label": self.labels, "caption": self.captions,
+                 "condition": self.conditions}
+        return {key: values[index] for key, values in given.items() if values is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,13 +255,18 @@ class Lazy(Sequence):
     """Values that are made when they are asked for: get(row) of some rows."""
 
     get: Callable[[int], Any]
-    rows: range
+    rows: Sequence[int] | np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
         return self.get(self.rows[index])
+
+
+def _take(values: Any, rows: Sequence[int] | np.ndarray) -> Lazy | None:
+    """Some rows of random-access values, or of None."""
+    return None if values is None else Lazy(values.__getitem__, rows)
 
 
 def permuted_splits(count: int, train: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -318,32 +308,30 @@ class _Rows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record, name = dict(self.records[self.rows[index]]), f"record {self.rows[index]}"
-        name = record.pop("name", name)
-        found = {"image": self._image(record["image"], name)}
-        if "rejected" in record:
-            found["rejected"] = self._image(record["rejected"], f"the image rejected for {name}")
-        label = int(record.get("label", -1))
+        row = self.rows[index]
+        record = dict(self.records[row])
+        name = record.pop("name", f"record {row}")
+        for key in record.keys() & {"image", "rejected"}:
+            record[key] = self._image(record[key], name)
+        label = record["label"] = int(record.get("label", -1))
         if self.num_classes and not -1 <= label < self.num_classes:
             raise UserError(
                 f"{name} has label {label}: expected 0 to {self.num_classes - 1}, the number of "
                 "one of the source's classes, or -1 where it is unknown"
             )
-        return {**record, **found, "label": label}
+        return record
 
     def _image(self, image: np.ndarray, name: str) -> np.ndarray:
-        image, expected = np.asarray(image), np.uint8 if self.pixel_levels else np.float32
-        fits = self.columns or (image.ndim == 3 and image.shape[2] == self.shape[2])
-        if image.dtype != expected or not fits:
-            raise UserError(f"{name} has an image of {image.dtype} {list(image.shape)}: expected "
-                            f"{expected.__name__} [H, W, C] with C = {self.shape[2]}")
-        if 0 < self.pixel_levels < 256 and image.max() >= self.pixel_levels:
-            raise UserError(f"{name} has a pixel of {image.max()}: expected 0 to "
-                            f"{self.pixel_levels - 1}, the source's pixel_levels - 1")
-        if self.image_size:
-            image = images.resize(image, self.image_size, self.pixel_levels)
         if self.columns:
             image = image.reshape(self.shape)
+        dtype, channels, levels = image.dtype, self.shape[2], self.pixel_levels
+        fits = dtype == (np.uint8 if levels else np.float32) and image.shape[2:] == (channels,)
+        if not fits or (0 < levels < 256 and image.max() >= levels):
+            expected = f"uint8 below {levels}" if levels else "float32"
+            raise UserError(f"{name} has an image of {dtype} {list(image.shape)} up to "
+                            f"{image.max()}: expected {expected}, [H, W, C] with C = {channels}")
+        if self.image_size:
+            image = images.resize(image, self.image_size, levels)
         if image.shape != self.shape:
             found, others = ("x".join(map(str, shape)) for shape in (image.shape, self.shape))
             raise UserError(
@@ -353,26 +341,22 @@ class _Rows:
         return image
 
 
-def _parse_split(split: str) -> tuple[str, str | None, str | None]:
-    """'train[:90%]' -> ('train', None, '90%')."""
-    match = re.fullmatch(r"([\w.-]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+def _rows(split: str, count: int) -> range:
+    """The records of a slice such as 'train[:90%]' of a split of `count` records."""
+    match = re.fullmatch(r"[^\[]+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise SplitError(
             f"the split {split!r} is not understood: expected a name and at most one slice, like "
             "train or train[:90%]"
         )
-    name, first, last = match.groups()
-    return name, first, last
 
-
-def _slice(split: str, first: str | None, last: str | None, count: int) -> range:
     def row(bound: str) -> int:
         from_end = bound.startswith("-")
         if bound.endswith("%"):
             return round((int(bound[:-1]) + 100 * from_end) * count / 100)
         return int(bound) + count * from_end
 
-    start, stop = row(first or "0"), row(last or "100%")
+    start, stop = row(match[1] or "0"), row(match[2] or "100%")
     if not 0 <= start < stop <= count:
         raise SplitError(
             f"the split {split!r} takes records {start} to {stop}, but there are {count}: choose "
@@ -394,10 +378,9 @@ def _encode(source: Source, name: str) -> Source:
             )
         return dataclasses.replace(source, text=name)
     if source.captions is None:
-        why = f" ({source.no_captions})" if source.no_captions else ""
         raise UserError(
-            f"config.data.text_encoder is {name!r}, and {source.name} has no captions{why}: "
-            "leave it empty"
+            f"config.data.text_encoder is {name!r}, and {source.name} has no captions, which a "
+            "folder has in its metadata.jsonl: write it, or leave the encoder empty"
         )
     records, encoder = encode_captions(source.name, source.records, source.captions, name)
     return dataclasses.replace(

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from PIL import EpsImagePlugin
 
-from ntm_jax.data.sources.source import Source, SplitError, check_split
+from ntm_jax.data.sources.source import Source, check_split
 from ntm_jax.errors import UserError, first_line
 
 # tfds decodes every format that PIL knows, and PIL would start the program Ghostscript for an EPS
@@ -51,24 +51,26 @@ def open_tfds(where: str, split: str) -> Source:
             f"{name} has no feature 'image' of height, width and channels in uint8: its features "
             f"are {', '.join(features)}"
         )
-    classes = num_classes(features)
+    classes = class_names(features)
     return Source(
-        _Records(data_source(where, split), labelled=classes > 0),
+        _Records(builder.as_data_source(split), labelled=bool(classes)),
         features["image"].shape,
         pixel_levels=256,
-        num_classes=classes,
-        class_names=tuple(features["label"].names) if classes else (),
+        num_classes=len(classes),
+        class_names=classes,
         version=str(builder.version),
     )
 
 
-def num_classes(features) -> int:
-    """The number of classes of the feature "label"; 0 without such a feature or without classes."""
-    return (getattr(features["label"], "num_classes", None) or 0) if "label" in features else 0
+def class_names(features) -> tuple[str, ...]:
+    """The names of the classes of the feature "label", if it is there and has any."""
+    if "label" not in features or not getattr(features["label"], "num_classes", None):
+        return ()
+    return tuple(features["label"].names)
 
 
 def builder_of(where: str) -> Any:
-    """The builder of a prepared data set, a tfds.core.DatasetBuilder.
+    """The builder of a data set that is prepared with random access, a tfds.core.DatasetBuilder.
 
     Its type is Any, since tfds annotates attributes with types that lack their methods.
 
@@ -78,91 +80,51 @@ def builder_of(where: str) -> Any:
       UserError: there is no such data set, its files are damaged, or they name a class that is not
         one of tfds' own features.
     """
-    name = f"tfds:{where}"
-    with _without_imports() as refused:
-        try:
-            builder, error = _open(where), None
-        except Exception as raised:  # damaged files make tfds and protobuf raise a dozen kinds
-            error = raised
-    if refused:
+    import tensorflow_datasets as tfds
+
+    folder = epath.Path(where).expanduser()
+    try:
+        with _without_imports():
+            if (folder / "dataset_info.json").is_file():
+                builder: Any = tfds.builder_from_directory(os.fspath(folder))
+            elif _NAME.fullmatch(where):
+                # tfds itself reads the variable only once, when it is imported.
+                builder = tfds.builder(where, data_dir=os.environ.get("TFDS_DATA_DIR"))
+            else:
+                raise ValueError("expected NAME, NAME/CONFIG or NAME/CONFIG:VERSION")
+            formats = builder.info.available_file_formats()
+    except Exception as error:  # damaged files make tfds and protobuf raise a dozen kinds
         raise UserError(
-            f"{name} names the class {refused[0]} in its features.json or dataset_info.json: "
-            "expected features of tfds itself, for reading it imports no other code; prepare it "
-            "again with these"
+            f"tfds:{where} is neither a data set known to tfds nor a folder with a "
+            f"dataset_info.json: {first_line(error).rstrip('.')}"
         ) from error
-    if error:
-        reason = first_line(error).rstrip(".")
+    if not builder.info.splits or not formats & tfds.core.FileFormat.with_random_access():
         raise UserError(
-            f"{name} is neither a data set known to tfds nor a folder with a dataset_info.json: "
-            f"{reason}"
-        ) from error
-    if not builder.info.splits:
-        raise UserError(
-            f"{name} is not prepared in {builder.data_path}: set TFDS_DATA_DIR, or prepare it in "
-            f"Python with {_command(where)}"
+            f"tfds:{where} is not prepared for random access in {builder.data_path}: set "
+            "TFDS_DATA_DIR, or prepare it in Python, in another folder, with "
+            f"tfds.builder({where!r}, file_format='array_record').download_and_prepare()"
         )
     return builder
 
 
-def data_source(where: str, split: str, **options):
-    """Random access to the examples of a split.
-
-    Raises:
-      UserError: as `builder_of`; the data set's format has no random access, or it has no such
-        split.
-    """
-    builder = builder_of(where)
-    try:
-        return builder.as_data_source(split, **options)
-    except NotImplementedError:
-        found = builder.info.file_format.value
-        raise UserError(
-            f"tfds:{where} is prepared as {found}, without random access: prepare it in another "
-            f"folder with {_command(where)}"
-        ) from None
-    except (ValueError, KeyError):
-        existing = ", ".join([*builder.info.splits, "all"])
-        raise SplitError(f"tfds:{where} has no split {split!r}: it has {existing}") from None
-
-
-def _open(where: str):
-    import tensorflow_datasets as tfds
-
-    folder = epath.Path(where).expanduser()
-    if (folder / "dataset_info.json").is_file():
-        return tfds.builder_from_directory(os.fspath(folder))
-    if not _NAME.fullmatch(where):
-        raise ValueError("expected NAME, NAME/CONFIG or NAME/CONFIG:VERSION, or such a folder")
-    # The variable is passed on because tfds itself reads it only once, when it is imported.
-    return tfds.builder(where, data_dir=os.environ.get("TFDS_DATA_DIR"))
-
-
 @contextlib.contextmanager
-def _without_imports() -> Iterator[list[str]]:
+def _without_imports() -> Iterator[None]:
     """Within the block tfds finds only features that are registered already.
 
-    Yields the names of other features that a data set's files name. They do so in features.json, in
-    dataset_info.json, and in JSON within strings of both. tfds imports the module of every unknown
-    name, whatever that module does.
+    It would import the module of every other feature that a data set's files name, whatever that
+    module does. They do so in features.json, in dataset_info.json, and in JSON within strings.
     """
     from tensorflow_datasets.core.features.feature import FeatureConnector
 
-    refused = []
-
     def registered(python_class_name: str):
-        if python_class_name not in FeatureConnector._registered_features:
-            if "." in python_class_name:
-                refused.append(repr(python_class_name)[:200])
-            raise ValueError(f"{python_class_name[:200]!r} is no feature of tfds")
-        return FeatureConnector._registered_features[python_class_name]
+        known, name = FeatureConnector._registered_features, python_class_name
+        if name not in known:
+            raise ValueError(f"{name[:200]!r}, which its files name, is no feature of tfds")
+        return known[name]
 
     importing = vars(FeatureConnector)["cls_from_name"]
     FeatureConnector.cls_from_name = staticmethod(registered)
     try:
-        yield refused
+        yield
     finally:
         FeatureConnector.cls_from_name = importing
-
-
-def _command(where: str) -> str:
-    return f"tfds.builder({where!r}, file_format='array_record').download_and_prepare()"

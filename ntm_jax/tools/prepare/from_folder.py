@@ -17,7 +17,12 @@ def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
     root = epath.Path(where).expanduser()
     if not root.is_dir():
         raise UserError(f"--input=folder:{root} is not there: expected a folder of images")
-    file = caption_lists.find_list(root, captions)
+    file = epath.Path(captions).expanduser() if captions else caption_lists.find_list(root)
+    if file is None or not file.exists():
+        raise UserError(
+            f"{file or root / 'metadata.jsonl'} is not there: give --captions=FILE, a .jsonl or "
+            ".csv with a row for each image: file_name, caption and, if wished, label"
+        )
     items, outside = [], _outside(root)
     for number, row in caption_lists.rows(file):
         line = f"{file} line {number}"
@@ -27,7 +32,7 @@ def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
                 f"{line} has the file_name {abbreviate(name, str)}, which lies outside {root}: put "
                 "the file into the folder, or give --follow_outside if you trust the list"
             )
-        items.append(Item(name, name, caption_lists.caption_of(caption), row.get("label")))
+        items.append(Item(name, name, caption, row.get("label")))
     return make_input(str(file), items, functools.partial(_read_file, os.fspath(root)))
 
 

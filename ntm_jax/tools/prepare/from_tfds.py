@@ -26,7 +26,7 @@ def open_tfds(where: str, split: str, feature: str) -> Input:
         inner = getattr(inner[part], "feature", inner[part])  # a sequence's element
         inner = inner if hasattr(inner, "keys") else {}
     count = len(_examples(where, split))
-    classes = features["label"].names if source.num_classes(features) else []
+    classes = source.class_names(features)
     read = functools.partial(_read_example, where, split, feature.split("/"), bool(classes))
     return Input([Item(str(i), i) for i in range(count)], read, classes)
 
@@ -35,7 +35,8 @@ def open_tfds(where: str, split: str, feature: str) -> Input:
 def _examples(where: str, split: str):
     import tensorflow_datasets as tfds
 
-    return source.data_source(where, split, decoders={"image": tfds.decode.SkipDecoding()})
+    return source.builder_of(where).as_data_source(
+        split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
 def _read_example(

@@ -1,19 +1,28 @@
-"""Arrays in memory as a source: splits, content, and every mistake that is refused."""
+"""Arrays as a source, in memory and of files: splits, content, units and mistakes.
+
+Images [n, H, W, C], rows [n, D] of an array, and the vectors [n, E] that they are conditioned on.
+"""
 
 import pickle
 import re
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import arrays as module
 from ntm_jax.data.sources import from_arrays, open_source, provide
 from ntm_jax.errors import UserError
 
-IMAGES = np.random.default_rng(0).integers(256, size=(20, 4, 6, 3), dtype=np.uint8)
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(256, size=(20, 4, 6, 3), dtype=np.uint8)
 LABELS = np.arange(20) % 4
 CAPTIONS = [f"picture {i}" for i in range(20)]
+# Some columns are so far from zero that float32 would not tell their values apart.
+ROWS = RNG.normal(size=(40, 6)) * [1, 10, 1e-3, 1e5, 2, 3] + [0, 5, 1, -1e5, 100, 1.7e9]
+VECTORS = RNG.normal(size=(40, 3)) * [7, 1, 1e-3] + [-2, 0, 1e6]
 
 
 @pytest.fixture(autouse=True)
@@ -21,36 +30,34 @@ def _nothing_provided(monkeypatch):
     monkeypatch.setattr(module, "_provided", {})
 
 
-def contents(source):
-    """(images, labels) of all records."""
-    records = [source.records[i] for i in range(len(source.records))]
-    return np.stack([record["image"] for record in records]), [r["label"] for r in records]
+def values(source, key="image"):
+    return np.stack([record[key] for record in source.records])
+
+
+def opened(arrays, split="all"):
+    provide(arrays)
+    return open_source("arrays", split)
 
 
 def test_splits_cut_the_permutation_of_their_seed():
     for seed in (0, 3):
-        provide(from_arrays(IMAGES, LABELS, held_out=0.25, seed=seed))
+        arrays = from_arrays(IMAGES, LABELS, held_out=0.25, seed=seed)
         order = np.random.RandomState(seed).permutation(20)
         for split, rows in (("train", order[:15]), ("test", order[15:]), ("all", order)):
-            source = open_source("arrays", split)
-            images, labels = contents(source)
-            np.testing.assert_array_equal(images, IMAGES[rows])
-            assert labels == LABELS[rows].tolist()
+            source = opened(arrays, split)
+            np.testing.assert_array_equal(values(source), IMAGES[rows])
+            np.testing.assert_array_equal(values(source, "label"), LABELS[rows])
     assert (source.image_shape, source.pixel_levels, source.num_classes) == ((4, 6, 3), 256, 4)
-    assert len(open_source("arrays", "train[:40%]").records) == 6
 
 
 def test_names_of_classes_are_numbered_in_sorted_order():
     names = np.array(["ring", "cross", "bar", "ring"] * 5)
-    arrays = from_arrays(IMAGES, names)
-    provide(arrays)
-    source = open_source("arrays", "all")
+    source = opened(arrays := from_arrays(IMAGES, names))
     assert (source.class_names, source.num_classes) == (("bar", "cross", "ring"), 3)
     order = np.random.RandomState(0).permutation(20)
-    assert [source.class_names[label] for label in contents(source)[1]] == list(names[order])
+    assert [source.class_names[label] for label in values(source, "label")] == list(names[order])
     assert from_arrays(IMAGES, names.astype(object)).name == arrays.name  # as pandas has them
-    renamed = from_arrays(IMAGES, np.char.upper(names))
-    assert renamed.version != arrays.version
+    assert from_arrays(IMAGES, np.char.upper(names)).name != arrays.name
 
 
 def test_slices_sizes_and_captions_apply():
@@ -66,17 +73,11 @@ def test_slices_sizes_and_captions_apply():
         np.testing.assert_array_equal(record["text"].argmax(1), [0, 1 + row])
 
 
-def test_images_without_channels_and_of_fewer_levels():
-    provide(from_arrays(IMAGES[..., 0] // 32, pixel_levels=8))
-    source = open_source("arrays", "all")
-    assert (source.image_shape, source.pixel_levels) == ((4, 6, 1), 8)
-    assert contents(source)[0].max() == 7
-
-
-def test_float32_images_are_latents():
-    latents = np.random.default_rng(1).normal(size=(20, 2, 2, 5)).astype(np.float32)
-    provide(from_arrays(latents, LABELS))
-    source = open_source("arrays", "train")
+def test_images_have_other_levels_or_are_latents():
+    source = opened(from_arrays(IMAGES[..., 0] // 32, pixel_levels=8))
+    assert (source.image_shape, source.pixel_levels, values(source).max()) == ((4, 6, 1), 8, 7)
+    latents = RNG.normal(size=(20, 2, 2, 5)).astype(np.float32)
+    source = opened(from_arrays(latents, LABELS), "train")
     expected = pipeline.DataSpec((2, 2, 5), 1, pixel_levels=0, num_classes=4, count=18)
     assert pipeline.spec(source, 1) == expected
     batch = next(pipeline.evaluation_batches(source, 1, 18, 0, 1))
@@ -85,13 +86,11 @@ def test_float32_images_are_latents():
 
 
 def test_the_version_names_the_content_and_its_splits():
-    same = [
-        from_arrays(IMAGES, LABELS, CAPTIONS),
-        from_arrays(IMAGES.copy(order="F"), list(LABELS), CAPTIONS, held_out=np.float64(0.1)),
-    ]
     other = IMAGES.copy()
     other[3, 1, 2, 0] ^= 1
-    different = [
+    first, again, *different = (each.name for each in (
+        from_arrays(IMAGES, LABELS, CAPTIONS),
+        from_arrays(IMAGES.copy(order="F"), list(LABELS), CAPTIONS, seed=np.int64(0)),
         from_arrays(other, LABELS, CAPTIONS),
         from_arrays(IMAGES, LABELS[::-1], CAPTIONS),
         from_arrays(IMAGES, LABELS),
@@ -100,41 +99,141 @@ def test_the_version_names_the_content_and_its_splits():
         from_arrays(IMAGES, LABELS, CAPTIONS, held_out=0.2),
         from_arrays(IMAGES, LABELS, CAPTIONS, seed=1),
         from_arrays(IMAGES.reshape(20, 6, 4, 3), LABELS, CAPTIONS),
-    ]
-    assert same[0].version == same[1].version
-    assert len({each.version for each in (same[0], *different)}) == 1 + len(different)
+    ))
+    assert first == again
+    assert len({first, *different}) == 1 + len(different)
 
 
 def test_arrays_open_by_their_version_and_only_where_they_are_provided():
     first, second = from_arrays(IMAGES), from_arrays(255 - IMAGES)
-    message = "this run was trained on arrays in memory: pass data=... with the same images"
+    message = "is not in .* this run was trained on arrays in memory: pass data=... with the same"
     for name in ("arrays", first.name):
-        with pytest.raises(
-            UserError, match=f"^data.source {name} is not in .*{re.escape(message)}"
-        ):
+        with pytest.raises(UserError, match=f"^data.source {name} {message}"):
             open_source(name, "train")
     provide(first)
-    provide(second)
-    assert open_source("arrays", "all").version == second.version
-    for each in (first, second):
+    assert opened(second).version == second.source.version
+    order = np.random.RandomState(0).permutation(20)
+    for each, images in ((first, IMAGES), (second, 255 - IMAGES)):
         source = open_source(each.name, "all")
-        assert (source.name, source.version) == (each.name, each.version)
-        np.testing.assert_array_equal(
-            source.records[0]["image"], each.images[each.splits["all"][0]]
-        )
+        assert source.name == each.name
+        np.testing.assert_array_equal(values(source), images[order])
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"images": IMAGES[:0]}, "images are uint8 [0, 4, 6, 3]: expected uint8 pixels or"),
-        ({"pixel_levels": 17}, "pixel_levels is 17, and the data are uint8 up to 255: expected"),
-        ({"labels": LABELS[1:]}, "labels has 19 rows: expected one for each of the 20 records"),
-        ({"held_out": float("nan")}, "held_out is nan: expected a share of the records"),
-    ],
-    ids=range(4),
-)
+def test_rows_are_standardised_by_the_training_records():
+    arrays = from_arrays(ROWS, condition=VECTORS, held_out=0.25)
+    order = np.random.RandomState(0).permutation(40)
+    for split, rows in (("train", order[:30]), ("test", order[30:]), ("all", order)):
+        source = opened(arrays, split)
+        for given, key, mean, std in (
+            (ROWS, "image", source.mean, source.std),
+            (VECTORS, "condition", source.condition_mean, source.condition_std),
+        ):
+            known = given[order[:30]]
+            np.testing.assert_allclose(mean, known.mean(0), rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(std, known.std(0), rtol=1e-12)
+            found = values(source, key)
+            assert found.dtype == np.float32
+            expected = (given[rows] - known.mean(0)) / known.std(0)
+            np.testing.assert_allclose(found.reshape(len(rows), -1), expected, atol=1e-5)
+    assert (source.image_shape, source.columns, source.condition_width) == ((1, 6, 1), 6, 3)
+    assert source.pixel_levels == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_tokens_group_columns_and_give_the_rows_back(size):
+    provide(from_arrays(ROWS, condition=VECTORS))
+    source = open_source("arrays", "all", token_size=size)
+    spec = pipeline.spec(source, 1)
+    assert (spec.tokens, spec.dim) == (6 // size, size)
+    batch = next(pipeline.evaluation_batches(source, 1, 40, 0, 1))
+    rows = ROWS[np.random.RandomState(0).permutation(40)]
+    np.testing.assert_allclose(spec.from_tokens(batch["x"]), rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(spec.to_tokens(rows), batch["x"])
+    assert batch["condition"].shape == (40, 3)
+    np.testing.assert_allclose(spec.log_unit, np.log(spec.std).sum())
+    content = pipeline.spec_to_json(spec)
+    assert pipeline.spec_from_json(content) == spec
+    for key in ("columns", "condition_width", "condition_mean", "condition_std"):
+        del content[key]  # as earlier versions wrote it
+    assert pipeline.spec_from_json(content).columns == 0
+
+
+def test_a_constant_column_of_many_records():
+    rows = np.random.default_rng(0).normal(size=(10_000, 2))
+    rows[:, 1] = 7.3  # whose deviation is not 0, by rounding
+    with pytest.raises(UserError, match=r"^data has the constant column 1, which has no density"):
+        from_arrays(rows)
+    source = opened(from_arrays(rows[:, :1], condition=rows))
+    assert (values(source, "condition")[:, 1] == 0).all()
+    assert (source.condition_mean[1], source.condition_std[1]) == (7.3, 1)
+
+
+TABLE = {"data": ROWS, "condition": VECTORS, "mass": ROWS[:, 0], "spin": ROWS[:, 1],
+         "count": np.arange(40), "good": np.arange(40) % 3 == 0}
+
+
+def write_npz(path):
+    np.savez(path, **TABLE)
+
+
+def write_parquet(path):
+    lists = {"data": list(ROWS), "condition": list(VECTORS)}
+    parquet.write_table(pyarrow.table(TABLE | lists), path, row_group_size=16)
+
+
+@pytest.mark.parametrize(("kind", "write"), [("npz", write_npz), ("parquet", write_parquet)])
+def test_a_file_holds_columns_under_keys(tmp_path, kind, write):
+    path = tmp_path / f"some,file.{kind}"
+    write(path)
+    both = np.stack([TABLE["mass"], TABLE["spin"]], 1)
+    for keys, rows, condition in (
+        ("", ROWS, VECTORS),
+        (",data=mass+spin,condition=condition+mass", both, np.column_stack([VECTORS, both[:, 0]])),
+        (",data=spin,condition=count+good", both[:, 1:],
+         np.column_stack([TABLE["count"], TABLE["good"]])),
+    ):
+        expected = from_arrays(rows, condition=condition)
+        assert open_source(f"{kind}:{path}{keys}", "all").version == expected.source.version
+    (tmp_path / "text").write_text("no archive")
+    for name, message in (
+        (f"{path},data=weight", "has no array 'weight': it has data, condition, mass"),
+        (f"{path},data=mass+count", "the array 'count' is int64: expected floating-point numbers, "
+         "since whole numbers, dates and text have no density"),
+        (f"{tmp_path}/text", "/text cannot be read ("),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            open_source(f"{kind}:{name}", "train")
+        assert "\n" not in str(error.value)
+
+
+def test_a_changed_file_is_read_anew_and_may_lack_a_condition(tmp_path):
+    write_npz(path := tmp_path / "a.npz")
+    assert open_source(f"npz:{path}", "all").condition_width == 3
+    np.savez(path, data=ROWS[:30])
+    assert open_source(f"npz:{path}", "all").condition_width == 0
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"images": IMAGES[:0]}, "images are uint8 [0, 4, 6, 3]: expected uint8 pixels or"),
+    ({"images": np.zeros(40)}, "images are float64 [40]: expected uint8 pixels or float32 latents "
+     "[n, H, W, C] or [n, H, W], or an array [n, D], such as data[:, None] for one column"),
+    ({"pixel_levels": 17}, "pixel_levels is 17, and the data are uint8 up to 255: expected"),
+    ({"labels": LABELS[1:]}, "labels has 19 rows: expected one for each of the 20 records"),
+    ({"held_out": float("nan")}, "held_out is nan: expected a share of the records"),
+    ({"images": ROWS.astype(int)}, "data is int64 [40, 6]: expected floating-point numbers [n, D]; "
+     "convert it with .astype(float)"),
+    ({"images": np.where(ROWS > 100, np.nan, ROWS)}, "data holds a number that is not finite"),
+    ({"images": np.ma.masked_greater(ROWS, 100)}, "data has masked entries: fill them in"),
+], ids=range(8))
 def test_mistakes_are_refused_in_one_line(given, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         from_arrays(**{"images": IMAGES} | given)
     assert "\n" not in str(error.value)
+
+
+def test_a_token_size_fits_the_columns():
+    provide(from_arrays(ROWS))
+    for name, columns in (("arrays", 6), ("digits", 0)):
+        message = f"token_size is 4, and a record of {name} has {columns} columns"
+        with pytest.raises(UserError, match=message):
+            open_source(name, "test", token_size=4)

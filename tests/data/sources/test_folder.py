@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -21,11 +22,12 @@ def test_folder_splits_its_sorted_files_and_labels_its_sub_folders(tmp_path):
         save(tmp_path / ("zebra" if i % 2 else "ant") / "deep" / f"{i:02}.png", i, mode="L")
     save(tmp_path / "ant" / ".hidden.png", 99, mode="L")
     (tmp_path / "ant" / "notes.txt").write_text("not an image")
+    (tmp_path / "ant" / "loop").symlink_to(tmp_path)
     in_order = np.array([*range(0, 20, 2), *range(1, 20, 2)])  # ant/deep/00, .., zebra/deep/01, ..
     expected = in_order[np.random.RandomState(0).permutation(20)].tolist()
     train, test, both = (opened(tmp_path, split) for split in ("train", "test", "all"))
-    assert train.image_shape == (8, 8, 1)
-    assert (train.pixel_levels, train.num_classes) == (256, 2)
+    assert (train.image_shape, train.pixel_levels) == ((8, 8, 1), 256)
+    assert train.class_names == ("ant", "zebra")
     assert (values(train), values(test), values(both)) == (expected[:18], expected[18:], expected)
     assert labels(both) == [value % 2 for value in expected]
     assert train.version == test.version
@@ -34,22 +36,15 @@ def test_folder_splits_its_sorted_files_and_labels_its_sub_folders(tmp_path):
 def test_folder_with_train_and_test(tmp_path):
     for i in range(3):
         save(tmp_path / "train" / "cat" / f"{i}.jpg", (i * 40,) * 3)
-    save(tmp_path / "val" / "cat" / "0.png", "white")
+    save(tmp_path / "val" / "ant" / "0.webp", "white")
+    save(tmp_path / "val" / "cat" / "1.bmp", (0, 0, 0))
     with pytest.raises(UserError, match="holds train/ and no test/: rename or link a folder such"):
         opened(tmp_path)
-    save(tmp_path / "test" / "ant" / "0.webp", "white")
-    save(tmp_path / "test" / "cat" / "1.bmp", (0, 0, 0))
+    (tmp_path / "test").symlink_to("val")
     train, test, both = (opened(tmp_path, split) for split in ("train", "test", "all"))
     assert (values(train), labels(train)) == ([0, 40, 80], [1, 1, 1])
     assert (values(test), labels(test)) == ([255, 0], [0, 1])
-    assert labels(both) == [1, 1, 1, 0, 1]
-    assert both.num_classes == 2
-
-
-def test_train_may_be_a_class(tmp_path):
-    save(tmp_path / "train/0.png", "red")
-    save(tmp_path / "bus/0.png", "red")
-    assert opened(tmp_path).class_names == ("bus", "train")
+    assert (labels(both), both.num_classes) == ([1, 1, 1, 0, 1], 2)
 
 
 def test_folder_without_sub_folders_has_no_labels(tmp_path):
@@ -57,7 +52,7 @@ def test_folder_without_sub_folders_has_no_labels(tmp_path):
     source = opened(tmp_path)
     assert (source.num_classes, labels(source)) == (0, [-1])
     assert source.records[0]["image"][0, 0].tolist() == [4]
-    save(tmp_path / "more" / "b.PNG", (1, 2, 3))
+    save(tmp_path / "train" / "b.PNG", (1, 2, 3))  # a class, as there is no val/
     # With one image in colour all are read in colour.
     found = sorted(record["image"][0, 0].tolist() for record in opened(tmp_path).records)
     assert found == [[1, 2, 3], [4, 4, 4]]
@@ -104,7 +99,8 @@ def test_a_few_undecodable_images_are_left_out_and_named(tmp_path):
 def test_captions_of_a_list(tmp_path):
     for i in range(20):
         save(tmp_path / f"{i:02}.png", (i, i, i))
-    assert opened(tmp_path).no_captions == "there is no metadata.jsonl or metadata.csv in it"
+    with pytest.raises(UserError, match=r"has no captions, which a folder has in its metadata"):
+        opened(tmp_path, "train", text="words:2:animal")
     rows = [f"{i:02}.png,animal {i}" for i in range(20)]
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows]))
     words = f"words:2:animal {' '.join(map(str, range(20)))}"
@@ -113,8 +109,8 @@ def test_captions_of_a_list(tmp_path):
     for record, caption in zip(source.records, source.captions, strict=True):
         assert record["caption"] == caption == f"animal {record['image'][0, 0, 0]}"
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows[:-1]]))
-    with pytest.raises(UserError, match=r"has no captions \(.*no row for 1 images: 19\.png"):
-        opened(tmp_path, "train", text="words:2:animal")
+    with pytest.raises(UserError, match=r"without a row for 1 images \(19\.png\): add them"):
+        opened(tmp_path)
 
 
 def test_pairs_of_a_list_are_records_with_a_rejected_image(tmp_path):
@@ -124,8 +120,7 @@ def test_pairs_of_a_list_are_records_with_a_rejected_image(tmp_path):
         save(tmp_path / f"bad{i}.png", i, mode="L")
         rows.append({"file_name": f"good{i}.png", "caption": f"number {i}"}
                     | ({"rejected": f"bad{i}.png"} if i else {}))
-    listed = tmp_path / "metadata.jsonl"
-    listed.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = opened(tmp_path, "all", 4)
     assert len(source.records) == 3  # one image has no rejected one
     for record, caption in zip(source.records, source.captions, strict=True):
@@ -135,8 +130,6 @@ def test_pairs_of_a_list_are_records_with_a_rejected_image(tmp_path):
         assert caption == record["caption"] == f"number {number}"
     batch = next(pipeline.evaluation_batches(source, 2, 3, 0, 1))
     assert batch["rejected"].shape == batch["x"].shape == (3, 4, 4)
-    listed.write_text("\n".join(map(json.dumps, [*rows, {"file_name": "x.png", "caption": "x"}])))
-    assert opened(tmp_path).skipped == "1 of 5 rows of its list name no image there: x.png"
 
 
 def test_a_large_folder_is_checked_as_it_is_read(tmp_path, monkeypatch):
@@ -152,14 +145,17 @@ def test_a_large_folder_is_checked_as_it_is_read(tmp_path, monkeypatch):
     messages = {
         "1.png": f"image {tmp_path / '1.png'} cannot be decoded",
         "2.png": "2.png is 8x9x1, others 8x8x1.: set data.image_size",
-        "3.png": "3.png has colours",
+        "3.png": r"3.png has an image of uint8 \[8, 8, 3\] .* expected uint8 .* with C = 1",
     }
-    for i, file in enumerate(source.records.records.files):
-        if file not in messages:
+    intact = 0
+    for i in range(10):
+        try:
             assert source.records[i]["image"].shape == (8, 8, 1)
-            continue
-        with pytest.raises(UserError, match=messages[file]):
-            source.records[i]
+            intact += 1
+        except UserError as error:
+            [file] = [file for file in messages if re.search(messages[file], str(error))]
+            del messages[file]
+    assert (intact, messages) == (7, {})
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
@@ -183,5 +179,5 @@ def test_too_few_images_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no images: expected files ending in \.png, \.jpg"):
         opened(tmp_path)
     save(tmp_path / "a.png", (1, 2, 3))
-    with pytest.raises(UserError, match=r"split 'train' of folder:.* holds no records: it needs"):
+    with pytest.raises(UserError, match=r"split 'train' of folder:.* is empty: it needs"):
         opened(tmp_path, "train")

@@ -38,8 +38,8 @@ def test_what_is_not_prepared_or_without_random_access_is_refused(
     for file in (squares_dir / "squares" / "1.2.3").glob("*.json"):
         (tmp_path / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
     for name, message in (
-        ("mnist", rf"is not prepared in {tmp_path}/mnist/.*file_format='array_record'"),
-        (tmp_path, "is prepared as tfrecord, without random access"),
+        ("mnist", rf"is not prepared for random access in {tmp_path}/mnist/.*'array_record'"),
+        (tmp_path, f"is not prepared for random access in {tmp_path}: set TFDS_DATA_DIR"),
     ):
         with pytest.raises(UserError, match=f"^tfds:{name} {message}"):
             open_source(f"tfds:{name}", "train")
@@ -90,7 +90,7 @@ def test_tfds_imports_no_module_that_a_folder_names(
     there = info if file == "dataset_info.json" else {}
     (folder / file).write_text(json.dumps(there | content))
     for name in (f"tfds:{folder}", "tfds:hostile:1.2.3"):
-        message = f"^{name} names the class 'foreign_module.Feature' in its features.json or"
+        message = f"^{name} is neither .*'foreign_module.Feature', which its files name, is no"
         with pytest.raises(UserError, match=message):
             open_source(name, "train")
         with pytest.raises(UserError, match=message):

@@ -25,8 +25,8 @@ def row(label):
     ("a.jsonl", '{"file_name": "a.png"}', "line 1 has {'file_name': 'a.png'}: expected"),
     ("a.jsonl", row(1) + row('""'), "has the label None for a.png, and others have labels"),
     ("a.csv", "file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b",
-     "a.csv line 3 is not understood (it has more fields than the header): expected .csv of "
-     "file_name, caption, and quotes around a caption with a comma or a quote"),
+     "a.csv line 3 is not understood (it has more fields than the header): expected a .jsonl or "
+     ".csv of file_name, caption, and quotes around a caption with a comma or a quote"),
 ], ids=range(3))
 def test_an_invalid_list_is_refused(tmp_path, name, content, message):
     write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})
@@ -41,7 +41,7 @@ def test_an_invalid_input_is_refused(tmp_path, squares_dir):
     for given, message in (
         ({"input": "photos"}, "--input=photos is not known: expected folder:PATH"),
         ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
-        ({"input": f"folder:{tmp_path}/empty"}, "has no metadata.jsonl or metadata.csv: give -"),
+        ({"input": f"folder:{tmp_path}/empty"}, "/metadata.jsonl is not there: give --captions"),
         ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a complete, uncompr"),
         ({"input": f"tfds:{squares_dir}/squares/1.2.3"}, "has no feature 'caption' of captions: "),
     ):
