@@ -4,8 +4,6 @@ Symbols: n images, K levels, H height, W width, C channels (1 or 3). Images are 
 """
 
 import dataclasses
-import io
-import math
 import re
 import textwrap
 import warnings
@@ -19,7 +17,8 @@ SMOOTHING_POINTS = 50  # the smoothed loss averages over 1/50 of the points
 GRID_COLUMNS = 10  # images in a row of a grid of samples
 PAIRED_COLUMNS = 5  # of an array, of which a picture shows all pairs
 DPI = 120  # of all figures
-PIXELS_OF_A_LETTER = 9  # a capital, at the size of names beside rows
+NAME_MARGIN, TITLE_MARGIN = 150, 22  # pixels beside and above the images of a sheet
+NAME_LETTERS = 16  # that fit beside them
 
 
 def displayable(images, pixel_levels: int) -> np.ndarray:
@@ -47,17 +46,13 @@ def image_grid(images, columns: int, scale: int = 1, padding: int = 2) -> np.nda
     Returns:
       uint8 [rows * (scale * H + padding) + padding, columns * (scale * W + padding) + padding, C].
     """
-    images = np.asarray(images)
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    n, height, width, channels = images.shape
-    rows = math.ceil(n / columns)
-    shape = rows * (height + padding) + padding, columns * (width + padding) + padding, channels
-    grid = np.full(shape, 255, np.uint8)
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        top, left = padding + row * (height + padding), padding + column * (width + padding)
-        grid[top : top + height, left : left + width] = image
-    return grid
+    images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
+    missing = -len(images) % columns
+    cells = np.pad(images, ((0, missing), (0, padding), (0, padding), (0, 0)), constant_values=255)
+    _, height, width, channels = cells.shape
+    rows = cells.reshape(-1, columns, height, width, channels).swapaxes(1, 2)
+    grid = rows.reshape(-1, columns * width, channels)
+    return np.pad(grid, ((padding, 0), (padding, 0), (0, 0)), constant_values=255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,47 +69,43 @@ def contact_sheet(rows: list[SheetRow], out_png, titles=("samples", "real images
 
     titles: of the samples, and of the other images, which stand to the right of all samples.
     """
-    made, others = (max(len(images) for images in kind) for kind in
+    made, others = (max(map(len, kind)) for kind in
                     zip(*((row.samples, row.beside) for row in rows), strict=True))
-    cells = [{first + i: image for first, images in ((0, row.samples), (made + 0.25, row.beside))
-              for i, image in enumerate(images)} for row in rows]
-    titles = dict(zip((0, made + 0.25), titles, strict=True)) if others else {}
+    first = made + 1  # an empty column divides the two
+    cells = np.full((len(rows), first + others if others else made, *rows[0].samples.shape[1:]),
+                    255, np.uint8)
+    for place, row in zip(cells, rows, strict=True):
+        place[: len(row.samples)] = row.samples
+        if len(row.beside):
+            place[first : first + len(row.beside)] = row.beside
+    titles = dict(zip((0, first), titles, strict=True)) if others else {}
     _save_sheet(cells, [row.name for row in rows], titles, out_png)
 
 
-def _save_sheet(cells: list[dict], names: list[str], titles: dict, out_png) -> None:
-    """Draws images {column: uint8 [H, W, C]} of each row, beside names and under titles {column:}.
+def _save_sheet(images, names: list[str], titles: dict[int, str], out_png) -> None:
+    """Draws uint8 images [rows, columns, H, W, C] beside names, under titles {column: title}.
 
     One picture holds all images, since a matplotlib axes for each would take a minute.
     """
-    shape = np.shape(next(iter(cells[0].values())))
-    scale, gap = max(1, round(64 / max(shape[:2]))), 3
-    height, width = shape[0] * scale + gap, shape[1] * scale + gap
-    columns = max(column for row in cells for column in row) + 1
-    sheet = np.full((height * len(cells), round(width * columns), shape[-1]), 255, np.uint8)
-    for r, row in enumerate(cells):
-        for column, image in row.items():
-            image, left = np.asarray(image).repeat(scale, 0).repeat(scale, 1), round(column * width)
-            sheet[r * height : r * height + image.shape[0], left : left + image.shape[1]] = image
-    longest = max(map(len, names), default=0)
-    margin, top = (150 if longest > 14 else 100) if longest else 0, 22 if titles else 0
-    size = sheet.shape[1] + margin + gap, sheet.shape[0] + top
-    plot, ((axes,),) = figure(size[0] / DPI, size[1] / DPI)
+    rows, columns, *shape = images.shape
+    scale = max(1, round(64 / max(shape[:2])))
+    sheet = image_grid(images.reshape(-1, *shape), columns, scale)
+    height, width = sheet.shape[:2]
+    left, top = NAME_MARGIN if names else 0, TITLE_MARGIN if titles else 0
+    plot, ((axes,),) = figure((left + width) / DPI, (top + height) / DPI)
     plot.set_layout_engine("none")
-    axes.set_position((margin / size[0], 0, sheet.shape[1] / size[0], sheet.shape[0] / size[1]))
-    axes.set_axis_off()
+    axes.set_position((left / (left + width), 0, width / (left + width), height / (top + height)))
     axes.imshow(_without_gray_axis(sheet), cmap="gray", vmin=0, vmax=255, interpolation="nearest",
                 aspect="auto")
-    style = {"fontsize": 7, "va": "center", "parse_math": False}
+    wrapped = ["\n".join(textwrap.wrap(name, NAME_LETTERS, max_lines=4, placeholder=" ..."))
+               for name in names]
+    axes.set_yticks((np.arange(len(names)) + 0.5) * height / rows, wrapped, parse_math=False)
+    axes.set_xticks([column * width / columns for column in titles], titles.values(), ha="left")
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelsize=7)
+    axes.set_frame_on(False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font draws unsupported scripts as boxes
-        for r, name in enumerate(names):
-            lines = textwrap.wrap(name, margin // PIXELS_OF_A_LETTER, max_lines=4,
-                                  placeholder=" ...")
-            y = 1 - (top + (r + 0.5) * height) / size[1]
-            plot.text((margin - 6) / size[0], y, "\n".join(lines), ha="right", **style)
-        for column, title in titles.items():
-            plot.text((margin + column * width) / size[0], 1 - top / 2 / size[1], title, **style)
         save_figure(plot, out_png)
 
 
@@ -122,9 +113,8 @@ def save_png(path, image) -> None:
     """Writes a uint8 array [H, W, C] as a PNG file, locally or to object storage."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(_without_gray_axis(image)).save(buffer, "png")
-    files.write(path, buffer.getvalue())
+    with files.atomic_writer(path) as file:
+        Image.fromarray(_without_gray_axis(image)).save(file, "png")
 
 
 def loss_plot(metrics_path, out_png, loss_label: str) -> bool:
@@ -161,9 +151,8 @@ def trajectory_picture(images, levels, out_png, names=()) -> None:
     images: [n, K, H, W, C] at noise levels [K] in any order. names: of the rows, up to n.
     """
     order = np.argsort(-np.asarray(levels))
-    cells = [{column: row[level] for column, level in enumerate(order)} for row in images]
     titles = {column: f"t={levels[level]:.2g}" for column, level in enumerate(order)}
-    _save_sheet(cells, list(names), titles, out_png)
+    _save_sheet(np.asarray(images)[:, order], list(names), titles, out_png)
 
 
 def points_picture(points, levels, extent: float, out_png) -> None:
@@ -186,12 +175,12 @@ def columns_picture(rows: dict[str, np.ndarray], out_png) -> None:
     plot, axes = figure(2 * count + 1, 2 * count + 0.6, count, count)
     for row, column in np.ndindex(count, count):
         panel = axes[row, column]
+        panel.axis("on" if row >= column else "off")
         for name, values in rows.items():
             if row == column:
                 panel.hist(values[:, row], 30, density=True, histtype="step", label=name)
             elif row > column:
                 panel.scatter(values[:, column], values[:, row], s=2, linewidths=0, alpha=0.5)
-        panel.set_axis_on() if row >= column else panel.set_axis_off()
     plot.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right")
     save_figure(plot, out_png)
 
@@ -220,9 +209,8 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tupl
 
 def save_figure(figure, path) -> None:
     """Writes a figure as a PNG file, locally or to object storage."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    files.write(path, buffer.getvalue())
+    with files.atomic_writer(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _without_gray_axis(image):

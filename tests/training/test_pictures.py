@@ -65,4 +65,4 @@ def test_a_sheet_has_names_and_real_images(tmp_path):
     for image in (image for row in rows for image in (*row.samples, *row.beside)):
         places = zip(*np.nonzero((sheet == image[0, 0]).all(-1)), strict=True)
         assert any(np.array_equal(sheet[y : y + 64 : 8, x : x + 64 : 8], image) for y, x in places)
-    assert (sheet[:, :90] < 128).any()  # names
+    assert (sheet[:, : plots.NAME_MARGIN] < 128).any()  # names
