@@ -1,14 +1,18 @@
 """Declares settings as fields of dataclasses, and reads dataclasses from JSON or a ConfigDict."""
 
-import collections.abc
 import dataclasses
+import inspect
 import math
+import operator
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ntm_jax.errors import UserError, abbreviate
+
+_BOUNDS = {"low": ("at least", operator.ge), "above": ("more than", operator.gt),
+           "high": ("at most", operator.le), "below": ("less than", operator.lt)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,20 +20,16 @@ class Setting:
     """What a setting means, in one sentence, and the values that it takes."""
 
     meaning: str
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...]
+    bounds: dict[str, float]  # see `setting`
 
     @property
     def expected(self) -> str:
         """The values that it takes, such as "at least 0 and less than 1"; '' for any."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        bounds = (("at least", self.low), ("more than", self.above),
-                  ("at most", self.high), ("less than", self.below))
-        return " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
+        return " and ".join(f"{words} {self.bounds[name]}" for name, (words, _) in _BOUNDS.items()
+                            if name in self.bounds)
 
     @property
     def documentation(self) -> str:
@@ -43,22 +43,20 @@ class Setting:
             return all(map(self.allows, value))
         if self.choices:
             return value in self.choices
-        return value is None or not (
-            (self.low is not None and value < self.low)
-            or (self.high is not None and value > self.high)
-            or (self.above is not None and value <= self.above)
-            or (self.below is not None and value >= self.below))
+        return value is None or all(
+            _BOUNDS[name][1](value, bound) for name, bound in self.bounds.items())
 
 
-def setting(default, meaning: str, compare: bool = True, **values) -> Any:
+def setting(default, meaning: str, compare: bool = True, choices: tuple[str, ...] = (),
+            **bounds: float) -> Any:
     """A dataclass field that is a setting: its default, its meaning and the values that it takes.
 
         width: int = setting(128, "Width of the predictor.", low=1)
 
-    values: `low` and `high`, inclusive bounds of a number; `above` and `below`, exclusive ones; or
-    `choices` of a text. They hold for each element of a tuple. compare: as of dataclasses.field.
+    compare: as of dataclasses.field. choices: of a text. bounds: of a number, `low` and `high`
+    inclusive, `above` and `below` exclusive. They hold for each element of a tuple.
     """
-    metadata = {"setting": Setting(meaning, **values)}
+    metadata = {"setting": Setting(meaning, choices, bounds)}
     return dataclasses.field(default=default, compare=compare, metadata=metadata)
 
 
@@ -83,7 +81,7 @@ def parse_dataclass(cls, values, name: str) -> Any:
       UserError: a key that is unknown or missing, a value of another type, a number that is not
         finite, a value that its setting does not take.
     """
-    if not isinstance(values, collections.abc.Mapping):
+    if not isinstance(values, Mapping):
         raise UserError(f"{name} is {abbreviate(values)}: expected a section")
     kinds = typing.get_type_hints(cls)
     unknown = next((key for key in values if key not in kinds), None)
@@ -108,28 +106,20 @@ def parse_dataclass(cls, values, name: str) -> Any:
 def _value(kind, value, name: str):
     if dataclasses.is_dataclass(kind):
         return parse_dataclass(kind, value, name)
-    if kind is Any:
-        return value
-    origin = typing.get_origin(kind)
-    if origin is tuple:
-        element, *rest = typing.get_args(kind)
-        if not isinstance(value, (tuple, list)) or (rest != [...] and len(value) != 1 + len(rest)):
-            length = "" if rest == [...] else f", {1 + len(rest)} long"
-            raise UserError(
-                f"{name} is {abbreviate(value)}: expected a tuple of {element.__name__}{length}")
-        return tuple(_value(element, v, name) for v in value)
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (origin or kind,)
-    several = next((option for option in options if typing.get_origin(option) is tuple), None)
-    if several and isinstance(value, (tuple, list)):
-        return _value(several, value, name)
-    accepted = tuple(option for option in options if option is not several)
     is_bool = isinstance(value, bool)
-    if float in accepted and isinstance(value, int) and not is_bool:
-        value = float(value)
-    if (is_bool and bool not in accepted) or not isinstance(value, accepted):
-        expected = kind if isinstance(kind, types.UnionType) else accepted[0].__name__
-        raise UserError(
-            f"{name} is {abbreviate(value)}, of type {type(value).__name__}: expected {expected}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} is {value}: expected a finite number")
-    return value
+    for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        plain = typing.get_origin(option) or option
+        if plain is Any:
+            return value
+        if plain is tuple:
+            element, *rest = typing.get_args(option)
+            if isinstance(value, (tuple, list)) and (rest == [...] or len(value) == 1 + len(rest)):
+                return tuple(_value(element, v, name) for v in value)
+        elif plain is float:
+            if isinstance(value, (int, float)) and not is_bool and math.isfinite(value):
+                return float(value)
+        elif isinstance(value, plain) and is_bool == (plain is bool):
+            return value
+    expected = "a finite number" if kind is float else inspect.formatannotation(kind)
+    raise UserError(
+        f"{name} is {abbreviate(value)}, of type {type(value).__name__}: expected {expected}")
