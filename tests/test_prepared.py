@@ -42,7 +42,7 @@ def prepared(tmp_path_factory):
 
 def test_latents_have_mean_0_and_variance_1_over_the_training_records(prepared):
     layout, splits, _ = read_manifest(f"{prepared}/records")
-    assert splits["train"]["counts"] == [18, 18, 12]
+    assert splits["train"].counts == [18, 18, 12]
     assert layout.image_shape == (8, 8, 32)
     assert (layout.text, layout.choices["latent_scale"]) == (WORDS, "measured")
     train, test = (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ntm_jax.data import text
-from ntm_jax.data.records import pad_text
+from ntm_jax.data.text import pad_text
 from ntm_jax.errors import UserError
 
 _MAX_CAPTIONS = 100_000  # that are encoded when a source is opened

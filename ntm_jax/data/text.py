@@ -79,16 +79,18 @@ def open_encoder(name: str) -> Encoder:
 def encode(
     encoder: Encoder, captions: Sequence[str]
 ) -> tuple[list[np.ndarray], Sequence[bool]]:
-    """`encoder.encode(captions)`, with the states as float16.
+    """`encoder.encode(captions)`, with the states as float16."""
+    states, cut = encoder.encode(captions)
+    return [np.asarray(own).astype(np.float16, copy=False) for own in states], cut
 
-    UserError for a caption that is not UTF-8.
+
+def pad_text(text: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
+    """Pads text states [m, E] with zeros to M = `tokens`.
+
+    Returns {"text": [M, E], "text_mask": [M] bool, true on the first m}.
     """
-    wrong = next((caption for caption in captions if not is_utf8(caption)), None)
-    if wrong is not None:
-        raise UserError(f"the caption {abbreviate(wrong, str)} is not UTF-8: write it in UTF-8")
-    found, cut = encoder.encode(captions)
-    states = [np.asarray(own).astype(np.float16, copy=False) for own in found]
-    return states, cut
+    padded = np.pad(text, ((0, tokens - len(text)), (0, 0)))
+    return {"text": padded, "text_mask": np.arange(tokens) < len(text)}
 
 
 def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) -> None:

@@ -20,7 +20,7 @@ from etils import epath
 from ntm_jax import files
 from ntm_jax.core.conditions import Text
 from ntm_jax.data import text
-from ntm_jax.data.records import pad_text
+from ntm_jax.data.text import pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.runtime.run import Run

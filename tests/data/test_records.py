@@ -14,7 +14,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ntm_jax.data.pipeline import DataSpec, spec
-from ntm_jax.data.records import Layout, read_manifest, verify, write_records
+from ntm_jax.data.records import Layout, Split, read_manifest, verify, write_records
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 from tests.data.common import captioned, latents
@@ -41,14 +41,6 @@ def assert_records(source, images, labels):
         assert record["label"] == label
 
 
-def rewrite_manifest(path, **changes):
-    """Changes keys of a manifest, and its hash with them."""
-    content = json.loads((path / "manifest.json").read_text()) | changes
-    del content["hash"]
-    content["hash"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    (path / "manifest.json").write_text(json.dumps(content))
-
-
 # Round trips
 
 
@@ -58,7 +50,7 @@ def test_pixels_are_read_as_they_were_written(tmp_path):
     _, splits, version = read_manifest(str(tmp_path))
     shards = [f"train-0000{i}.arrayrecord" for i in range(3)]
     sha256 = [hashlib.sha256((tmp_path / shard).read_bytes()).hexdigest() for shard in shards]
-    assert splits["train"] == {"shards": shards, "counts": [4, 4, 2], "sha256": sha256}
+    assert splits["train"] == Split(shards, [4, 4, 2], sha256)
     parts = {"train": train, "test": test, "all": train + test, "train[3:9]": train[3:9]}
     for split, examples in parts.items():
         source = open_source(f"records:{tmp_path}", split)
@@ -70,25 +62,19 @@ def test_pixels_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
-def test_latents_are_read_in_unit_variance(tmp_path, dtype):
-    examples = latents(3, dtype)
-    write_records(tmp_path, {"train": examples}, LATENTS)
+@pytest.mark.parametrize("layout", [LATENTS, dataclasses.replace(LATENTS, mean=(), std=())])
+def test_latents_are_read_in_unit_variance_or_as_they_are(tmp_path, dtype, layout):
+    # After a transposition, the order in memory is not that of the axes.
+    examples = [{"image": example["image"].swapaxes(0, 2)}
+                for example in latents(3, dtype, (4, 2, 2))]
+    write_records(tmp_path, {"train": examples}, layout)
     source = open_source(f"records:{tmp_path}", "train")
-    mean, std = np.array(LATENTS.mean, np.float32), np.array(LATENTS.std, np.float32)
+    mean, std = (np.array(values, np.float32) for values in (layout.mean or 0, layout.std or 1))
     images = [(example["image"].astype(np.float32) - mean) / std for example in examples]
     assert_records(source, images, [-1] * 3)
     assert spec(source, 1) == DataSpec(
-        (2, 2, 4), 1, pixel_levels=0, num_classes=0, count=3, mean=LATENTS.mean, std=LATENTS.std
+        (2, 2, 4), 1, pixel_levels=0, num_classes=0, count=3, mean=layout.mean, std=layout.std
     )
-
-
-def test_latents_without_mean_and_std_are_read_as_they_are(tmp_path):
-    # After a transposition, the order in memory is not that of the axes.
-    images = [example["image"].swapaxes(0, 2) for example in latents(2, shape=(4, 2, 2))]
-    examples = [{"image": image} for image in images]
-    write_records(tmp_path, {"train": examples}, dataclasses.replace(LATENTS, mean=(), std=()))
-    source = open_source(f"records:{tmp_path}", "train")
-    assert_records(source, [image.astype(np.float32) for image in images], [-1] * 2)
 
 
 def test_text_is_padded_with_zeros_and_masked(tmp_path):
@@ -130,18 +116,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def assert_message(open_one, message):
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        open_one()
-    assert "\n" not in str(error.value)
-
-
 def test_a_missing_folder_manifest_split_or_shard_is_named(folder):
-    (folder / "empty").mkdir()
     (folder / "train-00001.arrayrecord").unlink()
     for name, split, message in (
-        ("/no/such", "train", "data.source records:/no/such is not there: expected a folder that"),
-        (f"{folder}/empty", "train", "empty has no manifest.json: expected a folder that"),
+        (f"{folder}/no", "train", "no has no manifest.json: expected a folder that"),
         (folder, "dev", f"records:{folder} has no split 'dev': it has train, test, all"),
         (folder, "train", f"records:{folder} lacks 1 of the 2 shards in its manifest (train-00001"),
     ):
@@ -155,56 +133,44 @@ def test_a_damaged_manifest_is_named(folder):
     text = file.read_text()
     for damaged, reason in (
         (text[:50], "it is not JSON"),
-        ("{}", "no 'hash'"),
         (text.replace('"levels": 256', '"levels": 255'), "not of format 1, or edited since"),
     ):
         file.write_text(damaged)
-        assert_message(
-            lambda: open_source(f"records:{folder}", "train"),
-            f"manifest {file} is not understood ({reason}",
-        )
-    file.write_text(text)
-    rewrite_manifest(folder, splits={"train": {"shards": ["../a"], "counts": [1]}})
-    assert_message(
-        lambda: open_source(f"records:{folder}", "train"),
-        "the shard '../a' is not a name of a file in the folder",
-    )
+        with pytest.raises(UserError, match=re.escape(f"{file} cannot be used ({reason}")):
+            open_source(f"records:{folder}", "train")
 
 
 def test_a_manifest_of_earlier_versions_is_read(folder):
-    content = json.loads((folder / "manifest.json").read_text())
+    file = folder / "manifest.json"
+    content = json.loads(file.read_text())
+    del content["hash"]
     for split in content["splits"].values():
         del split["sha256"]
-    rewrite_manifest(folder, splits=content["splits"])
-    text = (folder / "manifest.json").read_text()
-    (folder / "manifest.json").write_text(text.replace('"levels": 256', '"pixel_levels": 256'))
-    rewrite_manifest(folder)
+    content["pixel_levels"] = content.pop("levels")
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(content | {"hash": digest[:16]}))
     source = open_source(f"records:{folder}", "train")
     assert (source.pixel_levels, source.records[5]["label"]) == (256, 0)
     with pytest.raises(UserError, match="has no SHA-256 of its shards: give the launch/prepare"):
         verify(str(folder))
 
 
-def write_pickles(path):
-    """Writes a shard of three pickles, which nothing may load."""
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in pixels(3):
-        writer.write(pickle.dumps(record))
-    writer.close()
-
-
 def test_a_damaged_shard_or_record_is_named_when_it_is_read(folder):
     file = folder / "train-00001.arrayrecord"
-    for damage, message in (
-        (lambda: file.write_bytes(file.read_bytes()[:1000]),
-         "the file holds 0 records, its manifest says 3"),
-        (lambda: write_pickles(file), "Error while deserializing"),
+    pickles = folder / "pickles"  # which nothing may load
+    with contextlib.closing(ArrayRecordWriter(str(pickles), "group_size:1")) as writer:
+        for record in pixels(3):
+            writer.write(pickle.dumps(record))
+    for damaged, message in (
+        (file.read_bytes()[:1000], "the file holds 0 records, its manifest says 3"),
+        (pickles.read_bytes(), "Error while deserializing"),
     ):
-        damage()
+        file.write_bytes(damaged)
         source = open_source(f"records:{folder}", "train")
         assert source.records[2]["label"] == 2
-        assert_message(lambda source=source: source.records[3],
-                       f"record 0 of {file} cannot be read ({message}")
+        message = re.escape(f"record 0 of {file} cannot be read ({message}")
+        with pytest.raises(UserError, match=f"^{message}.*$"):
+            source.records[3]
 
 
 def test_flipped_bytes_of_a_shard_are_refused_or_change_no_record(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ntm_jax.core.conditions import Text
 from ntm_jax.data import text
-from ntm_jax.data.records import pad_text
+from ntm_jax.data.text import pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.sampling import prompts

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ntm_jax.data.records import pad_text
 from ntm_jax.data.sources.source import Source, check_split
+from ntm_jax.data.text import pad_text
 from ntm_jax.errors import UserError
 
 _SPLITS = ("train", "test")

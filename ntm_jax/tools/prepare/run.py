@@ -18,7 +18,7 @@ from etils import epath
 from tqdm import tqdm
 
 from ntm_jax import files
-from ntm_jax.data.records import Layout, write_manifest
+from ntm_jax.data.records import Layout, Split, write_manifest
 from ntm_jax.errors import UserError, few
 from ntm_jax.tools.prepare import captioned, inputs, shards
 from ntm_jax.tools.prepare.captioned import Item, Loaded
@@ -124,11 +124,11 @@ def _finish(
     """Writes the manifest of all shards, with their tallies in order, and prints a summary."""
     splits, tallies = {}, [tally for _, tally in made]
     for shard, tally in made:
-        part = splits.setdefault(shard.split, {"shards": [], "counts": [], "sha256": []})
-        part["shards"].append(f"{shard.name}.arrayrecord")
-        part["counts"].append(tally.records)
-        part["sha256"].append(tally.sha256)
-    if not sum(splits["train"]["counts"]):
+        part = splits.setdefault(shard.split, Split())
+        part.shards.append(f"{shard.name}.arrayrecord")
+        part.counts.append(tally.records)
+        part.sha256.append(tally.sha256)
+    if not sum(splits["train"].counts):
         raise UserError(f"{root} has no record to train on: expected at least one good image")
     found = {
         "bad_images": sum(len(tally.bad) for tally in tallies),
@@ -149,7 +149,7 @@ def _finish(
     for part in root.glob(f"{files.PART}*[0-9].*-*"):  # of killed calls
         part.unlink(missing_ok=True)
 
-    counts = ", ".join(f"{sum(part['counts'])} in {split}" for split, part in splits.items())
+    counts = ", ".join(f"{sum(part.counts)} in {split}" for split, part in splits.items())
     size, bad = sum(tally.bytes for tally in tallies) / 2**20, shards.bad_images(tallies)
     null = ", ".join(f"{count} {reason}" for reason, count in found["null_captions"].items())
     text = f" '--config.data.text_encoder={options.text}'" if options.text else ""

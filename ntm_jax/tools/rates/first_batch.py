@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ntm_jax.data import pipeline
-from ntm_jax.data.records import Layout, sha256, write_manifest, write_shard
+from ntm_jax.data.records import Layout, Split, sha256, write_manifest, write_shard
 from ntm_jax.data.sources import open_source
 
 SHARDS, MIB, WORKERS, BATCH = 40, 64, 8, 8
@@ -57,9 +57,9 @@ def measure() -> dict[str, float]:
         write_shard(f"{folder}/{names[0]}", records, layout)
         for name in names[1:]:
             os.link(f"{folder}/{names[0]}", f"{folder}/{name}")
-        write_manifest(folder, layout, {"train": {
-            "shards": names, "counts": [len(records)] * SHARDS,
-            "sha256": [sha256(f"{folder}/{names[0]}")] * SHARDS}})
+        digest = sha256(f"{folder}/{names[0]}")
+        write_manifest(folder, layout, {
+            "train": Split(names, [len(records)] * SHARDS, [digest] * SHARDS)})
         begin = time.perf_counter()
         source = open_source(f"records:{folder}", "train")
         source = dataclasses.replace(source, records=_Counted(source.records, counts))

@@ -10,7 +10,7 @@ import pytest
 from ntm_jax import files
 from ntm_jax.core.conditions import Text
 from ntm_jax.data import pipeline, text
-from ntm_jax.data.records import pad_text
+from ntm_jax.data.text import pad_text
 from ntm_jax.evaluation import evaluate, image_scores
 from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.evaluation.report import write_report

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ntm_jax.data.records import read_manifest
+from ntm_jax.data.records import Split, read_manifest
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 from ntm_jax.tools.prepare import captioned
@@ -41,7 +41,7 @@ def test_a_folder_becomes_records(tmp_path, capsys):
     layout, splits, _ = read_manifest(str(out))
     names = [f"train-0000{i}.arrayrecord" for i in range(3)]
     hashes = [files(out)[name] for name in names]
-    assert splits == {"train": {"shards": names, "counts": [4, 4, 2], "sha256": hashes}}
+    assert splits == {"train": Split(names, [4, 4, 2], hashes)}
     assert (layout.image_shape, layout.pixel_levels, layout.num_classes) == ((8, 8, 3), 256, 3)
     assert (layout.text, layout.captions) == (WORDS, True)
     for i, record in enumerate(records(out)):

@@ -1,0 +1,355 @@
+"""Prepared records: sharded ArrayRecord files under one manifest, written once, read at random.
+
+PATH/manifest.json names the shards of every split, the number of records and the SHA-256 of each
+shard's file, and the layout that all records share. A record is the bytes of a safetensors file:
+
+    "image"    [H, W, C], uint8 pixels, or latents in float16, bfloat16 or float32
+    "label"    int32, if there are classes
+    "text"     [m, E] float16, the states of the record's own m <= M tokens, if there is text
+    "caption"  UTF-8 bytes, if there are captions
+
+H, W, C image height, width, channels; V pixel levels; M, E text tokens and width. No jax is
+imported: grain's worker processes run this.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
+
+from ntm_jax import files, typed
+from ntm_jax.data.text import pad_text
+from ntm_jax.errors import UserError, few, first_line
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_DTYPES = {  # safetensors' names of the types that records hold
+    "U8": np.uint8,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "I32": np.int32,
+}
+_REMEDY = (
+    "copy it there again, or remove it and give the same launch/prepare.py command, which makes it "
+    "anew and keeps complete shards"
+)
+# For random access; without the last option a reader's opening reads a MiB.
+_READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What all records of a folder share.
+
+    image_shape: (H, W, C).
+    pixel_levels: V; 0 for continuous latents. The manifest calls it levels.
+    num_classes: 0 without labels.
+    text_tokens, text_width: M and E; 0 without text.
+    text: the encoder that made the text states, see data.text.
+    captions: whether records hold their captions.
+    mean, std: by channel; latents are read as (latent - mean) / std, or as stored if empty.
+    choices: how the records were made, any JSON.
+    """
+
+    image_shape: tuple[int, int, int]
+    pixel_levels: int
+    num_classes: int = 0
+    text_tokens: int = 0
+    text_width: int = 0
+    text: str = ""
+    captions: bool = False
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Raises ValueError if a record's arrays have other names, shapes or dtypes."""
+        images = ("uint8",) if self.pixel_levels else ("float16", "bfloat16", "float32")
+        expected: dict[str, tuple[tuple, tuple]] = {"image": (self.image_shape, images)}
+        if self.num_classes:
+            expected["label"] = ((), ("int32",))
+        if self.text_width:
+            own = min(len(arrays.get("text", ())), self.text_tokens)
+            expected["text"] = ((own, self.text_width), ("float16",))
+        if self.captions:
+            expected["caption"] = ((len(arrays.get("caption", ())),), ("uint8",))
+        if arrays.keys() != expected.keys():
+            raise ValueError(
+                f"it has {', '.join(sorted(arrays))}, expected {', '.join(sorted(expected))}"
+            )
+        for key, (shape, dtypes) in expected.items():
+            found = arrays[key]
+            if found.shape != shape or found.dtype.name not in dtypes:
+                raise ValueError(
+                    f"{key} is {list(found.shape)} {found.dtype}, expected {list(shape)} "
+                    f"{' or '.join(dtypes)}"
+                )
+
+
+@dataclasses.dataclass
+class Split:
+    """A split in the manifest: its shards' files, the number of records and the SHA-256 of each.
+
+    Manifests of earlier versions have no SHA-256.
+    """
+
+    shards: list = dataclasses.field(default_factory=list)
+    counts: list = dataclasses.field(default_factory=list)
+    sha256: list = dataclasses.field(default_factory=list)
+
+
+def read_manifest(path: str) -> tuple[Layout, dict[str, Split], str]:
+    """The layout, the splits by name and the hash in the manifest of the folder `path`.
+
+    Raises:
+      UserError: the manifest is missing, is damaged, was edited or has another format.
+    """
+    file = epath.Path(path).expanduser() / MANIFEST
+    if not file.exists():
+        raise UserError(
+            f"data.source records:{path} has no {MANIFEST}: expected a folder that "
+            "launch/prepare.py wrote"
+        )
+    content = files.read_json(file, _REMEDY)
+    version = content.pop("hash", None)
+    if version != files.digest(content)[:16] or content.pop("format") != _FORMAT:
+        raise UserError(
+            f"{file} cannot be used (not of format {_FORMAT}, or edited since it was written): "
+            f"{_REMEDY}"
+        )
+    splits = {
+        name: typed.parse_dataclass(Split, split, f"{file}: splits.{name}")
+        for name, split in content.pop("splits").items()
+    }
+    if "levels" in content:
+        content["pixel_levels"] = content.pop("levels")
+    return typed.parse_dataclass(Layout, content, str(file)), splits, version
+
+
+def write_manifest(path: str, layout: Layout, splits: Mapping[str, Split]) -> None:
+    """Writes the manifest of splits by name; their shards must exist."""
+    parts = {name: vars(split) for name, split in splits.items()}
+    content: dict[str, Any] = {"format": _FORMAT, "splits": parts, **vars(layout)}
+    content["levels"] = content.pop("pixel_levels")
+    digest = files.digest(content)[:16]
+    files.write_json(epath.Path(path).expanduser() / MANIFEST, content | {"hash": digest})
+
+
+class Records:
+    """Random access to the records of some shards.
+
+    records[i] is {"image", "label" (int, -1 without labels), "text", "text_mask", "caption"}. The
+    image is [H, W, C] uint8, or float32 for latents; with text there are text [M, E] float16, zeros
+    after the record's own tokens, and text_mask [M] bool, true on these; with captions, caption is
+    a str. A shard is opened by each process that reads it, when it first does, and of its bytes
+    only an index and the records asked for are read, which array_record checks by their hashes.
+
+    Args:
+      path: the folder.
+      layout: its layout.
+      splits: those of `read_manifest` to read in turn.
+    Raises:
+      UserError: a shard is missing. While reading: a shard of another number of records than the
+        manifest says, or a damaged record.
+    """
+
+    def __init__(self, path: str, layout: Layout, splits: Sequence[Split]):
+        self._root, self._layout = epath.Path(path).expanduser(), layout
+        self._shards = [shard for split in splits for shard in split.shards]
+        self._counts = [count for split in splits for count in split.counts]
+        self._ends = list(itertools.accumulate(self._counts))
+        self._mean = np.array(layout.mean or 0, np.float32)
+        self._std = np.array(layout.std or 1, np.float32)
+        present = {file.name for file in self._root.iterdir()}
+        missing = [shard for shard in self._shards if shard not in present]
+        if missing:
+            raise UserError(
+                f"data.source records:{path} lacks {len(missing)} of the {len(self._shards)} "
+                f"shards in its manifest ({missing[0]}): {_REMEDY}"
+            )
+        self._readers: dict[int, ArrayRecordReader] = {}
+
+    def __getstate__(self):
+        return vars(self) | {"_readers": {}}  # open readers stay in their process
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        shard = bisect.bisect_right(self._ends, index)
+        position = index - self._ends[shard] + self._counts[shard]
+        try:
+            return self._record(shard, position)
+        except Exception as error:  # the libraries raise several kinds on damaged bytes
+            raise UserError(
+                f"record {position} of {self._root / self._shards[shard]} cannot be read "
+                f"({first_line(error)}): {_REMEDY}"
+            ) from None
+
+    def _record(self, shard: int, position: int) -> dict[str, Any]:
+        layout, reader = self._layout, self._readers.get(shard)
+        if reader is None:  # several threads may open it at once, to no harm
+            reader = ArrayRecordReader(os.fspath(self._root / self._shards[shard]), _READ_OPTIONS)
+            found, expected = reader.num_records(), self._counts[shard]
+            if found != expected:  # 0 for a file that is not ArrayRecord at all
+                raise ValueError(f"the file holds {found} records, its manifest says {expected}")
+            self._readers[shard] = reader
+        # safetensors' numpy module does not support bfloat16.
+        arrays = {
+            key: np.frombuffer(part["data"], _DTYPES[part["dtype"]]).reshape(part["shape"])
+            for key, part in safetensors.deserialize(reader.read([position])[0])
+        }
+        layout.check(arrays)
+        image = arrays["image"]
+        if not layout.pixel_levels:
+            image = (image.astype(np.float32) - self._mean) / self._std
+        record = {"image": image, "label": int(arrays.get("label", -1))}
+        if layout.text_width:
+            record |= pad_text(arrays["text"], layout.text_tokens)
+        if layout.captions:
+            record["caption"] = arrays["caption"].tobytes().decode()
+        return record
+
+
+def verify(path: str) -> int:
+    """Compares every shard of the folder `path` with the SHA-256 in its manifest.
+
+    Returns the number of shards. UserError, naming the shards, if some are damaged, missing or
+    another's, or if the manifest is one of an earlier version, without SHA-256.
+    """
+    root, (_, splits, _) = epath.Path(path).expanduser(), read_manifest(path)
+    if any(len(split.sha256) != len(split.shards) for split in splits.values()):
+        raise UserError(
+            f"the manifest of {root} has no SHA-256 of its shards: give the launch/prepare.py "
+            "command of these records again, which adds them"
+        )
+    expected = {
+        shard: digest
+        for split in splits.values()
+        for shard, digest in zip(split.shards, split.sha256, strict=True)
+    }
+    wrong = [
+        shard
+        for shard, digest in expected.items()
+        if not (root / shard).exists() or sha256(root / shard) != digest
+    ]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(expected)} shards of {root} are damaged, missing or another's "
+            f"({few(wrong, 10)}): {_REMEDY}"
+        )
+    return len(expected)
+
+
+def sha256(path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def write_records(
+    path: str,
+    splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    layout: Layout,
+    shard_size: int = 10_000,
+) -> None:
+    """Writes the examples of each split, and their manifest, to the folder `path`.
+
+    Args:
+      splits: {name: examples}, taken one at a time. An example is a dict of "image", "label",
+        "text" and "caption" (a str), those that `layout` has, with dtypes and shapes as in a
+        record.
+      shard_size: the number of records in a shard.
+    Raises:
+      UserError: the folder has a manifest already, an example does not fit the layout, or the disk
+        is full.
+    """
+    root = epath.Path(path).expanduser()
+    if (root / MANIFEST).exists():
+        raise UserError(
+            f"{root} holds prepared records already: choose another folder, or remove it"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    written = {name: Split() for name in splits}
+    for name, split in written.items():
+        examples = iter(splits[name])
+        for first in examples:
+            file = root / f"{name}-{len(split.shards):05}.arrayrecord"
+            shard = itertools.chain([first], itertools.islice(examples, shard_size - 1))
+            split.shards.append(file.name)
+            split.counts.append(write_shard(file, shard, layout))
+            split.sha256.append(sha256(file))
+    # Written last; its presence marks the records as complete.
+    write_manifest(path, layout, written)
+
+
+def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], layout: Layout) -> int:
+    """Writes one shard, which has its name only when it is complete.
+
+    Returns the number of its records. UserError as `write_records`.
+    """
+    name = epath.Path(file).name
+    with files.atomic_writer(file) as target:
+        if not files.is_remote(file):
+            return _write_array_records(target.name, name, examples, layout)
+        # array_record reads object storage, but writes only to a disk.
+        with tempfile.TemporaryDirectory() as folder:
+            count = _write_array_records(f"{folder}/shard", name, examples, layout)
+            with open(f"{folder}/shard", "rb") as complete:
+                shutil.copyfileobj(complete, target)
+        return count
+
+
+def _write_array_records(
+    path: str, name: str, examples: Iterable[Mapping[str, Any]], layout: Layout
+) -> int:
+    """Writes examples to the file `path`, which errors call `name`, and returns their number."""
+    count = 0
+    # Compression would save 8% of latents, and halve the rate at which they are read.
+    compression = "" if layout.pixel_levels else ",uncompressed"
+    writer = ArrayRecordWriter(path, f"group_size:1{compression}")
+    try:
+        for example in examples:
+            try:
+                arrays = {key: _array(key, value) for key, value in example.items()}
+                layout.check(arrays)
+            except ValueError as error:
+                raise UserError(f"example {count} of {name} does not fit: {error}") from None
+            with _write_errors(name):
+                writer.write(safetensors.numpy.save(arrays))
+            count += 1
+    finally:
+        with _write_errors(name):
+            writer.close()
+    return count
+
+
+@contextlib.contextmanager
+def _write_errors(name: str) -> Iterator[None]:
+    """Turns array_record's error, the same for every failure of the disk, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"the shard {name} cannot be written ({first_line(error)}): free space there, raise "
+            "ulimit -f or make it writable; complete shards stay, and the same command goes on"
+        ) from None
+
+
+def _array(key: str, value) -> np.ndarray:
+    if key == "caption":
+        return np.frombuffer(value.encode(), np.uint8)
+    return np.asarray(value, np.int32 if key == "label" else None, order="C")
