@@ -4,6 +4,7 @@ import errno
 import re
 import sys
 
+from ntm_jax import registry
 from ntm_jax.errors import UserError
 
 FOLDER = "a file stands where a folder is needed: give another folder"
@@ -37,6 +38,11 @@ def of_flags(error) -> str:
         return f"{_config_flag()}: {text.strip().splitlines()[-1].partition(': ')[2]}"
     unknown = re.match(r"""'(\w+)'\s*(?:Did you mean "(\w+)")?""", text)
     if unknown:
+        from ntm_jax.runtime.config import SECTIONS
+
+        place = SECTIONS.get(unknown[1])
+        if place and not registry.present(place):
+            return registry.absent(place)
         meant = f", did you mean {unknown[2]}?" if unknown[2] else ""
         wrong = rf"--?(no)?config\..*\b{unknown[1]}\b"
         full = next((a for a in sys.argv if re.match(wrong, a)), unknown[1])

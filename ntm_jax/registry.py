@@ -21,6 +21,11 @@ def present(place: str) -> bool:
         return False
 
 
+def absent(place: str) -> str:
+    """The line for a module of MODULE:NAME that is not there."""
+    return f"this copy of ntm_jax has no {place.split(':')[0]}: install the whole package"
+
+
 def load(place: str) -> Any:
     """The object at MODULE:NAME, a part of ours that is imported when it is first asked for.
 
@@ -28,7 +33,7 @@ def load(place: str) -> Any:
     """
     module, name = place.split(":")
     if not present(place):
-        raise UserError(f"this copy of ntm_jax has no {module}: install the whole package")
+        raise UserError(absent(place))
     return getattr(importlib.import_module(module), name)
 
 

@@ -11,6 +11,7 @@ from ntm_jax import backbones, files
 from ntm_jax.backbones import BACKBONES
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
+from ntm_jax.registry import present
 from ntm_jax.runtime import config, config_file
 from ntm_jax.runtime.checkpoint import Checkpoints
 from tests.common import tiny_config
@@ -101,8 +102,9 @@ def test_the_last_checkpoint_mends_config_json(tmp_path, damage):
 def test_a_run_with_settings_names_of_an_earlier_version_is_read_and_resumed(tmp_path):
     settings = tiny_config(**{
         "model.head": "flow_matching", "data.text_encoder": "words:1:a", "evaluate.num_samples": 5,
-        "train.level_weight_power": 2.0, "optimizer.min_learning_rate": 1e-5,
-        "reward.prefetch": True, "reward.data_loss_weight": 0.25, "reward.trainable": "both"})
+        "train.level_weight_power": 2.0, "optimizer.min_learning_rate": 1e-5} | (
+        {"reward.prefetch": True, "reward.data_loss_weight": 0.25, "reward.trainable": "both"}
+        if present(config.SECTIONS["reward"]) else {}))
     config_file.write(str(tmp_path), settings, SPEC)
     path = tmp_path / "config.json"
     text = path.read_text().replace('"flow_matching"', '"posterior"')

@@ -12,7 +12,6 @@ from PIL import Image
 
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
-from ntm_jax.tools.prepare import inputs
 from tests.data.sources.common import labels, values
 
 
@@ -93,8 +92,6 @@ def test_tfds_imports_no_module_that_a_folder_names(
         message = f"^{name} is neither .*'foreign_module.Feature', which its files name, is no"
         with pytest.raises(UserError, match=message):
             open_source(name, "train")
-        with pytest.raises(UserError, match=message):
-            inputs.open_input(name, feature="label")
     assert not imported()
 
 
