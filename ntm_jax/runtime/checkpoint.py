@@ -43,23 +43,10 @@ def locate(where) -> tuple[epath.Path, int | None]:
     return (folder.parent.parent, int(folder.name)) if named else (folder, None)
 
 
-def saved_settings(workdir) -> dict | None:
-    """The settings saved with a workdir's last checkpoint, verified.
-
-    {} if the checkpoint has none or they are damaged, None if there is no checkpoint.
-    """
+def latest_step(workdir) -> int | None:
+    """The step of a workdir's last checkpoint; None if there is none."""
     with Checkpoints(workdir) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            return None
-        path = checkpoints.directory / str(step)
-        try:
-            with checkpoints._context:
-                unit = ocp.load_checkpointables(path, {"run": None, "checksums": None})
-            intact = unit["checksums"].get(RUN_NAME) == json_checksum(unit["run"])
-            return (unit["run"]["settings"] if intact else None) or {}
-        except Exception:  # orbax raises many kinds for a missing, truncated or garbled file
-            return {}
+        return checkpoints.latest()
 
 
 class Checkpoints:
@@ -71,21 +58,19 @@ class Checkpoints:
 
     Args:
       workdir: a local folder or an object-storage address.
-      keep_last: how many of the latest steps to keep, besides the best one, with the lowest
-        held-out measure.
-      keep_every: steps that are multiples of this are always kept; 0 keeps no further ones.
+      keep_every: keeps the steps that are multiples of this, besides the latest three and the one
+        with the lowest held-out measure; 0 keeps no further ones.
       settings: flat JSON settings of the run, saved with every checkpoint. Restoring refuses a
         checkpoint that was saved with other settings.
     """
 
-    def __init__(self, workdir, keep_last: int = 3, keep_every: int = 0,
-                 settings: dict | None = None):
+    def __init__(self, workdir, keep_every: int = 0, settings: dict | None = None):
         path = epath.Path(workdir)
         # orbax needs an absolute path; resolving an object-storage address would make it local.
         path = path if is_remote(path) else path.resolve()
         self.directory = path / "checkpoints"
         policies = ocp.training.preservation_policies
-        kept = [policies.LatestN(keep_last), policies.BestN(
+        kept = [policies.LatestN(3), policies.BestN(
             get_metric_fn=lambda metrics: -metrics[BEST_KEY], n=1,
             keep_checkpoints_without_metrics=False)]
         self._kept = policies.AnyPreservationPolicy(
@@ -111,8 +96,8 @@ class Checkpoints:
     def __exit__(self, *_):
         self.close()
 
-    def save(self, step: int, state, data_state: dict, held_out: float | None = None) -> bool:
-        """Starts saving a step; returns whether it did: False if the step is already saved.
+    def save(self, step: int, state, data_state: dict, held_out: float | None = None) -> None:
+        """Starts saving a step, unless it is saved already.
 
         Returns once the arrays are copied, so the caller may donate them. The rest is asynchronous:
         the next save, wait or close raises its errors. Waits first for a save in progress.
@@ -140,7 +125,7 @@ class Checkpoints:
                 f"the latest checkpoint in {self.directory} is of step {self.latest()}, and this "
                 f"run's is of step {known}: another run saves there, so this one stops")
         if step in self.steps():
-            return False
+            return
         run = {"step": step, "settings": self._settings}
         sums = {DATA_NAME: json_checksum(data_state), RUN_NAME: json_checksum(run)}
         unit = {"state": state, "data": data_state, "run": run,
@@ -150,7 +135,6 @@ class Checkpoints:
             metrics = {BEST_KEY: float(held_out)}
         with self._write_errors():
             self._manager.save_checkpointables_async(step, unit, force=True, metrics=metrics)
-        return True
 
     def steps(self) -> list[int]:
         """The saved steps, ascending, including one that is being saved."""
@@ -165,37 +149,43 @@ class Checkpoints:
 
         Raises UserError if the checkpoint is damaged.
         """
-        try:
-            with self._context:
-                stored = ocp.checkpointables_metadata(self.directory / str(step)).metadata["state"]
-        except Exception as error:  # orbax raises many kinds for a missing or garbled file
-            raise self._damaged(step, f"it cannot be read ({_cause(error)})") from None
-        paths = (path.split("/") for path in named_leaves(stored))
-        return tuple(path[1] for path in paths if path[0] == name and len(path) > 1)
+        with self._read_errors(step):
+            paths = (path.split("/") for path in named_leaves(self._metadata(step)["state"]))
+            return tuple(path[1] for path in paths if path[0] == name and len(path) > 1)
 
-    def restore(self, abstract_state, step: int | None = None):
+    def restore(self, abstract_state, step: int | None = None, partial: bool = False):
         """Loads and verifies a checkpoint: (step, state, data_state).
 
         Args:
           abstract_state: the state's tree of jax.ShapeDtypeStruct, each with the sharding that its
             array should have.
           step: the latest if None.
+          partial: abstract_state has some top-level entries of the saved state alone, such as
+            {"ema": ...}.
 
         Raises UserError if there is no such step, if it belongs to another model (an array is
         missing, extra, or of another shape or dtype) or to another run, or if it is damaged.
         """
-        step = self._existing(step)
-        unit = self._load(step, {"state": abstract_state, "data": None}, partial=False)
+        self.wait()
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"there is no checkpoint in {self.directory}: give the --workdir of a "
+                            "run that has saved one")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}: it has "
+                            f"{', '.join(map(str, steps))}")
+        context = ocp.Context(self._context)
+        context.pytree.loading.partial_load = partial
+        with self._read_errors(step), context:
+            stored = self._metadata(step)
+            self._check_model(step, stored["state"], abstract_state, partial)
+            # Earlier versions saved no settings.
+            rest = {name: None for name in ("data", "checksums", "run") if name in stored}
+            unit = ocp.load_checkpointables(self.directory / str(step),
+                                            {"state": abstract_state} | rest)
+        self._verify(step, unit)
         return step, unit["state"], unit["data"]
-
-    def restore_subtree(self, step: int | None, abstract_subtree):
-        """Loads and verifies some top-level entries of the state, such as {"ema": ...}.
-
-        Returns (step, the arrays in the structure of abstract_subtree). Arguments and errors are
-        those of `restore`.
-        """
-        step = self._existing(step)
-        return step, self._load(step, {"state": abstract_subtree}, partial=True)["state"]
 
     def wait(self) -> None:
         """Waits until the save in progress is committed. Raises UserError if it fails."""
@@ -229,39 +219,23 @@ class Checkpoints:
                 "space there, raise ulimit -f or make it writable; the checkpoints before it are "
                 "intact, and the same command resumes") from error
 
-    def _existing(self, step) -> int:
-        """The given step, or the latest. Raises UserError if it is not saved."""
-        self.wait()
-        steps = self.steps()
-        if not steps:
-            raise UserError(f"there is no checkpoint in {self.directory}: give the --workdir of a "
-                            "run that has saved one")
-        if step is not None and step not in steps:
-            raise UserError(f"there is no checkpoint of step {step} in {self.directory}: it has "
-                            f"{', '.join(map(str, steps))}")
-        return steps[-1] if step is None else step
-
-    def _load(self, step: int, abstract_unit: dict, partial: bool) -> dict:
-        """The entries of abstract_unit, with "checksums" and "run", loaded and verified.
-
-        partial: the checkpoint's state may hold other arrays besides those of abstract_unit.
-        """
-        path, context = self.directory / str(step), ocp.Context(self._context)
-        context.pytree.loading.partial_load = partial
+    @contextlib.contextmanager
+    def _read_errors(self, step: int):
+        """Turns orbax's errors for a missing, truncated or garbled file into UserError."""
         try:
-            with context:
-                stored = ocp.checkpointables_metadata(path).metadata
-                if stored["state"] is None:  # orbax only logs the reason
-                    raise ValueError("its metadata are damaged")
-                self._check_model(step, stored["state"], abstract_unit["state"], partial)
-                extra = {name: None for name in ("checksums", "run") if name in stored}
-                unit = ocp.load_checkpointables(path, abstract_unit | extra)
+            yield
         except (UserError, jax.errors.JaxRuntimeError):  # the latter means that a device failed
             raise
-        except Exception as error:  # orbax raises many kinds for a missing or garbled file
+        except Exception as error:
             raise self._damaged(step, f"it cannot be read ({_cause(error)})") from None
-        self._verify(step, unit)
-        return unit
+
+    def _metadata(self, step: int) -> dict:
+        """What a saved step holds, by entry."""
+        with self._context:
+            stored = ocp.checkpointables_metadata(self.directory / str(step)).metadata
+        if stored["state"] is None:  # orbax only logs the reason
+            raise ValueError("its metadata are damaged")
+        return stored
 
     def _check_model(self, step: int, stored, expected, partial: bool) -> None:
         """Raises UserError if a checkpoint's arrays differ from the model's in name or shape."""
@@ -279,8 +253,7 @@ class Checkpoints:
     def _verify(self, step: int, unit: dict) -> None:
         """Raises UserError if a loaded checkpoint is damaged or was saved with other settings."""
         saved, found = unit["checksums"], array_checksums(unit["state"])
-        if "data" in unit:
-            found[DATA_NAME] = json_checksum(unit["data"])
+        found[DATA_NAME] = json_checksum(unit["data"])
         if RUN_NAME in saved:  # earlier versions did not save it
             found[RUN_NAME] = json_checksum(unit.get("run"))
         for name, value in found.items():
@@ -293,8 +266,8 @@ class Checkpoints:
             if before[key] != now[key]:
                 raise UserError(
                     f"checkpoint step {step} in {self.directory} was saved by a run with {key} = "
-                    f"{before[key]!r}, and config.json has {now[key]!r}: put the run's own "
-                    "config.json and checkpoints together again")
+                    f"{before[key]!r}, and this one has {now[key]!r}: give that value to "
+                    "resume, or put the run's own config.json and checkpoints together again")
 
     def _damaged(self, step, reason: str) -> UserError:
         earlier, path = [s for s in self.steps() if s < step], self.directory / str(step)

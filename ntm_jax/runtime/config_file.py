@@ -1,7 +1,7 @@
 """A workdir's config.json: the settings of its run and the shape of its data.
 
 The file ends in a checksum of its content. Every checkpoint holds a copy of the settings that make
-a run what it is, from which a lost or damaged config.json is written again.
+a run what it is, which a resume compares with its own.
 """
 
 import copy
@@ -22,8 +22,7 @@ from ntm_jax.runtime.config import Config, config_class, flatten, read
 from ntm_jax.typed import settings
 
 CONFIG = "config.json"
-DAMAGED = ("give launch/train.py the run's own command, which writes it anew from the last "
-           "checkpoint's copy of the settings")
+DAMAGED = "give launch/train.py the run's own command, which writes it anew"
 RESUMABLE = (  # what a resumed run may change
     "mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every",
     "train.save_minutes", "train.evaluate_every", "train.log_every", "train.keep", "optimizer.",
@@ -47,26 +46,17 @@ def fixed(config: Config, spec: DataSpec) -> dict:
             if not key.startswith(RESUMABLE)}
 
 
-def _recorded(workdir: str) -> tuple[dict | None, str]:
-    """(the flat settings of the run in a workdir, a line on a config.json that cannot be read).
+def _recorded(workdir: str) -> dict | None:
+    """The flat settings of the run in a workdir; None without a checkpoint.
 
-    None without a checkpoint. Without config.json these are the settings of which the last
-    checkpoint has a copy: those fixed when a run resumes.
+    {} if config.json is missing or damaged: restoring checks the settings against the checkpoint's.
     """
-    saved = checkpoint.saved_settings(workdir)
-    if saved is None:
-        return None, ""
+    if checkpoint.latest_step(workdir) is None:
+        return None
     try:
-        written = files.read_json(epath.Path(workdir) / CONFIG, DAMAGED)
-        return flatten(renamed.current(written)), ""
-    except (FileNotFoundError, UserError) as error:
-        if not saved:
-            raise UserError(f"{workdir} holds checkpoints and no {CONFIG} that can be read: give "
-                            "another --workdir") from error
-    known = {key: value for key, value in (_flat_defaults() | renamed.current(saved)).items()
-             if not key.startswith(RESUMABLE)}
-    return known, (f"{CONFIG} was missing or damaged and is written anew: the last checkpoint has "
-                   "the same settings")
+        return flatten(renamed.current(files.read_json(epath.Path(workdir) / CONFIG, DAMAGED)))
+    except (FileNotFoundError, UserError):
+        return {}
 
 
 def check_resumable(workdir: str, config: Config, spec: DataSpec) -> list[str]:
@@ -77,28 +67,28 @@ def check_resumable(workdir: str, config: Config, spec: DataSpec) -> list[str]:
 
     Raises UserError where the run there differs in more than a resume may change.
     """
-    before, damage = _recorded(workdir)
+    before = _recorded(workdir)
     if before is None:
         return []
-    lines = [damage] if damage else []
-    now, defaults = flatten(_content(config, spec)), _flat_defaults()
+    if not before:
+        return [f"{CONFIG} was missing or damaged and is written anew: the last checkpoint has the "
+                "same settings"]
+    # A run of an earlier version lacks newer settings, which then have their defaults.
+    before, now = (_flat_defaults() | flat for flat in (before, flatten(_content(config, spec))))
+    lines = []
     for key in sorted(before | now):
-        # A run of an earlier version lacks newer settings, which then have their defaults.
-        one: Any = before.get(key, defaults.get(key))
-        other: Any = now.get(key, defaults.get(key))
-        resumable = key.startswith(RESUMABLE)
-        if one == other or (damage and resumable):
-            continue
-        if key == "spec.class_names" and not one:
-            continue  # written before runs kept the names
+        one: Any = before.get(key)
+        other: Any = now.get(key)
+        if one == other or (key == "spec.class_names" and not one):
+            continue  # earlier versions wrote no names of classes
         if key == "spec.version":
             lines += filter(None, [changed_data(config.data.source, one, other)])
-            continue
-        if not resumable or key == "spec.class_names":
+        elif key.startswith(RESUMABLE) and key != "spec.class_names":
+            lines.append(f"changed since the run began: {key}: {one!r} -> {other!r}")
+        else:
             raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "
                             f"{other!r}: give another --workdir to start anew, or that "
                             "value to resume")
-        lines.append(f"changed since the run began: {key}: {one!r} -> {other!r}")
     return lines
 
 
@@ -115,7 +105,7 @@ def complete(values, workdir: str = "") -> tuple[Config, str]:
     left_open = [key for key in choices.CHOICES if key in flat and flat[key] is None]
     if not left_open:
         return read(values), ""
-    recorded = (_recorded(workdir)[0] if workdir else None) or {}
+    recorded = (_recorded(workdir) if workdir else None) or {}
     before = {key: recorded[key] for key in left_open if recorded.get(key) is not None}
     chosen = before | choices.choose(flat | before, accelerator=jax.default_backend() != "cpu")
     whence = "chosen for the data" if len(before) < len(left_open) else "as the run there has them"

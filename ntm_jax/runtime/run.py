@@ -159,7 +159,7 @@ def restore_params(run: Run, step: int | None = None, raw: bool = False, folder=
     which = "params" if raw else "ema"
     expected = build.abstract_params(run.model, run.mesh)
     with Checkpoints(folder or run.workdir, settings=settings) as checkpoints:
-        step, found = checkpoints.restore_subtree(step, {which: expected})
+        step, found, _ = checkpoints.restore({which: expected}, step, partial=True)
         return step, found[which]
 
 

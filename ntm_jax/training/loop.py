@@ -21,7 +21,7 @@ from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, sharding
-from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
+from ntm_jax.runtime.checkpoint import Checkpoints, latest_step
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import locked, require_same_everywhere
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
@@ -63,7 +63,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     held_out = config.data.open(config.evaluate.split, "config.evaluate.split")
     spec = pipeline.spec(source, config.data.patch_size)
     count, batch = len(source.records), config.data.batch_size
-    if batch > count and saved_settings(folder) is None:
+    if batch > count and latest_step(folder) is None:
         raise UserError(f"config.data.batch_size is {batch}, and {source.name} has {count} records "
                         "to train on: expected at most that many")
     run = untrained(config, spec, mesh, folder)

@@ -20,7 +20,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.export.read import load_run
 from ntm_jax.runtime import build, config_file
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime.checkpoint import Checkpoints, saved_settings
+from ntm_jax.runtime.checkpoint import Checkpoints, latest_step
 from ntm_jax.runtime.run import FROZEN, Run, different_data
 from ntm_jax.training.objectives import Objective
 from ntm_jax.training.state import State
@@ -38,7 +38,7 @@ def load_distilled(run: Run, objective: Objective) -> Run | None:
     """
     if "teacher" not in objective.needs:
         return None
-    kept = saved_settings(run.workdir) is not None and has_teacher(run.workdir)
+    kept = latest_step(run.workdir) is not None and has_teacher(run.workdir)
     teacher = load_run(f"{run.workdir}/{FROZEN}" if kept else run.config.teacher)
     if teacher.denoiser:  # by itself it is neither sampled by the denoiser nor guided as that is
         step, config = teacher.denoiser.teacher_step, teacher.config
@@ -143,7 +143,7 @@ def reference_params(run: Run, current: State, new: bool) -> dict:
             if run.config.train.align_weight:
                 found = {"params": copy(found["params"]["backbone"], run.config.model.dtype)}
             checkpoints.save(0, found, {})
-        return checkpoints.restore_subtree(0, abstract_reference(run))[1]
+        return checkpoints.restore(abstract_reference(run), 0, partial=True)[1]
 
 
 def kept_reference(run: Run) -> dict | None:
@@ -152,4 +152,4 @@ def kept_reference(run: Run) -> dict | None:
     if not run.workdir or not folder.exists():
         return None
     with Checkpoints(folder) as checkpoints:
-        return checkpoints.restore_subtree(0, abstract_reference(run))[1]
+        return checkpoints.restore(abstract_reference(run), 0, partial=True)[1]
