@@ -24,12 +24,11 @@ flags.mark_flags_as_required(["min_reward", "out"])
 
 def main():
     from ntm_jax.projects.reward.collect import CollectRequest
-    from ntm_jax.sampling.options import parse_guidance
 
     f = program.FLAGS
     program.load_run().collect(f.out, CollectRequest(
         num=f.num, min_reward=f.min_reward, reward=f.reward, batch=f.batch,
-        guidance=parse_guidance(f.guidance), decoder=f.decoder, seed=f.seed))
+        guidance=f.guidance, decoder=f.decoder, seed=f.seed))
 
 
 if __name__ == "__main__":

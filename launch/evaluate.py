@@ -18,8 +18,8 @@ flags.DEFINE_integer("steps", None, "Number of steps T, or of the ODE for sample
                      "evaluation-Nsteps.json; the configuration's by default.", lower_bound=1)
 flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.num_samples by "
                      "default.", lower_bound=0)
-flags.DEFINE_multi_string("guidance", None, "Also scores samples at this guidance. Repeat it to "
-                          "compare several with the first.")
+flags.DEFINE_multi(program.Scales(), None, "guidance", None, "Also scores samples at this "
+                   "guidance. Repeat it to compare several with the first.")
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
                   "bits for pixels and nats for latents.")
 flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, "
@@ -34,10 +34,10 @@ def main():
     from ntm_jax import api
     from ntm_jax.evaluation.evaluate import EvaluationOptions
     from ntm_jax.evaluation.report import check_unit
-    from ntm_jax.sampling.options import override, parse_guidance
+    from ntm_jax.sampling.generate import override
 
     f = program.FLAGS
-    run = program.load_run().selecting(f.candidates, f.judge, f.stop_nats)
+    run = program.load_run().best_of(f.candidates, f.judge, f.stop_nats)
     own_steps = run.config.sample.steps
     sample = override(run.config, steps=f.steps)
     config = run.config.with_sampling(steps=sample.steps).with_evaluation(
@@ -46,8 +46,8 @@ def main():
     unit = f"{f.unit}_per_dim" if f.unit else None
     if unit:
         check_unit(unit, run)
-    guidance = tuple(parse_guidance(scales.split(",")) for scales in f.guidance or ())
-    options = EvaluationOptions(f.split, f.trajectories, f.features, f.inception_weights, guidance)
+    options = EvaluationOptions(f.split, f.trajectories, f.features, f.inception_weights,
+                                tuple(f.guidance or ()))
     against = api.load(f.against, raw=f.raw) if f.against else None
     result, scores = run.scores(options, against, progress=True)
     step = program.asked_step(run)

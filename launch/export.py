@@ -24,13 +24,12 @@ def main():
 
     from ntm_jax import api
     from ntm_jax.export import publish
-    from ntm_jax.sampling.options import parse_guidance
 
     f = program.FLAGS
     repository = f.push if jax.process_index() == 0 else None
     if repository is not None:
         publish.check(repository)  # before the work
-    program.load_run().export(f.out, f.steps, parse_guidance(f.guidance), f.decoder)
+    program.load_run().export(f.out, f.steps, f.guidance, f.decoder)
     if repository is not None:
         print(f"pushed: {api.push(f.out, repository, f.private)}", flush=True)
 

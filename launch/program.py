@@ -45,6 +45,16 @@ class ExperimentParser(config_flags.config_flags.ConfigFileFlagParser):
         return super().parse(path)
 
 
+class Scales(flags.ArgumentParser):
+    """Parses one guidance scale, or one for each step, separated by commas."""
+
+    def parse(self, given):
+        if not isinstance(given, str):  # the default
+            return given
+        scales = tuple(map(float, given.split(",")))
+        return scales[0] if len(scales) == 1 else scales
+
+
 def define_config(required: bool = True, flag_values: flags.FlagValues = FLAGS):
     """Defines --config, an experiment, and --config.section.key=value for each of its settings."""
     config_flags.DEFINE_config_file(
@@ -97,13 +107,13 @@ def define_sampling():
     flags.DEFINE_string(
         "decoder", None, "How the last level becomes an image: inverse, score or denoiser; or how "
         "a flow-matching model's ODE is solved: euler or heun. Or one of your own, with --import.")
-    flags.DEFINE_list(
-        "guidance", None, "Guidance scale w, or one for each step, from pure noise down: "
+    flags.DEFINE(
+        Scales(), "guidance", None, "Guidance scale w, or one for each step, from pure noise down: "
         "1,0.5,0,0; the configuration's by default.")
 
 
 def define_selection():
-    """Defines how samples are selected among candidates; see api.Run.selecting."""
+    """Defines how samples are selected among candidates; see api.Run.best_of."""
     flags.DEFINE_integer(
         "candidates", 1, "Samples drawn for each one that is kept: the one that its condition "
         "explains best, by exact likelihood.", lower_bound=1)

@@ -44,7 +44,6 @@ def main():
     from ntm_jax.data.conditions import vector
     from ntm_jax.errors import UserError
     from ntm_jax.sampling import prompts
-    from ntm_jax.sampling.options import parse_guidance
     from ntm_jax.sampling.write import SampleRequest
 
     f = program.FLAGS
@@ -53,12 +52,12 @@ def main():
     if texts and f.num not in (None, number):
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
                         "it out, or change --per_prompt")
-    run = program.load_run().selecting(f.candidates, f.judge, f.stop_nats)
+    run = program.load_run().best_of(f.candidates, f.judge, f.stop_nats)
     run.write_samples(f.out or f"{run.workdir}/samples", SampleRequest(
         num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
         prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
         save_trajectories=f.save_trajectories, steps=f.steps,
-        guidance=parse_guidance(f.guidance), decoder=f.decoder, inverse=f.inverse,
+        guidance=f.guidance, decoder=f.decoder, inverse=f.inverse,
         seed=f.seed, log_prob=f.log_prob, condition=vector.parse(f.condition)))
 
 

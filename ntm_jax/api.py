@@ -37,7 +37,6 @@ from ntm_jax.runtime import config_file, renamed, sharding
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts, selection
-from ntm_jax.sampling.options import override
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
 
@@ -97,7 +96,7 @@ class Run(base.Run):
         """
         index = np.asarray(index, np.int32)
         condition = None if label is None else self.condition.validate(len(index), label)
-        chosen = override(self.config, **options)
+        chosen = generate.override(self.config, **options)
 
         def draw(places):
             own = None if condition is None else jax.tree.map(lambda a: a[places], condition)
@@ -109,8 +108,8 @@ class Run(base.Run):
         parts = [draw(places) for places in sharding.equal_batches(count, size)]
         return jax.tree.map(lambda *found: np.concatenate(found)[:count], *parts)
 
-    def selecting(self, candidates: int, judge: "str | os.PathLike | base.Run | None" = None,
-                  stop_nats: float | None = None) -> "Run":
+    def best_of(self, candidates: int, judge: "str | os.PathLike | base.Run | None" = None,
+                stop_nats: float | None = None) -> "Run":
         """This run with samples that are selected, each from so many candidates, by likelihood.
 
         Of an image's candidates the one that its condition explains best is kept; see
@@ -120,7 +119,11 @@ class Run(base.Run):
         Raises UserError where the judge cannot select.
         """
         other = load(judge) if isinstance(judge, (str, os.PathLike)) else judge
-        return _run(selection.selecting(self, candidates, other, stop_nats))
+        return _run(selection.best_of(self, candidates, other, stop_nats))
+
+    def selecting(self, candidates: int, judge=None, enough: float | None = None) -> "Run":
+        """`best_of` under its earlier name."""
+        return self.best_of(candidates, judge, enough)
 
     def text(self, captions):
         """The states of one or n captions, in the encoder of the run, as conditions.Text."""

@@ -266,7 +266,7 @@ def test_resampling_is_proportional():
     (lambda run: run.log_prob(MEAN, condition=[1, 2, 3]), "data have shape (2,): expected [n, 2]"),
     (lambda run: run.reweight(lambda x: x, condition=[1, 2, 3], n=COUNT),
      f"log_target returned [{COUNT}, 2]"),
-    (lambda run: run.selecting(2).reweight(log_target, condition=[1, 2, 3], n=4),
+    (lambda run: run.best_of(2).reweight(log_target, condition=[1, 2, 3], n=4),
      "a sample that is selected among candidates does not have the density of its trajectory"),
 ])
 def test_mistakes_are_one_line(random, call, message):

@@ -20,7 +20,7 @@ EACH, CANDIDATES = 8, 4
 def main(workdir: str, out: str):
     run = api.load(workdir)
     asked = [caption for caption in CAPTIONS for _ in range(EACH)]
-    sets = [run.selecting(count).sample(len(asked), prompts=asked, guidance=0.0)
+    sets = [run.best_of(count).sample(len(asked), prompts=asked, guidance=0.0)
             for count in (1, CANDIDATES)]
     rows = [plots.SheetRow(caption, *(images[i * EACH : (i + 1) * EACH] for images in sets))
             for i, caption in enumerate(CAPTIONS)]

@@ -14,7 +14,6 @@ from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.progress import track
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import generate
-from ntm_jax.sampling.options import override
 
 RANKS = (1, 5)  # of retrieval
 MAX_RECORDS = 20_000  # of a split: an SVC's time grows with the square of their number
@@ -61,7 +60,7 @@ def check_guidance(run: Run, source: Source, guidance) -> None:
                         f"{MAX_RECORDS} training images, or tasks of a model of captions whose "
                         "source checks images: neither applies here; leave --guidance out")
     for scale in guidance:
-        override(run.config, guidance=scale)
+        generate.override(run.config, guidance=scale)
 
 
 def settings(run: Run) -> dict:

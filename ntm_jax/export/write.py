@@ -34,7 +34,6 @@ from ntm_jax.runtime.checksums import array_checksums, named_leaves
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import decoders, generate
-from ntm_jax.sampling.options import check_decoder, override
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -169,8 +168,8 @@ def write_export(run: Run, out: str, steps: int | None = None,
         raise UserError(f"{out} is there: give a new folder as --out, nothing was overwritten")
     require_same_everywhere({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps,
                              "--guidance": guidance, "--decoder": decoder})
-    options = override(run.config, steps=steps, guidance=guidance, decoder=decoder)
-    check_decoder(run, options.decoder)
+    options = generate.override(run.config, steps=steps, guidance=guidance, decoder=decoder)
+    generate.check_decoder(run, options.decoder)
     run = dataclasses.replace(run, config=run.config.with_sampling(**dataclasses.asdict(options)))
     checksums = array_checksums(parameters(run))
     flat = named_leaves(sharding.to_host(parameters(run)))

@@ -4,22 +4,24 @@ Symbols: n images; B batch, K levels, N tokens, D token channels; H, W, C image 
 channels; V pixel levels; M text tokens, E their width.
 """
 
+import dataclasses
 import functools
+import warnings
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from ntm_jax import typed
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import example_keys
 from ntm_jax.data import transforms
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.config import Sample
+from ntm_jax.runtime.config import Config, Sample, check_guidance, check_steps, guided
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import decoders, selection
 from ntm_jax.sampling.decoders import Sampler
-from ntm_jax.sampling.options import check_decoder
 
 BATCH = 100  # images at a time, of pictures and of scores, so that one program serves both
 
@@ -42,6 +44,44 @@ class Drawn(NamedTuple):
     def log_prob(self) -> np.ndarray:
         """log p(x_0..x_T | y) of every sample, [n] float64, nats."""
         return self.log_prob_by_factor.sum(-1, dtype=np.float64)
+
+
+def override(config: Config, **given) -> Sample:
+    """The configuration's options of sampling with the given ones that are not None.
+
+    Raises UserError for an option that is unknown, or whose value its setting does not take, for
+    guidance of another length than the steps, or that the model was not trained for, and for more
+    steps than t_min allows. Warns of a number of steps that it was not trained with.
+    """
+    given = {name: np.asarray(value).tolist() for name, value in given.items()
+             if value is not None}
+    values = dataclasses.asdict(config.sample) | given
+    options = typed.parse_dataclass(Sample, values, "config.sample")
+    guidance, steps, own = options.guidance, options.steps, config.sample
+    check_guidance("guidance", guidance, steps)
+    if guidance != own.guidance and guided(guidance) and not config.train.condition_dropout:
+        raise UserError(f"guidance is {guidance}, and the model was trained without condition "
+                        "dropout: sample with guidance 0")
+    if decoders.find(options.decoder).solves_ode:
+        return options
+    check_steps("steps", steps, config.trajectory)
+    trained = config.trajectory.steps
+    if steps != own.steps and steps not in trained:
+        warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: "
+                      "expect worse images", stacklevel=2)
+    return options
+
+
+def check_decoder(run: Run, decoder: str) -> None:
+    """Raises UserError for a decoder that needs a denoiser, or a velocity, that the run lacks."""
+    needs = decoders.find(decoder)
+    if needs.solves_ode and (run.model.backbone is None or run.model.config.transporter_blocks):
+        raise UserError(f"decoder={decoder} solves the ODE of a flow-matching model, and this run "
+                        "is not one: take inverse or score")
+    if needs.needs_denoiser and not run.denoiser:
+        raise UserError(f"decoder={decoder} needs a denoiser, and this run has none: give as "
+                        "--workdir the run of one, trained with config.train.objective=denoiser "
+                        "and --config.teacher")
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "with_levels", "with_log_prob"))

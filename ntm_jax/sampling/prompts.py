@@ -1,10 +1,4 @@
-"""Prompts of a text-conditioned model: reading, encoding, and the folders that benchmarks evaluate.
-
-GenEval (Ghosh et al. 2023, arXiv 2310.11513; evaluation/evaluate_images.py of djghosh13/geneval)
-reads metadata.jsonl and samples/NUMBER.png in folders that are named by numbers, and ignores all
-else. DPG-Bench (Hu et al. 2024, arXiv 2403.05135; dpg_bench/compute_dpg_bench.py of
-TencentQQGYLab/ELLA) takes every file of a folder for the four images of one prompt, in two rows
-without a gap, and cuts it at multiples of --resolution; the file's name names the prompt.
+"""Prompts of a text-conditioned model: reading, encoding, and the files of their images.
 
 Symbols: P prompts; n images of each; M text tokens, E their width; H, W, C image height, width,
 channels.
@@ -24,6 +18,10 @@ from ntm_jax.data.text import pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.runtime.run import Run
+
+# Folders that benchmarks evaluate, by --layout; see Layout.
+LAYOUTS = {"geneval": "ntm_jax.projects.scenes.layouts:GenEval",
+           "dpg": "ntm_jax.projects.scenes.layouts:DPG"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,61 +112,33 @@ def states(encoder, prompts: Sequence[str]) -> Text:
                   for key in ("text", "text_mask")))
 
 
-def check_layout(layout: str | None, prompts: Sequence[Prompt] | None) -> None:
-    """Raises UserError where prompts do not fit the benchmark `layout`."""
-    if not layout:
-        return
-    if not prompts:
-        raise UserError(f"--layout={layout} writes a benchmark's folder: give its prompts as "
-                        "--prompts")
-    if layout == "geneval":
-        lacking = [prompt.text for prompt in prompts if not prompt.line]
-        if lacking:
-            raise UserError("--layout=geneval copies the metadata of every prompt, and "
-                            f"{len(lacking)} of {len(prompts)} prompts have none, such as "
-                            f"{lacking[0]!r}: give GenEval's own prompts/evaluation_metadata.jsonl "
-                            "as --prompts")
-    if layout == "dpg":
-        names = [prompt.name for prompt in prompts]
-        if not all(names) or len(set(names)) < len(names):
-            raise UserError("--layout=dpg names a picture after the file of its prompt: give "
-                            "DPG-Bench's folder of .txt files as --prompts")
+class Layout:
+    """Where the images of prompts go in a folder, and what else it holds of each prompt."""
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError where prompts lack what the folder needs of them."""
+
+    def image(self, number: int, per_prompt: int, count: int) -> str:
+        """The file of image `number` of `count`, relative to the folder."""
+        return f"{number:0{len(str(count - 1))}d}.png"
+
+    def describe(self, folder, number: int, prompt: Prompt, images: np.ndarray) -> None:
+        """Writes what else the folder holds of prompt `number` and its images [n, H, W, C]."""
 
 
-def image_path(folder, layout: str | None, number: int, per_prompt: int, count: int):
-    """The path of the PNG file of image `number` of `count`; makes its folder."""
-    if layout == "geneval":
-        inner = folder / f"{number // per_prompt:05d}" / "samples"
-        inner.mkdir(parents=True, exist_ok=True)
-        return inner / f"{number % per_prompt:04d}.png"
-    return folder / f"{number:0{len(str(count - 1))}d}.png"
-
-
-def write_pictures(folder, layout: str | None, prompts: Sequence[Prompt],
-                   shown: np.ndarray) -> None:
+def write_pictures(folder, layout: Layout, prompts: Sequence[Prompt], shown: np.ndarray) -> None:
     """Writes the files that describe the images of prompts, beside the images themselves.
 
     shown: the images [P n, H, W, C] uint8, n of each prompt in turn. The files are
-    contact_sheet.png with a row for each prompt, prompts.jsonl with a line for each image, and what
-    the benchmark `layout` needs for each prompt: GenEval metadata.jsonl and grid.png, DPG-Bench
-    FOLDER/dpg/NAME.png.
+    contact_sheet.png with a row for each prompt, prompts.jsonl with a line for each image, and
+    those of the layout.
     """
     groups = np.split(shown, len(prompts))
-    per_prompt = len(groups[0])
     for number, (prompt, images) in enumerate(zip(prompts, groups, strict=True)):
-        if layout == "geneval":
-            inner = folder / f"{number:05d}"
-            files.write(inner / "metadata.jsonl", prompt.line)
-            plots.save_png(inner / "grid.png", plots.image_grid(images, per_prompt))
-        if layout == "dpg":
-            (folder / "dpg").mkdir(exist_ok=True)
-            picture = plots.image_grid(images, min(2, per_prompt), padding=0)
-            plots.save_png(folder / "dpg" / f"{prompt.name}.png", picture)
-    lines = []
-    for i in range(len(shown)):
-        path = image_path(folder, layout, i, per_prompt, len(shown))
-        lines.append({"file_name": str(path.relative_to(folder)),
-                      "prompt": prompts[i // per_prompt].text})
+        layout.describe(folder, number, prompt, images)
+    per_prompt = len(groups[0])
+    lines = [{"file_name": layout.image(i, per_prompt, len(shown)),
+              "prompt": prompts[i // per_prompt].text} for i in range(len(shown))]
     files.write(folder / "prompts.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     rows = [plots.SheetRow(prompt.text, images[:10])
             for prompt, images in zip(prompts[:50], groups, strict=False)]

@@ -107,9 +107,9 @@ def select(run: Run, index, y, seed: int, draw: Callable) -> list:
     return best
 
 
-def selecting(run: Run, candidates: int, judge: Run | None = None,
-              stop_nats: float | None = None) -> Run:
-    """The run with samples that are selected, each from so many candidates; see api.Run.selecting.
+def best_of(run: Run, candidates: int, judge: Run | None = None,
+            stop_nats: float | None = None) -> Run:
+    """The run with samples that are selected, each from so many candidates; see api.Run.best_of.
 
     Raises UserError for a model without a condition, and for a judge that has no likelihood, no
     null condition, or other data.

@@ -122,7 +122,7 @@ def test_evaluation_is_the_same_on_more_devices_and_processes(alone):
 @pytest.mark.slow
 def test_two_processes_sample_as_one_does(alone, tmp_path):
     run, flags = ntm_jax.load(str(alone)), [f"--out={tmp_path}/2", "--num=6", "--candidates=2"]
-    run.selecting(2).write_samples(f"{tmp_path}/1", SampleRequest(6))
+    run.best_of(2).write_samples(f"{tmp_path}/1", SampleRequest(6))
     ends = Job(alone, 2, program="sample", flags=flags).end()
     assert [status for status, *_ in ends] == [0, 0], ends
     images = [np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in "12"]

@@ -11,7 +11,7 @@ from ntm_jax.core.conditions import Text
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import plots
 from ntm_jax.sampling import generate
-from ntm_jax.sampling.options import override, parse_guidance
+from ntm_jax.sampling.generate import override
 from tests.common import alike, new_run, random_run, tiny_config
 
 
@@ -67,14 +67,6 @@ def test_guidance_is_one_scale_or_one_for_each_step(run):
         assert override(run.config, guidance=scales).guidance == (1.0, 0.0)
     with pytest.raises(UserError, match="guidance has 2 scales, and there are 3 steps"):
         override(config, steps=3, guidance=None)  # the configuration's scales
-
-
-def test_guidance_of_the_flag():
-    found = [parse_guidance(scales) for scales in (None, ["1.5"], ["1", "0"])]
-    assert found == [None, 1.5, (1.0, 0.0)]
-    for wrong in (["a"], ["1", ""]):
-        with pytest.raises(UserError, match="--guidance takes a number, or one for each step"):
-            parse_guidance(wrong)
 
 
 def test_steps_whose_levels_would_not_ascend_are_refused(run):

@@ -43,7 +43,7 @@ def test_the_candidate_with_the_most_information_is_kept(run):
     index, y = np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int32)
     tokens = rng.uniform(-1, 1, (3, 3, run.spec.tokens, run.spec.dim)).astype(np.float32)
     other = rng.normal(size=(3, 3, 2))
-    selecting = run.selecting(3)
+    selecting = run.best_of(3)
     kept, nothing, beside = selection.select(
         selecting, index, y, 7, lambda number: [tokens[number], None, other[number]])
     scores = [selection.information(run, run.spec.from_tokens(x), index, y, 7) for x in tokens]
@@ -55,15 +55,15 @@ def test_the_candidate_with_the_most_information_is_kept(run):
 
 
 def test_a_candidate_that_is_not_finite_is_not_kept(run, monkeypatch):
-    assert kept_of(run.selecting(3), monkeypatch, [
+    assert kept_of(run.best_of(3), monkeypatch, [
         [np.nan, np.nan], [1.0, np.nan], [0.0, 2.0]]) == [1, 2]
 
 
 def test_the_first_candidate_with_enough_information_is_kept(run, monkeypatch):
     found = [[1.0, 2.0, 0.0], [3.0, 9.0, 1.0], [4.0, 9.0, 0.5]]
-    assert kept_of(run.selecting(3, stop_nats=2.0), monkeypatch, found) == [1, 0, 1]
+    assert kept_of(run.best_of(3, stop_nats=2.0), monkeypatch, found) == [1, 0, 1]
     # The third candidates are not even drawn once all images have enough.
-    assert kept_of(run.selecting(3, stop_nats=1.0), monkeypatch, found[:2]) == [0, 0, 1]
+    assert kept_of(run.best_of(3, stop_nats=1.0), monkeypatch, found[:2]) == [0, 0, 1]
 
 
 def kept_of(run, monkeypatch, found):
@@ -76,22 +76,22 @@ def kept_of(run, monkeypatch, found):
 
 
 def test_an_image_is_the_same_in_any_batch(run):
-    index, selecting = np.array([7, 2, 11]), run.selecting(3)
-    selected, first = (r.sample_at(index) for r in (selecting, run))
-    assert alike(selecting.sample_at(index[::-1]), selected[::-1])
+    index, best = np.array([7, 2, 11]), run.best_of(3)
+    selected, first = (r.sample_at(index) for r in (best, run))
+    assert alike(best.sample_at(index[::-1]), selected[::-1])
     same = [alike(*pair) for pair in zip(selected, first, strict=True)]
     assert 0 < sum(same) < 3  # where the first candidate, that of no selection, is the best
     programs = generate.generate_tokens._cache_size()
-    run.selecting(2).sample_at(index)
+    run.best_of(2).sample_at(index)
     assert generate.generate_tokens._cache_size() == programs  # of any number of candidates
 
 
 def test_another_run_may_be_the_judge(run):
     judge = dataclasses.replace(run, params=jax.tree.map(lambda a: -a, run.params))
-    selected = run.selecting(3, judge).sample(3)
-    assert not alike(selected, run.selecting(3).sample(3))
-    assert alike(run.selecting(3, run).sample(3), run.selecting(3).sample(3))
-    assert run.selecting(1) == run
+    selected = run.best_of(3, judge).sample(3)
+    assert not alike(selected, run.best_of(3).sample(3))
+    assert alike(run.best_of(3, run).sample(3), run.best_of(3).sample(3))
+    assert run.best_of(1) == run
 
 
 def changed(run, part, **fields):
@@ -106,13 +106,13 @@ def test_selection_needs_a_condition_and_a_likelihood_without_it(run):
             ("sample", {"decoder": "heun"}, "runs/tiny solves an ODE and has no trajectory "),
             ("train", {"condition_dropout": 0.0}, "runs/tiny was trained without condition drop")):
         with pytest.raises(UserError, match=message):
-            changed(run, part, **fields).selecting(2)
+            changed(run, part, **fields).best_of(2)
     with pytest.raises(UserError, match="candidates is 1: expected at least 2"):
-        run.selecting(1, run)
+        run.best_of(1, run)
 
 
 def test_a_selected_sample_has_no_trajectory_density(run, tmp_path):
     message = "a sample that is selected among candidates does not have the density of"
     with pytest.raises(UserError, match=message):
-        run.selecting(2).write_samples(str(tmp_path / "out"), SampleRequest(2, log_prob=True))
+        run.best_of(2).write_samples(str(tmp_path / "out"), SampleRequest(2, log_prob=True))
     assert not (tmp_path / "out").exists()

@@ -23,8 +23,7 @@ from ntm_jax.runtime import plots
 from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import generate
-from ntm_jax.sampling.options import check_decoder, override
-from ntm_jax.sampling.output_folder import OutputFolder
+from ntm_jax.sampling.output_folder import fill
 
 MOST_COPIES = 256  # of a sample with rare traits
 _HELD_OUT = 10  # one in so many samples goes to test/
@@ -56,10 +55,10 @@ def collect(run: Run, out: str, request: CollectRequest) -> None:
     run is not one of captioned images of 256 pixel levels, the reward accepts no sample,
     or the folder holds anything else; nothing is overwritten.
     """
-    folder, collector = epath.Path(files.expanded(out)), _Collector(run, request)
-    output = OutputFolder(folder, "collected.json", "metadata.jsonl")
-    output.fill(collector.description(), request.num, request.batch, "collect", collector,
-                (run.params, run.denoiser and run.denoiser.params))
+    folder = epath.Path(files.expanded(out))
+    collector = _Collector(run, request, folder)
+    fill(run, folder, "collected.json", "metadata.jsonl", collector.asked(), request.num,
+         request.batch, collector.make, collector.gather)
     if jax.process_index():
         return
     rows = (folder / "metadata.jsonl").read_text().splitlines()
@@ -71,58 +70,54 @@ def collect(run: Run, out: str, request: CollectRequest) -> None:
 class _Collector:
     """A request, checked against a run, and what its batches need."""
 
-    def __init__(self, run: Run, request: CollectRequest):
+    def __init__(self, run: Run, request: CollectRequest, folder: epath.Path):
         name = run.config.reward.name if request.reward is None else request.reward
         reward = dataclasses.replace(run.config.reward, name=name)
         self.run = dataclasses.replace(run, config=dataclasses.replace(run.config, reward=reward))
-        self.request, self.split = request, run.config.data.split
+        self.request, self.folder, self.split = request, folder, run.config.data.split
         if not name:
             raise UserError(f"{run.workdir} has no reward: name one, such as --reward=shapes")
         if not run.condition.captioned or run.spec.pixel_levels != _PIXEL_LEVELS:
             raise UserError(f"{run.workdir} is not a model of captioned images of {_PIXEL_LEVELS} "
                             "pixel levels, and what is collected are image files with captions: "
                             "take a run with config.model.condition=text")
-        self.options: Sample = override(
+        self.options: Sample = generate.override(
             run.config, guidance=request.guidance, decoder=request.decoder)
-        check_decoder(run, self.options.decoder)
+        generate.check_decoder(run, self.options.decoder)
         # without the encoder, which reads every caption; default_condition opens it once
         source = dataclasses.replace(run.config.data, text_encoder="").open(self.split)
         self.captions = cast(Sequence[str], source.captions)  # of a model of text
         self.scorer = Scorer(self.run, source)
 
-    def description(self) -> dict:
+    def asked(self) -> dict:
         """What collected.json records, so that only the same call resumes the folder."""
-        run, request, options = self.run, self.request, self.options
+        options = self.options
         return {
-            "--workdir": run.workdir, "step": run.step, "--reward": run.config.reward.name,
-            "--min_reward": request.min_reward, "--num": request.num, "--batch": request.batch,
+            "--reward": self.run.config.reward.name, "--min_reward": self.request.min_reward,
             "--guidance": options.guidance, "--decoder": options.decoder, "split": self.split,
-            "--seed": checked_seed(run, request.seed)}
+            "--seed": checked_seed(self.run, self.request.seed)}
 
-    def write_batch(self, output: OutputFolder, number: int, index: np.ndarray) -> None:
+    def make(self, index: np.ndarray) -> dict:
         """Draws and scores the samples of these indices, and writes those that are kept."""
         y = self.run.default_condition(index, self.split)
         images = cast(np.ndarray, generate.sample_at(
             self.run, index, y, self.options, self.request.seed))
         if jax.process_index():
-            return
+            return {}
         captions = [self.captions[int(i) % len(self.captions)] for i in index]
         scores = self.scorer.score(images, captions)
         kept = np.flatnonzero(scores.rewards >= self.request.min_reward)
         for part in ("train", "test"):
-            (output.folder / part).mkdir(exist_ok=True)
+            (self.folder / part).mkdir(exist_ok=True)
         for row in kept:
-            plots.save_png(output.folder / _name(index[row]), images[row])
+            plots.save_png(self.folder / _name(index[row]), images[row])
         found = {"index": index[kept], "rewards": scores.rewards[kept],
                  "captions": np.array([captions[row] for row in kept], np.str_)}
-        if scores.traits is not None:
-            found["traits"] = scores.traits[kept]
-        with files.atomic_writer(output.part(number)) as file:
-            np.savez(file, **found)
+        return found if scores.traits is None else found | {"traits": scores.traits[kept]}
 
-    def gather(self, output: OutputFolder, batches: int) -> None:
+    def gather(self, found: dict) -> None:
         """Writes the copies, the picture and the list of all samples that are kept."""
-        folder, found = output.folder, output.read_parts(batches)
+        folder = self.folder
         names = [_name(index) for index in found["index"]]
         if not names:
             raise UserError(f"no sample of {self.request.num} has a reward of "
@@ -142,8 +137,7 @@ class _Collector:
                 if number > 1:
                     files.write(folder / copy, content)
                 rows.append({"file_name": copy, "caption": str(caption), "reward": float(reward)})
-        files.write(folder / output.last, "".join(json.dumps(row) + "\n" for row in rows))
-        output.remove_parts(batches)
+        files.write(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _name(index: int) -> str:

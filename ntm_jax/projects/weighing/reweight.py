@@ -26,8 +26,7 @@ from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Sample
 from ntm_jax.runtime.run import Run, checked_seed, one_condition
-from ntm_jax.sampling.generate import Sampler, check_density
-from ntm_jax.sampling.options import override
+from ntm_jax.sampling.generate import Sampler, check_density, override
 
 BATCH = 2000  # samples drawn at once
 
