@@ -18,8 +18,8 @@ flags.DEFINE_integer("steps", None, "Number of steps T, or of the ODE for sample
                      "evaluation-Nsteps.json; the configuration's by default.", lower_bound=1)
 flags.DEFINE_integer("images", None, "Samples that are scored; config.evaluate.num_samples by "
                      "default.", lower_bound=0)
-flags.DEFINE_multi(program.Scales(), None, "guidance", None, "Also scores samples at this "
-                   "guidance. Repeat it to compare several with the first.")
+flags.DEFINE_multi(program.Scales(), flags.ArgumentSerializer(), "guidance", None, "Also scores "
+                   "samples at this guidance. Repeat it to compare several with the first.")
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
                   "bits for pixels and nats for latents.")
 flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, "

@@ -6,6 +6,7 @@ Symbols: n images; H, W, C image height, width, channels; K levels.
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,7 +93,7 @@ class _Writer:
                 raise UserError(f"{flag} is given, and the model of {run.workdir} is conditioned "
                                 f"on {kind.describe()}: {remedy}")
         # the conditions that are given, in turn over the samples
-        self.given = kind.validate(len(values), np.array(values)) if values else None
+        self.given: Any = kind.validate(len(values), np.array(values)) if values else None
         self.encoder = prompts.open_encoder(run, request.encoder) if request.prompts else None
         self.layout = prompts.Layout()
         if request.layout:
@@ -103,8 +104,8 @@ class _Writer:
             self.layout.check(request.prompts)
         self.autoencoder = None
         if request.autoencoder and jax.process_index() == 0:
-            make, folder = pretrained.AUTOENCODERS.find(f"flux2:{request.autoencoder}")
-            self.autoencoder = make(folder)
+            make, argument = pretrained.AUTOENCODERS.find(f"flux2:{request.autoencoder}")
+            self.autoencoder = make(argument)
         self.pixel_levels = 256 if request.autoencoder else run.spec.pixel_levels
 
     def asked(self) -> dict:
