@@ -137,13 +137,11 @@ def changed_data(name: str, before: str, now: str) -> str:
     )
 
 
-_KEYS_IN_FILES = {"pixel_levels": "levels"}
-
-
 def spec_to_json(spec: DataSpec) -> dict[str, Any]:
     """A DataSpec as a JSON object; its key "levels" is `pixel_levels`."""
     fields = dataclasses.asdict(spec)
-    return files.to_json({_KEYS_IN_FILES.get(key, key): fields[key] for key in fields})
+    fields["levels"] = fields.pop("pixel_levels")
+    return files.to_json(fields)
 
 
 def spec_from_json(values: Any, name: str = "spec") -> DataSpec:
@@ -200,7 +198,8 @@ class TrainIterator:
         self._error = None
         # A grain iterator that outlives its module prints errors at exit: it is closed and dropped
         # before.
-        self._finalizer = weakref.finalize(self, _close, vars(self))
+        self._finalizer = weakref.finalize(
+            self, lambda attributes: attributes.pop("_iterator").close(), vars(self))
 
     def __iter__(self) -> "TrainIterator":
         return self
@@ -236,10 +235,6 @@ class TrainIterator:
         self._finalizer()
 
 
-def _close(attributes: dict) -> None:
-    attributes.pop("_iterator").close()
-
-
 def train_iterator(
     source: Source,
     patch_size: int,
@@ -262,10 +257,9 @@ def train_iterator(
         them.
       process_index, process_count: this process among those that share a batch.
     Raises:
-      UserError: the patch does not divide the image. While iterating: a record cannot be read,
-        with the same message from a thread or a worker process.
+      UserError: while iterating, a record cannot be read, with the same message from a thread or a
+        worker process.
     """
-    spec(source, patch_size)
     # The data set is a range of indices, read by the map, because grain's own sources would not
     # give an example its record index.
     indices = grain.MapDataset.range(len(source.records))
@@ -305,7 +299,6 @@ def evaluation_batches(
     Raises:
       UserError: as `train_iterator`, when the first batch is taken.
     """
-    spec(source, patch_size)
     share = batch_size // process_count
     chosen = range(len(source.records)) if chosen is None else chosen
     shape = -(-len(chosen) // batch_size), process_count, share
