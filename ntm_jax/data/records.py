@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import shutil
+import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -140,7 +140,7 @@ def read_manifest(path: str) -> tuple[Layout, dict[str, Split], str]:
 
 
 def write_manifest(path: str, layout: Layout, splits: Mapping[str, Split]) -> None:
-    """Writes the manifest of splits by name; their shards must exist."""
+    """Writes the manifest of splits by name, which marks the records as complete."""
     parts = {name: vars(split) for name, split in splits.items()}
     content: dict[str, Any] = {"format": _FORMAT, "splits": parts, **vars(layout)}
     content["levels"] = content.pop("pixel_levels")
@@ -260,81 +260,53 @@ def sha256(path) -> str:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
-def write_records(
-    path: str,
-    splits: Mapping[str, Iterable[Mapping[str, Any]]],
-    layout: Layout,
-    shard_size: int = 10_000,
-) -> None:
-    """Writes the examples of each split, and their manifest, to the folder `path`.
-
-    Args:
-      splits: {name: examples}, taken one at a time. An example is a dict of "image", "label",
-        "text" and "caption" (a str), those that `layout` has, with dtypes and shapes as in a
-        record.
-      shard_size: the number of records in a shard.
-    Raises:
-      UserError: the folder has a manifest already, an example does not fit the layout, or the disk
-        is full.
-    """
-    root = epath.Path(path).expanduser()
-    if (root / MANIFEST).exists():
-        raise UserError(
-            f"{root} holds prepared records already: choose another folder, or remove it"
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    written = {name: Split() for name in splits}
-    for name, split in written.items():
-        examples = iter(splits[name])
-        for first in examples:
-            file = root / f"{name}-{len(split.shards):05}.arrayrecord"
-            shard = itertools.chain([first], itertools.islice(examples, shard_size - 1))
-            split.shards.append(file.name)
-            split.counts.append(write_shard(file, shard, layout))
-            split.sha256.append(sha256(file))
-    # Written last; its presence marks the records as complete.
-    write_manifest(path, layout, written)
-
-
 def write_shard(file: epath.PathLike, examples: Iterable[Mapping[str, Any]], layout: Layout) -> int:
     """Writes one shard, which has its name only when it is complete.
 
-    Returns the number of its records. UserError as `write_records`.
+    Args:
+      examples: taken one at a time; dicts of "image", "label", "text" and "caption" (a str), those
+        that `layout` has, with dtypes and shapes as in a record.
+    Returns:
+      The number of its records.
+    Raises:
+      UserError: an example does not fit the layout, or the disk is full.
     """
-    name = epath.Path(file).name
-    with files.atomic_writer(file) as target:
-        if not files.is_remote(file):
-            return _write_array_records(target.name, name, examples, layout)
-        # array_record reads object storage, but writes only to a disk.
-        with tempfile.TemporaryDirectory() as folder:
-            count = _write_array_records(f"{folder}/shard", name, examples, layout)
-            with open(f"{folder}/shard", "rb") as complete:
-                shutil.copyfileobj(complete, target)
-        return count
-
-
-def _write_array_records(
-    path: str, name: str, examples: Iterable[Mapping[str, Any]], layout: Layout
-) -> int:
-    """Writes examples to the file `path`, which errors call `name`, and returns their number."""
-    count = 0
+    name, count = epath.Path(file).name, 0
     # Compression would save 8% of latents, and halve the rate at which they are read.
-    compression = "" if layout.pixel_levels else ",uncompressed"
-    writer = ArrayRecordWriter(path, f"group_size:1{compression}")
-    try:
-        for example in examples:
-            try:
-                arrays = {key: _array(key, value) for key, value in example.items()}
-                layout.check(arrays)
-            except ValueError as error:
-                raise UserError(f"example {count} of {name} does not fit: {error}") from None
+    options = f"group_size:1{'' if layout.pixel_levels else ',uncompressed'}"
+    with files.atomic_writer(file) as target, tempfile.TemporaryDirectory() as folder:
+        # array_record reads object storage, but writes only to a disk.
+        path = f"{folder}/shard" if files.is_remote(file) else target.name
+        writer = ArrayRecordWriter(path, options)
+        try:
+            for record in _serialised(examples, layout, name):
+                with _write_errors(name):
+                    writer.write(record)
+                count += 1
+        finally:
             with _write_errors(name):
-                writer.write(safetensors.numpy.save(arrays))
-            count += 1
-    finally:
-        with _write_errors(name):
-            writer.close()
+                writer.close()
+        if files.is_remote(file):
+            target.write(pathlib.Path(path).read_bytes())
     return count
+
+
+def _serialised(
+    examples: Iterable[Mapping[str, Any]], layout: Layout, name: str
+) -> Iterator[bytes]:
+    for number, example in enumerate(examples):
+        arrays = {key: _array(key, value) for key, value in example.items()}
+        try:
+            layout.check(arrays)
+        except ValueError as error:
+            raise UserError(f"example {number} of {name} does not fit: {error}") from None
+        yield safetensors.numpy.save(arrays)
+
+
+def _array(key: str, value) -> np.ndarray:
+    if key == "caption":
+        return np.frombuffer(value.encode(), np.uint8)
+    return np.asarray(value, np.int32 if key == "label" else None, order="C")
 
 
 @contextlib.contextmanager
@@ -347,9 +319,3 @@ def _write_errors(name: str) -> Iterator[None]:
             f"the shard {name} cannot be written ({first_line(error)}): free space there, raise "
             "ulimit -f or make it writable; complete shards stay, and the same command goes on"
         ) from None
-
-
-def _array(key: str, value) -> np.ndarray:
-    if key == "caption":
-        return np.frombuffer(value.encode(), np.uint8)
-    return np.asarray(value, np.int32 if key == "label" else None, order="C")

@@ -106,11 +106,7 @@ def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) 
 
 def is_utf8(caption: str) -> bool:
     """False for a caption with surrogates, which stand for bytes that are not UTF-8."""
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not re.search("[\ud800-\udfff]", caption)
 
 
 def split(caption: str) -> list[str]:

@@ -2,6 +2,21 @@
 
 import numpy as np
 
+from ntm_jax.data.records import Split, sha256, write_manifest, write_shard
+
+
+def write_records(path, splits, layout, shard_size=100):
+    """Writes the examples of each split in shards, and then their manifest."""
+    written = {name: Split() for name in splits}
+    for name, split in written.items():
+        for start in range(0, len(splits[name]), shard_size):
+            file = path / f"{name}-{len(split.shards):05}.arrayrecord"
+            split.shards.append(file.name)
+            split.counts.append(
+                write_shard(file, splits[name][start : start + shard_size], layout))
+            split.sha256.append(sha256(file))
+    write_manifest(str(path), layout, written)
+
 
 def latents(count, dtype=np.float16, shape=(2, 2, 4)):
     random = np.random.default_rng(1)

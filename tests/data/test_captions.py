@@ -8,10 +8,10 @@ import pytest
 
 from ntm_jax.data import text
 from ntm_jax.data.pipeline import spec
-from ntm_jax.data.records import Layout, write_records
+from ntm_jax.data.records import Layout
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
-from tests.data.common import captioned, latents
+from tests.data.common import captioned, latents, write_records
 
 TEXT = Layout((2, 2, 4), pixel_levels=0, text_tokens=6, text_width=8)
 

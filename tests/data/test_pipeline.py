@@ -16,10 +16,11 @@ from ntm_jax.data.pipeline import (
     spec_to_json,
     train_iterator,
 )
-from ntm_jax.data.records import Layout, write_records
+from ntm_jax.data.records import Layout
 from ntm_jax.data.sources import open_source
 from ntm_jax.data.transforms import patchify, scale
 from ntm_jax.errors import UserError
+from tests.data.common import write_records
 
 
 @pytest.fixture(scope="module")

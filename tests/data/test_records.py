@@ -14,10 +14,10 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ntm_jax.data.pipeline import DataSpec, spec
-from ntm_jax.data.records import Layout, Split, read_manifest, verify, write_records
+from ntm_jax.data.records import Layout, Split, read_manifest, verify, write_shard
 from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
-from tests.data.common import captioned, latents
+from tests.data.common import captioned, latents, write_records
 
 PIXELS = Layout((4, 4, 3), pixel_levels=256, num_classes=5)
 LATENTS = Layout((2, 2, 4), pixel_levels=0, mean=(0.0, 1.0, 2.0, 3.0), std=(1.0, 2.0, 4.0, 8.0))
@@ -46,7 +46,7 @@ def assert_records(source, images, labels):
 
 def test_pixels_are_read_as_they_were_written(tmp_path):
     train, test = pixels(10), pixels(3, seed=1)
-    write_records(tmp_path, {"train": train, "test": iter(test)}, PIXELS, shard_size=4)
+    write_records(tmp_path, {"train": train, "test": test}, PIXELS, shard_size=4)
     _, splits, version = read_manifest(str(tmp_path))
     shards = [f"train-0000{i}.arrayrecord" for i in range(3)]
     sha256 = [hashlib.sha256((tmp_path / shard).read_bytes()).hexdigest() for shard in shards]
@@ -93,18 +93,15 @@ def test_text_is_padded_with_zeros_and_masked(tmp_path):
 # Writing
 
 
-def test_incomplete_records_have_no_manifest(tmp_path):
-    examples = [*pixels(3), {"image": np.zeros((4, 4, 1), np.uint8), "label": 0}]
+def test_an_example_that_does_not_fit_is_refused_and_leaves_no_shard(tmp_path):
+    examples = [*pixels(1), {"image": np.zeros((4, 4, 1), np.uint8), "label": 0}]
     message = (
-        "example 1 of train-00001.arrayrecord does not fit: image is [4, 4, 1] uint8, expected "
+        "example 1 of train.arrayrecord does not fit: image is [4, 4, 1] uint8, expected "
         "[4, 4, 3] uint8"
     )
     with pytest.raises(UserError, match=re.escape(message)):
-        write_records(tmp_path, {"train": examples}, PIXELS, shard_size=2)
-    assert [file.name for file in tmp_path.iterdir()] == ["train-00000.arrayrecord"]
-    write_records(tmp_path, {"train": pixels(3)}, PIXELS)
-    with pytest.raises(UserError, match="holds prepared records already"):
-        write_records(tmp_path, {"train": pixels(3)}, PIXELS)
+        write_shard(tmp_path / "train.arrayrecord", examples, PIXELS)
+    assert not [*tmp_path.iterdir()]
 
 
 # Mistakes and damage

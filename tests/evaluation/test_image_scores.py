@@ -8,12 +8,13 @@ import pytest
 from sklearn.svm import SVC
 
 from ntm_jax.data import pipeline, sources
-from ntm_jax.data.records import Layout, write_records
+from ntm_jax.data.records import Layout
 from ntm_jax.evaluation import image_scores, statistics
 from ntm_jax.evaluation.features import pixels
 from ntm_jax.runtime import build
 from ntm_jax.runtime import config as configuration
 from tests.common import as_run, random_run, tiny_config
+from tests.data.common import write_records
 
 
 def sampled(run, **overrides):
@@ -95,7 +96,7 @@ def captioned(run, pictures, tmp_path_factory):
     words, random = "a red blue circle square", np.random.default_rng(1)
     examples = [{"image": picture, "caption": " ".join(random.choice(words.split(), 3))}
                 for picture in pictures]
-    write_records(str(folder), {"train": examples[:40], "test": examples[40:]},
+    write_records(folder, {"train": examples[:40], "test": examples[40:]},
                   Layout((8, 8, 1), 16, captions=True))
     values = sampled(run, **{"data.source": f"records:{folder}", "model.condition": "text",
                              "evaluate.num_samples": 30}).config.raw

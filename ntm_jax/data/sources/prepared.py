@@ -1,4 +1,4 @@
-"""The source `records:PATH`: records that launch/prepare.py or `records.write_records` wrote.
+"""The source `records:PATH`: records that launch/prepare.py wrote.
 
 Splits: those in the manifest, and all.
 """

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ntm_jax.data.records import Layout, write_records
+from ntm_jax.data.records import Layout, write_manifest
 from ntm_jax.errors import UserError
 from tests.tools.prepare.common import encoded, files, picture, pictures, records, run, write_folder
 
@@ -93,6 +93,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is being prepared with rows_sha256="):
         run(tmp_path, folder)
     assert files(tmp_path / "out") == before
-    write_records(str(tmp_path / "others"), {"train": []}, Layout((4, 4, 3), pixel_levels=256))
+    (tmp_path / "others").mkdir()
+    write_manifest(str(tmp_path / "others"), Layout((4, 4, 3), pixel_levels=256), {})
     with pytest.raises(UserError, match="holds records that another program wrote"):
         run(tmp_path, folder, "others")
