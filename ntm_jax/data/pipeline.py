@@ -184,17 +184,55 @@ class _ReadTokens:
 
 
 class TrainIterator:
-    """Endless iterator over this process's share of the training batches; made by `train_iterator`.
+    """Endless iterator over this process's share of training batches, reshuffled every epoch.
 
     Each item is {"x": [b, N, D] float32, pixels in [-1, 1] or latents, "label": [b] int32 (-1
     without labels), "index": [b] int32} and, with text, "text": [b, M, E] float16, zeros after a
     record's own tokens, and "text_mask": [b, M] bool, true on these; with vectors as conditions,
-    "condition": [b, E] float32; with pairs of images, "rejected" like "x". An error is final: the
-    state stays that of the last good batch, and every later `next` raises the same error.
+    "condition": [b, E] float32; with pairs of images, "rejected" like "x".
+
+    The records of step s over all processes are the same for any number of processes and workers,
+    but not the row in which each lies: key per-example noise by "index". An epoch may end inside a
+    batch, so a batch may be larger than the source.
+
+    Args:
+      patch_size: divides both sides of an image, see `spec`.
+      batch_size: global, B, a multiple of the processes.
+      workers: the number of processes that read records; 0 reads in this process's threads. With
+        workers absl flags must be parsed and __main__ guarded, and `source` is pickled to each of
+        them.
+      process_index, process_count: this process among those that share a batch.
+    Raises:
+      UserError: while iterating, a record cannot be read, with the same message from a thread or a
+        worker process. An error is final: the state stays that of the last good batch, and every
+        later `next` raises the same error.
     """
 
-    def __init__(self, iterator: grain.DatasetIterator):
-        self._iterator = iterator
+    def __init__(
+        self,
+        source: Source,
+        patch_size: int,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        # The data set is a range of indices, read by the map, because grain's own sources would
+        # not give an example its record index.
+        indices = grain.MapDataset.range(len(source.records))
+        dataset = indices.seed(seed).shuffle().repeat().map(_ReadTokens(source, patch_size))
+        processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
+        elastic = grain.experimental.ElasticIterator(
+            dataset,
+            batch_size,
+            grain.sharding.ShardOptions(
+                shard_index=process_index, shard_count=process_count, drop_remainder=True
+            ),
+            read_options=_READ_OPTIONS,
+            multiprocessing_options=processes if workers else None,
+        )
+        self._iterator = iter(elastic)
         self._error = None
         # A grain iterator that outlives its module prints errors at exit: it is closed and dropped
         # before.
@@ -235,48 +273,6 @@ class TrainIterator:
         self._finalizer()
 
 
-def train_iterator(
-    source: Source,
-    patch_size: int,
-    batch_size: int,
-    seed: int,
-    workers: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> TrainIterator:
-    """This process's share of endless training batches, reshuffled every epoch.
-
-    The records of step s over all processes are the same for any number of processes and workers,
-    but not the row in which each lies: key per-example noise by "index". An epoch may end inside a
-    batch, so a batch may be larger than the source.
-
-    Args:
-      batch_size: global, B, a multiple of the processes.
-      workers: the number of processes that read records; 0 reads in this process's threads. With
-        workers absl flags must be parsed and __main__ guarded, and `source` is pickled to each of
-        them.
-      process_index, process_count: this process among those that share a batch.
-    Raises:
-      UserError: while iterating, a record cannot be read, with the same message from a thread or a
-        worker process.
-    """
-    # The data set is a range of indices, read by the map, because grain's own sources would not
-    # give an example its record index.
-    indices = grain.MapDataset.range(len(source.records))
-    dataset = indices.seed(seed).shuffle().repeat().map(_ReadTokens(source, patch_size))
-    processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
-    elastic = grain.experimental.ElasticIterator(
-        dataset,
-        batch_size,
-        grain.sharding.ShardOptions(
-            shard_index=process_index, shard_count=process_count, drop_remainder=True
-        ),
-        read_options=_READ_OPTIONS,
-        multiprocessing_options=processes if workers else None,
-    )
-    return TrainIterator(iter(elastic))
-
-
 def evaluation_batches(
     source: Source,
     patch_size: int,
@@ -297,7 +293,7 @@ def evaluation_batches(
       process_index, process_count: this process among those that share a batch.
       chosen: the indices of the records; all by default.
     Raises:
-      UserError: as `train_iterator`, when the first batch is taken.
+      UserError: a record cannot be read.
     """
     share = batch_size // process_count
     chosen = range(len(source.records)) if chosen is None else chosen

@@ -113,7 +113,7 @@ class _Loop:
         if self.step > total:
             raise UserError(f"{folder} holds step {self.step}, beyond config.train.steps = "
                             f"{total}: raise it to go on, or evaluate that run")
-        iterator = pipeline.train_iterator(
+        iterator = pipeline.TrainIterator(
             source, config.data.patch_size, config.data.batch_size, config.seed,
             config.data.workers, *sharding.share(run.mesh))
         stack.callback(iterator.close)

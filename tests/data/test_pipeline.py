@@ -10,11 +10,11 @@ from absl import flags
 
 from ntm_jax.data.pipeline import (
     DataSpec,
+    TrainIterator,
     evaluation_batches,
     spec,
     spec_from_json,
     spec_to_json,
-    train_iterator,
 )
 from ntm_jax.data.records import Layout
 from ntm_jax.data.sources import open_source
@@ -47,7 +47,7 @@ def train(digits):
     opened = []
 
     def open_one(source=digits, batch_size=12, seed=0, workers=0, **share):
-        opened.append(train_iterator(source, 2, batch_size, seed, workers, **share))
+        opened.append(TrainIterator(source, 2, batch_size, seed, workers, **share))
         return opened[-1]
 
     yield open_one

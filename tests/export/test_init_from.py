@@ -40,7 +40,7 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(new, tmp_path, started):
     source = sources.open_source("digits", "train")
     config_file.write(str(tmp_path), settings, pipeline.spec(source, 2))
     with Checkpoints(tmp_path) as checkpoints:
-        position = pipeline.train_iterator(source, 2, 16, 0, 0).get_state()
+        position = pipeline.TrainIterator(source, 2, 16, 0, 0).get_state()
         checkpoints.save(2, new, position)
     current, start = started(settings, tmp_path)
     assert (start, bits(current.params)) == (2, bits(new.params))

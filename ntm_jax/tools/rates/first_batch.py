@@ -63,7 +63,7 @@ def measure() -> dict[str, float]:
         begin = time.perf_counter()
         source = open_source(f"records:{folder}", "train")
         source = dataclasses.replace(source, records=_Counted(source.records, counts))
-        batches = pipeline.train_iterator(source, 1, BATCH, 0, WORKERS)
+        batches = pipeline.TrainIterator(source, 1, BATCH, 0, WORKERS)
         try:
             next(batches)
             seconds = time.perf_counter() - begin

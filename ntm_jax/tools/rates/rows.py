@@ -80,7 +80,7 @@ class BenchmarkInput:
     def batches(self) -> pipeline.TrainIterator:
         config = self.run.config
         assert self.source is not None  # of training rows
-        return pipeline.train_iterator(
+        return pipeline.TrainIterator(
             self.source, config.data.patch_size, config.data.batch_size, config.seed,
             config.data.workers, *sharding.share(self.run.mesh))
 

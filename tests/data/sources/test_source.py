@@ -171,7 +171,7 @@ def test_worker_processes_read_a_registered_source_and_encoder(registered):
         flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
     source, batches = open_source("squares", "train[:24]", text="parity:x"), []
     for workers in (0, 1):
-        iterator = pipeline.train_iterator(source, 2, 8, 0, workers, 0, 1)
+        iterator = pipeline.TrainIterator(source, 2, 8, 0, workers, 0, 1)
         batches.append([next(iterator) for _ in range(4)])
         iterator.close()
     for here, there in zip(*batches, strict=True):

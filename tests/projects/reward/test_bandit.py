@@ -79,7 +79,7 @@ def test_the_optimum_is_the_tilted_reference(monkeypatch):
     reference = jax.tree.map(jnp.copy, current.params)
     rollouts = objective_of(run).extend(run, source)
     step = make_step(run, objective_of(run))
-    batches = pipeline.train_iterator(source, 1, 16, 0, 0)
+    batches = pipeline.TrainIterator(source, 1, 16, 0, 0)
     for number in range(STEPS):
         batch = sharding.to_global(next(batches), run.mesh)
         batch, _ = rollouts.finish(
