@@ -10,18 +10,17 @@ from tests.common import ROOT, TINY, environment, python, tiny_config, write_run
 PAGES = [(ROOT / "docs/howto" / page).read_text() for page in ("extend.md", "track.md")]
 EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", "".join(PAGES), re.S))
 SETTINGS = {  # modules that train together: settings that use their parts
-    ("my_source", "my_backbone"): [
+    ("my_source", "my_condition", "my_objective", "my_decoder"): [
         "--config=digits", *(f"--config.{key}={value}" for key, value in TINY.items()),
         "--config.data.source=stripes:3", "--config.evaluate.split=test",
+        "--config.model.condition=grade", "--config.train.objective=robust",
+        "--config.sample.decoder=level_0", "--config.model.transporter_blocks=0"],
+    ("my_encoder", "my_backbone", "my_writer"): [
+        "--config=shapes:runlocal", "--config.data.text_encoder=letters:6",
         "--config.model.backbone=mixer", "--config.model.head=flow_matching",
         "--config.train.objective=flow_matching", "--config.model.transporter_blocks=0",
-        "--config.sample.decoder=euler"],
-    ("my_encoder", "my_decoder", "my_objective", "my_writer"): [
-        "--config=shapes:runlocal", "--config.data.text_encoder=letters:6",
-        "--config.sample.decoder=level_0", "--config.trajectory.steps=(2,)",
-        "--config.train.objective=robust", "--config.sample.steps=2",
-        "--config.evaluate.num_samples=0", "--config.train.log_every=1",
-        "--config.model.transporter_blocks=0", "--writer=table:losses"],
+        "--config.sample.decoder=euler", "--config.train.log_every=1",
+        "--config.evaluate.num_samples=0", "--writer=table:losses"],
 }
 
 

@@ -26,7 +26,7 @@ from ntm_jax.runtime.config import Config
 def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -> NTM:
     """The model of a configuration for data of a shape. Raises UserError where they do not fit."""
     settings = dataclasses.asdict(config.model)
-    kind, dtype = conditions.of(settings.pop("condition"), spec), jnp.dtype(settings.pop("dtype"))
+    kind, dtype = conditions.find(settings.pop("condition"))(spec), jnp.dtype(settings.pop("dtype"))
     backbone = backbones.find(settings.pop("backbone"))
     if kind.needs and not kind.width:
         raise UserError(f"config.model.condition is {config.model.condition}, and "

@@ -15,8 +15,7 @@ from ntm_jax import backbones, files
 from ntm_jax.core.trajectory import Schedule, default_shift, shifted
 from ntm_jax.core.transformer import REMAT
 from ntm_jax.core.transporter import INVERSES
-from ntm_jax.data import sources
-from ntm_jax.data.conditions import KINDS, SETTINGS
+from ntm_jax.data import conditions, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.registry import load, present
@@ -91,7 +90,7 @@ class Model:
     data_std: float = setting(
         1.0, "Standard deviation of the data, for preconditioning.", above=0)
     condition: str = setting(
-        "class", "What the model is conditioned on.", choices=tuple(KINDS))
+        "class", "What the model is conditioned on: none, class, text, vector or your own.")
     condition_layers: int = setting(
         0, "With condition=vector, residual MLPs that compute features of it.", low=0)
     condition_shift: bool = setting(
@@ -269,6 +268,7 @@ def read(config) -> Config:
     values = config.to_dict() if hasattr(config, "to_dict") else config
     result = parse_dataclass(config_class(), renamed.current(values), "config")
     backbones.find(result.model.backbone)
+    conditions.find(result.model.condition)
     _check_levels(result)
     _check_training(result)
     _check_sampling(result)
@@ -280,7 +280,7 @@ def _check_training(config: Config) -> None:
     if dropout and model.condition == "none":
         raise UserError(f"config.train.condition_dropout is {dropout}: expected 0 where "
                         "config.model.condition is none")
-    for name, kind in SETTINGS.items():
+    for name, kind in conditions.SETTINGS.items():
         if getattr(model, name) and model.condition != kind:
             raise UserError(f"config.model.{name} is {getattr(model, name)}: it needs "
                             f"config.model.condition={kind}, which is {model.condition}")

@@ -60,7 +60,7 @@ class Run:
     @property
     def condition(self) -> conditions.Kind:
         """The kind of condition of the model."""
-        return conditions.of(self.config.model.condition, self.spec)
+        return conditions.find(self.config.model.condition)(self.spec)
 
     def default_condition(self, index, split: str | None = None):
         """The condition of these image indices where nobody gives one.

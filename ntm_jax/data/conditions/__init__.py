@@ -1,7 +1,8 @@
 """The kinds of condition: the table that config.model.condition chooses from.
 
 A kind knows what data hold for it, what users may give, how it is described, and how it enters the
-networks: its core.conditions.Condition. A new kind is one file here and its line in KINDS.
+networks: its core.conditions.Condition. A new kind is one file here and its line in KINDS, or a
+call of `register`.
 
 Symbols: n images; M text tokens, E the width of their states or of a vector.
 """
@@ -16,21 +17,10 @@ import numpy as np
 from ntm_jax.core import conditions
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, abbreviate
-from ntm_jax.registry import load
+from ntm_jax.registry import Registry
 
-KINDS = {
-    "none": "ntm_jax.data.conditions:Kind",
-    "class": "ntm_jax.data.conditions.label:Label",
-    "text": "ntm_jax.data.conditions.text:Text",
-    "vector": "ntm_jax.data.conditions.vector:Vector",
-}
 # The settings of config.model that belong to one kind.
 SETTINGS = {"transporter_text": "text", "condition_layers": "vector", "condition_shift": "vector"}
-
-
-def of(name: str, spec: DataSpec) -> "Kind":
-    """The kind of this name, for data of this shape."""
-    return load(KINDS[name])(spec)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,3 +103,17 @@ def stacked(index, data, split: str, *names: str) -> list[np.ndarray]:
 def _records(data, split: str):
     """The records of a split, opened, and their captions encoded, once for all batches."""
     return data.open(split).records
+
+
+KINDS: Registry[type[Kind]] = Registry("config.model.condition", {
+    "none": Kind,
+    "class": "ntm_jax.data.conditions.label:Label",
+    "text": "ntm_jax.data.conditions.text:Text",
+    "vector": "ntm_jax.data.conditions.vector:Vector",
+})
+register = KINDS.register
+
+
+def find(name: str) -> type[Kind]:
+    """The kind of a name. Raises UserError if there is none."""
+    return KINDS.find(name)[0]
