@@ -84,7 +84,7 @@ def digest(content) -> str:
 
 def write_json(path, content: dict) -> None:
     """Writes a JSON object."""
-    write(path, json.dumps(to_json(content), indent=2) + "\n")
+    write(path, json.dumps(content, indent=2) + "\n")
 
 
 def parse_object(text: bytes | str) -> dict:

@@ -37,10 +37,6 @@ def load(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-class NotRegistered(UserError):
-    """No part of this name is registered: it is misspelt, or its module is not imported."""
-
-
 class Registry(Generic[Part]):
     """A table from names to parts.
 
@@ -75,7 +71,7 @@ class Registry(Generic[Part]):
     def find(self, given: str) -> tuple[Part, str]:
         """The part that `given` names, and the text after its colon, '' if there is none.
 
-        Raises NotRegistered, listing all parts, if there is none of this name.
+        Raises UserError, listing all parts, if there is none of this name.
         """
         name, colon, argument = str(given).partition(":")
         found = self._entries.get(name)
@@ -85,7 +81,7 @@ class Registry(Generic[Part]):
             if optional or (bool(argument) if required else not colon):
                 return (load(part) if isinstance(part, str) else cast(Part, part)), argument
         known = ", ".join(usage for usage, _ in self._entries.values())
-        raise NotRegistered(
+        raise UserError(
             f"{self._what} {abbreviate(given)} is not known: expected one of {known}; for one of "
             "your own, import the module that registers it, or give --import=MODULE"
         )

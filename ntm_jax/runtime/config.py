@@ -318,32 +318,19 @@ def _check_levels(config: Config) -> None:
         raise UserError(f"config.trajectory.t_min_range starts at {low}: the {config.model.head} "
                         "head's scale vanishes with t_min, so lo must be at least 0.001 (or take "
                         "config.model.head=direct)")
-    most = max(c.steps)
-    if high >= _first_level(c, most):
-        raise UserError(f"config.trajectory.t_min_range ends at {high}: it must lie below the "
-                        f"first level {_first_level(c, most):.4f} of {most} steps; lower it or "
-                        "raise config.trajectory.shift")
-    check_steps("config.trajectory.steps", most, c)
-    check_steps("config.sample.steps", config.evaluation_steps, c)
+    check_steps("config.trajectory.steps", max(c.steps), c, max(high, c.t_min))
+    check_steps("config.sample.steps", config.evaluation_steps, c, c.t_min)
 
 
-def _first_level(trajectory: Schedule, steps: int) -> float:
-    """Level 1 of so many steps, where it does not depend on t_min.
-
-    The default shift, and so this level, grows with the number of tokens: it is that of one token.
-    """
-    if trajectory.schedule != "shifted":
-        return 1.0
-    return shifted(steps, default_shift(1) if trajectory.shift is None else trajectory.shift)
-
-
-def check_steps(name: str, steps: int, trajectory: Schedule) -> None:
-    """Raises UserError where so many steps, called `name`, have levels that do not ascend."""
-    first, t_min = _first_level(trajectory, steps), trajectory.t_min
+def check_steps(name: str, steps: int, trajectory: Schedule, t_min: float) -> None:
+    """Raises UserError where levels of so many steps, called `name`, do not ascend from t_min."""
+    # The default shift, and so level 1, grows with the number of tokens: it is that of one token.
+    shift = default_shift(1) if trajectory.shift is None else trajectory.shift
+    first = shifted(steps, shift) if trajectory.schedule == "shifted" else 1.0
     if t_min >= first:
         raise UserError(f"{name} is {steps}: the first level of so many steps, {first:.4f}, does "
-                        f"not lie above config.trajectory.t_min, {t_min}; take fewer steps, or "
-                        "train with a lower t_min or a higher config.trajectory.shift")
+                        f"not lie above that of x_0, {t_min}; take fewer steps, or train with a "
+                        "higher config.trajectory.shift or a lower t_min and t_min_range")
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

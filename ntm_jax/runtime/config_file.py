@@ -16,7 +16,6 @@ from ntm_jax import files
 from ntm_jax.data import choices
 from ntm_jax.data.pipeline import DataSpec, changed_data, spec_from_json, spec_to_json
 from ntm_jax.errors import UserError
-from ntm_jax.registry import NotRegistered
 from ntm_jax.runtime import checkpoint, renamed
 from ntm_jax.runtime.config import Config, config_class, flatten, read
 from ntm_jax.typed import settings
@@ -133,10 +132,5 @@ def load(workdir: str) -> tuple[Config, DataSpec]:
         raise UserError(f"{workdir} holds no run (no config.json there): give the --workdir that "
                         "launch/train.py was given")
     content = files.read_json(path, DAMAGED)
-    settings = {key: value for key, value in content.items() if key != "spec"}
-    try:
-        return read(settings), spec_from_json(content.get("spec"))
-    except NotRegistered:
-        raise  # the file is whole, and the line names the remedy
-    except UserError as error:
-        raise UserError(f"{path} cannot be used ({error}): {DAMAGED}") from None
+    spec = content.pop("spec", None)
+    return read(content), spec_from_json(spec)

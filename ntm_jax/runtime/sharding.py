@@ -11,7 +11,7 @@ import math
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
@@ -121,14 +121,13 @@ def shardings(abstract, mesh):
     tree = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
     arrays = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract))
     for (path, array), sharding in zip(arrays, jax.tree.leaves(tree), strict=True):
-        for size, entry in zip(array.shape, sharding.spec, strict=False):
-            axes = (entry,) if isinstance(entry, str) else entry or ()
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            if size % parts:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise UserError(f"{name} has a dimension of {size}, which does not divide over the "
-                                f"mesh axis {entry} of {parts}: change config.mesh or the model's "
-                                "sizes")
+        try:
+            sharding.shard_shape(array.shape)
+        except ValueError:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"{name} of shape {array.shape} does not divide over the mesh axes "
+                            f"{tuple(sharding.spec)}: change config.mesh or the model's sizes"
+                            ) from None
     return tree
 
 
@@ -175,8 +174,4 @@ def place(tree, mesh):
 
 def to_host(tree):
     """Arrays, possibly sharded over processes -> complete NumPy arrays on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -64,7 +64,7 @@ def override(config: Config, **given) -> Sample:
                         "dropout: sample with guidance 0")
     if decoders.find(options.decoder).solves_ode:
         return options
-    check_steps("steps", steps, config.trajectory)
+    check_steps("steps", steps, config.trajectory, config.trajectory.t_min)
     trained = config.trajectory.steps
     if steps != own.steps and steps not in trained:
         warnings.warn(f"{steps} steps were not trained, only {', '.join(map(str, trained))}: "
