@@ -15,11 +15,12 @@ flags.DEFINE_integer("num", 8000, "Samples to draw, of the training captions in 
                      lower_bound=1)
 flags.DEFINE_string("reward", None, "A reward, such as shapes; config.reward.name by "
                     "default.")
-flags.DEFINE_float("min_reward", None, "The lowest reward of the samples that are kept.")
+flags.DEFINE_float("min_reward", None, "The lowest reward of the samples that are kept.",
+                   required=True)
 flags.DEFINE_integer("batch", 500, "Samples at a time.", lower_bound=1)
 flags.DEFINE_integer("seed", None, "Sample i of a seed is the same sample in any batch size.")
-flags.DEFINE_string("out", None, "A new folder, or that of the same call, stopped.")
-flags.mark_flags_as_required(["min_reward", "out"])
+flags.DEFINE_string("out", None, "A new folder, or the folder of an interrupted identical call.",
+                    required=True)
 
 
 def main():

@@ -20,7 +20,8 @@ from . import program
 flags.DEFINE_string(
     "topology", None, "TPU version and grid, such as v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16 or "
     "tpu7x:4x4x4; GPU and NVLink domains x hosts in a domain x GPUs in a host, such as h100:8x1x8, "
-    "h200:8x1x8 or b200:8x1x8; cpu:8 for 8 simulated devices, local for this machine's.")
+    "h200:8x1x8 or b200:8x1x8; cpu:8 for 8 simulated devices, local for this machine's.",
+    required=True)
 flags.DEFINE_enum(
     "program", "train", ["train", "sample", "evaluate", "rollout"], "Compiles the training step; "
     "the sampler; the held-out likelihood; or, of post-training, the samples of a batch and their "
@@ -32,7 +33,6 @@ flags.DEFINE_string(
     "dump", None, "A folder to write the program's text to, before and after compilation; without "
     "--vary.")
 flags.DEFINE_string("json", None, "A file to write the report to, as JSON.")
-flags.mark_flag_as_required("topology")
 
 
 def main():

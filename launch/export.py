@@ -10,13 +10,12 @@ from absl import flags
 
 from . import program
 
-flags.DEFINE_string("out", None, "A new folder.")
+flags.DEFINE_string("out", None, "A new folder.", required=True)
 flags.DEFINE_integer("steps", None, "Number of steps T; the configuration's by default.",
                      lower_bound=1)
 flags.DEFINE_string("push", None, "OWNER/NAME, a repository on the Hugging Face Hub to upload the "
                     "folder to; created if needed. Needs the extra [hub] and `hf auth login`.")
 flags.DEFINE_bool("private", False, "With --push: creates a private repository.")
-flags.mark_flag_as_required("out")
 
 
 def main():

@@ -7,18 +7,6 @@ import sys
 from ntm_jax import registry
 from ntm_jax.errors import UserError
 
-FOLDER = "a file stands where a folder is needed: give another folder"
-REMEDIES = {
-    errno.ENOSPC: "free disk space there",
-    errno.EDQUOT: "free disk space there",
-    errno.EROFS: "make it writable, or give another folder",
-    errno.EACCES: "make it readable and writable, or give another folder",
-    errno.EPERM: "make it readable and writable, or give another folder",
-    errno.ENOTDIR: FOLDER,
-    errno.EEXIST: FOLDER,
-    errno.EISDIR: "a folder stands where a file is needed: give another name",
-    errno.ENOENT: "it is not there: expected a file or folder of that name",
-}
 LESS_MEMORY = (
     "lower config.data.batch_size, config.evaluate.batch_size or --batch, raise "
     "config.train.accumulate, or set config.model.remat=full")
@@ -32,8 +20,6 @@ def of_flags(error) -> str:
     if "Failed loading config file" in text:
         return (f"{_config_flag()} cannot be read: expected an experiment file, such as "
                 "--config=experiments/digits.py")
-    if isinstance(error, SyntaxError):
-        return f"{_config_flag()} is not a Python file: {text}"
     if "Traceback" in text:  # an exception that get_config() raised
         return f"{_config_flag()}: {text.strip().splitlines()[-1].partition(': ')[2]}"
     unknown = re.match(r"""'(\w+)'\s*(?:Did you mean "(\w+)")?""", text)
@@ -52,16 +38,8 @@ def of_flags(error) -> str:
         return f"{_config_flag()} sets {added[1]}, which is not a setting. {added[2]}"
     missing = re.findall(r"--(\w+)=None: Flag", text)
     if missing:
-        usage = (sys.modules["__main__"].__doc__ or "").partition("python -m ")[2].split("\n")[0]
-        flags_missing = " and ".join(f"--{name}" for name in missing)
-        return f"{flags_missing} must be given, such as python -m {usage.rstrip('.')}"
-    text = re.sub(r"^(FATAL Flags parsing error:|flag)\s*", "", text)
-    for said, expected in (
-            ("invalid literal for int", "expected a whole number, such as 1000"),
-            ("could not convert string to float", "expected a number"),
-            ("('Non-boolean", "expected true or false")):
-        text = f"{text.partition(said)[0]}{expected}" if said in text else text
-    return text
+        return " and ".join(f"--{name}" for name in missing) + " must be given: --help lists all"
+    return re.sub(r"^(FATAL Flags parsing error:|flag)\s*", "", text)
 
 
 def _config_flag() -> str:
@@ -73,26 +51,15 @@ def of_a_program(error: Exception) -> str | None:
 
     None for another error, which is a bug.
     """
-    if isinstance(error, OSError):
-        line = _of_the_file_system(error)
+    if isinstance(error, UserError):
+        line = str(error)
+    elif isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        line = (f"{error.filename or 'a file'}: {error.strerror}: what was written before is "
+                "intact, and the same command goes on once that is mended")
+    elif isinstance(error, MemoryError):
+        line = f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"
+    elif type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+        line = f"a device's memory is full ({str(error).splitlines()[0][:200]}): {LESS_MEMORY}"
     else:
-        line = str(error) if isinstance(error, UserError) else _of_memory(error)
-    return line and " ".join(line.split())
-
-
-def _of_the_file_system(error: OSError) -> str | None:
-    """Returns the line for an error of the file system, None for another error."""
-    if error.errno not in REMEDIES or isinstance(error, ConnectionError):
         return None
-    return (
-        f"{error.filename or 'a file'}: {error.strerror}: {REMEDIES[error.errno]}; what was "
-        "written before is intact, and the same command goes on once that is mended")
-
-
-def _of_memory(error: Exception) -> str | None:
-    """Returns the line for too little memory, None for another error."""
-    if isinstance(error, MemoryError):
-        return f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"
-    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
-        return f"a device's memory is full ({str(error).splitlines()[0][:200]}): {LESS_MEMORY}"
-    return None
+    return " ".join(line.split())

@@ -80,15 +80,10 @@ def read_config(workdir: str = ""):
     return config
 
 
-def define_workdir(help_text: str):
-    """Defines --workdir, which is required."""
-    flags.DEFINE_string("workdir", None, help_text)
-    flags.mark_flag_as_required("workdir")
-
-
 def define_run(raw: bool = False):
     """Defines the flags of a trained run, which `load_run` reads; raw: also --raw."""
-    define_workdir("A run's folder, an export, or hf://OWNER/NAME.")
+    flags.DEFINE_string("workdir", None, "A run's folder, an export, or hf://OWNER/NAME.",
+                        required=True)
     flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default. Figures of "
                          "another step are written to files that have it in their name.")
     if raw:
@@ -200,24 +195,16 @@ def _parse(argv):
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
             SyntaxError) as error:
         _fail(mistakes.of_flags(error))
-    for name in ("workdir", "out", "input"):
-        if name in FLAGS and FLAGS[name].present and not FLAGS[name].value:
+    for name in ("workdir", "out"):
+        value = FLAGS[name].value if name in FLAGS else None
+        if value == "":
             _fail(f"--{name} is empty: give a folder, such as --{name}=runs/digits")
-    for name in ("workdir", "out"):  # one folder for all that is written there
-        if name in FLAGS and isinstance(FLAGS[name].value, str):
-            FLAGS[name].value = files.expanded(FLAGS[name].value)
+        if isinstance(value, str):
+            FLAGS[name].value = files.expanded(value)  # one folder for all that is written there
     if len(rest) > 1:
         _fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch "
               "--config.flag or --noconfig.flag")
     return rest
-
-
-def _start():
-    """Sets up memory, the compilation cache and the job of several processes, before main()."""
-    host_memory.keep_freed()
-    if "coordinator_address" in FLAGS:
-        _keep_programs(FLAGS.compilation_cache)
-        _join()
 
 
 def _join():
@@ -300,7 +287,10 @@ def run(main):
 
     def call(_):
         try:
-            _start()
+            host_memory.keep_freed()
+            if "coordinator_address" in FLAGS:
+                _keep_programs(FLAGS.compilation_cache)
+                _join()
             main()
         except KeyboardInterrupt:
             _exit_now(130, "interrupted")

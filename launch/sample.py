@@ -27,8 +27,8 @@ flags.DEFINE_string("encoder", None, "The prompts' text encoder, such as flux2:F
 flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the transporter is "
                   "inverted: all tokens at once or in turn.")
 flags.DEFINE_integer("seed", None, "Image i of a seed is the same image in any batch size.")
-flags.DEFINE_string("out", None, "A new folder, or that of the same call, stopped; WORKDIR/samples "
-                    "by default.")
+flags.DEFINE_string("out", None, "A new folder, or the folder of an interrupted identical call; "
+                    "WORKDIR/samples by default.")
 flags.DEFINE_string("autoencoder", None, "The folder of FLUX.2's autoencoder (diffusers' layout), "
                     "which decodes latents; needs the extra [flux2].")
 flags.DEFINE_bool("log_prob", False, "Also writes the log-density of every sample's trajectory, in "

@@ -12,6 +12,7 @@ from ntm_jax.errors import UserError
 
 from . import program
 
+flags.DEFINE_string("workdir", None, "The run's folder, local or on object storage.", required=True)
 flags.DEFINE_string("profile", None, "START:STOP, steps that jax.profiler traces into "
                     "WORKDIR/profile, for xprof and Perfetto.")
 flags.DEFINE_integer("stop_status", 0, "Exit status of a run that SIGTERM, SIGHUP or Ctrl-C "
@@ -41,6 +42,5 @@ def _steps(span: str) -> tuple[int, int]:
 
 if __name__ == "__main__":
     program.define_config()
-    program.define_workdir("The run's folder, local or on object storage.")
     program.define_processes()
     program.run(main)

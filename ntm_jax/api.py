@@ -249,17 +249,12 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
     open, such as the image size of `folder`, are chosen for its data. Raises UserError for an
     unknown experiment, variant or setting, or a value that does not fit.
     """
-    _check_given(data, labels, condition)
-    path = f"ntm_jax.experiments.{name}"
-    try:
-        module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if not f"{path}.".startswith(f"{error.name}."):  # a package that the experiment imports
-            raise
-        package = importlib.import_module("ntm_jax.experiments")
-        names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-        raise UserError(f"there is no experiment {name!r}: expected one of "
-                        f"{', '.join(names)}") from None
+    source = _source(data, labels, condition)
+    package = importlib.import_module("ntm_jax.experiments")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    if name not in names:
+        raise UserError(f"there is no experiment {name!r}: expected one of {', '.join(names)}")
+    module = importlib.import_module(f"ntm_jax.experiments.{name}")
     try:
         values = module.get_config(variant) if variant else module.get_config()
         names, overrides = configuration.flatten(values.to_dict()), renamed.current(overrides)
@@ -268,8 +263,8 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
                 close = ", ".join(difflib.get_close_matches(key, names, 3)) or "section.key"
                 raise ValueError(f"{key} is not a setting, did you mean {close}?")
         values.update_from_flattened_dict(overrides)
-        if data is not None:
-            values.data.source = _provide(data, labels, condition)
+        if source:
+            values.data.source = source
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"experiment {name!r}: {first_line(error)}") from None
     config, _ = config_file.complete(values)
@@ -296,9 +291,7 @@ def train(config: Config, workdir: str, *, data=None, labels=None, condition=Non
     Returns None when stopped early. Raises UserError where configuration, data and workdir do not
     fit together, and for a loss that is not finite.
     """
-    _check_given(data, labels, condition)
-    if data is not None:
-        config = with_arrays(config, data, labels, condition)
+    config = with_arrays(config, data, labels, condition)
     finished = loop.train(config, workdir, progress=progress, **options)
     return None if finished is None else _run(finished[0])
 
@@ -306,21 +299,15 @@ def train(config: Config, workdir: str, *, data=None, labels=None, condition=Non
 def with_arrays(config: Config, images, labels=None, condition=None) -> Config:
     """The configuration with arrays in memory as its source, which this process can then open.
 
-    images: `data` of train; labels, condition: as there. Raises UserError like sources.from_arrays,
-    and for conditions that the model does not use.
+    images: `data` of train, None for the configuration as it is; labels, condition: as there.
+    Raises UserError like sources.from_arrays, and for conditions that the model does not use.
     """
+    source = _source(images, labels, condition)
     _check_used(config, condition)
-    data = dataclasses.replace(config.data, source=_provide(images, labels, condition),
-                               image_size=0)
+    if not source:
+        return config
+    data = dataclasses.replace(config.data, source=source, image_size=0)
     return dataclasses.replace(config, data=data)
-
-
-def _check_given(data, labels, condition) -> None:
-    """Raises UserError for labels or conditions without the data that they belong to."""
-    for name, values in (("labels", labels), ("condition", condition)):
-        if data is None and values is not None:
-            raise UserError(f"{name} is given without data: expected both, or neither where "
-                            "config.data.source has them")
 
 
 def _check_used(config: Config, condition) -> None:
@@ -330,8 +317,13 @@ def _check_used(config: Config, condition) -> None:
                         f"{config.model.condition}: set it to vector, or leave condition out")
 
 
-def _provide(images, labels, condition) -> str:
-    """Makes arrays a data source that this process can open; its name."""
+def _source(images, labels, condition) -> str | None:
+    """The name of arrays as a data source that this process can open; None without arrays."""
+    if images is None:
+        if labels is not None or condition is not None:
+            raise UserError("labels or condition are given without data: expected both, or "
+                            "neither where config.data.source has them")
+        return None
     arrays = sources.from_arrays(images, labels, condition=condition)
     sources.provide(arrays)
     return arrays.name

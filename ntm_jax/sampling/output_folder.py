@@ -1,6 +1,6 @@
 """A folder that a program writes batch by batch, so that a stopped call can be resumed."""
 
-import time
+import io
 from collections.abc import Callable
 
 import jax
@@ -18,8 +18,7 @@ from ntm_jax.sampling.generate import in_batches
 
 
 def fill(run: Run, folder: epath.Path, call: str, last: str, asked: dict, num: int, batch: int,
-         make: Callable[[np.ndarray], dict], gather: Callable[[dict], None],
-         ) -> tuple[int, float | None]:
+         make: Callable[[np.ndarray], dict], gather: Callable[[dict], None]) -> None:
     """Makes what a folder lacks of items 0..num-1 of a run, `batch` at a time.
 
     call: the file that records what was asked for, of which only the same resumes the folder.
@@ -27,8 +26,7 @@ def fill(run: Run, folder: epath.Path, call: str, last: str, asked: dict, num: i
     these items, and returns arrays [n, ...] by name. gather(arrays): writes the files of all items,
     `last` at the end, from the arrays of all batches.
 
-    Returns how many items it made, and how many a second after the first batch, which compiles;
-    None where that was the only one. Raises UserError where the folder holds anything else.
+    Raises UserError where the folder holds anything else.
     """
     asked = {"--workdir": run.workdir, "step": run.step, "--num": num, "--batch": batch} | asked
     # No process has written yet: one that arrived late would find its own job's files.
@@ -44,7 +42,6 @@ def fill(run: Run, folder: epath.Path, call: str, last: str, asked: dict, num: i
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / call, asked)
-    begin, made, first = time.perf_counter(), 0, 0
     for number, index in enumerate(track(batches, epath.Path(call).stem, "batches")):
         if done[number]:
             continue
@@ -53,15 +50,12 @@ def fill(run: Run, folder: epath.Path, call: str, last: str, asked: dict, num: i
             # Written last and atomically: its presence marks the batch as complete.
             with files.atomic_writer(parts[number]) as file:
                 np.savez(file, **arrays)
-        made += len(index)
-        if not first:
-            begin, first = time.perf_counter(), made
     if jax.process_index() == 0 and not finished:
-        found = [_read(part) for part in parts]
+        found = [dict(np.load(io.BytesIO(part.read_bytes()), allow_pickle=False))
+                 for part in parts]
         gather({name: np.concatenate([part[name] for part in found]) for name in found[0]})
         for part in parts:
             part.unlink()
-    return made, (made - first) / (time.perf_counter() - begin) if made > first else None
 
 
 def _check_resumable(folder: epath.Path, call: str, asked: dict) -> None:
@@ -78,8 +72,3 @@ def _check_resumable(folder: epath.Path, call: str, asked: dict) -> None:
             raise UserError(f"{folder} holds samples of {key} {before.get(key)!r}, and "
                             f"this call has {asked.get(key)!r}: give another --out, or the "
                             "same settings to go on; nothing was overwritten")
-
-
-def _read(part: epath.Path) -> dict[str, np.ndarray]:
-    with part.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)

@@ -111,8 +111,7 @@ def best_of(run: Run, candidates: int, judge: Run | None = None,
             stop_nats: float | None = None) -> Run:
     """The run with samples that are selected, each from so many candidates; see api.Run.best_of.
 
-    Raises UserError for a model without a condition, and for a judge that has no likelihood, no
-    null condition, or other data.
+    Raises UserError for a judge that has no likelihood, no null condition, or other data.
     """
     check_count("candidates", candidates)
     if candidates == 1 and (judge or stop_nats is not None):
@@ -121,10 +120,6 @@ def best_of(run: Run, candidates: int, judge: Run | None = None,
     if candidates == 1:
         return run
     judge = judge or run
-    if not run.condition.width:
-        raise UserError(f"candidates is {candidates}: candidates are compared by what their "
-                        f"condition explains, and the model of {run.workdir} has no condition; "
-                        "take 1")
     if decoders.find(judge.config.sample.decoder).solves_ode:
         raise UserError(f"{judge.workdir} solves an ODE and has no trajectory likelihood to select "
                         "by: give an NTM of the same data as judge")

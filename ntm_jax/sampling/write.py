@@ -4,8 +4,6 @@ Symbols: n images; H, W, C image height, width, channels; K levels.
 """
 
 import dataclasses
-import hashlib
-import json
 from typing import Any
 
 import jax
@@ -14,7 +12,7 @@ from etils import epath
 
 from ntm_jax import files
 from ntm_jax.data import pretrained
-from ntm_jax.errors import UserError, check_count
+from ntm_jax.errors import UserError
 from ntm_jax.registry import load
 from ntm_jax.runtime import checksums, plots
 from ntm_jax.runtime.run import Run, checked_seed
@@ -50,7 +48,7 @@ class SampleRequest:
 
 
 def write_samples(run: Run, out: str, request: SampleRequest) -> None:
-    """Writes images of a run into a folder, and prints how many and how fast.
+    """Writes images of a run into a folder, and prints how many.
 
     PNG files; grid.png; samples.npz, in ADM's layout: arr_0 uint8 [n, H, W, 3], or latents as they
     are, arr_1 labels, prompts' numbers or vectors; with log_prob also log_prob [n] and
@@ -64,14 +62,11 @@ def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     nothing is overwritten.
     """
     writer = _Writer(run, request, epath.Path(files.expanded(out)))
-    made, per_second = fill(run, writer.folder, "samples.json", "samples.npz", writer.asked(),
-                            request.num, request.batch, writer.make, writer.gather)
-    if jax.process_index():
-        return
-    unit = "rows" if run.spec.columns else "images"
-    rate = f", {per_second:.1f} {unit}/s after the first batch" if per_second else ""
-    found = f", {request.num - made} of them found there" if made < request.num else ""
-    print(f"{request.num} {unit} in {out}{found}{rate}, step {run.step}", flush=True)
+    fill(run, writer.folder, "samples.json", "samples.npz", writer.asked(), request.num,
+         request.batch, writer.make, writer.gather)
+    if not jax.process_index():
+        unit = "rows" if run.spec.columns else "images"
+        print(f"{request.num} {unit} in {out}, step {run.step}", flush=True)
 
 
 class _Writer:
@@ -79,7 +74,6 @@ class _Writer:
 
     def __init__(self, run: Run, request: SampleRequest, folder: epath.Path):
         self.run, self.request, self.folder = run, request, folder
-        check_count("num", request.num)
         self.options = generate.override(
             run.config, steps=request.steps, guidance=request.guidance, decoder=request.decoder,
             inverse=request.inverse)
@@ -93,7 +87,9 @@ class _Writer:
                 raise UserError(f"{flag} is given, and the model of {run.workdir} is conditioned "
                                 f"on {kind.describe()}: {remedy}")
         # the conditions that are given, in turn over the samples
-        self.given: Any = kind.validate(len(values), np.array(values)) if values else None
+        self.given: Any = None
+        if values:
+            self.given = kind.validate(len(values), np.array(values))
         self.encoder = prompts.open_encoder(run, request.encoder) if request.prompts else None
         self.layout = prompts.Layout()
         if request.layout:
@@ -116,7 +112,8 @@ class _Writer:
             selected = {"--candidates": selection.candidates, "--judge": selection.judge.workdir,
                         "judge_step": selection.judge.step, "--enough": selection.stop_nats,
                         "judge_checksum": checksums.digest(selection.judge.params)}
-        from_records = run.condition.from_records and not request.prompts and self.given is None
+        given = request.labels or request.condition or request.prompts
+        from_records = run.condition.from_records and not given
         return selected | {
             "--save_trajectories": request.save_trajectories,
             "--labels": self.given.tolist() if request.labels else None,
@@ -200,5 +197,4 @@ class _Writer:
 
 def _described(asked: list[Prompt]) -> str:
     """The number of prompts and their digest."""
-    content = json.dumps([dataclasses.astuple(prompt) for prompt in asked])
-    return f"{len(asked)} of digest {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    return f"{len(asked)} of digest {files.digest([*map(dataclasses.astuple, asked)])[:16]}"

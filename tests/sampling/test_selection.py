@@ -102,7 +102,6 @@ def changed(run, part, **fields):
 
 def test_selection_needs_a_condition_and_a_likelihood_without_it(run):
     for part, fields, message in (
-            ("model", {"condition": "none"}, "the model of runs/tiny has no condition; take 1"),
             ("sample", {"decoder": "heun"}, "runs/tiny solves an ODE and has no trajectory "),
             ("train", {"condition_dropout": 0.0}, "runs/tiny was trained without condition drop")):
         with pytest.raises(UserError, match=message):

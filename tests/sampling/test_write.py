@@ -84,7 +84,6 @@ def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsy
         assert levels["arr_0"].shape == (8, 3, 8, 8, 1)
     write_samples(run, str(stopped), request)  # there is nothing left to do
     assert len(calls) == 4
-    assert "8 of them found there" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_unchanged(run, tmp_path):
