@@ -227,19 +227,14 @@ class Records:
 def verify(path: str) -> int:
     """Compares every shard of the folder `path` with the SHA-256 in its manifest.
 
-    Returns the number of shards. UserError, naming the shards, if some are damaged, missing or
-    another's, or if the manifest is one of an earlier version, without SHA-256.
+    Returns the number of shards. UserError, naming the shards, if some are damaged, missing,
+    another's, or without SHA-256, as in manifests of earlier versions.
     """
     root, (_, splits, _) = epath.Path(path).expanduser(), read_manifest(path)
-    if any(len(split.sha256) != len(split.shards) for split in splits.values()):
-        raise UserError(
-            f"the manifest of {root} has no SHA-256 of its shards: give the launch/prepare.py "
-            "command of these records again, which adds them"
-        )
     expected = {
         shard: digest
         for split in splits.values()
-        for shard, digest in zip(split.shards, split.sha256, strict=True)
+        for shard, digest in itertools.zip_longest(split.shards, split.sha256)
     }
     wrong = [
         shard
@@ -249,7 +244,7 @@ def verify(path: str) -> int:
     if wrong:
         raise UserError(
             f"{len(wrong)} of {len(expected)} shards of {root} are damaged, missing or another's "
-            f"({few(wrong, 10)}): {_REMEDY}"
+            f"({few(wrong, 10)}), or the manifest has no SHA-256 of them: {_REMEDY}"
         )
     return len(expected)
 
