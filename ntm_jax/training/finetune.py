@@ -65,11 +65,9 @@ def _read_all(run: Run, where: str) -> dict:
     if not (workdir / "checkpoints").exists():
         raise UserError("there is no such export or run: expected an export's folder, a run's, or "
                         "WORKDIR/checkpoints/STEP")
-    if run.spec.text:
-        _check_encoder(run, config_file.load(str(workdir))[1].text)
-    distilled = (reference_model.has_teacher(str(workdir))
-                 and config_file.load(str(workdir))[0].teacher)
-    if distilled and not is_denoiser:
+    theirs, spec = config_file.load(str(workdir))
+    _check_encoder(run, spec.text)
+    if theirs.teacher and not is_denoiser:
         workdir, step = workdir / FROZEN, None
     return restore_params(run, step, folder=str(workdir))[1]
 
@@ -108,8 +106,14 @@ def _read_backbone(run: Run, where: str):
     if own == "velocity" or theirs != "velocity":
         return None
     other = load_run(where)
-    _check_data(run, other)
     assert other.params is not None  # it was loaded
+    for name, here, there in (
+            ("image shape", run.spec.image_shape, other.spec.image_shape),
+            ("config.model.data_std", config.model.data_std, other.config.model.data_std)):
+        if here != there:
+            raise UserError("the flow-matching model there learned data of another kind: "
+                            f"{name} is {there} there and {here} here")
+    _check_encoder(run, other.spec.text)
     found = other.params["params"]["backbone"]
     different = checksums.first_difference(*map(checksums.named_leaves, (found, expected)))
     if different:
@@ -118,19 +122,3 @@ def _read_backbone(run: Run, where: str):
                         f"{there} there and {here} here; give its sizes, config.model.width, "
                         "predictor_layers and the rest")
     return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), found, expected)
-
-
-def _check_data(run: Run, other: Run) -> None:
-    """Raises UserError where a flow-matching model learned data of another kind."""
-    def kind(r):
-        return {"image shape": r.spec.image_shape,
-                "config.data.patch_size": r.config.data.patch_size,
-                "config.model.data_std": r.config.model.data_std,
-                "config.model.condition": r.config.model.condition}
-
-    mine, theirs = kind(run), kind(other)
-    for key in mine:
-        if mine[key] != theirs[key]:
-            raise UserError("the flow-matching model there learned data of another kind: "
-                            f"{key} is {theirs[key]} there and {mine[key]} here")
-    _check_encoder(run, other.spec.text)

@@ -21,24 +21,16 @@ from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, sharding
-from ntm_jax.runtime.checkpoint import Checkpoints, latest_step
+from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import locked, require_same_everywhere
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
-from ntm_jax.training import finetune, objectives, pictures, reference_model, state
-from ntm_jax.training.batches import Batch, Batches
-from ntm_jax.training.extension import Extension
+from ntm_jax.training import finetune, objectives, pictures, reference_model, resources, state
 from ntm_jax.training.metrics import MetricsReporter, Rates, logged_scalars
-from ntm_jax.training.objectives import Objective
+from ntm_jax.training.objectives import Extension, Objective
 from ntm_jax.training.signals import StopRequest
 from ntm_jax.training.state import State
-from ntm_jax.training.step import (
-    check_batch,
-    compile_and_check_memory,
-    flops_of_step,
-    make_step,
-    steps_of,
-)
+from ntm_jax.training.step import check_batch, make_step, steps_of
 from ntm_jax.training.writers import find as find_writers
 
 
@@ -58,25 +50,23 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     extra_writers = find_writers(writers)
     mesh = sharding.make_mesh(config.mesh)
     objective = objectives.checked(config)
-    check_batch(config, mesh)
     source = config.data.open(config.data.split, "config.data.split")
     held_out = config.data.open(config.evaluate.split, "config.evaluate.split")
-    spec = pipeline.spec(source, config.data.patch_size)
-    count, batch = len(source.records), config.data.batch_size
-    if batch > count and latest_step(folder) is None:
-        raise UserError(f"config.data.batch_size is {batch}, and {source.name} has {count} records "
+    check_batch(config, mesh)
+    size, count = config.data.batch_size, len(source.records)
+    if size > count:
+        raise UserError(f"config.data.batch_size is {size}, and {source.name} has {count} records "
                         "to train on: expected at most that many")
-    run = untrained(config, spec, mesh, folder)
+    run = untrained(config, pipeline.spec(source, config.data.patch_size), mesh, folder)
     distilled = reference_model.load_distilled(run, objective)
-    state.check_state_fits(run)
+    resources.check_state_fits(run)
     extension = objective.extend(run, source)
     with locked(folder):
         with contextlib.ExitStack() as stack:
             stack.callback(extension.close)
             loop = _Loop(run, objective, distilled, source, held_out, extension, stack,
                          extra_writers, progress, profile)
-            last = config.train.steps if until is None else min(until, config.train.steps)
-            loop.train(last)
+            loop.train(config.train.steps if until is None else min(until, config.train.steps))
             if loop.step < config.train.steps:
                 return None
             drawn = loop.final_pictures()
@@ -103,13 +93,13 @@ class _Loop:
                  extra_writers: Sequence, progress: bool, profile: tuple[int, int] | None):
         config, folder, total = run.config, run.workdir, run.config.train.steps
         self.run, self.objective, self.distilled = run, objective, distilled
-        self.source, self.held_out, self.extension = source, held_out, extension
+        self.held_out, self.extension = held_out, extension
         self.profile, self.tracing = profile or (0, 0), False
         changes = config_file.check_resumable(folder, config, run.spec)
         self.checkpoints = stack.enter_context(Checkpoints(
             folder, keep_every=config.train.keep, settings=config_file.fixed(config, run.spec)))
         latest = self.checkpoints.latest()
-        self.step, self.current, position, saved = self._restored(latest)
+        self.step, self.current, position, samples = self._restored(latest)
         if self.step > total:
             raise UserError(f"{folder} holds step {self.step}, beyond config.train.steps = "
                             f"{total}: raise it to go on, or evaluate that run")
@@ -123,7 +113,7 @@ class _Loop:
             config_file.write(folder, config, run.spec)
         self.reference = reference_model.prepare(
             run, objective, self.current, distilled, new=latest is None)
-        self.batches = Batches(run, iterator, extension, self.reference, saved)
+        self.batches = _Batches(run, iterator, extension, self.reference, samples)
         self.reporter = stack.enter_context(MetricsReporter(
             folder, total, self.step, jax.process_index() > 0 or not progress, extra_writers,
             configuration.flatten(config.raw)))
@@ -138,11 +128,10 @@ class _Loop:
                 self.reporter.message(line)
         self.stop = stack.enter_context(StopRequest())
         self.step_function = make_step(run, objective, distilled)
+        self.start, self.saved = self.step, time.perf_counter()  # when the run was last saved
         self.batch: Any = None  # of the present step
         # (metrics, the batch's scalars and position) of the last step, read after the next begins
-        self.pending: tuple[dict, dict, dict] | None = None
-        self.saved = time.perf_counter()  # when the run was last saved
-        self.pictures: tuple[int | None, list[str]] = None, []  # when they were drawn, and paths
+        self.unread: tuple[dict, dict, dict] | None = None
 
     def _restored(self, latest: int | None) -> tuple[int, State, dict | None, dict]:
         """(step, state, the data's position, the extension's arrays) to go on from."""
@@ -152,64 +141,39 @@ class _Loop:
             if run.config.init_from:
                 current = finetune.start_from(run, current)
             return 0, current, None, {}
-        expected, names = state.abstract(run), self.checkpoints.entries(latest, "samples")
-        if names:
-            expected = state.with_samples(expected, self.extension.abstract(names))
-        step, current, position = self.checkpoints.restore(expected)
-        if isinstance(current, state.StateWithSamples):
-            return step, current.without_samples(), position, current.samples
-        return step, current, position, {}
+        expected = dict(vars(state.abstract(run)))
+        if names := self.checkpoints.entries(latest, "samples"):
+            expected["samples"] = self.extension.abstract(names)
+        step, found, position = self.checkpoints.restore(expected)
+        samples = found.pop("samples", {})
+        return step, State(**found), position, samples
 
     def train(self, last: int) -> None:
         """Steps to `last`, in the order evaluate, save, next batch, step.
 
         Ends earlier at a signal; always between the steps on one batch, where it saves.
         """
-        start, stopping, compiled = self.step, False, False
+        stopping = False
         while True:
             # The processes agree on one step, at which they must ask; a batch's steps may end
             # later.
             stopping = stopping or self.step >= last or self.stop.agreed(self.step)
             between = self.step % self.extension.updates == 0
             ending = stopping and between
-            if self.step > start:
+            if self.step > self.start:
                 self._evaluate_and_save(ending)
             self._trace(ending)
             if ending:
                 break
             if between:
                 self.batch = None  # its arrays need not be in memory while others are made
-                self.batch = self._next_batch(start)
-            if not compiled:
+                self.batch = self._next_batch()
+            if self.step == self.start:
                 self._compile()
-                compiled = True
             self._take_step()
         if self.step < self.run.config.train.steps:
             self.reporter.message(
                 f"stopped at step {self.step}, saved; the same command resumes")
-
-    def evaluated(self) -> Run:
-        """The run with its EMA at the present step, as it is evaluated and sampled."""
-        run = dataclasses.replace(self.run, params=self.current.ema, step=self.step)
-        return with_denoiser(self.distilled, run) if self.distilled else run
-
-    def final_pictures(self) -> list[str]:
-        """Draws the pictures of a run that has ended, with the extension's own; their paths."""
-        drawn = self._draw()
-        own = self.extension.pictures(self.evaluated(), self.reference, self.held_out)
-        for path in own:
-            self.reporter.picture(self.step, path)
-        return [*drawn, *own]
-
-    def _draw(self) -> list[str]:
-        """Draws the pictures of the present step, once; their paths."""
-        if self.pictures[0] != self.step:
-            paths = pictures.draw(
-                self.evaluated(), self.source, self.held_out, self.objective.label)
-            self.pictures = self.step, paths
-            for path in paths:
-                self.reporter.picture(self.step, path)
-        return self.pictures[1]
 
     def _evaluate_and_save(self, ending: bool) -> None:
         train, step = self.run.config.train, self.step
@@ -224,11 +188,10 @@ class _Loop:
             self.reporter.message(f"step {step}: {score.message}")
             scalars |= score.scalars
             best_by = score.value
-        if scalars:
-            self.reporter.write(step, scalars)
+        self.reporter.write(step, scalars)
         if saving:
             self._save(best_by)
-        if evaluating:
+        if evaluating and step < train.steps:
             self._draw()
 
     def _save_is_due(self) -> bool:
@@ -246,22 +209,33 @@ class _Loop:
     def _save(self, best_by: float | None = None) -> None:
         """Saves the present state with the position of the next batch."""
         position, samples = self.batches.to_save()
-        saved = state.with_samples(self.current, samples) if samples else self.current
+        saved = vars(self.current) | ({"samples": samples} if samples else {})
         self.reporter.flush()
         self.checkpoints.save(self.step, saved, position, best_by)
         self.saved = time.perf_counter()
 
-    def _next_batch(self, start: int) -> Batch:
+    def _next_batch(self) -> "_Batch":
         """The batch of the present step. Where it fails, all steps before it are saved first."""
         try:
             return self.batches.next(self.step, self.current.params)
         except jax.errors.JaxRuntimeError:  # a device failed
             raise
         except Exception:  # of a record, or of a reward
-            if self.step > start and jax.process_count() == 1:
+            if self.step > self.start and jax.process_count() == 1:
                 self._write_last()
                 self._save()
             raise
+
+    def _compile(self) -> None:
+        """Compiles the first step, counts its FLOPs, and checks the memory of the largest T."""
+        self.reporter.message("compiling the first step; a model of the default size takes about "
+                              "half a minute on a CPU")
+        arguments = self._arguments(max(self.run.config.trajectory.steps))
+        step_flops = resources.flops_of_step(
+            self.run, self.objective, self.distilled, self.step_function, *arguments,
+        ) if self.reporter.shows else 0
+        resources.compile_and_check_memory(self.run, self.step_function, *arguments)
+        self.rates = Rates(self.run, self.objective, self.step, step_flops)
 
     def _arguments(self, steps: int) -> tuple:
         return self.current, self.batch.arrays, steps, self.reference, self.batch.complete
@@ -271,49 +245,36 @@ class _Loop:
         with sharding.use(self.run.mesh):
             self.current, metrics = self.step_function(*arguments)
         self._write_last()
-        self.pending = metrics, self.batch.scalars, self.batch.position
+        self.unread = metrics, self.batch.scalars, self.batch.position
         self.step += 1
         self.reporter.advance(self.step)
 
-    def _compile(self) -> None:
-        """Compiles the first step, counts its FLOPs, and checks the memory of the largest T."""
-        self.reporter.message("compiling the first step; a model of the default size takes about "
-                              "half a minute on a CPU")
-        step_flops = flops_of_step(
-            self.run, self.objective, self.step_function, self.current, self.batch.arrays,
-            self.distilled, self.reference) if self.reporter.shows else 0
-        longest = max(self.run.config.trajectory.steps)
-        compile_and_check_memory(self.run, self.step_function, *self._arguments(longest))
-        self.rates = Rates(self.run, self.objective, self.step, step_flops)
-
     def _write_last(self) -> None:
         """Writes the metrics of the step before the present one, where they are not yet read."""
-        scalars = self._read() if self.pending else {}
-        if scalars:
-            self.reporter.write(self.step, scalars)
+        if self.unread:
+            self.reporter.write(self.step, self._read())
 
     def _read(self) -> dict:
         """The checked metrics of the step that ended at the present one; {} if not logged.
 
         They are waited for, so the next step should be under way.
         """
-        assert self.pending
-        (metrics, of_batch, position), self.pending = self.pending, None
+        assert self.unread
+        (metrics, of_batch, position), self.unread = self.unread, None
         values = jax.device_get(metrics)
         if not values.pop("batch_complete", True):
             # All processes see it here, at the same step, and the state is that before the step.
-            self.checkpoints.save(self.step - 1, self.current, position)
+            self.checkpoints.save(self.step - 1, vars(self.current), position)
             raise self.batches.error or UserError(
                 "another process of this job could not read a record (see its line); step "
                 f"{self.step - 1} is saved, and the same command resumes there when the data are "
                 "mended")
         scalars = logged_scalars(values, self.step)
-        # The terminal shows the first ones.
-        means = {name: value for name, value in of_batch.items() if "/" not in name}
-        scalars = means | scalars | of_batch
         if self.step % self.run.config.train.log_every:
             return {}
-        return scalars | self.rates.read(self.step)
+        # The terminal shows the first ones.
+        means = {name: value for name, value in of_batch.items() if "/" not in name}
+        return means | scalars | of_batch | self.rates.read(self.step)
 
     def _trace(self, ending: bool) -> None:
         """Starts the profiler before the first of the steps `profile`, and stops it after the last.
@@ -325,9 +286,114 @@ class _Loop:
         if inside == self.tracing:
             return
         self.tracing, folder = inside, f"{self.run.workdir}/profile"
-        jax.block_until_ready(self.pending and self.pending[0])
+        jax.block_until_ready(self.unread and self.unread[0])
         if inside:
             jax.profiler.start_trace(folder)
             return
         jax.profiler.stop_trace()
         self.reporter.message(f"traced in {folder}: pip install xprof && xprof --logdir={folder}")
+
+    def evaluated(self) -> Run:
+        """The run with its EMA at the present step, as it is evaluated and sampled."""
+        run = dataclasses.replace(self.run, params=self.current.ema, step=self.step)
+        return with_denoiser(self.distilled, run) if self.distilled else run
+
+    def final_pictures(self) -> list[str]:
+        """Draws the pictures of a run that has ended, with the extension's own; their paths."""
+        drawn = self._draw()
+        own = self.extension.pictures(self.evaluated(), self.reference, self.held_out)
+        for path in own:
+            self.reporter.picture(self.step, path)
+        return [*drawn, *own]
+
+    def _draw(self) -> list[str]:
+        """Draws the pictures of the present step; their paths."""
+        paths = pictures.draw(self.evaluated(), self.held_out, self.objective.label)
+        for path in paths:
+            self.reporter.picture(self.step, path)
+        return paths
+
+
+@dataclasses.dataclass
+class _Batch:
+    """The global batch of the steps that begin at one step.
+
+    position: the data iterator's state before the batch.
+    complete: in a job of several processes, whether each has its share (sharding.flag_by_process);
+      a step on an incomplete batch changes nothing. None in a job of one process.
+    pending: the extension's, until it is finished.
+    scalars: of the extension, to log.
+    """
+
+    arrays: dict
+    position: dict
+    complete: Any
+    pending: Any
+    scalars: dict = dataclasses.field(default_factory=dict)
+
+
+class _Batches:
+    """The batches of a run: read by every process, placed on the devices, and extended.
+
+    They are begun one ahead if the extension asks for it. saved: the extension's arrays in the
+    checkpoint from which the run is resumed; {} if none.
+    """
+
+    def __init__(self, run: Run, iterator: pipeline.TrainIterator, extension: Extension,
+                 reference, saved: dict):
+        self._run, self._iterator, self._extension = run, iterator, extension
+        self._reference, self._saved = reference, saved
+        self._read: list[_Batch] = []  # batches that no step has been taken on
+        self._local: dict = {}  # this process's share of the last one
+        # In a job of several processes, the error with which this one could not read its share of
+        # a batch; None where it could.
+        self.error: UserError | None = None
+
+    def next(self, step: int, params) -> _Batch:
+        """The batch of a step; params: those of that step.
+
+        Raises UserError for a record that cannot be read; to_save then gives what a run needs to
+        resume at `step`. In a job of several processes a save needs all of them, and the others
+        read on: so from the second batch on, `_Batch.complete` tells them.
+        """
+        if not self._read:
+            self._begin(step, params)
+        following = step + self._extension.updates
+        if self._extension.ahead and following < self._run.config.train.steps:
+            self._begin(following, params)
+        first = self._read[0]
+        first.arrays, first.scalars = self._extension.finish(first.pending)
+        first.pending = None
+        return self._read.pop(0)
+
+    def to_save(self) -> tuple[dict, dict]:
+        """(the data's position of the next batch, the extension's arrays of it).
+
+        All processes must call it together.
+        """
+        if not self._read:
+            return self._iterator.get_state(), {}
+        first = self._read[0]
+        complete = first.complete is None or sharding.to_host(first.complete).all()
+        return first.position, self._extension.to_save(first.pending) if complete else {}
+
+    def _begin(self, step: int, params) -> None:
+        """Reads the batch of a step, and begins to extend it."""
+        position, complete = self._iterator.get_state(), None
+        try:
+            self._local = next(self._iterator)
+        except UserError as error:
+            if not self._local or jax.process_count() == 1:
+                raise
+            self.error = error
+        if jax.process_count() > 1:
+            complete = sharding.flag_by_process(self.error is None, self._run.mesh)
+        arrays = sharding.to_global(self._local, self._run.mesh)
+        every = self._run.config.train.log_every
+        logged = (step + self._extension.updates) // every > step // every
+        if self._saved:
+            pending = self._extension.restore(self._saved, arrays, logged)
+        else:
+            pending = self._extension.begin(params, self._reference, arrays, step, logged)
+        self._saved = {}
+        self._read.append(_Batch(arrays, position, complete, pending))

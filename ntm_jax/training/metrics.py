@@ -24,8 +24,7 @@ from ntm_jax.training.writers.lines import Lines
 from ntm_jax.training.writers.tensorboard import TensorBoard
 
 BAR = "{n_fmt}/{total_fmt}{postfix}, {remaining} left |{bar}|"  # narrow terminals have no bar
-ON_BAR = (("loss", "loss {:.4g}"), ("examples_per_second", "{:.0f} images/s"))
-SHOWN = 6  # scalars on the terminal: the first ones in the caller's order
+SHOWN = 6  # scalars on the terminal: the first ones in the caller's order; the bar has two
 TERMS = ("log_det", "log_scale", "quadratic", "misalignment")  # metrics by level
 DIVERGED = (
     "To go on from it, give the same command with a lower --config.optimizer.learning_rate or "
@@ -54,17 +53,16 @@ class MetricsReporter:
         workdir = epath.Path(workdir)
         self.shows = jax.process_index() == 0 and not quiet  # prints on the terminal
         self._total = total_steps
-        self._last = None  # (step, seconds) of the last report, for the rate
-        self._bar = None
-        if sys.stderr.isatty() and self.shows:
-            self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True,
-                             bar_format=BAR)
+        self._first = None  # (step, seconds) after the first step, which compiles
+        self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=BAR,
+                         disable=not (self.shows and sys.stderr.isatty()))
         self._lines, self._writers = Lines(), []
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             events = [] if files.is_remote(workdir) else [TensorBoard()]
             self._writers = [self._lines, *events, *extra_writers]
         with contextlib.ExitStack() as opened:
+            opened.callback(self._bar.close)
             for one in self._writers:
                 one.open(os.fspath(workdir), start_step, settings or {})
                 opened.callback(one.close)
@@ -75,8 +73,6 @@ class MetricsReporter:
 
     def __exit__(self, *_):
         self._opened.close()
-        if self._bar is not None:
-            self._bar.close()
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Reports all scalars of a step, once per step; the terminal shows the first few.
@@ -84,52 +80,40 @@ class MetricsReporter:
         Raises OSError, which names the file, if it cannot be written.
         """
         scalars = {name: float(value) for name, value in scalars.items()}
+        if not scalars:
+            return
         for one in self._writers:
-            one.scalars(int(step), scalars)
-        if self._bar is not None:
-            text = ", ".join(form.format(scalars[name]) for name, form in ON_BAR if name in scalars)
-            if text:
-                self._bar.set_postfix_str(text, refresh=False)
-            self.advance(step)
-            self._bar.refresh()
-        elif self.shows:
-            figures = [f"{name} {value:.4g}" for name, value in list(scalars.items())[:SHOWN]]
-            print(" ".join([f"step {step}/{self._total}", *figures, *self._pace(step)]), flush=True)
+            one.scalars(step, scalars)
+        figures = [f"{name} {value:.4g}" for name, value in scalars.items()]
+        self._bar.set_postfix_str(", ".join(figures[:2]))
+        if self.shows and self._bar.disable:
+            line = [f"step {step}/{self._total}", *figures[:SHOWN]]
+            first, began = self._first or (step, 0.0)
+            if step > first:
+                rate = (step - first) / (time.perf_counter() - began)
+                left = tqdm.format_interval(math.ceil((self._total - step) / rate))
+                line += [f"{rate:.3g} steps/s", f"ETA {left}"]
+            print(" ".join(line), flush=True)
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar to a step.
-
-        The first call starts the rate's clock, after the first step, which compiles.
-        """
-        if self._last is None:
-            self._last = (step, time.perf_counter())
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        """Moves the progress bar to a step; the first call starts the rate's clock."""
+        self._first = self._first or (step, time.perf_counter())
+        self._bar.update(step - self._bar.n)
 
     def picture(self, step: int, path) -> None:
         """Sends a PNG file to the writers that take pictures, under its name without its ending."""
         for one in self._writers:
-            one.picture(int(step), epath.Path(path))
+            one.picture(step, epath.Path(path))
 
     def message(self, text: str) -> None:
         """Prints a line on the terminal, above the progress bar if there is one."""
-        if self._bar is not None:
+        if self.shows:
             self._bar.write(text)
-        elif self.shows:
-            print(text, flush=True)
+            sys.stdout.flush()
 
     def flush(self) -> None:
         """Writes the remaining lines, which a run that resumes after a kill does not repeat."""
         self._lines.flush()
-
-    def _pace(self, step):
-        """The rate since the last report, as ["35.1 steps/s", "ETA 00:45"]; [] at the first."""
-        last, self._last = self._last, (step, time.perf_counter())
-        if last is None or step <= last[0]:
-            return []
-        rate = (step - last[0]) / max(self._last[1] - last[1], 1e-9)
-        left = tqdm.format_interval(math.ceil((self._total - step) / rate))
-        return [f"{rate:.3g} steps/s", f"ETA {left}"]
 
 
 class Rates:
@@ -165,23 +149,21 @@ def logged_scalars(metrics: dict, step: int) -> dict[str, float]:
 
     Raises UserError if one is not finite, naming the step, the level and the term.
     """
-    single = [name for name, value in metrics.items() if not np.ndim(value) and name != "finite"]
-    scalars = {name: float(metrics[name]) for name in ("loss", "grad_norm", *single)
-               if name in metrics}
-    terms = [name for name in TERMS if name in metrics]
-    if not (metrics["finite"] and all(map(math.isfinite, scalars.values()))):
-        bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(metrics[term])
+    metrics = dict(metrics)
+    finite = metrics.pop("finite")
+    terms = {name: metrics.pop(name) for name in TERMS if name in metrics}
+    order = ["loss", "grad_norm", *metrics]  # the terminal shows the first ones
+    scalars = {name: float(metrics[name]) for name in order if name in metrics}
+    if not (finite and all(map(math.isfinite, scalars.values()))):
+        bad = [f"{term} at level {k}" for term in terms for k, value in enumerate(terms[term])
                if not np.isfinite(value)]
         first = bad[0] if bad else "the gradient or the update, every term being finite,"
         raise UserError(f"step {step}: {first} is not a finite number, so the run stopped; the "
                         "last checkpoint is untouched. First check that the data hold finite "
                         f"numbers only. {DIVERGED}")
-    # The terminal shows the first ones.
-    last = {name: scalars.pop(name) for name in ["learning_rate"] if name in scalars}
-    if "quadratic" not in terms:
-        return scalars | last
-    nll = metrics["quadratic"] + metrics["log_scale"] - metrics["log_det"] + trajectory.LOG_2PI / 2
-    scalars |= {f"nll/level_{k}": float(value) for k, value in enumerate(nll)}
-    misalignment = metrics.get("misalignment", ())
-    scalars |= {f"misalignment/level_{k}": float(v) for k, v in enumerate(misalignment)}
-    return scalars | last
+    by_level = {"misalignment": terms.get("misalignment", ())}
+    if "quadratic" in terms:
+        nll = terms["quadratic"] + terms["log_scale"] - terms["log_det"]
+        by_level["nll"] = nll + trajectory.LOG_2PI / 2
+    return scalars | {f"{name}/level_{k}": float(value) for name, values in by_level.items()
+                      for k, value in enumerate(values)}

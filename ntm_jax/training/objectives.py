@@ -24,11 +24,10 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures, scoring
 from ntm_jax.evaluation.report import NAMES, summarize
 from ntm_jax.registry import Registry
+from ntm_jax.runtime import build
 from ntm_jax.runtime.config import Config, Model
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import decoders
-from ntm_jax.training import state
-from ntm_jax.training.extension import Extension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +35,12 @@ class LossContext:
     """What a loss is made from, besides parameters and examples. Static."""
 
     run: Run
-    teacher: NTM | None = None
-    frozen_modules: tuple[str, ...] = ()  # top-level names of parameters that do not learn
-    mean_level_power: Any = 1.0  # the mean of t_k^level_weight_power over the evaluated levels
-
-    @property
-    def model(self) -> Any:
-        """NTM, or the Predictor that becomes a denoiser."""
-        return self.run.model
-
-    @property
-    def schedule(self) -> Schedule:
-        """The noise levels of trajectories."""
-        return self.run.schedule
-
-    @property
-    def config(self) -> Config:
-        """The run's settings."""
-        return self.run.config
+    config: Config
+    model: Any  # NTM, or the Predictor that becomes a denoiser
+    schedule: Schedule  # the noise levels of trajectories
+    teacher: NTM | None  # from which a denoiser learns
+    frozen_modules: tuple[str, ...]  # top-level names of parameters that do not learn
+    mean_level_power: float  # the mean of t_k^level_weight_power over the evaluated levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +213,54 @@ def check_flow(config: Config) -> None:
                         f"{model.head} and {model.transporter_blocks}")
 
 
+class Extension:
+    """What an objective may add to every batch before its steps, such as samples of the model.
+
+    This one adds nothing, and others override it.
+
+    updates: the steps that are taken on a batch, between which a run is not saved.
+    ahead: whether the next batch is begun before this one is finished, so that the devices work
+    while the host does.
+    """
+
+    updates: int = 1
+    ahead: bool = False
+
+    def __init__(self, run: Run, source: Source):
+        """Raises UserError where the run's settings do not go with its training data."""
+
+    def begin(self, params, reference, batch: dict, step: int, logged: bool):
+        """Dispatches the devices' work for a batch without waiting for it; `finish` gets its value.
+
+        params: those of `step`. reference: see Objective. logged: whether scalars of this batch
+        are logged.
+        """
+        return batch
+
+    def finish(self, pending) -> tuple[dict, dict[str, float]]:
+        """(the batch with its further arrays, scalars to log)."""
+        return pending, {}
+
+    def to_save(self, pending) -> dict:
+        """The arrays that a checkpoint keeps of a batch that is begun and not finished."""
+        return {}
+
+    def abstract(self, names: tuple[str, ...]) -> dict:
+        """The shapes and shardings of those arrays of `to_save`."""
+        return {}
+
+    def restore(self, saved: dict, batch: dict, logged: bool):
+        """What `begin` returned before these arrays were saved, for the same batch."""
+        raise NotImplementedError
+
+    def pictures(self, run: Run, reference, held_out: Source) -> list[str]:
+        """Draws pictures of a trained run; their paths."""
+        return []
+
+    def close(self) -> None:
+        """Ends what the extension keeps open."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A loss, with the measures, labels and checks that belong to it.
@@ -245,7 +280,7 @@ class Objective:
     measure(run, source, trajectories) -> {name: mean and stderr}, added to evaluation.json, where
     trajectories is their number for each record; None adds nothing.
     frozen_modules(config, names) -> those of the parameters' top-level names that do not learn.
-    extend(run, source) -> what adds arrays to batches; see extension.Extension.
+    extend(run, source) -> what adds arrays to batches; see Extension.
     """
 
     loss: Callable
@@ -287,10 +322,10 @@ def find(name: str) -> Objective:
 
 def loss_context(run: Run, objective: Objective, teacher: Run | None = None) -> LossContext:
     """The context of a run's loss; teacher: the run that a denoiser learns from."""
+    names = build.abstract_params(run.model, run.mesh)["params"]
     power = run.config.train.level_weight_power
-    mean = np.mean(run.evaluated_levels()[:-1] ** power) if power else 1.0
-    names = state.abstract(run).params["params"]
-    return LossContext(run, teacher and teacher.model,
+    mean = float(np.mean(run.evaluated_levels()[:-1] ** power)) if power else 1.0
+    return LossContext(run, run.config, run.model, run.schedule, teacher and teacher.model,
                        objective.frozen_modules(run.config, names), mean)
 
 

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
-from ntm_jax.core.conditions import Text
 from ntm_jax.data.sources import Source
 from ntm_jax.data.transforms import unstandardise
 from ntm_jax.runtime import plots
@@ -19,22 +20,23 @@ MAX_LEVELS = 17  # noise levels in a picture of trajectories
 MAX_ROWS = 10  # rows of samples, by class or caption, and trajectories
 REAL_PER_CLASS = 4  # training images beside the samples of a class
 MAX_RECORDS_READ = 1000  # records that are read to find these, and distinct captions
-CHANGE_COLUMNS = 6  # samples in a row of before_after.png, on each side
+COLUMNS = 10  # samples in a row of samples.png
+CHANGE_COLUMNS = 6  # and of before_after.png, on each side
 MAX_TABLE_ROWS = 1000  # rows of an array, held out and sampled, in a picture of its columns
-MIN_SIGNAL = 0.1  # (1 - t) / t of the levels that are drawn beside pure noise: others look like it
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A row of samples: its name, the indices and the condition of its images, and real images."""
+class _Row(NamedTuple):
+    """A row of samples: its name, the indices of its images, and real images of its condition.
+
+    An index determines the condition: classes, or held-out records, take turns.
+    """
 
     name: str
     index: np.ndarray
-    condition: np.ndarray | Text | None
-    real: list
+    real: Sequence = ()
 
 
-def draw(run: Run, source: Source, held_out: Source, loss_label: str) -> list[str]:
+def draw(run: Run, held_out: Source, loss_label: str) -> list[str]:
     """Draws samples.png, trajectories.png and loss.png in the run's folder, in process 0.
 
     samples.png has a row for each class, beside training images, or for each of the first held-out
@@ -42,17 +44,17 @@ def draw(run: Run, source: Source, held_out: Source, loss_label: str) -> list[st
     trajectories.png. Returns the paths.
     """
     folder = epath.Path(run.workdir)
-    paths = [folder / f"{name}.png" for name in ("samples", "trajectories")]
-    if jax.process_index() == 0 and plots.loss_plot(
-            folder / "metrics.jsonl", folder / "loss.png", loss_label):
-        paths.append(folder / "loss.png")
-    if source.columns:
-        del paths[1]
-        _draw_columns({"samples": run}, held_out, paths[0])
-    elif source.planar_extent:
-        _draw_points(run, source.planar_extent, *paths[:2])
+    samples, trajectories, loss = paths = [
+        folder / f"{name}.png" for name in ("samples", "trajectories", "loss")]
+    if held_out.columns:
+        paths.remove(trajectories)
+        _draw_columns({"samples": run}, held_out, samples)
+    elif held_out.planar_extent:
+        _draw_points(run, held_out.planar_extent, samples, trajectories)
     else:
-        _draw_images(run, held_out, *paths[:2])
+        _draw_images(run, held_out, samples, trajectories)
+    if jax.process_index() or not plots.loss_plot(folder / "metrics.jsonl", loss, loss_label):
+        paths.remove(loss)
     return [str(path) for path in paths]
 
 
@@ -65,67 +67,57 @@ def draw_change(run: Run, before: dict, held_out: Source) -> str:
     runs = {"before": dataclasses.replace(run, params=before), "after": run}
     if held_out.columns:
         _draw_columns(runs, held_out, path)
-        return path
-    if held_out.planar_extent:
-        clean = [generate.sample_at(r, np.arange(min(_count(run), 500))) for r in runs.values()]
+    elif held_out.planar_extent:
+        points = np.stack([generate.sample_at(r, np.arange(_count(run))) for r in runs.values()], 1)
         if jax.process_index() == 0:
-            points = np.stack([np.asarray(a).reshape(-1, 2) for a in clean], 1)
+            points = points.reshape(-1, 2, 2)
             plots.points_picture(points, [0.0, 0.0], held_out.planar_extent, path)
-        return path
-    rows = [dataclasses.replace(row, index=row.index[:CHANGE_COLUMNS], condition=jax.tree.map(
-        lambda a: a[:CHANGE_COLUMNS], row.condition)) for row in _rows(run, held_out)]
-    ends = np.cumsum([len(row.index) for row in rows])[:-1]
-    first, last = (np.split(plots.displayable(_sampled(r, rows)[0], run.spec.pixel_levels), ends)
-                   for r in runs.values())
-    if jax.process_index() == 0:
-        plots.contact_sheet([plots.SheetRow(row.name, *images) for row, *images in
-                             zip(rows, first, last, strict=True)], path, tuple(runs))
+    else:
+        rows = _rows(run, held_out, CHANGE_COLUMNS)
+        drawn = [[plots.displayable(clean, run.spec.pixel_levels) for clean, _ in _sampled(r, rows)]
+                 for r in runs.values()]
+        if jax.process_index() == 0:
+            plots.contact_sheet([plots.SheetRow(row.name, *images) for row, *images in
+                                 zip(rows, *drawn, strict=True)], path, tuple(runs))
     return path
 
 
 def _draw_images(run: Run, held_out: Source, samples, trajectories) -> None:
-    """Draws rows of samples, and a trajectory of each row."""
-    pixel_levels, rows = run.spec.pixel_levels, _rows(run, held_out)
-    clean, levels = _sampled(run, rows)
+    """Draws rows of samples, and the trajectory of each row's first."""
+    rows = _rows(run, held_out, COLUMNS)
+    drawn = _sampled(run, rows)
+    if jax.process_index():
+        return
+
+    def shown(images):
+        return plots.displayable(np.stack(images), run.spec.pixel_levels)
+
+    plots.contact_sheet([
+        plots.SheetRow(row.name, shown(clean), shown(row.real) if len(row.real) else ())
+        for row, (clean, _) in zip(rows, drawn, strict=True)], samples)
+    clean, levels = (np.stack([row[0] for row in part]) for part in zip(*drawn, strict=True))
+    t, levels = _shown_levels(run, clean, levels)
+    names = [row.name for row in rows]
+    plots.trajectory_picture(shown(levels), t, trajectories, names)
+
+
+def _sampled(run: Run, rows: list[_Row]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(images [n, H, W, C], their levels from noise down [n, K, H, W, C]) of each row."""
+    index = np.concatenate([row.index for row in rows])
+    parts = [generate.sample_at(run, index[some], with_levels=True)
+             for some in generate.in_batches(len(index), generate.BATCH)]
     ends = np.cumsum([len(row.index) for row in rows])[:-1]
-    sheet = [plots.SheetRow(row.name, plots.displayable(images, pixel_levels),
-                            plots.displayable(np.stack(row.real), pixel_levels) if row.real else ())
-             for row, images in zip(rows, np.split(clean, ends), strict=True)]
-    # A trajectory of each row, or several where there are few rows.
-    each = max(1, MAX_ROWS // len(rows))
-    chosen = [(row.name, begin + i) for row, begin in zip(rows, [0, *ends], strict=True)
-              for i in range(min(each, len(row.index)))][:MAX_ROWS]
-    names, numbers = zip(*chosen, strict=True)
-    t, levels = _shown_levels(run, clean[list(numbers)], levels[list(numbers)])
-    if jax.process_index() == 0:
-        plots.contact_sheet(sheet, samples)
-        shown = plots.displayable(levels, pixel_levels)
-        plots.trajectory_picture(shown, t, trajectories, names)
-
-
-def _sampled(run: Run, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
-    """The images of all rows [n, H, W, C], and their levels from noise down [n, K, H, W, C]."""
-    index, condition = np.concatenate([row.index for row in rows]), None
-    if rows[0].condition is not None:
-        condition = jax.tree.map(lambda *parts: np.concatenate(parts),
-                                 *(row.condition for row in rows))
-    parts = [generate.sample_at(
-        run, index[some], jax.tree.map(lambda a, some=some: a[some], condition), with_levels=True)
-        for some in generate.in_batches(len(index), generate.BATCH)]
-    clean, levels = zip(*parts, strict=True)
-    return np.concatenate(clean), np.concatenate(levels)
+    clean, levels = (np.split(np.concatenate(part), ends) for part in zip(*parts, strict=True))
+    return list(zip(clean, levels, strict=True))
 
 
 def _draw_points(run: Run, extent: float, samples, trajectories) -> None:
     """Draws points of the plane; they cost little, and many of them show a density."""
-    first, *rest = generate.in_batches(_count(run), 500)
-    clean, levels = generate.sample_at(run, first, with_levels=True)
-    points = np.concatenate([clean, *(generate.sample_at(run, index) for index in rest)])
+    clean, levels = generate.sample_at(run, np.arange(_count(run)), with_levels=True)
     t, levels = _shown_levels(run, clean, levels)
     if jax.process_index() == 0:
-        plots.points_picture(points.reshape(-1, 1, 2), [0.0], extent, samples)
-        levels = levels.reshape(*levels.shape[:2], 2)
-        plots.points_picture(levels, t, extent, trajectories)
+        plots.points_picture(clean.reshape(-1, 1, 2), [0.0], extent, samples)
+        plots.points_picture(levels.reshape(*levels.shape[:2], 2), t, extent, trajectories)
 
 
 def _draw_columns(runs: dict[str, Run], held_out: Source, path) -> None:
@@ -146,7 +138,6 @@ def _shown_levels(run: Run, clean, levels) -> tuple[np.ndarray, np.ndarray]:
     """
     t = run.sampled_levels()[::-1]
     shown = np.unique(np.linspace(0, len(t) - 1, MAX_LEVELS).round().astype(int))
-    shown = np.array([k for k in shown if not k or (1 - t[k]) / max(t[k], 1e-9) >= MIN_SIGNAL])
     t, levels = t[shown], levels[:, shown]
     if t[-1]:  # an ODE's last level is the clean image
         t, levels = np.append(t, 0.0), np.concatenate([levels, clean[:, None]], 1)
@@ -158,38 +149,30 @@ def _count(run: Run) -> int:
     return max(1, run.config.sample.num)
 
 
-def _rows(run: Run, held_out: Source) -> list[_Row]:
-    """The rows of samples.png, config.sample.num images in all, at most ten a row."""
+def _rows(run: Run, held_out: Source, columns: int) -> list[_Row]:
+    """The rows of a picture, config.sample.num images in all, at most `columns` in a row."""
     num, classes = _count(run), run.condition.classes
     if run.condition.captioned:
-        return _caption_rows(held_out, num)
+        return _caption_rows(held_out, num, columns)
     if not classes:
-        index = np.arange(num)
-        return [_Row("", part, None, []) for part in np.split(index, range(10, num, 10))]
-    drawn, real = min(classes, MAX_ROWS, num), _real_images(run.config.data, min(classes, MAX_ROWS))
+        return [_Row("", part) for part in np.split(np.arange(num), range(columns, num, columns))]
+    shown = min(classes, MAX_ROWS, num)
     names = run.spec.class_names or [f"class {label}" for label in range(classes)]
-    rows = []
-    for label in range(drawn):
-        # Image i is of class i % classes, as in sampling without labels.
-        index = label + classes * np.arange(max(1, min(10, num // drawn)))
-        rows.append(_Row(names[label], index, np.full(len(index), label), real[label]))
-    return rows
+    turns = classes * np.arange(min(columns, num // shown))
+    return [_Row(names[label], label + turns, real)
+            for label, real in enumerate(_real_images(run.config.data, shown))]
 
 
-def _caption_rows(held_out: Source, num: int) -> list[_Row]:
+def _caption_rows(held_out: Source, num: int, columns: int) -> list[_Row]:
     """A row for each of the first distinct held-out captions, with its own image."""
-    first = {}  # {caption: its first record}
-    for r in range(min(MAX_RECORDS_READ, len(held_out.records))):
+    records, first = held_out.records, {}  # {caption: its first record}
+    for r in range(min(MAX_RECORDS_READ, len(records))):
         first.setdefault(held_out.captions[r] if held_out.captions else f"record {r}", r)
         if len(first) == min(MAX_ROWS, num):
             break
-    columns, rows = min(10, num // len(first)), []
-    for caption, r in first.items():
-        record = held_out.records[r]
-        text = Text(*(np.stack([record[key]] * columns) for key in ("text", "text_mask")))
-        index = len(rows) * columns + np.arange(columns)
-        rows.append(_Row(caption or f"record {r}", index, text, [record["image"]]))
-    return rows
+    turns = len(records) * np.arange(min(columns, num // len(first)))
+    return [_Row(caption or f"record {r}", r + turns, [records[r]["image"]])
+            for caption, r in first.items()]
 
 
 @functools.lru_cache(maxsize=1)

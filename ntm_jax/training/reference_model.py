@@ -38,8 +38,8 @@ def load_distilled(run: Run, objective: Objective) -> Run | None:
     """
     if "teacher" not in objective.needs:
         return None
-    kept = latest_step(run.workdir) is not None and has_teacher(run.workdir)
-    teacher = load_run(f"{run.workdir}/{FROZEN}" if kept else run.config.teacher)
+    resumes = latest_step(run.workdir) is not None
+    teacher = load_run(f"{run.workdir}/{FROZEN}" if resumes else run.config.teacher)
     if teacher.denoiser:  # by itself it is neither sampled by the denoiser nor guided as that is
         step, config = teacher.denoiser.teacher_step, teacher.config
         assert step is not None  # every run of a denoiser has it
@@ -58,39 +58,32 @@ def prepare(run: Run, objective: Objective, current: State, teacher: Run | None,
     that the run starts from. None for other runs. new: the run has no checkpoint, and what lies in
     the folder is another's. All processes call it.
     """
-    has_reference = bool(run.config.train.align_weight) or "reference" in objective.needs
-    if new and (teacher or has_reference):
-        forget(run.workdir)
-    if teacher:
-        save_teacher(teacher, run.workdir)
-    if has_reference:
-        return reference_params(run, current, new)
-    return teacher.params if teacher else None
-
-
-def forget(workdir: str) -> None:
-    """Removes WORKDIR/frozen of a run that saved no checkpoint. All processes call it."""
-    folder = epath.Path(workdir) / FROZEN
-    if jax.process_index() == 0 and folder.exists():
-        folder.rmtree()
-    multihost_utils.sync_global_devices("frozen models removed")
+    aligned = bool(run.config.train.align_weight)
+    if not (teacher or aligned or "reference" in objective.needs):
+        return None
+    if new:
+        folder = epath.Path(run.workdir) / FROZEN
+        if jax.process_index() == 0 and folder.exists():
+            folder.rmtree()
+        multihost_utils.sync_global_devices("frozen models removed")
+        if teacher:
+            save_teacher(teacher, run.workdir)
+        else:
+            params = current.params
+            if aligned:
+                params = {"params": copy(params["params"]["backbone"], run.config.model.dtype)}
+            with Checkpoints(folder) as checkpoints:
+                checkpoints.save(0, params, {})
+    return teacher.params if teacher else kept_reference(run)
 
 
 def save_teacher(teacher: Run, workdir: str) -> None:
-    """Saves the teacher in WORKDIR/frozen, unless it is there."""
-    if multihost_utils.broadcast_one_to_all(has_teacher(workdir)):  # file systems may lag
-        return
+    """Saves the teacher in WORKDIR/frozen."""
     folder = f"{workdir}/{FROZEN}"
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(teacher.step, {"ema": teacher.params}, {})
     if jax.process_index() == 0:
-        # Written last; its presence marks the copy as complete.
         config_file.write(folder, teacher.config, teacher.spec)
-
-
-def has_teacher(workdir: str) -> bool:
-    """Whether a workdir holds a complete teacher."""
-    return (epath.Path(workdir) / FROZEN / "config.json").exists()
 
 
 def check_teacher(run: Run, teacher: Run) -> None:
@@ -133,17 +126,6 @@ def abstract_reference(run: Run) -> dict:
     return {"params": jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding),
         params["params"]["backbone"])}
-
-
-def reference_params(run: Run, current: State, new: bool) -> dict:
-    """The reference parameters, from WORKDIR/frozen; a new run writes them there first."""
-    with Checkpoints(f"{run.workdir}/{FROZEN}") as checkpoints:
-        if new:
-            found = current.params
-            if run.config.train.align_weight:
-                found = {"params": copy(found["params"]["backbone"], run.config.model.dtype)}
-            checkpoints.save(0, found, {})
-        return checkpoints.restore(abstract_reference(run), 0, partial=True)[1]
 
 
 def kept_reference(run: Run) -> dict | None:

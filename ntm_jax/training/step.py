@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import build, flops, sharding
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
-from ntm_jax.training import objectives, optimizer, state
+from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import LossContext, Objective, StepInputs
 from ntm_jax.training.state import State
 
@@ -33,9 +33,8 @@ def make_step(run: Run, objective: Objective, teacher: Run | None = None):
     metrics["batch_complete"] is False.
     """
     config = run.config
-    transform = optimizer.make(config.optimizer, config.train.steps)
-    learning_rate = optimizer.schedule(config.optimizer, config.train.steps)
-    decay = config.optimizer.ema_decay
+    optimizer = state.optimizer(config.optimizer, config.train.steps)
+    learning_rate = state.learning_rate(config.optimizer, config.train.steps)
     context = objectives.loss_context(run, objective, teacher)
     gradients = _gradients(context, objective)
     # XLA would choose shardings for the new state other than the old one's: the second step would
@@ -49,10 +48,12 @@ def make_step(run: Run, objective: Objective, teacher: Run | None = None):
         metrics, gradient = gradients(
             current, StepInputs(root, batch, steps, current.step), reference)
         with jax.named_scope("optimizer"):
-            updates, opt_state = transform.update(gradient, current.opt_state, current.params)
-            updates = _zero_updates(updates, context.frozen_modules)
+            updates, opt_state = optimizer.update(gradient, current.opt_state, current.params)
             params = cast(dict, optax.apply_updates(current.params, updates))
-            ema = optimizer.update_ema(current.ema, params, current.step, decay)
+            # Weight decay has moved those that have no gradient.
+            frozen = {name: current.params["params"][name] for name in context.frozen_modules}
+            params = {"params": params["params"] | frozen}
+            ema = update_ema(current.ema, params, current.step, config.optimizer.ema_decay)
             metrics = {"grad_norm": optax.tree.norm(gradient), "finite": _finite(params)} | metrics
             metrics["learning_rate"] = learning_rate(current.step)
             new = State(current.step + 1, params, opt_state, ema)
@@ -64,26 +65,6 @@ def make_step(run: Run, objective: Objective, teacher: Run | None = None):
         return new, metrics
 
     return step
-
-
-def _finite(tree):
-    """Whether all numbers of a tree are finite.
-
-    The products of a tree's numbers with 0 sum to 0 or to NaN. XLA multiplies and sums in one pass,
-    where comparisons would be written to memory as integers first.
-    """
-    zeros = [jnp.sum(a * 0) for a in jax.tree.leaves(tree)]
-    return jnp.sum(jnp.stack(zeros)) == 0
-
-
-def _zero_updates(updates, frozen_modules: tuple[str, ...]):
-    """The updates, with those of the modules that do not learn set to 0.
-
-    Weight decay moves parameters that have no gradient.
-    """
-    kept = {name: jax.tree.map(jnp.zeros_like, tree) if name in frozen_modules else tree
-            for name, tree in updates["params"].items()}
-    return updates | {"params": kept}
 
 
 def _gradients(context: LossContext, objective: Objective):
@@ -122,41 +103,24 @@ def _gradients(context: LossContext, objective: Objective):
     return accumulated
 
 
-def flops_of_step(run: Run, objective: Objective, step, current: State, batch,
-                  teacher: Run | None = None, reference=None) -> int:
-    """The model's FLOPs in a step at the largest T, on all devices, without recomputation.
+def update_ema(ema, params, step, decay: float):
+    """The moving average (EMA) of parameters after step n = `step`, counted from 0.
 
-    step: make_step's for the same run. It is counted itself where it recomputes nothing and has no
-    kernels: on CPUs, whose arithmetic has the products of plain jax.numpy.
+    The decay warms up as min(decay, (1 + n) / (10 + n)).
     """
-    runs = [run, teacher] if teacher else [run]
-    on_cpus = run.mesh.devices.flat[0].platform == "cpu"
-    if not on_cpus or any(r.config.model.remat != "none" for r in runs):
-        plain = [dataclasses.replace(r, model=build.reference_variant(r.model)) for r in runs]
-        step = make_step(plain[0], objective, *plain[1:])
-    with sharding.use(run.mesh):
-        traced = step.trace(current, batch, max(run.config.trajectory.steps), reference, None)
-        return flops.of_jaxpr(traced.jaxpr.jaxpr)
+    n = step.astype(jnp.float32)
+    warmed = jnp.minimum(decay, (1 + n) / (10 + n))
+    return jax.tree.map(lambda average, value: warmed * average + (1 - warmed) * value, ema, params)
 
 
-def compile_and_check_memory(run: Run, step, *arguments) -> None:
-    """Compiles a step, which a call with the same shapes then finds, and estimates its memory.
+def _finite(tree):
+    """Whether all numbers of a tree are finite.
 
-    Raises UserError where that exceeds what a device, or for CPUs the machine, has left: the kernel
-    would end the run without a word.
+    The products of a tree's numbers with 0 sum to 0 or to NaN. XLA multiplies and sums in one pass,
+    where comparisons would be written to memory as integers first.
     """
-    with sharding.use(run.mesh):
-        memory = step.lower(*arguments).compile().memory_analysis()
-    if memory is None:
-        return
-    needed = (memory.temp_size_in_bytes + memory.output_size_in_bytes
-              - memory.alias_size_in_bytes)
-    free = state.free_bytes(run.mesh)
-    if free and needed > free:
-        raise UserError(
-            f"a step needs about {needed / 2**30:,.1f} GiB more, and {free / 2**30:,.1f} GiB are "
-            "free: lower config.data.batch_size, raise config.train.accumulate, or set "
-            "config.model.scan=True and config.model.remat=full")
+    zeros = [jnp.sum(a * 0) for a in jax.tree.leaves(tree)]
+    return jnp.sum(jnp.stack(zeros)) == 0
 
 
 def steps_of(config: Config, objective: Objective, step: int) -> int:

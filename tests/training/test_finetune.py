@@ -154,7 +154,7 @@ def test_a_new_run_is_the_flow_matching_model(untrained):
 @pytest.mark.slow
 def test_the_reference_is_kept_once_and_not_trained(run, flow):
     own = tuned_run(flow[0], run[0])
-    kept = reference_model.reference_params(own, state.abstract(own), new=False)
+    kept = reference_model.kept_reference(own)
     expected = ntm_jax.load(str(flow[0])).params["params"]["backbone"]
     assert bits(kept["params"]) == bits(expected)
     first, *_, last = logged(run[0])

@@ -10,7 +10,7 @@ from absl import flags
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.training import loop, pictures, state
+from ntm_jax.training import loop, pictures, resources, state
 from ntm_jax.training.metrics import logged_scalars
 from tests.common import bits, figures, logged, new_run, tiny_config
 
@@ -100,10 +100,10 @@ def test_a_step_without_enough_memory_is_refused_and_leaves_the_folder_free(
     """Another command takes the folder, saves by time, and traces the steps that it is asked to."""
     with monkeypatch.context() as patched:
         free = iter((2**40, 1000))  # for the state, and then for the step
-        patched.setattr(state, "free_bytes", lambda mesh: next(free))
+        patched.setattr(resources, "free_bytes", lambda mesh: next(free))
         with pytest.raises(UserError, match=r"a step needs about .* and 0\.0 GiB are free"):
             loop.train(tiny_config(), str(tmp_path), progress=False)
-    assert state.free_bytes(sharding.make_mesh(tiny_config().mesh)) > 2**20
+    assert resources.free_bytes(sharding.make_mesh(tiny_config().mesh)) > 2**20
     settings = tiny_config(**{
         "data.split": "train[:64]", "train.save_every": 100, "train.save_minutes": 1e-9})
     loop.train(settings, str(tmp_path), until=3, profile=(1, 5))  # it ends before step 5

@@ -36,7 +36,7 @@ def test_each_class_has_a_row_of_samples_beside_its_own_images(tmp_path, drawn):
     run, train, held_out = run_of("digits", tmp_path, **{"sample.num": 20})
     names = tuple("abcdefghij")
     run = random_run(run, spec=dataclasses.replace(run.spec, class_names=names))
-    pictures.draw(run, train, held_out, "loss")
+    pictures.draw(run, held_out, "loss")
     rows, _ = drawn["contact_sheet"]
     assert [row.name for row in rows] == list(names)
     expected = plots.displayable(generate.sample_at(run, np.arange(20), with_levels=True)[0], 17)
@@ -50,7 +50,7 @@ def test_each_class_has_a_row_of_samples_beside_its_own_images(tmp_path, drawn):
     for label, row in enumerate(rows):
         assert all(shown[image.tobytes()] == label for image in np.asarray(row.beside))
     levels, t, _, names = drawn["trajectory_picture"]
-    assert (len(levels), names) == (10, tuple("abcdefghij"))
+    assert (len(levels), names) == (10, list("abcdefghij"))
     assert (t[0], t[1] < 1, t[-1]) == (1, True, 0)
     np.testing.assert_array_equal(levels[:, -1].shape, (10, 8, 8, 1))
 

@@ -22,8 +22,7 @@ from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import pictures
-from ntm_jax.training.extension import Extension
-from ntm_jax.training.objectives import Objective
+from ntm_jax.training.objectives import Extension, Objective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,8 @@ from ntm_jax.runtime.run import Denoiser, Run
 from ntm_jax.sampling import decoders, generate, inverses
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Objective, StepInputs
-from ntm_jax.training.step import check_batch, flops_of_step, make_step
+from ntm_jax.training.resources import flops_of_step
+from ntm_jax.training.step import check_batch, make_step
 
 TOLERANCES = (1e-3, 1e-5)  # at which the parallel inverse's sweeps are counted
 TOKENS = 2048  # sweeps and round-trip errors use the first images with this many tokens in all
@@ -123,7 +124,7 @@ def _train_step(given: BenchmarkInput) -> Case:
         return metrics
 
     counted = flops_of_step(
-        run, given.objective, step, current, sharding.to_global(batch, run.mesh), None,
+        run, given.objective, None, step, current, sharding.to_global(batch, run.mesh), steps,
         reference)
     return Case(once, run.config.data.batch_size, flops=counted)
 

@@ -20,20 +20,15 @@ class Lines:
     rewritten every REMOTE_LINES lines, and when the run is saved.
     """
 
-    _unwritten = 0  # lines
-
     def open(self, workdir: str, start_step: int, settings: dict) -> None:
         """Opens the file; drops the lines of the steps that a resumed run repeats."""
-        self._path = path = epath.Path(workdir) / NAME
-        found = []
-        if path.exists():
-            found = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
-        self._kept = [line for line in found if line.endswith("\n") and _step(line) <= start_step]
-        if len(self._kept) < len(found):
-            self._replace()
-        self._file = None
+        self._path = epath.Path(workdir) / NAME
+        self._lines = [json.dumps(line) + "\n" for line in files.read_lines(self._path)
+                       if line["step"] <= start_step]
+        self._written, self._file = -1, None  # lines in the file; -1: others
+        self.flush()
         if not files.is_remote(workdir):
-            self._kept, self._file = [], open(path, "a")  # noqa: SIM115, open for the entire run
+            self._file = open(self._path, "a")  # noqa: SIM115, open for the entire run
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Appends a step's line."""
@@ -44,16 +39,15 @@ class Lines:
                 self._file.write(line)
                 self._file.flush()
             return
-        self._kept.append(line)
-        self._unwritten += 1
-        if self._unwritten >= REMOTE_LINES:
+        self._lines.append(line)
+        if len(self._lines) - self._written >= REMOTE_LINES:
             self.flush()
 
     def flush(self) -> None:
         """Writes the remaining lines."""
-        if self._unwritten:
-            self._replace()
-            self._unwritten = 0
+        if self._written != len(self._lines):
+            files.write(self._path, "".join(self._lines))
+            self._written = len(self._lines)
 
     def picture(self, step: int, path) -> None:
         """Pictures have files of their own."""
@@ -64,14 +58,3 @@ class Lines:
             with files.naming(self._path):
                 self._file.close()
         self.flush()
-
-    def _replace(self):
-        files.write(self._path, "".join(self._kept))
-
-
-def _step(line) -> float:
-    """The step of a line; infinity, so that it is dropped, for a truncated or damaged line."""
-    try:
-        return float(files.parse_object(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return math.inf

@@ -131,5 +131,5 @@ def test_the_pages_commands_go_from_a_checkpoint_to_an_export(tmp_path):
     assert run.config.train.align_weight == 2.5
     current = state.abstract(run)
     fresh = finetune.start_from(run, current).params["params"]["backbone"]
-    kept = reference_model.reference_params(run, current, new=False)
+    kept = reference_model.kept_reference(run)
     assert bits(kept["params"]) == bits(fresh)
