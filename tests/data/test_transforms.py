@@ -11,24 +11,14 @@ from ntm_jax.data.transforms import patchify, scale, unpatchify, unscale
 def test_every_pixel_level_returns_from_its_scaled_value(pixel_levels):
     pixels = np.arange(pixel_levels, dtype=np.uint8)
     x = scale(pixels, pixel_levels)
-    assert x.dtype == np.float32
-    assert x[0] == -1
-    assert x[-1] == 1
-    np.testing.assert_allclose(
-        np.diff(x), 2 / (pixel_levels - 1), rtol=1e-4
-    )  # float32 at magnitude 1 against a step of 1/128
-    back = unscale(x, pixel_levels)
-    assert back.dtype == np.uint8
-    np.testing.assert_array_equal(back, pixels)
-    np.testing.assert_array_equal(unscale(jnp.asarray(x), pixel_levels), pixels)
-
-
-def test_unscale_rounds_and_clips():
-    step = 2 / 16
-    np.testing.assert_array_equal(
-        unscale(np.array([-1.2, -1 + 0.4 * step, -1 + 0.6 * step, 1 - 0.6 * step, 3.0]), 17),
-        [0, 0, 1, 15, 16],
-    )
+    assert (x.dtype, x[0], x[-1]) == (np.float32, -1, 1)
+    step = 2 / (pixel_levels - 1)
+    np.testing.assert_allclose(np.diff(x), step, rtol=1e-4)  # float32 at 1 against a step of 1/128
+    for near in (x, jnp.asarray(x), x + 0.4 * step, x - 0.4 * step):  # rounded and clipped
+        back = unscale(near, pixel_levels)
+        assert back.dtype == np.uint8
+        np.testing.assert_array_equal(back, pixels)
+    np.testing.assert_array_equal(unscale(np.array([-9, 9]), pixel_levels), [0, pixels[-1]])
 
 
 def test_patches_are_row_major_and_colours_innermost():

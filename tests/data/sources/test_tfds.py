@@ -44,20 +44,13 @@ def test_what_is_not_prepared_or_without_random_access_is_refused(
             open_source(f"tfds:{name}", "train")
 
 
-FEATURES = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
-FOREIGN = {"pythonClassName": "foreign_module.Feature", "jsonFeature": {"json": "{}"}}
-NAMED = {"type": "foreign_module.Feature", "content": {}}
-HOSTILE = {  # ways to name a class in a data set's files
-    "nested": (
-        "features.json",
-        {"pythonClassName": FEATURES, "featuresDict": {"features": {"image": FOREIGN}}},
-    ),
-    "in a string": (
-        "features.json",
-        {"pythonClassName": FEATURES, "jsonFeature": {"json": json.dumps({"image": NAMED})}},
-    ),
-    "old": ("features.json", {"type": FEATURES, "content": {"image": NAMED}}),
-    "info": ("dataset_info.json", {"features": FOREIGN}),
+FOREIGN = {"type": "foreign_module.Feature", "content": {}}
+HOSTILE = {  # files of a data set that name a class, in JSON within a string as well
+    "features.json": {
+        "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+        "jsonFeature": {"json": json.dumps({"image": FOREIGN})}},
+    "dataset_info.json": {
+        "features": {"pythonClassName": FOREIGN["type"], "jsonFeature": {"json": "{}"}}},
 }
 
 
@@ -71,9 +64,9 @@ def imported(tmp_path, monkeypatch):
     return marker.exists
 
 
-@pytest.mark.parametrize("way", HOSTILE)
+@pytest.mark.parametrize("file", HOSTILE)
 def test_tfds_imports_no_module_that_a_folder_names(
-    squares_dir, tmp_path, monkeypatch, imported, way
+    squares_dir, tmp_path, monkeypatch, imported, file
 ):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     folder = tmp_path / "data" / "hostile" / "1.2.3"
@@ -85,9 +78,8 @@ def test_tfds_imports_no_module_that_a_folder_names(
     (folder / "dataset_info.json").write_text(json.dumps(info))
     # A module's name alone does not matter: this folder opens. What is written next is refused.
     assert len(open_source(f"tfds:{folder}", "train").records) == 10
-    file, content = HOSTILE[way]
     there = info if file == "dataset_info.json" else {}
-    (folder / file).write_text(json.dumps(there | content))
+    (folder / file).write_text(json.dumps(there | HOSTILE[file]))
     for name in (f"tfds:{folder}", "tfds:hostile:1.2.3"):
         message = f"^{name} is neither .*'foreign_module.Feature', which its files name, is no"
         with pytest.raises(UserError, match=message):
@@ -95,9 +87,7 @@ def test_tfds_imports_no_module_that_a_folder_names(
     assert not imported()
 
 
-@pytest.mark.parametrize(
-    "name", ["foreign_module", "huggingface:foreign_module", "squares/data_dir=.", "../squares"]
-)
+@pytest.mark.parametrize("name", ["huggingface:foreign_module", "squares/data_dir=."])
 def test_tfds_accepts_only_its_own_names(squares_dir, monkeypatch, imported, name):
     monkeypatch.setenv("TFDS_DATA_DIR", str(squares_dir))
     message = rf"^tfds:{name} is neither a data set known to tfds nor a folder"
@@ -109,9 +99,7 @@ def test_tfds_accepts_only_its_own_names(squares_dir, monkeypatch, imported, nam
 def test_an_eps_image_starts_no_program(monkeypatch):
     # tfds decodes an image's bytes like this, in whatever format they are.
     importlib.import_module("ntm_jax.data.sources.tfds")
-    monkeypatch.setattr(
-        subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started")
-    )
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("it was started"))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     eps = io.BytesIO()
     Image.new("L", (4, 4)).save(eps, "eps")
