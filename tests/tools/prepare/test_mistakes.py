@@ -17,17 +17,12 @@ def assert_refused(message, tmp_path, **given):
     assert not (tmp_path / "out").exists()
 
 
-def row(label):
-    return f'{{"file_name": "a.png", "caption": "a", "label": {label}}}\n'
-
-
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", '{"file_name": "a.png"}', "line 1 has {'file_name': 'a.png'}: expected"),
-    ("a.jsonl", row(1) + row('""'), "has the label None for a.png, and others have labels"),
     ("a.csv", "file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b",
      "a.csv line 3 is not understood (it has more fields than the header): expected a .jsonl or "
      ".csv of file_name, caption, and quotes around a caption with a comma or a quote"),
-], ids=range(3))
+], ids=["jsonl", "csv"])
 def test_an_invalid_list_is_refused(tmp_path, name, content, message):
     write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})
     (tmp_path / name).write_text(content)
@@ -35,14 +30,10 @@ def test_an_invalid_list_is_refused(tmp_path, name, content, message):
 
 
 def test_an_invalid_input_is_refused(tmp_path, squares_dir):
-    (tmp_path / "empty").mkdir()
     pictures(tmp_path / "in", 3)
-    (tmp_path / "packed.tar").write_bytes(b"\x1f\x8b")  # as gzip begins
     for given, message in (
         ({"input": "photos"}, "--input=photos is not known: expected folder:PATH"),
         ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
-        ({"input": f"folder:{tmp_path}/empty"}, "/metadata.jsonl is not there: give --captions"),
-        ({"input": f"tars:{tmp_path}/packed.tar"}, "packed.tar is not a complete, uncompr"),
         ({"input": f"tfds:{squares_dir}/squares/1.2.3"}, "has no feature 'caption' of captions: "),
     ):
         assert_refused(message, tmp_path, **given)

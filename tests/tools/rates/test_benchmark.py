@@ -18,15 +18,11 @@ from tests.common import TINY, as_run, experiment, python, random_run, setup, ti
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
 
 
-def quicken(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(benchmark, "SECONDS", 0.02)
-    patch.setattr(flops, "MATRICES", (64, 128))
-    patch.setattr(benchmark, "COPIED", 1 << 20)
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    quicken(monkeypatch)
+    monkeypatch.setattr(benchmark, "SECONDS", 0.02)
+    monkeypatch.setattr(flops, "MATRICES", (64, 128))
+    monkeypatch.setattr(benchmark, "COPIED", 1 << 20)
 
 
 def setting(**overrides) -> rows.BenchmarkInput:
@@ -139,10 +135,8 @@ def test_a_setting_varies():
     assert [(c.model.width, c.model.transporter_width) for *_, c in found] == [(16, 16), (32, 32)]
     ((*_, made),) = benchmark.varied(values.to_dict(), "trajectory.steps,sample.steps:3")
     assert (made.trajectory.steps, made.sample.steps) == ((3,), 3)
-    for wrong, said in (("seed:0,1", "names seed, which is no setting of a section"),
-                        ("model.width:16,-1", "config.model.width is -1")):
-        with pytest.raises(UserError, match=said):
-            list(benchmark.varied(values.to_dict(), wrong))
+    with pytest.raises(UserError, match="names seed, which is no setting of a section"):
+        list(benchmark.varied(values.to_dict(), "seed:0,1"))
 
 
 @pytest.mark.slow
