@@ -14,7 +14,7 @@ from ntm_jax.evaluation import evaluate, scoring
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.projects.densities import known_density
 from ntm_jax.training import state
-from tests.common import as_run, setup, tiny_config
+from tests.common import new_run, tiny_config
 
 
 def log_normal(points, t):
@@ -23,19 +23,19 @@ def log_normal(points, t):
     return -0.5 * np.sum(points**2, 1) / variance - math.log(2 * math.pi * variance)
 
 
-@pytest.fixture(scope="module")
-def run():
-    """A new model without transporter, which is exact for standard normal data.
-
-    Its bound is the true log-density on every trajectory, up to float32.
-    """
-    settings = tiny_config(**{
+def untrained(workdir: str, **changes):
+    """A new run without transporter, which is exact for standard normal data."""
+    new = new_run(tiny_config(**{
         "data.source": "toy:gaussians", "data.patch_size": 1, "model.condition": "none",
         "train.condition_dropout": 0.0, "model.transporter_blocks": 0, "model.data_std": 1.0,
-        "trajectory.steps": (3,), "sample.steps": 3, "evaluate.split": "test[:50]"})
-    _, model, mesh = setup(settings)
-    new = as_run(settings, model, mesh)
-    return dataclasses.replace(new, params=state.initialize(new).params, workdir="runs/toy")
+        "evaluate.split": "test[:50]"} | changes))
+    return dataclasses.replace(new, params=state.initialize(new).params, workdir=workdir)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Its bound is the true log-density on every trajectory, up to float32."""
+    return untrained("runs/toy", **{"trajectory.steps": (3,), "sample.steps": 3})
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
@@ -63,14 +63,9 @@ def test_the_true_density_is_that_of_images_not_of_tokens(run, monkeypatch):
 @pytest.fixture(scope="module")
 def flow():
     """A new flow map, whose velocity and estimate are exact for standard normal data."""
-    settings = tiny_config(**{
-        "data.source": "toy:gaussians", "data.patch_size": 1, "model.condition": "none",
-        "train.condition_dropout": 0.0, "model.transporter_blocks": 0, "model.data_std": 1.0,
+    return untrained("runs/map", **{
         "model.head": "flow_matching", "model.backbone": "flow_map", "train.objective": "flow_map",
-        "sample.decoder": "euler", "evaluate.split": "test[:50]"})
-    _, model, mesh = setup(settings)
-    new = as_run(settings, model, mesh)
-    return dataclasses.replace(new, params=state.initialize(new).params, workdir="runs/map")
+        "sample.decoder": "euler"})
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from ntm_jax.core.conditions import Text
@@ -87,24 +86,18 @@ def same(found, expected):
         np.testing.assert_allclose(a / scale, b / scale, atol=ATOL, rtol=0, err_msg=name)
 
 
-def saved(module, naming, folder):
-    """The checkpoint's path, in one naming or the other."""
-    if naming == "diffusers":
-        module.save_pretrained(folder / "transformer", max_shard_size="40KB")
-        return folder
-    path = folder / "flux-2-tiny.safetensors"
-    tensors = original({name: a.detach().numpy() for name, a in module.state_dict().items()})
-    safetensors.numpy.save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()},
-                                path)
-    return path
+def read(module, folder, config=TINY):
+    """A module's parameters, through its checkpoint."""
+    module.save_pretrained(folder / "transformer", max_shard_size="40KB")
+    return flux2_weights.read(str(folder), abstract(config))
 
 
-@pytest.mark.parametrize("naming", ["diffusers", "original"])
 @pytest.mark.parametrize(("double", "single", "grid"), [(2, 2, (3, 5)), (1, 3, (7, 1))])
-def test_the_same_network(build, tmp_path, double, single, grid, naming):
+def test_the_same_network(build, tmp_path, double, single, grid):
+    """From a checkpoint in diffusers' names; test_weights.py reads the same from the original."""
     module, config = build(double, single), dataclasses.replace(
         TINY, double_layers=double, single_layers=single, grid=grid)
-    params = flux2_weights.read(str(saved(module, naming, tmp_path)), abstract(config))
+    params = read(module, tmp_path, config)
     x, t, text = inputs(config)
     same(ours(config, params, x, t, text), theirs(module, grid, x, t, text.states))
 
@@ -112,7 +105,7 @@ def test_the_same_network(build, tmp_path, double, single, grid, naming):
 def test_padded_text_has_no_effect(build, tmp_path):
     """Against diffusers with an attention mask, and with each example's own tokens alone."""
     module = build(2, 2)
-    params = flux2_weights.read(str(saved(module, "original", tmp_path)), abstract())
+    params = read(module, tmp_path)
     x, t, text = inputs(text_tokens=6)
     mask = np.arange(6) < np.array([[6], [4]])
     states = np.where(mask[..., None], text.states, 7)

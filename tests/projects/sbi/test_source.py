@@ -70,12 +70,6 @@ def test_the_crescents_entropy():
     assert abs(found.mean() - entropy) < 4 * found.std() / math.sqrt(len(x))
 
 
-def test_two_parameters_make_the_same_crescent():
-    theta, task = np.array([[0.7, -0.2], [0.2, -0.7]]), tasks.find("two_moons")
-    x = task.simulate(rng(), theta)
-    np.testing.assert_allclose(*task.log_likelihood(x[:1], theta))
-
-
 def test_four_points_of_one_gaussian():
     theta, task = np.array([NEAR["slcp"][0]]), tasks.find("slcp")
     x = task.simulate(rng(), theta)[0]
@@ -99,13 +93,6 @@ def test_moments_have_the_likelihood_of_their_points():
         np.testing.assert_allclose(moments.log_likelihood(statistics, theta),
                                    task.log_likelihood(points, theta))
     np.testing.assert_array_equal(moments.simulate(rng(), theta[:3]), found)
-
-
-def test_both_numbers_of_a_mixture_have_one_scale():
-    """E r1^2 r2^2 = (1 + 0.01^2) / 2 for the residuals; of independent scales half as much."""
-    x = tasks.find("gaussian_mixture").simulate(rng(), np.zeros((50_000, 2)))
-    products = np.prod(x**2, 1)
-    assert abs(products.mean() - 0.5 * (1 + 1e-4)) < 4 * products.std() / math.sqrt(len(x))
 
 
 def test_the_design_convolves_the_stimulus_with_a_filter():

@@ -139,16 +139,6 @@ def test_true_scenes_are_right_even_with_a_models_noise(splits, t):
         assert not found["empty"].any()
 
 
-def test_shuffled_captions_are_wrong(splits):
-    images, captions, _ = splits["test"]
-    order = np.random.default_rng(0).permutation(COUNT)
-    found = shapes.score(images[order], captions)
-    by_task = {task: found["right"][found["task"] == task].mean() for task in TASKS}
-    assert found["right"].mean() <= 0.05
-    assert np.mean(list(by_task.values())) <= 0.05, by_task
-    assert max(by_task.values()) < 0.15, by_task
-
-
 TRUE = {
     "a circle": [("red", "circle", 0, 1)],
     "a circle and a square": [("green", "square", 1, 0), ("green", "circle", 0, 0)],
@@ -185,11 +175,6 @@ def test_relations_are_those_described(place):
         assert right(f"a square {opposite} a circle", *things) == holds
         assert not right(f"a circle {opposite} a square", *things)
         assert not right(f"a square {relation} a circle", *things)
-
-
-def test_colours_are_bound_to_their_shapes():
-    things = ("blue", "circle", 0, 0), ("red", "square", 1, 0)
-    assert not right("a red circle and a blue square", *things)
 
 
 def test_objects_without_a_known_shape_or_colour_are_found_and_wrong():

@@ -9,15 +9,14 @@ import pytest
 
 from ntm_jax import files
 from ntm_jax.core.conditions import Text
-from ntm_jax.data import pipeline, text
+from ntm_jax.data import text
 from ntm_jax.data.text import pad_text
 from ntm_jax.evaluation import evaluate, image_scores
 from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.projects.scenes import tasks
-from ntm_jax.runtime import build, sharding
-from ntm_jax.runtime import config as configuration
-from tests.common import as_run, experiment, random_run
+from ntm_jax.runtime import config
+from tests.common import experiment, new_run, random_run
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +27,7 @@ def run():
         "model.width": 16, "model.head_size": 8, "model.transporter_width": 16,
         "model.transporter_blocks": 1, "trajectory.steps": (2,), "sample.steps": 2,
         "sample.guidance": 1.0, "evaluate.trajectories": 1, "sample.decoder": "inverse"})
-    settings = configuration.read(values)
-    source = settings.data.open(settings.evaluate.split)
-    model = build.make_model(settings, pipeline.spec(source, settings.data.patch_size))
-    new = as_run(settings, model, sharding.make_mesh(settings.mesh))
-    return random_run(new, step=3, workdir="runs/shapes")
+    return random_run(new_run(config.read(values)), step=3, workdir="runs/shapes")
 
 
 def guided(run, scale):

@@ -10,35 +10,22 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ntm_jax.data import pipeline
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import config, flops, sharding
+from ntm_jax.runtime import flops, sharding
 from ntm_jax.runtime.chips import CARDS, CHIPS
-from ntm_jax.runtime.run import Run, untrained
+from ntm_jax.runtime.run import Run
 from ntm_jax.tools.pods import compile, hlo, topology
 from ntm_jax.tools.pods import report as report_of
 from ntm_jax.tools.pods.memory import bytes_per_chip, check_fits, out_of_memory
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step, steps_of
-from tests.common import (
-    as_run,
-    batch_of,
-    objective_of,
-    python,
-    setup,
-    tiny_config,
-)
+from tests.common import batch_of, new_run, objective_of, python, tiny_config
 
 pytestmark = pytest.mark.xdist_group("compile")
 
+
 def small(**overrides):
     return tiny_config(**{"data.mock": "mock:8x8x1,classes=10,levels=17"} | overrides)
-
-
-def planned_run(settings: config.Config, mesh=None) -> Run:
-    """The untrained run that compile_for compiles a program of."""
-    spec = pipeline.spec(compile.open_data(settings), settings.data.patch_size)
-    return untrained(settings, spec, mesh or sharding.make_mesh(settings.mesh))
 
 
 def parameters_of(run: Run) -> int:
@@ -48,12 +35,12 @@ def parameters_of(run: Run) -> int:
 @pytest.mark.slow
 def test_the_compiled_step_is_the_one_that_training_takes():
     settings = tiny_config()
-    source, model, mesh = setup(settings)
-    run, batch = as_run(settings, model, mesh), batch_of(source, settings, settings.data.batch_size)
+    run, source = new_run(settings), settings.data.open("train")
+    batch = batch_of(source, settings, settings.data.batch_size)
     program = compile.train_program(run, source)
     current, step = state.initialize(run), make_step(run, objective_of(run))
-    with sharding.use(mesh):
-        batch = sharding.to_global(batch, mesh)
+    with sharding.use(run.mesh):
+        batch = sharding.to_global(batch, run.mesh)
         real = step.trace(current, batch, steps_of(settings, objective_of(settings), 0), None, None)
         planned = program.trace()
     assert planned.lower().as_text() == real.lower().as_text()
@@ -66,7 +53,7 @@ def test_memory_includes_the_reference_and_all_of_the_state(program, blocks):
         "train.objective": "policy_gradient", "reward.name": "nothing", "reward.samples": 3,
         "reward.kl": 0.1, "init_from": "x", "data.batch_size": 4,
         "model.transporter_blocks": blocks})
-    run = planned_run(settings)
+    run = new_run(settings)
     made = compile.PROGRAMS[program](run, compile.open_data(settings))
     report = compile.compile_for(settings, "cpu:1", program)
     state_bytes = sum(map(bytes_per_chip, jax.tree.leaves(state.abstract(run))))
@@ -88,7 +75,7 @@ def test_the_report_of_a_step():
     assert set(report["bytes_per_chip"]) == {"arguments", "temporaries", "peak", "hbm"}
     assert set(report["roofline_seconds"]) == {"compute", "memory", "network"}
     assert report["fits"]
-    assert report["parameters"] == parameters_of(planned_run(settings))
+    assert report["parameters"] == parameters_of(new_run(settings))
     json.dumps(report, allow_nan=False)
     assert "fits           yes" in report_of.table(report)
     assert report["flops_per_chip"] == pytest.approx(report["flops_traced_per_chip"], rel=0.02)
@@ -149,7 +136,7 @@ def test_products_at_highest_take_their_own_rate():
     work.products |= {("transporter", "highest"): 3e12, ("other", "highest"): 1e12,
                       ("other", "bf16"): 4e12, ("kernels", "other"): 1e12}
     compiled = report_of.Compiled(work, {"peak": 1, "hbm": 2}, 9e12, 1, 1, "plain", [])
-    found = report_of.figures(compiled, planned_run(small()), chip)
+    found = report_of.figures(compiled, new_run(small()), chip)
     assert found["highest_flops_per_chip"] == 4e12
     assert found["highest_seconds"] == pytest.approx(4e12 * 6 / 459e12)
     seconds = found["roofline_seconds"]["compute"]
@@ -195,7 +182,7 @@ def eight_devices():
     settings = small(**{"mesh.data": 2, "mesh.fsdp": 4})
     report = compile.compile_for(settings, "cpu:8")
     assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
-    gathered = 4 * parameters_of(planned_run(settings))
+    gathered = 4 * parameters_of(new_run(settings))
     assert sum(report["collective_bytes_per_chip"].values()) > gathered
     two_slices = small(**{"mesh.slices": 2, "mesh.data": 2, "mesh.fsdp": 4})
     slices = compile.compile_for(two_slices, "cpu:8")

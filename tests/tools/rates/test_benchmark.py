@@ -13,7 +13,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops
 from ntm_jax.tools.rates import benchmark, rows
 from ntm_jax.training import state
-from tests.common import TINY, as_run, experiment, python, random_run, setup, tiny_config
+from tests.common import TINY, experiment, new_run, python, random_run, tiny_config
 
 KEYS = ["name", "items_per_second", "flops_per_second", "limit", "share_of_limit", "runs"]
 
@@ -28,10 +28,8 @@ def _quick(monkeypatch):
 def setting(**overrides) -> rows.BenchmarkInput:
     """The setting of an untrained run with its data."""
     config = tiny_config(**overrides)
-    held_out, model, mesh = setup(config)
-    run = as_run(config, model, mesh)
-    source = config.data.open(config.data.split)
-    return rows.BenchmarkInput(run, config.sample.num, source, held_out)
+    data = (config.data.open(split) for split in (config.data.split, config.evaluate.split))
+    return rows.BenchmarkInput(new_run(config), config.sample.num, *data)
 
 
 @pytest.mark.slow
@@ -57,9 +55,7 @@ def test_rows_agree_with_themselves():
 @pytest.fixture(scope="module")
 def run():
     """A run of random weights, whose inverse takes sweeps."""
-    config = tiny_config()
-    _, model, mesh = setup(config)
-    return random_run(as_run(config, model, mesh), step=4, workdir="runs/tiny")
+    return random_run(new_run(tiny_config()), step=4, workdir="runs/tiny")
 
 
 @pytest.mark.slow
