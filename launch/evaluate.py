@@ -38,10 +38,10 @@ def main():
 
     f = program.FLAGS
     run = program.load_run().best_of(f.candidates, f.judge, f.stop_nats)
-    own_steps = run.config.sample.steps
-    sample = override(run.config, steps=f.steps)
-    config = run.config.with_sampling(steps=sample.steps).with_evaluation(
-        images=run.config.evaluate.num_samples if f.images is None else f.images)
+    own = run.config
+    sample = override(own, steps=f.steps)
+    config = own.with_sampling(steps=sample.steps).with_evaluation(
+        num_samples=own.evaluate.num_samples if f.images is None else f.images)
     run = dataclasses.replace(run, config=config)
     unit = f"{f.unit}_per_dim" if f.unit else None
     if unit:
@@ -52,14 +52,13 @@ def main():
     result, scores = run.scores(options, against, progress=True)
     step = program.asked_step(run)
     parts = ["evaluation"] + ([] if step is None else [str(step)]) + ["raw"] * f.raw
-    if sample.steps != own_steps:
+    if sample.steps != own.sample.steps:
         parts.append(f"{sample.steps}steps")
     if run.selection:
         parts.append(f"{f.candidates}candidates")
     if f.split not in (None, run.config.evaluate.split):
         parts.append(f.split.replace("[", "-").replace(":", "to").replace("]", ""))
-    name = "-".join(parts) + ".json"
-    run.report(name, result, scores, f.per_example, unit)
+    run.report("-".join(parts) + ".json", result, scores, f.per_example, unit)
 
 
 if __name__ == "__main__":

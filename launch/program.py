@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 import sys
-import textwrap
 import time
 import traceback
 import typing
@@ -171,13 +170,9 @@ def _settings() -> str:
     from ntm_jax import typed
     from ntm_jax.runtime import config
 
-    lines = ["", "settings of --config:"]
-    for name, _, field in typed.settings(config.config_class()):
-        meaning = field.metadata["setting"].documentation
-        lines += textwrap.wrap(f"--config.{name}: {meaning}", 80, initial_indent="  ",
-                               subsequent_indent="    ")
-        lines.append(f"    (default: {field.default!r})")
-    return "\n".join(lines)
+    return "\nsettings of --config:\n" + "\n".join(
+        f"  --config.{name}: {field.metadata['setting'].documentation} (default: {field.default!r})"
+        for name, _, field in typed.settings(config.config_class()))
 
 
 def _parse(argv):
@@ -192,8 +187,7 @@ def _parse(argv):
         if "config" in FLAGS and {"--helpfull", "-helpfull"} & {*argv}:
             print(_settings())
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError,
-            SyntaxError) as error:
+    except Exception as error:
         _fail(mistakes.of_flags(error))
     for name in ("workdir", "out"):
         value = FLAGS[name].value if name in FLAGS else None
