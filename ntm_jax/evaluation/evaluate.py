@@ -8,11 +8,10 @@ import numpy as np
 
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError, check_count
+from ntm_jax.errors import UserError
 from ntm_jax.evaluation import image_scores, measures, scoring, statistics
-from ntm_jax.evaluation.report import clean_figures, directions, provenance, summarize, units
+from ntm_jax.evaluation.report import directions, provenance, summarize, units
 from ntm_jax.registry import load
-from ntm_jax.runtime.config import Evaluate
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import decoders
@@ -33,17 +32,6 @@ class EvaluationOptions:
     guidance: tuple = ()  # scales or schedules at which samples are scored too; see image_scores
 
 
-def compare(table: dict, other: dict, dimensions: int, pixel_levels: int) -> dict:
-    """The bounds of one run minus those of another on the same records; negative is better.
-
-    Standard errors are paired.
-    """
-    differences = {name: other[name].astype(np.float64) - table[name] for name in scoring.BOUNDS}
-    return {unit: {name: statistics.mean_and_stderr(values / (dimensions * size))
-                   for name, values in differences.items()}
-            for unit, size in units(pixel_levels).items()}
-
-
 def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run | None = None,
              measure: Callable[[Run, Source, int], dict] | None = None,
              progress: bool = False) -> tuple[dict, dict]:
@@ -60,6 +48,8 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     settings = config.with_evaluation(
         **{name: value for name, value in asked.items() if value is not None}).evaluate
     split, trajectories = settings.split, settings.trajectories
+    if against:
+        _check_comparable(run, against)
     source, train = config.data.open(split), config.data.open(config.data.split)
     scores_images = config.evaluate.num_samples and train.pixel_levels
     features = options.features not in (None, "none")
@@ -68,7 +58,12 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
         if given and not scores_images:
             raise UserError(f"--{name} is about samples, and none are scored: give --images and a "
                             f"model of pixels, or leave --{name} out")
-    _check(run, source, settings, options.guidance, against)
+    image_scores.check_guidance(run, source, options.guidance)
+    require_same_everywhere(
+        {f"--{name}": value for name, value in dataclasses.asdict(settings).items()} |
+        {"--step": run.step, "--steps": config.sample.steps, "--guidance": options.guidance,
+         "--candidates": image_scores.selected(run),
+         "--against": [against.workdir, against.step] if against else None})
     changed = pipeline.changed_data(source.name, run.spec.version, source.version)
     if changed:
         warnings.warn(changed, stacklevel=2)
@@ -76,21 +71,33 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     if scores_images and settings.features != "none":
         from ntm_jax.evaluation.features import make_extractor
 
-        real = min(len(train.records), len(source.records))
-        statistics.check_enough(real, config.evaluate.num_samples)
+        real, made = min(len(train.records), len(source.records)), config.evaluate.num_samples
+        if min(real, made) < 5:
+            raise UserError(f"{real} images are compared with {made}, and image scores need 5 of "
+                            "each: raise config.evaluate.num_samples, or take larger splits")
         extractor = make_extractor(settings.features, train, options.inception_weights)
     table = scoring.score_records(run, source, trajectories, progress)
     result = {"step": run.step, "split": split}
     result |= summarize(table, run.spec, trajectories)
     if run.spec.columns:
         decoded = scoring.score_records(run, source, trajectories, progress, decoded=True)
-        result |= clean_figures(decoded, run.spec, trajectories)
-    result |= _errors(run, source, table)
+        clean = summarize(decoded, run.spec, trajectories)
+        result |= {f"clean_{name}": clean[name] for name in ("nats_per_dim",
+                                                             "effective_sample_size")}
+    if decoders.find(config.sample.decoder).needs_levels:
+        result["denoising"] = measures.denoising_errors(run, source)
+    if run.denoiser:
+        result["denoiser"] = measures.denoiser_errors(run, source)
+    if source.log_density:
+        result["truth"] = load(COMPARE_DENSITY)(run, source, table)
     if measure:
         figures = measure(run, source, trajectories)
         result |= figures | {"measures": list(figures)}
     if against:
-        result["against"] = _against(run, source, table, against, trajectories, progress)
+        own = against.config.data.open(split)  # its conditions and tokens may be others
+        other = scoring.score_records(against, own, trajectories, progress)
+        result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw
+                             } | compare(table, other, run.spec)
     if scores_images and (extractor or run.condition.classes):
         result |= image_scores.image_scores(run, train, source, extractor, options.guidance,
                                             progress)
@@ -101,40 +108,16 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     return result, table
 
 
-def _errors(run: Run, source: Source, table: dict) -> dict:
-    """The figures of a run beside its likelihood and its samples."""
-    result = {}
-    if decoders.find(run.config.sample.decoder).needs_levels:
-        result["denoising"] = measures.denoising_errors(run, source)
-    if run.denoiser:
-        result["denoiser"] = measures.denoiser_errors(run, source)
-    if source.log_density:
-        result["truth"] = load(COMPARE_DENSITY)(run, source, table)
-    return result
+def compare(table: dict, other: dict, spec: pipeline.DataSpec) -> dict:
+    """The bounds of one run minus those of another on the same records; negative is better.
 
-
-def _against(run: Run, source: Source, table: dict, other: Run, trajectories: int, progress: bool):
-    # The other run may be conditioned on something else, and divide the data into other tokens.
-    own = other.config.data.open(source.split)
-    scored = scoring.score_records(other, own, trajectories, progress)
-    dimensions = run.spec.tokens * run.spec.dim
-    return {"workdir": other.workdir, "step": other.step, "raw": other.raw} | compare(
-        table, scored, dimensions, source.pixel_levels)
-
-
-def _check(run: Run, source: Source, settings: Evaluate, guidance: tuple,
-           against: Run | None) -> None:
-    """Raises UserError where an evaluation cannot be done, or differs between processes."""
-    config = run.config
-    check_count("trajectories", settings.trajectories)
-    if against:
-        _check_comparable(run, against)
-    image_scores.check_guidance(run, source, guidance)
-    require_same_everywhere(
-        {f"--{name}": value for name, value in dataclasses.asdict(settings).items()} |
-        {"--step": run.step, "--steps": config.sample.steps, "--guidance": guidance,
-         "--candidates": image_scores.selected(run),
-         "--against": [against.workdir, against.step] if against else None})
+    Standard errors are paired.
+    """
+    dimensions = spec.tokens * spec.dim
+    differences = {name: other[name].astype(np.float64) - table[name] for name in scoring.BOUNDS}
+    return {unit: {name: statistics.mean_and_stderr(values / (dimensions * size))
+                   for name, values in differences.items()}
+            for unit, size in units(spec.pixel_levels).items()}
 
 
 def _check_comparable(run: Run, other: Run) -> None:

@@ -156,7 +156,7 @@ def check_classes(source: Source) -> None:
     if not (source.num_classes and source.pixel_levels):
         missing = "classes" if source.pixel_levels else "pixels"
         raise UserError(f"a classifier learns classes from pixels, and {source.name} has no "
-                        f"{missing}")
+                        f"{missing}: compare samples by features=pixels, or by another reward")
 
 
 def abstract_classifier(source: Source) -> dict:
@@ -169,12 +169,19 @@ def abstract_classifier(source: Source) -> dict:
 def fit_classifier(source: Source, seed: int) -> dict:
     """The parameters of a small classifier of the source's classes, trained here.
 
-    At most 20,000 records, evenly spread, are learned from. Every process trains the same
-    classifier on one of its own devices. Raises UserError for a source without classes or pixels,
-    and where no record has a class.
+    At most 20,000 records, evenly spread, are learned from, without those of unknown class. Every
+    process trains the same classifier on one of its own devices. Raises UserError for a source
+    without classes or pixels.
     """
     check_classes(source)
-    x, label = _training_images(source)
+    images, label = [], []
+    chosen = source.evenly_spread(_RECORDS)
+    for batch in np.array_split(chosen, -(-len(chosen) // 500)):
+        records = [source.records[i] for i in batch]
+        images.append(_prepare(np.stack([r["image"] for r in records]), source.pixel_levels))
+        label += [r["label"] for r in records]
+    label = np.array(label, np.int32)
+    x, label = np.concatenate(images)[label >= 0], label[label >= 0]
     rows = np.random.RandomState(seed).randint(len(label), size=(_STEPS, _TRAIN_BATCH))
     data = jax.device_put((x, label, rows.astype(np.int32)), jax.local_devices()[0])
     return _fit(_Classifier(source.num_classes), seed, *data)
@@ -184,11 +191,8 @@ def cnn(source: Source, seed: int = 0) -> Extractor:
     """The extractor of the 64 penultimate activations of a small classifier, which it trains here.
 
     source: the training split; see fit_classifier. On one machine with one number of threads its
-    digest is always the same. Raises UserError for a source without classes.
+    digest is always the same.
     """
-    if not source.num_classes:
-        raise UserError(f"config.evaluate.features=cnn learns classes, and {source.name} has none: "
-                        "set config.evaluate.features=pixels")
     params = fit_classifier(source, seed)
     # Rounded, since another compilation or number of threads changes last bits, which so seldom
     # change the digest. Adding 0 turns -0 into 0.
@@ -196,23 +200,6 @@ def cnn(source: Source, seed: int = 0) -> Extractor:
     name = f"cnn {source.name} {source.version} {source.pixel_levels}".encode()
     digest = _digest(b"".join([name, *(leaf.tobytes() for leaf in leaves)]))
     return Extractor("cnn", digest, True, lambda images: classify(source, params, images)[0])
-
-
-def _training_images(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """What the classifier learns from: images [n, h, w, C], float32 in [-1, 1], and labels [n].
-
-    Records of unknown class are left out. Raises UserError where there are no others.
-    """
-    chosen = source.evenly_spread(_RECORDS)
-    x, label = [], []
-    for batch in np.array_split(chosen, -(-len(chosen) // 500)):
-        records = [source.records[i] for i in batch]
-        x.append(np.asarray(_prepare(np.stack([r["image"] for r in records]), source.pixel_levels)))
-        label += [r["label"] for r in records]
-    label = np.array(label, np.int32)
-    if (label < 0).all():
-        raise UserError(f"a classifier learns classes, and no record of {source.name} has one")
-    return np.concatenate(x)[label >= 0], label[label >= 0]
 
 
 def inception(weights_file: str, pixel_levels: int = 256) -> Extractor:

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import pathlib
@@ -16,10 +17,11 @@ from ntm_jax import files
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import importance, plots
+from ntm_jax.evaluation import importance
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.registry import load
 from ntm_jax.runtime import checksums
+from ntm_jax.runtime.plots import figure, save_figure
 from ntm_jax.runtime.run import Run
 
 CONTRIBUTIONS = ("prior", "predictor", "log_det", "forward", "reconstruction")
@@ -63,13 +65,6 @@ def summarize(table: dict, spec: DataSpec, trajectories: int) -> dict:
     return result
 
 
-def clean_figures(table: dict, spec: DataSpec, trajectories: int) -> dict:
-    """The bounds on the density of an array itself, from scores with `decoded`, and not at t_0."""
-    found = summarize(table, spec, trajectories)
-    return {"clean_nats_per_dim": found["nats_per_dim"],
-            "clean_effective_sample_size": found["effective_sample_size"]}
-
-
 def provenance(run: Run, source: Source) -> dict:
     """What the figures rest on: data and preparation, levels, checkpoint, settings, packages."""
     config, spec = run.config, run.spec
@@ -111,8 +106,8 @@ HIGHER = ("effective_sample_size", "clean_effective_sample_size", "class_accurac
 
 def directions(result: dict) -> dict:
     """{figure of evaluation.json: "lower is better" or "higher is better"}."""
-    return {name: f"{word} is better" for word, names in (("lower", LOWER), ("higher", HIGHER))
-            for name in names if name in result}
+    return {name: f"{'lower' if name in LOWER else 'higher'} is better"
+            for name in LOWER + HIGHER if name in result}
 
 
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
@@ -158,27 +153,25 @@ def _rows(part, name: str, hidden) -> Iterator[tuple[str, str]]:
             yield name, "  ".join(f"{number:8.4f}" for number in numbers)
 
 
-def _percent(figure: dict) -> dict:
-    return {key: 100 * figure[key] for key in ("mean", "stderr")}
-
-
 def summary(result: dict, path) -> str:
     """The main figures of an evaluation in a few lines, and the path of its file, for a run's end.
     """
     unit = next(name for name in NAMES if name in result)
     figures = result.get("clean_nats_per_dim", result[unit])  # of arrays, as run.log_prob
-    rows: list[tuple] = [(f"{NAMES[unit]}, an upper bound (lower is better)", figures["bound"])]
+    rows = [(f"{NAMES[unit]}, an upper bound (lower is better)", figures["bound"])]
     trajectories = figures["importance_weighted"]["trajectories"]
     if trajectories > 1:
         rows.append((f"{NAMES[unit]}, importance-weighted over {trajectories} trajectories",
                      figures["importance_weighted"]))
     rows += [(key.replace("_", " "), result[key]) for key in result.get("measures", ())]
+    shares = {}
     if "class_accuracy" in result:
         accuracy = result["class_accuracy"]
-        rows.append((f"samples recognised as their class, %, of {accuracy['images']:,}",
-                     _percent(accuracy)))
+        shares[f"samples recognised as their class, %, of {accuracy['images']:,}"] = accuracy
     if "tasks" in result:
-        rows.append(("samples that show what was asked, %", _percent(result["tasks"]["overall"])))
+        shares["samples that show what was asked, %"] = result["tasks"]["overall"]
+    rows += [(name, {key: 100 * share[key] for key in ("mean", "stderr")})
+             for name, share in shares.items()]
     width = max(len(name) for name, _ in rows)
     lines = [f"step {result['step']}, {result['count']:,} held-out records ({result['split']}):"]
     lines += [f"  {name:<{width}}  {figure['mean']:8.3f} ± {figure['stderr']:.3f}"
@@ -225,7 +218,7 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
         return
     # JSON lacks numbers that are not finite: null takes their place.
     files.write_json(path, json.loads(json.dumps(result), parse_constant=lambda _: None))
-    plots.levels_plot(result, path.with_suffix(".png"))
+    levels_plot(result, path.with_suffix(".png"))
     if per_example:
         assert scored is not None, "per_example writes the scores of every record: give them"
         write_scores(scored, path.with_suffix(".parquet"))
@@ -233,6 +226,31 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
     print(summary(result, path) if brief else table(result, shown), flush=True)
     for line in advice(result):
         print(f"note: {line}", flush=True)
+
+
+def levels_plot(result: dict, out_png) -> None:
+    """Draws the NLL and the bound's contributions by noise level, in nats per dimension.
+
+    result: an evaluation.json. A transition's rate is its share of the bound: the sum of the
+    predictor's, the transporter's log-det's and the forward process's contributions.
+    """
+    nll, terms, rate = result["trajectory_nll"], result["contributions"], result["rate_by_level"]
+    plot, axes = figure(11, 4, 1, 2)
+    left, right = axes[0]
+    names = [f"{s:.2g} from {t:.2g}" for s, t in itertools.pairwise(result["provenance"]["levels"])]
+    left.bar(names, nll["by_level"], yerr=nll["stderr_by_level"], color="tab:blue")
+    left.set(title="trajectory NLL by transition of the noise level t", ylabel="nats per dimension")
+    parts = {name: np.negative(terms[name][: len(rate)])
+             for name in ("predictor", "log_det", "forward")}
+    for i, (name, values) in enumerate(parts.items()):
+        right.bar(np.arange(len(rate)) + (i - 1) * 0.25, values, 0.25, label=name.replace("_", "-"),
+                  alpha=0.6)
+    right.plot(np.arange(len(rate)), rate, "ko-", label="rate: their sum")
+    right.set_xticks(np.arange(len(rate)), names)
+    right.set(title="contributions to the bound on -log p", ylabel="nats per dimension")
+    right.axhline(0, color="black", linewidth=0.5)
+    plot.legend(loc="outside lower right", ncols=5)
+    save_figure(plot, out_png)
 
 
 def write_scores(scored: dict, path) -> None:
@@ -244,7 +262,7 @@ def write_scores(scored: dict, path) -> None:
     for name, values in scored.items():
         if name == "weighted":
             continue
-        by_level = {f"{name}_{k}": v for k, v in enumerate(values.T)} if values.ndim > 1 else {}
-        columns |= by_level or {name: values}
+        columns |= {name: values} if values.ndim == 1 else {
+            f"{name}_{k}": level for k, level in enumerate(values.T)}
     with files.atomic_writer(path) as file:
         pyarrow.parquet.write_table(pyarrow.table(columns), file)

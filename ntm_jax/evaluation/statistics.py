@@ -9,8 +9,6 @@ import math
 import jax
 import numpy as np
 
-from ntm_jax.errors import UserError
-
 THUMBNAILS = "thumbnails of 8 x 8 pixels, less the candidates' mean, scaled to unit length"
 
 
@@ -32,16 +30,8 @@ def mean_and_stderr(values, variance=None) -> dict:
 
 def feature_scores(real, generated) -> dict[str, float]:
     """Frechet distance, precision and recall of features real [n, d] and generated [m, d]."""
-    distance = frechet(real, generated)
     precision, recall = precision_recall(real, generated)
-    return {"frechet": distance, "precision": precision, "recall": recall}
-
-
-def check_enough(real: int, generated: int) -> None:
-    """Raises UserError for numbers of images that have no precision and recall."""
-    if min(real, generated) < 5:
-        raise UserError(f"{real} images are compared with {generated}, and image scores need 5 of "
-                        "each: raise config.evaluate.num_samples, or take larger splits")
+    return {"frechet": frechet(real, generated), "precision": precision, "recall": recall}
 
 
 def frechet(real, generated) -> float:

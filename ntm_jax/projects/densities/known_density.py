@@ -24,11 +24,11 @@ from ntm_jax.core.transformer import precision
 from ntm_jax.data import pipeline, transforms
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import importance, plots, scoring
+from ntm_jax.evaluation import importance, scoring
 from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.export.read import load_run
 from ntm_jax.progress import track
-from ntm_jax.projects.densities import divergence, flow_map
+from ntm_jax.projects.densities import divergence, flow_map, plots
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run
 from ntm_jax.training import objectives

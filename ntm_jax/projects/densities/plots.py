@@ -1,40 +1,13 @@
-"""Plots of an evaluation: the cost of each level, and densities of the plane.
+"""Plots of known densities: the errors of estimates, and true and learned densities of the plane.
 
 Symbols: K levels, m points along one side of a density's grid.
 """
-
-import itertools
 
 import numpy as np
 
 from ntm_jax.runtime.plots import figure, save_figure
 
 COLUMNS = 8  # noise levels side by side in a picture of densities
-
-
-def levels_plot(result: dict, out_png) -> None:
-    """Draws the NLL and the bound's contributions by noise level, in nats per dimension.
-
-    result: an evaluation.json. A transition's rate is its share of the bound: the sum of the
-    predictor's, the transporter's log-det's and the forward process's contributions.
-    """
-    nll, terms, rate = result["trajectory_nll"], result["contributions"], result["rate_by_level"]
-    plot, axes = figure(11, 4, 1, 2)
-    left, right = axes[0]
-    names = [f"{s:.2g} from {t:.2g}" for s, t in itertools.pairwise(result["provenance"]["levels"])]
-    left.bar(names, nll["by_level"], yerr=nll["stderr_by_level"], color="tab:blue")
-    left.set(title="trajectory NLL by transition of the noise level t", ylabel="nats per dimension")
-    parts = {name: np.negative(terms[name][: len(rate)])
-             for name in ("predictor", "log_det", "forward")}
-    for i, (name, values) in enumerate(parts.items()):
-        right.bar(np.arange(len(rate)) + (i - 1) * 0.25, values, 0.25, label=name.replace("_", "-"),
-                  alpha=0.6)
-    right.plot(np.arange(len(rate)), rate, "ko-", label="rate: their sum")
-    right.set_xticks(np.arange(len(rate)), names)
-    right.set(title="contributions to the bound on -log p", ylabel="nats per dimension")
-    right.axhline(0, color="black", linewidth=0.5)
-    plot.legend(loc="outside lower right", ncols=5)
-    save_figure(plot, out_png)
 
 
 def truth_plot(result: dict, out_png) -> None:
