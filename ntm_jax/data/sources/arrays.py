@@ -89,8 +89,11 @@ def from_arrays(
         a column of an array that is constant; negative labels; a share out of range.
     """
     is_table = np.ndim(images) == 2
-    images = _check_numbers(images, "data", "[n, D]") if is_table else _check_images(images)
-    pixel_levels, count = _check_levels(images, pixel_levels), len(images)
+    if is_table:
+        images, levels = _check_numbers(images, "data", "[n, D]"), 0
+    else:
+        images, levels = _check_images(images, pixel_levels)
+    count = len(images)
     if condition is not None:
         condition = _check_numbers(condition, "condition", f"[{count}, E]", discrete=True)
     labels, names = _numbered(labels)
@@ -104,7 +107,7 @@ def from_arrays(
             f"held_out is {held_out}: expected a share of the records, 0 or more and below 1"
         )
     splits = permuted_splits(count, count - round(held_out * count), seed)
-    about = [images.shape, images.dtype.name, captions, pixel_levels, held_out, seed]
+    about = [images.shape, images.dtype.name, captions, levels, held_out, seed]
     about += [names] if names else []
     about += [] if condition is None else [condition.shape, condition.dtype.name]
     digest = hashlib.sha256(json.dumps(about, default=np.generic.item).encode())
@@ -120,7 +123,7 @@ def from_arrays(
         Source(
             ArrayRecords(images, labels, captions, condition),
             images.shape[1:],
-            pixel_levels=pixel_levels,
+            pixel_levels=levels,
             num_classes=0 if labels is None else int(labels.max()) + 1,
             class_names=names,
             version=digest.hexdigest()[:16],
@@ -276,8 +279,8 @@ def _standardised(
     return standardise(values, mean, std), tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _check_images(images) -> np.ndarray:
-    """Images [n, H, W, C], uint8 or float32."""
+def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:
+    """(images [n, H, W, C], uint8 pixels or float32 latents; their pixel levels, 0 of latents)."""
     images = np.asarray(images)
     fits = images.ndim in (3, 4) and images.size
     if not fits or images.dtype not in (np.uint8, np.float32):
@@ -286,13 +289,8 @@ def _check_images(images) -> np.ndarray:
             "latents [n, H, W, C] or [n, H, W], or an array [n, D], such as data[:, None] for one "
             "column; convert them with images.astype"
         )
-    if images.dtype == np.float32 and not np.isfinite(images).all():
+    if not np.isfinite(images).all():
         raise UserError("images hold a number that is not finite: remove these records")
-    return images[..., None] if images.ndim == 3 else images
-
-
-def _check_levels(images: np.ndarray, pixel_levels: int | None) -> int:
-    """The pixel levels of images; 0 of latents and arrays."""
     is_pixels = images.dtype == np.uint8
     levels = (256 if is_pixels else 0) if pixel_levels is None else int(pixel_levels)
     if not (2 <= levels <= 256 and images.max() < levels if is_pixels else levels == 0):
@@ -300,7 +298,7 @@ def _check_levels(images: np.ndarray, pixel_levels: int | None) -> int:
             f"pixel_levels is {levels}, and the data are {images.dtype} up to {images.max()}: "
             "expected 2 to 256, more than every pixel of uint8, and nothing for other data"
         )
-    return levels
+    return images.reshape(*images.shape[:3], -1), levels
 
 
 def _numbered(labels) -> tuple[np.ndarray | None, tuple[str, ...]]:

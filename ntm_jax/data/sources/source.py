@@ -176,7 +176,7 @@ def open_source(
         for what can only be found out then.
     """
     source = open_as_stored(name, split.partition("[")[0])
-    rows = _rows(split, len(source.records))
+    source = _take(source, _slice(split, len(source.records)))
     if source.mixed_sizes and not image_size:
         raise UserError(f"images have different sizes ({source.mixed_sizes}): set data.image_size")
     if image_size and not source.pixel_levels:
@@ -195,15 +195,9 @@ def open_source(
     elif source.columns:
         shape = (1, source.columns // token_size, token_size)
     elif None in shape:
-        shape = source.records[rows[0]]["image"].shape
-    records = _Rows(
-        source.records, rows, shape, image_size, source.pixel_levels, source.columns,
-        source.num_classes
-    )
-    captions = _take(source.captions, rows)
-    source = dataclasses.replace(
-        source, split=split, records=records, image_shape=shape, captions=captions
-    )
+        shape = source.records[0]["image"].shape
+    source = dataclasses.replace(source, split=split, image_shape=shape)
+    source = dataclasses.replace(source, records=_Records(source, image_size))
     return _encode(source, text) if text else source
 
 
@@ -216,8 +210,7 @@ def open_as_stored(name: str, split: str) -> Source:
     open_function, argument = SOURCES.find(name)
     source = open_function(argument, split)
     if source.rows is not None:
-        records, captions = (_take(all_, source.rows) for all_ in (source.records, source.captions))
-        source = dataclasses.replace(source, records=records, captions=captions, rows=None)
+        source = _take(source, source.rows)
     if not len(source.records):
         raise SplitError(f"the split {split!r} of {name} is empty: it needs more records")
     return dataclasses.replace(source, name=name, split=split)
@@ -264,9 +257,11 @@ class Lazy(Sequence):
         return self.get(self.rows[index])
 
 
-def _take(values: Any, rows: Sequence[int] | np.ndarray) -> Lazy | None:
-    """Some rows of random-access values, or of None."""
-    return None if values is None else Lazy(values.__getitem__, rows)
+def _take(source: Source, rows: Sequence[int] | np.ndarray) -> Source:
+    """The source of these records alone."""
+    captions = None if source.captions is None else Lazy(source.captions.__getitem__, rows)
+    records = Lazy(source.records.__getitem__, rows)
+    return dataclasses.replace(source, records=records, captions=captions, rows=None)
 
 
 def permuted_splits(count: int, train: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -288,52 +283,45 @@ def check_split(name: str, split: str, existing: Iterable[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A slice of `records`, with every image at one size and every label an int.
+class _Records:
+    """The records of `source`, with every image at one size and every label an int.
 
-    columns: those of an array, whose numbers take the shape; 0 for images. num_classes: 0 without
-    labels; a record of unknown class has the label -1. Reading what is not a record of this kind
-    raises UserError.
+    image_size: the side that images are resized to; 0 for none. Reading what is not a record as
+    `source` describes it raises UserError.
     """
 
-    records: Any
-    rows: range
-    shape: tuple[int, int, int]
+    source: Source
     image_size: int
-    pixel_levels: int
-    columns: int = 0
-    num_classes: int = 0
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.source.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        record = dict(self.records[row])
-        name = record.pop("name", f"record {row}")
+        record = dict(self.source.records[index])
+        name = record.pop("name", f"record {index} of {self.source.split}")
         for key in record.keys() & {"image", "rejected"}:
             record[key] = self._image(record[key], name)
-        label = record["label"] = int(record.get("label", -1))
-        if self.num_classes and not -1 <= label < self.num_classes:
+        label, classes = int(record.get("label", -1)), self.source.num_classes
+        if classes and not -1 <= label < classes:
             raise UserError(
-                f"{name} has label {label}: expected 0 to {self.num_classes - 1}, the number of "
-                "one of the source's classes, or -1 where it is unknown"
+                f"{name} has label {label}: expected 0 to {classes - 1}, the number of one of the "
+                "source's classes, or -1 where it is unknown"
             )
-        return record
+        return record | {"label": label}
 
     def _image(self, image: np.ndarray, name: str) -> np.ndarray:
-        if self.columns:
-            image = image.reshape(self.shape)
-        dtype, channels, levels = image.dtype, self.shape[2], self.pixel_levels
-        fits = dtype == (np.uint8 if levels else np.float32) and image.shape[2:] == (channels,)
+        shape, levels = self.source.image_shape, self.source.pixel_levels
+        if self.source.columns:
+            image = image.reshape(shape)
+        fits = image.dtype == (np.uint8 if levels else np.float32) and image.shape[2:] == shape[2:]
         if not fits or (0 < levels < 256 and image.max() >= levels):
             expected = f"uint8 below {levels}" if levels else "float32"
-            raise UserError(f"{name} has an image of {dtype} {list(image.shape)} up to "
-                            f"{image.max()}: expected {expected}, [H, W, C] with C = {channels}")
+            raise UserError(f"{name} has an image of {image.dtype} {list(image.shape)} up to "
+                            f"{image.max()}: expected {expected}, [H, W, C] with C = {shape[2]}")
         if self.image_size:
             image = images.resize(image, self.image_size, levels)
-        if image.shape != self.shape:
-            found, others = ("x".join(map(str, shape)) for shape in (image.shape, self.shape))
+        if image.shape != shape:
+            found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
             raise UserError(
                 f"images have different sizes ({name} is {found}, others {others}): set "
                 "data.image_size"
@@ -341,7 +329,7 @@ class _Rows:
         return image
 
 
-def _rows(split: str, count: int) -> range:
+def _slice(split: str, count: int) -> range:
     """The records of a slice such as 'train[:90%]' of a split of `count` records."""
     match = re.fullmatch(r"[^\[]+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:

@@ -186,8 +186,8 @@ IMAGE = np.ones((4, 4, 1), np.uint8)
 
 
 @pytest.mark.parametrize(("record", "message"), [
-    ({"image": IMAGE * 2}, r"record 1 has an image of uint8 \[4, 4, 1\] up to 2: expected uint8 b"),
-    ({"image": IMAGE, "label": 3}, "record 1 has label 3: expected 0 to 2, the number of one of"),
+    ({"image": IMAGE * 2}, r"record 0 of train\[1:\] has an image of uint8 \[4, 4, 1\] up to 2: e"),
+    ({"image": IMAGE, "label": 3}, r"record 0 of train\[1:\] has label 3: expected 0 to 2"),
 ])
 def test_what_is_not_a_record_is_refused(registered, record, message):
     sources.register("bad", lambda argument, split: sources.Source(

@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from ntm_jax.data import pipeline
-from ntm_jax.data.sources import open_source
+from ntm_jax.data.sources import open_as_stored, open_source
 from ntm_jax.projects.densities import toys
 
 NAMES = ("moons", "checkerboard", "gaussians")
@@ -26,7 +26,8 @@ def sources():
 
 def points(source, count=None):
     """The first records, [n, 2]; all by default."""
-    return source.records.records.images[:count].reshape(-1, 2)
+    stored = open_as_stored(source.name, source.split)
+    return stored.records.images[:count].reshape(-1, 2)
 
 
 def grid(t):
@@ -109,7 +110,7 @@ def test_records_are_reproducible_and_streams_differ(sources, name):
 def test_data_of_more_dimensions_have_mean_0_and_variance_1_and_their_density(name, shape, t):
     """The density against a sum of SciPy's normal densities, and its integral by weighting."""
     test = open_source(f"toy:{name}", "test")
-    x = test.records.records.images.reshape(2_000, -1).astype(np.float64)
+    x = np.stack([record["image"].ravel() for record in test.records]).astype(np.float64)
     assert (test.image_shape, test.planar_extent) == (shape, 0)
     assert abs(np.mean(x**2) - 1) < 0.05
     assert np.abs(x.mean(0)).max() < 5 / math.sqrt(2_000)
