@@ -19,6 +19,7 @@ from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transporter import Block, Transporter
+from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.data.conditions.text import TextCondition
 from ntm_jax.data.conditions.vector import VectorCondition
 
@@ -153,6 +154,15 @@ class Tiny(Bound):
 
     def inputs(self, batch: int = 2, steps: int | None = None, seed: int = 1) -> Inputs:
         return _inputs(self.config, batch, steps, seed)
+
+
+RICH = {"condition": ClassCondition(2), "steps": (2, 3)}
+
+
+@pytest.fixture(scope="session")
+def random(tiny):
+    """A model of two classes and two numbers of steps, with random weights."""
+    return tiny(**RICH)
 
 
 @pytest.fixture(scope="session")

@@ -11,17 +11,10 @@ import numpy as np
 import pytest
 
 from ntm_jax.core.model import NTM
-from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.data.conditions.vector import VectorCondition
-from tests.core.conftest import Bound
+from tests.core.conftest import RICH, Bound
 
-RICH = {"condition": ClassCondition(2), "steps": (2, 3)}
 TERMS = ("quadratic", "log_scale", "log_det")
-
-
-@pytest.fixture(scope="module")
-def random(tiny):
-    return tiny(**RICH)
 
 
 @pytest.fixture(scope="module")

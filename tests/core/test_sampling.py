@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import flow_matching, sampling, trajectory
-from ntm_jax.data.conditions.label import ClassCondition
 from tests.core.conftest import noise_levels
-
-RICH = {"condition": ClassCondition(2), "steps": (2, 3)}
 
 
 def keys(count):
@@ -36,11 +33,6 @@ def drawn(model, method, batch=3, steps=3, **options):
     run = _compiled(model.module, method, tuple(options.items()))
     return np.asarray(noise), np.asarray(t), label, jax.device_get(
         run(model.params, keys(batch), t, label))
-
-
-@pytest.fixture(scope="module")
-def random(tiny):
-    return tiny(**RICH)
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,6 @@ from tests.projects.reward.common import (
 )
 
 
-def test_rollouts_are_the_same_twice_and_differ_by_step(run):
-    (one, _), (two, _), (later, _) = rolled(run), rolled(run), rolled(run, step=1)
-    np.testing.assert_array_equal(one["rollout"], two["rollout"])
-    assert one["rollout"].shape == (4, 3, 3, 16, 4)
-    assert one["advantage"].shape == one["old_nll"].shape == (4, 3, 2)
-    flat = np.concatenate([one["rollout"], later["rollout"]]).reshape(24, -1)
-    assert len(np.unique(flat, axis=0)) == 24
-
-
 def test_what_is_logged(run):
     _, scalars = rolled(run, moved(run.params, 0.05))
     assert list(scalars) == ["reward", "kl", "diversity"]

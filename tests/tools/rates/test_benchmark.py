@@ -103,14 +103,6 @@ def test_a_samplers_flops_are_those_of_its_parts(run):
 
 
 @pytest.mark.slow
-def test_recomputation_is_not_counted(monkeypatch):
-    monkeypatch.setattr(state, "initialize", state.abstract)
-    none, full = (rows._train_step(setting(**{"model.remat": remat})).flops
-                  for remat in ("none", "full"))
-    assert none == full
-
-
-@pytest.mark.slow
 def test_a_step_is_three_evaluations(monkeypatch):
     """The gradient of a product is two products, which the first layers' inputs do not need."""
     monkeypatch.setattr(state, "initialize", state.abstract)
