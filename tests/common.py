@@ -18,7 +18,7 @@ from PIL import Image
 from ntm_jax import files
 from ntm_jax.api import Run
 from ntm_jax.data import pipeline
-from ntm_jax.runtime import arithmetic, build, config, config_file, sharding
+from ntm_jax.runtime import arithmetic, build, config, config_file, plots, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, state
 from tests import forked
@@ -106,6 +106,29 @@ def random_run(run: Run, seed: int = 0, **changes) -> Run:
     """The run with random parameters, and other fields of it."""
     params = randomised(state.initialize(run).params, seed)
     return dataclasses.replace(run, params=params, **changes)
+
+
+WORDS = "words:4:a red blue circle square"  # the encoder of text_run
+
+
+def text_run() -> Run:
+    """A run with random parameters, conditioned on texts of states of width 14, in no folder."""
+    new = new_run(tiny_config(**{
+        "data.source": "mock:8x8x3,levels=17,text=4x14", "data.patch_size": 4,
+        "model.condition": "text", "sample.decoder": "inverse"}))
+    spec = dataclasses.replace(new.spec, text=WORDS)
+    return random_run(new, spec=spec, step=4, workdir="runs/tiny")
+
+
+def pixels(path) -> np.ndarray:
+    """The pixels of an image file."""
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def assert_shows(found, expected, levels: int = 17):
+    """Asserts that a written picture shows images of so many pixel levels that are alike."""
+    assert np.abs(found.astype(int) - plots.displayable(expected, levels)).max() <= 16  # one level
 
 
 def write_run(folder, settings: config.Config):

@@ -59,23 +59,17 @@ def test_an_experiment_suits_arrays_in_memory():
     assert (given.source, given.image_size) == (config.data.source, 0)
 
 
-@pytest.mark.parametrize("given", [{"labels": [0, 1]}, {"condition": [[0.5], [1.0]]}])
-def test_labels_and_conditions_without_data_are_refused(tmp_path, given):
-    words = "labels or condition are given without data: expected both"
-    with pytest.raises(ntm_jax.UserError, match=words):
-        ntm_jax.experiment("digits", **given)
-    with pytest.raises(ntm_jax.UserError, match=words):
-        ntm_jax.train(ntm_jax.experiment("digits"), str(tmp_path), **given)
-
-
-def test_conditions_that_the_model_does_not_use_are_refused(tmp_path):
+def test_arrays_that_do_not_belong_together_or_to_the_model_are_refused(tmp_path):
     theta = np.random.default_rng(0).normal(size=(40, 2))
-    words = "condition is given, and config.model.condition is none: set it to vector, or leave"
-    with pytest.raises(ntm_jax.UserError, match=words):
-        ntm_jax.experiment("arrays", "unconditional", data=theta, condition=theta)
     config = ntm_jax.experiment("arrays", "unconditional", data=theta)
-    with pytest.raises(ntm_jax.UserError, match=words):
-        ntm_jax.train(config, str(tmp_path), data=theta, condition=theta)
+    for given, words in (
+            ({"labels": [0, 1]}, "labels or condition are given without data: expected both"),
+            ({"data": theta, "condition": theta},
+             "condition is given, and config.model.condition is none: set it to vector, or leave")):
+        with pytest.raises(ntm_jax.UserError, match=words):
+            ntm_jax.experiment("arrays", "unconditional", **given)
+        with pytest.raises(ntm_jax.UserError, match=words):
+            ntm_jax.train(config, str(tmp_path), **given)
 
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [

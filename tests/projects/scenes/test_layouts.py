@@ -1,38 +1,17 @@
 """The folders that GenEval's and DPG-Bench's programs read, as launch.sample writes them."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import plots
 from ntm_jax.sampling import prompts
 from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
-from tests.common import new_run, random_run, tiny_config
+from tests.common import assert_shows, pixels, text_run
 
-
-@pytest.fixture(scope="module")
-def run():
-    """A run with random parameters, conditioned on text, in no folder."""
-    new = new_run(tiny_config(**{
-        "data.source": "mock:8x8x3,levels=17,text=4x14", "data.patch_size": 4,
-        "model.condition": "text", "sample.decoder": "inverse"}))
-    spec = dataclasses.replace(new.spec, text="words:4:a red blue circle square")
-    return random_run(new, spec=spec, step=4, workdir="runs/tiny")
-
-
-def pixels(path):
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def assert_shows(found, expected):
-    """Asserts that a written picture shows images of 17 levels that are alike."""
-    assert np.abs(found.astype(int) - plots.displayable(expected, 17)).max() <= 16  # one level
+run = pytest.fixture(text_run, scope="module")
 
 
 def test_genevals_folders(run, tmp_path):
