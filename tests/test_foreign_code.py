@@ -3,12 +3,12 @@
 None of these imports a module that such a folder names.
 """
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
-from ntm_jax import files
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate
 from ntm_jax.export.read import load_run
@@ -41,22 +41,16 @@ def hostile(tmp_path, monkeypatch):
     assert MODULE not in sys.modules
 
 
-def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path):
+def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path, monkeypatch):
     settings = tiny_config(**{
         "model.transporter_blocks": 0, "trajectory.steps": (1,), "sample.steps": 1})
-    workdir = write_run(tmp_path / "run", settings)
-    for step in (2, 4):  # like a run from elsewhere, saved without settings
-        sums = workdir / "checkpoints" / str(step) / "checksums" / "data.json"
-        kept = json.loads(sums.read_text())
-        kept.pop("<run>")
-        sums.write_text(json.dumps(kept))
-        (workdir / "checkpoints" / str(step) / "run" / "data.json").unlink()
-        (workdir / "checkpoints" / str(step) / "run").rename(tmp_path / f"run{step}")
-    content = files.read_json(workdir / "config.json", "")
-    content["data"]["source"] = hostile
-    files.write_json(workdir / "config.json", content)
+    source = settings.data.open("train")
+    data = dataclasses.replace(settings.data, source=hostile)
+    with monkeypatch.context() as patch:  # like a run from elsewhere
+        patch.setattr(config.Data, "open", lambda *_: source)
+        workdir = write_run(tmp_path / "run", dataclasses.replace(settings, data=data))
     run = load_run(str(workdir))
-    refused = rf"^{hostile} names the class '{MODULE}.Feature'"
+    refused = rf"^{hostile} is neither .*'{MODULE}.Feature', which its files name"
     with pytest.raises(UserError, match=refused):
         evaluate.evaluate(run)
     with pytest.raises(UserError, match=refused):
