@@ -20,9 +20,8 @@ def start(workers: int, begin: Callable | None = None, *arguments
 
 
 def _begin(begin: Callable | None, arguments: tuple) -> None:
-    for name in ("SIGINT", "SIGHUP"):  # for the parent, which decides when work ends
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent decides when work ends
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
 

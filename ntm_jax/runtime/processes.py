@@ -6,6 +6,7 @@ the step at which they stop.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -56,8 +57,6 @@ def locked(workdir: str) -> Iterator[None]:
     if files.is_remote(workdir) or jax.process_index() > 0:
         yield
         return
-    import fcntl  # missing on Windows
-
     folder = epath.Path(workdir)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

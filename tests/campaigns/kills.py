@@ -7,7 +7,6 @@ within 1e-5 where every start has another number of devices.
     python -m tests.campaigns.kills 3 0 4 2 8   # on 4, 2 and 8 simulated devices in turn
 """
 
-import json
 import random
 import re
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from tests import common
 from tests.common import ROOT, TINY, environment
+from tests.runtime.jobs import losses
 
 CONFIG = TINY | {"train.save_every": 1, "train.steps": 100_000, "optimizer.warmup_steps": 20}
 FARTHEST = 6  # steps that a start takes before it is killed
@@ -50,11 +50,6 @@ def committed(workdir: Path) -> int:
     """The last step whose checkpoint is complete; 0 without one."""
     return max((int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdecimal()),
                default=0)
-
-
-def losses(workdir: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"]
-            for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())}
 
 
 def main(kills: int, seed: int, *devices: int) -> None:

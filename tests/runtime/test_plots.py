@@ -8,11 +8,6 @@ from PIL import Image
 from ntm_jax.runtime import plots
 
 
-def read(path):
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
 def test_grid_places_and_enlarges_every_image():
     images = np.random.default_rng(0).integers(0, 200, (5, 3, 4, 3), np.uint8)
     grid = plots.image_grid(images, columns=2, scale=3, padding=2)
@@ -30,31 +25,21 @@ def test_png_round_trip_in_gray_and_colour(tmp_path):
     for channels in (1, 3):
         image = np.random.default_rng(1).integers(0, 256, (6, 7, channels), np.uint8)
         plots.save_png(tmp_path / "x.png", image)
-        np.testing.assert_array_equal(read(tmp_path / "x.png").reshape(image.shape), image)
+        found = np.asarray(Image.open(tmp_path / "x.png"))
+        np.testing.assert_array_equal(found.reshape(image.shape), image)
 
 
-def drawn(monkeypatch):
-    """Collects the figures instead of writing them."""
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure))
-    return figures
-
-
-def write_metrics(path):
+def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     lines = [{"step": s, "wall_time": 0.0, "loss": None if s == 30 else 10.0 / s}
              for s in range(1, 301)]
     for line, bound in ((lines[99], 3.5), (lines[199], 3.25)):
         line |= {"evaluate/nll/level_1": 1.0, "evaluate/bits_per_dim": bound}
+    path, figures, save = tmp_path / "metrics.jsonl", [], plots.save_figure
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
-    path = write_metrics(tmp_path / "metrics.jsonl")
-    assert plots.loss_plot(path, tmp_path / "loss.png", "loss")
-    assert read(tmp_path / "loss.png").shape == (720, 840, 4)
-    figures = drawn(monkeypatch)
-    plots.loss_plot(path, "unused", "training loss (squared error)")
+    monkeypatch.setattr(
+        plots, "save_figure", lambda *given: figures.append(given[0]) or save(*given))
+    assert plots.loss_plot(path, tmp_path / "loss.png", "training loss (squared error)")
+    assert np.shape(Image.open(tmp_path / "loss.png")) == (720, 840, 4)
     losses, held_out = figures[0].axes
     raw, smooth = losses.lines
     assert (len(raw.get_xdata()), 30 in raw.get_xdata()) == (299, False)
@@ -64,5 +49,3 @@ def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):
     assert (losses.get_xlabel(), held_out.get_xlabel()) == ("", "step")
     assert held_out.lines[0].get_xydata().tolist() == [[100, 3.5], [200, 3.25]]
     assert held_out.get_ylabel() == "held-out bits per dim"
-
-

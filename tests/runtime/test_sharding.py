@@ -5,7 +5,6 @@ That scores and samples have them is in test_processes.py.
 
 import hashlib
 import json
-import re
 import sys
 
 import jax
@@ -118,13 +117,6 @@ def steps(tmp_path_factory):
     return computed(tmp_path_factory.mktemp("steps"), f"digits/{ONE}", f"digits/{SHARDED}")
 
 
-@pytest.fixture(scope="module")
-def more(tmp_path_factory):
-    """What the slow test computes: other meshes and networks."""
-    cases = f"text/{ONE}", f"text/{SEQUENCE}", f"flux2/{ONE}", f"flux2/{OTHER}"
-    return computed(tmp_path_factory.mktemp("more"), *cases)
-
-
 def same_steps(arrays, network, mesh, tolerance):
     """Asserts that the metrics on a mesh are those on one device; returns how many there are."""
     keys = [key for key in arrays if key.startswith(f"{network}/{mesh}/")]
@@ -143,8 +135,9 @@ def test_a_step_is_the_same_on_8_devices(steps):
 
 
 @pytest.mark.slow
-def test_a_step_is_the_same_on_other_meshes_and_of_other_networks(more):
-    arrays, _ = more
+def test_a_step_is_the_same_on_other_meshes_and_of_other_networks(tmp_path):
+    arrays, _ = computed(
+        tmp_path, f"text/{ONE}", f"text/{SEQUENCE}", f"flux2/{ONE}", f"flux2/{OTHER}")
     assert same_steps(arrays, "text", SEQUENCE, 3 * RELATIVE) == 7
     assert same_steps(arrays, "flux2", OTHER, 3 * RELATIVE) == 8
 
@@ -205,21 +198,15 @@ def abstract_mesh(*shape):
     return AbstractMesh((*shape, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
 
 
-def test_a_parameter_that_does_not_divide_is_refused_by_name():
+def test_parameters_and_heads_that_do_not_divide_are_refused_by_name():
     settings = tiny_config()
-    _, model, _ = setup(settings)
-    with pytest.raises(UserError) as error:
+    _, model, _ = setup(settings)  # 2 key-value heads of 8, a width of 16
+    message = r"params/\S+ of shape \(.*16\) does not divide over the mesh axes \(None, 'fsdp'\)"
+    with pytest.raises(UserError, match=message):
         state.abstract(as_run(settings, model, abstract_mesh(1, 3, 1)))
-    assert re.match(r"params/params/\S+ of shape \(.*16\) does not divide over the mesh axes "
-                    r"\(None, 'fsdp'\)", str(error.value))
-
-
-def test_heads_that_do_not_divide_are_refused_by_name():
-    settings = tiny_config()
-    _, model, _ = setup(settings)  # 2 key-value heads of 8, a width of 16: every parameter divides
     state.abstract(as_run(settings, model, abstract_mesh(1, 1, 2)))
     message = r"config\.model\.kv_heads is 2: expected a multiple of 4, the mesh's tensor axis"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message):  # though every parameter divides
         state.abstract(as_run(settings, model, abstract_mesh(1, 1, 4)))
 
 
