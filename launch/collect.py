@@ -26,10 +26,7 @@ flags.DEFINE_string("out", None, "A new folder, or the folder of an interrupted 
 def main():
     from ntm_jax.projects.reward.collect import CollectRequest
 
-    f = program.FLAGS
-    program.load_run().collect(f.out, CollectRequest(
-        num=f.num, min_reward=f.min_reward, reward=f.reward, batch=f.batch,
-        guidance=f.guidance, decoder=f.decoder, seed=f.seed))
+    program.load_run().collect(program.FLAGS.out, program.from_flags(CollectRequest))
 
 
 if __name__ == "__main__":

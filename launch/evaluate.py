@@ -46,8 +46,7 @@ def main():
     unit = f"{f.unit}_per_dim" if f.unit else None
     if unit:
         check_unit(unit, run)
-    options = EvaluationOptions(f.split, f.trajectories, f.features, f.inception_weights,
-                                tuple(f.guidance or ()))
+    options = program.from_flags(EvaluationOptions, guidance=tuple(f.guidance or ()))
     against = api.load(f.against, raw=f.raw) if f.against else None
     result, scores = run.scores(options, against, progress=True)
     step = program.asked_step(run)

@@ -11,8 +11,6 @@ the folder alone: give each --num_processes and its own --process_id.
 compares every shard of finished records with the SHA-256 in their manifest.
 """
 
-import dataclasses
-
 from absl import flags
 
 from ntm_jax.errors import UserError
@@ -76,12 +74,9 @@ def main():
         return
     if not f.input or not f.out:
         raise UserError("--input and --out are missing: give both, or --verify=FOLDER")
-    given = f.flag_values_dict()
-    options = prepare.PrepareOptions(
-        **{field.name: given[field.name] for field in dataclasses.fields(prepare.PrepareOptions)})
     prepare.prepare(
-        options, f.out, f.max_bad, f.batch, f.workers, f.num_processes, f.process_id,
-        f.follow_outside)
+        program.from_flags(prepare.PrepareOptions), f.out, f.max_bad, f.batch, f.workers,
+        f.num_processes, f.process_id, f.follow_outside)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every program starts with: flags, and mistakes that end in one line with status 2."""
 
 import contextlib
+import dataclasses
 import faulthandler
 import gc
 import glob
@@ -134,6 +135,12 @@ def define_processes():
         "compilation_cache", None, "Folder that keeps compiled programs for later runs, by default "
         "that of JAX_COMPILATION_CACHE_DIR, or else ~/.cache/ntm_jax/programs/CORES-cores. Empty "
         "keeps none.")
+
+
+def from_flags(kind, **given):
+    """A dataclass with the given fields, and the others from the flags of their names."""
+    names = {field.name for field in dataclasses.fields(kind)} - {*given}
+    return kind(**given, **{name: FLAGS[name].value for name in names})
 
 
 def asked_step(run) -> int | None:

@@ -53,12 +53,9 @@ def main():
         raise UserError(f"--num is {f.num}, and {len(texts)} prompts make {number} images: leave "
                         "it out, or change --per_prompt")
     run = program.load_run().best_of(f.candidates, f.judge, f.stop_nats)
-    run.write_samples(f.out or f"{run.workdir}/samples", SampleRequest(
-        num=number or f.num or run.config.sample.num, batch=f.batch, labels=f.labels,
-        prompts=texts, layout=f.layout, encoder=f.encoder, autoencoder=f.autoencoder,
-        save_trajectories=f.save_trajectories, steps=f.steps,
-        guidance=f.guidance, decoder=f.decoder, inverse=f.inverse,
-        seed=f.seed, log_prob=f.log_prob, condition=vector.parse(f.condition)))
+    run.write_samples(f.out or f"{run.workdir}/samples", program.from_flags(
+        SampleRequest, num=number or f.num or run.config.sample.num, prompts=texts,
+        condition=vector.parse(f.condition)))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ flags.DEFINE_integer("draws", 100, "Draws of the posterior of each of these.", l
 def main():
     from ntm_jax.projects.sbi.benchmark import Amounts, benchmark, write_benchmark
 
-    f, run = program.FLAGS, program.load_run()
-    amounts = Amounts(f.observations, f.samples, f.weighted, f.simulations, f.draws)
-    write_benchmark(*benchmark(run, amounts), run.workdir, program.asked_step(run))
+    run = program.load_run()
+    result, drawn = benchmark(run, program.from_flags(Amounts))
+    write_benchmark(result, drawn, run.workdir, program.asked_step(run))
 
 
 if __name__ == "__main__":
