@@ -95,10 +95,10 @@ def score_records(run: Run, source: Source, trajectories: int, progress: bool = 
         run, source, lambda part: score_batch(run, part, trajectories, None, decoded), progress)
 
 
-def padded_batch_size(config: Config, source: Source, mesh) -> int:
-    """The size of an evaluation batch: the configuration's or the split's, in equal shards."""
+def padded_batch_size(config: Config, count: int, mesh) -> int:
+    """The size of a batch of `count` records: the configuration's or all, in equal shards."""
     shards = sharding.batch_shards(mesh)
-    return -(-min(config.evaluate.batch_size, len(source.records)) // shards) * shards
+    return -(-min(config.evaluate.batch_size, count) // shards) * shards
 
 
 def map_records(run: Run, source: Source, score, progress: bool = False) -> dict:
@@ -108,16 +108,23 @@ def map_records(run: Run, source: Source, score, progress: bool = False) -> dict
     among them.
     """
     config, mesh = run.config, run.mesh
-    batch_size = padded_batch_size(config, source, mesh)
+    batch_size = padded_batch_size(config, len(source.records), mesh)
     batches = pipeline.evaluation_batches(
         source, config.data.patch_size, batch_size, *sharding.share(mesh))
     total = -(-len(source.records) // batch_size)
     parts = [sharding.to_host(score(batch))
              for batch in track(batches, "evaluate", "batches", total, progress)]
+    return _by_index(parts)
+
+
+def _by_index(parts: list[dict]) -> dict:
+    """The scores of all batches, each record once and in order, without padding.
+
+    The shares of processes come in any order, and the last batch may repeat the first records.
+    """
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    real = table.pop("mask") > 0  # without padding
-    # The shares of processes come in any order.
-    order = np.argsort(table["index"][real])
+    real = table.pop("mask", np.ones(len(table["index"]))) > 0
+    _, order = np.unique(table["index"][real], return_index=True)
     return {name: values[real][order] for name, values in table.items()}
 
 
@@ -195,17 +202,13 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
                         "training data's deviation")
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32),
              **run.model.config.condition.arrays(condition)}
-    shards = sharding.batch_shards(run.mesh)
-    size = -(-min(len(x), run.config.evaluate.batch_size) // shards) * shards
+    size = padded_batch_size(run.config, len(x), run.mesh)
     (number, count), parts = sharding.share(run.mesh), []
     for places in sharding.equal_batches(len(x), size):
         own = np.split(places, count)[number]
         part = {name: values[own] for name, values in batch.items()}
         parts.append(sharding.to_host(score_batch(run, part, trajectories, seed, decoded)))
-    scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    # The shares of processes come in any order, and the last batch repeats the first images.
-    _, order = np.unique(scores["index"], return_index=True)
-    scores = {name: values[order] for name, values in scores.items()}
+    scores = _by_index(parts)
     reconstruction = scores.get("reconstruction", np.zeros(len(x), np.float32)) - spec.log_unit
     rate = -scores["predictor"] - scores["log_det"] - scores["forward"][:, :-1]
     return LevelTerms(scores["importance_weighted"], reconstruction, rate, scores["nll"])

@@ -10,6 +10,11 @@ from ntm_jax.evaluation.report import NAMES
 from ntm_jax.runtime.run import Run
 
 OWN_NATS = "own_nats = nats - {log_unit:.4f}  # of the density in the data's own units\n"
+UNITS = ("| units | `sample.py` writes own units; `sampler.bin` and `log_likelihood.bin` have "
+         "standardised columns, (data - mean) / std; a log-density in own units is the "
+         "standardised one less sum(log(std)) = {log_unit:.4f} nats |\n")
+LIKELIHOOD = ("the importance-weighted lower bound on the log {of} in nats, of {trajectories} "
+              "trajectories")
 # The front matter is what the Hugging Face Hub reads.
 CARD = """---
 # license: name one here, such as apache-2.0; see "Licence" below
@@ -70,56 +75,34 @@ whose terms may restrict their use. `sample.py` is part of ntm_jax, under Apache
 
 def markdown(run: Run, parameters: int, platforms) -> str:
     """README.md of the export of a run with this number of parameters."""
-    config, spec, sample = run.config, run.spec, run.config.sample
+    config, spec, sample, denoiser = run.config, run.spec, run.config.sample, run.denoiser
+    shape, units, data = " x ".join(map(str, spec.image_shape)) + " latents", "", "latents"
+    if spec.pixel_levels:
+        shape = f"{' x '.join(map(str, spec.image_shape))} pixels of {spec.pixel_levels} levels"
+    elif spec.columns:
+        shape, data = f"{spec.columns} columns", "standardised columns"
+        units = UNITS.format(log_unit=spec.log_unit)
+    elif spec.mean:
+        data = "latents, of mean 0 and variance 1 by channel,"
     average = f"their moving average (decay {config.optimizer.ema_decay})"
+    steps = denoiser.teacher_step if denoiser else run.step
+    training = f"{steps:,} steps of {config.data.batch_size} examples, {config.train.objective}"
+    density = f"density of the {data} noised to {config.trajectory.t_min}"
     return CARD.format(
         task=run.condition.task,
         source=config.data.source, split=config.data.split, count=spec.count,
-        shape=_shape(run), units=_units(run),
+        shape=shape, units=units,
         own_nats=OWN_NATS.format(log_unit=spec.log_unit) if spec.columns else "",
         condition=run.condition.describe(), parameters=parameters,
-        kind="the raw ones" if run.raw else average, training=_training(run),
+        kind="the raw ones" if run.raw else average,
+        training=f"{training}; then {run.step:,} steps of a denoiser" if denoiser else training,
         steps=sample.steps, guidance=sample.guidance, decoder=sample.decoder, figures=figures(run),
         names=", ".join(run.model.config.condition.shapes(1)),
-        likelihood=_likelihood(run), platforms=", ".join(platforms), jax=jax.__version__,
+        likelihood=LIKELIHOOD.format(
+            of="probability of the pixels" if spec.pixel_levels else density,
+            trajectories=config.evaluate.trajectories),
+        platforms=", ".join(platforms), jax=jax.__version__,
         version=importlib.metadata.version("ntm_jax"))
-
-
-def _shape(run: Run) -> str:
-    """What a record is."""
-    spec = run.spec
-    if spec.columns:
-        return f"{spec.columns} columns"
-    size = " x ".join(map(str, spec.image_shape))
-    levels = spec.pixel_levels
-    return f"{size} pixels of {levels} levels" if levels else f"{size} latents"
-
-
-def _units(run: Run) -> str:
-    """The row of the card's table on an array's units; empty for images."""
-    if not run.spec.columns:
-        return ""
-    return ("| units | `sample.py` writes own units; `sampler.bin` and `log_likelihood.bin` have "
-            "standardised columns, (data - mean) / std; a log-density in own units is the "
-            f"standardised one less sum(log(std)) = {run.spec.log_unit:.4f} nats |\n")
-
-
-def _training(run: Run) -> str:
-    """How a run, and its learned denoiser if it has one, was trained."""
-    config, denoiser = run.config, run.denoiser
-    steps = denoiser.teacher_step if denoiser else run.step
-    text = f"{steps:,} steps of {config.data.batch_size} examples, {config.train.objective}"
-    return f"{text}; then {run.step:,} steps of a denoiser" if denoiser else text
-
-
-def _likelihood(run: Run) -> str:
-    """What the program log_likelihood computes."""
-    normalised = ", of mean 0 and variance 1 by channel," if run.spec.mean else ""
-    data = "standardised columns" if run.spec.columns else f"latents{normalised}"
-    density = f"density of the {data} noised to {run.config.trajectory.t_min}"
-    of = "probability of the pixels" if run.spec.pixel_levels else density
-    return (f"the importance-weighted lower bound on the log {of} in nats, of "
-            f"{run.config.evaluate.trajectories} trajectories")
 
 
 def figures(run: Run) -> str:

@@ -11,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
-import uuid
 
 import jax
 import jax.export
@@ -182,16 +181,9 @@ def write_export(run: Run, out: str, steps: int | None = None,
     contents["sample.py"] = pathlib.Path(__file__).with_name("sample_script.py").read_bytes()
     size = sum(a.size for a in flat.values())
     contents["README.md"] = card.markdown(run, size, PLATFORMS).encode()
-    described = {name: _described(arguments) for name, (_, arguments) in exported.items()}
-    about = _about(run) | {"programs": described, "checksums": checksums}
-    contents[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
-    _write(folder, contents)
-    print(f"{len(contents)} files in {out}, {sum(map(len, contents.values())) / 1e6:.1f} MB, "
-          f"of step {run.step}", flush=True)
-
-
-def _about(run: Run) -> dict:
-    """config.json without the entries computed from the arrays and the programs."""
+    described = {name: {argument: f"{a.dtype}[{','.join(map(str, a.shape))}]"
+                        for argument, a in arguments.items() if argument != "parameters"}
+                 for name, (_, arguments) in exported.items()}
     about = {"format": FORMAT, "step": run.step, "parameters": "raw" if run.raw else "ema",
              "platforms": PLATFORMS,
              "packages": {name: importlib.metadata.version(name) for name in ("ntm_jax", "jax")},
@@ -199,24 +191,19 @@ def _about(run: Run) -> dict:
     if run.denoiser:
         about["teacher_step"] = run.denoiser.teacher_step
         about["denoiser_config"] = run.denoiser.config and run.denoiser.config.raw
-    return about
+    about |= {"programs": described, "checksums": checksums}
+    contents[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()
+    _write(folder, contents)
+    print(f"{len(contents)} files in {out}, {sum(map(len, contents.values())) / 1e6:.1f} MB, "
+          f"of step {run.step}", flush=True)
 
 
 def _write(folder, contents: dict) -> None:
-    """Writes a new folder of files, {name: bytes}, completely or not at all."""
-    part = folder.parent / f"{files.PART}{folder.name}-{uuid.uuid4().hex[:12]}"
-    try:
-        part.mkdir(parents=True)
-        for name, content in contents.items():
-            files.write(part / name, content)
-        part.rename(folder)
-    except BaseException:
-        if part.exists():
-            part.rmtree()
-        raise
-
-
-def _described(arguments: dict) -> dict:
-    """A program's arguments but the parameters, {name: "dtype[shape]"}."""
-    return {name: f"{a.dtype}[{','.join(map(str, a.shape))}]"
-            for name, a in arguments.items() if name != "parameters"}
+    """Writes a new folder of files, {name: bytes}, which appears when all are written."""
+    part = folder.parent / f"{files.PART}{folder.name}"
+    if part.exists():  # of an export that was stopped
+        part.rmtree()
+    part.mkdir(parents=True)
+    for name, content in contents.items():
+        files.write(part / name, content)
+    part.rename(folder)

@@ -141,7 +141,7 @@ def _held_out(given: BenchmarkInput) -> tuple[dict, int]:
     """(this process's share of an evaluation batch, the batch's global size)."""
     config, mesh, source = given.run.config, given.run.mesh, given.held_out
     assert source is not None  # of training rows
-    size = scoring.padded_batch_size(config, source, mesh)
+    size = scoring.padded_batch_size(config, len(source.records), mesh)
     with contextlib.closing(pipeline.evaluation_batches(
             source, config.data.patch_size, size, *sharding.share(mesh))) as batches:
         return next(batches), size
