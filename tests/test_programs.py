@@ -129,10 +129,7 @@ MISTAKES = {
     "unknown key": (
         ["--config.model.widht=3"],
         "--config.model.widht=3 is not a setting of the experiment: there is no widht, did"),
-    "not an integer": (
-        ["--config.train.steps=1e3"], "--config.train.steps=1e3: invalid literal for int"),
     "stray argument": (["--config.model.scan", "0"], "stray argument '0'"),
-    "unknown flag": (["--wrokdir=x"], "Unknown command line flag 'wrokdir'"),
     "no such experiment": (
         ["--config=experiments/digis.py"], "--config=experiments/digis.py cannot be read"),
     "no data": (

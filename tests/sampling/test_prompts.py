@@ -84,6 +84,10 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
         with pytest.raises(UserError, match=message):
             write_samples(own, str(tmp_path / "out"), request)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="has the word 'fox', which the model does not know"):
+        write_samples(run, str(tmp_path / "out"), SampleRequest(1, 1, prompts=[Prompt("a fox")]))
+    # That call made nothing, so that the folder is free for another.
+    write_samples(run, str(tmp_path / "out"), SampleRequest(1, 1, prompts=[Prompt("blue")]))
 
 
 def test_written_prompts(run, tmp_path):
