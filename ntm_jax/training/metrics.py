@@ -113,7 +113,8 @@ class MetricsReporter:
 
     def flush(self) -> None:
         """Writes the remaining lines, which a run that resumes after a kill does not repeat."""
-        self._lines.flush()
+        if self._writers:
+            self._lines.flush()
 
 
 class Rates:
