@@ -74,6 +74,7 @@ def _text_encoder(data: _Data) -> str:
         raise UserError(
             f"{data.train.name} has no captions: put a metadata.jsonl into it, one line "
             "{\"file_name\": ..., \"caption\": ...} for each image, or take --config=folder"
+            + (f" ({data.train.notes})" if data.train.notes else "")
         )
     captions = [*data.train.captions, *(data.held_out.captions or [])]
     words = [text.split(caption) for caption in captions]

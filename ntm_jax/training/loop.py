@@ -123,7 +123,7 @@ class _Loop:
         self.reporter.message(
             f"{size:,} parameters, {len(source.records):,} training records, mesh {mesh}, "
             + (new if latest is None else f"resuming {folder} at step {self.step}"))
-        for line in (source.skipped, *changes):
+        for line in (source.notes, *changes):
             if line:
                 self.reporter.message(line)
         self.stop = stack.enter_context(StopRequest())

@@ -97,12 +97,7 @@ def open_folder(where: str, split: str) -> Source:
     listed, pairs = caption_lists.listed(root)
     files = [file for file in files if file not in bad and (not pairs or file in pairs)]
     missing = [file for file in files if file not in listed]
-    if listed and missing:
-        raise UserError(
-            f"data.source folder:{where} has a list of captions without a row for {len(missing)} "
-            f"images ({few(missing, 3)}): add them"
-        )
-    captions = [listed[file] for file in files] if listed else None
+    captions = None if missing else [listed[file] for file in files]
     rejected = [pairs[file] for file in files] if pairs else None
     if presplit:
         in_train = np.array([file.startswith("train/") for file in files], bool)
@@ -124,6 +119,13 @@ def open_folder(where: str, split: str) -> Source:
     several = [f"{file} is {height}x{width}" for (height, width), file in sizes.items()]
     content = [[file, scanned[file][0] if file in scanned else None] for file in files]
     content += [values for values in (captions, rejected) if values]
+    notes = []
+    if bad:
+        notes += [f"{len(bad)} of {len(files) + len(bad)} images cannot be decoded and are left "
+                  f"out: {few(sorted(bad), 3)}"]
+    if listed and missing:
+        notes += [f"captions are not used, since their list has no row for {len(missing)} images: "
+                  f"{few(missing, 3)}"]
     return Source(
         _Files(root, files, labels, channels, captions, rejected),
         cast(tuple[int, int, int], (*next(iter(sizes), (None, None)), channels)),  # see Source
@@ -134,8 +136,7 @@ def open_folder(where: str, split: str) -> Source:
         captions=captions,
         rows=splits[split],
         mixed_sizes=", ".join(several[:2]) if len(several) > 1 else "",
-        skipped=f"{len(bad)} of {len(files) + len(bad)} images cannot be decoded and are left out: "
-                f"{few(sorted(bad), 3)}" if bad else "",
+        notes="; ".join(notes),
     )
 
 

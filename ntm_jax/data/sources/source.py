@@ -65,7 +65,7 @@ class Source:
     unseen: the split whose captions combine what no training caption combines; '' if there is none.
     mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.
-    skipped: says which images are left out; '' if none are.
+    notes: says which images are left out or lack a caption; '' if none.
     planar_extent: how the data are drawn. 0: as images. Positive: each record is a point of the
       plane, latents of shape 1 x 2 x 1, drawn in scatter plots on the square [-planar_extent,
       planar_extent]^2.
@@ -90,7 +90,7 @@ class Source:
     tasks: Callable | None = None
     unseen: str = ""
     mixed_sizes: str = ""
-    skipped: str = ""
+    notes: str = ""
     planar_extent: float = 0.0
     columns: int = 0
     condition_width: int = 0
@@ -369,6 +369,7 @@ def _encode(source: Source, name: str) -> Source:
         raise UserError(
             f"config.data.text_encoder is {name!r}, and {source.name} has no captions, which a "
             "folder has in its metadata.jsonl: write it, or leave the encoder empty"
+            + (f" ({source.notes})" if source.notes else "")
         )
     records, encoder = encode_captions(source.name, source.records, source.captions, name)
     return dataclasses.replace(

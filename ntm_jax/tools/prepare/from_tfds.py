@@ -6,7 +6,7 @@ from typing import Any
 
 from ntm_jax.data.caption_lists import caption_of
 from ntm_jax.data.sources import tfds as source
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 from ntm_jax.tools.prepare.captioned import Input, Item
 
 
@@ -25,7 +25,10 @@ def open_tfds(where: str, split: str, feature: str) -> Input:
             )
         inner = getattr(inner[part], "feature", inner[part])  # a sequence's element
         inner = inner if hasattr(inner, "keys") else {}
-    count = len(_examples(where, split))
+    try:
+        count = len(_examples(where, split))
+    except ValueError as error:  # tfds has an arithmetic of splits
+        raise UserError(f"--tfds_split={split}: {first_line(error)}") from None
     classes = source.class_names(features)
     read = functools.partial(_read_example, where, split, feature.split("/"), bool(classes))
     return Input([Item(str(i), i) for i in range(count)], read, classes)

@@ -88,7 +88,7 @@ def test_a_few_undecodable_images_are_left_out_and_named(tmp_path):
     for _ in range(2):  # the second time by the manifest
         source = opened(tmp_path)
         assert values(source) == intact
-        assert source.skipped == "1 of 31 images cannot be decoded and are left out: 30.png"
+        assert source.notes == "1 of 31 images cannot be decoded and are left out: 30.png"
     (tmp_path / "31.png").write_text("<html>")
     with pytest.raises(UserError, match=r"2 of 32 images in .* cannot be decoded \(30\.png, 31\.p"
                        r"ng\): remove them; at most 1 are left out"):
@@ -108,8 +108,9 @@ def test_captions_of_a_list(tmp_path):
     for record, caption in zip(source.records, source.captions, strict=True):
         assert record["caption"] == caption == f"animal {record['image'][0, 0, 0]}"
     (tmp_path / "metadata.csv").write_text("\n".join(["file_name,caption", *rows[:-1]]))
-    with pytest.raises(UserError, match=r"without a row for 1 images \(19\.png\): add them"):
-        opened(tmp_path)
+    assert opened(tmp_path).captions is None
+    with pytest.raises(UserError, match=r"has no captions, .* no row for 1 images: 19\.png"):
+        opened(tmp_path, text=words)
 
 
 def test_pairs_of_a_list_are_records_with_a_rejected_image(tmp_path):

@@ -105,6 +105,8 @@ def test_a_tfds_data_set(squares_dir, tmp_path):
     titles = run(
         tmp_path, "", "titles", caption_feature="title", tfds_split="train[:3]+test", **given)
     assert len(records(titles)) == 7
+    with pytest.raises(UserError, match=r"^--tfds_split=trian: .*train"):
+        run(tmp_path, "", "other", caption_feature="title", tfds_split="trian", **given)
     assert open_source(f"records:{titles}", "train").class_names == ("ant", "bee", "cat")
 
 
