@@ -13,13 +13,13 @@ SHAPES = [  # n, m, d, seed
     (150, 100, 20, 1), (50, 70, 64, 2), (90, 90, 5, 3), (40, 25, 100, 4), (30, 200, 1, 5)]
 
 
-def correlated(n, m, d, seed, dtype=np.float64):
+def correlated(n, m, d, seed):
     """Two sets of correlated features [n, d] and [m, d], slightly different from each other."""
     rng = np.random.default_rng(seed)
     mix = rng.normal(size=(d, d)) / np.sqrt(d)
     real, noise = rng.normal(size=(n, d)) @ mix, rng.normal(size=(m, d))
     generated = noise @ (mix + 0.1 * rng.normal(size=(d, d))) + 0.3
-    return real.astype(dtype), generated.astype(dtype)
+    return real, generated
 
 
 def exactly(mean, covariance, n=200, seed=0):
@@ -42,11 +42,16 @@ def test_mean_and_stderr():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_frechet_is_torch_fidelitys(shape, dtype):
+def test_frechet_precision_and_recall_are_torch_fidelitys(shape):
     torch = pytest.importorskip("torch")
     metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
-    real, generated = correlated(*shape, dtype)
+    metric_prc = pytest.importorskip("torch_fidelity.metric_prc")
+    real, generated = correlated(*shape)
+    theirs = metric_prc.prc_features_to_metric(
+        torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=3,
+        prc_batch_size=64, save_cpu_ram=True, verbose=False)
+    expected = pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert statistics.precision_recall(real, generated) == expected
     if shape[2] == 1:  # torch-fidelity takes the covariance of one feature for a number
         real, generated = (np.pad(x, ((0, 0), (0, 1))) for x in (real, generated))
     gaussians = [metric_fid.fid_features_to_statistics(torch.from_numpy(x))
@@ -54,6 +59,8 @@ def test_frechet_is_torch_fidelitys(shape, dtype):
     theirs = metric_fid.fid_statistics_to_metric(*gaussians, False)["frechet_inception_distance"]
     assert theirs > 0.01
     assert statistics.frechet(real, generated) == pytest.approx(theirs, rel=1e-3)
+    single = statistics.frechet(real.astype(np.float32), generated.astype(np.float32))
+    assert single == pytest.approx(theirs, rel=1e-3)
 
 
 def test_frechet_is_the_closed_form_of_two_gaussians():
@@ -75,19 +82,6 @@ def test_frechet_is_symmetric_and_zero_on_equal_sets(shape):
     assert statistics.frechet(generated, real) == pytest.approx(there, rel=1e-9)
     assert 0 <= statistics.frechet(real, real[::-1]) < 1e-9
     assert statistics.frechet(real, real + 0.5) == pytest.approx(shape[2] / 4, rel=1e-9)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("neighbours", [1, 3])
-def test_precision_and_recall_are_torch_fidelitys(shape, neighbours):
-    torch = pytest.importorskip("torch")
-    metric_prc = pytest.importorskip("torch_fidelity.metric_prc")
-    real, generated = correlated(*shape)
-    theirs = metric_prc.prc_features_to_metric(
-        torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=neighbours,
-        prc_batch_size=64, save_cpu_ram=True, verbose=False)
-    ours = statistics.precision_recall(real, generated, neighbours)
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
 
 
 def test_precision_and_recall_by_hand():

@@ -39,12 +39,11 @@ def test_the_average_of_the_latest_step_is_loaded(workdir):
     assert bits(ntm_jax.load(str(workdir), raw=True).params) == bits(new)
 
 
-def test_log_prob_is_the_importance_weighted_bound(loaded, source):
+def test_log_prob_and_its_terms_by_level_are_the_scores_of_records(loaded, source):
     records = [source.records[i] for i in range(20)]
     images, labels = (np.stack([r[name] for r in records]) for name in ("image", "label"))
-    expected = scoring.score_records(loaded, source, 3)["importance_weighted"]
-    found = loaded.log_prob(images, labels, trajectories=3)
-    assert found.shape == (20,)
+    table = scoring.score_records(loaded, source, 3)
+    expected, found = table["importance_weighted"], loaded.log_prob(images, labels, trajectories=3)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     five = loaded.log_prob(images[:5], labels[:5], trajectories=3)
     np.testing.assert_allclose(five, expected[:5], rtol=1e-5)
@@ -52,19 +51,11 @@ def test_log_prob_is_the_importance_weighted_bound(loaded, source):
     assert np.abs(other - expected).min() > 0
     bits_per_dim = loaded.bits_per_dim(images, labels, trajectories=3)
     np.testing.assert_allclose(bits_per_dim, -expected / 64 / np.log(2), rtol=1e-5)
-
-
-def test_the_terms_by_level_add_up_to_the_bound(loaded, source):
-    images, labels = (np.stack([source.records[i][name] for i in range(20)])
-                      for name in ("image", "label"))
-    table = scoring.score_records(loaded, source, 3)
-    found = loaded.log_prob_by_level(images, labels, trajectories=3)
-    np.testing.assert_array_equal(found.log_prob, loaded.log_prob(images, labels, trajectories=3))
-    np.testing.assert_allclose(found.nll, table["nll"], rtol=1e-4, atol=1e-3)
-    assert found.rate.shape == found.nll.shape == (20, 2)
-    np.testing.assert_allclose(found.bound, table["bound"], rtol=1e-5)
-    one = loaded.log_prob_by_level(images, labels, trajectories=1)
-    np.testing.assert_allclose(one.bound, one.log_prob, rtol=1e-5)  # float32 sums of 100s of nats
+    terms = loaded.log_prob_by_level(images, labels, trajectories=3)
+    np.testing.assert_array_equal(terms.log_prob, found)
+    np.testing.assert_allclose(terms.nll, table["nll"], rtol=1e-4, atol=1e-3)
+    assert terms.rate.shape == terms.nll.shape == (20, 2)
+    np.testing.assert_allclose(terms.bound, table["bound"], rtol=1e-5)
 
 
 def test_the_recipe_for_outliers_scores_every_image(loaded, monkeypatch):
