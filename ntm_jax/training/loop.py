@@ -94,7 +94,7 @@ class _Loop:
         config, folder, total = run.config, run.workdir, run.config.train.steps
         self.run, self.objective, self.distilled = run, objective, distilled
         self.held_out, self.extension = held_out, extension
-        self.profile, self.tracing = profile or (0, 0), False
+        self.profile, self.tracing = range(*profile or (0, 0)), False
         changes = config_file.check_resumable(folder, config, run.spec)
         self.checkpoints = stack.enter_context(Checkpoints(
             folder, keep_every=config.train.keep, settings=config_file.fixed(config, run.spec)))
@@ -281,12 +281,11 @@ class _Loop:
 
         A run that ends between them stops it there.
         """
-        begin, end = self.profile
-        inside = begin <= self.step < end and not ending
+        inside = self.step in self.profile and not ending
         if inside == self.tracing:
             return
         self.tracing, folder = inside, f"{self.run.workdir}/profile"
-        jax.block_until_ready(self.unread and self.unread[0])
+        jax.block_until_ready(self.unread)
         if inside:
             jax.profiler.start_trace(folder)
             return

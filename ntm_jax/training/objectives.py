@@ -190,17 +190,19 @@ def held_out_bound(run: Run, source: Source) -> HeldOutScore:
 def held_out_velocity(run: Run, source: Source) -> HeldOutScore:
     """The error of the velocity, over config.evaluate.trajectories levels a record."""
     error = measures.velocity_error(run, source, run.config.evaluate.trajectories)
-    return HeldOutScore(
-        error["mean"], {"evaluate/velocity_error": error["mean"]},
-        f"held-out error of the velocity {error['mean']:.5f} ± {error['stderr']:.5f}")
+    return _score_of_error("velocity_error", "error of the velocity", error)
 
 
 def held_out_denoiser(run: Run, source: Source) -> HeldOutScore:
     """The error of the denoiser to its target, for a run with a denoiser."""
     error = measures.denoiser_errors(run, source)["to_target"]
-    return HeldOutScore(
-        error["mean"], {"evaluate/mse": error["mean"]},
-        f"held-out error to the target {error['mean']:.6f} ± {error['stderr']:.6f}")
+    return _score_of_error("mse", "error to the target", error)
+
+
+def _score_of_error(name: str, what: str, error: dict[str, float]) -> HeldOutScore:
+    mean, stderr = error["mean"], error["stderr"]
+    return HeldOutScore(mean, {f"evaluate/{name}": mean},
+                        f"held-out {what} {mean:.6f} ± {stderr:.6f}")
 
 
 def check_flow(config: Config) -> None:

@@ -14,8 +14,6 @@ from ntm_jax.training import loop, pictures, resources, state
 from ntm_jax.training.metrics import logged_scalars
 from tests.common import bits, figures, logged, new_run, tiny_config
 
-TERMS = ("quadratic", "log_scale", "log_det")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _parsed_flags():

@@ -1,4 +1,6 @@
-"""The training step: its gradient, a batch in parts or with a part missing, the draw of T."""
+"""The training step: gradient, learning rate, EMA, a batch in parts or incomplete, drawing T."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from ntm_jax.runtime import sharding
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import StepInputs
-from ntm_jax.training.step import make_step, steps_of
+from ntm_jax.training.step import make_step, steps_of, update_ema
 from tests.common import as_run, batch_of, bits, norm, objective_of, randomised, setup, tiny_config
 
 
@@ -102,3 +104,18 @@ def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
     assert drawn != drawn_steps(other)
     pairs = tiny_config(**{"trajectory.steps": (2, 8, 4), "train.objective": "pairwise"})
     assert set(drawn_steps(pairs)) == {8}  # it draws T for each example
+
+
+def test_the_rate_rises_from_0_to_the_peak_and_falls_along_a_cosine():
+    settings = dataclasses.replace(tiny_config().optimizer, learning_rate=1e-3,
+                                   min_learning_rate=1e-5, warmup_steps=10)
+    rate = state.learning_rate(settings, 100)
+    found = [float(rate(step)) for step in (0, 5, 10, 55, 100, 1000)]
+    expected = [0, 5e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5, 1e-5]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_the_ema_warms_up():
+    for step, decay in ((0, 0.1), (1, 2 / 11), (90, 0.91), (10_000, 0.99)):  # (1 + n) / (10 + n)
+        average = update_ema(jnp.zeros(3), jnp.ones(3), jnp.int32(step), 0.99)
+        np.testing.assert_allclose(average, np.full(3, 1 - decay), rtol=1e-5)

@@ -1,7 +1,6 @@
 """The learned denoiser: its target is the teacher's, and its workdir keeps the teacher."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -156,20 +155,14 @@ def test_a_new_denoiser_starts_from_the_best_linear_guess(untrained):
 
 
 @pytest.mark.slow
-def test_the_teacher_is_kept_once_and_not_trained(run, teacher):
-    workdir, _ = run
+def test_the_teacher_is_kept_once_and_a_run_resumes_without_its_source(
+        run, teacher, tmp_path, monkeypatch):
+    workdir, result = run
     kept = ntm_jax.load(str(workdir / "frozen"))
     assert bits(kept.params) == bits(ntm_jax.load(str(teacher)).params)
     assert kept.config == TEACHER
     assert [path.name for path in (workdir / "frozen" / "checkpoints").iterdir()] == ["4"]
-    names = json.loads((workdir / "config.json").read_text())
-    assert names["teacher"] == str(teacher)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_the_uninterrupted_one(run, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
-    workdir, result = run
     _, whole = loop.train(denoiser_config(teacher), str(tmp_path / "whole"), progress=False)
     for raw in (True, False):
         folders = workdir, tmp_path / "whole"

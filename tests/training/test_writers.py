@@ -2,6 +2,7 @@
 
 import sys
 import types
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -23,23 +24,10 @@ def test_writers_are_found_before_a_run_begins(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-class FakeRun:
-    """A run of W&B that has the steps before `starting_step`, and keeps what it gets."""
-
-    def __init__(self, starting_step):
-        self.starting_step, self.sent, self.status = starting_step, [], None
-
-    def log(self, values, step):
-        self.sent.append((step, *values))
-
-    def finish(self, exit_code):
-        self.status = exit_code
-
-
 def test_weights_and_biases(tmp_path, monkeypatch):
     """A resumed run continues under the id that its folder keeps, and repeats no step."""
     def init(id, **_):
-        began.append((id, FakeRun(starting_step=5 if began else 0)))
+        began.append((id, mock.Mock(starting_step=5 if began else 0)))
         return began[-1][1]
 
     began = []
@@ -61,5 +49,8 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     train(0, 2)  # a run that starts over
     (first, one), (second, two), (third, _) = began
     assert first == second != third
-    assert (one.sent, one.status) == ([(2, "loss"), (4, "loss"), (4, "samples")], 0)
-    assert (two.sent, two.status) == ([(6, "loss"), (6, "samples")], 1)
+    sent = [[(call.kwargs["step"], *call.args[0]) for call in run.log.mock_calls]
+            for run in (one, two)]
+    assert sent == [[(2, "loss"), (4, "loss"), (4, "samples")], [(6, "loss"), (6, "samples")]]
+    one.finish.assert_called_once_with(exit_code=0)
+    two.finish.assert_called_once_with(exit_code=1)
