@@ -20,7 +20,7 @@ def check_state_fits(run: Run) -> None:
     """Raises UserError if a state's arrays alone do not fit in the memory of the mesh's devices."""
     arrays = jax.tree.leaves(state.abstract(run))
     _check_memory(
-        run.mesh, "parameters and optimizer take {:,.1f} GiB of a device",
+        run.mesh, "parameters and optimizer take {:,.1f} GiB of a device, and ",
         sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays),
         "lower config.model.width or config.model.predictor_layers, or raise config.mesh.fsdp on "
         "more devices")
@@ -36,7 +36,7 @@ def compile_and_check_memory(run: Run, step, *arguments) -> None:
         memory = step.lower(*arguments).compile().memory_analysis()
     if memory is not None:
         _check_memory(
-            run.mesh, "a step needs about {:,.1f} GiB more", memory.temp_size_in_bytes
+            run.mesh, "a step needs about {:,.1f} GiB more, and ", memory.temp_size_in_bytes
             + memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "lower config.data.batch_size, raise config.train.accumulate, or set "
             "config.model.scan=True and config.model.remat=full")
@@ -45,7 +45,7 @@ def compile_and_check_memory(run: Run, step, *arguments) -> None:
 def _check_memory(mesh, what: str, needed: int, remedy: str) -> None:
     free = free_bytes(mesh)
     if free and needed > free:
-        raise UserError(f"{what.format(needed / 2**30)}, and {free / 2**30:,.1f} GiB are free: "
+        raise UserError(f"{what.format(needed / 2**30)}{free / 2**30:,.1f} GiB are free: "
                         f"{remedy}")
 
 
