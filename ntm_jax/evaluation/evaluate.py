@@ -16,10 +16,6 @@ from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
 from ntm_jax.sampling import decoders
 
-# Functions of projects: they compare with a known density, and check samples against captions.
-COMPARE_DENSITY = "ntm_jax.projects.densities.known_density:compare_with_true_density"
-SCORE_TASKS = "ntm_jax.projects.scenes.tasks:task_scores"
-
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationOptions:
@@ -88,8 +84,6 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
         result["denoising"] = measures.denoising_errors(run, source)
     if run.denoiser:
         result["denoiser"] = measures.denoiser_errors(run, source)
-    if source.log_density:
-        result["truth"] = load(COMPARE_DENSITY)(run, source, table)
     if measure:
         figures = measure(run, source, trajectories)
         result |= figures | {"measures": list(figures)}
@@ -101,8 +95,9 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     if scores_images and (extractor or run.condition.classes):
         result |= image_scores.image_scores(run, train, source, extractor, options.guidance,
                                             progress)
-    if scores_images and image_scores.has_tasks(run, source):
-        result["tasks"] = load(SCORE_TASKS)(run, source, options.guidance, progress)
+    for name, place in source.measures.items():
+        figures = load(place)(run, source, table, options.guidance, progress)
+        result |= {name: figures} if figures else {}
     result["directions"] = directions(result)
     result["provenance"] = provenance(run, source)
     return result, table

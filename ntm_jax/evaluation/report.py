@@ -111,6 +111,8 @@ def directions(result: dict) -> dict:
 
 
 NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
+# Pictures of figures: functions of a run, its evaluation.json and a folder.
+PICTURES = {"truth": "ntm_jax.projects.densities.known_density:picture"}
 HIDDEN = {"mean", "stderr", "noise_stderr", "stderr_by_level", "provenance"}  # of the table
 MUCH_RECONSTRUCTION = 0.5  # share of the bound from which a line points it out
 FEW_SAMPLES = 1000  # for a Fréchet distance
@@ -206,14 +208,12 @@ def write_report(run: Run, result: dict, scored: dict | None, path, per_example:
 
     brief: prints the summary instead of the table. scored: the scores of every record, which only
     per_example needs. The files are a picture of what each level costs (.png); with per_example the
-    scores of each record in nats (.parquet); and for planar data of known density densities.png.
+    scores of each record in nats (.parquet); and the PICTURES of figures.
     """
     path = epath.Path(path)
-    if "truth" in result:
-        source = run.config.data.open(result["split"])
-        if source.planar_extent:
-            draw = load("ntm_jax.projects.densities.known_density:picture")
-            draw(run, source, path.with_name("densities.png"))
+    for name, place in PICTURES.items():
+        if name in result:
+            load(place)(run, result, path.parent)
     if jax.process_index():
         return
     # JSON lacks numbers that are not finite: null takes their place.

@@ -97,6 +97,18 @@ class Source:
     condition_mean: tuple[float, ...] = ()
     condition_std: tuple[float, ...] = ()
 
+    @property
+    def measures(self) -> dict[str, str]:
+        """What an evaluation measures of this source beside the likelihood: {figure: MODULE:NAME}.
+
+        Each is a function of a run, the source, the records' scores, scales of guidance and
+        progress. It returns the figures, or {} where it does not apply to the run.
+        """
+        known = {"truth": (self.log_density,
+                           "ntm_jax.projects.densities.known_density:compare_with_true_density"),
+                 "tasks": (self.tasks, "ntm_jax.projects.scenes.tasks:task_scores")}
+        return {name: place for name, (needed, place) in known.items() if needed}
+
     def evenly_spread(self, most: int) -> np.ndarray:
         """The indices of at most `most` records, evenly spread: records may be sorted by class."""
         count = len(self.records)

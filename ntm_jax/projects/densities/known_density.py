@@ -41,7 +41,7 @@ VARIANTS = (  # of the ODE's solution: its name, whether by Heun, and with exact
     ("Heun, exact divergence", True, True))
 
 
-def compare_with_true_density(run: Run, source: Source, scored: dict) -> dict:
+def compare_with_true_density(run: Run, source: Source, scored: dict, *_) -> dict:
     """The true mean log-density of the records' x_0, and how far each bound lies from it, in nats.
 
     source: one with log_density.
@@ -97,9 +97,15 @@ def log_density(run: Run, points: np.ndarray, level: int, trajectories: int = TR
     return sharding.to_host(result)[: len(points)]
 
 
-def picture(run: Run, source: Source, path) -> None:
-    """Draws the true and the learned density of the plane at every level below pure noise."""
+def picture(run: Run, result: dict, folder) -> None:
+    """Draws densities.png: the true and the learned density of planar data at every noisy level.
+
+    result: an evaluation.json. Other data have no picture.
+    """
+    source = run.config.data.open(result["split"])
     assert source.log_density is not None
+    if not source.planar_extent:
+        return
     t, extent = run.evaluated_levels()[:-1], source.planar_extent
     side = np.linspace(-extent, extent, SIDE)
     points = np.stack(np.meshgrid(side, side), -1).reshape(-1, 2)
@@ -107,7 +113,7 @@ def picture(run: Run, source: Source, path) -> None:
     true = [np.exp(source.log_density(points, level)) for level in t]
     if jax.process_index() == 0:
         true, learned = (np.stack(a).reshape(-1, SIDE, SIDE) for a in (true, learned))
-        plots.density_picture(true, learned, t, extent, path)
+        plots.density_picture(true, learned, t, extent, folder / "densities.png")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,11 +39,12 @@ def figures(rows: dict, first: dict | None) -> dict:
     return result | {"difference": _over_tasks(rows["task"], change)}
 
 
-def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -> dict:
+def task_scores(run: Run, source: Source, scored: dict, guidance=(),
+                progress: bool = False) -> dict:
     """evaluation.json's `tasks`: the share of samples that show what their captions ask for.
 
     For config.evaluate.num_samples prompts of the split, and as many of the source's unseen
-    combinations.
+    combinations. {} without samples, and for a model without captions.
 
     Returns {task: mean, stderr and count; "overall": mean over tasks with its stderr; "shares":
     mean and stderr of further rates; "split"; "unseen": the same for that split}, and how the
@@ -51,6 +52,8 @@ def task_scores(run: Run, source: Source, guidance=(), progress: bool = False) -
     the same, with "difference", by task, to the first one on the same noise, paired.
     """
     config = run.config
+    if not (config.evaluate.num_samples and image_scores.has_tasks(run, source)):
+        return {}
     splits = [source]
     if source.unseen and not source.split.startswith(source.unseen):
         splits.append(config.data.open(source.unseen))

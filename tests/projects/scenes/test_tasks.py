@@ -42,7 +42,7 @@ def test_samples_are_checked_against_the_captions_that_they_were_made_from(run):
         return {"task": np.array(["any"] * 16), "right": np.ones(16, bool)}
 
     source = dataclasses.replace(held_out, tasks=check)
-    found = tasks.task_scores(guided(run, 0.0), source)
+    found = tasks.task_scores(guided(run, 0.0), source, {})
     assert (found["split"], found["overall"]["mean"]) == ("heldout[3:11]", 1)
     assert checked["captions"] == [held_out.captions[i % 8] for i in range(16)]
     states, _ = text.open_encoder(run.config.data.text_encoder).encode(checked["captions"])
