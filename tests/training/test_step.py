@@ -5,9 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ntm_jax.runtime import sharding
+from ntm_jax.runtime.config import Optimizer
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.step import make_step, steps_of, update_ema
@@ -119,3 +121,18 @@ def test_the_ema_warms_up():
     for step, decay in ((0, 0.1), (1, 2 / 11), (90, 0.91), (10_000, 0.99)):  # (1 + n) / (10 + n)
         average = update_ema(jnp.zeros(3), jnp.ones(3), jnp.int32(step), 0.99)
         np.testing.assert_allclose(average, np.full(3, 1 - decay), rtol=1e-5)
+
+
+def test_a_step_is_adamw_of_the_clipped_gradient():
+    settings = Optimizer(learning_rate=1e-4, warmup_steps=1, clip=1.0, weight_decay=0.1)
+    params, gradient = {"a": jnp.full(4, 2.0)}, {"a": jnp.array([30.0, -40.0, 0.0, 0.0])}
+    transform = state.optimizer(settings, 100)
+    updates, current = transform.update(gradient, transform.init(params), params)
+    np.testing.assert_array_equal(updates["a"], 0)  # the rate starts at 0
+    adam = next(s for s in current[1] if isinstance(s, optax.ScaleByAdamState))
+    # b1 = 0.9, b2 = 0.95, and the norm 50 is clipped to 1
+    np.testing.assert_allclose(adam.mu["a"], 0.1 * gradient["a"] / 50, rtol=1e-5)
+    np.testing.assert_allclose(adam.nu["a"], 0.05 * (gradient["a"] / 50) ** 2, rtol=1e-5)
+    updates, _ = transform.update(gradient, current, params)
+    # The same gradient twice: Adam's update is its sign.
+    np.testing.assert_allclose(updates["a"], -1e-4 * (np.sign(gradient["a"]) + 0.2), rtol=1e-4)
