@@ -8,8 +8,8 @@ about ten columns and some 10,000 records on a CPU.
 from ntm_jax.experiments import default
 
 
-def get_config(variant: str = ""):
-    default.check_variant(__file__, variant, "", "unconditional")
+@default.variants("", "unconditional")
+def get_config(variant: str):
     c = default.get_config()
     c.data.update(source="npz:arrays.npz", batch_size=128)
     c.trajectory.update(shift=0.0, steps=(4,), t_min=0.02, t_min_range=(0.015, 0.03))

@@ -9,6 +9,7 @@ data and the device, printed, and a flag.
 from ntm_jax.experiments import default, folder
 
 
+@default.Experiment
 def get_config():
     c = folder.get_config()
     c.model.condition = "text"

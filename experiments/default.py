@@ -8,15 +8,46 @@ class-conditional NTM of made-up data.
 import dataclasses
 import pathlib
 import types
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from ntm_jax.runtime import config
+from ntm_jax.runtime import config, renamed
 from ntm_jax.typed import settings
 
 
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The get_config() of a shipped experiment: its variants, and a small run of each.
+
+    The first variant is the default. `smoke` is a run of it in seconds on a CPU, `VARIANT,smoke`
+    one of another variant. smoke_source: its data, those of data.mock or data.source by default.
+    """
+
+    build: Callable[..., ml_collections.ConfigDict]
+    variants: tuple[str, ...] = ("",)
+    smoke_source: str = ""
+
+    def __call__(self, variant: str = "") -> ml_collections.ConfigDict:
+        variant = renamed.VARIANTS.get(variant, variant) or self.variants[0]
+        small = {"smoke": self.variants[0]} | {f"{name},smoke": name for name in self.variants}
+        name = small.get(variant, variant)
+        if name not in self.variants:
+            file = pathlib.Path(self.build.__code__.co_filename).name
+            known = ", ".join(filter(None, (*self.variants, "smoke")))
+            raise ValueError(f"{file}:{variant} is not a variant: expected one of {known}")
+        c = self.build(name) if len(self.variants) > 1 else self.build()
+        return _shrunk(c, self.smoke_source) if variant in small else c
+
+
+def variants(*names: str, smoke_source: str = "") -> Callable[[Callable], Experiment]:
+    """Decorates a get_config() that takes one of these variants, or nothing where there is one."""
+    return lambda build: Experiment(build, names, smoke_source)
+
+
+@Experiment
 def get_config() -> ml_collections.ConfigDict:
     """Returns all settings at their defaults, locked: unknown keys and other types are refused."""
     kind = config.config_class()
@@ -36,27 +67,23 @@ def leave_open(c: ml_collections.ConfigDict, *keys: str):
         values[name] = config_dict.placeholder(values.get_type(name))
 
 
-def check_variant(file: str, variant: str, *variants: str):
-    """Raises ValueError if `variant`, given after a colon to an experiment's file, is unknown."""
-    if variant not in variants:
-        *names, last = [name for name in variants if name] + ["none"] * ("" in variants)
-        expected = f"{', '.join(names)} or {last}" if names else last
-        file = pathlib.Path(file).name
-        raise ValueError(f"{file}:{variant} is not a variant: expected {expected}")
-
-
-def shrink(c: ml_collections.ConfigDict, **model):
-    """Shrinks a run to four steps of few examples and a tiny model: seconds on a CPU.
-
-    model: settings of the section `model`.
-    """
+def _shrunk(c: ml_collections.ConfigDict, source: str) -> ml_collections.ConfigDict:
+    """A few steps of a tiny model of the same kind, from random weights."""
     c.update(
-        data=dict(batch_size=8, workers=0, mock=""),
-        model=dict(dtype="float32", remat="none", scan=False, transporter_blocks=1,
-                   transporter_layers=1, **model),
-        train=dict(steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0),
+        init_from="",
+        data=dict(
+            source=source or c.data.mock or c.data.source, mock="", batch_size=8, workers=0),
+        model=dict(
+            width=64, head_size=32, kv_heads=2, predictor_layers=1, transporter_width=64,
+            transporter_blocks=min(c.model.transporter_blocks, 1), transporter_layers=1,
+            double_layers=min(c.model.double_layers, 1), dtype="float32", remat="none", scan=False),
+        train=dict(
+            steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0, align_weight=0.0),
         optimizer=dict(warmup_steps=1),
-        mesh=dict(fsdp=1),
-        evaluate=dict(split="test[:16]", trajectories=2, batch_size=16),
+        mesh=dict(fsdp=1, tensor=1),
+        evaluate=dict(
+            split="test[:16]", trajectories=2, batch_size=16,
+            num_samples=min(c.evaluate.num_samples or 0, 16)),
         sample=dict(num=16),  # as many as an evaluation draws: one program serves both
     )
+    return c

@@ -17,8 +17,8 @@ def base():
     return c
 
 
-def get_config(variant: str = "ntm"):
-    default.check_variant(__file__, variant, "ntm", "gaussian")
+@default.variants("ntm", "gaussian")
+def get_config(variant: str):
     c = base()
     # a third of the distance of pixel values: less makes the density spiky, more blurs the values
     c.trajectory.update(t_min=0.04, t_min_range=(0.03, 0.05))

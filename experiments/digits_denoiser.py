@@ -5,9 +5,10 @@ Expected: class accuracy 98%, Frechet distance (proxy features) within 3% of sco
 about ten times as many images per second.
 """
 
-from ntm_jax.experiments import digits
+from ntm_jax.experiments import default, digits
 
 
+@default.Experiment
 def get_config():
     c = digits.base()
     c.model.update(transporter_blocks=0, transporter_layers=1)

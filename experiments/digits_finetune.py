@@ -9,8 +9,8 @@ Expected, in 45 minutes of one CPU core: bound 2.08 bits/dim, class accuracy 99.
 from ntm_jax.experiments import default, digits
 
 
-def get_config(variant: str = "aligned"):
-    default.check_variant(__file__, variant, "aligned", "free")
+@default.variants("aligned", "free")
+def get_config(variant: str):
     c = digits.base()
     c.trajectory.shift = -0.5
     c.model.update(

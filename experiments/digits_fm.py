@@ -5,9 +5,10 @@ likelihood is that of the exact Gaussian posterior at the velocity's clean image
 digits.py, and not a good one.
 """
 
-from ntm_jax.experiments import digits
+from ntm_jax.experiments import default, digits
 
 
+@default.Experiment
 def get_config():
     c = digits.base()
     c.data.batch_size = 128

@@ -7,9 +7,10 @@ for samples that differ from the others of their class keeps them as far apart a
 two steps of four learn: they make the mistakes, and the others would add noise to the gradient.
 """
 
-from ntm_jax.experiments import digits
+from ntm_jax.experiments import default, digits
 
 
+@default.Experiment
 def get_config():
     c = digits.get_config()
     c.train.update(

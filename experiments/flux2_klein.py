@@ -9,19 +9,13 @@ Variants: `denoiser` is the learned denoiser of such a run, `--config.teacher=WO
 post-trains such a run, `--config.init_from=WORKDIR`, with a policy gradient on 8 samples of each of
 64 captions; it maximises a reward of your own, registered as `my_reward` in a module that
 `--import` names (docs/howto/reward.md).
-
-`runlocal`, `runlocal-denoiser` and `runlocal-reward` are a few steps of tiny networks on made-up
-data, in seconds on a CPU. The first two start from random weights, without alignment, unless
-`--config.init_from` is given.
 """
 
 from ntm_jax.experiments import default
 
 
-def get_config(variant: str = ""):
-    default.check_variant(
-        __file__, variant, "denoiser", "reward", "runlocal", "runlocal-denoiser",
-        "runlocal-reward", "")
+@default.variants("", "denoiser", "reward", smoke_source="mock:4x4x16,text=8x16")
+def get_config(variant: str):
     c = default.get_config()
     c.init_from = "/data/FLUX.2-klein-base-4B"
     c.data.update(
@@ -40,7 +34,7 @@ def get_config(variant: str = ""):
     c.mesh.fsdp = 32
     c.evaluate.batch_size = 512
     c.sample.num = 64
-    if variant.endswith("reward"):
+    if variant == "reward":
         c.init_from = "runs/klein"
         c.data.batch_size = 64
         c.train.update(
@@ -50,16 +44,7 @@ def get_config(variant: str = ""):
         c.optimizer.update(learning_rate=1e-5, warmup_steps=20, weight_decay=0.0, ema_decay=0.99)
         c.mesh.tensor = 8
         c.evaluate.num_samples = 512
-    if variant.startswith("runlocal"):
-        default.shrink(
-            c, width=64, head_size=32, kv_heads=2, transporter_width=64, predictor_layers=1,
-            double_layers=1)
-        c.init_from = ""
-        c.data.source = "mock:4x4x16,text=8x16"
-        c.train.align_weight = 0.0
-        c.mesh.tensor = 1
-        c.evaluate.num_samples = min(c.evaluate.num_samples, 16)
-    if variant.endswith("denoiser"):
+    if variant == "denoiser":
         c.init_from = ""
         c.model.update(
             transporter_blocks=0, double_layers=0, backbone="transformer", head="preconditioned",

@@ -8,6 +8,7 @@ CPU images are 32 x 32 pixels.
 from ntm_jax.experiments import default
 
 
+@default.Experiment
 def get_config():
     c = default.get_config()
     c.data.source = ""

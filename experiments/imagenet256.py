@@ -2,16 +2,15 @@
 
 Its figures are of latents of 16 x 16 x 32, the paper's; those of FLUX.2, which launch/prepare.py
 writes, are 16 x 16 x 128. Shapes come from the records. Expected: fits v5p:4x4x4, v5p:8x8x8,
-v5e:16x16 and v6e:16x16 with this mesh (launch/compile.py). Not trained by us. Variants: `pixels`
-needs neither latents nor an autoencoder; `runlocal` is a few steps of a tiny model on made-up data,
-in seconds on a CPU, to see a run from start to end.
+v5e:16x16 and v6e:16x16 with this mesh (launch/compile.py). Not trained by us. The variant
+`pixels` needs neither latents nor an autoencoder.
 """
 
 from ntm_jax.experiments import default
 
 
-def get_config(variant: str = ""):
-    default.check_variant(__file__, variant, "pixels", "runlocal", "")
+@default.variants("", "pixels")
+def get_config(variant: str):
     c = default.get_config()
     c.data.update(
         source="records:/data/imagenet256-latents", mock="mock:16x16x32,classes=1000",
@@ -33,8 +32,4 @@ def get_config(variant: str = ""):
             patch_size=16, image_size=256)
         c.model.data_std = 0.5  # of pixels on [-1, 1]
         c.evaluate.split = "validation"
-    if variant == "runlocal":
-        default.shrink(
-            c, width=64, head_size=16, kv_heads=4, transporter_width=64, predictor_layers=2)
-        c.data.source = "mock:16x16x32,classes=1000"
     return c

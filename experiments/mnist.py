@@ -19,8 +19,8 @@ def base():
     return c
 
 
-def get_config(variant: str = "ntm"):
-    default.check_variant(__file__, variant, "ntm", "gaussian")
+@default.variants("ntm", "gaussian")
+def get_config(variant: str):
     c = base()
     c.train.update(steps=3000, evaluate_every=1000, log_every=20)
     if variant == "gaussian":

@@ -4,9 +4,10 @@ Needs `pip install -e '.[mnist]'`; see digits_denoiser.py. Expected: the teacher
 90%, and a Frechet distance (proxy features) within 10% of its own.
 """
 
-from ntm_jax.experiments import mnist
+from ntm_jax.experiments import default, mnist
 
 
+@default.Experiment
 def get_config():
     c = mnist.base()
     c.model.update(transporter_blocks=0, transporter_layers=1)

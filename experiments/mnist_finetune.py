@@ -9,8 +9,8 @@ Frechet distance (proxy features) 34 (29).
 from ntm_jax.experiments import default, mnist
 
 
-def get_config(variant: str = "aligned"):
-    default.check_variant(__file__, variant, "aligned", "free")
+@default.variants("aligned", "free")
+def get_config(variant: str):
     c = mnist.base()
     c.model.update(
         transporter_blocks=4, transporter_layers=1, transporter_positions_std=1.0,

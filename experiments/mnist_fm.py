@@ -7,9 +7,10 @@ one. Expected: class accuracy 82% in 50 steps, 87% in 8, 90% in 4 (--steps), hel
 0.232.
 """
 
-from ntm_jax.experiments import mnist
+from ntm_jax.experiments import default, mnist
 
 
+@default.Experiment
 def get_config():
     c = mnist.base()
     c.data.batch_size = 128

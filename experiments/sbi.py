@@ -16,9 +16,8 @@ TASKS = {  # simulations, steps T, and the shift of the noise levels: low ones p
 }
 
 
-def get_config(variant: str = "two_moons"):
-    kind = "no-transporter"
-    default.check_variant(__file__, variant, *TASKS, *(f"{task},{kind}" for task in TASKS))
+@default.variants(*TASKS, *(f"{task},no-transporter" for task in TASKS))
+def get_config(variant: str):
     task, _, ablation = variant.partition(",")
     count, steps, shift = TASKS[task]
     c = default.get_config()

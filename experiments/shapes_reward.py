@@ -9,9 +9,9 @@ to levels 2 and 1 learn: they decide 9 tenths of whether a caption is shown.
 from ntm_jax.experiments import default, shapes
 
 
-def get_config(variant: str = ""):
-    default.check_variant(__file__, variant, "runlocal", "")
-    c = shapes.get_config(variant)
+@default.Experiment
+def get_config():
+    c = shapes.get_config()
     c.data.batch_size = 24
     c.train.update(
         objective="preference", steps=1700, save_every=425, evaluate_every=425, log_every=10)
@@ -20,6 +20,4 @@ def get_config(variant: str = ""):
     c.optimizer.update(
         learning_rate=3e-4, warmup_steps=10, weight_decay=0.0, ema_decay=0.99)
     c.sample.guidance = 0.0
-    if variant == "runlocal":
-        default.shrink(c)
     return c

@@ -2,15 +2,14 @@
 
 Its figures are of latents of 16 x 16 x 32 with 128 text states of width 2048. Shapes come from the
 records, which launch/prepare.py writes. Expected: fits v5p:8x8x8 and v6e:16x16 with this mesh
-(launch/compile.py). Not trained by us. `:runlocal` is a few steps of a tiny model on made-up data,
-in seconds on a CPU.
+(launch/compile.py). Not trained by us.
 """
 
 from ntm_jax.experiments import default
 
 
-def get_config(variant: str = ""):
-    default.check_variant(__file__, variant, "runlocal", "")
+@default.variants("", smoke_source="mock:16x16x32,text=8x32")
+def get_config():
     c = default.get_config()
     c.data.update(
         source="records:/data/t2i256-latents", mock="mock:16x16x32,text=128x2048", batch_size=1024,
@@ -27,8 +26,4 @@ def get_config(variant: str = ""):
     c.mesh.fsdp = 16  # with fsdp over all of a large slice, XLA reduces where it could gather
     c.evaluate.batch_size = 1024
     c.sample.guidance = 0.5
-    if variant == "runlocal":
-        default.shrink(
-            c, width=64, head_size=16, kv_heads=2, transporter_width=64, predictor_layers=2)
-        c.data.source = "mock:16x16x32,text=8x32"
     return c

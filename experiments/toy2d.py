@@ -9,12 +9,12 @@ is the ablation with a deeper predictor, `,flow-matching` a velocity network of 
 
 from ntm_jax.experiments import default
 
+NAMES = ("gaussians", "checkerboard", "moons", "mixture", "field")
+KINDS = ("no-transporter", "flow-matching", "flow-map")
 
-def get_config(variant: str = "gaussians"):
-    names = ("gaussians", "checkerboard", "moons", "mixture", "field")
-    kinds = ("no-transporter", "flow-matching", "flow-map")
-    default.check_variant(__file__, variant, *names,
-                          *(f"{name},{kind}" for name in names for kind in kinds))
+
+@default.variants(*NAMES, *(f"{name},{kind}" for name in NAMES for kind in KINDS))
+def get_config(variant: str):
     name, _, kind = variant.partition(",")
     c = default.get_config()
     # of the plane each coordinate is a token, of the others squares of four numbers are

@@ -147,7 +147,7 @@ def test_the_experiments_take_the_variants_that_their_page_lists(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs/_ext")
     page = importlib.import_module("generated").experiments_page()
     listed = re.findall(r"^## `(\w+)`$.*?^Variants: ([^\n]*)\.$", page, re.M | re.S)
-    assert dict(listed)["digits"] == "`:gaussian`"
+    assert dict(listed)["digits"] == "`:gaussian`, `:smoke`"
     for name, variants in listed:
         experiment = importlib.import_module(f"ntm_jax.experiments.{name}")
         for variant in re.findall(r"`:([^`]+)`", variants):

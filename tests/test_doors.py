@@ -16,7 +16,7 @@ SETTINGS = {  # modules that train together: settings that use their parts
         "--config.model.condition=grade", "--config.train.objective=robust",
         "--config.sample.decoder=level_0", "--config.model.transporter_blocks=0"],
     ("my_encoder", "my_backbone", "my_writer"): [
-        "--config=shapes:runlocal", "--config.data.text_encoder=letters:6",
+        "--config=shapes:smoke", "--config.data.text_encoder=letters:6",
         "--config.model.backbone=mixer", "--config.model.head=flow_matching",
         "--config.train.objective=flow_matching", "--config.model.transporter_blocks=0",
         "--config.sample.decoder=euler", "--config.train.log_every=1",

@@ -1,5 +1,6 @@
 """Every setting of every experiment is documented, typed and a flag."""
 
+import importlib
 import re
 import sys
 
@@ -18,20 +19,10 @@ NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
 DEFAULTS = config.flatten(default.get_config().to_dict())
 
 
-def variants(name: str) -> list[tuple[str, ...]]:
-    """Returns the arguments of get_config() to test: none, and each variant that it accepts."""
-    found = [()]
-    try:
-        experiment(name, "no such variant")
-    except ValueError as error:
-        expected = str(error).partition(": expected ")[2]
-        found += [(variant,) for variant in re.split(", | or ", expected) if variant != "none"]
-    except TypeError:  # get_config() takes no variant
-        pass
-    return found
-
-
-CASES = [(name, *variant) for name in NAMES for variant in variants(name)]
+VARIANTS = {name: importlib.import_module(f"ntm_jax.experiments.{name}").get_config.variants
+            for name in NAMES}
+CASES = [(name, variant) for name, names in VARIANTS.items()
+         for variant in (*names, "smoke", *(f"{other},smoke" for other in names[1:]))]
 
 
 def parse(monkeypatch, *arguments: str):
@@ -55,6 +46,7 @@ def test_every_setting_is_documented_and_listed_by_helpfull():
 @pytest.mark.parametrize("case", CASES, ids=":".join)
 def test_every_variant_of_every_experiment_has_all_settings(case):
     values = experiment(*case).to_dict()
+    assert values["train"]["steps"] == 4 or not case[1].endswith("smoke")
     flat = config.flatten(values)
     assert list(flat) == list(DEFAULTS)
     for key in choices.CHOICES:  # a setting that is left open has the type of its default
@@ -72,6 +64,14 @@ def test_overrides_are_a_configuration(monkeypatch):
     flags = ["--config.data.image_size=8", "--config.model.width=48"]  # which it leaves open
     opened = parse(monkeypatch, "--config=folder", *flags)
     assert (opened.data.image_size, opened.model.width) == (8, 48)
+
+
+@pytest.mark.parametrize(("variant", "earlier"), [
+    ("smoke", "runlocal"), ("denoiser,smoke", "runlocal-denoiser"),
+    ("reward,smoke", "runlocal-reward")])
+def test_variants_of_an_earlier_version_are_those_of_now(variant, earlier):
+    found = experiment("flux2_klein", earlier)
+    assert found.to_dict() == experiment("flux2_klein", variant).to_dict()
 
 
 @pytest.mark.parametrize("name", ["digits", "digits:gaussian"])

@@ -13,6 +13,8 @@ NAMES = {  # settings by section.key, and flags
     "enough": "stop_nats",
 }
 VALUES = {"model.head=posterior": "flow_matching"}
+VARIANTS = {  # of experiments
+    "runlocal": "smoke", "runlocal-denoiser": "denoiser,smoke", "runlocal-reward": "reward,smoke"}
 
 
 def current(settings: dict, section: str = "") -> dict:

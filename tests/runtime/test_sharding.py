@@ -38,8 +38,8 @@ SMALL = {key: TINY[key] for key in TINY
 SMALL |= {"model.transporter_blocks": 2}  # the second reverses the tokens
 NETWORKS = {  # the experiment, and what makes it tiny
     "digits": (("digits",), TINY),
-    "text": (("t2i256", "runlocal"), SMALL | {"data.source": "mock:4x4x4,text=4x8"}),
-    "flux2": (("flux2_klein", "runlocal"), SMALL | {
+    "text": (("t2i256", "smoke"), SMALL | {"data.source": "mock:4x4x4,text=4x8"}),
+    "flux2": (("flux2_klein", "smoke"), SMALL | {
         "data.source": "mock:4x4x4,text=8x8", "init_from": "frozen", "train.align_weight": 2.5}),
 }
 

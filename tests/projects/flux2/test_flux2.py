@@ -31,7 +31,7 @@ FLAGS = [f"--config.{key}={value}" for key, value in SHORT.items()]
 
 
 def settings(**changes) -> config.Config:
-    values = experiment("flux2_klein", "runlocal")
+    values = experiment("flux2_klein", "smoke")
     values.update_from_flattened_dict(changes)
     return config.read(values)
 
@@ -44,7 +44,7 @@ def new_run(c: config.Config) -> Run:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Checkpoints of the runlocal network: a folder in diffusers' layout, a file of other names."""
+    """Checkpoints of the smoke network: a folder in diffusers' layout, a file of other names."""
     folder = tmp_path_factory.mktemp("klein")
     tensors = random_diffusers(new_run(settings()).model.backbone.config)
     safetensors.numpy.save_file(tensors, folder / "diffusion_pytorch_model.safetensors")

@@ -22,7 +22,7 @@ from tests.common import experiment, new_run, random_run
 @pytest.fixture(scope="module")
 def run():
     """A run of experiments/shapes.py, never trained, that scores 16 samples of two steps."""
-    values = experiment("shapes", "runlocal")
+    values = experiment("shapes", "smoke")
     values.update_from_flattened_dict({
         "model.width": 16, "model.head_size": 8, "model.transporter_width": 16,
         "model.transporter_blocks": 1, "trajectory.steps": (2,), "sample.steps": 2,
