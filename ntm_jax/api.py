@@ -112,7 +112,7 @@ class Run(base.Run):
                 stop_nats: float | None = None) -> "Run":
         """This run with samples that are selected, each from so many candidates, by likelihood.
 
-        Of an image's candidates the one that its condition explains best is kept; see
+        Keeps the candidate with the largest conditional log-likelihood ratio; see
         sampling.selection. judge: whose likelihood selects, another run of the same data or what
         `load` takes; the run itself by default. stop_nats: the information in nats with which a
         candidate is kept without comparing it with further ones; all are compared by default.

@@ -28,7 +28,7 @@ class ModelConfig:
     data_std: float  # standard deviation of the clean tokens, r
     dtype: Any
     transporter_dtype: Any  # float32 for reported likelihoods and exact inverses
-    remat: str  # what the backward pass finds saved; see transformer.REMAT
+    remat: str  # which activations are saved for the backward pass; see transformer.REMAT
     scan: bool
     condition: Condition = NOTHING  # what it is conditioned on
     # Initial deviation of the transporter's table of positions: near 1, a token's position counts

@@ -279,7 +279,7 @@ class Layer(nn.Module):
         return x + (1 + gate_2) * checkpoint_name(h, "narrow"), cache
 
 
-REMAT = {  # what the backward pass finds saved, in numbers for each token and layer
+REMAT = {  # which activations are saved for the backward pass; numbers per token and layer
     "none": None,
     # A layer's input: W.
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -10,7 +10,7 @@ from jax.nn import logsumexp
 
 from ntm_jax.core import likelihood
 
-GROUPS = 16  # of trajectories, which the error of the importance-weighted bound leaves out in turn
+GROUPS = 16  # jackknife groups of trajectories, for the error of the importance-weighted bound
 
 
 def reported_counts(trajectories: int) -> list[int]:

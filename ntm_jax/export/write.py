@@ -164,7 +164,7 @@ def write_export(run: Run, out: str, steps: int | None = None,
     """
     folder = epath.Path(files.expanded(out))
     if folder.exists():
-        raise UserError(f"{out} is there: give a new folder as --out, nothing was overwritten")
+        raise UserError(f"{out} already exists: choose a new --out (nothing was overwritten)")
     require_same_everywhere({"--out": out, "--step": run.step, "--raw": run.raw, "--steps": steps,
                              "--guidance": guidance, "--decoder": decoder})
     options = generate.override(run.config, steps=steps, guidance=guidance, decoder=decoder)

@@ -1,4 +1,4 @@
-"""What makes clean tokens of noise: the table that config.sample.decoder chooses from.
+"""Decoders map noise to clean tokens: the table that config.sample.decoder chooses from.
 
 `inverse`, `score` and `denoiser` draw the trajectory of an NTM and differ in the last step; `euler`
 and `heun` solve the ODE of a flow-matching model. A new decoder is one entry here or a call of

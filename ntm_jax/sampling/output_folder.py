@@ -64,8 +64,8 @@ def _check_resumable(folder: epath.Path, call: str, asked: dict) -> None:
     if not held - {call}:  # at most a call that ended before it made anything
         return
     if call not in held:
-        raise UserError(f"{folder} is there and not empty: give a new folder as --out, nothing "
-                        "was overwritten")
+        raise UserError(f"{folder} exists and is not empty: choose a new --out (nothing was "
+                        "overwritten)")
     before = files.read_json(folder / call, "give another --out")
     for key in sorted(before | asked):
         if before.get(key) != files.to_json(asked.get(key)):

@@ -1,4 +1,4 @@
-"""Selects, of several candidates of each image, the one that its condition explains best.
+"""Selects the candidate of an image with the largest conditional log-likelihood ratio.
 
 The exact likelihood is the judge; there is no reward and no classifier. The information that the
 condition y gives about an image is

@@ -1,1 +1,1 @@
-"""What one runs beside training: each imports the building, which imports none of them."""
+"""Programs other than training: each imports the building, which imports none of them."""

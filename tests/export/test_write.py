@@ -68,8 +68,8 @@ def test_programs_of_texts_and_latents(on_texts):
 
 def test_exports_that_cannot_be_written_are_refused(run, exported, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in exported.iterdir()}
-    with pytest.raises(UserError, match="tiny is there: give a new folder as --out, nothing was "
-                                        "overwritten"):
+    with pytest.raises(UserError, match=r"tiny already exists: choose a new --out \(nothing was "
+                                        r"overwritten\)"):
         write_export(run, str(exported))
     assert {path: path.stat().st_mtime_ns for path in exported.iterdir()} == before
     with pytest.raises(UserError, match="decoder=denoiser needs a denoiser, and this run has none"):

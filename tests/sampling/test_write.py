@@ -84,7 +84,7 @@ def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsy
 
 def test_a_folder_that_is_not_empty_is_refused_and_unchanged(run, tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
-    with pytest.raises(UserError, match="is there and not empty: give a new folder as --out"):
+    with pytest.raises(UserError, match="exists and is not empty: choose a new --out"):
         write_samples(run, str(tmp_path), SampleRequest(2, 2))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(UserError, match="label 'x' is not a class"):

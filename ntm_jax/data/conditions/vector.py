@@ -88,7 +88,10 @@ class VectorCondition(conditions.Condition):
         return x + self._offset(model, x, t, y) if self.shift else x
 
     def _offset(self, model, like, t, y):
-        """(1 - t) (W y + b), [B, N, D]: x_k less this is the forward process of x - W y - b."""
+        """(1 - t) (W y + b), [B, N, D].
+
+        Subtracting it from x_k gives the forward process of x - W y - b, which depends less on y.
+        """
         return per_example((1 - t) * y.given, like) * model.shift(y.values).reshape(like.shape)
 
 

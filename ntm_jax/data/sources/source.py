@@ -62,7 +62,7 @@ class Source:
       captions that returns arrays [n]: "task", names; "right", bool; and further rates by name, NaN
       where an image has none. "traits", if there, is bool [n, K]: which of K traits an image shows
       of those that its caption leaves open.
-    unseen: the split whose captions combine what no training caption combines; '' if there is none.
+    unseen: the split with combinations of attributes absent from training; '' if there is none.
     mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.
     notes: says which images are left out or lack a caption; '' if none.
