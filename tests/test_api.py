@@ -74,7 +74,7 @@ def test_arrays_that_do_not_belong_together_or_to_the_model_are_refused(tmp_path
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [
     ("digit", "", {}, r"there is no experiment 'digit': expected one of .*digits"),
-    ("digits", "huge", {}, "huge is not a variant: expected ntm or gaussian"),
+    ("digits", "huge", {}, "huge is not a variant: expected one of ntm, gaussian, smoke"),
     ("digits", "", {"train.step": 3}, "train.step is not a setting, did you mean train.steps"),
 ])
 def test_a_wrong_experiment_is_one_line(name, variant, overrides, words):
