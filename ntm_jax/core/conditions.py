@@ -43,6 +43,11 @@ class Condition:
     A kind of condition is a subclass; it is frozen, as a part of a model's static configuration. A
     condition y of B examples is a tree of arrays [B, ...], here labels [B] that no network reads.
 
+    Methods with `module` run in a compact method of that Flax module, Modulation in `embed` and
+    Trunk in `prepend`: parameters and layers that they make are its own. Methods with `model` get
+    the NTM, which has `networks` as attributes. The embeddings [B, V] have the width V of `total`,
+    which is at most 512.
+
     width: the size of one condition, 0 for nothing: the number of classes, or E.
     """
 
@@ -61,15 +66,15 @@ class Condition:
         return {"label": y}
 
     def null_condition(self, y) -> Any:
-        """The null condition of guidance and dropout, in the shape of y."""
+        """The null condition of guidance and dropout: arrays of the shapes and dtypes of y."""
         return jnp.full_like(y, self.width)
 
     def embed(self, module: nn.Module, y, total):
-        """The embeddings [B, W] of a predictor's levels plus that of y."""
+        """total, the embeddings [B, V] of a predictor's levels, plus that of y."""
         return total
 
     def embed_in_transporter(self, module: nn.Module, y, total):
-        """The embeddings [B, W] of a transporter's levels plus that of y."""
+        """total, the embeddings [B, V] of a transporter's levels, plus that of y."""
         return self.embed(module, y, total)
 
     def prepend(self, module, y, hidden, angles):
@@ -80,15 +85,21 @@ class Condition:
         return hidden, angles, None
 
     def networks(self, width: int, size: int) -> dict[str, nn.Module]:
-        """The networks of this kind that an NTM of width W and N D numbers has, by name."""
+        """Networks that an NTM has for this kind, by name; width: W, size: N D.
+
+        The names are attributes of the NTM, beside predictor, transporter, backbone and config.
+        """
         return {}
 
     def prepare(self, model, y):
-        """y with all that is computed of it once for every level; model has the networks."""
+        """y with all that is computed of it once for all levels; returns a prepared y as it is."""
         return y
 
     def centre(self, model, x, t, y):
-        """x [B, N, D] at levels t [B] less what the model knows of it from y."""
+        """x [B, N, D] at levels t [B] less an offset that depends on t and y, and is 0 at t = 1.
+
+        It does not depend on x, so that the log-determinant is 0.
+        """
         return x
 
     def uncentre(self, model, x, t, y):

@@ -11,10 +11,10 @@ from ntm_jax.core.transformer import PLAIN, Arithmetic
 class ModelConfig:
     """Sizes and choices of a model. Static: a change compiles again."""
 
-    grid: tuple[int, int]  # tokens by row and column
+    grid: tuple[int, int]  # the rows and columns of tokens
     dim: int  # channels of a token
     steps: tuple[int, ...]  # the numbers of steps T trained together
-    width: int
+    width: int  # of the predictor, a multiple of head_size x kv_heads
     head_size: int
     kv_heads: int
     mlp_ratio: int
@@ -24,12 +24,12 @@ class ModelConfig:
     transporter_layers: int
     predictor_layers: int
     head: str  # direct, preconditioned, or flow_matching: over a backbone
-    log_scale_bound: float
-    data_std: float  # standard deviation of the clean tokens, r
+    log_scale_bound: float  # of the transporter's log-scales, softly
+    data_std: float  # standard deviation of the clean tokens
     dtype: Any
     transporter_dtype: Any  # float32 for reported likelihoods and exact inverses
     remat: str  # which activations are saved for the backward pass; see transformer.REMAT
-    scan: bool
+    scan: bool  # loops over layers, which compiles faster, or unrolls them
     condition: Condition = NOTHING  # what it is conditioned on
     # Initial deviation of the transporter's table of positions: near 1, a token's position counts
     # as much as its content.

@@ -1,7 +1,7 @@
 """Score denoising across levels by Tweedie's formula (3.5, algorithm 3), and its learned version.
 
-Symbols: B batch, T steps, K levels, N tokens, D token channels; L an example's trajectory NLL in
-nats.
+Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels; L an example's
+trajectory NLL in nats.
 """
 
 import dataclasses

@@ -53,12 +53,12 @@ def contributions(terms: Terms, xs, x, t, decoder_levels: int) -> dict:
 
     xs: trajectories [B, K, N, D] of clean x [B, N, D] at levels t [B, K].
 
-    decoder_levels: V of the discretised decoder p(x | x_0), UNBINNED for its density, or 0 for no
-    decoder. With V, log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x), a bound on the
-    probability of discrete pixels. Without a decoder, for continuous x, it is without p(x | x_0)
-    and with q(x_1..x_T | x_0), a bound on the density of the data noised to t_0. The upper part
-    x_k..x_T of a trajectory gives a bound on the density at t_k. With UNBINNED the weight of
-    continuous x has p(x | x_0) as that of pixels has: a bound on the density of x itself.
+    decoder_levels chooses what the weight w bounds:
+      V: the probability of discrete pixels x,
+        log w = log p(x | x_0) + log p(x_0..x_T) - log q(x_0..x_T | x).
+      UNBINNED: the density of continuous x, by the same w, in which p(x | x_0) is a density.
+      0: the density of the data noised to t_0, log w = log p(x_0..x_T) - log q(x_1..x_T | x_0). In
+        the same way the upper part x_k..x_T of a trajectory bounds the density at t_k.
 
     Returns prior [B], predictor and log_det [B, T], forward [B, K], and with p(x | x_0)
     reconstruction [B]; log_weight sums them. forward is -log q(x_k | x_{k+1}, x) or, without

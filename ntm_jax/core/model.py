@@ -1,7 +1,7 @@
 """NTM: transporter and predictor, wired into the log-likelihood terms of a trajectory.
 
-Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. y is the condition;
-see conditions.
+Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels. The argument
+`steps` is T of each example, [B]; y is the condition, see conditions.
 """
 
 import dataclasses
@@ -93,6 +93,8 @@ class NTM(nn.Module):
         with the means if given.
         """
         y = self._prepared(y)
+        # Both levels as one batch. The transporter takes levels below 1, so x_T is given another,
+        # and its result is not used.
         double = (x_s, s, steps, y), (x_t, jnp.where(top, s, t), steps, y)
         u, log_det = self.transport(*jax.tree.map(lambda *pair: jnp.concatenate(pair), *double))
         u_s, u_t = jnp.split(u, 2)

@@ -38,7 +38,8 @@ class Trunk(nn.Module):
     def hidden(self, u, times, embed_steps, steps, y):
         """Last hidden states [B, N, W] of u [B, N, D] at the levels `times`, a tuple of [B].
 
-        They are conditioned on y and, with embed_steps, on the number of steps [B].
+        They are conditioned on y and, with embed_steps, on the number of steps [B]. Called in a
+        compact method, whose module gets the parameters.
         """
         c = self.config
         positions = Positions(c.positions, c.grid, c.width, c.head_size, name="positions")
@@ -56,7 +57,7 @@ class Trunk(nn.Module):
         return norm(c.dtype, "norm", learned=True)(hidden[:, -c.tokens :])
 
     def spread(self, t):
-        """The variance of x_t, and the deviation r_t of x given x_t, for independent Gaussian data.
+        """The variance of x_t, and the deviation of x given x_t, for independent Gaussian data.
 
         The data have mean 0 and deviation data_std.
         """

@@ -64,7 +64,7 @@ class Schedule:
         if self.schedule == "linear":
             t = t_min + (1 - t_min) * k / steps
         else:
-            assert self.shift is not None  # of a section of settings, it may be
+            assert self.shift is not None  # Config.schedule derives what the settings leave None
             t = shifted(steps / jnp.where(k == 0, 1, k), self.shift)
         return jnp.where(k == 0, t_min, jnp.where(k == steps, 1.0, t))
 

@@ -251,9 +251,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer (docs/concepts.md, section 4).
+    """Pre-norm transformer layer: attention, then an MLP, each with a shift, a scale and a gate.
 
-    All layers share one modulation, to which each adds a learned table of its own.
+    All layers share one modulation, to which each adds a learned table of its own. Where both are 0
+    the layer is a plain one.
     """
 
     config: LayerConfig
@@ -375,14 +376,14 @@ def sinusoidal(t, width: int):
 class Modulation(nn.Module):
     """Embeds noise levels, step count and the condition into the modulation of all layers.
 
-    The modulation is [B, rows, W] (docs/concepts.md, section 4). Embeddings are summed at a width
-    of at most 512.
+    The modulation is [B, rows, W]; rows are shift, scale and gate of attention, then of the MLP.
+    Embeddings are summed at a width of at most 512.
     """
 
     width: int
     embed_steps: bool  # the step count, where it varies
     embed: Callable = NOTHING.embed  # adds the condition; see Condition
-    rows: int = 6
+    rows: int = 6  # 2 for the head flow_matching, a shift and a scale
 
     @nn.compact
     def __call__(self, times, steps, y):

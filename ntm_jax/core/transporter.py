@@ -1,7 +1,8 @@
 """The transporter f_T: a shallow autoregressive flow between levels x_k and latents u_k.
 
-See docs/concepts.md, section 4. No other file depends on the log-determinant's sign. Symbols: B
-batch (levels folded in), N tokens, D token channels, W width.
+See docs/concepts.md, section 4. The forward pass gives log|det du/dx|, the inverse log|det dx/du|.
+
+Symbols: B batch (levels folded in), N tokens, D token channels, W width.
 """
 
 from typing import Any, cast
@@ -103,7 +104,7 @@ class Block(nn.Module):
     def inverse(self, u, modulation, how, tolerance):
         """u [B, N, D] -> (x [B, N, D], sweeps over the tokens [B], int32, log|det dx/du| [B]).
 
-        how: see INVERSES.
+        how: see INVERSES; sequential takes N sweeps.
         """
         block, variables = self.unbind()  # bound modules cannot be used inside lax control flow
         variables = _gathered(block, variables, u, modulation)

@@ -21,7 +21,8 @@ from ntm_jax.runtime import arithmetic, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config, Mesh, decoder
 
-FROZEN = "frozen"  # the folder in a workdir of a teacher or a reference; see training.frozen
+# The folder in a workdir of a teacher or a reference; see training.reference_model.
+FROZEN = "frozen"
 
 
 @dataclasses.dataclass(frozen=True)
