@@ -299,7 +299,8 @@ def train(config: Config, workdir: str, *, data=None, labels=None, condition=Non
 def with_arrays(config: Config, images, labels=None, condition=None) -> Config:
     """The configuration with arrays in memory as its source, which this process can then open.
 
-    images: `data` of train, None for the configuration as it is; labels, condition: as there.
+    images, labels, condition: the arguments data, labels and condition of `train`. Without images
+    the configuration is returned unchanged.
     Raises UserError like sources.from_arrays, and for conditions that the model does not use.
     """
     source = _source(images, labels, condition)

@@ -70,11 +70,11 @@ class Condition:
         return jnp.full_like(y, self.width)
 
     def embed(self, module: nn.Module, y, total):
-        """total, the embeddings [B, V] of a predictor's levels, plus that of y."""
+        """Adds the embedding of y to `total` [B, V], the predictor's embeddings of noise levels."""
         return total
 
     def embed_in_transporter(self, module: nn.Module, y, total):
-        """total, the embeddings [B, V] of a transporter's levels, plus that of y."""
+        """Adds the embedding of y to `total` [B, V], the transporter's embeddings of levels."""
         return self.embed(module, y, total)
 
     def prepend(self, module, y, hidden, angles):

@@ -328,8 +328,8 @@ def check_steps(name: str, steps: int, trajectory: Schedule, t_min: float) -> No
     shift = default_shift(1) if trajectory.shift is None else trajectory.shift
     first = shifted(steps, shift) if trajectory.schedule == "shifted" else 1.0
     if t_min >= first:
-        raise UserError(f"{name} is {steps}: the first level of so many steps, {first:.4f}, does "
-                        f"not lie above that of x_0, {t_min}; take fewer steps, or train with a "
+        raise UserError(f"{name} is {steps}: level 1 of so many steps, {first:.4f}, is not "
+                        f"above level 0, {t_min}; take fewer steps, or train with a "
                         "higher config.trajectory.shift or a lower t_min and t_min_range")
 
 

@@ -70,9 +70,9 @@ def test_a_project_declares_a_section_of_its_own(monkeypatch):
      "config.model.head is 'gaussian': expected one of direct, preconditioned, flow_matching"),
     ("trajectory.t_min_range", (0.04, 0.02), "expected lo <= hi"),
     ("sample.steps", 64,
-     "config.sample.steps is 64: the first level of so many steps, 0.0245, does not lie above "
-     "that of x_0, 0.04; take fewer steps, or train with a higher config.trajectory.shift"),
-    ("trajectory.t_min_range", (0.04, 0.9), "does not lie above that of x_0, 0.9; take fewer"),
+     "config.sample.steps is 64: level 1 of so many steps, 0.0245, is not above "
+     "level 0, 0.04; take fewer steps, or train with a higher config.trajectory.shift"),
+    ("trajectory.t_min_range", (0.04, 0.9), "is not above level 0, 0.9; take fewer"),
     ("sample.guidance", (0.0, 0.5, 1.0),
      "config.sample.guidance has 3 scales, and there are 4 steps: give one scale, or 4, from pure"),
     ("model.condition_shift", True, "it needs config.model.condition=vector, which is class"),

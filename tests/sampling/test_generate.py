@@ -68,7 +68,7 @@ def test_options_that_do_not_fit_the_model_are_refused(run):
             (run.config, {"steps": 3, "guidance": (1, 0)}, "2 scales, and there are 3 steps"),
             (undropped, {"guidance": (0, 1.5)}, "the model was trained without condition dropout"),
             # The first level is 1/64, below t_min, and the posterior's C was NaN.
-            (shifted, {"steps": 64}, r"steps is 64: the first level of so many steps, 0\.015")):
+            (shifted, {"steps": 64}, r"steps is 64: level 1 of so many steps, 0\.015")):
         with pytest.raises(UserError, match=message):
             override(config, **options)
     assert override(undropped, guidance=(0.0, 0.0)).guidance == (0.0, 0.0)

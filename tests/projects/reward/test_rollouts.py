@@ -136,7 +136,7 @@ def test_samples_that_differ_from_the_others_or_have_rare_traits_are_favoured(ru
     bonus[0, 0] += 5
     others = (bonus.sum(1, keepdims=True) - bonus) / (bonus.shape[1] - 1)
     advantage = np.asarray(drawing.finish(samples)[0]["advantage"])
-    np.testing.assert_allclose(advantage[..., 0], bonus - others, atol=1e-5)
+    np.testing.assert_allclose(advantage[..., 0], bonus - others, atol=1e-6)
     assert np.abs(advantage[1:]).max() > 0.01
 
 
