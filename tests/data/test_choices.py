@@ -85,15 +85,6 @@ def test_mistakes_say_what_is_missing(tmp_path):
             chosen(experiment, source, **given)
 
 
-def test_a_configuration_is_completed_and_printed_as_flags(tmp_path):
-    c = folder.get_config()
-    c.data.source = write_images(tmp_path, 30)
-    completed, line = config_file.complete(c)
-    assert completed.data.image_size == 32
-    assert line.startswith("chosen for the data: --config.data.image_size=32 --config.data.patch_")
-    assert c.data.image_size is None
-
-
 def test_a_resumed_run_keeps_its_own_choices(tmp_path):
     settings = tiny_config(**{"evaluate.batch_size": 7})
     spec = pipeline.spec(settings.data.open("train"), settings.data.patch_size)

@@ -152,28 +152,22 @@ def test_a_state_moves_between_numbers_of_processes(train):
         state = processes[0].get_state()
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 3])
-def test_evaluation_reads_each_record_once_in_order(captioned, process_count):
-    shares = [
-        list(evaluation_batches(captioned, 2, 6, i, process_count)) for i in range(process_count)
-    ]
-    assert [len(share) for share in shares] == [4] * process_count
+@pytest.mark.parametrize(("process_count", "chosen"), [
+    (1, None), (2, None), (3, None), (2, [5, 19, 7])])
+def test_evaluation_reads_each_record_once_in_order(captioned, process_count, chosen):
+    expected = chosen or [*range(20)]
+    shares = [list(evaluation_batches(captioned, 2, 6, i, process_count, chosen))
+              for i in range(process_count)]
     joined = [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*shares, strict=True)
     ]
-    assert indices(joined) == [*range(20), *[0] * 4]
+    padding = -len(expected) % 6
+    assert indices(joined) == expected + [0] * padding
     mask = np.concatenate([batch["mask"] for batch in joined])
-    assert mask.dtype == np.float32
-    np.testing.assert_array_equal(mask, np.arange(24) < 20)
+    np.testing.assert_array_equal(mask, np.float32([1] * len(expected) + [0] * padding))
     for batch in joined:
         assert_holds(batch, captioned)
-
-
-def test_evaluation_reads_chosen_records(digits):
-    parts = [list(evaluation_batches(digits, 2, 2, i, 2, [5, 59, 7])) for i in range(2)]
-    assert [indices(part) for part in parts] == [[5, 7], [59, 0]]
-    assert [batch["mask"].item() for batch in parts[1]] == [1, 0]
 
 
 def test_a_state_continues_exactly_in_workers_and_threads_and_an_error_is_final(tmp_path, train):

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.slow
 def test_a_tpus_program_has_no_arithmetic_for_cpus(tmp_path):
     """That a GPU's has none is in test_by_hand.py."""
     needs_compiler("libtpu")
-    small = {"mesh.fsdp": 4, "model.scan": False, "model.predictor_layers": 2,
-             "model.transporter_blocks": 1, "model.width": 256, "model.transporter_width": 256,
-             "model.kv_heads": 2, "data.batch_size": 16, "trajectory.steps": "(1,)",
-             "sample.steps": 1}
+    small = {"mesh.fsdp": 4, "model.scan": False, "model.predictor_layers": 1,
+             "model.transporter_blocks": 1, "model.transporter_layers": 1, "model.width": 256,
+             "model.transporter_width": 256, "model.kv_heads": 2, "data.batch_size": 16,
+             "trajectory.steps": "(1,)", "sample.steps": 1}
     done = python(
         "-m", "launch.compile", "--config=imagenet256", "--topology=v5p:2x2x1",
         *(f"--config.{key}={value}" for key, value in small.items()), f"--dump={tmp_path}",

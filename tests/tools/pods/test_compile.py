@@ -66,8 +66,8 @@ def test_memory_includes_the_reference_and_all_of_the_state(program, blocks):
 
 def test_the_report_of_a_step():
     """Of three scanned layers, each recomputed in the backward pass."""
-    settings = small(**{
-        "model.remat": "full", "model.scan": True, "model.predictor_layers": 3})
+    settings = small(**{"model.remat": "full", "model.scan": True, "model.predictor_layers": 3,
+                        "model.transporter_blocks": 0})
     report = compile.compile_for(settings, "cpu:1")
     assert {"topology", "chips", "mesh", "parameters", "fits", "bytes_per_chip", "flops_per_chip",
             "collective_bytes_per_chip", "roofline_seconds", "bound_by",
@@ -129,6 +129,8 @@ def test_a_program_that_does_not_fit_has_its_traced_products(monkeypatch):
     assert set(found["collective_bytes_per_chip"].values()) == {None}
     assert "sent a chip    unknown" in report_of.table(found).splitlines()
     json.dumps(found, allow_nan=False)
+    with pytest.raises(UserError, match=r"needs 102\.50 GiB a chip of cpu:1, which has 31\.25 GiB"):
+        check_fits(found)
 
 
 def test_products_at_highest_take_their_own_rate():
@@ -179,15 +181,12 @@ def eight_devices():
     reduced = work.sent["all-reduce", "ici"] + 2 * work.sent["reduce-scatter", "ici"]
     assert reduced == 5 * 2 * layer * 7 / 8
     assert work.flops == 5 * 3 * 2 * 8 * 128 * 128
-    settings = small(**{"mesh.data": 2, "mesh.fsdp": 4})
+    settings = small(**{"mesh.slices": 2, "mesh.data": 2, "mesh.fsdp": 4})
     report = compile.compile_for(settings, "cpu:8")
     assert report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
     gathered = 4 * parameters_of(new_run(settings))
     assert sum(report["collective_bytes_per_chip"].values()) > gathered
-    two_slices = small(**{"mesh.slices": 2, "mesh.data": 2, "mesh.fsdp": 4})
-    slices = compile.compile_for(two_slices, "cpu:8")
-    assert 0 < slices["data_centre_bytes_per_chip"] < gathered
-    assert not report["data_centre_bytes_per_chip"]
+    assert 0 < report["data_centre_bytes_per_chip"] < gathered
 
 
 @pytest.mark.slow
@@ -214,14 +213,6 @@ def test_running_out_of_memory_is_read_and_anything_else_raised(said):
         "temporaries": 159.5 * 2**30, "peak": 161.5 * 2**30, "hbm": 31.25 * 2**30}
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         out_of_memory(jax.errors.JaxRuntimeError("INTERNAL: broken"), 0)
-
-
-def test_what_does_not_fit_ends_in_one_line():
-    report = {"fits": False, "program": "train", "topology": "v5e:4x4", "unit": "chip",
-              "bytes_per_chip": {"peak": 21 * 2**30, "hbm": 15.75 * 2**30}, "advice": "set less"}
-    with pytest.raises(UserError, match=r"needs 21.00 GiB a chip of v5e:4x4, which has 15.75 GiB"):
-        check_fits(report)
-    check_fits(report | {"fits": True})
 
 
 if __name__ == "__main__":

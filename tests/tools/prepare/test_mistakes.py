@@ -1,6 +1,5 @@
 """Preparing records from invalid inputs: each is refused in one line."""
 
-import os
 import re
 
 import pytest
@@ -57,22 +56,6 @@ def test_files_outside_the_folder_are_read_only_with_follow_outside(tmp_path):
     assert len(records(run(tmp_path, folder, "within"))) == 4
     lists(*outside)
     assert len(records(run(tmp_path, folder, follow_outside=True))) == 4
-
-
-def test_only_regular_files_of_a_bounded_size_are_read(tmp_path, capsys):
-    folder = pictures(tmp_path / "in", 1)
-    os.mkfifo(folder / "pipe.png")
-    (folder / "folder.png").mkdir()
-    (folder / "zero.png").symlink_to("/dev/zero")
-    with open(folder / "sparse.png", "wb") as file:
-        file.truncate(10**12)
-    names = ["000.png", "pipe.png", "folder.png", "zero.png", "sparse.png"]
-    write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
-    assert len(records(run(tmp_path, folder, max_bad=0.9, follow_outside=True))) == 1
-    printed = capsys.readouterr().out
-    for name in names[1:4]:
-        assert f"{name} (not a regular file)" in printed
-    assert "sparse.png (larger than 256 MiB, 1000000000000 bytes)" in printed
 
 
 def test_a_folder_of_another_plan_is_refused(tmp_path):

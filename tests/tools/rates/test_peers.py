@@ -74,19 +74,14 @@ def test_peers_are_timed_in_turn(folder, capsys):
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_what_is_missing_is_named(folder):
-    line = f"absent is missing: git clone https://x/y {folder}/absent"
-    assert compare.missing(str(folder)) == [line]
-    peer = Peer("slow", "slow_flow", "https://x/y", ("no_such_package", "numpy"))
-    assert peer.missing(str(folder)) == "slow is missing: pip install no_such_package"
-
-
 def test_the_program_needs_a_peer(tmp_path):
     refused = python("-m", "launch.benchmark", f"--peers={tmp_path}", check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"error: --peers={tmp_path} has no flow to compare with: ml-")
     for peer in peers.PEERS:
         assert f"git clone {peer.url} {tmp_path / peer.name}" in refused.stderr
+    installed = Peer("slow", "slow_flow", packages=("no_such_package", "numpy"))
+    assert installed.missing("") == "slow is missing: pip install no_such_package"
 
 
 def test_flops_of_a_layer():
