@@ -35,7 +35,8 @@ BASE = {
     "transporter_dtype": jnp.float32, "remat": "none", "scan": False,
 }
 MODELS = {
-    "rotary": {},
+    "rotary_wide": {
+        "width": 544, "head_size": 136, "transporter_width": 272, "mlp_ratio": 1},
     "classes_learned_grouped_scanned": {
         "condition": ClassCondition(3), "positions": "learned", "kv_heads": 2, "head_size": 4,
         "width": 24, "transporter_layers": 2, "predictor_layers": 2, "scan": True,
@@ -46,9 +47,6 @@ MODELS = {
     "no_transporter": {
         "transporter_blocks": 0, "condition": ClassCondition(2), "positions": "learned",
         "steps": (1, 2)},
-    "wide": {
-        "width": 544, "head_size": 136, "transporter_width": 272, "grid": (1, 2), "mlp_ratio": 1,
-        "condition": ClassCondition(1)},
 }
 # Relative to the total, or to a tenth of its terms' sizes where these cancel to less. Float32
 # rounds each number to 6e-8, and some tens to hundreds of such roundings, also of the angles
@@ -207,7 +205,7 @@ def test_the_mean_weight_of_gaussian_pixels_is_their_probability():
     np.testing.assert_allclose(found, np.diff(norm.cdf(edges / deviation)), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["rotary", "classes_learned_grouped_scanned"])
+@pytest.mark.parametrize("name", ["rotary_wide", "classes_learned_grouped_scanned"])
 def test_the_log_det_is_that_of_the_numerical_jacobian(name):
     config = ModelConfig(**BASE | MODELS[name] | {"grid": (1, 3), "dim": 2})
     params = reference.float64(weights(config))
