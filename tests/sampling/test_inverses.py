@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.runtime.chips import CARDS, CHIPS, Chip
+from ntm_jax.runtime.chips import CHIPS, Chip
 from ntm_jax.sampling import inverses
 
 
@@ -55,7 +55,7 @@ def test_the_break_even_is_that_of_the_ridge():
     assert break_even(28, free, None) == pytest.approx(rule * cache / attention / 28)
     assert break_even(28, free) == pytest.approx(rule / 6 * cache / attention / 28)
     assert break_even(1, free, None) == pytest.approx(256, rel=0.02)  # weights bound a sweep too
-    assert break_even(1, CARDS["h100"].chip) == pytest.approx(2 * 66.9 / 3.352, rel=0.02)
+    assert break_even(1, CHIPS["h100"]) == pytest.approx(2 * 66.9 / 3.352, rel=0.02)
 
 
 @pytest.mark.parametrize(("device", "rows", "shape", "chosen"), [

@@ -172,10 +172,8 @@ def open_parquet(argument: str, split: str) -> Source:
 
 
 def _open_file(kind: str, reader: Callable, expected: str, argument: str, split: str) -> Source:
-    path, keys = argument, {"data": "data", "condition": ""}
-    while match := re.fullmatch(r"(.*),(data|condition)=([^,=]+)", path):
-        path = match[1]
-        keys[match[2]] = match[3]
+    path, *options = re.split(",(?=data=|condition=)", argument)
+    keys = {"data": "data", "condition": ""} | dict(option.split("=", 1) for option in options)
     try:
         changed = os.stat(path).st_mtime_ns
         return _read_file(f"{kind}:{path}", reader, path, **keys, changed=changed).open(split)

@@ -4,6 +4,7 @@ Splits: those in the manifest, and all.
 """
 
 import functools
+from typing import Any
 
 from ntm_jax.data.records import Records, read_manifest
 from ntm_jax.data.sources.source import Lazy, Source, check_split
@@ -23,17 +24,7 @@ def open_records(where: str, split: str) -> Source:
     captions = Lazy(functools.partial(_caption, records), range(len(records)))
     names = layout.choices.get("classes", ())
     named = len(names) == layout.num_classes and not all(str(name).isdecimal() for name in names)
-    return Source(
-        records,
-        layout.image_shape,
-        pixel_levels=layout.pixel_levels,
-        num_classes=layout.num_classes,
-        class_names=tuple(map(str, names)) if named else (),
-        version=version,
-        text_tokens=layout.text_tokens,
-        text_width=layout.text_width,
-        text=layout.text,
-        captions=captions if layout.captions else None,
-        mean=layout.mean,
-        std=layout.std,
-    )
+    shared: dict[str, Any] = vars(layout) | {"captions": captions if layout.captions else None}
+    del shared["choices"]
+    class_names = tuple(map(str, names)) if named else ()
+    return Source(records, **shared, class_names=class_names, version=version)

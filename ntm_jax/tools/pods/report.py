@@ -8,9 +8,9 @@ import sys
 import jax
 
 from ntm_jax.runtime import build
-from ntm_jax.runtime.chips import Chip
 from ntm_jax.runtime.run import Run
 from ntm_jax.tools.pods import hlo
+from ntm_jax.tools.pods.chips import PodChip
 from ntm_jax.tools.pods.hlo.arrays import short
 from ntm_jax.tools.pods.memory import gib
 from ntm_jax.tools.rates.benchmark import aligned
@@ -32,7 +32,7 @@ class Compiled:
     arrays: list[dict]  # see hlo.arrays.largest
 
 
-def figures(compiled: Compiled, run: Run, chip: Chip) -> dict:
+def figures(compiled: Compiled, run: Run, chip: PodChip) -> dict:
     """The report's entries on a compiled program."""
     work = compiled.work
     sent = {network: sum(v for (_, on), v in work.sent.items() if on == network)
@@ -67,7 +67,7 @@ def figures(compiled: Compiled, run: Run, chip: Chip) -> dict:
         "host_peak_bytes": host_peak}
 
 
-def _network(sent: dict[str, float], chip: Chip) -> float:
+def _network(sent: dict[str, float], chip: PodChip) -> float:
     return sent["ici"] / chip.ici + sent["dcn"] / chip.dcn
 
 
@@ -79,7 +79,7 @@ def _by_part(work: hlo.Work) -> dict[str, dict[str, float]]:
     return found
 
 
-def at_roofline(report: dict, examples: int, tokens: int, chip: Chip) -> dict:
+def at_roofline(report: dict, examples: int, tokens: int, chip: PodChip) -> dict:
     """A step that takes as long as its slowest resource: upper bounds of its rates.
 
     examples: of a step of all devices, each of `tokens` tokens. mfu: the share of the chip's

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 
 from ntm_jax.errors import UserError, first_line
-from ntm_jax.runtime.chips import CARDS, CHIPS, UNKNOWN_CHIP, Chip
 from ntm_jax.tools.pods import gpu, tpu
+from ntm_jax.tools.pods.chips import TPUS, UNKNOWN_CHIP, PodChip
 
 EXAMPLES = ("v5p:8x8x8, v5e:16x16, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8x1x8, h200:8x1x8, "
             "b200:8x1x8, cpu:8 or local")
@@ -25,7 +25,7 @@ class Topology:
     """
 
     devices: list
-    chip: Chip
+    chip: PodChip
     domains: int
     tracing: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     compiler_options: dict[str, str] | None = None
@@ -60,5 +60,5 @@ def find(name: str, slices: int = 1) -> Topology:
                         f"expected {EXAMPLES}, and a compiler of jax's version") from None
     kind = name.split(":")[0]
     if of_tpus:
-        return Topology(devices, CHIPS[kind], slices)
-    return Topology(devices, CARDS[kind].chip, slices, gpu.cudnn_assumed, gpu.COMPILER_OPTIONS)
+        return Topology(devices, TPUS[kind], slices)
+    return Topology(devices, gpu.chip(kind), slices, gpu.cudnn_assumed, gpu.COMPILER_OPTIONS)

@@ -12,10 +12,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops, sharding
-from ntm_jax.runtime.chips import CARDS, CHIPS
 from ntm_jax.runtime.run import Run
-from ntm_jax.tools.pods import compile, hlo, topology
+from ntm_jax.tools.pods import compile, gpu, hlo, topology
 from ntm_jax.tools.pods import report as report_of
+from ntm_jax.tools.pods.chips import TPUS
 from ntm_jax.tools.pods.memory import bytes_per_chip, check_fits, out_of_memory
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step, steps_of
@@ -118,7 +118,7 @@ def test_a_program_that_does_not_fit_has_its_traced_products(monkeypatch):
         raise jax.errors.JaxRuntimeError("Used 102.50G of 31.25G hbm.")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    monkeypatch.setattr(topology, "UNKNOWN_CHIP", CHIPS["v5p"])
+    monkeypatch.setattr(topology, "UNKNOWN_CHIP", TPUS["v5p"])
     found = compile.compile_for(small(), "cpu:1", "evaluate")
     assert not found["fits"]
     assert found["highest_flops_per_chip"] == found["flops_per_chip"]
@@ -134,7 +134,7 @@ def test_a_program_that_does_not_fit_has_its_traced_products(monkeypatch):
 
 
 def test_products_at_highest_take_their_own_rate():
-    work, chip = hlo.Work(), CHIPS["v5p"]
+    work, chip = hlo.Work(), TPUS["v5p"]
     work.products |= {("transporter", "highest"): 3e12, ("other", "highest"): 1e12,
                       ("other", "bf16"): 4e12, ("kernels", "other"): 1e12}
     compiled = report_of.Compiled(work, {"peak": 1, "hbm": 2}, 9e12, 1, 1, "plain", [])
@@ -147,7 +147,7 @@ def test_products_at_highest_take_their_own_rate():
     assert bound == pytest.approx({
         "seconds": seconds, "examples_per_second": 10 / seconds,
         "tokens_per_second": 160 / seconds, "mfu": 6e12 / (seconds * 459e12)})
-    assert CARDS["h100"].chip.rate("highest") == pytest.approx(66.9e12, rel=1e-3)
+    assert gpu.chip("h100").rate("highest") == pytest.approx(66.9e12, rel=1e-3)
 
 
 def stacked(x, w, unroll):
