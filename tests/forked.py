@@ -5,6 +5,7 @@ streams and devices.
 """
 
 import atexit
+import concurrent.futures
 import multiprocessing
 import os
 import runpy
@@ -76,20 +77,15 @@ class Program:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What is left of stdout and stderr, once the program has ended."""
-        texts = ["", ""]
-
-        def read(i, stream):
-            with stream:
-                texts[i] = stream.read()
-
-        readers = [threading.Thread(target=read, args=pair, daemon=True)
-                   for pair in enumerate((self.stdout, self.stderr))]
-        for reader in readers:
-            reader.start()
+        pool = concurrent.futures.ThreadPoolExecutor()
+        texts = pool.map(_rest, (self.stdout, self.stderr))
         self.wait(timeout)
-        for reader in readers:
-            reader.join()
-        return texts[0], texts[1]
+        return tuple(texts)
+
+
+def _rest(stream) -> str:
+    with stream:
+        return stream.read()
 
 
 def _run(arguments, cwd, env, out, err) -> None:

@@ -131,7 +131,7 @@ def test_every_command_parses_and_a_wrong_one_does_not():
     pages = {tuple(call): path.relative_to(ROOT) for path in PAGES
              for call in commands(path.read_text())}
     assert len(pages) > 150
-    found = errors([*pages, *(line.split() for line in WRONG)])
+    found = errors([*map(list, pages), *(line.split() for line in WRONG)])
     wrong = [f"{path}: launch.{' '.join(call)}: {error}"
              for (call, path), error in zip(pages.items(), found, strict=False) if error]
     assert not wrong, "\n".join(wrong)

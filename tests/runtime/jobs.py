@@ -4,8 +4,7 @@ import json
 import re
 import socket
 
-from tests import common
-from tests.common import TINY, environment
+from tests.common import TINY, environment, start
 
 SETTINGS = TINY | {"train.steps": 12, "train.save_every": 4, "sample.decoder": "inverse",
                    "evaluate.batch_size": 20}  # TINY's split: one program scores any split
@@ -15,13 +14,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
-
-
-def start(program, port, count, number, *flags, devices=1):
-    """Starts one process of a job, with simulated devices."""
-    together = [f"--coordinator_address=localhost:{port}", f"--num_processes={count}",
-                f"--process_id={number}"] if count > 1 else []
-    return common.start(["-m", program, *together, *flags], env=environment(devices=devices))
 
 
 class Job:
@@ -39,8 +31,9 @@ class Job:
                 config = ["--config=experiments/digits.py",
                           *(f"--config.{key}={value}" for key, value in overrides.items())]
             self.processes.append(start(
-                f"launch.{program}", port, count, number, f"--workdir={workdir}",
-                "--heartbeat_timeout=10", *flags, *config, devices=devices))
+                ["-m", f"launch.{program}", f"--coordinator_address=localhost:{port}",
+                 f"--num_processes={count}", f"--process_id={number}", f"--workdir={workdir}",
+                 "--heartbeat_timeout=10", *flags, *config], env=environment(devices=devices)))
 
     def read_until(self, pattern) -> str:
         """The next line of process 0 that has the pattern."""
