@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from ntm_jax.data.sources import open_source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate
 from ntm_jax.export.read import load_run
@@ -18,6 +19,10 @@ from ntm_jax.training import loop, objectives
 from tests.common import tiny_config, write_run
 
 MODULE = "foreign_module_of_a_folder"
+FEATURES = {"pythonClassName": f"{MODULE}.Feature", "jsonFeature": {"json": "{}"}}
+NESTED = {"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+          "jsonFeature": {"json": json.dumps(
+              {"image": {"type": f"{MODULE}.Feature", "content": {}}})}}
 
 
 @pytest.fixture
@@ -27,16 +32,16 @@ def hostile(tmp_path, monkeypatch):
     The module can be imported here, and writes a file when it is.
     """
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / f"{MODULE}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
+    for name in (MODULE, f"{MODULE}_dataset_builder"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
     folder = tmp_path / "hostile" / "1.0.0"
     folder.mkdir(parents=True)
     splits = [{"name": "train", "shardLengths": ["1"], "numBytes": "1"}]
     info = {"name": "hostile", "version": "1.0.0", "fileFormat": "array_record",
             "moduleName": MODULE, "splits": splits}
-    features = {"pythonClassName": f"{MODULE}.Feature", "jsonFeature": {"json": "{}"}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    (folder / "features.json").write_text(json.dumps(features))
-    yield f"tfds:{folder}"
+    (folder / "features.json").write_text(json.dumps(FEATURES))
+    yield folder
     assert not (tmp_path / "imported").exists()
     assert MODULE not in sys.modules
 
@@ -44,19 +49,37 @@ def hostile(tmp_path, monkeypatch):
 def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path, monkeypatch):
     settings = tiny_config(**{
         "model.transporter_blocks": 0, "trajectory.steps": (1,), "sample.steps": 1})
-    source = settings.data.open("train")
-    data = dataclasses.replace(settings.data, source=hostile)
+    source, name = settings.data.open("train"), f"tfds:{hostile}"
+    data = dataclasses.replace(settings.data, source=name)
     with monkeypatch.context() as patch:  # like a run from elsewhere
         patch.setattr(config.Data, "open", lambda *_: source)
         workdir = write_run(tmp_path / "run", dataclasses.replace(settings, data=data))
     run = load_run(str(workdir))
-    refused = rf"^{hostile} is neither .*'{MODULE}.Feature', which its files name"
+    refused = rf"^{name} is neither .*'{MODULE}.Feature', which its files name"
     with pytest.raises(UserError, match=refused):
         evaluate.evaluate(run)
     with pytest.raises(UserError, match=refused):
         loop.train(run.config, str(tmp_path / "other"), progress=False)
     with pytest.raises(UserError, match=refused):
-        inputs.open_input(hostile)
+        inputs.open_input(name)
+
+
+def test_no_file_of_a_tfds_folder_has_a_module_imported(hostile, tmp_path, monkeypatch):
+    """In JSON within a string, too, and in either file."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    refused = f"'{MODULE}.Feature', which its files name, is no feature of tfds"
+    (hostile / "features.json").write_text(json.dumps(NESTED))
+    for name in (hostile, "hostile:1.0.0"):
+        with pytest.raises(UserError, match=f"^tfds:{name} is neither .*{refused}"):
+            open_source(f"tfds:{name}", "train")
+    (hostile / "features.json").unlink()
+    info = json.loads((hostile / "dataset_info.json").read_text())
+    (hostile / "dataset_info.json").write_text(json.dumps(info | {"features": FEATURES}))
+    with pytest.raises(UserError, match=refused):
+        open_source(f"tfds:{hostile}", "train")
+    for name in (f"huggingface:{MODULE}", "hostile/data_dir=."):
+        with pytest.raises(UserError, match=f"^tfds:{name} is neither a data set known to tfds"):
+            open_source(f"tfds:{name}", "train")
 
 
 @pytest.mark.parametrize(
