@@ -55,7 +55,7 @@ def encode_captions(
     encoder = text.open_encoder(encoder_name)
     distinct = tuple(sorted(set(captions))) if len(captions) <= _MAX_CAPTIONS else ()
     if encoder.at_read:
-        cut = [text.encode(encoder, [caption])[1][0] for caption in distinct]
+        cut = [encoder.encode([caption])[1][0] for caption in distinct]
         text.warn_of_cut(encoder, distinct, cut)
         states = functools.partial(_encode_one, encoder)
     elif distinct:
@@ -69,12 +69,12 @@ def encode_captions(
 
 
 def _encode_one(encoder: text.Encoder, caption: str) -> np.ndarray:
-    return text.encode(encoder, [caption])[0][0]
+    return encoder.encode([caption])[0][0]
 
 
 @functools.cache
 def _encode_all(name: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
     encoder = text.open_encoder(name)
-    states, cut = text.encode(encoder, captions)
+    states, cut = encoder.encode(captions)
     text.warn_of_cut(encoder, captions, cut)
     return dict(zip(captions, states, strict=True))

@@ -301,7 +301,8 @@ def _serialised(
 def _array(key: str, value) -> np.ndarray:
     if key == "caption":
         return np.frombuffer(value.encode(), np.uint8)
-    return np.asarray(value, np.int32 if key == "label" else None, order="C")
+    dtype = {"label": np.int32, "text": np.float16}.get(key)
+    return np.asarray(value, dtype, order="C")
 
 
 @contextlib.contextmanager

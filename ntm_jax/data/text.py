@@ -76,20 +76,12 @@ def open_encoder(name: str) -> Encoder:
     return open_function(argument)
 
 
-def encode(
-    encoder: Encoder, captions: Sequence[str]
-) -> tuple[list[np.ndarray], Sequence[bool]]:
-    """`encoder.encode(captions)`, with the states as float16."""
-    states, cut = encoder.encode(captions)
-    return [np.asarray(own).astype(np.float16, copy=False) for own in states], cut
-
-
 def pad_text(text: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
     """Pads text states [m, E] with zeros to M = `tokens`.
 
-    Returns {"text": [M, E], "text_mask": [M] bool, true on the first m}.
+    Returns {"text": [M, E] float16, "text_mask": [M] bool, true on the first m}.
     """
-    padded = np.pad(text, ((0, tokens - len(text)), (0, 0)))
+    padded = np.pad(np.asarray(text, np.float16), ((0, tokens - len(text)), (0, 0)))
     return {"text": padded, "text_mask": np.arange(tokens) < len(text)}
 
 

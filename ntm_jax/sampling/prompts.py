@@ -104,7 +104,7 @@ def states(encoder, prompts: Sequence[str]) -> Text:
     Warns where prompts are too long for the encoder and were cut.
     """
     distinct = list(dict.fromkeys(prompts))
-    found, cut = text.encode(encoder, distinct)
+    found, cut = encoder.encode(distinct)
     text.warn_of_cut(encoder, distinct, cut)
     padded = {prompt: pad_text(own, encoder.tokens)
               for prompt, own in zip(distinct, found, strict=True)}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -61,14 +62,6 @@ def take(iterator, count):
 
 def indices(batches):
     return np.concatenate([batch["index"] for batch in batches]).tolist()
-
-
-def assert_equal(batches, others):
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others, strict=True):
-        assert batch.keys() == other.keys()
-        for key in batch:
-            np.testing.assert_array_equal(batch[key], other[key])
 
 
 def assert_holds(batch, source):
@@ -183,7 +176,7 @@ def test_a_state_continues_exactly_in_workers_and_threads_and_an_error_is_final(
     damaged.write_text("<html>")
     workers = train(source, batch_size=2, workers=2)
     workers.set_state(json.loads(json.dumps(first.get_state())))
-    assert_equal(take(workers, 4), expected[3:7])
+    jax.tree.map(np.testing.assert_array_equal, take(workers, 4), expected[3:7])
     assert len(multiprocessing.active_children()) == 2
     again = open_source(f"records:{tmp_path}", "train")
     for read_on in (
@@ -197,4 +190,4 @@ def test_a_state_continues_exactly_in_workers_and_threads_and_an_error_is_final(
     threads = train(open_source(f"records:{tmp_path}", "train"), batch_size=2)
     next(threads)  # setting a state discards what was read ahead
     threads.set_state(workers.get_state())  # that of the last good batch
-    assert_equal(take(threads, 2), expected[7:])
+    jax.tree.map(np.testing.assert_array_equal, take(threads, 2), expected[7:])

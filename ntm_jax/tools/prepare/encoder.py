@@ -89,7 +89,7 @@ class Encoder:
         """The states [m, E] float16 of each caption; None without an encoder."""
         if not self._text:
             return None
-        states, cut = text.encode(self._text, captions)
+        states, cut = self._text.encode(captions)
         tally.cut_captions += sum(cut)
         return states
 

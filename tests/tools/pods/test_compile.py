@@ -69,9 +69,6 @@ def test_the_report_of_a_step():
     settings = small(**{"model.remat": "full", "model.scan": True, "model.predictor_layers": 3,
                         "model.transporter_blocks": 0})
     report = compile.compile_for(settings, "cpu:1")
-    assert {"topology", "chips", "mesh", "parameters", "fits", "bytes_per_chip", "flops_per_chip",
-            "collective_bytes_per_chip", "roofline_seconds", "bound_by",
-            "compile_seconds"} <= set(report)
     assert set(report["bytes_per_chip"]) == {"arguments", "temporaries", "peak", "hbm"}
     assert set(report["roofline_seconds"]) == {"compute", "memory", "network"}
     assert report["fits"]
