@@ -61,6 +61,15 @@ def _shapes(model: NTM):
         "params"]
 
 
+def _alike(model: NTM) -> NTM:
+    """The model whose weights' shapes are traced for all that differ in nothing else."""
+    same = ["dtype", "transporter_dtype", "log_scale_bound", "data_std", "remat", "scan"]
+    if model.config.positions == "rotary" and not getattr(model.config.condition, "shift", False):
+        same.append("grid")
+    return model.clone(config=dataclasses.replace(
+        model.config, **{name: TINY[name] for name in same}))
+
+
 @functools.cache
 def _random_weights(model: NTM, seed: int):
     """Random weights, also where new ones are zero or one.
@@ -78,12 +87,7 @@ def _random_weights(model: NTM, seed: int):
             size = (0.3 if path[-2].key == "project" else 1) / math.sqrt(leaf.shape[-2])
         return ((name == "scale") + size * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    # Models that differ in these alone share the traced shapes of their weights.
-    same = ["dtype", "transporter_dtype", "log_scale_bound", "data_std", "remat", "scan"]
-    if model.config.positions == "rotary" and not getattr(model.config.condition, "shift", False):
-        same.append("grid")
-    config = dataclasses.replace(model.config, **{name: TINY[name] for name in same})
-    return jax.tree_util.tree_map_with_path(fill, _shapes(model.clone(config=config)))
+    return jax.tree_util.tree_map_with_path(fill, _shapes(_alike(model)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -108,8 +112,8 @@ def random_parameters(module, *args):
         for i, leaf in enumerate(leaves)])
 
 
-@functools.cache
 def _new_weights(model: NTM, seed: int):
+    model = _alike(model)
     return jax.device_get(nn.unbox(compiled(model, "init")(jax.random.key(seed),
                                                            *_inputs(model.config, 1)))["params"])
 
@@ -156,7 +160,7 @@ class Tiny(Bound):
         return _inputs(self.config, batch, steps, seed)
 
 
-RICH = {"condition": ClassCondition(2), "steps": (2, 3)}
+RICH = {"condition": ClassCondition(2), "steps": (2, 3), "transporter_blocks": 1}
 
 
 @pytest.fixture(scope="session")

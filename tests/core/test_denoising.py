@@ -7,8 +7,7 @@ import pytest
 
 from ntm_jax.core import trajectory
 from ntm_jax.core.denoising import denoise_levels, score_denoise
-from ntm_jax.data.conditions.label import ClassCondition
-from tests.core.conftest import noise_levels
+from tests.core.conftest import RICH, noise_levels
 
 
 def test_every_level_of_gaussian_data_gives_the_posterior_mean_and_its_own_score_does_not(tiny):
@@ -39,7 +38,7 @@ def test_every_level_of_gaussian_data_gives_the_posterior_mean_and_its_own_score
 
 def test_it_moves_all_levels_by_their_covariance(tiny):
     """v . (x_0 - (1 - t_0) x) is the derivative of the NLL when every x_j moves by S_0j v."""
-    random = tiny(condition=ClassCondition(2), steps=(2, 3), transporter_blocks=1)
+    random = tiny(**RICH)
     xs, t, steps, label = random.inputs(2, steps=3)
     found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
     v = np.random.default_rng(0).normal(size=found.shape)
@@ -55,7 +54,7 @@ def test_it_moves_all_levels_by_their_covariance(tiny):
 
 @pytest.mark.slow
 def test_the_gradient_is_clipped_at_a_percentile_of_each_example(tiny):
-    random = tiny(condition=ClassCondition(2), steps=(2, 3), transporter_blocks=1)
+    random = tiny(**RICH)
     xs, t, steps, label = random.inputs(2, steps=3)
 
     @jax.jit

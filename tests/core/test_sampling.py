@@ -127,7 +127,7 @@ def test_inversion_undoes_the_transporter_at_every_level(random, inverse):
     xs, us, (t, label) = latents(random)
     found = jax.jit(lambda us: sampling.invert_trajectory(
         random.module, random.params, us, t, label, inverse))(us)
-    np.testing.assert_allclose(found, xs, atol=1e-5)  # float32 rounding of two blocks
+    np.testing.assert_allclose(found, xs, atol=1e-5)  # float32 rounding of a block
     np.testing.assert_array_equal(found[:, -1], xs[:, -1])
     alone = jax.jit(lambda us: sampling.invert_level(
         random.module, random.params, us, t, label, 1, inverse))(us)

@@ -12,14 +12,7 @@ from ntm_jax.core.transporter import TOLERANCE
 from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.data.conditions.text import TextCondition
 
-CONFIGS = [
-    {},
-    {"transporter_blocks": 1, "positions": "learned", "scan": True, "transporter_layers": 2},
-    {"transporter_blocks": 3, "condition": ClassCondition(3), "kv_heads": 1, "steps": (2, 4)},
-    {"positions": "learned", "condition": ClassCondition(2), "steps": (1,), "kv_heads": 1,
-     "grid": (1, 5), "dim": 3},
-    {"condition": TextCondition(5, True)},
-]
+LEARNED = {"transporter_blocks": 1, "positions": "learned", "scan": True, "transporter_layers": 2}
 
 
 def condition(config):
@@ -35,19 +28,14 @@ def clean(tiny):
 
 
 @functools.cache
-def _compiled_inverse(module, how, tolerance):
-    return jax.jit(
-        functools.partial(module.apply, how=how, tolerance=tolerance, method=type(module).inverse))
+def _compiled_inverse(module, how):
+    return jax.jit(functools.partial(module.apply, how=how, method=type(module).inverse))
 
 
 def inverse(bound, *args, how="parallel", tolerance=TOLERANCE):
-    """(x, sweeps) of a transporter's or a block's inverse, as numpy arrays."""
-    return inverse_with_log_det(bound, *args, how=how, tolerance=tolerance)[:2]
-
-
-def inverse_with_log_det(bound, *args, how, tolerance=TOLERANCE):
-    return jax.device_get(
-        _compiled_inverse(bound.module, how, tolerance)({"params": bound.weights}, *args))
+    """(x, sweeps, log-determinant) of a transporter's or a block's inverse, as numpy arrays."""
+    return jax.device_get(_compiled_inverse(bound.module, how)(
+        {"params": bound.weights}, *args, tolerance=tolerance))
 
 
 def residual(block, x, u, modulation):
@@ -58,7 +46,10 @@ def residual(block, x, u, modulation):
     return (np.abs(new - x[flip]) / np.maximum(1, np.abs(new))).max((1, 2))
 
 
-@pytest.mark.parametrize("changes", [CONFIGS[0], CONFIGS[1] | CONFIGS[3], CONFIGS[4]])
+@pytest.mark.parametrize("changes", [
+    LEARNED | {"condition": ClassCondition(2), "steps": (1,), "kv_heads": 1, "grid": (1, 5),
+               "dim": 3},
+    {"condition": TextCondition(5, True)}])
 def test_log_det_is_that_of_the_jacobian(tiny, changes):
     x, *rest = clean(tiny(**changes))
     single = tiny(**changes).transporter(x, *rest)[1]
@@ -77,25 +68,16 @@ def test_log_det_is_that_of_the_jacobian(tiny, changes):
             assert single[i] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_new_transporter_is_the_identity(tiny):
-    new = tiny(new=True, condition=ClassCondition(2))
+def test_a_new_transporter_is_the_identity_and_its_positions_are_of_the_size_asked_for(tiny):
+    new = tiny(new=True, condition=ClassCondition(2), positions="learned",
+               transporter_positions_std=1.0, grid=(16, 16), dim=1)
     x, *rest = clean(new)
     u, log_det = new.transport(x, *rest)
     np.testing.assert_array_equal(u, x)
     np.testing.assert_array_equal(log_det, 0)
-    for how in ("sequential", "parallel"):
-        back, sweeps = inverse(new.transporter, x, *rest, how=how)
-        np.testing.assert_array_equal(back, x)
-        np.testing.assert_array_equal(sweeps, 1 if how == "parallel" else 6)
-
-
-def test_a_new_table_of_positions_is_of_the_size_asked_for(tiny):
-    new = tiny(new=True, positions="learned", transporter_positions_std=1.0,
-               transporter_blocks=1, grid=(16, 16), dim=1)
-    tables = [block["positions"]["table"] for name, block in sorted(new.transporter.weights.items())
-              if name.startswith("blocks")]
-    assert [table.shape[0] for table in tables] == [256]
-    assert np.std(tables[0]) == pytest.approx(1, rel=0.05)
+    table = new.weights["transporter"]["blocks_0"]["positions"]["table"]
+    assert len(table) == 256
+    assert np.std(table) == pytest.approx(1, rel=0.05)
     assert np.std(new.weights["predictor"]["positions"]["table"]) < 0.025
 
 
@@ -127,14 +109,15 @@ def test_a_text_counts_by_its_tokens_and_not_by_its_padding(tiny):
 
 
 @pytest.mark.parametrize(("changes", "grid"), [
-    *((changes, (4, 4)) for changes in CONFIGS[:3]),
-    pytest.param(CONFIGS[1], (16, 16), marks=pytest.mark.slow)])
+    (LEARNED, (4, 4)),
+    ({"condition": ClassCondition(2), "kv_heads": 1, "steps": (2, 4)}, (4, 4)),
+    pytest.param(LEARNED, (16, 16), marks=pytest.mark.slow)])
 def test_both_inverses_undo_the_transporter(tiny, changes, grid):
     random = tiny(**changes, grid=grid)
     x, *rest = clean(random)
     u, log_det = random.transport(x, *rest)
     assert np.abs(u - x).max() > 0.5
-    found = {how: inverse_with_log_det(random.transporter, u, *rest, how=how)
+    found = {how: inverse(random.transporter, u, *rest, how=how)
              for how in ("sequential", "parallel")}
     assert np.abs(log_det).min() > 0.1
     for back, sweeps, back_log_det in found.values():
@@ -150,41 +133,33 @@ def test_both_inverses_undo_the_transporter(tiny, changes, grid):
     assert errors["parallel"] < 2 * errors["sequential"]
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_the_parallel_inverse_keeps_its_tolerance(tiny, index):
+def test_the_parallel_inverse_keeps_its_tolerance(tiny):
     """Its residual is within the tolerance, and a smaller tolerance takes more sweeps."""
-    block, modulation = tiny(grid=(8, 8)).block(index), condition(tiny().config)
+    block, modulation = tiny(grid=(8, 8)).block(1), condition(tiny().config)
     u, before = clean(tiny(grid=(8, 8)))[0], 0
     for tolerance in (1e-2, 1e-4, TOLERANCE):
-        x, sweeps = inverse(block, u, modulation, tolerance=tolerance)
-        assert (residual(block, x, u, modulation) <= tolerance).all()
+        x, sweeps, _ = inverse(block, u, modulation, tolerance=tolerance)
+        left = residual(block, x, u, modulation)
+        assert (left <= tolerance).all()
+        assert (left > 1e-6).all() or tolerance < 1e-2  # the tolerance ends it
         assert (before < sweeps).all()
         assert (sweeps < 64).all()
         before = sweeps
-    rough, _ = inverse(block, u, modulation, tolerance=1e-2)
-    assert (residual(block, rough, u, modulation) > 1e-6).all()  # the tolerance ends it
 
 
-def wild(tiny, index, **changes):
-    """A block with shifts larger than the tokens that they depend on.
+def test_as_many_sweeps_as_tokens_are_exact(tiny):
+    """Also where shifts are larger than the tokens that they depend on.
 
-    No sweep makes a token right before all tokens that it depends on are.
+    There no sweep makes a token right before all tokens that it depends on are.
     """
-    block = tiny(**changes).block(index)
-    kernel = block.weights["project"]["kernel"] * np.where(
-        np.arange(2 * tiny(**changes).config.dim) < tiny(**changes).config.dim, 20, 1)
-    block.weights = block.weights | {
-        "project": block.weights["project"] | {"kernel": kernel.astype(np.float32)}}
-    return block
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_as_many_sweeps_as_tokens_are_exact(tiny, index):
-    block, u, modulation = wild(tiny, index), clean(tiny())[0], condition(tiny().config)
-    x, sweeps = inverse(block, u, modulation, tolerance=0.0)
+    block, u, modulation = tiny().block(1), clean(tiny())[0], condition(tiny().config)
+    project = block.weights["project"]
+    wide = project["kernel"] * np.array([20, 20, 1, 1], np.float32)  # of two shifts, two scales
+    block.weights = block.weights | {"project": project | {"kernel": wide}}
+    x, sweeps, _ = inverse(block, u, modulation, tolerance=0.0)
     np.testing.assert_array_equal(sweeps, 6)
     assert (residual(block, x, u, modulation) < 2e-6).all()  # float32 rounding of another program
-    expected, _ = inverse(block, u, modulation, how="sequential")
+    expected, *_ = inverse(block, u, modulation, how="sequential")
     # rounding, 1e-7, grows tenfold with every token
     np.testing.assert_allclose(x, expected, rtol=1e-3, atol=1e-3)
     assert np.abs(x).max() > 5
@@ -194,18 +169,14 @@ def test_an_example_neither_waits_for_another_nor_depends_on_it(tiny):
     block, c = tiny(grid=(8, 8)).block(0), tiny(grid=(8, 8)).config
     u, modulation = tiny(grid=(8, 8)).inputs(4).xs[:, 0], np.repeat(condition(c)[:1], 4, 0)
     u[0] *= 0.01  # too small to move its tokens' shifts much
-    x, sweeps = inverse(block, u, modulation, tolerance=1e-3)
+    x, sweeps, _ = inverse(block, u, modulation, tolerance=1e-3)
     quick, slow = np.argmin(sweeps), np.argmax(sweeps)
     assert sweeps[quick] < sweeps[slow]
     for others in (quick, slow):
         order = np.array([quick, others, others, others])
-        found, taken = inverse(block, u[order], modulation, tolerance=1e-3)
+        found, taken, _ = inverse(block, u[order], modulation, tolerance=1e-3)
         np.testing.assert_array_equal(found[0], x[quick])
         assert taken[0] == sweeps[quick]
-    alone, taken = inverse(block, u[[quick]], modulation[:1], tolerance=1e-3)
-    # a batch of another size may round differently
-    np.testing.assert_allclose(alone[0], x[quick], atol=1e-6)
-    assert taken[0] == sweeps[quick]
 
 
 def test_sweeps_survive_numbers_that_overflow(tiny):
@@ -219,7 +190,7 @@ def test_sweeps_survive_numbers_that_overflow(tiny):
     u, _ = block(x, modulation)
     assert np.isfinite(u).all()
     assert np.isnan(block.conditioner(u, modulation)[0]).all()  # the first token's too
-    found, sweeps = inverse(block, u, modulation)
+    found, sweeps, _ = inverse(block, u, modulation)
     np.testing.assert_allclose(found, x, atol=1e-4)  # a float32 log-scale of -57 is known to 4e-6
     assert (sweeps <= 6).all()
 
@@ -227,9 +198,9 @@ def test_sweeps_survive_numbers_that_overflow(tiny):
 def test_a_latent_that_is_not_finite_harms_only_its_own_example(tiny):
     random = tiny()
     u, *rest = clean(random)
-    expected, _ = inverse(random.transporter, u, *rest)
+    expected, *_ = inverse(random.transporter, u, *rest)
     u[1, 3] = np.nan
-    found, sweeps = inverse(random.transporter, u, *rest)
+    found, sweeps, _ = inverse(random.transporter, u, *rest)
     np.testing.assert_array_equal(found[0], expected[0])
     assert np.isnan(found[1]).any()
     np.testing.assert_array_equal(sweeps[1], 0)
@@ -250,8 +221,7 @@ def seen(function, x):
     return found.min(0)
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("index", "positions"), [(0, "rotary"), (1, "learned")])
 def test_a_block_depends_only_on_earlier_tokens_of_its_own_order(tiny, index, positions):
     random = tiny(positions=positions, transporter_layers=2)
     block, x, modulation = random.block(index), clean(random)[0], condition(random.config)
@@ -298,7 +268,8 @@ def test_a_bfloat16_network_keeps_float32_arithmetic(tiny):
     random, exact = tiny(transporter_dtype=jnp.bfloat16), tiny()
     x, *rest = clean(random)
     (u, log_det), (expected, _) = random.transport(x, *rest), exact.transport(x, *rest)
-    assert u.dtype == log_det.dtype == random.invert(u, *rest)[0].dtype == np.float32
+    back = jax.eval_shape(random.invert, u, *rest)[0]
+    assert u.dtype == log_det.dtype == back.dtype == np.float32
     assert 1e-5 < np.abs(u - expected).max() < 0.1  # bfloat16 has three digits
     # (x - m) exp(-g) of bfloat16 m and g is not itself a bfloat16 number
     assert (u != u.astype(jnp.bfloat16)).mean() > 0.9
