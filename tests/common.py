@@ -103,8 +103,20 @@ def new_run(settings: config.Config) -> Run:
 
 
 def random_run(run: Run, seed: int = 0, **changes) -> Run:
-    """The run with random parameters, and other fields of it."""
-    params = randomised(state.initialize(run).params, seed)
+    """The run with random parameters, and other fields of it.
+
+    Without an initialisation, which compiles for seconds. Last layers, which start at zero, have
+    small parameters.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        module, name = (key.key for key in path[-2:])
+        last = name != "kernel" or module in ("project", "modulation")
+        size = 0.1 if last else leaf.shape[-2] ** -0.5
+        return ((name == "scale") + size * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(fill, state.abstract(run).params)
     return dataclasses.replace(run, params=params, **changes)
 
 

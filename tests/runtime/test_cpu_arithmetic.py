@@ -33,7 +33,8 @@ def attentions():
     for tokens in (6, 3):
         arrays = [(2, tokens, 4, 4), (2, tokens, 2, 4), (2, tokens, 2, 4)]
         seen = np.arange(tokens)[None] < np.array([[tokens - 1], [2]])
-        for causal, keys in ((False, None), (True, None), (True, seen), (False, seen)):
+        masks = (False, None), (True, None), (False, seen), (True, seen)
+        for causal, keys in masks[-1:] if tokens == 3 else masks:
             for found in (CPU.attention, cpu_arithmetic.blockwise_attention):
                 yield (attention(found, keys, causal=causal),
                        attention(plain_attention, keys, causal=causal), arrays)

@@ -33,7 +33,7 @@ def test_samples_are_the_same_with_any_padding(run):
     assert alike(images(11), found)
     assert alike(images(11, behind=9.0), found)
     other = run.sample(4, prompts=["a"], guidance=0.5)
-    assert np.abs(found[2].astype(int) - other[2]).mean() > 0.5  # the text matters
+    assert np.abs(found[2].astype(int) - other[2]).mean() > 0.2  # the text matters
 
 
 def test_a_run_samples_prompts(run):

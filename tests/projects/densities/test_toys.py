@@ -13,7 +13,7 @@ from ntm_jax.data.sources import open_as_stored, open_source
 from ntm_jax.projects.densities import toys
 
 NAMES = ("moons", "checkerboard", "gaussians")
-LEVELS = (0.02, 0.3, 0.999999, 1.0)
+LEVELS = (0.02, 0.3, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,6 @@ def test_densities_integrate_to_1_with_mean_0_and_their_levels_variance(sources,
     np.testing.assert_allclose(mass @ where**2, (1 - t) ** 2 + t**2, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_pure_noise_is_standard_normal(sources, name):
-    where = np.random.default_rng(0).normal(size=(1000, 2)) * 3
-    normal = -0.5 * np.sum(where**2, 1) - math.log(2 * math.pi)
-    log_density = sources[name]["test"].log_density
-    np.testing.assert_allclose(log_density(where, 1.0), normal, rtol=1e-12)
-    np.testing.assert_allclose(
-        log_density(where, 1 - 1e-7), normal, atol=1e-5
-    )  # no jump on the way there
-
-
 @pytest.mark.parametrize("t", [0.05, 0.5])
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_lie_where_their_density_says(sources, name, t):
@@ -80,8 +69,13 @@ def test_samples_lie_where_their_density_says(sources, name, t):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_densities_are_finite_far_outside_and_fall(sources, name):
+def test_pure_noise_is_standard_normal_and_densities_are_finite_far_outside(sources, name):
     log_density = sources[name]["test"].log_density
+    where = np.random.default_rng(0).normal(size=(1000, 2)) * 3
+    normal = -0.5 * np.sum(where**2, 1) - math.log(2 * math.pi)
+    np.testing.assert_allclose(log_density(where, 1.0), normal, rtol=1e-12)
+    # no jump on the way there
+    np.testing.assert_allclose(log_density(where, 1 - 1e-7), normal, atol=1e-5)
     far = np.array([[3.0, 0], [30, 0], [0, 300], [-3000, 3000]])
     for t in LEVELS:
         found = log_density(far, t)

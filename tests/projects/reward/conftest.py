@@ -20,7 +20,7 @@ def brightness(monkeypatch):
     exec(EXAMPLE, {})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run():
     settings = tiny_config(**{"reward.name": "brightness", "reward.samples": 3,
                               "reward.updates": 2, "train.objective": "policy_gradient",
