@@ -17,9 +17,6 @@ get them:
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m launch.benchmark --peers=../peers
 
-With --rows=records alone it counts what training reads of 40 shards of prepared records before its
-first batch.
-
 Other work on the machine, and threads that move between cores, disturb the figures. On a CPU,
 reserve cores for it:
 
@@ -56,27 +53,15 @@ def main():
     from ntm_jax import files
 
     f = program.FLAGS
-    if f.rows == "records" and not (f.config or f.workdir or f.peers):
-        rows, text = _first_batch()
-    elif sum(map(bool, (f.config, f.workdir, f.peers))) != 1 or (f.vary and not f.config):
+    if sum(map(bool, (f.config, f.workdir, f.peers))) != 1 or (f.vary and not f.config):
         raise UserError("give one of --config, an experiment, which --vary changes, --workdir, a "
                         "run's folder, and --peers, a folder of other flows")
-    else:
-        rows, text = _compare() if f.peers else _benchmark()
+    rows, text = _compare() if f.peers else _benchmark()
     if not f.peers and jax.process_index():
         return
     print(text, flush=True)
     if f.json:
         files.write(f.json, json.dumps(rows, indent=2) + "\n")
-
-
-def _first_batch() -> tuple[list[dict], str]:
-    from ntm_jax.tools.rates import first_batch
-
-    row = first_batch.measure()
-    return [{"name": "records"} | row], (
-        f"records: {row['mib']:.1f} MiB of {row['of_mib']:,} read before the first batch, by "
-        f"{row['workers']} workers from {row['shards']} shards, in {row['seconds']:.1f} s")
 
 
 def _compare() -> tuple[list[dict], str]:

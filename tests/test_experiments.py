@@ -74,14 +74,7 @@ def test_variants_of_an_earlier_version_are_those_of_now(variant, earlier):
     assert found.to_dict() == experiment("flux2_klein", variant).to_dict()
 
 
-@pytest.mark.parametrize("name", ["digits", "digits:gaussian"])
-def test_a_shipped_experiment_is_found_by_its_name(name, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    found = parse(monkeypatch, f"--config={name}").to_dict()
-    assert found == experiment(*name.split(":")).to_dict()
-
-
-def test_an_experiment_of_another_folder_starts_from_the_defaults(monkeypatch, tmp_path):
+def test_an_experiment_is_found_by_its_name_or_its_file(monkeypatch, tmp_path):
     (tmp_path / "own.py").write_text(
         "from ntm_jax.experiments import digits\n"
         "def get_config(variant):\n"
@@ -90,6 +83,8 @@ def test_an_experiment_of_another_folder_starts_from_the_defaults(monkeypatch, t
         "    return c\n")
     monkeypatch.chdir(tmp_path)
     assert parse(monkeypatch, "--config=own.py:shapes").data.source == "shapes"
+    shipped = parse(monkeypatch, "--config=digits:gaussian").to_dict()
+    assert shipped == experiment("digits", "gaussian").to_dict()
 
 
 def refusal(*arguments: str, cwd=ROOT, program="train") -> str:

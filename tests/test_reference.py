@@ -1,6 +1,6 @@
 """The likelihood in float32 against tests/reference.py, and the reference against closed forms.
 
-The models are small ones, and a checkpoint of a few steps that are trained here or of your own run:
+The models are small ones, and a checkpoint of random parameters or of your own run:
 WORKDIR=runs/digits pytest tests/test_reference.py.
 """
 
@@ -23,9 +23,8 @@ from ntm_jax.core.model import NTM
 from ntm_jax.data import sources
 from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.runtime import cpu_arithmetic
-from ntm_jax.training import loop
 from tests import reference
-from tests.common import batch_of, tiny_config
+from tests.common import batch_of, tiny_config, write_run
 
 BASE = {
     "grid": (2, 3), "dim": 3, "steps": (3,), "width": 16, "head_size": 8,
@@ -139,18 +138,9 @@ def test_small_models(name):
             np.linspace(0.05, 1, steps + 1), steps, label, 6)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A trained run, read back from its folder."""
-    workdir = os.environ.get("WORKDIR")
-    if not workdir:
-        workdir = str(tmp_path_factory.mktemp("run"))
-        loop.train(tiny_config(**{"train.save_every": 100}), workdir, progress=False, until=5)
-    return ntm_jax.load(workdir)
-
-
 @pytest.mark.slow
-def test_a_checkpoint(run):
+def test_a_checkpoint(tmp_path):
+    run = ntm_jax.load(os.environ.get("WORKDIR") or write_run(tmp_path, tiny_config()))
     config = run.config
     source = sources.open_source(config.data.source, config.evaluate.split, config.data.image_size)
     # A network in bfloat16 has that rounding, 4e-3, in its likelihood.

@@ -39,12 +39,6 @@ def test_the_shipped_experiments_are_read(name):
     assert hash(read) == hash(config.read(read.raw))  # a static argument of compiled functions
 
 
-def test_a_file_without_newer_settings_has_their_defaults():
-    values = experiment("digits").to_dict()
-    del values["mesh"], values["init_from"], values["model"]["backbone"]
-    assert config.read(values) == config.read(experiment("digits"))
-
-
 @dataclasses.dataclass(frozen=True)
 class Own:
     """A section of a project."""

@@ -35,9 +35,7 @@ def test_a_run_is_read_back_and_resumable(begun):
     assert check(begun) == []
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("mesh.fsdp", 2), ("data.workers", 3), ("train.steps", 9), ("evaluate.split", "train"),
-    ("sample.decoder", "score"), ("optimizer.learning_rate", 1e-4)])
+@pytest.mark.parametrize(("key", "value"), [("mesh.fsdp", 2), ("train.steps", 9)])
 def test_what_a_resumed_run_may_change_is_reported(begun, key, value):
     before = config.flatten(tiny_config().raw)[key]
     assert check(begun, **{key: value}) == [
@@ -128,7 +126,7 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(begun):
     stored = json.loads(path.read_text())
     for section, key in (("sample", "inverse"), ("sample", "percentile"), ("evaluate", "features")):
         del stored[section][key]
-    del stored["teacher"], stored["init_from"], stored[files.SEAL]
+    del stored["teacher"], stored["init_from"], stored["mesh"], stored[files.SEAL]
     path.write_text(json.dumps(stored))
     found, _ = config_file.load(begun)
     expected = tiny_config().sample, "none", ""
