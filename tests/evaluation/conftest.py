@@ -6,6 +6,8 @@ from ntm_jax.data import sources
 from ntm_jax.evaluation import scoring
 from tests.common import as_run, random_run, setup, tiny_config
 
+SETTINGS = {"evaluate.batch_size": 12, "evaluate.trajectories": 3}
+
 
 @pytest.fixture(scope="session")
 def source():
@@ -15,13 +17,16 @@ def source():
 
 @pytest.fixture(scope="session")
 def run():
-    """A run with random parameters, so that no term is trivial, in no folder."""
-    settings = tiny_config()
+    """A run with random parameters, so that no term is trivial, in no folder.
+
+    It scores 12 records at a time, so that the last batch is padded.
+    """
+    settings = tiny_config(**SETTINGS)
     _, model, mesh = setup(settings)
     return random_run(as_run(settings, model, mesh), step=3, workdir="runs/tiny")
 
 
 @pytest.fixture(scope="session")
 def scores(run, source):
-    """The scores of the records, in one batch, with three trajectories each."""
+    """The scores of the records, with three trajectories each."""
     return scoring.score_records(run, source, 3)

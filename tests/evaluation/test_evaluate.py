@@ -14,19 +14,20 @@ from ntm_jax.evaluation import evaluate, measures, scoring
 from ntm_jax.evaluation.evaluate import EvaluationOptions
 from ntm_jax.evaluation.report import table, write_report
 from tests.common import tiny_config
+from tests.evaluation.conftest import SETTINGS
 
 
 def configured(run, **overrides):
     """The run with settings of the shrunk experiment overridden."""
-    return dataclasses.replace(run, config=tiny_config(**overrides))
+    return dataclasses.replace(run, config=tiny_config(**SETTINGS | overrides))
 
 
-def test_the_figures_and_the_table_of_an_evaluation(run, tmp_path, capsys):
-    run = configured(run, **{"evaluate.num_samples": 20, "evaluate.split": "test[:12]",
-                             "evaluate.features": "pixels", "sample.decoder": "score"})
+def test_the_figures_and_the_table_of_an_evaluation(run, source, tmp_path, capsys):
+    run = configured(run, **{"evaluate.num_samples": 20, "evaluate.features": "pixels",
+                             "sample.decoder": "score"})
     result, scores = evaluate.evaluate(run)
-    assert (result["step"], result["split"], result["count"]) == (3, "test[:12]", 12)
-    assert scores["bound"].shape == (12,)
+    assert (result["step"], result["split"], result["count"]) == (3, "test[:20]", 20)
+    assert scores["bound"].shape == (20,)
     accuracy, features = result["class_accuracy"], result["features"]
     assert (accuracy["images"], accuracy["decoder"]) == (20, "score")
     assert 0 <= accuracy["mean"] < 0.6  # the model is untrained
@@ -37,7 +38,7 @@ def test_the_figures_and_the_table_of_an_evaluation(run, tmp_path, capsys):
     assert len(provenance["checksum"]) == 16
     assert provenance["levels"] == pytest.approx([0.03, 0.515, 1])
     assert provenance["config"] == run.config.raw
-    assert result["denoising"] == measures.denoising_errors(run, run.config.data.open("test[:12]"))
+    assert result["denoising"] == measures.denoising_errors(run, source)
     write_report(run, result, scores, tmp_path / "evaluation.json")
     assert files.read_json(tmp_path / "evaluation.json", "") == result
     printed = capsys.readouterr().out
@@ -72,7 +73,7 @@ def test_data_that_changed_since_the_training_are_named(run):
     changed = dataclasses.replace(run, spec=dataclasses.replace(run.spec, version="before"))
     with pytest.warns(UserWarning, match=r"^digits changed since the run began, from version "
                                          r"'before' to 'scikit-learn .*'"):
-        evaluate.evaluate(changed, EvaluationOptions(split="test[:4]", trajectories=1))
+        evaluate.evaluate(changed)
 
 
 def test_two_runs_are_compared_record_by_record(run):

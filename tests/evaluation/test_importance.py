@@ -14,7 +14,12 @@ from ntm_jax.evaluation import importance
 from tests.core.conftest import noise_levels
 
 # Compiled, since eager operations compile one by one.
-start = jax.jit(trajectory.noise_first_level)
+summarize = jax.jit(importance.summarize)
+
+
+def bounds(terms, draw, x, t, decoder_levels, trajectories):
+    return jax.device_get(jax.jit(lambda x: importance.estimate_bounds(
+        terms, draw, x, t, decoder_levels, trajectories))(x))
 
 
 def log_gaussian(x, mean, variance):
@@ -43,27 +48,28 @@ def true_conditionals(t, mean, variance):
     return terms
 
 
-@pytest.mark.parametrize(("steps", "schedule"), [(1, "linear"), (4, "shifted")])
-def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true(steps, schedule):
+@pytest.mark.parametrize(("steps", "schedule", "first"), [
+    (1, "linear", 0), (4, "shifted", 0), (4, "linear", 2)])
+def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true(
+        steps, schedule, first):
+    """The bounds are then the density at the first level, be it of a trajectory's upper part."""
     mean, variance, rng = 0.3, 0.4, np.random.default_rng(5)
-    x = jnp.asarray(mean + math.sqrt(variance) * rng.normal(size=(16, 8, 3)), jnp.float32)
-    t = noise_levels(steps, np.full(16, 0.02, np.float32), schedule, 0.5)
-    x_0 = start(x, t[:, 0], rng.normal(size=x.shape).astype(np.float32))
+    t = noise_levels(steps, np.full(16, 0.02, np.float32), schedule, 0.5)[:, first:]
+    points = rng.normal(size=(16, 8, 3)).astype(np.float32)
 
     def draw(number):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (16, steps, 8, 3))
-        return trajectory.noise_forward(x_0, t, noise)
+        noise = jax.random.normal(jax.random.key(number), (16, steps - first, 8, 3))
+        return trajectory.noise_forward(points, t, noise)
 
-    expected = log_gaussian(x_0, 0.98 * mean, 0.98**2 * variance + 0.02**2) / 24
-    terms = true_conditionals(t, mean, variance)
-    for trajectories in (1, 4, 16):
-        scores = importance.estimate_bounds(terms, draw, x, t, 0, trajectories)
-        assert scores["weighted"].shape == (16, len(importance.reported_counts(trajectories)))
-        for bound in (scores["bound"], scores["importance_weighted"], *scores["weighted"].T):
-            # float32: some 4e-6 a dimension
-            np.testing.assert_allclose(bound / 24, expected, atol=1e-4)
-        np.testing.assert_allclose(scores["effective_sample_size"], trajectories, rtol=1e-3)
-        assert (scores["bound_variance"] < 1e-6).all()
+    scores = bounds(true_conditionals(t, mean, variance), draw, points, t, 0, 16)
+    level = float(t[0, 0])
+    expected = log_gaussian(points, (1 - level) * mean, (1 - level) ** 2 * variance + level**2)
+    assert scores["weighted"].shape == (16, 3)  # of the first, of four and of all
+    for bound in (scores["bound"], scores["importance_weighted"], *scores["weighted"].T):
+        # float32: some 4e-6 a dimension
+        np.testing.assert_allclose(bound / 24, expected / 24, atol=1e-4)
+    np.testing.assert_allclose(scores["effective_sample_size"], 16, rtol=1e-3)
+    assert (scores["bound_variance"] < 1e-6).all()
 
 
 def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
@@ -77,8 +83,7 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (64, 5, 1, 2))
         return trajectory.simulate(x, t, noise)
 
-    scores = importance.estimate_bounds(true_conditionals(t, mean, variance), draw, x, t,
-                                        likelihood.UNBINNED, 1000)
+    scores = bounds(true_conditionals(t, mean, variance), draw, x, t, likelihood.UNBINNED, 1000)
     expected = np.asarray(log_gaussian(x, mean, variance + 2 * s**2))
     error = scores["importance_weighted"] - expected
     spread = np.sqrt(scores["weighted_variance"])
@@ -92,26 +97,11 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
     assert scores["reconstruction"].shape == (64,)
 
 
-def test_the_upper_part_of_a_trajectory_bounds_the_density_at_its_level():
-    mean, variance, rng = 0.3, 0.4, np.random.default_rng(7)
-    t = noise_levels(4, np.full(6, 0.02, np.float32), "linear", 0.0)[:, 2:]
-    points = rng.normal(size=(6, 8, 3)).astype(np.float32)
-
-    def draw(number):
-        noise = jax.random.normal(jax.random.key(number), (6, 2, 8, 3))
-        return trajectory.noise_forward(points, t, noise)
-
-    scores = importance.estimate_bounds(true_conditionals(t, mean, variance), draw, points, t, 0, 3)
-    level = float(t[0, 0])
-    expected = log_gaussian(points, (1 - level) * mean, (1 - level) ** 2 * variance + level**2)
-    np.testing.assert_allclose(scores["importance_weighted"] / 24, expected / 24, atol=1e-4)
-
-
 def test_the_bounds_equal_direct_sums():
     log_w = np.random.default_rng(4).normal(size=(6, 3)) * np.array([0.5, 3.0, 30.0]) - np.array(
         [100.0, 5000.0, 0.0])
     log_w = log_w.astype(np.float32)
-    found = importance.summarize(jnp.asarray(log_w))
+    found = summarize(jnp.asarray(log_w))
     log_w = log_w.astype(np.float64)
     # float32 sums of six terms; a logarithm of 10,000 is off by 5e-4, and its exponential by as
     # much
@@ -133,13 +123,13 @@ def test_the_bounds_equal_direct_sums():
 def test_the_variance_of_the_weighted_bound_is_that_of_repetitions(deviation, count):
     """Of log-normal weights, of which few count where they spread widely."""
     log_w = deviation * np.random.default_rng(5).normal(size=(count, 4000)).astype(np.float32)
-    found = importance.summarize(jnp.asarray(log_w))
+    found = summarize(jnp.asarray(log_w))
     true = np.var(found["importance_weighted"])
     assert float(found["weighted_variance"].mean()) == pytest.approx(true, rel=0.25)
 
 
 def test_one_trajectory_has_no_error():
-    found = importance.summarize(jnp.array([[-7.0]]))
+    found = summarize(jnp.array([[-7.0]]))
     assert {name: float(value.item()) for name, value in found.items()} == {
         "bound": -7, "importance_weighted": -7, "effective_sample_size": 1, "bound_variance": 0,
         "weighted_variance": 0, "weighted": -7}

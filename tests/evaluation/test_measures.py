@@ -1,7 +1,5 @@
 """Held-out errors of denoising."""
 
-import dataclasses
-
 import jax
 import numpy as np
 
@@ -11,9 +9,7 @@ from tests.common import batch_of
 
 
 def test_denoising_by_level(run, source):
-    """In batches of 12, of which the last is padded."""
-    in_twelves = dataclasses.replace(run, config=run.config.with_evaluation(batch_size=12))
-    found = measures.denoising_errors(in_twelves, source)
+    found = measures.denoising_errors(run, source)
     batch = batch_of(source, run.config, 20)
     x, t = batch["x"], np.tile(run.sampled_levels(), (20, 1))
 

@@ -9,7 +9,6 @@ from ntm_jax.evaluation.report import CONTRIBUTIONS
 
 
 def test_every_record_counts_once_in_any_batch_size_with_the_same_scores(run, source, scores):
-    """The last of the batches of 7 is padded."""
     in_sevens = dataclasses.replace(run, config=run.config.with_evaluation(batch_size=7))
     table = scoring.score_records(in_sevens, source, 3)
     np.testing.assert_array_equal(table["index"], np.arange(20))
@@ -32,9 +31,3 @@ def test_the_weighted_bound_is_the_tighter_one_record_by_record(scores):
     np.testing.assert_allclose(parts, scores["bound"], rtol=1e-5, atol=1e-2)
     assert scores["weighted"].shape == (20, 2)  # of the first trajectory and of all three
     np.testing.assert_array_equal(scores["weighted"][:, -1], scores["importance_weighted"])
-
-
-def test_one_trajectory_is_the_first_of_many_and_makes_both_bounds_equal(run, source, scores):
-    one = scoring.score_records(run, source, 1)
-    np.testing.assert_allclose(one["importance_weighted"], scores["weighted"][:, 0], rtol=1e-5)
-    np.testing.assert_allclose(one["bound"], one["importance_weighted"], rtol=1e-6)

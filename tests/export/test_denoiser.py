@@ -1,6 +1,5 @@
 """The export of a run with a learned denoiser, in all its uses."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,17 +9,6 @@ from flax import traverse_util
 import ntm_jax
 from tests.common import bits
 from tests.export.common import assert_close, assert_same_numbers, program, run_script
-
-
-@pytest.mark.slow
-def test_a_new_run_starts_from_the_teacher_in_the_export(denoised, tmp_path, started):
-    """Although the export was loaded before, with its denoiser."""
-    run, folder = denoised
-    ntm_jax.load(str(folder))
-    settings = run.config.with_sampling(decoder="inverse")
-    settings = dataclasses.replace(settings, init_from=str(folder))
-    current, start = started(settings, tmp_path / "new")
-    assert (start, bits(current.params)) == (0, bits(run.params))
 
 
 @pytest.mark.slow

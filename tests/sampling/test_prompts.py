@@ -16,7 +16,12 @@ from ntm_jax.sampling.prompts import Prompt
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from tests.common import WORDS, alike, assert_shows, pixels, text_run
 
-run = pytest.fixture(text_run, scope="module")
+
+@pytest.fixture(scope="module")
+def run():
+    """It is guided, and sampled in fours: one program serves all tests."""
+    found = text_run()
+    return dataclasses.replace(found, config=found.config.with_sampling(guidance=0.5))
 
 
 def test_samples_are_the_same_with_any_padding(run):
@@ -27,12 +32,12 @@ def test_samples_are_the_same_with_any_padding(run):
         padded = [pad_text(one, tokens) for one in own]
         states, mask = (np.stack([p[name] for p in padded]) for name in ("text", "text_mask"))
         states = np.where(mask[..., None], states, np.float16(behind))
-        return run.sample(4, Text(states, mask), guidance=0.5)
+        return run.sample(4, Text(states, mask))
 
     found = images(4)
     assert alike(images(11), found)
     assert alike(images(11, behind=9.0), found)
-    other = run.sample(4, prompts=["a"], guidance=0.5)
+    other = run.sample(4, prompts=["a"])
     assert np.abs(found[2].astype(int) - other[2]).mean() > 0.2  # the text matters
 
 
@@ -42,12 +47,12 @@ def test_a_run_samples_prompts(run):
     assert (y.states.shape, y.mask.sum(1).tolist()) == ((4, 4, 14), [3, 2, 3, 2])
     assert alike(run.sample(4, y), images)
     assert not alike(run.sample(4, prompts=["blue square", "a red circle"]), images)
-    one = run.sample(2, prompts="a red circle")
-    assert alike(one, run.sample(2, prompts=["a red circle"]))
+    one = run.sample(4, prompts="a red circle")
+    assert alike(one, run.sample(4, prompts=["a red circle"]))
     np.testing.assert_array_equal(run.text("blue square").mask, run.text(["blue square"]).mask)
     own = run.text("a red circle")
-    assert alike(one, run.sample(2, own))  # of one caption for all images
-    assert alike(one, run.sample(2, Text(own.states.tolist(), own.mask.tolist())))
+    assert alike(one, run.sample(4, own))  # of one caption for all images
+    assert alike(one, run.sample(4, Text(own.states.tolist(), own.mask.tolist())))
     with pytest.warns(UserWarning, match=r"1 of 2 captions are cut to the 4 tokens of words:4:.*, "
                                          "such as 'a red circle a blue square'"):
         run.sample(4, prompts=["a red circle a blue square", "blue"])
@@ -85,9 +90,9 @@ def test_prompts_that_do_not_fit_the_model_are_refused(run, tmp_path):
             write_samples(own, str(tmp_path / "out"), request)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="has the word 'fox', which the model does not know"):
-        write_samples(run, str(tmp_path / "out"), SampleRequest(1, 1, prompts=[Prompt("a fox")]))
+        write_samples(run, str(tmp_path / "out"), SampleRequest(4, 4, prompts=[Prompt("a fox")]))
     # That call made nothing, so that the folder is free for another.
-    write_samples(run, str(tmp_path / "out"), SampleRequest(1, 1, prompts=[Prompt("blue")]))
+    write_samples(run, str(tmp_path / "out"), SampleRequest(4, 4, prompts=[Prompt("blue")]))
 
 
 def test_written_prompts(run, tmp_path):
@@ -95,26 +100,28 @@ def test_written_prompts(run, tmp_path):
 
     The run does not name the encoder, which the call then names.
     """
-    given, out = prompts.parse(["a red circle", "", "blue square"]), tmp_path / "out"
+    repeated = ["a red circle", "a red circle", "", "", "blue", "blue", "red", "red"]
+    given, out = prompts.parse(repeated[::2]), tmp_path / "out"
     unnamed = dataclasses.replace(run, spec=dataclasses.replace(run.spec, text=""))
-    request = SampleRequest(6, 4, prompts=given, encoder=WORDS)
+    request = SampleRequest(8, 4, prompts=given, encoder=WORDS)
     write_samples(unnamed, str(out), request)
     assert sorted(path.name for path in out.iterdir()) == [
-        *(f"{i}.png" for i in range(6)), "contact_sheet.png", "grid.png", "prompts.jsonl",
+        *(f"{i}.png" for i in range(8)), "contact_sheet.png", "grid.png", "prompts.jsonl",
         "samples.json", "samples.npz"]
     assert json.loads((out / "samples.json").read_text())["--encoder"] == WORDS
-    repeated = ["a red circle", "a red circle", "", "", "blue square", "blue square"]
     with np.load(out / "samples.npz") as archive:
         images, numbers = archive["arr_0"], archive["arr_1"]
-    assert_shows(images, run.sample(6, prompts=repeated))
-    assert numbers.tolist() == [0, 0, 1, 1, 2, 2]
+    expected = [run.sample_at(part, run.text([repeated[i] for i in part]))
+                for part in np.arange(8).reshape(2, 4)]
+    assert_shows(images, np.concatenate(expected))
+    assert numbers.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert json.loads((out / "samples.json").read_text())["split"] is None
-    write_samples(run, str(tmp_path / "split"), SampleRequest(2, 2))  # on the captions of the split
+    write_samples(run, str(tmp_path / "split"), SampleRequest(4, 4))  # on the captions of the split
     assert json.loads((tmp_path / "split/samples.json").read_text())["split"] == "test[:20]"
     for i, line in enumerate((out / "prompts.jsonl").read_text().splitlines()):
         assert json.loads(line) == {"file_name": f"{i}.png", "prompt": repeated[i]}
         np.testing.assert_array_equal(pixels(out / f"{i}.png"), images[i])
-    assert 3 * 64 <= len(pixels(out / "contact_sheet.png")) < 3 * 70  # a row a prompt
-    with pytest.raises(UserError, match=r"holds samples of --prompts '3 of digest \w+', and this "
+    assert 4 * 64 <= len(pixels(out / "contact_sheet.png")) < 4 * 70  # a row a prompt
+    with pytest.raises(UserError, match=r"holds samples of --prompts '4 of digest \w+', and this "
                                         "call has '2 of digest"):
         write_samples(unnamed, str(out), dataclasses.replace(request, prompts=given[:2]))

@@ -24,16 +24,18 @@ def test_information_is_the_difference_of_the_likelihoods_terms(run, steps, firs
     images = np.random.default_rng(0).integers(0, 17, (3, 8, 8, 1), np.uint8)
     found = selection.information(run, images, index, y, 3)
     x, t = run.spec.to_tokens(images), run.schedule.fixed_levels(steps, 3)
-    keys = example_keys(jax.random.key(3), "select", index)
-    apply, count = full_precision(run.model).apply, jnp.full(3, steps)
-    nll = jax.jit(lambda xs, y: apply(run.params, xs, t, count, y).nll)
-    expected = []
-    for number in range(selection.TRAJECTORIES):
+
+    @jax.jit
+    def nll(number, y):
+        keys = example_keys(jax.random.key(3), "select", index)
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         xs = simulate(x, t, example_noise(own, (steps + 1, *x.shape[1:])))
-        change = nll(xs, np.full(3, 10)) - nll(xs, y)  # 10 is the null class
-        expected.append(np.asarray(change)[:, first:].sum(1))  # all but the cleanest level
-    assert np.abs(expected).min() > 1e-2
+        terms = full_precision(run.model).apply(run.params, xs, t, jnp.full(3, steps), y)
+        return terms.nll[:, first:].sum(1)  # all but the cleanest level
+
+    expected = [nll(number, np.full(3, 10)) - nll(number, y)  # 10 is the null class
+                for number in range(selection.TRAJECTORIES)]
+    assert np.min(np.abs(expected)) > 1e-2
     # Sums of a hundred terms in float32, whose order differs.
     np.testing.assert_allclose(found, np.mean(expected, 0), rtol=1e-4, atol=1e-4)
 

@@ -28,9 +28,14 @@ def saved(settings, workdir):
         return checkpoints.restore(state.abstract(new_run(settings)))
 
 
-def test_a_resumed_run_continues_bit_for_bit(tmp_path, monkeypatch):
-    """A step gets nothing from the host but its batch, either: no implicit transfer, no wait."""
-    settings, make_step, taken = tiny_config(), loop.make_step, []
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run in two folders, `whole` and `parts`: taken to step 5 at once and in two parts.
+
+    A step gets nothing from the host but its batch: no implicit transfer, no wait. Returns their
+    folder, and the T and the records of each step.
+    """
+    folder, make_step, taken = tmp_path_factory.mktemp("runs"), loop.make_step, []
 
     def make(*arguments):
         step = make_step(*arguments)
@@ -43,40 +48,43 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, monkeypatch):
         call.lower = step.lower
         return call
 
-    monkeypatch.setattr(loop, "make_step", make)
-    loop.train(settings, tmp_path / "whole", progress=False, until=5)
-    for until in (3, 5):
-        loop.train(settings, tmp_path / "parts", progress=False, until=until)
-    assert taken[5:] == taken[:5]  # each step's T and records
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", make)
+        for name, until in (("whole", 5), ("parts", 3), ("parts", 5)):
+            assert loop.train(tiny_config(), folder / name, progress=False, until=until) is None
+    return folder, taken
+
+
+def test_a_resumed_run_continues_bit_for_bit(trained):
+    folder, taken = trained
+    assert taken[5:] == taken[:5]
     assert [len(records) for _, records in taken[:5]] == [16] * 5
-    lines = logged(tmp_path / "whole")
+    lines = logged(folder / "whole")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert logged(tmp_path / "parts") == lines
+    assert logged(folder / "parts") == lines
     (step, first, position), (other, second, other_position) = (
-        saved(settings, tmp_path / name) for name in ("whole", "parts"))
+        saved(tiny_config(), folder / name) for name in ("whole", "parts"))
     assert (step, position) == (other, other_position)
     assert step == int(first.step) == 5
     assert bits(first) == bits(second)
     assert bits(first.params) != bits(first.ema)
 
 
-def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tmp_path, monkeypatch):
+def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(trained, monkeypatch):
     monkeypatch.setattr(pictures, "draw", lambda *_: [])  # tests/test_programs.py draws them
-    settings = tiny_config(**{"train.steps": 2})
-    _, result = loop.train(settings, tmp_path, progress=False)
-    assert result["step"] == 2
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    (tmp_path / "evaluation.json").unlink()
-    _, again = loop.train(settings, tmp_path, progress=False)
-    del result["provenance"]["date"], again["provenance"]["date"]
-    assert again == result == figures(tmp_path / "evaluation.json")
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    for until in (3, 2):  # the second has passed
-        assert loop.train(tiny_config(), tmp_path, progress=False, until=until) is None
-        assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3]
-    message = r"holds step 3, beyond config\.train\.steps = 2: raise it to go on"
+    folder, finished = trained[0] / "parts", tiny_config(**{"train.steps": 5})
+    before = (folder / "metrics.jsonl").read_bytes()
+    results = [loop.train(finished, folder, progress=False)[1] for _ in range(2)]
+    for result in results:
+        del result["provenance"]["date"]
+    assert results[0] == results[1] == figures(folder / "evaluation.json")
+    assert results[0]["step"] == 5
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    loop.train(tiny_config(), folder, progress=False)
+    assert [line["step"] for line in logged(folder)] == [1, 2, 3, 4, 5, 6]
+    message = r"holds step 6, beyond config\.train\.steps = 5: raise it to go on"
     with pytest.raises(UserError, match=message):
-        loop.train(settings, tmp_path, progress=False)
+        loop.train(finished, folder, progress=False)
 
 
 @pytest.mark.parametrize(("overrides", "message"), [

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.core import trajectory
 from ntm_jax.errors import UserError
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import StepInputs
@@ -109,25 +108,3 @@ def test_pairs_estimate_the_trajectory_without_bias(examples):
         # The error is small enough to show a bias.
         distinguished = error < 0.1 * abs(two.mean() - four.mean())
         assert distinguished or error < 0.02 * abs(pairs.mean()), name
-
-
-def test_a_pair_is_the_trajectorys_own_factor(examples):
-    setup, params, batch = examples
-    model, x, label = setup.model, batch["x"][:4], batch["label"][:4]
-    noise = np.random.default_rng(0).normal(size=(4, 5, *x.shape[1:])).astype(np.float32)
-
-    @jax.jit
-    def noised(t_0):
-        t = setup.schedule.levels(4, t_0)
-        return trajectory.simulate(x, t, noise), t
-
-    xs, t = jax.device_get(noised(np.full(4, 0.03, np.float32)))
-    steps = np.full(4, 4)
-    whole = jax.device_get(jax.jit(model.apply)(params, xs, t, steps, label))
-    apply = jax.jit(functools.partial(model.apply, method=type(model).pair))
-    for k in range(4):
-        last = np.full(4, k == 3)
-        pair = apply(params, xs[:, k], xs[:, k + 1], t[:, k], t[:, k + 1], last, steps, label)
-        np.testing.assert_allclose(pair.nll, whole.nll[:, k], rtol=1e-4)
-        np.testing.assert_array_equal(pair.level, whole.level[:, k])
-        np.testing.assert_array_equal(pair.level, t[:, k])
