@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import traceback
 import types
 
 import jax
@@ -101,27 +100,12 @@ def _run(arguments, cwd, env, out, err) -> None:
     kind, program, *rest = arguments
     sys.argv = ["-c" if kind == "-c" else program, *rest]
     multiprocessing.set_start_method(None, force=True)
-    os._exit(_status_of(kind, program))
-
-
-def _status_of(kind: str, program: str) -> int:
-    """Runs a module, or with `-c` a text, as Python does, up to its exit handlers."""
-    status = 0
     try:
         if kind == "-c":
             main = sys.modules["__main__"] = types.ModuleType("__main__")
             exec(program, main.__dict__)
         else:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    return status
+    finally:  # what a process of multiprocessing leaves out of Python's end
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
