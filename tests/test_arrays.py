@@ -22,7 +22,7 @@ from ntm_jax.evaluation import scoring
 from ntm_jax.projects.weighing import reweight
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import state
-from tests.common import ROOT, TINY, configured, new_run, randomised
+from tests.common import ROOT, TINY, configured, new_run, random_run
 from tests.export.common import run_script
 
 MEAN, STD = np.array([5.0, -1e4]), np.array([0.01, 300.0])
@@ -54,8 +54,7 @@ def gaussian():
 @pytest.fixture(scope="module")
 def random(gaussian):
     """A run with random parameters, which depend on the condition."""
-    return dataclasses.replace(
-        gaussian, params=randomised(gaussian.params, seed=1), workdir="runs/tiny")
+    return random_run(gaussian, 2, workdir="runs/tiny")
 
 
 def test_the_density_at_t_0_is_in_the_datas_own_units(gaussian):
