@@ -60,16 +60,23 @@ def sampler_of(run: Run) -> RolloutSampler:
         config.reward.trainable != "predictor", first, last, config.sample.inverse, run.mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("sampler", "part"))
-def sample(params, root, batch, *, sampler: RolloutSampler, part: int):
-    """Draws one of the PARTS of a batch's samples: (clean tokens, rollouts).
+@functools.partial(jax.jit, static_argnames=("samples", "part"))
+def _keys(root, index, *, samples: int, part: int):
+    """The keys [P, g] of one of the PARTS of each record's samples; the first is the larger one."""
+    count = -(-samples // PARTS)
+    count = min(count, samples - part * count)
+    return jax.vmap(lambda key: jax.random.split(key, count))(
+        example_keys(root, f"rollout {part}", index))
 
-    Their shapes are [P, g, N, D] and [P, g, S+1, N, D]. Clean tokens are x_0 / (1 - t_0).
+
+@functools.partial(jax.jit, static_argnames="sampler")
+def sample(params, keys, batch, *, sampler: RolloutSampler):
+    """Draws samples of a batch by their keys [P, g]: (clean tokens, rollouts).
+
+    Their shapes are [P, g, N, D] and [P, g, S+1, N, D]. Clean tokens are x_0 / (1 - t_0). Parts of
+    one size share a program.
     """
-    count = -(-sampler.samples // PARTS)
-    count = min(count, sampler.samples - part * count)
-    keys = example_keys(root, f"rollout {part}", batch["index"])
-    keys = jax.vmap(lambda key: jax.random.split(key, count))(keys).reshape(-1)
+    count, keys = keys.shape[1], keys.reshape(-1)
     y = repeat(sampler.model.config.condition.stack(batch), count)
     t = sampler.schedule.fixed_levels(sampler.steps, len(keys))
     us, _ = sampling.draw_latents(sampler.model, params, keys, t, y)
@@ -165,7 +172,9 @@ def draw(params, reference, root, batch, *, sampler: RolloutSampler, names: tupl
     if recorded_pairs:
         tokens, rollout = (), recorded(params, root, batch, sampler=sampler)
     else:
-        tokens, parts = zip(*(sample(params, root, batch, sampler=sampler, part=part)
-                              for part in range(PARTS)), strict=True)
+        keys = (_keys(root, batch["index"], samples=sampler.samples, part=part)
+                for part in range(PARTS))
+        tokens, parts = zip(*(sample(params, own, batch, sampler=sampler) for own in keys),
+                            strict=True)
         rollout = jnp.concatenate(parts, 1)
     return tokens, rollout, compare(params, reference, batch, rollout, sampler=sampler, names=names)

@@ -22,7 +22,7 @@ def brightness(monkeypatch):
 
 @pytest.fixture(scope="session")
 def run():
-    settings = tiny_config(**{"reward.name": "brightness", "reward.samples": 3,
+    settings = tiny_config(**{"reward.name": "brightness", "reward.samples": 4,
                               "reward.updates": 2, "train.objective": "policy_gradient",
                               "init_from": "x", "data.batch_size": 4})
     return random_run(new_run(settings), 0)

@@ -25,8 +25,7 @@ def gradient(function, params):
 
 
 @pytest.mark.parametrize(("updates", "trains"), [
-    (2, "predictor"), pytest.param(1, "both", marks=pytest.mark.slow),
-    pytest.param(2, "transporter", marks=pytest.mark.slow)])
+    (2, "predictor"), pytest.param(1, "transporter", marks=pytest.mark.slow)])
 def test_the_first_gradient_is_the_score_functions_and_the_divergences(run, updates, trains):
     """That of advantage * log p(x_k | x_{k+1}), and 0 for what is frozen.
 
@@ -46,8 +45,8 @@ def test_the_first_gradient_is_the_score_functions_and_the_divergences(run, upda
     found = gradient(lambda params: objective.loss(context, params, inputs)[0], run.params)
 
     def expected(params):
-        t, xs = run.schedule.fixed_levels(2, 12), flat(batch["rollout"])
-        arguments = xs, t, jnp.full(12, 2), np.repeat(batch["label"], 3)
+        t, xs = run.schedule.fixed_levels(2, 16), flat(batch["rollout"])
+        arguments = xs, t, jnp.full(16, 2), np.repeat(batch["label"], 4)
         if trains == "predictor":
             ours, theirs = (run.model.apply(p, *arguments, method=NTM.gaussians)
                             for p in (params, reference))
@@ -59,7 +58,7 @@ def test_the_first_gradient_is_the_score_functions_and_the_divergences(run, upda
 
     wanted = gradient(expected, run.params)
     for name, tree in found["params"].items():
-        scale = trains in (name, "both")  # not even the data's gradient, since its norm is clipped
+        scale = trains == name  # not even the data's gradient, since its norm is clipped
         jax.tree.map(lambda a, b, scale=scale: np.testing.assert_allclose(
             a, scale * b, rtol=1e-2, atol=3e-6), tree, wanted["params"][name])
     assert any(np.abs(a).max() > 1e-4 for a in jax.tree.leaves(found))

@@ -33,13 +33,13 @@ def test_the_loss_is_that_of_exact_likelihoods(run, trains):
     if trains == "predictor":
         params["params"]["transporter"] = run.params["params"]["transporter"]
     (_, metrics), _ = graded(params)
-    xs, t = flat(batch["rollout"]), run.schedule.fixed_levels(2, 12)
-    y, steps = np.repeat(batch["label"], 3), np.full(12, 2)
+    xs, t = flat(batch["rollout"]), run.schedule.fixed_levels(2, 16)
+    y, steps = np.repeat(batch["label"], 4), np.full(16, 2)
     if trains == "predictor":
         xs = jax.jit(lambda us: sampling.invert_trajectory(run.model, run.params, us, t, y))(xs)
     likelihood = jax.jit(lambda params: run.model.apply(params, xs, t, steps, y).nll.sum(1))
     nll = [likelihood(p) for p in (run.params, params)]
-    gain = np.asarray(nll[0] - nll[1]).reshape(4, 3)
+    gain = np.asarray(nll[0] - nll[1]).reshape(4, 4)
     margin = 0.05 * (gain[:, :, None] - gain[:, None])
     weight = np.asarray(batch["pair_weight"])
     wanted = (weight * np.log1p(np.exp(-margin))).sum() / 4

@@ -167,5 +167,5 @@ def test_a_range_of_levels_has_the_densities_of_all(run, trains, levels):
     first, last = levels
     np.testing.assert_array_equal(one["rollout"], all_levels["rollout"][:, :, first : last + 1])
     for name in ("old_nll", "advantage"):
-        assert one[name].shape == (4, 3, 1)
+        assert one[name].shape == (4, 4, 1)
         np.testing.assert_allclose(one[name], all_levels[name][..., first:last], rtol=1e-5)
