@@ -6,7 +6,6 @@ import io
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 from unittest import mock
@@ -19,7 +18,7 @@ from safetensors.numpy import load_file
 import ntm_jax
 from ntm_jax.errors import UserError
 from ntm_jax.training import loop, state
-from tests.common import bits, environment, tiny_config
+from tests.common import bits, tiny_config
 
 SETTINGS = tiny_config(**{"evaluate.trajectories": 3})
 TEXTS = tiny_config(**{
@@ -27,20 +26,6 @@ TEXTS = tiny_config(**{
     "evaluate.split": "test", "sample.decoder": "inverse"})
 FILES = ["README.md", "config.json", "log_likelihood.bin", "model.safetensors", "sample.py",
          "sampler.bin"]
-BLOCKED = """
-import runpy, sys
-blocked = ("ntm_jax", "flax", "optax", "orbax", "grain", "ml_collections", "absl")
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in blocked:
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
-try:
-    import ntm_jax
-except ImportError:
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def program(folder, name: str):
@@ -76,15 +61,6 @@ def edit_config(folder, change) -> None:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
-def run_alone(folder, cwd, *arguments: str) -> str:
-    """Runs an export's sample.py in a process that cannot import this package: its output."""
-    command = [sys.executable, "-I", "-c", BLOCKED, str(folder / "sample.py"), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True,
-                          timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def run_script(folder, *arguments: str) -> tuple[str, np.ndarray]:
     """Runs an export's sample.py in this process, in an empty folder: its output, the images."""
     script, out = str((folder / "sample.py").resolve()), io.StringIO()
@@ -95,11 +71,10 @@ def run_script(folder, *arguments: str) -> tuple[str, np.ndarray]:
             return out.getvalue(), archive["images"]
 
 
-def refused_by_load(folder, message: str) -> None:
-    """Asserts that ntm_jax.load raises one line that names the folder and has `message`."""
+def refused_by_load(where, message: str) -> None:
+    """Asserts that ntm_jax.load raises one line with `message`."""
     with pytest.raises(UserError) as error:
-        ntm_jax.load(str(folder))
-    assert str(error.value).startswith(str(folder))
+        ntm_jax.load(str(where))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -13,7 +13,7 @@ import ntm_jax
 from ntm_jax.errors import UserError
 from ntm_jax.export import publish
 from tests.common import bits
-from tests.export.common import FILES, SETTINGS, copy_of, refused_by_training
+from tests.export.common import FILES, SETTINGS, copy_of, refused_by_load, refused_by_training
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -68,14 +68,6 @@ def server(tmp_path):
         yield found
 
 
-def refused(address: str, message: str) -> None:
-    """Asserts that an address cannot be loaded, for a reason given in one line."""
-    with pytest.raises(UserError) as error:
-        ntm_jax.load(address)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 def test_a_pushed_export_is_loaded_by_name_and_revision(server, exported, tmp_path, started):
     copy = copy_of(exported, tmp_path)
     (copy / "README.md").write_text("---\nlicense: mit\n---\n")  # its owner may
@@ -104,16 +96,13 @@ def test_a_download_is_verified(server, exported, tmp_path):
     weights = bytearray((exported / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     server.commits["me/damaged"][0]["model.safetensors"] = bytes(weights)
-    refused("hf://me/damaged", "model.safetensors is damaged: params/")
+    refused_by_load("hf://me/damaged", "model.safetensors is damaged: params/")
     refused_by_training(SETTINGS, "hf://me/damaged", tmp_path, "is damaged: params/")
     server.commits["me/other"] = [{"config.json": b"{}", "pytorch_model.bin": b"\x80"}]
-    refused("hf://me/other", "holds no export of ntm_jax, since it has no model.safetensors")
-    refused("hf://me/none", "hf://me/none: FileNotFoundError: 404: me/none: check the name")
-
-
-@pytest.mark.parametrize("address", ["hf://digits", "hf://../digits", "hf://me/digits@"])
-def test_addresses_have_an_owner_and_a_name(address):
-    refused(address, "is no address on the Hub: expected hf://OWNER/NAME, or")
+    refused_by_load("hf://me/other", "holds no export of ntm_jax, since it has no model")
+    for address in ("hf://digits", "hf://../digits", "hf://me/digits@"):
+        refused_by_load(address, "is no address on the Hub: expected hf://OWNER/NAME, or")
+    refused_by_load("hf://me/none", "hf://me/none: FileNotFoundError: 404: me/none: check the name")
 
 
 def test_a_private_repository_stays_private(server, exported):

@@ -1,5 +1,7 @@
 """sample.py makes the run's images without this package, and shows what it was asked for."""
 
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,13 +10,30 @@ from PIL import Image
 from ntm_jax.core.conditions import Text
 from ntm_jax.export import sample_script
 from ntm_jax.runtime import plots
-from tests.common import alike
-from tests.export.common import assert_close, run_alone, run_script
+from tests.common import alike, environment
+from tests.export.common import assert_close, run_script
+
+BLOCKED = """
+import runpy, sys
+blocked = ("ntm_jax", "flax", "optax", "orbax", "grain", "ml_collections", "absl")
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+try:
+    import ntm_jax
+except ImportError:
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def test_the_script_runs_without_the_package(run, exported, tmp_path):
-    printed = run_alone(exported, tmp_path, "5", "3")
-    assert printed == "5 images uint8[8, 8, 1] in samples.npz and samples/\n"
+    command = [sys.executable, "-I", "-c", BLOCKED, str(exported / "sample.py"), "5", "3"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == (
+        "5 images uint8[8, 8, 1] in samples.npz and samples/\n", 0), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "samples.npz"]
     with np.load(tmp_path / "samples.npz") as archive:
         images = archive["images"]

@@ -6,12 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from ntm_jax.core.conditions import Text
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import plots
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.generate import override
-from tests.common import alike, new_run, random_run, tiny_config
+from tests.common import alike
 
 
 def test_an_image_is_the_same_in_any_batch(run):
@@ -73,26 +71,3 @@ def test_options_that_do_not_fit_the_model_are_refused(run):
             override(config, **options)
     assert override(undropped, guidance=(0.0, 0.0)).guidance == (0.0, 0.0)
     assert override(shifted, steps=64, decoder="euler").steps == 64  # its levels start at 0
-
-
-@pytest.mark.slow
-def test_latents_on_texts():
-    """Texts are the held-out ones in turn, or given ones; latents are returned as they are."""
-    settings = tiny_config(**{
-        "data.source": "mock:4x4x3,text=3x8", "data.patch_size": 1, "model.condition": "text",
-        "sample.guidance": 1.0})
-    run, source = random_run(new_run(settings)), settings.data.open(settings.evaluate.split)
-    images = run.sample(3)
-    assert (images.shape, images.dtype) == ((3, 4, 4, 3), np.float32)
-    records = [source.records[i] for i in range(3)]
-    text = Text(*(np.stack([r[name] for r in records]) for name in ("text", "text_mask")))
-    np.testing.assert_allclose(run.sample(3, text), images, atol=1e-5)
-    turned = Text(text.states[::-1], text.mask[::-1])
-    assert np.abs(run.sample(3, turned) - images)[0].max() > 1e-3
-    shown = plots.displayable(images, 0)
-    assert (shown.shape, shown.dtype) == ((3, 4, 4, 3), np.uint8)
-    assert shown.std() > 10
-    assert np.isfinite(run.log_prob(images, text, trajectories=1)).all()
-    for wrong in (None, [1, 2, 3], Text(text.states[:2], text.mask)):
-        with pytest.raises(UserError, match=r"conditioned on text: give label=run\.text\(capti"):
-            run.log_prob(images, wrong)

@@ -53,6 +53,12 @@ def test_a_run_samples_prompts(run):
     own = run.text("a red circle")
     assert alike(one, run.sample(4, own))  # of one caption for all images
     assert alike(one, run.sample(4, Text(own.states.tolist(), own.mask.tolist())))
+    records = [run.config.data.open(run.config.evaluate.split).records[i] for i in range(4)]
+    held_out = Text(*(np.stack([r[name] for r in records]) for name in ("text", "text_mask")))
+    assert alike(run.sample(4), run.sample(4, held_out))  # the held-out texts in turn
+    for wrong in (None, [1, 2, 3], Text(held_out.states[:2], held_out.mask)):
+        with pytest.raises(UserError, match=r"conditioned on text: give label=run\.text\(capti"):
+            run.log_prob(images, wrong)
     with pytest.warns(UserWarning, match=r"1 of 2 captions are cut to the 4 tokens of words:4:.*, "
                                          "such as 'a red circle a blue square'"):
         run.sample(4, prompts=["a red circle a blue square", "blue"])

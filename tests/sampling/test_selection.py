@@ -56,25 +56,20 @@ def test_the_candidate_with_the_most_information_is_kept(run):
     assert alike(beside, other[best, index])
 
 
-def test_a_candidate_that_is_not_finite_is_not_kept(run, monkeypatch):
-    assert kept_of(run.best_of(3), monkeypatch, [
-        [np.nan, np.nan], [1.0, np.nan], [0.0, 2.0]]) == [1, 2]
+FOUND = [[1.0, 2.0, 0.0], [3.0, 9.0, 1.0], [4.0, 9.0, 0.5]]
 
 
-def test_the_first_candidate_with_enough_information_is_kept(run, monkeypatch):
-    found = [[1.0, 2.0, 0.0], [3.0, 9.0, 1.0], [4.0, 9.0, 0.5]]
-    assert kept_of(run.best_of(3, stop_nats=2.0), monkeypatch, found) == [1, 0, 1]
-    # The third candidates are not even drawn once all images have enough.
-    assert kept_of(run.best_of(3, stop_nats=1.0), monkeypatch, found[:2]) == [0, 0, 1]
-
-
-def kept_of(run, monkeypatch, found):
-    """The numbers of the selected candidates, where `found` is the information of each."""
-    left, images = iter(found), len(found[0])
+@pytest.mark.parametrize(("found", "stop_nats", "kept"), [
+    (FOUND, 2.0, [1, 0, 1]),  # the first one with enough
+    (FOUND[:2], 1.0, [0, 0, 1]),  # the third are not even drawn once all images have enough
+    ([[np.nan, np.nan], [1.0, np.nan], [0.0, 2.0]], None, [1, 2])])
+def test_candidates_are_kept_by_their_information(run, monkeypatch, found, stop_nats, kept):
+    left = iter(found)
     monkeypatch.setattr(selection, "information", lambda *_: np.array(next(left)))
-    parts = np.arange(3)[:, None, None, None] + np.zeros((images, run.spec.tokens, run.spec.dim))
-    kept, = selection.select(run, np.arange(images), None, 0, lambda i: [parts[i]])
-    return kept[:, 0, 0].tolist()
+    parts = np.arange(3)[:, None, None, None] + np.zeros((len(kept), run.spec.tokens, run.spec.dim))
+    numbers, = selection.select(run.best_of(3, stop_nats=stop_nats), np.arange(len(kept)), None, 0,
+                                lambda i: [parts[i]])
+    assert numbers[:, 0, 0].tolist() == kept
 
 
 def test_an_image_is_the_same_in_any_batch(run):
@@ -96,23 +91,16 @@ def test_another_run_may_be_the_judge(run):
     assert run.best_of(1) == run
 
 
-def changed(run, part, **fields):
-    """The run with other fields in a part of its configuration."""
-    settings = dataclasses.replace(getattr(run.config, part), **fields)
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, **{part: settings}))
-
-
-def test_selection_needs_a_condition_and_a_likelihood_without_it(run):
-    for part, fields, message in (
-            ("sample", {"decoder": "heun"}, "runs/tiny solves an ODE and has no trajectory "),
-            ("train", {"condition_dropout": 0.0}, "runs/tiny was trained without condition drop")):
+def test_what_cannot_be_selected_is_refused(run, tmp_path):
+    undropped = dataclasses.replace(run.config.train, condition_dropout=0.0)
+    for settings, message in (
+            (run.config.with_sampling(decoder="heun"), "runs/tiny solves an ODE and has no traje"),
+            (dataclasses.replace(run.config, train=undropped),
+             "runs/tiny was trained without condition drop")):
         with pytest.raises(UserError, match=message):
-            changed(run, part, **fields).best_of(2)
+            dataclasses.replace(run, config=settings).best_of(2)
     with pytest.raises(UserError, match="candidates is 1: expected at least 2"):
         run.best_of(1, run)
-
-
-def test_a_selected_sample_has_no_trajectory_density(run, tmp_path):
     message = "a sample that is selected among candidates does not have the density of"
     with pytest.raises(UserError, match=message):
         run.best_of(2).write_samples(str(tmp_path / "out"), SampleRequest(2, log_prob=True))
