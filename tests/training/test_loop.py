@@ -5,7 +5,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from absl import flags
 
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
@@ -13,13 +12,6 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, pictures, resources, state
 from ntm_jax.training.metrics import logged_scalars
 from tests.common import bits, figures, logged, new_run, tiny_config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _parsed_flags():
-    """Grain's worker processes read absl flags, which launch/ parses."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def saved(settings, workdir):

@@ -185,19 +185,6 @@ def test_the_evaluation_of_a_denoiser(run, teacher, monkeypatch):
     assert {"samples.png", "trajectories.png"} <= {path.name for path in workdir.iterdir()}
 
 
-@pytest.mark.slow
-def test_sampling(run, teacher):
-    loaded, plain = ntm_jax.load(str(run[0])), ntm_jax.load(str(teacher))
-    images = loaded.sample(3)
-    assert (images.shape, images.dtype) == ((3, 8, 8, 1), np.uint8)
-    assert (images != loaded.sample(3, decoder="score")).any()
-    by_score = [run.sample(3, decoder="score") for run in (loaded, plain)]
-    np.testing.assert_array_equal(*by_score)
-    with pytest.raises(UserError, match="decoder=denoiser needs a denoiser, and this run has none"):
-        plain.sample(3, decoder="denoiser")
-    assert loaded.denoiser.teacher_step == plain.step == 4
-
-
 @pytest.fixture(params=["workdir", "export"])
 def where(request, written, exported):
     """A denoiser's run or its export."""
