@@ -94,11 +94,13 @@ def refusal(*arguments: str, cwd=ROOT, program="train") -> str:
     return done.stderr
 
 
-def test_an_unknown_name_lists_the_experiments():
+def test_an_unknown_name_lists_the_experiments_and_a_missing_file_is_named():
     message = refusal("--config=digis")
     assert message.startswith(
         "error: --config=digis: expected one of arrays, captions, default, digits, ")
     assert all(f" {name}," in message for name in NAMES)
+    assert refusal("--config=experiments/digis.py").startswith(
+        "error: --config=experiments/digis.py cannot be read: expected an experiment file, such as")
 
 
 def test_an_experiment_that_sets_an_unknown_key_is_refused(tmp_path):

@@ -125,7 +125,6 @@ def assert_refused(done, message):
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--config.model.scan", "0"], "stray argument '0'"),
-    (["--config=experiments/digis.py"], "--config=experiments/digis.py cannot be read"),
     (["--config.data.source=folder:/nowhere"], "data.source folder:/nowhere is not there")])
 def test_a_mistake_is_one_line_with_status_2_and_writes_nothing(tmp_path, arguments, message):
     done = program("train", *CONFIG, f"--workdir={tmp_path}/new", *arguments, check=False)
