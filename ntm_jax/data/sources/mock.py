@@ -7,48 +7,34 @@ H, W, C image height, width, channels; V pixel levels; M, E text tokens and widt
 imported: grain's worker processes run this.
 """
 
-import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 
-from ntm_jax.data.sources.source import Source, check_split
+from ntm_jax.data.sources.source import Lazy, Source, check_split
 from ntm_jax.data.text import pad_text
 from ntm_jax.errors import UserError
 
 _SPLITS = ("train", "test")
 
 
-@dataclasses.dataclass(frozen=True)
-class _RandomRecords:
-    """Random records, each a function of `stream` and its index alone."""
-
-    stream: int
-    count: int
-    shape: tuple[int, int, int]
-    pixel_levels: int
-    classes: int
-    text: tuple[int, int]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        random = np.random.default_rng((self.stream, index))
-        if self.pixel_levels:
-            image = random.integers(self.pixel_levels, size=self.shape, dtype=np.uint8)
-        else:
-            image = random.standard_normal(self.shape, np.float32)
-        label = int(random.integers(self.classes)) if self.classes else -1
-        record = {"image": image, "label": label}
-        tokens, width = self.text
-        if not tokens:
-            return record
-        # Random signs and mantissas, of magnitude 0.5 to 1: normal numbers would take ten times as
-        # long.
-        size = (random.integers(1, tokens + 1), width)
-        bits = random.integers(1 << 16, size=size, dtype=np.uint16) & 0x83FF | 0x3800
-        return record | pad_text(bits.view(np.float16), tokens)
+def _record(stream: int, shape: tuple[int, int, int], pixel_levels: int, classes: int,
+            tokens: int, width: int, index: int) -> dict[str, Any]:
+    """A random record. The same stream and index give the same."""
+    random = np.random.default_rng((stream, index))
+    if pixel_levels:
+        image = random.integers(pixel_levels, size=shape, dtype=np.uint8)
+    else:
+        image = random.standard_normal(shape, np.float32)
+    record = {"image": image, "label": int(random.integers(classes)) if classes else -1}
+    if not tokens:
+        return record
+    # Random signs and mantissas, of magnitude 0.5 to 1: normal numbers would take ten times as
+    # long.
+    size = (random.integers(1, tokens + 1), width)
+    bits = random.integers(1 << 16, size=size, dtype=np.uint16) & 0x83FF | 0x3800
+    return record | pad_text(bits.view(np.float16), tokens)
 
 
 def open_mock(where: str, split: str) -> Source:
@@ -61,23 +47,22 @@ def open_mock(where: str, split: str) -> Source:
         for option in options:
             key, value = option.split("=")
             given |= {key: value}
-        levels, classes, count, text = given.values()  # too many if a key is unknown
+        text = given.pop("text")
+        levels, classes, count = map(int, given.values())  # too many if a key is unknown
         tokens, text_width = map(int, text.split("x"))
-        shape = (height, width, channels)
-        records = _RandomRecords(
-            _SPLITS.index(split), 1000 if split == "test" else int(count), shape, int(levels),
-            int(classes), (tokens, text_width)
-        )
     except ValueError:
         raise UserError(
             f"data.source mock:{where} is not understood: expected HxWxC and after it any of "
             ",levels=V ,classes=K ,count=N ,text=MxE"
         ) from None
+    shape = height, width, channels
+    make = functools.partial(
+        _record, _SPLITS.index(split), shape, levels, classes, tokens, text_width)
     return Source(
-        records,
+        Lazy(make, range(1000 if split == "test" else count)),
         shape,
-        pixel_levels=records.pixel_levels,
-        num_classes=records.classes,
+        pixel_levels=levels,
+        num_classes=classes,
         version="1",
         text_tokens=tokens,
         text_width=text_width,

@@ -7,17 +7,17 @@ worker processes run this.
 """
 
 import contextlib
-import dataclasses
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import EpsImagePlugin
 
-from ntm_jax.data.sources.source import Source, check_split
+from ntm_jax.data.sources.source import Lazy, Source, check_split
 from ntm_jax.errors import UserError, first_line
 
 # tfds decodes every format that PIL knows, and PIL would start the program Ghostscript for an EPS
@@ -27,17 +27,9 @@ EpsImagePlugin.gs_binary = False
 _NAME = re.compile(r"[a-z]\w*(/[\w+.-]+)?(:(\d+|\*)(\.(\d+|\*)){2})?", re.ASCII | re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Records:
-    data_source: Any
-    labelled: bool
-
-    def __len__(self) -> int:
-        return len(self.data_source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.data_source[index]
-        return {"image": example["image"], "label": example["label"] if self.labelled else -1}
+def _record(examples: Sequence, labelled: bool, index: int) -> dict[str, Any]:
+    example = examples[index]
+    return {"image": example["image"], "label": example["label"] if labelled else -1}
 
 
 def open_tfds(where: str, split: str) -> Source:
@@ -52,8 +44,9 @@ def open_tfds(where: str, split: str) -> Source:
             f"are {', '.join(features)}"
         )
     classes = class_names(features)
+    examples = builder.as_data_source(split)
     return Source(
-        _Records(builder.as_data_source(split), labelled=bool(classes)),
+        Lazy(functools.partial(_record, examples, bool(classes)), range(len(examples))),
         features["image"].shape,
         pixel_levels=256,
         num_classes=len(classes),
