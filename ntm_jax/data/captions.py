@@ -1,52 +1,30 @@
-"""Records with the text states of their captions.
+"""The text states of the captions of a source.
 
 M, E text tokens and width. No jax is imported before an encoder needs it: grain's worker processes
 run this.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from ntm_jax.data import text
-from ntm_jax.data.text import pad_text
 from ntm_jax.errors import UserError
 
 _MAX_CAPTIONS = 100_000  # that are encoded when a source is opened
 
 
-@dataclasses.dataclass(frozen=True)
-class _EncodedCaptions:
-    """Records with the text states of their captions, M = `tokens`.
-
-    states: caption -> [m, E]. It is pickled to worker processes.
-    """
-
-    records: Any
-    tokens: int
-    states: Callable[[str], np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
-        return record | pad_text(self.states(record["caption"]), self.tokens)
-
-
 def encode_captions(
-    name: str, records: Any, captions: Sequence[str], encoder_name: str
-) -> tuple[_EncodedCaptions, text.Encoder]:
-    """(records with "text" [M, E] float16 and "text_mask" [M] bool, the encoder that made them).
+    name: str, captions: Sequence[str], encoder_name: str
+) -> tuple[Callable[[str], np.ndarray], text.Encoder]:
+    """(a function from a caption to its states [m, E], the encoder that makes them).
+
+    The function can be pickled to worker processes. Warns of captions that are cut.
 
     Args:
       name: what errors call the records.
-      records: random access to records with "caption".
       captions: the caption of every record.
-    Warns of captions that are cut.
 
     Raises:
       UserError: as `text.open_encoder`; a caption that cannot be encoded; too many captions for a
@@ -65,7 +43,7 @@ def encode_captions(
             f"{name} has {len(captions)} captions, and {encoder_name} encodes at most "
             f"{_MAX_CAPTIONS} when a source is opened: prepare them with launch/prepare.py"
         )
-    return _EncodedCaptions(records, encoder.tokens, states), encoder
+    return states, encoder
 
 
 def _encode_one(encoder: text.Encoder, caption: str) -> np.ndarray:

@@ -7,6 +7,7 @@ worker processes run this.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from ntm_jax.data import images
 from ntm_jax.data.captions import encode_captions
+from ntm_jax.data.text import pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.registry import Registry
 
@@ -209,7 +211,8 @@ def open_source(
     elif None in shape:
         shape = source.records[0]["image"].shape
     source = dataclasses.replace(source, split=split, image_shape=shape)
-    source = dataclasses.replace(source, records=_Records(source, image_size))
+    read = functools.partial(_checked, source, image_size)
+    source = dataclasses.replace(source, records=Lazy(read, range(len(source.records))))
     return _encode(source, text) if text else source
 
 
@@ -294,51 +297,43 @@ def check_split(name: str, split: str, existing: Iterable[str]) -> None:
 # Slices and sizes.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Records:
-    """The records of `source`, with every image at one size and every label an int.
+def _checked(source: Source, image_size: int, index: int) -> dict[str, Any]:
+    """A record of `source`, with its images at one size and its label an int.
 
-    image_size: the side that images are resized to; 0 for none. Reading what is not a record as
-    `source` describes it raises UserError.
+    image_size: the side that images are resized to; 0 for none. UserError for what is not a record
+    as `source` describes it.
     """
+    record = dict(source.records[index])
+    name = record.pop("name", f"record {index} of {source.split}")
+    for key in record.keys() & {"image", "rejected"}:
+        record[key] = _checked_image(source, image_size, record[key], name)
+    label, classes = int(record.get("label", -1)), source.num_classes
+    if classes and not -1 <= label < classes:
+        raise UserError(
+            f"{name} has label {label}: expected 0 to {classes - 1}, the number of one of the "
+            "source's classes, or -1 where it is unknown"
+        )
+    return record | {"label": label}
 
-    source: Source
-    image_size: int
 
-    def __len__(self) -> int:
-        return len(self.source.records)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record = dict(self.source.records[index])
-        name = record.pop("name", f"record {index} of {self.source.split}")
-        for key in record.keys() & {"image", "rejected"}:
-            record[key] = self._image(record[key], name)
-        label, classes = int(record.get("label", -1)), self.source.num_classes
-        if classes and not -1 <= label < classes:
-            raise UserError(
-                f"{name} has label {label}: expected 0 to {classes - 1}, the number of one of the "
-                "source's classes, or -1 where it is unknown"
-            )
-        return record | {"label": label}
-
-    def _image(self, image: np.ndarray, name: str) -> np.ndarray:
-        shape, levels = self.source.image_shape, self.source.pixel_levels
-        if self.source.columns:
-            image = image.reshape(shape)
-        fits = image.dtype == (np.uint8 if levels else np.float32) and image.shape[2:] == shape[2:]
-        if not fits or (0 < levels < 256 and image.max() >= levels):
-            expected = f"uint8 below {levels}" if levels else "float32"
-            raise UserError(f"{name} has an image of {image.dtype} {list(image.shape)} up to "
-                            f"{image.max()}: expected {expected}, [H, W, C] with C = {shape[2]}")
-        if self.image_size:
-            image = images.resize(image, self.image_size, levels)
-        if image.shape != shape:
-            found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
-            raise UserError(
-                f"images have different sizes ({name} is {found}, others {others}): set "
-                "data.image_size"
-            )
-        return image
+def _checked_image(source: Source, image_size: int, image: np.ndarray, name: str) -> np.ndarray:
+    shape, levels = source.image_shape, source.pixel_levels
+    if source.columns:
+        image = image.reshape(shape)
+    fits = image.dtype == (np.uint8 if levels else np.float32) and image.shape[2:] == shape[2:]
+    if not fits or (0 < levels < 256 and image.max() >= levels):
+        expected = f"uint8 below {levels}" if levels else "float32"
+        raise UserError(f"{name} has an image of {image.dtype} {list(image.shape)} up to "
+                        f"{image.max()}: expected {expected}, [H, W, C] with C = {shape[2]}")
+    if image_size:
+        image = images.resize(image, image_size, levels)
+    if image.shape != shape:
+        found, others = ("x".join(map(str, each)) for each in (image.shape, shape))
+        raise UserError(
+            f"images have different sizes ({name} is {found}, others {others}): set "
+            "data.image_size"
+        )
+    return image
 
 
 def _slice(split: str, count: int) -> range:
@@ -383,11 +378,20 @@ def _encode(source: Source, name: str) -> Source:
             "folder has in its metadata.jsonl: write it, or leave the encoder empty"
             + (f" ({source.notes})" if source.notes else "")
         )
-    records, encoder = encode_captions(source.name, source.records, source.captions, name)
+    states, encoder = encode_captions(source.name, source.captions, name)
+    read = functools.partial(_with_text, source.records, states, encoder.tokens)
     return dataclasses.replace(
         source,
-        records=records,
+        records=Lazy(read, range(len(source.records))),
         text_tokens=encoder.tokens,
         text_width=encoder.width,
         text=name,
     )
+
+
+def _with_text(
+    records: Any, states: Callable[[str], np.ndarray], tokens: int, index: int
+) -> dict[str, Any]:
+    """A record with "text" [M, E] and "text_mask" [M], M = `tokens`, of its caption."""
+    record = records[index]
+    return record | pad_text(states(record["caption"]), tokens)
