@@ -1,4 +1,4 @@
-"""Conditions: embeddings by their formula, and a vector or its absence."""
+"""Conditions: a vector's features by their formula, and a vector or its absence."""
 
 import flax.linen as nn
 import jax
@@ -6,18 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core.conditions import Vector
-from ntm_jax.core.transformer import Modulation, sinusoidal
+from ntm_jax.core.transformer import Modulation
 from ntm_jax.data.conditions.vector import VectorCondition, VectorNetwork
 from tests.core.conftest import compiled, random_parameters
-
-
-def test_sinusoidal_by_its_formula():
-    t = np.array([0.0, 0.3, 700.0])
-    features = np.asarray(sinusoidal(jnp.asarray(t, jnp.float32), 8))
-    angles = t[:, None] * 10_000.0 ** (-np.arange(4) / 4)
-    # the float32 product of 700 and a frequency is off by up to 6e-5
-    np.testing.assert_allclose(features, np.concatenate([np.cos(angles), np.sin(angles)], 1),
-                               atol=1e-4)
 
 
 def test_the_features_of_a_vector_by_their_formula():

@@ -1,11 +1,9 @@
 """The predictor: new ones in closed form, the heads, and the dependence on tokens and text."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ntm_jax.core import trajectory
 from ntm_jax.core.conditions import Text
 from ntm_jax.core.predictor import LOG_SCALE_BOUND
 from ntm_jax.data.conditions.text import TextCondition
@@ -45,25 +43,6 @@ def test_a_new_direct_predictor_is_standard_normal(tiny):
     _, mean, log_scale = ask(tiny(new=True, transporter_blocks=0, head="direct"), 0.5, 0.25)
     assert not mean.any()
     assert not log_scale.any()
-
-
-@pytest.mark.parametrize(("t", "s"), LEVELS)
-def test_the_preconditioned_head_predicts_the_clean_image(tiny, t, s):
-    """The heads project the same two numbers for each channel.
-
-    They are mean and log-scale of the direct head, clean image and relative scale of the other.
-    """
-    u, value, delta = ask(tiny(transporter_blocks=0, head="direct"), t, s)
-    _, mean, log_scale = ask(tiny(transporter_blocks=0), t, s)
-    assert np.median(np.abs(value)) > 0.1
-    u, value, delta, r = (np.asarray(a, np.float64) for a in (u, value, delta, 0.7))
-    variance = (1 - t) ** 2 * r**2 + t**2
-    clean = (1 - t) * r**2 / variance * u + r * t / np.sqrt(variance) * value
-    a, b, c = (float(v) for v in trajectory.posterior(jnp.float32(s), jnp.float32(t)))
-    # a few float32 operations on numbers below 4
-    np.testing.assert_allclose(mean, a * u + b * clean, atol=3e-6)
-    np.testing.assert_allclose(log_scale, np.log(gaussian_posterior(t, s, r)[1]) + delta, atol=1e-5)
-    assert c < gaussian_posterior(t, s, r)[1]
 
 
 def test_log_scales_are_softly_bounded_beyond_what_a_clean_level_needs(tiny):

@@ -70,7 +70,7 @@ def test_log_det_is_that_of_the_jacobian(tiny, changes):
 
 def test_a_new_transporter_is_the_identity_and_its_positions_are_of_the_size_asked_for(tiny):
     new = tiny(new=True, condition=ClassCondition(2), positions="learned",
-               transporter_positions_std=1.0, grid=(16, 16), dim=1)
+               transporter_positions_std=1.0, transporter_blocks=1, grid=(16, 16), dim=1)
     x, *rest = clean(new)
     u, log_det = new.transport(x, *rest)
     np.testing.assert_array_equal(u, x)

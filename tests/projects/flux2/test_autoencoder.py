@@ -86,25 +86,15 @@ def test_sides_that_are_no_multiples_of_a_latents_are_refused(folder):
 
 
 def test_an_incomplete_folder_is_refused(folder, tmp_path):
-    """Pickled weights, which are not opened; a missing tensor; a damaged file."""
     import safetensors.torch
-    import torch
 
     original, name = folder / "vae", "diffusion_pytorch_model"
     (tmp_path / "config.json").write_bytes((original / "config.json").read_bytes())
     tensors = safetensors.torch.load_file(original / f"{name}.safetensors")
-    torch.save(tensors, tmp_path / f"{name}.bin")
-    weights = tmp_path / f"{name}.safetensors"
     del tensors["bn.running_mean"]
-    for damage, message in (
-        (lambda: None, "not read as a AutoencoderKLFlux2 in safetensors"),
-        (lambda: safetensors.torch.save_file(tensors, weights),
-         "1 tensors are missing or of another shape, such as bn.running_mean"),
-        (lambda: weights.write_bytes(b"12345"), "not read as a AutoencoderKLFlux2"),
-    ):
-        damage()
-        with pytest.raises(UserError, match=f"{message}.*$"):
-            Autoencoder(str(tmp_path))
+    safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match="1 tensors are missing or of another shape, such as bn"):
+        Autoencoder(str(tmp_path))
 
 
 @pytest.fixture(scope="module")
