@@ -4,18 +4,14 @@ They run on a tiny network with random weights.
 """
 
 import dataclasses
-import functools
 import re
 import shlex
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 import ntm_jax
-from ntm_jax.core.model import NTM
-from ntm_jax.core.trajectory import Schedule, posterior
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import config, sharding
@@ -24,7 +20,6 @@ from ntm_jax.training import finetune, reference_model, state
 from tests.common import ROOT, bits, experiment, logged, python, write_photos
 from tests.projects.flux2.common import original, random_diffusers
 
-MOCK = "mock:4x4x16,text=8x16"
 SHORT = {"trajectory.steps": (2,), "sample.steps": 2, "evaluate.num_samples": 0,
          "evaluate.trajectories": 1}
 FLAGS = [f"--config.{key}={value}" for key, value in SHORT.items()]
@@ -42,46 +37,11 @@ def new_run(c: config.Config) -> Run:
     return untrained(c, spec, sharding.make_mesh(c.mesh))
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Checkpoints of the smoke network: a folder in diffusers' layout, a file of other names."""
-    folder = tmp_path_factory.mktemp("klein")
+def test_latents_of_another_scale_are_refused(tmp_path):
+    path = tmp_path / "klein.safetensors"
     tensors = random_diffusers(new_run(settings()).model.backbone.config)
-    safetensors.numpy.save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    safetensors.numpy.save_file(original(tensors), folder / "klein.safetensors")
-    return folder, folder / "klein.safetensors"
-
-
-@pytest.mark.slow
-def test_step_0_is_the_checkpoints_posterior_whatever_its_names(checkpoints):
-    runs = [new_run(settings(init_from=str(path))) for path in checkpoints]
-    new, model = state.initialize(runs[0]), runs[0].model
-    started = [finetune.start_from(run, new).params for run in runs]
-    assert bits(started[0]["params"]["backbone"]) == bits(started[1]["params"]["backbone"])
-    batch = next(pipeline.evaluation_batches(sources.open_source(MOCK, "train"), 1, 2))
-    y = model.config.condition.stack(batch)
-    t = Schedule("shifted", 0.5).levels(4, np.full(2, 0.02))
-    predict = jax.jit(functools.partial(model.apply, method=NTM.predict))
-    backbone = jax.jit(model.backbone.apply)
-    transport = jax.jit(functools.partial(model.apply, method=NTM.transport))
-    for k in range(4):
-        mean, log_scale = predict(started[0], batch["x"], t[:, k + 1], t[:, k], np.full(2, 4), y)
-        velocity, _ = backbone(
-            {"params": started[0]["params"]["backbone"]}, batch["x"], t[:, k + 1], y)
-        a, b, c = (v[:, None, None] for v in posterior(t[:, k], t[:, k + 1]))
-        expected = a * batch["x"] + b * (batch["x"] - t[:, k + 1, None, None] * velocity)
-        np.testing.assert_allclose(mean, expected, rtol=1e-5, atol=1e-5)
-        log_c = np.broadcast_to(np.log(c), log_scale.shape)
-        np.testing.assert_allclose(log_scale, log_c, atol=1e-6)
-        u, log_det = transport(started[0], batch["x"], t[:, k], np.full(2, 4), y)
-        np.testing.assert_array_equal(u, batch["x"])
-        np.testing.assert_array_equal(log_det, 0)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_another_kind_is_refused(checkpoints):
-    path = str(checkpoints[1])
-    run = new_run(settings(init_from=path))
+    safetensors.numpy.save_file(original(tensors), path)
+    run = new_run(settings(init_from=str(path)))
     scaled = dataclasses.replace(run.spec, mean=(0.0,) * 16, std=(2.0,) * 16)
     with pytest.raises(UserError, match=r"prepare them with --latent_scale=encoder"):
         finetune.start_from(dataclasses.replace(run, spec=scaled), None)
@@ -121,6 +81,7 @@ def test_the_pages_commands_go_from_a_checkpoint_to_an_export(tmp_path):
     assert "16 images float32[4, 4, 16]" in printed[-1]
     folder = tmp_path / "runs/klein"
     first, *_, last = logged(folder)
+    # at step 0 the model is the checkpoint's posterior
     assert first["misalignment/level_0"] < 1e-9 < last["misalignment/level_0"]
     images = np.load(f"{folder}-denoiser/samples/samples.npz")["arr_0"]
     assert (images.shape, images.dtype) == ((4, 64, 64, 3), np.uint8)  # 16 pixels a token

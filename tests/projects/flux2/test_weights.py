@@ -50,11 +50,6 @@ def missing(folder):
     write_folder(folder, tensors)
 
 
-def pickled(folder):
-    folder.with_suffix(".pt").write_bytes(b"\x80\x04.")
-    return folder.with_suffix(".pt")
-
-
 def truncated(folder):
     file = folder.with_suffix(".safetensors")
     safetensors.numpy.save_file(random_diffusers(), file)
@@ -65,7 +60,6 @@ def truncated(folder):
 @pytest.mark.parametrize(("make", "words"), [
     (missing, ["missing transformer_blocks.1.ff.linear_in.weight", "change the sizes",
                "wrong proj_out.weight is [7, 32], expected [6, 32]"]),
-    (pickled, ["model.pt is not a complete safetensors file"]),
     (truncated, ["model.safetensors", "not a complete safetensors file"])])
 def test_a_bad_checkpoint_is_one_line(tmp_path, make, words):
     path = make(tmp_path / "model") or tmp_path / "model"
