@@ -15,7 +15,7 @@ processes run this.
 
 import concurrent.futures
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +29,7 @@ from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ntm_jax.data import caption_lists, images
-from ntm_jax.data.sources.source import Source, check_split, permuted_splits
+from ntm_jax.data.sources.source import Lazy, Source, check_split, permuted_splits
 from ntm_jax.errors import UserError, few
 from ntm_jax.files import is_remote, parse_object, write_json
 
@@ -41,40 +41,24 @@ _MAX_BAD = 0.01  # the largest share of damaged images
 _SAMPLE = 256  # files in that sample, evenly spread, which determines grey or colour and the size
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """Image files under `root`, decoded when read.
+def _record(
+    root: epath.Path, channels: int, columns: dict[str, Sequence | None], index: int
+) -> dict[str, Any]:
+    """A row of the columns name, label, caption and rejected, with the images of its files."""
+    record = {key: values[index] for key, values in columns.items() if values is not None}
+    record["image"] = _image(root / record["name"], channels)
+    if "rejected" in record:
+        record["rejected"] = _image(root / record["rejected"], channels)
+    return record
 
-    captions, rejected: of every file, the latter an image that was judged worse; or None.
-    """
 
-    root: epath.Path
-    files: Sequence[str]
-    labels: Sequence[int]
-    channels: int
-    captions: Sequence[str] | None
-    rejected: Sequence[str] | None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self.files[index]
-        record = {"image": self._image(file), "label": self.labels[index], "name": file}
-        if self.captions is not None:
-            record["caption"] = self.captions[index]
-        if self.rejected is not None:
-            record["rejected"] = self._image(self.rejected[index])
-        return record
-
-    def _image(self, file: str) -> np.ndarray:
-        path = self.root / file
-        try:
-            image = images.decode(images.read(path))
-        except Exception as error:  # PIL raises a dozen kinds on a damaged file
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f"image {path} cannot be decoded ({reason}): remove it") from error
-        return np.repeat(image, 3, -1) if image.shape[-1] < self.channels else image
+def _image(path: epath.Path, channels: int) -> np.ndarray:
+    try:
+        image = images.decode(images.read(path))
+    except Exception as error:  # PIL raises a dozen kinds on a damaged file
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"image {path} cannot be decoded ({reason}): remove it") from error
+    return np.repeat(image, 3, -1) if image.shape[-1] < channels else image
 
 
 def open_folder(where: str, split: str) -> Source:
@@ -111,6 +95,7 @@ def open_folder(where: str, split: str) -> Source:
     names = sorted({folder[0] for folder in folders}) if all(folders) else []
     places = {name: place for place, name in enumerate(names)}
     labels = [places[folder[0]] if names else -1 for folder in folders]
+    columns = {"name": files, "label": labels, "caption": captions, "rejected": rejected}
     channels = max(entry[-1] for entry in scanned.values())
     sizes = {}  # the first file of each size
     for file in (files[row] for row in splits[split]):
@@ -127,7 +112,7 @@ def open_folder(where: str, split: str) -> Source:
         notes += [f"captions are not used, since their list has no row for {len(missing)} images: "
                   f"{few(missing, 3)}"]
     return Source(
-        _Files(root, files, labels, channels, captions, rejected),
+        Lazy(functools.partial(_record, root, channels, columns), range(len(files))),
         cast(tuple[int, int, int], (*next(iter(sizes), (None, None)), channels)),  # see Source
         pixel_levels=256,
         num_classes=len(names),
