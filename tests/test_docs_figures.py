@@ -1,7 +1,6 @@
 """The charts of the results pages follow the tables of the pages; the tables of outliers."""
 
 import importlib
-import sys
 
 import numpy as np
 import pytest
@@ -13,24 +12,14 @@ from tests.common import ROOT
 IMAGES = ROOT / "docs/images"
 
 
-@pytest.fixture(scope="module")
-def figures():
-    """A function that imports a module of docs/_figures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "docs/_figures")
-        yield importlib.import_module
-        for name in {"results", "outliers", "style"} & set(sys.modules):
-            del sys.modules[name]
+@pytest.fixture(autouse=True)
+def figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs/_figures")
 
 
-@pytest.fixture(scope="module")
-def results(figures):
-    """The module docs/_figures/results.py."""
-    return figures("results")
-
-
-def test_every_chart_shows_its_table_and_is_on_a_page(results):
+def test_every_chart_shows_its_table_and_is_on_a_page():
     """A chart that fails here is drawn again by `python docs/_figures/results.py`."""
+    results = importlib.import_module("results")
     pages = "".join(path.read_text() for path in (ROOT / "docs/results").glob("*.md"))
     with results.style.look():
         drawn = {name: results.style.digest(draw()) for name, draw in results.CHARTS.items()}
@@ -39,13 +28,14 @@ def test_every_chart_shows_its_table_and_is_on_a_page(results):
     assert [name for name in drawn if f"](../images/{name}.png)" not in pages] == []
 
 
-def test_auroc_and_its_error(figures):
+def test_auroc_and_its_error():
     """Against scikit-learn, and the variance of Mann and Whitney's statistic without an effect."""
+    outliers = importlib.import_module("outliers")
     rng = np.random.default_rng(0)
     inside, outside = rng.normal(size=(2, 200)).round(1)  # with ties
-    area, error = figures("outliers").auroc(inside, outside, paired=False)
+    area, error = outliers.auroc(inside, outside, paired=False)
     truth = np.repeat([0, 1], 200)
     assert area == pytest.approx(roc_auc_score(truth, np.concatenate([inside, outside])))
     assert error == pytest.approx(np.sqrt(401 / (12 * 200**2)), rel=0.15)
-    _, paired = figures("outliers").auroc(inside, inside + 0.1, paired=True)
+    _, paired = outliers.auroc(inside, inside + 0.1, paired=True)
     assert paired < error / 5

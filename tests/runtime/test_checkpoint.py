@@ -219,26 +219,30 @@ SPECS = {"both": PartitionSpec("fsdp", "tensor"), "second": PartitionSpec(None, 
          "step": PartitionSpec()}
 
 
-def eight(folder: str, shapes: str) -> None:
-    """Restores onto a mesh of 8 devices, saves it as step 2 and prints the checksums."""
+def arrays() -> dict:
+    """An array for each of SPECS."""
+    keys = iter(jax.random.split(jax.random.key(3), 4))
+    state = {name: jax.random.normal(next(keys), (16, 8)) for name in ("both", "second", "joint")}
+    return state | {"half": jax.random.normal(next(keys), (6, 5), jnp.bfloat16),
+                    "step": jnp.int32(7)}
+
+
+def eight(folder: str) -> None:
+    """Restores arrays() onto a mesh of 8 devices, saves them as step 2; prints their checksums."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with Checkpoints(folder) as checkpoints:
         _, state, data = checkpoints.restore({
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, SPECS[name]))
-            for name, (shape, dtype) in json.loads(shapes).items()})
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, SPECS[name]))
+            for name, x in arrays().items()})
         assert all(state[name].sharding.spec == spec for name, spec in SPECS.items())
         checkpoints.save(2, state, data)
     print(json.dumps(array_checksums(state)))
 
 
 def test_restores_onto_another_sharding_with_the_same_checksums(tmp_path):
-    keys = jax.random.split(jax.random.key(3), 4)
-    state = {name: jax.random.normal(key, (16, 8))
-             for name, key in zip(("both", "second", "joint"), keys, strict=False)}
-    state |= {"half": jax.random.normal(keys[3], (6, 5), jnp.bfloat16), "step": jnp.int32(7)}
+    state = arrays()
     save(tmp_path, state, 1)
-    shapes = json.dumps({name: (x.shape, str(x.dtype)) for name, x in state.items()})
-    output = python(__file__, "eight", str(tmp_path), shapes, devices=8).stdout
+    output = python(__file__, "eight", str(tmp_path), devices=8).stdout
     assert json.loads(output.splitlines()[-1]) == array_checksums(state)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     replicated = NamedSharding(mesh, PartitionSpec())
