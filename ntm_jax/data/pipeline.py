@@ -119,11 +119,7 @@ def spec(source: Source, patch_size: int) -> DataSpec:
             f"{source.name}: choose a divisor of both sides, or another data.image_size"
         )
     names = {field.name for field in dataclasses.fields(DataSpec)}
-    shared = {
-        field.name: getattr(source, field.name)
-        for field in dataclasses.fields(Source)
-        if field.name in names
-    }
+    shared = {name: value for name, value in vars(source).items() if name in names}
     return DataSpec(patch_size=patch_size, count=len(source.records), **shared)
 
 
