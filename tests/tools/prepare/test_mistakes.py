@@ -16,21 +16,15 @@ def assert_refused(message, tmp_path, **given):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", '{"file_name": "a.png"}', "line 1 has {'file_name': 'a.png'}: expected"),
-    ("a.csv", "file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b",
-     "a.csv line 3 is not understood (it has more fields than the header): expected a .jsonl or "
-     ".csv of file_name, caption, and quotes around a caption with a comma or a quote"),
-], ids=["jsonl", "csv"])
-def test_an_invalid_list_is_refused(tmp_path, name, content, message):
-    write_folder(tmp_path / "in", {"a.png": encoded(picture(1))})
-    (tmp_path / name).write_text(content)
-    assert_refused(message, tmp_path, captions=str(tmp_path / name))
-
-
 def test_an_invalid_input_is_refused(tmp_path, squares_dir):
     pictures(tmp_path / "in", 3)
+    rows, table = tmp_path / "a.jsonl", tmp_path / "a.csv"
+    rows.write_text('{"file_name": "a.png"}')
+    table.write_text("file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b")
     for given, message in (
+        ({"captions": str(rows)}, "line 1 has {'file_name': 'a.png'}: expected"),
+        ({"captions": str(table)}, "a.csv line 3 is not understood (it has more fields than the "
+         "header): expected a .jsonl or .csv of file_name, caption, and quotes around a caption"),
         ({"input": "photos"}, "--input=photos is not known: expected folder:PATH"),
         ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
         ({"input": f"tfds:{squares_dir}/squares/1.2.3"}, "has no feature 'caption' of captions: "),
