@@ -1,5 +1,7 @@
 """Trained weights: the inverse's rounding on 256 tokens, at every level of real trajectories."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,8 @@ def test_inverse_of_trained_weights(tmp_path, monkeypatch):
     t, noise = run.schedule.fixed_levels(2, 3), jax.random.normal(jax.random.key(0), (3, 3, 256, 1))
     xs = trajectory.simulate(batch["x"], t, noise)[:, :2].reshape(6, 256, 1)
     arguments = t[:, :2].reshape(-1), jnp.full(6, 2), jnp.repeat(batch["label"], 2)
-    us, _ = run.model.apply(run.params, xs, *arguments, method=NTM.transport)
+    us, _ = jax.jit(functools.partial(run.model.apply, method=NTM.transport))(
+        run.params, xs, *arguments)
     assert float(jnp.max(jnp.abs(us - xs))) > 0.1  # the transporter has learned something
     errors = {}
     for how in ("sequential", "parallel"):
