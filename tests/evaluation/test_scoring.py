@@ -29,5 +29,3 @@ def test_the_weighted_bound_is_the_tighter_one_record_by_record(scores):
     assert ((size >= 1 - 1e-5) & (size <= 3)).all()
     parts = sum(scores[name].reshape(20, -1).sum(1) for name in CONTRIBUTIONS)
     np.testing.assert_allclose(parts, scores["bound"], rtol=1e-5, atol=1e-2)
-    assert scores["weighted"].shape == (20, 2)  # of the first trajectory and of all three
-    np.testing.assert_array_equal(scores["weighted"][:, -1], scores["importance_weighted"])

@@ -96,14 +96,13 @@ def test_settings_that_cannot_work_are_refused_and_nothing_written(overrides, me
 def test_a_step_without_enough_memory_is_refused_and_leaves_the_folder_free(
         tmp_path, monkeypatch, capsys):
     """Another command takes the folder, saves by time, and traces the steps that it is asked to."""
+    settings = tiny_config(**{"train.save_every": 100, "train.save_minutes": 1e-9})
     with monkeypatch.context() as patched:
         free = iter((2**40, 1000))  # for the state, and then for the step
         patched.setattr(resources, "free_bytes", lambda mesh: next(free))
         with pytest.raises(UserError, match=r"a step needs about .* and 0\.0 GiB are free"):
-            loop.train(tiny_config(), str(tmp_path), progress=False)
-    assert resources.free_bytes(sharding.make_mesh(tiny_config().mesh)) > 2**20
-    settings = tiny_config(**{
-        "data.split": "train[:64]", "train.save_every": 100, "train.save_minutes": 1e-9})
+            loop.train(settings, str(tmp_path), progress=False)
+    assert resources.free_bytes(sharding.make_mesh(settings.mesh)) > 2**20
     loop.train(settings, str(tmp_path), until=3, profile=(1, 5))  # it ends before step 5
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1, 2, 3]
@@ -126,10 +125,9 @@ def test_a_run_that_diverges_stops_and_leaves_its_last_checkpoint(tmp_path):
     assert step == 2
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(last.params))
     # What the message advises.
-    lower = tiny_config(**{"train.save_every": 1})
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    assert loop.train(lower, tmp_path, progress=False, until=4) is None
-    assert saved(lower, tmp_path)[0] == 4
+    assert loop.train(tiny_config(), tmp_path, progress=False, until=4) is None
+    assert saved(settings, tmp_path)[0] == 4
 
 
 def test_logged_levels_are_likelihoods():
