@@ -13,17 +13,17 @@ from ntm_jax.runtime.config import Optimizer
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.step import make_step, steps_of, update_ema
-from tests.common import as_run, batch_of, bits, norm, objective_of, randomised, setup, tiny_config
+from tests.common import as_run, batch_of, bits, norm, objective_of, random_run, setup, tiny_config
 
 
 def begin(settings):
-    """(the source, a run, its state after a step, with random numbers as parameters)."""
+    """(the source, a run, its state at step 1, with random numbers as parameters)."""
     source, model, mesh = setup(settings)
-    run = as_run(settings, model, mesh)
-    current = state.initialize(run)
-    homes = jax.tree.map(lambda a: a.sharding, current.params)
-    params = jax.device_put(randomised(current.params), homes)
-    return source, run, current.replace(params=params, step=np.int32(1))
+    run = random_run(as_run(settings, model, mesh))
+    abstract = state.abstract(run)
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)  # of the optimizer
+    current = zeros.replace(params=run.params, ema=run.params, step=np.int32(1))
+    return source, run, jax.device_put(current, jax.tree.map(lambda a: a.sharding, abstract))
 
 
 @pytest.mark.slow
