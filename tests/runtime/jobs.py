@@ -42,14 +42,11 @@ class Job:
                 return line
         raise AssertionError(f"no line like {pattern}: {self.processes[0].stderr.read()}")
 
-    def end(self, timeout=240) -> list[tuple[int, str, str]]:
-        """(status, last line of stdout, last line of stderr) of every process."""
-        results = []
-        for process in self.processes:
-            texts = process.communicate(timeout=timeout)
-            lines = ((text.strip().splitlines() or [""])[-1] for text in texts)
-            results.append((process.returncode, *lines))
-        return results
+    def end(self, status: int = 0) -> list[tuple[str, str]]:
+        """(last line of stdout, of stderr) of every process; each must have this status."""
+        texts = [process.communicate(timeout=240) for process in self.processes]
+        assert [process.returncode for process in self.processes] == [status] * len(texts), texts
+        return [tuple((text.strip().splitlines() or [""])[-1] for text in both) for both in texts]
 
 
 def losses(workdir) -> dict[int, float]:

@@ -74,14 +74,12 @@ def test_an_interrupted_job_goes_on_with_other_devices(alone, tmp_path):
     job.read_until(r"step 1/")  # early: a busy machine may send it many of the short steps later
     job.processes[1].send_signal(signal.SIGINT)
     ends = job.end()
-    assert [status for status, *_ in ends] == [0, 0], ends
-    said = re.fullmatch(r"stopped at step (\d+), saved; the same command resumes", ends[0][1])
+    said = re.fullmatch(r"stopped at step (\d+), saved; the same command resumes", ends[0][0])
     assert said, ends
     assert int(said[1]) < SETTINGS["train.steps"]
     assert (workdir / "checkpoints" / said[1]).exists()
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    ends = Job(workdir, 2, devices=4, settings=(mesh,)).end()
-    assert [status for status, *_ in ends] == [0, 0], ends
+    Job(workdir, 2, devices=4, settings=(mesh,)).end()
     one, several = losses(alone), losses(workdir)
     assert list(one) == list(several) == list(range(1, 13))
     np.testing.assert_allclose(list(several.values()), list(one.values()), **SUM)
@@ -98,9 +96,8 @@ def test_evaluation_is_the_same_on_more_devices_and_processes(alone):
     run = ntm_jax.load(str(alone), 12)
     figures = run.scores(EvaluationOptions(split="test", trajectories=2))
     run.report("one.json", *figures, per_example=True)
-    ends = Job(alone, 2, program="evaluate", flags=(
+    Job(alone, 2, program="evaluate", flags=(
         "--split=test", "--trajectories=2", "--per_example", "--step=12")).end()
-    assert [status for status, *_ in ends] == [0, 0], ends
     (one, scores), (other, other_scores) = (
         (json.loads((alone / f"{name}.json").read_text()),
          pyarrow.parquet.read_table(alone / f"{name}.parquet").to_pydict())
@@ -122,8 +119,7 @@ def test_evaluation_is_the_same_on_more_devices_and_processes(alone):
 def test_two_processes_sample_as_one_does(alone, tmp_path):
     run, flags = ntm_jax.load(str(alone)), [f"--out={tmp_path}/2", "--num=6", "--candidates=2"]
     run.best_of(2).write_samples(f"{tmp_path}/1", SampleRequest(6))
-    ends = Job(alone, 2, program="sample", flags=flags).end()
-    assert [status for status, *_ in ends] == [0, 0], ends
+    Job(alone, 2, program="sample", flags=flags).end()
     images = [np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in "12"]
     assert images[0].shape == (6, 8, 8, 3)
     # One of 17 grey levels: rounding may fall on the other side.
@@ -146,9 +142,7 @@ def test_a_record_that_one_process_cannot_read_stops_all_saved(tmp_path):
     job.read_until(r"step 3/")
     good = bad.read_bytes()
     bad.write_text("<html>")  # an epoch has 5 steps, so a process reads it soon
-    ends = job.end()
-    assert [status for status, *_ in ends] == [2, 2], ends
-    errors = [error for *_, error in ends]
+    errors = [error for _, error in job.end(status=2)]
     reader, other = sorted(errors, key=lambda error: "another process" in error)
     assert reader == f"error: image {bad} cannot be decoded (not an image): remove it"
     said = re.match(r"error: another process of this job could not read a record \(see its line\); "
@@ -186,10 +180,10 @@ def test_a_dead_process_ends_the_others():
 
 
 def test_processes_started_differently_all_stop_and_name_the_key(tmp_path):
-    ends = Job(tmp_path / "run", 2, settings=({}, {"optimizer.clip": 0.5})).end()
+    job = Job(tmp_path / "run", 2, settings=({}, {"optimizer.clip": 0.5}))
     expected = ("error: the processes of this job differ: optimizer.clip is 1.0 in process 0 and "
                 "0.5 in process 1: start all with the same command")
-    assert [(status, error) for status, _, error in ends] == [(2, expected)] * 2
+    assert [error for _, error in job.end(status=2)] == [expected] * 2
     assert not (tmp_path / "run").exists()
 
 
