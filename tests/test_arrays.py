@@ -22,7 +22,7 @@ from ntm_jax.evaluation import scoring
 from ntm_jax.projects.weighing import reweight
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import state
-from tests.common import ROOT, TINY, configured, new_run, random_run
+from tests.common import ROOT, TINY, configured, new_run, randomised
 from tests.export.common import run_script
 
 MEAN, STD = np.array([5.0, -1e4]), np.array([0.01, 300.0])
@@ -41,20 +41,19 @@ def data(n: int = 400):
 
 @pytest.fixture(scope="module")
 def gaussian():
-    """A run whose parameters are 0, as a new model's last layers are: exact for its data."""
+    """A new run: exact for its data."""
     theta, x = data()
     arrays = sources.from_arrays(theta, condition=x, held_out=0.0)
     sources.provide(arrays)
     run = new_run(configured("arrays", TINY | {
         "data.source": arrays.name, "evaluate.split": "train", "train.condition_dropout": 0.1}))
-    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), state.abstract(run).params)
-    return dataclasses.replace(run, params=zeros)
+    return dataclasses.replace(run, params=state.initialize(run).params)
 
 
 @pytest.fixture(scope="module")
 def random(gaussian):
     """A run with random parameters, which depend on the condition."""
-    return random_run(gaussian, 2, workdir="runs/tiny")
+    return dataclasses.replace(gaussian, params=randomised(gaussian.params), workdir="runs/tiny")
 
 
 def test_the_density_at_t_0_is_in_the_datas_own_units(gaussian):
