@@ -47,7 +47,7 @@ def test_written_samples(run, tmp_path, capsys):
 
 def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsys):
     uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
-    request = SampleRequest(9, 3, save_trajectories=True)
+    request = SampleRequest(8, 3, save_trajectories=True)
     write_samples(run, str(uninterrupted), request)
     sample_at, calls = generate.sample_at, []
 
@@ -64,20 +64,20 @@ def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsy
     other = dataclasses.replace(run, params=randomised(run.params, seed=3))
     guided = dataclasses.replace(run, config=run.config.with_sampling(guidance=2.0))
     for asker, changes, message in (
-            (run, {"num": 12}, "--num 9, and this call has 12: give another --out"),
+            (run, {"num": 12}, "--num 8, and this call has 12: give another --out"),
             (guided, {}, "--guidance 0.0, and this call has 2.0"), (other, {}, "checksum")):
         with pytest.raises(UserError, match=f"holds samples of {message}"):
             write_samples(asker, str(stopped), dataclasses.replace(request, **changes))
     write_samples(run, str(stopped), request)
-    assert calls == [[0, 1, 2], [3, 4, 5], [3, 4, 5], [6, 7, 8]]
-    assert "9 images in" in capsys.readouterr().out
+    assert calls == [[0, 1, 2], [3, 4, 5], [3, 4, 5], [6, 7]]
+    assert "8 images in" in capsys.readouterr().out
     names = sorted(path.name for path in uninterrupted.iterdir())
     assert sorted(path.name for path in stopped.iterdir()) == names
     for name in ("samples.npz", "trajectories.npz"):
         with np.load(uninterrupted / name) as one, np.load(stopped / name) as two:
             np.testing.assert_array_equal(one["arr_0"], two["arr_0"])
     with np.load(uninterrupted / "trajectories.npz") as levels:
-        assert levels["arr_0"].shape == (9, 3, 8, 8, 1)
+        assert levels["arr_0"].shape == (8, 3, 8, 8, 1)
     write_samples(run, str(stopped), request)  # there is nothing left to do
     assert len(calls) == 4
 
