@@ -1,4 +1,4 @@
-"""The likelihood in float32 against tests/reference.py, and the reference against closed forms.
+"""The likelihood in float32 against tests/reference.py, and the reference against a closed form.
 
 The models are small ones, and a checkpoint of random parameters or of your own run:
 WORKDIR=runs/digits pytest tests/test_reference.py.
@@ -25,14 +25,9 @@ from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.runtime import cpu_arithmetic
 from tests import reference
 from tests.common import batch_of, tiny_config, write_run
+from tests.core.conftest import TINY
 
-BASE = {
-    "grid": (2, 3), "dim": 3, "steps": (3,), "width": 16, "head_size": 8,
-    "kv_heads": 2, "mlp_ratio": 2, "positions": "rotary", "transporter_width": 16,
-    "transporter_blocks": 2, "transporter_layers": 1, "predictor_layers": 1,
-    "head": "preconditioned", "log_scale_bound": 1.0, "data_std": 0.7, "dtype": jnp.float32,
-    "transporter_dtype": jnp.float32, "remat": "none", "scan": False,
-}
+BASE = TINY | {"dim": 3, "steps": (3,)}
 MODELS = {
     "rotary_wide": {
         "width": 544, "head_size": 136, "transporter_width": 272, "mlp_ratio": 1},
@@ -153,31 +148,11 @@ def test_a_checkpoint(tmp_path):
             source.pixel_levels)
 
 
-def gaussian(steps: int, **changes):
-    """A new model, exact for N(0, data_std^2) data: its configuration and parameters."""
-    config = ModelConfig(
-        **BASE | {"transporter_blocks": 0, "steps": (steps,), "grid": (1, 2)} | changes)
-    return config, weights(config, new=True)
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_the_weight_of_gaussian_data_is_their_noised_density(steps):
-    config, params = gaussian(steps)
-    rng = np.random.default_rng(2)
-    t = np.linspace(0.08, 1, steps + 1)
-    variance = (1 - t[0]) ** 2 * config.data_std**2 + t[0] ** 2
-    for _ in range(3):
-        xs = rng.normal(size=(steps + 1, config.tokens, config.dim))
-        x = rng.normal(size=xs.shape[1:])
-        exact = norm.logpdf(xs[0], 0, math.sqrt(variance)).sum()
-        found = reference.log_weight(params, config, xs, x, t, steps, 0, 0)
-        # nats, of float64 sums of some thousand nats: 1e-12 each
-        assert found == pytest.approx(exact, abs=1e-9)
-
-
 def test_the_mean_weight_of_gaussian_pixels_is_their_probability():
     """x_0 / (1 - t_0) plus the decoder's noise is Gaussian: the bins' probabilities are known."""
-    config, params = gaussian(2, grid=(1, 1), dim=1)
+    config = ModelConfig(
+        **BASE | {"transporter_blocks": 0, "steps": (2,), "grid": (1, 1), "dim": 1})
+    params = weights(config, new=True)  # exact for N(0, data_std^2) data
     t = np.array([0.3, 0.6, 1.0])
     deviation = math.sqrt((1 - t[0]) ** 2 * config.data_std**2 + 2 * t[0] ** 2) / (1 - t[0])
     # eight deviations of x_0: the trapezoidal rule is exact to 1e-12
@@ -193,24 +168,3 @@ def test_the_mean_weight_of_gaussian_pixels_is_their_probability():
     edges = np.array([-np.inf, -0.75, -0.25, 0.25, 0.75, np.inf])
     # float64, and the rule above
     np.testing.assert_allclose(found, np.diff(norm.cdf(edges / deviation)), rtol=1e-9)
-
-
-@pytest.mark.parametrize("name", ["rotary_wide", "classes_learned_grouped_scanned"])
-def test_the_log_det_is_that_of_the_numerical_jacobian(name):
-    config = ModelConfig(**BASE | MODELS[name] | {"grid": (1, 3), "dim": 2})
-    params = reference.float64(weights(config))
-    x = np.random.default_rng(3).normal(size=(config.tokens, config.dim))
-
-    def move(x):
-        x = x.reshape(config.tokens, config.dim)
-        return reference.transport(params, config, x, 0.4, 3, 1)[0].ravel()
-
-    h = 1e-5
-    jacobian = [(move(x.ravel() + h * e) - move(x.ravel() - h * e)) / (2 * h)
-                for e in np.eye(x.size)]
-    sign, expected = np.linalg.slogdet(jacobian)
-    assert sign == 1
-    assert abs(expected) > 0.1
-    found = reference.transport(params, config, x, 0.4, 3, 1)[1]
-    # central differences: h^2, and rounding of 1e-16/h
-    assert found == pytest.approx(expected, abs=1e-7)

@@ -125,7 +125,3 @@ def test_a_new_model_weighs_gaussian_data_exactly(tiny):
     # t_0 = .001, where z = 1e-7 / .001.
     np.testing.assert_allclose(log_w / (config.tokens * config.dim),
                                expected / (config.tokens * config.dim), atol=1e-4)
-
-
-def test_bits_per_dim():
-    assert likelihood.bits_per_dim(64 * 3 * math.log(2), 64) == pytest.approx(3)

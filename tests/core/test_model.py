@@ -131,31 +131,6 @@ def test_pairs_of_a_batch_are_columns_of_their_trajectories(random, asked, terms
                 getattr(found, name), [own[0, low], own[1, high]], rtol=2e-5, atol=1e-5)
 
 
-def test_the_top_level_is_its_own_latent_by_its_index(random, asked):
-    """Also where t_T is not 1: the level's index counts, not its value."""
-    xs, t, steps, label = asked
-    t = np.concatenate([t[:, :-1], np.full_like(t[:, -1:], 0.97)], 1)
-    mean, log_scale = random.predict(xs[:, -1], t[:, -1], t[:, -2], steps, label)
-    u, _ = random.transport(xs[:, -2], t[:, -2], steps, label)
-    expected = 0.5 * np.sum(((u - mean) / np.exp(log_scale)) ** 2, (1, 2))
-    # float32 sums in another order
-    np.testing.assert_allclose(random(xs, t, steps, label).quadratic[:, -1], expected, rtol=2e-5)
-
-
-@pytest.mark.parametrize("change", ["level", "target", "steps", "label", "null"])
-def test_the_condition_reaches_the_predictor(random, asked, change):
-    xs, t, steps, _ = asked
-    inputs = {"level": t[:, 2], "target": t[:, 1], "steps": steps, "label": np.array([0, 0])}
-    before = random.predict(xs[:, 2], *inputs.values())
-    inputs |= {
-        "level": {"level": t[:, 2] + 0.05}, "target": {"target": t[:, 1] + 0.05},
-        "steps": {"steps": steps - 1},
-        "label": {"label": np.array([1, 1])}, "null": {"label": np.array([2, 2])},
-    }[change]
-    for a, b in zip(before, random.predict(xs[:, 2], *inputs.values()), strict=True):
-        assert (np.abs(a - b).max((1, 2)) > 1e-3).all()
-
-
 def test_terms_are_float32_when_the_networks_are_bfloat16(tiny, asked):
     low = tiny(**RICH, dtype=jnp.bfloat16, transporter_dtype=jnp.bfloat16)
     terms = jax.eval_shape(low.module.apply, low.params, *asked)

@@ -56,21 +56,6 @@ def test_guidance_is_the_product_of_gaussians(w):
     np.testing.assert_allclose(log_scale, -0.5 * np.log(precision), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("w", [0.0, 1e-3, 1.0, 1e3, 1e8])
-def test_guidance_of_any_size_stays_finite(w):
-    """No NaN and scales in (0, sigma_c], for means as large as float16's and log-scales of +-10."""
-    mean_c, mean_u = np.meshgrid([-6e4, 0, 6e4], [-6e4, 0, 6e4])
-    for log_c in (-10.0, 0.0, 10.0):
-        for log_u in (-10.0, 0.0, 10.0):
-            arguments = (jnp.asarray(a, jnp.float32)
-                         for a in (mean_c, np.full((3, 3), log_c), mean_u, np.full((3, 3), log_u)))
-            mean, log_scale = sampling.guide(*arguments, w)
-            assert np.isfinite(mean).all()
-            assert np.isfinite(log_scale).all()
-            assert (np.exp(log_scale) > 0).all()
-            assert (log_scale <= log_c).all()
-
-
 def test_guidance_clips_a_wider_conditional_and_zero_changes_nothing():
     mean_c, log_c = jnp.array([0.5, -1.0]), jnp.array([0.3, 0.0])
     mean_u, log_u = jnp.array([1.0, 2.0]), jnp.array([-0.2, -3.0])

@@ -99,18 +99,6 @@ def test_simulation_is_linear_with_exactly_this_mean_and_covariance():
         assert not by_noise[i, ..., 1 - i, :, :, :].any()
 
 
-def test_covariance_by_formula():
-    t = np.asarray(uneven_levels()[0], np.float64)
-    low, high = np.minimum(t[:, None], t), np.maximum(t[:, None], t)
-    with np.errstate(invalid="ignore"):
-        expected = np.where(low == 1, 1.0,
-                            np.where(low == high, low**2, low**2 * (1 - high) / (1 - low)))
-    s = np.asarray(covariance(uneven_levels()[0]))
-    np.testing.assert_allclose(s, expected, rtol=1e-6)  # a few float32 roundings, relative
-    assert s[-1, -1] == 1
-    assert not s[:-1, -1].any()
-
-
 @pytest.mark.parametrize(("t", "s"), PAIRS)
 def test_posterior_by_joint_conditioning(t, s):
     covariance = s * s * (1 - t) / (1 - s)  # of x_s and x_t given x

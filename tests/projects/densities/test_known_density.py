@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ntm_jax import files
-from ntm_jax.data import pipeline, sources
+from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate, scoring
 from ntm_jax.evaluation.report import write_report
@@ -69,17 +69,16 @@ def flow():
 
 @pytest.mark.slow
 def test_signed_errors_of_a_flow_map_and_of_its_ode(flow, monkeypatch):
-    """The map is exact in one step; one step of Euler is not."""
+    """Those of the map are 0 in one step, and those of the ODE nearly in many."""
     source = dataclasses.replace(flow.config.data.open("test[:50]"), log_density=log_normal)
     monkeypatch.setattr(known_density, "EVALUATIONS", (1, 16))
     monkeypatch.setattr(known_density, "SIDE", 31)
     mapped = known_density.flow_map_estimates(flow)
-    euler = known_density.solutions(flow)[0]
     one, many = known_density.signed_errors(flow, source, mapped[:2])
-    own, first = known_density.signed_errors(
-        flow, dataclasses.replace(source, planar_extent=0.0), [mapped[2], euler])
+    own, = known_density.signed_errors(
+        flow, dataclasses.replace(source, planar_extent=0.0), mapped[2:])
     assert [row["method"] for row in (one, many)] == ["F2D2", "F2D2"]
-    assert [row["evaluations"] for row in (one, many, own, first)] == [1, 16, 16, 1]
+    assert [row["evaluations"] for row in (one, many, own)] == [1, 16, 16]
     for row in (one, many):
         assert row["error"]["mean"] == pytest.approx(0, abs=1e-4)
     assert own["error"]["mean"] == pytest.approx(0, abs=0.03)
@@ -89,15 +88,6 @@ def test_signed_errors_of_a_flow_map_and_of_its_ode(flow, monkeypatch):
     assert mass == pytest.approx(1, abs=0.01)
     for row in (one, many):
         assert row["mass"] == pytest.approx(mass, abs=1e-4)
-    # One step by hand: x = x_0 (1 + h v'), log p = log N(x; 0, I) + 2 h v', from t_0 = 0.03.
-    batch = next(pipeline.evaluation_batches(source, 1, 50))
-    x = np.asarray(scoring.noised(jax.random.key(flow.config.seed), batch["x"],
-                                  np.full(50, 0.03, np.float32), batch["index"]))[..., 0]
-    rate, length = (2 * 0.03 - 1) / (0.97**2 + 0.03**2), 0.97
-    estimate = log_normal(x * (1 + length * rate), 1.0) + 2 * length * rate
-    expected = np.mean(estimate - log_normal(x, 0.03))
-    assert first["error"]["mean"] == pytest.approx(expected, abs=1e-3)
-    assert first["method"] == "flow matching, Euler, exact divergence"
 
 
 def test_signed_errors_of_an_ntm_are_those_of_its_bounds(run):
@@ -118,7 +108,7 @@ def test_runs_that_do_not_compare_are_refused(run):
         known_density.benchmark([(run, []), (other, [])], "test[:50]")
 
 
-def test_a_benchmark_is_written_and_drawn(tmp_path, capsys):
+def test_a_benchmark_is_written_and_drawn(tmp_path):
     row = {"method": "F2D2", "evaluations": 4, "error": {"mean": 0.5, "stderr": 0.1}, "mass": 1.4}
     low = {"method": "NTM, bound", "evaluations": 4, "error": {"mean": -0.1, "stderr": 0.01}}
     result = {"source": "toy:gaussians", "split": "test", "count": 2, "t_min": 0.04,
@@ -127,19 +117,15 @@ def test_a_benchmark_is_written_and_drawn(tmp_path, capsys):
     written = files.read_json(tmp_path / "out" / "truth.json", "")
     assert written["runs"] == result["runs"]
     assert (tmp_path / "out" / "truth.png").stat().st_size > 1000
-    assert "+0.5000 ± 0.1000   1.400  F2D2" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_an_evaluation_of_planar_data_draws_its_densities(run, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_of_planar_data_draws_its_densities(run, tmp_path, monkeypatch):
     monkeypatch.setattr(known_density, "SIDE", 16)
     result, scores = evaluate.evaluate(run)
     truth = result["truth"]
     assert truth["importance_weighted"]["mean"] < -0.05  # the model is untrained
     # Above the negative entropy of a normal distribution of equal variance, -2.84.
     assert truth["log_density"]["mean"] > -2.6
-    assert "bits_per_dim" not in result
-    assert "class_accuracy" not in result
     write_report(run, result, scores, tmp_path / "evaluation.json")
     assert (tmp_path / "densities.png").stat().st_size > 1000
-    assert "truth.importance_weighted" in capsys.readouterr().out

@@ -13,7 +13,6 @@ from ntm_jax.data.sources import open_as_stored, open_source
 from ntm_jax.projects.densities import toys
 
 NAMES = ("moons", "checkerboard", "gaussians")
-LEVELS = (0.02, 0.3, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def grid(t):
     return np.stack(np.meshgrid(line, line), -1).reshape(-1, 2), step**2
 
 
-@pytest.mark.parametrize("t", LEVELS[:2])
+@pytest.mark.parametrize("t", [0.02, 0.3])
 @pytest.mark.parametrize("name", NAMES)
 def test_densities_integrate_to_1_with_mean_0_and_their_levels_variance(sources, name, t):
     where, area = grid(t)
@@ -69,19 +68,13 @@ def test_samples_lie_where_their_density_says(sources, name, t):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pure_noise_is_standard_normal_and_densities_are_finite_far_outside(sources, name):
+def test_pure_noise_is_standard_normal(sources, name):
     log_density = sources[name]["test"].log_density
     where = np.random.default_rng(0).normal(size=(1000, 2)) * 3
     normal = -0.5 * np.sum(where**2, 1) - math.log(2 * math.pi)
     np.testing.assert_allclose(log_density(where, 1.0), normal, rtol=1e-12)
     # no jump on the way there
     np.testing.assert_allclose(log_density(where, 1 - 1e-7), normal, atol=1e-5)
-    far = np.array([[3.0, 0], [30, 0], [0, 300], [-3000, 3000]])
-    for t in LEVELS:
-        found = log_density(far, t)
-        assert np.isfinite(found).all()
-        assert (np.diff(found) < 0).all()
-    assert found.dtype == np.float64
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -91,7 +91,5 @@ def test_the_optimum_is_the_tilted_reference(monkeypatch):
     points = mean + deviation * np.random.default_rng(0).normal(size=(500, 2))  # held out
     wanted = scipy.stats.norm.logpdf(points, mean, deviation).sum(1)
     before, after = (log_density(run, params, points) for params in (reference, current.ema))
-    print("mean absolute difference", np.abs(before - wanted).mean(), np.abs(after - wanted).mean(),
-          "KL", (wanted - after).mean())
     assert np.abs(before - wanted).mean() > 0.5
     assert np.abs(after - wanted).mean() < 0.05

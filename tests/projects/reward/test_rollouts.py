@@ -17,23 +17,10 @@ from tests.common import objective_of
 from tests.projects.reward.common import (
     first_batch,
     made,
-    moved,
     rolled,
     with_objective,
     with_reward,
 )
-
-
-def test_what_is_logged(run):
-    _, scalars = rolled(run, moved(run.params, 0.05))
-    assert list(scalars) == ["reward", "kl", "diversity"]
-    assert 0 < scalars["reward"] < 1
-    assert scalars["kl"] > 0.1
-    assert scalars["diversity"] > 0.01
-    assert rolled(run)[1]["kl"] == pytest.approx(0, abs=1e-3)
-    batch = first_batch(run)
-    drawing = made(run)
-    assert drawing.finish(drawing.begin(run.params, run.params, batch, 0, False))[1] == {}
 
 
 def test_the_mean_distance_of_samples():

@@ -84,13 +84,12 @@ AMOUNTS = benchmark.Amounts(observations=2, samples=120, weighted=240, simulatio
 
 
 @pytest.mark.slow
-def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
+def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "BATCH", 12)  # several batches, the last one cut
     # The posterior's support is thin, and a run with random parameters may miss it.
     monkeypatch.setattr(tasks.Task, "log_joint", lambda self, x, theta: -np.sum(theta**2, 1))
     result, drawn = benchmark.benchmark(run, AMOUNTS)
     benchmark.write_benchmark(result, drawn, tmp_path)
-    printed = capsys.readouterr().out
     assert files.read_json(tmp_path / "sbi.json", "run again") == files.to_json(result)
     for name in ("posteriors.png", "calibration.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -104,9 +103,7 @@ def test_a_runs_benchmark(run, reference, monkeypatch, tmp_path, capsys):
     assert 0 < len(before) <= 120
     assert (np.abs(before) <= 1).all()  # the prior's support
     assert result["share_in_prior"]["mean"] < 1
-    assert f"{result['c2st']['mean']:.3f} ± {result['c2st']['stderr']:.3f}: " in printed
     assert drawn.ranks.shape == (11, 2)
-    assert "the smallest of the ranks of 2 parameters (wrong below 0.01 / 2)" in printed
 
 
 def test_draws_belong_to_their_simulation_in_any_batch(run, monkeypatch):
