@@ -78,9 +78,6 @@ def test_own_captions_are_one_command(tmp_path):
     (tmp_path / "more.txt").write_text("a blue card\n")
     flags = ["-m", "launch.sample", f"--workdir={tmp_path}/run", "--prompts=a red ring",
              f"--prompts={tmp_path}/more.txt", "--per_prompt=3"]
-    done = python(*flags, "--encoder=words:1:a", check=False)  # the flag goes before the run's own
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: the text encoder 'words:1:a' makes states of width ")
     printed = python(*flags, f"--out={tmp_path}/out").stdout
     assert f"6 images in {tmp_path}/out" in printed
     asked = json.loads((tmp_path / "out/samples.json").read_text())
@@ -88,5 +85,3 @@ def test_own_captions_are_one_command(tmp_path):
     written = (tmp_path / "out/prompts.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in written] == [
         "a red ring"] * 3 + ["a blue card"] * 3
-    with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
-        assert sheet.height == 2 * 67  # a row a prompt

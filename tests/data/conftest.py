@@ -17,7 +17,6 @@ class Squares(tfds.core.GeneratorBasedBuilder):
             "image": tfds.features.Image(shape=(None, None, 3)),
             "label": tfds.features.ClassLabel(names=["ant", "bee", "cat"]),
             "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
-            "title": tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -33,7 +32,6 @@ class Squares(tfds.core.GeneratorBasedBuilder):
                 "image": file,
                 "label": i % 3,
                 "captions": [{"text": f"first {i}"}, {"text": f"second {i}"}],
-                "title": f"title {i}",
             }
 
 

@@ -23,14 +23,11 @@ def _module():
     return found
 
 
-def _model(sizes: Sizes):
-    return _module().Model(depth=sizes.blocks, block_depth=sizes.layers, emb_dim=sizes.width,
-                     num_heads=sizes.width // sizes.head, ps=sizes.patch)
-
-
 def _started(sizes: Sizes):
     """(model, parameters, batch of images, FLOPs of a pass); a coupling reads half the numbers."""
-    model, x = _model(sizes), jax_cpu.noise(sizes, sizes.side, sizes.side, 3)
+    model = _module().Model(depth=sizes.blocks, block_depth=sizes.layers, emb_dim=sizes.width,
+                            num_heads=sizes.width // sizes.head, ps=sizes.patch)
+    x = jax_cpu.noise(sizes, sizes.side, sizes.side, 3)
     params = jax.jit(lambda key: model.init(key, x, method="forward"))(jax.random.key(0))
     return model, params, x, sizes.forward_flops(
         ends=3 * sizes.blocks * sizes.dim * sizes.width // 2)

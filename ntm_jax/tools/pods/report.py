@@ -51,7 +51,9 @@ def figures(compiled: Compiled, run: Run, chip: PodChip) -> dict:
         "bytes_per_chip": compiled.memory, "largest_arrays": compiled.arrays,
         "flops_per_chip": work.flops, "flops_traced_per_chip": compiled.traced_flops,
         "highest_flops_per_chip": highest,
-        "flops_by_precision_per_chip": _by_part(work),
+        "flops_by_precision_per_chip": {
+            part: {p: v for (of, p), v in sorted(work.products.items()) if of == part}
+            for part, _ in sorted(work.products)},
         "collective_bytes_per_chip": {
             k: sum(v for (kind, _), v in work.sent.items() if kind == k) for k in hlo.COLLECTIVES},
         "slice_network_bytes_per_chip": sent["ici"], "data_centre_bytes_per_chip": sent["dcn"],
@@ -69,14 +71,6 @@ def figures(compiled: Compiled, run: Run, chip: PodChip) -> dict:
 
 def _network(sent: dict[str, float], chip: PodChip) -> float:
     return sent["ici"] / chip.ici + sent["dcn"] / chip.dcn
-
-
-def _by_part(work: hlo.Work) -> dict[str, dict[str, float]]:
-    """{part: {precision: FLOPs}}; see hlo.Work."""
-    found: dict[str, dict[str, float]] = {}
-    for (part, precision), value in sorted(work.products.items()):
-        found.setdefault(part, {})[precision] = value
-    return found
 
 
 def at_roofline(report: dict, examples: int, tokens: int, chip: PodChip) -> dict:
@@ -154,21 +148,16 @@ def _work_rows(report: dict, unit: str) -> dict[str, str]:
     counted, traced, model = (
         amount(report[key], "")
         for key in ("flops_per_chip", "flops_traced_per_chip", "model_flops_per_chip"))
-    bound = report["bound_by"]
+    bound, most = report["bound_by"], report["at_roofline"]
     return {
         f"FLOPs a {unit}": f"{counted}; as traced {traced}, of the model {model}",
         f"sent a {unit}": _sent(report, unit),
         "at its peak": ", ".join(f"{name} {amount(v, 's')}"
                                  for name, v in report["roofline_seconds"].items())
                        + (f": bound by {bound}" if bound else ""),
-        "at most": _at_most(report["at_roofline"])}
-
-
-def _at_most(bound: dict) -> str:
-    if bound["mfu"] is None:
-        return ""
-    return (f"{amount(bound['examples_per_second'], '')} examples/s, "
-            f"{amount(bound['tokens_per_second'], '')} tokens/s, MFU {bound['mfu']:.0%}")
+        "at most": "" if most["mfu"] is None else
+                   f"{amount(most['examples_per_second'], '')} examples/s, "
+                   f"{amount(most['tokens_per_second'], '')} tokens/s, MFU {most['mfu']:.0%}"}
 
 
 def amount(value, unit: str) -> str:

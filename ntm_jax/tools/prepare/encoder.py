@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from ntm_jax.data import pretrained, text
-from ntm_jax.data.records import Layout
+from ntm_jax.data.records import Layout, sha256
 from ntm_jax.tools.prepare.captioned import Loaded
 from ntm_jax.tools.prepare.plan import PrepareOptions
 from ntm_jax.tools.prepare.shards import Tally
@@ -32,7 +32,9 @@ class Encoder:
             make, folder = pretrained.AUTOENCODERS.find(options.latents)
             device = "cuda" if pretrained.module("torch").cuda.is_available() else "cpu"
             self._autoencoder = make(folder, device)
-            self.digest = _digest(pretrained.find(folder, "vae").glob("*.safetensors"))
+            parts = sorted(pretrained.find(folder, "vae").glob("*.safetensors"))
+            digests = b"".join(bytes.fromhex(sha256(part)) for part in parts)
+            self.digest = hashlib.sha256(digests).hexdigest()
         self._text = text.open_encoder(options.text) if options.text else None
         blank = np.zeros((1, options.image_size, options.image_size, 3), np.uint8)
         self.layout = Layout(
@@ -63,12 +65,15 @@ class Encoder:
             images = np.stack([cast(np.ndarray, item.image) for item in good])
             views = [images, images[:, :, ::-1]] if flip else [images]
             views = [self._encode_images(view) for view in views]
-            states = self._encode_captions([item.caption for item in good], tally)
+            states = []
+            if self._text:
+                states, cut = self._text.encode([item.caption for item in good])
+                tally.cut_captions += sum(cut)
             for i, item in enumerate(good):
                 example: dict[str, Any] = {"caption": item.caption}
                 if self.layout.num_classes:
                     example["label"] = item.label
-                if states is not None:
+                if states:
                     example["text"] = states[i]
                 for view in views:
                     tally.records += 1
@@ -84,19 +89,3 @@ class Encoder:
         if self._autoencoder is None:
             return images
         return self._autoencoder.encode(images).astype(np.float16)
-
-    def _encode_captions(self, captions: list[str], tally: Tally) -> list[np.ndarray] | None:
-        """The states [m, E] float16 of each caption; None without an encoder."""
-        if not self._text:
-            return None
-        states, cut = self._text.encode(captions)
-        tally.cut_captions += sum(cut)
-        return states
-
-
-def _digest(paths) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Callable
 
 from etils import epath
 
@@ -23,11 +22,11 @@ def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
             f"{file or root / 'metadata.jsonl'} is not there: give --captions=FILE, a .jsonl or "
             ".csv with a row for each image: file_name, caption and, if wished, label"
         )
-    items, outside = [], _outside(root)
+    items, base = [], os.path.realpath(root)
     for number, row in caption_lists.rows(file):
         line = f"{file} line {number}"
         name, caption = caption_lists.name_and_caption(row, line)
-        if not follow_outside and outside(name):
+        if not follow_outside and _outside(root, base, name):
             raise UserError(
                 f"{line} has the file_name {abbreviate(name, str)}, which lies outside {root}: put "
                 "the file into the folder, or give --follow_outside if you trust the list"
@@ -36,20 +35,12 @@ def open_folder(where: str, captions: str, follow_outside: bool) -> Input:
     return make_input(str(file), items, functools.partial(_read_file, os.fspath(root)))
 
 
-def _outside(root: epath.Path) -> Callable[[str], bool]:
-    """A function of a name relative to `root`: whether that file, links followed, lies outside."""
-    base = os.path.realpath(root)
-    resolved = functools.cache(os.path.realpath)  # of the few folders that hold the many files
-
-    def outside(name: str) -> bool:
-        if is_remote(root):
-            first = os.path.normpath(name).split("/")[0]
-            return "://" in name or os.path.isabs(name) or first == ".."
-        folder, last = os.path.split(os.path.join(base, name))
-        path = os.path.normpath(os.path.join(resolved(folder), last))
-        return os.path.commonpath([base, os.path.realpath(path)]) != base
-
-    return outside
+def _outside(root: epath.Path, base: str, name: str) -> bool:
+    """Whether the file of a name relative to `root`, links followed, lies outside its real path."""
+    if is_remote(root):
+        first = os.path.normpath(name).split("/")[0]
+        return "://" in name or os.path.isabs(name) or first == ".."
+    return os.path.commonpath([base, os.path.realpath(os.path.join(base, name))]) != base
 
 
 def _read_file(root: str, item: Item):

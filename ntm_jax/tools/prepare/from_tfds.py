@@ -45,13 +45,10 @@ def _examples(where: str, split: str):
 def _read_example(
     where: str, split: str, feature: Sequence[str], labelled: bool, item: Item
 ) -> tuple[bytes, str, int | None]:
-    example = caption = _examples(where, split)[item.image]
+    example = _examples(where, split)[item.image]
+    caption: Any = example
     for part in feature:
-        caption = _first(caption[part])
+        found: Any = caption[part]
+        caption = found[0] if isinstance(found, (list, tuple)) and found else found
     label = int(example["label"]) if labelled else None
     return example["image"], caption_of(caption), label
-
-
-def _first(value: Any) -> Any:
-    """The first element of a list that has any; other values as they are."""
-    return value[0] if isinstance(value, (list, tuple)) and value else value

@@ -251,15 +251,19 @@ def _inverse(how: str, given: BenchmarkInput) -> Case | None:
     if not model.config.transporter_blocks:
         return None
     _, y, t, us = given.drawn
-    invert = functools.partial(_inverted, model=model, how=how)
-    case = _sampling(
-        given, lambda model, _, *arguments: _inverted(*arguments, model=model, how=how), us, t, y)
+
+    def inverted(model, _, params, us, t, y):
+        return sampling.invert_trajectory(model, params, us, t, y, how)
+
+    case = _sampling(given, inverted, us, t, y)
     auto = inverses.choose("auto", model.config, us.shape[0] * (us.shape[1] - 1), mesh)
     first = max(TOKENS // model.config.tokens, mesh.size)
     us, t, y = jax.tree.map(lambda a: a[:first], (us, t, y))
+    invert = jax.jit(functools.partial(inverted, model, None))
+    transport = jax.jit(functools.partial(sampling.transport_trajectory, model))
     with sharding.use(mesh):
         xs = invert(given.params, us, t, y)
-        back = invert(given.params, _transported(given.params, xs, t, y, model=model), t, y)
+        back = invert(given.params, transport(given.params, xs, t, y), t, y)
         facts = {"tokens": model.config.tokens, "auto": auto,
                  "round_trip_error": float(jnp.max(jnp.abs(back - xs)))}
         if how == "parallel":
@@ -268,16 +272,6 @@ def _inverse(how: str, given: BenchmarkInput) -> Case | None:
                     _sweeps(given.params, us, t, y, tolerance, model=model)).tolist()
                 for tolerance in TOLERANCES}
     return dataclasses.replace(case, facts=facts)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "how"))
-def _inverted(params, us, t, y, *, model, how):
-    return sampling.invert_trajectory(model, params, us, t, y, how)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _transported(params, xs, t, y, *, model):
-    return sampling.transport_trajectory(model, params, xs, t, y)
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -62,7 +62,6 @@ def test_a_scanned_folder_is_decoded_once(tmp_path, monkeypatch):
     read = images.read
     monkeypatch.setattr(images, "read", lambda path: decoded.append(path.name) or read(path))
     root = tmp_path / "images"
-    manifest = root / ".ntm_manifest.json"
 
     def scan():
         decoded.clear()
@@ -73,8 +72,6 @@ def test_a_scanned_folder_is_decoded_once(tmp_path, monkeypatch):
     version, first = scan()
     assert first == ["0.png", "1.png", "2.png"]
     assert scan() == (version, [])
-    manifest.write_bytes(b'{"0.p')  # a damaged manifest only causes another scan
-    assert scan() == (version, first)
     save(root / "new.png", 5, mode="L")
     changed, new = scan()
     assert (changed != version, new) == (True, ["new.png"])
@@ -142,19 +139,12 @@ def test_a_large_folder_is_checked_as_it_is_read(tmp_path, monkeypatch):
     save(tmp_path / "3.png", (1, 2, 3))
     source = opened(tmp_path)  # samples 0 and 5
     assert source.image_shape == (8, 8, 1)
-    found = []
-    for i in range(10):
-        try:
-            found.append(source.records[i]["image"].shape)
-        except UserError as error:
-            found.append(str(error))
-    messages = (
-        f"image {tmp_path / '1.png'} cannot be decoded",
-        "2.png is 8x9x1, others 8x8x1): set data.image_size",
-        "3.png has an image of uint8 [8, 8, 3]",
-    )
-    assert found.count((8, 8, 1)) == 7
-    assert all(any(message in str(one) for one in found) for message in messages)
+    place = np.random.RandomState(0).permutation(10).tolist().index
+    assert source.records[place(4)]["image"].max() == 4
+    for file, message in ((1, "1.png cannot be decoded"), (2, "2.png is 8x9x1, others 8x8x1"),
+                          (3, r"3.png has an image of uint8 \[8, 8, 3\]")):
+        with pytest.raises(UserError, match=message):
+            source.records[place(file)]
 
 
 def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
@@ -169,8 +159,6 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
 
 
 def test_too_few_images_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no images: expected files ending in \.png, \.jpg"):
-        opened(tmp_path)
     save(tmp_path / "a.png", (1, 2, 3))
     with pytest.raises(UserError, match=r"split 'train' of folder:.* is empty: it needs"):
         opened(tmp_path, "train")

