@@ -81,7 +81,6 @@ class Run(base.Run):
             label = base.one_condition(label, condition)
             return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)
         many = len(given)
-        check_count("the number of conditions", many)
         # Sample i of condition j has index i m + j: the same in any n, and no noise is shared.
         index = np.arange(n * many).reshape(n, many).T.ravel()
         condition = base.one_condition(label, given.repeat(n, 0))

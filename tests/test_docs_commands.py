@@ -2,12 +2,11 @@
 
 The commands are those of the sh and bash blocks of README.md and of the pages in docs/. Each is
 parsed by the program that it names, with the program's own flags; nothing else of it runs. The
-lines that docs/faq.md explains are looked up in the code.
+lines that docs/faq.md explains are looked up in the code, and README.md's links among the files.
 """
 
 import ast
 import errno
-import importlib
 import json
 import os
 import re
@@ -139,15 +138,12 @@ def test_every_command_parses_and_a_wrong_one_does_not():
         assert said in error
 
 
-def test_the_experiments_take_the_variants_that_their_page_lists(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs/_ext")
-    page = importlib.import_module("generated").experiments_page()
-    listed = re.findall(r"^## `(\w+)`$.*?^Variants: ([^\n]*)\.$", page, re.M | re.S)
-    assert dict(listed)["digits"] == "`:gaussian`, `:smoke`"
-    for name, variants in listed:
-        experiment = importlib.import_module(f"ntm_jax.experiments.{name}")
-        for variant in re.findall(r"`:([^`]+)`", variants):
-            experiment.get_config(variant)  # raises for one that there is not
+def test_every_link_of_the_readme_leads_to_a_file():
+    readme = (ROOT / "README.md").read_text()
+    links = [link or image for link, image in re.findall(
+        r"""\]\(([^)#]+)[^)]*\)|src="([^"]+)""", readme)]
+    assert len(links) > 20
+    assert [link for link in links if "://" not in link and not (ROOT / link).is_file()] == []
 
 
 def literals() -> str:

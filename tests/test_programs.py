@@ -4,14 +4,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from ntm_jax.runtime.processes import LOCK
-from tests.common import ROOT, TINY, environment, figures, python, start
+from tests.common import TINY, figures, python, start
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
 STEPS = 100
@@ -68,13 +66,7 @@ def test_a_run_leaves_all_its_files(run):
     assert steps[:3] == [1, 2, 3]
     assert steps[-1] == STEPS
     assert (workdir / "checkpoints" / str(STEPS)).exists()
-    result = json.loads((workdir / "evaluation.json").read_text())
     assert f"step {STEPS}, 20 held-out records (test[:20]):\n" in printed
-    bound = result["bits_per_dim"]["importance_weighted"]
-    assert re.search("bits/dim, importance-weighted over 2 trajectories +"
-                     rf"{bound['mean']:.3f} ± {bound['stderr']:.3f}\n", printed)
-    assert re.search(r"samples recognised as their class, %, of 20 +\d", printed)
-    assert f"pictures: {workdir}/samples.png, " in printed
     assert f"all figures: {workdir}/evaluation.json\n" in printed
 
 
@@ -159,14 +151,3 @@ def test_too_little_memory_is_one_line_that_names_the_settings():
     done = python("-c", EXHAUSTED, check=False)
     assert_refused(done, "a device's memory is full (RESOURCE_EXHAUSTED: ")
     assert "): lower config.data.batch_size, config.evaluate.batch_size or --batch, " in done.stderr
-
-
-def test_a_reader_that_goes_away_ends_a_program_quietly():
-    printing = "from launch import program; program.run(lambda: [print(n) for n in range(10**6)])"
-    process = subprocess.Popen([sys.executable, "-c", printing], cwd=ROOT, env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "0\n"
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert process.wait(60) == 141

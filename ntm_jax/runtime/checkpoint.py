@@ -33,13 +33,9 @@ BEST_KEY = "bound"  # key in files; any held-out measure: a bound, an error, or 
 
 
 def locate(where) -> tuple[epath.Path, int | None]:
-    """(workdir, step) of a run's folder, with step None, or of WORKDIR/checkpoints/STEP.
-
-    A run's own folder may have a name like a checkpoint's: it has a config.json, which those lack.
-    """
+    """(workdir, step) of a run's folder, with step None, or of WORKDIR/checkpoints/STEP."""
     folder = epath.Path(where)
     named = folder.parent.name == "checkpoints" and folder.name.isdecimal()
-    named = named and not (folder / "config.json").exists()
     return (folder.parent.parent, int(folder.name)) if named else (folder, None)
 
 
@@ -112,7 +108,7 @@ class Checkpoints:
         run has saved a later one in the same folder.
         """
         known = self.latest()
-        with self._write_errors():
+        with self._file_errors():
             if not self._writes:
                 self.close()
                 self._manager, self._writes = self._open(clean=True), True
@@ -133,7 +129,7 @@ class Checkpoints:
         metrics: Any = None  # orbax's type is that of all JSON
         if held_out is not None and math.isfinite(held_out):
             metrics = {BEST_KEY: float(held_out)}
-        with self._write_errors():
+        with self._file_errors():
             self._manager.save_checkpointables_async(step, unit, force=True, metrics=metrics)
 
     def steps(self) -> list[int]:
@@ -149,7 +145,7 @@ class Checkpoints:
 
         Raises UserError if the checkpoint is damaged.
         """
-        with self._read_errors(step):
+        with self._file_errors(step):
             paths = (path.split("/") for path in named_leaves(self._metadata(step)["state"]))
             return tuple(path[1] for path in paths if path[0] == name and len(path) > 1)
 
@@ -177,7 +173,7 @@ class Checkpoints:
                             f"{', '.join(map(str, steps))}")
         context = ocp.Context(self._context)
         context.pytree.loading.partial_load = partial
-        with self._read_errors(step), context:
+        with self._file_errors(step), context:
             stored = self._metadata(step)
             self._check_model(step, stored["state"], abstract_state, partial)
             # Earlier versions saved no settings.
@@ -190,14 +186,14 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the save in progress is committed. Raises UserError if it fails."""
         if self._manager:
-            with self._write_errors():
+            with self._file_errors():
                 self._manager.wait()
 
     def close(self) -> None:
         """Waits for the save in progress and ends orbax's threads. Raises UserError like wait."""
         manager, self._manager, self._writes = self._manager, None, False
         if manager:
-            with self._write_errors():
+            with self._file_errors():
                 manager.close()
 
     def _open(self, clean: bool):
@@ -207,27 +203,23 @@ class Checkpoints:
             cleanup_tmp_directories=clean)
 
     @contextlib.contextmanager
-    def _write_errors(self):
-        """Turns the errors of orbax and tensorstore for a full or read-only disk into UserError."""
+    def _file_errors(self, reading: int | None = None):
+        """Turns errors of orbax and tensorstore into UserError.
+
+        reading: the step that is read, whose files may be damaged. Without it a step is written,
+        and the disk may be full or read-only.
+        """
         try:
             yield
         except (UserError, jax.errors.JaxRuntimeError):  # the latter means that a device failed
             raise
         except Exception as error:
+            if reading is not None:
+                raise self._damaged(reading, f"it cannot be read ({_cause(error)})") from None
             raise UserError(
                 f"a checkpoint in {self.directory} could not be written ({_cause(error)}): free "
                 "space there, raise ulimit -f or make it writable; the checkpoints before it are "
                 "intact, and the same command resumes") from error
-
-    @contextlib.contextmanager
-    def _read_errors(self, step: int):
-        """Turns orbax's errors for a missing, truncated or garbled file into UserError."""
-        try:
-            yield
-        except (UserError, jax.errors.JaxRuntimeError):  # the latter means that a device failed
-            raise
-        except Exception as error:
-            raise self._damaged(step, f"it cannot be read ({_cause(error)})") from None
 
     def _metadata(self, step: int) -> dict:
         """What a saved step holds, by entry."""

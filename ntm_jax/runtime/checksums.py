@@ -23,7 +23,7 @@ def array_checksums(tree) -> dict[str, str]:
 
     A checksum depends on the bits and their positions, not on the sharding or on the number of
     devices and processes. Every process must call this with the same tree. Arrays may have any
-    shape and size, and any dtype of 8, 16, 32 or 64 bits except complex numbers.
+    shape and size, and any dtype of 8, 16 or 32 bits.
     """
     # Each device sums its own shards without a collective, and the host adds up the devices' sums.
     leaves = named_leaves(tree)
@@ -109,7 +109,6 @@ def _both_sums(x, starts):
     # with the linear bits * odd(position), flips of two top bits would cancel in every stream.
     array = np if isinstance(x, np.ndarray) else jnp
     bits = _bits(x)[None]
-    starts = [*starts, 0][: bits.ndim - 1]
     seeds = np.array(STREAMS, np.uint32).reshape(2, *(1,) * (bits.ndim - 1))
     position = seeds
     for axis, (start, size) in enumerate(zip(starts, bits.shape[1:], strict=True)):
@@ -123,13 +122,12 @@ def _both_sums(x, starts):
 
 
 def _bits(x):
-    """The bits of x [...] as uint32 [...], or [..., 2] for elements of 64 bits."""
+    """The bits of x [...] as uint32 [...]."""
     if x.dtype == np.bool_:
         return x.astype(np.uint32)
-    word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[min(x.dtype.itemsize, 4)]
+    word = {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
     if isinstance(x, np.ndarray):
-        halves = (2,) if x.dtype.itemsize == 8 else ()
-        return np.ascontiguousarray(x).view(word).reshape((*x.shape, *halves)).astype(np.uint32)
+        return np.ascontiguousarray(x).view(word).reshape(x.shape).astype(np.uint32)
     return jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
 
 

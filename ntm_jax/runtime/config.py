@@ -270,12 +270,14 @@ def read(config) -> Config:
     backbones.find(result.model.backbone)
     conditions.find(result.model.condition)
     _check_levels(result)
-    _check_training(result)
-    _check_sampling(result)
+    _check_conditions(result)
+    if decoder(result.sample.decoder).needs_denoiser and not result.teacher:
+        raise UserError(f"config.sample.decoder={result.sample.decoder} needs a learned denoiser: "
+                        "train one with config.train.objective=denoiser and --config.teacher")
     return result
 
 
-def _check_training(config: Config) -> None:
+def _check_conditions(config: Config) -> None:
     model, dropout = config.model, config.train.condition_dropout
     if dropout and model.condition == "none":
         raise UserError(f"config.train.condition_dropout is {dropout}: expected 0 where "
@@ -284,14 +286,7 @@ def _check_training(config: Config) -> None:
         if getattr(model, name) and model.condition != kind:
             raise UserError(f"config.model.{name} is {getattr(model, name)}: it needs "
                             f"config.model.condition={kind}, which is {model.condition}")
-
-
-def _check_sampling(config: Config) -> None:
-    if decoder(config.sample.decoder).needs_denoiser and not config.teacher:
-        raise UserError(f"config.sample.decoder={config.sample.decoder} needs a learned denoiser: "
-                        "train one with config.train.objective=denoiser and --config.teacher")
     check_guidance("config.sample.guidance", config.sample.guidance, config.sample.steps)
-    dropout = config.train.condition_dropout
     if guided(config.sample.guidance) and not config.teacher and not dropout:
         raise UserError("config.sample.guidance needs a model trained with condition dropout: set "
                         "config.train.condition_dropout to 0.1")

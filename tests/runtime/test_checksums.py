@@ -84,14 +84,5 @@ def test_a_checksum_sees_every_bit_and_every_exchange(dtype, sums):
     assert checksum() == original
 
 
-def test_checksums_of_scalars_empty_and_huge_arrays(sums):
-    assert sums({"a": jnp.int32(3)}) != sums({"a": jnp.int32(4)})
-    assert sums({"a": jnp.zeros((0, 4))}) == {"a": "0" * 16}
-    # 2^34 elements: their index overflows uint32.
-    huge = jax.ShapeDtypeStruct((2**20, 2**14), jnp.uint8)
-    found = jax.eval_shape(lambda x: checksums._both_sums(x, [0, 0]), huge)
-    assert (found.shape, found.dtype) == ((2,), jnp.uint32)
-
-
 if __name__ == "__main__":
     main()

@@ -1,7 +1,5 @@
 """Several processes take the same steps as one, stop together, and one job owns a folder."""
 
-import errno
-import fcntl
 import json
 import re
 import signal
@@ -39,15 +37,6 @@ def test_a_process_under_slurm_has_all_gpus_of_its_node():
     done = python("-c", JOIN, f"--coordinator_address=localhost:{free_port()}", "--num_processes=1",
                   "--process_id=0", **{f"SLURM_{name}": value for name, value in slurm.items()})
     assert done.stdout.strip() == "all"  # not "0"
-
-
-def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys):
-    def without(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "lockf", without)
-    with locked(str(tmp_path)):
-        assert "on a file system without locks: start no second run" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +99,6 @@ def test_evaluation_is_the_same_on_more_devices_and_processes(alone):
     bounds = [{name: bound["mean"] for name, bound in found["nats_per_dim"].items()}
               for found in (one, other)]
     assert bounds[1] == pytest.approx(bounds[0], rel=1e-5)
-    by_level = pytest.approx(one["trajectory_nll"]["by_level"], rel=1e-5)
-    assert other["trajectory_nll"]["by_level"] == by_level
     assert other["provenance"]["checksum"] == one["provenance"]["checksum"]
 
 
@@ -207,12 +194,3 @@ def test_a_second_job_is_refused_until_the_first_is_killed(tmp_path):
     owner.communicate()
     with locked(folder):
         pass
-
-
-def test_a_new_folder_that_nothing_came_into_is_removed_again(tmp_path):
-    with locked(str(tmp_path / "new")):
-        assert (tmp_path / "new").is_dir()
-    assert not (tmp_path / "new").exists()
-    with locked(str(tmp_path / "new")):
-        (tmp_path / "new" / "config.json").touch()
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {".lock", "config.json"}
