@@ -14,7 +14,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import evaluate
 from ntm_jax.export.read import load_run
 from ntm_jax.runtime import config
-from ntm_jax.tools.prepare import inputs
+from ntm_jax.tools.prepare import PrepareOptions, inputs
 from ntm_jax.training import loop, objectives
 from tests.common import tiny_config, write_run
 
@@ -61,7 +61,7 @@ def test_a_run_that_names_a_module_imports_nothing(hostile, tmp_path, monkeypatc
     with pytest.raises(UserError, match=refused):
         loop.train(run.config, str(tmp_path / "other"), progress=False)
     with pytest.raises(UserError, match=refused):
-        inputs.open_input(name)
+        inputs.open_input(PrepareOptions(name))
 
 
 def test_no_file_of_a_tfds_folder_has_a_module_imported(hostile, tmp_path, monkeypatch):

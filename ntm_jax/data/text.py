@@ -25,6 +25,8 @@ import numpy as np
 from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.registry import Registry
 
+_MAX_CAPTIONS = 100_000  # that are encoded when a source is opened
+
 
 class Encoder(Protocol):
     """An encoder of captions.
@@ -94,6 +96,49 @@ def warn_of_cut(encoder: Encoder, captions: Sequence[str], cut: Sequence[bool]) 
             f"{abbreviate(encoder.name, str)}, such as {abbreviate(long[0])}",
             stacklevel=2,
         )
+
+
+def encode_captions(
+    name: str, captions: Sequence[str], encoder_name: str
+) -> tuple[Callable[[str], np.ndarray], Encoder]:
+    """(a function from a caption to its states [m, E], the encoder that makes them).
+
+    The function can be pickled to worker processes. Warns of captions that are cut.
+
+    Args:
+      name: what errors call the records.
+      captions: the caption of every record.
+
+    Raises:
+      UserError: as `open_encoder`; a caption that cannot be encoded; too many captions for a
+        slow encoder. With more captions than are encoded here, reading a record raises the second.
+    """
+    encoder = open_encoder(encoder_name)
+    distinct = tuple(sorted(set(captions))) if len(captions) <= _MAX_CAPTIONS else ()
+    if encoder.at_read:
+        cut = [encoder.encode([caption])[1][0] for caption in distinct]
+        warn_of_cut(encoder, distinct, cut)
+        states = functools.partial(_encode_one, encoder)
+    elif distinct:
+        states = _encode_all(encoder_name, distinct).__getitem__
+    else:
+        raise UserError(
+            f"{name} has {len(captions)} captions, and {encoder_name} encodes at most "
+            f"{_MAX_CAPTIONS} when a source is opened: prepare them with launch/prepare.py"
+        )
+    return states, encoder
+
+
+def _encode_one(encoder: Encoder, caption: str) -> np.ndarray:
+    return encoder.encode([caption])[0][0]
+
+
+@functools.cache
+def _encode_all(name: str, captions: tuple[str, ...]) -> dict[str, np.ndarray]:
+    encoder = open_encoder(name)
+    states, cut = encoder.encode(captions)
+    warn_of_cut(encoder, captions, cut)
+    return dict(zip(captions, states, strict=True))
 
 
 def is_utf8(caption: str) -> bool:

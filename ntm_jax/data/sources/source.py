@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from ntm_jax.data import images
-from ntm_jax.data.captions import encode_captions
-from ntm_jax.data.text import pad_text
+from ntm_jax.data.text import encode_captions, pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.registry import Registry
 

@@ -3,30 +3,17 @@
 from ntm_jax.errors import UserError
 from ntm_jax.tools.prepare import from_folder, from_tars, from_tfds
 from ntm_jax.tools.prepare.captioned import Input
+from ntm_jax.tools.prepare.plan import PrepareOptions
 
 
-def open_input(
-    name: str,
-    captions: str = "",
-    feature: str = "caption",
-    split: str = "train",
-    follow_outside: bool = False,
-) -> Input:
-    """Opens `folder:PATH`, `tfds:NAME_OR_BUILDER_DIR` or `tars:GLOB`.
+def open_input(options: PrepareOptions, follow_outside: bool = False) -> Input:
+    """Opens the input of a preparation; its images are read by captioned.load.
 
-    Args:
-      captions: for a folder, the .jsonl or .csv file with file_name (or image), caption (or text)
-        and optionally label in every row; by default metadata.jsonl or metadata.csv in the folder.
-        File names are relative to the folder.
-      feature: for tfds, the feature that holds the caption; a/b is the feature b in a. Of several
-        captions the first is taken.
-      split: for tfds, the records to take.
-      follow_outside: for a folder, whether its list may name files outside it, by ../, an absolute
-        path or a link.
-    Raises:
-      UserError: there is no such input, or a list, tar or data set is not understood. Images are
-        read by captioned.load.
+    follow_outside: for a folder, whether its list may name files outside it, by ../, an absolute
+    path or a link. Raises UserError if there is no such input, or a list, tar or data set is not
+    understood.
     """
+    name = options.input
     kind, _, where = name.partition(":")
     if kind not in ("folder", "tfds", "tars") or not where:
         raise UserError(
@@ -34,9 +21,9 @@ def open_input(
             "tars:GLOB"
         )
     if kind == "folder":
-        given = from_folder.open_folder(where, captions, follow_outside)
+        given = from_folder.open_folder(where, options.captions, follow_outside)
     elif kind == "tfds":
-        given = from_tfds.open_tfds(where, split, feature)
+        given = from_tfds.open_tfds(where, options.tfds_split, options.caption_feature)
     else:
         given = from_tars.open_tars(where)
     if not given.items:

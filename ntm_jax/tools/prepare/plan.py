@@ -25,7 +25,13 @@ _PLAN = "plan.json"
 class PrepareOptions:
     """What determines the records: the flags of launch/prepare.py, and keys in the manifest.
 
-    input, captions, caption_feature, tfds_split: see inputs.open_input.
+    input: folder:PATH, tfds:NAME_OR_BUILDER_DIR or tars:GLOB.
+    captions: for a folder, the .jsonl or .csv file with file_name (or image), caption (or text) and
+      optionally label in every row; by default metadata.jsonl or metadata.csv in the folder. File
+      names are relative to the folder.
+    caption_feature: for tfds, the feature that holds the caption; a/b is the feature b in a. Of
+      several captions the first is taken.
+    tfds_split: for tfds, the records to take.
     image_size: S, the images' side.
     flip: adds the mirror image of every training image, which doubles the training records.
     latents: '' for pixels, or flux2:FOLDER.

@@ -59,9 +59,7 @@ def prepare(
             f"--process_id={process_id}: expected 0 to {num_processes - 1}, below "
             f"--num_processes={num_processes}"
         )
-    given = inputs.open_input(
-        options.input, options.captions, options.caption_feature, options.tfds_split, follow_outside
-    )
+    given = inputs.open_input(options, follow_outside)
     encoder, everything = Encoder(options, given.classes), make_shards(options, given.items)
     plan, limit = make_plan(options, given, encoder.digest), max_bad * len(given.items)
     plan_hash = lock_plan(root, plan)
@@ -128,8 +126,6 @@ def _finish(
         part.shards.append(f"{shard.name}.arrayrecord")
         part.counts.append(tally.records)
         part.sha256.append(tally.sha256)
-    if not sum(splits["train"].counts):
-        raise UserError(f"{root} has no record to train on: expected at least one good image")
     found = {
         "bad_images": sum(len(tally.bad) for tally in tallies),
         "cut_captions": sum(tally.cut_captions for tally in tallies),

@@ -128,7 +128,7 @@ def test_records_are_the_autoencoders_latents(prepared):
     source = open_source(f"records:{prepared}/records", "all")
     record = source.records[0]
     stored = record["image"] * np.float32(source.std) + np.float32(source.mean)
-    given = inputs.open_input(f"folder:{prepared}/photos")
+    given = inputs.open_input(PrepareOptions(f"folder:{prepared}/photos"))
     photos = [captioned.load(given.read, 128, item).image for item in given.items]
     found = Autoencoder(str(prepared)).encode(np.stack(photos))
     errors = np.abs(found - stored).max((1, 2, 3))
