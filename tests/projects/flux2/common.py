@@ -1,4 +1,4 @@
-"""A tiny FLUX.2, its inputs, and its checkpoints in both namings, as NumPy arrays."""
+"""A tiny FLUX.2, its inputs, and its checkpoints in both namings."""
 
 import functools
 import json
@@ -47,66 +47,20 @@ def weights(config=TINY, seed: int = 1) -> dict:
     return jax.tree_util.tree_map_with_path(fill, abstract(config))
 
 
-def random_diffusers(config=TINY, seed: int = 2) -> dict:
-    """The tensors of a checkpoint in diffusers' names, random."""
-    rng = np.random.default_rng(seed)
-    _, shapes = flux2_weights._places(flux2_weights.DIFFUSERS,
+def random_tensors(names: dict = flux2_weights.DIFFUSERS, config=TINY) -> dict:
+    """The tensors of a checkpoint, random. names: ORIGINAL or DIFFUSERS of the reader."""
+    rng = np.random.default_rng(2)
+    _, shapes = flux2_weights._places(names,
                                       flax.traverse_util.flatten_dict(abstract(config), sep="/"))
     return {name: (rng.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
             for name, shape in shapes.items()}
 
 
-SINGLE = {  # diffusers' names -> the original ones
-    "attn.to_qkv_mlp_proj.weight": "linear1.weight", "attn.to_out.weight": "linear2.weight",
-    "attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale"}
+def as_diffusers(tensors: dict) -> dict:
+    """A checkpoint's torch tensors in the original names -> in diffusers', by its converter."""
+    from diffusers.loaders import single_file_utils
 
-
-def original(tensors: dict, xp=np) -> dict:
-    """A checkpoint's tensors in diffusers' names -> in the original ones.
-
-    It is the inverse of diffusers' convert_flux2_to_diffusers.py. xp: jax.numpy to trace shapes.
-    """
-    left = dict(tensors)
-    out = {}
-    for ours, theirs in (
-        ("img_in", "x_embedder"), ("txt_in", "context_embedder"),
-        ("final_layer.linear", "proj_out"),
-        ("time_in.in_layer", "time_guidance_embed.timestep_embedder.linear_1"),
-        ("time_in.out_layer", "time_guidance_embed.timestep_embedder.linear_2"),
-        *((f"{name}.lin", f"{name}.linear")
-          for name in ("double_stream_modulation_img", "double_stream_modulation_txt",
-                       "single_stream_modulation")),
-    ):
-        out[f"{ours}.weight"] = left.pop(f"{theirs}.weight")
-    scale, shift = xp.split(left.pop("norm_out.linear.weight"), 2)
-    out["final_layer.adaLN_modulation.1.weight"] = xp.concatenate([shift, scale])
-    count = 0
-    while f"transformer_blocks.{count}.attn.to_q.weight" in left:
-        def take(name, count=count):
-            return left.pop(f"transformer_blocks.{count}.{name}.weight")
-
-        block = f"double_blocks.{count}"
-        out[f"{block}.img_attn.qkv.weight"] = xp.concatenate(
-            [take("attn.to_q"), take("attn.to_k"), take("attn.to_v")])
-        out[f"{block}.txt_attn.qkv.weight"] = xp.concatenate(
-            [take("attn.add_q_proj"), take("attn.add_k_proj"), take("attn.add_v_proj")])
-        for ours, theirs in (
-            ("img_attn.norm.query_norm.scale", "attn.norm_q"),
-            ("img_attn.norm.key_norm.scale", "attn.norm_k"),
-            ("txt_attn.norm.query_norm.scale", "attn.norm_added_q"),
-            ("txt_attn.norm.key_norm.scale", "attn.norm_added_k"),
-            ("img_attn.proj.weight", "attn.to_out.0"), ("txt_attn.proj.weight", "attn.to_add_out"),
-            ("img_mlp.0.weight", "ff.linear_in"), ("img_mlp.2.weight", "ff.linear_out"),
-            ("txt_mlp.0.weight", "ff_context.linear_in"),
-            ("txt_mlp.2.weight", "ff_context.linear_out"),
-        ):
-            out[f"{block}.{ours}"] = take(theirs)
-        count += 1
-    for name in list(left):
-        _, number, *rest = name.split(".")
-        assert name.startswith("single_transformer_blocks.")
-        out[f"single_blocks.{number}.{SINGLE['.'.join(rest)]}"] = left.pop(name)
-    return out
+    return single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers(tensors)
 
 
 def write_folder(folder, tensors: dict, files: int = 2) -> None:

@@ -14,11 +14,12 @@ import safetensors.numpy
 import ntm_jax
 from ntm_jax.data import pipeline, sources
 from ntm_jax.errors import UserError
+from ntm_jax.projects.flux2 import weights
 from ntm_jax.runtime import config, sharding
 from ntm_jax.runtime.run import Run, untrained
 from ntm_jax.training import finetune, reference_model, state
 from tests.common import ROOT, bits, experiment, logged, python, write_photos
-from tests.projects.flux2.common import original, random_diffusers
+from tests.projects.flux2.common import random_tensors
 
 SHORT = {"trajectory.steps": (2,), "sample.steps": 2, "evaluate.num_samples": 0,
          "evaluate.trajectories": 1}
@@ -39,8 +40,8 @@ def new_run(c: config.Config) -> Run:
 
 def test_latents_of_another_scale_are_refused(tmp_path):
     path = tmp_path / "klein.safetensors"
-    tensors = random_diffusers(new_run(settings()).model.backbone.config)
-    safetensors.numpy.save_file(original(tensors), path)
+    sizes = new_run(settings()).model.backbone.config
+    safetensors.numpy.save_file(random_tensors(weights.ORIGINAL, sizes), path)
     run = new_run(settings(init_from=str(path)))
     scaled = dataclasses.replace(run.spec, mean=(0.0,) * 16, std=(2.0,) * 16)
     with pytest.raises(UserError, match=r"prepare them with --latent_scale=encoder"):

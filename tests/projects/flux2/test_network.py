@@ -18,7 +18,7 @@ from ntm_jax.projects.flux2 import network as flux2
 from ntm_jax.projects.flux2 import weights as flux2_weights
 from ntm_jax.runtime import config, sharding
 from tests.common import python
-from tests.projects.flux2.common import TINY, abstract, inputs, original, random_diffusers, weights
+from tests.projects.flux2.common import TINY, abstract, inputs, random_tensors, weights
 
 # float32 sums in another order, through four layers, of values and gradients up to about 10
 ATOL = 2e-5
@@ -82,7 +82,7 @@ def main(path, out):
 def test_a_checkpoint_is_read_onto_a_mesh(tmp_path):
     """That a step is the same there is in tests/runtime/test_sharding.py."""
     path, out = str(tmp_path / "tiny.safetensors"), str(tmp_path / "out")
-    safetensors.numpy.save_file(original(random_diffusers(TINY)), path)
+    safetensors.numpy.save_file(random_tensors(flux2_weights.ORIGINAL), path)
     python(__file__, path, out, devices=8)
     one = flux2_weights.read(path, abstract())
     found, shards = np.load(f"{out}.npz"), json.loads((tmp_path / "out.json").read_text())

@@ -1,6 +1,5 @@
 """The reader of FLUX.2's checkpoints: both namings, dtypes, and bad files."""
 
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,13 +10,17 @@ from flax.traverse_util import flatten_dict
 
 from ntm_jax.errors import UserError
 from ntm_jax.projects.flux2 import weights as flux2_weights
-from tests.projects.flux2.common import abstract, original, random_diffusers, write_folder
+from tests.projects.flux2.common import abstract, as_diffusers, random_tensors, write_folder
 
 
+@pytest.mark.filterwarnings("default")  # others' deprecations warn
 def test_both_namings_are_the_same_parameters(tmp_path):
-    tensors = random_diffusers()
+    torch, _ = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    original = random_tensors(flux2_weights.ORIGINAL)
+    converted = as_diffusers({name: torch.from_numpy(a) for name, a in original.items()})
+    tensors = {name: np.ascontiguousarray(a) for name, a in converted.items()}
     write_folder(tmp_path / "klein" / "transformer", tensors)
-    safetensors.numpy.save_file(original(tensors), tmp_path / "klein" / "tiny.safetensors")
+    safetensors.numpy.save_file(original, tmp_path / "klein" / "tiny.safetensors")
     found = [flux2_weights.read(str(tmp_path / path), abstract())
              for path in ("klein", "klein/transformer", "klein/tiny.safetensors")]
     flat = [flatten_dict(jax.device_get(params), sep="/") for params in found]
@@ -32,7 +35,7 @@ def test_both_namings_are_the_same_parameters(tmp_path):
 
 
 def test_dtypes_are_the_ones_asked_for(tmp_path):
-    tensors = {name: a.astype(ml_dtypes.bfloat16) for name, a in random_diffusers().items()}
+    tensors = {name: a.astype(ml_dtypes.bfloat16) for name, a in random_tensors().items()}
     safetensors.numpy.save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     half = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), abstract())
     for wanted in (abstract(), half):
@@ -44,7 +47,7 @@ def test_dtypes_are_the_ones_asked_for(tmp_path):
 
 
 def missing(folder):
-    tensors = random_diffusers()
+    tensors = random_tensors()
     del tensors["transformer_blocks.1.ff.linear_in.weight"]
     tensors["proj_out.weight"] = np.zeros((7, 32), np.float32)
     write_folder(folder, tensors)
@@ -52,7 +55,7 @@ def missing(folder):
 
 def truncated(folder):
     file = folder.with_suffix(".safetensors")
-    safetensors.numpy.save_file(random_diffusers(), file)
+    safetensors.numpy.save_file(random_tensors(), file)
     file.write_bytes(file.read_bytes()[:-1])
     return file
 
