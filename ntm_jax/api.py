@@ -73,9 +73,8 @@ class Run(base.Run):
         check_count("n", n)
         if prompts is not None:
             texts = _texts(prompts)
-            if label is not None:
-                raise UserError("label and prompts are both given: expected one of them")
-            label = self.text([texts[i % len(texts)] for i in range(n)])
+            states = self.text([texts[i % len(texts)] for i in range(n)])
+            label = base.one_condition(label, states)
         given = None if condition is None else as_array("condition", condition, "vectors [m, E]")
         if given is None or given.ndim < 2:
             label = base.one_condition(label, condition)

@@ -109,8 +109,6 @@ def _value(kind, value, name: str):
     is_bool = isinstance(value, bool)
     for option in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
         plain = typing.get_origin(option) or option
-        if plain is Any:
-            return value
         if plain is tuple:
             element, *rest = typing.get_args(option)
             if isinstance(value, (tuple, list)) and (rest == [...] or len(value) == 1 + len(rest)):

@@ -172,10 +172,9 @@ def _attention(q, k, v, *, causal: bool, keys=None):
 def blockwise_attention(q, k, v, *, causal: bool, keys=None):
     """Attention in four blocks of queries, for causal attention to many tokens.
 
-    Fewer than four tokens are a block each. Each block attends to the keys up to its end only, so
-    later ones are not computed and masked.
+    Each block attends to the keys up to its end only, so later ones are not computed and masked.
     """
-    tokens, blocks = q.shape[1], min(4, q.shape[1])
+    tokens, blocks = q.shape[1], 4
     if not causal or tokens != k.shape[1]:
         return plain_attention(q, k, v, causal=causal, keys=keys, softmax=softmax)
     k, v, found = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), []

@@ -131,9 +131,8 @@ def loss_plot(metrics_path, out_png, loss_label: str) -> bool:
     key = next((key for key in keys if re.fullmatch("evaluate/[^/]+", key)), None)
     plot, panels = figure(7, 6 if key else 3.5, 2 if key else 1)
     top, bottom = panels[0, 0], panels[-1, 0]
-    marker = "o" if len(steps) == 1 else None  # a line of one point cannot be seen
     top.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step logged")
-    top.plot(steps, smoothed(losses), color="tab:blue", label="smoothed", marker=marker)
+    top.plot(steps, smoothed(losses), color="tab:blue", label="smoothed")
     top.set_ylabel(loss_label)
     plot.legend(loc="outside upper right", ncols=2)
     if key:

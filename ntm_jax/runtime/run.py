@@ -181,7 +181,7 @@ def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Ru
 
 
 def one_condition(label, condition):
-    """A label or a vector condition, whichever is given."""
+    """A label or another condition, whichever is given."""
     if label is not None and condition is not None:
-        raise UserError("label and condition are both given: expected one of them")
+        raise UserError("a label and another condition are given: expected one of them")
     return label if condition is None else condition

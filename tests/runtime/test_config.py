@@ -76,11 +76,10 @@ def test_a_mistake_is_one_line_that_names_the_key(key, value, message):
 
 
 @pytest.mark.parametrize(("given", "expected"), [
-    (1, 1.0), ((1, 0.5, 0, 0), (1.0, 0.5, 0.0, 0.0)), ([1, 0.5, 0, 0], (1.0, 0.5, 0.0, 0.0))])
+    (1, 1.0), ((1, 0.5, 0, 0), (1.0, 0.5, 0.0, 0.0))])
 def test_guidance_is_a_number_or_one_for_each_step(given, expected):
     read = config.read(changed(**{"sample.guidance": given}))
     assert repr(read.sample.guidance) == repr(expected)
-    assert hash(read) == hash(config.read(read.raw))
     assert config.read(json.loads(json.dumps(read.raw))) == read
 
 
