@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,9 +132,9 @@ def _presplit(root: epath.Path, where: str) -> bool:
     """
     train, test = ((root / part).is_dir() for part in ("train", "test"))
     if train and not test:
-        _, folders, _ = next(_tree(root / "train"))
+        classes = [each for each in (root / "train").iterdir() if not each.name.startswith(".")]
         others = [root / name for name in ("val", "valid", "validation")]
-        if folders or any(other.is_dir() for other in others):
+        if any(folder.is_dir() for folder in (*classes, *others)):
             raise UserError(
                 f"data.source folder:{where} holds train/ and no test/: rename or link a folder "
                 f"such as val/ to test/, or give folder:{where}/train for all of its images; "
@@ -147,33 +147,26 @@ def _walk(root: epath.Path, part: str) -> list[str]:
     """Paths, relative to `root`, of the image files in its folder `part` and below.
 
     Links to files and folders are followed. Every folder is walked once: links may form loops.
+    Hidden files and folders are left out.
     """
-    found, walked = [], set()
-    for here, folders, names in _tree(root / part):
+    def refuse(error: OSError):
+        raise error
+
+    found, walked, top = [], set(), root / part
+    tree = top.walk() if is_remote(top) else os.walk(top, onerror=refuse, followlinks=True)
+    for here, folders, names in tree:
         place = os.path.realpath(here)
         if place in walked:
             folders.clear()
             continue
         walked.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
         # Links come last, so that a folder has its own name rather than a link's.
         folders.sort(key=lambda name: (os.path.islink(os.path.join(here, name)), name))
         before = os.path.relpath(here, root)
         found += [os.path.normpath(os.path.join(before, name)) for name in names
                   if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
     return found
-
-
-def _tree(folder: epath.Path) -> Iterator[tuple[Any, list[str], list[str]]]:
-    """os.walk of a folder, on a disk or on object storage, without hidden folders."""
-
-    def refuse(error: OSError):
-        raise error
-
-    tree = folder.walk() if is_remote(folder) else (
-        os.walk(folder, onerror=refuse, followlinks=True))
-    for here, folders, names in tree:
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield here, folders, names
 
 
 def _scan(root: epath.Path, files: Sequence[str]) -> tuple[dict[str, list[int]], set[str]]:
