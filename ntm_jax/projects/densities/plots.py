@@ -7,6 +7,8 @@ import numpy as np
 
 from ntm_jax.runtime.plots import figure, save_figure
 
+COLUMNS = 8  # noise levels side by side in a picture of densities
+
 
 def truth_plot(result: dict, out_png) -> None:
     """Draws the signed errors of a truth.json by evaluations; above 0 one is too high.
@@ -35,18 +37,23 @@ def density_picture(true, learned, levels, extent: float, out_png) -> None:
     """Draws densities of the plane, true above learned, from noisy (left) to clean.
 
     true, learned: [K, m, m] by row y and column x on [-extent, extent]^2, at noise levels [K] in
-    any order. Both densities of a level share their colours; white is 0.
+    any order. More levels than COLUMNS continue below. Both densities of a level share their
+    colours; white is 0.
     """
     levels = np.asarray(levels)
-    plot, axes = figure(1.3 * len(levels) + 0.4, 3, 2, len(levels))
+    bands = -(-len(levels) // COLUMNS)
+    columns = -(-len(levels) // bands)
+    plot, axes = figure(1.3 * columns + 0.4, 3 * bands, 2 * bands, columns)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    for pair, level in zip(axes.T, np.argsort(-levels), strict=True):
+    for place, level in enumerate(np.argsort(-levels)):
+        band, column = divmod(place, columns)
+        pair = axes[2 * band : 2 * band + 2, column]
         pair[0].set_title(f"t={levels[level]:.2g}")
         brightest = max(np.max(true[level]), np.max(learned[level]))
         for axis, density in zip(pair, (true[level], learned[level]), strict=True):
             axis.imshow(density, cmap="Blues", vmin=0, vmax=brightest, origin="lower",
                         extent=(-extent, extent) * 2)
-    for axis, name in zip(axes[:, 0], ("true", "learned"), strict=True):
-        axis.set_ylabel(name)
+    for row, axis in enumerate(axes[:, 0]):
+        axis.set_ylabel(("true", "learned")[row % 2])
     save_figure(plot, out_png)
