@@ -43,10 +43,6 @@ def test_the_readmes_lines_train_on_arrays_and_give_samples_and_likelihoods(tmp_
     np.testing.assert_allclose(bits, -names["nats"] / np.log(2) / 64, rtol=1e-5)
     assert run.evaluate()["count"] == 6
 
-    other = ntm_jax.experiment("folder", data=255 - images, labels=labels)
-    with pytest.raises(ntm_jax.UserError, match=r"holds a run with data\.source"):
-        ntm_jax.train(other, "runs/notebook")
-
 
 def test_an_experiment_suits_arrays_in_memory():
     images, labels = images_and_labels()
@@ -59,17 +55,14 @@ def test_an_experiment_suits_arrays_in_memory():
     assert (given.source, given.image_size) == (config.data.source, 0)
 
 
-def test_arrays_that_do_not_belong_together_or_to_the_model_are_refused(tmp_path):
+def test_arrays_that_do_not_belong_together_or_to_the_model_are_refused():
     theta = np.random.default_rng(0).normal(size=(40, 2))
-    config = ntm_jax.experiment("arrays", "unconditional", data=theta)
     for given, words in (
             ({"labels": [0, 1]}, "labels or condition are given without data: expected both"),
             ({"data": theta, "condition": theta},
              "condition is given, and config.model.condition is none: set it to vector, or leave")):
         with pytest.raises(ntm_jax.UserError, match=words):
             ntm_jax.experiment("arrays", "unconditional", **given)
-        with pytest.raises(ntm_jax.UserError, match=words):
-            ntm_jax.train(config, str(tmp_path), **given)
 
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [

@@ -111,7 +111,6 @@ def test_an_experiment_that_sets_an_unknown_key_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("program", "arguments", "message"), [
-    ("train", ["--config=digits", "--config.evaluate.images=-1"], "config.evaluate.num_samples is"),
     ("train", ["--config=digits", "--noconfig.reward.ahead", "--config.reward.anchor=-1"],
      "config.reward.data_loss_weight is"),
     ("sample", ["--enough=much"], "--stop_nats=much"),
