@@ -65,22 +65,15 @@ def test_guidance_is_compared_on_the_same_noise(guided_scores):
     assert result["class_accuracy"]["mean"] == result["guidance"][0]["mean"]
 
 
-@pytest.mark.parametrize("known", [300, 1, 0])
-def test_records_of_unknown_class_do_not_train_the_classifier(run, source, monkeypatch, known):
-    """Half of the records are of unknown class, or all but one, or all."""
+def test_records_of_unknown_class_do_not_train_the_classifier(run, source, monkeypatch):
     run = sampled(run, **{"evaluate.num_samples": 30})
     train = sources.open_source("digits", "train")
-    records = [record if i < known else record | {"label": -1}
+    records = [record if i < 300 else record | {"label": -1}
                for i, record in enumerate(train.records[i] for i in range(600))]
     monkeypatch.setattr(image_scores, "generated", lambda run, _: np.stack(
         [next(r["image"] for r in records if r["label"] == i % 10) for i in range(30)]))
     changed = dataclasses.replace(train, records=records)
-    if known < 2:
-        monkeypatch.setattr(image_scores, "generated", lambda *_: np.zeros((30, 8, 8, 1), np.uint8))
-        assert image_scores.image_scores(run, changed, source, None) == {}
-    else:
-        result = image_scores.image_scores(run, changed, source, None)
-        assert result["class_accuracy"]["mean"] == 1
+    assert image_scores.image_scores(run, changed, source, None)["class_accuracy"]["mean"] == 1
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +122,3 @@ def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):
     found = image_scores.image_scores(captioned, train, source, extractor)
     assert found["retrieval"]["rank_1"] == {"mean": 1.0, "stderr": 0.0}
     assert "retrieval" not in image_scores.image_scores(captioned, train, source, None)
-    compared = []  # of a long split, which may be sorted by class, the records are spread over it
-    watched = dataclasses.replace(extractor, compute=lambda images: (
-        compared.append(images) or extractor.compute(images)))
-    monkeypatch.setattr(image_scores, "MAX_RECORDS", 10)
-    image_scores.image_scores(captioned, train, source, watched)
-    for found, first, last in zip(compared, (0, 40), (39, 59), strict=False):
-        np.testing.assert_array_equal(found[[0, -1]], pictures[[first, last]])
-        assert len(found) == 10

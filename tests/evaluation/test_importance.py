@@ -126,10 +126,3 @@ def test_the_variance_of_the_weighted_bound_is_that_of_repetitions(deviation, co
     found = summarize(jnp.asarray(log_w))
     true = np.var(found["importance_weighted"])
     assert float(found["weighted_variance"].mean()) == pytest.approx(true, rel=0.25)
-
-
-def test_one_trajectory_has_no_error():
-    found = summarize(jnp.array([[-7.0]]))
-    assert {name: float(value.item()) for name, value in found.items()} == {
-        "bound": -7, "importance_weighted": -7, "effective_sample_size": 1, "bound_variance": 0,
-        "weighted_variance": 0, "weighted": -7}

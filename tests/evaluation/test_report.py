@@ -76,26 +76,6 @@ def test_written_report(run, source, scores, tmp_path, capsys):
         "evaluation.json", "evaluation.parquet", "evaluation.png"]
 
 
-def test_the_table_has_every_figure_of_one_unit_under_its_keys():
-    figure = {"mean": 2.0, "stderr": 0.5, "noise_stderr": 0.1}
-    result = {
-        "split": "test", "step": 3, "count": 20, "measures": ["kl"],
-        "nats_per_dim": {"bound": figure}, "bits_per_dim": {"bound": figure}, "kl": figure,
-        "trajectory_nll": figure | {"by_level": [1.0, 2.0], "stderr_by_level": [0.1, 0.2]},
-        "denoising": {"own_score": {"mean": [1.0, 3.0], "stderr": [0.25, 0.5]}},
-        "frechet": 7.5, "features": {"name": "pixels", "proxy": True, "images": 4},
-        "guidance": [{"guidance": (3.0, 0.0), "frechet": 8.0}],
-        "provenance": {"levels": [0.5, 1.0]}}
-    head, compared, *rows = table(result, "nats_per_dim").splitlines()
-    assert head == "test split, 20 records, step 3"
-    assert compared == "  samples are compared by pixels features, a proxy"
-    assert [re.split("  +", row)[1:] for row in rows] == [
-        ["nats_per_dim.bound", "2.0000 ± 0.5000"], ["kl", "2.0000 ± 0.5000"],
-        ["trajectory_nll", "2.0000 ± 0.5000"], ["trajectory_nll.by_level", "1.0000", "2.0000"],
-        ["denoising.own_score", "1.0000 ± 0.2500", "3.0000 ± 0.5000"], ["frechet", "7.5000"],
-        ["guidance[0].guidance", "3.0000", "0.0000"], ["guidance[0].frechet", "8.0000"]]
-
-
 def test_an_array_has_the_bound_on_its_own_density_first(run, scores):
     array = dataclasses.replace(run.spec, pixel_levels=0, columns=64)
     clean = scores | {name: scores[name] - 64 for name in (*BOUNDS, "weighted")}

@@ -17,16 +17,6 @@ EVALUATION = {
     "provenance": {"parameters": "ema", "config": {"sample": {"steps": 2}}}}
 
 
-def test_the_card_of_a_model_of_pixels(run):
-    text = card.markdown(run, 1234, PLATFORMS)
-    assert "| data | digits, split train: 20 records of 8 x 8 x 1 pixels of 17 levels |" in text
-    assert "| condition | one of 10 classes |" in text
-    assert "| parameters | 1,234, their moving average (decay 0.999) |" in text
-    assert "| sampling | 2 steps, guidance 0.5, decoder inverse |" in text
-    assert "run on cpu, cuda, tpu, on one device" in text
-    assert "log probability of the pixels in nats, of 3 trajectories, [n]" in text
-
-
 def test_the_example_of_the_card_gives_the_likelihood(run, exported, monkeypatch):
     example, = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.S)
     monkeypatch.chdir(exported)

@@ -52,7 +52,6 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(new, tmp_path, started):
 @pytest.mark.parametrize(("name", "message"), [
     ("export", "array params/predictor/"),
     ("", "there is no such export or run"),
-    ("checkpoints/3", "no checkpoint of step 3"),
     ("checkpoints/2", "is of another model: array ema/")])
 def test_a_missing_run_or_another_model_is_refused(workdir, exported, tmp_path, name, message):
     source = {"export": exported, "": tmp_path}.get(name, workdir / name)

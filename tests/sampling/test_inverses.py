@@ -1,12 +1,10 @@
 """The choice between the transporter's inverses: by the arithmetic of the chip that runs them."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
 
 from ntm_jax.core.config import ModelConfig
-from ntm_jax.runtime.chips import CHIPS, Chip
 from ntm_jax.sampling import inverses
 from tests.core.conftest import TINY
 
@@ -17,25 +15,6 @@ MODEL = ModelConfig(**TINY | {
 V5P = SimpleNamespace(platform="tpu", device_kind="TPU v5")
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
-
-
-def break_even(rows: int, chip: Chip, precision: str | None = "highest") -> float:
-    """The sweeps that take as long as the sequential inverse."""
-    found = inverses.seconds(dataclasses.replace(MODEL, precision=precision), rows, chip)
-    return inverses.MAX_TYPICAL_SWEEPS * found["sequential"] / found["parallel"]
-
-
-def test_the_break_even_is_that_of_the_ridge():
-    """R S = 2 FLOP/s over byte/s for float32 weights, and more by the reading of the cache."""
-    free = dataclasses.replace(CHIPS["v5p"], latency=0.0)
-    rule = 2 * free.flops / free.memory
-    # A step reads 160 tokens of a row's cache on average, 2 W numbers each, beside 12 W^2 weights.
-    cache = 1 + 28 * 160 * 2 / (12 * 2048)
-    attention = 1 + 4 * 256 / (24 * 2048)
-    assert break_even(28, free, None) == pytest.approx(rule * cache / attention / 28)
-    assert break_even(28, free) == pytest.approx(rule / 6 * cache / attention / 28)
-    assert break_even(1, free, None) == pytest.approx(256, rel=0.02)  # weights bound a sweep too
-    assert break_even(1, CHIPS["h100"]) == pytest.approx(2 * 66.9 / 3.352, rel=0.02)
 
 
 @pytest.mark.parametrize(("device", "rows", "shape", "chosen"), [

@@ -197,13 +197,10 @@ def test_the_alignments_weight_falls_by_a_cosine():
     np.testing.assert_allclose(found["grad_norm"], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"model.width": 32}, "is another network: array condition/class/embedding is float32"),
-    ({"model.data_std": 0.5}, r"of another kind: config\.model\.data_std is 0\.75 there and 0\.5"),
-])
-def test_another_flow_matching_model_is_refused(untrained, changes, message):
+def test_another_flow_matching_model_is_refused(untrained):
+    message = r"of another kind: config\.model\.data_std is 0\.75 there and 0\.5"
     with pytest.raises(UserError, match=f"config.init_from is .*{message}"):
-        finetune.start_from(tuned_run(untrained, **changes), None)
+        finetune.start_from(tuned_run(untrained, **{"model.data_std": 0.5}), None)
 
 
 def test_the_same_model_with_another_vocabulary_is_refused(tmp_path):

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ntm_jax.data import pipeline
 from ntm_jax.runtime import plots, sharding
@@ -53,16 +52,3 @@ def test_each_class_has_a_row_of_samples_beside_its_own_images(tmp_path, drawn):
     assert (len(levels), names) == (10, list("abcdefghij"))
     assert (t[0], t[1] < 1, t[-1]) == (1, True, 0)
     np.testing.assert_array_equal(levels[:, -1].shape, (10, 8, 8, 1))
-
-
-def test_a_sheet_has_names_and_real_images(tmp_path):
-    rng = np.random.default_rng(0)
-    rows = [plots.SheetRow(name, rng.integers(0, 200, (3, 8, 8, 3), np.uint8),
-                           rng.integers(0, 200, (2, 8, 8, 3), np.uint8)) for name in ("one", "two")]
-    plots.contact_sheet(rows, tmp_path / "sheet.png")
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
-    # Each pixel of an image is a square of 8 x 8 pixels of the sheet.
-    for image in (image for row in rows for image in (*row.samples, *row.beside)):
-        places = zip(*np.nonzero((sheet == image[0, 0]).all(-1)), strict=True)
-        assert any(np.array_equal(sheet[y : y + 64 : 8, x : x + 64 : 8], image) for y, x in places)
-    assert (sheet[:, : plots.NAME_MARGIN] < 128).any()  # names

@@ -13,9 +13,7 @@ from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
-from ntm_jax.export import write
-from ntm_jax.runtime import build, config, config_file
-from ntm_jax.runtime.checkpoint import Checkpoints
+from ntm_jax.runtime import config
 from ntm_jax.runtime.run import untrained as new_run
 from ntm_jax.training import finetune, loop, pictures, reference_model, state
 from tests.common import (
@@ -23,7 +21,6 @@ from tests.common import (
     batch_of,
     bits,
     logged,
-    objective_of,
     random_run,
     randomised,
     setup,
@@ -76,32 +73,6 @@ def untrained():
     denoiser = denoising.make_denoiser(model)
     params = state.initialize(as_run(TEACHER, denoiser, mesh)).params
     return source, run, denoiser, params
-
-
-@pytest.fixture(scope="module")
-def written(untrained, tmp_path_factory):
-    """A denoiser's run of step 7, whose teacher is of step 4, loaded from its workdir."""
-    _, teacher, _, _ = untrained
-    settings, workdir = denoiser_config("gone"), str(tmp_path_factory.mktemp("written") / "run")
-    reference_model.save_teacher(dataclasses.replace(teacher, step=4), workdir)
-    config_file.write(workdir, settings, teacher.spec)
-    model = new_run(settings, teacher.spec, teacher.mesh).model
-    abstract = build.abstract_params(model, teacher.mesh)
-    params = randomised(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract), seed=2)
-    fixed = config_file.fixed(settings, teacher.spec)
-    with Checkpoints(workdir, settings=fixed) as checkpoints:
-        checkpoints.save(7, {"ema": params}, {})
-    return ntm_jax.load(workdir)
-
-
-@pytest.fixture(scope="module")
-def exported(written, tmp_path_factory):
-    """The folder of its export."""
-    folder = tmp_path_factory.mktemp("exports") / "denoiser"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(write, "programs", lambda run: {})  # they take a minute to compile
-        written.export(str(folder))
-    return folder
 
 
 @pytest.mark.slow
@@ -169,6 +140,12 @@ def test_the_teacher_is_kept_once_and_a_run_resumes_without_its_source(
         one, other = (ntm_jax.load(str(folder), raw=raw).denoiser.params for folder in folders)
         assert bits(one) == bits(other)
     assert result["denoiser"] == whole["denoiser"]
+    trained = ntm_jax.load(str(workdir))  # from which an NTM or another denoiser starts
+    for settings, expected in ((TEACHER, trained.params),
+                               (denoiser_config("x"), trained.denoiser.params)):
+        new = new_run(dataclasses.replace(settings, init_from=str(workdir)), trained.spec,
+                      trained.mesh)
+        assert bits(finetune.start_from(new, state.abstract(new)).params) == bits(expected)
 
 
 @pytest.mark.slow
@@ -183,29 +160,6 @@ def test_the_evaluation_of_a_denoiser(run, teacher, monkeypatch):
     found, evaluated = logged(workdir)[-1]["evaluate/mse"], result["denoiser"]["to_target"]["mean"]
     assert found == pytest.approx(evaluated, rel=1e-5)
     assert {"samples.png", "trajectories.png"} <= {path.name for path in workdir.iterdir()}
-
-
-@pytest.fixture(params=["workdir", "export"])
-def where(request, written, exported):
-    """A denoiser's run or its export."""
-    return str(exported if request.param == "export" else written.workdir)
-
-
-def test_a_teacher_that_has_a_denoiser_is_kept_without_it(written, where, tmp_path):
-    run = new_run(denoiser_config(where), written.spec, written.mesh)
-    distilled = reference_model.load_distilled(run, objective_of(run))
-    reference_model.save_teacher(distilled, str(tmp_path))
-    kept = ntm_jax.load(str(tmp_path / "frozen"))
-    assert (kept.step, kept.denoiser, bits(kept.params)) == (4, None, bits(written.params))
-
-
-def test_new_runs_start_from_a_denoisers_run(written, where):
-    """An NTM from its teacher, a denoiser from its denoiser."""
-    for settings, expected in ((TEACHER, written.params),
-                               (denoiser_config("x"), written.denoiser.params)):
-        settings = dataclasses.replace(settings, init_from=where)
-        run = new_run(settings, written.spec, written.mesh)
-        assert bits(finetune.start_from(run, state.abstract(run)).params) == bits(expected)
 
 
 def test_a_teacher_that_does_not_fit_is_refused(untrained):
