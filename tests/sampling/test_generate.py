@@ -62,7 +62,6 @@ def test_options_that_do_not_fit_the_model_are_refused(run):
     shifted = dataclasses.replace(run.config, trajectory=trajectory)
     for config, options, message in (
             (run.config, {"decoder": "scores"}, "config.sample.decoder 'scores' is not known"),
-            (run.config, {"guidance": (1, -1)}, r"guidance is \(1.0, -1.0\): expected at least 0"),
             (run.config, {"steps": 3, "guidance": (1, 0)}, "2 scales, and there are 3 steps"),
             (undropped, {"guidance": (0, 1.5)}, "the model was trained without condition dropout"),
             # The first level is 1/64, below t_min, and the posterior's C was NaN.

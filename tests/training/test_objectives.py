@@ -27,8 +27,6 @@ TERMS = ("quadratic", "log_scale", "log_det")
 @pytest.mark.parametrize(("name", "changes", "message"), [
     ("digits", {"train.objective": "denoiser", "train.condition_dropout": 0.0},
      "a denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR of the run to"),
-    ("digits_fm", {"model.head": "direct"},
-     "config.model.head=flow_matching and config.model.transporter_blocks=0, found direct"),
     ("digits_finetune", {"init_from": ""},
      "align_weight is 2.5: it holds a model with config.model.head=flow_matching near "),
 ])
