@@ -275,9 +275,9 @@ def run(main):
     """Parses the flags, runs main() and exits.
 
     The status is 0 when done, 2 with one line on stderr for a user's mistake, a file system that
-    cannot be written to, or too little memory, 1 with a traceback for any other exception, and 130
-    when interrupted. jax aborts a process, with status 134 in a shell, when another of its job is
-    lost.
+    cannot be written to, or too little memory, 1 with a traceback for any other exception, 130 when
+    interrupted, and 141 when nobody reads its output any more. jax aborts a process, with status
+    134 in a shell, when another of its job is lost.
     """
     # Imports and tracing make so many objects that looking for garbage takes a tenth of a start.
     gc.set_threshold(50_000)
@@ -295,6 +295,8 @@ def run(main):
             main()
         except KeyboardInterrupt:
             _exit_now(130, "interrupted")
+        except BrokenPipeError:  # such as `| head`
+            os._exit(141)  # what a shell reports of a program that SIGPIPE ends
         except Exception as error:
             line = mistakes.of_a_program(error)
             _exit_now(2 if line else 1, f"error: {line}" if line else traceback.format_exc())

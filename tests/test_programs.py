@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from ntm_jax.runtime.processes import LOCK
-from tests.common import TINY, figures, python, start
+from tests.common import ROOT, TINY, environment, figures, python, start
 
 pytestmark = pytest.mark.xdist_group("programs")  # one worker: they share a run
 STEPS = 100
@@ -151,3 +153,14 @@ def test_too_little_memory_is_one_line_that_names_the_settings():
     done = python("-c", EXHAUSTED, check=False)
     assert_refused(done, "a device's memory is full (RESOURCE_EXHAUSTED: ")
     assert "): lower config.data.batch_size, config.evaluate.batch_size or --batch, " in done.stderr
+
+
+def test_a_reader_that_goes_away_ends_a_program_quietly():
+    printing = "from launch import program; program.run(lambda: [print(n) for n in range(10**6)])"
+    process = subprocess.Popen([sys.executable, "-c", printing], cwd=ROOT, env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141

@@ -13,6 +13,7 @@ from ntm_jax.core import denoising, trajectory
 from ntm_jax.core.model import NTM
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import measures
+from ntm_jax.export import write
 from ntm_jax.runtime import config
 from ntm_jax.runtime.run import untrained as new_run
 from ntm_jax.training import finetune, loop, pictures, reference_model, state
@@ -141,16 +142,19 @@ def test_the_teacher_is_kept_once_and_a_run_resumes_without_its_source(
         one, other = (ntm_jax.load(str(folder), raw=raw).denoiser.params for folder in folders)
         assert bits(one) == bits(other)
     assert result["denoiser"] == whole["denoiser"]
-    trained = ntm_jax.load(str(workdir))  # from which an NTM or another denoiser starts
-    for settings, expected in ((TEACHER, trained.params),
-                               (denoiser_config("x"), trained.denoiser.params)):
-        new = new_run(dataclasses.replace(settings, init_from=str(workdir)), trained.spec,
-                      trained.mesh)
-        assert bits(finetune.start_from(new, state.abstract(new)).params) == bits(expected)
-    again = new_run(denoiser_config(workdir), trained.spec, trained.mesh)
-    distilled = reference_model.load_distilled(again, objective_of(again))
-    assert (distilled.step, distilled.denoiser) == (4, None)
-    assert bits(distilled.params) == bits(trained.params)
+    trained, export = ntm_jax.load(str(workdir)), str(tmp_path / "export")
+    monkeypatch.setattr(write, "programs", lambda run: {})  # they take a minute to compile
+    trained.export(export)
+    for source in (str(workdir), export):  # from which an NTM or another denoiser starts
+        for settings, expected in ((TEACHER, trained.params),
+                                   (denoiser_config("x"), trained.denoiser.params)):
+            new = new_run(dataclasses.replace(settings, init_from=source), trained.spec,
+                          trained.mesh)
+            assert bits(finetune.start_from(new, state.abstract(new)).params) == bits(expected)
+        again = new_run(denoiser_config(source), trained.spec, trained.mesh)
+        distilled = reference_model.load_distilled(again, objective_of(again))
+        assert (distilled.step, distilled.denoiser) == (4, None)
+        assert bits(distilled.params) == bits(trained.params)
 
 
 @pytest.mark.slow

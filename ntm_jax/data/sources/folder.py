@@ -132,9 +132,9 @@ def _presplit(root: epath.Path, where: str) -> bool:
     """
     train, test = ((root / part).is_dir() for part in ("train", "test"))
     if train and not test:
-        classes = [each for each in (root / "train").iterdir() if not each.name.startswith(".")]
+        _, folders, _ = next((root / "train").walk())
         others = [root / name for name in ("val", "valid", "validation")]
-        if any(folder.is_dir() for folder in (*classes, *others)):
+        if any(name[0] != "." for name in folders) or any(other.is_dir() for other in others):
             raise UserError(
                 f"data.source folder:{where} holds train/ and no test/: rename or link a folder "
                 f"such as val/ to test/, or give folder:{where}/train for all of its images; "
