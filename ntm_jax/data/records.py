@@ -52,7 +52,7 @@ _READ_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What all records of a folder share, much of it in fields that a Source has, too.
+    """What all records of a folder share. All fields but `choices` are also those of a Source.
 
     image_shape: (H, W, C).
     pixel_levels: V; 0 for continuous latents. The manifest calls it levels.

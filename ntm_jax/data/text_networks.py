@@ -143,10 +143,15 @@ class MiniLM(_Network):
 def open_transformers(argument: str) -> "Language":
     """The encoder `transformers:FOLDER[,tokens=M][,layers=A+B]`."""
     name = f"transformers:{argument}"
-    folder, *options = re.split(",(?=tokens=|layers=)", argument)
-    given = {"tokens": "128", "layers": "-1"} | dict(option.split("=") for option in options)
-    layers = [int(layer) for layer in given["layers"].split("+")]
-    return Language(name, folder, int(given["tokens"]), layers)
+    options = re.fullmatch(r"(.+?)(?:,tokens=(\d+))?(?:,layers=(-?\d+(?:\+-?\d+)*))?", argument)
+    if not options:
+        raise UserError(
+            f"the text encoder {name!r} is not understood: expected transformers:FOLDER[,tokens=M]"
+            "[,layers=A+B]"
+        )
+    folder, tokens, layers = options.groups()
+    layers = [int(layer) for layer in (layers or "-1").split("+")]
+    return Language(name, folder, int(tokens or 128), layers)
 
 
 class Language(_Network):

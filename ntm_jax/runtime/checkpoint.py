@@ -33,9 +33,13 @@ BEST_KEY = "bound"  # key in files; any held-out measure: a bound, an error, or 
 
 
 def locate(where) -> tuple[epath.Path, int | None]:
-    """(workdir, step) of a run's folder, with step None, or of WORKDIR/checkpoints/STEP."""
+    """(workdir, step) of a run's folder, with step None, or of WORKDIR/checkpoints/STEP.
+
+    A run's own folder may have a name like a checkpoint's: it has a config.json, which those lack.
+    """
     folder = epath.Path(where)
     named = folder.parent.name == "checkpoints" and folder.name.isdecimal()
+    named = named and not (folder / "config.json").exists()
     return (folder.parent.parent, int(folder.name)) if named else (folder, None)
 
 

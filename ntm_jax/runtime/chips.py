@@ -7,7 +7,7 @@ PASSES = 6  # bfloat16 products of a TPU in a float32 product at precision `high
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What jax counts as one device. Its networks and the size of its memory are tools.pods'."""
+    """What jax counts as one device. tools.pods adds its networks and the size of its memory."""
 
     flops: float  # bfloat16 FLOP/s
     memory: float  # bytes/s to and from HBM

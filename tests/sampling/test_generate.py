@@ -35,6 +35,7 @@ def test_slices_are_denoised_as_the_whole_batch_is(run):
     sliced, whole = (
         jax.jit(generate.Sampler(run.model, run.schedule, options, mesh).score_denoise)(
             run.params, xs, t, y) for mesh in (run.mesh, None))
+    # float32 rounding of numbers up to ten
     np.testing.assert_allclose(sliced, whole, rtol=1e-5, atol=1e-5)
 
 

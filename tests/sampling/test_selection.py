@@ -41,7 +41,7 @@ def test_information_is_the_difference_of_the_likelihoods_terms(run, steps, firs
 
 
 def test_the_candidate_with_the_most_information_is_kept(run):
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(2)  # whose candidates are not all best at one number
     index, y = np.arange(3, dtype=np.int32), np.arange(3, dtype=np.int32)
     tokens = rng.uniform(-1, 1, (3, 3, run.spec.tokens, run.spec.dim)).astype(np.float32)
     other = rng.normal(size=(3, 3, 2))

@@ -8,7 +8,7 @@ from ntm_jax.runtime import chips
 
 @dataclasses.dataclass(frozen=True)
 class PodChip(chips.Chip):
-    """A chip in a pod; the defaults are those of an unknown one.
+    """A chip with its memory and its networks. The defaults hold for a chip that is not known.
 
     unit, near and far are the words of reports for the device and for its two networks.
     """
