@@ -19,7 +19,11 @@ has, for one chip and one step (of a TPU with two cores a chip, for one core):
 - roofline seconds: the time that each resource takes at its peak rate, as if the others were free.
   Products of float32 numbers at precision `highest` take the rate of that precision: on a TPU a
   sixth of bfloat16's, on a GPU that of its float32 units.
-- at_roofline: rates of a step that takes as long as the slowest resource, upper bounds.
+- at_roofline: rates of a step that takes as long as the slowest resource, upper bounds that hold
+  even if all kernels overlap.
+- in_sequence: rates of a step whose kernels run one after another, each as long as the slower of
+  its products and its memory traffic, and whose collectives and asynchronous copies cost nothing;
+  or of at_roofline, if slower. Of Pallas kernels only memory traffic counts.
 """
 
 import dataclasses
@@ -223,7 +227,7 @@ def _report(config: Config, topology: Topology, program: str,
              "networks": [chip.near, chip.far], "mesh": dict(mesh.shape),
              "slices": config.mesh.slices, "program": program, "batch_size": made.examples}
     found |= report.figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
-    found["at_roofline"] = report.at_roofline(found, made.examples, spec.tokens, chip)
+    found |= report.rates(found, made.examples, spec.tokens, chip)
     if not found["fits"] and program == "train":
         found["advice"] = ADVICE
     return found
@@ -302,7 +306,7 @@ def _unseen(jaxpr, devices: int) -> hlo.Work:
     total, highest = (flops.of_jaxpr(jaxpr, highest=only) / devices for only in (False, True))
     products = {("other", "highest"): highest, ("other", "unknown"): total - highest}
     sent = {(kind, on): math.nan for kind in hlo.COLLECTIVES for on in ("ici", "dcn")}
-    return hlo.Work({key: value for key, value in products.items() if value}, math.nan, sent,
-                    {"ici": math.nan, "dcn": math.nan})
+    return hlo.Work({key: value for key, value in products.items() if value}, math.nan,
+                    {(math.nan, ()): 1}, sent, {"ici": math.nan, "dcn": math.nan})
 
 

@@ -40,6 +40,8 @@ def figures(compiled: Compiled, run: Run, chip: PodChip) -> dict:
     highest = work.of_precision("highest")
     roofline = {"compute": sum(v / chip.rate(p) for (_, p), v in work.products.items()),
                 "memory": work.memory / chip.memory, "network": _network(sent, chip)}
+    kernels = sum(times * max(memory / chip.memory, sum(v / chip.rate(p) for (_, p), v in products))
+                  for (memory, products), times in work.kernels.items())
     finite = {name: value for name, value in roofline.items() if math.isfinite(value)}
     parameters = jax.tree.leaves(build.abstract_params(run.model, run.mesh))
     host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,6 +61,7 @@ def figures(compiled: Compiled, run: Run, chip: PodChip) -> dict:
         "slice_network_bytes_per_chip": sent["ici"], "data_centre_bytes_per_chip": sent["dcn"],
         "overlapped_bytes_per_chip": sum(work.overlapped.values()),
         "memory_bytes_per_chip": work.memory, "roofline_seconds": roofline,
+        "kernel_seconds": kernels,
         "highest_seconds": highest / chip.rate("highest"),
         "exposed_network_seconds": _network(
             {network: size - work.overlapped.get(network, 0) for network, size in sent.items()},
@@ -73,17 +76,19 @@ def _network(sent: dict[str, float], chip: PodChip) -> float:
     return sent["ici"] / chip.ici + sent["dcn"] / chip.dcn
 
 
-def at_roofline(report: dict, examples: int, tokens: int, chip: PodChip) -> dict:
-    """A step that takes as long as its slowest resource: upper bounds of its rates.
+def rates(report: dict, examples: int, tokens: int, chip: PodChip) -> dict:
+    """Upper bounds of a step's rates: at_roofline and in_sequence, as the docstring of compile.py.
 
     examples: of a step of all devices, each of `tokens` tokens. mfu: the share of the chip's
     bfloat16 peak that the model's FLOPs reach, without recomputation.
     """
-    seconds = max((v for v in report["roofline_seconds"].values() if math.isfinite(v)),
+    slowest = max((v for v in report["roofline_seconds"].values() if math.isfinite(v)),
                   default=math.nan) or math.nan
-    return {"seconds": seconds, "examples_per_second": examples / seconds,
-            "tokens_per_second": examples * tokens / seconds,
-            "mfu": report["model_flops_per_chip"] / (seconds * chip.flops)}
+    bounds = {"at_roofline": slowest, "in_sequence": max(report["kernel_seconds"], slowest)}
+    return {name: {"seconds": seconds, "examples_per_second": examples / seconds,
+                   "tokens_per_second": examples * tokens / seconds,
+                   "mfu": report["model_flops_per_chip"] / (seconds * chip.flops)}
+            for name, seconds in bounds.items()}
 
 
 def finite(value):
@@ -148,16 +153,23 @@ def _work_rows(report: dict, unit: str) -> dict[str, str]:
     counted, traced, model = (
         amount(report[key], "")
         for key in ("flops_per_chip", "flops_traced_per_chip", "model_flops_per_chip"))
-    bound, most = report["bound_by"], report["at_roofline"]
+    bound = report["bound_by"]
     return {
         f"FLOPs a {unit}": f"{counted}; as traced {traced}, of the model {model}",
         f"sent a {unit}": _sent(report, unit),
         "at its peak": ", ".join(f"{name} {amount(v, 's')}"
                                  for name, v in report["roofline_seconds"].items())
                        + (f": bound by {bound}" if bound else ""),
-        "at most": "" if most["mfu"] is None else
-                   f"{amount(most['examples_per_second'], '')} examples/s, "
-                   f"{amount(most['tokens_per_second'], '')} tokens/s, MFU {most['mfu']:.0%}"}
+        "all at once": _at_most(report["at_roofline"]),
+        "in sequence": _at_most(report["in_sequence"])}
+
+
+def _at_most(rates: dict) -> str:
+    if rates["mfu"] is None:
+        return ""
+    return (f"{amount(rates['seconds'], 's')}; at most "
+            f"{amount(rates['examples_per_second'], '')} examples/s, "
+            f"{amount(rates['tokens_per_second'], '')} tokens/s, MFU {rates['mfu']:.0%}")
 
 
 def amount(value, unit: str) -> str:
@@ -172,14 +184,16 @@ def amount(value, unit: str) -> str:
 def comparison(reports: list[dict]) -> str:
     """The text of the reports of compile.vary: memory, work and time, a line each."""
     unit = reports[0]["unit"]
-    lines = [("", f"GiB a {unit}", "temporaries", "FLOPs", "recomputed", "roofline", "MFU", "fits")]
+    lines = [("", f"GiB a {unit}", "temporaries", "FLOPs", "recomputed", "all at once", "MFU",
+              "in sequence", "MFU", "fits")]
     for found in reports:
-        memory, bound = found["bytes_per_chip"], found["at_roofline"]
+        memory = found["bytes_per_chip"]
+        bounds = [(amount(bound["seconds"], "s"),
+                   "" if bound["mfu"] is None else f"{bound['mfu']:.0%}")
+                  for bound in (found["at_roofline"], found["in_sequence"])]
         extra = found["flops_traced_per_chip"] / found["model_flops_per_chip"] - 1
         lines.append((
             found["name"], gib(memory["peak"]).removesuffix(" GiB"),
             gib(memory["temporaries"]).removesuffix(" GiB"), amount(found["flops_per_chip"], ""),
-            f"{extra:.0%}", amount(bound["seconds"], "s"),
-            "" if bound["mfu"] is None else f"{bound['mfu']:.0%}",
-            "yes" if found["fits"] else "no"))
+            f"{extra:.0%}", *bounds[0], *bounds[1], "yes" if found["fits"] else "no"))
     return aligned(lines)

@@ -118,23 +118,28 @@ def test_a_program_that_does_not_fit_has_its_traced_products(monkeypatch):
     assert seconds["memory"] is seconds["network"] is found["exposed_network_seconds"] is None
     assert set(found["collective_bytes_per_chip"].values()) == {None}
     assert "sent a chip    unknown" in report_of.table(found).splitlines()
+    assert found["in_sequence"]["seconds"] is None
     json.dumps(found, allow_nan=False)
     with pytest.raises(UserError, match=r"needs 102\.50 GiB a chip of cpu:1, which has 31\.25 GiB"):
         check_fits(found)
 
 
-def test_products_at_highest_take_their_own_rate():
+def test_products_at_highest_take_their_own_rate_and_kernels_their_turns():
     work, chip = hlo.Work(), TPUS["v5p"]
-    work.products |= {("transporter", "highest"): 4e12, ("other", "bf16"): 5e12}
+    highest, bf16 = (("transporter", "highest"), 4e12), (("other", "bf16"), 5e12)
+    work.products |= dict([highest, bf16])
+    work.kernels |= {(1e9, (highest, bf16)): 1, (3e9, ()): 2}
     compiled = report_of.Compiled(work, {"peak": 1, "hbm": 2}, 9e12, 1, 1, "plain", [])
     found = report_of.figures(compiled, new_run(small()), chip)
     assert found["highest_seconds"] == pytest.approx(4e12 * 6 / 459e12)
     seconds = found["roofline_seconds"]["compute"]
     assert seconds == pytest.approx((5e12 + 4e12 * 6) / 459e12)
-    bound = report_of.at_roofline(found | {"model_flops_per_chip": 6e12}, 10, 16, chip)
-    assert bound == pytest.approx({
-        "seconds": seconds, "examples_per_second": 10 / seconds,
-        "tokens_per_second": 160 / seconds, "mfu": 6e12 / (seconds * 459e12)})
+    bounds = report_of.rates(found | {"model_flops_per_chip": 6e12}, 10, 16, chip)
+    waiting = 2 * 3e9 / 2765e9  # the second kernel, for its memory traffic
+    for name, least in (("at_roofline", seconds), ("in_sequence", seconds + waiting)):
+        assert bounds[name] == pytest.approx({
+            "seconds": least, "examples_per_second": 10 / least,
+            "tokens_per_second": 160 / least, "mfu": 6e12 / (least * 459e12)})
     assert gpu.chip("h100").rate("highest") == pytest.approx(66.9e12, rel=1e-3)
 
 

@@ -31,6 +31,8 @@ def test_the_trips_of_a_loop_that_the_compiler_unrolled_are_read(bound, step, tr
   ROOT %t = (f32[8,8], u32[]) tuple(%y, %next)""")
     work = hlo.count(text, 1)
     assert (work.flops, work.unknown) == (trips * 2 * 8**3, [])
+    product = 3 * 8 * 8 * 4, ((("other", "f32"), 2 * 8**3),)
+    assert work.kernels == {product: trips, (3 * 4, ()): trips}  # the other one is the addition
     unknown = text.replace("add(%i, %two)", "multiply(%i, %two)")
     assert hlo.count(unknown, 1).unknown == ["w"]
 
@@ -208,6 +210,19 @@ def test_products_count_by_part_and_precision():
     assert work.products == {("transporter", "highest"): one, ("other", "f32"): one,
                              ("other", "bf16"): one, ("other", "highest"): one}
     assert work.flops == 4 * one
+
+
+def test_a_kernel_is_an_instruction_or_a_fusion_and_no_collective():
+    x, y, out = 8 * 16 * 4, 16 * 4 * 4, 8 * 4 * 4  # bytes
+    one = 2 * 8 * 16 * 4
+    assert hlo.count(PRODUCTS, 1).kernels == {
+        (x + x / 2, ()): 1, (3 * out, ()): 1,
+        (x + y + out, ((("transporter", "highest"), one),)): 1,
+        (x + y + out, ((("other", "f32"), one),)): 1,
+        ((x + y) / 2 + out, ((("other", "bf16"), one),)): 1,
+        (x + y + out + 64, ((("other", "highest"), one),)): 1}
+    assert hlo.count(asynchronous(BETWEEN), 4).kernels == {(3 * 4 * 8 * 4, ()): 1}
+    assert hlo.count(REDUCE_SCATTER, 4).kernels == {}
 
 
 def test_the_largest_arrays_are_those_in_memory():

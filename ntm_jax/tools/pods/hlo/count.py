@@ -40,15 +40,18 @@ class Work:
 
     products: {(part, precision): FLOPs}, 2 per multiply-add, with part "transporter" or "other",
     and precision a dtype as HLO names it, or that of float32 products that is not the default:
-    "highest" or "high". memory: bytes read and written. sent: {(kind, network): bytes}, with
-    network "ici" or "dcn". overlapped: {network: bytes}, those of sent by collectives that have
-    other work between their start and their end. unknown: the places of loops of unknown length,
-    which count as one iteration.
+    "highest" or "high". memory: bytes read and written. kernels: {(memory, items of products):
+    times}, instructions or fusions that run one after another; without collectives and
+    asynchronous copies. sent: {(kind, network): bytes}, with network "ici" or "dcn". overlapped:
+    {network: bytes}, those of sent by collectives that have other work between their start and
+    their end. unknown: the places of loops of unknown length, which count as one iteration.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float))
     memory: float = 0
+    kernels: dict[tuple[float, tuple], float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float))
     sent: dict[tuple[str, str], float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float))
     overlapped: dict[str, float] = dataclasses.field(
@@ -68,7 +71,7 @@ class Work:
         """Adds `times` times another's work."""
         self.memory += times * other.memory
         self.unknown += other.unknown
-        for name in ("products", "sent", "overlapped"):
+        for name in ("products", "kernels", "sent", "overlapped"):
             own = getattr(self, name)
             for key, value in getattr(other, name).items():
                 own[key] = own.get(key, 0) + times * value
@@ -99,7 +102,10 @@ def count(text: str, chips: int, slices: int = 1) -> Work:
             elif i.op == "fusion" or i.op.endswith("-start"):
                 inner = called(i, "calls")
                 if inner:  # a fusion's arrays stay on the chip: _own counts its memory traffic
-                    own.add(dataclasses.replace(work(inner), memory=0))
+                    own.add(dataclasses.replace(work(inner), memory=0, kernels={}))
+            collective = own.sent and not own.products
+            if not (collective or i.op in FREE or i.op.endswith(("-start", "-done"))):
+                own.kernels[own.memory, tuple(own.products.items())] = 1
             if _channel(i) in parted or _ends_later(module[name], i):
                 own.overlapped = collections.defaultdict(float)
                 for (_, network), size in own.sent.items():
