@@ -1,1 +1,1 @@
-"""The programs, python -m launch.NAME or python -m ntm_jax.launch.NAME, and the launchers."""
+"""The programs, python -m launch.NAME, python -m ntm_jax.launch.NAME or ntm-jax NAME; launchers."""

@@ -1,8 +1,12 @@
 """What programs say of a mistake: the line for an error of flags, files or memory."""
 
+import dataclasses
 import errno
+import os
 import re
 import sys
+
+from absl import flags
 
 from ntm_jax import registry
 from ntm_jax.errors import UserError
@@ -36,6 +40,12 @@ def of_flags(error) -> str:
     added = re.match(r'Key "(\w+)" does not exist .*?(Did you mean "\w+"|$)', text, re.S)
     if added:  # by get_config() itself
         return f"{_config_flag()} sets {added[1]}, which is not a setting. {added[2]}"
+    if isinstance(error, flags.UnrecognizedFlagError) and "config" in flags.FLAGS:
+        from ntm_jax.runtime.config import config_class
+
+        name = error.flagname
+        if name.split(".")[0] in {field.name for field in dataclasses.fields(config_class())}:
+            return f"--{name} is not a flag: did you mean --config.{name}?"
     missing = re.findall(r"--(\w+)=None: Flag", text)
     if missing:
         return " and ".join(f"--{name}" for name in missing) + " must be given: --help lists all"
@@ -60,6 +70,21 @@ def of_a_program(error: Exception) -> str | None:
         line = f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"
     elif type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
         line = f"a device's memory is full ({str(error).splitlines()[0][:200]}): {LESS_MEMORY}"
+    elif (isinstance(error, RuntimeError | AssertionError) and "JAX_PLATFORMS" in os.environ
+          and not _has_devices()):
+        said = f" ({error})" if str(error) else ""
+        line = (f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names devices that jax does not find "
+                f"here{said}: unset it, set JAX_PLATFORMS=cpu to compute on the CPU, or install "
+                "the extra [cuda] or [tpu] where there are such devices")
     else:
         return None
     return " ".join(line.split())
+
+
+def _has_devices() -> bool:
+    import jax
+
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):  # the latter without a text
+        return False

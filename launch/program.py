@@ -15,6 +15,10 @@ import traceback
 import typing
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if not any(map(os.path.exists, ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg"))):
+    # As it loads, the CUDA plugin would log that libraries that run programs are missing. A machine
+    # without a GPU has it only to compile for GPUs.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -27,6 +31,7 @@ from . import mistakes
 
 FLAGS = flags.FLAGS
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"  # also in an installed package
+START = f"python -m {__package__}."  # how this program was started, up to its name; see console.py
 
 flags.disclaim_key_flags()  # --help of a program lists the flags defined here for it
 
@@ -151,8 +156,14 @@ def asked_step(run) -> int | None:
     return None if latest else run.step
 
 
-def _fail(message: str) -> typing.NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def _error(message: str) -> str:
+    """The line for a message, in which programs are named in the form that started this one."""
+    return f"error: {' '.join(message.split()).replace('ntm-jax ', START)}"
+
+
+def fail(message: str) -> typing.NoReturn:
+    """Ends the program as a user's mistake."""
+    print(_error(message), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -168,8 +179,8 @@ def _import_modules(argv):
         try:
             importlib.import_module(name)
         except ImportError as error:
-            _fail(f"--import={name} cannot be imported ({error}): expected a module in "
-                  f"{os.getcwd()} or of an installed package")
+            fail(f"--import={name} cannot be imported ({error}): expected a module in "
+                 f"{os.getcwd()} or of an installed package")
 
 
 def _settings() -> str:
@@ -190,21 +201,22 @@ def _parse(argv):
         rest = FLAGS(argv)
         if "config" in FLAGS and FLAGS.config:
             FLAGS.config.keys()  # config_flags keeps a file that it cannot read for the first use
-    except SystemExit:  # of --help and its kind
+    except SystemExit as ended:
         if "config" in FLAGS and {"--helpfull", "-helpfull"} & {*argv}:
             print(_settings())
-        raise
+        sys.stdout.flush()
+        sys.exit(0 if ended.code == 1 else ended.code)  # absl ends --help and its kind with 1
     except Exception as error:
-        _fail(mistakes.of_flags(error))
+        fail(mistakes.of_flags(error))
     for name in ("workdir", "out"):
         value = FLAGS[name].value if name in FLAGS else None
         if value == "":
-            _fail(f"--{name} is empty: give a folder, such as --{name}=runs/digits")
+            fail(f"--{name} is empty: give a folder, such as --{name}=runs/digits")
         if isinstance(value, str):
             FLAGS[name].value = files.expanded(value)  # one folder for all that is written there
     if len(rest) > 1:
-        _fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch "
-              "--config.flag or --noconfig.flag")
+        fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch "
+             "--config.flag or --noconfig.flag")
     return rest
 
 
@@ -287,18 +299,20 @@ def run(main):
         "file may be in the current directory")
 
     def call(_):
-        try:
-            host_memory.keep_freed()
-            if "coordinator_address" in FLAGS:
-                _keep_programs(FLAGS.compilation_cache)
-                _join()
-            main()
-        except KeyboardInterrupt:
-            _exit_now(130, "interrupted")
-        except BrokenPipeError:  # such as `| head`
-            os._exit(141)  # what a shell reports of a program that SIGPIPE ends
-        except Exception as error:
-            line = mistakes.of_a_program(error)
-            _exit_now(2 if line else 1, f"error: {line}" if line else traceback.format_exc())
+        host_memory.keep_freed()
+        if "coordinator_address" in FLAGS:
+            _keep_programs(FLAGS.compilation_cache)
+            _join()
+        main()
 
-    app.run(call, flags_parser=_parse)
+    about = sys.modules["__main__"]  # --help prints its docstring
+    about.__doc__ = (about.__doc__ or "").replace("python -m launch.", START)
+    try:
+        app.run(call, flags_parser=_parse)
+    except KeyboardInterrupt:
+        _exit_now(130, "interrupted")
+    except BrokenPipeError:  # such as `| head`
+        os._exit(141)  # what a shell reports of a program that SIGPIPE ends
+    except Exception as error:
+        line = mistakes.of_a_program(error)
+        _exit_now(2 if line else 1, _error(line) if line else traceback.format_exc())

@@ -121,6 +121,7 @@ def errors(calls: list[list[str]]) -> list[str]:
 WRONG = {
     "trian --workdir=x": "No module named launch.trian",
     "train --config=digits --workdir=x --steps=3": "Unknown command line flag 'steps'",
+    "train --config=digits --workdir=x --train.steps=3": "did you mean --config.train.steps?",
     "train --config=digits --workdir=x --config.model.widht=3": "there is no widht",
     "train --config=digit --workdir=x": "expected one of arrays, captions, default, digits",
 }

@@ -38,7 +38,7 @@ def test_every_setting_is_documented_and_listed_by_helpfull():
     meanings = {key: field.metadata["setting"].meaning
                 for key, _, field in typed.settings(config.config_class())}
     assert [text for text in meanings.values() if not re.fullmatch(r"\S.+\.", text)] == []
-    printed = python("-m", "launch.train", "--helpfull", check=False).stdout
+    printed = python("-m", "launch.train", "--helpfull").stdout  # with status 0
     assert re.findall(r"^  --config\.([\w.]+): ", printed, re.M) == list(meanings)
     assert "--config.model.dtype: Type of activations in training. One of float32," in printed
 

@@ -3,6 +3,7 @@
 None of these imports a module that such a folder names.
 """
 
+import ast
 import dataclasses
 import json
 import sys
@@ -16,7 +17,7 @@ from ntm_jax.export.read import load_run
 from ntm_jax.runtime import config
 from ntm_jax.tools.prepare import PrepareOptions, inputs
 from ntm_jax.training import loop, objectives
-from tests.common import tiny_config, write_run
+from tests.common import ROOT, tiny_config, write_run
 
 MODULE = "foreign_module_of_a_folder"
 FEATURES = {"pythonClassName": f"{MODULE}.Feature", "jsonFeature": {"json": "{}"}}
@@ -80,6 +81,16 @@ def test_no_file_of_a_tfds_folder_has_a_module_imported(hostile, tmp_path, monke
     for name in (f"huggingface:{MODULE}", "hostile/data_dir=."):
         with pytest.raises(UserError, match=f"^tfds:{name} is neither a data set known to tfds"):
             open_source(f"tfds:{name}", "train")
+
+
+def test_no_call_of_transformers_runs_code_of_a_folder():
+    """Its default asks on a terminal, and such a folder names its own modules."""
+    calls = [node for path in (ROOT / "ntm_jax").rglob("*.py")
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained"]
+    refusing = [call for call in calls for given in call.keywords
+                if given.arg == "trust_remote_code" and ast.literal_eval(given.value) is False]
+    assert calls == refusing != []
 
 
 @pytest.mark.parametrize(

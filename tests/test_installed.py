@@ -46,7 +46,7 @@ def program(wheel, tmp_path_factory):
     found = python("-c", "import ntm_jax; print(ntm_jax.__file__, *ntm_jax.__path__)",
                    cwd=folder, PYTHONPATH=str(site)).stdout.split()
     assert found == [f"{site}/ntm_jax/__init__.py", f"{site}/ntm_jax"]
-    call.folder = folder
+    call.folder, call.site = folder, site
     return call
 
 
@@ -69,9 +69,15 @@ def test_the_wheel_holds_every_module_and_launcher(wheel):
     assert not any(name.startswith(("launch/", "experiments/")) for name in names)
 
 
-def test_a_run_is_exported_and_the_export_samples(run, program):
+def test_pip_shows_a_home_page(program):
+    about = next(program.site.glob("ntm_jax-*.dist-info/METADATA")).read_text()
+    assert "\nProject-URL: Homepage, https://arxiv.org/abs/2605.08078\n" in about
+
+
+def test_a_run_is_exported_by_the_console_script_and_the_export_samples(run, program):
     assert json.loads((run / "config.json").read_text())["data"]["source"] == "digits"
-    program("export", "--workdir=run", "--out=export")
+    python(str(program.site / "bin" / "ntm-jax"), "export", "--workdir=run", "--out=export",
+           cwd=program.folder, PYTHONPATH=str(program.site))
     python("export/sample.py", "4", cwd=program.folder, PYTHONPATH="")
     with np.load(program.folder / "samples.npz") as archive:
         assert len(archive[archive.files[0]]) == 4

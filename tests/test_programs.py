@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from launch import console
 from ntm_jax.runtime.processes import LOCK
 from tests.common import ROOT, TINY, environment, figures, python, start
 
@@ -136,6 +137,33 @@ def test_another_experiment_leaves_a_run_as_it_is(run):
     done = program("train", f"--workdir={run[0]}", *CONFIG, "--config.model.width=32", check=False)
     assert_refused(done, "holds a run with model.width = 16, and this one has 32")
     assert written() == before
+
+
+@pytest.mark.parametrize(("start", "train"), [
+    (("-m", "launch.evaluate"), "python -m launch.train"),
+    (("-m", "ntm_jax.launch.evaluate"), "python -m ntm_jax.launch.train"),
+    (("-c", "from launch.console import main; main()", "evaluate"), "ntm-jax train")])
+def test_a_message_names_programs_in_the_form_that_started_this_one(start, train):
+    done = python(*start, "--workdir=/nowhere", check=False)
+    assert_refused(done, f"give the --workdir that {train} was given")
+
+
+def test_the_console_script_lists_all_programs(monkeypatch, capsys):
+    monkeypatch.setattr(console.program, "START", "")
+    monkeypatch.setattr(sys, "argv", ["ntm-jax"])
+    console.main()
+    listed = re.findall(r"^(\w+) +[A-Z].+\.$", capsys.readouterr().out, re.M)
+    programs = [path.stem for path in (ROOT / "launch").glob("*.py")
+                if 'if __name__ == "__main__":' in path.read_text()]
+    assert sorted(listed) == sorted(programs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_one_line_also_with_the_compiler_for_it():
+    done = python("-c", "import jax; from launch import program; program.run(jax.devices)",
+                  check=False, JAX_PLATFORMS="cuda")
+    assert_refused(done, "JAX_PLATFORMS=cuda names devices that jax does not find here: unset it")
 
 
 def test_a_missing_flag_is_named():

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 DOCS = pathlib.Path(__file__).parents[1]
 ROOT = DOCS.parent
-SHARED = {"__init__", "default", "mistakes", "program"}  # in experiments/ and launch/
+SHARED = {"__init__", "console", "default", "mistakes", "program"}  # in experiments/ and launch/
 
 
 # Assignments, paths, names with underscores or two dots, flags.
@@ -102,7 +102,8 @@ def flags_page() -> str:
     parts = [
         "# Programs and flags",
         "Every program and its flags. `--help` of a program prints the same. An installed package "
-        "runs them as `python -m ntm_jax.launch.NAME`, a checkout also as `python -m launch.NAME`.",
+        "runs them as `ntm-jax NAME` or `python -m ntm_jax.launch.NAME`, a checkout also as "
+        "`python -m launch.NAME`.",
         "Programs with `--config` also take every [setting](settings.md) as a flag. Each program "
         "exits with status 0 when it is done, with 2 and one line for a mistake in flags, settings "
         "or files, and with 130 when it is interrupted. An interrupted `train` saves and exits "
@@ -110,7 +111,7 @@ def flags_page() -> str:
     ]
     for name in stems("launch"):
         done = subprocess.run([sys.executable, "-m", f"launch.{name}", "--helpxml"], cwd=ROOT,
-                              capture_output=True, text=True, check=False)  # its status is 1
+                              capture_output=True, text=True, check=True)
         tree = ElementTree.fromstring(done.stdout)
         rows = [flag_row(flag) for flag in tree.iter("flag") if flag.findtext("key")]
         parts += [f"## `{name}`", docstring(tree.findtext("usage")),

@@ -41,8 +41,8 @@ def load(package: str, name: str, path: str, part: str, **options):
     kind, folder = getattr(module(package), name), find(path, part)
     with _reading(folder, f"{name} in safetensors"):
         model, info = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, **options)
         lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
         if lacking:  # they would stay random, with a warning
             raise ValueError(
@@ -58,7 +58,7 @@ def tokenizer(path: str, part: str):
     folder = find(path, part)
     auto = module("transformers").AutoTokenizer
     with _reading(folder, "tokenizer"):
-        return auto.from_pretrained(folder, local_files_only=True)
+        return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ _DTYPES = {  # safetensors' names of the types that records hold
     "I32": np.int32,
 }
 _REMEDY = (
-    "copy it there again, or remove it and give the same launch/prepare.py command, which makes it "
+    "copy it there again, or remove it and give the same ntm-jax prepare command, which makes it "
     "anew and keeps complete shards"
 )
 # For random access; without the last option a reader's opening reads a MiB.
@@ -121,7 +121,7 @@ def read_manifest(path: str) -> tuple[Layout, dict[str, Split], str]:
     if not file.exists():
         raise UserError(
             f"data.source records:{path} has no {MANIFEST}: expected a folder that "
-            "launch/prepare.py wrote"
+            "ntm-jax prepare wrote"
         )
     content = files.read_json(file, _REMEDY)
     version = content.pop("hash", None)

@@ -124,7 +124,7 @@ def encode_captions(
     else:
         raise UserError(
             f"{name} has {len(captions)} captions, and {encoder_name} encodes at most "
-            f"{_MAX_CAPTIONS} when a source is opened: prepare them with launch/prepare.py"
+            f"{_MAX_CAPTIONS} when a source is opened: prepare them with ntm-jax prepare"
         )
     return states, encoder
 

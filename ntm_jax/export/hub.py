@@ -58,7 +58,7 @@ def fetch(address: str, names: Sequence[str]) -> str:
     for file in names:
         if not (pathlib.Path(folder) / file).is_file():
             raise UserError(f"{address} holds no export of ntm_jax, since it has no {file}: push "
-                            "one with launch.export --push=OWNER/NAME")
+                            "one with ntm-jax export --push=OWNER/NAME")
     return folder
 
 

@@ -56,7 +56,7 @@ def read_export_info(folder) -> ExportInfo:
     values = files.read_json(path, REMEDY)
     if values.get("format") != FORMAT:
         raise UserError(f"{path} is of format {values.get('format')}, and this version of ntm_jax "
-                        f"reads {FORMAT}: expected the folder that launch.export wrote")
+                        f"reads {FORMAT}: expected the folder that ntm-jax export wrote")
     names = {field.name for field in dataclasses.fields(ExportInfo)}
     return typed.parse_dataclass(
         ExportInfo, {key: values[key] for key in values if key in names}, str(path))

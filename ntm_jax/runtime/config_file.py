@@ -21,7 +21,7 @@ from ntm_jax.runtime.config import Config, config_class, flatten, read
 from ntm_jax.typed import settings
 
 CONFIG = "config.json"
-DAMAGED = "give launch/train.py the run's own command, which writes it anew"
+DAMAGED = "give ntm-jax train the run's own flags, which writes it anew"
 RESUMABLE = (  # what a resumed run may change
     "mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every",
     "train.save_minutes", "train.evaluate_every", "train.log_every", "train.keep", "optimizer.",
@@ -130,7 +130,7 @@ def load(workdir: str) -> tuple[Config, DataSpec]:
     path = epath.Path(workdir) / CONFIG
     if not path.exists():
         raise UserError(f"{workdir} holds no run (no config.json there): give the --workdir that "
-                        "launch/train.py was given")
+                        "ntm-jax train was given")
     content = files.read_json(path, DAMAGED)
     spec = content.pop("spec", None)
     return read(content), spec_from_json(spec)
