@@ -23,11 +23,11 @@ from etils import epath
 
 from ntm_jax import host_memory
 from ntm_jax.core.likelihood import bits_per_dim
-from ntm_jax.data import sources
+from ntm_jax.data import sources, transforms
 from ntm_jax.errors import UserError, abbreviate, as_array, check_count, first_line
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
 from ntm_jax.evaluation.report import check_unit, write_report
-from ntm_jax.evaluation.scoring import LevelTerms, as_images, score_images
+from ntm_jax.evaluation.scoring import LevelTerms, as_images, as_tokens, score_images
 from ntm_jax.export import publish
 from ntm_jax.export.read import load_run
 from ntm_jax.export.write import write_export
@@ -37,6 +37,7 @@ from ntm_jax.runtime import config_file, renamed, sharding
 from ntm_jax.runtime import run as base
 from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts, selection
+from ntm_jax.sampling.latents import decode_latents, encode_tokens
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
 
@@ -102,8 +103,12 @@ class Run(base.Run):
                 return generate.draw_at(self, index[places], own, chosen, seed)
             return generate.sample_at(self, index[places], own, chosen, seed, with_levels)
 
-        count, size = len(index), min(len(index), self.config.evaluate.batch_size)
-        parts = [draw(places) for places in sharding.equal_batches(count, size)]
+        return self._in_batches(len(index), draw)
+
+    def _in_batches(self, count: int, compute):
+        """The arrays of compute(places), joined; config.evaluate.batch_size of count at a time."""
+        size = min(count, self.config.evaluate.batch_size)
+        parts = [compute(places) for places in sharding.equal_batches(count, size)]
         return jax.tree.map(lambda *found: np.concatenate(found)[:count], *parts)
 
     def best_of(self, candidates: int, judge: "str | os.PathLike | base.Run | None" = None,
@@ -154,6 +159,48 @@ class Run(base.Run):
                             "pixels, which have a probability of their own: leave it out")
         decoded = bool(self.spec.columns) if noised is None else not noised
         return score_images(self, images, given, trajectories, seed, decoded)
+
+    def encode(self, images, label=None, seed: int | None = None, *, condition=None) -> np.ndarray:
+        """The latents u_T..u_0 of images, from pure noise down, [n, K, H, W, C] float32.
+
+        u_k = f(x_k) at every level of one trajectory of each image, whose noise is keyed by the
+        seed and the image's place; u_T is the noise x_T itself. Rows of an array have latents
+        [n, K, D] of their standardised units. images, label and condition: as in log_prob.
+        """
+        label, images = base.one_condition(label, condition), as_images(self, images)
+        x, given = as_tokens(self, images), self.condition.validate(len(images), label)
+
+        def compute(places):
+            own = jax.tree.map(lambda a: a[places], given)
+            return encode_tokens(self, x[places], places, own, seed)
+
+        return generate.as_levels(self.spec, self._in_batches(len(x), compute))
+
+    def decode(self, latents, label=None, *, condition=None, decoder: str | None = None,
+               with_levels: bool = False):
+        """The images of latents u_T..u_0 [n, K, H, W, C], as `sample` makes them of its own.
+
+        latents: laid out as `encode` returns them, of K-1 steps. label and condition: as in
+        log_prob. decoder: inverse inverts the transporter at level 0 alone, score at all levels,
+        and denoises; the configuration's by default. with_levels: also returns x_T..x_0 [n, K, ...]
+        as the model has them, in float32: pixels in [-1, 1], arrays standardised.
+        """
+        spec, shape = self.spec, f"[n, K, {', '.join(map(str, self.spec.data_shape))}]"
+        us = as_array("latents", latents, f"numbers {shape}").astype(np.float32)
+        if us.ndim < 2 or us.shape[2:] != spec.data_shape:
+            raise UserError(f"latents have shape {us.shape}: expected {shape}")
+        chosen = generate.override(self.config, steps=us.shape[1] - 1, decoder=decoder)
+        given = self.condition.validate(len(us), base.one_condition(label, condition))
+        us = transforms.patchify(
+            us[:, ::-1].reshape(*us.shape[:2], *spec.image_shape), spec.patch_size)
+
+        def compute(places):
+            own = jax.tree.map(lambda a: a[places], given)
+            return decode_latents(self, us[places], own, chosen, with_levels)
+
+        x, xs = self._in_batches(len(us), compute)
+        images = spec.from_tokens(x)
+        return (images, generate.as_levels(spec, xs)) if with_levels else images
 
     def reweight(self, log_target, **options):
         """Samples with weights that correct them to a target density; see projects.weighing."""
@@ -284,7 +331,9 @@ def train(config: Config, workdir: str, *, data=None, labels=None, condition=Non
     Options:
       until: stops at this step as a preemption would, saving.
       profile: the steps (start, stop) that jax.profiler traces into WORKDIR/profile.
-      writers: where metrics go besides metrics.jsonl and TensorBoard, such as ["wandb:PROJECT"].
+      writers: where metrics go besides metrics.jsonl and TensorBoard: names such as
+        "wandb:PROJECT", writers of your own, and functions called with (step, scalars) after each
+        held-out evaluation. An exception that they raise ends the training.
 
     Returns None when stopped early. Raises UserError where configuration, data and workdir do not
     fit together, and for a loss that is not finite.

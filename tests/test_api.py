@@ -2,12 +2,15 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 
 import ntm_jax
 from ntm_jax import api
-from tests.common import ROOT, TINY
+from ntm_jax.core.trajectory import example_keys, example_noise, simulate
+from ntm_jax.sampling.generate import as_levels
+from tests.common import ROOT, TINY, new_run, random_run, tiny_config
 
 LINES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[0]
 SHRUNK = TINY | {"train.steps": 2, "evaluate.split": "test", "model.transporter_blocks": 0}
@@ -63,6 +66,26 @@ def test_arrays_that_do_not_belong_together_or_to_the_model_are_refused():
              "condition is given, and config.model.condition is none: set it to vector, or leave")):
         with pytest.raises(ntm_jax.UserError, match=words):
             ntm_jax.experiment("arrays", "unconditional", **given)
+
+
+def test_latents_are_those_of_the_images_trajectories_and_give_the_images_back():
+    t_min = {"trajectory.t_min": 1e-3, "trajectory.t_min_range": (1e-3, 1e-3)}
+    run = random_run(new_run(tiny_config(**t_min)))  # so little noise moves no pixel
+    images = np.random.default_rng(0).integers(17, size=(5, 8, 8, 1))
+    latents = run.encode(images, label=range(5), seed=3)
+    assert latents.shape == (5, 3, 8, 8, 1)
+    found, levels = run.decode(latents, label=range(5), with_levels=True)
+    np.testing.assert_array_equal(found, images)
+    keys = example_keys(jax.random.key(3), "encode", np.arange(5))
+    t = np.repeat(run.evaluated_levels()[None], 5, 0)
+    noise = example_noise(keys, (3, 16, 4))
+    xs = jax.jit(simulate)(run.spec.to_tokens(images), t, noise)
+    np.testing.assert_allclose(levels, as_levels(run.spec, xs), atol=1e-4)  # of up to 4
+    moved = np.abs(levels - latents).max((0, 2, 3, 4))
+    assert moved[0] == 0
+    assert min(moved[1:]) > 0.5
+    with pytest.raises(ntm_jax.UserError, match=r"latents have shape \(5, 8, 8, 1\): expected \[n"):
+        run.decode(latents[:, 0], label=range(5))
 
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [

@@ -178,17 +178,8 @@ def as_images(run: Run, images) -> np.ndarray:
     return images
 
 
-def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
-                 seed: int | None = None, decoded: bool = False) -> LevelTerms:
-    """The bounds on log p(image | condition) in nats, and their terms.
-
-    images: of as_images, integers 0..V-1, or rows of an array in its units; condition: labels [n],
-    Text or Vector. Of continuous data they bound the density of the data noised to t_0,
-    with noise keyed by the seed, or with `decoded` that of the data itself. Images are scored
-    config.evaluate.batch_size at a time.
-
-    Raises UserError for images with other values.
-    """
+def as_tokens(run: Run, images: np.ndarray) -> np.ndarray:
+    """Tokens [n, N, D] of as_images. Raises UserError for values that the data cannot have."""
     spec = run.spec
     if spec.pixel_levels:
         last = spec.pixel_levels - 1
@@ -200,6 +191,21 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
     if not np.isfinite(x).all():
         raise UserError("the data hold numbers that are not finite, or that are too large for the "
                         "training data's deviation")
+    return x
+
+
+def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
+                 seed: int | None = None, decoded: bool = False) -> LevelTerms:
+    """The bounds on log p(image | condition) in nats, and their terms.
+
+    images: of as_images, integers 0..V-1, or rows of an array in its units; condition: labels [n],
+    Text or Vector. Of continuous data they bound the density of the data noised to t_0,
+    with noise keyed by the seed, or with `decoded` that of the data itself. Images are scored
+    config.evaluate.batch_size at a time.
+
+    Raises UserError like as_tokens.
+    """
+    x = as_tokens(run, images)
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32),
              **run.model.config.condition.arrays(condition)}
     size = padded_batch_size(run.config, len(x), run.mesh)
@@ -209,6 +215,6 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
         part = {name: values[own] for name, values in batch.items()}
         parts.append(sharding.to_host(score_batch(run, part, trajectories, seed, decoded)))
     scores = _by_index(parts)
-    reconstruction = scores.get("reconstruction", np.zeros(len(x), np.float32)) - spec.log_unit
+    reconstruction = scores.get("reconstruction", np.zeros(len(x), np.float32)) - run.spec.log_unit
     rate = -scores["predictor"] - scores["log_det"] - scores["forward"][:, :-1]
     return LevelTerms(scores["importance_weighted"], reconstruction, rate, scores["nll"])

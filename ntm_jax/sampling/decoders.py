@@ -67,16 +67,16 @@ class Sampler:
 
 
 class Decoded(NamedTuple):
-    """What a decoder draws.
+    """What a decoder draws, or makes of latents.
 
     x: clean tokens [B, N, D]. xs: the levels x_0..x_T [B, K, N, D], None where nothing needs them.
     log_density: of each level [B, K], those of core.sampling.sample_with_log_prob; it is that of
-    the latents where xs is None, and None for an ODE.
+    the latents where xs is None, and None for an ODE. Of given latents, log|det du_k/dx_k| alone.
     """
 
     x: jax.Array
     xs: jax.Array | None
-    log_density: jax.Array | None
+    log_density: Any
 
 
 class Trajectory(NamedTuple):
@@ -98,7 +98,8 @@ class Decoder:
 
     draw(sampler, params, keys, y, denoiser_params, with_levels) -> Decoded, of keys [B] and their
     condition y. denoiser_params: None unless needs_denoiser.
-    `from_trajectory` makes such a function for an NTM.
+    decode(sampler, params, us, y, denoiser_params, with_levels) -> Decoded, of given latents
+    u_0..u_T [B, K, N, D]; None without latents. `from_trajectory` makes both functions for an NTM.
     needs_levels: it has the levels anyway, so that asking for them costs nothing; its evaluation
     measures how well every level is denoised.
     needs_denoiser: only a run with a learned denoiser has it.
@@ -107,6 +108,7 @@ class Decoder:
     """
 
     draw: Callable[..., Decoded]
+    decode: Callable[..., Decoded] | None = None
     needs_levels: bool = False
     needs_denoiser: bool = False
     solves_ode: bool = False
@@ -118,20 +120,23 @@ def from_trajectory(clean: Callable, needs_levels: bool = False, **facts) -> Dec
     clean(sampler, params, trajectory, denoiser_params) -> [B, N, D]. needs_levels: it uses
     trajectory.xs. facts: other fields of Decoder.
     """
-    def draw(sampler: Sampler, params, keys, y, denoiser_params, with_levels: bool) -> Decoded:
-        model, steps = sampler.model, sampler.options.steps
-        t = sampler.schedule.fixed_levels(steps, len(keys))
-        us, log_density = sampling.draw_latents(
-            model, params, keys, t, y, sampler.options.guidance)
-        xs = None
+    def decode(sampler: Sampler, params, us, y, denoiser_params, with_levels: bool) -> Decoded:
+        t = sampler.schedule.fixed_levels(sampler.options.steps, len(us))
+        xs, log_det = None, 0.0
         if with_levels or needs_levels:
-            how = sampler.inverse(len(keys) * steps)
-            xs, log_det = sampling.invert_with_log_det(model, params, us, t, y, how)
-            log_density -= log_det
+            how = sampler.inverse(len(us) * sampler.options.steps)
+            xs, log_det = sampling.invert_with_log_det(sampler.model, params, us, t, y, how)
         x = clean(sampler, params, Trajectory(us, xs, t, y), denoiser_params)
-        return Decoded(x, xs, log_density)
+        return Decoded(x, xs, -log_det)
 
-    return Decoder(draw, needs_levels, **facts)
+    def draw(sampler: Sampler, params, keys, y, denoiser_params, with_levels: bool) -> Decoded:
+        t = sampler.schedule.fixed_levels(sampler.options.steps, len(keys))
+        us, log_density = sampling.draw_latents(
+            sampler.model, params, keys, t, y, sampler.options.guidance)
+        x, xs, log_det = decode(sampler, params, us, y, denoiser_params, with_levels)
+        return Decoded(x, xs, log_density + log_det)
+
+    return Decoder(draw, decode, needs_levels, **facts)
 
 
 def _inverse(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):

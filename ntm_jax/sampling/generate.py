@@ -16,6 +16,7 @@ from ntm_jax import typed
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import example_keys
 from ntm_jax.data import transforms
+from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config, Sample, check_guidance, check_steps, guided
@@ -124,9 +125,13 @@ def draw_at(run: Run, index, condition=None, options: Sample | None = None,
     check_density(run, options)
     x, xs, log_density = _tokens_at(
         run, index, condition, options, seed, with_levels=True, with_log_prob=True)
+    return Drawn(spec.from_tokens(x), as_levels(spec, xs), log_density[:, ::-1])
+
+
+def as_levels(spec: DataSpec, xs: np.ndarray) -> np.ndarray:
+    """Levels or latents of all levels [n, K, N, D] as users have them: [n, K, ...], noise first."""
     levels = transforms.unpatchify(xs, spec.image_shape, spec.patch_size)[:, ::-1]
-    return Drawn(spec.from_tokens(x), levels.reshape(*levels.shape[:2], *spec.data_shape),
-                 log_density[:, ::-1])
+    return levels.reshape(*levels.shape[:2], *spec.data_shape)
 
 
 def check_density(run: Run, options: Sample) -> None:
@@ -139,15 +144,23 @@ def check_density(run: Run, options: Sample) -> None:
                         "trajectory density: give an NTM, or leave the log-density out")
 
 
+def sampler_of(run: Run, options: Sample) -> tuple[Sampler, dict | None]:
+    """The sampler of a run, and its denoiser's parameters if the decoder needs one.
+
+    Raises UserError like check_decoder.
+    """
+    check_decoder(run, options.decoder)
+    denoiser = run.denoiser if decoders.find(options.decoder).needs_denoiser else None
+    sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh,
+                      denoiser and denoiser.module)
+    return sampler, denoiser and denoiser.params
+
+
 def _tokens_at(run: Run, index, condition, options, seed: int | None, with_levels: bool,
                with_log_prob: bool = False) -> list:
     """generate_tokens of these indices [n], on the host."""
     options = options or run.config.sample
-    check_decoder(run, options.decoder)
-    decoder = decoders.find(options.decoder)
-    denoiser = run.denoiser if decoder.needs_denoiser else None
-    sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh,
-                      denoiser and denoiser.module)
+    decoder, (sampler, denoiser_params) = decoders.find(options.decoder), sampler_of(run, options)
     index = np.asarray(index, np.int32)
     y = run.default_condition(index) if condition is None else condition
     placed = sharding.place((index, y), run.mesh)
@@ -158,7 +171,7 @@ def _tokens_at(run: Run, index, condition, options, seed: int | None, with_level
         own = jax.random.fold_in(root, number) if number else root
         with sharding.use(run.mesh):  # a decoder that has the levels anyway: the same program
             x, levels, density = generate_tokens(
-                run.params, own, *placed, denoiser and denoiser.params, sampler=sampler,
+                run.params, own, *placed, denoiser_params, sampler=sampler,
                 with_levels=with_levels or decoder.needs_levels,
                 with_log_prob=with_log_prob)
         found = x, levels if with_levels else None, density

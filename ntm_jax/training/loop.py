@@ -31,17 +31,18 @@ from ntm_jax.training.objectives import Extension, Objective
 from ntm_jax.training.signals import StopRequest
 from ntm_jax.training.state import State
 from ntm_jax.training.step import check_batch, make_step, steps_of
+from ntm_jax.training.writers import Given
 from ntm_jax.training.writers import find as find_writers
 
 
 def train(config: Config, folder: str, *, progress: bool = True, until: int | None = None,
           profile: tuple[int, int] | None = None,
-          writers: Sequence[str] = ()) -> tuple[Run, dict] | None:
+          writers: Sequence[Given] = ()) -> tuple[Run, dict] | None:
     """Trains in a workdir, resuming what it holds; ends with the held-out evaluation and pictures.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps.
     profile: the steps (start, stop) that jax.profiler traces into WORKDIR/profile.
-    writers: further writers of metrics, by name; see training/writers.
+    writers: further writers of metrics; see training/writers.
 
     Returns the trained run and its evaluation, or None when stopped early.
     """

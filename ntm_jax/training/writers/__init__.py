@@ -5,7 +5,7 @@ TensorBoard.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from ntm_jax.registry import Registry
 
@@ -43,6 +43,39 @@ WRITERS: Registry[Callable[[str], MetricsWriter]] = Registry(
 register = WRITERS.register
 
 
-def find(names: Sequence[str]) -> list[MetricsWriter]:
-    """The writers that --writer names, not yet opened. Raises UserError for an unknown one."""
-    return [make(argument) for make, argument in map(WRITERS.find, names)]
+class AfterEvaluation:
+    """Calls a function with the step and its scalars after each held-out evaluation."""
+
+    def __init__(self, function: Callable[[int, dict[str, float]], object]):
+        self._function = function
+
+    def open(self, workdir: str, start_step: int, settings: dict) -> None:
+        """Opens nothing."""
+
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Calls the function if scalars of an evaluation are among these."""
+        if any(name.startswith("evaluate/") for name in scalars):
+            self._function(step, scalars)
+
+    def picture(self, step: int, path) -> None:
+        """Takes no pictures."""
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
+Given = str | MetricsWriter | Callable[[int, dict[str, float]], object]
+
+
+def find(given: Sequence[Given]) -> list[MetricsWriter]:
+    """The writers of names as of --writer, writers and functions; see AfterEvaluation.
+
+    They are not yet opened. Raises UserError for an unknown name.
+    """
+    found = []
+    for one in given:
+        if isinstance(one, str):
+            make, argument = WRITERS.find(one)
+            one = make(argument)
+        found.append(one if hasattr(one, "scalars") else AfterEvaluation(cast(Callable, one)))
+    return found
