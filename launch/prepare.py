@@ -18,13 +18,14 @@ from ntm_jax.errors import UserError
 from . import program
 
 flags.DEFINE_string(
-    "input", None, "folder:PATH with metadata.jsonl or metadata.csv, tfds:NAME_OR_BUILDER_DIR, or "
-    "tars:GLOB (webdataset).")
+    "input", None, "folder:PATH with metadata.jsonl, metadata.csv or a .txt beside each image, "
+    "tfds:NAME_OR_BUILDER_DIR, or tars:GLOB (webdataset).")
 flags.DEFINE_string(
     "out", None, "The records' folder: a new one, or that of a stopped preparation.")
 flags.DEFINE_string(
     "captions", "", "For a folder: a .jsonl or .csv file with file_name, caption and, optionally, "
-    "label; metadata.jsonl or metadata.csv in the folder by default.")
+    "label; by default metadata.jsonl or metadata.csv in the folder, or else the .txt beside each "
+    "image.")
 flags.DEFINE_bool(
     "follow_outside", False, "For a folder: also reads files outside it that its list names by "
     "../, an absolute path or a link.")

@@ -75,14 +75,9 @@ def define_config(required: bool = True, flag_values: flags.FlagValues = FLAGS):
 
 def read_config(workdir: str = ""):
     """Returns the Config of --config; prints what it leaves open and is chosen for the data."""
-    import jax
-
     from ntm_jax.runtime import config_file
 
-    config, chosen = config_file.complete(FLAGS.config, workdir)
-    if chosen and not jax.process_index():
-        print(chosen, flush=True)
-    return config
+    return config_file.complete(FLAGS.config, workdir)
 
 
 def define_run(raw: bool = False):

@@ -291,8 +291,8 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
 
     variant: as in --config=digits:gaussian. data, labels, condition: arrays in memory as its data
     source, see train. overrides: settings by "section.key". Settings that the experiment leaves
-    open, such as the image size of `folder`, are chosen for its data. Raises UserError for an
-    unknown experiment, variant or setting, or a value that does not fit.
+    open, such as the image size of `folder`, are chosen for its data, and printed. Raises UserError
+    for an unknown experiment, variant or setting, or a value that does not fit.
     """
     source = _source(data, labels, condition)
     package = importlib.import_module("ntm_jax.experiments")
@@ -312,7 +312,7 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
             values.data.source = source
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"experiment {name!r}: {first_line(error)}") from None
-    config, _ = config_file.complete(values)
+    config = config_file.complete(values)
     objectives.checked(config)
     _check_used(config, condition)
     return config

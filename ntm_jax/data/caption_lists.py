@@ -1,4 +1,4 @@
-"""Lists of captions: a metadata.jsonl or metadata.csv in a folder of images."""
+"""Captions of a folder of images: a metadata.jsonl or metadata.csv, or a .txt beside each image."""
 
 import csv
 import io
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from ntm_jax.data import images
 from ntm_jax.data.text import is_utf8
 from ntm_jax.errors import UserError, abbreviate, first_line
 from ntm_jax.files import parse_object
@@ -38,6 +39,21 @@ def listed(root: epath.Path) -> tuple[dict[str, str], dict[str, str]]:
         if row.get("rejected"):
             rejected[name] = os.path.normpath(str(row["rejected"]))
     return captions, rejected
+
+
+def text_beside(image: str) -> str:
+    """The name of the .txt beside an image, a.txt of a.png."""
+    return f"{os.path.splitext(image)[0]}.txt"
+
+
+def read_beside(root: epath.Path, image: str) -> str:
+    """The caption in the .txt beside an image of the folder `root`; '' if it is not UTF-8."""
+    path = root / text_beside(image)
+    try:
+        caption = images.read(path).decode("utf-8-sig", "surrogateescape").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"caption {path} cannot be read ({error}): remove it") from None
+    return caption if is_utf8(caption) else ""
 
 
 def name_and_caption(row: dict, line: str) -> tuple[str, str]:

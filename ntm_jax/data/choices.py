@@ -5,6 +5,8 @@ the source holds and from whether an accelerator trains.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,31 +38,51 @@ class _Data:
         """The classes that the model is conditioned on."""
         return self.train.num_classes if self.settings["model.condition"] == "class" else 0
 
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(height, width) of some images as stored."""
+        return np.array([image.shape[:2] for image in _some_images(self.train)])
+
+    @property
+    def oblong(self) -> bool:
+        """Whether some image is not square."""
+        return bool((self.sizes[:, 0] != self.sizes[:, 1]).any())
+
+    @property
+    def row(self) -> int:
+        """The tokens that a side should have."""
+        return 8 if self.accelerator else 4
+
 
 def _some_images(source: Source) -> list[np.ndarray]:
     return [source.records[row]["image"] for row in source.evenly_spread(_LOOKED_AT)]
 
 
-def _side(data: _Data) -> int:
-    """The images' shorter side; the median where they have several sizes."""
-    return int(np.median([min(image.shape[:2]) for image in _some_images(data.train)]))
-
-
 def _image_size(data: _Data) -> int:
-    """The images' own size up to a limit for the device: 32 pixels on a CPU, 64 on others.
+    """The median of the shorter sides up to a limit for the device: 32 on a CPU, 64 on others.
 
-    It is a multiple of 4, which leaves a choice of patches.
+    It is a multiple of 4, which leaves a choice of patches. 0, which keeps the images as they are,
+    for latents, and for oblong arrays within the limit that a patch cuts into few tokens.
     """
-    if not data.train.pixel_levels:
+    shortest = int(np.median(data.sizes.min(1)))
+    is_array = data.train.name.startswith(("arrays", "npz:"))  # whose images have one size
+    few_tokens = shortest / _patch(data, data.sizes) <= 2 * data.row
+    as_stored = data.oblong and is_array and few_tokens and data.sizes.max() <= 8 * data.row
+    if as_stored or not data.train.pixel_levels:
         return 0
-    return max(4, min(_side(data), 64 if data.accelerator else 32) // 4 * 4)
+    return max(4, min(shortest, 8 * data.row) // 4 * 4)
+
+
+def _patch(data: _Data, sides) -> int:
+    """The divisor of all sides that comes closest to `row` tokens along the shortest."""
+    common, shortest = np.gcd.reduce(np.ravel(sides)), np.min(sides)
+    divisors = [size for size in range(1, common + 1) if common % size == 0]
+    return min(divisors, key=lambda size: abs(shortest / size - data.row))
 
 
 def _patch_size(data: _Data) -> int:
     """Cuts an image into about 4 x 4 tokens on a CPU, 8 x 8 on others."""
-    side = data.settings["data.image_size"] or _side(data)
-    divisors = [size for size in range(1, side + 1) if side % size == 0]
-    return min(divisors, key=lambda size: abs(side / size - (8 if data.accelerator else 4)))
+    return _patch(data, data.settings["data.image_size"] or data.sizes)
 
 
 def _text_encoder(data: _Data) -> str:
@@ -73,15 +95,18 @@ def _text_encoder(data: _Data) -> str:
     if data.train.captions is None:
         raise UserError(
             f"{data.train.name} has no captions: put a metadata.jsonl into it, one line "
-            "{\"file_name\": ..., \"caption\": ...} for each image, or take --config=folder"
+            '{"file_name": ..., "caption": ...} for each image, or a .txt beside each image, or '
+            "take --config=folder"
             + (f" ({data.train.notes})" if data.train.notes else "")
         )
-    captions = [*data.train.captions, *(data.held_out.captions or [])]
-    words = [text.split(caption) for caption in captions]
-    vocabulary = sorted({word for caption in words for word in caption})
-    if len(vocabulary) > _MAX_WORDS:
-        return "minilm"
-    return f"words:{max(map(len, words))}:{' '.join(vocabulary)}"
+    vocabulary, longest = set(), 0
+    for caption in itertools.chain(data.train.captions, data.held_out.captions or ()):
+        words = text.split(caption)
+        vocabulary.update(words)
+        longest = max(longest, len(words))
+        if len(vocabulary) > _MAX_WORDS:  # without reading the rest
+            return "minilm"
+    return f"words:{longest}:{' '.join(sorted(vocabulary))}"
 
 
 def _data_std(data: _Data) -> float:
@@ -111,18 +136,20 @@ CHOICES: dict[str, Callable[[_Data], Any]] = {
 }
 
 
-def choose(settings: dict[str, Any], accelerator: bool) -> dict[str, Any]:
-    """The settings of CHOICES that are None, chosen for the data: {"section.key": value}.
+def choose(settings: dict[str, Any], accelerator: bool) -> tuple[dict[str, Any], str]:
+    """Chooses the settings of CHOICES that are None for the data.
 
     Args:
       settings: all settings of an experiment, {"section.key": value}.
       accelerator: whether a GPU or TPU trains.
+    Returns:
+      (the chosen settings, {"section.key": value}, a remark on them, '' for none).
     Raises:
-      UserError: there is no data source, or it cannot be opened.
+      UserError: there is no data source, it cannot be opened, or it is a table.
     """
     left_open = [key for key in CHOICES if settings[key] is None]
     if not left_open:
-        return {}
+        return {}, ""
     name = settings["data.source"]
     if not name:
         raise UserError(
@@ -131,7 +158,14 @@ def choose(settings: dict[str, Any], accelerator: bool) -> dict[str, Any]:
     train, held_out = (  # without slices
         sources.open_as_stored(name, settings[key].partition("[")[0])
         for key in ("data.split", "evaluate.split"))
+    if train.columns:
+        raise UserError(
+            f"{name} is a table [n, {train.columns}], and this experiment is of images: take the "
+            "experiment arrays, or reshape the table to images [n, H, W]"
+        )
     data = _Data(train, held_out, accelerator, dict(settings))
     for key in left_open:
         data.settings[key] = CHOICES[key](data)
-    return {key: data.settings[key] for key in left_open}
+    chosen = {key: data.settings[key] for key in left_open}
+    cropped = chosen.get("data.image_size") and data.oblong
+    return chosen, "the central square of each image is taken" if cropped else ""

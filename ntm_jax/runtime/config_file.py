@@ -91,28 +91,31 @@ def check_resumable(workdir: str, config: Config, spec: DataSpec) -> list[str]:
     return lines
 
 
-def complete(values, workdir: str = "") -> tuple[Config, str]:
+def complete(values, workdir: str = "") -> Config:
     """Reads an experiment whose settings may be left open (None), to be chosen for its data.
 
     values: a ConfigDict or a plain dict. workdir: its run's settings take the place of new choices.
 
-    Returns the configuration, and a line on what was chosen, '' for nothing. Raises UserError; see
-    config.read and choices.choose.
+    The first process prints what was chosen. Raises UserError; see config.read and choices.choose.
     """
     values = values.to_dict() if hasattr(values, "to_dict") else copy.deepcopy(values)
     flat = flatten(values)
     left_open = [key for key in choices.CHOICES if key in flat and flat[key] is None]
     if not left_open:
-        return read(values), ""
+        return read(values)
     recorded = (_recorded(workdir) if workdir else None) or {}
     before = {key: recorded[key] for key in left_open if recorded.get(key) is not None}
-    chosen = before | choices.choose(flat | before, accelerator=jax.default_backend() != "cpu")
+    new, remark = choices.choose(flat | before, accelerator=jax.default_backend() != "cpu")
+    chosen = before | new
     whence = "chosen for the data" if len(before) < len(left_open) else "as the run there has them"
     for key, value in chosen.items():
         section, name = key.split(".")
         values[section][name] = value
     flags = " ".join(f"--config.{key}={shlex.quote(str(value))}" for key, value in chosen.items())
-    return read(values), f"{whence}: {flags}"
+    config = read(values)
+    if not jax.process_index():
+        print(f"{whence}: {flags}" + (f" ({remark})" if remark else ""), flush=True)
+    return config
 
 
 def write(workdir: str, config: Config, spec: DataSpec) -> None:

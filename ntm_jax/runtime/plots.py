@@ -6,7 +6,7 @@ Symbols: n images, K levels, H height, W width, C channels (1 or 3). Images are 
 import dataclasses
 import re
 import textwrap
-import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -97,16 +97,34 @@ def _save_sheet(images, names: list[str], titles: dict[int, str], out_png) -> No
     axes.set_position((left / (left + width), 0, width / (left + width), height / (top + height)))
     axes.imshow(_without_gray_axis(sheet), cmap="gray", vmin=0, vmax=255, interpolation="nearest",
                 aspect="auto")
+    names, fonts = drawable(names)
     wrapped = ["\n".join(textwrap.wrap(name, NAME_LETTERS, max_lines=4, placeholder=" ..."))
                for name in names]
-    axes.set_yticks((np.arange(len(names)) + 0.5) * height / rows, wrapped, parse_math=False)
+    axes.set_yticks((np.arange(len(names)) + 0.5) * height / rows, wrapped, parse_math=False,
+                    family=fonts)
     axes.set_xticks([column * width / columns for column in titles], titles.values(), ha="left")
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=7)
     axes.set_frame_on(False)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the font draws unsupported scripts as boxes
-        save_figure(plot, out_png)
+    save_figure(plot, out_png)
+
+
+def drawable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(texts, the fonts that draw them); a letter that no font here has becomes its escape."""
+    from matplotlib import font_manager
+
+    fonts = ["DejaVu Sans"]  # comes with matplotlib
+    font = font_manager.get_font(font_manager.findfont(fonts[0]))
+    missing = {letter for text in texts for letter in text
+               if not letter.isspace() and not font.get_char_index(ord(letter))}
+    for entry in font_manager.fontManager.ttflist if missing else ():
+        font = font_manager.get_font(entry.fname)
+        if font.scalable and not entry.name.startswith("Last Resort"):  # which has boxes
+            found = {letter for letter in missing if font.get_char_index(ord(letter))}
+            fonts += [entry.name] if found else []
+            missing -= found
+    escape = {ord(letter): ascii(letter)[1:-1] for letter in missing}
+    return [text.translate(escape) for text in texts], fonts
 
 
 def save_png(path, image) -> None:

@@ -34,6 +34,8 @@ from ntm_jax.training.step import check_batch, make_step, steps_of
 from ntm_jax.training.writers import Given
 from ntm_jax.training.writers import find as find_writers
 
+FEW_RECORDS = 100  # below it a run starts with a note
+
 
 def train(config: Config, folder: str, *, progress: bool = True, until: int | None = None,
           profile: tuple[int, int] | None = None,
@@ -83,6 +85,17 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     return run, result
 
 
+def data_notes(source: Source, held_out: Source) -> list[str]:
+    """Lines on the records that a run trains on: what their source says, and whether they are few.
+    """
+    lines = [source.notes] if source.notes else []
+    if len(source.records) < FEW_RECORDS:
+        lines.append(
+            f"{len(source.records)} training records are few: the model will repeat them, and "
+            f"figures of {len(held_out.records)} held-out ones say little; take some hundred")
+    return [f"note: {line}" for line in lines]
+
+
 class _Loop:
     """Training in progress, from the run's last checkpoint on.
 
@@ -124,9 +137,8 @@ class _Loop:
         self.reporter.message(
             f"{size:,} parameters, {len(source.records):,} training records, mesh {mesh}, "
             + (new if latest is None else f"resuming {folder} at step {self.step}"))
-        for line in (source.notes, *changes):
-            if line:
-                self.reporter.message(line)
+        for line in (*data_notes(source, held_out), *changes):
+            self.reporter.message(line)
         self.stop = stack.enter_context(StopRequest())
         self.step_function = make_step(run, objective, distilled)
         self.start, self.saved = self.step, time.perf_counter()  # when the run was last saved

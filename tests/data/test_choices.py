@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ntm_jax
 from ntm_jax.data import choices, pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.experiments import captions, folder
@@ -31,7 +32,7 @@ def chosen(experiment, source: str, accelerator: bool = False, **given) -> dict:
     c = experiment.get_config()
     c.data.source = source
     c.update_from_flattened_dict(given)
-    return choices.choose(config.flatten(c.to_dict()), accelerator)
+    return choices.choose(config.flatten(c.to_dict()), accelerator)[0]
 
 
 def test_settings_suit_a_folder_of_images_with_classes(tmp_path):
@@ -66,6 +67,25 @@ def captioned(tmp_path, text):
     return source
 
 
+@pytest.mark.parametrize(("shape", "dtype", "size", "patch", "remark"), [
+    ((20, 28), np.float32, 0, 4, ""),  # patches divide both sides
+    ((28, 20), np.uint8, 0, 4, ""),
+    ((22, 28), np.uint8, 20, 5, " (the central square of each image is taken)"),
+    ((32, 64), np.uint8, 32, 8, " (the central square of each image is taken)"),
+    ((22, 22), np.uint8, 20, 5, ""),
+])
+def test_python_prints_the_choices_for_arrays_that_are_not_square(
+        shape, dtype, size, patch, remark, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (9, *shape)).astype(dtype)
+    found = ntm_jax.experiment("folder", data=images)
+    assert (found.data.image_size, found.data.patch_size) == (size, patch)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"chosen for the data: --config.data.image_size={size} --config.data."
+                              f"patch_size={patch} ")
+    assert printed.endswith(f"--config.sample.guidance=0.0{remark}\n")
+    pipeline.spec(found.data.open("train"), patch)  # refuses a patch that does not divide
+
+
 @pytest.mark.parametrize(("text", "encoder"), [
     (lambda i: f"A {'red' if i % 2 else 'blue, old'} house.", "words:4:a blue house old red"),
     (lambda i: " ".join(f"w{20 * i + j}" for j in range(20)), "minilm"),  # for many words
@@ -76,15 +96,18 @@ def test_an_encoder_suits_the_words(tmp_path, text, encoder):
 
 def test_mistakes_say_what_is_missing(tmp_path):
     source = write_images(tmp_path, 5, (21, 22))
+    np.savez(tmp_path / "table.npz", data=np.random.default_rng(0).normal(size=(9, 128)))
     for experiment, given, message in (
         (folder, {"data.source": ""}, r"give your images, --config\.data\.source=folder:PATH"),
+        (folder, {"data.source": f"npz:{tmp_path}/table.npz"},
+         r"is a table \[n, 128\], .* of images: take the experiment arrays, or reshape"),
         (captions, {}, r"has no captions: put a metadata\.jsonl into it"),
     ):
         with pytest.raises(UserError, match=message):
             chosen(experiment, source, **given)
 
 
-def test_a_resumed_run_keeps_its_own_choices(tmp_path):
+def test_a_resumed_run_keeps_its_own_choices(tmp_path, capsys):
     settings = tiny_config(**{"evaluate.batch_size": 7})
     spec = pipeline.spec(settings.data.open("train"), settings.data.patch_size)
     config_file.write(str(tmp_path), settings, spec)
@@ -92,6 +115,6 @@ def test_a_resumed_run_keeps_its_own_choices(tmp_path):
         checkpoints.save(2, {"ema": jnp.zeros(2)}, {})
     c = folder.get_config()
     c.data.source = "digits"
-    completed, line = config_file.complete(c, str(tmp_path))
+    completed = config_file.complete(c, str(tmp_path))
     assert (completed.data.batch_size, completed.evaluate.batch_size) == (16, 7)
-    assert line.startswith("as the run there has them: ")
+    assert capsys.readouterr().out.startswith("as the run there has them: ")

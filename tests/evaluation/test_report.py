@@ -12,6 +12,7 @@ from ntm_jax import files
 from ntm_jax.core import likelihood
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation.report import (
+    advice,
     check_unit,
     provenance,
     summarize,
@@ -67,6 +68,12 @@ def test_written_report(run, source, scores, tmp_path, capsys):
     write_report(run, result, scores, tmp_path / "evaluation.json", per_example=True)
     assert files.read_json(tmp_path / "evaluation.json", "") == result
     assert capsys.readouterr().out == table(result, "bits_per_dim") + "\n"
+    result["contributions"]["reconstruction"] = -0.8 * result["nats_per_dim"]["bound"]["mean"]
+    assert advice(result) == []  # at a usual t_min, which samples in few steps need
+    result["provenance"]["t_min"] = 0.2
+    (line,) = advice(result)
+    assert line.startswith("80% of the bound is reconstruction, the cost of pixel values that the "
+                           "noise of t_min = 0.2 hides")
     assert (tmp_path / "evaluation.png").stat().st_size > 1000
     rows = pyarrow.parquet.read_table(tmp_path / "evaluation.parquet").to_pydict()
     assert rows["index"] == list(range(20))

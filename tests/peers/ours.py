@@ -34,7 +34,7 @@ def _setting(sizes: Sizes, **overrides) -> rows.BenchmarkInput:
         "model.head_size": sizes.head, "model.kv_heads": sizes.width // sizes.head,
         "model.transporter_layers": sizes.layers, "model.condition": "none",
         "train.condition_dropout": 0.0, "optimizer.warmup_steps": 0} | overrides)
-    config, _ = config_file.complete(values)
+    config = config_file.complete(values)
     source = config.data.open(config.data.split)
     run = untrained(config, pipeline.spec(source, sizes.patch), sharding.make_mesh(config.mesh))
     return rows.BenchmarkInput(run, sizes.images, source, source)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from matplotlib import font_manager
 
 from ntm_jax.runtime import plots
 
@@ -18,6 +19,15 @@ def test_grid_places_and_enlarges_every_image():
         np.testing.assert_array_equal(grid[top : top + 9, left : left + 12], enlarged)
         grid[top : top + 9, left : left + 12] = 255
     assert (grid == 255).all()  # nothing else: white padding, white empty place
+
+
+def test_letters_that_no_font_has_are_escapes_and_others_find_a_font(monkeypatch):
+    letter = "\u1d84"  # of STIXGeneral, and not of DejaVu Sans
+    texts, fonts = plots.drawable(["cat\n\U0010ffff", letter])
+    assert texts == ["cat\n\\U0010ffff", letter]
+    assert (fonts[0], len(fonts)) == ("DejaVu Sans", 2)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    assert plots.drawable(["caf\u00e9", "\u732b"]) == (["caf\u00e9", r"\u732b"], ["DejaVu Sans"])
 
 
 def test_loss_plot_has_both_curves_and_units(tmp_path, monkeypatch):

@@ -92,6 +92,13 @@ def test_settings_that_cannot_work_are_refused_and_nothing_written(overrides, me
     assert not (tmp_path / "new").exists()
 
 
+def test_few_records_have_a_note():
+    held_out, *sources = map(tiny_config().data.open, ("test[:1]", "train[:7]", "train[:100]"))
+    assert [loop.data_notes(source, held_out) for source in sources] == [
+        ["note: 7 training records are few: the model will repeat them, and figures of 1 held-out "
+         "ones say little; take some hundred"], []]
+
+
 @pytest.mark.slow
 def test_a_step_without_enough_memory_is_refused_and_leaves_the_folder_free(
         tmp_path, monkeypatch, capsys):

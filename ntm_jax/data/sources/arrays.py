@@ -33,6 +33,8 @@ from ntm_jax.data.transforms import standardise
 from ntm_jax.errors import UserError, first_line
 
 _provided: dict[str, "Arrays"] = {}  # by version; under '', those provided last
+_TO_PIXELS = ("pixels become uint8 by images.astype(np.uint8) from 0..255, and by (255 * "
+              "images).round().astype(np.uint8) from 0..1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +76,8 @@ def from_arrays(
 
     Args:
       images: [n, H, W, C] or [n, H, W] (C = 1): uint8 pixels, or float32 latents, ideally of mean
-        0 and variance 1. Or an array [n, D] of floating-point numbers in any units, which are
-        standardised by column.
+        0 and variance 1. Latents of which none is negative have a line in the source's notes. Or an
+        array [n, D] of floating-point numbers in any units, which are standardised by column.
       labels: [n] integers from 0, names of classes, or None. There are max(labels) + 1 classes;
         named ones are numbered from 0 in sorted order.
       captions: n strings, or None.
@@ -85,8 +87,9 @@ def from_arrays(
       held_out: the share of the records in the split test, 0 <= held_out < 1.
       seed: of the permutation that is cut into train and test.
     Raises:
-      UserError: another shape, dtype or length; pixels out of range; numbers that are not finite;
-        a column of an array that is constant; negative labels; a share out of range.
+      UserError: another shape, dtype or length; channels before height and width; pixels out of
+        range; numbers that are not finite; a column of an array that is constant; negative labels;
+        a share out of range.
     """
     is_table = np.ndim(images) == 2
     if is_table:
@@ -114,6 +117,7 @@ def from_arrays(
     for array in (images, labels, condition):
         digest.update(b"" if array is None else np.ascontiguousarray(array).data)
     mean = std = condition_mean = condition_std = ()
+    unsigned = not is_table and not levels and images.min() >= 0
     if is_table:
         values, mean, std = _standardised(images, splits["train"], "data")
         images = values.reshape(count, 1, -1, 1)
@@ -134,6 +138,8 @@ def from_arrays(
             condition_width=len(condition_mean),
             condition_mean=condition_mean,
             condition_std=condition_std,
+            notes=f"float32 images from {images.min():g} to {images.max():g} are taken as latents, "
+                  f"and not as pixels: {_TO_PIXELS}" if unsigned else "",
         ),
         splits,
     )
@@ -248,8 +254,11 @@ def _check_numbers(values, name: str, shape: str, discrete: bool = False) -> np.
     if discrete and values.dtype.kind in "iub":
         values = values.astype(np.float64)
     if values.ndim != 2 or not values.size or values.dtype.kind != "f":
-        raise UserError(f"{name} is {values.dtype} {list(values.shape)}: expected floating-point "
-                        f"numbers {shape}; convert it with .astype(float)")
+        whole = values.dtype.kind in "iub"
+        raise UserError(
+            f"{name} is {values.dtype} {list(values.shape)}: expected floating-point numbers "
+            + shape + whole * f", as whole numbers have no density: add noise, {name} + "
+            f"np.random.default_rng(0).uniform(size={name}.shape); of images expected [n, H, W]")
     if not np.isfinite(values).all():
         raise UserError(f"{name} holds a number that is not finite: remove these records")
     return values
@@ -285,7 +294,12 @@ def _check_images(images, pixel_levels: int | None) -> tuple[np.ndarray, int]:
         raise UserError(
             f"images are {images.dtype} {list(images.shape)}: expected uint8 pixels or float32 "
             "latents [n, H, W, C] or [n, H, W], or an array [n, D], such as data[:, None] for one "
-            "column; convert them with images.astype"
+            f"column; {_TO_PIXELS}"
+        )
+    if images.ndim == 4 and images.shape[1] in (1, 3, 4) and min(images.shape[2:]) > 4:
+        raise UserError(
+            f"images are {list(images.shape)}, channels first: expected [n, H, W, C]; give "
+            "np.moveaxis(images, 1, -1), the same as images.transpose(0, 2, 3, 1)"
         )
     if not np.isfinite(images).all():
         raise UserError("images hold a number that is not finite: remove these records")

@@ -7,10 +7,10 @@ name, if every image lies in one. Links to folders and files are followed, and e
 walked once. Only regular files are read, of at most 256 MiB. Images have one size unless
 data.image_size sets it, and are grey if all are grey. Up to 1% of the images, or one, may be
 damaged: these are left out, before the splits are cut. Captions: those of metadata.jsonl or
-metadata.csv in the folder, a row for every image; see launch/prepare.py for its columns. Those that
-are not UTF-8 count as empty. Its column `rejected` names an image that was judged worse with the
-same caption; then the images that have one are the records. No jax is imported: grain's worker
-processes run this.
+metadata.csv in the folder, a row for every image; see launch/prepare.py for its columns. Without
+such a list, those of a.txt beside a.png, for every image. Those that are not UTF-8 count as empty.
+The list's column `rejected` names an image that was judged worse with the same caption; then the
+images that have one are the records. No jax is imported: grain's worker processes run this.
 """
 
 import concurrent.futures
@@ -36,7 +36,8 @@ from ntm_jax.files import is_remote, parse_object, write_json
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MANIFEST = ".ntm_manifest.json"
 _CACHE = Path.home() / ".cache" / "ntm_jax"
-_SCAN_LIMIT = 50_000  # of a folder with more files, only a sample is decoded when it is opened
+# Of a folder with more files, only a sample is decoded when it is opened, and no .txt is read.
+_SCAN_LIMIT = 50_000
 _MAX_BAD = 0.01  # the largest share of damaged images
 _SAMPLE = 256  # files in that sample, evenly spread, which determines grey or colour and the size
 
@@ -71,7 +72,7 @@ def open_folder(where: str, split: str) -> Source:
         raise UserError(f"data.source folder:{where} is not there: expected a folder of images")
     presplit = _presplit(root, where)
     parts = ("train", "test") if presplit else ("",)
-    files = sorted(file for part in parts for file in _walk(root, part))
+    files, described = list_images(root, parts)
     if not files:
         raise UserError(
             f"data.source folder:{where} holds no images: expected files ending in "
@@ -80,8 +81,8 @@ def open_folder(where: str, split: str) -> Source:
     scanned, bad = _scan(root, files)
     listed, pairs = caption_lists.listed(root)
     files = [file for file in files if file not in bad and (not pairs or file in pairs)]
-    missing = [file for file in files if file not in listed]
-    captions = None if missing else [listed[file] for file in files]
+    missing = [file for file in files if file not in (listed or described)]
+    captions = None if missing else _captions(root, files, listed)
     rejected = [pairs[file] for file in files] if pairs else None
     if presplit:
         in_train = np.array([file.startswith("train/") for file in files], bool)
@@ -103,14 +104,14 @@ def open_folder(where: str, split: str) -> Source:
             sizes.setdefault(tuple(scanned[file][2:4]), file)
     several = [f"{file} is {height}x{width}" for (height, width), file in sizes.items()]
     content = [[file, scanned[file][0] if file in scanned else None] for file in files]
-    content += [values for values in (captions, rejected) if values]
+    content += [values for values in (captions, rejected) if isinstance(values, list)]
     notes = []
     if bad:
         notes += [f"{len(bad)} of {len(files) + len(bad)} images cannot be decoded and are left "
                   f"out: {few(sorted(bad), 3)}"]
-    if listed and missing:
-        notes += [f"captions are not used, since their list has no row for {len(missing)} images: "
-                  f"{few(missing, 3)}"]
+    if (listed or described) and missing:
+        notes += [f"captions are not used, since there is no {'row' if listed else '.txt'} for "
+                  f"{len(missing)} images: {few(missing, 3)}"]
     return Source(
         Lazy(functools.partial(_record, root, channels, columns), range(len(files))),
         cast(tuple[int, int, int], (*next(iter(sizes), (None, None)), channels)),  # see Source
@@ -143,8 +144,29 @@ def _presplit(root: epath.Path, where: str) -> bool:
     return train and test
 
 
+def list_images(root: epath.Path, parts: Sequence[str] = ("",)) -> tuple[list[str], set[str]]:
+    """(paths, relative to `root`, of the images in its folders `parts`; those with a .txt beside).
+
+    Sorted; see _walk.
+    """
+    names = {name for part in parts for name in _walk(root, part)}
+    files = sorted(name for name in names if not name.endswith(".txt"))
+    return files, {file for file in files if caption_lists.text_beside(file) in names}
+
+
+def _captions(root: epath.Path, files: list[str], listed: dict[str, str]) -> Sequence[str]:
+    """The captions of files: as listed, or those of the .txt beside each."""
+    if listed:
+        return [listed[file] for file in files]
+    captions = Lazy(functools.partial(caption_lists.read_beside, root), files)
+    if len(files) > _SCAN_LIMIT:
+        return captions
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(captions.get, files))
+
+
 def _walk(root: epath.Path, part: str) -> list[str]:
-    """Paths, relative to `root`, of the image files in its folder `part` and below.
+    """Paths, relative to `root`, of the images and .txt files in its folder `part` and below.
 
     Links to files and folders are followed. Every folder is walked once: links may form loops.
     Hidden files and folders are left out.
@@ -165,7 +187,7 @@ def _walk(root: epath.Path, part: str) -> list[str]:
         folders.sort(key=lambda name: (os.path.islink(os.path.join(here, name)), name))
         before = os.path.relpath(here, root)
         found += [os.path.normpath(os.path.join(before, name)) for name in names
-                  if name.lower().endswith(_SUFFIXES) and not name.startswith(".")]
+                  if name[0] != "." and (name.lower().endswith(_SUFFIXES) or name[-4:] == ".txt")]
     return found
 
 

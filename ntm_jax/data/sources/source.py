@@ -261,8 +261,8 @@ class ArrayRecords:
 class Lazy(Sequence):
     """Values that are made when they are asked for: get(row) of some rows."""
 
-    get: Callable[[int], Any]
-    rows: Sequence[int] | np.ndarray
+    get: Callable[[Any], Any]
+    rows: Sequence | np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -374,7 +374,8 @@ def _encode(source: Source, name: str) -> Source:
     if source.captions is None:
         raise UserError(
             f"config.data.text_encoder is {name!r}, and {source.name} has no captions, which a "
-            "folder has in its metadata.jsonl: write it, or leave the encoder empty"
+            "folder has in its metadata.jsonl or in a .txt beside each image: write them, or leave "
+            "the encoder empty"
             + (f" ({source.notes})" if source.notes else "")
         )
     states, encoder = encode_captions(source.name, source.captions, name)

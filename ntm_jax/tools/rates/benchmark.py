@@ -92,7 +92,7 @@ def varied(values: dict, choices: str) -> Iterator[tuple[str, str, Config]]:
         changed = copy.deepcopy(values)
         for name in names.split(","):
             _change(changed, name, text)
-        yield f"{names}={text}", text, config_file.complete(changed)[0]
+        yield f"{names}={text}", text, config_file.complete(changed)
 
 
 def _change(values: dict, name: str, text: str) -> None:

@@ -78,6 +78,9 @@ def test_images_have_other_levels_or_are_latents():
     assert (source.image_shape, source.pixel_levels, values(source).max()) == ((4, 6, 1), 8, 7)
     latents = RNG.normal(size=(20, 2, 2, 5)).astype(np.float32)
     source = opened(from_arrays(latents, LABELS), "train")
+    assert source.notes == ""
+    assert opened(from_arrays(IMAGES.astype(np.float32))).notes.startswith(
+        "float32 images from 0 to 255 are taken as latents, and not as pixels: pixels become uint8")
     expected = pipeline.DataSpec((2, 2, 5), 1, pixel_levels=0, num_classes=4, count=18)
     assert pipeline.spec(source, 1) == expected
     batch = next(pipeline.evaluation_batches(source, 1, 18, 0, 1))
@@ -212,12 +215,19 @@ def test_a_changed_file_is_read_anew_and_may_lack_a_condition(tmp_path):
 @pytest.mark.parametrize(("given", "message"), [
     ({"images": np.zeros(40)}, "images are float64 [40]: expected uint8 pixels or float32 latents "
      "[n, H, W, C] or [n, H, W], or an array [n, D], such as data[:, None] for one column"),
+    ({"images": IMAGES.transpose(0, 3, 1, 2).repeat(5, 2)}, "images are [20, 3, 20, 6], channels "
+     "first: expected [n, H, W, C]; give np.moveaxis(images, 1, -1), the same as images.transpo"),
+    ({"images": np.arange(40).reshape(20, 2)}, "data is int64 [20, 2]: expected floating-point "
+     "numbers [n, D], as whole numbers have no density: add noise, data + np.random.default_rng("),
+    ({"images": IMAGES / 255}, "images are float64 [20, 4, 6, 3]: expected uint8 pixels or float32 "
+     "latents [n, H, W, C] or [n, H, W], or an array [n, D], such as data[:, None] for one column; "
+     "pixels become uint8 by images.astype(np.uint8) from 0..255, and by (255 * images).round()"),
     ({"pixel_levels": 17}, "pixel_levels is 17, and the data are uint8 up to 255: expected"),
     ({"labels": LABELS[1:]}, "labels has 19 rows: expected one for each of the 20 records"),
     ({"held_out": float("nan")}, "held_out is nan: expected a share of the records"),
     ({"images": np.where(ROWS > 100, np.nan, ROWS)}, "data holds a number that is not finite"),
     ({"images": np.ma.masked_greater(ROWS, 100)}, "data has masked entries: fill them in"),
-], ids=range(6))
+], ids=range(9))
 def test_mistakes_are_refused_in_one_line(given, message):
     with pytest.raises(UserError, match=re.escape(message)) as error:
         from_arrays(**{"images": IMAGES} | given)

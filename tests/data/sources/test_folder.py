@@ -110,6 +110,35 @@ def test_captions_of_a_list(tmp_path):
         opened(tmp_path, text=words)
 
 
+def test_captions_in_a_txt_beside_each_image(tmp_path, monkeypatch):
+    for i in range(10):
+        save(tmp_path / "some" / f"{i}.png", (i, i, i))
+        (tmp_path / "some" / f"{i}.txt").write_bytes(b"\xef\xbb\xbfanimal %d\r\n" % i)
+    (tmp_path / "some" / "3.txt").write_bytes(b"\xff")  # not UTF-8
+    for name in ("readme.txt", "README.TXT"):
+        (tmp_path / name).write_text("of no image")
+    before = opened(tmp_path)
+    monkeypatch.setattr(folder, "_SAMPLE", 5)
+    for limit in (folder._SCAN_LIMIT, 9):  # beyond the limit they are read with their images
+        monkeypatch.setattr(folder, "_SCAN_LIMIT", limit)
+        for record, caption in zip((source := opened(tmp_path)).records, source.captions,
+                                   strict=True):
+            number = record["image"][0, 0, 0]
+            assert record["caption"] == caption == ("" if number == 3 else f"animal {number}")
+    monkeypatch.undo()
+    (tmp_path / "some" / "4.txt").write_text("a changed animal")
+    assert opened(tmp_path).version != before.version
+    (tmp_path / "some" / "4.txt").unlink()
+    assert opened(tmp_path).captions is None
+    assert opened(tmp_path).notes.endswith("there is no .txt for 1 images: some/4.png")
+    os.mkfifo(tmp_path / "some" / "4.txt")
+    with pytest.raises(UserError, match=r"caption .*4\.txt cannot be read \(not a regular file"):
+        opened(tmp_path)
+    listed = [f'{{"file_name": "some/{i}.png", "caption": "listed"}}' for i in range(10)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(listed))  # comes before any .txt
+    assert set(opened(tmp_path).captions) == {"listed"}
+
+
 def test_pairs_of_a_list_are_records_with_a_rejected_image(tmp_path):
     rows = []
     for i in range(4):

@@ -67,6 +67,21 @@ def test_a_csv_and_names_of_classes(tmp_path):
     assert choices(out)["classes"] == ["ant", "zebra"]
 
 
+def test_a_txt_beside_each_image_is_its_caption(tmp_path):
+    texts = {f"{i}.txt": f"picture {i}\n".encode() for i in range(2)}
+    folder = write_folder(tmp_path / "in", {f"{i}.png": encoded(picture(i)) for i in range(3)})
+    write_folder(folder, texts)
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"jsonl is not there, nor a \.txt .* image \(2\.png\)"):
+        run(tmp_path, folder)
+    (tmp_path / "secret.txt").write_text("elsewhere")
+    (folder / "2.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(UserError, match=r"has the file_name 2\.txt, which lies outside"):
+        run(tmp_path, folder)
+    out = run(tmp_path, folder, follow_outside=True)
+    assert [record["caption"] for record in records(out)] == ["picture 0", "picture 1", "elsewhere"]
+
+
 def test_tars_of_webdataset(tmp_path):
     for i in range(2):
         with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
