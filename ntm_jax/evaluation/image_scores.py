@@ -85,11 +85,12 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
 
     Of a split with more than MAX_RECORDS records, so many evenly spread ones are compared.
     class_accuracy, where the split is no larger and has images of several classes; with an
-    extractor (features.Extractor) also frechet, precision and recall, and for captioned pictures
-    retrieval. frechet_held_out is the distance of the held-out images: about what a perfect model
-    reaches with as many samples as there are of them. guidance: scales or schedules, for each of
-    which `guidance` lists class accuracy, its paired difference to the first one's on the same
-    noise, and the feature scores, of which a model has those that it has without guidance.
+    extractor (features.Extractor) also frechet, precision and recall, with NAME_stderr of each, and
+    for captioned pictures retrieval. frechet_held_out is the distance of the held-out images: about
+    what a perfect model reaches with as many samples as there are of them. guidance: scales or
+    schedules, for each of which `guidance` lists class accuracy, its paired difference to the first
+    one's on the same noise, and the feature scores, of which a model has those that it has without
+    guidance.
     """
     config = run.config
     records = [train.records[i] for i in train.evenly_spread(MAX_RECORDS)]
@@ -123,7 +124,7 @@ def image_scores(run: Run, train: Source, held_out: Source, extractor, guidance=
         scores = {scale: statistics.feature_scores(wanted, extractor(sampled))
                   for scale, sampled in images.items()}
         result |= scores[config.sample.guidance]
-        result["frechet_held_out"] = statistics.frechet(wanted, unseen)
+        result |= statistics.with_stderr({"frechet_held_out": statistics.frechet(wanted, unseen)})
         for figure in result.get("guidance", ()):
             figure |= scores[figure["guidance"]]
         result["features"] = made | {

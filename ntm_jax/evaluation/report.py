@@ -145,7 +145,10 @@ def _rows(part, name: str, hidden) -> Iterator[tuple[str, str]]:
             pairs = np.transpose([part["mean"], part["stderr"]]).reshape(-1, 2)
             yield name, "  ".join(f"{mean:8.4f} ± {stderr:.4f}" for mean, stderr in pairs)
         for key in part:
-            if key not in hidden:
+            if f"{key}_stderr" in part:
+                yield from _rows({"mean": part[key], "stderr": part[f"{key}_stderr"]},
+                                 f"{name}.{key}".lstrip("."), hidden)
+            elif key not in hidden and not key.endswith("_stderr"):
                 yield from _rows(part[key], f"{name}.{key}".lstrip("."), hidden)
     elif isinstance(part, list | tuple) and part and isinstance(part[0], dict):
         for number, each in enumerate(part):

@@ -29,45 +29,70 @@ def mean_and_stderr(values, variance=None) -> dict:
 
 
 def feature_scores(real, generated) -> dict[str, float]:
-    """Frechet distance, precision and recall of features real [n, d] and generated [m, d]."""
-    precision, recall = precision_recall(real, generated)
-    return {"frechet": frechet(real, generated), "precision": precision, "recall": recall}
+    """Frechet distance, precision and recall of features real [n, d] and generated [m, d].
+
+    NAME_stderr is the standard error of each: of the distance and the precision over the generated
+    images, of the recall over the real ones.
+    """
+    found = {"frechet": frechet(real, generated)}
+    found |= dict(zip(("precision", "recall"), precision_recall(real, generated), strict=True))
+    return with_stderr(found)
 
 
-def frechet(real, generated) -> float:
+def with_stderr(figures: dict[str, dict]) -> dict[str, float]:
+    """{name: {"mean", "stderr"}} -> {name: mean, name_stderr: stderr}."""
+    return {f"{name}{end}": figure[key] for name, figure in figures.items()
+            for end, key in (("", "mean"), ("_stderr", "stderr"))}
+
+
+def frechet(real, generated) -> dict[str, float]:
     """The Frechet distance of the Gaussians fitted to features [n, d] and [m, d], in float64.
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), which with Inception's features is the FID (Heusel
     et al. 2017, arXiv 1706.08500, eq. 6). With S = R'R, the eigenvalues of (S1 S2)^(1/2) are the
     singular values of R1 R2': none is complex, and none loses digits where S is singular, as it is
     with fewer images than features.
+
+    The standard error is that of a bootstrap over the generated images in the limit of many
+    resamples (the infinitesimal jackknife): from the distance's derivative by each one's weight,
+    2 (m2 - m1)'y + y'(I - T)y with y = x - m2 and T the optimal transport's matrix, T S2 T = S1.
     """
-    (mean1, root1), (mean2, root2) = _gaussian(real), _gaussian(generated)
-    distance = np.square(mean1 - mean2).sum() + np.square(root1).sum() + np.square(root2).sum()
-    return max(float(distance - 2 * np.linalg.norm(root1 @ root2.T, "nuc")), 0.0)
+    (mean1, _, root1), (mean2, white, root2) = _gaussian(real), _gaussian(generated)
+    offset, (_, singular, axes) = mean2 - mean1, np.linalg.svd(root1 @ root2.T, full_matrices=False)
+    distance = sum(np.square(part).sum() for part in (offset, root1, root2)) - 2 * singular.sum()
+    centred = white @ root2
+    by_image = (centred @ (2 * offset) + np.square(centred).sum(1)
+                - np.square(white @ axes.T) @ singular)
+    return {"mean": max(float(distance), 0.0), "stderr": mean_and_stderr(by_image)["stderr"]}
 
 
 def _gaussian(features):
-    """Features [n, d] -> (mean [d], R [min(n, d), d]), where R'R is the unbiased covariance."""
+    """Features [n, d] -> (mean [d], W [n, r], R [r, d]), r = min(n, d).
+
+    W R are the features less their mean, and R'R is their unbiased covariance.
+    """
     features = np.asarray(features, np.float64)
-    mean = features.mean(0)
-    return mean, np.linalg.qr(features - mean, mode="r") / np.sqrt(len(features) - 1)
+    mean, scale = features.mean(0), np.sqrt(len(features) - 1)
+    white, root = np.linalg.qr(features - mean)
+    return mean, white * scale, root / scale
 
 
-def precision_recall(real, generated, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(real, generated, neighbours: int = 3) -> tuple[dict, dict]:
     """Precision and recall: how many features of one set lie in the manifold of the other.
 
     Precision is the share of generated features [m, d] in the manifold of the real ones, recall the
-    share of real features [n, d] in that of the generated ones.
+    share of real features [n, d] in that of the generated ones: {"mean", "stderr"} each, with the
+    manifold fixed.
     A manifold is the union of balls around the images of a set, each reaching the image's
     `neighbours`-th nearest of the same set (Kynkaanniemi et al. 2019, arXiv 1904.06991).
     """
     real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
-    return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
+    return (mean_and_stderr(_covered(generated, real, neighbours)),
+            mean_and_stderr(_covered(real, generated, neighbours)))
 
 
-def _covered(queries, points, neighbours) -> float:
-    """The share of queries [m, d] in the balls around points [n, d]."""
+def _covered(queries, points, neighbours) -> np.ndarray:
+    """Which of queries [m, d] lie in the balls around points [n, d]: [m] bool."""
     # Imported here: it takes a second of every program's start.
     from sklearn.metrics import pairwise_distances_chunked
 
@@ -79,7 +104,7 @@ def _covered(queries, points, neighbours) -> float:
         return np.partition(block, neighbours, 1)[:, neighbours]
 
     radii = blocks(points, None, radius)
-    return float(blocks(queries, points, lambda block: (block <= radii).any(1)).mean())
+    return blocks(queries, points, lambda block: (block <= radii).any(1))
 
 
 def retrieved(candidates, generated, truth, pixel_levels: int) -> np.ndarray:

@@ -43,6 +43,8 @@ def test_the_figures_and_the_table_of_an_evaluation(run, source, tmp_path, capsy
     assert files.read_json(tmp_path / "evaluation.json", "") == result
     printed = capsys.readouterr().out
     assert "pixels features, a proxy" in printed
+    for name in ("frechet", "precision", "recall", "frechet_held_out"):
+        assert f"{result[name]:.4f} ± {result[f'{name}_stderr']:.4f}" in printed
     assert "FID" not in printed.upper()
 
 

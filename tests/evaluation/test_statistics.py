@@ -31,6 +31,14 @@ def exactly(mean, covariance, n=200, seed=0):
     return features
 
 
+def frechet(real, generated) -> float:
+    return statistics.frechet(real, generated)["mean"]
+
+
+def precision_recall(*arguments):
+    return tuple(figure["mean"] for figure in statistics.precision_recall(*arguments))
+
+
 def test_mean_and_stderr():
     values = np.array([1, 2, 6], np.float32)
     stderr = math.sqrt((4 + 1 + 9) / 2 / 3)
@@ -51,15 +59,15 @@ def test_frechet_precision_and_recall_are_torch_fidelitys(shape):
         torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=3,
         prc_batch_size=64, save_cpu_ram=True, verbose=False)
     expected = pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
-    assert statistics.precision_recall(real, generated) == expected
+    assert precision_recall(real, generated) == expected
     if shape[2] == 1:  # torch-fidelity takes the covariance of one feature for a number
         real, generated = (np.pad(x, ((0, 0), (0, 1))) for x in (real, generated))
     gaussians = [metric_fid.fid_features_to_statistics(torch.from_numpy(x))
                  for x in (real, generated)]
     theirs = metric_fid.fid_statistics_to_metric(*gaussians, False)["frechet_inception_distance"]
     assert theirs > 0.01
-    assert statistics.frechet(real, generated) == pytest.approx(theirs, rel=1e-3)
-    single = statistics.frechet(real.astype(np.float32), generated.astype(np.float32))
+    assert frechet(real, generated) == pytest.approx(theirs, rel=1e-3)
+    single = frechet(real.astype(np.float32), generated.astype(np.float32))
     assert single == pytest.approx(theirs, rel=1e-3)
 
 
@@ -69,23 +77,37 @@ def test_frechet_is_the_closed_form_of_two_gaussians():
     one, two = (a @ a.T + 0.1 * np.eye(6) for a in roots)
     expected = (np.square(means[0] - means[1]).sum() + np.trace(one + two)
                 - 2 * np.trace(scipy.linalg.sqrtm(one @ two).real))
-    ours = statistics.frechet(exactly(means[0], one), exactly(means[1], two, 300, 1))
+    ours = frechet(exactly(means[0], one), exactly(means[1], two, 300, 1))
     assert ours == pytest.approx(expected, rel=1e-6)
     few = correlated(25, 1, 100, 4)[0]  # fewer images than features
-    assert 0 <= statistics.frechet(few, few[::-1]) < 1e-9
+    assert 0 <= frechet(few, few[::-1]) < 1e-9
     a, b = exactly([0, 0], np.diag([4.0, 1])), exactly([3, 0], np.diag([1.0, 25]), seed=1)
-    assert statistics.frechet(a, b) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 5) ** 2, rel=1e-6)
+    assert frechet(a, b) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 5) ** 2, rel=1e-6)
 
 
 def test_precision_and_recall_by_hand():
     real = np.array([[0.0], [1], [3], [10]])  # balls of the nearest neighbour: 1, 1, 2, 7
     generated = np.array([[-1.0], [2.5], [4], [17.5], [100]])  # balls: 3.5, 1.5, 1.5, 13.5, 82.5
     # -1, 2.5 and 4 are covered; 17.5 is half too far. Every real point is covered.
-    assert statistics.precision_recall(real, generated, 1) == (3 / 5, 4 / 4)
-    assert statistics.precision_recall(real, generated[:3], 1) == (3 / 3, 3 / 4)  # 10 is too far
-    assert statistics.precision_recall(real, real + 1000, 3) == (0, 0)
+    assert precision_recall(real, generated, 1) == (3 / 5, 4 / 4)
+    assert precision_recall(real, generated[:3], 1) == (3 / 3, 3 / 4)  # 10 is too far
+    assert precision_recall(real, real + 1000, 3) == (0, 0)
     # One image, generated again and again, has balls of radius 0.
-    assert statistics.precision_recall(real, np.array([[3.0]] * 5), 3) == (1, 1 / 4)
+    assert precision_recall(real, np.array([[3.0]] * 5), 3) == (1, 1 / 4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3])  # of the samples, beside the real ones
+def test_errors_of_feature_scores_are_the_spread_of_other_samples(scale):
+    rng, mix = np.random.default_rng(0), np.diag(np.geomspace(2, 0.05, 6))
+    real = rng.normal(size=(150, 6)) @ mix
+    found = [statistics.feature_scores(real, scale * rng.normal(size=(300, 6)) @ mix + 0.1)
+             for _ in range(60)]
+    for name in ("frechet", "precision"):
+        spread = np.std([scores[name] for scores in found], ddof=1)
+        stated = np.mean([scores[f"{name}_stderr"] for scores in found])
+        assert stated == pytest.approx(spread, rel=0.3), name
+    share = found[0]["recall"]  # whose error is over the real ones
+    assert found[0]["recall_stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 149))
 
 
 def test_retrieval_ranks_pictures_by_layout_and_colour():
