@@ -22,8 +22,10 @@ from ntm_jax.typed import settings
 class Experiment:
     """The get_config() of a shipped experiment: its variants, and a small run of each.
 
-    The first variant is the default. `smoke` is a run of it in seconds on a CPU, `VARIANT,smoke`
-    one of another variant. smoke_source: its data, those of data.mock or data.source by default.
+    The first variant is the default. `smoke` is a run of it in seconds on a CPU, and `validation`
+    one that leaves the test split unread; `VARIANT,smoke` and `VARIANT,validation` are those of
+    another variant. smoke_source: the data of `smoke`, by default those of data.mock or
+    data.source.
     """
 
     build: Callable[..., ml_collections.ConfigDict]
@@ -31,15 +33,19 @@ class Experiment:
     smoke_source: str = ""
 
     def __call__(self, variant: str = "") -> ml_collections.ConfigDict:
-        variant = renamed.VARIANTS.get(variant, variant) or self.variants[0]
-        small = {"smoke": self.variants[0]} | {f"{name},smoke": name for name in self.variants}
-        name = small.get(variant, variant)
+        variant = renamed.VARIANTS.get(variant, variant)
+        name, _, kind = variant.rpartition(",")
+        if kind not in ("smoke", "validation"):
+            name, kind = variant, ""
+        name = name or self.variants[0]
         if name not in self.variants:
             file = pathlib.Path(self.build.__code__.co_filename).name
-            known = ", ".join(filter(None, (*self.variants, "smoke")))
+            known = ", ".join(filter(None, (*self.variants, "smoke", "validation")))
             raise ValueError(f"{file}:{variant} is not a variant: expected one of {known}")
         c = self.build(name) if len(self.variants) > 1 else self.build()
-        return _shrunk(c, self.smoke_source) if variant in small else c
+        if kind == "validation":
+            return _validated(c)
+        return _shrunk(c, self.smoke_source) if kind else c
 
 
 def variants(*names: str, smoke_source: str = "") -> Callable[[Callable], Experiment]:
@@ -65,6 +71,15 @@ def leave_open(c: ml_collections.ConfigDict, *keys: str):
         section, name = key.split(".")
         values: Any = c[section]
         values[name] = config_dict.placeholder(values.get_type(name))
+
+
+def _validated(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Trains on 90% of the training split and evaluates on the rest, or as much as of `test`."""
+    most = c.evaluate.split.partition("[:")[2].rstrip("]")
+    # shuffled: the records of a folder may be sorted by class
+    c.evaluate.split = f"{c.data.split}[shuffled][{f'-{most}' if most else '90%'}:]"
+    c.data.split += "[shuffled][:90%]"
+    return c
 
 
 def _shrunk(c: ml_collections.ConfigDict, source: str) -> ml_collections.ConfigDict:

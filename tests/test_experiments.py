@@ -11,8 +11,9 @@ from launch import program
 from ntm_jax import typed
 from ntm_jax.data import choices
 from ntm_jax.experiments import default
-from ntm_jax.runtime import config
+from ntm_jax.runtime import config, config_file
 from tests.common import ROOT, experiment, python
+from tests.data.sources.common import labels, save, values
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*load_module")  # ml_collections loads files by it
 NAMES = sorted(path.stem for path in (ROOT / "experiments").glob("[!_]*.py"))
@@ -64,6 +65,25 @@ def test_overrides_are_a_configuration(monkeypatch):
     flags = ["--config.data.image_size=8", "--config.model.width=48"]  # which it leaves open
     opened = parse(monkeypatch, "--config=folder", *flags)
     assert (opened.data.image_size, opened.model.width) == (8, 48)
+
+
+def test_validation_trains_on_nine_tenths_and_evaluates_on_the_rest(tmp_path):
+    for i in range(42):  # sorted by class
+        name = "test/ant" if i > 39 else f"train/{'bee' if i > 19 else 'ant'}"
+        save(tmp_path / name / f"{i:02}.png", i, mode="L")
+    c = experiment("folder", "validation")
+    c.data.source = f"folder:{tmp_path}"
+    settings = config_file.complete(c)
+    train, held_out = (settings.data.open(split) for split in
+                       (settings.data.split, settings.evaluate.split))
+    assert (len(train.records), settings.evaluate.batch_size) == (36, 4)
+    assert sorted(values(train) + values(held_out)) == list(range(40))
+    assert set(labels(held_out)) == {0, 1}
+    for name, most in (("digits", "90%"), ("mnist", "90%"), ("shapes", "-800")):
+        c = experiment(name, "gaussian,validation")
+        assert c.model.transporter_blocks == 0
+        assert (c.data.split, c.evaluate.split) == (
+            "train[shuffled][:90%]", f"train[shuffled][{most}:]")
 
 
 def test_variants_of_an_earlier_version_are_those_of_now():

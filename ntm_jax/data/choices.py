@@ -155,9 +155,8 @@ def choose(settings: dict[str, Any], accelerator: bool) -> tuple[dict[str, Any],
         raise UserError(
             "config.data.source is empty: give your images, --config.data.source=folder:PATH"
         )
-    train, held_out = (  # without slices
-        sources.open_as_stored(name, settings[key].partition("[")[0])
-        for key in ("data.split", "evaluate.split"))
+    train, held_out = (sources.open_as_stored(name, settings[key])
+                       for key in ("data.split", "evaluate.split"))
     if train.columns:
         raise UserError(
             f"{name} is a table [n, {train.columns}], and this experiment is of images: take the "

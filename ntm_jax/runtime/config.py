@@ -34,7 +34,8 @@ class Data:
         "mock:8x8x1,levels=17,classes=10",
         "Data source: digits, folder:PATH, tfds:NAME, toy:NAME and others.")
     split: str = setting(
-        "train", "Training split, with an optional slice such as train[:1350].")
+        "train",
+        "Training split, with an optional slice such as train[:1350] or train[shuffled][:90%].")
     batch_size: int = setting(32, "Examples per step, over all devices and processes.", low=1)
     patch_size: int = setting(
         1, "Side of the square of pixels or latents that forms one token.", low=1)

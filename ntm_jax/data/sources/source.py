@@ -177,7 +177,8 @@ def open_source(
 
     Args:
       split: the name of a split, or a slice of it: 'train', 'train[:1350]', 'train[-100:]',
-        'test[10%:]'.
+        'test[10%:]'. 'train[shuffled]' has the records in a fixed random order, and
+        'train[shuffled][:90%]' is a slice of that.
       image_size: 0 keeps the images' size, which must then be the same for all; otherwise each
         image's central square is resized to this side. Latents cannot be resized.
       text: the encoder of captions, see data.text_encoder; '' for none. Prepared records that hold
@@ -188,8 +189,7 @@ def open_source(
         unprepared data, undecodable images, images of different sizes. Reading a record raises it
         for what can only be found out then.
     """
-    source = open_as_stored(name, split.partition("[")[0])
-    source = _take(source, _slice(split, len(source.records)))
+    source = open_as_stored(name, split)
     if source.mixed_sizes and not image_size:
         raise UserError(f"images have different sizes ({source.mixed_sizes}): set data.image_size")
     if image_size and not source.pixel_levels:
@@ -209,24 +209,25 @@ def open_source(
         shape = (1, source.columns // token_size, token_size)
     elif None in shape:
         shape = source.records[0]["image"].shape
-    source = dataclasses.replace(source, split=split, image_shape=shape)
+    source = dataclasses.replace(source, image_shape=shape)
     read = functools.partial(_checked, source, image_size)
     source = dataclasses.replace(source, records=Lazy(read, range(len(source.records))))
     return _encode(source, text) if text else source
 
 
 def open_as_stored(name: str, split: str) -> Source:
-    """A split, without a slice, as its kind opens it.
+    """A split, or a slice of it, as its kind opens it.
 
     Images are not resized, so they may have several sizes, and captions are not encoded. Raises
     UserError like `open_source`.
     """
     open_function, argument = SOURCES.find(name)
-    source = open_function(argument, split)
+    source = open_function(argument, split.partition("[")[0])
     if source.rows is not None:
         source = _take(source, source.rows)
     if not len(source.records):
         raise SplitError(f"the split {split!r} of {name} is empty: it needs more records")
+    source = _take(source, _slice(split, len(source.records)))
     return dataclasses.replace(source, name=name, split=split)
 
 
@@ -335,13 +336,14 @@ def _checked_image(source: Source, image_size: int, image: np.ndarray, name: str
     return image
 
 
-def _slice(split: str, count: int) -> range:
+def _slice(split: str, count: int) -> range | np.ndarray:
     """The records of a slice such as 'train[:90%]' of a split of `count` records."""
-    match = re.fullmatch(r"[^\[]+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
+    match = re.fullmatch(
+        r"[^\[]+(?P<shuffled>\[shuffled\])?(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?", split)
     if not match:
         raise SplitError(
             f"the split {split!r} is not understood: expected a name and at most one slice, like "
-            "train or train[:90%]"
+            "train, train[:90%] or train[shuffled][:90%]"
         )
 
     def row(bound: str) -> int:
@@ -350,13 +352,14 @@ def _slice(split: str, count: int) -> range:
             return round((int(bound[:-1]) + 100 * from_end) * count / 100)
         return int(bound) + count * from_end
 
-    start, stop = row(match[1] or "0"), row(match[2] or "100%")
+    start, stop = row(match["start"] or "0"), row(match["stop"] or "100%")
     if not 0 <= start < stop <= count:
         raise SplitError(
             f"the split {split!r} takes records {start} to {stop}, but there are {count}: choose "
             "a slice within them"
         )
-    return range(start, stop)
+    rows = permuted_splits(count, count)["all"] if match["shuffled"] else range(count)
+    return rows[start:stop]
 
 
 def _encode(source: Source, name: str) -> Source:
