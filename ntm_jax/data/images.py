@@ -5,6 +5,7 @@ H, W, C image height, width and channels. No jax is imported: grain's worker pro
 
 import io
 import os
+import stat
 import warnings
 from typing import cast
 
@@ -28,11 +29,16 @@ def read(path) -> bytes:
       FileNotFoundError: the file does not exist.
       ValueError: it is not a regular file, or is larger.
     """
-    path = epath.Path(path)
-    if path.exists() and not is_remote(path) and not os.path.isfile(path):  # epath takes a pipe
+    if is_remote(path):
+        path = epath.Path(path)
+        check_size(path.stat().length)
+        return path.read_bytes()
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
-    check_size(path.stat().length)
-    return path.read_bytes()
+    check_size(status.st_size)
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def check_size(size: int) -> None:

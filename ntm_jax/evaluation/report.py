@@ -114,8 +114,8 @@ NAMES = {"bits_per_dim": "bits/dim", "nats_per_dim": "nats/dim"}
 # Pictures of figures: functions of a run, its evaluation.json and a folder.
 PICTURES = {"truth": "ntm_jax.projects.densities.known_density:picture"}
 HIDDEN = {"mean", "stderr", "noise_stderr", "stderr_by_level", "provenance"}  # of the table
-MUCH_RECONSTRUCTION = 0.5  # share of the bound from which a line points it out, beyond this t_min,
-HIGH_T_MIN = 0.1  # to which samples in few steps gain from noise
+MUCH_RECONSTRUCTION = 0.5  # share of the bound from which a line points it out
+HIGH_T_MIN = 0.1  # below it the line would cost samples in few steps more than it gains
 FEW_SAMPLES = 1000  # for a Fréchet distance
 
 
@@ -197,7 +197,8 @@ def advice(result: dict) -> list[str]:
         lines.append(
             f"{100 * share:.0f}% of the bound is reconstruction, the cost of pixel values that the "
             f"noise of t_min = {t_min} hides, whatever the model learns: lower "
-            "config.trajectory.t_min, to 0.04 or 0.08, and t_min_range in a new run")
+            "config.trajectory.t_min, of which 0.04 to 0.07 suit most images, and t_min_range in a "
+            "new run")
     if "frechet" in result and result["features"]["images"] < FEW_SAMPLES:
         lines.append(
             f"the Fréchet distance is of {result['features']['images']} samples, and few make it "

@@ -66,7 +66,7 @@ class Source:
     unseen: the split with combinations of attributes absent from training; '' if there is none.
     mixed_sizes: names two images of different sizes; '' if none are known. Opening the source then
       requires data.image_size.
-    notes: says which images are left out or lack a caption; '' if none.
+    notes: what a run prints of them, such as which are left out or lack a caption; '' for nothing.
     planar_extent: how the data are drawn. 0: as images. Positive: each record is a point of the
       plane, latents of shape 1 x 2 x 1, drawn in scatter plots on the square [-planar_extent,
       planar_extent]^2.
