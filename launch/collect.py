@@ -18,7 +18,8 @@ flags.DEFINE_string("reward", None, "A reward, such as shapes; config.reward.nam
 flags.DEFINE_float("min_reward", None, "The lowest reward of the samples that are kept.",
                    required=True)
 flags.DEFINE_integer("batch", 500, "Samples at a time.", lower_bound=1)
-flags.DEFINE_integer("seed", None, "Sample i of a seed is the same sample in any batch size.")
+flags.DEFINE_integer("seed", None, "Sample i of a seed is the same in any batch size, within "
+                     "rounding.")
 flags.DEFINE_string("out", None, "A new folder, or the folder of an interrupted identical call.",
                     required=True)
 

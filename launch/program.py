@@ -111,7 +111,7 @@ def define_selection():
     """Defines how samples are selected among candidates; see api.Run.best_of."""
     flags.DEFINE_integer(
         "candidates", 1, "Samples drawn for each one that is kept: the one that its condition "
-        "explains best, by exact likelihood.", lower_bound=1)
+        "explains best, by the model's likelihood.", lower_bound=1)
     flags.DEFINE_string(
         "judge", None, "Another run's folder or export, whose likelihood selects among candidates; "
         "the run's own by default.")

@@ -26,7 +26,8 @@ flags.DEFINE_string("encoder", None, "The prompts' text encoder, such as flux2:F
                     "folder has moved; the run's by default.")
 flags.DEFINE_enum("inverse", None, ["auto", "parallel", "sequential"], "How the transporter is "
                   "inverted: all tokens at once or in turn.")
-flags.DEFINE_integer("seed", None, "Image i of a seed is the same image in any batch size.")
+flags.DEFINE_integer("seed", None, "Image i of a seed is the same in any batch size, within "
+                     "rounding.")
 flags.DEFINE_string("out", None, "A new folder, or the folder of an interrupted identical call; "
                     "WORKDIR/samples by default.")
 flags.DEFINE_string("autoencoder", None, "The folder of FLUX.2's autoencoder (diffusers' layout), "

@@ -134,7 +134,10 @@ class Run(base.Run):
 
     def log_prob(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
                  condition=None, noised: bool | None = None) -> np.ndarray:
-        """The importance-weighted lower bound on log p(image | label) in nats, [n].
+        """Importance-weighted estimates of log p(image | label) in nats, [n].
+
+        Each is a lower bound in expectation: a single estimate may exceed log p. It tightens with
+        more trajectories.
 
         images: [n, H, W, C], integers 0..V-1, or rows [n, D] of an array, whose density is in its
         own units. noised: only of continuous data, bounds the density of the data noised to t_0,

@@ -1,8 +1,9 @@
 """Scores of every record of a split, and the log-likelihood of any images.
 
 Every record counts once, and its noise is keyed by its index: the same checkpoint gives the same
-scores twice, in any batch size, on any mesh and any number of processes. Likelihoods run the
-transporter in float32. Symbols: B batch, N tokens, D token channels; n images, H, W, C their shape.
+scores twice, and within rounding in any batch size, on any mesh and any number of processes.
+Likelihoods run the transporter in float32. Symbols: B batch, N tokens, D token channels; n images,
+H, W, C their shape.
 """
 
 import dataclasses
@@ -144,7 +145,7 @@ def per_record(run: Run, source: Source, compute) -> dict:
 class LevelTerms:
     """The likelihood of n images and its terms in nats, means over their trajectories.
 
-    log_prob: the importance-weighted lower bound on log p(x | y), [n].
+    log_prob: importance-weighted estimates of log p(x | y), lower bounds in expectation, [n].
     reconstruction: log p(x | x_0), [n]; of arrays with the change of units, which is all that it
       has for noised data.
     rate: log q(x_k | x_{k+1}, x) - log p(x_k | x_{k+1}, y), what step k takes from the bound,

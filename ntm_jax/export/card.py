@@ -13,8 +13,8 @@ OWN_NATS = "own_nats = nats - {log_unit:.4f}  # of the density in the data's own
 UNITS = ("| units | `sample.py` writes own units; `sampler.bin` and `log_likelihood.bin` have "
          "standardised columns, (data - mean) / std; a log-density in own units is the "
          "standardised one less sum(log(std)) = {log_unit:.4f} nats |\n")
-LIKELIHOOD = ("the importance-weighted lower bound on the log {of} in nats, of {trajectories} "
-              "trajectories")
+LIKELIHOOD = ("the importance-weighted estimate of the log {of} in nats from {trajectories} "
+              "trajectories, a lower bound in expectation")
 # The front matter is what the Hugging Face Hub reads.
 CARD = """---
 # license: name one here, such as apache-2.0; see "Licence" below

@@ -1,4 +1,6 @@
-"""Images from a model, by index: image i is the same in any batch, on any mesh, in any process.
+"""Images from a model, by index: image i has the same noise in any batch, mesh and process.
+
+So it is the same image within rounding.
 
 Symbols: n images; B batch, K levels, N tokens, D token channels; H, W, C image height, width,
 channels; V pixel levels; M text tokens, E their width.

@@ -1,14 +1,15 @@
 """Selects the candidate of an image with the largest conditional log-likelihood ratio.
 
-The exact likelihood is the judge; there is no reward and no classifier. The information that the
-condition y gives about an image is
+The model's own likelihood is the judge; there is no reward and no classifier. The information that
+the condition y gives about an image is estimated by the mean over a few trajectories of
 
     log p(x_1..x_T | y) - log p(x_1..x_T), in nats,
 
 where x_1..x_T are noisier versions of the image by the forward process, and the second density is
-that of the null condition. Images that do not show their condition have little of it. The cleanest
-level, x_0, is left out, unless T = 1: there the densities of fine detail, which say nothing about
-the condition, differ by more than those of what the image shows. See docs/howto/select.md.
+that of the null condition: both are exact for one trajectory. Images that do not show their
+condition have little of it. The cleanest level, x_0, is left out, unless T = 1: there the densities
+of fine detail, which say nothing about the condition, differ by more than those of what the image
+shows. See docs/howto/select.md.
 
 Symbols: n images; B batch, K levels, T steps, N tokens, D token channels.
 """

@@ -106,7 +106,8 @@ def _rows(arrays, rows, *, mesh):
 class Rollouts(Extension):
     """Adds scored samples of a model to a batch: `begin` draws them, `finish` scores them.
 
-    Sample g of a record is keyed by the step and the record's index, so it is the same on any mesh.
+    Sample g of a record is keyed by the step and the record's index, so it is the same on any mesh,
+        within rounding.
     Without a reward, the samples are a batch's images and the rejected ones.
 
     Raises UserError where the reward does not go with the source.
