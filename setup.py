@@ -9,5 +9,5 @@ setup(
         "ntm_jax.launch",
     ],
     package_dir={"ntm_jax.experiments": "experiments", "ntm_jax.launch": "launch"},
-    package_data={"ntm_jax.launch": ["*.sbatch", "*.sh", "*.yaml"]},
+    package_data={"ntm_jax": ["py.typed"], "ntm_jax.launch": ["*.sbatch", "*.sh", "*.yaml"]},
 )

@@ -16,12 +16,15 @@ import importlib
 import math
 import os
 import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from ntm_jax import host_memory
+from ntm_jax.core.conditions import Text
 from ntm_jax.core.likelihood import bits_per_dim
 from ntm_jax.data import sources, transforms
 from ntm_jax.errors import UserError, abbreviate, as_array, check_count, first_line
@@ -40,6 +43,7 @@ from ntm_jax.sampling import generate, prompts, selection
 from ntm_jax.sampling.latents import decode_latents, encode_tokens
 from ntm_jax.sampling.write import SampleRequest, write_samples
 from ntm_jax.training import loop, objectives
+from ntm_jax.training.writers import Given
 
 host_memory.keep_freed()
 
@@ -54,9 +58,11 @@ class Run(base.Run):
     have, and for images or options that do not fit.
     """
 
-    def sample(self, n: int, label=None, prompts=None, seed: int | None = None,
-               with_levels: bool = False, *, condition=None, with_log_prob: bool = False,
-               **options):
+    def sample(self, n: int, label=None, prompts: str | Sequence[str] | None = None,
+               seed: int | None = None, with_levels: bool = False, *, condition=None,
+               with_log_prob: bool = False, steps: int | None = None,
+               guidance: float | Sequence[float] | None = None, decoder: str | None = None,
+               inverse: str | None = None, percentile: float | None = None) -> np.ndarray | Any:
         """n images [n, H, W, C], integers 0..V-1, float32 latents, or [n, D] of an array.
 
         label: see Run; without it classes, or held-out texts or vectors, in turn. prompts: one
@@ -64,8 +70,10 @@ class Run(base.Run):
         [m, E], of which each has n samples: [m, n, D]. seed: image i of a seed is the same image in
         any n.
         with_levels: also returns the levels from pure noise down, [n, K, H, W, C]: of pixels
-        rounded and clipped to integers 0..V-1, of an array in standardised units. options: steps,
-        guidance, decoder, inverse, percentile; the configuration's by default.
+        rounded and clipped to integers 0..V-1, of an array in standardised units. steps, guidance
+        (one scale, or one per step from noise down), decoder, inverse, percentile: config.sample's
+        by default. The first call compiles for the next power of two of n; smaller n need no
+        further compilation.
 
         with_log_prob: returns a generate.Drawn, with samples, levels and the log-density of their
         trajectories, log p(x_0..x_T | condition) in nats, in all and by factor. It needs no further
@@ -76,26 +84,30 @@ class Run(base.Run):
             texts = _texts(prompts)
             states = self.text([texts[i % len(texts)] for i in range(n)])
             label = base.one_condition(label, states)
+        index, many = np.arange(n), ()
         given = None if condition is None else as_array("condition", condition, "vectors [m, E]")
-        if given is None or given.ndim < 2:
-            label = base.one_condition(label, condition)
-            return self.sample_at(np.arange(n), label, seed, with_levels, with_log_prob, **options)
-        many = len(given)
-        # Sample i of condition j has index i m + j: the same in any n, and no noise is shared.
-        index = np.arange(n * many).reshape(n, many).T.ravel()
-        condition = base.one_condition(label, given.repeat(n, 0))
-        found = self.sample_at(index, condition, seed, with_levels, with_log_prob, **options)
-        return jax.tree.map(lambda a: a.reshape(many, n, *a.shape[1:]), found)
+        if given is not None and given.ndim > 1:
+            condition, many = given.repeat(n, 0), given.shape[:1]
+            # Sample i of condition j has index i m + j: the same in any n, and no noise is shared.
+            index = np.arange(len(condition)).reshape(n, *many).T.ravel()
+        found = self.sample_at(
+            index, base.one_condition(label, condition), seed, with_levels, with_log_prob,
+            steps=steps, guidance=guidance, decoder=decoder, inverse=inverse, percentile=percentile)
+        return jax.tree.map(lambda a: a.reshape(*many, n, *a.shape[1:]), found)
 
     def sample_at(self, index, label=None, seed: int | None = None, with_levels: bool = False,
-                  with_log_prob: bool = False, **options):
+                  with_log_prob: bool = False, *, steps: int | None = None,
+                  guidance: float | Sequence[float] | None = None, decoder: str | None = None,
+                  inverse: str | None = None, percentile: float | None = None
+                  ) -> np.ndarray | Any:
         """The images of these indices [n]; arguments as in sample, label may be vectors [n, E].
 
-        Indices are 0 to 2^31 - 1. The images are drawn config.evaluate.batch_size at a time.
+        Indices are 0 to 2^31 - 1. At most config.evaluate.batch_size images are drawn at a time.
         """
         index = np.asarray(index, np.int32)
         condition = None if label is None else self.condition.validate(len(index), label)
-        chosen = generate.override(self.config, **options)
+        chosen = generate.override(self.config, steps=steps, guidance=guidance, decoder=decoder,
+                                   inverse=inverse, percentile=percentile)
 
         def draw(places):
             own = None if condition is None else jax.tree.map(lambda a: a[places], condition)
@@ -103,12 +115,12 @@ class Run(base.Run):
                 return generate.draw_at(self, index[places], own, chosen, seed)
             return generate.sample_at(self, index[places], own, chosen, seed, with_levels)
 
-        return self._in_batches(len(index), draw)
+        return self._in_batches(len(index), draw, "sample", chosen, with_levels, with_log_prob)
 
-    def _in_batches(self, count: int, compute):
-        """The arrays of compute(places), joined; config.evaluate.batch_size of count at a time."""
-        size = min(count, self.config.evaluate.batch_size)
-        parts = [compute(places) for places in sharding.equal_batches(count, size)]
+    def _in_batches(self, count: int, compute, *program):
+        """The arrays of compute(places), joined; see sharding.padded_batches."""
+        parts = [compute(places) for places in sharding.padded_batches(
+            count, self.config.evaluate.batch_size, self.mesh, self.model, self.schedule, *program)]
         return jax.tree.map(lambda *found: np.concatenate(found)[:count], *parts)
 
     def best_of(self, candidates: int, judge: "str | os.PathLike | base.Run | None" = None,
@@ -128,7 +140,7 @@ class Run(base.Run):
         """`best_of` under its earlier name."""
         return self.best_of(candidates, judge, enough)
 
-    def text(self, captions):
+    def text(self, captions: str | Sequence[str]) -> Text:
         """The states of one or n captions, in the encoder of the run, as conditions.Text."""
         return prompts.states(prompts.open_encoder(self), _texts(captions))
 
@@ -177,10 +189,11 @@ class Run(base.Run):
             own = jax.tree.map(lambda a: a[places], given)
             return encode_tokens(self, x[places], places, own, seed)
 
-        return generate.as_levels(self.spec, self._in_batches(len(x), compute))
+        us = self._in_batches(len(x), compute, "encode", self.config.evaluation_steps)
+        return generate.as_levels(self.spec, us)
 
     def decode(self, latents, label=None, *, condition=None, decoder: str | None = None,
-               with_levels: bool = False):
+               with_levels: bool = False) -> np.ndarray | Any:
         """The images of latents u_T..u_0 [n, K, H, W, C], as `sample` makes them of its own.
 
         latents: laid out as `encode` returns them, of K-1 steps. label and condition: as in
@@ -201,13 +214,20 @@ class Run(base.Run):
             own = jax.tree.map(lambda a: a[places], given)
             return decode_latents(self, us[places], own, chosen, with_levels)
 
-        x, xs = self._in_batches(len(us), compute)
+        x, xs = self._in_batches(len(us), compute, "decode", chosen, with_levels)
         images = spec.from_tokens(x)
         return (images, generate.as_levels(spec, xs)) if with_levels else images
 
-    def reweight(self, log_target, **options):
-        """Samples with weights that correct them to a target density; see projects.weighing."""
-        return load_part("ntm_jax.projects.weighing.reweight:reweight")(self, log_target, **options)
+    def reweight(self, log_target: Callable, *, condition=None, label=None, n: int = 1000,
+                 seed: int | None = None, steps: int | None = None, guidance=None,
+                 inverse: str | None = None) -> Any:
+        """n samples with weights that correct them to a target density, as Reweighted.
+
+        Arguments are those of projects.weighing.reweight.
+        """
+        return load_part("ntm_jax.projects.weighing.reweight:reweight")(
+            self, log_target, condition=condition, label=label, n=n, seed=seed, steps=steps,
+            guidance=guidance, inverse=inverse)
 
     def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
                      condition=None) -> np.ndarray:
@@ -260,7 +280,7 @@ class Run(base.Run):
         write_export(self, out, steps, guidance, decoder)
 
 
-def _texts(given) -> list[str]:
+def _texts(given: str | Sequence[str]) -> list[str]:
     """One text, or several, as a list."""
     return [given] if isinstance(given, str) else list(given)
 
@@ -292,12 +312,15 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
                **overrides) -> Config:
     """The configuration of a shipped experiment: experiment("digits", **{"train.steps": 200}).
 
-    variant: as in --config=digits:gaussian. data, labels, condition: arrays in memory as its data
-    source, see train. overrides: settings by "section.key". Settings that the experiment leaves
-    open, such as the image size of `folder`, are chosen for its data, and printed. Raises UserError
-    for an unknown experiment, variant or setting, or a value that does not fit.
+    variant: "gaussian" is --config=digits:gaussian, and so is the name "digits:gaussian". data,
+    labels, condition: arrays in memory as its data source, see train. overrides: settings by
+    "section.key". Settings that the experiment leaves open, such as the image size of `folder`, are
+    chosen for its data, and printed. Raises UserError for an unknown experiment, variant or
+    setting, or a value that does not fit.
     """
     source = _source(data, labels, condition)
+    name, _, named = name.partition(":")
+    variant = variant or named
     package = importlib.import_module("ntm_jax.experiments")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     if name not in names:
@@ -321,28 +344,31 @@ def experiment(name: str, variant: str = "", *, data=None, labels=None, conditio
     return config
 
 
-def train(config: Config, workdir: str, *, data=None, labels=None, condition=None,
-          progress: bool = True, **options) -> Run | None:
+def train(config: Config | str, workdir: str | os.PathLike, *, data=None, labels=None,
+          condition=None, progress: bool = True, until: int | None = None,
+          profile: tuple[int, int] | None = None, writers: Sequence[Given] = ()) -> Run | None:
     """Trains in a workdir, resuming what it holds, evaluates, and returns the run.
 
-    data: in place of config.data.source, images [n, H, W, C] in memory, uint8 pixels or float32
-    latents, or an array [n, D] of numbers in any units. labels: [n] where there are classes,
-    numbers or names of classes. condition: [n, E] numbers in any units, for
-    config.model.condition=vector. See sources.from_arrays. progress: shows a progress bar on a
-    terminal, lines elsewhere.
+    config: of `experiment`, or the name of one, such as "digits:gaussian". data: in place of
+    config.data.source, images [n, H, W, C] in memory, uint8 pixels or float32 latents, or an array
+    [n, D] of numbers in any units. labels: [n] where there are classes, numbers or names of
+    classes. condition: [n, E] numbers in any units, for config.model.condition=vector. See
+    sources.from_arrays. progress: shows a progress bar on a terminal, lines elsewhere.
 
-    Options:
-      until: stops at this step as a preemption would, saving.
-      profile: the steps (start, stop) that jax.profiler traces into WORKDIR/profile.
-      writers: where metrics go besides metrics.jsonl and TensorBoard: names such as
-        "wandb:PROJECT", writers of your own, and functions called with (step, scalars) after each
-        held-out evaluation. An exception that they raise ends the training.
+    until: stops at this step as a preemption would, saving. profile: the steps (start, stop) that
+    jax.profiler traces into WORKDIR/profile. writers: where metrics go besides metrics.jsonl and
+    TensorBoard: names such as "wandb:PROJECT", writers of your own, and functions called with
+    (step, scalars) after each held-out evaluation. An exception that they raise ends the training.
 
     Returns None when stopped early. Raises UserError where configuration, data and workdir do not
     fit together, and for a loss that is not finite.
     """
-    config = with_arrays(config, data, labels, condition)
-    finished = loop.train(config, workdir, progress=progress, **options)
+    if isinstance(config, str):
+        config = experiment(config, data=data, labels=labels, condition=condition)
+    else:
+        config = with_arrays(config, data, labels, condition)
+    finished = loop.train(config, os.fspath(workdir), progress=progress, until=until,
+                          profile=profile, writers=writers)
     return None if finished is None else _run(finished[0])
 
 

@@ -1,6 +1,9 @@
 """The Python interface: the README's lines, and what they refuse."""
 
+import dataclasses
+import inspect
 import re
+import tomllib
 
 import jax
 import numpy as np
@@ -86,6 +89,43 @@ def test_latents_are_those_of_the_images_trajectories_and_give_the_images_back()
     assert min(moved[1:]) > 0.5
     with pytest.raises(ntm_jax.UserError, match=r"latents have shape \(5, 8, 8, 1\): expected \[n"):
         run.decode(latents[:, 0], label=range(5))
+
+
+def test_the_package_lists_its_names_and_its_version():
+    assert {"experiment", "load", "train", "Run", "UserError"} <= set(dir(ntm_jax))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert ntm_jax.__version__ == project["version"]
+
+
+def test_help_shows_every_option_and_what_is_returned():
+    methods = [method for name, method in inspect.getmembers(ntm_jax.Run, inspect.isfunction)
+               if name[0] != "_"]
+    for function in (ntm_jax.experiment, ntm_jax.train, ntm_jax.load, ntm_jax.push, *methods):
+        signature = inspect.signature(function)
+        assert signature.return_annotation is not inspect.Signature.empty, function
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        # the settings of an experiment, "section.key", are no names of Python
+        assert inspect.Parameter.VAR_KEYWORD not in kinds or function is ntm_jax.experiment
+
+
+def test_train_takes_the_name_of_an_experiment(monkeypatch):
+    given = []
+    monkeypatch.setattr(api.loop, "train", lambda config, *_, **__: given.append(config))
+    images, labels = images_and_labels()
+    assert ntm_jax.train("digits:gaussian", "runs/x") is None
+    assert ntm_jax.train("folder", "runs/x", data=images, labels=labels) is None
+    assert given == [ntm_jax.experiment("digits", "gaussian"),
+                     ntm_jax.experiment("folder", data=images, labels=labels)]
+
+
+def test_an_assignment_to_a_setting_says_how_to_change_it():
+    config = ntm_jax.experiment("digits")
+    with pytest.raises(dataclasses.FrozenInstanceError, match=re.escape(
+            "config.train.steps cannot be assigned: give it as ntm_jax.experiment(..., "
+            "**{'train.steps': 5}), or copy with dataclasses.replace")):
+        config.train.steps = 5
+    with pytest.raises(dataclasses.FrozenInstanceError, match=r"config\.seed cannot be assigned"):
+        config.seed = 5
 
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [

@@ -60,7 +60,7 @@ def run(program):
 
 
 def test_the_wheel_holds_every_module_and_launcher(wheel):
-    kinds = (".py", ".sh", ".sbatch", ".yaml")
+    kinds = (".py", ".typed", ".sh", ".sbatch", ".yaml")
     expected = {
         path.relative_to(ROOT).as_posix().removeprefix("ntm_jax/")
         for name in SOURCES for path in (ROOT / name).rglob("*") if path.suffix in kinds}

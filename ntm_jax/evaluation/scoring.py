@@ -202,16 +202,17 @@ def score_images(run: Run, images: np.ndarray, condition, trajectories: int,
     images: of as_images, integers 0..V-1, or rows of an array in its units; condition: labels [n],
     Text or Vector. Of continuous data they bound the density of the data noised to t_0,
     with noise keyed by the seed, or with `decoded` that of the data itself. Images are scored
-    config.evaluate.batch_size at a time.
+    in sharding.padded_batches of up to config.evaluate.batch_size.
 
     Raises UserError like as_tokens.
     """
     x = as_tokens(run, images)
     batch = {"x": x, "index": np.arange(len(x), dtype=np.int32),
              **run.model.config.condition.arrays(condition)}
-    size = padded_batch_size(run.config, len(x), run.mesh)
     (number, count), parts = sharding.share(run.mesh), []
-    for places in sharding.equal_batches(len(x), size):
+    for places in sharding.padded_batches(
+            len(x), run.config.evaluate.batch_size, run.mesh, "score", run.model, run.schedule,
+            run.config.evaluation_steps, trajectories, decoded):
         own = np.split(places, count)[number]
         part = {name: values[own] for name, values in batch.items()}
         parts.append(sharding.to_host(score_batch(run, part, trajectories, seed, decoded)))

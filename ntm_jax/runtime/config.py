@@ -9,7 +9,7 @@ configuration is checked by training.objectives.
 import dataclasses
 import functools
 import typing
-from typing import Any
+from typing import Any, NoReturn
 
 from ntm_jax import backbones, files
 from ntm_jax.core.trajectory import Schedule, default_shift, shifted
@@ -17,7 +17,7 @@ from ntm_jax.core.transformer import REMAT
 from ntm_jax.core.transporter import INVERSES
 from ntm_jax.data import conditions, sources
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.registry import load, present
 from ntm_jax.runtime import renamed
 from ntm_jax.typed import parse_dataclass, setting
@@ -258,7 +258,22 @@ def _with_sections(sections: tuple[tuple[str, str], ...]) -> type[Config]:
     for name, place in sections:
         section = load(place)
         fields.append((name, section, section()))
-    return dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
+    made = dataclasses.make_dataclass("Config", fields, bases=(Config,), frozen=True)
+    for field in dataclasses.fields(made):
+        if dataclasses.is_dataclass(field.type):
+            _explain_assignment(field.type, f"{field.name}.")
+    return _explain_assignment(made)
+
+
+def _explain_assignment(section, prefix: str = ""):
+    """The frozen dataclass, whose error at an assignment says how to change the setting."""
+    def refuse(self, name: str, value) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(
+            f"config.{prefix}{name} cannot be assigned: give it as ntm_jax.experiment(..., "
+            f"**{{'{prefix}{name}': {abbreviate(value)}}}), or copy with dataclasses.replace")
+
+    section.__setattr__ = refuse
+    return section
 
 
 def read(config) -> Config:

@@ -63,7 +63,7 @@ class Run:
         """The kind of condition of the model."""
         return conditions.find(self.config.model.condition)(self.spec)
 
-    def default_condition(self, index, split: str | None = None):
+    def default_condition(self, index, split: str | None = None) -> Any:
         """The condition of these image indices where nobody gives one.
 
         The classes in turn, or the texts or vectors of the records of a split in turn; the held-out

@@ -6,7 +6,9 @@ TPU slices the data axis is outermost.
 """
 
 import contextlib
+import functools
 import math
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -86,6 +88,29 @@ def batch_sharding(mesh) -> NamedSharding:
 def equal_batches(count: int, size: int) -> list[np.ndarray]:
     """Indices 0..count-1 in batches of one size, for one program; the last one goes on at 0."""
     return [np.arange(start, start + size) % count for start in range(0, count, size)]
+
+
+@functools.cache
+def _sizes(mesh, *program) -> set[int]:
+    """The batch sizes that padded_batches gave a program in this process."""
+    return set()
+
+
+def padded_batches(count: int, limit: int, mesh, *program) -> Iterator[np.ndarray]:
+    """equal_batches of a size that a program has run with before, where one holds `count`.
+
+    It is the smallest such size, or else the next power of two, at most `limit` and in equal
+    shards. program: hashable, all that a compiled program depends on.
+    """
+    shards, sizes = batch_shards(mesh), _sizes(mesh, *program)
+
+    def padded(size: int) -> int:
+        return -(-min(size, limit) // shards) * shards
+
+    fitting = [size for size in sizes if padded(count) <= size <= padded(limit)]
+    size = min(fitting, default=padded(1 << (count - 1).bit_length()))
+    yield from equal_batches(count, size)
+    sizes.add(size)  # here, as a size that needs too much memory does not come this far
 
 
 def batch_shards(mesh) -> int:

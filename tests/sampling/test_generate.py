@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from ntm_jax.errors import UserError
+from ntm_jax.evaluation import scoring
+from ntm_jax.runtime import sharding
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.generate import override
 from tests.common import alike
@@ -19,6 +21,34 @@ def test_an_image_is_the_same_in_any_batch(run):
     assert alike(run.sample_at([7, 2, 11]), images[[7, 2, 11]])
     assert not alike(images[0], images[10])  # of the same class
     assert not alike(run.sample_at([7, 2, 11], seed=1), images[[7, 2, 11]])
+
+
+def test_a_smaller_n_compiles_nothing_and_gives_the_first_images_bit_for_bit(run):
+    def compiled():
+        return generate.generate_tokens._cache_size(), scoring.bounds_of_batch._cache_size()
+
+    programs = compiled()
+    images = run.sample(16, percentile=99.0)  # programs of no other test
+    nats = run.log_prob(images, np.arange(16) % 10, trajectories=3)
+    for n in (5, 4, 3, 2):
+        np.testing.assert_array_equal(run.sample(n, percentile=99.0), images[:n])
+    for n in (5, 2):
+        found = run.log_prob(images[:n], np.arange(n), trajectories=3)
+        np.testing.assert_array_equal(found, nats[:n])
+    assert np.subtract(compiled(), programs).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("shards", "limit", "counts", "sizes"), [
+    (1, 100, (5, 3, 9, 4, 100, 60, 1000), (8, 8, 16, 8, 100, 100, 100)),
+    (3, 10, (2, 5, 3, 11), (3, 9, 3, 12))])
+def test_a_batch_is_the_smallest_that_ran_or_a_power_of_two(shards, limit, counts, sizes):
+    mesh = jax.sharding.AbstractMesh((shards, 1), ("data", "fsdp"))
+    for count, size in zip(counts, sizes, strict=True):
+        batches = list(sharding.padded_batches(count, limit, mesh, "a test"))
+        assert {len(batch) for batch in batches} == {size}
+        assert (np.concatenate(batches)[:count] == np.arange(count)).all()
+    next(sharding.padded_batches(limit // 3, limit, mesh, "another"))  # as if memory ran out
+    assert len(next(sharding.padded_batches(1, limit, mesh, "another"))) == shards
 
 
 def test_labels_are_all_classes_in_turn_by_default(run):
