@@ -9,7 +9,7 @@ import sys
 from absl import flags
 
 from ntm_jax import registry
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, first_line
 
 LESS_MEMORY = (
     "lower config.data.batch_size, config.evaluate.batch_size or --batch, raise "
@@ -61,9 +61,11 @@ def of_a_program(error: Exception) -> str | None:
 
     None for another error, which is a bug.
     """
-    if isinstance(error, UserError):
+    if os.strerror(errno.EMFILE) in str(error):  # of any kind, as libraries wrap it
+        line = f"this process may not open more files ({first_line(error)}): raise ulimit -n"
+    elif isinstance(error, UserError):
         line = str(error)
-    elif isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+    elif isinstance(error, OSError) and error.errno:
         line = (f"{error.filename or 'a file'}: {error.strerror}: what was written before is "
                 "intact, and the same command goes on once that is mended")
     elif isinstance(error, MemoryError):

@@ -31,6 +31,9 @@ from . import mistakes
 
 FLAGS = flags.FLAGS
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"  # also in an installed package
+# Characters that change the rest of a terminal, but for those that end a progress bar's line.
+_CONTROL = re.compile(
+    r"(?<=.)\r(?=.)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", re.DOTALL)
 START = f"python -m {__package__}."  # how this program was started, up to its name; see console.py
 
 flags.disclaim_key_flags()  # --help of a program lists the flags defined here for it
@@ -151,6 +154,21 @@ def asked_step(run) -> int | None:
     return None if latest else run.step
 
 
+def _escape_controls(stream):
+    """Makes a stream escape what could command a terminal, as names in others' files might.
+
+    It also escapes what its encoding lacks, such as a file's name that is not UTF-8.
+    """
+    write = stream.write
+
+    def escaped(text: str) -> int:
+        if text.strip("\n").replace("\x1b[A", ""):  # else a progress bar returns to its line
+            text = _CONTROL.sub(lambda it: it[0].encode("unicode_escape").decode(), text)
+        return write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding))
+
+    stream.write = escaped
+
+
 def _error(message: str) -> str:
     """The line for a message, in which programs are named in the form that started this one."""
     return f"error: {' '.join(message.split()).replace('ntm-jax ', START)}"
@@ -208,6 +226,8 @@ def _parse(argv):
         if value == "":
             fail(f"--{name} is empty: give a folder, such as --{name}=runs/digits")
         if isinstance(value, str):
+            if re.search("[\ud800-\udfff]", value):  # of bytes that are not UTF-8
+                fail(f"--{name}={value!a} is not UTF-8: give a folder whose name is")
             FLAGS[name].value = files.expanded(value)  # one folder for all that is written there
     if len(rest) > 1:
         fail(f"stray argument {rest[1]!r}: every setting is written --name=value, and a switch "
@@ -260,6 +280,8 @@ def _keep_programs(folder: str | None):
         # such programs apart.
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
         folder = os.path.expanduser(f"~/.cache/ntm_jax/programs/{len(cores)}-cores")
+        if not os.path.isabs(folder):  # a user without a home
+            return
         with contextlib.suppress(OSError):  # such as the home of a container's user
             os.makedirs(folder, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -286,6 +308,8 @@ def run(main):
     interrupted, and 141 when nobody reads its output any more. jax aborts a process, with status
     134 in a shell, when another of its job is lost.
     """
+    for stream in (sys.stdout, sys.stderr):
+        _escape_controls(stream)
     # Imports and tracing make so many objects that looking for garbage takes a tenth of a start.
     gc.set_threshold(50_000)
     logging.set_verbosity(logging.WARNING)

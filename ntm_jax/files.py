@@ -11,6 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from stat import S_ISREG
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -18,6 +19,7 @@ from etils import epath
 from ntm_jax.errors import UserError, first_line
 
 PART = ".part-"  # the prefix of a file's name while it is being written
+LIMIT = 256 * 2**20  # bytes of the largest file that `read` returns
 SEAL = "content_sha256"  # the key of the digest of all other keys, in config.json and older files
 
 
@@ -29,6 +31,45 @@ def is_remote(path) -> bool:
 def expanded(path) -> str:
     """A path with the home folder in place of a leading ~, which shells leave in --workdir=~/x."""
     return os.fspath(path) if is_remote(path) else os.path.expanduser(path)
+
+
+def stat(path) -> tuple[int, int]:
+    """The size in bytes of a regular file, and the second of its last change.
+
+    Folders that others filled may hold pipes, which block, and devices, which never end. Raises
+    UserError for these, FileNotFoundError without a file.
+    """
+    if is_remote(path):
+        remote = epath.Path(path).stat()
+        return remote.length, remote.mtime
+    local = os.stat(path)  # epath would ask for the owner's name, which a container may not know
+    if not S_ISREG(local.st_mode):
+        raise UserError(f"{path} is not a regular file: remove it, or put the file there")
+    return local.st_size, int(local.st_mtime)
+
+
+def regular(path) -> epath.Path:
+    """A path, for whatever opens the file there. Raises UserError for a local pipe or device."""
+    with contextlib.suppress(FileNotFoundError):
+        if not is_remote(path):
+            stat(path)
+    return epath.Path(path)
+
+
+def read(path) -> bytes:
+    """The content of a regular file of at most 256 MiB.
+
+    Raises FileNotFoundError without the file, UserError if it is not regular or is larger.
+    """
+    check_size(stat(path)[0], path)
+    with epath.Path(path).open("rb") if is_remote(path) else open(path, "rb") as file:
+        return file.read()
+
+
+def check_size(size: int, name) -> None:
+    """Raises UserError if `size`, in bytes, exceeds 256 MiB."""
+    if size > LIMIT:
+        raise UserError(f"{name} has {size} bytes: expected at most {LIMIT // 2**20} MiB")
 
 
 @contextlib.contextmanager
@@ -101,11 +142,12 @@ def parse_object(text: bytes | str) -> dict:
 def read_json(path, remedy: str) -> dict:
     """The JSON object in an existing file, without its checksum.
 
-    Raises UserError if it cannot be parsed or does not match its checksum. The line names the file
-    and ends with `remedy`.
+    Raises UserError if it cannot be read or parsed, or does not match its checksum. The line names
+    the file; where the content is damaged it ends with `remedy`.
     """
+    text = read(path)
     try:
-        content = parse_object(epath.Path(path).read_bytes())
+        content = parse_object(text)
         seal = content.pop(SEAL, None)
         if seal is not None and seal != digest(content):
             raise ValueError("it was damaged or edited: its content does not match its checksum")
@@ -119,7 +161,7 @@ def read_lines(path) -> list[dict]:
 
     Lines that are damaged or cut short are left out.
     """
-    path, found = epath.Path(path), []
+    path, found = regular(path), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             found.append(parse_object(line))

@@ -113,6 +113,9 @@ def _value(kind, value, name: str):
             element, *rest = typing.get_args(option)
             if isinstance(value, (tuple, list)) and (rest == [...] or len(value) == 1 + len(rest)):
                 return tuple(_value(element, v, name) for v in value)
+        elif plain is list and isinstance(value, list) and typing.get_args(option):
+            element, = typing.get_args(option)
+            return [_value(element, v, name) for v in value]
         elif plain is float:
             if isinstance(value, (int, float)) and not is_bool and math.isfinite(value):
                 return float(value)

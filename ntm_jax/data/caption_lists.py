@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
-from ntm_jax.data import images
 from ntm_jax.data.text import is_utf8
 from ntm_jax.errors import UserError, abbreviate, first_line
-from ntm_jax.files import parse_object
+from ntm_jax.files import parse_object, read, regular
 
 
 def find_list(root: epath.Path) -> epath.Path | None:
@@ -48,11 +47,7 @@ def text_beside(image: str) -> str:
 
 def read_beside(root: epath.Path, image: str) -> str:
     """The caption in the .txt beside an image of the folder `root`; '' if it is not UTF-8."""
-    path = root / text_beside(image)
-    try:
-        caption = images.read(path).decode("utf-8-sig", "surrogateescape").strip()
-    except (OSError, ValueError) as error:
-        raise UserError(f"caption {path} cannot be read ({error}): remove it") from None
+    caption = read(root / text_beside(image)).decode("utf-8-sig", "surrogateescape").strip()
     return caption if is_utf8(caption) else ""
 
 
@@ -82,7 +77,14 @@ def rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
 
     Bytes that are not UTF-8 become surrogates, which still name the same file.
     """
-    number = 1
+    file, number = regular(file), 0
+
+    def lines() -> Iterator[str]:  # a row of a .csv may span several
+        nonlocal number
+        for line in text:
+            number += 1
+            yield line
+
     try:
         with (
             file.open("rb") as raw,
@@ -91,13 +93,11 @@ def rows(file: epath.Path) -> Iterator[tuple[int, dict]]:
             ) as text,
         ):
             if file.suffix == ".jsonl":
-                for number, line in enumerate(text, 1):
+                for line in lines():
                     if line.strip():
                         yield number, parse_object(line)
                 return
-            reader = csv.DictReader(text, strict=True)
-            for row in reader:
-                number = reader.line_num
+            for row in csv.DictReader(lines(), strict=True):
                 if None in row:  # the fields beyond the header
                     raise ValueError("it has more fields than the header")
                 yield number, {key: value for key, value in row.items() if value is not None}

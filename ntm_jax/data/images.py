@@ -1,50 +1,17 @@
-"""Image files to pixels: reading, decoding and resizing.
+"""Image files to pixels: decoding and resizing.
 
 H, W, C image height, width and channels. No jax is imported: grain's worker processes run this.
 """
 
 import io
-import os
-import stat
 import warnings
 from typing import cast
 
 import numpy as np
-from etils import epath
 from PIL import Image, ImageOps
-
-from ntm_jax.files import is_remote
 
 # Decoding other formats, such as EPS, may start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-_LIMIT = 256 * 2**20  # bytes of the largest file, or member of a tar, that is read as an image
-
-
-def read(path) -> bytes:
-    """The content of a regular file of at most 256 MiB.
-
-    Folders that others filled may hold pipes, which block, and devices, which never end.
-
-    Raises:
-      FileNotFoundError: the file does not exist.
-      ValueError: it is not a regular file, or is larger.
-    """
-    if is_remote(path):
-        path = epath.Path(path)
-        check_size(path.stat().length)
-        return path.read_bytes()
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    check_size(status.st_size)
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def check_size(size: int) -> None:
-    """Raises ValueError if `size` exceeds 256 MiB."""
-    if size > _LIMIT:
-        raise ValueError(f"larger than {_LIMIT // 2**20} MiB, {size} bytes")
 
 
 def decode(data: bytes, size: int = 0) -> np.ndarray:

@@ -106,9 +106,9 @@ class Split:
     Manifests of earlier versions have no SHA-256.
     """
 
-    shards: list = dataclasses.field(default_factory=list)
-    counts: list = dataclasses.field(default_factory=list)
-    sha256: list = dataclasses.field(default_factory=list)
+    shards: list[str] = dataclasses.field(default_factory=list)
+    counts: list[int] = dataclasses.field(default_factory=list)
+    sha256: list[str] = dataclasses.field(default_factory=list)
 
 
 def read_manifest(path: str) -> tuple[Layout, dict[str, Split], str]:
@@ -124,16 +124,18 @@ def read_manifest(path: str) -> tuple[Layout, dict[str, Split], str]:
             "ntm-jax prepare wrote"
         )
     content = files.read_json(file, _REMEDY)
-    version = content.pop("hash", None)
-    if version != files.digest(content)[:16] or content.pop("format") != _FORMAT:
+    version, parts = content.pop("hash", None), content.get("splits")
+    is_ours = version == files.digest(content)[:16] and content.pop("format", 0) == _FORMAT
+    if not is_ours or not isinstance(parts, dict):
         raise UserError(
             f"{file} cannot be used (not of format {_FORMAT}, or edited since it was written): "
             f"{_REMEDY}"
         )
     splits = {
         name: typed.parse_dataclass(Split, split, f"{file}: splits.{name}")
-        for name, split in content.pop("splits").items()
+        for name, split in parts.items()
     }
+    del content["splits"]
     if "levels" in content:
         content["pixel_levels"] = content.pop("levels")
     return typed.parse_dataclass(Layout, content, str(file)), splits, version
@@ -202,7 +204,8 @@ class Records:
     def _record(self, shard: int, position: int) -> dict[str, Any]:
         layout, reader = self._layout, self._readers.get(shard)
         if reader is None:  # several threads may open it at once, to no harm
-            reader = ArrayRecordReader(os.fspath(self._root / self._shards[shard]), _READ_OPTIONS)
+            path = files.regular(self._root / self._shards[shard])
+            reader = ArrayRecordReader(os.fspath(path), _READ_OPTIONS)
             found, expected = reader.num_records(), self._counts[shard]
             if found != expected:  # 0 for a file that is not ArrayRecord at all
                 raise ValueError(f"the file holds {found} records, its manifest says {expected}")
@@ -251,7 +254,7 @@ def verify(path: str) -> int:
 
 def sha256(path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with epath.Path(path).open("rb") as file:
+    with files.regular(path).open("rb") as file:
         return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 

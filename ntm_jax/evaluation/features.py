@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
+from ntm_jax import files
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError, first_line
 from ntm_jax.runtime import plots
@@ -215,7 +215,7 @@ def inception(weights_file: str, pixel_levels: int = 256) -> Extractor:
     except ImportError:
         raise UserError("config.evaluate.features=inception needs torch-fidelity, which is not "
                         "installed: pip install -e '.[fid]'") from None
-    content = epath.Path(weights_file).read_bytes()
+    content = files.regular(weights_file).read_bytes()
     try:
         weights = (safetensors.torch.load(content) if weights_file.endswith(".safetensors") else
                    torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))

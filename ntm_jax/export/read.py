@@ -70,7 +70,7 @@ def read_parameters(folder, about: ExportInfo, abstract, skip: str | None = None
     """
     path = epath.Path(folder) / WEIGHTS
     try:
-        flat = safetensors.numpy.load(path.read_bytes())
+        flat = safetensors.numpy.load(files.regular(path).read_bytes())
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged ({first_line(error)}): {REMEDY}") from None
     flat = {name: array for name, array in flat.items() if not (skip and name.startswith(skip))}

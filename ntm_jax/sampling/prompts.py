@@ -51,7 +51,7 @@ def _parse_value(value: str) -> list[Prompt]:
         is_file = is_folder = False
     if is_folder:
         paths = sorted(file for file in path.iterdir() if file.suffix == ".txt" and file.is_file())
-        found = [Prompt(file.read_text().strip(), name=file.stem) for file in paths]
+        found = [Prompt(files.read(file).decode().strip(), name=file.stem) for file in paths]
     elif is_file:
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         found = [_from_json(line, path) if path.suffix == ".jsonl" else Prompt(line)

@@ -28,9 +28,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ntm_jax.data.sources.source import ArrayRecords, Source, check_split, permuted_splits
+from ntm_jax.data.sources.source import (
+    CLASSES,
+    ArrayRecords,
+    Source,
+    check_split,
+    permuted_splits,
+)
 from ntm_jax.data.transforms import standardise
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.files import regular
 
 _provided: dict[str, "Arrays"] = {}  # by version; under '', those provided last
 _TO_PIXELS = ("pixels become uint8 by images.astype(np.uint8) from 0..255, and by (255 * "
@@ -181,7 +188,7 @@ def _open_file(kind: str, reader: Callable, expected: str, argument: str, split:
     path, *options = re.split(",(?=data=|condition=)", argument)
     keys = {"data": "data", "condition": ""} | dict(option.split("=", 1) for option in options)
     try:
-        changed = os.stat(path).st_mtime_ns
+        changed = os.stat(regular(path)).st_mtime_ns
         return _read_file(f"{kind}:{path}", reader, path, **keys, changed=changed).open(split)
     except UserError:  # of what the file holds
         raise
@@ -323,9 +330,13 @@ def _numbered(labels) -> tuple[np.ndarray | None, tuple[str, ...]]:
     if labels.dtype.kind == "U":
         found, labels = np.unique(labels, return_inverse=True)
         names = tuple(map(str, found))
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+    limit = max(CLASSES, labels.size)
+    whole = labels.ndim == 1 and labels.dtype.kind in "iu"
+    if not whole or labels.min(initial=0) < 0 or labels.max(initial=0) >= limit:
+        extent = f" from {labels.min()} to {labels.max()}" if whole else ""
         raise UserError(
-            f"labels are {labels.dtype} {list(labels.shape)}: expected a name for each image, or "
-            "one of 0 to the number of classes - 1"
+            f"labels are {labels.dtype} {list(labels.shape)}{extent}: expected a name for each "
+            f"image, or one of 0 to the number of classes - 1, below {limit}; give the names, or "
+            "number them, np.unique(labels, return_inverse=True)[1]"
         )
     return labels.astype(np.int32), names

@@ -15,12 +15,12 @@ images that have one are the records. No jax is imported: grain's worker process
 
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -31,11 +31,10 @@ from tqdm import tqdm
 from ntm_jax.data import caption_lists, images
 from ntm_jax.data.sources.source import Lazy, Source, check_split, permuted_splits
 from ntm_jax.errors import UserError, few
-from ntm_jax.files import is_remote, parse_object, write_json
+from ntm_jax.files import expanded, is_remote, parse_object, read, stat, write_json
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _MANIFEST = ".ntm_manifest.json"
-_CACHE = Path.home() / ".cache" / "ntm_jax"
 # Of a folder with more files, only a sample is decoded when it is opened, and no .txt is read.
 _SCAN_LIMIT = 50_000
 _MAX_BAD = 0.01  # the largest share of damaged images
@@ -55,7 +54,7 @@ def _record(
 
 def _image(path: epath.Path, channels: int) -> np.ndarray:
     try:
-        image = images.decode(images.read(path))
+        image = images.decode(read(path))
     except Exception as error:  # PIL raises a dozen kinds on a damaged file
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"image {path} cannot be decoded ({reason}): remove it") from error
@@ -202,22 +201,25 @@ def _scan(root: epath.Path, files: Sequence[str]) -> tuple[dict[str, list[int]],
     """
     files = files[:: 1 if len(files) <= _SCAN_LIMIT else len(files) // _SAMPLE]
     manifest, cached = root / _MANIFEST, {}
-    if not is_remote(root) and not os.access(root, os.W_OK):
+    home = expanded("~")  # itself where the user has none
+    if not is_remote(root) and not os.access(root, os.W_OK) and os.path.isabs(home):
         digest = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-        manifest = epath.Path(_CACHE) / f"{digest}.json"
+        manifest = epath.Path(home) / ".cache" / "ntm_jax" / f"{digest}.json"
     # If it is absent, unreadable or damaged, the images are scanned again.
     with contextlib.suppress(OSError, ValueError):
-        cached = parse_object(manifest.read_bytes())
+        cached = parse_object(read(manifest))
 
     def inspect(file: str) -> list[int] | None:
         try:
-            stat = (root / file).stat()
+            known = [*stat(root / file)]
             found = cached.get(file, [])
-            if found[:2] == [stat.length, stat.mtime]:
+            if found[:2] == known:
                 return found
-            shape = images.decode(images.read(root / file)).shape
-            return [stat.length, stat.mtime, *shape]
-        except Exception:  # PIL raises a dozen kinds on a damaged file
+            shape = images.decode(read(root / file)).shape
+            return [*known, *shape]
+        except Exception as error:  # PIL raises a dozen kinds on a damaged file
+            if getattr(error, "errno", None) == errno.EMFILE:
+                raise
             return None
 
     with concurrent.futures.ThreadPoolExecutor() as pool:

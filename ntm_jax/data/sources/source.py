@@ -19,6 +19,9 @@ from ntm_jax.data.text import encode_captions, pad_text
 from ntm_jax.errors import UserError
 from ntm_jax.registry import Registry
 
+# The least number of classes that integer labels may span; more images may span more.
+CLASSES = 100_000
+
 
 class SplitError(UserError):
     """A split that a source does not have, or a slice that is empty or out of range."""

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 
 from ntm_jax.errors import UserError, few
+from ntm_jax.files import regular
 
 SHOWN = 10  # names of tensors in an error
 
@@ -153,7 +154,7 @@ def _open(path: str, stack: contextlib.ExitStack) -> dict:
     tensors = {}
     for file in _files(Path(path)):
         try:
-            opened = stack.enter_context(safetensors.safe_open(file, "np"))
+            opened = stack.enter_context(safetensors.safe_open(regular(file), "np"))
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{file} is not a complete safetensors file ({error}): fetch it "
                             "again") from None

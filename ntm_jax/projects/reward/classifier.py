@@ -51,7 +51,7 @@ def _flat(params) -> dict:
 
 def _read(file: str, source: Source) -> dict:
     shapes = {name: a.shape for name, a in _flat(features.abstract_classifier(source)).items()}
-    content = epath.Path(file).read_bytes()
+    content = files.regular(file).read_bytes()
     flat = safetensors.numpy.load(content)
     header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
     if {name: a.shape for name, a in flat.items()} != shapes:

@@ -4,6 +4,7 @@ inputs.open_input lists the items; `load`, in any process, turns one item into a
 caption and a label. S image side. No jax is imported: worker processes run this.
 """
 
+import errno
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,10 +13,8 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from ntm_jax.data import images, text
+from ntm_jax.data.sources.source import CLASSES
 from ntm_jax.errors import UserError, abbreviate, first_line
-
-# The least number of classes that integer labels may span; more images may span more.
-_CLASSES = 100_000
 
 
 class Item(NamedTuple):
@@ -66,7 +65,7 @@ class Loaded(NamedTuple):
 def load(read: Callable, size: int, item: Item) -> Loaded:
     """The central square of the item's image, resized to side `size`, with its caption stripped.
 
-    An image that cannot be read or decoded is marked as bad; nothing is raised.
+    An image that cannot be read or decoded is marked as bad. Raises only OSError, EMFILE.
     """
     try:
         image, caption, label = read(item)
@@ -78,6 +77,8 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
     except UnidentifiedImageError:
         return Loaded(item.key, None, "not an image")
     except Exception as error:  # PIL raises a dozen kinds on a damaged file
+        if getattr(error, "errno", None) == errno.EMFILE:
+            raise
         return Loaded(item.key, None, first_line(error))
     if not text.is_utf8(caption):
         return Loaded(item.key, image, null="not UTF-8", label=label)
@@ -109,12 +110,12 @@ def make_input(name: str, items: list[Item], read: Callable) -> Input:
             "others have labels: give every row a name or a number"
         )
     if all(re.fullmatch(r"[+-]?\d+", label) for label in labels):
-        places, limit = {label: int(label) for label in labels}, max(_CLASSES, len(items))
+        places, limit = {label: int(label) for label in labels}, max(CLASSES, len(items))
         beyond = next((label for label in places.values() if not 0 <= label < limit), None)
         if beyond is not None:
             raise UserError(
                 f"{name} has the label {beyond}: expected 0 to {limit - 1}, below the number of "
-                f"images or {_CLASSES}; write other labels as names"
+                f"images or {CLASSES}; write other labels as names"
             )
         classes = [str(i) for i in range(max(places.values()) + 1)]
     else:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from ntm_jax.data import caption_lists, images
+from ntm_jax import files
+from ntm_jax.data import caption_lists
 from ntm_jax.data.sources import folder
 from ntm_jax.errors import UserError, abbreviate, few
-from ntm_jax.files import is_remote
 from ntm_jax.tools.prepare.captioned import Input, Item, make_input
 
 
@@ -57,7 +57,7 @@ def _beside(root: epath.Path) -> Iterator[tuple]:
 
 def _outside(root: epath.Path, base: str, name: str) -> bool:
     """Whether the file of a name relative to `root`, links followed, lies outside its real path."""
-    if is_remote(root):
+    if files.is_remote(root):
         first = os.path.normpath(name).split("/")[0]
         return "://" in name or os.path.isabs(name) or first == ".."
     return os.path.commonpath([base, os.path.realpath(os.path.join(base, name))]) != base
@@ -66,4 +66,4 @@ def _outside(root: epath.Path, base: str, name: str) -> bool:
 def _read_file(root: str, beside: bool, item: Item):
     place = epath.Path(root)
     caption = caption_lists.read_beside(place, item.image) if beside else item.caption
-    return images.read(place / item.image), caption, item.label
+    return files.read(place / item.image), caption, item.label

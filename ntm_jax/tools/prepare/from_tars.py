@@ -9,10 +9,9 @@ import glob
 import os
 import tarfile
 
-from ntm_jax.data import images
 from ntm_jax.data.caption_lists import caption_of
-from ntm_jax.errors import UserError, first_line
-from ntm_jax.files import parse_object
+from ntm_jax.errors import UserError, abbreviate, first_line
+from ntm_jax.files import check_size, parse_object, regular
 from ntm_jax.tools.prepare.captioned import Input, Item, make_input
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -31,19 +30,23 @@ def open_tars(pattern: str) -> Input:
 
 def _items(path: str) -> list[Item]:
     """The items of one tar. UserError if it is compressed, damaged or cut short."""
-    parts = collections.defaultdict(dict)
+    parts, last = collections.defaultdict(dict), "none"
+    regular(path)
     try:
         with tarfile.open(path, "r:") as tar:  # not compressed: members are read at random
             for member in tar:
+                last = abbreviate(member.name, str)
                 folder, _, name = member.name.rpartition("/")
                 stem, _, kind = name.partition(".")
                 if member.isfile():
                     key = "/".join(filter(None, (os.path.basename(path), folder, stem)))
                     _add(tar, member, kind.lower(), parts[key], path)
-    except (tarfile.TarError, ValueError) as error:
+    except Exception as error:  # tarfile raises half a dozen kinds on damaged headers
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
+            raise
         raise UserError(
             f"{path} is not a complete, uncompressed tar of images and captions "
-            f"({first_line(error)}): mend or remove it"
+            f"({first_line(error)}; the last member read: {last}): mend or remove it"
         ) from None
     return [
         Item(key, part.get("image"), part.get("caption", ""), part.get("label"))
@@ -56,6 +59,7 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str, part: dict, p
     """Adds a member, of the suffix `kind`, to the parts of its item."""
 
     def text() -> str:
+        check_size(member.size, member.name)
         file = tar.extractfile(member)
         assert file is not None  # the member is a file
         return file.read().decode(errors="surrogateescape")
@@ -77,7 +81,7 @@ def _read_member(item: Item):
     if item.image is None:
         raise FileNotFoundError
     path, offset, size = item.image
-    images.check_size(size)
+    check_size(size, "it")
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size), item.caption, item.label

@@ -50,7 +50,7 @@ def complete(root: epath.Path, shard: Shard, plan_hash: str) -> Tally | None:
         return None
     content = files.read_json(beside, "remove it; the same command makes its shard again")
     tally = typed.parse_dataclass(Tally, content, shard.name)
-    return tally if tally.plan == plan_hash and file.stat().length == tally.bytes else None
+    return tally if tally.plan == plan_hash and files.stat(file)[0] == tally.bytes else None
 
 
 def write(
@@ -63,7 +63,7 @@ def write(
     """Writes the shard, and then its tally, whose presence marks it as complete."""
     file = root / f"{shard.name}.arrayrecord"
     write_shard(file, examples, layout)
-    tally.bytes, tally.sha256 = file.stat().length, sha256(file)
+    tally.bytes, tally.sha256 = files.stat(file)[0], sha256(file)
     files.write_json(root / f"{shard.name}.json", dataclasses.asdict(tally))
 
 

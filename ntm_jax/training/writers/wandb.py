@@ -33,7 +33,7 @@ class WandB:
         path = epath.Path(workdir) / "wandb.json"
         identity = uuid.uuid4().hex[:12]
         if start_step and path.exists():
-            identity = files.parse_object(path.read_bytes())["id"]
+            identity = files.parse_object(files.read(path))["id"]
         local = None if files.is_remote(workdir) else workdir
         try:
             self._run = self._wandb.init(
