@@ -231,7 +231,7 @@ class Run(base.Run):
 
     def bits_per_dim(self, images, label=None, trajectories: int = 32, seed: int | None = None, *,
                      condition=None) -> np.ndarray:
-        """The upper bound on -log2 p(image | label) / (H W C) that log_prob gives, [n].
+        """log_prob as an upper bound in expectation on -log2 p(image | label) / (H W C), [n].
 
         Raises UserError for continuous latents.
         """
