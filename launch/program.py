@@ -87,8 +87,9 @@ def define_run(raw: bool = False):
     """Defines the flags of a trained run, which `load_run` reads; raw: also --raw."""
     flags.DEFINE_string("workdir", None, "A run's folder, an export, or hf://OWNER/NAME.",
                         required=True)
-    flags.DEFINE_integer("step", None, "The checkpoint's step; the latest by default. Figures of "
-                         "another step are written to files that have it in their name.")
+    flags.DEFINE_integer("step", None, "The checkpoint's step; by default the latest, or the best "
+                         "of a run with config.train.patience. Figures of another step are "
+                         "written to files that have it in their name.")
     if raw:
         flags.DEFINE_bool("raw", False, "The raw parameters in place of their moving average.")
 

@@ -293,8 +293,9 @@ def load(workdir: str | os.PathLike, step: int | None = None, raw: bool = False)
     """The run in a workdir, in one of its WORKDIR/checkpoints/STEP, or in an export.
 
     workdir: a folder, or hf://OWNER/NAME[@REVISION] for an export on the Hugging Face Hub. step:
-    the latest by default. raw: with the raw parameters in place of their moving average. Raises
-    UserError if there is no run, or its files are damaged.
+    by default the latest, or the best one of a run with config.train.patience. raw: with the raw
+    parameters in place of their moving average. Raises UserError if there is no run, or its files
+    are damaged.
     """
     return _run(load_run(os.fspath(workdir), step, raw))
 

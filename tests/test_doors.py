@@ -10,10 +10,11 @@ from tests.common import ROOT, TINY, environment, python, tiny_config, write_run
 PAGES = [(ROOT / "docs/howto" / page).read_text() for page in ("extend.md", "track.md")]
 EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", "".join(PAGES), re.S))
 SETTINGS = {  # modules that train together: settings that use their parts
-    ("my_source", "my_condition", "my_objective", "my_decoder"): [
+    ("my_source", "my_condition", "my_objective", "my_optimizer", "my_decoder"): [
         "--config=digits", *(f"--config.{key}={value}" for key, value in TINY.items()),
         "--config.data.source=stripes:3", "--config.evaluate.split=test",
         "--config.model.condition=grade", "--config.train.objective=robust",
+        "--config.optimizer.name=adafactor",
         "--config.sample.decoder=level_0", "--config.model.transporter_blocks=0"],
     ("my_encoder", "my_backbone", "my_writer"): [
         "--config=shapes:smoke", "--config.data.text_encoder=letters:6",

@@ -156,13 +156,21 @@ def spec_from_json(values: Any, name: str = "spec") -> DataSpec:
 
 @dataclasses.dataclass(frozen=True)
 class _ReadTokens:
-    """Record index -> its example. A class, not a closure, so that it can be pickled."""
+    """Record index -> its example. A class, not a closure, so that it can be pickled.
+
+    With a random generator every other image is mirrored, left to right.
+    """
 
     source: Source
     patch_size: int
 
-    def __call__(self, index: int) -> dict[str, np.ndarray | np.generic]:
-        record = self.source.records[int(index)]
+    def __call__(
+        self, index: int, rng: np.random.Generator | None = None
+    ) -> dict[str, np.ndarray | np.generic]:
+        record = dict(self.source.records[int(index)])
+        if rng is not None and rng.integers(2):
+            for key in record.keys() & {"image", "rejected"}:
+                record[key] = record[key][:, ::-1]
         more = {key: record[key] for key in ("text", "text_mask", "condition") if key in record}
         if "rejected" in record:
             more["rejected"] = self._tokens(record["rejected"])
@@ -198,6 +206,7 @@ class TrainIterator:
         workers absl flags must be parsed and __main__ guarded, and `source` is pickled to each of
         them.
       process_index, process_count: this process among those that share a batch.
+      flip: mirrors every other image, left to right; drawn anew in each epoch from the seed.
     Raises:
       UserError: while iterating, a record cannot be read, with the same message from a thread or a
         worker process. An error is final: the state stays that of the last good batch, and every
@@ -213,11 +222,13 @@ class TrainIterator:
         workers: int,
         process_index: int = 0,
         process_count: int = 1,
+        flip: bool = False,
     ):
         # The data set is a range of indices, read by the map, because grain's own sources would
         # not give an example its record index.
         indices = grain.MapDataset.range(len(source.records))
-        dataset = indices.seed(seed).shuffle().repeat().map(_ReadTokens(source, patch_size))
+        shuffled, read = indices.seed(seed).shuffle().repeat(), _ReadTokens(source, patch_size)
+        dataset = shuffled.random_map(read) if flip else shuffled.map(read)
         processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
         elastic = grain.experimental.ElasticIterator(
             dataset,

@@ -144,6 +144,13 @@ class Checkpoints:
         """The last saved step; None if there is none."""
         return max(self.steps(), default=None)
 
+    def best(self) -> int | None:
+        """The saved step with the lowest held-out measure, the latest of equals; None without."""
+        measures = [(c.metrics[BEST_KEY], -c.step)
+                    for c in (self._manager.checkpoints if self._manager else ())
+                    if isinstance(c.metrics, dict) and BEST_KEY in c.metrics]
+        return -min(measures)[1] if measures else None
+
     def entries(self, step: int, name: str) -> tuple[str, ...]:
         """The names under a top-level entry of a saved step's state; () if it has no such entry.
 

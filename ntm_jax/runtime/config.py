@@ -41,6 +41,9 @@ class Data:
         1, "Side of the square of pixels or latents that forms one token.", low=1)
     image_size: int = setting(
         0, "Resizes images to this side, in pixels; 0 keeps the stored size.", low=0)
+    flip: bool = setting(
+        False, "Mirrors every other training image, left to right; captions and labels stay, so "
+        "not for digits, text or captions that say left or right.")
     workers: int = setting(
         0, "Processes that read data; 0 reads in the training process.", low=0, high=1024)
     mock: str = setting(
@@ -56,10 +59,15 @@ class Data:
         setting: the setting that names the split, which an error about it then names.
         """
         try:
-            return sources.open_source(
+            source = sources.open_source(
                 self.source, split, self.image_size, self.text_encoder, self.token_size)
         except sources.SplitError as error:
             raise UserError(f"{setting}: {error}" if setting else str(error)) from None
+        if self.flip and not source.pixel_levels:
+            raise UserError(f"config.data.flip mirrors images of pixels, and {self.source} has "
+                            f"{'rows of numbers' if source.columns else 'latents'}: set it to "
+                            "False")
+        return source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +129,9 @@ class Train:
     evaluate_every: int = setting(
         500, "Steps between held-out evaluations; 0 evaluates at the end only.", low=0)
     log_every: int = setting(50, "Steps between lines of metrics.", low=1)
+    patience: int = setting(
+        0, "Stops after so many evaluations without a better held-out figure, and ends with the "
+        "best step; 0 never stops early.", low=0)
     keep: int = setting(
         0, "Also keeps every Nth step's checkpoint; 0 keeps the last three and the best.", low=0)
     accumulate: int = setting(
@@ -135,13 +146,25 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW with warm-up and cosine decay, and the decay of the parameters' moving average."""
+    """The optimizer, its learning rate, and the decay of the parameters' moving average.
 
+    All settings apply to every optimizer; momentum is fixed, see training.optimizers.
+    """
+
+    name: str = setting(
+        "adamw", "Optimizer: adamw, muon (of the layers' matrices; adamw of the rest), lion, sgd "
+        "(with Nesterov momentum) or your own.")
+    schedule: str = setting(
+        "cosine", "Course of the learning rate after the warmup.",
+        choices=("cosine", "constant", "linear"))
     learning_rate: float = setting(2e-3, "Peak learning rate, after the warmup.", above=0)
-    min_learning_rate: float = setting(1e-6, "Learning rate at the end, at most the peak.", low=0)
+    min_learning_rate: float = setting(
+        1e-6, "Learning rate at the end, at most the peak; not of schedule=constant.", low=0)
     warmup_steps: int = setting(100, "Steps from 0 to the peak.", low=0)
-    weight_decay: float = setting(0.1, "Decoupled weight decay of AdamW.", low=0)
-    clip: float = setting(1.0, "Largest global norm of the gradient.", above=0)
+    weight_decay: float = setting(
+        0.1, "Decoupled weight decay, of all parameters, times the learning rate.", low=0)
+    clip: float = setting(
+        1.0, "Largest global norm of the gradient, which is clipped before the optimizer.", above=0)
     ema_decay: float = setting(
         0.999, "Decay of the parameters' moving average.", low=0, below=1)
 
@@ -287,10 +310,25 @@ def read(config) -> Config:
     conditions.find(result.model.condition)
     _check_levels(result)
     _check_conditions(result)
+    _check_patience(result)
     if decoder(result.sample.decoder).needs_denoiser and not result.teacher:
         raise UserError(f"config.sample.decoder={result.sample.decoder} needs a learned denoiser: "
                         "train one with config.train.objective=denoiser and --config.teacher")
     return result
+
+
+def _check_patience(config: Config) -> None:
+    if not config.train.patience:
+        return
+    if not config.train.evaluate_every:
+        raise UserError("config.train.patience counts evaluations during training, and "
+                        "config.train.evaluate_every is 0: set it to a number of steps")
+    if config.evaluate.split.partition("[")[0] == "test":
+        raise UserError(
+            f"config.train.patience chooses a step on config.evaluate.split={config.evaluate.split}"
+            ", whose figures would then be too good: hold out training records, with the variant "
+            ":validation of the experiment, or --config.data.split=train[:90%] and "
+            "--config.evaluate.split=train[90%:]")
 
 
 def _check_conditions(config: Config) -> None:

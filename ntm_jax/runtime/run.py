@@ -150,22 +150,24 @@ def with_denoiser(teacher: Run, run: Run) -> Run:
                                raw=run.raw, denoiser=denoiser)
 
 
-def restore_params(run: Run, step: int | None = None, raw: bool = False, folder=None,
-                   settings: dict | None = None) -> tuple[int, dict]:
+def restore_params(run: Run, config: Config, step: int | None = None, raw: bool = False,
+                   folder=None, settings: dict | None = None) -> tuple[int, dict]:
     """(step, parameters) of a checkpoint of a model like run.model: its EMA, or the raw ones.
 
-    folder: the workdir to read, run.workdir by default. step: the latest by default.
-    settings: see Checkpoints.
+    folder: the workdir to read, run.workdir by default; config: of the run there. step: by default
+    the latest, or with config.train.patience the best. settings: see Checkpoints.
     """
     which = "params" if raw else "ema"
     expected = build.abstract_params(run.model, run.mesh)
     with Checkpoints(folder or run.workdir, settings=settings) as checkpoints:
+        if step is None and config.train.patience:
+            step = checkpoints.best()
         step, found, _ = checkpoints.restore({which: expected}, step, partial=True)
         return step, found[which]
 
 
 def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Run:
-    """The run in a workdir, or in WORKDIR/checkpoints/STEP, at its latest step or `step`.
+    """The run in a workdir, or in WORKDIR/checkpoints/STEP, at `step`; see restore_params.
 
     raw: with the raw parameters in place of their EMA. Raises UserError if there is no run, or its
     files are damaged.
@@ -175,7 +177,7 @@ def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Ru
         workdir, step = str(folder), named
     config, spec = config_file.load(workdir)
     run = untrained(config, spec, run_mesh(config.mesh), str(workdir))
-    step, params = restore_params(run, step, raw, settings=config_file.fixed(config, spec))
+    step, params = restore_params(run, config, step, raw, settings=config_file.fixed(config, spec))
     run = dataclasses.replace(run, params=params, step=step, raw=raw)
     return with_denoiser(load_workdir(f"{workdir}/{FROZEN}"), run) if config.teacher else run
 

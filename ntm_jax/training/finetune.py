@@ -69,7 +69,7 @@ def _read_all(run: Run, where: str) -> dict:
     _check_encoder(run, spec.text)
     if theirs.teacher and not is_denoiser:
         workdir, step = workdir / FROZEN, None
-    return restore_params(run, step, folder=str(workdir))[1]
+    return restore_params(run, theirs, step, folder=str(workdir))[1]
 
 
 def _check_encoder(run: Run, theirs: str) -> None:

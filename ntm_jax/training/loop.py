@@ -46,7 +46,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     profile: the steps (start, stop) that jax.profiler traces into WORKDIR/profile.
     writers: further writers of metrics; see training/writers.
 
-    Returns the trained run and its evaluation, or None when stopped early.
+    Returns the trained run and its evaluation, or None when stopped by `until` or a signal.
     """
     folder = files.expanded(folder)
     require_same_everywhere(configuration.flatten(config.raw) | {"--workdir": folder})
@@ -70,10 +70,12 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
             loop = _Loop(run, objective, distilled, source, held_out, extension, stack,
                          extra_writers, progress, profile)
             loop.train(config.train.steps if until is None else min(until, config.train.steps))
-            if loop.step < config.train.steps:
+            if not loop.ended():
                 return None
+            trained = loop.step
+            loop.take_best()
             drawn = loop.final_pictures()
-            loop.reporter.message(f"trained to step {loop.step}; evaluating")
+            loop.reporter.message(f"trained to step {trained}; evaluating step {loop.step}")
         run = loop.evaluated()
         # Inception's weights are a flag of launch/evaluate.py alone.
         features = "none" if config.evaluate.features == "inception" else None
@@ -119,7 +121,7 @@ class _Loop:
                             f"{total}: raise it to go on, or evaluate that run")
         iterator = pipeline.TrainIterator(
             source, config.data.patch_size, config.data.batch_size, config.seed,
-            config.data.workers, *sharding.share(run.mesh))
+            config.data.workers, *sharding.share(run.mesh), flip=config.data.flip)
         stack.callback(iterator.close)
         if position is not None:
             iterator.set_state(position)
@@ -175,6 +177,7 @@ class _Loop:
             ending = stopping and between
             if self.step > self.start:
                 self._evaluate_and_save(ending)
+            ending = ending or self._out_of_patience()
             self._trace(ending)
             if ending:
                 break
@@ -184,15 +187,47 @@ class _Loop:
             if self.step == self.start:
                 self._compile()
             self._take_step()
-        if self.step < self.run.config.train.steps:
+        if not self.ended():
+            self.reporter.message(f"stopped at step {self.step}, saved; the same command resumes")
+        elif self.step < self.run.config.train.steps:
             self.reporter.message(
-                f"stopped at step {self.step}, saved; the same command resumes")
+                f"stopped at step {self.step}: no better held-out figure in "
+                f"{self.run.config.train.patience} evaluations; config.train.patience is how many")
+
+    def ended(self) -> bool:
+        """Whether all steps are taken, or config.train.patience has run out."""
+        return self.step >= self.run.config.train.steps or self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        """Whether the last config.train.patience evaluations were not better than one before.
+
+        They are counted from the best checkpoint, so a resumed run counts as one that never
+        stopped.
+        """
+        train = self.run.config.train
+        if not train.patience or self.step % train.evaluate_every:
+            return False
+        return (self.step - self._best()) // train.evaluate_every >= train.patience
+
+    def _best(self) -> int:
+        """The best saved step, the present one without; process 0 decides, as disks may lag."""
+        best = self.checkpoints.best()
+        return int(multihost_utils.broadcast_one_to_all(self.step if best is None else best))
+
+    def take_best(self) -> None:
+        """With config.train.patience, goes back to the EMA of the best step."""
+        if not self.run.config.train.patience or (best := self._best()) == self.step:
+            return
+        expected = {"ema": state.abstract(self.run).ema}
+        self.step, found, _ = self.checkpoints.restore(expected, best, partial=True)
+        self.current = dataclasses.replace(self.current, **found)
 
     def _evaluate_and_save(self, ending: bool) -> None:
         train, step = self.run.config.train, self.step
         every = train.evaluate_every
         evaluating = bool(every) and (step % every == 0 or step == train.steps)
-        saving = ending or step % train.save_every == 0 or self._save_is_due()
+        saving = (ending or step % train.save_every == 0 or (evaluating and train.patience > 0)
+                  or self._save_is_due())
         if not (evaluating or saving):
             return
         scalars, best_by = self._read(), None  # what is saved is known to be finite

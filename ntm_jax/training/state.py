@@ -1,7 +1,4 @@
-"""The training state and its optimizer, AdamW: a new state, or its shapes with their shardings.
-
-Source of the optimizer: docs/concepts.md, section 5.
-"""
+"""The training state: a new one, or its shapes with their shardings."""
 
 import functools
 from collections.abc import Callable
@@ -15,6 +12,7 @@ import optax
 from ntm_jax.runtime import build
 from ntm_jax.runtime.config import Optimizer
 from ntm_jax.runtime.run import Run
+from ntm_jax.training import optimizers
 
 
 @flax.struct.dataclass
@@ -25,26 +23,6 @@ class State:
     params: dict
     opt_state: optax.OptState
     ema: dict
-
-
-def learning_rate(settings: Optimizer, steps: int):
-    """The learning rate by step.
-
-    It rises linearly to settings.learning_rate over settings.warmup_steps, then falls along a
-    cosine to settings.min_learning_rate at `steps`.
-    """
-    return optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, settings.warmup_steps, max(steps, settings.warmup_steps + 1),
-        end_value=settings.min_learning_rate)
-
-
-def optimizer(settings: Optimizer, steps: int) -> optax.GradientTransformation:
-    """AdamW with b1 = 0.9 and b2 = 0.95, after clipping gradients by their global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip),
-        optax.adamw(learning_rate(settings, steps), b1=0.9, b2=0.95,
-                    weight_decay=settings.weight_decay),
-    )
 
 
 def abstract(run: Run) -> State:
@@ -64,9 +42,25 @@ def _new(model, settings: Optimizer, steps: int, mesh) -> tuple[State, Callable]
     @jax.jit
     def initial(key) -> State:
         params = build.initial_params(model, key)
-        opt_state = optimizer(settings, steps).init(params)
+        opt_state = _named_as(params, optimizers.make(settings, steps).init(params))
         return State(jnp.zeros((), jnp.int32), params, opt_state, jax.tree.map(jnp.copy, params))
 
     shapes = build.abstract(lambda: initial(jax.random.key(0)), model, mesh)
     shardings = jax.tree.map(lambda a: a.sharding, shapes)
     return shapes, jax.jit(lambda key: nn.unbox(initial(key)), out_shardings=shardings)
+
+
+def _named_as(params, opt_state):
+    """An optimizer's state, with axis names for arrays of the shapes of the parameters alone.
+
+    An optimizer may mask a parameter, or keep a smaller array for it, in the same box of names.
+    """
+    def named(node) -> bool:
+        return isinstance(node, nn.LogicallyPartitioned)
+
+    boxes = filter(named, jax.tree.leaves(params, is_leaf=named))
+    known = {(box.names, box.value.shape) for box in boxes}
+    return jax.tree.map(
+        lambda node: node.value if named(node) and (
+            node.names, getattr(node.value, "shape", None)) not in known else node,
+        opt_state, is_leaf=named)

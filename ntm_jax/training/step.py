@@ -16,7 +16,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run
-from ntm_jax.training import objectives, state
+from ntm_jax.training import objectives, optimizers, state
 from ntm_jax.training.objectives import LossContext, Objective, StepInputs
 from ntm_jax.training.state import State
 
@@ -33,8 +33,8 @@ def make_step(run: Run, objective: Objective, teacher: Run | None = None):
     metrics["batch_complete"] is False.
     """
     config = run.config
-    optimizer = state.optimizer(config.optimizer, config.train.steps)
-    learning_rate = state.learning_rate(config.optimizer, config.train.steps)
+    optimizer = optimizers.make(config.optimizer, config.train.steps)
+    learning_rate = optimizers.learning_rate(config.optimizer, config.train.steps)
     context = objectives.loss_context(run, objective, teacher)
     gradients = _gradients(context, objective)
     # XLA would choose shardings for the new state other than the old one's: the second step would

@@ -21,6 +21,7 @@ from ntm_jax.data.records import Layout
 from ntm_jax.data.sources import open_source
 from ntm_jax.data.transforms import patchify, scale
 from ntm_jax.errors import UserError
+from ntm_jax.runtime.config import Data
 from tests.data.common import write_records
 
 
@@ -104,6 +105,34 @@ def test_a_batch_holds_its_records(digits, captioned, train):
         batch = next(train(source))
         assert {key: value.dtype.name for key, value in batch.items()} == expected
         assert_holds(batch, source)
+
+
+def test_flips_mirror_half_of_the_images_anew_in_each_epoch_in_any_process(digits, train):
+    def mirrored(batches):
+        """{(epoch, record): whether its image is mirrored}."""
+        found = {}
+        for number, batch in enumerate(batches):
+            for index, x in zip(batch["index"], batch["x"], strict=True):
+                image = scale(digits.records[index]["image"], 17)
+                flips = [f for f in (0, 1) if (x == patchify(image[:, :: 1 - 2 * f], 2)).all()]
+                found[number // 5, int(index)] = flips[0]
+        return found
+
+    iterator = train(flip=True)
+    batches = take(iterator, 10)
+    flips, order = mirrored(batches), indices(take(train(), 10))
+    assert indices(batches) == order  # as without flips
+    counts = [sum(flips[epoch, i] for i in range(60)) for epoch in (0, 1)]
+    assert all(20 < count < 40 for count in counts)
+    assert [flips[0, i] for i in range(60)] != [flips[1, i] for i in range(60)]
+    shares = [train(flip=True, process_index=i, process_count=2) for i in (0, 1)]
+    assert mirrored(take(shares[0], 5)) | mirrored(take(shares[1], 5)) == {
+        (0, i): flips[0, i] for i in range(60)}
+    resumed = train(flip=True)
+    resumed.set_state(iterator.get_state())
+    np.testing.assert_array_equal(next(resumed)["x"], next(iterator)["x"])
+    with pytest.raises(UserError, match=r"config\.data\.flip mirrors .*, and \S+ has latents: set"):
+        Data(source="mock:4x4x2,count=20", flip=True).open("train")
 
 
 def test_every_epoch_covers_each_record_once_in_a_new_order(train):

@@ -43,7 +43,8 @@ def test_what_a_resumed_run_may_change_is_reported(begun, key, value):
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("seed", 7), ("data.split", "train[:1000]"), ("trajectory.steps", (2, 4))])
+    ("seed", 7), ("data.split", "train[:1000]"), ("trajectory.steps", (2, 4)),
+    ("optimizer.name", "muon")])
 def test_another_configuration_is_refused(begun, key, value):
     there, here = (config.flatten(c.raw)[key] for c in (tiny_config(), tiny_config(**{key: value})))
     with pytest.raises(UserError) as error:

@@ -191,5 +191,16 @@ def test_parameters_and_heads_that_do_not_divide_are_refused_by_name():
         state.abstract(as_run(settings, model, abstract_mesh(1, 1, 4)))
 
 
+def test_muons_state_is_split_as_the_parameters_that_it_has():
+    settings = tiny_config(**{"optimizer.name": "muon"})
+    new = state.abstract(as_run(settings, setup(settings)[1], abstract_mesh(1, 2, 2)))
+    for end, copies in (("0/stack/layers/up/kernel", 3), ("0/embed/kernel", 4)):  # 4: Adam's
+        specs = [leaf.sharding.spec for path, leaf in jax.tree_util.tree_leaves_with_path(new)
+                 if jax.tree_util.keystr(path, simple=True, separator="/").endswith(end)]
+        assert len(specs) == copies
+        assert set(specs) == {specs[0]}
+        assert "fsdp" in specs[0]
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])

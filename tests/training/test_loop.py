@@ -1,17 +1,21 @@
 """The training loop: what a resumed run repeats, how a finished one goes on, how one diverges."""
 
+import dataclasses
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
+import ntm_jax
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.training import loop, pictures, resources, state
+from ntm_jax.training import loop, objectives, pictures, resources, state
 from ntm_jax.training.metrics import logged_scalars
 from tests.common import bits, figures, logged, new_run, tiny_config
+
+OWN = {"optimizer.name": "muon", "optimizer.schedule": "linear", "data.flip": True}
 
 
 def saved(settings, workdir):
@@ -43,7 +47,8 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", make)
         for name, until in (("whole", 5), ("parts", 3), ("parts", 5)):
-            assert loop.train(tiny_config(), folder / name, progress=False, until=until) is None
+            config = tiny_config(**OWN)
+            assert loop.train(config, folder / name, progress=False, until=until) is None
     return folder, taken
 
 
@@ -53,9 +58,10 @@ def test_a_resumed_run_continues_bit_for_bit(trained):
     assert [len(records) for _, records in taken[:5]] == [16] * 5
     lines = logged(folder / "whole")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    np.testing.assert_allclose(lines[4]["learning_rate"], (3e-3 + 1e-6) / 2, rtol=1e-4)  # linear
     assert logged(folder / "parts") == lines
     (step, first, position), (other, second, other_position) = (
-        saved(tiny_config(), folder / name) for name in ("whole", "parts"))
+        saved(tiny_config(**OWN), folder / name) for name in ("whole", "parts"))
     assert (step, position) == (other, other_position)
     assert step == int(first.step) == 5
     assert bits(first) == bits(second)
@@ -64,7 +70,7 @@ def test_a_resumed_run_continues_bit_for_bit(trained):
 
 def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(trained, monkeypatch):
     monkeypatch.setattr(pictures, "draw", lambda *_: [])  # tests/test_programs.py draws them
-    folder, finished = trained[0] / "parts", tiny_config(**{"train.steps": 5})
+    folder, finished = trained[0] / "parts", tiny_config(**OWN, **{"train.steps": 5})
     before = (folder / "metrics.jsonl").read_bytes()
     results = [loop.train(finished, folder, progress=False)[1] for _ in range(2)]
     for result in results:
@@ -72,7 +78,7 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tra
     assert results[0] == results[1] == figures(folder / "evaluation.json")
     assert results[0]["step"] == 5
     assert (folder / "metrics.jsonl").read_bytes() == before
-    loop.train(tiny_config(), folder, progress=False)
+    loop.train(tiny_config(**OWN), folder, progress=False)
     assert [line["step"] for line in logged(folder)] == [1, 2, 3, 4, 5, 6]
     message = r"holds step 6, beyond config\.train\.steps = 5: raise it to go on"
     with pytest.raises(UserError, match=message):
@@ -85,6 +91,10 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tra
     ({"evaluate.split": "tset"},
      r"^config\.evaluate\.split: digits has no split 'tset': it has train, test, all$"),
     ({"train.accumulate": 3}, r"config\.data\.batch_size is 16: expected a multiple of 3"),
+    ({"optimizer.name": "mu"}, r"name 'mu' is not known: expected one of adamw, muon, lion, sgd;"),
+    ({"train.patience": 2}, r"config\.train\.evaluate_every is 0: set it"),
+    ({"train.patience": 2, "train.evaluate_every": 1},
+     r"split=test\[:20\], .*:validation .*split=train\[:90%\] and .*split=train\[90%:\]$"),
 ])
 def test_settings_that_cannot_work_are_refused_and_nothing_written(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
@@ -97,6 +107,60 @@ def test_few_records_have_a_note():
     assert [loop.data_notes(source, held_out) for source in sources] == [
         ["note: 7 training records are few: the model will repeat them, and figures of 1 held-out "
          "ones say little; take some hundred"], []]
+
+
+def test_a_run_out_of_patience_ends_with_its_best_step_also_if_it_was_interrupted(
+        tmp_path, monkeypatch):
+    """Evaluations are reported to a function. The steps only count."""
+    bounds, called, ended, checked = [3.0, 2.0, 2.5, 2.2], [], [], objectives.checked
+
+    def held_out(run, source):
+        bound = bounds[run.step - 1]
+        return objectives.HeldOutScore(bound, {"evaluate/bits_per_dim": bound}, "")
+
+    def keep(step, scalars):
+        called.append((step, scalars["evaluate/bits_per_dim"]))
+        if len(called) == 3:
+            raise ValueError("pruned")
+
+    def evaluate(run, *_, **__):
+        ended.append((run.step, bits(run.params)))
+        return {}, {}
+
+    def zeros(run):
+        shapes = state.abstract(run)
+        made = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+        return jax.device_put(made, jax.tree.map(lambda a: a.sharding, shapes))
+
+    @jax.jit
+    def step(current, *_):
+        ema = jax.tree.map(lambda a: a + 1, current.ema)
+        metrics = {"loss": 0.0, "grad_norm": 0.0, "finite": True}
+        return current.replace(step=current.step + 1, ema=ema), metrics
+
+    for module, name, made in (
+            (objectives, "checked", lambda config: dataclasses.replace(
+                checked(config), held_out=held_out)),
+            (loop, "make_step", lambda *_: step), (state, "initialize", zeros),
+            (pictures, "draw", lambda *_: []), (loop, "evaluate", evaluate),
+            (loop, "write_report", lambda *_, **__: None)):
+        monkeypatch.setattr(module, name, made)
+    settings = tiny_config(**{
+        "train.patience": 2, "train.evaluate_every": 1, "train.save_every": 6,
+        "data.split": "train[:90%]", "evaluate.split": "train[90%:]"})
+
+    def train():
+        loop.train(settings, tmp_path, progress=False, writers=[keep])
+
+    with pytest.raises(ValueError, match="pruned"):
+        train()  # step 2 is saved
+    train()  # and this counts on
+    train()  # it has ended
+    assert called == [(1, 3.0), (2, 2.0), (3, 2.5), (3, 2.5), (4, 2.2)]
+    loaded = ntm_jax.load(tmp_path)
+    assert loaded.step == 2
+    assert ended == [(2, bits(loaded.params))] * 2
+    assert saved(settings, tmp_path)[0] == 4
 
 
 @pytest.mark.slow

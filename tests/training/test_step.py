@@ -1,7 +1,5 @@
 """The training step: gradient, learning rate, EMA, a batch in parts or incomplete, drawing T."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Optimizer
-from ntm_jax.training import objectives, state
+from ntm_jax.training import objectives, optimizers, state
 from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.step import make_step, steps_of, update_ema
 from tests.common import as_run, batch_of, bits, norm, objective_of, random_run, setup, tiny_config
@@ -95,13 +93,14 @@ def test_the_number_of_steps_is_drawn_from_the_seed_and_the_step():
     assert set(drawn_steps(pairs)) == {8}  # it draws T for each example
 
 
-def test_the_rate_rises_from_0_to_the_peak_and_falls_along_a_cosine():
-    settings = dataclasses.replace(tiny_config().optimizer, learning_rate=1e-3,
-                                   min_learning_rate=1e-5, warmup_steps=10)
-    rate = state.learning_rate(settings, 100)
-    found = jax.jit(rate)(np.array([0, 5, 10, 55, 100, 1000]))
-    expected = [0, 5e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5, 1e-5]
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-12)
+def test_the_rate_rises_from_0_to_the_peak_and_then_takes_its_schedule():
+    steps, rise, low, half = np.array([0, 5, 10, 40, 55, 100, 999]), [0, 5e-4, 1e-3], 1e-5, 5.05e-4
+    for schedule, after in (("cosine", [7.525e-4, half, low, low]), ("constant", [1e-3] * 4),
+                            ("linear", [6.7e-4, half, low, low])):
+        settings = Optimizer(schedule=schedule, learning_rate=1e-3, min_learning_rate=low,
+                             warmup_steps=10)
+        found = jax.jit(optimizers.learning_rate(settings, 100))(steps)
+        np.testing.assert_allclose(found, rise + after, rtol=1e-5, atol=1e-12)
 
 
 def test_the_ema_warms_up():
@@ -113,7 +112,7 @@ def test_the_ema_warms_up():
 def test_a_step_is_adamw_of_the_clipped_gradient():
     settings = Optimizer(learning_rate=1e-4, warmup_steps=1, clip=1.0, weight_decay=0.1)
     params, gradient = {"a": jnp.full(4, 2.0)}, {"a": jnp.array([30.0, -40.0, 0.0, 0.0])}
-    transform = state.optimizer(settings, 100)
+    transform = optimizers.make(settings, 100)
     update = jax.jit(transform.update)
     updates, current = update(gradient, transform.init(params), params)
     np.testing.assert_array_equal(updates["a"], 0)  # the rate starts at 0
@@ -124,3 +123,17 @@ def test_a_step_is_adamw_of_the_clipped_gradient():
     updates, _ = update(gradient, current, params)
     # The same gradient twice: Adam's update is its sign.
     np.testing.assert_allclose(updates["a"], -1e-4 * (np.sign(gradient["a"]) + 0.2), rtol=1e-4)
+
+
+def test_muon_makes_each_layers_matrix_orthogonal_and_leaves_the_rest_to_adamw():
+    """Not the stack of layers, nor embeddings and biases."""
+    settings = Optimizer(name="muon", learning_rate=1e-2, warmup_steps=0, weight_decay=0)
+    rng, shapes = np.random.default_rng(0), {"kernel": (3, 4, 6), "bias": (3, 6)}
+    params = {"embed": {"kernel": rng.normal(size=(4, 6))},
+              "stack": {name: rng.normal(size=shape) for name, shape in shapes.items()}}
+    transform = optimizers.make(settings, 100)
+    updates, _ = jax.jit(transform.update)(params, transform.init(params), params)
+    for of_adam in (updates["embed"]["kernel"], updates["stack"]["bias"]):  # a sign, at first
+        np.testing.assert_allclose(np.abs(of_adam), np.abs(of_adam).max(), rtol=1e-4)
+    singular = np.linalg.svd(updates["stack"]["kernel"])[1] / (1e-2 * 0.2 * 6**0.5)
+    np.testing.assert_array_less(np.abs(singular - 1), 0.4)  # five iterations reach 0.6 to 1.3

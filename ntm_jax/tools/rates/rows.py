@@ -83,7 +83,7 @@ class BenchmarkInput:
         assert self.source is not None  # of training rows
         return pipeline.TrainIterator(
             self.source, config.data.patch_size, config.data.batch_size, config.seed,
-            config.data.workers, *sharding.share(self.run.mesh))
+            config.data.workers, *sharding.share(self.run.mesh), flip=config.data.flip)
 
 
 @dataclasses.dataclass(frozen=True)
