@@ -6,6 +6,7 @@ None of these imports a module that such a folder names.
 import ast
 import dataclasses
 import json
+import os
 import sys
 
 import pytest
@@ -77,6 +78,9 @@ def test_no_file_of_a_tfds_folder_has_a_module_imported(hostile, tmp_path, monke
     info = json.loads((hostile / "dataset_info.json").read_text())
     (hostile / "dataset_info.json").write_text(json.dumps(info | {"features": FEATURES}))
     with pytest.raises(UserError, match=refused):
+        open_source(f"tfds:{hostile}", "train")
+    os.mkfifo(hostile / "features.json")
+    with pytest.raises(UserError, match=r"features\.json is not a regular file"):
         open_source(f"tfds:{hostile}", "train")
     for name in (f"huggingface:{MODULE}", "hostile/data_dir=."):
         with pytest.raises(UserError, match=f"^tfds:{name} is neither a data set known to tfds"):

@@ -41,8 +41,10 @@ TARS = {  # content: what the line says
     (header("././@LongLink", 4, tarfile.GNUTYPE_LONGNAME) + bytes(512)) * 1000: "recursion",
     header("a.txt", 4) + bytes(512) + header(FORGED, 4): r"\x1b",
 }
-MANIFESTS = {"choices": {"classes": 5}, "splits": 5, "num_classes": "2",
-             "image_shape": 4}
+SPLITS = [5, {"all": 5}, {"a": {"shards": [5], "counts": [1]}},
+          {"a": {"shards": [], "counts": [1]}}, {"a": {"shards": ["b"], "counts": [-1]}}]
+FORGERIES = [{"choices": {"classes": 5}}, {"num_classes": "2"}, {"image_shape": 4},
+             *({"splits": splits} for splits in SPLITS)]
 FILES = {  # whatever opens a file: its function of a path
     "config.json": lambda path: read.read_export_info(path.parent),
     "metrics.jsonl": lambda path: Lines().open(path.parent, 0, {}),
@@ -61,9 +63,9 @@ def mistakes_of_files(folder):
     for content, says in TARS.items():
         (folder / "a.tar").write_bytes(content)
         yield says, lambda: from_tars.open_tars(f"{folder}/*.tar")
-    for key, value in MANIFESTS.items():
-        content = {"format": 1, "image_shape": [4, 4, 3], "pixel_levels": 256, "splits": {},
-                   key: value}
+    manifest = {"format": 1, "image_shape": [4, 4, 3], "pixel_levels": 256, "splits": {}}
+    for forged in FORGERIES:
+        content = manifest | forged
         files.write_json(folder / "manifest.json", content | {"hash": files.digest(content)[:16]})
         yield "manifest.json", lambda: open_source(f"records:{folder}", "all")
     rows = "file_name,caption\n" + "a.png,a\n" * 4 + "a.png," + "a" * 2**18

@@ -31,7 +31,7 @@ from etils import epath
 
 from ntm_jax import files, typed
 from ntm_jax.data.text import pad_text
-from ntm_jax.errors import UserError, few, first_line
+from ntm_jax.errors import UserError, abbreviate, few, first_line
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -135,6 +135,11 @@ def read_manifest(path: str) -> tuple[Layout, dict[str, Split], str]:
         name: typed.parse_dataclass(Split, split, f"{file}: splits.{name}")
         for name, split in parts.items()
     }
+    counts = [count for split in splits.values() for count in split.counts]
+    if any(len(split.shards) != len(split.counts) for split in splits.values()) or not all(
+            0 <= count < 2**40 for count in counts):
+        raise UserError(f"{file}: splits have counts {abbreviate(counts)}: expected the number of "
+                        "records of each shard; prepare the records again")
     del content["splits"]
     if "levels" in content:
         content["pixel_levels"] = content.pop("levels")

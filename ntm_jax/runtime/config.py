@@ -361,6 +361,8 @@ def check_guidance(name: str, guidance, steps: int) -> None:
 def _check_levels(config: Config) -> None:
     c = config.trajectory
     low, high = c.t_min_range
+    if not c.steps:
+        raise UserError("config.trajectory.steps is (): expected one or more step counts, as (4,)")
     if low > high:
         raise UserError(f"config.trajectory.t_min_range is {low, high}: expected lo <= hi")
     if config.model.head != "direct" and low < 1e-3:

@@ -64,6 +64,7 @@ def test_a_project_declares_a_section_of_its_own(monkeypatch):
     ("sample.steps", 64,
      "config.sample.steps is 64: level 1 of so many steps, 0.0245, is not above "
      "level 0, 0.04; take fewer steps, or train with a higher config.trajectory.shift"),
+    ("trajectory.steps", (), "config.trajectory.steps is (): expected one or more step counts"),
     ("sample.guidance", (0.0, 0.5, 1.0),
      "config.sample.guidance has 3 scales, and there are 4 steps: give one scale, or 4, from pure"),
     ("model.condition", "none",

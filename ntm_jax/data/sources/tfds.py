@@ -19,6 +19,7 @@ from PIL import EpsImagePlugin
 
 from ntm_jax.data.sources.source import Lazy, Source, check_split
 from ntm_jax.errors import UserError, first_line
+from ntm_jax.files import regular
 
 # tfds decodes every format that PIL knows, and PIL would start the program Ghostscript for an EPS
 # image.
@@ -79,6 +80,8 @@ def builder_of(where: str) -> Any:
     try:
         with _without_imports():
             if (folder / "dataset_info.json").is_file():
+                for name in "dataset_info.json", "features.json":
+                    regular(folder / name)
                 builder: Any = tfds.builder_from_directory(os.fspath(folder))
             elif _NAME.fullmatch(where):
                 # tfds itself reads the variable only once, when it is imported.
