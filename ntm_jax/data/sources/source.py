@@ -230,7 +230,8 @@ def open_as_stored(name: str, split: str) -> Source:
         source = _take(source, source.rows)
     if not len(source.records):
         raise SplitError(f"the split {split!r} of {name} is empty: it needs more records")
-    source = _take(source, _slice(split, len(source.records)))
+    if "[" in split:
+        source = _take(source, _slice(split, len(source.records)))
     return dataclasses.replace(source, name=name, split=split)
 
 
