@@ -192,7 +192,7 @@ class _Loop:
         elif self.step < self.run.config.train.steps:
             self.reporter.message(
                 f"stopped at step {self.step}: no better held-out figure in "
-                f"{self.run.config.train.patience} evaluations; config.train.patience is how many")
+                f"{self.run.config.train.patience} evaluations; raise config.train.patience to go on")
 
     def ended(self) -> bool:
         """Whether all steps are taken, or config.train.patience has run out."""
