@@ -361,8 +361,8 @@ def train(config: Config | str, workdir: str | os.PathLike, *, data=None, labels
     TensorBoard: names such as "wandb:PROJECT", writers of your own, and functions called with
     (step, scalars) after each held-out evaluation. An exception that they raise ends the training.
 
-    Returns None when stopped by `until` or a signal. Raises UserError where configuration, data and workdir do not
-    fit together, and for a loss that is not finite.
+    Returns None when stopped by `until` or a signal. Raises UserError where configuration, data and
+    workdir do not fit together, and for a loss that is not finite.
     """
     if isinstance(config, str):
         config = experiment(config, data=data, labels=labels, condition=condition)

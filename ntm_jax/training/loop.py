@@ -190,9 +190,10 @@ class _Loop:
         if not self.ended():
             self.reporter.message(f"stopped at step {self.step}, saved; the same command resumes")
         elif self.step < self.run.config.train.steps:
+            patience = self.run.config.train.patience
             self.reporter.message(
-                f"stopped at step {self.step}: no better held-out figure in "
-                f"{self.run.config.train.patience} evaluations; raise config.train.patience to go on")
+                f"stopped at step {self.step}: {patience} evaluations without a better figure; "
+                "raise config.train.patience to go on")
 
     def ended(self) -> bool:
         """Whether all steps are taken, or config.train.patience has run out."""
