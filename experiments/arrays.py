@@ -8,7 +8,7 @@ about ten columns and some 10,000 records on a CPU.
 from ntm_jax.experiments import default
 
 
-@default.variants("", "unconditional")
+@default.variants("", "unconditional", smoke_source="sbi:two_moons,count=1000")
 def get_config(variant: str):
     c = default.get_config()
     c.data.update(source="npz:arrays.npz", batch_size=128)

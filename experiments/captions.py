@@ -10,7 +10,7 @@ data and the device, printed, and a flag.
 from ntm_jax.experiments import default, folder
 
 
-@default.Experiment
+@default.variants("", smoke_source="mock:8x8x3,levels=256,text=8x16")
 def get_config():
     c = folder.get_config()
     c.model.condition = "text"

@@ -22,9 +22,9 @@ from ntm_jax.typed import settings
 class Experiment:
     """The get_config() of a shipped experiment: its variants, and a small run of each.
 
-    The first variant is the default. `smoke` is a run of it in seconds on a CPU, and `validation`
-    one that leaves the test split unread; `VARIANT,smoke` and `VARIANT,validation` are those of
-    another variant. smoke_source: the data of `smoke`, by default those of data.mock or
+    The first variant is the default. `smoke` is a run of it within a minute on a CPU core, and
+    `validation` one that leaves the test split unread; `VARIANT,smoke` and `VARIANT,validation` are
+    those of another variant. smoke_source: the data of `smoke`, by default those of data.mock or
     data.source.
     """
 
@@ -84,10 +84,13 @@ def _validated(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def _shrunk(c: ml_collections.ConfigDict, source: str) -> ml_collections.ConfigDict:
     """A few steps of a tiny model of the same kind, from random weights."""
+    steps = max(c.trajectory.steps)
+    steps = steps if steps <= 4 else 1  # a toy's density is drawn at every level
     c.update(
         init_from="",
         data=dict(
             source=source or c.data.mock or c.data.source, mock="", batch_size=8, workers=0),
+        trajectory=dict(steps=(steps,)),
         model=dict(
             width=64, head_size=32, kv_heads=2, predictor_layers=1, transporter_width=64,
             transporter_blocks=min(c.model.transporter_blocks, 1), transporter_layers=1,
@@ -97,8 +100,8 @@ def _shrunk(c: ml_collections.ConfigDict, source: str) -> ml_collections.ConfigD
         optimizer=dict(warmup_steps=1),
         mesh=dict(fsdp=1, tensor=1),
         evaluate=dict(
-            split="test[:16]", trajectories=2, batch_size=16,
-            num_samples=min(c.evaluate.num_samples or 0, 16)),
-        sample=dict(num=16),  # as many as an evaluation draws: one program serves both
+            split="test[:16]", trajectories=2, batch_size=16, num_samples=0),
+        sample=dict(  # inverse compiles in a third of the time
+            num=20, steps=steps, decoder=c.sample.decoder.replace("score", "inverse")),
     )
     return c

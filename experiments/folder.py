@@ -8,7 +8,7 @@ CPU images are 32 x 32 pixels.
 from ntm_jax.experiments import default
 
 
-@default.Experiment
+@default.variants("", smoke_source="digits")
 def get_config():
     c = default.get_config()
     c.data.source = ""

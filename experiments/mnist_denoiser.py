@@ -7,7 +7,7 @@ Needs `pip install -e '.[mnist]'`; see digits_denoiser.py. Expected: the teacher
 from ntm_jax.experiments import default, mnist
 
 
-@default.Experiment
+@default.variants("", smoke_source=mnist.MOCK)
 def get_config():
     c = mnist.base()
     c.model.update(transporter_blocks=0, transporter_layers=1)

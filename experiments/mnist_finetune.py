@@ -9,7 +9,7 @@ Frechet distance (proxy features) 34 (29).
 from ntm_jax.experiments import default, mnist
 
 
-@default.variants("aligned", "free")
+@default.variants("aligned", "free", smoke_source=mnist.MOCK)
 def get_config(variant: str):
     c = mnist.base()
     c.model.update(

@@ -10,7 +10,7 @@ one. Expected: class accuracy 82% in 50 steps, 87% in 8, 90% in 4 (--steps), hel
 from ntm_jax.experiments import default, mnist
 
 
-@default.Experiment
+@default.variants("", smoke_source=mnist.MOCK)
 def get_config():
     c = mnist.base()
     c.data.batch_size = 128

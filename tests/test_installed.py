@@ -52,9 +52,9 @@ def program(wheel, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(program):
-    """The folder of a tiny run of the experiment `digits`, found by its name."""
+    """The folder of an even smaller quick look at `digits`, found by its name."""
     settings = TINY | {"train.steps": 2, "evaluate.trajectories": 1}
-    program("train", "--config=digits", "--workdir=run",
+    program("train", "--config=digits:smoke", "--workdir=run",
             *(f"--config.{key}={value}" for key, value in settings.items()))
     return program.folder / "run"
 
@@ -76,6 +76,7 @@ def test_pip_shows_a_home_page(program):
 
 def test_a_run_is_exported_by_the_console_script_and_the_export_samples(run, program):
     assert json.loads((run / "config.json").read_text())["data"]["source"] == "digits"
+    assert (run / "samples.png").exists()
     python(str(program.site / "bin" / "ntm-jax"), "export", "--workdir=run", "--out=export",
            cwd=program.folder, PYTHONPATH=str(program.site))
     python("export/sample.py", "4", cwd=program.folder, PYTHONPATH="")

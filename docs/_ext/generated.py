@@ -78,8 +78,9 @@ def experiments_page() -> str:
         "The experiments that come with the package, their variants and the settings that they "
         "change. `--config=NAME` or `--config=NAME:VARIANT` starts one; `--config` also takes a "
         "file of your own. Every experiment has the variant `:smoke`: four steps of a tiny model, "
-        "in seconds on a CPU. `:VARIANT,smoke` is that of another variant. An experiment that "
-        "starts from a run needs one of the same smoke size.",
+        "with data that need no download, within a minute on one CPU core. `:VARIANT,smoke` is "
+        "that of another variant. An experiment that starts from a run needs one of the same "
+        "smoke size.",
         "```sh\npython -m launch.train --config=digits --workdir=runs/digits\n```",
     ]
     rows, details = [], []

@@ -25,7 +25,7 @@ def run():
     values.update_from_flattened_dict({
         "model.width": 16, "model.head_size": 8, "model.transporter_width": 16,
         "model.transporter_blocks": 1, "trajectory.steps": (2,), "sample.steps": 2,
-        "sample.guidance": 1.0, "evaluate.trajectories": 1, "sample.decoder": "inverse"})
+        "sample.guidance": 1.0, "evaluate.trajectories": 1, "evaluate.num_samples": 16})
     return random_run(new_run(config.read(values)), step=3, workdir="runs/shapes")
 
 
