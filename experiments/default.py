@@ -65,6 +65,18 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values).lock()
 
 
+def plain_flow(c: ml_collections.ConfigDict, blocks: int, mlp_ratio: int):
+    """Makes the transporter alone a flow of uniformly dequantised pixels, as TarFlow is.
+
+    Its one latent is N(0, I), and the only noise level, which it is told, stands for none.
+    """
+    c.trajectory.update(steps=(1,), t_min=1e-6, t_min_range=(1e-6, 1e-6))
+    c.model.update(head="standard", pixel_likelihood="uniform", transporter_blocks=blocks,
+                   mlp_ratio=mlp_ratio)
+    c.train.condition_dropout = 0.0
+    c.sample.update(steps=1, decoder="inverse")
+
+
 def leave_open(c: ml_collections.ConfigDict, *keys: str):
     """Sets settings, given as section.key, to None: data/choices.py chooses them for the data."""
     for key in keys:

@@ -17,14 +17,16 @@ def base():
     return c
 
 
-@default.variants("ntm", "gaussian")
+@default.variants("ntm", "gaussian", "tarflow")
 def get_config(variant: str):
     c = base()
-    # a third of the distance of pixel values: less makes the density spiky, more blurs the values
-    c.trajectory.update(t_min=0.04, t_min_range=(0.03, 0.05))
+    c.trajectory.update(t_min=0.08, t_min_range=(0.07, 0.09))
+    c.model.pixel_likelihood = "network"
     c.train.update(save_every=400, evaluate_every=400, log_every=20)
     c.optimizer.update(learning_rate=3e-3, weight_decay=0.3)
     if variant == "gaussian":
         c.model.update(
             transporter_blocks=0, width=72, head_size=24, kv_heads=3, predictor_layers=6)
+    if variant == "tarflow":
+        default.plain_flow(c, blocks=4, mlp_ratio=5)
     return c

@@ -11,6 +11,7 @@ from ntm_jax.experiments import default, digits
 @default.Experiment
 def get_config():
     c = digits.base()
+    c.trajectory.t_min = 0.08  # the teacher's
     c.model.update(transporter_blocks=0, transporter_layers=1)
     c.train.update(objective="denoiser", condition_dropout=0.0)
     c.optimizer.weight_decay = 1e-4

@@ -21,10 +21,13 @@ def base():
     return c
 
 
-@default.variants("ntm", "gaussian", smoke_source=MOCK)
+@default.variants("ntm", "gaussian", "tarflow", smoke_source=MOCK)
 def get_config(variant: str):
     c = base()
+    c.model.pixel_likelihood = "network"
     c.train.update(steps=3000, evaluate_every=1000, log_every=20)
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)
+    if variant == "tarflow":
+        default.plain_flow(c, blocks=4, mlp_ratio=6)
     return c

@@ -24,6 +24,9 @@ flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoo
                   "bits for pixels and nats for latents.")
 flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, "
                     "for features=inception.")
+flags.DEFINE_enum("pixel_likelihood", None, ["binned", "bayes", "histogram", "network"],
+                  "p(x | x_0) in place of the run's own, fitted anew to the training data where it "
+                  "needs them; into evaluation-NAME.json.")
 flags.DEFINE_enum("features", None, ["none", "pixels", "cnn", "inception"], "What samples are "
                   "compared by; the configuration's by default.")
 
@@ -43,6 +46,8 @@ def main():
     config = own.with_sampling(steps=sample.steps).with_evaluation(
         num_samples=own.evaluate.num_samples if f.images is None else f.images)
     run = dataclasses.replace(run, config=config)
+    if f.pixel_likelihood:
+        run = run.with_pixel_likelihood(f.pixel_likelihood, progress=True)
     unit = f"{f.unit}_per_dim" if f.unit else None
     if unit:
         check_unit(unit, run)
@@ -53,6 +58,7 @@ def main():
     parts = ["evaluation"] + ([] if step is None else [str(step)]) + ["raw"] * f.raw
     if sample.steps != own.sample.steps:
         parts.append(f"{sample.steps}steps")
+    parts += [f.pixel_likelihood] if f.pixel_likelihood else []
     if run.selection:
         parts.append(f"{f.candidates}candidates")
     if f.split not in (None, run.config.evaluate.split):

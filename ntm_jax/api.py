@@ -26,6 +26,7 @@ from etils import epath
 from ntm_jax import host_memory
 from ntm_jax.core.conditions import Text
 from ntm_jax.core.likelihood import bits_per_dim
+from ntm_jax.core.pixels import KINDS
 from ntm_jax.data import sources, transforms
 from ntm_jax.errors import UserError, abbreviate, as_array, check_count, first_line
 from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
@@ -42,7 +43,7 @@ from ntm_jax.runtime.config import Config
 from ntm_jax.sampling import generate, prompts, selection
 from ntm_jax.sampling.latents import decode_latents, encode_tokens
 from ntm_jax.sampling.write import SampleRequest, write_samples
-from ntm_jax.training import loop, objectives
+from ntm_jax.training import loop, objectives, pixels
 from ntm_jax.training.writers import Given
 
 host_memory.keep_freed()
@@ -135,6 +136,19 @@ class Run(base.Run):
         """
         other = load(judge) if isinstance(judge, (str, os.PathLike)) else judge
         return _run(selection.best_of(self, candidates, other, stop_nats))
+
+    def with_pixel_likelihood(self, kind: str, progress: bool = False) -> "Run":
+        """This run with another p(x | x_0) for its likelihoods, a kind of config.model's.
+
+        histogram and network are fitted to the training data, which must then be there. Raises
+        UserError for continuous data and for `uniform`, which a model is trained with.
+        """
+        if not self.spec.pixel_levels or kind not in set(KINDS) - {"uniform"}:
+            raise UserError(f"pixel_likelihood is {kind} of {self.config.data.source}: expected "
+                            "binned, bayes, histogram or network, of a model of pixels")
+        model = dataclasses.replace(self.config.model, pixel_likelihood=kind)
+        run = dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
+        return pixels.fit(run, progress=progress)
 
     def selecting(self, candidates: int, judge=None, enough: float | None = None) -> "Run":
         """`best_of` under its earlier name."""

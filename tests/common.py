@@ -25,6 +25,7 @@ from tests import forked
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = {
+    "model.pixel_likelihood": "binned",  # has no parameters
     "model.width": 16,
     "model.head_size": 8,
     "model.kv_heads": 2,

@@ -20,6 +20,7 @@ import ntm_jax
 from ntm_jax.core import likelihood, trajectory
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.data import sources
 from ntm_jax.data.conditions.label import ClassCondition
 from ntm_jax.runtime import cpu_arithmetic
@@ -94,8 +95,11 @@ def compare(model, params, x, t, steps, label, pixel_levels):
     def run(params, x):
         xs = trajectory.simulate(x, t, noise)
         terms = model.apply({"params": params}, xs, t, jnp.full(len(x), steps), label)
-        contributions = {v: likelihood.contributions(terms, xs, x, t, v)
-                         for v in {0, pixel_levels}}
+        contributions = {0: likelihood.contributions(terms, xs, t)}
+        if pixel_levels:
+            decoded = PixelLikelihood("binned", pixel_levels).log_prob(
+                {}, x, xs[:, 0], t[:, 0], None)
+            contributions[pixel_levels] = likelihood.contributions(terms, xs, t, x, decoded)
         return xs, terms, terms.nll, contributions
 
     xs, terms, nll, contributions = jax.device_get(run(params, x))

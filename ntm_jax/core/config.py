@@ -23,7 +23,7 @@ class ModelConfig:
     transporter_blocks: int  # 0 is the identity: Gaussian denoising
     transporter_layers: int
     predictor_layers: int
-    head: str  # direct, preconditioned, or flow_matching: over a backbone
+    head: str  # direct, preconditioned, flow_matching: over a backbone, or standard: N(0, I)
     log_scale_bound: float  # of the transporter's log-scales, softly
     data_std: float  # standard deviation of the clean tokens
     dtype: Any

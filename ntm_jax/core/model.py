@@ -55,7 +55,10 @@ class NTM(nn.Module):
             self.transporter = Transporter(c)
         for name, network in c.condition.networks(c.width, c.tokens * c.dim).items():
             setattr(self, name, network)
-        self.predictor = Posterior(c, self.backbone) if c.head == "flow_matching" else Predictor(c)
+        if c.head == "flow_matching":
+            self.predictor = Posterior(c, self.backbone)
+        elif c.head != "standard":
+            self.predictor = Predictor(c)
 
     @at_config_precision
     def transport(self, x, t, steps, y):
@@ -80,6 +83,8 @@ class NTM(nn.Module):
 
     def predict(self, u, t, s, steps, y):
         """Mean and log-scale [B, N, D] of the latent at level s given u [B, N, D] at level t."""
+        if self.config.head == "standard":
+            return jnp.zeros_like(u), jnp.zeros_like(u)
         return self.predictor(u, t, s, steps, self._prepared(y))
 
     @at_config_precision

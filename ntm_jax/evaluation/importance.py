@@ -58,30 +58,30 @@ def _jackknife(log_weights):
     return (groups - 1) * (logsumexp(left, 1) - jnp.log(remaining)[:, None]).var(0)
 
 
-def estimate_bounds(terms, draw, x, t, decoder_levels: int, trajectories: int) -> dict:
-    """Bounds on the log-likelihood of examples x [B, N, D] in nats, from several trajectories each.
+def estimate_bounds(terms, draw, t, trajectories: int, x=None, reconstruct=None) -> dict:
+    """Bounds on a log-likelihood in nats, from several trajectories of each example.
 
     draw(i): the i-th trajectories [B, K, N, D] at levels t [B, K]. terms(xs): the model's Terms [B,
-    T]. decoder_levels: see core.likelihood.contributions. As there, a trajectory may be the upper
-    part of a longer one.
+    T]. x [B, N, D] and reconstruct(x_0), log p(x | x_0) [B], say what is bounded, see
+    core.likelihood.contributions. As there, a trajectory may be the upper part of a longer one.
 
     Trajectories are drawn and weighed one after the other: only their weights take memory.
 
     Returns what `summarize` does, and means over trajectories: nll [B, T] by level, clean to noisy,
     and contributions.
     """
-    n, count = t.shape
-
-    def add(sums, number):
+    def weigh(number):
         xs = draw(number)
         found = terms(xs)
-        parts = likelihood.contributions(found, xs, x, t, decoder_levels)
-        return (jax.tree.map(jnp.add, sums, {"nll": found.nll} | parts),
-                likelihood.log_weight(parts))
+        given = None if reconstruct is None else reconstruct(xs[:, 0])
+        parts = likelihood.contributions(found, xs, t, x, given)
+        return {"nll": found.nll} | parts, likelihood.log_weight(parts)
 
-    zeros = {name: jnp.zeros((n, count - 1)) for name in ("nll", "predictor", "log_det")}
-    zeros |= {"forward": jnp.zeros((n, count)), "prior": jnp.zeros(n)}
-    if decoder_levels:
-        zeros["reconstruction"] = jnp.zeros(n)
+    def add(sums, number):
+        found, log_weights = weigh(number)
+        return jax.tree.map(jnp.add, sums, found), log_weights
+
+    shapes, _ = jax.eval_shape(weigh, 0)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     sums, log_weights = jax.lax.scan(add, zeros, jnp.arange(trajectories))
     return summarize(log_weights) | jax.tree.map(lambda s: s / trajectories, sums)

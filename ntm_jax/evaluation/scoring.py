@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core import likelihood, trajectory
+from ntm_jax.core import trajectory
 from ntm_jax.core.model import full_precision
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
@@ -38,30 +39,34 @@ def noised(root, x, t_0, index):
 
 
 @functools.partial(jax.jit, static_argnames=(
-    "schedule", "model", "decoder_levels", "trajectories", "steps"))
-def bounds_of_batch(params, root, batch, *, schedule: Schedule, model, decoder_levels: int,
-                    trajectories: int, steps: int) -> dict:
+    "schedule", "model", "pixels", "trajectories", "steps"))
+def bounds_of_batch(params, root, batch, *, schedule: Schedule, model,
+                    pixels: PixelLikelihood | None, trajectories: int, steps: int) -> dict:
     """importance.estimate_bounds of a batch's examples, in trajectories of `steps` steps.
 
-    decoder_levels: V of the discretised decoder p(x | x_0); UNBINNED: its density; 0: no decoder,
-    so that the bound is on the data noised to t_0.
+    pixels: p(x | x_0); None bounds the density of the data noised to t_0.
     """
     x, y, index = batch["x"], model.config.condition.stack(batch), batch["index"]
     t = schedule.fixed_levels(steps, len(x))
     keys = trajectory.example_keys(root, "evaluate", index)
-    start = None if decoder_levels else noised(root, x, t[:, 0], index)
+    start = None if pixels else noised(root, x, t[:, 0], index)
 
     def draw(number):
         own = trajectory.draw_keys(keys, number)
         noise = trajectory.example_noise(own, (t.shape[1], *x.shape[1:]))
-        if decoder_levels:
-            return trajectory.simulate(x, t, noise)
+        if pixels:
+            return trajectory.simulate(x, t, noise, pixels.bin_width)
         return trajectory.noise_forward(start, t, noise[:, 1:])
 
     def terms(xs):
         return model.apply(params, xs, t, jnp.full(len(x), steps), y)
 
-    return importance.estimate_bounds(terms, draw, x, t, decoder_levels, trajectories)
+    def reconstruct(x_0):
+        return pixels.log_prob(params, x, x_0, t[:, 0], y)
+
+    given = x if pixels and not pixels.bin_width else None
+    return importance.estimate_bounds(
+        terms, draw, t, trajectories, given, reconstruct if pixels else None)
 
 
 def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = None,
@@ -74,14 +79,14 @@ def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = Non
     fewer than 1 trajectories.
     """
     check_count("trajectories", trajectories)
-    decoder_levels = run.spec.pixel_levels or (likelihood.UNBINNED if decoded else 0)
+    pixels = run.pixels or (PixelLikelihood("density") if decoded else None)
     seed = checked_seed(run, seed)
     batch = sharding.to_global(batch, run.mesh)
     kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}
     with sharding.use(run.mesh):
         result = bounds_of_batch(
             run.params, jax.random.key(seed), batch | {"index": kept["index"]},
-            schedule=run.schedule, model=full_precision(run.model), decoder_levels=decoder_levels,
+            schedule=run.schedule, model=full_precision(run.model), pixels=pixels,
             trajectories=trajectories, steps=run.config.evaluation_steps)
     if run.spec.columns:
         result |= {name: result[name] - run.spec.log_unit

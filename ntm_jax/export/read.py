@@ -20,7 +20,14 @@ from ntm_jax.runtime import build, checksums
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import require_same_everywhere
-from ntm_jax.runtime.run import Denoiser, Run, load_workdir, run_mesh, untrained
+from ntm_jax.runtime.run import (
+    Denoiser,
+    Run,
+    abstract_pixel_params,
+    load_workdir,
+    run_mesh,
+    untrained,
+)
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -62,10 +69,10 @@ def read_export_info(folder) -> ExportInfo:
         ExportInfo, {key: values[key] for key in values if key in names}, str(path))
 
 
-def read_parameters(folder, about: ExportInfo, abstract, skip: str | None = None) -> dict:
+def read_parameters(folder, about: ExportInfo, abstract, skip: tuple[str, ...] = ()) -> dict:
     """The parameters of an export, verified, on the devices of their abstract counterparts.
 
-    Arrays whose name begins with `skip` are left out. Raises UserError if the file is damaged, or
+    Arrays whose names begin with one of `skip` are left out. Raises UserError if the file is damaged, or
     its arrays are not those of `abstract`.
     """
     path = epath.Path(folder) / WEIGHTS
@@ -73,7 +80,7 @@ def read_parameters(folder, about: ExportInfo, abstract, skip: str | None = None
         flat = safetensors.numpy.load(files.regular(path).read_bytes())
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged ({first_line(error)}): {REMEDY}") from None
-    flat = {name: array for name, array in flat.items() if not (skip and name.startswith(skip))}
+    flat = {name: array for name, array in flat.items() if not name.startswith(skip)}
     expected = checksums.named_leaves(abstract)
     different = checksums.first_difference(flat, expected)
     if different:
@@ -125,10 +132,10 @@ def _load_export(folder: str, step: int | None, raw: bool) -> Run:
     spec = spec_from_json(about.spec)
     config, denoiser_config = _exported_configs(about)
     run = untrained(config, spec, run_mesh(config.mesh), folder)
-    abstract = build.abstract_params(run.model, run.mesh)
+    # abstract_params returns one dict to all callers, which must not change.
+    abstract = build.abstract_params(run.model, run.mesh) | abstract_pixel_params(run)
     if denoiser_config:
         own = untrained(denoiser_config, spec, run_mesh(denoiser_config.mesh))
-        # abstract_params returns one dict to all callers, which must not change.
         abstract = abstract | {DENOISER: build.abstract_params(own.model, own.mesh)["params"]}
     params, denoiser = read_parameters(folder, about, abstract), None
     if denoiser_config:

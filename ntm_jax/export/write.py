@@ -120,7 +120,7 @@ def _log_likelihood(run: Run):
             y = _one(run, condition)
             batch = {"x": x[None], "index": index[None]} | run.model.config.condition.arrays(y)
             return scoring.bounds_of_batch(
-                params, root, batch, schedule=run.schedule, model=model, decoder_levels=levels,
+                params, root, batch, schedule=run.schedule, model=model, pixels=run.pixels,
                 trajectories=run.config.evaluate.trajectories,
                 steps=run.config.evaluation_steps)["importance_weighted"][0]
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from ntm_jax import backbones
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
+from ntm_jax.core.pixels import PixelLikelihood, PixelNetwork
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.transformer import PLAIN, Arithmetic
 from ntm_jax.data import conditions
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
-from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.config import Config, Model
 
 
 def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -> NTM:
@@ -52,6 +53,32 @@ def _check_heads(c: ModelConfig) -> None:
                             f"head_size x kv_heads = {c.head_size} x {c.kv_heads}")
 
 
+def pixel_likelihood(config: Config, spec: DataSpec, model) -> PixelLikelihood | None:
+    """p(x | x_0) of a configuration's data; None for continuous data.
+
+    model: the run's, whose predictor's width the network has.
+    """
+    kind = config.model.pixel_likelihood
+    if not spec.pixel_levels or kind != "network":
+        return PixelLikelihood(kind, spec.pixel_levels) if spec.pixel_levels else None
+    sizes = dataclasses.replace(
+        model.config, predictor_layers=1, dtype=jnp.float32, precision="highest", remat="none",
+        condition=conditions.find(config.model.condition)(spec).network(vars(Model())))
+    return PixelLikelihood(kind, spec.pixel_levels, PixelNetwork(sizes, spec.pixel_levels))
+
+
+def initial_pixel_params(pixels: PixelLikelihood, spec: DataSpec, key) -> dict:
+    """New parameters of p(x | x_0), the collection `pixels` of a model's, with a flat histogram."""
+    found, shape = {}, (spec.tokens, spec.dim)
+    if pixels.kind in ("histogram", "network"):
+        found["log_prior"] = jnp.zeros((*shape, spec.pixel_levels))
+    if pixels.network:
+        y = _no_condition(pixels.network.config)
+        variables = pixels.network.init(key, jnp.zeros((1, *shape)), jnp.full(1, 0.5), y)
+        found["network"] = nn.unbox(variables["params"])
+    return found
+
+
 def reference_variant(model):
     """The same model with plain arithmetic and no rematerialisation.
 
@@ -77,9 +104,13 @@ def initial_params(model: NTM | Predictor, key) -> dict:
         inputs = jnp.zeros((1, steps + 1, c.tokens, c.dim)), t
     else:  # a denoiser
         inputs = jnp.zeros((1, c.tokens, c.dim)), t[:, 0], jnp.zeros(1)
-    y = c.condition.stack({name: jnp.zeros(a.shape, a.dtype)
-                           for name, a in c.condition.shapes(1).items()})
-    return cast(dict, model.init(key, *inputs, jnp.full(1, steps), y))
+    return cast(dict, model.init(key, *inputs, jnp.full(1, steps), _no_condition(c)))
+
+
+def _no_condition(c: ModelConfig):
+    """A condition of one example, of zeros."""
+    return c.condition.stack({name: jnp.zeros(a.shape, a.dtype)
+                              for name, a in c.condition.shapes(1).items()})
 
 
 def abstract(initial, model: NTM | Predictor, mesh):

@@ -12,6 +12,7 @@ import typing
 from typing import Any, NoReturn
 
 from ntm_jax import backbones, files
+from ntm_jax.core import pixels
 from ntm_jax.core.trajectory import Schedule, default_shift, shifted
 from ntm_jax.core.transformer import REMAT
 from ntm_jax.core.transporter import INVERSES
@@ -92,8 +93,13 @@ class Model:
         0.02, "Initial std of the transporter's position table.", above=0)
     predictor_layers: int = setting(4, "Transformer layers of the predictor.", low=1)
     head: str = setting(
-        "preconditioned", "Parametrisation of the Gaussian; flow_matching is over a backbone.",
-        choices=("direct", "preconditioned", "flow_matching"))
+        "preconditioned", "Parametrisation of the Gaussian; flow_matching is over a backbone, "
+        "standard is N(0, I) without a predictor.",
+        choices=("direct", "preconditioned", "flow_matching", "standard"))
+    pixel_likelihood: str = setting(
+        "binned", "p(x | x_0) of pixels: the Gaussian of x over bins, or Bayes' rule with a flat "
+        "prior, with a histogram of the training data, and times a small network; uniform "
+        "dequantises pixels in place of Gaussian noise.", choices=pixels.KINDS)
     log_scale_bound: float = setting(
         3.0, "Largest absolute log-scale of a transporter block.", above=0)
     data_std: float = setting(
@@ -136,6 +142,9 @@ class Train:
         0, "Also keeps every Nth step's checkpoint; 0 keeps the last three and the best.", low=0)
     accumulate: int = setting(
         1, "Parts into which a batch is split to save memory; the step is the same.", low=1)
+    pixel_likelihood_steps: int = setting(
+        600, "Most steps of batch_size with which model.pixel_likelihood=network is fitted, before "
+        "the first; those that held-out training records do not gain by are left out.", low=1)
     condition_dropout: float = setting(
         0.1, "Probability of the null condition, needed for guidance.", low=0, below=1)
     align_weight: float = setting(
@@ -365,10 +374,13 @@ def _check_levels(config: Config) -> None:
         raise UserError("config.trajectory.steps is (): expected one or more step counts, as (4,)")
     if low > high:
         raise UserError(f"config.trajectory.t_min_range is {low, high}: expected lo <= hi")
-    if config.model.head != "direct" and low < 1e-3:
+    if config.model.head not in ("direct", "standard") and low < 1e-3:
         raise UserError(f"config.trajectory.t_min_range starts at {low}: the {config.model.head} "
                         "head's scale vanishes with t_min, so lo must be at least 0.001 (or take "
                         "config.model.head=direct)")
+    if config.model.pixel_likelihood == "uniform" and c.steps != (1,):
+        raise UserError("config.model.pixel_likelihood=uniform is a plain flow's, whose "
+                        f"config.trajectory.steps is (1,), found {c.steps}")
     check_steps("config.trajectory.steps", max(c.steps), c, max(high, c.t_min))
     check_steps("config.sample.steps", config.evaluation_steps, c, c.t_min)
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ntm_jax.core.denoising import make_denoiser
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.data import conditions
@@ -21,8 +22,9 @@ from ntm_jax.runtime import arithmetic, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config, Mesh, decoder
 
-# The folder in a workdir of a teacher or a reference; see training.reference_model.
-FROZEN = "frozen"
+# Folders in a workdir: of a teacher or a reference, see training.reference_model, and of the
+# parameters of p(x | x_0), see training.pixels.
+FROZEN, PIXELS = "frozen", "pixels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Run:
     config: Config
     spec: DataSpec
     model: Any  # NTM, or Predictor while a denoiser is trained
-    params: dict | None  # the EMA unless `raw`; None before training
+    params: dict | None  # the EMA unless `raw`, with core.pixels'; None before training
     step: int
     mesh: jax.sharding.Mesh
     workdir: str = ""
@@ -62,6 +64,11 @@ class Run:
     def condition(self) -> conditions.Kind:
         """The kind of condition of the model."""
         return conditions.find(self.config.model.condition)(self.spec)
+
+    @property
+    def pixels(self) -> PixelLikelihood | None:
+        """p(x | x_0) of the run's data; None for continuous data."""
+        return build.pixel_likelihood(self.config, self.spec, self.model)
 
     def default_condition(self, index, split: str | None = None) -> Any:
         """The condition of these image indices where nobody gives one.
@@ -166,6 +173,26 @@ def restore_params(run: Run, config: Config, step: int | None = None, raw: bool 
         return step, found[which]
 
 
+def pixel_params(run: Run, workdir: str) -> dict:
+    """{"pixels": the parameters of p(x | x_0)} in a workdir; {} for a kind that has none."""
+    expected = abstract_pixel_params(run)
+    if not expected:
+        return {}
+    with Checkpoints(f"{workdir}/{PIXELS}") as checkpoints:
+        return checkpoints.restore(expected)[1]
+
+
+def abstract_pixel_params(run: Run) -> dict:
+    """The shapes of `pixel_params` with their shardings, replicated."""
+    pixels = run.pixels
+    shapes = {} if pixels is None else jax.eval_shape(
+        lambda: build.initial_pixel_params(pixels, run.spec, jax.random.key(0)))
+    replicated = sharding.replicated(run.mesh)
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
+    return {"pixels": shapes} if shapes else {}
+
+
 def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Run:
     """The run in a workdir, or in WORKDIR/checkpoints/STEP, at `step`; see restore_params.
 
@@ -178,6 +205,8 @@ def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Ru
     config, spec = config_file.load(workdir)
     run = untrained(config, spec, run_mesh(config.mesh), str(workdir))
     step, params = restore_params(run, config, step, raw, settings=config_file.fixed(config, spec))
+    if not config.teacher:
+        params |= pixel_params(run, folder)
     run = dataclasses.replace(run, params=params, step=step, raw=raw)
     return with_denoiser(load_workdir(f"{workdir}/{FROZEN}"), run) if config.teacher else run
 

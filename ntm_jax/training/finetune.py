@@ -58,9 +58,9 @@ def _read_all(run: Run, where: str) -> dict:
         _check_encoder(run, info.spec.get("text", ""))
         if is_denoiser:
             expected = {DENOISER: expected["params"]}
-            found = read_parameters(folder, info, expected, skip="params/")
+            found = read_parameters(folder, info, expected, skip=("params/", "pixels/"))
             return {"params": found[DENOISER]}
-        return read_parameters(folder, info, expected, skip=f"{DENOISER}/")
+        return read_parameters(folder, info, expected, skip=(f"{DENOISER}/", "pixels/"))
     workdir, step = checkpoint.locate(folder)
     if not (workdir / "checkpoints").exists():
         raise UserError("there is no such export or run: expected an export's folder, a run's, or "

@@ -25,7 +25,15 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import locked, require_same_everywhere
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
-from ntm_jax.training import finetune, objectives, pictures, reference_model, resources, state
+from ntm_jax.training import (
+    finetune,
+    objectives,
+    pictures,
+    pixels,
+    reference_model,
+    resources,
+    state,
+)
 from ntm_jax.training.metrics import MetricsReporter, Rates, logged_scalars
 from ntm_jax.training.objectives import Extension, Objective
 from ntm_jax.training.signals import StopRequest
@@ -127,6 +135,8 @@ class _Loop:
             iterator.set_state(position)
         if jax.process_index() == 0:
             config_file.write(folder, config, run.spec)
+        if not distilled:  # which has its own
+            self.run = pixels.prepare(run, latest is None, progress)
         self.reference = reference_model.prepare(
             run, objective, self.current, distilled, new=latest is None)
         self.batches = _Batches(run, iterator, extension, self.reference, samples)
@@ -343,7 +353,8 @@ class _Loop:
 
     def evaluated(self) -> Run:
         """The run with its EMA at the present step, as it is evaluated and sampled."""
-        run = dataclasses.replace(self.run, params=self.current.ema, step=self.step)
+        params = self.current.ema | (self.run.params or {})  # with those of p(x | x_0)
+        run = dataclasses.replace(self.run, params=params, step=self.step)
         return with_denoiser(self.distilled, run) if self.distilled else run
 
     def final_pictures(self) -> list[str]:

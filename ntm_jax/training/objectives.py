@@ -42,6 +42,11 @@ class LossContext:
     frozen_modules: tuple[str, ...]  # top-level names of parameters that do not learn
     mean_level_power: float  # the mean of t_k^level_weight_power over the evaluated levels
 
+    @property
+    def bin_width(self) -> float:
+        """See PixelLikelihood."""
+        return self.run.pixels.bin_width if self.run.pixels else 0.0
+
 
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
@@ -90,7 +95,7 @@ def trajectory_terms(context: LossContext, params, inputs: StepInputs, reference
     t = context.schedule.levels(steps, inputs.t_min(context.schedule))
     y = inputs.condition(model, context.config.train.condition_dropout)
     noise = trajectory.example_noise(inputs.keys("noise"), (steps + 1, *x.shape[1:]))
-    xs = trajectory.simulate(x, t, noise)
+    xs = trajectory.simulate(x, t, noise, context.bin_width)
     upper, high, low = (a.reshape(-1, *a.shape[2:]) for a in (xs[:, 1:], t[:, 1:], t[:, :-1]))
     repeated = repeat(y, steps)
     means = _reference_mean(context, reference, upper, low, high, repeated)
@@ -112,7 +117,7 @@ def pair_terms(context: LossContext, params, inputs: StepInputs, reference=None)
     k = draw("pair", steps)
     s, t = (schedule.level(k + i, steps, t_min) for i in (0, 1))
     noise = trajectory.example_noise(inputs.keys("noise"), (2, *x.shape[1:]))
-    xs = trajectory.simulate(x, jnp.stack([s, t], 1), noise)
+    xs = trajectory.simulate(x, jnp.stack([s, t], 1), noise, context.bin_width)
     means = _reference_mean(context, reference, xs[:, 1], s, t, y)
     terms = context.model.apply(params, xs[:, 0], xs[:, 1], s, t, k + 1 == steps, steps, y, means,
                               method=NTM.pair)

@@ -22,6 +22,7 @@ from ntm_jax.runtime import build, config_file
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime.checkpoint import Checkpoints, latest_step
 from ntm_jax.runtime.run import FROZEN, Run, different_data
+from ntm_jax.training import pixels
 from ntm_jax.training.objectives import Objective
 from ntm_jax.training.state import State
 
@@ -81,7 +82,8 @@ def save_teacher(teacher: Run, workdir: str) -> None:
     """Saves the teacher in WORKDIR/frozen."""
     folder = f"{workdir}/{FROZEN}"
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(teacher.step, {"ema": teacher.params}, {})
+        checkpoints.save(teacher.step, {"ema": {"params": teacher.params["params"]}}, {})
+    pixels.save(teacher, folder)
     if jax.process_index() == 0:
         config_file.write(folder, teacher.config, teacher.spec)
 

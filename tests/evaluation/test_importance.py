@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from ntm_jax.core import likelihood, trajectory
+from ntm_jax.core import trajectory
 from ntm_jax.core.model import Terms
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.evaluation import importance
 from tests.core.conftest import noise_levels
 
@@ -17,9 +18,8 @@ from tests.core.conftest import noise_levels
 summarize = jax.jit(importance.summarize)
 
 
-def bounds(terms, draw, x, t, decoder_levels, trajectories):
-    return jax.device_get(jax.jit(lambda x: importance.estimate_bounds(
-        terms, draw, x, t, decoder_levels, trajectories))(x))
+def bounds(*arguments):
+    return jax.device_get(jax.jit(lambda: importance.estimate_bounds(*arguments))())
 
 
 def log_gaussian(x, mean, variance):
@@ -61,7 +61,7 @@ def test_one_trajectory_is_as_good_as_any_number_where_the_conditionals_are_true
         noise = jax.random.normal(jax.random.key(number), (16, steps - first, 8, 3))
         return trajectory.noise_forward(points, t, noise)
 
-    scores = bounds(true_conditionals(t, mean, variance), draw, points, t, 0, 16)
+    scores = bounds(true_conditionals(t, mean, variance), draw, t, 16)
     level = float(t[0, 0])
     expected = log_gaussian(points, (1 - level) * mean, (1 - level) ** 2 * variance + level**2)
     assert scores["weighted"].shape == (16, 3)  # of the first, of four and of all
@@ -83,7 +83,10 @@ def test_the_unbinned_decoder_bounds_the_density_of_continuous_data():
         noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), number), (64, 5, 1, 2))
         return trajectory.simulate(x, t, noise)
 
-    scores = bounds(true_conditionals(t, mean, variance), draw, x, t, likelihood.UNBINNED, 1000)
+    def density(x_0):
+        return PixelLikelihood("density").log_prob({}, x, x_0, t[:, 0], None)
+
+    scores = bounds(true_conditionals(t, mean, variance), draw, t, 1000, x, density)
     expected = np.asarray(log_gaussian(x, mean, variance + 2 * s**2))
     error = scores["importance_weighted"] - expected
     spread = np.sqrt(scores["weighted_variance"])

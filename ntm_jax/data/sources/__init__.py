@@ -13,6 +13,7 @@ from ntm_jax.data.sources.source import (
     open_source,
     permuted_splits,
     register,
+    take,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "permuted_splits",
     "provide",
     "register",
+    "take",
 ]

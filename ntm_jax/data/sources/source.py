@@ -227,11 +227,11 @@ def open_as_stored(name: str, split: str) -> Source:
     open_function, argument = SOURCES.find(name)
     source = open_function(argument, split.partition("[")[0])
     if source.rows is not None:
-        source = _take(source, source.rows)
+        source = take(source, source.rows)
     if not len(source.records):
         raise SplitError(f"the split {split!r} of {name} is empty: it needs more records")
     if "[" in split:
-        source = _take(source, _slice(split, len(source.records)))
+        source = take(source, _slice(split, len(source.records)))
     return dataclasses.replace(source, name=name, split=split)
 
 
@@ -276,7 +276,7 @@ class Lazy(Sequence):
         return self.get(self.rows[index])
 
 
-def _take(source: Source, rows: Sequence[int] | np.ndarray) -> Source:
+def take(source: Source, rows: Sequence[int] | np.ndarray) -> Source:
     """The source of these records alone."""
     captions = None if source.captions is None else Lazy(source.captions.__getitem__, rows)
     records = Lazy(source.records.__getitem__, rows)

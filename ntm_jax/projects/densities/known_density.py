@@ -79,7 +79,7 @@ def _log_density(params, root, batch, *, schedule: Schedule, model, steps, level
         return model.apply(params, xs, t, jnp.full(len(points), steps),
                            jnp.zeros(len(points), jnp.int32))
 
-    return importance.estimate_bounds(terms, draw, points, t, 0, trajectories)
+    return importance.estimate_bounds(terms, draw, t, trajectories)
 
 
 def log_density(run: Run, points: np.ndarray, level: int, trajectories: int = TRAJECTORIES):

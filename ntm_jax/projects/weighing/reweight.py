@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ntm_jax.core import likelihood, sampling, trajectory
+from ntm_jax.core import sampling, trajectory
 from ntm_jax.core.model import full_precision, log_prior
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
 from ntm_jax.errors import UserError, check_count
@@ -102,7 +102,7 @@ def _draw(params, root, index, y, *, sampler: Sampler):
     noise = example_noise(example_keys(root, "reweight", index), xs.shape[2:])
     x = (xs[:, 0] + t_0 * noise) / (1 - t_0)
     forward = jnp.sum(trajectory.log_reverse(xs, t, x), 1) + log_prior(xs[:, -1])
-    decoded = likelihood.log_reconstruction(x, xs[:, 0], t[:, 0], likelihood.UNBINNED)
+    decoded = PixelLikelihood("density").log_prob(params, x, xs[:, 0], t[:, 0], y)
     return x, forward - jnp.sum(log_density, 1) - decoded
 
 

@@ -165,7 +165,7 @@ def evaluate_program(run: Run, source: Source) -> Program:
     size = -(-config.evaluate.batch_size // shards) * shards
     batch = _records(run, source, size)
     options = {"schedule": run.schedule, "model": full_precision(run.model),
-               "decoder_levels": run.spec.pixel_levels,
+               "pixels": run.pixels,
                "trajectories": config.evaluate.trajectories, "steps": config.evaluation_steps}
     params = build.abstract_params(run.model, mesh)
     return Program(scoring.bounds_of_batch, (params, _abstract_key(), batch), options, size)

@@ -187,7 +187,7 @@ def _likelihood(given: BenchmarkInput) -> Case:
     score = functools.partial(
         scoring.bounds_of_batch, schedule=run.schedule,
         model=full_precision(build.reference_variant(run.model)),
-        decoder_levels=run.spec.pixel_levels, trajectories=1, steps=run.config.evaluation_steps)
+        pixels=run.pixels, trajectories=1, steps=run.config.evaluation_steps)
     with sharding.use(run.mesh):
         counted = flops.count(score, run.params, jax.random.key(0),
                               sharding.to_global(examples, run.mesh))
