@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ntm_jax.core import trajectory
 from ntm_jax.core.model import Terms, log_prior
 
+
 def bits_per_dim(nats, dimensions: int):
     """Nats per example -> bits per dimension."""
     return nats / (dimensions * math.log(2))

@@ -8,6 +8,7 @@ Symbols: B batch, N tokens, D token channels, V pixel values, evenly spaced on [
 
 import dataclasses
 import math
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -41,16 +42,17 @@ def log_discretized_normal(x, mean, scale, pixel_levels: int):
 def bayes_logits(x_0, t_0, log_prior, pixel_levels: int):
     """log of pi(v) N(x_0; (1-t_0) v, t_0^2) of every value v, up to a constant, [B, N, D, V].
 
-    x_0: [B, N, D]; t_0: [B]; log_prior: log pi, [B or 1, N, D, V], or 0. With r(v) = x_0 - (1-t_0) v the exponent
-    is r(c)^2 - r(v)^2 over 2 t_0^2, c the value nearest to x_0: float32 would lose the difference
-    of two large squares, and does not lose it as a product.
+    x_0: [B, N, D]; t_0: [B]; log_prior: log pi, [B or 1, N, D, V], or 0. With
+    r(v) = x_0 - (1-t_0) v the exponent is r(c)^2 - r(v)^2 over 2 t_0^2, c the value nearest to x_0.
+    Float32 would lose the difference of two large squares; it keeps their product.
     """
     t, count = trajectory.per_example(t_0, x_0), pixel_levels - 1
     index = np.arange(pixel_levels)[None, None, None]
     exact = 2 * index / count - 1
     value = np.float32(exact)
     rest = np.float32(exact - value)  # what float32 cannot hold of the values
-    nearest = jnp.rint((x_0 / (1 - t) + 1) * (count / 2)).clip(0, count).astype(int)[..., None]
+    place = jnp.rint((x_0 / (1 - t) + 1) * (count / 2))
+    nearest = place.clip(0, count).astype(int)[..., None]
     c, rest_c = (jnp.asarray(table.ravel())[nearest] for table in (value, rest))
     x_0, t = x_0[..., None], t[..., None]
     step = (index - nearest) * np.float32(2 / count)  # v - c
@@ -109,14 +111,14 @@ class PixelLikelihood:
         return 2 / (self.pixel_levels - 1) if self.kind == "uniform" else 0.0
 
     def logits(self, params, x_0, t_0, y):
-        """log p(v | x_0, y) of every value v in nats up to a constant, [B, N, D, V], by Bayes' rule.
+        """log p(v | x_0, y) of every value v, up to a constant, by Bayes' rule, [B, N, D, V] nats.
 
         x_0: [B, N, D] at levels t_0 [B]; y: their condition.
         """
         log_prior = 0.0 if self.kind == "bayes" else params["pixels"]["log_prior"][None]
         if self.network is not None:
             own = {"params": params["pixels"]["network"]}
-            log_prior += self.network.apply(own, x_0, t_0, y)
+            log_prior += cast(Any, self.network.apply(own, x_0, t_0, y))
         return bayes_logits(x_0, t_0, log_prior, self.pixel_levels)
 
     def log_prob(self, params, x, x_0, t_0, y):

@@ -61,12 +61,11 @@ def bounds_of_batch(params, root, batch, *, schedule: Schedule, model,
     def terms(xs):
         return model.apply(params, xs, t, jnp.full(len(x), steps), y)
 
-    def reconstruct(x_0):
-        return pixels.log_prob(params, x, x_0, t[:, 0], y)
-
-    given = x if pixels and not pixels.bin_width else None
+    if pixels is None:
+        return importance.estimate_bounds(terms, draw, t, trajectories)
     return importance.estimate_bounds(
-        terms, draw, t, trajectories, given, reconstruct if pixels else None)
+        terms, draw, t, trajectories, None if pixels.bin_width else x,
+        lambda x_0: pixels.log_prob(params, x, x_0, t[:, 0], y))
 
 
 def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = None,

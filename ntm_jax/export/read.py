@@ -72,8 +72,8 @@ def read_export_info(folder) -> ExportInfo:
 def read_parameters(folder, about: ExportInfo, abstract, skip: tuple[str, ...] = ()) -> dict:
     """The parameters of an export, verified, on the devices of their abstract counterparts.
 
-    Arrays whose names begin with one of `skip` are left out. Raises UserError if the file is damaged, or
-    its arrays are not those of `abstract`.
+    Arrays whose names begin with one of `skip` are left out. Raises UserError if the file is
+    damaged, or its arrays are not those of `abstract`.
     """
     path = epath.Path(folder) / WEIGHTS
     try:

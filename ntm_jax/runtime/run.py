@@ -206,7 +206,7 @@ def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Ru
     run = untrained(config, spec, run_mesh(config.mesh), str(workdir))
     step, params = restore_params(run, config, step, raw, settings=config_file.fixed(config, spec))
     if not config.teacher:
-        params |= pixel_params(run, folder)
+        params = params | pixel_params(run, str(folder))
     run = dataclasses.replace(run, params=params, step=step, raw=raw)
     return with_denoiser(load_workdir(f"{workdir}/{FROZEN}"), run) if config.teacher else run
 

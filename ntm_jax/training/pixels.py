@@ -90,7 +90,7 @@ def fit(run: Run, progress: bool = False) -> Run:
 
 def histogram(run: Run, source: Source) -> np.ndarray:
     """log pi(v) of each pixel and channel, [N, D, V] float32: counts plus 1, normalised."""
-    spec, chosen = run.spec, source.evenly_spread(COUNTED)
+    spec, chosen = run.spec, source.evenly_spread(COUNTED).tolist()
     counts = np.ones((spec.tokens, spec.dim, spec.pixel_levels))
     places = np.indices(counts.shape[:2])
     for batch in pipeline.evaluation_batches(
@@ -149,7 +149,7 @@ def _fit_network(run: Run, pixels: PixelLikelihood, params: dict, source: Source
     def held_out(network) -> float:
         batches = pipeline.evaluation_batches(
             source, run.spec.patch_size, scoring.padded_batch_size(config, len(held), run.mesh),
-            *sharding.share(run.mesh), held)
+            *sharding.share(run.mesh), held.tolist())
         with sharding.use(run.mesh):
             return sum(float(measured(network, log_prior, sharding.to_global(batch, run.mesh)))
                        for batch in batches) / len(held)

@@ -81,6 +81,7 @@ def prepare(run: Run, objective: Objective, current: State, teacher: Run | None,
 def save_teacher(teacher: Run, workdir: str) -> None:
     """Saves the teacher in WORKDIR/frozen."""
     folder = f"{workdir}/{FROZEN}"
+    assert teacher.params is not None  # it was trained
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(teacher.step, {"ema": {"params": teacher.params["params"]}}, {})
     pixels.save(teacher, folder)

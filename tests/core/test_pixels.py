@@ -1,7 +1,5 @@
 """p(x | x_0) against float64 and closed forms, and the whole bound of a model of two pixels."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np

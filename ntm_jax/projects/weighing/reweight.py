@@ -21,6 +21,7 @@ import numpy as np
 
 from ntm_jax.core import sampling, trajectory
 from ntm_jax.core.model import full_precision, log_prior
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
