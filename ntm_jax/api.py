@@ -148,7 +148,7 @@ class Run(base.Run):
                             "binned, bayes, histogram or network, of a model of pixels")
         model = dataclasses.replace(self.config.model, pixel_likelihood=kind)
         run = dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
-        return pixels.fit(run, progress=progress)
+        return _run(pixels.fit(run, progress))
 
     def selecting(self, candidates: int, judge=None, enough: float | None = None) -> "Run":
         """`best_of` under its earlier name."""
