@@ -24,6 +24,7 @@ def base():
 @default.variants("ntm", "gaussian", "tarflow", smoke_source=MOCK)
 def get_config(variant: str):
     c = base()
+    c.trajectory.update(t_min=0.09, t_min_range=(0.07, 0.11))
     c.model.pixel_likelihood = "network"
     c.train.update(steps=3000, evaluate_every=1000, log_every=20)
     if variant == "gaussian":
