@@ -193,12 +193,13 @@ def advice(result: dict) -> list[str]:
         lines.append("the likelihood of some records is not a finite number, and figures of it are "
                      "null in the file: --per_example writes that of every record")
     share = -result["contributions"].get("reconstruction", 0.0) / max(nats, 1e-9)
-    if share > MUCH_RECONSTRUCTION and t_min > HIGH_T_MIN:
+    binned = result["provenance"]["config"]["model"]["pixel_likelihood"] == "binned"
+    if binned and share > MUCH_RECONSTRUCTION and t_min > HIGH_T_MIN:
         lines.append(
             f"{100 * share:.0f}% of the bound is reconstruction, the cost of pixel values that the "
-            f"noise of t_min = {t_min} hides, whatever the model learns: lower "
-            "config.trajectory.t_min, of which 0.04 to 0.07 suit most images, and t_min_range in a "
-            "new run")
+            f"noise of t_min = {t_min} hides: --pixel_likelihood=network names them in fewer bits, "
+            "and in a new run config.model.pixel_likelihood, or a lower config.trajectory.t_min "
+            "and t_min_range, of which 0.04 to 0.07 suit most images")
     if "frechet" in result and result["features"]["images"] < FEW_SAMPLES:
         lines.append(
             f"the Fréchet distance is of {result['features']['images']} samples, and few make it "

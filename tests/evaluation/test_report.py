@@ -66,14 +66,17 @@ def test_written_report(run, source, scores, tmp_path, capsys):
     result = {"split": "test[:20]", "step": 3, "provenance": provenance(run, source)}
     result |= summarize(scores, run.spec, 3)
     write_report(run, result, scores, tmp_path / "evaluation.json", per_example=True)
-    assert files.read_json(tmp_path / "evaluation.json", "") == result
+    written = files.read_json(tmp_path / "evaluation.json", "")
+    assert written == result
     assert capsys.readouterr().out == table(result, "bits_per_dim") + "\n"
-    result["contributions"]["reconstruction"] = -0.8 * result["nats_per_dim"]["bound"]["mean"]
-    assert advice(result) == []  # at a usual t_min, which samples in few steps need
-    result["provenance"]["t_min"] = 0.2
-    (line,) = advice(result)
+    written["contributions"]["reconstruction"] = -0.8 * result["nats_per_dim"]["bound"]["mean"]
+    assert advice(written) == []  # at a usual t_min, which samples in few steps need
+    written["provenance"]["t_min"] = 0.2
+    (line,) = advice(written)
     assert line.startswith("80% of the bound is reconstruction, the cost of pixel values that the "
-                           "noise of t_min = 0.2 hides")
+                           "noise of t_min = 0.2 hides: --pixel_likelihood=network")
+    written["provenance"]["config"]["model"]["pixel_likelihood"] = "network"
+    assert advice(written) == []  # the levels above do not pay for what x_0 hides
     assert (tmp_path / "evaluation.png").stat().st_size > 1000
     rows = pyarrow.parquet.read_table(tmp_path / "evaluation.parquet").to_pydict()
     assert rows["index"] == list(range(20))
