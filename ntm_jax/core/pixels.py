@@ -39,6 +39,11 @@ def log_discretized_normal(x, mean, scale, pixel_levels: int):
     return log_high + jnp.log1p(-jnp.exp(log_low - log_high))
 
 
+def pixel_values(pixel_levels: int) -> np.ndarray:
+    """The values of pixels, [V] float32, evenly spaced from -1 to 1."""
+    return np.float32(2 * np.arange(pixel_levels) / (pixel_levels - 1) - 1)
+
+
 def bayes_logits(x_0, t_0, log_prior, pixel_levels: int):
     """log of pi(v) N(x_0; (1-t_0) v, t_0^2) of every value v, up to a constant, [B, N, D, V].
 
@@ -48,9 +53,8 @@ def bayes_logits(x_0, t_0, log_prior, pixel_levels: int):
     """
     t, count = trajectory.per_example(t_0, x_0), pixel_levels - 1
     index = np.arange(pixel_levels)[None, None, None]
-    exact = 2 * index / count - 1
-    value = np.float32(exact)
-    rest = np.float32(exact - value)  # what float32 cannot hold of the values
+    value = pixel_values(pixel_levels)[None, None, None]
+    rest = np.float32(2 * index / count - 1 - value)  # what float32 cannot hold of the values
     place = jnp.rint((x_0 / (1 - t) + 1) * (count / 2))
     nearest = place.clip(0, count).astype(int)[..., None]
     c, rest_c = (jnp.asarray(table.ravel())[nearest] for table in (value, rest))
@@ -120,6 +124,16 @@ class PixelLikelihood:
             own = {"params": params["pixels"]["network"]}
             log_prior += cast(Any, self.network.apply(own, x_0, t_0, y))
         return bayes_logits(x_0, t_0, log_prior, self.pixel_levels)
+
+    def mode(self, params, x_0, t_0, y):
+        """The most probable clean x, [B, N, D]; where p has no logits, x_0 without its noise level.
+
+        x_0: [B, N, D] at levels t_0 [B]; y: condition.
+        """
+        if self.kind in ("binned", "uniform", "density"):
+            return x_0 / (1 - trajectory.per_example(t_0, x_0))
+        best = jnp.argmax(self.logits(params, x_0, t_0, y), -1)
+        return jnp.asarray(pixel_values(self.pixel_levels))[best]
 
     def log_prob(self, params, x, x_0, t_0, y):
         """log p(x | x_0, y) in nats, [B]; of `uniform`, with -log q(x_0 | x).

@@ -81,7 +81,7 @@ def _sampler(run: Run):
     if decoders.find(options.decoder).needs_denoiser:
         assert run.denoiser is not None  # see check_decoder
         denoiser = build.reference_variant(run.denoiser.module)
-    static = generate.Sampler(model, run.schedule, options, None, denoiser)
+    static = generate.Sampler(model, run.schedule, options, None, denoiser, run.pixels)
 
     def images(tokens):
         values = transforms.unpatchify(tokens, spec.image_shape, spec.patch_size)

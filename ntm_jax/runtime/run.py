@@ -182,6 +182,17 @@ def pixel_params(run: Run, workdir: str) -> dict:
         return checkpoints.restore(expected)[1]
 
 
+def new_pixel_params(run: Run) -> dict:
+    """New parameters like `pixel_params`, with a flat histogram."""
+    pixels, key = run.pixels, jax.random.key(run.config.seed)
+    shapes = abstract_pixel_params(run)
+    if pixels is None or not shapes:
+        return {}
+    make = jax.jit(lambda key: {"pixels": build.initial_pixel_params(pixels, run.spec, key)},
+                   out_shardings=jax.tree.map(lambda a: a.sharding, shapes))
+    return make(key)
+
+
 def abstract_pixel_params(run: Run) -> dict:
     """The shapes of `pixel_params` with their shardings, replicated."""
     pixels = run.pixels

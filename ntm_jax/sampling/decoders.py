@@ -1,8 +1,8 @@
 """Decoders map noise to clean tokens: the table that config.sample.decoder chooses from.
 
-`inverse`, `score` and `denoiser` draw the trajectory of an NTM and differ in the last step; `euler`
-and `heun` solve the ODE of a flow-matching model. A new decoder is one entry here or a call of
-`register`.
+`inverse`, `score` and `denoiser` draw the trajectory of an NTM and differ in the last step; of
+pixels `inverse` takes the mode of p(x | x_0). `euler` and `heun` solve the ODE of a flow-matching
+model. A new decoder is one entry here or a call of `register`.
 
 Symbols: B batch, T steps, K = T+1 levels ascending, N tokens, D token channels.
 """
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.model import NTM, full_precision
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.trajectory import Schedule, example_noise, per_example
 from ntm_jax.core.transformer import precision
@@ -36,6 +37,7 @@ class Sampler:
     options: Sample
     mesh: jax.sharding.Mesh | None  # of the inverse `auto`; see inverses.choose
     denoiser: Predictor | None = None  # of a decoder that needs one
+    pixels: PixelLikelihood | None = None  # of pixels
 
     def inverse(self, rows: int) -> str:
         """The inverse of this many latents of all devices: parallel or sequential."""
@@ -143,6 +145,8 @@ def _inverse(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
     us, xs, t, y = trajectory
     x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
         sampler.model, params, us, t, y, 0, sampler.inverse(len(us)))
+    if sampler.pixels:
+        return sampler.pixels.mode(params, x_0, t[:, 0], y)
     return x_0 / (1 - per_example(t[:, 0], x_0))
 
 

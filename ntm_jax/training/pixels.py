@@ -23,10 +23,16 @@ from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source, take
 from ntm_jax.evaluation import scoring
 from ntm_jax.progress import track
-from ntm_jax.runtime import build, sharding
+from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Optimizer
-from ntm_jax.runtime.run import PIXELS, Run, abstract_pixel_params, pixel_params
+from ntm_jax.runtime.run import (
+    PIXELS,
+    Run,
+    abstract_pixel_params,
+    new_pixel_params,
+    pixel_params,
+)
 from ntm_jax.training import optimizers
 from ntm_jax.training.objectives import StepInputs
 from ntm_jax.training.step import update_ema
@@ -75,14 +81,11 @@ def fit(run: Run, progress: bool = False) -> Run:
 
     Raises UserError where it needs these and they cannot be opened.
     """
-    pixels = run.pixels
-    if pixels is None or not abstract_pixel_params(run):
+    pixels, params = run.pixels, new_pixel_params(run).get("pixels")
+    if pixels is None or params is None:
         return with_params(run, {})
     source = run.config.data.open(run.config.data.split)
-    replicated = sharding.replicated(run.mesh)
-    params = jax.jit(lambda key: build.initial_pixel_params(pixels, run.spec, key),
-                     out_shardings=replicated)(jax.random.key(run.config.seed))
-    params["log_prior"] = jax.device_put(histogram(run, source), replicated)
+    params["log_prior"] = jax.device_put(histogram(run, source), sharding.replicated(run.mesh))
     if pixels.network:
         params = _fit_network(run, pixels, params, source, progress)
     return with_params(run, {"pixels": params})

@@ -43,7 +43,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
 from ntm_jax.runtime.config import Config
-from ntm_jax.runtime.run import Run, untrained
+from ntm_jax.runtime.run import Run, abstract_pixel_params, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.tools.pods import hlo, report
 from ntm_jax.tools.pods.hlo.arrays import largest
@@ -153,8 +153,10 @@ def sample_program(run: Run, source: Source) -> Program:
     y = jax.tree.map(lambda a: _abstract(a.shape, a.dtype, mesh), jax.eval_shape(
         kind.stack, kind.shapes(size, source.text_tokens)))
     key = _abstract_key()
-    params, index = build.abstract_params(model, mesh), _abstract((size,), jnp.int32, mesh)
-    sampler = generate.Sampler(full_precision(model), run.schedule, run.config.sample, mesh)
+    params = build.abstract_params(model, mesh) | abstract_pixel_params(run)
+    index = _abstract((size,), jnp.int32, mesh)
+    sampler = generate.Sampler(full_precision(model), run.schedule, run.config.sample, mesh,
+                               pixels=run.pixels)
     return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler}, size)
 
 
@@ -164,10 +166,9 @@ def evaluate_program(run: Run, source: Source) -> Program:
     shards = sharding.batch_shards(mesh)
     size = -(-config.evaluate.batch_size // shards) * shards
     batch = _records(run, source, size)
-    options = {"schedule": run.schedule, "model": full_precision(run.model),
-               "pixels": run.pixels,
+    options = {"schedule": run.schedule, "model": full_precision(run.model), "pixels": run.pixels,
                "trajectories": config.evaluate.trajectories, "steps": config.evaluation_steps}
-    params = build.abstract_params(run.model, mesh)
+    params = build.abstract_params(run.model, mesh) | abstract_pixel_params(run)
     return Program(scoring.bounds_of_batch, (params, _abstract_key(), batch), options, size)
 
 

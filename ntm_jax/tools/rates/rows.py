@@ -23,7 +23,7 @@ from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import build, flops, sharding
-from ntm_jax.runtime.run import Denoiser, Run
+from ntm_jax.runtime.run import Denoiser, Run, new_pixel_params
 from ntm_jax.sampling import decoders, generate, inverses
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import Objective, StepInputs
@@ -56,7 +56,7 @@ class BenchmarkInput:
     @functools.cached_property
     def params(self):
         """The run's parameters, or new ones, which change no rate except the sweeps."""
-        return self.run.params or state.initialize(self.run).ema
+        return self.run.params or state.initialize(self.run).ema | new_pixel_params(self.run)
 
     @functools.cached_property
     def denoiser(self) -> Denoiser:
@@ -182,7 +182,8 @@ def _input_pipeline(given: BenchmarkInput) -> Case:
 def _likelihood(given: BenchmarkInput) -> Case:
     """The held-out likelihood with one trajectory per record, as during training."""
     batch, size = _held_out(given)
-    run = dataclasses.replace(given.run, params=state.initialize(given.run).ema)
+    params = state.initialize(given.run).ema | new_pixel_params(given.run)
+    run = dataclasses.replace(given.run, params=params)
     examples = {name: value for name, value in batch.items() if name != "mask"}
     score = functools.partial(
         scoring.bounds_of_batch, schedule=run.schedule,
@@ -226,7 +227,7 @@ def _sampler(decoder: str, given: BenchmarkInput) -> Case | None:
     def images(model, inverse, params, root, index, y, denoiser_params):
         sampler = generate.Sampler(
             model, given.run.schedule, dataclasses.replace(options, inverse=inverse),
-            given.run.mesh, denoiser and denoiser.module)
+            given.run.mesh, denoiser and denoiser.module, given.run.pixels)
         return generate.generate_tokens(params, root, index, y, denoiser_params, sampler=sampler)
 
     return _sampling(given, images, jax.random.key(0), index, y, denoiser and denoiser.params)
