@@ -10,6 +10,7 @@ from ntm_jax.experiments import default, mnist
 @default.variants("", smoke_source=mnist.MOCK)
 def get_config():
     c = mnist.base()
+    c.trajectory.t_min = 0.09  # the teacher's
     c.model.update(transporter_blocks=0, transporter_layers=1)
     c.train.update(objective="denoiser", steps=4000, evaluate_every=1000, condition_dropout=0.0)
     c.optimizer.update(learning_rate=1e-3, weight_decay=1e-4)
