@@ -130,7 +130,7 @@ def test_an_assignment_to_a_setting_says_how_to_change_it():
 
 @pytest.mark.parametrize(("name", "variant", "overrides", "words"), [
     ("digit", "", {}, r"there is no experiment 'digit': expected one of .*digits"),
-    ("digits", "huge", {}, "huge is not a variant: expected one of ntm, gaussian, smoke"),
+    ("digits", "huge", {}, "huge is not a variant: expected one of ntm, gaussian, tarflow, smoke"),
     ("digits", "", {"train.step": 3}, "train.step is not a setting, did you mean train.steps"),
 ])
 def test_a_wrong_experiment_is_one_line(name, variant, overrides, words):
