@@ -122,7 +122,7 @@ class PixelLikelihood:
         log_prior = 0.0 if self.kind == "bayes" else params["pixels"]["log_prior"][None]
         if self.network is not None:
             own = {"params": params["pixels"]["network"]}
-            log_prior += cast(Any, self.network.apply(own, x_0, t_0, y))
+            log_prior = log_prior + cast(Any, self.network.apply(own, x_0, t_0, y))
         return bayes_logits(x_0, t_0, log_prior, self.pixel_levels)
 
     def mode(self, params, x_0, t_0, y):

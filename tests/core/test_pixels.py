@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from scipy.special import log_ndtr, log_softmax, logsumexp
 
 from ntm_jax.core import pixels
-from ntm_jax.core.pixels import PixelLikelihood
+from ntm_jax.core.pixels import PixelLikelihood, PixelNetwork
+from ntm_jax.core.trajectory import Schedule
+from ntm_jax.data.conditions.label import ClassCondition
+from ntm_jax.evaluation.scoring import bounds_of_batch
+from tests.core.conftest import random_parameters
 
 PIXEL_LEVELS = [2, 17, 256]
 MEANS = [0.0, 0.31, -1.0, 1.0, 1.7, -3.0]
@@ -80,3 +85,63 @@ def test_bayes_rule_sums_to_one_and_equals_float64(pixel_levels):
     index = np.rint((clean + 1) * (pixel_levels - 1) / 2).astype(int)
     by_hand = np.take_along_axis(expected, index[..., None], -1).sum((1, 2, 3))
     np.testing.assert_allclose(picked, by_hand, rtol=1e-5)
+
+
+TWO = {"grid": (1, 2), "dim": 1, "condition": ClassCondition(2), "steps": (1,),
+       "transporter_blocks": 1}
+COUNT = 3  # values of a pixel
+
+
+@pytest.fixture(scope="module")
+def of_two_pixels(tiny):
+    """of_two_pixels(kind) -> p(x | x_0) of two pixels, and random parameters of it."""
+    network = PixelNetwork(tiny(**TWO).config, COUNT)
+    log_prior = log_softmax(np.random.default_rng(3).normal(size=(2, 1, COUNT)), -1)
+    own = {"log_prior": np.float32(log_prior), "network": random_parameters(
+        network, np.zeros((1, 2, 1)), np.ones(1), np.zeros(1, int))["params"]}
+    return lambda kind: (
+        PixelLikelihood(kind, COUNT, network if kind == "network" else None), {"pixels": own})
+
+
+@pytest.mark.parametrize("kind", ["binned", "bayes", "histogram", "network"])
+def test_p_sums_to_one_over_the_values(of_two_pixels, kind):
+    likelihood, params = of_two_pixels(kind)
+    t_0 = np.float32([1e-3, 0.03, 0.1, 0.5])
+    x_0 = np.float32(np.random.default_rng(4).uniform(-1.2, 1.2, size=(4, 2, 1)))
+    log_prob = jax.jit(lambda x: likelihood.log_prob(params, x, x_0, t_0, np.array([0, 1, 2, 0])))
+    images = np.stack(np.meshgrid(*[values(COUNT)] * 2), -1).reshape(-1, 1, 2, 1)
+    total = logsumexp([log_prob(np.repeat(image, 4, 0)) for image in images], 0)
+    # at t_0 = .001 float32 holds logits of 1e5 to .01, but they differ by as much: p is 0 or 1
+    np.testing.assert_allclose(total, 0, atol=1e-5)
+
+
+def test_a_new_network_is_the_histogram(of_two_pixels):
+    (likelihood, params), (histogram, _) = map(of_two_pixels, ("network", "histogram"))
+    x_0, t_0, y = np.float32(np.random.default_rng(4).normal(size=(4, 2, 1))), np.full(
+        4, 0.1, np.float32), np.array([0, 1, 2, 0])
+    new = jax.jit(likelihood.network.init)(jax.random.key(0), x_0, t_0, y)["params"]
+    for own, same in ((nn.unbox(new), True), (params["pixels"]["network"], False)):
+        given = {"pixels": params["pixels"] | {"network": own}}
+        found, expected = (
+            jax.jit(one.logits)(given, x_0, t_0, y) for one in (likelihood, histogram))
+        assert (np.asarray(found) == np.asarray(expected)).all() == same
+
+
+@pytest.mark.parametrize("kind", pixels.KINDS)
+def test_the_bounds_of_all_images_add_up_to_at_most_one(of_two_pixels, tiny, kind):
+    """And their importance-weighted bounds, of many trajectories, to one.
+
+    x_0 of a plain flow may lie in a bin beyond the values: there, too, are images.
+    """
+    likelihood, params = of_two_pixels(kind)
+    plain = {"head": "standard"} if kind == "uniform" else {}
+    model, t_0 = tiny(**TWO, **plain), 1e-6 if plain else 0.4
+    line = values(COUNT) if not plain else np.arange(-4, 5, dtype=np.float32)
+    images = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2, 1)
+    batch = {"x": images, "label": np.ones(len(images), int), "index": np.arange(len(images))}
+    scores = jax.device_get(bounds_of_batch(
+        model.params | params, jax.random.key(5), batch, schedule=Schedule("linear", t_min=t_0),
+        model=model.module, pixels=likelihood, trajectories=2000, steps=1))
+    bound, weighted = (np.exp(scores[name]).sum() for name in ("bound", "importance_weighted"))
+    assert bound < 1
+    np.testing.assert_allclose(weighted, 1, atol=0.05)  # 2000 trajectories leave 0.03

@@ -63,7 +63,7 @@ def test_a_project_declares_a_section_of_its_own(monkeypatch):
      "config.model.head is 'gaussian': expected one of direct, preconditioned, flow_matching"),
     ("sample.steps", 64,
      "config.sample.steps is 64: level 1 of so many steps, 0.0245, is not above "
-     "level 0, 0.04; take fewer steps, or train with a higher config.trajectory.shift"),
+     "level 0, 0.08; take fewer steps, or train with a higher config.trajectory.shift"),
     ("trajectory.steps", (), "config.trajectory.steps is (): expected one or more step counts"),
     ("sample.guidance", (0.0, 0.5, 1.0),
      "config.sample.guidance has 3 scales, and there are 4 steps: give one scale, or 4, from pure"),
