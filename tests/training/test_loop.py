@@ -15,7 +15,8 @@ from ntm_jax.training import loop, objectives, pictures, resources, state
 from ntm_jax.training.metrics import logged_scalars
 from tests.common import bits, figures, logged, new_run, tiny_config
 
-OWN = {"optimizer.name": "muon", "optimizer.schedule": "linear", "data.flip": True}
+OWN = {"optimizer.name": "muon", "optimizer.schedule": "linear", "data.flip": True,
+       "model.pixel_likelihood": "histogram"}
 
 
 def saved(settings, workdir):
@@ -66,6 +67,9 @@ def test_a_resumed_run_continues_bit_for_bit(trained):
     assert step == int(first.step) == 5
     assert bits(first) == bits(second)
     assert bits(first.params) != bits(first.ema)
+    first, second = (ntm_jax.load(folder / name).params["pixels"] for name in ("whole", "parts"))
+    assert bits(first) == bits(second)
+    assert first["log_prior"].shape == (16, 4, 17)
 
 
 def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(trained, monkeypatch):
