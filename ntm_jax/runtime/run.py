@@ -174,11 +174,17 @@ def restore_params(run: Run, config: Config, step: int | None = None, raw: bool 
 
 
 def pixel_params(run: Run, workdir: str) -> dict:
-    """{"pixels": the parameters of p(x | x_0)} in a workdir; {} for a kind that has none."""
+    """{"pixels": the parameters of p(x | x_0)} in a workdir; {} for a kind that has none.
+
+    Raises UserError if they are missing or damaged.
+    """
     expected = abstract_pixel_params(run)
     if not expected:
         return {}
     with Checkpoints(f"{workdir}/{PIXELS}") as checkpoints:
+        if checkpoints.latest() is None:
+            raise UserError(f"{workdir}/{PIXELS} is missing, which holds p(x | x_0): copy it from "
+                            "where the run was trained, as checkpoints and config.json")
         return checkpoints.restore(expected)[1]
 
 
