@@ -21,6 +21,7 @@ from ntm_jax.data import pipeline
 from ntm_jax.runtime import arithmetic, build, config, config_file, plots, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, state
+from ntm_jax.training.pixels import fit, save
 from tests import forked
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -149,7 +150,9 @@ def write_run(folder, settings: config.Config):
     source, model, mesh = setup(settings)
     spec = pipeline.spec(source, settings.data.patch_size)
     config_file.write(str(folder), settings, spec)
-    current = state.initialize(as_run(settings, model, mesh))
+    run = as_run(settings, model, mesh)
+    current = state.initialize(run)
+    save(fit(run), folder)
     with Checkpoints(folder, settings=config_file.fixed(settings, spec)) as checkpoints:
         for step in (2, 4):
             checkpoints.save(step, current.replace(ema=randomised(current.params, step)), {})

@@ -91,6 +91,20 @@ def test_latents_are_those_of_the_images_trajectories_and_give_the_images_back()
         run.decode(latents[:, 0], label=range(5))
 
 
+@pytest.mark.parametrize(("kind", "changes", "words"), [
+    ("histogram", {"data.source": "folder:/nowhere"}, "data.source folder:/nowhere is not there"),
+    ("uniform", {}, "is uniform of digits: expected binned, bayes, histogram or network, of a"),
+    ("binned", {"model.pixel_likelihood": "uniform", "trajectory.steps": (1,), "sample.steps": 1},
+     "of a model of pixels that is no plain flow"),
+    ("bayes", {}, "of a model of pixels")])  # on latents
+def test_a_pixel_likelihood_that_cannot_be_had_is_refused(kind, changes, words):
+    run = api._run(dataclasses.replace(new_run(tiny_config()), config=tiny_config(**changes)))
+    if kind == "bayes":
+        run = dataclasses.replace(run, spec=dataclasses.replace(run.spec, pixel_levels=0))
+    with pytest.raises(ntm_jax.UserError, match=words):
+        run.with_pixel_likelihood(kind)
+
+
 def test_the_package_lists_its_names_and_its_version():
     assert {"experiment", "load", "train", "Run", "UserError"} <= set(dir(ntm_jax))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

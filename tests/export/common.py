@@ -20,7 +20,8 @@ from ntm_jax.errors import UserError
 from ntm_jax.training import loop, state
 from tests.common import bits, tiny_config
 
-SETTINGS = tiny_config(**{"evaluate.trajectories": 3})
+SETTINGS = tiny_config(**{
+    "evaluate.trajectories": 3, "model.pixel_likelihood": "histogram"})
 TEXTS = tiny_config(**{
     "data.source": "mock:4x4x2,text=3x8", "model.condition": "text", "data.patch_size": 1,
     "evaluate.split": "test", "sample.decoder": "inverse"})

@@ -12,6 +12,7 @@ from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
 from ntm_jax.runtime import config, config_file
 from ntm_jax.training import state
+from ntm_jax.training.pixels import fit
 from tests.common import ROOT, bits, randomised
 from tests.export.common import SETTINGS
 
@@ -31,12 +32,13 @@ def test_the_average_of_the_latest_step_is_loaded(workdir):
     run = ntm_jax.load(str(workdir))
     assert (run.step, run.config, run.spec.image_shape) == (4, SETTINGS, (8, 8, 1))
     new = state.initialize(run).params
-    assert bits(run.params) == bits(randomised(new, 4))
-    assert bits(ntm_jax.load(str(workdir), step=2).params) == bits(randomised(new, 2))
+    counted = {"pixels": fit(run).params["pixels"]}
+    assert bits(run.params) == bits(randomised(new, 4) | counted)
+    assert bits(ntm_jax.load(str(workdir), step=2).params) == bits(randomised(new, 2) | counted)
     named = ntm_jax.load(f"{workdir}/checkpoints/2")
     assert (named.step, named.workdir) == (2, str(workdir))
-    assert bits(named.params) == bits(randomised(new, 2))
-    assert bits(ntm_jax.load(str(workdir), raw=True).params) == bits(new)
+    assert bits(named.params) == bits(randomised(new, 2) | counted)
+    assert bits(ntm_jax.load(str(workdir), raw=True).params) == bits(new | counted)
 
 
 def test_log_prob_and_its_terms_by_level_are_the_scores_of_records(loaded, source):
@@ -95,5 +97,6 @@ def test_missing_runs_and_steps_are_refused(workdir, source, tmp_path):
 def test_a_run_of_more_devices_is_loaded_on_the_present_ones(workdir, source, tmp_path):
     more = dataclasses.replace(SETTINGS, mesh=config.Mesh(1, -1, 4, 2, 1))
     config_file.write(str(tmp_path), more, pipeline.spec(source, 2))
-    (tmp_path / "checkpoints").symlink_to(workdir / "checkpoints")
+    for name in ("checkpoints", "pixels"):
+        (tmp_path / name).symlink_to(workdir / name)
     assert ntm_jax.load(str(tmp_path)).step == 4

@@ -1,13 +1,18 @@
 """Exports read back as runs, and the damaged or foreign ones that are refused."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import ntm_jax
 from ntm_jax import files
 from ntm_jax.errors import UserError
+from ntm_jax.export import write
+from ntm_jax.runtime.run import abstract_pixel_params
 from tests.common import bits
 from tests.export.common import (
     SETTINGS,
@@ -34,11 +39,15 @@ def test_the_export_of_a_run_is_that_run(run, exported):
 
 
 def test_an_export_of_e7b899a_is_read(run, exported, tmp_path):
-    """It has digests of its files and a seal, which is verified."""
-    old = copy_of(exported, tmp_path)
+    """It has digests of its files and a seal, which is verified. Its p(x | x_0) is `binned`."""
+    old, weights = copy_of(exported, tmp_path), load_file(exported / "model.safetensors")
     content = json.loads((old / "config.json").read_text()) | {"files": {"sampler.bin": "0" * 64}}
+    del content["config"]["model"]["pixel_likelihood"], weights["pixels/log_prior"]
+    save_file(weights, old / "model.safetensors")
     files.write_json(old / "config.json", content | {files.SEAL: files.digest(content)})
-    assert bits(ntm_jax.load(str(old)).params) == bits(run.params)
+    found = ntm_jax.load(str(old))
+    assert bits(found.params["params"]) == bits(run.params["params"])
+    assert (set(found.params), found.pixels.kind) == ({"params"}, "binned")
     text = (old / "config.json").read_text()
     (old / "config.json").write_text(text.replace('"levels": 17', '"levels": 16'))
     refused_by_load(old, "its content does not match its checksum")
@@ -55,10 +64,24 @@ def test_another_config_is_refused(exported, tmp_path, change, message):
     refused_by_training(SETTINGS, copy, tmp_path, message)
 
 
+def test_a_network_of_the_pixels_is_exported(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "programs", lambda run: {})  # they take long to compile
+    model = dataclasses.replace(run.config.model, pixel_likelihood="network")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
+    own = jax.tree.map(lambda a: np.random.default_rng(0).normal(size=a.shape).astype(a.dtype),
+                       abstract_pixel_params(run))
+    run = dataclasses.replace(run, params=run.params | own)
+    run.export(str(tmp_path / "out"))
+    found = ntm_jax.load(str(tmp_path / "out"))
+    assert bits(found.params) == bits(run.params)
+    assert found.pixels == run.pixels
+
+
 def test_damaged_parameters_are_refused(exported, tmp_path):
     copy = copy_of(exported, tmp_path)
     content = (copy / "model.safetensors").read_bytes()
-    flipped = content[:-6] + bytes([content[-6] ^ 4]) + content[-5:]
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
     for changed, message in ((content[:-8], "model.safetensors is damaged ("),
                              (flipped, "model.safetensors is damaged: params/")):
         (copy / "model.safetensors").write_bytes(changed)

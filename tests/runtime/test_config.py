@@ -61,6 +61,8 @@ def test_a_project_declares_a_section_of_its_own(monkeypatch):
     ("seed", 2**32, "config.seed is 4294967296: expected at least 0 and at most 4294967295"),
     ("model.head", "gaussian",
      "config.model.head is 'gaussian': expected one of direct, preconditioned, flow_matching"),
+    ("model.pixel_likelihood", "uniform",
+     "uniform is a plain flow's, whose config.trajectory.steps is (1,), found (4,)"),
     ("sample.steps", 64,
      "config.sample.steps is 64: level 1 of so many steps, 0.0245, is not above "
      "level 0, 0.08; take fewer steps, or train with a higher config.trajectory.shift"),
