@@ -64,7 +64,8 @@ def draw_change(run: Run, before: dict, held_out: Source) -> str:
     Returns its path.
     """
     path = str(epath.Path(run.workdir) / "before_after.png")
-    runs = {"before": dataclasses.replace(run, params=before), "after": run}
+    earlier = (run.params or {}) | before  # with p(x | x_0)
+    runs = {"before": dataclasses.replace(run, params=earlier), "after": run}
     if held_out.columns:
         _draw_columns(runs, held_out, path)
     elif held_out.planar_extent:
