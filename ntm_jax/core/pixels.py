@@ -41,7 +41,7 @@ def log_discretized_normal(x, mean, scale, pixel_levels: int):
 
 def pixel_values(pixel_levels: int) -> np.ndarray:
     """The values of pixels, [V] float32, evenly spaced from -1 to 1."""
-    return np.float32(2 * np.arange(pixel_levels) / (pixel_levels - 1) - 1)
+    return (2 * np.arange(pixel_levels) / (pixel_levels - 1) - 1).astype(np.float32)
 
 
 def bayes_logits(x_0, t_0, log_prior, pixel_levels: int):
