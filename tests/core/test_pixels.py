@@ -85,6 +85,8 @@ def test_bayes_rule_sums_to_one_and_equals_float64(pixel_levels):
     index = np.rint((clean + 1) * (pixel_levels - 1) / 2).astype(int)
     by_hand = np.take_along_axis(expected, index[..., None], -1).sum((1, 2, 3))
     np.testing.assert_allclose(picked, by_hand, rtol=1e-5)
+    mode = jax.jit(lambda *a: kind.mode(params, *a, None))(x_0, t_0)
+    np.testing.assert_array_equal(mode, values(pixel_levels)[expected.argmax(-1)])
 
 
 TWO = {"grid": (1, 2), "dim": 1, "condition": ClassCondition(2), "steps": (1,),
