@@ -65,10 +65,10 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values).lock()
 
 
-def plain_flow(c: ml_collections.ConfigDict, blocks: int, mlp_ratio: int):
-    """Makes the transporter alone a flow of uniformly dequantised pixels, as TarFlow is.
+def plain_flow(c: Any, blocks: int, mlp_ratio: int):
+    """Makes the transporter alone, of a configuration, a flow of uniformly dequantised pixels.
 
-    Its one latent is N(0, I), and the only noise level, which it is told, stands for none.
+    Such is TarFlow (arXiv 2412.06329). Its one latent is N(0, I), and the only noise level, which it is told, stands for none.
     """
     c.trajectory.update(steps=(1,), t_min=1e-6, t_min_range=(1e-6, 1e-6))
     c.model.update(head="standard", pixel_likelihood="uniform", transporter_blocks=blocks,
@@ -108,7 +108,8 @@ def _shrunk(c: ml_collections.ConfigDict, source: str) -> ml_collections.ConfigD
             transporter_blocks=min(c.model.transporter_blocks, 1), transporter_layers=1,
             double_layers=min(c.model.double_layers, 1), dtype="float32", remat="none", scan=False),
         train=dict(
-            steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0, align_weight=0.0),
+            steps=4, save_every=2, evaluate_every=0, log_every=1, keep=0, align_weight=0.0,
+            pixel_likelihood_steps=4),
         optimizer=dict(warmup_steps=1),
         mesh=dict(fsdp=1, tensor=1),
         evaluate=dict(
