@@ -65,14 +65,14 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values).lock()
 
 
-def plain_flow(c: Any, blocks: int, mlp_ratio: int):
+def plain_flow(c: Any, mlp_ratio: int):
     """Makes the transporter alone, of a configuration, a flow of uniformly dequantised pixels.
 
     Such is TarFlow (arXiv 2412.06329). Its one latent is N(0, I), and the only noise level, which
     it is told, stands for none.
     """
     c.trajectory.update(steps=(1,), t_min=1e-6, t_min_range=(1e-6, 1e-6))
-    c.model.update(head="standard", pixel_likelihood="uniform", transporter_blocks=blocks,
+    c.model.update(head="standard", pixel_likelihood="uniform", transporter_blocks=4,
                    mlp_ratio=mlp_ratio)
     c.train.condition_dropout = 0.0
     c.sample.update(steps=1, decoder="inverse")

@@ -29,5 +29,5 @@ def get_config(variant: str):
         c.model.update(
             transporter_blocks=0, width=72, head_size=24, kv_heads=3, predictor_layers=6)
     if variant == "tarflow":
-        default.plain_flow(c, blocks=4, mlp_ratio=5)
+        default.plain_flow(c, mlp_ratio=5)
     return c

@@ -31,5 +31,5 @@ def get_config(variant: str):
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)
     if variant == "tarflow":
-        default.plain_flow(c, blocks=4, mlp_ratio=6)
+        default.plain_flow(c, mlp_ratio=6)
     return c

@@ -58,7 +58,8 @@ def main():
     parts = ["evaluation"] + ([] if step is None else [str(step)]) + ["raw"] * f.raw
     if sample.steps != own.sample.steps:
         parts.append(f"{sample.steps}steps")
-    parts += [f.pixel_likelihood] if f.pixel_likelihood else []
+    if f.pixel_likelihood:
+        parts.append(f.pixel_likelihood)
     if run.selection:
         parts.append(f"{f.candidates}candidates")
     if f.split not in (None, run.config.evaluate.split):

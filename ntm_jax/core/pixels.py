@@ -101,8 +101,8 @@ class PixelLikelihood:
       density: for continuous x, the density of binned's Gaussian.
     pixel_levels: V. network: a PixelNetwork of the kind `network`.
 
-    Parameters are those of a model, with the collection `pixels`: log_prior [N, D, V] of histogram
-    and network, and the network's own parameters under `network`.
+    Its parameters are the collection `pixels` of a model's variables: log_prior [N, D, V] for
+    histogram and network, and for network also the variables of that module, called network.
     """
 
     kind: str
@@ -126,11 +126,13 @@ class PixelLikelihood:
         return bayes_logits(x_0, t_0, log_prior, self.pixel_levels)
 
     def mode(self, params, x_0, t_0, y):
-        """The most probable clean x, [B, N, D]; where p has no logits, x_0 without its noise level.
+        """The most probable clean x, [B, N, D], not yet rounded to a value for binned and uniform.
 
         x_0: [B, N, D] at levels t_0 [B]; y: condition.
         """
-        if self.kind in ("binned", "uniform", "density"):
+        if self.kind == "uniform":
+            return x_0
+        if self.kind in ("binned", "density"):
             return x_0 / (1 - trajectory.per_example(t_0, x_0))
         best = jnp.argmax(self.logits(params, x_0, t_0, y), -1)
         return jnp.asarray(pixel_values(self.pixel_levels))[best]

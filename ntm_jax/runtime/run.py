@@ -202,11 +202,9 @@ def new_pixel_params(run: Run) -> dict:
 def abstract_pixel_params(run: Run) -> dict:
     """The shapes of `pixel_params` with their shardings, replicated."""
     pixels = run.pixels
-    shapes = {} if pixels is None else jax.eval_shape(
-        lambda: build.initial_pixel_params(pixels, run.spec, jax.random.key(0)))
-    replicated = sharding.replicated(run.mesh)
-    shapes = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), shapes)
+    shapes = {} if pixels is None else build.abstract(
+        lambda: build.initial_pixel_params(pixels, run.spec, jax.random.key(0)),
+        run.model, run.mesh)
     return {"pixels": shapes} if shapes else {}
 
 

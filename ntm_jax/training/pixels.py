@@ -149,13 +149,14 @@ def _fit_network(run: Run, pixels: PixelLikelihood, params: dict, source: Source
 
         return jnp.mean(jax.lax.map(drawn, jnp.arange(DRAWS)))
 
+    held_batches = list(pipeline.evaluation_batches(
+        source, run.spec.patch_size, scoring.padded_batch_size(config, len(held), run.mesh),
+        *sharding.share(run.mesh), held.tolist()))
+
     def held_out(network) -> float:
-        batches = pipeline.evaluation_batches(
-            source, run.spec.patch_size, scoring.padded_batch_size(config, len(held), run.mesh),
-            *sharding.share(run.mesh), held.tolist())
         with sharding.use(run.mesh):
             return sum(float(measured(network, log_prior, sharding.to_global(batch, run.mesh)))
-                       for batch in batches) / len(held)
+                       for batch in held_batches) / len(held)
 
     network, log_prior = params["network"], params["log_prior"]
     state, best = (network, optimizer.init(network), network), (held_out(network), 0, network)

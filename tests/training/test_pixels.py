@@ -10,6 +10,7 @@ import pytest
 
 from ntm_jax.core import trajectory
 from ntm_jax.data import sources
+from ntm_jax.errors import UserError
 from ntm_jax.runtime import build
 from ntm_jax.runtime.run import new_pixel_params, pixel_params
 from ntm_jax.training import optimizers, pixels
@@ -90,6 +91,9 @@ def test_a_run_keeps_its_own_and_a_new_run_in_the_folder_replaces_it(tmp_path, m
         assert bits(pixels.prepare(run, new, False).params) == bits(made[-1])
         assert len(made) == number
         assert bits(pixel_params(run, str(tmp_path))) == bits(made[-1])
+    (tmp_path / "pixels").rename(tmp_path / "lost")
+    with pytest.raises(UserError, match="pixels is missing, which holds p"):
+        pixel_params(run, str(tmp_path))
 
 
 @pytest.mark.slow
