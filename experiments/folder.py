@@ -18,6 +18,6 @@ def get_config():
     c.optimizer.update(learning_rate=1.5e-3, ema_decay=0.998)
     default.leave_open(
         c, "data.image_size", "data.patch_size", "data.batch_size", "model.data_std",
-        "model.condition", "train.condition_dropout", "evaluate.num_samples", "evaluate.batch_size",
-        "sample.num", "sample.guidance")
+        "model.pixel_likelihood", "model.condition", "train.condition_dropout",
+        "evaluate.num_samples", "evaluate.batch_size", "sample.num", "sample.guidance")
     return c

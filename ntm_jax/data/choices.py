@@ -117,6 +117,12 @@ def _data_std(data: _Data) -> float:
     return max(0.05, round(std * 2 / (levels - 1) if levels else std, 2))
 
 
+def _pixel_likelihood(data: _Data) -> str:
+    """A histogram of each pixel's values, which would be large for more than 64 x 64 pixels."""
+    side = data.settings["data.image_size"] or data.sizes.max()
+    return "histogram" if data.train.pixel_levels and side <= 64 else "binned"
+
+
 # In order: a choice may look at those before it.
 CHOICES: dict[str, Callable[[_Data], Any]] = {
     "data.image_size": _image_size,
@@ -124,6 +130,7 @@ CHOICES: dict[str, Callable[[_Data], Any]] = {
     "data.text_encoder": _text_encoder,
     "data.batch_size": lambda data: min(128 if data.accelerator else 32, len(data.train.records)),
     "model.data_std": _data_std,
+    "model.pixel_likelihood": _pixel_likelihood,
     "model.condition": lambda data: "class" if data.train.num_classes > 1 else "none",
     "train.condition_dropout":
         lambda data: 0.0 if data.settings["model.condition"] == "none" else 0.1,

@@ -40,13 +40,16 @@ def test_settings_suit_a_folder_of_images_with_classes(tmp_path):
     found = chosen(folder, source)
     assert found == {
         "data.image_size": 32, "data.patch_size": 8, "data.batch_size": 32,
-        "model.data_std": found["model.data_std"], "model.condition": "class",
+        "model.data_std": found["model.data_std"], "model.pixel_likelihood": "histogram",
+        "model.condition": "class",
         "train.condition_dropout": 0.1, "evaluate.num_samples": 200, "evaluate.batch_size": 6,
         "sample.num": 20, "sample.guidance": 1.0}
     assert 0.1 < found["model.data_std"] < 0.7  # uniform pixels have 0.58, and resizing blurs
     found = chosen(folder, source, **{"data.image_size": 8, "model.condition": "none"})
     assert found.keys().isdisjoint({"data.image_size", "model.condition"})  # what is given stays
     assert (found["data.patch_size"], found["train.condition_dropout"]) == (2, 0.0)
+    found = chosen(folder, source, **{"data.image_size": 128})  # too large for a histogram
+    assert found["model.pixel_likelihood"] == "binned"
 
 
 def test_an_accelerator_takes_larger_images_and_batches_and_small_images_stay(tmp_path):
