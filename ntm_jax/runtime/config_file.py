@@ -107,7 +107,9 @@ def complete(values, workdir: str = "") -> Config:
     if not left_open:
         return read(values)
     recorded = (_recorded(workdir) if workdir else None) or {}
-    before = {key: recorded[key] for key in left_open if recorded.get(key) is not None}
+    # what an earlier version did not record is at its default
+    known = {key: field.default for key, _, field in settings(config_class())} | recorded
+    before = {key: known[key] for key in left_open if recorded and known[key] is not None}
     new, remark = choices.choose(flat | before, accelerator=jax.default_backend() != "cpu")
     chosen = before | new
     whence = "chosen for the data" if len(before) < len(left_open) else "as the run there has them"

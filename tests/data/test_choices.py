@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import ntm_jax
+from ntm_jax import files
 from ntm_jax.data import choices, pipeline
 from ntm_jax.errors import UserError
 from ntm_jax.experiments import captions, folder
@@ -114,10 +115,14 @@ def test_a_resumed_run_keeps_its_own_choices(tmp_path, capsys):
     settings = tiny_config(**{"evaluate.batch_size": 7})
     spec = pipeline.spec(settings.data.open("train"), settings.data.patch_size)
     config_file.write(str(tmp_path), settings, spec)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["model"]["pixel_likelihood"], content[files.SEAL]  # as earlier versions wrote it
+    files.write_json(tmp_path / "config.json", content | {files.SEAL: files.digest(content)})
     with Checkpoints(tmp_path, settings=config_file.fixed(settings, spec)) as checkpoints:
         checkpoints.save(2, {"ema": jnp.zeros(2)}, {})
     c = folder.get_config()
     c.data.source = "digits"
     completed = config_file.complete(c, str(tmp_path))
     assert (completed.data.batch_size, completed.evaluate.batch_size) == (16, 7)
+    assert completed.model.pixel_likelihood == "binned"
     assert capsys.readouterr().out.startswith("as the run there has them: ")
