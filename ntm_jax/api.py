@@ -141,13 +141,14 @@ class Run(base.Run):
         """This run with another p(x | x_0) for its likelihoods, a kind of config.model's.
 
         histogram and network are fitted to the training data, which must then be there. Raises
-        UserError for continuous data and to and from `uniform`, which a model is trained with.
+        UserError for continuous data, and to and from `learned` and `uniform`, with which a model
+        is trained.
         """
         own = self.config.model.pixel_likelihood
-        if not self.spec.pixel_levels or kind not in KINDS or "uniform" in (kind, own):
+        if not self.spec.pixel_levels or kind not in KINDS or {"learned", "uniform"} & {kind, own}:
             raise UserError(f"pixel_likelihood is {kind} of {self.config.data.source}: expected "
                             "binned, bayes, histogram or network, of a model of pixels that "
-                            "is no plain flow")
+                            f"was trained with one of them, found {own}")
         model = dataclasses.replace(self.config.model, pixel_likelihood=kind)
         run = dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
         return _run(pixels.fit(run, progress))

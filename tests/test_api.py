@@ -95,7 +95,7 @@ def test_latents_are_those_of_the_images_trajectories_and_give_the_images_back()
     ("histogram", {"data.source": "folder:/nowhere"}, "data.source folder:/nowhere is not there"),
     ("uniform", {}, "is uniform of digits: expected binned, bayes, histogram or network, of a"),
     ("binned", {"model.pixel_likelihood": "uniform", "trajectory.steps": (1,), "sample.steps": 1},
-     "of a model of pixels that is no plain flow"),
+     "found uniform"),
     ("bayes", {}, "of a model of pixels")])  # on latents
 def test_a_pixel_likelihood_that_cannot_be_had_is_refused(kind, changes, words):
     run = api._run(dataclasses.replace(new_run(tiny_config()), config=tiny_config(**changes)))

@@ -34,6 +34,7 @@ class ModelConfig:
     # Initial deviation of the transporter's table of positions: near 1, a token's position counts
     # as much as its content.
     transporter_positions_std: float = 0.02
+    learned_values: int = 0  # the number of pixel values whose noise at t_0 is learned
     precision: str | None = None  # of float32 products; see transformer.precision
     arithmetic: Arithmetic = PLAIN
 

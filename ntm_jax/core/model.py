@@ -25,8 +25,8 @@ class Terms:
     """The terms of a factor's negative log-likelihood in nats (eq. 3.4), float32.
 
     [B] for one factor, or [B, T] for a trajectory. nll = quadratic + log_scale - log_det +
-    constant, and log p(x_k | x_{k+1}) = -nll. misalignment and level are carried along and are not
-    part of the NLL.
+    constant, and log p(x_k | x_{k+1}) = -nll. misalignment, reconstruction and level are carried
+    along and are not part of the NLL.
     """
 
     quadratic: jax.Array  # |z|^2 / 2
@@ -35,6 +35,7 @@ class Terms:
     constant: float  # N D / 2 log 2 pi
     # |mu_k - reference|^2 per dimension, with a reference (docs/concepts.md, section 7)
     misalignment: Any = 0.0
+    reconstruction: Any = 0.0  # of pixels whose noise at t_0 is learned, log_prob of core.pixels
     level: Any = 0.0  # t_k, the target's level
 
     @property

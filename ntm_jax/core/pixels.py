@@ -8,19 +8,20 @@ Symbols: B batch, N tokens, D token channels, V pixel values, evenly spaced on [
 
 import dataclasses
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import logsumexp
-from jax.scipy.special import log_ndtr
+from jax.scipy.special import log_ndtr, ndtr
 
 from ntm_jax.core import trajectory
 from ntm_jax.core.predictor import Trunk
 from ntm_jax.core.transformer import at_config_precision, dense
 
-KINDS = ("binned", "bayes", "histogram", "network", "uniform")  # see PixelLikelihood
+KINDS = ("binned", "bayes", "histogram", "network", "learned", "uniform")  # see PixelLikelihood
 RANK = 16  # of the network's logits over the values
 
 
@@ -44,24 +45,54 @@ def pixel_values(pixel_levels: int) -> np.ndarray:
     return (2 * np.arange(pixel_levels) / (pixel_levels - 1) - 1).astype(np.float32)
 
 
-def bayes_logits(x_0, t_0, log_prior, pixel_levels: int):
-    """log of pi(v) N(x_0; (1-t_0) v, t_0^2) of every value v, up to a constant, [B, N, D, V].
+class Noise(NamedTuple):
+    """The noise of each pixel value at t_0: q(x_0 | v) = N((1-t_0) m_v, (s_v t_0)^2)."""
 
-    x_0: [B, N, D]; t_0: [B]; log_prior: log pi, [B or 1, N, D, V], or 0. With
-    r(v) = x_0 - (1-t_0) v the exponent is r(c)^2 - r(v)^2 over 2 t_0^2, c the value nearest to x_0.
-    Float32 would lose the difference of two large squares; it keeps their product.
+    mean: Any  # m, [V]
+    rest: Any  # what float32 cannot hold of m, [V]
+    scale: Any  # s, [V]
+
+
+def over_values(table):
+    """[V] -> [1, 1, 1, V]."""
+    return jnp.asarray(table)[None, None, None]
+
+
+def fixed_noise(pixel_levels: int) -> Noise:
+    """The noise of the forward process (eq. 2.1): m_v = v and s_v = 1."""
+    value = pixel_values(pixel_levels)
+    exact = 2 * np.arange(pixel_levels) / (pixel_levels - 1) - 1
+    return Noise(value, np.float32(exact - value), np.ones_like(value))
+
+
+def new_noise_params(pixel_levels: int) -> dict:
+    """Parameters of learned_noise that is as fixed_noise."""
+    return {"shift": jnp.zeros(pixel_levels), "log_scale": jnp.zeros(pixel_levels)}
+
+
+def learned_noise(params) -> Noise:
+    """m_v = v + shift_v and log s_v = 3 tanh(log_scale_v / 3)."""
+    mean = params["shift"] + jnp.asarray(pixel_values(len(params["shift"])))
+    return Noise(mean, jnp.zeros_like(mean), jnp.exp(3 * jnp.tanh(params["log_scale"] / 3)))
+
+
+def bayes_logits(x_0, t_0, log_prior, noise: Noise):
+    """log of pi(v) N(x_0; (1-t_0) m_v, (s_v t_0)^2) of the values v, up to a constant.
+
+    x_0: [B, N, D]; t_0: [B]; log_prior: log pi, [B or 1, N, D, V], or 0. Returns [B, N, D, V]. With
+    r_v = x_0 - (1-t_0) m_v, and c the value whose mean is nearest to x_0, the exponent is
+    (r_c/s_c)^2 - (r_v/s_v)^2 over 2 t_0^2. Float32 would lose the difference of two large squares;
+    it keeps the product (r_c - r_v) (r_c + r_v).
     """
-    t, count = trajectory.per_example(t_0, x_0), pixel_levels - 1
-    index = np.arange(pixel_levels)[None, None, None]
-    value = pixel_values(pixel_levels)[None, None, None]
-    rest = np.float32(2 * index / count - 1 - value)  # what float32 cannot hold of the values
-    place = jnp.rint((x_0 / (1 - t) + 1) * (count / 2))
-    nearest = place.clip(0, count).astype(int)[..., None]
-    c, rest_c = (jnp.asarray(table.ravel())[nearest] for table in (value, rest))
-    x_0, t = x_0[..., None], t[..., None]
-    step = (index - nearest) * np.float32(2 / count)  # v - c
-    total = ((x_0 - value) + (x_0 - c)) - (rest + rest_c) + t * (value + c)  # r(v) + r(c)
-    return log_prior + (1 - t) * step * total / (2 * t * t)
+    t = trajectory.per_example(t_0, x_0)[..., None]
+    x_0, (mean, rest, scale) = x_0[..., None], jax.tree.map(over_values, noise)
+    nearest = jnp.argmin(jnp.abs(x_0 - (1 - t) * mean), -1, keepdims=True)
+    c, rest_c, scale_c = (jnp.asarray(table)[nearest] for table in noise)
+    step = (mean - c) + (rest - rest_c)
+    total = ((x_0 - mean) + (x_0 - c)) - (rest + rest_c) + t * (mean + c)  # r_v + r_c
+    own = (x_0 - c) - rest_c + t * c  # r_c
+    squares = (1 - t) * step * total / scale**2 + own**2 * (scale_c**-2 - scale**-2)
+    return log_prior - jnp.log(scale) + squares / (2 * t * t)
 
 
 class PixelNetwork(Trunk):
@@ -96,13 +127,15 @@ class PixelLikelihood:
       bayes: Bayes' rule, pi(v) N(x_0; (1-t_0) v, t_0^2) over its sum, where pi is flat.
       histogram: the same, where pi is a histogram of the training data by pixel and channel.
       network: the same times a network's exp(logits), normalised.
+      learned: as histogram, where the noise q(x_0 | x) is trained with the model.
       uniform: 1 in the bin of x. x_0 is x with noise that is uniform in its bin, as a plain flow of
         dequantised pixels has it.
-      density: for continuous x, the density of binned's Gaussian.
+      density: the density of binned's Gaussian, of continuous data, which have no pixel values.
     pixel_levels: V. network: a PixelNetwork of the kind `network`.
 
     Its parameters are the collection `pixels` of a model's variables: log_prior [N, D, V] for
-    histogram and network, and for network also the variables of that module, called network.
+    histogram, network and learned, and for network also the variables of that module, called
+    network. The model's own parameters hold learned noise; see noise.
     """
 
     kind: str
@@ -110,9 +143,50 @@ class PixelLikelihood:
     network: PixelNetwork | None = None
 
     @property
-    def bin_width(self) -> float:
-        """The width of the bins in which x_0 is uniform; 0 where it is Gaussian."""
-        return 2 / (self.pixel_levels - 1) if self.kind == "uniform" else 0.0
+    def forward(self) -> bool:
+        """Whether q(x_0 | x) is the forward process's, and not of log_prob's own."""
+        return self.kind not in ("learned", "uniform")
+
+    def noise(self, params) -> Noise:
+        """q(x_0 | v) of every value v."""
+        if self.kind == "learned":
+            return learned_noise(params["params"]["pixels"])
+        return fixed_noise(self.pixel_levels)
+
+    def _index(self, x):
+        return jnp.rint((x + 1) * ((self.pixel_levels - 1) / 2)).astype(int)
+
+    def embed(self, params, x):
+        """The means m of clean tokens x [B, N, D], of which x_0 and all levels are noisy."""
+        return self.noise(params).mean[self._index(x)] if self.kind == "learned" else x
+
+    def simulate(self, params, x, t, noise):
+        """Trajectories [B, K, N, D] of clean tokens x [B, N, D] at levels t [B, K].
+
+        noise: standard normal, [B, K, N, D].
+        """
+        first = noise[:, 0]
+        if self.kind == "uniform":
+            x_0 = x + 2 / (self.pixel_levels - 1) * (ndtr(first) - 0.5)
+            return trajectory.noise_forward(x_0, t, noise[:, 1:])
+        if self.kind == "learned":
+            first = first * self.noise(params).scale[self._index(x)]
+        x_0 = trajectory.noise_first_level(self.embed(params, x), t[:, 0], first)
+        return trajectory.noise_forward(x_0, t, noise[:, 1:])
+
+    def variance(self, params, x_0, t_0, y):
+        """The mean of s^2 given x_0, [B, N, D], or 1: x_0's variance given x, over t_0^2."""
+        if self.kind != "learned":
+            return 1.0
+        weights = jax.nn.softmax(self.logits(params, x_0, t_0, y), -1)
+        return jnp.sum(weights * over_values(self.noise(params).scale) ** 2, -1)
+
+    def nearest(self, params, m):
+        """The values whose means are nearest to m [B, N, D]; m itself where the noise is fixed."""
+        if self.kind != "learned":
+            return m
+        best = jnp.argmin(jnp.abs(m[..., None] - over_values(self.noise(params).mean)), -1)
+        return jnp.asarray(pixel_values(self.pixel_levels))[best]
 
     def logits(self, params, x_0, t_0, y):
         """log p(v | x_0, y) of every value v, up to a constant, by Bayes' rule, [B, N, D, V] nats.
@@ -123,7 +197,7 @@ class PixelLikelihood:
         if self.network is not None:
             own = {"params": params["pixels"]["network"]}
             log_prior = log_prior + cast(Any, self.network.apply(own, x_0, t_0, y))
-        return bayes_logits(x_0, t_0, log_prior, self.pixel_levels)
+        return bayes_logits(x_0, t_0, log_prior, self.noise(params))
 
     def mode(self, params, x_0, t_0, y):
         """The most probable clean x, [B, N, D], not yet rounded to a value for binned and uniform.
@@ -138,22 +212,23 @@ class PixelLikelihood:
         return jnp.asarray(pixel_values(self.pixel_levels))[best]
 
     def log_prob(self, params, x, x_0, t_0, y):
-        """log p(x | x_0, y) in nats, [B]; of `uniform`, with -log q(x_0 | x).
+        """log p(x | x_0, y) in nats, [B]; where q is not the forward process's, -log q(x_0 | x).
 
         x and x_0: [B, N, D]; t_0: [B]; y: condition.
         """
         t = trajectory.per_example(t_0, x)
         clean, scale = x_0 / (1 - t), t / (1 - t)
         if self.kind == "uniform":
-            return jnp.full(len(x), x[0].size * math.log(self.bin_width))
+            return jnp.full(len(x), x[0].size * math.log(2 / (self.pixel_levels - 1)))
         if self.kind == "density":
             found = trajectory.log_normal(x, clean, scale)
         elif self.kind == "binned":
             found = log_discretized_normal(x, clean, scale, self.pixel_levels)
         else:
-            logits = self.logits(params, x_0, t_0, y)
-            index = jnp.rint((x + 1) * ((self.pixel_levels - 1) / 2))[..., None]
-            own = np.arange(self.pixel_levels)[None, None, None] == index
-            chosen = jnp.where(own, logits, 0).sum(-1)
-            found = chosen - logsumexp(logits, -1)
+            logits, index = self.logits(params, x_0, t_0, y), self._index(x)
+            own = np.arange(self.pixel_levels)[None, None, None] == index[..., None]
+            found = jnp.where(own, logits, 0).sum(-1) - logsumexp(logits, -1)
+        if self.kind == "learned":
+            noise = self.noise(params)
+            found -= trajectory.log_normal(x_0, (1 - t) * noise.mean[index], t * noise.scale[index])
         return jnp.sum(found, (1, 2))

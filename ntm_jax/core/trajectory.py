@@ -10,7 +10,6 @@ import zlib
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtr
 
 from ntm_jax.typed import setting
 
@@ -138,20 +137,12 @@ def noise_first_level(x, t_0, noise):
     return (1 - per_example(t_0, x)) * x + per_example(t_0, x) * noise
 
 
-def dequantise(x, bin_width: float, noise):
-    """x_0 uniform in the bins of pixels x [B, N, D], from standard normal noise [B, N, D]."""
-    return x + bin_width * (ndtr(noise) - 0.5)
-
-
-def simulate(x, t, noise, bin_width: float = 0.0):
+def simulate(x, t, noise):
     """Trajectories [B, K, N, D] of clean tokens x [B, N, D] at levels t [B, K].
 
-    noise: standard normal, [B, K, N, D]. bin_width: of x_0 that is uniform in the bins of pixels,
-    and not Gaussian.
+    noise: standard normal, [B, K, N, D]. Of pixels, see core.pixels for their noise at t_0.
     """
-    x_0 = (dequantise(x, bin_width, noise[:, 0]) if bin_width
-           else noise_first_level(x, t[:, 0], noise[:, 0]))
-    return noise_forward(x_0, t, noise[:, 1:])
+    return noise_forward(noise_first_level(x, t[:, 0], noise[:, 0]), t, noise[:, 1:])
 
 
 def log_reverse(xs, t, x_r, r=0.0):

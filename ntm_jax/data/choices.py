@@ -118,9 +118,9 @@ def _data_std(data: _Data) -> float:
 
 
 def _pixel_likelihood(data: _Data) -> str:
-    """A histogram of each pixel's values, which would be large for more than 64 x 64 pixels."""
+    """Learned noise; its histogram of each pixel's values would be large beyond 64 x 64 pixels."""
     side = data.settings["data.image_size"] or data.sizes.max()
-    return "histogram" if data.train.pixel_levels and side <= 64 else "binned"
+    return "learned" if data.train.pixel_levels and side <= 64 else "binned"
 
 
 # In order: a choice may look at those before it.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.model import full_precision
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.trajectory import Schedule
 from ntm_jax.core.transformer import precision
 from ntm_jax.data.sources import Source
@@ -18,13 +19,16 @@ from ntm_jax.evaluation.statistics import mean_and_stderr
 from ntm_jax.runtime.run import Run
 
 
-@functools.partial(jax.jit, static_argnames=("schedule", "model", "steps", "percentile"))
-def _denoising_errors(params, root, batch, *, schedule: Schedule, model, steps, percentile):
+@functools.partial(jax.jit, static_argnames=("schedule", "model", "pixels", "steps", "percentile"))
+def _denoising_errors(params, root, batch, *, schedule: Schedule, model, pixels: PixelLikelihood,
+                      steps, percentile):
     x, y = batch["x"], model.config.condition.stack(batch)
     keys = trajectory.example_keys(root, "evaluate", batch["index"])
     t = schedule.fixed_levels(steps, len(x))
-    xs = trajectory.simulate(x, t, trajectory.example_noise(keys, (t.shape[1], *x.shape[1:])))
-    found = denoising.denoise_levels(model, params, xs, t, y, percentile)
+    noise = trajectory.example_noise(keys, (t.shape[1], *x.shape[1:]))
+    xs, x = pixels.simulate(params, x, t, noise), pixels.embed(params, x)
+    variance = pixels.variance(params, xs[:, 0], t[:, 0], y)
+    found = denoising.denoise_levels(model, params, xs, t, y, percentile, variance)
     return {name: jnp.mean(jnp.square(clean - x[:, None]), (2, 3)) for name, clean in found.items()}
 
 
@@ -37,20 +41,21 @@ def denoising_errors(run: Run, source: Source) -> dict:
     config = run.config
     compute = functools.partial(
         _denoising_errors, run.params, schedule=run.schedule, model=full_precision(run.model),
-        steps=config.evaluation_steps, percentile=config.sample.percentile)
+        pixels=run.pixels, steps=config.evaluation_steps, percentile=config.sample.percentile)
     found = scoring.per_record(run, source, compute)
     figures = {name: [mean_and_stderr(v) for v in values.T] for name, values in found.items()}
     return {name: {key: [figure[key] for figure in by_level] for key in ("mean", "stderr")}
             for name, by_level in figures.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("schedule", "model", "steps", "denoiser"))
-def _denoiser_errors(params, denoiser_params, root, batch, *, schedule: Schedule, model, steps,
-                     denoiser):
+@functools.partial(jax.jit, static_argnames=("schedule", "model", "pixels", "steps", "denoiser"))
+def _denoiser_errors(params, denoiser_params, root, batch, *, schedule: Schedule, model,
+                     pixels: PixelLikelihood, steps, denoiser):
     x, y = batch["x"], model.config.condition.stack(batch)
     keys = trajectory.example_keys(root, "evaluate", batch["index"])
-    return denoising.denoiser_errors(full_precision(denoiser), denoiser_params, model, params, keys,
-                                     x, schedule.fixed_levels(steps, len(x)), y)
+    return denoising.denoiser_errors(
+        full_precision(denoiser), denoiser_params, model, params, pixels, keys, x,
+        schedule.fixed_levels(steps, len(x)), y)
 
 
 def denoiser_errors(run: Run, source: Source) -> dict:
@@ -58,7 +63,7 @@ def denoiser_errors(run: Run, source: Source) -> dict:
     assert run.denoiser is not None
     compute = functools.partial(
         _denoiser_errors, run.params, run.denoiser.params, schedule=run.schedule, model=run.model,
-        steps=run.config.sample.steps, denoiser=run.denoiser.module)
+        pixels=run.pixels, steps=run.config.sample.steps, denoiser=run.denoiser.module)
     found = scoring.per_record(run, source, compute)
     return {name: mean_and_stderr(values) for name, values in found.items()}
 

@@ -55,7 +55,7 @@ def bounds_of_batch(params, root, batch, *, schedule: Schedule, model,
         own = trajectory.draw_keys(keys, number)
         noise = trajectory.example_noise(own, (t.shape[1], *x.shape[1:]))
         if pixels:
-            return trajectory.simulate(x, t, noise, pixels.bin_width)
+            return pixels.simulate(params, x, t, noise)
         return trajectory.noise_forward(start, t, noise[:, 1:])
 
     def terms(xs):
@@ -64,7 +64,7 @@ def bounds_of_batch(params, root, batch, *, schedule: Schedule, model,
     if pixels is None:
         return importance.estimate_bounds(terms, draw, t, trajectories)
     return importance.estimate_bounds(
-        terms, draw, t, trajectories, None if pixels.bin_width else x,
+        terms, draw, t, trajectories, x if pixels.forward else None,
         lambda x_0: pixels.log_prob(params, x, x_0, t[:, 0], y))
 
 
@@ -78,7 +78,7 @@ def score_batch(run: Run, batch: dict, trajectories: int, seed: int | None = Non
     fewer than 1 trajectories.
     """
     check_count("trajectories", trajectories)
-    pixels = run.pixels or (PixelLikelihood("density") if decoded else None)
+    pixels = run.pixels if decoded else run.bounded
     seed = checked_seed(run, seed)
     batch = sharding.to_global(batch, run.mesh)
     kept = {name: batch.pop(name) for name in ("index", "mask") if name in batch}

@@ -81,7 +81,7 @@ def _sampler(run: Run):
     if decoders.find(options.decoder).needs_denoiser:
         assert run.denoiser is not None  # see check_decoder
         denoiser = build.reference_variant(run.denoiser.module)
-    static = generate.Sampler(model, run.schedule, options, None, denoiser, run.pixels)
+    static = generate.Sampler(model, run.schedule, options, None, run.pixels, denoiser)
 
     def images(tokens):
         values = transforms.unpatchify(tokens, spec.image_shape, spec.patch_size)
@@ -120,7 +120,7 @@ def _log_likelihood(run: Run):
             y = _one(run, condition)
             batch = {"x": x[None], "index": index[None]} | run.model.config.condition.arrays(y)
             return scoring.bounds_of_batch(
-                params, root, batch, schedule=run.schedule, model=model, pixels=run.pixels,
+                params, root, batch, schedule=run.schedule, model=model, pixels=run.bounded,
                 trajectories=run.config.evaluate.trajectories,
                 steps=run.config.evaluation_steps)["importance_weighted"][0]
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ntm_jax import backbones
 from ntm_jax.core.config import ModelConfig
 from ntm_jax.core.model import NTM
-from ntm_jax.core.pixels import PixelLikelihood, PixelNetwork
+from ntm_jax.core.pixels import PixelLikelihood, PixelNetwork, new_noise_params
 from ntm_jax.core.predictor import Predictor
 from ntm_jax.core.transformer import PLAIN, Arithmetic
 from ntm_jax.data import conditions
@@ -38,6 +38,7 @@ def make_model(config: Config, spec: DataSpec, arithmetic: Arithmetic = PLAIN) -
         **{name: value for name, value in settings.items() if name in fields},
         grid=(rows, columns), dim=spec.dim, steps=config.trajectory.steps,
         condition=kind.network(settings), dtype=dtype, transporter_dtype=dtype,
+        learned_values=spec.pixel_levels if settings["pixel_likelihood"] == "learned" else 0,
         arithmetic=arithmetic)
     _check_heads(model_config)
     if model_config.head != "flow_matching":
@@ -53,14 +54,14 @@ def _check_heads(c: ModelConfig) -> None:
                             f"head_size x kv_heads = {c.head_size} x {c.kv_heads}")
 
 
-def pixel_likelihood(config: Config, spec: DataSpec, model) -> PixelLikelihood | None:
-    """p(x | x_0) of a configuration's data; None for continuous data.
+def pixel_likelihood(config: Config, spec: DataSpec, model) -> PixelLikelihood:
+    """p(x | x_0) of a configuration's data.
 
     model: the run's, whose predictor's width the network has.
     """
-    kind = config.model.pixel_likelihood
-    if not spec.pixel_levels or kind != "network":
-        return PixelLikelihood(kind, spec.pixel_levels) if spec.pixel_levels else None
+    kind = config.model.pixel_likelihood if spec.pixel_levels else "density"
+    if kind != "network":
+        return PixelLikelihood(kind, spec.pixel_levels)
     sizes = dataclasses.replace(
         model.config, predictor_layers=1, dtype=jnp.float32, precision="highest", remat="none",
         condition=conditions.find(config.model.condition)(spec).network(vars(Model())))
@@ -70,7 +71,7 @@ def pixel_likelihood(config: Config, spec: DataSpec, model) -> PixelLikelihood |
 def initial_pixel_params(pixels: PixelLikelihood, spec: DataSpec, key) -> dict:
     """New parameters of p(x | x_0), the collection `pixels` of a model's, with a flat histogram."""
     found, shape = {}, (spec.tokens, spec.dim)
-    if pixels.kind in ("histogram", "network"):
+    if pixels.kind in ("histogram", "network", "learned"):
         found["log_prior"] = jnp.zeros((*shape, spec.pixel_levels))
     if pixels.network:
         y = _no_condition(pixels.network.config)
@@ -104,7 +105,10 @@ def initial_params(model: NTM | Predictor, key) -> dict:
         inputs = jnp.zeros((1, steps + 1, c.tokens, c.dim)), t
     else:  # a denoiser
         inputs = jnp.zeros((1, c.tokens, c.dim)), t[:, 0], jnp.zeros(1)
-    return cast(dict, model.init(key, *inputs, jnp.full(1, steps), _no_condition(c)))
+    found = cast(dict, model.init(key, *inputs, jnp.full(1, steps), _no_condition(c)))
+    if isinstance(model, NTM) and c.learned_values:
+        found["params"]["pixels"] = new_noise_params(c.learned_values)
+    return found
 
 
 def _no_condition(c: ModelConfig):

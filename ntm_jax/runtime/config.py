@@ -98,8 +98,9 @@ class Model:
         choices=("direct", "preconditioned", "flow_matching", "standard"))
     pixel_likelihood: str = setting(
         "binned", "p(x | x_0) of pixels: the Gaussian of x over bins, or Bayes' rule with a flat "
-        "prior, with a histogram of the training data, and times a small network; uniform "
-        "dequantises pixels in place of Gaussian noise.", choices=pixels.KINDS)
+        "prior, with a histogram of the training data, and times a small network; learned has the "
+        "histogram and trains the noise of t_min with the model; uniform dequantises pixels in "
+        "place of Gaussian noise.", choices=pixels.KINDS)
     log_scale_bound: float = setting(
         3.0, "Largest absolute log-scale of a transporter block.", above=0)
     data_std: float = setting(

@@ -66,9 +66,14 @@ class Run:
         return conditions.find(self.config.model.condition)(self.spec)
 
     @property
-    def pixels(self) -> PixelLikelihood | None:
-        """p(x | x_0) of the run's data; None for continuous data."""
+    def pixels(self) -> PixelLikelihood:
+        """p(x | x_0) of the run's data."""
         return build.pixel_likelihood(self.config, self.spec, self.model)
+
+    @property
+    def bounded(self) -> PixelLikelihood | None:
+        """p(x | x_0) in bounds; None for continuous data, whose noised density they bound."""
+        return self.pixels if self.spec.pixel_levels else None
 
     def default_condition(self, index, split: str | None = None) -> Any:
         """The condition of these image indices where nobody gives one.
@@ -192,7 +197,7 @@ def new_pixel_params(run: Run) -> dict:
     """New parameters like `pixel_params`, with a flat histogram."""
     pixels, key = run.pixels, jax.random.key(run.config.seed)
     shapes = abstract_pixel_params(run)
-    if pixels is None or not shapes:
+    if not shapes:
         return {}
     make = jax.jit(lambda key: {"pixels": build.initial_pixel_params(pixels, run.spec, key)},
                    out_shardings=jax.tree.map(lambda a: a.sharding, shapes))
@@ -201,9 +206,8 @@ def new_pixel_params(run: Run) -> dict:
 
 def abstract_pixel_params(run: Run) -> dict:
     """The shapes of `pixel_params` with their shardings, replicated."""
-    pixels = run.pixels
-    shapes = {} if pixels is None else build.abstract(
-        lambda: build.initial_pixel_params(pixels, run.spec, jax.random.key(0)),
+    shapes = build.abstract(
+        lambda: build.initial_pixel_params(run.pixels, run.spec, jax.random.key(0)),
         run.model, run.mesh)
     return {"pixels": shapes} if shapes else {}
 

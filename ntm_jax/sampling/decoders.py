@@ -19,7 +19,7 @@ from ntm_jax.core import denoising, flow_matching, sampling
 from ntm_jax.core.model import NTM, full_precision
 from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.predictor import Predictor
-from ntm_jax.core.trajectory import Schedule, example_noise, per_example
+from ntm_jax.core.trajectory import Schedule, example_noise
 from ntm_jax.core.transformer import precision
 from ntm_jax.registry import Registry
 from ntm_jax.runtime.config import Sample
@@ -36,8 +36,8 @@ class Sampler:
     schedule: Schedule
     options: Sample
     mesh: jax.sharding.Mesh | None  # of the inverse `auto`; see inverses.choose
+    pixels: PixelLikelihood
     denoiser: Predictor | None = None  # of a decoder that needs one
-    pixels: PixelLikelihood | None = None  # of pixels
 
     def inverse(self, rows: int) -> str:
         """The inverse of this many latents of all devices: parallel or sequential."""
@@ -58,8 +58,10 @@ class Sampler:
     def score_denoise(self, params, xs, t, y):
         """denoising.score_denoise of trajectories xs [B, K, N, D] at levels t, slice by slice."""
         def denoise(part):
+            xs, t, y = part
             return denoising.score_denoise(
-                self.model, params, *part, percentile=self.options.percentile)
+                self.model, params, xs, t, y, self.options.percentile,
+                self.pixels.variance(params, xs[:, 0], t[:, 0], y))
 
         count = self.slices(len(xs))
         if count == 1:
@@ -145,20 +147,19 @@ def _inverse(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
     us, xs, t, y = trajectory
     x_0 = xs[:, 0] if xs is not None else sampling.invert_level(
         sampler.model, params, us, t, y, 0, sampler.inverse(len(us)))
-    if sampler.pixels:
-        return sampler.pixels.mode(params, x_0, t[:, 0], y)
-    return x_0 / (1 - per_example(t[:, 0], x_0))
+    return sampler.pixels.mode(params, x_0, t[:, 0], y)
 
 
 def _score(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
     _, xs, t, y = trajectory
-    return sampler.score_denoise(params, xs, t, y)
+    return sampler.pixels.nearest(params, sampler.score_denoise(params, xs, t, y))
 
 
 def _denoiser(sampler: Sampler, params, trajectory: Trajectory, denoiser_params):
     us, _, t, y = trajectory
     denoiser, steps = full_precision(sampler.denoiser), sampler.options.steps
-    return denoising.denoise(denoiser, denoiser_params, us[:, 0], t[:, 0], steps, y)
+    found = denoising.denoise(denoiser, denoiser_params, us[:, 0], t[:, 0], steps, y)
+    return sampler.pixels.nearest(params, found)
 
 
 def _solve(sampler: Sampler, params, keys, y, denoiser_params, with_levels: bool,

@@ -154,7 +154,7 @@ def sampler_of(run: Run, options: Sample) -> tuple[Sampler, dict | None]:
     check_decoder(run, options.decoder)
     denoiser = run.denoiser if decoders.find(options.decoder).needs_denoiser else None
     sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh,
-                      denoiser and denoiser.module, run.pixels)
+                      run.pixels, denoiser and denoiser.module)
     return sampler, denoiser and denoiser.params
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from ntm_jax.core import sampling
 from ntm_jax.core.model import full_precision
-from ntm_jax.core.trajectory import Schedule, example_keys, example_noise, simulate
+from ntm_jax.core.pixels import PixelLikelihood
+from ntm_jax.core.trajectory import Schedule, example_keys, example_noise
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Sample
@@ -20,11 +21,13 @@ from ntm_jax.sampling.decoders import Sampler
 from ntm_jax.sampling.generate import sampler_of
 
 
-@functools.partial(jax.jit, static_argnames=("model", "schedule", "steps"))
-def _encoded(params, root, x, index, y, *, model, schedule: Schedule, steps: int):
+@functools.partial(jax.jit, static_argnames=("model", "pixels", "schedule", "steps"))
+def _encoded(params, root, x, index, y, *, model, pixels: PixelLikelihood, schedule: Schedule,
+             steps: int):
     t = schedule.fixed_levels(steps, len(x))
     noise = example_noise(example_keys(root, "encode", index), (steps + 1, *x.shape[1:]))
-    return sampling.transport_trajectory(model, params, simulate(x, t, noise), t, y)
+    xs = pixels.simulate(params, x, t, noise)
+    return sampling.transport_trajectory(model, params, xs, t, y)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "with_levels"))
@@ -45,7 +48,7 @@ def encode_tokens(run: Run, x, index, condition, seed: int | None = None) -> np.
     root = jax.random.key(checked_seed(run, seed))
     with sharding.use(run.mesh):
         us = _encoded(run.params, root, *placed, model=full_precision(run.model),
-                      schedule=run.schedule, steps=run.config.evaluation_steps)
+                      pixels=run.pixels, schedule=run.schedule, steps=run.config.evaluation_steps)
     return sharding.to_host(us)[: len(x)]
 
 

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ntm_jax.core.model import NTM, Terms, full_precision
-from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise, simulate
+from ntm_jax.core.pixels import PixelLikelihood
+from ntm_jax.core.trajectory import Schedule, draw_keys, example_keys, example_noise
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.run import Run, different_data
@@ -46,8 +47,9 @@ class Selection:
     stop_nats: float | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "schedule", "steps"))
-def _information(params, root, index, x, y, *, model: NTM, schedule: Schedule, steps: int):
+@functools.partial(jax.jit, static_argnames=("model", "pixels", "schedule", "steps"))
+def _information(params, root, index, x, y, *, model: NTM, pixels: PixelLikelihood,
+                 schedule: Schedule, steps: int):
     """The information [B] of y about clean tokens x [B, N, D], a mean over trajectories.
 
     The noise is keyed by index, so that all candidates of an image have the same.
@@ -62,7 +64,7 @@ def _information(params, root, index, x, y, *, model: NTM, schedule: Schedule, s
 
     def add(total, number):
         noise = example_noise(draw_keys(keys, number), (t.shape[1], *x.shape[1:]))
-        xs = simulate(x, t, noise)[:, first:]
+        xs = pixels.simulate(params, x, t, noise)[:, first:]
         return total + nll(xs, model.config.condition.null_condition(y)) - nll(xs, y), None
 
     total, _ = jax.lax.scan(add, jnp.zeros(len(x)), jnp.arange(TRAJECTORIES))
@@ -79,7 +81,7 @@ def information(judge: Run, images, index, y, seed: int) -> np.ndarray:
     with sharding.use(judge.mesh):
         found = _information(
             judge.params, jax.random.key(seed), *arguments, model=full_precision(judge.model),
-            schedule=judge.schedule, steps=judge.config.evaluation_steps)
+            pixels=judge.pixels, schedule=judge.schedule, steps=judge.config.evaluation_steps)
     return sharding.to_host(found)[: len(images)]
 
 

@@ -297,7 +297,8 @@ class _Loop:
         self.rates = Rates(self.run, self.objective, self.step, step_flops)
 
     def _arguments(self, steps: int) -> tuple:
-        return self.current, self.batch.arrays, steps, self.reference, self.batch.complete
+        fixed = self.run.params  # before it has a trained model, p(x | x_0)'s alone
+        return self.current, self.batch.arrays, steps, self.reference, self.batch.complete, fixed
 
     def _take_step(self) -> None:
         arguments = self._arguments(steps_of(self.run.config, self.objective, self.step))

@@ -18,6 +18,7 @@ import optax
 
 from ntm_jax.core import denoising, flow_matching, trajectory
 from ntm_jax.core.model import NTM, Terms, repeat
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.trajectory import Schedule, example_keys
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
@@ -38,14 +39,10 @@ class LossContext:
     config: Config
     model: Any  # NTM, or the Predictor that becomes a denoiser
     schedule: Schedule  # the noise levels of trajectories
+    pixels: PixelLikelihood  # the noise at t_0; of a denoiser, its teacher's
     teacher: NTM | None  # from which a denoiser learns
     frozen_modules: tuple[str, ...]  # top-level names of parameters that do not learn
     mean_level_power: float  # the mean of t_k^level_weight_power over the evaluated levels
-
-    @property
-    def bin_width(self) -> float:
-        """See PixelLikelihood."""
-        return self.run.pixels.bin_width if self.run.pixels else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +92,16 @@ def trajectory_terms(context: LossContext, params, inputs: StepInputs, reference
     t = context.schedule.levels(steps, inputs.t_min(context.schedule))
     y = inputs.condition(model, context.config.train.condition_dropout)
     noise = trajectory.example_noise(inputs.keys("noise"), (steps + 1, *x.shape[1:]))
-    xs = trajectory.simulate(x, t, noise, context.bin_width)
+    xs = context.pixels.simulate(params, x, t, noise)
     upper, high, low = (a.reshape(-1, *a.shape[2:]) for a in (xs[:, 1:], t[:, 1:], t[:, :-1]))
     repeated = repeat(y, steps)
     means = _reference_mean(context, reference, upper, low, high, repeated)
     means = None if means is None else means.reshape(len(x), steps, *x.shape[1:])
-    return model.apply(params, xs, t, jnp.full(len(x), steps), y, means)
+    terms = model.apply(params, xs, t, jnp.full(len(x), steps), y, means)
+    if context.pixels.kind != "learned":
+        return terms
+    return terms.replace(
+        reconstruction=context.pixels.log_prob(params, x, xs[:, 0], t[:, 0], y))
 
 
 def pair_terms(context: LossContext, params, inputs: StepInputs, reference=None) -> Terms:
@@ -117,7 +118,7 @@ def pair_terms(context: LossContext, params, inputs: StepInputs, reference=None)
     k = draw("pair", steps)
     s, t = (schedule.level(k + i, steps, t_min) for i in (0, 1))
     noise = trajectory.example_noise(inputs.keys("noise"), (2, *x.shape[1:]))
-    xs = trajectory.simulate(x, jnp.stack([s, t], 1), noise, context.bin_width)
+    xs = context.pixels.simulate(params, x, jnp.stack([s, t], 1), noise)
     means = _reference_mean(context, reference, xs[:, 1], s, t, y)
     terms = context.model.apply(params, xs[:, 0], xs[:, 1], s, t, k + 1 == steps, steps, y, means,
                               method=NTM.pair)
@@ -125,7 +126,10 @@ def pair_terms(context: LossContext, params, inputs: StepInputs, reference=None)
 
 
 def _likelihood_loss(terms_of: Callable) -> Callable:
-    """The loss of terms_of's terms: the negative log-likelihood without its constant (eq. 3.4)."""
+    """The loss of terms_of's terms: the negative log-likelihood without its constant (eq. 3.4).
+
+    Where the noise at t_0 is learned, the negative bound on log p(x): it has the reconstruction.
+    """
     def loss(context: LossContext, params, inputs: StepInputs, reference=None):
         c, train = context.model.config, context.config.train
         terms, dimensions = terms_of(context, params, inputs, reference), c.tokens * c.dim
@@ -137,6 +141,10 @@ def _likelihood_loss(terms_of: Callable) -> Callable:
             nll = terms.quadratic + terms.log_scale - terms.log_det
             weighted = jnp.mean(terms.level**train.level_weight_power * nll)
             value = weighted / context.mean_level_power / dimensions
+        if context.pixels.kind == "learned":
+            metrics["reconstruction"] = jnp.mean(terms.reconstruction) / dimensions
+            share = metrics["reconstruction"] / terms.nll.shape[1]  # a mean over the levels, too
+            value, metrics["loss"] = value - share, metrics["loss"] - share
         if train.align_weight:
             metrics["misalignment"] = jnp.mean(terms.misalignment, 0)
             weight = optax.cosine_decay_schedule(train.align_weight, train.steps)
@@ -167,7 +175,8 @@ def denoiser_loss(context: LossContext, params, inputs: StepInputs, reference=No
     x, y = inputs.batch["x"], context.model.config.condition.stack(inputs.batch)
     t = context.schedule.fixed_levels(context.config.sample.steps, len(x))  # also the teacher's
     errors = denoising.denoiser_errors(
-        context.model, params, context.teacher, reference, inputs.keys("noise"), x, t, y)
+        context.model, params, context.teacher, reference, context.pixels, inputs.keys("noise"), x,
+        t, y)
     value = jnp.mean(errors["to_target"])
     return value, {"loss": value}
 
@@ -218,6 +227,14 @@ def check_flow(config: Config) -> None:
                         "expected config.model.head=flow_matching and "
                         "config.model.transporter_blocks=0, found "
                         f"{model.head} and {model.transporter_blocks}")
+
+
+def check_pairs(config: Config) -> None:
+    """Raises UserError for a configuration that pairs of levels cannot train."""
+    if config.model.pixel_likelihood == "learned":
+        raise UserError("config.model.pixel_likelihood=learned trains on the bound of whole "
+                        "trajectories: expected config.train.objective=end_to_end, or another "
+                        "pixel likelihood, such as network")
 
 
 class Extension:
@@ -272,7 +289,8 @@ class Extension:
 class Objective:
     """A loss, with the measures, labels and checks that belong to it.
 
-    loss(context, params, inputs, reference) -> (the value that is minimised, metrics). metrics has
+    loss(context, params, inputs, reference) -> (the value that is minimised, metrics). params: the
+    variables of the model, those that do not learn among them. metrics has
     "loss", the value that is reported, and may have log_det, log_scale, quadratic and misalignment,
     [T] each by level; other single numbers are logged under their names. reference: the parameters
     of what the objective needs, "teacher" or "reference", or of the flow-matching model with whose
@@ -310,7 +328,7 @@ SQUARED = "training loss (mean squared error)"
 trajectory_loss = _likelihood_loss(trajectory_terms)
 OBJECTIVES: Registry[Objective] = Registry("config.train.objective", {
     "end_to_end": Objective(trajectory_loss, needs=("trajectory",)),
-    "pairwise": Objective(_likelihood_loss(pair_terms)),
+    "pairwise": Objective(_likelihood_loss(pair_terms), check=check_pairs),
     "flow_matching": Objective(velocity_loss, held_out_velocity, SQUARED, check_flow,
                                trains="velocity", measure=measure_velocity),
     "flow_map": "ntm_jax.projects.densities.objective:OBJECTIVE",
@@ -332,8 +350,11 @@ def loss_context(run: Run, objective: Objective, teacher: Run | None = None) -> 
     names = build.abstract_params(run.model, run.mesh)["params"]
     power = run.config.train.level_weight_power
     mean = float(np.mean(run.evaluated_levels()[:-1] ** power)) if power else 1.0
-    return LossContext(run, run.config, run.model, run.schedule, teacher and teacher.model,
-                       objective.frozen_modules(run.config, names), mean)
+    frozen = objective.frozen_modules(run.config, names)
+    if "pixels" in names and objective.loss is not trajectory_loss:  # which alone is the bound
+        frozen = *frozen, "pixels"
+    return LossContext(run, run.config, run.model, run.schedule, (teacher or run).pixels,
+                       teacher and teacher.model, frozen, mean)
 
 
 def checked(config: Config) -> Objective:

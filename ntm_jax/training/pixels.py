@@ -82,7 +82,7 @@ def fit(run: Run, progress: bool = False) -> Run:
     Raises UserError where it needs these and they cannot be opened.
     """
     pixels, params = run.pixels, new_pixel_params(run).get("pixels")
-    if pixels is None or params is None:
+    if params is None:
         return with_params(run, {})
     source = run.config.data.open(run.config.data.split)
     params["log_prior"] = jax.device_put(histogram(run, source), sharding.replicated(run.mesh))

@@ -22,7 +22,7 @@ from ntm_jax.training.state import State
 
 
 def make_step(run: Run, objective: Objective, teacher: Run | None = None):
-    """The jitted step(state, batch, steps, reference, batch_complete) -> (state, metrics).
+    """The jitted step(state, batch, steps, reference, batch_complete, fixed) -> (state, metrics).
 
     steps, the T of the trajectories, is static; the state is donated. metrics: those of the
     objective's loss, grad_norm, learning_rate, and finite, whether all new parameters are.
@@ -31,6 +31,8 @@ def make_step(run: Run, objective: Objective, teacher: Run | None = None):
     batch_complete: in a job of several processes, sharding.flag_by_process of whether a process has
     its share of the batch. Where one lacks its share, the state stays unchanged everywhere, and
     metrics["batch_complete"] is False.
+
+    fixed: the variables of the model that do not learn, run.pixel_params's.
     """
     config = run.config
     optimizer = optimizers.make(config.optimizer, config.train.steps)
@@ -43,10 +45,10 @@ def make_step(run: Run, objective: Objective, teacher: Run | None = None):
     shardings = of_state, sharding.replicated(run.mesh)
 
     @functools.partial(jax.jit, static_argnames="steps", donate_argnums=0, out_shardings=shardings)
-    def step(current: State, batch, steps: int, reference=None, batch_complete=None):
+    def step(current: State, batch, steps: int, reference=None, batch_complete=None, fixed=None):
         root = jax.random.fold_in(jax.random.key(config.seed), current.step)
-        metrics, gradient = gradients(
-            current, StepInputs(root, batch, steps, current.step), reference)
+        inputs = StepInputs(root, batch, steps, current.step)
+        metrics, gradient = gradients(current, inputs, reference, fixed or {})
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradient, current.opt_state, current.params)
             params = cast(dict, optax.apply_updates(current.params, updates))
@@ -68,30 +70,30 @@ def make_step(run: Run, objective: Objective, teacher: Run | None = None):
 
 
 def _gradients(context: LossContext, objective: Objective):
-    """A function (state, inputs, reference) -> (metrics, gradient) of a batch.
+    """A function (state, inputs, reference, fixed) -> (metrics, gradient) of a batch.
 
     The batch is taken in config.train.accumulate parts; noise is keyed by record, so the number of
     parts does not change the result.
     """
     parts = context.config.train.accumulate
 
-    def evaluate(current: State, inputs: StepInputs, reference):
+    def evaluate(current: State, inputs: StepInputs, reference, fixed: dict):
         def loss(params):
-            return objective.loss(context, params, inputs, reference)
+            return objective.loss(context, params | fixed, inputs, reference)
 
         return jax.grad(loss, has_aux=True)(current.params)[::-1]
 
     if parts == 1:
         return evaluate
 
-    def accumulated(current: State, inputs: StepInputs, reference):
+    def accumulated(current: State, inputs: StepInputs, reference, fixed: dict):
         # A part is every parts-th example, so that each device keeps the examples that it holds.
         split = jax.tree.map(
             lambda a: jnp.moveaxis(a.reshape(len(a) // parts, parts, *a.shape[1:]), 1, 0),
             inputs.batch)
 
         def part(batch):
-            return evaluate(current, dataclasses.replace(inputs, batch=batch), reference)
+            return evaluate(current, dataclasses.replace(inputs, batch=batch), reference, fixed)
 
         def add(total, batch):
             return jax.tree.map(jnp.add, total, part(batch)), None

@@ -31,19 +31,42 @@ def test_every_level_of_gaussian_data_gives_the_posterior_mean_and_its_own_score
     for name, values in expected.items():
         # float32 gradients of up to 1 / t_0, less what they nearly cancel, divided by 1 - t_k
         np.testing.assert_allclose(found[name], values, atol=2e-4, err_msg=name)
+    # Noise of another variance at t_0 reaches all levels, by the derivative of simulate.
+    scale = np.float32(1.6)
+    scales = np.array([scale, 1, 1, 1, 1], np.float32)[None, :, None, None]
+
+    def scaled(noise):
+        return trajectory.simulate(jnp.zeros((3, 1, 1)), t, noise * scales)
+
+    own = np.asarray(jax.jit(jax.jacfwd(scaled))(jnp.zeros((3, 5, 1, 1))), np.float64)
+    own = np.stack([own[i, :, 0, 0, i, :, 0, 0] for i in range(3)])
+    wide = (own @ own.swapaxes(1, 2))[:, :-1, :-1]
+    found_wide = jax.jit(lambda xs: denoise_levels(
+        new.module, new.params, xs, t, np.zeros(3, int),
+        variance=jnp.full(xs[:, 0].shape, scale**2)))(xs)
+    variances = np.diagonal(wide, axis1=1, axis2=2)[..., None, None]
+    for name, correction in {"own_score": variances * gradient, "trajectory_score": np.einsum(
+            "bkj,bjnd->bknd", wide, gradient)}.items():
+        np.testing.assert_allclose(
+            found_wide[name], (below - correction) / (1 - t_k), atol=5e-4, err_msg=name)
     across, own = (np.square(found[name] - x[:, None]).mean((2, 3))
                   for name in ("trajectory_score", "own_score"))
     assert (own[:, 1:] > 2 * across[:, 1:]).all()
 
 
 def test_it_moves_all_levels_by_their_covariance(tiny):
-    """v . (x_0 - (1 - t_0) x) is the derivative of the NLL when every x_j moves by S_0j v."""
+    """v . (x_0 - (1 - t_0) x) is the derivative of the NLL when every x_j moves by S_0j v.
+
+    S_0j is scaled by the variance of x_0's noise.
+    """
     random = tiny(**RICH)
     xs, t, steps, label = random.inputs(2, steps=3)
-    found = jax.jit(lambda xs: score_denoise(random.module, random.params, xs, t, label))(xs)
+    variance = np.random.default_rng(1).uniform(0.5, 2, size=xs[:, 0].shape).astype(np.float32)
+    found = jax.jit(lambda xs: score_denoise(
+        random.module, random.params, xs, t, label, variance=variance))(xs)
     v = np.random.default_rng(0).normal(size=found.shape)
     s = t[:, :1] ** 2 * (1 - t) / (1 - t[:, :1])  # S_0j, j = 0 included
-    direction = (s[:, :, None, None] * v[:, None]).astype(np.float32)
+    direction = (s[:, :, None, None] * (variance * v)[:, None]).astype(np.float32)
     _, slope = jax.jit(lambda *args: jax.jvp(lambda xs: random(xs, t, steps, label).nll.sum(1),
                                              *args))((xs,), (direction,))
     moved = np.sum(v * (xs[:, 0] - (1 - t[:, 0, None, None]) * found), (1, 2))

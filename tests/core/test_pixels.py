@@ -20,7 +20,7 @@ SCALES = [1e-3, 0.01, 0.1, 0.5, 3.0]
 
 # Compiled, since eager operations compile one by one.
 log_discretized_normal = jax.jit(pixels.log_discretized_normal, static_argnums=3)
-bayes_logits = jax.jit(pixels.bayes_logits, static_argnums=3)
+bayes_logits = jax.jit(pixels.bayes_logits)
 
 
 def values(pixel_levels):
@@ -36,6 +36,18 @@ def log_bins(mean, scale, pixel_levels):
     low, high = np.where(low > 0, -high, low), np.where(low > 0, -low, high)
     with np.errstate(divide="ignore"):
         return log_ndtr(high) + np.log(-np.expm1(log_ndtr(low) - log_ndtr(high)))
+
+
+def assert_bayes(x_0, t_0, log_prior, noise, expected):
+    """p sums to 1 in float64, and is what is expected in float32."""
+    with jax.enable_x64(True):
+        double = pixels.bayes_logits(
+            jnp.asarray(x_0, jnp.float64), jnp.asarray(t_0, jnp.float64), log_prior[None],
+            jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), noise))
+        found = np.asarray(double - jax.nn.logsumexp(double, -1, keepdims=True))
+    np.testing.assert_allclose(np.exp(logsumexp(found, -1)), 1, atol=1e-12)
+    single = np.asarray(bayes_logits(x_0, t_0, log_prior[None], noise), np.float64)
+    np.testing.assert_allclose(log_softmax(single, -1), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pixel_levels", PIXEL_LEVELS)
@@ -69,15 +81,8 @@ def test_bayes_rule_sums_to_one_and_equals_float64(pixel_levels):
     t = np.float64(t_0)[:, None, None, None]
     exact = 2 * np.arange(pixel_levels) / (pixel_levels - 1) - 1
     expected = log_softmax(log_prior - ((x_0[..., None] - (1 - t) * exact) / t) ** 2 / 2, -1)
-    with jax.enable_x64(True):
-        double = pixels.bayes_logits(
-            jnp.asarray(x_0, jnp.float64), jnp.asarray(t_0, jnp.float64), log_prior[None],
-            pixel_levels)
-        found = np.asarray(double - jax.nn.logsumexp(double, -1, keepdims=True))
-    np.testing.assert_allclose(np.exp(logsumexp(found, -1)), 1, atol=1e-12)
-    single = np.asarray(bayes_logits(x_0, t_0, log_prior[None], pixel_levels), np.float64)
-    single = log_softmax(single, -1)
-    np.testing.assert_allclose(single, expected, rtol=1e-5, atol=1e-5)
+    noise = pixels.fixed_noise(pixel_levels)
+    assert_bayes(x_0, t_0, log_prior, noise, expected)
     # what is picked for x
     kind = PixelLikelihood("histogram", pixel_levels)
     params = {"pixels": {"log_prior": log_prior}}
@@ -89,6 +94,52 @@ def test_bayes_rule_sums_to_one_and_equals_float64(pixel_levels):
     np.testing.assert_array_equal(mode, values(pixel_levels)[expected.argmax(-1)])
     plain = PixelLikelihood("uniform", pixel_levels)  # whose x_0 is not scaled by 1 - t_0
     np.testing.assert_array_equal(plain.mode({}, x_0, t_0, None), x_0)
+
+
+def learned(pixel_levels: int) -> dict:
+    """Random parameters of the noise of pixel values."""
+    rng, new = np.random.default_rng(6), pixels.new_noise_params(pixel_levels)
+    return {name: np.float32(rng.normal(size=a.shape) * 0.5) for name, a in new.items()}
+
+
+@pytest.mark.parametrize("pixel_levels", PIXEL_LEVELS)
+def test_learned_noise_is_drawn_scored_and_inverted_by_one_table(pixel_levels):
+    rng, count = np.random.default_rng(2), 40
+    likelihood, own = PixelLikelihood("learned", pixel_levels), learned(pixel_levels)
+    log_prior = np.float32(log_softmax(rng.normal(size=(6, 5, pixel_levels)), -1))
+    params = {"params": {"pixels": own}, "pixels": {"log_prior": log_prior}}
+    index = rng.integers(pixel_levels, size=(count, 6, 5))
+    x, eps = values(pixel_levels)[index], rng.normal(size=(count, 6, 5)).astype(np.float32)
+    t_0 = np.float32(np.geomspace(1e-3, 0.5, count))
+    noise = jax.device_get(jax.jit(pixels.learned_noise)(own))
+    t, mean, scale = np.float64(t_0)[:, None, None], *map(np.float64, (noise.mean, noise.scale))
+    levels = np.stack([t_0, np.ones_like(t_0)], 1)
+    xs = jax.jit(lambda x, e: likelihood.simulate(params, x, levels, e))(x, np.stack([eps, eps], 1))
+    np.testing.assert_allclose(
+        xs[:, 0], (1 - t) * mean[index] + t * scale[index] * eps, rtol=1e-5, atol=1e-6)
+    x_0 = np.asarray(xs[:, 0])
+    z = (np.float64(x_0)[..., None] - (1 - t)[..., None] * mean) / (t[..., None] * scale)
+    joint = log_prior - z**2 / 2 - np.log(scale)
+    expected = log_softmax(joint, -1)
+    assert_bayes(x_0, t_0, log_prior, noise, expected)
+    picked = np.take_along_axis(expected, index[..., None], -1)[..., 0]
+    q = -np.take_along_axis(z, index[..., None], -1)[..., 0] ** 2 / 2 - np.log(
+        t * scale[index] * np.sqrt(2 * np.pi))
+    found = jax.jit(lambda x: likelihood.log_prob(params, x, x_0, t_0, None))(x)
+    # at t_0 = .001 float32 holds x_0 to a part in 10^4 of the noise
+    np.testing.assert_allclose(found, (picked - q).sum((1, 2)), rtol=1e-4, atol=1e-3)
+    weights = np.exp(expected)
+    np.testing.assert_allclose(
+        jax.jit(lambda a: likelihood.variance(params, a, t_0, None))(x_0),
+        (weights * scale**2).sum(-1), rtol=1e-3)
+    nearest = jax.jit(lambda m: likelihood.nearest(params, m))
+    np.testing.assert_array_equal(nearest(np.float32(mean[index])), x)
+
+
+def test_new_noise_is_the_forward_process():
+    new, fixed = pixels.learned_noise(pixels.new_noise_params(17)), pixels.fixed_noise(17)
+    np.testing.assert_array_equal(new.mean, fixed.mean)
+    np.testing.assert_array_equal(new.scale, fixed.scale)
 
 
 TWO = {"grid": (1, 2), "dim": 1, "condition": ClassCondition(2), "steps": (1,),
@@ -103,8 +154,8 @@ def of_two_pixels(tiny):
     log_prior = log_softmax(np.random.default_rng(3).normal(size=(2, 1, COUNT)), -1)
     own = {"log_prior": np.float32(log_prior), "network": random_parameters(
         network, np.zeros((1, 2, 1)), np.ones(1), np.zeros(1, int))["params"]}
-    return lambda kind: (
-        PixelLikelihood(kind, COUNT, network if kind == "network" else None), {"pixels": own})
+    return lambda kind: (PixelLikelihood(kind, COUNT, network if kind == "network" else None),
+                         {"params": {"pixels": learned(COUNT)}, "pixels": own})
 
 
 @pytest.mark.parametrize("kind", ["binned", "bayes", "histogram", "network"])
@@ -131,7 +182,7 @@ def test_a_new_network_is_the_histogram(of_two_pixels):
         assert (np.asarray(found) == np.asarray(expected)).all() == same
 
 
-@pytest.mark.parametrize("kind", ["binned", "network", "uniform"])
+@pytest.mark.parametrize("kind", ["binned", "network", "learned", "uniform"])
 def test_the_bounds_of_all_images_add_up_to_at_most_one(of_two_pixels, tiny, kind):
     """And their importance-weighted bounds, of many trajectories, to one.
 
@@ -143,8 +194,9 @@ def test_the_bounds_of_all_images_add_up_to_at_most_one(of_two_pixels, tiny, kin
     line = values(COUNT) if not plain else np.arange(-4, 5, dtype=np.float32)
     images = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2, 1)
     batch = {"x": images, "label": np.ones(len(images), int), "index": np.arange(len(images))}
+    own = {"params": model.params["params"] | params["params"], "pixels": params["pixels"]}
     scores = jax.device_get(bounds_of_batch(
-        model.params | params, jax.random.key(5), batch, schedule=Schedule("linear", t_min=t_0),
+        own, jax.random.key(5), batch, schedule=Schedule("linear", t_min=t_0),
         model=model.module, pixels=likelihood, trajectories=2000, steps=1))
     bound, weighted = (np.exp(scores[name]).sum() for name in ("bound", "importance_weighted"))
     assert bound < 1

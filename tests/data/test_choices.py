@@ -41,7 +41,7 @@ def test_settings_suit_a_folder_of_images_with_classes(tmp_path):
     found = chosen(folder, source)
     assert found == {
         "data.image_size": 32, "data.patch_size": 8, "data.batch_size": 32,
-        "model.data_std": found["model.data_std"], "model.pixel_likelihood": "histogram",
+        "model.data_std": found["model.data_std"], "model.pixel_likelihood": "learned",
         "model.condition": "class",
         "train.condition_dropout": 0.1, "evaluate.num_samples": 200, "evaluate.batch_size": 6,
         "sample.num": 20, "sample.guidance": 1.0}

@@ -63,8 +63,9 @@ def test_slices_are_denoised_as_the_whole_batch_is(run):
     t, y = run.schedule.fixed_levels(4, 64), np.arange(64) % 10
     options = dataclasses.replace(run.config.sample, steps=4)
     sliced, whole = (
-        jax.jit(generate.Sampler(run.model, run.schedule, options, mesh).score_denoise)(
-            run.params, xs, t, y) for mesh in (run.mesh, None))
+        jax.jit(generate.Sampler(
+            run.model, run.schedule, options, mesh, run.pixels).score_denoise)(
+                run.params, xs, t, y) for mesh in (run.mesh, None))
     # float32 rounding of numbers up to ten
     np.testing.assert_allclose(sliced, whole, rtol=1e-5, atol=1e-5)
 

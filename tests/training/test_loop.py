@@ -16,7 +16,7 @@ from ntm_jax.training.metrics import logged_scalars
 from tests.common import bits, figures, logged, new_run, tiny_config
 
 OWN = {"optimizer.name": "muon", "optimizer.schedule": "linear", "data.flip": True,
-       "model.pixel_likelihood": "histogram"}
+       "model.pixel_likelihood": "learned"}
 
 
 def saved(settings, workdir):

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from ntm_jax.core import likelihood, trajectory
 from ntm_jax.errors import UserError
+from ntm_jax.runtime.run import abstract_pixel_params
 from ntm_jax.training import objectives, state
 from ntm_jax.training.objectives import StepInputs
 from tests.common import (
@@ -29,6 +31,8 @@ TERMS = ("quadratic", "log_scale", "log_det")
      "a denoiser, and nothing else, has a teacher; give --config.teacher=WORKDIR of the run to"),
     ("digits_finetune", {"init_from": ""},
      "align_weight is 2.5: it holds a model with config.model.head=flow_matching near "),
+    ("digits", {"train.objective": "pairwise"},
+     "pixel_likelihood=learned trains on the bound of whole trajectories: expected config.train."),
 ])
 def test_what_an_objective_cannot_train_is_refused(name, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
@@ -106,3 +110,37 @@ def test_pairs_estimate_the_trajectory_without_bias(examples):
         # The error is small enough to show a bias.
         distinguished = error < 0.1 * abs(two.mean() - four.mean())
         assert distinguished or error < 0.02 * abs(pairs.mean()), name
+
+
+def test_learned_noise_is_trained_on_the_bound_and_post_training_leaves_it():
+    """The gradient of the loss is that of the mean log-weight, which evaluation computes."""
+    run = new_run(tiny_config(**{"model.pixel_likelihood": "learned"}))
+    params, rng = randomised(state.initialize(run).params), np.random.default_rng(0)
+    shapes, steps = abstract_pixel_params(run), 2
+    fixed = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), shapes)
+    context, batch = objectives.loss_context(run, objective_of(run)), batch_of(
+        run.config.data.open("train"), run.config, 8)
+    inputs = StepInputs(jax.random.key(1), batch, steps, 0)
+
+    def log_weight(params):
+        x, model = inputs.batch["x"], run.model
+        y = inputs.condition(model, run.config.train.condition_dropout)
+        t = run.schedule.levels(steps, inputs.t_min(run.schedule))
+        noise = trajectory.example_noise(inputs.keys("noise"), (steps + 1, *x.shape[1:]))
+        xs = run.pixels.simulate(params | fixed, x, t, noise)
+        terms = model.apply(params, xs, t, np.full(8, steps), y)
+        given = run.pixels.log_prob(params | fixed, x, xs[:, 0], t[:, 0], y)
+        parts = likelihood.contributions(terms, xs, t, None, given)
+        return -likelihood.log_weight(parts).mean() / (steps * x[0].size)
+
+    def loss(params):
+        return objectives.trajectory_loss(context, params | fixed, inputs)[0]
+
+    found, expected = (jax.jit(jax.grad(one))(params) for one in (loss, log_weight))
+    for name, gradient in found["params"]["pixels"].items():
+        assert np.abs(gradient).max() > 1e-2, name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+                 found["params"], expected["params"])
+    assert context.frozen_modules == ()
+    post = objectives.loss_context(run, objectives.find("policy_gradient"))
+    assert "pixels" in post.frozen_modules

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ntm_jax.core import sampling, trajectory
 from ntm_jax.core.model import NTM, Terms, full_precision, repeat
+from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.trajectory import Schedule, example_keys, per_example
 from ntm_jax.projects.reward import policy
 from ntm_jax.runtime.run import Run
@@ -35,6 +36,7 @@ class RolloutSampler:
     first: int  # the levels of rollouts, first to last: those of S = last - first factors
     last: int
     inverse: str
+    pixels: PixelLikelihood
     mesh: jax.sharding.Mesh
 
     @property
@@ -57,7 +59,8 @@ def sampler_of(run: Run) -> RolloutSampler:
     first, last = config.reward.levels or (0, config.sample.steps)
     return RolloutSampler(
         run.model, run.schedule, config.sample.steps, config.reward.samples,
-        config.reward.trainable != "predictor", first, last, config.sample.inverse, run.mesh)
+        config.reward.trainable != "predictor", first, last, config.sample.inverse, run.pixels,
+        run.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "part"))
@@ -73,8 +76,8 @@ def _keys(root, index, *, samples: int, part: int):
 def sample(params, keys, batch, *, sampler: RolloutSampler):
     """Draws samples of a batch by their keys [P, g]: (clean tokens, rollouts).
 
-    Their shapes are [P, g, N, D] and [P, g, S+1, N, D]. Clean tokens are x_0 / (1 - t_0). Parts of
-    one size share a program.
+    Their shapes are [P, g, N, D] and [P, g, S+1, N, D]. Clean tokens are x_0 / (1 - t_0), or the
+    values with the nearest means. Parts of one size share a program.
     """
     count, keys = keys.shape[1], keys.reshape(-1)
     y = repeat(sampler.model.config.condition.stack(batch), count)
@@ -88,7 +91,7 @@ def sample(params, keys, batch, *, sampler: RolloutSampler):
         x_0 = rollout[:, 0]
     else:
         rollout, x_0 = us, sampling.invert_level(model, params, us, t, y, 0, how)
-    tokens = x_0 / (1 - per_example(t[:, 0], x_0))
+    tokens = sampler.pixels.nearest(params, x_0 / (1 - per_example(t[:, 0], x_0)))
     found = tokens, sampler.trained_levels(rollout)
     return jax.tree.map(lambda a: _split(a.reshape(-1, count, *a.shape[1:])), found)
 
@@ -104,7 +107,7 @@ def recorded(params, root, batch, *, sampler: RolloutSampler):
                                      (count, c.tokens, c.dim))
     x = jnp.stack([batch["x"], batch[REJECTED]], 1).reshape(-1, c.tokens, c.dim)
     t = sampler.schedule.fixed_levels(sampler.steps, len(x))
-    found = trajectory.simulate(x, t, repeat(noise, 2))
+    found = sampler.pixels.simulate(params, x, t, repeat(noise, 2))
     if not sampler.through_transporter:
         y = repeat(sampler.model.config.condition.stack(batch), 2)
         found = sampling.transport_trajectory(full_precision(sampler.model), params, found, t, y)

@@ -21,7 +21,6 @@ import numpy as np
 
 from ntm_jax.core import sampling, trajectory
 from ntm_jax.core.model import full_precision, log_prior
-from ntm_jax.core.pixels import PixelLikelihood
 from ntm_jax.core.trajectory import example_keys, example_noise, per_example
 from ntm_jax.errors import UserError, check_count
 from ntm_jax.runtime import sharding
@@ -103,7 +102,7 @@ def _draw(params, root, index, y, *, sampler: Sampler):
     noise = example_noise(example_keys(root, "reweight", index), xs.shape[2:])
     x = (xs[:, 0] + t_0 * noise) / (1 - t_0)
     forward = jnp.sum(trajectory.log_reverse(xs, t, x), 1) + log_prior(xs[:, -1])
-    decoded = PixelLikelihood("density").log_prob(params, x, xs[:, 0], t[:, 0], y)
+    decoded = sampler.pixels.log_prob(params, x, xs[:, 0], t[:, 0], y)
     return x, forward - jnp.sum(log_density, 1) - decoded
 
 
@@ -150,7 +149,7 @@ def reweight(run: Run, log_target: Callable, *, condition=None, label=None, n: i
 
 def _draw_all(run: Run, condition, n: int, options: Sample, seed: int):
     """(tokens [n, N, D], log-ratios [n] float64), in batches of one size."""
-    sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh)
+    sampler = Sampler(full_precision(run.model), run.schedule, options, run.mesh, run.pixels)
     root, size = jax.random.key(seed), min(n, BATCH)
     y = jax.tree.map(lambda a: np.repeat(a, size, 0), condition)
     parts = []

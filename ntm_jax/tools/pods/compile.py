@@ -90,7 +90,7 @@ def train_program(run: Run, source: Source) -> Program:
     if rollouts:
         batch |= rollouts.abstract(run)
         resident = reference_model.abstract_reference(run), rollouts.abstract_ahead(run)
-    options: dict = {"steps": max(config.trajectory.steps)}
+    options: dict = {"steps": max(config.trajectory.steps), "fixed": abstract_pixel_params(run)}
     if config.train.align_weight:
         options["reference"] = reference_model.abstract_reference(run)
     if len({device.process_index for device in mesh.devices.flat}) > 1:
@@ -156,7 +156,7 @@ def sample_program(run: Run, source: Source) -> Program:
     params = build.abstract_params(model, mesh) | abstract_pixel_params(run)
     index = _abstract((size,), jnp.int32, mesh)
     sampler = generate.Sampler(full_precision(model), run.schedule, run.config.sample, mesh,
-                               pixels=run.pixels)
+                               run.pixels)
     return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler}, size)
 
 
@@ -166,7 +166,7 @@ def evaluate_program(run: Run, source: Source) -> Program:
     shards = sharding.batch_shards(mesh)
     size = -(-config.evaluate.batch_size // shards) * shards
     batch = _records(run, source, size)
-    options = {"schedule": run.schedule, "model": full_precision(run.model), "pixels": run.pixels,
+    options = {"schedule": run.schedule, "model": full_precision(run.model), "pixels": run.bounded,
                "trajectories": config.evaluate.trajectories, "steps": config.evaluation_steps}
     params = build.abstract_params(run.model, mesh) | abstract_pixel_params(run)
     return Program(scoring.bounds_of_batch, (params, _abstract_key(), batch), options, size)

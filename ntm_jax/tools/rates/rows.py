@@ -115,17 +115,18 @@ def _train_step(given: BenchmarkInput) -> Case:
         batch = next(batches)
     step, current = make_step(run, given.objective), state.initialize(run)
     reference, steps = _reference(run, current.ema), max(run.config.trajectory.steps)
+    fixed = new_pixel_params(run)
 
     def once():
         nonlocal current
         with sharding.use(run.mesh):
             batch_now = sharding.to_global(batch, run.mesh)
-            current, metrics = step(current, batch_now, steps, reference, None)
+            current, metrics = step(current, batch_now, steps, reference, None, fixed)
         return metrics
 
     counted = flops_of_step(
         run, given.objective, None, step, current, sharding.to_global(batch, run.mesh), steps,
-        reference)
+        reference, None, fixed)
     return Case(once, run.config.data.batch_size, flops=counted)
 
 
@@ -150,7 +151,7 @@ def _held_out(given: BenchmarkInput) -> tuple[dict, int]:
 def _forward(given: BenchmarkInput) -> Case:
     """The forward pass of the training loss, on a batch of the held-out likelihood."""
     run, (batch, size) = given.run, _held_out(given)
-    params, mesh = state.initialize(run).params, run.mesh
+    params, mesh = state.initialize(run).params | new_pixel_params(run), run.mesh
     objective = given.objective
 
     def loss(model, params, root, batch, reference):
@@ -188,7 +189,7 @@ def _likelihood(given: BenchmarkInput) -> Case:
     score = functools.partial(
         scoring.bounds_of_batch, schedule=run.schedule,
         model=full_precision(build.reference_variant(run.model)),
-        pixels=run.pixels, trajectories=1, steps=run.config.evaluation_steps)
+        pixels=run.bounded, trajectories=1, steps=run.config.evaluation_steps)
     with sharding.use(run.mesh):
         counted = flops.count(score, run.params, jax.random.key(0),
                               sharding.to_global(examples, run.mesh))
@@ -227,7 +228,7 @@ def _sampler(decoder: str, given: BenchmarkInput) -> Case | None:
     def images(model, inverse, params, root, index, y, denoiser_params):
         sampler = generate.Sampler(
             model, given.run.schedule, dataclasses.replace(options, inverse=inverse),
-            given.run.mesh, denoiser and denoiser.module, given.run.pixels)
+            given.run.mesh, given.run.pixels, denoiser and denoiser.module)
         return generate.generate_tokens(params, root, index, y, denoiser_params, sampler=sampler)
 
     return _sampling(given, images, jax.random.key(0), index, y, denoiser and denoiser.params)
@@ -289,7 +290,8 @@ def _score(given: BenchmarkInput) -> Case | None:
     options = given.run.config.sample
 
     def denoised(model, _, params, xs, t, y):
-        sampler = generate.Sampler(model, given.run.schedule, options, given.run.mesh)
+        sampler = generate.Sampler(model, given.run.schedule, options, given.run.mesh,
+                                   given.run.pixels)
         return sampler.score_denoise(params, xs, t, y)
 
     return _sampling(given, denoised, us, t, y)

@@ -17,7 +17,7 @@ REWARD = {"train.objective": "policy_gradient", "reward.name": "brightness", "re
           "reward.updates": 2, "reward.kl": 0.01, "reward.prefetch": True, "train.steps": 6,
           "train.save_every": 2, "evaluate.num_samples": 48,
           "evaluate.features": "none", "evaluate.trajectories": 1, "optimizer.learning_rate": 1e-3,
-          "model.pixel_likelihood": "histogram"}
+          "model.pixel_likelihood": "learned"}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulate": 2}
 
 
