@@ -35,8 +35,8 @@ class Terms:
     constant: float  # N D / 2 log 2 pi
     # |mu_k - reference|^2 per dimension, with a reference (docs/concepts.md, section 7)
     misalignment: Any = 0.0
-    reconstruction: Any = 0.0  # of pixels whose noise at t_0 is learned, log_prob of core.pixels
     level: Any = 0.0  # t_k, the target's level
+    reconstruction: Any = 0.0  # of pixels whose noise at t_0 is learned, log_prob of core.pixels
 
     @property
     def nll(self):

@@ -99,7 +99,7 @@ def test_the_target_is_the_teachers_score_denoising_of_the_same_trajectory(untra
     def errors_and_gradient(frozen, params):
         def to_target(frozen):
             errors = denoising.denoiser_errors(
-                denoiser, params, run.model, frozen, keys, x, t, y)
+                denoiser, params, run.model, frozen, run.pixels, keys, x, t, y)
             return errors["to_target"].sum(), errors
 
         return jax.grad(to_target, has_aux=True)(frozen)

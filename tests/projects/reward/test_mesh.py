@@ -12,12 +12,11 @@ from tests.common import logged, tiny_config, write_run
 from tests.runtime.jobs import SETTINGS as OF_JOBS
 from tests.runtime.jobs import Job
 
-SETTINGS = OF_JOBS | {"model.transporter_blocks": 0}
+SETTINGS = OF_JOBS | {"model.transporter_blocks": 0, "model.pixel_likelihood": "learned"}
 REWARD = {"train.objective": "policy_gradient", "reward.name": "brightness", "reward.samples": 4,
           "reward.updates": 2, "reward.kl": 0.01, "reward.prefetch": True, "train.steps": 6,
           "train.save_every": 2, "evaluate.num_samples": 48,
-          "evaluate.features": "none", "evaluate.trajectories": 1, "optimizer.learning_rate": 1e-3,
-          "model.pixel_likelihood": "learned"}
+          "evaluate.features": "none", "evaluate.trajectories": 1, "optimizer.learning_rate": 1e-3}
 MESH = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "train.accumulate": 2}
 
 
