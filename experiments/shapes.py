@@ -20,8 +20,8 @@ def get_config(variant: str):
     # a shift above what 16 tokens would give: layouts are decided in noise
     c.trajectory.update(shift=1.5, t_min=0.08, t_min_range=(0.06, 0.1))
     c.model.update(
-        positions="rotary", transporter_blocks=4, transporter_layers=1, transporter_text=True,
-        predictor_layers=3, data_std=0.95, condition="text")
+        positions="rotary", transporter_blocks=4, transporter_layers=1,
+        transporter_condition="text", predictor_layers=3, data_std=0.95, condition="text")
     c.train.update(
         steps=30_000, save_every=2000, evaluate_every=10_000, log_every=100,
         condition_dropout=0.15)

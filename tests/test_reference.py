@@ -33,7 +33,7 @@ MODELS = {
     "rotary_wide": {
         "width": 544, "head_size": 136, "transporter_width": 272, "mlp_ratio": 1},
     "classes_learned_grouped_scanned": {
-        "condition": ClassCondition(3), "positions": "learned", "kv_heads": 2, "head_size": 4,
+        "condition": ClassCondition(3, True), "positions": "learned", "kv_heads": 2, "head_size": 4,
         "width": 24, "transporter_layers": 2, "predictor_layers": 2, "scan": True,
         "arithmetic": cpu_arithmetic.arithmetic(tokens=6)},
     "direct_several_steps": {

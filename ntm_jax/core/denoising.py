@@ -52,11 +52,11 @@ def score_denoise(model: NTM, params, xs, t, y, percentile: float = 100.0,
 
 def denoise_levels(model: NTM, params, xs, t, y, percentile: float = 100.0,
                    variance: Any = 1.0) -> dict:
-    """Clean images from every level k < T by three formulas, dict of [B, T, N, D].
+    """Clean images from every level k < T, dict of [B, T, N, D].
 
-    as_it_is: x_k / (1 - t_k). own_score: (x_k - t_k^2 dL/dx_k) / (1 - t_k), Tweedie's formula for
-    one level. trajectory_score: (x_k - sum_j S_kj dL/dx_j) / (1 - t_k), which at level 0 is
-    score_denoise and with true conditionals is the same for every k. Arguments as in score_denoise.
+    as_it_is: x_k / (1 - t_k). trajectory_score: (x_k - sum_j S_kj dL/dx_j) / (1 - t_k), which at
+    level 0 is score_denoise and with true conditionals is the same for every k. Arguments as in
+    score_denoise.
     """
     s, gradient = covariance(t)[:, :-1], _gradient(model, params, xs, t, y, percentile)
     xs, t = xs[:, :-1], t[:, :-1]
@@ -64,11 +64,9 @@ def denoise_levels(model: NTM, params, xs, t, y, percentile: float = 100.0,
     # x_k holds a share of x_0's noise, and so of what its variance has beyond t_0^2.
     share = per_example((1 - t) / (1 - t[:, :1]), xs)
     beyond = share * (jnp.broadcast_to(variance, xs[:, 0].shape) - 1)[:, None]
-    own = per_example(t**2, xs) + share * beyond * per_example(t[:, :1] ** 2, xs)
-    corrections = {"as_it_is": 0.0, "own_score": own * gradient[:, :-1],
-                   "trajectory_score": by_trajectory + beyond * by_trajectory[:, :1]}
-    return {name: (xs - correction) / (1 - per_example(t, xs))
-            for name, correction in corrections.items()}
+    correction = by_trajectory + beyond * by_trajectory[:, :1]
+    scale = 1 - per_example(t, xs)
+    return {"as_it_is": xs / scale, "trajectory_score": (xs - correction) / scale}
 
 
 def make_denoiser(model: NTM) -> Predictor:

@@ -38,9 +38,9 @@ def draw_latents(model: NTM, params, keys, t, y, guidance: float | tuple[float, 
 
     guidance: one scale w >= 0, or one for each transition, from u_{T-1} down to u_0. It needs a
     model trained with condition dropout. A transition with w = 0 is predicted once; the others
-    twice, as one batch. It is an approximation where the transporter, or the shift, sees y: the
-    null prediction is then trained on latents f(x; null), and gets latents f(x; y) here, so that
-    large scales overshoot the mean and widen the spread.
+    twice, as one batch. Each step is then the product of the factors, unless the transporter, or
+    the shift, sees y: the null prediction is trained on latents f(x; null), and gets latents
+    f(x; y) here, an error of no definite direction or size.
     """
     c = model.config
     batch, count = t.shape[0], t.shape[1] - 1

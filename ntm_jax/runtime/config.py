@@ -87,8 +87,10 @@ class Model:
     transporter_blocks: int = setting(
         2, "Invertible blocks; 0 is Gaussian denoising without transporter.", low=0)
     transporter_layers: int = setting(2, "Transformer layers in each block.", low=1)
-    transporter_text: bool = setting(
-        False, "With condition=text, conditions the transporter on the mean token.")
+    transporter_condition: str = setting(  # experiments start from none; see renamed
+        "class", "What the transporter sees beside the level: class, or text as its mean token. "
+        "Guidance is exact where it sees neither. It always sees vectors.",
+        choices=("none", "class", "text"))
     transporter_positions_std: float = setting(
         0.02, "Initial std of the transporter's position table.", above=0)
     predictor_layers: int = setting(4, "Transformer layers of the predictor.", low=1)

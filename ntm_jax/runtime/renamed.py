@@ -4,6 +4,7 @@ import re
 
 NAMES = {  # settings by section.key, and flags
     "data.text": "data.text_encoder",
+    "model.transporter_text": "model.transporter_condition",
     "train.level_power": "train.level_weight_power",
     "optimizer.floor": "optimizer.min_learning_rate",
     "evaluate.images": "evaluate.num_samples",
@@ -12,7 +13,12 @@ NAMES = {  # settings by section.key, and flags
     "reward.trains": "reward.trainable",
     "enough": "stop_nats",
 }
-VALUES = {"model.head=posterior": "flow_matching"}
+VALUES = {
+    "model.head=posterior": "flow_matching",
+    # classes were always seen; this is also the default that files without the setting get
+    "model.transporter_condition=False": "class",
+    "model.transporter_condition=True": "text",
+}
 VARIANTS = {  # of experiments
     "runlocal": "smoke", "runlocal-denoiser": "denoiser,smoke", "runlocal-reward": "reward,smoke"}
 
@@ -31,6 +37,9 @@ def current(settings: dict, section: str = "") -> dict:
 
 def argument(given: str) -> str:
     """An argument of a command line, --flag=value or --config.section.key=value, likewise."""
-    found = re.match(r"--?(?:no)?(?:config\.)?([\w.]+)", given)
-    name = found[1] if found else ""
-    return given.replace(name, NAMES[name], 1) if name in NAMES else given
+    found = re.fullmatch(r"(--?(?:no)?(?:config\.)?)([\w.]+)(?:=(.*))?", given, re.DOTALL)
+    if not found or found[2] not in NAMES:
+        return given
+    dashes, name, value = found[1], NAMES[found[2]], found[3]
+    return f"{dashes}{name}" if value is None else (
+        f"{dashes}{name}={VALUES.get(f'{name}={value}', value)}")

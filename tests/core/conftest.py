@@ -160,7 +160,7 @@ class Tiny(Bound):
         return _inputs(self.config, batch, steps, seed)
 
 
-RICH = {"condition": ClassCondition(2), "steps": (2, 3), "transporter_blocks": 1}
+RICH = {"condition": ClassCondition(2, True), "steps": (2, 3), "transporter_blocks": 1}
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from tests.core.conftest import (
 
 R = TINY["data_std"]
 CONFIG = ModelConfig(**(TINY | {
-    "head": "flow_matching", "condition": ClassCondition(2), "transporter_blocks": 1}))
+    "head": "flow_matching", "condition": ClassCondition(2, True), "transporter_blocks": 1}))
 MODEL = NTM(CONFIG, backbone=flow_matching.Velocity(CONFIG))
 
 

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from ntm_jax.core import flow_matching, sampling, trajectory
-from tests.core.conftest import noise_levels
+from ntm_jax.core.conditions import Text
+from ntm_jax.core.config import ModelConfig
+from ntm_jax.core.model import NTM
+from ntm_jax.data.conditions.label import ClassCondition
+from ntm_jax.data.conditions.text import TextCondition
+from tests.core.conftest import TINY, noise_levels
 
 
 def keys(count):
@@ -66,6 +71,61 @@ def test_guidance_clips_a_wider_conditional_and_zero_changes_nothing():
         mean, log_scale = sampling.guide(mean_c, a, mean_u, b, 0.0)
         np.testing.assert_array_equal(mean, mean_c)
         np.testing.assert_array_equal(log_scale, a)
+
+
+def factor(t, s, mean, variance):
+    """(slope, offset, variance) of p(x_s | x_t), where x is N(mean, variance)."""
+    at_s, at_t = ((1 - level) ** 2 * variance + level**2 for level in (s, t))
+    covariance = (1 - t) / (1 - s) * at_s
+    slope = covariance / at_t
+    return slope, ((1 - s) - slope * (1 - t)) * mean, at_s - slope * covariance
+
+
+class Factors(NTM):
+    """The true factors of x ~ N(m, 1/4) given m, the condition; of x ~ N(0, 5/4) without it."""
+
+    def setup(self):
+        self.predictor = self.true_factor
+
+    def true_factor(self, u, t, s, steps, y):
+        if isinstance(y, Text):
+            mean, given = y.states[:, 0, 0], y.mask[:, 0]
+        else:
+            mean, given = jnp.array([1.0, -0.5, 0.0])[y], y < 2
+        slope, offset, variance = (a[:, None, None] for a in factor(
+            t, s, jnp.where(given, mean, 0), jnp.where(given, 0.25, 1.25)))
+        return slope * u + offset, 0.5 * jnp.log(variance) * jnp.ones_like(u)
+
+
+def guided_moments(t, mean, w):
+    """Mean and standard deviation of x_0 from the products of the factors, in float64."""
+    found, variance = 0.0, 1.0
+    for low, high in zip(t[-2::-1], t[:0:-1], strict=True):
+        (a, b, v), (a_u, b_u, v_u) = factor(high, low, mean, 0.25), factor(high, low, 0, 1.25)
+        precision = (1 + w) / v - w / v_u
+        slope, offset = (((1 + w) * c / v - w * n / v_u) / precision
+                         for c, n in ((a, a_u), (b, b_u)))
+        found, variance = slope * found + offset, slope**2 * variance + 1 / precision
+    return found, np.sqrt(variance)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("kind", [ClassCondition(2), TextCondition(1)], ids=["class", "text"])
+def test_guided_samples_of_gaussians_are_the_product_of_the_factors(kind, w):
+    """m is 1, and -1/2. At w = 1 the mean is 1.165; the whole densities' product has 1.112."""
+    model = Factors(ModelConfig(**TINY | {
+        "grid": (8, 8), "dim": 4, "condition": kind, "transporter_blocks": 0}))
+    count, t = 1000, np.array([0.05, 0.2, 0.4, 0.7, 1.0])
+    means = np.repeat([1.0, -0.5], count).astype(np.float32)
+    y = np.repeat([0, 1], count) if isinstance(kind, ClassCondition) else Text(
+        means[:, None, None], np.ones((2 * count, 1), bool))
+    us, _ = jax.jit(functools.partial(sampling.draw_latents, model, {}, guidance=w))(
+        keys(2 * count), np.tile(t, (2 * count, 1)).astype(np.float32), y)
+    for x_0, mean in zip(np.split(np.asarray(us[:, 0], np.float64), 2), (1.0, -0.5), strict=True):
+        expected, deviation = guided_moments(t, mean, w)
+        error = deviation / np.sqrt(x_0.size)
+        assert x_0.mean() == pytest.approx(expected, abs=4 * error)
+        assert x_0.std() == pytest.approx(deviation, abs=4 * error / np.sqrt(2))
 
 
 def test_samples_are_scored_by_the_noise_they_came_from(random, sampled):

@@ -50,7 +50,7 @@ def residual(block, x, u, modulation):
 
 
 @pytest.mark.parametrize("changes", [
-    LEARNED | {"condition": ClassCondition(2), "steps": (1,), "kv_heads": 1, "grid": (1, 5),
+    LEARNED | {"condition": ClassCondition(2, True), "steps": (1,), "kv_heads": 1, "grid": (1, 5),
                "dim": 3},
     {"condition": TextCondition(5, True)}])
 def test_log_det_is_that_of_the_jacobian(tiny, changes):
@@ -72,7 +72,7 @@ def test_log_det_is_that_of_the_jacobian(tiny, changes):
 
 
 def test_a_new_transporter_is_the_identity_and_its_positions_are_of_the_size_asked_for(tiny):
-    new = tiny(new=True, condition=ClassCondition(2), positions="learned",
+    new = tiny(new=True, condition=ClassCondition(2, True), positions="learned",
                transporter_positions_std=1.0, transporter_blocks=1, grid=(16, 16), dim=1)
     x, *rest = clean(new)
     u, log_det = new.transport(x, *rest)
@@ -106,14 +106,16 @@ def test_a_text_counts_by_its_tokens_and_not_by_its_padding(tiny):
     assert by_token[0] > 1e-3
     assert by_token[1] == 0
     assert moved(text._replace(mask=np.ones((2, 4), bool))).min() > 1e-3
-    without = tiny(condition=TextCondition(5))
-    np.testing.assert_array_equal(without.transport(x, t, steps, text)[0],
-                                  without.transport(x, t, steps, text._replace(states=token))[0])
+    for kind, y, other in ((TextCondition(5), text, text._replace(states=token)),
+                           (ClassCondition(2), np.array([0, 1]), np.array([1, 2]))):
+        blind = tiny(condition=kind)
+        np.testing.assert_array_equal(
+            blind.transport(x, t, steps, y)[0], blind.transport(x, t, steps, other)[0])
 
 
 @pytest.mark.parametrize(("changes", "grid"), [
     (LEARNED, (4, 4)),
-    ({"condition": ClassCondition(2), "kv_heads": 1, "steps": (2, 4)}, (4, 4)),
+    ({"condition": ClassCondition(2, True), "kv_heads": 1, "steps": (2, 4)}, (4, 4)),
     pytest.param(LEARNED, (16, 16), marks=pytest.mark.slow)])
 def test_both_inverses_undo_the_transporter(tiny, changes, grid):
     random = tiny(**changes, grid=grid)

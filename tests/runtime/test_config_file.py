@@ -74,7 +74,7 @@ def test_a_lost_or_damaged_config_json_is_written_anew(begun, damage):
 
 def test_a_run_with_settings_names_of_an_earlier_version_is_read_and_resumed(tmp_path):
     settings = tiny_config(**{
-        "model.head": "flow_matching", "data.text_encoder": "words:1:a", "evaluate.num_samples": 5,
+        "model.head": "flow_matching", "model.transporter_condition": "class", "data.text_encoder": "words:1:a", "evaluate.num_samples": 5,
         "train.level_weight_power": 2.0, "optimizer.min_learning_rate": 1e-5} | (
         {"reward.prefetch": True, "reward.data_loss_weight": 0.25, "reward.trainable": "both"}
         if present(config.SECTIONS["reward"]) else {}))
@@ -89,6 +89,8 @@ def test_a_run_with_settings_names_of_an_earlier_version_is_read_and_resumed(tmp
     content = {key: value for key, value in json.loads(text).items() if key != files.SEAL}
     fixed = json.loads(fixed)
     del content["model"]["pixel_likelihood"], fixed["model.pixel_likelihood"]  # they are binned
+    del content["model"]["transporter_condition"]  # transporters saw classes
+    fixed["model.transporter_text"] = not fixed.pop("model.transporter_condition")
     files.write_json(path, content | {files.SEAL: files.digest(content)})
     with Checkpoints(tmp_path, settings=fixed) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})

@@ -20,7 +20,7 @@ from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.registry import Registry
 
 # The settings of config.model that belong to one kind.
-SETTINGS = {"transporter_text": "text", "condition_layers": "vector", "condition_shift": "vector"}
+SETTINGS = {"condition_layers": "vector", "condition_shift": "vector"}
 
 
 @dataclasses.dataclass(frozen=True)

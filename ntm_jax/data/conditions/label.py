@@ -1,5 +1,6 @@
 """Classes as conditions: labels 0..num_classes-1, or names of classes."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -13,13 +14,22 @@ from ntm_jax.errors import UserError, abbreviate, as_array, few
 NAMES_SHOWN = 20  # classes that an error or a model card lists
 
 
+@dataclasses.dataclass(frozen=True)
 class ClassCondition(conditions.Condition):
-    """A class: labels [B] in 0..width; the label width is the null class."""
+    """A class: labels [B] in 0..width; the label width is the null class.
+
+    transporter: whether the transporter sees it.
+    """
+
+    transporter: bool = False
 
     def embed(self, module, y, total):
         inner = total.shape[-1]
         init = partitioned((None, "embed"), nn.initializers.normal, 0.02 * math.sqrt(inner))
         return total + nn.Embed(self.width + 1, inner, embedding_init=init, name="class")(y)
+
+    def embed_in_transporter(self, module, y, total):
+        return self.embed(module, y, total) if self.transporter else total
 
 
 class Label(Kind):
@@ -38,7 +48,7 @@ class Label(Kind):
         return self.width
 
     def network(self, settings):
-        return ClassCondition(self.width)
+        return ClassCondition(self.width, settings["transporter_condition"] == "class")
 
     def describe(self):
         names = self.spec.class_names

@@ -80,7 +80,7 @@ class Text(Kind):
         return self.spec.text_width
 
     def network(self, settings):
-        return TextCondition(self.width, settings["transporter_text"])
+        return TextCondition(self.width, settings["transporter_condition"] == "text")
 
     def describe(self):
         encoder = f" `{abbreviate(self.spec.text, str)}`" if self.spec.text else ""
