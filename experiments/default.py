@@ -62,7 +62,6 @@ def get_config() -> ml_collections.ConfigDict:
         if isinstance(of, types.UnionType):  # several types, which config.read checks
             section, name = key.split(".")
             values[section][name] = ml_collections.FieldReference(field.default, object)
-    values["model"]["transporter_condition"] = "none"  # unlike files of earlier versions
     return ml_collections.ConfigDict(values).lock()
 
 

@@ -107,13 +107,14 @@ def digits_trajectories_k():
     return figure
 
 
-def digits_guidance():
-    """The class accuracy of samples by guidance."""
-    scores = table("digits", "Guidance", "guidance", "class accuracy")
-    figure, ((axes,),) = chart(2.6)
-    axes.errorbar(scores.keys(), *scores.column("class accuracy"), fmt="o-", color=BLUE)
-    axes.set(xlabel="guidance scale w", ylabel="class accuracy, %", xticks=scores.keys(),
-             title="Digits: samples of the requested class")
+def guidance():
+    """The distance and the recall of samples of digits by guidance, beside their accuracy."""
+    scores = table("guidance", "Digits", "guidance", "class accuracy")
+    figure, grid = chart(2.6, 1, 3)
+    for axes, score in zip(
+            grid[0], ("class accuracy", "Fréchet distance", "recall"), strict=True):
+        axes.errorbar(scores.keys(), *scores.column(score), fmt="o-", color=BLUE)
+        axes.set(xlabel="guidance scale w", title=score, xticks=[0, 1, 2, 3])
     return figure
 
 
@@ -146,32 +147,6 @@ def flow_matching_steps():
                       ylim=(0, 1.1 * max(scores.column("Fréchet distance")[0])))
         number_axis(column[1].xaxis, steps)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
-
-
-def flow_matching_guidance():
-    """Accuracy against distance: guidance of the fine-tuned NTM, and Euler steps."""
-    scores = table("flow-matching", "Digits", "model", "class accuracy")
-    rows, steps = euler(scores)
-    guided = table("flow-matching", "Guidance", "guidance in the last two steps")
-    figure, ((axes,),) = chart(3.6)
-    series = (
-        (scores, rows, [f"{step:g} steps" for step in steps], "o", BLUE,
-         ((-9, 5, "right"), (9, -14, "left"), (9, -4, "left")),
-         "flow matching, by Euler steps"),
-        (guided, guided.names(), [f"w = {name}" for name in guided.names()], "D", RED,
-         ((9, -6, "left"), (-9, -4, "right"), (9, -4, "left")),
-         "NTM fine-tuned, lambda 0, 4 steps, by guidance w in the last two"))
-    for source, names, texts, marker, colour, places, label in series:
-        distance, _ = source.column("Fréchet distance", names)
-        accuracy, error = source.column("class accuracy", names)
-        axes.errorbar(distance, accuracy, error, fmt=f"{marker}-", color=colour, label=label)
-        for text, x, y, (right, up, align) in zip(texts, distance, accuracy, places, strict=True):
-            axes.annotate(text, (x, y), (right, up), textcoords="offset points", ha=align,
-                          color=colour)
-    axes.set(xmargin=0.12, xlabel="Fréchet distance (lower is better)", ylabel="class accuracy, %",
-             title="Digits: accuracy against distance")
-    figure.legend(loc="outside lower center")
     return figure
 
 
@@ -300,8 +275,8 @@ def growth():
 
 
 CHARTS = {  # by the name of the picture
-    "digits-trajectories-k": digits_trajectories_k, "digits-guidance": digits_guidance,
-    "flow-matching-steps": flow_matching_steps, "flow-matching-guidance": flow_matching_guidance,
+    "digits-trajectories-k": digits_trajectories_k, "guidance": guidance,
+    "flow-matching-steps": flow_matching_steps,
     "growth": growth, "pods-chips": pods_chips, "reward-updates": reward_updates,
     "shapes-guidance": shapes_guidance, "truth-errors": truth_errors}
 

@@ -87,9 +87,9 @@ class Model:
     transporter_blocks: int = setting(
         2, "Invertible blocks; 0 is Gaussian denoising without transporter.", low=0)
     transporter_layers: int = setting(2, "Transformer layers in each block.", low=1)
-    transporter_condition: str = setting(  # experiments start from none; see renamed
-        "class", "What the transporter sees beside the level: class, or text as its mean token. "
-        "Guidance is exact where it sees neither. It always sees vectors.",
+    transporter_condition: str = setting(
+        "class", "The kind of condition that the transporter sees beside vectors, which it always "
+        "sees: class, or text as its mean token. Guidance is exact where it sees none.",
         choices=("none", "class", "text"))
     transporter_positions_std: float = setting(
         0.02, "Initial std of the transporter's position table.", above=0)

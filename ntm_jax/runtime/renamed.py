@@ -15,7 +15,7 @@ NAMES = {  # settings by section.key, and flags
 }
 VALUES = {
     "model.head=posterior": "flow_matching",
-    # classes were always seen; this is also the default that files without the setting get
+    # of models of texts; transporters of classes always saw them
     "model.transporter_condition=False": "class",
     "model.transporter_condition=True": "text",
 }

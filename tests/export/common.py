@@ -21,8 +21,7 @@ from ntm_jax.training import loop, state
 from tests.common import bits, tiny_config
 
 SETTINGS = tiny_config(**{
-    "evaluate.trajectories": 3, "model.pixel_likelihood": "learned",
-    "model.transporter_condition": "class"})
+    "evaluate.trajectories": 3, "model.pixel_likelihood": "learned"})
 TEXTS = tiny_config(**{
     "data.source": "mock:4x4x2,text=3x8", "model.condition": "text", "data.patch_size": 1,
     "evaluate.split": "test", "sample.decoder": "inverse"})

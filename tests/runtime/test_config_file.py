@@ -11,7 +11,7 @@ from ntm_jax import files
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
 from ntm_jax.registry import present
-from ntm_jax.runtime import config, config_file
+from ntm_jax.runtime import config, config_file, renamed
 from ntm_jax.runtime.checkpoint import Checkpoints
 from tests.common import tiny_config
 
@@ -74,7 +74,7 @@ def test_a_lost_or_damaged_config_json_is_written_anew(begun, damage):
 
 def test_a_run_with_settings_names_of_an_earlier_version_is_read_and_resumed(tmp_path):
     settings = tiny_config(**{
-        "model.head": "flow_matching", "model.transporter_condition": "class", "data.text_encoder": "words:1:a", "evaluate.num_samples": 5,
+        "model.head": "flow_matching", "data.text_encoder": "words:1:a", "evaluate.num_samples": 5,
         "train.level_weight_power": 2.0, "optimizer.min_learning_rate": 1e-5} | (
         {"reward.prefetch": True, "reward.data_loss_weight": 0.25, "reward.trainable": "both"}
         if present(config.SECTIONS["reward"]) else {}))
@@ -86,6 +86,8 @@ def test_a_run_with_settings_names_of_an_earlier_version_is_read_and_resumed(tmp
                      "level_weight_power": "level_power", "min_learning_rate": "floor",
                      "prefetch": "ahead", "data_loss_weight": "anchor"}.items():
         text, fixed = text.replace(f'"{new}"', f'"{old}"'), fixed.replace(f'.{new}"', f'.{old}"')
+    given = renamed.argument("--config.model.transporter_text=True")
+    assert given == "--config.model.transporter_condition=text"
     content = {key: value for key, value in json.loads(text).items() if key != files.SEAL}
     fixed = json.loads(fixed)
     del content["model"]["pixel_likelihood"], fixed["model.pixel_likelihood"]  # they are binned
