@@ -62,6 +62,7 @@ def get_config() -> ml_collections.ConfigDict:
         if isinstance(of, types.UnionType):  # several types, which config.read checks
             section, name = key.split(".")
             values[section][name] = ml_collections.FieldReference(field.default, object)
+    values["model"]["transporter_condition"] = "none"  # files of earlier versions lack it: class
     return ml_collections.ConfigDict(values).lock()
 
 
@@ -73,7 +74,7 @@ def plain_flow(c: Any, mlp_ratio: int):
     """
     c.trajectory.update(steps=(1,), t_min=1e-6, t_min_range=(1e-6, 1e-6))
     c.model.update(head="standard", pixel_likelihood="uniform", transporter_blocks=4,
-                   mlp_ratio=mlp_ratio)
+                   transporter_condition="class", mlp_ratio=mlp_ratio)
     c.train.condition_dropout = 0.0
     c.sample.update(steps=1, decoder="inverse")
 

@@ -17,7 +17,7 @@ def base():
     c.data.update(source="mnist_5k", patch_size=7)
     # with t_min = 0.003 the last step, to pixels nearly black or white, is not learned
     c.trajectory.update(schedule="linear", t_min=0.07, t_min_range=(0.05, 0.09))
-    c.model.update(log_scale_bound=5.0, data_std=0.62)
+    c.model.update(log_scale_bound=5.0, data_std=0.62, transporter_condition="class")
     c.evaluate.update(num_samples=1000, features="cnn")
     return c
 

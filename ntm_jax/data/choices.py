@@ -139,7 +139,8 @@ CHOICES: dict[str, Callable[[_Data], Any]] = {
         lambda data: min(1000, 100 * data.classes) if data.train.pixel_levels else 0,
     "evaluate.batch_size": lambda data: min(100, len(data.held_out.records)),
     "sample.num": lambda data: 10 * min(10, data.classes) or 64,  # ten of each class
-    "sample.guidance": lambda data: 1.0 if data.settings["train.condition_dropout"] else 0.0,
+    # more costs variety: docs/results/guidance.md
+    "sample.guidance": lambda data: 0.2 if data.settings["train.condition_dropout"] else 0.0,
 }
 
 

@@ -88,8 +88,8 @@ class Model:
         2, "Invertible blocks; 0 is Gaussian denoising without transporter.", low=0)
     transporter_layers: int = setting(2, "Transformer layers in each block.", low=1)
     transporter_condition: str = setting(
-        "class", "The kind of condition that the transporter sees beside vectors, which it always "
-        "sees: class, or text as its mean token. Guidance is exact where it sees none.",
+        "class", "What the transporter sees of the condition: class, or text as its mean token; "
+        "it always sees vectors. Guidance is exact where it sees none.",
         choices=("none", "class", "text"))
     transporter_positions_std: float = setting(
         0.02, "Initial std of the transporter's position table.", above=0)
