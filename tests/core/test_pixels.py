@@ -142,7 +142,7 @@ def test_new_noise_is_the_forward_process():
     np.testing.assert_array_equal(new.scale, fixed.scale)
 
 
-TWO = {"grid": (1, 2), "dim": 1, "condition": ClassCondition(2), "steps": (1,),
+TWO = {"grid": (1, 2), "dim": 1, "condition": ClassCondition(2, True), "steps": (1,),
        "transporter_blocks": 1}
 COUNT = 3  # values of a pixel
 
