@@ -15,7 +15,7 @@ SETTINGS = {  # modules that train together: settings that use their parts
         "--config.data.source=stripes:3", "--config.evaluate.split=test",
         "--config.model.condition=grade", "--config.train.objective=robust",
         "--config.optimizer.name=adafactor",
-        "--config.sample.decoder=level_0", "--config.model.transporter_blocks=0"],
+        "--config.sample.decoder=level_1", "--config.model.transporter_blocks=0"],
     ("my_encoder", "my_backbone", "my_writer"): [
         "--config=shapes:smoke", "--config.data.text_encoder=letters:6",
         "--config.model.backbone=mixer", "--config.model.head=flow_matching",
