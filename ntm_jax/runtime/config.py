@@ -89,7 +89,7 @@ class Model:
     transporter_layers: int = setting(2, "Transformer layers in each block.", low=1)
     transporter_condition: str = setting(
         "class", "What the transporter sees of the condition: class, or text as its mean token; "
-        "it always sees vectors. Guidance is exact where it sees none.",
+        "it always sees vectors. Guidance is exact where it sees none, as in new experiments.",
         choices=("none", "class", "text"))
     transporter_positions_std: float = setting(
         0.02, "Initial std of the transporter's position table.", above=0)

@@ -40,6 +40,7 @@ def argument(given: str) -> str:
     found = re.fullmatch(r"(--?(?:no)?(?:config\.)?)([\w.]+)(?:=(.*))?", given, re.DOTALL)
     if not found or found[2] not in NAMES:
         return given
-    dashes, name, value = found[1], NAMES[found[2]], found[3]
-    return f"{dashes}{name}" if value is None else (
-        f"{dashes}{name}={VALUES.get(f'{name}={value}', value)}")
+    name, value = NAMES[found[2]], found[3]
+    if value is None:
+        return f"{found[1]}{name}"
+    return f"{found[1]}{name}={VALUES.get(f'{name}={value}', value)}"

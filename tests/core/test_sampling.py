@@ -112,7 +112,7 @@ def guided_moments(t, mean, w):
 @pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("kind", [ClassCondition(2), TextCondition(1)], ids=["class", "text"])
 def test_guided_samples_of_gaussians_are_the_product_of_the_factors(kind, w):
-    """m is 1, and -1/2. At w = 1 the mean is 1.165; the whole densities' product has 1.112."""
+    """m is 1, and -1/2. The factors are the true ones: without guidance x_0 has its own moments."""
     model = Factors(ModelConfig(**TINY | {
         "grid": (8, 8), "dim": 4, "condition": kind, "transporter_blocks": 0}))
     count, t = 1000, np.array([0.05, 0.2, 0.4, 0.7, 1.0])
@@ -123,6 +123,8 @@ def test_guided_samples_of_gaussians_are_the_product_of_the_factors(kind, w):
         keys(2 * count), np.tile(t, (2 * count, 1)).astype(np.float32), y)
     for x_0, mean in zip(np.split(np.asarray(us[:, 0], np.float64), 2), (1.0, -0.5), strict=True):
         expected, deviation = guided_moments(t, mean, w)
+        if w == 0:
+            assert (expected, deviation) == pytest.approx((0.95 * mean, np.hypot(0.475, 0.05)))
         error = deviation / np.sqrt(x_0.size)
         assert x_0.mean() == pytest.approx(expected, abs=4 * error)
         assert x_0.std() == pytest.approx(deviation, abs=4 * error / np.sqrt(2))

@@ -91,8 +91,9 @@ def test_a_run_with_settings_names_of_an_earlier_version_is_read_and_resumed(tmp
     content = {key: value for key, value in json.loads(text).items() if key != files.SEAL}
     fixed = json.loads(fixed)
     del content["model"]["pixel_likelihood"], fixed["model.pixel_likelihood"]  # they are binned
-    del content["model"]["transporter_condition"]  # transporters saw classes
-    fixed["model.transporter_text"] = not fixed.pop("model.transporter_condition")
+    for saved, name in (content["model"], "transporter_"), (fixed, "model.transporter_"):
+        del saved[f"{name}condition"]  # transporters saw classes
+        saved[f"{name}text"] = False
     files.write_json(path, content | {files.SEAL: files.digest(content)})
     with Checkpoints(tmp_path, settings=fixed) as checkpoints:
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
