@@ -112,7 +112,7 @@ def guided_moments(t, mean, w):
 @pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
 @pytest.mark.parametrize("kind", [ClassCondition(2), TextCondition(1)], ids=["class", "text"])
 def test_guided_samples_of_gaussians_are_the_product_of_the_factors(kind, w):
-    """m is 1, and -1/2. The factors are the true ones: without guidance x_0 has its own moments."""
+    """m is 1, and -1/2. The factors are the true ones: x_0 and x_1 have their own covariance."""
     model = Factors(ModelConfig(**TINY | {
         "grid": (8, 8), "dim": 4, "condition": kind, "transporter_blocks": 0}))
     count, t = 1000, np.array([0.05, 0.2, 0.4, 0.7, 1.0])
@@ -121,10 +121,14 @@ def test_guided_samples_of_gaussians_are_the_product_of_the_factors(kind, w):
         means[:, None, None], np.ones((2 * count, 1), bool))
     us, _ = jax.jit(functools.partial(sampling.draw_latents, model, {}, guidance=w))(
         keys(2 * count), np.tile(t, (2 * count, 1)).astype(np.float32), y)
-    for x_0, mean in zip(np.split(np.asarray(us[:, 0], np.float64), 2), (1.0, -0.5), strict=True):
+    us = np.asarray(us, np.float64)
+    for x_0, x_1, mean in zip(*(np.split(us[:, k], 2) for k in (0, 1)), (1.0, -0.5), strict=True):
         expected, deviation = guided_moments(t, mean, w)
         if w == 0:
-            assert (expected, deviation) == pytest.approx((0.95 * mean, np.hypot(0.475, 0.05)))
+            covariance = 0.95 * 0.8 * 0.25 + float(trajectory.covariance(t[None])[0, 0, 1])
+            found = np.cov(x_0.ravel(), x_1.ravel())[0, 1]
+            assert found == pytest.approx(covariance, abs=2e-3)  # 4 errors of 256,000 draws
+            assert expected == pytest.approx(0.95 * mean)
         error = deviation / np.sqrt(x_0.size)
         assert x_0.mean() == pytest.approx(expected, abs=4 * error)
         assert x_0.std() == pytest.approx(deviation, abs=4 * error / np.sqrt(2))
