@@ -1,4 +1,4 @@
-"""Makes records to train on from captioned images.
+"""Makes records to train on from images with captions, labels or both.
 
     python -m launch.prepare --input=folder:/data/photos --out=/data/records --image_size=256
 
@@ -18,8 +18,16 @@ from ntm_jax.errors import UserError
 from . import program
 
 flags.DEFINE_string(
-    "input", None, "folder:PATH with metadata.jsonl, metadata.csv or a .txt beside each image, "
-    "tfds:NAME_OR_BUILDER_DIR, or tars:GLOB (webdataset).")
+    "input", None, "folder:PATH with metadata.jsonl, metadata.csv, a .txt beside each image or a "
+    "sub-folder for each class, tfds:NAME_OR_BUILDER_DIR, or tars:GLOB (webdataset, or tars of "
+    "classes such as ILSVRC2012_img_train.tar).")
+flags.DEFINE_string(
+    "test_input", "", "The input of the split test, such as the official validation set; then all "
+    "images of --input are in train.")
+flags.DEFINE_string(
+    "test_labels", "", "For a --test_input without labels: a file with the class of each image on "
+    "a line, in the order of their names, or ILSVRC2012_devkit_t12.tar.gz.")
+flags.DEFINE_string("test_tfds_split", "validation", "For a --test_input of tfds: the split.")
 flags.DEFINE_string(
     "out", None, "The records' folder: a new one, or that of a stopped preparation.")
 flags.DEFINE_string(
@@ -33,7 +41,7 @@ flags.DEFINE_string(
     "caption_feature", "caption", "For tfds: the feature that holds the caption; a/b is feature b "
     "in a. The first of several captions is used.")
 flags.DEFINE_string(
-    "tfds_split", "train", "For tfds: the split to read. --test divides it into train and test.")
+    "tfds_split", "train", "For tfds: the split to read.")
 flags.DEFINE_integer(
     "image_size", 256, "Side of the images: the central square is resized to it.", lower_bound=1)
 flags.DEFINE_bool(
@@ -48,8 +56,8 @@ flags.DEFINE_string(
     "text", "", "The captions' text encoder, as --config.data.text_encoder; captions alone by "
     "default.")
 flags.DEFINE_float(
-    "test", 0.05, "Held-out images, the split test: their share if below 1, otherwise their "
-    "number.", lower_bound=0)
+    "test", 0.05, "Without --test_input, the held-out images, the split test: their share if below "
+    "1, otherwise their number.", lower_bound=0)
 flags.DEFINE_integer("shard_size", 2000, "Images in a shard.", lower_bound=1)
 flags.DEFINE_float(
     "max_bad", 0.01, "Largest share of missing or unreadable images, which are left out.",

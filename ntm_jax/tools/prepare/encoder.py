@@ -5,14 +5,15 @@ S image side, C channels, M, E text tokens and width.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
 
 from ntm_jax.data import pretrained, text
 from ntm_jax.data.records import Layout, sha256
-from ntm_jax.tools.prepare.captioned import Loaded
+from ntm_jax.errors import UserError
+from ntm_jax.tools.prepare.captioned import Input, Loaded
 from ntm_jax.tools.prepare.plan import PrepareOptions
 from ntm_jax.tools.prepare.shards import Tally
 
@@ -26,7 +27,7 @@ class Encoder:
     Raises UserError for latents or a text encoder that are unknown or not there.
     """
 
-    def __init__(self, options: PrepareOptions, classes: Sequence[str]):
+    def __init__(self, options: PrepareOptions, given: Input):
         self._autoencoder, self.digest = None, ""
         if options.latents:
             make, folder = pretrained.AUTOENCODERS.find(options.latents)
@@ -35,16 +36,19 @@ class Encoder:
             parts = sorted(pretrained.find(folder, "vae").glob("*.safetensors"))
             digests = b"".join(bytes.fromhex(sha256(part)) for part in parts)
             self.digest = hashlib.sha256(digests).hexdigest()
+        if options.text and not given.captioned:
+            raise UserError(f"--text={options.text} encodes captions, and --input={options.input} "
+                            "has none: leave --text out")
         self._text = text.open_encoder(options.text) if options.text else None
         blank = np.zeros((1, options.image_size, options.image_size, 3), np.uint8)
         self.layout = Layout(
             self._encode_images(blank).shape[1:],
             pixel_levels=0 if options.latents else 256,
-            num_classes=len(classes),
+            num_classes=len(given.classes),
             text_tokens=self._text.tokens if self._text else 0,
             text_width=self._text.width if self._text else 0,
             text=options.text,
-            captions=True,
+            captions=given.captioned,
         )
 
     def examples(
@@ -60,7 +64,7 @@ class Encoder:
             if not good:
                 continue
             for item in good:
-                if item.null:
+                if item.null and self.layout.captions:
                     tally.null_captions[item.null] += 1
             images = np.stack([cast(np.ndarray, item.image) for item in good])
             views = [images, images[:, :, ::-1]] if flip else [images]
@@ -70,7 +74,9 @@ class Encoder:
                 states, cut = self._text.encode([item.caption for item in good])
                 tally.cut_captions += sum(cut)
             for i, item in enumerate(good):
-                example: dict[str, Any] = {"caption": item.caption}
+                example: dict[str, Any] = {}
+                if self.layout.captions:
+                    example["caption"] = item.caption
                 if self.layout.num_classes:
                     example["label"] = item.label
                 if states:

@@ -32,13 +32,17 @@ class PrepareOptions:
     caption_feature: for tfds, the feature that holds the caption; a/b is the feature b in a. Of
       several captions the first is taken.
     tfds_split: for tfds, the records to take.
+    test_input: the input of the split test, as `input`; then all images of `input` are in train.
+    test_labels: for a test input without labels, a file of the class of each image on a line, in
+      the order of the images' names, or ImageNet's devkit.
+    test_tfds_split: for a test input of tfds, the records to take.
     image_size: S, the images' side.
     flip: adds the mirror image of every training image, which doubles the training records.
     latents: '' for pixels, or flux2:FOLDER.
     latent_scale: 'measured' normalises latents to mean 0 and variance 1 by channel over the
       training records; 'encoder' keeps the autoencoder's scale, which pretrained networks expect.
     text: the encoder of captions; '' for none.
-    test: below 1 the share of the images held out, otherwise their number.
+    test: without test_input, below 1 the share of the images held out, otherwise their number.
     shard_size: the number of images in a shard.
     """
 
@@ -46,6 +50,9 @@ class PrepareOptions:
     captions: str = ""
     caption_feature: str = "caption"
     tfds_split: str = "train"
+    test_input: str = ""
+    test_labels: str = ""
+    test_tfds_split: str = "validation"
     image_size: int = 256
     flip: bool = False
     latents: str = ""
@@ -70,9 +77,23 @@ class Shard:
 def make_shards(options: PrepareOptions, items: Sequence[Item]) -> list[Shard]:
     """The training and test shards.
 
-    The hash of its key alone decides an item's split, so that all items of one key have the same
-    split.
+    Without a test input the hash of its key alone decides an item's split, so that all items of
+    one key have the same split.
     """
+    splits = _divided(options, items) if not options.test_input else {
+        split: [row for row, item in enumerate(items) if item.held_out == (split == "test")]
+        for split in ("train", "test")
+    }
+    size = options.shard_size
+    return [
+        Shard(f"{split}-{i:05}", split, rows[start : start + size])
+        for split, rows in splits.items()
+        for i, start in enumerate(range(0, len(rows), size))
+    ]
+
+
+def _divided(options: PrepareOptions, items: Sequence[Item]) -> dict[str, list[int]]:
+    """The rows of train and test, by the hashes of their keys."""
     digests = [hashlib.sha256(item.key.encode(errors="surrogateescape")).digest() for item in items]
     values = [int.from_bytes(digest[:8], "big") for digest in digests]
     share = options.test < 1
@@ -88,12 +109,7 @@ def make_shards(options: PrepareOptions, items: Sequence[Item]) -> list[Shard]:
             "those of one name together: expected a share below 1, or a whole number, that leaves "
             "some"
         )
-    size = options.shard_size
-    return [
-        Shard(f"{split}-{i:05}", split, rows[start : start + size])
-        for split, rows in splits.items()
-        for i, start in enumerate(range(0, len(rows), size))
-    ]
+    return splits
 
 
 def make_plan(options: PrepareOptions, given: Input, autoencoder_sha256: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def prepare(
             f"--num_processes={num_processes}"
         )
     given = inputs.open_input(options, follow_outside)
-    encoder, everything = Encoder(options, given.classes), make_shards(options, given.items)
+    encoder, everything = Encoder(options, given), make_shards(options, given.items)
     plan, limit = make_plan(options, given, encoder.digest), max_bad * len(given.items)
     plan_hash = lock_plan(root, plan)
 
@@ -148,13 +148,14 @@ def _finish(
     counts = ", ".join(f"{sum(part.counts)} in {split}" for split, part in splits.items())
     size, bad = sum(tally.bytes for tally in tallies) / 2**20, shards.bad_images(tallies)
     null = ", ".join(f"{count} {reason}" for reason, count in found["null_captions"].items())
+    captions = (f"null captions: {null}\ncaptions cut: {found['cut_captions']}\n"
+                if layout.captions else f"captions: none; classes: {layout.num_classes}\n")
     text = f" '--config.data.text_encoder={options.text}'" if options.text else ""
     print(
         f"records: {counts}; {len(tallies)} shards, {size:.1f} MiB\n"
         f"bad images left out: {len(bad)} of {plan['images']}{': ' if bad else ''}"
         f"{few(bad, shards.NAMED)}\n"
-        f"null captions: {null}\n"
-        f"captions cut: {found['cut_captions']}\n"
+        f"{captions}"
         f"to train on them: --config.data.source=records:{root}{text}",
         flush=True,
     )

@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 from PIL import Image
+from scipy.io import savemat
 
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
@@ -75,3 +76,28 @@ def add(tar, name, data):
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
+
+
+def tar_of_tars(path, folders):
+    """Writes {folder: {name: bytes}} as ILSVRC2012_img_train.tar is: a tar of each folder."""
+    with tarfile.open(path, "w") as outer:
+        for folder, files in folders.items():
+            part = io.BytesIO()
+            with tarfile.open(fileobj=part, mode="w") as inner:
+                for name, data in files.items():
+                    add(inner, name, data)
+            add(outer, f"{folder}.tar", part.getvalue())
+    return path
+
+
+def devkit(path, classes, truth):
+    """Writes ImageNet's devkit: the numbers of the classes, and `truth`, those of the test images.
+    """
+    dtype = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+    meta, synsets = io.BytesIO(), [(i, name, name) for i, name in enumerate(classes, 1)]
+    savemat(meta, {"synsets": np.array(synsets, dtype)})
+    with tarfile.open(path, "w:gz") as tar:
+        add(tar, "kit/data/meta.mat", meta.getvalue())
+        lines = "".join(f"{number}\n" for number in truth)
+        add(tar, "kit/data/ILSVRC2012_validation_ground_truth.txt", lines.encode())
+    return path

@@ -18,12 +18,14 @@ from tests.tools.prepare.common import (
     WORDS,
     add,
     choices,
+    devkit,
     encoded,
     files,
     picture,
     pictures,
     records,
     run,
+    tar_of_tars,
     write_folder,
 )
 
@@ -72,7 +74,7 @@ def test_a_txt_beside_each_image_is_its_caption(tmp_path):
     folder = write_folder(tmp_path / "in", {f"{i}.png": encoded(picture(i)) for i in range(3)})
     write_folder(folder, texts)
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match=r"jsonl is not there, nor a \.txt .* image \(2\.png\)"):
+    with pytest.raises(UserError, match=r"jsonl is not there, nor a \.txt .* class \(2\.png\)"):
         run(tmp_path, folder)
     (tmp_path / "secret.txt").write_text("elsewhere")
     (folder / "2.txt").symlink_to(tmp_path / "secret.txt")
@@ -102,6 +104,40 @@ def test_tars_of_webdataset(tmp_path):
     assert bad == [["0.tar/x/4", "not there"], ["1.tar/x/4", "not there"]]
 
 
+def test_imagenets_own_files(tmp_path):
+    """Tars in a tar, and a flat tar of the validation images with the devkit: no caption."""
+    def grey(value):
+        return encoded(np.full((9, 9, 3), value, np.uint8), "jpeg")
+
+    names = ["n3", "n1", "n2"]
+    tar_of_tars(tmp_path / "train.tar", {
+        name: {f"{name}_{i}.JPEG": grey(40 * int(name[1]) + i) for i in range(2)}
+        for name in names})
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for i in (2, 0, 1):
+            add(tar, f"val_{i}.JPEG", grey(40 * (i + 1)))
+    given = {"input": f"tars:{tmp_path}/train.tar", "test_input": f"tars:{tmp_path}/val.tar",
+             "test_labels": str(devkit(tmp_path / "kit.tgz", names, [2, 3, 1]))}
+    out = run(tmp_path, "", **given)
+    assert open_source(f"records:{out}", "train").class_names == ("n1", "n2", "n3")
+    for split, count in (("train", 6), ("test", 3)):
+        found = records(out, split)
+        assert len(found) == count
+        for record in found:
+            assert record.keys() == {"image", "label"}
+            assert round(record["image"].mean() / 40) == record["label"] + 1
+
+
+def test_a_folder_for_each_class(tmp_path):
+    for i, name in enumerate(("train/bee", "train/ant", "val/bee")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.png").write_bytes(encoded(np.full((8, 8, 3), i, np.uint8)))
+    out = run(tmp_path, tmp_path / "train", test_input=f"folder:{tmp_path}/val")
+    assert choices(out)["classes"] == ["ant", "bee"]
+    for split, expected in (("train", [(1, 0), (0, 1)]), ("test", [(2, 1)])):
+        assert [(r["image"].max(), r["label"]) for r in records(out, split)] == expected
+
+
 def test_a_tfds_data_set(squares_dir, tmp_path):
     given = {"input": f"tfds:{squares_dir}/squares/1.2.3", "caption_feature": "captions/text"}
     out = run(tmp_path, "", tfds_split="train[:3]+test", **given)
@@ -111,8 +147,12 @@ def test_a_tfds_data_set(squares_dir, tmp_path):
         np.testing.assert_array_equal(record["image"], i)
         assert record["label"] == i % 3
     assert open_source(f"records:{out}", "train").class_names == ("ant", "bee", "cat")
-    with pytest.raises(UserError, match=r"^--tfds_split=trian: .*train"):
+    with pytest.raises(UserError, match=r"^the split trian of --input=.*train"):
         run(tmp_path, "", "other", tfds_split="trian", **given)
+    name = given["input"]
+    out = run(tmp_path, "", "labels", input=name, test_input=name, test_tfds_split="test")
+    assert [record["label"] for record in records(out, "test")] == [1, 0, 1, 2]
+    assert (choices(out)["classes"], len(records(out))) == (["ant", "bee", "cat"], 10)
 
 
 def test_a_mirror_image_follows_every_training_image(tmp_path):

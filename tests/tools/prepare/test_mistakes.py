@@ -6,7 +6,17 @@ import pytest
 
 from ntm_jax.data.records import Layout, write_manifest
 from ntm_jax.errors import UserError
-from tests.tools.prepare.common import encoded, files, picture, pictures, records, run, write_folder
+from tests.tools.prepare.common import (
+    WORDS,
+    encoded,
+    files,
+    picture,
+    pictures,
+    records,
+    run,
+    tar_of_tars,
+    write_folder,
+)
 
 
 def assert_refused(message, tmp_path, **given):
@@ -24,9 +34,37 @@ def test_an_invalid_input_is_refused(tmp_path, squares_dir):
         ({"captions": str(table)}, "a.csv line 3 is not understood (it has more fields than the "
          "header): expected a .jsonl or .csv of file_name, caption, and quotes around a caption"),
         ({"input": "folder:/no/such"}, "--input=folder:/no/such is not there"),
-        ({"input": f"tfds:{squares_dir}/squares/1.2.3"}, "has no feature 'caption' of captions: "),
+        ({"input": f"tfds:{squares_dir}/squares/1.2.3", "caption_feature": "title"},
+         "has no feature 'title' of captions: "),
     ):
         assert_refused(message, tmp_path, **given)
+
+
+def test_a_test_input_that_does_not_fit_is_refused(tmp_path):
+    for name in ("train/ant", "train/bee", "val/ant", "val/cat", "flat", "empty"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        if name != "empty":
+            (tmp_path / "in" / name / "a.png").write_bytes(encoded(picture(1)))
+    root = f"folder:{tmp_path}/in"
+    (tmp_path / "labels").write_text("ant\nbee\n")
+    nested = tar_of_tars(tmp_path / "a.tar", {"ant": {"1.png": encoded(picture(1))}})
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(nested.read_bytes()[:2000])
+    tar_of_tars(tmp_path / "none.tar", {"ant": {"1.gz": b"a"}})
+    for given, message in (
+        ({"input": root}, "holds the splits"),
+        ({"input": f"{root}/flat"}, "metadata.jsonl is not there, nor"),
+        ({"test_input": f"{root}/val"}, f"--test_input={root}/val has the class cat, which the "
+         "training images lack (1 of 2 classes): "),
+        ({"test_input": f"{root}/empty"}, f"--test_input={root}/empty lists no images"),
+        ({"test_input": f"{root}/flat", "test_labels": str(tmp_path / "labels")},
+         f"--test_labels has 2 lines, and --test_input={root}/flat 1 images"),
+        ({"test_input": f"{root}/flat", "test_labels": str(cut)}, "is neither a text of classes"),
+        ({"test_input": f"tars:{cut}"}, "is not a complete, uncompressed tar of images"),
+        ({"input": f"tars:{tmp_path}/none.tar"}, "lists no images: expected at least one"),
+        ({"text": WORDS}, "encodes captions, and "),
+    ):
+        assert_refused(message, tmp_path, **{"input": f"{root}/train"} | given)
 
 
 def test_files_outside_the_folder_are_read_only_with_follow_outside(tmp_path):
