@@ -47,8 +47,8 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "flip", False, "Adds the mirror image of every training image, which doubles the records.")
 flags.DEFINE_string(
-    "latents", "", "flux2:FOLDER, an autoencoder in diffusers' layout, writes its latents; pixels "
-    "by default.")
+    "autoencoder", "", "Writes the latents of an autoencoder in diffusers' layout, kl:FOLDER or "
+    "flux2:FOLDER; pixels by default.")
 flags.DEFINE_enum(
     "latent_scale", "measured", ["measured", "encoder"], "measured normalises each latent channel "
     "to mean 0 and variance 1; encoder keeps the autoencoder's scale, as FLUX.2 expects.")

@@ -30,8 +30,8 @@ flags.DEFINE_integer("seed", None, "Image i of a seed is the same in any batch s
                      "rounding.")
 flags.DEFINE_string("out", None, "A new folder, or the folder of an interrupted identical call; "
                     "WORKDIR/samples by default.")
-flags.DEFINE_string("autoencoder", None, "The folder of FLUX.2's autoencoder (diffusers' layout), "
-                    "which decodes latents; needs the extra [flux2].")
+flags.DEFINE_string("autoencoder", None, "Decodes latents: kl:FOLDER or flux2:FOLDER, in "
+                    "diffusers' layout; the configuration's by default.")
 flags.DEFINE_bool("log_prob", False, "Also writes the log-density of every sample's trajectory, in "
                   "nats, into samples.npz.")
 flags.DEFINE_multi_string("condition", None, "A vector that samples are conditioned on, such as "

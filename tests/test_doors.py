@@ -22,6 +22,10 @@ SETTINGS = {  # modules that train together: settings that use their parts
         "--config.train.objective=flow_matching", "--config.model.transporter_blocks=0",
         "--config.sample.decoder=euler", "--config.train.log_every=1",
         "--config.evaluate.num_samples=0", "--writer=table:losses"],
+    ("my_autoencoder",): [
+        "--config=digits", *(f"--config.{key}={value}" for key, value in TINY.items()),
+        "--config.data.source=mock:4x4x12,levels=0,classes=10", "--config.data.patch_size=1",
+        "--config.sample.autoencoder=squares:2"],
 }
 
 

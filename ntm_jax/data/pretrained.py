@@ -1,7 +1,7 @@
 """Loads PyTorch models that prepare data, from local folders of safetensors.
 
-torch, diffusers and transformers are imported here on first use. The training job needs none of
-them; the extras [text] and [flux2] install them.
+torch and transformers are imported here on first use. The training job needs neither; the extras
+[text] and [flux2] install them.
 """
 
 import contextlib
@@ -10,11 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ntm_jax.errors import UserError, first_line
-from ntm_jax.registry import Registry
 
-# A part is Autoencoder(FOLDER, device) with encode(images) and decode(latents).
-AUTOENCODERS: Registry = Registry(
-    "--latents", {"flux2:FOLDER": "ntm_jax.projects.flux2.autoencoder:Autoencoder"})
 _EXPECTED = "a folder in the layout of diffusers or transformers"
 
 

@@ -212,7 +212,10 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """How images are made, and how many. Static: all but `num` tell compiled samplers apart."""
+    """How images are made, and how many.
+
+    Static: all but `num` and `autoencoder` tell compiled samplers apart.
+    """
 
     num: int = setting(100, "Images of a grid or a call of launch.sample.", low=0, compare=False)
     steps: int = setting(
@@ -226,6 +229,9 @@ class Sample:
     percentile: float = setting(
         100.0, "Clips the gradient of decoder=score at this percentile; 100 clips none.", low=0,
         high=100)
+    autoencoder: str = setting(
+        "", "Autoencoder that makes images of latents: kl:FOLDER, flux2:FOLDER or your own.",
+        compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

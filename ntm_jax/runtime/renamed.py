@@ -12,6 +12,7 @@ NAMES = {  # settings by section.key, and flags
     "reward.anchor": "reward.data_loss_weight",
     "reward.trains": "reward.trainable",
     "enough": "stop_nats",
+    "latents": "autoencoder",
 }
 VALUES = {
     "model.head=posterior": "flow_matching",

@@ -18,9 +18,10 @@ from ntm_jax import typed
 from ntm_jax.core.model import full_precision
 from ntm_jax.core.trajectory import example_keys
 from ntm_jax.data import transforms
+from ntm_jax.data.autoencoder import Autoencoder, open_autoencoder
 from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError
-from ntm_jax.runtime import sharding
+from ntm_jax.runtime import autoencode, sharding
 from ntm_jax.runtime.config import Config, Sample, check_guidance, check_steps, guided
 from ntm_jax.runtime.run import Run, checked_seed
 from ntm_jax.sampling import decoders, selection
@@ -115,6 +116,51 @@ def sample_at(run: Run, index, condition=None, options: Sample | None = None,
     if not with_levels:
         return spec.from_tokens(x)
     return spec.from_tokens(x), spec.from_tokens(xs, own_units=False)[:, ::-1]
+
+
+def pictures_at(run: Run, index, condition=None, options: Sample | None = None,
+                seed: int | None = None) -> np.ndarray:
+    """as_pictures of the samples of sample_at, whose arguments these are."""
+    return as_pictures(run, sample_at(run, index, condition, options, seed))
+
+
+def as_pictures(run: Run, samples) -> np.ndarray:
+    """Samples [n, H, W, C] as images, integers 0..picture_levels-1.
+
+    Latents are decoded by config.sample.autoencoder, on all devices of the mesh; without one they
+    are returned as they are, and so are pixels. Every process gives the same samples and gets all
+    images. Raises UserError like autoencoder_of.
+    """
+    autoencoder = autoencoder_of(run)
+    if not autoencoder:
+        return samples
+    mean = np.asarray(run.spec.mean or 0, np.float32)
+    std = np.asarray(run.spec.std or 1, np.float32)
+    return autoencode.decode(autoencoder, samples * std + mean, run.mesh)
+
+
+def picture_levels(run: Run) -> int:
+    """The values that a pixel of as_pictures can take; 0 for latents that nothing decodes."""
+    return 256 if run.config.sample.autoencoder else run.spec.pixel_levels
+
+
+def autoencoder_of(run: Run) -> Autoencoder | None:
+    """The autoencoder of the run's latents, opened once in a process; None without one.
+
+    Raises UserError where it cannot be opened, has latents of other channels, or the run has none.
+    """
+    name, spec = run.config.sample.autoencoder, run.spec
+    if not name:
+        return None
+    if spec.pixel_levels or spec.columns:
+        raise UserError(f"config.sample.autoencoder is {name}, which decodes latents, and the run "
+                        f"is of {'an array' if spec.columns else 'pixels'}: leave it out")
+    found, channels = open_autoencoder(name), spec.image_shape[-1]
+    if found.channels != channels:
+        raise UserError(f"config.sample.autoencoder={name} has latents of {found.channels} "
+                        f"channels, and the run's have {channels}: it is an autoencoder of another "
+                        "size; give the one that encoded the data")
+    return found
 
 
 def draw_at(run: Run, index, condition=None, options: Sample | None = None,

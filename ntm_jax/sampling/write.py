@@ -11,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from ntm_jax import files
-from ntm_jax.data import pretrained
 from ntm_jax.errors import UserError
 from ntm_jax.registry import load
 from ntm_jax.runtime import checksums, plots
@@ -31,7 +30,7 @@ class SampleRequest:
     prompts: list[Prompt] | None = None  # each has num / len(prompts) images, a whole number
     layout: str | None = None  # geneval, dpg: the folders of a benchmark
     encoder: str | None = None  # of the prompts; see prompts.open_encoder
-    autoencoder: str | None = None  # the folder of FLUX.2's, which decodes latents to images
+    autoencoder: str | None = None  # decodes latents, such as kl:FOLDER
     save_trajectories: bool = False
     steps: int | None = None
     guidance: float | tuple[float, ...] | None = None
@@ -50,9 +49,9 @@ class SampleRequest:
 def write_samples(run: Run, out: str, request: SampleRequest) -> None:
     """Writes images of a run into a folder, and prints how many.
 
-    PNG files; grid.png; samples.npz, in ADM's layout: arr_0 uint8 [n, H, W, 3], or latents as they
-    are, arr_1 labels, prompts' numbers or vectors; with log_prob also log_prob [n] and
-    log_prob_by_factor [n, K] from pure noise down, in nats; with save_trajectories
+    PNG files; grid.png; samples.npz, in ADM's layout: arr_0 uint8 [n, H, W, 3], or latents where no
+    autoencoder decodes them, arr_1 labels, prompts' numbers or vectors; with log_prob also log_prob
+    [n] and log_prob_by_factor [n, K] from pure noise down, in nats; with save_trajectories
     trajectories.npz: arr_0 [n, K, H, W, C] from pure noise down, which an autoencoder does not
     decode, and with log_prob as the model has them; for prompts contact_sheet.png and
     prompts.jsonl. Of an array only samples.npz, with arr_0 [n, D] in its own units.
@@ -73,6 +72,10 @@ class _Writer:
     """A request, checked against a run, and what its batches need."""
 
     def __init__(self, run: Run, request: SampleRequest, folder: epath.Path):
+        if request.autoencoder is not None:
+            config = run.config.with_sampling(autoencoder=request.autoencoder)
+            run = dataclasses.replace(run, config=config)
+        generate.autoencoder_of(run)  # before anything is drawn
         self.run, self.request, self.folder = run, request, folder
         self.options = generate.override(
             run.config, steps=request.steps, guidance=request.guidance, decoder=request.decoder,
@@ -98,11 +101,7 @@ class _Writer:
                                 "prompts as --prompts")
             self.layout = load(prompts.LAYOUTS[request.layout])()
             self.layout.check(request.prompts)
-        self.autoencoder = None
-        if request.autoencoder and jax.process_index() == 0:
-            make, argument = pretrained.AUTOENCODERS.find(f"flux2:{request.autoencoder}")
-            self.autoencoder = make(argument)
-        self.pixel_levels = 256 if request.autoencoder else run.spec.pixel_levels
+        self.pixel_levels = generate.picture_levels(run)
 
     def asked(self) -> dict:
         """What the folder's samples.json records, so that only the same call resumes it."""
@@ -117,7 +116,7 @@ class _Writer:
         return selected | {
             "--save_trajectories": request.save_trajectories,
             "--labels": self.given.tolist() if request.labels else None,
-            "--autoencoder": request.autoencoder, "--layout": request.layout,
+            "--autoencoder": run.config.sample.autoencoder or None, "--layout": request.layout,
             "--prompts": request.prompts and _described(request.prompts),
             "--encoder": self.encoder and self.encoder.name, "--steps": options.steps,
             "--guidance": options.guidance, "--decoder": options.decoder,
@@ -140,12 +139,9 @@ class _Writer:
             arrays = {"arr_1": levels}
         else:
             images, arrays = generate.sample_at(*drawing), {}
+        images = generate.as_pictures(run, images)
         if jax.process_index():
             return {}
-        if self.autoencoder:
-            mean, std = np.asarray(run.spec.mean or 0), np.asarray(run.spec.std or 1)
-            images = images * std.astype(np.float32) + mean.astype(np.float32)
-            images = self.autoencoder.decode(images)
         if not run.spec.columns:
             for i, image in zip(index, plots.displayable(images, self.pixel_levels), strict=True):
                 path = self.folder / self.layout.image(i, request.per_prompt, request.num)

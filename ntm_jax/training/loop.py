@@ -25,6 +25,7 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import locked, require_same_everywhere
 from ntm_jax.runtime.run import Run, untrained, with_denoiser
+from ntm_jax.sampling import generate
 from ntm_jax.training import (
     finetune,
     objectives,
@@ -69,6 +70,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         raise UserError(f"config.data.batch_size is {size}, and {source.name} has {count} records "
                         "to train on: expected at most that many")
     run = untrained(config, pipeline.spec(source, config.data.patch_size), mesh, folder)
+    generate.autoencoder_of(run)  # of the pictures
     distilled = reference_model.load_distilled(run, objective)
     resources.check_state_fits(run)
     extension = objective.extend(run, source)

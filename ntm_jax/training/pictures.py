@@ -75,8 +75,7 @@ def draw_change(run: Run, before: dict, held_out: Source) -> str:
             plots.points_picture(points, [0.0, 0.0], held_out.planar_extent, path)
     else:
         rows = _rows(run, held_out, CHANGE_COLUMNS)
-        drawn = [[plots.displayable(clean, run.spec.pixel_levels) for clean, _ in _sampled(r, rows)]
-                 for r in runs.values()]
+        drawn = [_shown(r, [clean for clean, _ in _sampled(r, rows)]) for r in runs.values()]
         if jax.process_index() == 0:
             plots.contact_sheet([plots.SheetRow(row.name, *images) for row, *images in
                                  zip(rows, *drawn, strict=True)], path, tuple(runs))
@@ -87,19 +86,24 @@ def _draw_images(run: Run, held_out: Source, samples, trajectories) -> None:
     """Draws rows of samples, and the trajectory of each row's first."""
     rows = _rows(run, held_out, COLUMNS)
     drawn = _sampled(run, rows)
+    images = _shown(run, [clean for clean, _ in drawn]), _shown(run, [row.real for row in rows])
     if jax.process_index():
         return
-
-    def shown(images):
-        return plots.displayable(np.stack(images), run.spec.pixel_levels)
-
-    plots.contact_sheet([
-        plots.SheetRow(row.name, shown(clean), shown(row.real) if len(row.real) else ())
-        for row, (clean, _) in zip(rows, drawn, strict=True)], samples)
+    names = [row.name for row in rows]
+    plots.contact_sheet([plots.SheetRow(*row) for row in zip(names, *images, strict=True)], samples)
     clean, levels = (np.stack([row[0] for row in part]) for part in zip(*drawn, strict=True))
     t, levels = _shown_levels(run, clean, levels)
-    names = [row.name for row in rows]
-    plots.trajectory_picture(shown(levels), t, trajectories, names)
+    shown = plots.displayable(levels, run.spec.pixel_levels)  # of latents as they are
+    plots.trajectory_picture(shown, t, trajectories, names)
+
+
+def _shown(run: Run, rows: list) -> list:
+    """Rows of images or latents, some of them empty, as uint8 images; all are decoded together."""
+    ends = np.cumsum([len(row) for row in rows])
+    if not ends[-1]:
+        return [() for _ in rows]
+    images = generate.as_pictures(run, np.concatenate([row for row in rows if len(row)]))
+    return np.split(plots.displayable(images, generate.picture_levels(run)), ends[:-1])
 
 
 def _sampled(run: Run, rows: list[_Row]) -> list[tuple[np.ndarray, np.ndarray]]:

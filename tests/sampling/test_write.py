@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
+from ntm_jax.data.autoencoder import open_autoencoder
 from ntm_jax.errors import UserError
 from ntm_jax.sampling import generate
 from ntm_jax.sampling.write import SampleRequest, write_samples
-from tests.common import assert_shows, pixels, randomised
+from ntm_jax.training import loop
+from tests.common import assert_shows, new_run, pixels, randomised, tiny_config
+from tests.data.common import write_autoencoder
 
 
 def test_labels_are_names_or_numbers_of_classes(run):
@@ -80,6 +84,41 @@ def test_a_stopped_call_is_resumed_bit_for_bit(run, tmp_path, monkeypatch, capsy
         assert levels["arr_0"].shape == (8, 3, 8, 8, 1)
     write_samples(run, str(stopped), request)  # there is nothing left to do
     assert len(calls) == 4
+
+
+def test_latents_are_decoded(tmp_path, monkeypatch):
+    """By the configuration's autoencoder or the call's, once the data's mean and std are undone."""
+    write_autoencoder(tmp_path / "vae")
+    source = {"data.source": "mock:4x4x3,levels=0,classes=2", "data.patch_size": 1}
+    new = new_run(tiny_config(**source))
+    spec = dataclasses.replace(new.spec, mean=(0.5, 0, -1), std=(2, 1, 0.5))
+    run, name = dataclasses.replace(new, spec=spec, params={}), f"kl:{tmp_path}/vae"
+    latents = np.random.default_rng(0).normal(size=(6, 4, 4, 3)).astype(np.float32)
+    monkeypatch.setattr(generate, "sample_at", lambda run, index, *_: latents[index])
+    write_samples(run, str(tmp_path / "decoded"), SampleRequest(6, 4, autoencoder=name))
+    with np.load(tmp_path / "decoded/samples.npz") as archive:
+        images = archive["arr_0"]
+    assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(pixels(tmp_path / "decoded/5.png"), images[5])
+    kl = open_autoencoder(name)
+    expected = jax.jit(kl.decode)(kl.params, latents * np.float32(spec.std) + np.float32(spec.mean))
+    assert np.abs(np.clip(127.5 * expected + 127.5, 0, 255) - images).max() < 0.51
+    configured = dataclasses.replace(run, config=run.config.with_sampling(autoencoder=name))
+    np.testing.assert_array_equal(generate.pictures_at(configured, np.arange(6)), images)
+    assert generate.pictures_at(run, np.arange(6)).dtype == np.float32  # as they are
+    write_samples(configured, str(tmp_path / "decoded"), SampleRequest(6, 4))  # the same call
+
+
+def test_an_autoencoder_of_other_data_is_refused_before_anything_is_made(run, tmp_path):
+    write_autoencoder(tmp_path / "vae")
+    name = f"kl:{tmp_path}/vae"
+    with pytest.raises(UserError, match=r"decodes latents, and the run is of pixels: leave it out"):
+        write_samples(run, str(tmp_path / "out"), SampleRequest(2, autoencoder=name))
+    other = tiny_config(**{"data.source": "mock:4x4x5,levels=0,classes=2", "data.patch_size": 1,
+                           "evaluate.split": "test", "sample.autoencoder": name})
+    with pytest.raises(UserError, match=r"latents of 3 channels, and the run's have 5: it is"):
+        loop.train(other, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_is_not_empty_is_refused_and_unchanged(run, tmp_path):

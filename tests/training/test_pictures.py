@@ -11,6 +11,7 @@ from ntm_jax.runtime.run import untrained
 from ntm_jax.sampling import generate
 from ntm_jax.training import pictures
 from tests.common import random_run, tiny_config
+from tests.data.common import write_autoencoder
 
 
 @pytest.fixture
@@ -52,3 +53,23 @@ def test_each_class_has_a_row_of_samples_beside_its_own_images(tmp_path, drawn):
     assert (len(levels), names) == (10, list("abcdefghij"))
     assert (t[0], t[1] < 1, t[-1]) == (1, True, 0)
     np.testing.assert_array_equal(levels[:, -1].shape, (10, 8, 8, 1))
+
+
+def test_latents_are_shown_decoded_beside_decoded_images(tmp_path, drawn, monkeypatch):
+    write_autoencoder(tmp_path / "vae")
+    run, train, held_out = run_of("mock:4x4x3,levels=0,classes=2", tmp_path, **{
+        "sample.autoencoder": f"kl:{tmp_path}/vae", "sample.num": 4})
+    latents = np.random.default_rng(0).normal(size=(4, 3, 4, 4, 3)).astype(np.float32)
+    monkeypatch.setattr(generate, "sample_at", lambda run, index, with_levels: (
+        latents[index, -1], latents[index]))
+    pictures.draw(run, held_out, "loss")
+    rows, _ = drawn["contact_sheet"]
+    for label, row in enumerate(rows):
+        expected = generate.as_pictures(run, latents[label::2, -1])
+        np.testing.assert_array_equal(row.samples, expected)
+        first = next(i for i in range(100) if train.records[i]["label"] == label)
+        expected = generate.as_pictures(run, train.records[first]["image"][None])
+        np.testing.assert_array_equal(row.beside[:1], expected)
+    assert row.samples.shape == (2, 8, 8, 3)
+    levels, *_ = drawn["trajectory_picture"]  # of latents as they are
+    assert levels.shape == (2, 4, 4, 4, 3)

@@ -3,23 +3,26 @@
 S image side, C channels, M, E text tokens and width.
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
+import jax
 import numpy as np
 
-from ntm_jax.data import pretrained, text
-from ntm_jax.data.records import Layout, sha256
+from ntm_jax.data import text
+from ntm_jax.data.autoencoder import open_autoencoder
+from ntm_jax.data.records import Layout
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import autoencode, sharding
+from ntm_jax.runtime.config import Mesh
 from ntm_jax.tools.prepare.captioned import Input, Loaded
 from ntm_jax.tools.prepare.plan import PrepareOptions
 from ntm_jax.tools.prepare.shards import Tally
 
 
 class Encoder:
-    """Encodes images and captions as the options say.
+    """Encodes images and captions as the options say, images on all devices of the process.
 
     layout: of the records, without the mean and std of latents. digest: SHA-256 of the
     autoencoder's files, '' without one.
@@ -28,22 +31,20 @@ class Encoder:
     """
 
     def __init__(self, options: PrepareOptions, given: Input):
-        self._autoencoder, self.digest = None, ""
-        if options.latents:
-            make, folder = pretrained.AUTOENCODERS.find(options.latents)
-            device = "cuda" if pretrained.module("torch").cuda.is_available() else "cpu"
-            self._autoencoder = make(folder, device)
-            parts = sorted(pretrained.find(folder, "vae").glob("*.safetensors"))
-            digests = b"".join(bytes.fromhex(sha256(part)) for part in parts)
-            self.digest = hashlib.sha256(digests).hexdigest()
         if options.text and not given.captioned:
             raise UserError(f"--text={options.text} encodes captions, and --input={options.input} "
                             "has none: leave --text out")
+        size = options.image_size
+        self._autoencoder, self.digest, shape = None, "", (size, size, 3)
+        if options.autoencoder:
+            self._autoencoder = open_autoencoder(options.autoencoder)
+            self._mesh = sharding.make_mesh(Mesh(), jax.local_devices())
+            self.digest = self._autoencoder.digest
+            shape = self._autoencoder.latent_shape(size, size)
         self._text = text.open_encoder(options.text) if options.text else None
-        blank = np.zeros((1, options.image_size, options.image_size, 3), np.uint8)
         self.layout = Layout(
-            self._encode_images(blank).shape[1:],
-            pixel_levels=0 if options.latents else 256,
+            shape,
+            pixel_levels=0 if options.autoencoder else 256,
             num_classes=len(given.classes),
             text_tokens=self._text.tokens if self._text else 0,
             text_width=self._text.width if self._text else 0,
@@ -68,7 +69,7 @@ class Encoder:
                     tally.null_captions[item.null] += 1
             images = np.stack([cast(np.ndarray, item.image) for item in good])
             views = [images, images[:, :, ::-1]] if flip else [images]
-            views = [self._encode_images(view) for view in views]
+            views = [self._encode_images(view, batch) for view in views]
             states = []
             if self._text:
                 states, cut = self._text.encode([item.caption for item in good])
@@ -90,8 +91,8 @@ class Encoder:
         if self._autoencoder:
             tally.sums, tally.squares = sums.tolist(), squares.tolist()
 
-    def _encode_images(self, images: np.ndarray) -> np.ndarray:
-        """[n, S, S, 3] uint8 -> the same, or latents [n, h, w, C] float16."""
+    def _encode_images(self, images: np.ndarray, batch: int) -> np.ndarray:
+        """[n, S, S, 3] uint8 -> the same, or latents [n, h, w, C] float16, `batch` at a time."""
         if self._autoencoder is None:
             return images
-        return self._autoencoder.encode(images).astype(np.float16)
+        return autoencode.encode(self._autoencoder, images, self._mesh, batch).astype(np.float16)

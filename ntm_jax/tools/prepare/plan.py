@@ -38,7 +38,7 @@ class PrepareOptions:
     test_tfds_split: for a test input of tfds, the records to take.
     image_size: S, the images' side.
     flip: adds the mirror image of every training image, which doubles the training records.
-    latents: '' for pixels, or flux2:FOLDER.
+    autoencoder: '' for pixels, or what encodes them to latents, such as kl:FOLDER.
     latent_scale: 'measured' normalises latents to mean 0 and variance 1 by channel over the
       training records; 'encoder' keeps the autoencoder's scale, which pretrained networks expect.
     text: the encoder of captions; '' for none.
@@ -55,7 +55,7 @@ class PrepareOptions:
     test_tfds_split: str = "validation"
     image_size: int = 256
     flip: bool = False
-    latents: str = ""
+    autoencoder: str = ""
     latent_scale: str = "measured"
     text: str = ""
     test: float = 0.05

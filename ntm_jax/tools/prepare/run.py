@@ -134,7 +134,7 @@ def _finish(
             for reason in shards.NULL_REASONS
         },
     }
-    if options.latents:
+    if options.autoencoder:
         mean, std = _moments([tally for shard, tally in made if shard.split == "train"], layout)
         found |= {"latent_mean": mean, "latent_std": std}
         if options.latent_scale == "measured":

@@ -3,15 +3,17 @@
 With a tiny autoencoder of random weights: 32 channels at a sixteenth of an image's sides.
 """
 
+import jax
 import numpy as np
 import pytest
 
 import ntm_jax
 from ntm_jax.data import transforms
+from ntm_jax.data.autoencoder import open_autoencoder
 from ntm_jax.data.records import read_manifest
 from ntm_jax.data.sources import open_source
-from ntm_jax.errors import UserError
-from ntm_jax.projects.flux2.autoencoder import Autoencoder
+from ntm_jax.runtime import autoencode, sharding
+from ntm_jax.runtime.config import Mesh
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.tools.prepare import PrepareOptions, captioned, inputs, prepare
 from tests.common import tiny_config, write_photos, write_run
@@ -21,14 +23,23 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 48, 32, 3), np.uint8)
 WORDS = "words:8:a red blue circle"
 
 
+def encode(folder, images) -> np.ndarray:
+    mesh = sharding.make_mesh(Mesh())
+    return autoencode.encode(open_autoencoder(f"flux2:{folder}"), images, mesh, len(images))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder in the pipeline's layout."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=8, norm_num_groups=2
-    )
+        block_out_channels=(4, 4, 4, 8), layers_per_block=1, latent_channels=8, norm_num_groups=2,
+        decoder_block_out_channels=(4, 8, 8, 8))
+    with torch.inference_mode():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms' and biases, which are trivial in a new one
+                parameter += 0.3 * torch.randn_like(parameter)
     model.bn.running_mean += torch.randn(32)
     model.bn.running_var *= 0.01 + torch.rand(32)
     path = tmp_path_factory.mktemp("flux2")
@@ -49,7 +60,7 @@ def test_latents_equal_the_pipelines(folder, pipeline):
     import torch
     from PIL import Image
 
-    found = Autoencoder(str(folder)).encode(IMAGES)
+    found = encode(folder, IMAGES)
     assert (found.shape, found.dtype) == ((2, 3, 2, 32), np.float32)
     with torch.inference_mode():
         x = pipeline.image_processor.preprocess([Image.fromarray(image) for image in IMAGES])
@@ -65,7 +76,8 @@ def test_images_equal_the_pipelines(folder, pipeline):
     import torch
 
     given = np.random.default_rng(1).normal(size=(2, 3, 2, 32)).astype(np.float32)
-    found = Autoencoder(str(folder / "vae")).decode(given)
+    flux2 = open_autoencoder(f"flux2:{folder}/vae")
+    found = jax.jit(flux2.decode)(flux2.params, given)
     vae = pipeline.vae
     with torch.inference_mode():
         tokens = torch.from_numpy(given.reshape(2, 6, 32))
@@ -77,24 +89,8 @@ def test_images_equal_the_pipelines(folder, pipeline):
         expected = pipeline.image_processor.postprocess(vae.decode(z).sample, output_type="np")
     assert found.shape == expected.shape == (2, 48, 32, 3)
     assert expected.std() > 0.05
-    assert np.abs(found - 255 * expected).max() < 0.51  # rounding to a pixel level
-
-
-def test_sides_that_are_no_multiples_of_a_latents_are_refused(folder):
-    with pytest.raises(UserError, match=r"images of 40x32 pixels .* expected multiples of 16"):
-        Autoencoder(str(folder)).encode(IMAGES[:, :40])
-
-
-def test_an_incomplete_folder_is_refused(folder, tmp_path):
-    import safetensors.torch
-
-    original, name = folder / "vae", "diffusion_pytorch_model"
-    (tmp_path / "config.json").write_bytes((original / "config.json").read_bytes())
-    tensors = safetensors.torch.load_file(original / f"{name}.safetensors")
-    del tensors["bn.running_mean"]
-    safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UserError, match="1 tensors are missing or of another shape, such as bn"):
-        Autoencoder(str(tmp_path))
+    # float32 convolutions that sum in another order
+    np.testing.assert_allclose(np.clip(found / 2 + 0.5, 0, 1), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +99,7 @@ def prepared(folder):
     write_photos(folder / "photos", 40, 300)
     options = PrepareOptions(
         f"folder:{folder}/photos", image_size=128, flip=True, test=16, shard_size=9, text=WORDS,
-        latents=f"flux2:{folder}")
+        autoencoder=f"flux2:{folder}")
     prepare(options, f"{folder}/records", workers=1)
     return folder
 
@@ -130,7 +126,7 @@ def test_records_are_the_autoencoders_latents(prepared):
     stored = record["image"] * np.float32(source.std) + np.float32(source.mean)
     given = inputs.open_input(PrepareOptions(f"folder:{prepared}/photos"))
     photos = [captioned.load(given.read, 128, item).image for item in given.items]
-    found = Autoencoder(str(prepared)).encode(np.stack(photos))
+    found = encode(prepared, np.stack(photos))
     errors = np.abs(found - stored).max((1, 2, 3))
     assert errors.min() < 0.01 < np.sort(errors)[1]  # one photograph's in float16, and no other's
     colour = ("red", "blue")[int(errors.argmin()) % 2]
@@ -144,11 +140,11 @@ def test_samples_are_photographs_again(prepared):
         "data.source": f"records:{prepared}/records", "data.text_encoder": WORDS,
         "data.patch_size": 1, "model.condition": "text", "evaluate.split": "test"})
     run = ntm_jax.load(str(write_run(prepared / "run", settings)))
-    run.write_samples(f"{prepared}/images", SampleRequest(3, autoencoder=str(prepared)))
+    run.write_samples(f"{prepared}/images", SampleRequest(3, autoencoder=f"flux2:{prepared}"))
     run.write_samples(f"{prepared}/raw", SampleRequest(3))
     images, raw = (np.load(prepared / name / "samples.npz")["arr_0"] for name in ("images", "raw"))
     assert (images.shape, images.dtype) == ((3, 128, 128, 3), np.uint8)
     assert raw.shape == (3, 8, 8, 32)
     scaled = raw * np.float32(run.spec.std) + np.float32(run.spec.mean)
-    expected = Autoencoder(str(prepared)).decode(scaled)
+    expected = autoencode.decode(open_autoencoder(f"flux2:{prepared}"), scaled, run.mesh)
     assert np.abs(images.astype(int) - expected).max() <= 1  # rounding to a level

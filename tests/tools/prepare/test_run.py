@@ -6,14 +6,19 @@ import re
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from ntm_jax.data.autoencoder import open_autoencoder
 from ntm_jax.data.records import verify
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import autoencode, sharding
+from ntm_jax.runtime.config import Mesh
 from ntm_jax.tools.prepare import captioned
 from tests.common import python, start
-from tests.tools.prepare.common import WORDS, files, pictures, run
+from tests.data.common import write_autoencoder
+from tests.tools.prepare.common import WORDS, choices, files, picture, pictures, records, run
 
 # Several and killed processes
 
@@ -27,6 +32,25 @@ def test_any_number_of_processes_and_workers_make_the_same_records(tmp_path):
         run(tmp_path, folder, "several", text=WORDS, test=0.2, shard_size=8,
             num_processes=3, process_id=process, workers=process // 2, batch=5)
     assert files(out) == expected
+
+
+def test_latents_are_encoded_by_one_program(tmp_path):
+    """A batch that bad images or a shard's end leave short is padded."""
+    write_autoencoder(tmp_path / "vae")
+    folder, name = pictures(tmp_path / "in", 6), f"kl:{tmp_path}/vae"
+    (folder / "002.png").write_bytes(b"<html>")
+    out = run(tmp_path, folder, autoencoder=name, latent_scale="encoder", batch=4, max_bad=0.2)
+    kl, found = open_autoencoder(name), records(out)
+    assert jax.jit(kl.encode)._cache_size() == 1
+    images = [captioned.images.resize(picture(i), 8) for i in (0, 1, 3, 4, 5)]
+    expected = autoencode.encode(kl, np.stack(images), sharding.make_mesh(Mesh()), 4)
+    assert expected.std() > 0.1
+    for record, latent in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(record["image"], latent.astype(np.float16))
+    assert choices(out)["autoencoder"] == name
+    assert choices(out)["autoencoder_sha256"] == kl.digest
+    with pytest.raises(UserError, match=r"images of 9x9 pixels cannot be encoded by kl:\S+: expec"):
+        run(tmp_path, folder, "odd", autoencoder=name, image_size=9)
 
 
 def test_complete_shards_are_kept_and_others_made_again(tmp_path, monkeypatch):
