@@ -1,9 +1,9 @@
 """Class-conditional NTM of ImageNet at 256 x 256: 1.4 billion parameters, for a TPU pod.
 
-Its figures are of latents of 16 x 16 x 32, the paper's; those of FLUX.2, which launch/prepare.py
-writes, are 16 x 16 x 128. Shapes come from the records. Expected: fits v5p:4x4x4, v5p:8x8x8,
-v5e:16x16 and v6e:16x16 with this mesh (launch/compile.py). Not trained by us. The variant
-`pixels` needs neither latents nor an autoencoder.
+Its figures are of latents of 16 x 16 x 32, the paper's, such as those of the public AutoencoderKL
+REPA-E/e2e-vavae-hf (docs/howto/imagenet.md). Shapes come from the records. Expected: fits
+v5p:4x4x4, v5p:8x8x8, v5e:16x16 and v6e:16x16 with this mesh (launch/compile.py). Not trained by us.
+The variant `pixels` needs neither latents nor an autoencoder.
 """
 
 from ntm_jax.experiments import default

@@ -23,9 +23,10 @@ flags.DEFINE_string(
     "h200:8x1x8 or b200:8x1x8; cpu:8 for 8 simulated devices, local for this machine's.",
     required=True)
 flags.DEFINE_enum(
-    "program", "train", ["train", "sample", "evaluate", "rollout"], "Compiles the training step; "
-    "the sampler; the held-out likelihood; or, of post-training, the samples of a batch and their "
-    "comparison with the reference.")
+    "program", "train", ["train", "sample", "decode", "evaluate", "rollout"], "Compiles the "
+    "training step; the sampler; the decoding of its latents by config.sample.autoencoder; the "
+    "held-out likelihood; or, of post-training, the samples of a batch and their comparison with "
+    "the reference.")
 flags.DEFINE_string(
     "vary", None, "SETTING:VALUE,VALUE,...; compiles the program at each value, such as "
     "model.remat:none,dots,narrow,full, and prints a table.")

@@ -5,6 +5,7 @@ and width; h, w, C latent height, width, channels.
 """
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def decode(autoencoder: Autoencoder, latents: np.ndarray, mesh) -> np.ndarray:
 def _in_batches(autoencoder: Autoencoder, function, values: np.ndarray, mesh,
                 batch: int) -> np.ndarray:
     """function(params, values) [n, ...], at least `batch` values at a time, in equal shards."""
-    flat, params = _placed(autoencoder, mesh)
+    flat, params = _flat(mesh), _placed(autoencoder, mesh)
     size, compiled = -(-batch // flat.size) * flat.size, _compiled(function)
     parts = [sharding.to_host(compiled(params, sharding.place(values[index], flat)))
              for index in sharding.equal_batches(len(values), size)]
@@ -48,11 +49,24 @@ _compiled = functools.lru_cache(maxsize=4)(jax.jit)
 
 
 @functools.lru_cache(maxsize=1)
-def _placed(autoencoder: Autoencoder, mesh) -> tuple:
-    """(the mesh with all its devices along `data`, the parameters on each of them)."""
-    devices = mesh.devices.reshape(-1, *[1] * (len(mesh.axis_names) - 1))
-    flat = jax.sharding.Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
-    everywhere = sharding.replicated(flat)
-    return flat, jax.tree.map(
+def _placed(autoencoder: Autoencoder, mesh) -> Any:
+    """The parameters on each device of the mesh."""
+    everywhere = sharding.replicated(_flat(mesh))
+    return jax.tree.map(
         lambda a: jax.make_array_from_callback(np.shape(a), everywhere, lambda i: np.asarray(a)[i]),
         autoencoder.params)
+
+
+def _flat(mesh):
+    """The mesh with all its devices along its first axis."""
+    devices = mesh.devices.reshape(-1, *[1] * (len(mesh.axis_names) - 1))
+    return jax.sharding.Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def abstract(autoencoder: Autoencoder, mesh, shape: tuple[int, ...]) -> tuple:
+    """(the jitted decoder, abstract parameters, abstract latents of this shape) of `decode`."""
+    flat = _flat(mesh)
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(
+        a.shape, a.dtype, sharding=sharding.replicated(flat)), autoencoder.params)
+    latents = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding.batch_sharding(flat))
+    return _compiled(autoencoder.decode), params, latents

@@ -15,9 +15,9 @@ MATRICES = (512, 1024, 2048, 4096)  # sizes tried for the highest rate
 
 
 def count(function, *args) -> int:
-    """FLOPs of all matrix products in function(*args), 2 per multiply-add.
+    """FLOPs of all matrix products and convolutions in function(*args), 2 per multiply-add.
 
-    Products with a vector, which are weighted sums, do not count. Includes recomputation under
+    Products with padding count. Products with a vector, which are weighted sums, do not count. Includes recomputation under
     remat. args may be abstract. Counts the body of a `while` loop once, since its number of
     iterations is unknown; the most expensive branch of a `cond`; and the body of a Pallas kernel at
     every point of its grid.
@@ -41,6 +41,11 @@ def _of_equation(e, kernels: bool, highest: bool) -> int:
         (contracted, _), _ = e.params["dimension_numbers"]
         left = e.invars[0].aval.shape
         return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    if e.primitive.name == "conv_general_dilated":
+        if kernels or (highest and not _at_highest(e)):
+            return 0
+        kernel, outputs = e.invars[1].aval.shape, e.params["dimension_numbers"].rhs_spec[0]
+        return 2 * math.prod(e.outvars[0].aval.shape) * math.prod(kernel) // kernel[outputs]
     if e.primitive.name in CUDNN:
         return 0 if kernels or highest else CUDNN[e.primitive.name] * _attention_product(e)
     kernels = kernels and e.primitive.name != "pallas_call"

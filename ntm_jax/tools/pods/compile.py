@@ -41,7 +41,7 @@ from ntm_jax.data import pipeline, sources
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import scoring
-from ntm_jax.runtime import build, flops, sharding
+from ntm_jax.runtime import autoencode, build, flops, sharding
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.run import Run, abstract_pixel_params, untrained
 from ntm_jax.sampling import generate
@@ -157,7 +157,11 @@ def sample_program(run: Run, source: Source) -> Program:
     index = _abstract((size,), jnp.int32, mesh)
     sampler = generate.Sampler(full_precision(model), run.schedule, run.config.sample, mesh,
                                run.pixels)
-    return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler}, size)
+    autoencoder, resident = generate.autoencoder_of(run), ()
+    if autoencoder:  # its parameters stay on the devices between the batches
+        _, resident, _ = autoencode.abstract(autoencoder, mesh, (size, *run.spec.image_shape))
+    return Program(generate.generate_tokens, (params, key, index, y), {"sampler": sampler}, size,
+                   resident)
 
 
 def evaluate_program(run: Run, source: Source) -> Program:
@@ -172,8 +176,23 @@ def evaluate_program(run: Run, source: Source) -> Program:
     return Program(scoring.bounds_of_batch, (params, _abstract_key(), batch), options, size)
 
 
+def decode_program(run: Run, source: Source) -> Program:
+    """A batch of latents to images by config.sample.autoencoder; the model's EMA stays on the mesh.
+
+    Raises UserError without an autoencoder, or for one that does not fit the latents.
+    """
+    autoencoder = generate.autoencoder_of(run)
+    if not autoencoder:
+        raise UserError("--program=decode: config.sample.autoencoder is empty; give the one of the "
+                        "latents, such as kl:FOLDER")
+    size, model = autoencode.IMAGES * run.mesh.size, build.abstract_params(run.model, run.mesh)
+    function, *arguments = autoencode.abstract(
+        autoencoder, run.mesh, (size, *run.spec.image_shape))
+    return Program(function, tuple(arguments), {}, size, model)
+
+
 PROGRAMS = {"train": train_program, "sample": sample_program, "evaluate": evaluate_program,
-            "rollout": rollout_program}
+            "decode": decode_program, "rollout": rollout_program}
 
 
 def _abstract_key():
