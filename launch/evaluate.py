@@ -23,7 +23,11 @@ flags.DEFINE_multi(program.Scales(), flags.ArgumentSerializer(), "guidance", Non
 flags.DEFINE_enum("unit", None, ["bits", "nats"], "Unit of the printed likelihoods; by default "
                   "bits for pixels and nats for latents.")
 flags.DEFINE_string("inception_weights", None, "Inception's weights, a file of torch-fidelity's, "
-                    "for features=inception.")
+                    "for features=inception; the configuration's by default.")
+flags.DEFINE_string("reference", None, "An .npz of feature statistics, mu and sigma, to compare "
+                    "samples with in place of the training images; the configuration's by default.")
+flags.DEFINE_string("write_reference", None, "A new .npz, for the statistics of the training "
+                    "images, which --reference takes.")
 flags.DEFINE_enum("pixel_likelihood", None, ["binned", "bayes", "histogram", "network"],
                   "p(x | x_0) in place of the run's own, fitted anew to the training data where it "
                   "needs them; into evaluation-NAME.json.")

@@ -9,12 +9,12 @@ import numpy as np
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation import image_scores, measures, scoring, statistics
+from ntm_jax.evaluation import image_scores, measures, reference, scoring, statistics
 from ntm_jax.evaluation.report import directions, provenance, summarize, units
 from ntm_jax.registry import load
 from ntm_jax.runtime.processes import require_same_everywhere
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import decoders
+from ntm_jax.sampling import decoders, generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,35 +25,49 @@ class EvaluationOptions:
     trajectories: int | None = None  # for each record
     features: str | None = None  # none, pixels, cnn, inception: what samples are compared by
     inception_weights: str | None = None  # a file of torch-fidelity's
+    reference: str | None = None  # a file of statistics, in place of the training images
+    write_reference: str | None = None  # a new file, for those of the training images
     guidance: tuple = ()  # scales or schedules at which samples are scored too; see image_scores
 
 
 def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run | None = None,
              measure: Callable[[Run, Source, int], dict] | None = None,
+             comparison: image_scores.Comparison | None = None,
              progress: bool = False) -> tuple[dict, dict]:
     """Evaluates a run -> (the content of evaluation.json, the scores of every record).
 
     against: another run, scored on the same records. measure: the objective's own held-out figures;
-    see training.objectives.Objective.
+    see training.objectives.Objective. comparison: the real images that training compared samples
+    with, where it did.
 
     Raises UserError where the figures of the two runs do not compare.
     """
     config = run.config
     options = options or EvaluationOptions()
-    asked = {name: getattr(options, name) for name in ("split", "trajectories", "features")}
+    asked = {name: getattr(options, name) for name in (
+        "split", "trajectories", "features", "inception_weights", "reference")}
     settings = config.with_evaluation(
         **{name: value for name, value in asked.items() if value is not None}).evaluate
     split, trajectories = settings.split, settings.trajectories
     if against:
         _check_comparable(run, against)
     source, train = config.data.open(split), config.data.open(config.data.split)
-    scores_images = config.evaluate.num_samples and train.pixel_levels
+    scores_images = config.evaluate.num_samples and generate.picture_levels(run)
     features = options.features not in (None, "none")
     for name, given in (("features", features), ("guidance", options.guidance),
-                        ("candidates", run.selection)):
+                        ("candidates", run.selection), ("reference", options.reference),
+                        ("write_reference", options.write_reference)):
         if given and not scores_images:
             raise UserError(f"--{name} is about samples, and none are scored: give --images and a "
                             f"model of pixels, or leave --{name} out")
+        if given and name.endswith("reference") and settings.features == "none":
+            raise UserError(f"--{name} is of features, and none are compared: give --features=cnn "
+                            "or another")
+    if options.write_reference:
+        if settings.reference:
+            raise UserError("--write_reference writes statistics of the training images, and "
+                            f"--reference={settings.reference} takes their place: give one of them")
+        reference.check_new(options.write_reference)
     image_scores.check_guidance(run, source, options.guidance)
     require_same_everywhere(
         {f"--{name}": value for name, value in dataclasses.asdict(settings).items()} |
@@ -63,15 +77,9 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
     changed = pipeline.changed_data(source.name, run.spec.version, source.version)
     if changed:
         warnings.warn(changed, stacklevel=2)
-    extractor = None  # made first, since it may refuse
-    if scores_images and settings.features != "none":
-        from ntm_jax.evaluation.features import make_extractor
-
-        real, made = min(len(train.records), len(source.records)), config.evaluate.num_samples
-        if min(real, made) < 5:
-            raise UserError(f"{real} images are compared with {made}, and image scores need 5 of "
-                            "each: raise config.evaluate.num_samples, or take larger splits")
-        extractor = make_extractor(settings.features, train, options.inception_weights)
+    comparison = comparison or image_scores.compare_with(run, settings, train, source, progress)
+    if comparison and options.write_reference:
+        reference.write(options.write_reference, comparison.real, comparison.extractor)
     table = scoring.score_records(run, source, trajectories, progress)
     result = {"step": run.step, "split": split}
     result |= summarize(table, run.spec, trajectories)
@@ -92,8 +100,8 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
         other = scoring.score_records(against, own, trajectories, progress)
         result["against"] = {"workdir": against.workdir, "step": against.step, "raw": against.raw
                              } | compare(table, other, run.spec)
-    if scores_images and (extractor or run.condition.classes):
-        result |= image_scores.image_scores(run, train, source, extractor, options.guidance,
+    if scores_images:
+        result |= image_scores.image_scores(run, train, source, comparison, options.guidance,
                                             progress)
     for name, place in source.measures.items():
         figures = load(place)(run, source, table, options.guidance, progress)

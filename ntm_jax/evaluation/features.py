@@ -8,7 +8,6 @@ classifier are proxies, whose scores compare models of one data set and nothing 
 import dataclasses
 import functools
 import hashlib
-import io
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -17,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ntm_jax import files
 from ntm_jax.data.sources import Source
-from ntm_jax.errors import UserError, first_line
-from ntm_jax.runtime import plots
+from ntm_jax.errors import UserError
+from ntm_jax.evaluation import inception as network
+from ntm_jax.runtime import plots, sharding
 
 _BATCH = 64  # images that an extractor takes at once
-_WEIGHTS = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-            "weights-inception-2015-12-05-6726825d.pth")
+_PER_DEVICE = 25  # images that each device takes at once, of Inception
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,26 +33,35 @@ class Extractor:
     digest: str  # of all that defines the features; scores compare only where it is the same
     proxy: bool  # True where the Frechet distance of the features is not an FID
     compute: Callable[[np.ndarray], np.ndarray] = dataclasses.field(repr=False)  # for one batch
+    batch: int = _BATCH  # images at once
 
     def __call__(self, images) -> np.ndarray:
-        batches = [images[i : i + _BATCH] for i in range(0, len(images), _BATCH)]
+        batches = [images[i : i + self.batch] for i in range(0, len(images), self.batch)]
         return np.concatenate([self.compute(batch) for batch in batches])
 
 
-def make_extractor(name: str, source: Source, inception_weights: str | None = None) -> Extractor:
-    """The extractor called pixels, cnn or inception, for images like those of the training split.
+def make_extractor(name: str, source: Source, inception_weights: str = "",
+                   mesh=None) -> Extractor:
+    """The extractor called pixels, cnn or inception, for pictures like those of the training split.
 
-    source: the training split, of pixels. inception_weights: the file of Inception's weights.
+    source: the training split, of pixels or of latents that decode to pictures. inception_weights:
+    the file of Inception's weights. mesh: of the devices that Inception runs on.
     Raises UserError where the extractor does not fit the images.
     """
     if name == "pixels":
-        return pixels(source.pixel_levels)
+        return pixels(picture_levels(source))
     if name == "cnn":
         return cnn(source)
     if not inception_weights:
         raise UserError("config.evaluate.features=inception needs its weights: give "
-                        f"--inception_weights=FILE, {_WEIGHTS}")
-    return inception(inception_weights, source.pixel_levels)
+                        "--inception_weights=FILE of launch.evaluate, or "
+                        f"--config.evaluate.inception_weights=FILE of a run, {network.WEIGHTS}")
+    return inception(inception_weights, mesh, picture_levels(source))
+
+
+def picture_levels(source: Source) -> int:
+    """The number of values of a picture's pixels: the source's, or 256 of decoded latents."""
+    return source.pixel_levels or 256
 
 
 def pixels(pixel_levels: int) -> Extractor:
@@ -202,36 +209,25 @@ def cnn(source: Source, seed: int = 0) -> Extractor:
     return Extractor("cnn", digest, True, lambda images: classify(source, params, images)[0])
 
 
-def inception(weights_file: str, pixel_levels: int = 256) -> Extractor:
+def inception(weights_file: str, mesh, pixel_levels: int = 256) -> Extractor:
     """The extractor of FID's features: the 2,048 pooled activations of an Inception network.
 
-    The network is torch-fidelity's 'inception-v3-compat' with the user's weights, on the CPU.
-    Raises UserError without torch-fidelity, and for a file of anything but the network's weights.
+    The images of a batch are split over all devices of the mesh, and every process must call it
+    with the same ones. Raises UserError like inception.read_weights.
     """
-    try:
-        import safetensors.torch
-        import torch
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise UserError("config.evaluate.features=inception needs torch-fidelity, which is not "
-                        "installed: pip install -e '.[fid]'") from None
-    content = files.regular(weights_file).read_bytes()
-    try:
-        weights = (safetensors.torch.load(content) if weights_file.endswith(".safetensors") else
-                   torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-        safe = io.BytesIO()
-        torch.save(weights, safe)  # torch-fidelity would unpickle the user's file
-        safe.seek(0)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"],
-                                              feature_extractor_weights_path=safe)
-    except Exception as error:  # torch raises a dozen kinds
-        raise UserError(f"--inception_weights={weights_file} cannot be used "
-                        f"({first_line(error)}): expected {_WEIGHTS} or its safetensors") from None
+    params, digest = network.read_weights(weights_file)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    size, split = _PER_DEVICE * mesh.size, sharding.by_device(mesh)
 
     def compute(images):
-        images = plots.displayable(images, pixel_levels)
-        images = np.repeat(images, 3, -1) if images.shape[-1] == 1 else images
-        with torch.no_grad():
-            return network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
+        channels = images.shape[-1]
+        if channels not in (1, 3):
+            raise UserError("Inception's features are of images with 1 or 3 channels, and these "
+                            f"have {channels}: set config.evaluate.features to pixels or cnn")
+        shown = plots.displayable(images, pixel_levels)
+        # The last batch is repeated to the size of all others, so that one program serves all.
+        padded = np.resize(shown, (size, *shown.shape[1:]))
+        batch = jax.make_array_from_callback(padded.shape, split, lambda own: padded[own])
+        return sharding.to_host(network.pool_features(params, batch))[: len(images)]
 
-    return Extractor("inception", _digest(content), False, compute)
+    return Extractor("inception", digest, False, compute, size)

@@ -99,7 +99,7 @@ def _commit() -> str:
 
 LOWER = (  # figures of evaluation.json
     "bits_per_dim", "nats_per_dim", "clean_nats_per_dim", "trajectory_nll", "velocity_error",
-    "frechet", "denoising", "denoiser")
+    "frechet", "kid", "denoising", "denoiser")
 HIGHER = ("effective_sample_size", "clean_effective_sample_size", "class_accuracy", "precision",
           "recall", "retrieval", "tasks", "reward", "reward_before")
 

@@ -137,6 +137,9 @@ class Train:
         10.0, "Longest time between checkpoints; 0 saves by steps alone.", low=0)
     evaluate_every: int = setting(
         500, "Steps between held-out evaluations; 0 evaluates at the end only.", low=0)
+    score_every: int = setting(
+        0, "Steps between scores of samples by evaluate.features, which go to the metrics; 0 "
+        "scores at the end only.", low=0)
     log_every: int = setting(50, "Steps between lines of metrics.", low=1)
     patience: int = setting(
         0, "Stops after so many evaluations without a better held-out figure, and ends with the "
@@ -208,6 +211,11 @@ class Evaluate:
         0, "Samples to score against the training images; 0 scores none.", low=0)
     features: str = setting(
         "none", "What scores compare.", choices=("none", "pixels", "cnn", "inception"))
+    inception_weights: str = setting(
+        "", "Inception's weights for features=inception, a file of torch-fidelity's.")
+    reference: str = setting(
+        "", "An .npz of feature statistics, mu and sigma, to compare samples with in place of the "
+        "training images.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ from ntm_jax import files
 from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
-from ntm_jax.evaluation.evaluate import EvaluationOptions, evaluate
+from ntm_jax.evaluation.evaluate import evaluate
+from ntm_jax.evaluation.image_scores import Comparison, compare_with, feature_scores
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, sharding
@@ -73,11 +74,17 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     generate.autoencoder_of(run)  # of the pictures
     distilled = reference_model.load_distilled(run, objective)
     resources.check_state_fits(run)
+    comparison = compare_with(run, config.evaluate, source, held_out, progress)
+    if config.train.score_every and not comparison:
+        raise UserError(
+            f"config.train.score_every is {config.train.score_every}, and no samples are scored: "
+            "set config.evaluate.num_samples, and config.evaluate.features to pixels, cnn or "
+            "inception, of a model of pixels")
     extension = objective.extend(run, source)
     with locked(folder):
         with contextlib.ExitStack() as stack:
             stack.callback(extension.close)
-            loop = _Loop(run, objective, distilled, source, held_out, extension, stack,
+            loop = _Loop(run, objective, distilled, source, held_out, comparison, extension, stack,
                          extra_writers, progress, profile)
             loop.train(config.train.steps if until is None else min(until, config.train.steps))
             if not loop.ended():
@@ -87,10 +94,8 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
             drawn = loop.final_pictures()
             loop.reporter.message(f"trained to step {trained}; evaluating step {loop.step}")
         run = loop.evaluated()
-        # Inception's weights are a flag of launch/evaluate.py alone.
-        features = "none" if config.evaluate.features == "inception" else None
-        result, scored = evaluate(run, EvaluationOptions(features=features),
-                                  measure=objective.measure, progress=progress)
+        result, scored = evaluate(run, measure=objective.measure, comparison=comparison,
+                                  progress=progress)
         write_report(run, result, scored, epath.Path(folder) / "evaluation.json", brief=True)
         if jax.process_index() == 0:
             print(f"pictures: {', '.join(drawn)}", flush=True)
@@ -111,15 +116,17 @@ def data_notes(source: Source, held_out: Source) -> list[str]:
 class _Loop:
     """Training in progress, from the run's last checkpoint on.
 
-    distilled: the run whose model a new one distils, or None. stack: closes what the loop opens.
+    distilled: the run whose model a new one distils, or None. comparison: the real images that
+    samples are scored by, or None. stack: closes what the loop opens.
     """
 
     def __init__(self, run: Run, objective: Objective, distilled: Run | None, source: Source,
-                 held_out: Source, extension: Extension, stack: contextlib.ExitStack,
-                 extra_writers: Sequence, progress: bool, profile: tuple[int, int] | None):
+                 held_out: Source, comparison: Comparison | None, extension: Extension,
+                 stack: contextlib.ExitStack, extra_writers: Sequence, progress: bool,
+                 profile: tuple[int, int] | None):
         config, folder, total = run.config, run.workdir, run.config.train.steps
         self.run, self.objective, self.distilled = run, objective, distilled
-        self.held_out, self.extension = held_out, extension
+        self.held_out, self.comparison, self.extension = held_out, comparison, extension
         self.profile, self.tracing = range(*profile or (0, 0)), False
         changes = config_file.check_resumable(folder, config, run.spec)
         self.checkpoints = stack.enter_context(Checkpoints(
@@ -241,7 +248,8 @@ class _Loop:
         evaluating = bool(every) and (step % every == 0 or step == train.steps)
         saving = (ending or step % train.save_every == 0 or (evaluating and train.patience > 0)
                   or self._save_is_due())
-        if not (evaluating or saving):
+        scoring = bool(train.score_every) and step % train.score_every == 0
+        if not (evaluating or saving or scoring):
             return
         scalars, best_by = self._read(), None  # what is saved is known to be finite
         if evaluating:
@@ -249,6 +257,10 @@ class _Loop:
             self.reporter.message(f"step {step}: {score.message}")
             scalars |= score.scalars
             best_by = score.value
+        if scoring:
+            assert self.comparison  # train() checks it
+            found = feature_scores(self.evaluated(), self.comparison)
+            scalars |= {f"score/{name}": value for name, value in found.items()}
         self.reporter.write(step, scalars)
         if saving:
             self._save(best_by)

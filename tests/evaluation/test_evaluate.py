@@ -25,7 +25,13 @@ def configured(run, **overrides):
 def test_the_figures_and_the_table_of_an_evaluation(run, source, tmp_path, capsys):
     run = configured(run, **{"evaluate.num_samples": 20, "evaluate.features": "pixels",
                              "sample.decoder": "score"})
-    result, scores = evaluate.evaluate(run)
+    reference = tmp_path / "reference.npz"
+    result, scores = evaluate.evaluate(run, EvaluationOptions(write_reference=str(reference)))
+    train = run.config.data.open("train").records
+    with np.load(reference) as content:
+        mean = np.mean([train[i]["image"] for i in range(len(train))], 0).ravel() / 16
+        np.testing.assert_allclose(content["mu"], mean, rtol=1e-6, atol=1e-6)
+        assert content["digest"] == result["features"]["digest"]
     assert (result["step"], result["split"], result["count"]) == (3, "test[:20]", 20)
     assert scores["bound"].shape == (20,)
     accuracy, features = result["class_accuracy"], result["features"]
@@ -43,7 +49,7 @@ def test_the_figures_and_the_table_of_an_evaluation(run, source, tmp_path, capsy
     assert files.read_json(tmp_path / "evaluation.json", "") == result
     printed = capsys.readouterr().out
     assert "pixels features, a proxy" in printed
-    for name in ("frechet", "precision", "recall", "frechet_held_out"):
+    for name in ("frechet", "kid", "precision", "recall", "frechet_held_out"):
         assert f"{result[name]:.4f} ± {result[f'{name}_stderr']:.4f}" in printed
     assert "FID" not in printed.upper()
 

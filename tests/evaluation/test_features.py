@@ -9,6 +9,9 @@ from ntm_jax.data import sources
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import features, statistics
 from ntm_jax.evaluation.features import inception, make_extractor, pixels
+from ntm_jax.evaluation.statistics import FeatureStatistics
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.config import Mesh
 
 
 def images_of(source, count=None):
@@ -45,24 +48,27 @@ def test_the_classifier_separates_digits_from_other_images(train, cnn, monkeypat
     assert found["held-out"].dtype == np.float32
     assert (cnn.name, cnn.proxy, len(cnn.digest)) == ("cnn", True, 16)
     real = cnn(images_of(train)[0])
-    held_out, noise, shuffled = (statistics.feature_scores(real, found[name]) for name in found)
+    held_out, noise, shuffled = (statistics.feature_scores(
+        *map(FeatureStatistics.of, (real, found[name]))) for name in found)
     assert held_out["frechet"] < 0.1 * min(noise["frechet"], shuffled["frechet"])
     assert min(held_out["precision"], held_out["recall"]) > 0.8
+    assert held_out["kid"] < 0.1 * min(noise["kid"], shuffled["kid"])
     assert max(noise["precision"], shuffled["precision"]) < 0.2
     classify = features._classify
     monkeypatch.setattr(features, "_classify", lambda *arguments: classify(*arguments)[::-1])
     assert (cnn(images).argmax(-1) == labels).mean() >= 0.95  # logits in place of features
 
 
-def test_extractors_that_cannot_be_made_are_refused(train, monkeypatch):
+def test_extractors_that_cannot_be_made_are_refused(train, tmp_path, monkeypatch):
     unlabelled = sources.open_source("mock:8x8x1,levels=4", "train")
     with pytest.raises(UserError, match=r"learns classes from pixels, and mock:8.* has no classes"):
         make_extractor("cnn", unlabelled)
-    with pytest.raises(UserError, match="needs its weights: give --inception_weights=FILE, https:"):
+    with pytest.raises(UserError, match="needs its weights: give --inception_weights=FILE of"):
         make_extractor("inception", train)
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"needs torch-fidelity, which is not installed: pip inst"):
-        make_extractor("inception", train, "weights.pth")
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"/weights\.pth is read with torch, .*: pip install -e"):
+        make_extractor("inception", train, str(tmp_path / "weights.pth"))
 
 
 # Inception, where torch is installed.
@@ -78,9 +84,13 @@ def weights(tmp_path_factory):
         patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         state = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
     generator = torch.Generator().manual_seed(0)
-    for array in state.values():
+    for name, array in state.items():
         if array.ndim == 4:
             array.normal_(0, (2 / array[0].numel()) ** 0.5, generator=generator)
+        elif name.endswith(("bn.weight", "running_var")):
+            array.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith(("bn.bias", "running_mean")):
+            array.normal_(0, 0.1, generator=generator)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(state, path)
     threads = torch.get_num_threads()
@@ -89,31 +99,31 @@ def weights(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-def test_inception_is_torch_fidelitys(weights, tmp_path, train):
+def test_inception_is_torch_fidelitys(weights, tmp_path, monkeypatch):
     import safetensors.torch
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    monkeypatch.setattr(features, "_PER_DEVICE", 1)
     theirs = FeatureExtractorInceptionV3(
         "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights))
-    colour = np.random.default_rng(0).integers(256, size=(1, 8, 8, 3)).astype(np.uint8)
-    gray = images_of(train, 1)[0]
-    shown = np.concatenate(
-        [colour, np.repeat(np.round(gray * (255 / 16)).astype(np.uint8), 3, -1)])
-    expected = theirs(torch.from_numpy(shown).permute(0, 3, 1, 2))[0].numpy()
-    largest = np.abs(expected).max()
-    copied = tmp_path / "weights.safetensors"
+    copied, mesh = tmp_path / "weights.safetensors", sharding.make_mesh(Mesh())
     safetensors.torch.save_file(torch.load(weights, weights_only=True), copied)
-    extractors = [inception(str(weights)), make_extractor("inception", train, str(weights)),
-                  inception(str(copied))]
-    assert len({e.digest for e in extractors[:2]}) == 1 < len({e.digest for e in extractors})
-    first = extractors[0]
+    rng = np.random.default_rng(0)
+    colour = rng.integers(256, size=(2, 33, 51, 3)).astype(np.uint8)
+    gray = rng.integers(17, size=(1, 299, 299, 1)).astype(np.uint8)
+    shown = np.repeat(np.round(gray * (255 / 16)).astype(np.uint8), 3, -1)
+    first, second = inception(str(weights), mesh), inception(str(copied), mesh, 17)
     assert (first.name, first.proxy, len(first.digest)) == ("inception", False, 16)
-    for ours, images, row in zip(extractors, (colour, gray, colour), (0, 1, 0), strict=True):
+    assert first.digest == second.digest
+    for ours, images, same in ((first, colour, colour), (second, gray, shown)):
+        expected = theirs(torch.from_numpy(same.transpose(0, 3, 1, 2).copy()))[0].numpy()
         found = ours(images)
-        assert (found.shape, found.dtype, np.isfinite(found).all()) == ((1, 2048), np.float32, True)
-        np.testing.assert_allclose(found[0], expected[row], rtol=1e-5, atol=1e-5 * largest)
-    assert np.abs(expected[:1] - expected[1:]).max(1).min() > 0.01 * largest
+        assert (found.shape, found.dtype) == (expected.shape, np.float32)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * expected.max())
+        assert expected.std(0).max() > 0.01 * expected.max() or len(images) == 1
+    with pytest.raises(UserError, match=r"1 or 3 channels, and these have 2: set config\.evaluate"):
+        first(colour[..., :2])
 
 
 class Code:
@@ -128,12 +138,11 @@ class Code:
 
 def test_inception_runs_nothing_in_a_file(tmp_path):
     torch = pytest.importorskip("torch")
-    pytest.importorskip("torch_fidelity")
     torch.save({"fc.weight": Code(tmp_path / "ran")}, tmp_path / "code.pth")
     torch.save(torch.nn.Linear(2, 3).state_dict(), tmp_path / "other.pth")
     (tmp_path / "text.safetensors").write_text("weights")
     for name in ("code.pth", "other.pth", "text.safetensors"):
         with pytest.raises(UserError, match=rf"/{name} cannot be used .*: expected https://") as e:
-            inception(str(tmp_path / name))
+            inception(str(tmp_path / name), None)
         assert "\n" not in str(e.value)
     assert not (tmp_path / "ran").exists()

@@ -10,7 +10,7 @@ from sklearn.svm import SVC
 from ntm_jax.data import pipeline, sources
 from ntm_jax.data.records import Layout
 from ntm_jax.evaluation import image_scores, statistics
-from ntm_jax.evaluation.features import pixels
+from ntm_jax.evaluation.statistics import FeatureStatistics
 from ntm_jax.runtime import build
 from ntm_jax.runtime import config as configuration
 from tests.common import as_run, random_run, tiny_config
@@ -26,19 +26,20 @@ def sampled(run, **overrides):
 @pytest.fixture
 def guided_scores(run, source, monkeypatch):
     """(run, training split, image scores at two scales of guidance, the samples by scale)."""
-    run = sampled(run, **{"evaluate.num_samples": 30})
+    run = sampled(run, **{"evaluate.num_samples": 30, "evaluate.features": "pixels"})
     train = sources.open_source("digits", "train")
     made, generated = {}, image_scores.generated
 
-    def kept(run, progress=False):
+    def kept(run, *arguments):
         scale = run.config.sample.guidance
         assert scale not in made  # the configuration's own scale, 0, is sampled once
-        made[scale] = generated(run, progress)
-        return made[scale]
+        made[scale] = np.concatenate(list(generated(run, *arguments)))
+        return np.split(made[scale], [8, 20])
 
     monkeypatch.setattr(image_scores, "generated", kept)
     scales = (0.0, (3.0, 0.0))
-    result = image_scores.image_scores(run, train, source, pixels(17), scales)
+    comparison = image_scores.compare_with(run, run.config.evaluate, train, source)
+    result = image_scores.image_scores(run, train, source, comparison, scales)
     assert list(made) == list(scales)
     return run, train, result, made
 
@@ -61,7 +62,9 @@ def test_guidance_is_compared_on_the_same_noise(guided_scores):
         assert found["difference"]["mean"] == pytest.approx(difference.mean())
         stderr = difference.std(ddof=1) / math.sqrt(30)
         assert found["difference"]["stderr"] == pytest.approx(stderr)
-        assert found["frechet"] == pytest.approx(statistics.frechet(real, flat[scale])["mean"])
+        expected = statistics.feature_scores(*map(FeatureStatistics.of, (real, flat[scale])))
+        for name in ("frechet", "kid", "precision"):
+            assert found[name] == pytest.approx(expected[name]), name
     assert result["class_accuracy"]["mean"] == result["guidance"][0]["mean"]
 
 
@@ -70,8 +73,8 @@ def test_records_of_unknown_class_do_not_train_the_classifier(run, source, monke
     train = sources.open_source("digits", "train")
     records = [record if i < 300 else record | {"label": -1}
                for i, record in enumerate(train.records[i] for i in range(600))]
-    monkeypatch.setattr(image_scores, "generated", lambda run, _: np.stack(
-        [next(r["image"] for r in records if r["label"] == i % 10) for i in range(30)]))
+    monkeypatch.setattr(image_scores, "generated", lambda *_: [np.stack(
+        [next(r["image"] for r in records if r["label"] == i % 10) for i in range(30)])])
     changed = dataclasses.replace(train, records=records)
     assert image_scores.image_scores(run, changed, source, None)["class_accuracy"]["mean"] == 1
 
@@ -106,10 +109,12 @@ def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):
     Samples of an untrained model retrieve by chance, the held-out pictures themselves always.
     """
     source, train = (captioned.config.data.open(split) for split in ("test", "train"))
-    extractor, made, generated = pixels(16), [], image_scores.generated
+    settings = dataclasses.replace(captioned.config.evaluate, features="pixels")
+    comparison = image_scores.compare_with(captioned, settings, train, source)
+    made, generated = [], image_scores.generated
     monkeypatch.setattr(image_scores, "generated",
-                        lambda *rest: made.append(generated(*rest)) or made[-1])
-    found = image_scores.image_scores(captioned, train, source, extractor)["retrieval"]
+                        lambda *rest: made.extend(generated(*rest)) or made)
+    found = image_scores.image_scores(captioned, train, source, comparison)["retrieval"]
     ranks = statistics.retrieved(pictures, made[0][:20], np.arange(40, 60), 16)
     assert found["rank_5"]["mean"] == pytest.approx((ranks <= 5).mean())
     assert found["rank_5"]["stderr"] == pytest.approx((ranks <= 5).std(ddof=1) / np.sqrt(20))
@@ -118,7 +123,7 @@ def test_retrieval_of_captioned_pictures(captioned, pictures, monkeypatch):
     assert found["rank_1"]["mean"] < 0.3
 
     own = np.resize(pictures[40:], (30, 8, 8, 1))  # the captions' own pictures, in turn
-    monkeypatch.setattr(image_scores, "generated", lambda *_: own)
-    found = image_scores.image_scores(captioned, train, source, extractor)
+    monkeypatch.setattr(image_scores, "generated", lambda *_: np.split(own, [7]))
+    found = image_scores.image_scores(captioned, train, source, comparison)
     assert found["retrieval"]["rank_1"] == {"mean": 1.0, "stderr": 0.0}
     assert "retrieval" not in image_scores.image_scores(captioned, train, source, None)

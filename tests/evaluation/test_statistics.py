@@ -1,5 +1,6 @@
 """Means, and scores of features against torch-fidelity's, closed forms and cases made by hand."""
 
+import functools
 import json
 import math
 
@@ -32,6 +33,7 @@ def exactly(mean, covariance, n=200, seed=0):
 
 
 def frechet(real, generated) -> float:
+    real, generated = map(statistics.FeatureStatistics.of, (real, generated))
     return statistics.frechet(real, generated)["mean"]
 
 
@@ -53,6 +55,7 @@ def test_mean_and_stderr():
 def test_frechet_precision_and_recall_are_torch_fidelitys(shape):
     torch = pytest.importorskip("torch")
     metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
+    metric_kid = pytest.importorskip("torch_fidelity.metric_kid")
     metric_prc = pytest.importorskip("torch_fidelity.metric_prc")
     real, generated = correlated(*shape)
     theirs = metric_prc.prc_features_to_metric(
@@ -69,6 +72,11 @@ def test_frechet_precision_and_recall_are_torch_fidelitys(shape):
     assert frechet(real, generated) == pytest.approx(theirs, rel=1e-3)
     single = frechet(real.astype(np.float32), generated.astype(np.float32))
     assert single == pytest.approx(theirs, rel=1e-3)
+    kid = statistics.kernel_distance(real, generated, subsets=3)["mean"]
+    theirs = metric_kid.kid_features_to_metric(
+        torch.from_numpy(real), torch.from_numpy(generated), kid_subsets=3,
+        kid_subset_size=min(len(real), len(generated)), rng_seed=0, verbose=False)
+    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
 
 
 def test_frechet_is_the_closed_form_of_two_gaussians():
@@ -85,6 +93,43 @@ def test_frechet_is_the_closed_form_of_two_gaussians():
     assert frechet(a, b) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 5) ** 2, rel=1e-6)
 
 
+def test_the_kernel_distance_is_its_double_sum():
+    real, generated = correlated(6, 6, 3, 7)
+
+    def kernel(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    def inside(x):  # by point, over the others
+        return [np.mean([kernel(x[i], x[j]) for j in range(6) if j != i]) for i in range(6)]
+
+    across = [np.mean([kernel(x, y) for x in real]) for y in generated]
+    expected = np.mean(inside(real)) + np.mean(inside(generated)) - 2 * np.mean(across)
+    found = statistics.kernel_distance(real, generated)
+    assert found["mean"] == pytest.approx(expected)
+    by_image = 2 * (np.array(inside(generated)) - across)
+    assert found["stderr"] == pytest.approx(by_image.std(ddof=1) / math.sqrt(6))
+
+
+def test_statistics_of_batches_are_those_of_all_features(monkeypatch):
+    """Of more features than are merged at once, and more than are kept."""
+    real, features = correlated(300, 2300, 4, 8)
+    whole = statistics.frechet(*map(statistics.FeatureStatistics.of, (real, features)))
+    monkeypatch.setattr(statistics, "KEPT", 400)
+    found = statistics.FeatureStatistics(2300)
+    for batch in np.split(features.astype(np.float32), [5, 900, 1700, 1701]):
+        found.add(batch)
+    mean, root = found.gaussian()
+    np.testing.assert_allclose(mean, features.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(root.T @ root, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-6)
+    assert found.count == 2300
+    assert found.kept.shape == (400, 4)
+    assert len({*map(tuple, found.kept)} & {*map(tuple, features.astype(np.float32))}) == 400
+    assert 150 < np.isin(features[:1150, 0].astype(np.float32), found.kept).sum() < 250
+    part = statistics.frechet(statistics.FeatureStatistics.of(real), found)
+    assert part["mean"] == pytest.approx(whole["mean"], rel=1e-6)
+    assert part["stderr"] == pytest.approx(whole["stderr"], rel=0.2)  # of a deviation over 400
+
+
 def test_precision_and_recall_by_hand():
     real = np.array([[0.0], [1], [3], [10]])  # balls of the nearest neighbour: 1, 1, 2, 7
     generated = np.array([[-1.0], [2.5], [4], [17.5], [100]])  # balls: 3.5, 1.5, 1.5, 13.5, 82.5
@@ -97,12 +142,15 @@ def test_precision_and_recall_by_hand():
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])  # of the samples, beside the real ones
-def test_errors_of_feature_scores_are_the_spread_of_other_samples(scale):
+def test_errors_of_feature_scores_are_the_spread_of_other_samples(scale, monkeypatch):
+    few = functools.partial(statistics.kernel_distance, subsets=5)  # 100 take too long here
+    monkeypatch.setattr(statistics, "kernel_distance", few)
     rng, mix = np.random.default_rng(0), np.diag(np.geomspace(2, 0.05, 6))
     real = rng.normal(size=(150, 6)) @ mix
-    found = [statistics.feature_scores(real, scale * rng.normal(size=(300, 6)) @ mix + 0.1)
+    of = statistics.FeatureStatistics.of
+    found = [statistics.feature_scores(of(real), of(scale * rng.normal(size=(300, 6)) @ mix + 0.1))
              for _ in range(60)]
-    for name in ("frechet", "precision"):
+    for name in ("frechet", "kid", "precision"):
         spread = np.std([scores[name] for scores in found], ddof=1)
         stated = np.mean([scores[f"{name}_stderr"] for scores in found])
         # the spread of 60 is known to 9 %, and the error is of first order

@@ -9,6 +9,7 @@ import pytest
 
 import ntm_jax
 from ntm_jax.errors import UserError
+from ntm_jax.evaluation import image_scores
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, resources, state
@@ -25,12 +26,15 @@ def saved(settings, workdir):
         return checkpoints.restore(state.abstract(new_run(settings)))
 
 
+SCORED = {"train.score_every": 2, "evaluate.num_samples": 10, "evaluate.features": "pixels"}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run in two folders, `whole` and `parts`: taken to step 5 at once and in two parts.
 
-    A step gets nothing from the host but its batch: no implicit transfer, no wait. Returns their
-    folder, and the T and the records of each step.
+    A step gets nothing from the host but its batch: no implicit transfer, no wait. Samples are
+    scored every other step. Returns their folder, and the T and the records of each step.
     """
     folder, make_step, taken = tmp_path_factory.mktemp("runs"), loop.make_step, []
 
@@ -48,7 +52,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", make)
         for name, until in (("whole", 5), ("parts", 3), ("parts", 5)):
-            config = tiny_config(**OWN)
+            config = tiny_config(**OWN | SCORED)
             assert loop.train(config, folder / name, progress=False, until=until) is None
     return folder, taken
 
@@ -61,6 +65,14 @@ def test_a_resumed_run_continues_bit_for_bit(trained):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     np.testing.assert_allclose(lines[4]["learning_rate"], (3e-3 + 1e-6) / 2, rtol=1e-4)  # linear
     assert logged(folder / "parts") == lines
+    assert [line["step"] for line in lines if "score/frechet" in line] == [2, 4]
+    assert {"score/kid", "score/recall_stderr"} <= lines[1].keys()
+    # an evaluation of the same step scores the same samples
+    run = ntm_jax.load(folder / "whole", 4)
+    train, held_out = map(run.config.data.open, ("train", run.config.evaluate.split))
+    comparison = image_scores.compare_with(run, run.config.evaluate, train, held_out)
+    found = image_scores.feature_scores(run, comparison)
+    assert found["frechet"] == pytest.approx(lines[3]["score/frechet"], rel=1e-6)
     (step, first, position), (other, second, other_position) = (
         saved(tiny_config(**OWN), folder / name) for name in ("whole", "parts"))
     assert (step, position) == (other, other_position)
@@ -96,6 +108,9 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tra
      r"^config\.evaluate\.split: digits has no split 'tset': it has train, test, all$"),
     ({"train.accumulate": 3}, r"config\.data\.batch_size is 16: expected a multiple of 3"),
     ({"optimizer.name": "mu"}, r"name 'mu' is not known: expected one of adamw, muon, lion, sgd;"),
+    ({"train.score_every": 2}, r"score_every is 2, and no samples are scored: set config\.evaluate"),
+    ({"evaluate.features": "inception", "evaluate.num_samples": 10},
+     r"features=inception needs its weights: .* or --config\.evaluate\.inception_weights=FILE"),
     ({"train.patience": 2}, r"config\.train\.evaluate_every is 0: set it"),
     ({"train.patience": 2, "train.evaluate_every": 1},
      r"split=test\[:20\], .*:validation .*split=train\[:90%\] and .*split=train\[90%:\]$"),

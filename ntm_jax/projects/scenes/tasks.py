@@ -1,5 +1,6 @@
 """Figures of how often images show what their captions describe, by task."""
 
+import itertools
 import math
 
 import numpy as np
@@ -60,9 +61,10 @@ def task_scores(run: Run, source: Source, scored: dict, guidance=(),
 
     def checked(scale, asked):
         own = image_scores.guided(run, scale, split=asked.split)
-        images = image_scores.generated(own, progress)
-        captions = [asked.captions[i % len(asked.captions)] for i in range(len(images))]
-        return asked.tasks(images, captions)
+        captions, parts = itertools.cycle(asked.captions), []
+        for images in image_scores.generated(own, progress):
+            parts.append(asked.tasks(images, list(itertools.islice(captions, len(images)))))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     rows = {scale: [checked(scale, asked) for asked in splits]
             for scale in dict.fromkeys((config.sample.guidance, *guidance))}

@@ -81,7 +81,7 @@ def test_tasks_by_guidance_and_split(run, tmp_path, monkeypatch):
         records = run.config.data.open(split).records
         images = np.stack([records[i % len(records)]["image"] for i in range(16)])
         images[:: 2 if scale else 100, :, :12] = 0
-        return images
+        return np.split(images, [6])
 
     monkeypatch.setattr(image_scores, "generated", generated)
     result, scores = evaluate.evaluate(run, EvaluationOptions(guidance=(2.0, 0.0)))
