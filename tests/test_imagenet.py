@@ -11,12 +11,13 @@ import tarfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from ntm_jax.data.records import read_manifest
 from tests.common import ROOT, environment, start
 from tests.data.common import write_autoencoder
-from tests.evaluation.common import write_inception
+from tests.evaluation.common import random_inception
 from tests.runtime.jobs import free_port
 from tests.test_docs_commands import BLOCK, program_calls, simple_commands
 from tests.tools.prepare.common import add, devkit, encoded, picture, tar_of_tars
@@ -56,7 +57,8 @@ def write_archives(data):
             add(tar, f"ILSVRC2012_val_{i:08}.JPEG", content)
     devkit(data / "ILSVRC2012_devkit_t12.tar.gz", CLASSES, [1 + i % 10 for i in range(50)])
     write_autoencoder(data / "e2e-vavae-hf")
-    write_inception(data / "inception.safetensors")
+    safetensors.numpy.save_file({name: array.numpy() for name, array in random_inception().items()},
+                                data / "inception.safetensors")
     real = rng.integers(0, 256, (64, 16, 16, 3), np.uint8)
     np.savez(data / "VIRTUAL_imagenet256_labeled.npz", arr_0=real, mu=np.zeros(2048),
              sigma=np.eye(2048))

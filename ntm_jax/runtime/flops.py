@@ -17,10 +17,10 @@ MATRICES = (512, 1024, 2048, 4096)  # sizes tried for the highest rate
 def count(function, *args) -> int:
     """FLOPs of all matrix products and convolutions in function(*args), 2 per multiply-add.
 
-    Products with padding count. Products with a vector, which are weighted sums, do not count. Includes recomputation under
-    remat. args may be abstract. Counts the body of a `while` loop once, since its number of
-    iterations is unknown; the most expensive branch of a `cond`; and the body of a Pallas kernel at
-    every point of its grid.
+    Products with padding count. Products with a vector, which are weighted sums, do not. Includes
+    recomputation under remat. args may be abstract. Counts the body of a `while` loop once, since
+    its number of iterations is unknown; the most expensive branch of a `cond`; and the body of a
+    Pallas kernel at every point of its grid.
     """
     return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 

@@ -12,6 +12,7 @@ from ntm_jax.evaluation.features import inception, make_extractor, pixels
 from ntm_jax.evaluation.statistics import FeatureStatistics
 from ntm_jax.runtime import sharding
 from ntm_jax.runtime.config import Mesh
+from tests.evaluation.common import random_inception
 
 
 def images_of(source, count=None):
@@ -76,21 +77,10 @@ def test_extractors_that_cannot_be_made_are_refused(train, tmp_path, monkeypatch
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of random weights for the real network, scaled so that activations do not vanish."""
-    torch = pytest.importorskip("torch")
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: None)
-        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        state = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
-    generator = torch.Generator().manual_seed(0)
-    for name, array in state.items():
-        if array.ndim == 4:
-            array.normal_(0, (2 / array[0].numel()) ** 0.5, generator=generator)
-        elif name.endswith(("bn.weight", "running_var")):
-            array.uniform_(0.5, 1.5, generator=generator)
-        elif name.endswith(("bn.bias", "running_mean")):
-            array.normal_(0, 0.1, generator=generator)
+    """A file of random weights."""
+    state = random_inception()
+    import torch
+
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(state, path)
     threads = torch.get_num_threads()

@@ -1,8 +1,10 @@
 """The benchmark: its rows, the FLOPs that they count, and the program."""
 
+import functools
 import json
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -121,8 +123,12 @@ def test_the_program_writes_rows(tmp_path):
     assert benchmark.table(timed) in done.stdout
 
 
-def test_weighted_sums_are_not_counted_as_products():
+def test_products_and_convolutions_are_counted_and_weighted_sums_are_not():
     matrix, vector = jnp.ones((3, 4)), jnp.ones(4)
     assert flops.count(jnp.matmul, matrix, vector) == 0
     assert flops.count(lambda a, b: jnp.einsum("nc,kc->nkc", a, b), matrix, matrix) == 0
     assert flops.count(jnp.matmul, matrix, vector[:, None]) == 2 * 3 * 4
+    conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(2, 2), padding="VALID",
+                             dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    assert flops.count(conv, jnp.ones((5, 7, 7, 2)), jnp.ones((3, 3, 2, 4))) == (
+        2 * 5 * 3 * 3 * 4 * 3 * 3 * 2)
