@@ -30,13 +30,13 @@ SMALL = {
     "model.transporter_layers": 1, "model.predictor_layers": 1, "mesh.fsdp": 4,
     "data.batch_size": 16, "data.workers": 0, "train.steps": 40, "train.save_every": 20,
     "train.evaluate_every": 20, "train.score_every": 20, "train.log_every": 10,
-    "optimizer.warmup_steps": 10, "evaluate.num_samples": 40, "evaluate.batch_size": 24,
+    "optimizer.warmup_steps": 10, "evaluate.num_samples": 16, "evaluate.batch_size": 24,
     "evaluate.trajectories": 1, "sample.num": 20}
 CHANGES = {  # flags that follow the page's own
     "prepare": ["--image_size=16", "--workers=0", "--shard_size=60"],
     "compile": ["--topology=cpu:8", "--config.data.mock=mock:8x8x3,classes=10"],
     "train": [],
-    "evaluate": ["--images=100"],
+    "evaluate": ["--images=64"],
 }
 
 
@@ -97,7 +97,7 @@ def test_the_pages_commands(tmp_path):
     lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
     assert [line["step"] for line in lines if "score/frechet" in line] == [20, 40]
     evaluation = json.loads((workdir / "evaluation.json").read_text())
-    assert evaluation["features"]["images"] == 100
+    assert evaluation["features"]["images"] == 64
     assert {"frechet", "kid", "precision", "recall"} <= evaluation.keys()
     assert len(list((workdir / "500").rglob("*.png"))) >= 500
     assert np.load(workdir / "500/samples.npz")["arr_0"].shape == (500, 16, 16, 3)

@@ -217,7 +217,7 @@ def inception(weights_file: str, mesh, pixel_levels: int = 256) -> Extractor:
     """
     params, digest = network.read_weights(weights_file)
     params = jax.device_put(params, sharding.replicated(mesh))
-    size, split = _PER_DEVICE * mesh.size, sharding.by_device(mesh)
+    split = sharding.by_device(mesh)
 
     def compute(images):
         channels = images.shape[-1]
@@ -225,9 +225,11 @@ def inception(weights_file: str, mesh, pixel_levels: int = 256) -> Extractor:
             raise UserError("Inception's features are of images with 1 or 3 channels, and these "
                             f"have {channels}: set config.evaluate.features to pixels or cnn")
         shown = plots.displayable(images, pixel_levels)
-        # The last batch is repeated to the size of all others, so that one program serves all.
+        # Repeated to a power of two on each device, or to a whole batch: few programs serve all.
+        own = 1 << (-(-len(shown) // mesh.size) - 1).bit_length()
+        size = min(own, _PER_DEVICE) * mesh.size
         padded = np.resize(shown, (size, *shown.shape[1:]))
         batch = jax.make_array_from_callback(padded.shape, split, lambda own: padded[own])
         return sharding.to_host(network.pool_features(params, batch))[: len(images)]
 
-    return Extractor("inception", digest, False, compute, size)
+    return Extractor("inception", digest, False, compute, _PER_DEVICE * mesh.size)

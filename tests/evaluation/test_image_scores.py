@@ -73,8 +73,8 @@ def test_records_of_unknown_class_do_not_train_the_classifier(run, source, monke
     train = sources.open_source("digits", "train")
     records = [record if i < 300 else record | {"label": -1}
                for i, record in enumerate(train.records[i] for i in range(600))]
-    monkeypatch.setattr(image_scores, "generated", lambda *_: [np.stack(
-        [next(r["image"] for r in records if r["label"] == i % 10) for i in range(30)])])
+    own = np.stack([next(r["image"] for r in records if r["label"] == i % 10) for i in range(30)])
+    monkeypatch.setattr(image_scores, "generated", lambda *_: np.split(own, [7]))
     changed = dataclasses.replace(train, records=records)
     assert image_scores.image_scores(run, changed, source, None)["class_accuracy"]["mean"] == 1
 

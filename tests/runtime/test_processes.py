@@ -17,7 +17,7 @@ from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.processes import locked
 from ntm_jax.sampling.write import SampleRequest
 from ntm_jax.training import loop, state
-from tests.common import as_run, python, setup, start, tiny_config
+from tests.common import as_run, logged, python, setup, start, tiny_config
 from tests.runtime.jobs import SETTINGS, Job, free_port, losses
 
 SUM = dict(rtol=1e-5, atol=1e-6)  # float32 sums in another order
@@ -39,6 +39,9 @@ def test_a_process_under_slurm_has_all_gpus_of_its_node():
     assert done.stdout.strip() == "all"  # not "0"
 
 
+SCORED = {"train.score_every": 6, "evaluate.num_samples": 8, "evaluate.features": "pixels"}
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The workdir of a finished run of one process with one device.
@@ -46,7 +49,7 @@ def alone(tmp_path_factory):
     On more devices the programs that read it split its parameters over them.
     """
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    settings = SETTINGS | {"mesh.data": 1, "mesh.fsdp": -1}
+    settings = SETTINGS | SCORED | {"mesh.data": 1, "mesh.fsdp": -1}
     assert loop.train(tiny_config(**settings), str(workdir), progress=False)
     return workdir
 
@@ -59,7 +62,7 @@ def test_an_interrupted_job_goes_on_with_other_devices(alone, tmp_path):
     saved.
     """
     workdir = tmp_path / "run"
-    job = Job(workdir, 2)
+    job = Job(workdir, 2, settings=(SCORED,))
     job.read_until(r"step 1/")  # early: a busy machine may send it many of the short steps later
     job.processes[1].send_signal(signal.SIGINT)
     ends = job.end()
@@ -68,10 +71,14 @@ def test_an_interrupted_job_goes_on_with_other_devices(alone, tmp_path):
     assert int(said[1]) < SETTINGS["train.steps"]
     assert (workdir / "checkpoints" / said[1]).exists()
     mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-    Job(workdir, 2, devices=4, settings=(mesh,)).end()
+    Job(workdir, 2, devices=4, settings=(SCORED | mesh,)).end()
     one, several = losses(alone), losses(workdir)
     assert list(one) == list(several) == list(range(1, 13))
     np.testing.assert_allclose(list(several.values()), list(one.values()), **SUM)
+    one, several = ({line["step"]: line["score/frechet"] for line in logged(folder)
+                     if "score/frechet" in line} for folder in (alone, workdir))
+    assert list(one) == [6, 12]
+    assert several == pytest.approx(one, rel=0.01)  # rounding moves some pixels by a level
     one, several = (
         json.loads((folder / "evaluation.json").read_text()) for folder in (alone, workdir))
     bound, other = (result["nats_per_dim"]["bound"]["mean"] for result in (one, several))

@@ -108,7 +108,7 @@ def test_a_finished_run_is_evaluated_again_and_goes_on_when_steps_are_raised(tra
      r"^config\.evaluate\.split: digits has no split 'tset': it has train, test, all$"),
     ({"train.accumulate": 3}, r"config\.data\.batch_size is 16: expected a multiple of 3"),
     ({"optimizer.name": "mu"}, r"name 'mu' is not known: expected one of adamw, muon, lion, sgd;"),
-    ({"train.score_every": 2}, r"score_every is 2, and no samples are scored: set config\.evaluate"),
+    ({"train.score_every": 2}, r"score_every is 2, and no samples are scored: set config\."),
     ({"evaluate.features": "inception", "evaluate.num_samples": 10},
      r"features=inception needs its weights: .* or --config\.evaluate\.inception_weights=FILE"),
     ({"train.patience": 2}, r"config\.train\.evaluate_every is 0: set it"),
