@@ -18,6 +18,7 @@ from ntm_jax.data import records
 from ntm_jax.data.sources import from_arrays, open_source
 from ntm_jax.export import read
 from ntm_jax.tools.prepare import captioned, from_folder, from_tars
+from ntm_jax.tools.prepare.captioned import Request
 from ntm_jax.training.writers.lines import Lines
 from tests.common import python
 
@@ -48,11 +49,11 @@ FORGERIES = [{"choices": {"classes": 5}}, {"num_classes": "2"}, {"image_shape": 
 FILES = {  # whatever opens a file: its function of a path
     "config.json": lambda path: read.read_export_info(path.parent),
     "metrics.jsonl": lambda path: Lines().open(path.parent, 0, {}),
-    "metadata.jsonl": lambda path: from_folder.open_folder(str(path.parent), "", False),
+    "metadata.jsonl": lambda path: from_folder.open_folder(Request("", str(path.parent))),
     "a.npz": lambda path: open_source(f"npz:{path}", "all"),
     "a.parquet": lambda path: open_source(f"parquet:{path}", "all"),
     "a.png": lambda path: open_source(f"folder:{path.parent}", "all"),
-    "a.tar": lambda path: from_tars.open_tars(str(path)),
+    "a.tar": lambda path: from_tars.open_tars(Request("", str(path))),
     "a.arrayrecord": records.sha256,
     "manifest.json": lambda path: open_source(f"records:{path.parent}", "all"),
 }
@@ -62,7 +63,7 @@ def mistakes_of_files(folder):
     """(what the line says, a call) of each hostile file, which it puts into the folder first."""
     for content, says in TARS.items():
         (folder / "a.tar").write_bytes(content)
-        yield says, lambda: from_tars.open_tars(f"{folder}/*.tar")
+        yield says, lambda: from_tars.open_tars(Request("", f"{folder}/*.tar"))
     manifest = {"format": 1, "image_shape": [4, 4, 3], "pixel_levels": 256, "splits": {}}
     for forged in FORGERIES:
         content = manifest | forged
@@ -70,7 +71,7 @@ def mistakes_of_files(folder):
         yield "manifest.json", lambda: open_source(f"records:{folder}", "all")
     rows = "file_name,caption\n" + "a.png,a\n" * 4 + "a.png," + "a" * 2**18
     (folder / "metadata.csv").write_text(rows)
-    yield "metadata.csv line 6 ", lambda: from_folder.open_folder(str(folder), "", False)
+    yield "metadata.csv line 6 ", lambda: from_folder.open_folder(Request("", str(folder)))
     for name, call in FILES.items():
         for make in os.mkfifo, lambda path: path.symlink_to("/dev/zero"):
             (folder / name).unlink(missing_ok=True)
