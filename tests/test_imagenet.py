@@ -1,7 +1,7 @@
 """The commands of docs/howto/imagenet.md in order, on small archives of ImageNet's kind.
 
 200 training images of 10 classes in a tar of tars, of odd sizes, one damaged and one in CMYK, and
-50 validation images in a flat tar with the devkit. Training is a job of two processes with four
+16 validation images in a flat tar with the devkit. Training is a job of two processes with four
 devices each.
 """
 
@@ -36,7 +36,7 @@ CHANGES = {  # flags that follow the page's own
     "prepare": ["--image_size=16", "--workers=0", "--shard_size=60"],
     "compile": ["--topology=cpu:8", "--config.data.mock=mock:8x8x3,classes=10"],
     "train": [],
-    "evaluate": ["--images=64"],
+    "evaluate": ["--images=16"],
 }
 
 
@@ -52,10 +52,10 @@ def write_archives(data):
         folders[name][f"{name}_{i}.JPEG"] = content[:90] if i == 3 else content
     tar_of_tars(data / "ILSVRC2012_img_train.tar", folders)
     with tarfile.open(data / "ILSVRC2012_img_val.tar", "w") as tar:
-        for i in range(50):
+        for i in range(16):
             content = encoded(picture(1000 + i, tuple(rng.integers(*sizes, 2))), "jpeg")
             add(tar, f"ILSVRC2012_val_{i:08}.JPEG", content)
-    devkit(data / "ILSVRC2012_devkit_t12.tar.gz", CLASSES, [1 + i % 10 for i in range(50)])
+    devkit(data / "ILSVRC2012_devkit_t12.tar.gz", CLASSES, [1 + i % 10 for i in range(16)])
     write_autoencoder(data / "e2e-vavae-hf")
     safetensors.numpy.save_file({name: array.numpy() for name, array in random_inception().items()},
                                 data / "inception.safetensors")
@@ -92,12 +92,12 @@ def test_the_pages_commands(tmp_path):
         "prepare", "compile", "compile", "compile", "train", "evaluate", "sample", "export"]
     layout, splits, _ = read_manifest(str(tmp_path / "data/imagenet256-latents"))
     assert (layout.image_shape, layout.choices["classes"]) == ((8, 8, 3), CLASSES)
-    assert {name: sum(split.counts) for name, split in splits.items()} == {"train": 398, "test": 50}
+    assert {name: sum(split.counts) for name, split in splits.items()} == {"train": 398, "test": 16}
     workdir = tmp_path / "runs/imagenet"
     lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
     assert [line["step"] for line in lines if "score/frechet" in line] == [20, 40]
     evaluation = json.loads((workdir / "evaluation.json").read_text())
-    assert evaluation["features"]["images"] == 64
+    assert evaluation["features"]["images"] == 16
     assert {"frechet", "kid", "precision", "recall"} <= evaluation.keys()
     assert len(list((workdir / "500").rglob("*.png"))) >= 500
     assert np.load(workdir / "500/samples.npz")["arr_0"].shape == (500, 16, 16, 3)

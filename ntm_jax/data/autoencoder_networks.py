@@ -1,9 +1,9 @@
 """AutoencoderKL in JAX, read from the folders that diffusers writes.
 
-The architecture is that of diffusers' AutoencoderKL (src/diffusers/models/autoencoders), the
-encoder and decoder of latent diffusion (arXiv 2112.10752). A module's name is the beginning of its
-tensors' names in the file. Everything is float32, with products at full precision: a GPU or a TPU
-would round the factors otherwise.
+It has the encoder and the decoder of latent diffusion (arXiv 2112.10752), as diffusers implements
+them (src/diffusers/models/autoencoders). A module's name is the beginning of its tensors' names in
+the file. Everything is float32, with products at full precision: a GPU or a TPU would round the
+factors otherwise.
 
 n images; H, W, C image height, width, channels; s pixels in a place, along a side.
 """
@@ -58,7 +58,7 @@ class Sizes:
 
     @property
     def decoder_widths(self) -> tuple[int, ...]:
-        """Widths of the decoder's blocks, those of the encoder's at the same place."""
+        """Widths of the decoder's blocks, in the order of the encoder's."""
         return self.block_out_channels
 
     @property

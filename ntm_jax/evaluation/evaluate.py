@@ -59,7 +59,8 @@ def evaluate(run: Run, options: EvaluationOptions | None = None, *, against: Run
                         ("write_reference", options.write_reference)):
         if given and not scores_images:
             raise UserError(f"--{name} is about samples, and none are scored: give --images and a "
-                            f"model of pixels, or leave --{name} out")
+                            "model of pixels, or of latents with config.sample.autoencoder, or "
+                            f"leave --{name} out")
         if given and name.endswith("reference") and settings.features == "none":
             raise UserError(f"--{name} is of features, and none are compared: give --features=cnn "
                             "or another")

@@ -40,28 +40,23 @@ class Extractor:
         return np.concatenate([self.compute(batch) for batch in batches])
 
 
-def make_extractor(name: str, source: Source, inception_weights: str = "",
+def make_extractor(name: str, source: Source, pixel_levels: int, inception_weights: str = "",
                    mesh=None) -> Extractor:
     """The extractor called pixels, cnn or inception, for pictures like those of the training split.
 
-    source: the training split, of pixels or of latents that decode to pictures. inception_weights:
-    the file of Inception's weights. mesh: of the devices that Inception runs on.
+    source: the training split, which the classifier learns. pixel_levels: V of the pictures.
+    inception_weights: the file of Inception's weights. mesh: of the devices that Inception runs on.
     Raises UserError where the extractor does not fit the images.
     """
     if name == "pixels":
-        return pixels(picture_levels(source))
+        return pixels(pixel_levels)
     if name == "cnn":
         return cnn(source)
     if not inception_weights:
         raise UserError("config.evaluate.features=inception needs its weights: give "
                         "--inception_weights=FILE of launch.evaluate, or "
                         f"--config.evaluate.inception_weights=FILE of a run, {network.WEIGHTS}")
-    return inception(inception_weights, mesh, picture_levels(source))
-
-
-def picture_levels(source: Source) -> int:
-    """The number of values of a picture's pixels: the source's, or 256 of decoded latents."""
-    return source.pixel_levels or 256
+    return inception(inception_weights, mesh, pixel_levels)
 
 
 def pixels(pixel_levels: int) -> Extractor:

@@ -75,7 +75,8 @@ class Comparison:
         """The features that are compared."""
         settings = self._settings
         return features.make_extractor(
-            settings.features, self._train, settings.inception_weights, self._run.mesh)
+            settings.features, self._train, generate.picture_levels(self._run),
+            settings.inception_weights, self._run.mesh)
 
     @functools.cached_property
     def real(self) -> FeatureStatistics:
@@ -84,7 +85,7 @@ class Comparison:
             return self._of(self._train)
         (picture,) = recorded(self._run, self._held_out, 1)
         return reference.read(self._settings.reference, self.extractor, picture,
-                              features.picture_levels(self._train))
+                              generate.picture_levels(self._run))
 
     @functools.cached_property
     def frechet_held_out(self) -> dict[str, float]:
@@ -272,7 +273,7 @@ def retrieval(run: Run, train: Source, held_out: Source, images) -> dict:
     pictures = np.concatenate([*recorded(run, train), *recorded(run, held_out)])
     count, captions = len(pictures), min(len(images), len(held_out.records))
     own = len(train.records) + np.arange(captions)
-    ranks = statistics.retrieved(pictures, images, own, features.picture_levels(train))
+    ranks = statistics.retrieved(pictures, images, own, generate.picture_levels(run))
     return {"retrieval": {f"rank_{k}": mean_and_stderr(ranks <= k) for k in RANKS} | {
         "chance": {f"rank_{k}": k / count for k in RANKS}, "candidates": count,
         "captions": captions, "features": statistics.THUMBNAILS, "proxy": True}}

@@ -79,7 +79,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
         raise UserError(
             f"config.train.score_every is {config.train.score_every}, and no samples are scored: "
             "set config.evaluate.num_samples, and config.evaluate.features to pixels, cnn or "
-            "inception, of a model of pixels")
+            "inception, of a model of pixels, or of latents with config.sample.autoencoder")
     extension = objective.extend(run, source)
     with locked(folder):
         with contextlib.ExitStack() as stack:

@@ -63,13 +63,13 @@ def test_the_classifier_separates_digits_from_other_images(train, cnn, monkeypat
 def test_extractors_that_cannot_be_made_are_refused(train, tmp_path, monkeypatch):
     unlabelled = sources.open_source("mock:8x8x1,levels=4", "train")
     with pytest.raises(UserError, match=r"learns classes from pixels, and mock:8.* has no classes"):
-        make_extractor("cnn", unlabelled)
+        make_extractor("cnn", unlabelled, 17)
     with pytest.raises(UserError, match="needs its weights: give --inception_weights=FILE of"):
-        make_extractor("inception", train)
+        make_extractor("inception", train, 17)
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"weights")
     with pytest.raises(UserError, match=r"/weights\.pth is read with torch, .*: pip install -e"):
-        make_extractor("inception", train, str(tmp_path / "weights.pth"))
+        make_extractor("inception", train, 17, str(tmp_path / "weights.pth"))
 
 
 # Inception, where torch is installed.

@@ -22,7 +22,8 @@ def open_folder(asked: Request) -> Input:
         raise UserError(f"{asked.flag} is not there: expected a folder of images")
     listed = asked.captions or caption_lists.find_list(root)
     names, described = ([], set()) if listed else folder.list_images(root)
-    labelled = bool(names) and not described  # images alone
+    labelled = not listed and not described and (
+        asked.labels is not None or all("/" in name for name in names))
     if listed:
         rows = _listed(epath.Path(listed).expanduser())
     elif labelled:
@@ -53,12 +54,10 @@ def _listed(file: epath.Path) -> Iterator[tuple]:
 
 def _labelled(asked: Request, root: epath.Path, names: Sequence[str]) -> Iterator[tuple]:
     """The same of images without captions: the sub-folder of each is its label."""
-    folders = {name.partition("/")[0] if "/" in name else "" for name in names}
+    folders = {name.partition("/")[0] for name in names}
     if asked.labels is None and "train" in folders and folders & _SPLITS:
         raise UserError(f"{asked.flag} holds the splits {', '.join(sorted(folders))}: give one as "
                         f"--input=folder:{root}/NAME, and another as --test_input")
-    if asked.labels is None and "" in folders:
-        _beside(root, names, set())
     yield from ((str(root), name, "", None if asked.labels else name.partition("/")[0])
                 for name in names)
 
@@ -72,7 +71,7 @@ def _beside(root: epath.Path, names: Sequence[str], described: set[str]) -> Iter
             f"sub-folder for each class ({few(missing, 3)}): give --captions=FILE, a .jsonl or "
             ".csv with a row for each image: file_name, caption and, if wished, label"
         )
-    return ((str(root), name, "", None) for name in names)
+    yield from ((str(root), name, "", None) for name in names)
 
 
 def _outside(root: epath.Path, base: str, name: str) -> bool:

@@ -65,7 +65,8 @@ def read_labels(path: str) -> list[str]:
     """
     content = regular(path).read_bytes()
     if not tarfile.is_tarfile(io.BytesIO(content)):
-        return content.decode(errors="surrogateescape").split()
+        lines = content.decode(errors="surrogateescape").splitlines()
+        return [line.strip() for line in lines if line.strip()]
     from scipy.io import loadmat
 
     try:

@@ -129,13 +129,15 @@ def test_imagenets_own_files(tmp_path):
 
 
 def test_a_folder_for_each_class(tmp_path):
-    for i, name in enumerate(("train/bee", "train/ant", "val/bee")):
+    for i, name in enumerate(("train/red bee", "train/ant", "val/red bee")):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "a.png").write_bytes(encoded(np.full((8, 8, 3), i, np.uint8)))
-    out = run(tmp_path, tmp_path / "train", test_input=f"folder:{tmp_path}/val")
-    assert choices(out)["classes"] == ["ant", "bee"]
-    for split, expected in (("train", [(1, 0), (0, 1)]), ("test", [(2, 1)])):
-        assert [(r["image"].max(), r["label"]) for r in records(out, split)] == expected
+    (tmp_path / "labels.txt").write_text("red bee\n")
+    for name, flags in (("folders", {}), ("list", {"test_labels": str(tmp_path / "labels.txt")})):
+        out = run(tmp_path, tmp_path / "train", name, test_input=f"folder:{tmp_path}/val", **flags)
+        assert choices(out)["classes"] == ["ant", "red bee"]
+        for split, expected in (("train", [(1, 0), (0, 1)]), ("test", [(2, 1)])):
+            assert [(r["image"].max(), r["label"]) for r in records(out, split)] == expected
 
 
 def test_a_tfds_data_set(squares_dir, tmp_path):
