@@ -14,7 +14,7 @@ def get_config(variant: str):
     c = mnist.base()
     c.model.update(
         transporter_blocks=4, transporter_layers=1, transporter_positions_std=1.0,
-        head="flow_matching")
+        transporter_condition="class", head="flow_matching")
     c.train.update(
         evaluate_every=1000, log_every=20, level_weight_power=1.0,
         align_weight=2.5 if variant == "aligned" else 0.0)

@@ -27,7 +27,7 @@ def get_config(variant: str):
         condition_dropout=0.15)
     c.optimizer.update(learning_rate=1.5e-3, warmup_steps=200, ema_decay=0.9997)
     c.evaluate.update(split="test[:800]", batch_size=200, num_samples=800)
-    c.sample.update(num=80, guidance=2.0)
+    c.sample.update(num=80, guidance=1.0)
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)
     return c
