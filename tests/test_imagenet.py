@@ -30,13 +30,13 @@ SMALL = {
     "model.transporter_layers": 1, "model.predictor_layers": 1, "mesh.fsdp": 4,
     "data.batch_size": 16, "data.workers": 0, "train.steps": 40, "train.save_every": 20,
     "train.evaluate_every": 20, "train.score_every": 20, "train.log_every": 10,
-    "optimizer.warmup_steps": 10, "evaluate.num_samples": 16, "evaluate.batch_size": 24,
+    "optimizer.warmup_steps": 10, "evaluate.num_samples": 8, "evaluate.batch_size": 8,
     "evaluate.trajectories": 1, "sample.num": 20}
 CHANGES = {  # flags that follow the page's own
     "prepare": ["--image_size=16", "--workers=0", "--shard_size=60"],
     "compile": ["--topology=cpu:8", "--config.data.mock=mock:8x8x3,classes=10"],
     "train": [],
-    "evaluate": ["--images=16"],
+    "evaluate": ["--images=8"],
 }
 
 
@@ -59,7 +59,7 @@ def write_archives(data):
     write_autoencoder(data / "e2e-vavae-hf")
     safetensors.numpy.save_file({name: array.numpy() for name, array in random_inception().items()},
                                 data / "inception.safetensors")
-    real = rng.integers(0, 256, (64, 16, 16, 3), np.uint8)
+    real = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
     np.savez(data / "VIRTUAL_imagenet256_labeled.npz", arr_0=real, mu=np.zeros(2048),
              sigma=np.eye(2048))
 
@@ -96,8 +96,10 @@ def test_the_pages_commands(tmp_path):
     workdir = tmp_path / "runs/imagenet"
     lines = list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
     assert [line["step"] for line in lines if "score/frechet" in line] == [20, 40]
+    assert re.findall(r"^step (\d+): Fréchet distance .* of 8 samples$", dict(printed)["train"],
+                      re.M) == ["20", "40"]
     evaluation = json.loads((workdir / "evaluation.json").read_text())
-    assert evaluation["features"]["images"] == 16
+    assert evaluation["features"]["images"] == 8
     assert {"frechet", "kid", "precision", "recall"} <= evaluation.keys()
     assert len(list((workdir / "500").rglob("*.png"))) >= 500
     assert np.load(workdir / "500/samples.npz")["arr_0"].shape == (500, 16, 16, 3)

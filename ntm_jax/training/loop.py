@@ -260,6 +260,9 @@ class _Loop:
         if scoring:
             assert self.comparison  # train() checks it
             found = feature_scores(self.evaluated(), self.comparison)
+            self.reporter.message(
+                f"step {step}: Fréchet distance {found['frechet']:.4g} of "
+                f"{self.run.config.evaluate.num_samples} samples")
             scalars |= {f"score/{name}": value for name, value in found.items()}
         self.reporter.write(step, scalars)
         if saving:
