@@ -1,4 +1,4 @@
-"""What programs say of a mistake: the line for an error of flags, files or memory."""
+"""What programs say of a mistake or a fault: the line for an error of flags, files or memory."""
 
 import dataclasses
 import errno
@@ -9,8 +9,10 @@ import sys
 from absl import flags
 
 from ntm_jax import registry
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import MachineFault, UserError, first_line, of_storage
 
+_INTACT = "what was written before is intact, and the same command goes on once that is mended"
+_STORAGE = "gcsfs", "aiohttp", "google", "requests", "fsspec", "s3fs", "botocore"
 LESS_MEMORY = (
     "lower config.data.batch_size, config.evaluate.batch_size or --batch, raise "
     "config.train.accumulate, or set config.model.remat=full")
@@ -56,18 +58,19 @@ def _config_flag() -> str:
     return next((a for a in sys.argv if re.match(r"--?config=", a)), "--config")
 
 
-def of_a_program(error: Exception) -> str | None:
-    """Returns the line for a mistake, a file system that fails or too little memory.
+def of_a_program(error: Exception) -> UserError | MachineFault | None:
+    """What a program ends with: a mistake or too little memory, or storage that fails.
 
     None for another error, which is a bug.
     """
+    if isinstance(error, UserError | MachineFault):
+        return error
     if os.strerror(errno.EMFILE) in str(error):  # of any kind, as libraries wrap it
         line = f"this process may not open more files ({first_line(error)}): raise ulimit -n"
-    elif isinstance(error, UserError):
-        line = str(error)
     elif isinstance(error, OSError) and error.errno:
-        line = (f"{error.filename or 'a file'}: {error.strerror}: what was written before is "
-                "intact, and the same command goes on once that is mended")
+        return of_storage(error, f"{error.filename or 'a file'}: {error.strerror}: {_INTACT}")
+    elif type(error).__module__.partition(".")[0] in _STORAGE:
+        return of_storage(error, f"object storage failed ({first_line(error)}): {_INTACT}")
     elif isinstance(error, MemoryError):
         line = f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"
     elif type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
@@ -80,7 +83,7 @@ def of_a_program(error: Exception) -> str | None:
                 "the extra [cuda] or [tpu] where there are such devices")
     else:
         return None
-    return " ".join(line.split())
+    return UserError(line)
 
 
 def _has_devices() -> bool:

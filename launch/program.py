@@ -1,4 +1,4 @@
-"""What every program starts with: flags, and mistakes that end in one line with status 2."""
+"""What every program starts with: flags, and the exit status of what goes wrong."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ntm_jax import files, host_memory
-from ntm_jax.errors import UserError
+from ntm_jax.errors import MachineFault, UserError
 from ntm_jax.runtime import renamed
 
 from . import mistakes
@@ -259,7 +259,8 @@ def _join():
             # Under Slurm jax would otherwise give each process one of its node's GPUs.
             cluster_detection_method=None if missing else "deactivate")
     except (RuntimeError, ValueError, IndexError) as error:
-        raise UserError(
+        late = isinstance(error, jax.errors.JaxRuntimeError)  # or does not answer
+        raise (MachineFault if late else UserError)(
             f"the processes of this job could not connect ({error}): give all of them the same "
             "--coordinator_address=HOST:PORT of process 0 and the same --num_processes, and each "
             "its own --process_id from 0") from None
@@ -304,10 +305,10 @@ def _exit_now(status: int, text: str):
 def run(main):
     """Parses the flags, runs main() and exits.
 
-    The status is 0 when done, 2 with one line on stderr for a user's mistake, a file system that
-    cannot be written to, or too little memory, 1 with a traceback for any other exception, 130 when
-    interrupted, and 141 when nobody reads its output any more. jax aborts a process, with status
-    134 in a shell, when another of its job is lost.
+    The status is 0 when done, 2 with one line on stderr for a user's mistake, full storage or too
+    little memory, 75 with one line for a fault of the machines that a restart may mend, 1 with a
+    traceback for any other exception, 130 when interrupted, and 141 when nobody reads its output
+    any more. jax aborts a process, with status 134 in a shell, when another of its job is lost.
     """
     for stream in (sys.stdout, sys.stderr):
         _escape_controls(stream)
@@ -334,5 +335,7 @@ def run(main):
     except BrokenPipeError:  # such as `| head`
         os._exit(141)  # what a shell reports of a program that SIGPIPE ends
     except Exception as error:
-        line = mistakes.of_a_program(error)
-        _exit_now(2 if line else 1, _error(line) if line else traceback.format_exc())
+        known = mistakes.of_a_program(error)
+        if known is None:
+            _exit_now(1, traceback.format_exc())
+        _exit_now(75 if isinstance(known, MachineFault) else 2, _error(str(known)))

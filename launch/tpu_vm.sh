@@ -51,5 +51,5 @@ tar -xzf $folder.tar.gz -C $folder
 cd $folder
 [ -e .venv/bin/activate ] || ${PYTHON:-python3} -m venv .venv
 . .venv/bin/activate
-pip install --quiet -e '.[tpu]'
+pip install --quiet -c constraints.txt -e '.[tpu]'
 exec python -m launch.train$arguments"

@@ -1,9 +1,11 @@
-"""UserError, the one exception for a user's mistake.
+"""UserError for a user's mistake, and MachineFault for what a restart may mend.
 
-The programs print its single line and exit with status 2.
+The programs print the single line of either, and exit with status 2 or 75.
 """
 
+import errno
 import numbers
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +16,27 @@ class UserError(ValueError):
 
     The message is one line: the thing, what was found, what was expected, and how to mend it.
     """
+
+
+class MachineFault(Exception):
+    """A fault of the machines that a restart may mend, such as a failed write to a bucket.
+
+    The message is one line: what failed, and what is intact.
+    """
+
+
+# What a restart does not mend: full or read-only storage, and missing permissions.
+_LASTING = (*map(os.strerror, (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE)),
+    "PERMISSION_DENIED", "UNAUTHENTICATED", "HTTP response code: 403", "HTTP response code: 401")
+
+
+def of_storage(error: Exception, line: str) -> UserError | MachineFault:
+    """The exception, with a line, for an error of a file system or of object storage."""
+    lasting = isinstance(error, PermissionError | FileNotFoundError) or any(
+        text in str(error) for text in _LASTING)
+    return UserError(line) if lasting else MachineFault(line)
 
 
 def check_count(name: str, count: int) -> None:

@@ -1,5 +1,6 @@
 """Hostile and damaged input ends in one line with status 2, and changes nothing."""
 
+import errno
 import functools
 import io
 import os
@@ -16,7 +17,9 @@ from launch import mistakes, program
 from ntm_jax import files
 from ntm_jax.data import records
 from ntm_jax.data.sources import from_arrays, open_source
+from ntm_jax.errors import MachineFault, UserError
 from ntm_jax.export import read
+from ntm_jax.runtime import checkpoint
 from ntm_jax.tools.prepare import captioned, from_folder, from_tars
 from ntm_jax.tools.prepare.captioned import Request
 from ntm_jax.training.writers.lines import Lines
@@ -92,8 +95,9 @@ def line_of(call) -> str:
     """The one line, which comes with status 2, of the mistake that a call ends in."""
     with pytest.raises(Exception) as error:  # noqa: PT011 of every kind
         call()
-    line = mistakes.of_a_program(error.value)
-    assert line, repr(error.value)
+    mistake = mistakes.of_a_program(error.value)
+    assert isinstance(mistake, UserError), repr(error.value)
+    line = str(mistake)
     assert len(program._error(line).splitlines()) == 1
     return line
 
@@ -164,3 +168,25 @@ def test_programs_run_without_a_home_and_print_to_ascii(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "images" / "a.png")
     done = python("-c", NO_HOME, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert (done.stdout, os.listdir(tmp_path)) == ("\\xb1 1\n", ["images"])
+
+
+@pytest.mark.parametrize(("error", "kind"), [
+    (OSError(errno.EIO, os.strerror(errno.EIO), "run/metrics.jsonl"), MachineFault),
+    (TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), "gs://b/run"), MachineFault),
+    (type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("503"), MachineFault),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl"), UserError),
+    (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "run"), UserError),
+    (type("HttpError", (PermissionError,), {"__module__": "gcsfs.retry"})("403"), UserError),
+    (ZeroDivisionError(), type(None))])
+def test_only_faults_that_a_restart_may_mend_are_of_the_machines(error, kind):
+    assert type(mistakes.of_a_program(error)) is kind
+
+
+@pytest.mark.parametrize(("cause", "kind"), [
+    (ValueError("UNAVAILABLE: Error writing gs://b/run: HTTP response code: 503"), MachineFault),
+    (ValueError("Error writing /run: [OS error 28: No space left on device]"), UserError)])
+def test_a_failed_save_tells_a_fault_of_the_machines_from_full_storage(cause, kind, tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    with (pytest.raises(kind, match="the checkpoints before it are intact"),
+          checkpoints._file_errors()):
+        raise RuntimeError("a save failed") from cause

@@ -55,10 +55,15 @@ def test_shellcheck_finds_no_fault(name):
 def test_the_jobsets_command_gives_train_its_flags_on_every_host_of_a_slice(tools):
     flags = [*FLAGS, "--workdir=a run"]
     template = string.Template((LAUNCH / "gke_jobset.yaml").read_text())
-    (replicated,) = yaml.safe_load(template.substitute(  # as envsubst does
+    jobset = yaml.safe_load(template.substitute(  # as envsubst does
         NAME="run", IMAGE="registry/ntm_jax:1", HOSTS=16, CHIPS=4, ACCELERATOR="tpu-v5p-slice",
-        TOPOLOGY="4x4x4", FLAGS=shlex.join(flags)))["spec"]["replicatedJobs"]
+        TOPOLOGY="4x4x4", FLAGS=shlex.join(flags)))["spec"]
+    (replicated,) = jobset["replicatedJobs"]
     spec = replicated["template"]["spec"]
+    (rule,), (mistake,) = jobset["failurePolicy"]["rules"], spec["podFailurePolicy"]["rules"]
+    assert mistake["action"] == "FailJob"
+    assert mistake["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [2]}
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     assert spec["parallelism"] == spec["completions"] == 16
     assert spec["backoffLimit"] == 0, "one host's end must restart all"
     (container,) = spec["template"]["spec"]["containers"]
@@ -90,11 +95,17 @@ def test_slurm_gives_train_its_flags_in_every_task(tmp_path, tools):
     assert not (tmp_path / "requeued").exists()
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(75, True), (2, False)])
-def test_slurm_requeues_a_job_that_a_signal_stopped_and_no_other(tmp_path, tools, status, requeued):
+@pytest.mark.parametrize(("statuses", "status", "requeued"), [
+    ((0, 0), 0, False), ((75, 75), 75, True), ((134, 75), 134, True), ((1, 1), 1, False),
+    ((2, 143), 2, False), ((75, 143), 143, True)])
+def test_slurm_requeues_after_a_stop_or_a_fault_and_never_after_a_mistake(
+        tmp_path, tools, statuses, status, requeued):
+    """Two tasks with these statuses; that of srun is their highest."""
     folder, write = tools
     write("scontrol", '[[ $1 == show ]] && echo localhost || echo "$*" >> "$REQUEUED"')
-    write("srun", f"exit {status}")
+    write("python", f"statuses=({statuses[0]} {statuses[1]}); exit ${{statuses[SLURM_PROCID]}}")
+    write("srun", 'shift; most=0\nfor i in 0 1; do SLURM_PROCID=$i "$@" || '
+                  '{ status=$?; ((status < most)) || most=$status; }; done\nexit $most')
     command = ["bash", LAUNCH / "slurm.sbatch", "--config=x.py", "--workdir=y"]
     done = launch(command, folder, check=False, SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost",
                   SLURM_NTASKS="1", REQUEUED=str(tmp_path / "requeued"))
@@ -142,7 +153,7 @@ def test_tpu_vm_sends_a_revision_and_gives_train_its_flags(tmp_path, tools):
     assert sent.read_text() == (ROOT / "setup.py").read_text()
     calls = (tmp_path / "calls").read_text()
     assert calls.count("--zone=us-east5-a --worker=all --node=all --project=mine") == 2
-    assert "pip install --quiet -e .[tpu]" in calls
+    assert "pip install --quiet -c constraints.txt -e .[tpu]" in calls
 
 
 def test_a_mistake_with_tpu_vm_ends_it_before_anything_is_sent(tools):

@@ -107,8 +107,9 @@ def flags_page() -> str:
         "`python -m launch.NAME`.",
         "Programs with `--config` also take every [setting](settings.md) as a flag. Each program "
         "exits with status 0 when it is done, with 2 and one line for a mistake in flags, settings "
-        "or files, and with 130 when it is interrupted. An interrupted `train` saves and exits "
-        "with `--stop_status`, 0 by default; an interrupted `prepare` exits with 1.",
+        "or files, with 75 for a fault of the machines that a restart may mend, and with 130 when "
+        "it is interrupted. An interrupted `train` saves and exits with `--stop_status`, 0 by "
+        "default; an interrupted `prepare` exits with 1.",
     ]
     for name in stems("launch"):
         done = subprocess.run([sys.executable, "-m", f"launch.{name}", "--helpxml"], cwd=ROOT,

@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import MachineFault, UserError, first_line, of_storage
 from ntm_jax.files import is_remote
 from ntm_jax.runtime import renamed
 from ntm_jax.runtime.checksums import (
@@ -108,8 +108,8 @@ class Checkpoints:
           data_state: the data iterator's state, JSON.
           held_out: a held-out measure, lower is better, which selects the best checkpoint.
 
-        Raises UserError if the checkpoint, or the one before it, cannot be written, or if another
-        run has saved a later one in the same folder.
+        Raises UserError or MachineFault if the checkpoint, or the one before it, cannot be written
+        (errors.of_storage), and UserError if another run has saved a later one in the same folder.
         """
         known = self.latest()
         with self._file_errors():
@@ -195,13 +195,13 @@ class Checkpoints:
         return step, unit["state"], unit["data"]
 
     def wait(self) -> None:
-        """Waits until the save in progress is committed. Raises UserError if it fails."""
+        """Waits until the save in progress is committed. Raises like `save` if it fails."""
         if self._manager:
             with self._file_errors():
                 self._manager.wait()
 
     def close(self) -> None:
-        """Waits for the save in progress and ends orbax's threads. Raises UserError like wait."""
+        """Waits for the save in progress and ends orbax's threads. Raises like `save`."""
         manager, self._manager, self._writes = self._manager, None, False
         if manager:
             with self._file_errors():
@@ -215,19 +215,20 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _file_errors(self, reading: int | None = None):
-        """Turns errors of orbax and tensorstore into UserError.
+        """Turns errors of orbax and tensorstore into UserError, or into MachineFault.
 
         reading: the step that is read, whose files may be damaged. Without it a step is written,
-        and the disk may be full or read-only.
+        and the disk may be full or read-only, or a bucket may not answer.
         """
         try:
             yield
-        except (UserError, jax.errors.JaxRuntimeError):  # the latter means that a device failed
+        except (UserError, MachineFault, jax.errors.JaxRuntimeError):  # the last: a device failed
             raise
         except Exception as error:
             if reading is not None:
                 raise self._damaged(reading, f"it cannot be read ({_cause(error)})") from None
-            raise UserError(
+            raise of_storage(
+                _root(error),
                 f"a checkpoint in {self.directory} could not be written ({_cause(error)}): free "
                 "space there, raise ulimit -f or make it writable; the checkpoints before it are "
                 "intact, and the same command resumes") from error
@@ -280,11 +281,17 @@ class Checkpoints:
         return UserError(f"checkpoint step {step} is damaged: {reason}; {remedy}")
 
 
-def _cause(error) -> str:
-    """The root cause of orbax's error, often the file system's, with its type, in one line."""
+def _root(error: BaseException) -> Any:
+    """The root cause of orbax's error, often the file system's."""
     while error.__cause__:
         error = error.__cause__
-    return f"{type(error).__name__}: {first_line(error)}"
+    return error
+
+
+def _cause(error: BaseException) -> str:
+    """The root cause with its type, in one line."""
+    root = _root(error)
+    return f"{type(root).__name__}: {first_line(root)}"
 
 
 # orbax and its event loop log a page about each failure that they also raise.
