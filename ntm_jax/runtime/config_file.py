@@ -6,6 +6,7 @@ a run what it is, which a resume compares with its own.
 
 import copy
 import dataclasses
+import re
 import shlex
 from typing import Any
 
@@ -23,7 +24,7 @@ from ntm_jax.typed import settings
 CONFIG = "config.json"
 DAMAGED = "give ntm-jax train the run's own flags, which writes it anew"
 RESUMABLE = (  # what a resumed run may change
-    "mesh.", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every",
+    "mesh.", "data.source", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every",
     "train.save_minutes", "train.evaluate_every", "train.score_every", "train.log_every",
     "train.keep", "train.patience", "optimizer.schedule", "optimizer.learning_rate",
     "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay",
@@ -83,15 +84,22 @@ def check_resumable(workdir: str, config: Config, spec: DataSpec) -> list[str]:
         other: Any = now.get(key)
         if one == other or (key == "spec.class_names" and not one):
             continue  # earlier versions wrote no names of classes
+        moved = key == "data.source" and _same_content(before, now)
         if key == "spec.version":
             lines += filter(None, [changed_data(config.data.source, one, other)])
-        elif key.startswith(RESUMABLE) and key != "spec.class_names":
+        elif moved or (key.startswith(RESUMABLE) and key not in ("spec.class_names", "data.source")):
             lines.append(f"changed since the run began: {key}: {one!r} -> {other!r}")
         else:
             raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "
                             f"{other!r}: give another --workdir to start anew, or that "
                             "value to resume")
     return lines
+
+
+def _same_content(before: dict, now: dict) -> bool:
+    """Whether two runs' data are the same in another place: of one version, which is a digest."""
+    version = now.get("spec.version") or ""
+    return before.get("spec.version") == version and bool(re.fullmatch("[0-9a-f]{16}", version))
 
 
 def complete(values, workdir: str = "") -> Config:

@@ -119,6 +119,19 @@ def test_data_that_changed_since_a_run_began_are_named(begun):
     assert "spec.version" not in config_file.fixed(tiny_config(), one)
 
 
+@pytest.mark.parametrize(("version", "same"), [("0123456789abcdef", True), ("3.0.1", False)])
+def test_data_may_move_where_their_digest_is_the_same(tmp_path, begun, version, same):
+    spec = dataclasses.replace(SPEC, version=version)
+    config_file.write(begun, tiny_config(), spec)
+    moved = {"data.source": f"folder:{tmp_path}"}
+    if same:
+        assert check(begun, spec, **moved) == [
+            f"changed since the run began: data.source: 'digits' -> 'folder:{tmp_path}'"]
+        spec = dataclasses.replace(spec, version="f" * 16)
+    with pytest.raises(UserError, match=r"holds a run with data\.source = 'digits'"):
+        check(begun, spec, **moved)
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ("", r"config\.json cannot be used"), ('{"data": 3}', "config.data is 3"),
     (None, "holds no run")])
