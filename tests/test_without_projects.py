@@ -10,7 +10,7 @@ from tests.test_own_data import draw
 pytestmark = pytest.mark.slow
 
 ROOMS = ("core", "data", "evaluation", "export", "runtime", "sampling", "training")
-RUN = ("data", "sampling")  # most look up parts of projects; all tests would take minutes
+RUN = ("data/sources",)  # they look up parts of projects; all tests would take minutes
 JOB = """
 import ntm_jax
 

@@ -50,7 +50,7 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
     if min(shape) < 1 or math.prod(shape) != len(devices):
         sizes = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
         raise UserError(f"config.mesh is {sizes}: expected a product of {len(devices)}, the number "
-                        "of devices; set one of them to -1")
+                        f"of devices; {_advice(config, len(devices))}")
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if shape[0] % config.slices or slices not in (1, config.slices):
         raise UserError(f"config.mesh.slices is {config.slices}: expected a divisor of the data "
@@ -66,6 +66,22 @@ def make_mesh(config, devices=None) -> jax.sharding.Mesh:
             [shape[0] // config.slices, *shape[1:]], [config.slices, 1, 1, 1], devices,
             allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _advice(config, devices: int) -> str:
+    """What to set where the mesh's sizes do not multiply to the number of devices."""
+    given = {axis: getattr(config, axis) for axis in AXES if getattr(config, axis) != -1}
+    if len(given) == len(AXES):
+        return "set config.mesh.data=-1"
+    if len(given) < len(AXES) - 1:
+        return "set all but one of them to 1 or more"
+    rest = devices
+    for axis, size in reversed(given.items()):  # fsdp is the one to change, as a rule
+        if size < 1 or rest % size:
+            fits = math.gcd(size, rest) if size > 0 else 1
+            return f"set config.mesh.{axis}={fits}, which divides {rest}"
+        rest //= size
+    raise AssertionError(given)
 
 
 @contextlib.contextmanager
