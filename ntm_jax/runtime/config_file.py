@@ -24,8 +24,8 @@ from ntm_jax.typed import settings
 CONFIG = "config.json"
 DAMAGED = "give ntm-jax train the run's own flags, which writes it anew"
 RESUMABLE = (  # what a resumed run may change
-    "mesh.", "data.source", "data.workers", "data.mock", "train.steps", "train.accumulate", "train.save_every",
-    "train.save_minutes", "train.evaluate_every", "train.score_every", "train.log_every",
+    "mesh.", "data.source", "data.workers", "data.mock", "train.steps", "train.accumulate",
+    "train.save_every", "train.save_minutes", "train.evaluate_every", "train.score_every", "train.log_every",
     "train.keep", "train.patience", "optimizer.schedule", "optimizer.learning_rate",
     "optimizer.min_learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay",
     "optimizer.clip", "optimizer.ema_decay", "evaluate.", "sample.", "spec.class_names",
@@ -84,10 +84,11 @@ def check_resumable(workdir: str, config: Config, spec: DataSpec) -> list[str]:
         other: Any = now.get(key)
         if one == other or (key == "spec.class_names" and not one):
             continue  # earlier versions wrote no names of classes
-        moved = key == "data.source" and _same_content(before, now)
+        may = _same_content(before, now) if key == "data.source" else (
+            key.startswith(RESUMABLE) and key != "spec.class_names")
         if key == "spec.version":
             lines += filter(None, [changed_data(config.data.source, one, other)])
-        elif moved or (key.startswith(RESUMABLE) and key not in ("spec.class_names", "data.source")):
+        elif may:
             lines.append(f"changed since the run began: {key}: {one!r} -> {other!r}")
         else:
             raise UserError(f"{workdir} holds a run with {key} = {one!r}, and this one has "

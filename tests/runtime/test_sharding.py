@@ -148,8 +148,8 @@ def test_steps_and_a_new_state_are_the_same_on_other_meshes(tmp_path):
     (-1, 16, 120, "set config.mesh.fsdp=8, which divides 120"),
     (-1, -1, 8, "set all but one of them to 1 or more")])
 def test_a_mesh_that_does_not_fit_is_refused(data, fsdp, devices, advice):
-    message = (f"data {data} x fsdp {fsdp} x tensor 1 x sequence 1: expected a product of {devices}, "
-               f"the number of devices; {advice}")
+    message = (f"data {data} x fsdp {fsdp} x tensor 1 x sequence 1: expected a product of "
+               f"{devices}, the number of devices; {advice}")
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(config.Mesh(1, data, fsdp, 1, 1), devices=[None] * devices)
 
