@@ -137,8 +137,8 @@ def define_processes():
         "then aborts the others, with status 134 in a shell.", lower_bound=1)
     flags.DEFINE_string(
         "compilation_cache", None, "Folder that keeps compiled programs for later runs, by default "
-        "that of JAX_COMPILATION_CACHE_DIR, or else ~/.cache/ntm_jax/programs/CORES-cores. Empty "
-        "keeps none.")
+        "that of JAX_COMPILATION_CACHE_DIR, or else WORKDIR-programs where several processes train "
+        "on accelerators, and ~/.cache/ntm_jax/programs/CORES-cores elsewhere. Empty keeps none.")
 
 
 def from_flags(kind, **given):
@@ -273,11 +273,21 @@ def _on_tpu() -> bool:
             and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")))
 
 
+def _several_on_accelerators() -> bool:
+    several = _on_tpu() or (FLAGS.num_processes or 1) > 1
+    return several and os.environ.get("JAX_PLATFORMS") != "cpu"
+
+
 def _keep_programs(folder: str | None):
     """Sets the folder that keeps compiled programs: --compilation_cache, or its default."""
     import jax
 
-    if folder is None and jax.config.values["jax_compilation_cache_dir"] is None:
+    unset = folder is None and jax.config.values["jax_compilation_cache_dir"] is None
+    if unset and "config" in FLAGS and "workdir" in FLAGS and _several_on_accelerators():
+        # Beside the run, which a restart on another machine finds, and not in it: programs are
+        # executed, and nothing in a run's folder is.
+        folder = f"{FLAGS.workdir.rstrip('/')}-programs"
+    elif unset:
         # XLA divides a program among the CPU's cores when it compiles it, and jax does not tell two
         # such programs apart.
         cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
