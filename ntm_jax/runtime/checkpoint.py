@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 from ntm_jax.errors import MachineFault, UserError, first_line, of_storage
@@ -184,6 +185,7 @@ class Checkpoints:
                             f"{', '.join(map(str, steps))}")
         context = ocp.Context(self._context)
         context.pytree.loading.partial_load = partial
+        context.array.loading.use_load_and_broadcast = _replicas_apart(abstract_state)
         with self._file_errors(step), context:
             stored = self._metadata(step)
             self._check_model(step, stored["state"], abstract_state, partial)
@@ -279,6 +281,22 @@ class Checkpoints:
                   f"there is no earlier step: restore {path} from a copy, or start anew in another "
                   "--workdir")
         return UserError(f"checkpoint step {step} is damaged: {reason}; {remedy}")
+
+
+def _replicas_apart(tree) -> bool:
+    """Whether other processes hold copies of all that the processes of the first replica hold.
+
+    A replica is a place on the mesh's first axis. The first one then reads for all.
+    """
+    shardings = {leaf.sharding for leaf in jax.tree.leaves(tree)}
+    if not all(isinstance(one, NamedSharding) for one in shardings):
+        return False
+    mesh = next(iter(shardings)).mesh
+    if any(mesh.axis_names[0] in jax.tree.leaves(tuple(one.spec)) for one in shardings):
+        return False
+    first, *others = ({device.process_index for device in replica.flat}
+                      for replica in mesh.devices)
+    return bool(others) and first.isdisjoint(set().union(*others))
 
 
 def _root(error: BaseException) -> Any:

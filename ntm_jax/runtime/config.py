@@ -141,6 +141,10 @@ class Train:
         0, "Steps between scores of samples by evaluate.features, which go to the metrics; 0 "
         "scores at the end only.", low=0)
     log_every: int = setting(50, "Steps between lines of metrics.", low=1)
+    rehearse: str = setting(
+        "auto", "Whether to evaluate, draw and score one batch before the first step, so that what "
+        "would fail later fails then: auto (jobs of several processes), true or false.",
+        choices=("auto", "true", "false"))
     patience: int = setting(
         0, "Stops after so many evaluations without a better held-out figure, and ends with the "
         "best step; 0 never stops early.", low=0)

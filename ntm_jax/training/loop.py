@@ -18,7 +18,7 @@ from ntm_jax.data import pipeline
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation.evaluate import evaluate
-from ntm_jax.evaluation.image_scores import Comparison, compare_with, feature_scores
+from ntm_jax.evaluation.image_scores import Comparison, compare_with, feature_scores, generated
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import config as configuration
 from ntm_jax.runtime import config_file, sharding
@@ -205,6 +205,7 @@ class _Loop:
                 self.batch = self._next_batch()
             if self.step == self.start:
                 self._compile()
+                self._rehearse()
             self._take_step()
         if not self.ended():
             self.reporter.message(f"stopped at step {self.step}, saved; the same command resumes")
@@ -312,6 +313,26 @@ class _Loop:
         ) if self.reporter.shows else 0
         resources.compile_and_check_memory(self.run, self.step_function, *arguments)
         self.rates = Rates(self.run, self.objective, self.step, step_flops)
+
+    def _rehearse(self) -> None:
+        """Evaluates, draws and scores one batch, as config.train.rehearse says.
+
+        The programs are those of later evaluations, so what fails or does not fit fails now.
+        """
+        config, started = self.run.config, time.perf_counter()
+        if config.train.rehearse == "false" or (
+                config.train.rehearse == "auto" and jax.process_count() == 1):
+            return
+        records, run = self.held_out.records, self.evaluated()
+        few = [records[i] for i in range(min(len(records), config.evaluate.batch_size))]
+        self.objective.held_out(run, dataclasses.replace(self.held_out, records=few))
+        self._draw()
+        if comparison := self.comparison:
+            comparison.extractor(next(generated(run, batch=comparison.batch)))
+        peak = (self.run.mesh.local_devices[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+        self.reporter.message(
+            f"rehearsed evaluation, pictures and scores in {time.perf_counter() - started:.0f} s"
+            + (f"; a device's memory peaked at {peak / 2**30:.1f} GiB" if peak else ""))
 
     def _arguments(self, steps: int) -> tuple:
         fixed = self.run.params  # before it has a trained model, p(x | x_0)'s alone

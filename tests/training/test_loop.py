@@ -33,6 +33,8 @@ SCORED = {"train.score_every": 2, "evaluate.num_samples": 10, "evaluate.features
 def trained(tmp_path_factory):
     """A run in two folders, `whole` and `parts`: taken to step 5 at once and in two parts.
 
+    The first is rehearsed, which changes no figure.
+
     A step gets nothing from the host but its batch: no implicit transfer, no wait. Samples are
     scored every other step. Returns their folder, and the T and the records of each step.
     """
@@ -52,7 +54,8 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", make)
         for name, until in (("whole", 5), ("parts", 3), ("parts", 5)):
-            config = tiny_config(**OWN | SCORED)
+            rehearse = str(name == "whole").lower()
+            config = tiny_config(**OWN | SCORED | {"train.rehearse": rehearse})
             assert loop.train(config, folder / name, progress=False, until=until) is None
     return folder, taken
 
@@ -65,6 +68,8 @@ def test_a_resumed_run_continues_bit_for_bit(trained):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     np.testing.assert_allclose(lines[4]["learning_rate"], (3e-3 + 1e-6) / 2, rtol=1e-4)  # linear
     assert logged(folder / "parts") == lines
+    drawn = [(folder / name / "samples.png").exists() for name in ("whole", "parts")]
+    assert drawn == [True, False]
     assert [line["step"] for line in lines if "score/frechet" in line] == [2, 4]
     assert {"score/kid", "score/recall_stderr"} <= lines[1].keys()
     # an evaluation of the same step scores the same samples
