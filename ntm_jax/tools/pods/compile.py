@@ -47,7 +47,7 @@ from ntm_jax.runtime.run import Run, abstract_pixel_params, untrained
 from ntm_jax.sampling import generate
 from ntm_jax.tools.pods import hlo, report
 from ntm_jax.tools.pods.hlo.arrays import largest
-from ntm_jax.tools.pods.memory import ADVICE, bytes_per_chip, out_of_memory
+from ntm_jax.tools.pods.memory import advice, bytes_per_chip, out_of_memory
 from ntm_jax.tools.pods.report import Compiled
 from ntm_jax.tools.pods.topology import Topology, find
 from ntm_jax.tools.rates import benchmark
@@ -249,7 +249,7 @@ def _report(config: Config, topology: Topology, program: str,
     found |= report.figures(compiled, run, chip) | {"model_flops_per_chip": model_flops}
     found |= report.rates(found, made.examples, spec.tokens, chip)
     if not found["fits"] and program == "train":
-        found["advice"] = ADVICE
+        found["advice"] = advice(run, found["bytes_per_chip"])
     return found
 
 

@@ -6,11 +6,10 @@ import re
 import jax
 
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import sharding
+from ntm_jax.runtime.run import Run
 
 UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-ADVICE = (  # where a training step does not fit, in the order to try
-    "recompute more (--vary=model.remat:none,dots,narrow,full compares), take a batch in more "
-    "parts (config.train.accumulate), or split the state over more devices (config.mesh.fsdp)")
 _TEMPORARIES = re.compile(
     r"temporaries \(([\d.]+)([BKMGT])\) exceeds available HBM \(([\d.]+)([BKMGT])\)")
 _TOTAL = re.compile(r"Used ([\d.]+)([BKMGT]) of ([\d.]+)([BKMGT]) hbm")
@@ -36,6 +35,23 @@ def out_of_memory(error, arguments: float) -> dict:
     if temporaries:
         return {"temporaries": used, "peak": used + arguments, "hbm": hbm}
     return {"temporaries": used - arguments, "peak": used, "hbm": hbm}
+
+
+def advice(run: Run, memory: dict) -> str:
+    """The settings to compile next for a training step that does not fit.
+
+    memory: its "temporaries", "peak" and "hbm", bytes of a device. Temporaries shrink about as the
+    parts of a batch do; with more recomputation they should fit.
+    """
+    config, parts = run.config, run.config.train.accumulate
+    free = memory["hbm"] - (memory["peak"] - memory["temporaries"])
+    examples = config.data.batch_size // sharding.batch_shards(run.mesh) // parts
+    if free <= 0 or examples < 1:
+        return "split the state over more devices: config.mesh.fsdp"
+    fewer = min((n for n in range(1, examples + 1)
+                 if not examples % n and n >= memory["temporaries"] / free), default=examples)
+    recompute = "--config.model.remat=full " if config.model.remat != "full" else ""
+    return f"give {recompute}--config.train.accumulate={parts * fewer}, or more devices"
 
 
 def check_fits(report: dict) -> None:

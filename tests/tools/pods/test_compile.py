@@ -2,6 +2,8 @@
 
 import json
 import re
+import types
+from typing import Any
 
 import jax
 import jax.export
@@ -16,7 +18,7 @@ from ntm_jax.runtime.run import Run
 from ntm_jax.tools.pods import compile, gpu, hlo, topology
 from ntm_jax.tools.pods import report as report_of
 from ntm_jax.tools.pods.chips import TPUS
-from ntm_jax.tools.pods.memory import bytes_per_chip, check_fits, out_of_memory
+from ntm_jax.tools.pods.memory import advice, bytes_per_chip, check_fits, out_of_memory
 from ntm_jax.training import state
 from ntm_jax.training.step import make_step, steps_of
 from tests.common import batch_of, new_run, objective_of, python, tiny_config
@@ -122,6 +124,19 @@ def test_a_program_that_does_not_fit_has_its_traced_products(monkeypatch):
     json.dumps(found, allow_nan=False)
     with pytest.raises(UserError, match=r"needs 102\.50 GiB a chip of cpu:1, which has 31\.25 GiB"):
         check_fits(found)
+
+
+@pytest.mark.parametrize(("remat", "temporaries", "held", "says"), [
+    ("dots", 24, 3, "give --config.model.remat=full --config.train.accumulate=4, or more devices"),
+    ("full", 24, 3, "give --config.train.accumulate=4, or more devices"),
+    ("full", 900, 3, "give --config.train.accumulate=16, or more devices"),
+    ("full", 1, 17, "split the state over more devices: config.mesh.fsdp")])
+def test_advice_names_the_settings_to_compile_next(remat, temporaries, held, says):
+    """One device of 16 GiB, of which the state takes `held`, and two parts of 8 examples."""
+    config = small(**{"train.accumulate": 2, "data.batch_size": 16, "model.remat": remat})
+    run: Any = types.SimpleNamespace(
+        config=config, mesh=sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    assert advice(run, {"temporaries": temporaries, "peak": temporaries + held, "hbm": 16}) == says
 
 
 def test_products_at_highest_take_their_own_rate_and_kernels_their_turns():
