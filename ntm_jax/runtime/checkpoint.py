@@ -294,8 +294,8 @@ def _replicas_apart(tree) -> bool:
     mesh = next(iter(shardings)).mesh
     if any(mesh.axis_names[0] in jax.tree.leaves(tuple(one.spec)) for one in shardings):
         return False
-    first, *others = ({device.process_index for device in replica.flat}
-                      for replica in mesh.devices)
+    first, *others = ({device.process_index for device in replica}
+                      for replica in mesh.devices.reshape(len(mesh.devices), -1))
     return bool(others) and first.isdisjoint(set().union(*others))
 
 
