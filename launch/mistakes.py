@@ -9,10 +9,15 @@ import sys
 from absl import flags
 
 from ntm_jax import registry
-from ntm_jax.errors import MachineFault, UserError, first_line, of_storage
+from ntm_jax.errors import (
+    MachineFault,
+    UserError,
+    first_line,
+    from_object_storage,
+    of_storage,
+)
 
 _INTACT = "what was written before is intact, and the same command goes on once that is mended"
-_STORAGE = "gcsfs", "aiohttp", "google", "requests", "fsspec", "s3fs", "botocore"
 LESS_MEMORY = (
     "lower config.data.batch_size, config.evaluate.batch_size or --batch, raise "
     "config.train.accumulate, or set config.model.remat=full")
@@ -69,7 +74,7 @@ def of_a_program(error: Exception) -> UserError | MachineFault | None:
         line = f"this process may not open more files ({first_line(error)}): raise ulimit -n"
     elif isinstance(error, OSError) and error.errno:
         return of_storage(error, f"{error.filename or 'a file'}: {error.strerror}: {_INTACT}")
-    elif type(error).__module__.partition(".")[0] in _STORAGE:
+    elif from_object_storage(error):
         return of_storage(error, f"object storage failed ({first_line(error)}): {_INTACT}")
     elif isinstance(error, MemoryError):
         line = f"this machine's memory is full ({error or 'no details'}): {LESS_MEMORY}"

@@ -29,7 +29,24 @@ class MachineFault(Exception):
 _LASTING = (*map(os.strerror, (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE)),
-    "PERMISSION_DENIED", "UNAUTHENTICATED", "HTTP response code: 403", "HTTP response code: 401")
+    "PERMISSION_DENIED", "UNAUTHENTICATED", "HTTP response code: 403", "HTTP response code: 401",
+    "Forbidden: ", "Permanent error, with a last message")
+# What says that object storage does not answer or refuses: libraries, and texts of others.
+_LIBRARIES = "gcsfs", "aiohttp", "google", "requests", "fsspec", "s3fs", "botocore"
+_ANSWERS = ("Forbidden: ", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED",
+            "PERMISSION_DENIED", "UNAUTHENTICATED", "HTTP response code: ",
+            "Permanent error, with a last message", "Retry policy exhausted")  # array_record's
+
+
+def from_object_storage(error: BaseException) -> bool:
+    """Whether an error, or its cause, says that object storage did not answer or refused.
+
+    Then the file that was read may well be there and undamaged.
+    """
+    if type(error).__name__ == "JaxRuntimeError":  # of a device, whose memory may be exhausted
+        return False
+    return any(type(one).__module__.partition(".")[0] in _LIBRARIES
+               or any(text in str(one) for text in _ANSWERS) for one in (error, error.__cause__))
 
 
 def of_storage(error: Exception, line: str) -> UserError | MachineFault:

@@ -5,22 +5,30 @@ No jax is imported: data workers run this.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterator
 from stat import S_ISREG
 from typing import Any, BinaryIO
 
+import fsspec.config
 from etils import epath
 
-from ntm_jax.errors import UserError, first_line
+from ntm_jax.errors import UserError, first_line, from_object_storage
 
 PART = ".part-"  # the prefix of a file's name while it is being written
 LIMIT = 256 * 2**20  # bytes of the largest file that `read` returns
 SEAL = "content_sha256"  # the key of the digest of all other keys, in config.json and older files
+
+# Otherwise gcsfs shows a folder as it first listed it for ever, without what other processes write.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("cache_timeout", 1)  # in seconds
+for _library in ("gcsfs", "fsspec"):  # they log a page on each error that they raise
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 
 def is_remote(path) -> bool:
@@ -40,7 +48,8 @@ def stat(path) -> tuple[int, int]:
     UserError for these, FileNotFoundError without a file.
     """
     if is_remote(path):
-        remote = epath.Path(path).stat()
+        with naming(path):
+            remote = epath.Path(path).stat()
         return remote.length, remote.mtime
     local = os.stat(path)  # epath would ask for the owner's name, which a container may not know
     if not S_ISREG(local.st_mode):
@@ -62,7 +71,7 @@ def read(path) -> bytes:
     Raises FileNotFoundError without the file, UserError if it is not regular or is larger.
     """
     check_size(stat(path)[0], path)
-    with epath.Path(path).open("rb") if is_remote(path) else open(path, "rb") as file:
+    with naming(path), epath.Path(path).open("rb") if is_remote(path) else open(path, "rb") as file:
         return file.read()
 
 
@@ -74,11 +83,23 @@ def check_size(size: int, name) -> None:
 
 @contextlib.contextmanager
 def naming(path) -> Iterator[None]:
-    """Adds the name `path` to an OSError of the block, as a failed write or flush lacks it."""
+    """Adds the name `path` to an OSError of the block, as a failed write or flush lacks it.
+
+    What object storage raises, of several kinds and without a number, becomes such an OSError.
+    """
     try:
         yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        said = getattr(error, "strerror", None) or first_line(error)
+        if number is None and isinstance(error, FileNotFoundError):
+            number, said = errno.ENOENT, "there is no such file, or no such bucket"
+        elif number is None and from_object_storage(error):
+            refused = isinstance(error, OSError) or getattr(error, "code", None) == 401
+            number = errno.EACCES if refused else errno.EIO
+        elif number is None:
+            raise
+        raise OSError(number, said, os.fspath(path)) from error
 
 
 @contextlib.contextmanager
@@ -92,7 +113,8 @@ def atomic_writer(path) -> Iterator[BinaryIO]:
     if is_remote(path):
         buffer = io.BytesIO()
         yield buffer
-        path.write_bytes(buffer.getvalue())
+        with naming(path):
+            path.write_bytes(buffer.getvalue())
         return
     part = path.parent / f"{PART}{path.name[:150]}-{uuid.uuid4().hex[:12]}"
     try:

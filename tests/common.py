@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import pathlib
 import resource
+import struct
 import subprocess
 import sys
 
@@ -259,6 +261,24 @@ def logged(workdir) -> list[dict]:
     timed = "wall_time", "examples_per_second", "flops_per_second", "flop_share"
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{key: line[key] for key in line if key not in timed} for line in lines]
+
+
+def events(workdir) -> dict[str, list]:
+    """All values in the TensorBoard files: {tag: [(step, value)]}.
+
+    A record is a length, its checksum, the event and its checksum.
+    """
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for file in sorted(workdir.glob("events*")):
+        data = io.BytesIO(file.read_bytes())
+        while header := data.read(12):
+            event = Event.FromString(data.read(struct.unpack("<Q", header[:8])[0]))
+            data.read(4)
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value))
+    return found
 
 
 def figures(path) -> dict:

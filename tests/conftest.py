@@ -36,7 +36,7 @@ gc.set_threshold(50_000)  # as programs do
 # The gate's: compiled programs and the names of skipped tests, for its second call of pytest.
 CACHE = os.environ.get("NTM_JAX_TEST_CACHE")
 SKIPPED = pathlib.Path(CACHE, "skipped") if CACHE else None
-LONGEST = ("test_imagenet.py", "test_without_projects.py", "test_accelerators.py",
+LONGEST = ("test_bucket.py", "test_imagenet.py", "test_without_projects.py", "test_accelerators.py",
            "test_flux2.py", "test_docs.py", "test_processes.py", "test_own_data.py",
            "test_sharding.py", "test_installed.py", "test_programs.py")
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from ntm_jax import files
-from ntm_jax.errors import UserError
+from ntm_jax.errors import UserError, from_object_storage
 from tests.common import file_size_limit
 
 
@@ -55,3 +55,30 @@ def test_damaged_lines_are_left_out(tmp_path):
     assert files.read_lines(path) == []
     path.write_bytes(b'{"step": 1}\n\xff\n[]\n\n{"step": 2}\n{"step": 3')
     assert files.read_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+class HttpError(Exception):
+    """As gcsfs raises it."""
+
+    __module__ = "gcsfs.retry"
+
+    def __init__(self, code):
+        super().__init__(f"the bucket answers {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(("error", "number"), [
+    (OSError("Forbidden: http://there\nno permission"), errno.EACCES),  # gcsfs's, without a number
+    (HttpError(401), errno.EACCES), (HttpError(503), errno.EIO),
+    (FileNotFoundError("http://there"), errno.ENOENT)])
+def test_what_object_storage_raises_becomes_an_error_that_names_the_file(error, number):
+    with pytest.raises(OSError, match="gs://bucket/run") as raised, files.naming("gs://bucket/run"):
+        raise error
+    assert (raised.value.errno, raised.value.filename) == (number, "gs://bucket/run")
+    assert from_object_storage(raised.value) == (number != errno.ENOENT)
+
+
+def test_other_errors_keep_their_kind():
+    with pytest.raises(ValueError, match="damaged") as raised, files.naming("gs://bucket/run"):
+        raise ValueError("a damaged file")
+    assert not from_object_storage(raised.value)

@@ -8,6 +8,7 @@ import resource
 import sys
 import tarfile
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -177,6 +178,7 @@ def test_programs_run_without_a_home_and_print_to_ascii(tmp_path):
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/metrics.jsonl"), UserError),
     (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "run"), UserError),
     (type("HttpError", (PermissionError,), {"__module__": "gcsfs.retry"})("403"), UserError),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), UserError),
     (ZeroDivisionError(), type(None))])
 def test_only_faults_that_a_restart_may_mend_are_of_the_machines(error, kind):
     assert type(mistakes.of_a_program(error)) is kind

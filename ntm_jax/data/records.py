@@ -31,7 +31,14 @@ from etils import epath
 
 from ntm_jax import files, typed
 from ntm_jax.data.text import pad_text
-from ntm_jax.errors import UserError, abbreviate, few, first_line
+from ntm_jax.errors import (
+    UserError,
+    abbreviate,
+    few,
+    first_line,
+    from_object_storage,
+    of_storage,
+)
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -201,10 +208,12 @@ class Records:
         try:
             return self._record(shard, position)
         except Exception as error:  # the libraries raise several kinds on damaged bytes
-            raise UserError(
-                f"record {position} of {self._root / self._shards[shard]} cannot be read "
-                f"({first_line(error)}): {_REMEDY}"
-            ) from None
+            said = (f"record {position} of {self._root / self._shards[shard]} cannot be read "
+                    f"({first_line(error)})")
+            if from_object_storage(error):
+                raise of_storage(error, f"{said}: the same command goes on once that is mended"
+                                 ) from None
+            raise UserError(f"{said}: {_REMEDY}") from None
 
     def _record(self, shard: int, position: int) -> dict[str, Any]:
         layout, reader = self._layout, self._readers.get(shard)
@@ -212,7 +221,9 @@ class Records:
             path = files.regular(self._root / self._shards[shard])
             reader = ArrayRecordReader(os.fspath(path), _READ_OPTIONS)
             found, expected = reader.num_records(), self._counts[shard]
-            if found != expected:  # 0 for a file that is not ArrayRecord at all
+            if found != expected:  # 0 for a file that cannot be opened or is not ArrayRecord at all
+                with files.naming(path), path.open("rb") as file:
+                    file.read(1)
                 raise ValueError(f"the file holds {found} records, its manifest says {expected}")
             self._readers[shard] = reader
         # safetensors' numpy module does not support bfloat16.

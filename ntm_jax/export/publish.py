@@ -3,6 +3,9 @@
 import importlib.metadata
 import re
 
+from etils import epath
+
+from ntm_jax import files
 from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.export import hub
 from ntm_jax.export.read import FILES, read_export_info
@@ -42,9 +45,11 @@ def push(folder: str, repository: str, private: bool = False) -> str:
                         "for: make it private on its page, or give another name; nothing was "
                         "uploaded")
     with hub.mistakes(f"an upload to {repository}"):
+        paths = {name: epath.Path(folder) / name for name in FILES}
         operations = [
-            library.CommitOperationAdd(path_in_repo=name, path_or_fileobj=f"{folder}/{name}")
-            for name in FILES]
+            library.CommitOperationAdd(  # it reads local files only
+                name, path.read_bytes() if files.is_remote(folder) else str(path))
+            for name, path in paths.items()]
         done = api.create_commit(repository, operations, commit_message=(
             f"Export of step {about.step}, ntm_jax {VERSION}"))
     return f"{hub.PREFIX}{repository}@{done.oid}"

@@ -199,7 +199,10 @@ def write_export(run: Run, out: str, steps: int | None = None,
 
 
 def _write(folder, contents: dict) -> None:
-    """Writes a new folder of files, {name: bytes}, which appears when all are written."""
+    """Writes a new folder of files, {name: bytes}, which appears when all are written.
+
+    On object storage, which renames files one by one, they appear in turn.
+    """
     part = folder.parent / f"{files.PART}{folder.name}"
     if part.exists():  # of an export that was stopped
         part.rmtree()

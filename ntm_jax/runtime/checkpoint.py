@@ -17,7 +17,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
-from ntm_jax.errors import MachineFault, UserError, first_line, of_storage
+from ntm_jax.errors import (
+    MachineFault,
+    UserError,
+    first_line,
+    from_object_storage,
+    of_storage,
+)
 from ntm_jax.files import is_remote
 from ntm_jax.runtime import renamed
 from ntm_jax.runtime.checksums import (
@@ -227,19 +233,27 @@ class Checkpoints:
         except (UserError, MachineFault, jax.errors.JaxRuntimeError):  # the last: a device failed
             raise
         except Exception as error:
+            root = _root(error)
+            if reading is not None and from_object_storage(root):
+                raise of_storage(
+                    root, f"checkpoint step {reading} in {self.directory} cannot be read now "
+                    f"({_cause(error)}): the same command goes on once the storage answers"
+                ) from error
             if reading is not None:
                 raise self._damaged(reading, f"it cannot be read ({_cause(error)})") from None
             raise of_storage(
-                _root(error),
+                root,
                 f"a checkpoint in {self.directory} could not be written ({_cause(error)}): free "
                 "space there, raise ulimit -f or make it writable; the checkpoints before it are "
                 "intact, and the same command resumes") from error
 
     def _metadata(self, step: int) -> dict:
         """What a saved step holds, by entry."""
+        folder = self.directory / str(step)
         with self._context:
-            stored = ocp.checkpointables_metadata(self.directory / str(step)).metadata
-        if stored["state"] is None:  # orbax only logs the reason
+            stored = ocp.checkpointables_metadata(folder).metadata
+        if stored.get("state") is None:  # orbax only logs the reason
+            (folder / "state" / "_METADATA").read_bytes()  # raises that of a bucket
             raise ValueError("its metadata are damaged")
         return stored
 

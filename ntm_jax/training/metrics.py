@@ -12,7 +12,6 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from ntm_jax import files
 from ntm_jax.core import trajectory
 from ntm_jax.errors import UserError
 from ntm_jax.runtime import flops
@@ -39,8 +38,7 @@ class MetricsReporter:
     Processes other than 0 write nothing.
 
     Args:
-      workdir: a local folder, created if needed, or an object-storage address, which receives no
-        TensorBoard events.
+      workdir: a local folder, created if needed, or an object-storage address.
       total_steps: the last step of the run.
       start_step: steps taken before this run; 0 starts new files.
       quiet: prints nothing on the terminal.
@@ -56,11 +54,10 @@ class MetricsReporter:
         self._first = None  # (step, seconds) after the first step, which compiles
         self._bar = tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, bar_format=BAR,
                          disable=not (self.shows and sys.stderr.isatty()))
-        self._lines, self._writers = Lines(), []
+        self._own, self._writers = (Lines(), TensorBoard()), []
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
-            events = [] if files.is_remote(workdir) else [TensorBoard()]
-            self._writers = [self._lines, *events, *extra_writers]
+            self._writers = [*self._own, *extra_writers]
         with contextlib.ExitStack() as opened:
             opened.callback(self._bar.close)
             for one in self._writers:
@@ -112,9 +109,10 @@ class MetricsReporter:
             sys.stdout.flush()
 
     def flush(self) -> None:
-        """Writes the remaining lines, which a run that resumes after a kill does not repeat."""
+        """Writes what is left to, which a run that resumes after a kill does not repeat."""
         if self._writers:
-            self._lines.flush()
+            for one in self._own:
+                one.flush()
 
 
 class Rates:

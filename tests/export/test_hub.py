@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ntm_jax
+from ntm_jax import files
 from ntm_jax.errors import UserError
 from ntm_jax.export import publish
 from tests.common import bits
@@ -39,9 +40,11 @@ class Hub:
         return SimpleNamespace(private=self.private[repo_id])
 
     def create_commit(self, api, repo_id, operations, commit_message):
+        given = {each.path_in_repo: each.path_or_fileobj for each in operations}
+        self.kinds = {type(content) for content in given.values()}
         self.commits[repo_id].append({
-            each.path_in_repo: pathlib.Path(each.path_or_fileobj).read_bytes()
-            for each in operations})
+            name: content if isinstance(content, bytes) else pathlib.Path(content).read_bytes()
+            for name, content in given.items()})
         return SimpleNamespace(oid=str(len(self.commits[repo_id]) - 1))
 
     def snapshot_download(self, repo_id, revision, allow_patterns):
@@ -89,6 +92,15 @@ def test_a_pushed_export_is_loaded_by_name_and_revision(server, exported, tmp_pa
     settings = dataclasses.replace(SETTINGS, init_from="hf://me/digits")
     current, _ = started(settings, tmp_path / "new")
     assert bits(current.params["params"]) == bits(original.params["params"])
+
+
+def test_an_export_on_object_storage_is_pushed(server, exported, monkeypatch):
+    monkeypatch.setattr(files, "is_remote", lambda path: True)
+    ntm_jax.push(str(exported), "me/digits")
+    monkeypatch.undo()
+    assert server.kinds == {bytes}  # and not paths, which huggingface_hub would look for on a disk
+    [commit] = server.commits["me/digits"]
+    assert commit == {file.name: file.read_bytes() for file in exported.iterdir()}
 
 
 def test_a_download_is_verified(server, exported, tmp_path):

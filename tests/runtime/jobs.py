@@ -20,9 +20,11 @@ class Job:
     """The processes of one training run, or of another program that reads its workdir.
 
     settings: overrides of SETTINGS for a training run, in turn over the processes.
+    variables: a function from the number of devices to the processes' environment.
     """
 
-    def __init__(self, workdir, count, devices=2, settings=({},), program="train", flags=()):
+    def __init__(self, workdir, count, devices=2, settings=({},), program="train", flags=(),
+                 variables=environment):
         port, self.processes = free_port(), []
         for number in range(count):
             config = []
@@ -33,7 +35,7 @@ class Job:
             self.processes.append(start(
                 ["-m", f"launch.{program}", f"--coordinator_address=localhost:{port}",
                  f"--num_processes={count}", f"--process_id={number}", f"--workdir={workdir}",
-                 "--heartbeat_timeout=10", *flags, *config], env=environment(devices=devices)))
+                 "--heartbeat_timeout=10", *flags, *config], env=variables(devices)))
 
     def read_until(self, pattern) -> str:
         """The next line of process 0 that has the pattern."""

@@ -2,15 +2,14 @@
 
 import io
 import json
-import struct
 
 import numpy as np
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
 
 from ntm_jax import files
 from ntm_jax.training.metrics import MetricsReporter
 from ntm_jax.training.writers import lines as lines_file
+from tests.common import events
 
 
 def lines(workdir):
@@ -23,22 +22,6 @@ def lines(workdir):
 
 def steps(workdir):
     return [line["step"] for line in lines(workdir)]
-
-
-def events(workdir):
-    """All values in the TensorBoard files: {tag: [(step, value)]}.
-
-    A record is a length, its checksum, the event and its checksum.
-    """
-    found = {}
-    for file in sorted(workdir.glob("events*")):
-        data = io.BytesIO(file.read_bytes())
-        while header := data.read(12):
-            event = Event.FromString(data.read(struct.unpack("<Q", header[:8])[0]))
-            data.read(4)
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value))
-    return found
 
 
 def test_resuming_drops_what_will_be_logged_again(tmp_path):
@@ -75,16 +58,26 @@ def test_the_file_gets_lines_of_valid_json_and_tensorboard_scalars_and_images(tm
     np.testing.assert_array_equal(np.asarray(Image.open(encoded)), image)
 
 
-def test_object_storage_is_written_every_so_many_lines_and_at_the_end(tmp_path, monkeypatch):
+def test_object_storage_is_written_at_times_and_at_the_end(tmp_path, monkeypatch):
+    """The lines after so many, the events after a while or a picture; both when the run is saved.
+    """
     monkeypatch.setattr(files, "is_remote", lambda path: True)
     monkeypatch.setattr(lines_file, "REMOTE_LINES", 3)
+    Image.new("RGB", (2, 2)).save(tmp_path / "samples.png")
+
+    def written():
+        return steps(tmp_path), [step for step, _ in events(tmp_path)["loss"]]
+
     with MetricsReporter(tmp_path, 10) as writer:
         for step in (1, 2, 3, 4):
             writer.write(step, {"loss": 1.0})
-        writer.picture(4, tmp_path / "samples.png")
-        assert steps(tmp_path) == [1, 2, 3]
+        assert written() == ([1, 2, 3], [1])
         writer.flush()  # as when the run is saved
-        assert steps(tmp_path) == [1, 2, 3, 4]
+        assert written() == ([1, 2, 3, 4], [1, 2, 3, 4])
+        writer.picture(4, tmp_path / "samples.png")
         writer.write(5, {"loss": 1.0})
-    assert steps(tmp_path) == [1, 2, 3, 4, 5]
-    assert [f.name for f in tmp_path.iterdir()] == ["metrics.jsonl"]
+        assert written() == ([1, 2, 3, 4], [1, 2, 3, 4, 5])
+        writer.write(6, {"loss": 1.0})
+        assert written() == ([1, 2, 3, 4], [1, 2, 3, 4, 5])
+    assert written() == ([1, 2, 3, 4, 5, 6],) * 2
+    assert len([*tmp_path.iterdir()]) == 3  # with the picture

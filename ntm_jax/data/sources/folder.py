@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ntm_jax.data import caption_lists, images
 from ntm_jax.data.sources.source import Lazy, Source, check_split, permuted_splits
-from ntm_jax.errors import UserError, few
+from ntm_jax.errors import UserError, few, from_object_storage
 from ntm_jax.files import expanded, is_remote, parse_object, read, stat, write_json
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -56,6 +56,8 @@ def _image(path: epath.Path, channels: int) -> np.ndarray:
     try:
         image = images.decode(read(path))
     except Exception as error:  # PIL raises a dozen kinds on a damaged file
+        if from_object_storage(error):
+            raise
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"image {path} cannot be decoded ({reason}): remove it") from error
     return np.repeat(image, 3, -1) if image.shape[-1] < channels else image
@@ -184,7 +186,7 @@ def _walk(root: epath.Path, part: str) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         # Links come last, so that a folder has its own name rather than a link's.
         folders.sort(key=lambda name: (os.path.islink(os.path.join(here, name)), name))
-        before = os.path.relpath(here, root)
+        before = os.path.relpath(*(os.fspath(path).rpartition("://")[2] for path in (here, root)))
         found += [os.path.normpath(os.path.join(before, name)) for name in names
                   if name[0] != "." and (name.lower().endswith(_SUFFIXES) or name[-4:] == ".txt")]
     return found
@@ -218,7 +220,7 @@ def _scan(root: epath.Path, files: Sequence[str]) -> tuple[dict[str, list[int]],
             shape = images.decode(read(root / file)).shape
             return [*known, *shape]
         except Exception as error:  # PIL raises a dozen kinds on a damaged file
-            if getattr(error, "errno", None) == errno.EMFILE:
+            if getattr(error, "errno", None) == errno.EMFILE or from_object_storage(error):
                 raise
             return None
 

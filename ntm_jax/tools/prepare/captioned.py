@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 
 from ntm_jax.data import images, text
 from ntm_jax.data.sources.source import CLASSES
-from ntm_jax.errors import UserError, abbreviate, first_line
+from ntm_jax.errors import UserError, abbreviate, first_line, from_object_storage
 
 
 class Item(NamedTuple):
@@ -89,7 +89,8 @@ class Loaded(NamedTuple):
 def load(read: Callable, size: int, item: Item) -> Loaded:
     """The central square of the item's image, resized to side `size`, with its caption stripped.
 
-    An image that cannot be read or decoded is marked as bad. Raises only OSError, EMFILE.
+    An image that cannot be read or decoded is marked as bad. Raises only what says nothing of the
+    image: OSError, EMFILE, and errors of object storage.
     """
     try:
         image, caption, label = read(item)
@@ -101,7 +102,7 @@ def load(read: Callable, size: int, item: Item) -> Loaded:
     except UnidentifiedImageError:
         return Loaded(item.key, None, "not an image")
     except Exception as error:  # PIL raises a dozen kinds on a damaged file
-        if getattr(error, "errno", None) == errno.EMFILE:
+        if getattr(error, "errno", None) == errno.EMFILE or from_object_storage(error):
             raise
         return Loaded(item.key, None, first_line(error))
     if not text.is_utf8(caption):
