@@ -11,7 +11,7 @@ from multiprocessing import connection
 
 def start(workers: int, begin: Callable | None = None, *arguments
           ) -> concurrent.futures.ProcessPoolExecutor:
-    """A pool of processes that ignore Ctrl-C and a closed terminal, and end with this process.
+    """A pool of processes that ignore signals that stop this process, and end with this process.
 
     begin: called with the arguments in each process, before its first work.
     """
@@ -20,7 +20,8 @@ def start(workers: int, begin: Callable | None = None, *arguments
 
 
 def _begin(begin: Callable | None, arguments: tuple) -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):  # the parent decides when work ends
+    # The parent decides when work ends.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
