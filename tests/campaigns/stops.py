@@ -1,4 +1,4 @@
-"""Stops training runs by a signal in each phase, and compares the resumed runs with one that was not stopped.
+"""Stops training runs by a signal in each phase; compares resumed runs with an undisturbed one.
 
 python -m tests.campaigns.stops [--trials=3]; half an hour on two cores.
 """
