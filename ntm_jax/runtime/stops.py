@@ -14,7 +14,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jax._src import distributed  # jax has no public way to its key-value store
 
@@ -57,7 +57,8 @@ class Watch:
     """
 
     def __init__(self, status: int | None = None):
-        self.busy, self._evaluating = lambda: False, False
+        self.busy: Callable[[], bool] = lambda: False
+        self._evaluating = False
         self._status, self._keys = status, f"ntm_jax/stop/{next(_jobs)}"
         self._change = threading.Condition()
         self._inside, self._points, self._longest, self._last = False, 0, 0.0, 0.0
