@@ -251,6 +251,8 @@ def _join():
     # Two programs that a CPU runs at once may start in another order in another process. Where
     # their collectives wait for each other, the job hangs.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # Its handler of SIGTERM, in C++, would hide the signal from the program.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id,

@@ -24,10 +24,13 @@ flags.DEFINE_multi_string("writer", [], "Also sends the metrics and pictures the
 
 def main():
     from ntm_jax import api
+    from ntm_jax.runtime import stops
 
     f = program.FLAGS
     span = _steps(f.profile) if f.profile else None
-    if not api.train(program.read_config(f.workdir), f.workdir, profile=span, writers=f.writer):
+    with stops.Watch(f.stop_status):
+        run = api.train(program.read_config(f.workdir), f.workdir, profile=span, writers=f.writer)
+    if not run:
         sys.exit(f.stop_status)
 
 

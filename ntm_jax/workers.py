@@ -1,17 +1,31 @@
 """Pools of worker processes, which data preparation and post-training use."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
-from multiprocessing import connection
+from collections.abc import Callable, Iterator
+from multiprocessing import connection, resource_tracker
+
+STOPS = signal.SIGINT, signal.SIGHUP, signal.SIGTERM  # the parent decides when work ends
+
+
+@contextlib.contextmanager
+def out_of_reach() -> Iterator[None]:
+    """Signals that stop this process do not reach processes that are started in the block."""
+    resource_tracker.ensure_running()  # its start would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start(workers: int, begin: Callable | None = None, *arguments
           ) -> concurrent.futures.ProcessPoolExecutor:
-    """A pool of processes that ignore Ctrl-C and a closed terminal, and end with this process.
+    """A pool of processes that ignore signals that stop this process, and end with this process.
 
     begin: called with the arguments in each process, before its first work.
     """
@@ -20,7 +34,7 @@ def start(workers: int, begin: Callable | None = None, *arguments
 
 
 def _begin(begin: Callable | None, arguments: tuple) -> None:
-    for number in (signal.SIGINT, signal.SIGHUP):  # the parent decides when work ends
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker

@@ -1,6 +1,5 @@
-"""A folder of one's own pictures, as a new user trains on it: with classes, and with captions."""
+"""A folder of one's own pictures, as a new user trains on it."""
 
-import json
 import re
 import shlex
 
@@ -35,10 +34,6 @@ def draw(root, count: int) -> list[dict]:
     return lines
 
 
-def train(workdir, *arguments: str) -> str:
-    return python("-m", "launch.train", f"--workdir={workdir}", *arguments, *QUICK).stdout
-
-
 def readme_command(first: str, places: dict, *more: str) -> str:
     """Runs the README's command that starts with `first`, its folders replaced; what it prints."""
     block = re.search(r"```sh\n(python -m launch.train --config=folder .*?)```", README, re.S)[1]
@@ -66,22 +61,3 @@ def test_own_images_are_one_command_and_the_readme_shows_what_follows(tmp_path):
     assert "one of 2 classes: cards, rings" in (tmp_path / "export/README.md").read_text()
     readme_command("exports/mine/sample.py", places | {"cwd": tmp_path}, "0", "cards")
     assert len(list((tmp_path / "samples").iterdir())) == 16
-
-
-@pytest.mark.slow
-def test_own_captions_are_one_command(tmp_path):
-    lines = draw(tmp_path / "in", 60)
-    (tmp_path / "in/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    printed = train(tmp_path / "run", "--config=captions",
-                    f"--config.data.source=folder:{tmp_path}/in")
-    assert " --config.data.text_encoder='words:3:a blue card red ring' " in printed
-    (tmp_path / "more.txt").write_text("a blue card\n")
-    flags = ["-m", "launch.sample", f"--workdir={tmp_path}/run", "--prompts=a red ring",
-             f"--prompts={tmp_path}/more.txt", "--per_prompt=3"]
-    printed = python(*flags, f"--out={tmp_path}/out").stdout
-    assert f"6 images in {tmp_path}/out" in printed
-    asked = json.loads((tmp_path / "out/samples.json").read_text())
-    assert asked["--encoder"] == "words:3:a blue card red ring"
-    written = (tmp_path / "out/prompts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["prompt"] for line in written] == [
-        "a red ring"] * 3 + ["a blue card"] * 3

@@ -1,5 +1,6 @@
 """A copy of the package without its projects and tools does the whole job of the building."""
 
+import json
 import shutil
 
 import pytest
@@ -10,16 +11,15 @@ from tests.test_own_data import draw
 pytestmark = pytest.mark.slow
 
 ROOMS = ("core", "data", "evaluation", "export", "runtime", "sampling", "training")
-RUN = ("data/sources",)  # they look up parts of projects; all tests would take minutes
 JOB = """
 import ntm_jax
 
-for name, changes in {changes!r}.items():
-    run = ntm_jax.train(ntm_jax.experiment(name, **changes), f"runs/{{name}}", progress=False)
-    assert 0 < run.evaluate()["bits_per_dim"]["bound"]["mean"] < 20
-    run.export(f"exports/{{name}}")
-    again = ntm_jax.load(f"exports/{{name}}")
-    assert (again.sample(4) == ntm_jax.load(f"runs/{{name}}").sample(4)).all()
+run = ntm_jax.train(ntm_jax.experiment("captions", **{changes!r}), "run", progress=False)
+assert run.config.data.text_encoder == "words:3:a blue card red ring"
+assert 0 < run.evaluate()["bits_per_dim"]["bound"]["mean"] < 20
+run.export("export")
+images = ntm_jax.load("export").sample(4, prompts="a red ring")
+assert (images == ntm_jax.load("run").sample(4, prompts="a red ring")).all()
 """
 
 
@@ -43,12 +43,12 @@ def bare(tmp_path_factory):
     return call
 
 
-def test_it_trains_evaluates_samples_and_exports_digits_and_a_folder(bare, tmp_path):
-    draw(tmp_path, 60)
+def test_own_captions_are_one_call_to_train_and_sample_and_export(bare, tmp_path):
+    lines = draw(tmp_path, 60)
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     own = {"data.source": f"folder:{tmp_path}", "data.image_size": 8, "data.patch_size": 4,
            "evaluate.split": "test", "model.transporter_blocks": 0}
-    changes = {"digits": TINY, "folder": TINY | own}
-    bare("-c", JOB.format(changes=changes))
+    bare("-c", JOB.format(changes=TINY | own))
 
 
 @pytest.mark.parametrize(("experiment", "absent"), [
@@ -63,6 +63,6 @@ def test_a_run_that_needs_a_missing_project_says_so_in_a_line(bare, experiment, 
         f"error: this copy of ntm_jax has no ntm_jax.{absent}: install the whole package")
 
 
-def test_its_own_tests_pass(bare):
+def test_its_own_tests_import_and_those_that_look_up_projects_pass(bare):
     bare("-m", "pytest", "-q", "--collect-only", *(f"tests/{room}" for room in ROOMS))
-    bare("-m", "pytest", "-q", *(f"tests/{room}" for room in RUN))
+    bare("-m", "pytest", "-q", "tests/data/sources")

@@ -5,6 +5,7 @@ exactly once. B global batch, b = B / processes this process's share, N tokens, 
 text tokens, E their width. No jax is imported: grain's worker processes import this file.
 """
 
+import contextlib
 import dataclasses
 import os
 import weakref
@@ -19,6 +20,7 @@ from ntm_jax import files, typed
 from ntm_jax.data import transforms
 from ntm_jax.data.sources import Source
 from ntm_jax.errors import UserError
+from ntm_jax.workers import out_of_reach
 
 # Grain's default keeps 500 elements ready, and here an element is a complete batch.
 _THREADS = min(8, os.cpu_count() or 1)
@@ -241,6 +243,7 @@ class TrainIterator:
         )
         self._iterator = iter(elastic)
         self._error = None
+        self._starting = workers > 0  # the next batch starts them
         # A grain iterator that outlives its module prints errors at exit: it is closed and dropped
         # before.
         self._finalizer = weakref.finalize(
@@ -255,7 +258,9 @@ class TrainIterator:
         if self._error is not None:
             raise self._error
         try:
-            batch = next(self._iterator)
+            with out_of_reach() if self._starting else contextlib.nullcontext():
+                batch = next(self._iterator)
+            self._starting = False
         except Exception as error:
             self._error = error
             raise

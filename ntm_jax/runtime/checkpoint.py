@@ -103,7 +103,8 @@ class Checkpoints:
     def __exit__(self, *_):
         self.close()
 
-    def save(self, step: int, state, data_state: dict, held_out: float | None = None) -> None:
+    def save(self, step: int, state, data_state: dict, held_out: float | None = None,
+             again: bool = False) -> None:
         """Starts saving a step, unless it is saved already.
 
         Returns once the arrays are copied, so the caller may donate them. The rest is asynchronous:
@@ -114,6 +115,7 @@ class Checkpoints:
           state: pytree of jax arrays.
           data_state: the data iterator's state, JSON.
           held_out: a held-out measure, lower is better, which selects the best checkpoint.
+          again: replaces a step that is saved.
 
         Raises UserError or MachineFault if the checkpoint, or the one before it, cannot be written
         (errors.of_storage), and UserError if another run has saved a later one in the same folder.
@@ -131,7 +133,8 @@ class Checkpoints:
             raise UserError(
                 f"the latest checkpoint in {self.directory} is of step {self.latest()}, and this "
                 f"run's is of step {known}: another run saves there, so this one stops")
-        if step in self.steps():
+        saved = step in self.steps()
+        if saved and not again:
             return
         run = {"step": step, "settings": self._settings}
         sums = {DATA_NAME: json_checksum(data_state), RUN_NAME: json_checksum(run)}
@@ -141,7 +144,8 @@ class Checkpoints:
         if held_out is not None and math.isfinite(held_out):
             metrics = {BEST_KEY: float(held_out)}
         with self._file_errors():
-            self._manager.save_checkpointables_async(step, unit, force=True, metrics=metrics)
+            self._manager.save_checkpointables_async(
+                step, unit, force=True, overwrite=saved, metrics=metrics)
 
     def steps(self) -> list[int]:
         """The saved steps, ascending, including one that is being saved."""
@@ -150,6 +154,15 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The last saved step; None if there is none."""
         return max(self.steps(), default=None)
+
+    def saving(self) -> bool:
+        """Whether a save is in progress."""
+        return bool(self._manager and self._manager.is_saving_in_progress())
+
+    def measured(self, step: int) -> bool:
+        """Whether a saved step has a held-out measure."""
+        return any(c.step == step and isinstance(c.metrics, dict) and BEST_KEY in c.metrics
+                   for c in (self._manager.checkpoints if self._manager else ()))
 
     def best(self) -> int | None:
         """The saved step with the lowest held-out measure, the latest of equals; None without."""
@@ -210,10 +223,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save in progress and ends orbax's threads. Raises like `save`."""
-        manager, self._manager, self._writes = self._manager, None, False
-        if manager:
-            with self._file_errors():
-                manager.close()
+        try:
+            if self._manager:
+                with self._file_errors():
+                    self._manager.close()
+        finally:
+            self._manager, self._writes = None, False
 
     def _open(self, clean: bool):
         """orbax's manager of the folder; `clean` removes a killed run's temporary folders."""

@@ -1,7 +1,7 @@
 """Several processes: one command for all of them, and one job for a run's folder.
 
-`jax.distributed` starts the processes and ends them when one is lost; training/signals.py agrees on
-the step at which they stop.
+`jax.distributed` starts the processes and ends them when one is lost; runtime/stops.py agrees
+on the point at which they stop.
 """
 
 import contextlib

@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ntm_jax.errors import UserError
+from ntm_jax.runtime import stops
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 RULES = (
@@ -214,5 +215,9 @@ def place(tree, mesh):
 
 
 def to_host(tree):
-    """Arrays, possibly sharded over processes -> complete NumPy arrays on every process."""
+    """Arrays, possibly sharded over processes -> complete NumPy arrays on every process.
+
+    A point at which an evaluation during training may stop.
+    """
+    stops.evaluation_point()
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -21,7 +21,7 @@ from ntm_jax.evaluation.evaluate import evaluate
 from ntm_jax.evaluation.image_scores import Comparison, compare_with, feature_scores, generated
 from ntm_jax.evaluation.report import write_report
 from ntm_jax.runtime import config as configuration
-from ntm_jax.runtime import config_file, sharding
+from ntm_jax.runtime import config_file, sharding, stops
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import locked, require_same_everywhere
@@ -38,7 +38,6 @@ from ntm_jax.training import (
 )
 from ntm_jax.training.metrics import MetricsReporter, Rates, logged_scalars
 from ntm_jax.training.objectives import Extension, Objective
-from ntm_jax.training.signals import StopRequest
 from ntm_jax.training.state import State
 from ntm_jax.training.step import check_batch, make_step, steps_of
 from ntm_jax.training.writers import Given
@@ -87,7 +86,7 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
             loop = _Loop(run, objective, distilled, source, held_out, comparison, extension, stack,
                          extra_writers, progress, profile)
             loop.train(config.train.steps if until is None else min(until, config.train.steps))
-            if not loop.ended():
+            if loop.stop.stopping or not loop.ended():
                 return None
             trained = loop.step
             loop.take_best()
@@ -160,9 +159,13 @@ class _Loop:
             + (new if latest is None else f"resuming {folder} at step {self.step}"))
         for line in (*data_notes(source, held_out), *changes):
             self.reporter.message(line)
-        self.stop = stack.enter_context(StopRequest())
+        self.stop = stack.enter_context(stops.watch())
+        self.stop.busy = self.checkpoints.saving
         self.step_function = make_step(run, objective, distilled)
         self.start, self.saved = self.step, time.perf_counter()  # when the run was last saved
+        # A stop ended the evaluation of the restored step.
+        self.unevaluated = latest is not None and self._evaluates() and not bool(
+            multihost_utils.broadcast_one_to_all(self.checkpoints.measured(latest)))
         self.batch: Any = None  # of the present step
         # (metrics, the batch's scalars and position) of the last step, read after the next begins
         self.unread: tuple[dict, dict, dict] | None = None
@@ -185,18 +188,29 @@ class _Loop:
     def train(self, last: int) -> None:
         """Steps to `last`, in the order evaluate, save, next batch, step.
 
-        Ends earlier at a signal; always between the steps on one batch, where it saves.
+        Ends earlier at a signal, which also ends an evaluation; always between the steps on one
+        batch, where it saves. A resumed run repeats the evaluation.
         """
-        stopping = False
+        try:
+            self._steps_to(last)
+        finally:
+            self.stop.end()
+        if self.stop.stopping or not self.ended():
+            self.reporter.message(f"stopped at step {self.step}, saved; the same command resumes")
+        elif self.step < self.run.config.train.steps:
+            patience = self.run.config.train.patience
+            self.reporter.message(
+                f"stopped at step {self.step}: {patience} evaluations without a better figure; "
+                "raise config.train.patience to go on")
+
+    def _steps_to(self, last: int) -> None:
         while True:
-            # The processes agree on one step, at which they must ask; a batch's steps may end
-            # later.
-            stopping = stopping or self.step >= last or self.stop.agreed(self.step)
+            stopping = self.stop.point() or self.step >= last
             between = self.step % self.extension.updates == 0
-            ending = stopping and between
-            if self.step > self.start:
-                self._evaluate_and_save(ending)
-            ending = ending or self._out_of_patience()
+            if self.step > self.start or self.unevaluated:
+                self._evaluate_and_save(stopping and between)
+            # A stop may have ended the evaluation.
+            ending = ((stopping or self.stop.stopping) and between) or self._out_of_patience()
             self._trace(ending)
             if ending:
                 break
@@ -206,14 +220,8 @@ class _Loop:
             if self.step == self.start:
                 self._compile()
                 self._rehearse()
+                self.stop.begin()
             self._take_step()
-        if not self.ended():
-            self.reporter.message(f"stopped at step {self.step}, saved; the same command resumes")
-        elif self.step < self.run.config.train.steps:
-            patience = self.run.config.train.patience
-            self.reporter.message(
-                f"stopped at step {self.step}: {patience} evaluations without a better figure; "
-                "raise config.train.patience to go on")
 
     def ended(self) -> bool:
         """Whether all steps are taken, or config.train.patience has run out."""
@@ -243,33 +251,39 @@ class _Loop:
         self.step, found, _ = self.checkpoints.restore(expected, best, partial=True)
         self.current = dataclasses.replace(self.current, **found)
 
+    def _evaluates(self) -> bool:
+        train = self.run.config.train
+        return bool(train.evaluate_every) and (
+            self.step % train.evaluate_every == 0 or self.step == train.steps)
+
     def _evaluate_and_save(self, ending: bool) -> None:
-        train, step = self.run.config.train, self.step
-        every = train.evaluate_every
-        evaluating = bool(every) and (step % every == 0 or step == train.steps)
+        train, step, evaluating = self.run.config.train, self.step, self._evaluates()
         saving = (ending or step % train.save_every == 0 or (evaluating and train.patience > 0)
-                  or self._save_is_due())
+                  or self._save_is_due() or self.unevaluated)
         scoring = bool(train.score_every) and step % train.score_every == 0
         if not (evaluating or saving or scoring):
             return
-        scalars, best_by = self._read(), None  # what is saved is known to be finite
-        if evaluating:
-            score = self.objective.held_out(self.evaluated(), self.held_out)
-            self.reporter.message(f"step {step}: {score.message}")
-            scalars |= score.scalars
-            best_by = score.value
-        if scoring:
-            assert self.comparison  # train() checks it
-            found = feature_scores(self.evaluated(), self.comparison)
-            self.reporter.message(
-                f"step {step}: Fréchet distance {found['frechet']:.4g} of "
-                f"{self.run.config.evaluate.num_samples} samples")
-            scalars |= {f"score/{name}": value for name, value in found.items()}
+        # What is saved is known to be finite.
+        scalars, best_by = self._read() if self.unread else {}, None
+        with self.stop.evaluation():
+            if evaluating:
+                score = self.objective.held_out(self.evaluated(), self.held_out)
+                self.reporter.message(f"step {step}: {score.message}")
+                scalars |= score.scalars
+                best_by = score.value
+            if scoring:
+                assert self.comparison  # train() checks it
+                found = feature_scores(self.evaluated(), self.comparison)
+                self.reporter.message(
+                    f"step {step}: Fréchet distance {found['frechet']:.4g} of "
+                    f"{self.run.config.evaluate.num_samples} samples")
+                scalars |= {f"score/{name}": value for name, value in found.items()}
         self.reporter.write(step, scalars)
-        if saving:
+        if saving or (self.stop.stopping and step % self.extension.updates == 0):
             self._save(best_by)
-        if evaluating and step < train.steps:
-            self._draw()
+        if evaluating and step < train.steps and not self.stop.stopping:
+            with self.stop.evaluation():
+                self._draw()
 
     def _save_is_due(self) -> bool:
         """Whether config.train.save_minutes have passed since the last save; process 0 decides."""
@@ -288,7 +302,8 @@ class _Loop:
         position, samples = self.batches.to_save()
         saved = vars(self.current) | ({"samples": samples} if samples else {})
         self.reporter.flush()
-        self.checkpoints.save(self.step, saved, position, best_by)
+        self.checkpoints.save(self.step, saved, position, best_by, again=self.unevaluated)
+        self.unevaluated = False
         self.saved = time.perf_counter()
 
     def _next_batch(self) -> "_Batch":

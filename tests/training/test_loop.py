@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import ntm_jax
 from ntm_jax.errors import UserError
 from ntm_jax.evaluation import image_scores
-from ntm_jax.runtime import sharding
+from ntm_jax.runtime import sharding, stops
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.training import loop, objectives, pictures, resources, state
 from ntm_jax.training.metrics import logged_scalars
@@ -233,3 +235,43 @@ def test_logged_levels_are_likelihoods():
     expected = [-1 + np.log(2 * np.pi) / 2, 0.25 + np.log(2 * np.pi) / 2]
     found = [scalars["nll/level_0"], scalars["nll/level_1"]]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_stop_ends_an_evaluation_which_the_resumed_run_repeats(tmp_path, monkeypatch):
+    """Also the best step is the same."""
+    settings = tiny_config(**{
+        "train.evaluate_every": 2, "train.patience": 5, "data.split": "train[:90%]",
+        "evaluate.split": "train[98%:]"})
+
+    def train(name):
+        assert loop.train(settings, tmp_path / name, progress=False, until=2) is None
+
+    reached, point = [], stops.evaluation_point
+
+    def interrupted():
+        reached.append(True)
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(500):
+            point()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+    train("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(stops, "evaluation_point", interrupted)
+        train("parts")
+    assert len(reached) == 1
+    assert [line["step"] for line in logged(tmp_path / "parts")] == [1, 2]
+    train("parts")
+    assert merged(tmp_path / "whole") == merged(tmp_path / "parts")
+    with Checkpoints(tmp_path / "whole") as one, Checkpoints(tmp_path / "parts") as other:
+        assert one.best() == other.best() == 2
+        assert other.measured(2)
+
+
+def merged(workdir) -> dict:
+    """{step: scalars} of a run's lines; a step whose evaluation was repeated has two."""
+    found = {}
+    for line in logged(workdir):
+        found.setdefault(line["step"], {}).update(line)
+    return found
