@@ -125,14 +125,15 @@ def euler(scores: Table) -> tuple[list[str], list[float]]:
 
 
 NTMS = {"NTM fine-tuned, lambda 2.5": ("s", ORANGE), "NTM fine-tuned, lambda 0": ("D", RED),
-        "NTM from scratch, same settings": ("^", GREEN)}
+        "NTM from scratch": ("^", GREEN)}
 
 
 def flow_matching_steps():
     """Accuracy and distance of flow matching by Euler steps, beside the NTMs of four steps."""
     figure, grid = chart(5.6, 2, 2, sharex=True)
-    for name, column in zip(("Digits", "MNIST"), grid.T, strict=True):
-        scores = table("flow-matching", name, "model", "class accuracy")
+    sections = {"Digits": "From flow matching to four steps", "MNIST": "MNIST"}
+    for (name, section), column in zip(sections.items(), grid.T, strict=True):
+        scores = table("frontier", section, "model", "class accuracy")
         rows, steps = euler(scores)
         for axes, score in zip(column, ("class accuracy", "Fréchet distance"), strict=True):
             axes.errorbar(steps, *scores.column(score, rows), fmt="o-", color=BLUE,
@@ -140,7 +141,7 @@ def flow_matching_steps():
             for place, (row, (marker, colour)) in enumerate(NTMS.items()):
                 beside = steps[0] * 0.92 ** (place + 1)  # of as many steps, without covering
                 axes.errorbar([beside], *scores.column(score, [row]), fmt=marker, color=colour,
-                              label=f"{row.removesuffix(', same settings')}, {steps[0]:g} steps")
+                              label=f"{row}, {steps[0]:g} steps")
             axes.axvspan(steps[0] * 0.92 ** 4, steps[0] * 1.08, color=BAND)
         column[0].set(title=name, ylabel="class accuracy, %")
         column[1].set(xscale="log", xlabel="steps", ylabel="Fréchet distance",
