@@ -190,8 +190,13 @@ def _cases(workdir: str, run: Run) -> list[Case]:
         costs = [cost for _, cost in made_from[decoders.find(name).needs_denoiser]]
         found.append(Case(
             dataclasses.replace(run, config=dataclasses.replace(config, sample=sample)),
-            workdir, model, None if None in costs else sum(costs)))
+            workdir, model, _total(costs)))
     return found
+
+
+def _total(costs: Sequence[float | None]) -> float | None:
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
 
 
 def history(workdir: str, denoiser: bool = True) -> list[tuple[dict, float | None]]:
@@ -272,11 +277,11 @@ def _timed(cases: list[Case], batch: int, runs: int) -> list[list[float]]:
 
 def _row(cases: Sequence[Case], scores: Sequence[dict], timed: Sequence[list[float]]) -> dict:
     """The row of a model's runs, one for each seed; see frontier."""
-    sample, costs = cases[0].run.config.sample, [case.training_flops for case in cases]
+    sample, total = cases[0].run.config.sample, _total([case.training_flops for case in cases])
     row = {"model": [case.workdir for case in cases],
            "seeds": [case.run.config.seed for case in cases],
            "decoder": sample.decoder, "steps": sample.steps, "guidance": sample.guidance,
-           "training_flops": None if None in costs else statistics.mean(costs),
+           "training_flops": None if total is None else total / len(cases),
            "images_per_second": statistics.median(rate for rates in timed for rate in rates),
            "timed": list(timed)}
     for name in scores[0]:
@@ -292,8 +297,8 @@ def table(result: dict) -> str:
     """The rows as a Markdown table, below a line on how they were measured."""
     rows, features = result["rows"], result["features"]
     columns = {name: head for name, head in SCORES.items() if name in rows[0]}
-    cells = [("model", "decoder", "steps", "images/s", *columns.values(), "training FLOPs")]
-    cells.append(("---", "---", *["---:"] * (len(cells[0]) - 2)))
+    head = ("model", "decoder", "steps", "images/s", *columns.values(), "training FLOPs")
+    cells = [head, ("---", "---", *["---:"] * (len(head) - 2))]
     for row in rows:
         cost = row["training_flops"]
         cells.append((_name(row), row["decoder"], str(row["steps"]),
