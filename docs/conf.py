@@ -25,12 +25,14 @@ release = version = metadata["version"]
 extensions = [
     "docstrings",  # docs/_ext; before napoleon, which then sees valid reStructuredText
     "generated",
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
+smartquotes = False
 exclude_patterns = ["_build", "_ext", "_figures", "jupyter_execute", "notebooks/runs"]
 
 myst_enable_extensions = ["amsmath", "attrs_block", "colon_fence", "deflist", "dollarmath"]
@@ -48,6 +50,10 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 
 html_theme = "furo"  # light and dark
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_logo = "_static/logo.svg"
 html_title = f"ntm_jax {version}"
 html_show_sphinx = False
 html_copy_source = html_show_sourcelink = False

@@ -17,6 +17,11 @@ get them:
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m launch.benchmark --peers=../peers
 
+With --frontier=RUN,RUN,... it trains nothing: it compares the speed and the scores of the samples
+of trained runs, in one table and, with --out, a chart:
+
+    python -m launch.benchmark --frontier=runs/digits,runs/digits_fm --out=runs/frontier
+
 Other work on the machine, and threads that move between cores, disturb the figures. On a CPU,
 reserve cores for it:
 
@@ -31,6 +36,15 @@ from . import program
 
 flags.DEFINE_integer(
     "runs", 5, "Timed runs of each row; their median is printed.", lower_bound=1)
+flags.DEFINE_list(
+    "frontier", None, "RUN,RUN,...: runs or exports of one data set; compares images/s, scores and "
+    "training FLOPs by decoder and steps. Runs that differ in their seed alone are one model.")
+flags.DEFINE_integer(
+    "num", None, "Samples that are scored for each row of --frontier; the first run's "
+    "config.evaluate.num_samples by default.", lower_bound=5)
+flags.DEFINE_string(
+    "out", None, "With --frontier: a folder for frontier.json, frontier.md and frontier.png, a new "
+    "one or that of the same call.")
 flags.DEFINE_integer(
     "batch", None, "Images sampled at a time; config.sample.num by default.", lower_bound=1)
 flags.DEFINE_string("workdir", None, "A run's folder, an export, or hf://OWNER/NAME; times only "
@@ -53,10 +67,13 @@ def main():
     from ntm_jax import files
 
     f = program.FLAGS
-    if sum(map(bool, (f.config, f.workdir, f.peers))) != 1 or (f.vary and not f.config):
+    if sum(map(bool, (f.config, f.workdir, f.peers, f.frontier))) != 1 or (
+            f.vary and not f.config):
         raise UserError("give one of --config, an experiment, which --vary changes, --workdir, a "
-                        "run's folder, and --peers, a folder of other flows")
-    rows, text = _compare() if f.peers else _benchmark()
+                        "run's folder, --frontier, several of them, and --peers, a folder of other "
+                        "flows")
+    measure = _compare if f.peers else _frontier if f.frontier else _benchmark
+    rows, text = measure()
     if not f.peers and jax.process_index():
         return
     print(text, flush=True)
@@ -74,6 +91,19 @@ def _compare() -> tuple[list[dict], str]:
     rows = compare.compare(f.peers, f.runs, f.rows)
     return rows, "\n".join([f"{compare.machine()}, medians of {f.runs} runs in turn",
                             compare.table(rows), *compare.missing(f.peers)])
+
+
+def _frontier() -> tuple[list[dict], str]:
+    from ntm_jax.tools.rates import frontier
+
+    f = program.FLAGS
+    given = f.frontier, f.runs, f.num, f.batch, f.rows
+    if f.out:
+        frontier.check_out(f.out, frontier.call(*given))
+    result = frontier.frontier(*given)
+    if f.out:
+        frontier.write(result, f.out)
+    return result["rows"], frontier.table(result)
 
 
 def _benchmark() -> tuple[list[dict], str]:

@@ -1,4 +1,4 @@
-"""A user's own parts, from outside the package: the examples of the pages, trained."""
+"""A user's own parts, from outside the package: the examples of the guide, trained."""
 
 import re
 
@@ -7,8 +7,10 @@ import pytest
 from ntm_jax.training.objectives import OBJECTIVES
 from tests.common import ROOT, TINY, environment, python, tiny_config, write_run
 
-PAGES = [(ROOT / "docs/howto" / page).read_text() for page in ("extend.md", "track.md")]
-EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", "".join(PAGES), re.S))
+PAGE = (ROOT / "docs/howto/extend.md").read_text()
+FILES = sorted((ROOT / "docs/howto/examples").glob("*.py"))
+EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.S))
+EXAMPLES |= {path.stem: path.read_text() for path in FILES}
 SETTINGS = {  # modules that train together: settings that use their parts
     ("my_source", "my_condition", "my_objective", "my_optimizer", "my_decoder"): [
         "--config=digits", *(f"--config.{key}={value}" for key, value in TINY.items()),
@@ -35,8 +37,9 @@ def program(folder, name, *flags, check=True):
     return python("-m", f"launch.{name}", *flags, check=check, cwd=folder, PYTHONPATH=path)
 
 
-def test_the_pages_have_every_part():
+def test_every_example_is_on_the_page_and_trained():
     assert set(EXAMPLES) == {name for names in SETTINGS for name in names}
+    assert [path.name for path in FILES if f"(examples/{path.name})" not in PAGE] == []
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
     python docs/_figures/outliers.py RUN [OUT]
 
-RUN is a folder of --config=digits; OUT is a PNG file for a picture of the images. The tables are
-those of docs/results/outliers.md: AUROC, the probability that an image of another kind has a higher
-score than a held-out digit, with its bootstrap standard error. Symbols: n images a set, T steps.
+RUN is a folder of --config=digits; OUT is a PNG file for a picture of the images. The tables have
+the figures of docs/results/outliers.md and more: AUROC, the probability that an image of another
+kind has a higher score than a held-out digit, with its bootstrap standard error. Symbols: n images
+a set, T steps.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Prints the tables of docs/results/truth.md: errors of estimates of known log-densities.
+"""Prints errors of estimates of known log-densities; docs/results/truth.md has the main rows.
 
     python docs/_figures/truth.py FOLDER [FOLDER ...]
 

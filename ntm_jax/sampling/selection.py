@@ -9,7 +9,7 @@ where x_1..x_T are noisier versions of the image by the forward process, and the
 that of the null condition: both are exact for one trajectory. Images that do not show their
 condition have little of it. The cleanest level, x_0, is left out, unless T = 1: there the densities
 of fine detail, which say nothing about the condition, differ by more than those of what the image
-shows. See docs/howto/select.md.
+shows. See docs/howto/sample.md.
 
 Symbols: n images; B batch, K levels, T steps, N tokens, D token channels.
 """

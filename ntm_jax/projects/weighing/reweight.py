@@ -6,7 +6,7 @@ the Gaussian decoder of the likelihood's bound. With an unnormalised target f(x)
     w = f(x) q(x_0..x_T | x) / (p(x_0..x_T | y) p(x | x_0)),
 
 where q is the forward process. q is normalised for every x, so the mean of w is an unbiased
-estimate of the integral of f, whatever the model. See docs/howto/reweight.md. Symbols: n samples,
+estimate of the integral of f, whatever the model. See docs/howto/arrays.md. Symbols: n samples,
 D dimensions.
 """
 
