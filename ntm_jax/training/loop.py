@@ -130,8 +130,9 @@ def data_notes(source: Source, held_out: Source) -> list[str]:
 class _Loop:
     """Training in progress, from the run's last checkpoint on.
 
-    config: of the run, as given. distilled: the run whose model a new one distils, or None. comparison: the real images that
-    samples are scored by, or None. stack: closes what the loop opens.
+    config: of the run, as given. distilled: the run whose model a new one distils, or None.
+    comparison: the real images that samples are scored by, or None. stack: closes what the loop
+    opens.
     """
 
     def __init__(self, config: Config, run: Run, objective: Objective, distilled: Run | None,

@@ -374,9 +374,9 @@ def checked(config: Config) -> Objective:
                         f"distilled of an NTM, and config.train.objective={name} with "
                         f"config.model.head={config.model.head} trains none; set it to 0")
     if decoder(config.sample.decoder).solves_ode and objective.trains != "velocity":
-        raise UserError(f"config.sample.decoder={config.sample.decoder} solves the ODE of a flow-matching model: "
-                        "expected a decoder such as inverse or score, or another "
-                        "config.train.objective")
+        raise UserError(f"config.sample.decoder={config.sample.decoder} solves the ODE of a "
+                        "flow-matching model: expected a decoder such as inverse or score, or "
+                        "another config.train.objective")
     # a denoiser has its teacher's steps, and an ODE is solved in any number of them
     if objective.trains == "ntm" and config.sample.steps not in config.trajectory.steps:
         expected = " or ".join(map(str, config.trajectory.steps))
