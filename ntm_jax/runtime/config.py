@@ -360,7 +360,8 @@ def read(config) -> Config:
     _check_patience(result)
     if decoder(result.sample.decoder).needs_denoiser and not result.teacher:
         raise UserError(f"config.sample.decoder={result.sample.decoder} needs a learned denoiser: "
-                        "train one with config.train.objective=denoiser and --config.teacher")
+                        "set config.train.distil_steps and config.sample.decoder=auto, or train "
+                        "one with config.train.objective=denoiser and --config.teacher")
     return result
 
 
