@@ -1,5 +1,6 @@
 """A user's own parts, from outside the package: the examples of the guide, trained."""
 
+import json
 import re
 
 import pytest
@@ -51,6 +52,8 @@ def test_parts_from_outside_the_package_train(tmp_path, names):
         (tmp_path / f"{name}.py").write_text(EXAMPLES[name])
     program(tmp_path, "train", *imports, f"--workdir={tmp_path}/run", *SETTINGS[names])
     assert (tmp_path / "run/evaluation.json").exists()
+    if "my_objective" in names:
+        assert json.loads((tmp_path / "run/evaluation.json").read_text())["robust"]["stderr"] > 0
     if "my_writer" in names:
         text = (tmp_path / "run/losses.csv").read_text()
         rows = [row.split(",") for row in text.splitlines()]

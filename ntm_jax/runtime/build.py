@@ -51,7 +51,8 @@ def _check_heads(c: ModelConfig) -> None:
         width = getattr(c, name)
         if width % (c.head_size * c.kv_heads):
             raise UserError(f"config.model.{name} = {width} must be a multiple of "
-                            f"head_size x kv_heads = {c.head_size} x {c.kv_heads}")
+                            f"head_size x kv_heads = {c.head_size} x {c.kv_heads}: change one "
+                            "of them")
 
 
 def pixel_likelihood(config: Config, spec: DataSpec, model) -> PixelLikelihood:

@@ -76,7 +76,7 @@ class Data:
 class Model:
     """Sizes and kinds of the networks; see core.config.ModelConfig."""
 
-    width: int = setting(128, "Width of the predictor, a multiple of head_size.", low=1)
+    width: int = setting(128, "Width of the predictor, a multiple of head_size x kv_heads.", low=1)
     head_size: int = setting(32, "Width of one attention head.", low=1)
     kv_heads: int = setting(
         4, "Key and value heads; divides the number of heads, width / head_size.", low=1)
@@ -84,7 +84,7 @@ class Model:
         4, "Hidden width of an MLP, in multiples of the layer's width.", low=1)
     positions: str = setting("learned", "Position encoding.", choices=("learned", "rotary"))
     transporter_width: int = setting(
-        128, "Width of the transporter, a multiple of head_size.", low=1)
+        128, "Width of the transporter, a multiple of head_size x kv_heads.", low=1)
     transporter_blocks: int = setting(
         2, "Invertible blocks; 0 is Gaussian denoising without transporter.", low=0)
     transporter_layers: int = setting(2, "Transformer layers in each block.", low=1)
@@ -140,7 +140,7 @@ class Train:
     save_minutes: float = setting(
         10.0, "Longest time between checkpoints; 0 saves by steps alone.", low=0)
     evaluate_every: int = setting(
-        500, "Steps between held-out evaluations; 0 evaluates at the end only.", low=0)
+        500, "Steps between held-out evaluations; 0 writes evaluation.json only.", low=0)
     score_every: int = setting(
         0, "Steps between scores of samples by evaluate.features, which go to the metrics; 0 "
         "scores at the end only.", low=0)

@@ -1,7 +1,9 @@
 """An objective: train.objective=robust."""
 
 import jax.numpy as jnp
+import numpy as np
 
+from ntm_jax.evaluation import scoring, statistics
 from ntm_jax.training import objectives
 
 
@@ -13,4 +15,18 @@ def robust_loss(context, params, inputs, reference=None):
     return jnp.mean(jnp.arcsinh(nll)), {"loss": jnp.mean(nll)}
 
 
-objectives.register("robust", objectives.Objective(robust_loss, needs=("trajectory",)))
+def measure(run, source, trajectories):
+    """The held-out loss with its standard error over records, for evaluation.json."""
+    nll = scoring.score_records(run, source, trajectories)["nll"].mean(1)  # nats [records]
+    nll /= run.spec.tokens * run.spec.dim
+    return {"robust": statistics.mean_and_stderr(np.arcsinh(nll))}
+
+
+def held_out(run, source):
+    """The same with one trajectory a record, for metrics.jsonl and the choice of a checkpoint."""
+    value = measure(run, source, 1)["robust"]["mean"]
+    return objectives.HeldOutScore(value, {"evaluate/robust": value}, f"robust {value:.4f}")
+
+
+objectives.register("robust", objectives.Objective(
+    robust_loss, held_out, needs=("trajectory",), measure=measure))
