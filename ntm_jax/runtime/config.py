@@ -239,7 +239,7 @@ class Sample:
     guidance: float | tuple[float, ...] = setting(
         0.0, "Scale w, or one per step from noise down: (1.0, 0.5, 0.0, 0.0).", low=0)
     decoder: str = setting(
-        "score", "Last step: inverse, score, denoiser, or auto, which is the run's own denoiser "
+        AUTO, "Last step: inverse, score, denoiser, or auto, which is the run's own denoiser "
         "(train.distil_steps), else inverse with pixel_likelihood=learned, else score; ODE of flow "
         "matching: euler or heun.")
     inverse: str = setting(

@@ -64,7 +64,7 @@ def test_a_run_distils_its_denoiser_resumes_it_and_samples_by_it(tmp_path, monke
     assert (ntm_jax.load(str(tmp_path / "export")).sample(4) == samples).all()
 
     # A denoiser of another step is not used, and makes room for a new one.
-    with pytest.raises(UserError, match="distil_steps is 2, and .* holds step 3: raise it, or"):
+    with pytest.raises(UserError, match=r"distil_steps is 2, and .* holds step 3: raise it, or"):
         loop.train(distilling(2), moved, progress=False)
     longer, _ = loop.train(distilling(3, **{"train.steps": 4}), moved, progress=False)
     assert (longer.step, longer.denoiser.teacher_step) == (4, 4)
