@@ -117,6 +117,6 @@ def _shrunk(c: ml_collections.ConfigDict, source: str) -> ml_collections.ConfigD
         evaluate=dict(
             split="test[:16]", trajectories=2, batch_size=16, num_samples=0),
         sample=dict(  # inverse compiles in a third of the time
-            num=20, steps=steps, decoder=c.sample.decoder.replace("score", "inverse")),
+            num=20, steps=steps, decoder=c.sample.decoder.replace(config.AUTO, "inverse")),
     )
     return c

@@ -25,7 +25,6 @@ def get_config(variant: str):
     c = base()
     c.trajectory.update(t_min=0.08, t_min_range=(0.07, 0.09))
     c.model.pixel_likelihood = "learned"
-    c.sample.decoder = "inverse"
     c.train.update(save_every=400, evaluate_every=400, log_every=20)
     c.optimizer.update(learning_rate=3e-3, weight_decay=0.3)
     if variant == "gaussian":

@@ -27,7 +27,6 @@ def get_config(variant: str):
     c = base()
     c.trajectory.update(t_min=0.09, t_min_range=(0.07, 0.11))
     c.model.pixel_likelihood = "learned"
-    c.sample.decoder = "inverse"
     c.train.update(steps=3000, evaluate_every=1000, log_every=20)
     if variant == "gaussian":
         c.model.update(transporter_blocks=0, predictor_layers=9)

@@ -46,7 +46,7 @@ def run_of(flow_matching: bool = False) -> Run:
     run = new_run(settings)
     module = denoising.make_denoiser(run.model)
     params = state.abstract(dataclasses.replace(run, model=module)).ema
-    denoiser = Denoiser(module, params, settings, 0)
+    denoiser = Denoiser(module, params, settings, 0, 0)
     return dataclasses.replace(run, params=state.abstract(run).ema, denoiser=denoiser)
 
 

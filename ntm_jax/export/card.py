@@ -95,7 +95,7 @@ def markdown(run: Run, parameters: int, platforms) -> str:
         own_nats=OWN_NATS.format(log_unit=spec.log_unit) if spec.columns else "",
         condition=run.condition.describe(), parameters=parameters,
         kind="the raw ones" if run.raw else average,
-        training=f"{training}; then {run.step:,} steps of a denoiser" if denoiser else training,
+        training=training + (f"; then {denoiser.step:,} steps of a denoiser" if denoiser else ""),
         steps=sample.steps, guidance=sample.guidance, decoder=sample.decoder, figures=figures(run),
         names=", ".join(run.model.config.condition.shapes(1)),
         likelihood=LIKELIHOOD.format(

@@ -46,7 +46,8 @@ class ExportInfo:
     checksums: dict  # {array's name: its checksum}; see array_checksums
     spec: dict
     config: dict
-    teacher_step: int | None = None  # of the teacher, in the export of a denoiser's run
+    teacher_step: int | None = None  # of the teacher, in the export of a run with a denoiser
+    denoiser_step: int | None = None  # of the denoiser's own training; `step` in earlier exports
     denoiser_config: dict | None = None  # the denoiser's own configuration, which has its sizes
 
 
@@ -140,7 +141,7 @@ def _load_export(folder: str, step: int | None, raw: bool) -> Run:
     params, denoiser = read_parameters(folder, about, abstract), None
     if denoiser_config:
         denoiser = Denoiser(own.model, {"params": params.pop(DENOISER)}, denoiser_config,
-                            about.teacher_step)
+                            about.teacher_step, about.denoiser_step or about.step)
     return dataclasses.replace(run, params=params, step=about.step, raw=about.parameters == "raw",
                                denoiser=denoiser)
 

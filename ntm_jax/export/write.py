@@ -190,6 +190,7 @@ def write_export(run: Run, out: str, steps: int | None = None,
              "spec": spec_to_json(run.spec), "config": run.config.raw}
     if run.denoiser:
         about["teacher_step"] = run.denoiser.teacher_step
+        about["denoiser_step"] = run.denoiser.step
         about["denoiser_config"] = run.denoiser.config and run.denoiser.config.raw
     about |= {"programs": described, "checksums": checksums}
     contents[CONFIG] = (json.dumps(about, indent=2) + "\n").encode()

@@ -25,6 +25,7 @@ from ntm_jax.typed import parse_dataclass, setting
 
 # Sections that projects declare, by name: MODULE:DATACLASS, imported when a configuration is made.
 SECTIONS = {"reward": "ntm_jax.projects.reward.settings:Reward"}
+AUTO = "auto"  # config.sample.decoder, until a run is made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,9 @@ class Train:
         "end_to_end", "What is minimised: end_to_end, pairwise, flow_matching, flow_map, denoiser, "
         "policy_gradient, preference or your own.")
     steps: int = setting(2000, "Optimizer steps.", low=1)
+    distil_steps: int = setting(
+        0, "Steps that then distil a denoiser of the trained NTM, in WORKDIR/denoiser; 0 distils "
+        "none.", low=0)
     save_every: int = setting(500, "Steps between checkpoints.", low=1)
     save_minutes: float = setting(
         10.0, "Longest time between checkpoints; 0 saves by steps alone.", low=0)
@@ -235,7 +239,9 @@ class Sample:
     guidance: float | tuple[float, ...] = setting(
         0.0, "Scale w, or one per step from noise down: (1.0, 0.5, 0.0, 0.0).", low=0)
     decoder: str = setting(
-        "score", "Last step: inverse, score or denoiser; ODE of flow matching: euler or heun.")
+        AUTO, "Last step: inverse, score, denoiser, or auto, which is the run's own denoiser "
+        "(train.distil_steps), else inverse with pixel_likelihood=learned, else score; ODE of flow "
+        "matching: euler or heun.")
     inverse: str = setting(
         "auto", "How the transporter is inverted.", choices=("auto", *INVERSES))
     percentile: float = setting(
@@ -255,7 +261,8 @@ class Config:
     init_from: str = setting(
         "", "Starting point: run, WORKDIR/checkpoints/STEP, export, hf://OWNER/NAME or weights.")
     teacher: str = setting(
-        "", "Run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP.")
+        "", "Run that objective=denoiser distils: its folder or WORKDIR/checkpoints/STEP; .. is "
+        "the folder that holds the denoiser's.")
     data: Data = Data()
     trajectory: Schedule = dataclasses.field(default_factory=Schedule)
     model: Model = Model()
@@ -286,6 +293,13 @@ class Config:
             return self.trajectory
         return dataclasses.replace(self.trajectory, shift=default_shift(tokens))
 
+    def without_auto(self) -> "Config":
+        """The configuration with the decoder that `auto` is in a run without a denoiser."""
+        if self.sample.decoder != AUTO:
+            return self
+        learned = self.model.pixel_likelihood == "learned"
+        return self.with_sampling(decoder="inverse" if learned else "score")
+
     def with_sampling(self, **settings) -> "Config":
         """The configuration with other settings of its section `sample`."""
         return dataclasses.replace(self, sample=dataclasses.replace(self.sample, **settings))
@@ -296,8 +310,11 @@ class Config:
 
 
 def decoder(name: str) -> Any:
-    """The decoder of this name, from the table of sampling.decoders; UserError if there is none."""
-    return load("ntm_jax.sampling.decoders:find")(name)
+    """The decoder of this name, from the table of sampling.decoders; UserError if there is none.
+
+    auto needs no more than inverse does.
+    """
+    return load("ntm_jax.sampling.decoders:find")("inverse" if name == AUTO else name)
 
 
 def config_class() -> type[Config]:
@@ -343,7 +360,8 @@ def read(config) -> Config:
     _check_patience(result)
     if decoder(result.sample.decoder).needs_denoiser and not result.teacher:
         raise UserError(f"config.sample.decoder={result.sample.decoder} needs a learned denoiser: "
-                        "train one with config.train.objective=denoiser and --config.teacher")
+                        "set config.train.distil_steps and config.sample.decoder=auto, or train "
+                        "one with config.train.objective=denoiser and --config.teacher")
     return result
 
 

@@ -24,9 +24,10 @@ from ntm_jax.typed import settings
 CONFIG = "config.json"
 DAMAGED = "give ntm-jax train the run's own flags, which writes it anew"
 RESUMABLE = (  # what a resumed run may change
-    "mesh.", "data.source", "data.workers", "data.mock", "train.steps", "train.accumulate",
-    "train.save_every", "train.save_minutes", "train.evaluate_every", "train.score_every",
-    "train.log_every", "train.rehearse", "train.keep", "train.patience", "optimizer.schedule",
+    "mesh.", "data.source", "data.workers", "data.mock", "train.steps", "train.distil_steps",
+    "train.accumulate", "train.save_every", "train.save_minutes", "train.evaluate_every",
+    "train.score_every", "train.log_every", "train.rehearse", "train.keep", "train.patience",
+    "optimizer.schedule",
     "optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.warmup_steps",
     "optimizer.weight_decay", "optimizer.clip", "optimizer.ema_decay", "evaluate.", "sample.",
     "spec.class_names", "spec.version")

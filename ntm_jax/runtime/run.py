@@ -20,21 +20,22 @@ from ntm_jax.data.pipeline import DataSpec
 from ntm_jax.errors import UserError, abbreviate
 from ntm_jax.runtime import arithmetic, build, checkpoint, config_file, sharding
 from ntm_jax.runtime.checkpoint import Checkpoints
-from ntm_jax.runtime.config import Config, Mesh, decoder
+from ntm_jax.runtime.config import AUTO, Config, Mesh, decoder
 
-# Folders in a workdir: of a teacher or a reference, see training.reference_model, and of the
-# parameters of p(x | x_0), see training.pixels.
-FROZEN, PIXELS = "frozen", "pixels"
+# Folders in a workdir: of a teacher or a reference, see training.reference_model; of the parameters
+# of p(x | x_0), see training.pixels; of the run's own denoiser, see training.distillation.
+FROZEN, PIXELS, DENOISER = "frozen", "pixels", "denoiser"
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """The learned denoiser of a run that trained one, whose model and params are its teacher's."""
+    """The learned denoiser of a run, whose model and params are its teacher's."""
 
     module: Predictor
     params: dict
     config: Config | None  # the denoiser's own configuration, which has its sizes
     teacher_step: int | None
+    step: int | None  # of its own training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +132,13 @@ def different_data(run: Run, other: Run, own_units: bool = False) -> tuple[str, 
 
 
 def untrained(config: Config, spec: DataSpec, mesh, workdir: str = "") -> Run:
-    """The run that a configuration starts, before it has parameters.
+    """The run that a configuration starts, before it has parameters; without a decoder `auto`.
 
     Raises UserError where the model does not fit the data.
     """
     model = build.make_model(config, spec, arithmetic.choose(mesh, spec.tokens))
     model = make_denoiser(model) if config.teacher else model
-    return Run(config, spec, model, None, 0, mesh, workdir)
+    return Run(config.without_auto(), spec, model, None, 0, mesh, workdir)
 
 
 def run_mesh(config: Mesh):
@@ -157,9 +158,28 @@ def with_denoiser(teacher: Run, run: Run) -> Run:
     config = dataclasses.replace(teacher.config, sample=run.config.sample,
                                  evaluate=run.config.evaluate, seed=run.config.seed)
     assert run.params is not None  # the denoiser was trained
-    denoiser = Denoiser(run.model, run.params, run.config, teacher.step)
+    denoiser = Denoiser(run.model, run.params, run.config, teacher.step, run.step)
     return dataclasses.replace(teacher, config=config, step=run.step, workdir=run.workdir,
                                raw=run.raw, denoiser=denoiser)
+
+
+def with_own_denoiser(run: Run, auto: bool) -> Run:
+    """The run with the denoiser in WORKDIR/denoiser; see training.distillation.
+
+    auto: whether config.sample.decoder is auto, which then is the denoiser. The run is returned as
+    it is where its denoiser has not taken all its steps, or was distilled from another step.
+    """
+    steps, folder = run.config.train.distil_steps, f"{run.workdir}/{DENOISER}"
+    if not steps or run.raw or checkpoint.latest_step(folder) != steps or (
+            checkpoint.latest_step(f"{folder}/{FROZEN}") != run.step):
+        return run
+    config, spec = config_file.load(folder)
+    own = untrained(config, spec, run.mesh, folder)
+    _, params = restore_params(own, config, settings=config_file.fixed(config, spec))
+    denoiser = Denoiser(own.model, params, config, run.step, steps)
+    return dataclasses.replace(
+        run, denoiser=denoiser,
+        config=run.config.with_sampling(decoder="denoiser") if auto else run.config)
 
 
 def restore_params(run: Run, config: Config, step: int | None = None, raw: bool = False,
@@ -227,7 +247,9 @@ def load_workdir(workdir: str, step: int | None = None, raw: bool = False) -> Ru
     if not config.teacher:
         params = params | pixel_params(run, str(folder))
     run = dataclasses.replace(run, params=params, step=step, raw=raw)
-    return with_denoiser(load_workdir(f"{workdir}/{FROZEN}"), run) if config.teacher else run
+    if config.teacher:
+        return with_denoiser(load_workdir(f"{workdir}/{FROZEN}"), run)
+    return with_own_denoiser(run, auto=config.sample.decoder == AUTO)
 
 
 def one_condition(label, condition):

@@ -25,9 +25,10 @@ from ntm_jax.runtime import config_file, sharding, stops
 from ntm_jax.runtime.checkpoint import Checkpoints
 from ntm_jax.runtime.config import Config
 from ntm_jax.runtime.processes import locked, require_same_everywhere
-from ntm_jax.runtime.run import Run, untrained, with_denoiser
+from ntm_jax.runtime.run import Run, untrained, with_denoiser, with_own_denoiser
 from ntm_jax.sampling import generate
 from ntm_jax.training import (
+    distillation,
     finetune,
     objectives,
     pictures,
@@ -48,12 +49,15 @@ FEW_RECORDS = 100  # below it a run starts with a note
 
 def train(config: Config, folder: str, *, progress: bool = True, until: int | None = None,
           profile: tuple[int, int] | None = None,
-          writers: Sequence[Given] = ()) -> tuple[Run, dict] | None:
+          writers: Sequence[Given] = (), ending: bool = True) -> tuple[Run, dict] | None:
     """Trains in a workdir, resuming what it holds; ends with the held-out evaluation and pictures.
+
+    With config.train.distil_steps the run then distils its denoiser, before the evaluation.
 
     until: stops there as a preemption would, saving; the schedule stays that of config.train.steps.
     profile: the steps (start, stop) that jax.profiler traces into WORKDIR/profile.
     writers: further writers of metrics; see training/writers.
+    ending: whether the trained run is drawn and evaluated, and has a denoiser distilled.
 
     Returns the trained run and its evaluation, or None when stopped by `until` or a signal.
     """
@@ -83,16 +87,27 @@ def train(config: Config, folder: str, *, progress: bool = True, until: int | No
     with locked(folder):
         with contextlib.ExitStack() as stack:
             stack.callback(extension.close)
-            loop = _Loop(run, objective, distilled, source, held_out, comparison, extension, stack,
-                         extra_writers, progress, profile)
+            loop = _Loop(config, run, objective, distilled, source, held_out, comparison, extension,
+                         stack, extra_writers, progress, profile)
             loop.train(config.train.steps if until is None else min(until, config.train.steps))
             if loop.stop.stopping or not loop.ended():
                 return None
             trained = loop.step
             loop.take_best()
-            drawn = loop.final_pictures()
-            loop.reporter.message(f"trained to step {trained}; evaluating step {loop.step}")
+            drawn = loop.final_pictures() if ending else []
+            loop.reporter.message(f"trained to step {trained}" + (
+                "" if not ending else "; distilling its denoiser" if config.train.distil_steps else
+                f"; evaluating step {loop.step}"))
         run = loop.evaluated()
+        if not ending:
+            return run, {}
+        if config.train.distil_steps:
+            del loop  # frees the optimizer's state
+            nested = distillation.discard_others(run)
+            if not train(distillation.settings(config), nested, progress=progress, ending=False):
+                return None
+            run = with_own_denoiser(run, auto=config.sample.decoder == configuration.AUTO)
+            pictures.draw(run, held_out, objective.label)
         result, scored = evaluate(run, measure=objective.measure, comparison=comparison,
                                   progress=progress)
         write_report(run, result, scored, epath.Path(folder) / "evaluation.json", brief=True)
@@ -115,15 +130,16 @@ def data_notes(source: Source, held_out: Source) -> list[str]:
 class _Loop:
     """Training in progress, from the run's last checkpoint on.
 
-    distilled: the run whose model a new one distils, or None. comparison: the real images that
-    samples are scored by, or None. stack: closes what the loop opens.
+    config: of the run, as given. distilled: the run whose model a new one distils, or None.
+    comparison: the real images that samples are scored by, or None. stack: closes what the loop
+    opens.
     """
 
-    def __init__(self, run: Run, objective: Objective, distilled: Run | None, source: Source,
-                 held_out: Source, comparison: Comparison | None, extension: Extension,
-                 stack: contextlib.ExitStack, extra_writers: Sequence, progress: bool,
-                 profile: tuple[int, int] | None):
-        config, folder, total = run.config, run.workdir, run.config.train.steps
+    def __init__(self, config: Config, run: Run, objective: Objective, distilled: Run | None,
+                 source: Source, held_out: Source, comparison: Comparison | None,
+                 extension: Extension, stack: contextlib.ExitStack, extra_writers: Sequence,
+                 progress: bool, profile: tuple[int, int] | None):
+        folder, total = run.workdir, config.train.steps
         self.run, self.objective, self.distilled = run, objective, distilled
         self.held_out, self.comparison, self.extension = held_out, comparison, extension
         self.profile, self.tracing = range(*profile or (0, 0)), False
@@ -141,6 +157,8 @@ class _Loop:
         stack.callback(iterator.close)
         if position is not None:
             iterator.set_state(position)
+        if latest is None and config.train.distil_steps:
+            distillation.discard_others(run)
         if jax.process_index() == 0:
             config_file.write(folder, config, run.spec)
         if not distilled:  # which has its own

@@ -26,9 +26,8 @@ from ntm_jax.evaluation import measures, scoring
 from ntm_jax.evaluation.report import NAMES, summarize
 from ntm_jax.registry import Registry
 from ntm_jax.runtime import build
-from ntm_jax.runtime.config import Config, Model
+from ntm_jax.runtime.config import Config, Model, decoder
 from ntm_jax.runtime.run import Run
-from ntm_jax.sampling import decoders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,11 +369,14 @@ def checked(config: Config) -> Objective:
         raise UserError(f"config.model.backbone={config.model.backbone} is the network of "
                         f"config.model.head=flow_matching, found {config.model.head}: set that "
                         f"head, or config.model.backbone={Model.backbone}")
-    decoder = config.sample.decoder
-    if decoders.find(decoder).solves_ode and objective.trains != "velocity":
-        raise UserError(f"config.sample.decoder={decoder} solves the ODE of a flow-matching model: "
-                        "expected a decoder such as inverse or score, or another "
-                        "config.train.objective")
+    if train.distil_steps and (objective.trains != "ntm" or config.model.head == "standard"):
+        raise UserError(f"config.train.distil_steps is {train.distil_steps}: a denoiser is "
+                        f"distilled of an NTM, and config.train.objective={name} with "
+                        f"config.model.head={config.model.head} trains none; set it to 0")
+    if decoder(config.sample.decoder).solves_ode and objective.trains != "velocity":
+        raise UserError(f"config.sample.decoder={config.sample.decoder} solves the ODE of a "
+                        "flow-matching model: expected a decoder such as inverse or score, or "
+                        "another config.train.objective")
     # a denoiser has its teacher's steps, and an ODE is solved in any number of them
     if objective.trains == "ntm" and config.sample.steps not in config.trajectory.steps:
         expected = " or ".join(map(str, config.trajectory.steps))

@@ -26,6 +26,7 @@ from ntm_jax.training import pixels
 from ntm_jax.training.objectives import Objective
 from ntm_jax.training.state import State
 
+ABOVE = ".."  # config.teacher of a denoiser in its teacher's own folder
 SHARED = (  # settings that a denoiser shares with its teacher
     "data.source", "data.patch_size", "data.image_size", "trajectory.t_min", "trajectory.schedule",
     "trajectory.shift", "trajectory.steps", "sample.steps", "model.condition", "model.data_std")
@@ -39,8 +40,12 @@ def load_distilled(run: Run, objective: Objective) -> Run | None:
     """
     if "teacher" not in objective.needs:
         return None
-    resumes = latest_step(run.workdir) is not None
-    teacher = load_run(f"{run.workdir}/{FROZEN}" if resumes else run.config.teacher)
+    where = run.config.teacher
+    if where == ABOVE:
+        where = str(epath.Path(run.workdir).parent)
+    if latest_step(run.workdir) is not None:
+        where = f"{run.workdir}/{FROZEN}"
+    teacher = load_run(where)
     if teacher.denoiser:  # by itself it is neither sampled by the denoiser nor guided as that is
         step, config = teacher.denoiser.teacher_step, teacher.config
         assert step is not None  # every run of a denoiser has it

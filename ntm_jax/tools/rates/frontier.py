@@ -2,7 +2,8 @@
 
 A row is a model with a decoder and a number of steps: an NTM with its own decoder, `score` and, if
 it has one, its learned denoiser, at every T that it was trained for; a flow-matching model with
-each ODE solver at each of ODE_STEPS. Runs that differ in their seed alone are one model.
+each ODE solver at each of ODE_STEPS. Runs that differ in their seed alone are one model. A run's
+folder counts its own denoiser's FLOPs in the rows of that decoder alone.
 
 Every row has equally many samples, the same real images, features and classifier. Standard errors
 over samples: of the Frechet distance that of a bootstrap over the generated images in the limit of
@@ -36,12 +37,13 @@ from ntm_jax.evaluation.statistics import (
 from ntm_jax.export import hub
 from ntm_jax.export.read import is_export, load_run
 from ntm_jax.runtime import checkpoint, config_file, flops, plots
-from ntm_jax.runtime.config import Config
+from ntm_jax.runtime.config import AUTO, Config
 from ntm_jax.runtime.processes import require_same_everywhere
-from ntm_jax.runtime.run import Run, different_data
+from ntm_jax.runtime.run import DENOISER, Run, different_data
 from ntm_jax.sampling import decoders, generate
 from ntm_jax.tools.rates import benchmark
 from ntm_jax.training import objectives
+from ntm_jax.training.reference_model import ABOVE
 from ntm_jax.training.writers.lines import NAME as METRICS
 
 ODE_STEPS = (1, 2, 4, 8, 16, 50)
@@ -179,10 +181,12 @@ def _cases(workdir: str, run: Run) -> list[Case]:
     config = run.config
     solvers = [name for name in decoders.DECODERS.names if decoders.find(name).solves_ode]
     own, steps = config.sample.decoder, config.trajectory.steps
-    names = [*dict.fromkeys([own, "score", *["denoiser"] * bool(run.denoiser)])]
+    without = config.with_sampling(decoder=AUTO).without_auto().sample.decoder
+    names = [*dict.fromkeys([own, without, "score", *["denoiser"] * bool(run.denoiser)])]
     if own in solvers or objectives.find(config.train.objective).trains == "velocity":
         names, steps = solvers, ODE_STEPS
-    made_from = {denoiser: history(workdir, denoiser) for denoiser in (False, True)}
+    made_from = {needed: history(workdir, needed and bool(run.denoiser))
+                 for needed in (False, True)}
     model = files.digest([settings for settings, _ in made_from[True]])
     found = []
     for count, name in itertools.product(steps, names):
@@ -212,14 +216,17 @@ def history(workdir: str, denoiser: bool = True) -> list[tuple[dict, float | Non
     if is_export(folder) or not (folder / config_file.CONFIG).exists():
         return unknown
     config, _ = config_file.load(str(folder))
-    if config.teacher and not denoiser:
-        return history(config.teacher, False)
+    if denoiser and config.train.distil_steps:
+        return history(f"{folder}/{DENOISER}")
+    teacher = str(folder.parent) if config.teacher == ABOVE else config.teacher
+    if teacher and not denoiser:
+        return history(teacher, False)
     settings = config.raw | {"seed": 0, "init_from": "", "teacher": "", "step": step}
     found: list = [(settings, training_flops(str(folder), config.data.batch_size, step))]
-    if config.teacher:
-        found += history(config.teacher, False)
+    if teacher:
+        found += history(teacher, False)
     if config.init_from:
-        found += history(config.init_from, bool(config.teacher))
+        found += history(config.init_from, bool(teacher))
     return found
 
 

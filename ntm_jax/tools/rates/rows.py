@@ -65,7 +65,7 @@ class BenchmarkInput:
             return self.run.denoiser
         module = make_denoiser(self.run.model)
         params = state.initialize(dataclasses.replace(self.run, model=module)).ema
-        return Denoiser(module, params, None, None)
+        return Denoiser(module, params, None, None, None)
 
     @functools.cached_property
     def drawn(self) -> tuple:
