@@ -159,6 +159,10 @@ def test_training_flops_include_what_a_run_was_made_from(tmp_path):
     denoiser = write("denoiser", distilled, 11, 3)
     assert costs(denoiser) == pytest.approx([33, 42, 75])
     assert costs(denoiser, False) == costs(tuned)
+    own = write("own", ntm(**{"train.distil_steps": 3}), 7, 6)
+    write("own/denoiser", dataclasses.replace(ntm(), teacher=".."), 11, 3)
+    assert costs(own) == pytest.approx([33, 42])
+    assert costs(own, False) == pytest.approx([42])
     lost = write("lost", ntm(init_from=str(tmp_path / "nowhere")), 7, 6)
     assert costs(lost) == [pytest.approx(42), None]
     unlogged = write("unlogged", ntm(), 7)
